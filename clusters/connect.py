@@ -1,0 +1,60 @@
+"""Ways to reach a Ray cluster: embedded on this machine, or one that runs already."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+SLOT = "train_slot"  # one for each device that trains
+_OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
+
+
+class CannotConnect(Exception):
+    """No cluster at the address; the text says which and why."""
+
+
+@dataclass(frozen=True)
+class Connection:
+    """What one training worker asks the cluster for."""
+
+    slot_resources: dict[str, float]
+
+
+@contextlib.contextmanager
+def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Connection]:
+    """Connect for the length of the block; `local` starts Ray here and ends it after.
+
+    Raises CannotConnect.
+    """
+    import ray
+
+    # Ray reads this when it starts its processes: nothing of a user's cluster is reported anywhere.
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Workers learn their device from the plan; Ray must not hide GPUs from a worker that asked for a slot.
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    try:
+        if address == "local":
+            ray.init(
+                address="local",
+                num_cpus=num_slots * cores_per_slot,
+                num_gpus=0,
+                resources={SLOT: num_slots},
+                object_store_memory=_OBJECT_STORE_BYTES,
+                include_dashboard=False,
+                **quiet,
+            )
+        else:
+            ray.init(address=address, **quiet)
+    except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
+    try:
+        slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
+        yield Connection({**slots, "CPU": float(cores_per_slot)})
+    finally:
+        ray.shutdown()

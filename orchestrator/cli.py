@@ -1,0 +1,431 @@
+"""The verbs: parse, call, print.  Decisions live elsewhere; heavy libraries load only in the verb that needs them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrator import __version__
+from orchestrator.errors import JobError, OrchestratorError
+from orchestrator.jobfile import Job, read_job, read_run_job
+from orchestrator.rundir import RunFolder, utc
+
+app = typer.Typer(
+    name="orchestrator",
+    help="Fine-tune language models on the machines you have.\n\nStart with: orchestrator recipes",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+out, err = Console(), Console(stderr=True)
+
+
+def _complete_job(incomplete: str) -> list[str]:
+    from orchestrator.schema import recipes
+
+    files = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
+    return files + [name for name in recipes() if name.startswith(incomplete)]
+
+
+def _complete_run(incomplete: str) -> list[str]:
+    return [run.run_id for run in RunFolder.all(Path("runs")) if run.run_id.startswith(incomplete)]
+
+
+def _complete_key(incomplete: str) -> list[str]:
+    from orchestrator.schema import all_fields
+
+    return [f"{key}=" for key in all_fields() if key.startswith(incomplete)]
+
+
+JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=_complete_job)]
+RunArgument = Annotated[
+    str, typer.Argument(help="a run: its id, the start of it, its folder, or `latest`", autocompletion=_complete_run)
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=_complete_key),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="the folder that holds the runs")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
+    model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
+    train: Annotated[str, typer.Option(help="data.train")] = "train.jsonl",
+    recipe: Annotated[str | None, typer.Option(help="copy a recipe instead of the starter")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
+) -> None:
+    """Write a commented starter job file.
+
+    Example: orchestrator init job.yaml --train mydata.jsonl
+    """
+    from orchestrator.schema import starter
+
+    if path.exists() and not force:
+        raise JobError(f"{path} exists already; --force overwrites it")
+    text = _recipe_text(recipe) if recipe else starter(model, train)
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"{path}: cannot be written: {error.strerror}") from None
+    out.print(f"wrote {path}. Next: orchestrator validate {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def validate(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) -> None:
+    """Check a job file, its data files and its first rows; starts nothing and downloads nothing.
+
+    Example: orchestrator validate job.yaml --set method.lora_r=32
+    """
+    from orchestrator.validation import check
+
+    found = check(_job(job, set_))
+    if json_:
+        _print_json(found)
+        return
+    for line in found["notices"]:
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+    formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
+    out.print(f"{job} is valid ({formats})", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def submit(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) -> None:
+    """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
+
+    Ctrl-C saves a checkpoint and stops; `resume` goes on from there.
+
+    Examples: orchestrator submit quickstart
+              orchestrator submit job.yaml --set train.learning_rate=1e-4
+    """
+    from orchestrator.run import submit as run_job
+
+    with _watcher(json_) as watcher:
+        run = run_job(_job(job, set_), watcher)
+    _print_result(run, json_)
+
+
+@app.command()
+def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """Go on with a stopped, failed or killed run from its newest whole checkpoint.
+
+    Example: orchestrator resume latest
+    """
+    from orchestrator.run import resume as run_on
+
+    found = RunFolder.find(run, runs)
+    if found.state() == "finished":
+        raise JobError(f"{found.run_id} is finished; there is nothing to resume")
+    with _watcher(json_) as watcher:
+        run_on(found, read_run_job(found.path), watcher)
+    _print_result(found, json_)
+
+
+@app.command(name="list")
+def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """List the runs in a folder, oldest first."""
+    from orchestrator.explain import run_row, runs_table
+
+    rows = [run_row(run) for run in RunFolder.all(runs)]
+    if json_:
+        _print_json(rows)
+    elif rows:
+        out.print(runs_table(rows))
+    else:
+        out.print(f"no runs in {runs}", markup=False, highlight=False)
+
+
+@app.command()
+def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """Say how far a run is, and how good its result is."""
+    from orchestrator.explain import result_view, run_row
+
+    found = RunFolder.find(run, runs)
+    row = run_row(found)
+    if json_:
+        _print_json(row)
+        return
+    for key, value in row.items():
+        if value is not None:
+            out.print(f"{key:<14}{value}", markup=False, highlight=False, soft_wrap=True)
+    if row["state"] == "finished":
+        out.print()
+        out.print(result_view(found))
+
+
+@app.command()
+def logs(
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run ends")] = False,
+    workers: Annotated[bool, typer.Option(help="the workers' own log files instead of the run's events")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Print what happened in a run: its events, or its workers' log files."""
+    found = RunFolder.find(run, runs)
+    if workers:
+        for file in sorted(found.logs.glob("*.log")):
+            out.print(f"== {file.name}", markup=False, highlight=False)
+            sys.stdout.write(file.read_text(encoding="utf-8", errors="replace"))
+        return
+    offset = 0
+    while True:
+        alive = found.is_locked()
+        events, offset = found.events(offset)
+        for event in events:
+            print(json.dumps(event) if json_ else _event_line(event), flush=True)
+        if not follow or not alive:
+            return
+        time.sleep(0.5)
+
+
+@app.command()
+def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
+    """Ask a running job to save a checkpoint and stop after its current step."""
+    found = RunFolder.find(run, runs)
+    if not found.is_locked():
+        raise JobError(f"{found.run_id} is not running (it is {found.state()})")
+    found.stop_file.touch()
+    out.print(
+        f"{found.run_id} stops after its current step; `orchestrator resume {found.run_id}` goes on", soft_wrap=True
+    )
+
+
+@app.command()
+def evaluate(
+    run: RunArgument = "latest",
+    data: Annotated[Path | None, typer.Option(help="other held-out rows than the job's own")] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Measure a finished run's model again, on its held-out rows or on others.
+
+    Example: orchestrator evaluate latest --data hard_cases.jsonl
+    """
+    from orchestrator.explain import scores_view
+    from orchestrator.run import held_out_of
+
+    found = RunFolder.find(run, runs)
+    job = read_run_job(found.path)
+    with _extras():
+        from orchestrator.training.finished import evaluate as measure
+
+        quality = measure(found, job, held_out_of(found, job, data, err.print))
+    if json_:
+        _print_json(quality)
+    else:
+        out.print(scores_view(quality))
+
+
+@app.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="the folder to write")],
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Write base model + adapter as one plain transformers model.
+
+    Example: orchestrator merge my-model latest
+    """
+    found = RunFolder.find(run, runs)
+    with _extras():
+        from orchestrator.training.finished import merge as write
+
+        write(found, read_run_job(found.path), output)
+    out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def inspect(
+    job: JobArgument,
+    rows: Annotated[int, typer.Option(help="how many rows to show")] = 3,
+    row: Annotated[int, typer.Option(help="the first row to show, from 1")] = 1,
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Show rows as the model will see them: which tokens are supervised, what is cut, how well it packs.
+
+    Example: orchestrator inspect quickstart --rows 2
+    """
+    from orchestrator.run import look_at_data
+
+    with _extras():
+        from orchestrator.inspection import view
+
+        seen = look_at_data(_job(job, set_), row, rows)
+    if json_:
+        _print_json(seen)
+    else:
+        out.print(view(seen))
+
+
+@app.command()
+def sync(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
+    """Send a run to MLflow again, after a server was down."""
+    from orchestrator.tracking import sync as send
+
+    found = RunFolder.find(run, runs)
+    out.print(
+        f"{found.run_id} is in {send(found, read_run_job(found.path))}", markup=False, highlight=False, soft_wrap=True
+    )
+
+
+@app.command()
+def schema(
+    field: Annotated[str | None, typer.Option(help="one key, e.g. method.lora_r")] = None, json_: JsonOption = False
+) -> None:
+    """Explain the job file's keys; --json prints its JSON schema for editors.
+
+    Example: orchestrator schema --field packing
+    """
+    from orchestrator import schema as keys
+
+    if field is not None:
+        found = keys.one_field(field)
+        if json_:
+            _print_json(found)
+            return
+        default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
+        print(f"{found['key']}: {found['type']} ({default})\n  {found['description']}")
+    elif json_:
+        print(keys.json_schema())
+    else:
+        for key, found in keys.all_fields().items():
+            default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
+            print(f"{key}: {found['type']} ({default})\n  {found['description']}")
+
+
+@app.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this recipe")] = None, json_: JsonOption = False
+) -> None:
+    """List the ready-made jobs, or print one."""
+    from orchestrator.schema import recipes as all_recipes
+
+    if name is not None:
+        sys.stdout.write(_recipe_text(name))
+        return
+    found = all_recipes()
+    if json_:
+        _print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
+        return
+    for key, (_, about) in found.items():
+        print(f"{key:<20}{about}")
+    print("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
+    ] = False,
+) -> None:
+    """Fine-tune language models on the machines you have."""
+
+
+def main() -> None:
+    """Run the command line; every OrchestratorError becomes its message and its exit code."""
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        app(prog_name="orchestrator")
+    except OrchestratorError as error:
+        if "--json" in sys.argv:
+            _print_json({"error": str(error), "exit_code": error.exit_code})
+        else:
+            err.print(str(error), markup=False, highlight=False, soft_wrap=True, style="red")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except BrokenPipeError:
+        sys.exit(0)
+
+
+def _as_interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _job(name: str, overrides: list[str]) -> Job:
+    from orchestrator.schema import recipes
+
+    path = Path(name)
+    known = recipes()
+    if not path.exists() and name in known:
+        path = known[name][0]
+    job = read_job(path, overrides)
+    for notice in job.notices:
+        err.print(notice, markup=False, highlight=False, soft_wrap=True)
+    return job
+
+
+def _recipe_text(name: str) -> str:
+    from orchestrator.schema import recipes
+
+    known = recipes()
+    if name not in known:
+        raise JobError(f"there is no recipe {name!r}; known: {', '.join(known)}")
+    return known[name][0].read_text(encoding="utf-8")
+
+
+@contextmanager
+def _watcher(as_json: bool) -> Iterator[Any]:
+    from orchestrator.progress import Lines, Live, Quiet
+
+    watcher = Quiet() if as_json else Live(out) if out.is_terminal else Lines(out)
+    try:
+        yield watcher
+    finally:
+        watcher.close()
+
+
+@contextmanager
+def _extras() -> Iterator[None]:
+    """A missing package of the `train` extra becomes the line to type."""
+    from orchestrator.errors import MissingExtra
+
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(error.name or str(error), "train") from None
+
+
+def _print_result(run: RunFolder, as_json: bool) -> None:
+    from orchestrator.explain import result_view
+
+    if as_json:
+        exported = run.exported()
+        result = run.read_json("result.json")
+        _print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
+        return
+    out.print()
+    out.print(result_view(run))
+    out.print(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}", soft_wrap=True)
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    rest = {key: value for key, value in event.items() if key not in ("event", "time", "traceback", "samples")}
+    return f"{utc(event['time'])} {event['event']:<10} " + " ".join(f"{key}={value}" for key, value in rest.items())
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""The job's data section -> tokenised datasets on disk, made once and found again by content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator.data.dataset import Dataset, Options, build, cache_key
+from orchestrator.data.files import Row, digest, find_files, looks_like_hub_name, read_hub_rows, read_rows
+from orchestrator.data.template import Renderer, chat_template_of
+from orchestrator.errors import JobError, MissingExtra
+from orchestrator.jobfile import Job
+from orchestrator.spec import HeldOut, Source
+
+_TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Training and held-out samples, and where they lie."""
+
+    train: Dataset
+    held_out: Dataset | None
+    files: dict[str, Any]  # what data.json says, so that workers find the same samples
+    cached: bool
+
+
+def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say: Callable[[str], None]) -> Prepared:
+    """Read, check, render and tokenise the job's rows, or find that this was done before.
+
+    Raises JobError with the broken rows, the missing files or the template's trouble.
+    """
+    data = job.spec.data
+    maker = _Maker(job, model_folder, max_length, cache, say)
+    train_folder = maker.make(data.train, "data.train")
+    train = Dataset.load(train_folder)
+    files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)}
+    held_out = None
+    if isinstance(data.eval, HeldOut):
+        files |= {"split": data.eval.split, "seed": job.spec.train.seed}
+        train, held_out = train.split(data.eval.split, job.spec.train.seed)
+    elif data.eval is not None:
+        eval_folder = maker.make(data.eval, "data.eval")
+        files["eval"] = str(eval_folder)
+        held_out = Dataset.load(eval_folder)
+    return Prepared(train, held_out, files, maker.num_made == 0)
+
+
+def sources_of(job: Job, value: Any, key: str) -> list[tuple[Source, list[Path]]]:
+    """Each source of a data key with its files; an empty list of files is a hub dataset.
+
+    Raises JobError for paths that are not there.
+    """
+    sources = []
+    for item in value if isinstance(value, list) else [value]:
+        source = Source(path=item, format=job.spec.data.format) if isinstance(item, str) else item
+        path = job.path(source.path)
+        if not path.exists() and looks_like_hub_name(source.path):
+            sources.append((source, []))
+        else:
+            sources.append((source, find_files(path, key)))
+    if not sources:
+        raise JobError(f"{key} is an empty list; give at least one path")
+    return sources
+
+
+def rows_of(source: Source, files: list[Path]) -> Iterator[Row]:
+    """All rows of a source."""
+    if not files:
+        yield from read_hub_rows(source.path, source.split)
+    for file in files:
+        yield from read_rows(file)
+
+
+def renderer_for(job: Job, model_folder: Path) -> Renderer:
+    """The renderer of a job: its tokenizer with its chat template."""
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        raise MissingExtra("transformers", "train") from None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise JobError(
+            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {reason}"
+        ) from None
+    data = job.spec.data
+    template = chat_template_of(tokenizer, data.chat_template, lambda path: _template_file(job, path))
+    return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
+
+
+def options_for(job: Job, source: Source, max_length: int | None) -> Options:
+    """How the rows of a source become tokens."""
+    data = job.spec.data
+    row_format = source.format if source.format != "auto" else data.format
+    return Options(row_format, data.instruction, max_length, data.overlong, data.strict)
+
+
+class _Maker:
+    """Makes datasets for one job; the tokenizer is loaded only when something must be tokenised."""
+
+    def __init__(self, job: Job, model_folder: Path, max_length: int, cache: Path, say: Callable[[str], None]) -> None:
+        self.job, self.model_folder, self.max_length, self.cache, self.say = job, model_folder, max_length, cache, say
+        self.num_made = 0
+        self._renderer: Renderer | None = None
+
+    def make(self, value: Any, key: str) -> Path:
+        """The folder of the tokenised samples of one data key."""
+        sources = sources_of(self.job, value, key)
+        folder = self.cache / self._name(sources)
+        if (folder / "statistics.json").exists():
+            return folder
+        self._renderer = self._renderer or renderer_for(self.job, self.model_folder)
+        self.say(f"tokenising {key} ...")
+        # Options differ between sources by their format alone, which each row's own fields decide or the source states.
+        formats = {options_for(self.job, source, self.max_length) for source, _ in sources}
+        if len(formats) > 1:
+            raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
+        rows = (row for source, files in sources for row in rows_of(source, files))
+        build(rows, self._renderer, formats.pop(), folder)
+        self.num_made += 1
+        return folder
+
+    def _name(self, sources: list[tuple[Source, list[Path]]]) -> str:
+        data = self.job.spec.data
+        tokenizer = sorted({file for pattern in _TOKENIZER_FILES for file in self.model_folder.glob(pattern)})
+        template = None if data.chat_template == "tokenizer" else _template_file(self.job, data.chat_template)
+        return cache_key(
+            [(source.model_dump(), [digest(file) for file in files]) for source, files in sources],
+            [(file.name, digest(file)) for file in tokenizer if file.is_file()],
+            [template, data.system_prompt, data.assistant_only_loss, data.completion_only_loss],
+            [asdict(options_for(self.job, source, self.max_length)) for source, _ in sources],
+        )
+
+
+def _template_file(job: Job, setting: str) -> str:
+    path = job.path(setting)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        raise JobError(
+            f"data.chat_template: {path} cannot be read; give `tokenizer` or the path of a .jinja file"
+        ) from None

@@ -1,0 +1,67 @@
+"""Everything that can go wrong and is not our bug.
+
+    OrchestratorError            exit code
+    ├── JobError                 2   the job file, its data or its model: the user mends the job
+    │   └── MissingExtra         2   a package this verb needs is not installed
+    ├── NothingFits              3   no plan fits the machines
+    ├── ClusterError             4   Ray or a machine: cannot connect, cannot start
+    └── RunFailed                5   training started and failed; `resume` goes on from the last checkpoint
+        └── Diverged             5   the loss stopped being a number
+
+Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to do.
+"""
+
+from collections.abc import Sequence
+
+
+class OrchestratorError(Exception):
+    """Base of the tree; its text is meant for a person and is printed without a traceback."""
+
+    exit_code = 1
+
+
+class JobError(OrchestratorError):
+    """One or more mistakes in a job; all that were found, one a line."""
+
+    exit_code = 2
+
+    def __init__(self, mistakes: str | Sequence[str]) -> None:
+        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+class MissingExtra(JobError):
+    """A package of an extra is missing."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        super().__init__(
+            f"this needs the package {package!r}, which is not installed. Type: pip install 'finetune-orchestrator[{extra}]'"
+            f" (in a clone of the project: pip install -e '.[{extra}]')"
+        )
+
+
+class NothingFits(OrchestratorError):
+    exit_code = 3
+
+
+class ClusterError(OrchestratorError):
+    exit_code = 4
+
+
+class RunFailed(OrchestratorError):
+    exit_code = 5
+
+
+class Diverged(RunFailed):
+    """The loss of a step is NaN or infinite."""
+
+    def __init__(self, step: int, sample_ids: Sequence[int]) -> None:
+        self.step, self.sample_ids = step, list(sample_ids)
+        shown = ", ".join(str(sample) for sample in self.sample_ids[:20])
+        super().__init__(
+            f"the loss of step {step} is not a number (samples {shown}). Lower train.learning_rate or train.max_grad_norm,"
+            " or set model.dtype: float32; `inspect --row N` shows a sample"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[int, list[int]]]:  # crosses process borders with its fields
+        return type(self), (self.step, self.sample_ids)

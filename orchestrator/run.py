@@ -1,0 +1,251 @@
+"""The whole path of a job in one file: a newcomer starts here.
+
+    job.yaml -> JobSpec -> model, data, machines -> Workload -> Plan -> Ray Train workers -> result -> MLflow
+
+`prepare` does everything that can fail before anything starts; `execute` starts the workers and watches them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from clusters.capability import ClusterCapability
+from clusters.connect import CannotConnect, connect
+from clusters.probe import probe_this_node
+from orchestrator import models, planner, workload
+from orchestrator.card import write_card
+from orchestrator.errors import ClusterError, JobError, MissingExtra, OrchestratorError, RunFailed
+from orchestrator.jobfile import Job
+from orchestrator.planner import Plan
+from orchestrator.rundir import RunFolder
+from orchestrator.tracking import Mirror
+
+_POLL_S = 0.2
+
+
+class Watcher(Protocol):
+    """Whoever looks on: a terminal, a log, nobody."""
+
+    def say(self, text: str) -> None: ...
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None: ...
+
+    def event(self, event: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A job with everything it needs, checked; nothing has started and no run folder exists."""
+
+    job: Job
+    plan: Plan
+    capability: ClusterCapability
+    data_files: dict[str, Any]
+    statistics: dict[str, Any]
+
+
+def submit(job: Job, watcher: Watcher) -> RunFolder:
+    """Run a job from its file to its evaluated result.  Raises OrchestratorError; see errors.py for the exit codes."""
+    ready = prepare(job, watcher.say)
+    run = RunFolder.create(output_dir(job), job.spec.name)
+    run.write("origin.json", json.dumps({"folder": str(job.folder)}))
+    run.write("capability.json", json.dumps(ready.capability.as_dict(), indent=1))
+    run.write("plan.json", ready.plan.to_json())
+    run.write("data.json", json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1))
+    run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
+    watcher.planned(run, job, ready.plan, ready.statistics)
+    execute(run, job, ready.plan, watcher)
+    return run
+
+
+def resume(run: RunFolder, job: Job, watcher: Watcher) -> RunFolder:
+    """Go on from the newest checkpoint that verifies, with the plan the run was started with."""
+    plan = Plan.from_json((run.path / "plan.json").read_text())
+    files = run.read_json("data.json") or {}
+    if not all(Path(files[key]).is_dir() for key in ("train", "eval", "model") if files.get(key)):
+        run.write("data.json", json.dumps(prepare(job, watcher.say).data_files, indent=1))  # caches were cleared
+    watcher.planned(run, job, plan, files.get("statistics", {}))
+    execute(run, job, plan, watcher)
+    return run
+
+
+def prepare(job: Job, say: Callable[[str], None]) -> Ready:
+    """Find the model, tokenise the data, look at the machines and plan.  Raises JobError and NothingFits."""
+    from orchestrator.data.prepare import prepare_data
+
+    spec = job.spec
+    node = probe_this_node()
+    model_folder = models.locate(spec.model.model_name_or_path, job.folder, spec.model.model_revision)
+    config = models.read_config(model_folder)
+    shape = workload.model_shape(config)
+    num_workers, why_workers = planner.resolve_workers(spec, node)
+    max_length, why_length = planner.resolve_max_length(spec, config)
+    data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
+    train, held_out = data.train, data.held_out
+    work, _, why_batch = workload.describe(
+        spec, shape, train.lengths.tolist(), int(train.num_supervised.sum()), num_workers
+    )
+    reasons = {
+        "cluster.num_workers": why_workers,
+        "data.max_length": why_length,
+        "train.global_batch_size": why_batch,
+    }
+    counts = None
+    if held_out:
+        references = [held_out.prompt(index)[1] for index in range(len(held_out))]
+        counts = planner.HeldOut(
+            num_samples=len(held_out),
+            num_tokens=int(held_out.lengths.sum()),
+            longest_answer=int(held_out.num_supervised.max()),
+            num_references=sum(reference is not None for reference in references),
+            is_classification="classification" in held_out.statistics.formats,
+        )
+        repeated = train.overlap(held_out)
+        if repeated:
+            say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
+    capability = ClusterCapability((node,))
+    known = {key: why for key, why in reasons.items() if why}
+    plan = planner.make_plan(spec, work, capability, num_workers, max_length, counts, known)
+    statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
+    return Ready(job, plan, capability, data.files, statistics)
+
+
+def held_out_of(run: RunFolder, job: Job, other: Path | None, say: Callable[[str], None]) -> Any:
+    """The held-out samples of a run, or those of another file read as the job reads its own."""
+    from orchestrator.data.prepare import prepare_data
+    from orchestrator.training.worker import load_data
+
+    if other is None:
+        held_out = load_data(run)[1]
+        if held_out is None:
+            raise JobError(f"{run.run_id} has no held-out rows; give some with --data FILE")
+        return held_out
+    model_folder = Path((run.read_json("data.json") or {})["model"])
+    plan = Plan.from_json((run.path / "plan.json").read_text())
+    asked = job.spec.model_copy(
+        update={"data": job.spec.data.model_copy(update={"train": str(other.absolute()), "eval": None})}
+    )
+    job = Job(asked, job.folder, job.text)
+    cache = run.path.parent / ".cache" / "data"
+    return prepare_data(job, model_folder, plan.techniques.max_length, cache, say).train
+
+
+def look_at_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
+    """What `inspect` shows."""
+    from orchestrator.inspection import look
+
+    model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    max_length, _ = planner.resolve_max_length(job.spec, models.read_config(model_folder))
+    return look(job, model_folder, max_length, first, num_rows)
+
+
+def execute(run: RunFolder, job: Job, plan: Plan, watcher: Watcher) -> None:
+    """Start the workers, pass on what happens, mirror it, and judge the end.
+
+    Raises RunFailed when the workers failed, were stopped, or did nothing; ClusterError when Ray cannot be reached.
+    """
+    with run.lock():
+        run.stop_file.unlink(missing_ok=True)
+        _, offset = run.events()
+        run.record("state", state="running", pid=os.getpid())
+        mirror = Mirror(run, job)
+        try:
+            _train_on_ray(run, job, plan, watcher, mirror, offset)
+            _judge(run)
+        except OrchestratorError as error:
+            stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
+            if not stopped:
+                run.record("state", state="failed", text=str(error))
+            raise
+        finally:
+            if run.exported():
+                write_card(run, job)
+            mirror.finish()
+            for event in run.events(mirror.offset_at_start)[0]:
+                if event["event"] == "tracking":
+                    watcher.event(event)
+
+
+def _train_on_ray(run: RunFolder, job: Job, plan: Plan, watcher: Watcher, mirror: Mirror, offset: int) -> None:
+    try:
+        from orchestrator.training.launch import launch
+    except ImportError as error:
+        raise MissingExtra(error.name or "ray", "train") from None
+    watcher.say(
+        "starting Ray ..." if job.spec.cluster.address == "local" else f"connecting to {job.spec.cluster.address} ..."
+    )
+    try:
+        with connect(job.spec.cluster.address, plan.num_workers, plan.threads_per_worker) as cluster:
+            outcome = _InBackground(lambda: launch(run, plan, cluster.slot_resources, job.spec.cluster.max_failures))
+            asked_to_stop = False
+            while True:
+                try:
+                    offset = _pass_on(run, watcher, offset)
+                    mirror.now_and_then()
+                    if outcome.wait(_POLL_S):
+                        break
+                except KeyboardInterrupt:
+                    if asked_to_stop:
+                        raise RunFailed(
+                            f"killed. `orchestrator resume {run.run_id}` goes on from the last checkpoint"
+                        ) from None
+                    asked_to_stop = True
+                    run.stop_file.touch()
+                    watcher.say("stopping after this step and saving a checkpoint (Ctrl-C again kills)")
+            _pass_on(run, watcher, offset)
+            outcome.result()
+    except CannotConnect as error:
+        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+class _InBackground:
+    """A call in a thread of its own, so that the main thread can watch and hear Ctrl-C."""
+
+    def __init__(self, call: Callable[[], None]) -> None:
+        self._error: BaseException | None = None
+        self._call = call
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:  # kept for the main thread, which raises it
+            self._error = error
+
+    def wait(self, seconds: float) -> bool:
+        self._thread.join(seconds)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        if self._error:
+            raise self._error
+
+
+def _pass_on(run: RunFolder, watcher: Watcher, offset: int) -> int:
+    events, offset = run.events(offset)
+    for event in events:
+        watcher.event(event)
+    return offset
+
+
+def _judge(run: RunFolder) -> None:
+    """A run that trained no step or saved no checkpoint has failed, whatever Ray says."""
+    state = run.state_by_events()
+    if state == "stopped":
+        raise RunFailed(f"stopped as asked. `orchestrator resume {run.run_id}` goes on from the last checkpoint")
+    if not run.steps():
+        raise RunFailed(f"no step was trained; `orchestrator logs {run.run_id}` shows what the workers said")
+    if not any(run.checkpoints.glob("step-????????")) or run.exported() is None or state != "finished":
+        raise RunFailed(f"the workers ended without a result; `orchestrator logs {run.run_id}` shows what they said")
+
+
+def output_dir(job: Job) -> Path:
+    """The folder of runs: beside the caller, not beside the job file, so that a recipe's runs land where one works."""
+    return Path(job.spec.checkpoint.output_dir).expanduser().absolute()

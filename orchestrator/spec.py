@@ -1,0 +1,211 @@
+"""The job file's sections and keys.  Pydantic stays here, at the edge; `jobfile.py` reads files into these.
+
+Names are Hugging Face's, PEFT's and TRL's wherever those have one.  `auto` is left as it is: the plan resolves it and
+says why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
+
+from strategies import METHODS
+
+Auto = Literal["auto"]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Metric = Literal["exact_match", "accuracy", "macro_f1", "rouge_l", "bleu", "chrf"]
+
+
+class Section(BaseModel):
+    """A section of the job file: unknown keys are errors, values are never changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+def _key(default: Any, doc: str, **limits: Any) -> Any:
+    return Field(default, description=doc, **limits)
+
+
+class ModelSection(Section):
+    """Which model is tuned."""
+
+    model_name_or_path: str = Field(
+        description="a local folder, a Hugging Face name, or smollm2-135m-instruct (comes as a package, needs no hub)"
+    )
+    model_revision: str | None = _key(None, "revision on the hub")
+    dtype: Auto | Literal["float32", "bfloat16", "float16"] = _key("auto", "precision of forward and backward")
+    attn_implementation: Auto | Literal["document", "sdpa", "eager", "flash_attention_2", "flex_attention"] = _key(
+        "auto", "attention kernel; document = one causal kernel a document, for rows without padding"
+    )
+    trust_remote_code: bool = _key(False, "run Python code that the model's repository ships")
+
+
+class Source(Section):
+    """One data source: a file, a folder or a hub dataset."""
+
+    path: str = Field(description="jsonl, json, csv, parquet, a folder of them, or a Hugging Face dataset name")
+    format: Format = _key("auto", "how a row is read; auto looks at the first row")
+    split: str = _key("train", "which split, for a hub dataset")
+
+
+class HeldOut(Section):
+    """Hold out a part of the training rows."""
+
+    split: float = Field(description="fraction of the training rows to hold out", gt=0, lt=1)
+
+
+class DataSection(Section):
+    """What is learnt from, and how rows become tokens."""
+
+    train: str | Source | list[str | Source] = Field(description="training rows: a path, or a list of paths")
+    eval: str | Source | list[str | Source] | HeldOut | None = _key(None, "held-out rows: paths, or {split: 0.05}")
+    format: Format = _key("auto", "format of every source that does not state its own")
+    chat_template: str = _key("tokenizer", "tokenizer, or the path of a .jinja file")
+    system_prompt: str | None = _key(None, "put before conversations that have no system message")
+    instruction: str = _key("", "classification: text put before each row's text")
+    assistant_only_loss: bool = _key(True, "conversations: train on the assistant's words only")
+    completion_only_loss: bool = _key(True, "prompt/completion rows: train on the completion only")
+    max_length: Auto | Annotated[int, Field(ge=8)] = _key("auto", "longest sample in tokens")
+    overlong: Literal["truncate", "drop", "split"] = _key("truncate", "what happens to longer samples")
+    packing: Auto | bool = _key("auto", "lay documents end to end instead of padding; never lets one see another")
+    packing_strategy: Literal["bfd"] = _key("bfd", "best-fit decreasing")
+    strict: bool = _key(True, "a broken row is an error; false counts it and writes it to rejected.jsonl")
+
+
+class TrainSection(Section):
+    """How the model is optimised."""
+
+    global_batch_size: Auto | Annotated[int, Field(ge=1)] = _key("auto", "samples a step, over all workers")
+    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1)] = _key("auto", "rows of a micro-batch")
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = _key("auto", "micro-batches a step")
+    num_train_epochs: float = _key(3.0, "passes over the data", gt=0)
+    max_steps: int = _key(-1, "stop after so many steps; -1 = by epochs", ge=-1)
+    learning_rate: Annotated[float, Field(gt=0)] = _key(2e-4, "peak learning rate")
+    lr_scheduler_type: Scheduler = _key("cosine", "shape of the learning rate over time")
+    warmup_ratio: float = _key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
+    warmup_steps: int = _key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0)
+    optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = _key("auto", "optimizer")
+    weight_decay: float = _key(0.0, "decoupled weight decay", ge=0)
+    adam_beta1: float = _key(0.9, "Adam's first decay", ge=0, lt=1)
+    adam_beta2: float = _key(0.999, "Adam's second decay", ge=0, lt=1)
+    adam_epsilon: float = _key(1e-8, "Adam's epsilon", gt=0)
+    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 = never", ge=0)
+    seed: int = _key(42, "order of samples, adapter initialisation, dropout", ge=0)
+    gradient_checkpointing: Auto | bool = _key("auto", "recompute activations to save memory")
+
+
+class StrategySection(Section):
+    """How the work is laid on the machines."""
+
+    mode: Auto | Literal["single", "ddp"] = _key("auto", "one worker, or data parallel over several")
+    memory_safety: float = _key(0.08, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
+
+
+class ClusterSection(Section):
+    """Where it runs."""
+
+    address: str = _key("local", "local = embedded Ray; auto or HOST:PORT = a running cluster")
+    num_workers: Auto | Annotated[int, Field(ge=1)] = _key("auto", "training processes")
+    max_failures: int = _key(0, "restarts from the last checkpoint after a worker dies", ge=0)
+
+
+class CheckpointSection(Section):
+    """What is kept on disk."""
+
+    output_dir: str = _key("runs", "folder that holds one folder a run")
+    save_steps: Auto | Annotated[int, Field(ge=1)] = _key("auto", "steps between checkpoints")
+    save_total_limit: int = _key(2, "checkpoints kept, beside the best", ge=2)
+    load_best_model_at_end: Auto | bool = _key("auto", "hand back the weights with the lowest held-out loss")
+
+
+class EvalSection(Section):
+    """How quality is measured on the held-out rows."""
+
+    eval_steps: Auto | Annotated[int, Field(ge=1)] | None = _key(
+        "auto", "steps between held-out losses; null = end only"
+    )
+    metrics: Auto | list[Metric] = _key("auto", "metrics of generated answers; [] = loss only")
+    max_new_tokens: Auto | Annotated[int, Field(ge=1)] = _key("auto", "longest generated answer in tokens")
+    max_rows: int = _key(200, "most held-out rows that answers are generated for", ge=1)
+    before: bool = _key(True, "measure the untuned model too")
+    num_samples: int = _key(3, "sample outputs kept", ge=0)
+    early_stopping_patience: int | None = _key(None, "stop after so many evaluations without a better loss", ge=1)
+
+
+class TrackingSection(Section):
+    """Where results are mirrored."""
+
+    report_to: list[Literal["mlflow"]] = _key(["mlflow"], "[] = the run folder only")
+    mlflow_uri: str | None = _key(None, "an MLflow server; null = a SQLite file beside the runs")
+    experiment: str = _key("default", "MLflow experiment")
+
+
+def _method_section(name: str, method: type[Any]) -> type[Section]:
+    """The job-file section of a registered method: its dataclass fields, with their own docs and limits."""
+    fields: dict[str, Any] = {"type": (Literal[name], Field(name, description="training method"))}
+    for knob in dataclasses.fields(method):
+        limits = dict(knob.metadata)
+        doc = limits.pop("doc", "")
+        factory = knob.default_factory
+        default = factory() if factory is not dataclasses.MISSING else knob.default
+        fields[knob.name] = (_resolved_type(method, knob.name), Field(default, description=doc, **limits))
+    return create_model(f"{method.__name__}Method", __base__=Section, __doc__=method.__doc__, **fields)
+
+
+def _resolved_type(method: type[Any], knob: str) -> Any:
+    import typing
+
+    return typing.get_type_hints(method)[knob]
+
+
+METHOD_SECTIONS: dict[str, type[Section]] = {name: _method_section(name, cls) for name, cls in METHODS.items()}
+DEFAULT_METHOD = next(iter(METHODS))
+
+
+def _method_of(value: Any) -> str:
+    named = value.get("type", DEFAULT_METHOD) if isinstance(value, dict) else getattr(value, "type", None)
+    return named if isinstance(named, str) else ""
+
+
+_AnyMethod = Annotated[
+    Union[tuple(Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())],  # type: ignore[valid-type]  # noqa: UP007
+    Discriminator(_method_of),
+]
+
+
+class JobSpec(Section):
+    """What the user wants."""
+
+    version: Literal[1] = _key(1, "version of this format")
+    name: str = _key("job", "name of the job; run folders start with it", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    model: ModelSection
+    data: DataSection
+    method: _AnyMethod = Field(  # type: ignore[valid-type]
+        default_factory=METHOD_SECTIONS[DEFAULT_METHOD], description="how the model is trained"
+    )
+    train: TrainSection = Field(default_factory=TrainSection, description="optimisation")
+    strategy: StrategySection = Field(default_factory=StrategySection, description="layout on the machines")
+    cluster: ClusterSection = Field(default_factory=ClusterSection, description="where it runs")
+    checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
+    eval: EvalSection = Field(default_factory=EvalSection, description="how quality is measured")
+    tracking: TrackingSection = Field(default_factory=TrackingSection, description="where results are mirrored")
+
+    def build_method(self) -> Any:
+        """The method's dataclass with the job's knobs."""
+        knobs = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
+        return METHODS[self.method.type](**knobs)
+
+
+SECTIONS: dict[str, type[Section]] = {
+    "model": ModelSection,
+    "data": DataSection,
+    "train": TrainSection,
+    "strategy": StrategySection,
+    "cluster": ClusterSection,
+    "checkpoint": CheckpointSection,
+    "eval": EvalSection,
+    "tracking": TrackingSection,
+}

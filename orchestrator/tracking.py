@@ -1,0 +1,180 @@
+"""MLflow as a mirror of the run folder: what is here is sent there, and can be sent again.
+
+Where the mirror stands is kept in the run's tracking.json, so a run whose server was down is sent later by `sync`.  The
+only module that knows MLflow.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+from orchestrator.errors import MissingExtra, OrchestratorError
+from orchestrator.jobfile import Job
+from orchestrator.planner import Plan, settings_of
+from orchestrator.rundir import RunFolder
+
+_METRICS_A_CALL = 500
+_FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
+_METRIC_FIELDS = {
+    "step": (
+        "loss",
+        "grad_norm",
+        "learning_rate",
+        "epoch",
+        "tokens_per_s",
+        "supervised_tokens",
+        "tokens",
+        "peak_bytes",
+    ),
+    "eval": ("eval_loss",),
+}
+
+
+class TrackingFailed(OrchestratorError):
+    """The mirror could not be brought up to date; the run itself is unharmed."""
+
+    exit_code = 4
+
+
+class Mirror:
+    """Keeps MLflow up to date while a run goes on; never fails the run."""
+
+    def __init__(self, run: RunFolder, job: Job) -> None:
+        self._run, self._job = run, job
+        self._wanted = bool(job.spec.tracking.report_to)
+        self._next = time.monotonic() + _FIRST_S
+        self.offset_at_start = run.events()[1]
+
+    def now_and_then(self) -> None:
+        """Send what is new if the last time was long enough ago."""
+        if self._wanted and time.monotonic() >= self._next:
+            self._send(final=False)
+            self._next = time.monotonic() + _EVERY_S
+
+    def finish(self) -> None:
+        """Send the rest, with the artifacts."""
+        if self._wanted:
+            self._send(final=True)
+
+    def _send(self, final: bool) -> None:
+        try:
+            address = sync(self._run, self._job, final)
+        except OrchestratorError as error:
+            self._run.record("tracking", ok=False, text=str(error))
+            self._wanted = final and self._wanted  # say it once; `sync` sends everything later
+        else:
+            if final:
+                self._run.record("tracking", ok=True, text=address)
+
+
+def sync(run: RunFolder, job: Job, final: bool = True) -> str:
+    """Bring MLflow up to date with a run folder; returns the store's address.
+
+    Sends only what it has not sent yet; with `final` also the state and the artifacts.  Raises TrackingFailed.
+    """
+    try:
+        import mlflow  # noqa: F401
+    except ImportError:
+        raise MissingExtra("mlflow", "train") from None
+    for noisy in ("mlflow", "alembic"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+    uri = job.spec.tracking.mlflow_uri or f"sqlite:///{run.path.parent / 'mlflow.db'}"
+    try:
+        _Sender(run, job, uri).send(final)
+    except Exception as error:  # a server can fail in any way; the run goes on
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrackingFailed(
+            f"MLflow at {uri}: {reason}. `orchestrator sync {run.run_id}` sends the run later"
+        ) from error
+    return uri
+
+
+class _Sender:
+    def __init__(self, run: RunFolder, job: Job, uri: str) -> None:
+        from mlflow.tracking import MlflowClient
+
+        self.run, self.job, self.uri = run, job, uri
+        self.client = MlflowClient(tracking_uri=uri)
+        known = run.read_json("tracking.json")
+        self.known: dict[str, Any] = known if known and known.get("uri") == uri else {"uri": uri, "offset": 0}
+
+    def send(self, final: bool) -> None:
+        if "mlflow_run_id" not in self.known:
+            self._open()
+        self._send_metrics()
+        if final:
+            self._send_artifacts()
+            states = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
+            status = states.get(self.run.state_by_events(), "FAILED")
+            self.client.set_terminated(self.known["mlflow_run_id"], status=status)
+
+    def _open(self) -> None:
+        name = self.job.spec.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            local = self.uri.startswith("sqlite:")
+            artifacts = (self.run.path.parent / "mlartifacts").as_uri() if local else None
+            experiment_id = self.client.create_experiment(name, artifact_location=artifacts)
+        else:
+            experiment_id = experiment.experiment_id
+        opened = self.client.create_run(
+            experiment_id, run_name=self.run.run_id, tags={"run_folder": str(self.run.path)}
+        )
+        self.known["mlflow_run_id"] = opened.info.run_id
+        self._remember()
+        self._send_params()
+
+    def _send_params(self) -> None:
+        from mlflow.entities import Param
+
+        plan = Plan.from_json((self.run.path / "plan.json").read_text())
+        params = _flat(self.job.spec.model_dump()) | {f"plan.{k}": v for k, v in settings_of(plan).items()}
+        params["plan.hash"] = plan.hash
+        entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
+        for start in range(0, len(entities), 100):
+            self.client.log_batch(self.known["mlflow_run_id"], params=entities[start : start + 100])
+
+    def _send_metrics(self) -> None:
+        from mlflow.entities import Metric
+
+        events, offset = self.run.events(self.known["offset"])
+        metrics = []
+        for event in events:
+            when_ms, step = int(event["time"] * 1000), event.get("step", 0)
+            for name in _METRIC_FIELDS.get(event["event"], ()):
+                metrics.append(Metric(name, float(event[name]), when_ms, step))
+            if event["event"] == "quality":
+                numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "time"}
+                metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in numbers.items()]
+        for start in range(0, len(metrics), _METRICS_A_CALL):
+            self.client.log_batch(self.known["mlflow_run_id"], metrics=metrics[start : start + _METRICS_A_CALL])
+        self.known["offset"] = offset
+        self._remember()
+
+    def _send_artifacts(self) -> None:
+        """The run folder without checkpoints, caches and lock files."""
+        run_id = self.known["mlflow_run_id"]
+        for file in sorted(self.run.path.rglob("*")):
+            relative = file.relative_to(self.run.path)
+            hidden = any(part.startswith(".") for part in relative.parts)
+            if not file.is_file() or hidden or relative.parts[0] in ("checkpoints", "stop"):
+                continue
+            folder = str(Path(*relative.parts[:-1])) if len(relative.parts) > 1 else None
+            self.client.log_artifact(run_id, str(file), folder)
+
+    def _remember(self) -> None:
+        self.run.write("tracking.json", json.dumps(self.known))
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

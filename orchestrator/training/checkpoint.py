@@ -1,0 +1,150 @@
+"""Checkpoints that are whole or not there.
+
+    step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest.json (size and SHA-256 of each)
+
+Written into a temporary folder, every file fsynced, the manifest last, then renamed; a reader takes the newest folder
+whose manifest verifies, so a crash at any point leaves the one before.  Holds the trained weights only: adapter-sized
+for an adapter method.  safetensors and JSON, never pickle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from strategies.contract import TrainSetup
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint on disk."""
+
+    path: Path
+    state: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Steps done when it was written."""
+        return self.state["step"]
+
+    def restore(self, setup: TrainSetup, with_optimizer: bool = True) -> None:
+        """Load weights, and optimizer state unless only the weights are wanted, into `setup`."""
+        weights = load_file(self.path / "weights.safetensors")
+        if weights.keys() != setup.parameters.keys():
+            raise ValueError(f"{self.path} holds other weights than this method trains")
+        with torch.no_grad():
+            for name, parameter in setup.parameters.items():
+                parameter.copy_(weights[name])
+        if not with_optimizer:
+            return
+        moments = load_file(self.path / "optimizer.safetensors")
+        for name, parameter in setup.parameters.items():
+            prefix = f"{name}//"
+            held = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
+            if held:
+                setup.optimizer.state[parameter] = {
+                    key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+                    for key, value in held.items()
+                }
+
+
+def save(folder: Path, setup: TrainSetup, state: dict[str, Any]) -> Path:
+    """Write a checkpoint of `setup` with `state` (JSON-able, holds `step`) and return its folder."""
+    final = folder / f"step-{state['step']:08d}"
+    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
+    temporary.mkdir(parents=True)
+    try:
+        weights = {name: p.detach().to("cpu").contiguous() for name, p in setup.parameters.items()}
+        save_file(weights, temporary / "weights.safetensors")
+        save_file(_optimizer_tensors(setup), temporary / "optimizer.safetensors")
+        (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
+        _write_synced(temporary / "manifest.json", json.dumps({"step": state["step"], "files": files}, indent=1))
+        _sync(temporary)
+        if final.exists():  # the same step, saved by the run that was interrupted after it
+            shutil.rmtree(final)
+        os.rename(temporary, final)
+        _sync(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return final
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The newest checkpoint whose every byte verifies; damaged ones are named through `warn` and passed over."""
+    for path in sorted(folder.glob("step-????????"), reverse=True):
+        checkpoint = read(path, warn)
+        if checkpoint:
+            return checkpoint
+    return None
+
+
+def read(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
+    """The checkpoint at `path` if it verifies."""
+    damage = verify(path)
+    if damage:
+        warn(f"checkpoint {path.name} is damaged ({damage}); using the one before")
+        return None
+    return Checkpoint(path, json.loads((path / "state.json").read_text()))
+
+
+def verify(path: Path) -> str | None:
+    """What is wrong with a checkpoint, None when every file has its size and SHA-256."""
+    try:
+        manifest = json.loads((path / "manifest.json").read_text())
+        for name, expected in manifest["files"].items():
+            if _measure(path / name, sync=False) != expected:
+                return f"{name} has changed"
+    except (OSError, ValueError, KeyError, AttributeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def prune(folder: Path, keep: int, best: str | None) -> None:
+    """Delete all but the newest `keep` checkpoints and the one named `best`, and whatever a crash left half-written."""
+    complete = sorted(folder.glob("step-????????"))
+    for path in [*complete[:-keep], *folder.glob("*.tmp-*")]:
+        if path.name != best:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _optimizer_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in setup.parameters.items():
+        for key, value in setup.optimizer.state.get(parameter, {}).items():
+            if value is not None:
+                tensors[f"{name}//{key}"] = torch.as_tensor(value).detach().to("cpu").contiguous()
+    return tensors
+
+
+def _measure(file: Path, sync: bool = True) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        measured = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+        if sync:
+            os.fsync(stream.fileno())
+    return measured
+
+
+def _write_synced(file: Path, text: str) -> None:
+    with file.open("w") as stream:
+        stream.write(text)
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,122 @@
+"""Answers generated for held-out prompts, and how good they are."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from strategies.techniques.precision import autocast
+
+_PROMPTS_A_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated text beside the one that was wanted."""
+
+    prompt: str
+    reference: str
+    generated: str
+
+
+@torch.no_grad()
+def generate_answers(
+    model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], max_new_tokens: int, dtype: Any
+) -> list[Answer]:
+    """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left."""
+    prompts = [(index, *data.prompt(index)) for index in indices]
+    usable = [(index, ids, reference) for index, ids, reference in prompts if reference is not None and len(ids)]
+    usable.sort(key=lambda item: len(item[1]))
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    trained_with = inner.config._attn_implementation
+    inner.set_attn_implementation("sdpa")  # prompts are padded here: the training kernel may not know padding
+    was_training = model.training
+    model.eval()
+    answers: dict[int, Answer] = {}
+    try:
+        for start in range(0, len(usable), _PROMPTS_A_BATCH):
+            batch = usable[start : start + _PROMPTS_A_BATCH]
+            with autocast(model.device.type, dtype):
+                texts = _generate(model, tokenizer, [ids for _, ids, _ in batch], max_new_tokens)
+            for (index, ids, reference), text in zip(batch, texts, strict=True):
+                answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True), reference, text)
+    finally:
+        inner.set_attn_implementation(trained_with)
+        model.train(was_training)
+    return [answers[index] for index in sorted(answers)]
+
+
+def _generate(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+    width = max(len(ids) for ids in prompts)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
+    mask = torch.zeros_like(input_ids)
+    for row, ids in enumerate(prompts):
+        input_ids[row, width - len(ids) :] = torch.as_tensor(ids, dtype=torch.long)
+        mask[row, width - len(ids) :] = 1
+    output = model.generate(
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id,
+        use_cache=True,
+    )
+    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in output]
+
+
+def score(metrics: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
+    """Each metric over the answers, in [0, 1]."""
+    scores: dict[str, float] = {}
+    if not answers:
+        return scores
+    generated = [answer.generated.strip() for answer in answers]
+    wanted = [answer.reference.strip() for answer in answers]
+    for metric in metrics:
+        scores[metric] = _METRICS[metric](generated, wanted)
+    return scores
+
+
+def _exact_match(generated: list[str], wanted: list[str]) -> float:
+    return sum(a == b for a, b in zip(generated, wanted, strict=True)) / len(wanted)
+
+
+def _macro_f1(generated: list[str], wanted: list[str]) -> float:
+    """F1 averaged over the labels that occur among the references; any other answer is simply wrong."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(wanted, generated, labels=sorted(set(wanted)), average="macro", zero_division=0.0))
+
+
+def _rouge_l(generated: list[str], wanted: list[str]) -> float:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    scorer = RougeScorer(["rougeL"], use_stemmer=False)
+    return sum(scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(generated, wanted, strict=True)) / len(wanted)
+
+
+def _bleu(generated: list[str], wanted: list[str]) -> float:
+    import sacrebleu
+
+    return sacrebleu.corpus_bleu(generated, [wanted]).score / 100
+
+
+def _chrf(generated: list[str], wanted: list[str]) -> float:
+    import sacrebleu
+
+    return sacrebleu.corpus_chrf(generated, [wanted]).score / 100
+
+
+_METRICS = {
+    "exact_match": _exact_match,
+    "accuracy": _exact_match,  # of a label word
+    "macro_f1": _macro_f1,
+    "rouge_l": _rouge_l,
+    "bleu": _bleu,
+    "chrf": _chrf,
+}

@@ -1,0 +1,286 @@
+"""One training worker: everything it needs stands in the run folder, everything it makes goes back there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.order import Order
+from orchestrator.errors import JobError, RunFailed
+from orchestrator.jobfile import Job, read_run_job
+from orchestrator.planner import Plan
+from orchestrator.rundir import RunFolder
+from orchestrator.training import checkpoint
+from orchestrator.training.evaluate import Answer, generate_answers, score
+from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, train
+from orchestrator.training.parallel import Group
+from strategies.contract import Techniques, TrainSettings, TrainSetup
+from strategies.techniques import attention, checkpointing
+
+log = logging.getLogger("orchestrator.worker")
+
+_ROUNDING = {
+    "float32": 1e-3,
+    "bfloat16": 0.2,
+    "float16": 0.05,
+}  # packing_error of a model that does not leak stays below
+
+
+def work(run: RunFolder, group: Group, device: torch.device) -> None:
+    """Train the run's job to its end, or to where it is asked to stop, and write result.json.
+
+    Raises OrchestratorError for what the user can mend.
+    """
+    job, plan = read_run_job(run.path), Plan.from_json((run.path / "plan.json").read_text())
+    torch.set_num_threads(plan.threads_per_worker)
+    record = run.record if group.rank == 0 else _ignore
+    began = time.perf_counter()
+    data, held_out = load_data(run)
+    location = run.read_json("data.json")["model"]
+    setup, techniques = prepare(job, plan, location, device, record)
+    record("ready", seconds=round(time.perf_counter() - began, 2), trainable=_count(setup))
+    tokenizer = load_tokenizer(location, job)
+
+    saved = checkpoint.newest(run.checkpoints, lambda text: record("note", text=text))
+    if saved:
+        saved.restore(setup)
+        names = {name for name in Progress.__dataclass_fields__ if name in saved.state}
+        progress = Progress(**{name: saved.state[name] for name in names})
+        progress.stopped = None
+        record("note", text=f"resumed from checkpoint {saved.path.name}")
+    else:
+        progress = Progress()
+
+    if progress.before is None and held_out and job.spec.eval.before:
+        progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
+        record("quality", when="before", **_numbers(progress.before))
+
+    def save(now: Progress) -> str:
+        state = {**now.as_dict(), "plan_hash": plan.hash, "torch": torch.__version__}
+        path = checkpoint.save(run.checkpoints, setup, state)
+        checkpoint.prune(run.checkpoints, job.spec.checkpoint.save_total_limit, now.best_checkpoint)
+        return path.name
+
+    order = Order(
+        len(data),
+        plan.global_batch_size,
+        job.spec.train.seed,
+        job.spec.train.num_train_epochs,
+        job.spec.train.max_steps,
+    )
+    hooks = Hooks(record, save, run.stop_file.exists)
+    started = time.perf_counter()
+    progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks)
+    train_s = time.perf_counter() - started
+
+    if progress.stopped == "asked":
+        record("state", state="stopped", step=progress.step)
+        return
+    if plan.load_best_model_at_end and progress.best_checkpoint:
+        best = checkpoint.read(run.checkpoints / progress.best_checkpoint, lambda text: record("note", text=text))
+        if best and best.step != progress.step:
+            best.restore(setup, with_optimizer=False)
+            record("note", text=f"handing back step {best.step}, which has the lowest held-out loss")
+    after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
+    if group.rank == 0:
+        _hand_back(run, job, setup, tokenizer)
+        run.write("result.json", json.dumps(_result(job, plan, progress, after, train_s, device, data), indent=1))
+        if after:
+            record("quality", when="after", **_numbers(after))
+        record("state", state="finished", step=progress.step)
+
+
+def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples that data.json names."""
+    where = run.read_json("data.json")
+    if where is None:
+        raise RunFailed(
+            f"{run.path} has no data.json: it was interrupted before its data was ready. Submit the job anew"
+        )
+    folders = [Path(where[key]) for key in ("train", "eval") if where.get(key)]
+    missing = [str(folder) for folder in folders if not folder.is_dir()]
+    if missing:
+        raise RunFailed(
+            f"the tokenised data of this run is gone ({', '.join(missing)}). `orchestrator resume` makes it again"
+        )
+    data = Dataset.load(Path(where["train"]))
+    if where.get("split"):
+        return data.split(where["split"], where["seed"])
+    return data, Dataset.load(Path(where["eval"])) if where.get("eval") else None
+
+
+def load_tokenizer(location: str, job: Job) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
+
+
+def load_model(location: str, job: Job, dtype: str, device: torch.device, attn_implementation: str) -> Any:
+    """The pretrained model, in `dtype` on `device`."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    attention.register()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=job.spec.model.trust_remote_code,
+        )
+    except (ValueError, OSError, ImportError, KeyError) as error:
+        raise JobError(
+            f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    return model.to(device)
+
+
+def prepare(job: Job, plan: Plan, location: str, device: torch.device, record: Any) -> tuple[TrainSetup, Techniques]:
+    """The model set up for the planned method, and the techniques as this model really supports them."""
+    method, techniques = job.spec.build_method(), plan.techniques
+    model = load_model(location, job, method.load_dtype(techniques), device, techniques.attn_implementation)
+    if techniques.packing:
+        techniques = _without_leaks(model, job, techniques, record)
+    train = job.spec.train
+    settings = TrainSettings(
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        optim=plan.optim,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        techniques=techniques,
+        seed=train.seed,
+    )
+    try:
+        setup = method.setup(model, settings)
+    except (ValueError, KeyError) as error:
+        raise JobError(f"method: {str(error).splitlines()[0]}") from error
+    if techniques.gradient_checkpointing:
+        checkpointing.enable(setup.model)
+    return setup, techniques
+
+
+def _without_leaks(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:
+    """Check on the model itself that packed documents stay apart; fall back to what does keep them apart."""
+    asked = job.spec.model.attn_implementation
+    for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if asked == "auto" else ())]):
+        model.set_attn_implementation(name)
+        model.eval()
+        with contextlib.suppress(ValueError, TypeError, RuntimeError):
+            if attention.packing_error(model) < _ROUNDING[str(model.dtype).removeprefix("torch.")]:
+                if name != techniques.attn_implementation:
+                    record(
+                        "note",
+                        text=f"this model does not run with {techniques.attn_implementation} attention; using {name}",
+                    )
+                return dataclasses.replace(techniques, attn_implementation=name)
+    if job.spec.data.packing is True:
+        raise JobError("data.packing: this model lets packed documents see each other; set data.packing: false")
+    record("note", text="this model lets packed documents see each other; rows are padded instead")
+    model.set_attn_implementation("sdpa" if asked in ("auto", "document") else asked)
+    rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
+    return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
+
+
+def _schedule(job: Job, plan: Plan) -> Schedule:
+    train = job.spec.train
+    return Schedule(
+        lr_factor=lr_factor(train.lr_scheduler_type, plan.num_steps, train.warmup_ratio, train.warmup_steps),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        save_steps=plan.save_steps,
+        eval_steps=plan.eval_steps,
+        early_stopping_patience=job.spec.eval.early_stopping_patience,
+    )
+
+
+def lr_factor(name: str, num_steps: int, warmup_ratio: float, warmup_steps: int) -> Any:
+    """Learning rate over its peak as a function of the step, by transformers' schedule of that name.
+
+    A pure function of the step: a resumed run needs no scheduler state.
+    """
+    from transformers import get_scheduler
+
+    warmup = warmup_steps or round(warmup_ratio * num_steps)
+    throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    throwaway.step()  # the scheduler's first step expects one
+    scheduler: Any = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps)
+    factor = scheduler.lr_lambdas[0]
+    return (lambda step: factor(step + 1)) if warmup else factor  # step 0 of a warm-up would train with rate 0
+
+
+def measure(
+    job: Job,
+    plan: Plan,
+    setup: TrainSetup,
+    tokenizer: Any,
+    held_out: Dataset,
+    techniques: Techniques,
+    group: Group,
+) -> dict[str, Any]:
+    """Held-out loss, metrics of generated answers, and a few of them; workers share the rows."""
+    began = time.perf_counter()
+    quality: dict[str, Any] = {"eval_loss": evaluate_loss(setup, held_out, techniques, group), "rows": len(held_out)}
+    if plan.metrics:
+        indices = range(min(len(held_out), job.spec.eval.max_rows))
+        mine = indices[group.rank :: group.size]
+        dtype = techniques.dtype
+        parts = group.gather(generate_answers(setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype))
+        answers: list[Answer] = [answer for part in parts for answer in part]
+        quality |= score(plan.metrics, answers)
+        quality["answers"] = len(answers)
+        quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: job.spec.eval.num_samples]]
+    quality["seconds"] = round(time.perf_counter() - began, 2)
+    return quality
+
+
+def _numbers(quality: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in quality.items() if isinstance(value, int | float)}
+
+
+def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any) -> None:
+    """Export beside the final place, then rename: a folder of that name is always whole."""
+    temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
+    for leftover in (temporary, final):
+        if leftover.exists():
+            shutil.rmtree(leftover)
+    setup.export(temporary)
+    tokenizer.save_pretrained(temporary)
+    temporary.rename(final)
+
+
+def _result(
+    job: Job, plan: Plan, progress: Progress, after: Any, train_s: float, device: torch.device, data: Dataset
+) -> dict[str, Any]:
+    return {
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "supervised_tokens": progress.supervised_tokens,
+        "train_seconds": round(train_s, 2),
+        "stopped_early": progress.stopped == "early",
+        "best_checkpoint": progress.best_checkpoint,
+        "before": progress.before,
+        "after": after,
+        "memory": {"predicted_bytes": plan.memory.total_bytes, "measured_peak_bytes": peak_bytes(device)},
+        "data_digest": data.digest,
+        "plan_hash": plan.hash,
+    }
+
+
+def _count(setup: TrainSetup) -> int:
+    return sum(parameter.numel() for parameter in setup.parameters.values())
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """Events of other ranks than 0: they would say the same."""

@@ -1,0 +1,74 @@
+"""A job checked without starting it: its data files, their first rows, its model, and the plan's contradictions."""
+
+from __future__ import annotations
+
+from itertools import islice
+from typing import Any
+
+from clusters.probe import probe_this_node
+from orchestrator import models, planner, workload
+from orchestrator.data.files import read_rows
+from orchestrator.data.formats import DETECTABLE, BadRow, convert, detect
+from orchestrator.data.prepare import sources_of
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job
+from orchestrator.spec import HeldOut
+
+_ROWS_LOOKED_AT = 20
+
+
+def check(job: Job) -> dict[str, Any]:
+    """Formats by path and notices.  Raises JobError with every mistake found."""
+    mistakes: list[str] = []
+    formats: dict[str, str] = {}
+    data = job.spec.data
+    for key, value in (("data.train", data.train), ("data.eval", data.eval)):
+        if value is None or isinstance(value, HeldOut):
+            continue
+        try:
+            for source, files in sources_of(job, value, key):
+                wanted = source.format if source.format != "auto" else data.format
+                for file in files:
+                    formats[source.path if len(files) == 1 else str(file)] = _format_of(file, wanted, data.instruction)
+        except JobError as error:
+            mistakes += error.mistakes
+    if data.chat_template != "tokenizer" and not job.path(data.chat_template).is_file():
+        mistakes.append(f"data.chat_template: {job.path(data.chat_template)} does not exist")
+    try:
+        _check_model(job)
+    except JobError as error:
+        mistakes += error.mistakes
+    if mistakes:
+        raise JobError(mistakes)
+    return {"valid": True, "name": job.spec.name, "formats": formats, "notices": job.notices}
+
+
+def _check_model(job: Job) -> None:
+    """What can be said of the model without loading or downloading it."""
+    spec = job.spec
+    planner.resolve_workers(spec, probe_this_node())
+    folder = models.local_folder(spec.model.model_name_or_path, job.folder)
+    if folder is not None:
+        config = models.read_config(folder)
+        workload.model_shape(config)
+        planner.resolve_max_length(spec, config)
+
+
+def _format_of(file: Any, wanted: str, instruction: str) -> str:
+    found: str | None = None
+    for row in islice(read_rows(file), _ROWS_LOOKED_AT):
+        if row.broken:
+            raise JobError(f"{row.where}: {row.broken}")
+        row_format = wanted if wanted != "auto" else detect(row.values)
+        if row_format is None:
+            raise JobError(
+                f"{row.where}: fields {sorted(map(str, row.values))} fit no known format; known: {DETECTABLE}"
+            )
+        try:
+            convert(row.values, row_format, instruction)
+        except BadRow as reason:
+            raise JobError(f"{row.where}: {reason}") from None
+        found = found or row_format
+    if found is None:
+        raise JobError(f"{file}: holds no row")
+    return found

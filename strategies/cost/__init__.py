@@ -1,0 +1,1 @@
+"""Shared arithmetic of memory and time: a formula a function, its source beside it."""

@@ -1,0 +1,1 @@
+"""Switches that work with any method, one room each."""
