@@ -8,7 +8,8 @@
     └── RunFailed                5   training started and failed; `resume` goes on from the last checkpoint
         └── Diverged             5   the loss stopped being a number
 
-Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to do.
+Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to
+do.
 """
 
 from collections.abc import Sequence
@@ -35,8 +36,8 @@ class MissingExtra(JobError):
 
     def __init__(self, package: str, extra: str) -> None:
         super().__init__(
-            f"this needs the package {package!r}, which is not installed. Type: pip install 'finetune-orchestrator[{extra}]'"
-            f" (in a clone of the project: pip install -e '.[{extra}]')"
+            f"this needs the package {package!r}, which is not installed. Type: pip install"
+            f" 'finetune-orchestrator[{extra}]' (in a clone of the project: pip install -e '.[{extra}]')"
         )
 
 
@@ -59,8 +60,8 @@ class Diverged(RunFailed):
         self.step, self.sample_ids = step, list(sample_ids)
         shown = ", ".join(str(sample) for sample in self.sample_ids[:20])
         super().__init__(
-            f"the loss of step {step} is not a number (samples {shown}). Lower train.learning_rate or train.max_grad_norm,"
-            " or set model.dtype: float32; `inspect --row N` shows a sample"
+            f"the loss of step {step} is not a number (samples {shown}). Lower train.learning_rate or"
+            " train.max_grad_norm, or set model.dtype: float32; `inspect --row N` shows a sample"
         )
 
     def __reduce__(self) -> tuple[type, tuple[int, list[int]]]:  # crosses process borders with its fields

@@ -25,7 +25,7 @@ def plan_table(job: Job, plan: Plan, statistics: dict[str, Any]) -> RenderableTy
     head = Text.assemble(
         (f"{job.spec.method.type} on {job.spec.model.model_name_or_path}", "bold"),
         f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
-        f" {plan.global_batch_size} samples, {plan.num_workers} worker(s) with {plan.threads_per_worker} thread(s) each",
+        f" {plan.global_batch_size} samples, workers: {plan.num_workers}, threads of each: {plan.threads_per_worker}",
     )
     return Group(head, Text(data_sentence(train)), Text(), table, Text())
 
@@ -59,18 +59,22 @@ def result_view(run: RunFolder) -> RenderableType:
         old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
         for sample in after.get("samples", []):
             parts.append(_sample(sample, old.get(sample["prompt"])))
-    seconds, memory = result.get("train_seconds", 0), result.get("memory", {})
-    parts.append(
-        Text(
-            f"{result.get('steps')} steps, {format_count(result.get('tokens', 0))} tokens in {format_s(seconds)}"
-            f" ({result.get('tokens', 0) / max(seconds, 1e-9):.0f} tokens/s); memory peak"
-            f" {format_bytes(memory.get('measured_peak_bytes', 0))}, predicted {format_bytes(memory.get('predicted_bytes', 0))}"
-        )
-    )
+    parts.append(Text(_cost_sentence(result)))
     exported = run.exported()
     if exported:
         parts.append(Text(f"{exported.name}: {exported}"))
     return Group(*parts)
+
+
+def _cost_sentence(result: dict[str, Any]) -> str:
+    """Work, time and memory, the predicted beside the measured."""
+    seconds, tokens, memory = max(result["train_seconds"], 1e-9), result["tokens"], result["memory"]
+    measured = memory["measured_peak_bytes"] - memory["libraries_bytes"]
+    return (
+        f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
+        f" ({tokens / seconds:.0f} tokens/s); training memory {format_bytes(measured)} at its peak (predicted {format_bytes(memory['predicted_bytes'])},"
+        f" libraries {format_bytes(memory['libraries_bytes'])} more)"
+    )
 
 
 def scores_view(quality: dict[str, Any]) -> RenderableType:

@@ -12,7 +12,8 @@ from rich.text import Text
 from orchestrator.data.dataset import Statistics, samples_of
 from orchestrator.data.formats import BadRow
 from orchestrator.data.packing import best_fit_decreasing, padded_tokens
-from orchestrator.data.prepare import options_for, renderer_for, rows_of, sources_of
+from orchestrator.data.prepare import options_for, renderer_for
+from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.explain import data_sentence
 from orchestrator.jobfile import Job
 
@@ -82,9 +83,8 @@ def view(seen: dict[str, Any]) -> RenderableType:
 
 def _packing(lengths: list[int], max_length: int) -> dict[str, Any]:
     bins = best_fit_decreasing(lengths, max_length)
-    in_order = [
-        list(range(start, min(start + _PADDED_ROWS, len(lengths)))) for start in range(0, len(lengths), _PADDED_ROWS)
-    ]
+    everyone = range(len(lengths))
+    in_order = [everyone[start : start + _PADDED_ROWS] for start in range(0, len(lengths), _PADDED_ROWS)]
     padded = padded_tokens(lengths, in_order, packing=False)
     return {
         "packed_rows": len(bins),

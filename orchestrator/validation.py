@@ -9,7 +9,7 @@ from clusters.probe import probe_this_node
 from orchestrator import models, planner, workload
 from orchestrator.data.files import read_rows
 from orchestrator.data.formats import DETECTABLE, BadRow, convert, detect
-from orchestrator.data.prepare import sources_of
+from orchestrator.data.sources import sources_of
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.spec import HeldOut

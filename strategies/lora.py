@@ -97,7 +97,7 @@ class Lora:
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with it; a float is as good
             lora_dropout=self.lora_dropout,
-            target_modules=self.lora_target_modules,
+            target_modules=self._targets(model),
             layers_to_transform=self.layers_to_transform,
             modules_to_save=self.modules_to_save,
             bias=self.bias,
@@ -119,3 +119,13 @@ class Lora:
             peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
 
         return TrainSetup(peft_model, optimizer, parameters, export, export_name="adapter")
+
+    def _targets(self, model: Any) -> str | list[str]:
+        """The targets in a form that PEFT accepts together with a choice of layers: names instead of `all-linear`."""
+        if self.layers_to_transform is None or self.lora_target_modules != "all-linear":
+            return self.lora_target_modules
+        import torch
+
+        output = model.get_output_embeddings()
+        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
+        return sorted({name.rsplit(".", 1)[-1] for name in linear})

@@ -14,7 +14,7 @@ OptimName = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, arXiv 1711.05101), SGD or Adafactor over `groups`.
 
-    Each group may carry its own `lr_factor` (LoRA+ trains B faster than A); a group's `base_lr` is what schedules scale.
+    A group may carry its own `lr_factor` (LoRA+ trains B faster than A); its `base_lr` is what schedules scale.
     """
     for group in groups:
         group["base_lr"] = group["lr"] = settings.learning_rate * group.pop("lr_factor", 1.0)

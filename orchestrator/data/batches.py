@@ -13,7 +13,7 @@ from strategies.techniques.supervised_logits import Batch
 def collate(dataset: Dataset, sample_ids: Sequence[int], packing: bool) -> Batch:
     """Documents end to end in one row (`packing`), or one a row padded on the right with token 0, which is masked."""
     samples = [dataset.tokens(index) for index in sample_ids]
-    ids = [torch.as_tensor(tokens, dtype=torch.long) for tokens, _ in samples]
+    ids = [torch.tensor(tokens, dtype=torch.long) for tokens, _ in samples]
     masks = [torch.tensor(mask, dtype=torch.bool) for _, mask in samples]
     lengths = tuple(len(tokens) for tokens in ids)
     if packing:

@@ -1,7 +1,7 @@
 """Tokenised samples in one memory-mapped Arrow file, made once and found again by content.
 
-The cache's name is a hash of everything the tokens depend on: the data files' bytes, the tokenizer's files, the template
-and the options.  Samples are read from the mapping, so a dataset may be larger than memory.
+The cache's name is a hash of everything the tokens depend on: the data files' bytes, the tokenizer's files, the
+template and the options.  Samples are read from the mapping, so a dataset may be larger than memory.
 """
 
 from __future__ import annotations

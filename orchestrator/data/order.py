@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # counting steps is part of planning, which needs no numpy
 
 @dataclass(frozen=True)
 class Order:
-    """The steps of a run over `num_samples` samples; each epoch ends with a shorter step if the numbers do not divide."""
+    """The steps of a run; each epoch ends with a shorter step if the numbers do not divide."""
 
     num_samples: int
     global_batch_size: int

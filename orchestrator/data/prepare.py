@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestrator.data.dataset import Dataset, Options, build, cache_key
-from orchestrator.data.files import Row, digest, find_files, looks_like_hub_name, read_hub_rows, read_rows
+from orchestrator.data.files import digest
+from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.data.template import Renderer, chat_template_of
 from orchestrator.errors import JobError, MissingExtra
 from orchestrator.jobfile import Job
@@ -46,32 +47,6 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
         files["eval"] = str(eval_folder)
         held_out = Dataset.load(eval_folder)
     return Prepared(train, held_out, files, maker.num_made == 0)
-
-
-def sources_of(job: Job, value: Any, key: str) -> list[tuple[Source, list[Path]]]:
-    """Each source of a data key with its files; an empty list of files is a hub dataset.
-
-    Raises JobError for paths that are not there.
-    """
-    sources = []
-    for item in value if isinstance(value, list) else [value]:
-        source = Source(path=item, format=job.spec.data.format) if isinstance(item, str) else item
-        path = job.path(source.path)
-        if not path.exists() and looks_like_hub_name(source.path):
-            sources.append((source, []))
-        else:
-            sources.append((source, find_files(path, key)))
-    if not sources:
-        raise JobError(f"{key} is an empty list; give at least one path")
-    return sources
-
-
-def rows_of(source: Source, files: list[Path]) -> Iterator[Row]:
-    """All rows of a source."""
-    if not files:
-        yield from read_hub_rows(source.path, source.split)
-    for file in files:
-        yield from read_rows(file)
 
 
 def renderer_for(job: Job, model_folder: Path) -> Renderer:

@@ -15,8 +15,8 @@ from orchestrator.data.formats import Example
 from orchestrator.errors import JobError
 
 _MEND = (
-    "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and {% endgeneration %},"
-    " or set data.assistant_only_loss: false to train on every token"
+    "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and"
+    " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
 )
 
 
@@ -65,10 +65,11 @@ class Renderer:
 
     def _plain(self, prompt: str, text: str, only_answer: bool) -> Tokens:
         """Prompt and text end to end, then the end-of-text token; special tokens as the tokenizer adds them."""
-        encoded = self.tokenizer(prompt + text, return_offsets_mapping=True)
-        ids = list(encoded["input_ids"])
-        starts = [start for start, _ in encoded["offset_mapping"]]
-        supervised = [(not only_answer or start >= len(prompt)) for start in starts]
+        # Apart, as they are when an answer is generated: no token may straddle the border.
+        question = list(self.tokenizer(prompt)["input_ids"]) if prompt else []
+        answer = list(self.tokenizer(text, add_special_tokens=not prompt)["input_ids"])
+        ids = question + answer
+        supervised = [not only_answer] * len(question) + [True] * len(answer)
         eos = self.tokenizer.eos_token_id
         if eos is not None and (not ids or ids[-1] != eos):
             ids.append(eos)

@@ -56,7 +56,7 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens
     input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
     mask = torch.zeros_like(input_ids)
     for row, ids in enumerate(prompts):
-        input_ids[row, width - len(ids) :] = torch.as_tensor(ids, dtype=torch.long)
+        input_ids[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
         mask[row, width - len(ids) :] = 1
     output = model.generate(
         input_ids=input_ids.to(model.device),

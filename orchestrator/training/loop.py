@@ -2,8 +2,8 @@
 
 What a step computes does not depend on how it is laid out.  The samples of a step are a function of (seed, step); each
 micro-batch contributes its *sum* of token losses divided by the supervised tokens of the *whole* step, a number known
-from the data's index; gradients are summed, never averaged.  So micro-batch size, packing, accumulation and the number of
-workers change the speed and nothing else.
+from the data's index; gradients are summed, never averaged.  So micro-batch size, packing, accumulation and the number
+of workers change the speed and nothing else.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import zlib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -209,6 +210,17 @@ def peak_bytes(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory held now: on a CPU the whole process, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the peak so far is the nearest known figure
+        return peak_bytes(device)
+    return pages * resource.getpagesize()
 
 
 def _dropout_seed(seed: int, step: int, sample_ids: tuple[int, ...]) -> int:

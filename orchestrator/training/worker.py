@@ -21,7 +21,7 @@ from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training import checkpoint
 from orchestrator.training.evaluate import Answer, generate_answers, score
-from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, train
+from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.techniques import attention, checkpointing
@@ -44,6 +44,7 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
     torch.set_num_threads(plan.threads_per_worker)
     record = run.record if group.rank == 0 else _ignore
     began = time.perf_counter()
+    libraries_bytes = resident_bytes(device)
     data, held_out = load_data(run)
     location = run.read_json("data.json")["model"]
     setup, techniques = prepare(job, plan, location, device, record)
@@ -93,7 +94,13 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
     if group.rank == 0:
         _hand_back(run, job, setup, tokenizer)
-        run.write("result.json", json.dumps(_result(job, plan, progress, after, train_s, device, data), indent=1))
+        result = _result(plan, progress, after, train_s, data)
+        result["memory"] = {
+            "predicted_bytes": plan.memory.total_bytes,
+            "measured_peak_bytes": peak_bytes(device),
+            "libraries_bytes": libraries_bytes,
+        }
+        run.write("result.json", json.dumps(result, indent=1))
         if after:
             record("quality", when="after", **_numbers(after))
         record("state", state="finished", step=progress.step)
@@ -260,9 +267,7 @@ def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any) -> N
     temporary.rename(final)
 
 
-def _result(
-    job: Job, plan: Plan, progress: Progress, after: Any, train_s: float, device: torch.device, data: Dataset
-) -> dict[str, Any]:
+def _result(plan: Plan, progress: Progress, after: Any, train_s: float, data: Dataset) -> dict[str, Any]:
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -272,7 +277,6 @@ def _result(
         "best_checkpoint": progress.best_checkpoint,
         "before": progress.before,
         "after": after,
-        "memory": {"predicted_bytes": plan.memory.total_bytes, "measured_peak_bytes": peak_bytes(device)},
         "data_digest": data.digest,
         "plan_hash": plan.hash,
     }

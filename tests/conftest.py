@@ -1,0 +1,134 @@
+"""Fixtures: a tiny real Llama with a real tokenizer, and rows to train it on.  Nothing of our own code is mocked."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+# Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+WORDS = [
+    "red",
+    "green",
+    "blue",
+    "cat",
+    "dog",
+    "bird",
+    "sees",
+    "likes",
+    "finds",
+    "the",
+    "a",
+    "and",
+    "one",
+    "two",
+    "three",
+    "small",
+    "large",
+]
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE tokenizer with a ChatML template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    raw = Tokenizer(models.BPE())
+    raw.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    raw.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    raw.train_from_iterator([" ".join(WORDS)] * 50 + ["system user assistant\n"] * 50, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tokenizer.chat_template = CHAT_TEMPLATE
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer_folder, tmp_path_factory):
+    """A Llama of 40 thousand parameters, grouped-query attention, tied embeddings; weights large enough to differ."""
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=400,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        tie_word_embeddings=True,
+        initializer_range=0.2,
+        bos_token_id=None,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    folder = tmp_path_factory.mktemp("model")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(tokenizer_folder).save_pretrained(folder)
+    return folder
+
+
+def question(i: int) -> str:
+    return " ".join(WORDS[(i * step + step) % len(WORDS)] for step in range(1, 3 + i % 6))
+
+
+def rows(count: int, start: int = 0) -> list[dict]:
+    return [
+        {"prompt": question(i), "completion": WORDS[i % 5] + (" and " + WORDS[i % 7] if i % 3 else "")}
+        for i in range(start, start + count)
+    ]
+
+
+def write_jsonl(path: Path, items) -> Path:
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+@pytest.fixture
+def job_text(model_folder, tmp_path):
+    """A job over the tiny model with its data files beside it; relative paths as a user would write them."""
+    write_jsonl(tmp_path / "train.jsonl", rows(40))
+    write_jsonl(tmp_path / "eval.jsonl", rows(8, start=100))
+    return f"""\
+name: tiny
+model:
+  model_name_or_path: {model_folder}
+  dtype: float32
+data:
+  train: train.jsonl
+  eval: eval.jsonl
+  max_length: 64
+method:
+  type: lora
+  lora_r: 4
+train:
+  global_batch_size: 8
+  max_steps: 6
+  learning_rate: 1e-2
+checkpoint:
+  output_dir: {tmp_path / "runs"}
+"""

@@ -1,0 +1,250 @@
+"""Micro-batches, packing, accumulation and workers change the speed and nothing else."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from orchestrator.data.dataset import Dataset, Options, build
+from orchestrator.data.files import read_rows
+from orchestrator.data.order import Order
+from orchestrator.data.template import Renderer
+from orchestrator.errors import Diverged
+from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, train
+from orchestrator.training.parallel import Group
+from strategies import METHODS
+from strategies.contract import Techniques, TrainSettings
+from strategies.techniques import attention, checkpointing
+from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
+
+ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
+SCHEDULE = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
+
+
+@pytest.fixture(scope="module")
+def data_folder(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    file = write_jsonl(folder / "rows.jsonl", rows(24))
+    renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), CHAT_TEMPLATE)
+    build(read_rows(file), renderer, Options("auto", "", 64, "truncate", True), folder / "samples")
+    return folder / "samples"
+
+
+def run(model_folder, data_folder, techniques, group=None, steps=3, method="lora", optim="sgd", save=None, **schedule):
+    """Train a few steps; returns (losses, the gradient of each step as one vector, setup)."""
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder, dtype=torch.float32, attn_implementation=techniques.attn_implementation
+    )
+    settings = TrainSettings(1e-2, 0.0, optim, 0.9, 0.999, 1e-8, techniques, 3)
+    setup = METHODS[method]().setup(model, settings)
+    if techniques.gradient_checkpointing:
+        checkpointing.enable(setup.model)
+    data, losses, gradients = Dataset.load(data_folder), {}, []
+    setup.optimizer.register_step_pre_hook(
+        lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in setup.parameters.values()]))
+    )
+
+    def record(event, **fields):
+        if event == "step":
+            losses[fields["step"]] = fields["loss"]
+
+    hooks = Hooks(record, save or (lambda now: "none"), lambda: False)
+    order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
+    plan = dataclasses.replace(SCHEDULE, **schedule)
+    train(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks)
+    return list(losses.values()), gradients, setup
+
+
+def close(first, second):
+    """Losses and gradients of every step agree to 1e-5, relative."""
+    assert first[0] == pytest.approx(second[0], rel=1e-5)
+    assert len(first[1]) == len(second[1]) > 0
+    for ours, theirs in zip(first[1], second[1], strict=True):
+        assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
+
+
+@pytest.fixture(scope="module")
+def reference(model_folder, data_folder):
+    return run(model_folder, data_folder, ONE_BY_ONE)
+
+
+@pytest.mark.parametrize(
+    "techniques",
+    [
+        dataclasses.replace(ONE_BY_ONE, per_device_train_batch_size=8),
+        dataclasses.replace(ONE_BY_ONE, per_device_train_batch_size=3),
+        Techniques("float32", "document", True, False, 8, 64),
+        Techniques("float32", "document", True, False, 1, 64),
+        Techniques("float32", "document", True, True, 1, 64),
+    ],
+    ids=["8 x 1", "3 + 3 + 2", "packed in one row", "packed in rows of 64", "packed and checkpointed"],
+)
+def test_every_layout_gives_the_losses_and_gradients_of_one_sample_at_a_time(
+    reference, model_folder, data_folder, techniques
+):
+    close(run(model_folder, data_folder, techniques), reference)
+
+
+def test_full_training_is_as_independent_of_layout(model_folder, data_folder):
+    packed = Techniques("float32", "document", True, False, 8, 64)
+
+    close(
+        run(model_folder, data_folder, packed, method="full", steps=2),
+        run(model_folder, data_folder, ONE_BY_ONE, method="full", steps=2),
+    )
+
+
+def worker(rank, model_folder, data_folder, out, port):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    losses, gradients, _ = run(model_folder, data_folder, ONE_BY_ONE, Group(rank, 2))
+    torch.save((losses, gradients), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_two_workers_are_one(reference, model_folder, data_folder, tmp_path):
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    torch.multiprocessing.spawn(worker, (str(model_folder), data_folder, str(tmp_path), port), nprocs=2)
+
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    close(results[0], reference)
+    assert results[0][0] == results[1][0]
+    assert all(torch.equal(a, b) for a, b in zip(results[0][1], results[1][1], strict=True))
+
+
+def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
+    from orchestrator.training import checkpoint
+
+    packed = Techniques("float32", "document", True, False, 1, 64)
+    kept = {}
+
+    def save(now):
+        kept[now.step] = dataclasses.replace(now)
+        return "x"
+
+    whole = run(model_folder, data_folder, packed, steps=4, optim="adamw_torch_fused", save=save, save_steps=2)
+    half = run(model_folder, data_folder, packed, steps=2, optim="adamw_torch_fused")
+    checkpoint.save(tmp_path, half[2], kept[2].as_dict())
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    progress = Progress(**found.state)
+    train_away(half[2])
+    found.restore(half[2])
+    losses = []
+    order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4)
+    hooks = Hooks(
+        lambda event, **f: losses.append(f["loss"]) if event == "step" else None, lambda now: "x", lambda: False
+    )
+    train(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks)
+
+    assert losses == whole[0][2:]
+    for name, parameter in whole[2].parameters.items():
+        assert torch.equal(half[2].parameters[name], parameter)
+
+
+def train_away(setup):
+    """Spoil weights and moments, so that a restore that forgets one shows."""
+    with torch.no_grad():
+        for parameter in setup.parameters.values():
+            parameter.add_(1.0)
+    setup.optimizer.state.clear()
+
+
+def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
+    """Random numbers follow from the step and its samples, not from what ran before."""
+    from strategies.lora import Lora
+
+    losses = []
+    for consumed in (0, 1000):
+        attention.register()
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
+        setup = Lora(lora_dropout=0.5, init_lora_weights="gaussian").setup(model, settings)
+        with torch.no_grad():
+            for parameter in setup.parameters.values():
+                parameter.add_(0.05)
+        torch.rand(consumed)
+        seen = []
+        hooks = Hooks(lambda event, seen=seen, **f: seen.append(f.get("loss")), lambda now: "x", lambda: False)
+        order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=1)
+        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+        losses.append(seen[0])
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_folder, data_folder):
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
+    setup = METHODS["lora"]().setup(model, settings)
+    with torch.no_grad():
+        next(iter(setup.parameters.values())).fill_(float("nan"))
+    order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
+    hooks = Hooks(lambda event, **f: None, lambda now: "x", lambda: False)
+
+    with pytest.raises(Diverged) as caught:
+        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+
+    assert caught.value.step == 0
+    assert sorted(caught.value.sample_ids) == sorted(order.sample_ids(0))
+
+
+def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder):
+    saved = []
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
+    setup = METHODS["lora"]().setup(model, settings)
+    order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
+    hooks = Hooks(lambda event, **f: None, lambda now: saved.append(now.step) or "x", lambda: True)
+
+    progress = train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+
+    assert (progress.step, progress.stopped, saved) == (1, "asked", [1])
+
+
+def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_folder, data_folder):
+    attention.register()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+    settings = TrainSettings(3.0, 0.0, "sgd", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)  # a rate that only does harm
+    setup = METHODS["full"]().setup(model, settings)
+    data = Dataset.load(data_folder)
+    events = []
+    hooks = Hooks(lambda event, **f: events.append((event, f)), lambda now: "x", lambda: False)
+    order = Order(24, 8, seed=5, num_train_epochs=10)
+    schedule = dataclasses.replace(SCHEDULE, eval_steps=1, early_stopping_patience=2, max_grad_norm=0.0)
+
+    progress = train(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, Group(), Progress(), hooks)
+
+    losses = [f["eval_loss"] for event, f in events if event == "eval"]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert progress.stopped == "early"
+    assert progress.step == best + 3 < order.num_steps
+    assert progress.best_checkpoint == f"step-{best + 1:08d}"
+
+
+def test_held_out_loss_is_the_same_padded_and_packed(model_folder, data_folder):
+    data = Dataset.load(data_folder)
+    *_, padded = run(model_folder, data_folder, ONE_BY_ONE, steps=1)
+    packed = Techniques("float32", "document", True, False, 4, 64)
+    *_, setup = run(model_folder, data_folder, packed, steps=1)
+
+    assert evaluate_loss(setup, data, packed, Group()) == pytest.approx(
+        evaluate_loss(padded, data, ONE_BY_ONE, Group()), rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_lower_precisions_train_too(model_folder, data_folder, reference, dtype):
+    losses, _, setup = run(model_folder, data_folder, dataclasses.replace(ONE_BY_ONE, dtype=dtype))
+
+    assert losses == pytest.approx(reference[0], rel=0.02)
+    assert {p.dtype for p in setup.parameters.values()} == {torch.float32}

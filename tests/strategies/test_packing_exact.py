@@ -1,0 +1,135 @@
+"""No document in a packed row sees another, and the loss at supervised positions is the whole loss."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from strategies.techniques import attention
+from strategies.techniques.supervised_logits import Batch, loss_sum
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 8},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 6},
+    "gemma": {"num_key_value_heads": 2, "head_dim": 8},
+    "phi": {},
+    "gpt_neox": {},
+    "opt": {"ffn_dim": 64, "word_embed_proj_dim": 32},
+    "gpt2": {},
+}
+
+
+def tiny(family, **extra):
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **extra,
+    )
+    attention.register()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+
+
+def documents(*lengths):
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(3, 97, (n,), generator=generator) for n in lengths]
+
+
+def as_batch(docs, mask=None):
+    masks = mask or [torch.tensor([False] + [True] * (len(d) - 1)) for d in docs]
+    return Batch(torch.cat(docs)[None], torch.cat(masks)[None], tuple(map(len, docs)), None, tuple(range(len(docs))))
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_packed_loss_is_the_mean_of_separate_losses(family):
+    model = tiny(family, **FAMILIES[family])
+    docs = documents(9, 3, 14, 5)
+    plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
+    plain.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        separate = sum(
+            F.cross_entropy(plain(d[None], use_cache=False).logits[0, :-1], d[1:], reduction="sum") for d in docs
+        )
+
+        packed = loss_sum(model, as_batch(docs))
+
+    assert model.config._attn_implementation == attention.NAME
+    assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
+
+
+def test_one_changed_document_leaves_the_others_alone():
+    model = tiny("llama")
+    docs = documents(6, 7)
+    changed = [docs[0].flip(0), docs[1]]
+    only_second = [torch.zeros(6, dtype=torch.bool), torch.tensor([False] + [True] * 6)]
+
+    with torch.no_grad():
+        assert loss_sum(model, as_batch(docs, only_second)) == loss_sum(model, as_batch(changed, only_second))
+
+
+def test_a_leak_is_seen_by_the_check():
+    model = tiny("llama")
+    assert attention.packing_error(model) < 1e-4
+
+    original = attention.packed_arguments
+    try:
+        attention.packed_arguments = lambda lengths, device: original([sum(lengths)], device)  # borders forgotten
+
+        assert attention.packing_error(model) > 0.05
+    finally:
+        attention.packed_arguments = original
+
+
+def test_a_model_that_does_not_pass_borders_on_is_refused():
+    with pytest.raises(ValueError, match="document_lengths"):
+        attention.document_attention(torch.nn.Module(), *[torch.zeros(1, 2, 3, 4)] * 3, None)
+
+
+def test_a_family_that_leaks_with_ordinary_kernels_is_found_out():
+    """OPT in transformers 5.23 forgets the borders when it builds its mask; only the document kernel keeps them."""
+    model = tiny("opt", **FAMILIES["opt"])
+    assert attention.packing_error(model) < 1e-4
+
+    model.set_attn_implementation("sdpa")
+
+    assert attention.packing_error(model) > 0.05
+
+
+def test_padded_rows_give_the_same_loss_as_packed_rows():
+    model = tiny("llama")
+    docs = documents(9, 3, 14)
+    width = max(map(len, docs))
+    ids, mask, attend = (torch.zeros(3, width, dtype=torch.long) for _ in range(3))
+    for row, doc in enumerate(docs):
+        ids[row, : len(doc)], attend[row, : len(doc)], mask[row, 1 : len(doc)] = doc, 1, 1
+    packed = loss_sum(model, as_batch(docs))
+    model.set_attn_implementation("sdpa")
+
+    padded = loss_sum(model, Batch(ids, mask.bool(), None, attend, (0, 1, 2)))
+
+    assert padded.item() == pytest.approx(packed.item(), rel=1e-5)
+
+
+def test_loss_of_some_positions_is_the_full_loss_masked():
+    model = tiny("llama")
+    (doc,) = documents(12)
+    mask = torch.tensor([False, False, False, True, True, False, True, False, False, True, True, True])
+    with torch.no_grad():
+        logits = model(doc[None], document_lengths=(12,), use_cache=False).logits[0]
+    each = F.cross_entropy(logits[:-1], doc[1:], reduction="none")
+
+    chosen = loss_sum(model, as_batch([doc], [mask]))
+
+    assert chosen.item() == pytest.approx(each[mask[1:]].sum().item(), rel=1e-6)

@@ -1,0 +1,120 @@
+"""The walls of the house: imports go down only, planning is light, one owner for each heavy library."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {"clusters": set(), "strategies": {"clusters"}, "orchestrator": {"clusters", "strategies"}}
+HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow", "kubernetes", "datasets", "numpy", "pyarrow")
+
+
+def modules() -> list[Path]:
+    found = [path for floor in FLOORS for path in (ROOT / floor).rglob("*.py")]
+    assert len(found) > 30, "the glob found too little to prove anything"
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def test_imports_go_down_only():
+    for path in modules():
+        floor = path.relative_to(ROOT).parts[0]
+        for name in imports(path):
+            target = name.split(".")[0]
+            if target in FLOORS and target != floor:
+                assert target in FLOORS[floor], f"{path.relative_to(ROOT)} imports {name}"
+
+
+def test_strategies_use_only_capability_and_units_of_clusters():
+    for path in (ROOT / "strategies").rglob("*.py"):
+        from_clusters = {name for name in imports(path) if name.startswith("clusters")}
+
+        assert from_clusters <= {"clusters.capability", "clusters.units"}, path
+
+
+def test_strategies_never_import_ray():
+    for path in (ROOT / "strategies").rglob("*.py"):
+        assert not any(name.split(".")[0] == "ray" for name in imports(path)), path
+
+
+def test_planning_path_loads_nothing_heavy():
+    code = (
+        "import sys, orchestrator.cli, orchestrator.jobfile, orchestrator.planner, orchestrator.workload\n"
+        "import orchestrator.run, orchestrator.schema, orchestrator.validation, strategies\n"
+        "import clusters.capability, clusters.probe, clusters.connect\n"
+        f"print([name for name in {HEAVY} if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+
+    assert shown.stdout.strip() == "[]"
+
+
+def test_pydantic_stays_at_the_edge():
+    owners = {
+        path.relative_to(ROOT).as_posix() for path in modules() if any("pydantic" in name for name in imports(path))
+    }
+
+    assert owners == {"orchestrator/spec.py", "orchestrator/jobfile.py", "orchestrator/schema.py"}
+
+
+def test_no_method_is_named_in_the_orchestrator():
+    from strategies import METHODS
+
+    assert METHODS
+    found = 0
+    for path in (ROOT / "orchestrator").rglob("*.py"):
+        found += 1
+        if "recipes" in path.parts:
+            continue
+        strings = {
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant) and isinstance(node.value, str)
+        }
+        assert not strings & set(METHODS), f"{path} names {strings & set(METHODS)}"
+        assert not any(name.startswith("strategies.") and name.split(".")[1] in METHODS for name in imports(path)), path
+    assert found > 20
+
+
+def test_each_heavy_library_has_one_owner():
+    owners = {"ray.train": set(), "mlflow": set(), "kubernetes": set(), "ray": set()}
+    for path in modules():
+        for name in imports(path):
+            for library, found in owners.items():
+                if name == library or name.startswith(f"{library}."):
+                    found.add(path.relative_to(ROOT).as_posix())
+
+    assert owners["ray.train"] == {"orchestrator/training/launch.py"}
+    assert owners["mlflow"] == {"orchestrator/tracking.py"}
+    assert owners["kubernetes"] == set()
+    assert owners["ray"] == {"clusters/connect.py", "orchestrator/training/launch.py"}
+
+
+def test_nothing_reads_pickles():
+    for path in modules():
+        text = path.read_text()
+        assert "torch.load(" not in text, path
+        assert not imports(path) & {"pickle", "cloudpickle", "dill"}, path
+
+
+def test_top_level_is_what_the_house_allows():
+    listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
+    if listed.returncode:
+        pytest.skip("not a git checkout")
+    allowed = {"pyproject.toml", "orchestrator", "strategies", "clusters", "tests", "k8s", "README.md"}
+    allowed |= {"Makefile", "LICENSE", "CONTRIBUTING.md", ".ci", ".gitignore", "README.ja.md"}
+    top = {line.split("/")[0] for line in listed.stdout.splitlines()}
+
+    assert top and top <= allowed, top - allowed
