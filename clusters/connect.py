@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 SLOT = "train_slot"  # one for each device that trains
+_KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
 
 
@@ -21,6 +23,17 @@ class Connection:
     """What one training worker asks the cluster for."""
 
     slot_resources: dict[str, float]
+
+
+def _refuse_unreachable(address: str) -> None:
+    """Knock at HOST:PORT first: Ray itself would try for minutes."""
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
+    except (OSError, OverflowError) as error:
+        raise CannotConnect(f"no Ray cluster at {address!r}: {error}") from error
 
 
 @contextlib.contextmanager
@@ -37,6 +50,7 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    _refuse_unreachable(address)
     try:
         if address == "local":
             ray.init(

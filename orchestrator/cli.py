@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 
 from orchestrator import __version__
-from orchestrator.errors import JobError, OrchestratorError
+from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.jobfile import Job, read_job, read_run_job
 from orchestrator.rundir import RunFolder, utc
 
@@ -218,10 +218,9 @@ def evaluate(
 
     found = RunFolder.find(run, runs)
     job = read_run_job(found.path)
-    with _extras():
-        from orchestrator.training.finished import evaluate as measure
+    from orchestrator.training.finished import evaluate as measure
 
-        quality = measure(found, job, held_out_of(found, job, data, err.print))
+    quality = measure(found, job, held_out_of(found, job, data, err.print))
     if json_:
         _print_json(quality)
     else:
@@ -239,10 +238,9 @@ def merge(
     Example: orchestrator merge my-model latest
     """
     found = RunFolder.find(run, runs)
-    with _extras():
-        from orchestrator.training.finished import merge as write
+    from orchestrator.training.finished import merge as write
 
-        write(found, read_run_job(found.path), output)
+    write(found, read_run_job(found.path), output)
     out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
 
 
@@ -258,12 +256,10 @@ def inspect(
 
     Example: orchestrator inspect quickstart --rows 2
     """
+    from orchestrator.inspection import view
     from orchestrator.run import look_at_data
 
-    with _extras():
-        from orchestrator.inspection import view
-
-        seen = look_at_data(_job(job, set_), row, rows)
+    seen = look_at_data(_job(job, set_), row, rows)
     if json_:
         _print_json(seen)
     else:
@@ -346,15 +342,24 @@ def main() -> None:
     try:
         app(prog_name="orchestrator")
     except OrchestratorError as error:
-        if "--json" in sys.argv:
-            _print_json({"error": str(error), "exit_code": error.exit_code})
-        else:
-            err.print(str(error), markup=False, highlight=False, soft_wrap=True, style="red")
-        sys.exit(error.exit_code)
+        sys.exit(_fail(error))
+    except ModuleNotFoundError as error:
+        package = (error.name or "").split(".")[0]
+        if package not in EXTRAS:
+            raise
+        sys.exit(_fail(MissingExtra(package)))
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _fail(error: OrchestratorError) -> int:
+    if "--json" in sys.argv:
+        _print_json({"error": str(error), "exit_code": error.exit_code})
+    else:
+        err.print(str(error), markup=False, highlight=False, soft_wrap=True, style="red")
+    return error.exit_code
 
 
 def _as_interrupt(*_: Any) -> None:
@@ -392,17 +397,6 @@ def _watcher(as_json: bool) -> Iterator[Any]:
         yield watcher
     finally:
         watcher.close()
-
-
-@contextmanager
-def _extras() -> Iterator[None]:
-    """A missing package of the `train` extra becomes the line to type."""
-    from orchestrator.errors import MissingExtra
-
-    try:
-        yield
-    except ImportError as error:
-        raise MissingExtra(error.name or str(error), "train") from None
 
 
 def _print_result(run: RunFolder, as_json: bool) -> None:

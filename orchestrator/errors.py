@@ -14,6 +14,13 @@ do.
 
 from collections.abc import Sequence
 
+# Which extra of pyproject.toml brings a package that is loaded late.
+EXTRAS = {
+    **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
+    **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn"), "train"),
+    "gguf": "quickstart",
+}
+
 
 class OrchestratorError(Exception):
     """Base of the tree; its text is meant for a person and is printed without a traceback."""
@@ -32,9 +39,10 @@ class JobError(OrchestratorError):
 
 
 class MissingExtra(JobError):
-    """A package of an extra is missing."""
+    """A package of an extra is missing; the command line makes it of the ImportError that shows it."""
 
-    def __init__(self, package: str, extra: str) -> None:
+    def __init__(self, package: str) -> None:
+        extra = EXTRAS.get(package, "train")
         super().__init__(
             f"this needs the package {package!r}, which is not installed. Type: pip install"
             f" 'finetune-orchestrator[{extra}]' (in a clone of the project: pip install -e '.[{extra}]')"

@@ -72,7 +72,8 @@ def _cost_sentence(result: dict[str, Any]) -> str:
     measured = memory["measured_peak_bytes"] - memory["libraries_bytes"]
     return (
         f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
-        f" ({tokens / seconds:.0f} tokens/s); training memory {format_bytes(measured)} at its peak (predicted {format_bytes(memory['predicted_bytes'])},"
+        f" ({tokens / seconds:.0f} tokens/s); training memory {format_bytes(measured)} at its peak"
+        f" (predicted {format_bytes(memory['predicted_bytes'])},"
         f" libraries {format_bytes(memory['libraries_bytes'])} more)"
     )
 

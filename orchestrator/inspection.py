@@ -29,12 +29,13 @@ def look(job: Job, model_folder: Path, max_length: int, first: int, num_rows: in
     statistics, shown, lengths = Statistics(), [], []
     formats: dict[str, int] = {}
     broken: list[str] = []
+    detected: dict[str, str] = {}
     for source, files in sources_of(job, job.spec.data.train, "data.train"):
         options = options_for(job, source, max_length)
         for row in rows_of(source, files):
             statistics.rows += 1
             try:
-                row_format, samples = samples_of(row, renderer, options, statistics)
+                row_format, samples = samples_of(row, renderer, options, statistics, detected)
             except BadRow as reason:
                 statistics.rejected += 1
                 broken.append(f"{row.where}: {reason}")
@@ -71,14 +72,16 @@ def view(seen: dict[str, Any]) -> RenderableType:
         Text(", ".join(f"{statistics[key]} {key}" for key in ("rows", "samples", "truncated", "dropped", "rejected")))
     )
     if packing:
-        parts.append(
-            Text(
-                f"packing: {packing['packed_rows']} rows of up to {packing['max_length']} tokens, {packing['fill']:.0%} full;"
-                f" padded to the longest of {_PADDED_ROWS}, {packing['padding']:.0%} of the tokens would be padding"
-            )
-        )
+        parts.append(Text(_packing_sentence(packing)))
     parts += [Text(f"broken: {line}", style="red") for line in seen["broken"]]
     return Group(*parts)
+
+
+def _packing_sentence(packing: dict[str, Any]) -> str:
+    return (
+        f"packing: {packing['packed_rows']} rows of up to {packing['max_length']} tokens, {packing['fill']:.0%} full;"
+        f" padded to the longest of {_PADDED_ROWS}, {packing['padding']:.0%} of the tokens would be padding"
+    )
 
 
 def _packing(lengths: list[int], max_length: int) -> dict[str, Any]:

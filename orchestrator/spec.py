@@ -47,7 +47,7 @@ class Source(Section):
     """One data source: a file, a folder or a hub dataset."""
 
     path: str = Field(description="jsonl, json, csv, parquet, a folder of them, or a Hugging Face dataset name")
-    format: Format = _key("auto", "how a row is read; auto looks at the first row")
+    format: Format = _key("auto", "how a row is read; auto looks at the first row of each file")
     split: str = _key("train", "which split, for a hub dataset")
 
 

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import MissingExtra, OrchestratorError
+from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job
 from orchestrator.planner import Plan, settings_of
 from orchestrator.rundir import RunFolder
@@ -76,12 +76,6 @@ def sync(run: RunFolder, job: Job, final: bool = True) -> str:
 
     Sends only what it has not sent yet; with `final` also the state and the artifacts.  Raises TrackingFailed.
     """
-    try:
-        import mlflow  # noqa: F401
-    except ImportError:
-        raise MissingExtra("mlflow", "train") from None
-    for noisy in ("mlflow", "alembic"):
-        logging.getLogger(noisy).setLevel(logging.ERROR)
     uri = job.spec.tracking.mlflow_uri or f"sqlite:///{run.path.parent / 'mlflow.db'}"
     try:
         _Sender(run, job, uri).send(final)
@@ -97,6 +91,8 @@ class _Sender:
     def __init__(self, run: RunFolder, job: Job, uri: str) -> None:
         from mlflow.tracking import MlflowClient
 
+        for noisy in ("mlflow", "alembic"):  # after the import, which sets levels of its own
+            logging.getLogger(noisy).setLevel(logging.ERROR)
         self.run, self.job, self.uri = run, job, uri
         self.client = MlflowClient(tracking_uri=uri)
         known = run.read_json("tracking.json")

@@ -153,6 +153,7 @@ def build(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pat
 
 def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Path) -> None:
     statistics, formats, broken = Statistics(), Counter[str](), list[str]()
+    detected: dict[str, str] = {}
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
         pyarrow.ipc.new_file(sink, _SCHEMA) as writer,
@@ -162,7 +163,7 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pa
         for row in rows:
             statistics.rows += 1
             try:
-                row_format, samples = samples_of(row, renderer, options, statistics)
+                row_format, samples = samples_of(row, renderer, options, statistics, detected)
             except BadRow as reason:
                 statistics.rejected += 1
                 broken.append(f"{row.where}: {reason}")
@@ -190,14 +191,18 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pa
 
 
 def samples_of(
-    row: Row, renderer: Renderer, options: Options, statistics: Statistics
+    row: Row, renderer: Renderer, options: Options, statistics: Statistics, detected: dict[str, str]
 ) -> tuple[str, list[dict[str, Any]]]:
-    """The format of a row and its samples (none when dropped, several when split), counted into `statistics`."""
+    """The format of a row and its samples (none when dropped, several when split), counted into `statistics`.
+
+    Where the format is open, the first row of a file that has one decides for the file; `detected` remembers it.
+    """
     if row.broken:
         raise BadRow(row.broken)
-    row_format = options.format if options.format != "auto" else detect(row.values)
+    row_format = detected.get(row.file) or (options.format if options.format != "auto" else detect(row.values))
     if row_format is None:
         raise BadRow(f"fields {sorted(map(str, row.values))} fit no known format; known: {DETECTABLE}")
+    detected[row.file] = row_format
     example = convert(row.values, row_format, options.instruction)
     tokens = renderer.render(example)
     pieces = _fit(tokens, options, statistics)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import JobError, MissingExtra
+from orchestrator.errors import JobError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -60,10 +60,8 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 def read_hub_rows(name: str, split: str) -> Iterator[Row]:
     """The rows of a hub dataset's split, through the `datasets` library."""
-    try:
-        import datasets
-    except ImportError:
-        raise MissingExtra("datasets", "train") from None
+    import datasets
+
     try:
         rows = datasets.load_dataset(name, split=split)
     except Exception as error:  # the library raises dozens of types for hub trouble
@@ -124,11 +122,9 @@ def _read_csv(file: Path) -> Iterator[Row]:
 
 
 def _read_parquet(file: Path) -> Iterator[Row]:
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError:
-        raise MissingExtra("pyarrow", "train") from None
+    import pyarrow
+    import pyarrow.parquet
+
     try:
         number = 0
         for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=1024):

@@ -11,7 +11,7 @@ from orchestrator.data.dataset import Dataset, Options, build, cache_key
 from orchestrator.data.files import digest
 from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.data.template import Renderer, chat_template_of
-from orchestrator.errors import JobError, MissingExtra
+from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.spec import HeldOut, Source
 
@@ -51,10 +51,8 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
 
 def renderer_for(job: Job, model_folder: Path) -> Renderer:
     """The renderer of a job: its tokenizer with its chat template."""
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        raise MissingExtra("transformers", "train") from None
+    from transformers import AutoTokenizer
+
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
     except (ValueError, OSError, KeyError) as error:

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from orchestrator.data.dataset import Dataset
+from strategies.contract import ModelShape
 from strategies.techniques.precision import autocast
 
-_PROMPTS_A_BATCH = 32
+_CACHE_BYTES, _MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,23 @@ def generate_answers(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trained_with = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")  # prompts are padded here: the training kernel may not know padding
+    # transformers hands the output matrix a strided slice; torch then copies the matrix once for every row (4 GiB here).
+    output = inner.get_output_embeddings()
+    unslice = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     was_training = model.training
     model.eval()
     answers: dict[int, Answer] = {}
+    longest = max((len(ids) for _, ids, _ in usable), default=0) + max_new_tokens
+    rows = max(1, min(_MOST_PROMPTS, _CACHE_BYTES // (longest * _cache_bytes_per_token(inner))))
     try:
-        for start in range(0, len(usable), _PROMPTS_A_BATCH):
-            batch = usable[start : start + _PROMPTS_A_BATCH]
+        for start in range(0, len(usable), rows):
+            batch = usable[start : start + rows]
             with autocast(model.device.type, dtype):
                 texts = _generate(model, tokenizer, [ids for _, ids, _ in batch], max_new_tokens)
             for (index, ids, reference), text in zip(batch, texts, strict=True):
                 answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True), reference, text)
     finally:
+        unslice.remove()
         inner.set_attn_implementation(trained_with)
         model.train(was_training)
     return [answers[index] for index in sorted(answers)]
@@ -68,6 +75,12 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens
         use_cache=True,
     )
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in output]
+
+
+def _cache_bytes_per_token(model: Any) -> int:
+    """Keys and values of one token in every layer."""
+    shape = ModelShape.from_config(model.config.to_dict())
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
 
 
 def score(metrics: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:

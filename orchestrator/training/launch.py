@@ -16,6 +16,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
+from strategies.techniques import host_memory
 
 _GROUP_TIMEOUT_S = 600  # a collective that waits longer has lost a worker
 
@@ -31,7 +32,10 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], max_fai
         train_loop_config={"run": str(run.path), "device": plan.device},
         scaling_config=ScalingConfig(num_workers=plan.num_workers, resources_per_worker=slot_resources),
         run_config=RunConfig(
-            name=run.run_id, storage_path=str(storage), failure_config=FailureConfig(max_failures=max_failures)
+            name=run.run_id,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=max_failures),
+            worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.device == "cpu" else None,
         ),
         torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo", timeout_s=_GROUP_TIMEOUT_S),
     )

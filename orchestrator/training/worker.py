@@ -24,7 +24,7 @@ from orchestrator.training.evaluate import Answer, generate_answers, score
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSettings, TrainSetup
-from strategies.techniques import attention, checkpointing
+from strategies.techniques import attention, checkpointing, host_memory
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -80,8 +80,9 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
     )
     hooks = Hooks(record, save, run.stop_file.exists)
     started = time.perf_counter()
-    progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks)
-    train_s = time.perf_counter() - started
+    with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
+        progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks)
+    train_s, train_peak_bytes = time.perf_counter() - started, peak_bytes(device)
 
     if progress.stopped == "asked":
         record("state", state="stopped", step=progress.step)
@@ -97,7 +98,7 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         result = _result(plan, progress, after, train_s, data)
         result["memory"] = {
             "predicted_bytes": plan.memory.total_bytes,
-            "measured_peak_bytes": peak_bytes(device),
+            "measured_peak_bytes": train_peak_bytes,
             "libraries_bytes": libraries_bytes,
         }
         run.write("result.json", json.dumps(result, indent=1))

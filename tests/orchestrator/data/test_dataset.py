@@ -48,7 +48,7 @@ def test_a_broken_row_stops_everything_and_leaves_nothing(tmp_path, renderer):
         make(tmp_path, renderer, items)
 
     assert "rows.jsonl:4" in caught.value.mistakes[0] and "completion" in caught.value.mistakes[0]
-    assert "rows.jsonl:5" in caught.value.mistakes[1] and "fit no known format" in caught.value.mistakes[1]
+    assert "rows.jsonl:5" in caught.value.mistakes[1] and "is missing" in caught.value.mistakes[1]
     assert "strict: false" in caught.value.mistakes[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
 

@@ -1,0 +1,54 @@
+"""Keep freed memory in the process instead of giving it back to the kernel after every operation.
+
+glibc maps each large tensor anew and unmaps it when it is freed, so a training step on a CPU spends a tenth of its time
+on page faults.  Told to keep what it has, malloc finds the block of the step before.  Measured on SmolLM2-135M, bf16,
+two cores: 415 -> 459 tokens/s (median of 16 steps each, alternating), at 0.3 GiB more resident memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+from collections.abc import Callable, Iterator
+
+# Read by glibc when a process starts: one arena for all threads, since only that one can grow beyond 64 MiB.
+ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+
+# malloc.h of glibc: name -> (while kept, its default)
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_SETTINGS = {
+    _M_MMAP_MAX: (0, 65536),
+    _M_TRIM_THRESHOLD: (2**31 - 1, 128 * 2**10),
+    _M_TOP_PAD: (256 * 2**20, 128 * 2**10),
+}
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[bool]:
+    """Hold on to freed memory inside the block; yields whether the C library understood.
+
+    Not for code that grows tensors step by step, such as generation with a cache: the freed blocks never fit again.
+    """
+    mallopt = _mallopt()
+    understood = mallopt is not None and _set(mallopt, 0)
+    try:
+        yield understood
+    finally:
+        if mallopt is not None:
+            _set(mallopt, 1)
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set(mallopt: Callable[[int, int], int], column: int) -> bool:
+    """Apply one column of the settings, all of them whatever the first says."""
+    return 0 not in [mallopt(name, values[column]) for name, values in _SETTINGS.items()]
+
+
+def _mallopt() -> Callable[[int, int], int] | None:
+    if not sys.platform.startswith("linux"):
+        return None
+    try:
+        return ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):  # another C library
+        return None

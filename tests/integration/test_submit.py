@@ -1,0 +1,256 @@
+"""The main job through its real door: `python -m orchestrator` as a process, embedded Ray, MLflow in SQLite."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.rundir import RunFolder
+from tests.conftest import rows, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+NUM_STEPS = 600
+
+
+def orchestrator(*arguments, cwd, check=None):
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=280,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stdout + done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def place(model_folder, tmp_path_factory):
+    """A folder with a job over the tiny model, long enough to be interrupted."""
+    folder = tmp_path_factory.mktemp("jobs")
+    write_jsonl(folder / "train.jsonl", rows(40))
+    write_jsonl(folder / "eval.jsonl", rows(8, start=100))
+    (folder / "job.yaml").write_text(
+        f"""\
+name: tiny
+model: {{model_name_or_path: {model_folder}, dtype: float32}}
+data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
+method: {{lora_r: 4}}
+train: {{global_batch_size: 8, max_steps: {NUM_STEPS}, learning_rate: 3e-3}}
+checkpoint: {{save_steps: 20}}
+eval: {{max_new_tokens: 8, eval_steps: 60}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    """An uninterrupted run, submitted for machines."""
+    done = orchestrator("submit", "job.yaml", "--json", cwd=place, check=0)
+    told = json.loads(done.stdout)
+    return RunFolder(Path(told["path"])), told
+
+
+def losses(run):
+    return {step: report["loss"] for step, report in run.steps().items()}
+
+
+def test_the_run_folder_holds_the_whole_story(finished):
+    run, told = finished
+
+    names = {path.name for path in run.path.iterdir()}
+    assert {
+        "job.yaml",
+        "capability.json",
+        "plan.json",
+        "events.jsonl",
+        "result.json",
+        "checkpoints",
+        "adapter",
+    } <= names
+    assert sorted(run.steps()) == list(range(1, NUM_STEPS + 1))
+    assert run.state() == "finished"
+    result = told["result"]
+    assert result["after"]["eval_loss"] < 0.7 * result["before"]["eval_loss"]
+    assert 0 <= result["after"]["exact_match"] <= 1
+    assert len(result["after"]["samples"]) == 3
+    assert 2 <= len(list(run.checkpoints.iterdir())) <= 3
+
+
+def test_the_adapter_loads_in_plain_peft_and_has_a_card(finished, model_folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, _ = finished
+
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(run.path / "adapter"))
+
+    assert any(p.abs().sum() > 0 for n, p in model.named_parameters() if "lora_B" in n)
+    card = (run.path / "adapter" / "README.md").read_text()
+    assert "Data digest" in card and "eval_loss" in card
+
+
+def test_the_merged_model_says_what_base_and_adapter_say(finished, place, model_folder):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    run, _ = finished
+
+    orchestrator("merge", "merged", run.run_id, cwd=place, check=0)
+
+    merged = AutoModelForCausalLM.from_pretrained(place / "merged").eval()
+    both = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(model_folder), str(run.path / "adapter")
+    ).eval()
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        difference = (merged(ids).logits - both(ids).logits).abs().max().item()
+        moved = (merged(ids).logits - both.unload()(ids).logits).abs().max().item()
+    assert difference < 1e-4 < moved
+    assert orchestrator("merge", "merged", run.run_id, cwd=place).returncode == 2
+
+
+def test_evaluating_again_gives_the_same_numbers(finished, place):
+    run, told = finished
+
+    again = json.loads(orchestrator("evaluate", run.run_id, "--json", cwd=place, check=0).stdout)
+
+    assert again["eval_loss"] == pytest.approx(told["result"]["after"]["eval_loss"], rel=1e-5)
+    assert again["exact_match"] == told["result"]["after"]["exact_match"]
+
+
+def test_mlflow_mirrors_the_run(finished, place):
+    from mlflow.tracking import MlflowClient
+
+    run, told = finished
+    client = MlflowClient(f"sqlite:///{run.path.parent / 'mlflow.db'}")
+
+    mirrored = client.get_run(run.read_json("tracking.json")["mlflow_run_id"])
+    history = client.get_metric_history(mirrored.info.run_id, "loss")
+    assert mirrored.info.status == "FINISHED"
+    assert {metric.step: metric.value for metric in history} == losses(run)
+    assert mirrored.data.params["train.learning_rate"] == "0.003"
+    assert mirrored.data.params["plan.data.packing"] == "True"
+    assert mirrored.data.metrics["after.eval_loss"] == told["result"]["after"]["eval_loss"]
+    artifacts = {item.path for item in client.list_artifacts(mirrored.info.run_id)}
+    assert {"adapter", "plan.json", "result.json", "events.jsonl"} <= artifacts
+    orchestrator("sync", run.run_id, cwd=place, check=0)
+    assert len(client.get_metric_history(mirrored.info.run_id, "loss")) == NUM_STEPS  # nothing is sent twice
+
+
+def test_list_status_and_logs_tell_it(finished, place):
+    run, _ = finished
+
+    listed = json.loads(orchestrator("list", "--json", cwd=place, check=0).stdout)
+    row = json.loads(orchestrator("status", run.run_id, "--json", cwd=place, check=0).stdout)
+    log = orchestrator("logs", run.run_id, cwd=place, check=0).stdout
+
+    assert run.run_id in {row["run"] for row in listed}
+    assert (row["state"], row["step"]) == ("finished", NUM_STEPS)
+    assert f"step={NUM_STEPS}" in log
+    assert "finished" in orchestrator("status", run.run_id, cwd=place, check=0).stdout
+    assert orchestrator("stop", run.run_id, cwd=place).returncode == 2
+    assert orchestrator("resume", run.run_id, cwd=place).returncode == 2
+
+
+def start(*arguments, cwd):
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+
+
+def kill_tree(process):
+    """kill -9 for the driver, Ray and the workers at once, as a power cut would."""
+    import psutil
+
+    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
+    assert len(everyone) > 3, "Ray's processes are not children of the driver"
+    for one in everyone:
+        one.kill()
+    psutil.wait_procs(everyone, timeout=20)
+    process.wait()
+    process.stdout.close()
+
+
+def wait_for_step(run_folder, step, process):
+    """Block until `run_folder()` has a step report of at least `step`."""
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        run = run_folder()
+        if run and max(run.steps(), default=0) >= step:
+            return run
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.01)
+    raise AssertionError("the run did not get that far")
+
+
+def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(finished, place):
+    reference, _ = finished
+    before = {run.run_id for run in RunFolder.all(place / "runs")}
+
+    def newest():
+        return next((run for run in RunFolder.all(place / "runs") if run.run_id not in before), None)
+
+    process = start("submit", "job.yaml", cwd=place)
+    run = wait_for_step(newest, 30, process)
+    kill_tree(process)
+    reached = max(run.steps())
+    assert reached < NUM_STEPS and run.state() == "interrupted"
+
+    process = start("resume", run.run_id, cwd=place)
+    wait_for_step(lambda: run, reached + 20, process)
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=120)[0]
+    process.stdout.close()
+    assert process.returncode == 5, said
+    assert "orchestrator resume" in said
+    assert run.state() == "stopped"
+    stopped_at = max(run.steps())
+    assert (run.checkpoints / f"step-{stopped_at:08d}").is_dir()
+
+    orchestrator("resume", run.run_id, cwd=place, check=0)
+
+    assert losses(run) == losses(reference)
+    samples = {step: report["samples"] for step, report in run.steps().items()}
+    assert samples == {step: report["samples"] for step, report in reference.steps().items()}
+    ours, theirs = (r.path / "adapter" / "adapter_model.safetensors" for r in (run, reference))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_two_workers_see_the_same_losses_as_one(finished, place):
+    reference, _ = finished
+
+    done = orchestrator(
+        "submit", "job.yaml", "--json", "-s", "cluster.num_workers=2", "-s", "tracking.report_to=[]", cwd=place, check=0
+    )
+
+    run = RunFolder(Path(json.loads(done.stdout)["path"]))
+    ours, theirs = losses(run), losses(reference)
+    for step in range(1, 21):  # later, rounding has grown through Adam
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
+    assert not (run.path / "tracking.json").exists()
+
+
+def test_a_worker_that_fails_ends_with_its_reason_and_exit_code_five(place, model_folder):
+    done = orchestrator(
+        "submit", "job.yaml", "-s", "train.learning_rate=1e30", "-s", "train.max_grad_norm=0", "-s", "train.optim=sgd",
+        "-s", "eval.before=false", "-s", "tracking.report_to=[]", cwd=place,
+    )  # fmt: skip
+
+    assert done.returncode == 5, done.stdout + done.stderr
+    assert "is not a number (samples" in done.stderr
+    assert "Traceback" not in done.stderr + done.stdout
