@@ -49,6 +49,7 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
     # Workers learn their device from the plan; Ray must not hide GPUs from a worker that asked for a slot.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the work is seen
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     _refuse_unreachable(address)
     try:

@@ -208,18 +208,20 @@ class _InBackground:
     def __init__(self, call: Callable[[], None]) -> None:
         self._error: BaseException | None = None
         self._call = call
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        self._done = threading.Event()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def _run(self) -> None:
         try:
             self._call()
         except BaseException as error:  # kept for the main thread, which raises it
             self._error = error
+        finally:
+            self._done.set()
 
     def wait(self, seconds: float) -> bool:
-        self._thread.join(seconds)
-        return not self._thread.is_alive()
+        """Whether it has ended.  Not Thread.join: interrupted by Ctrl-C, that one takes the thread for ended."""
+        return self._done.wait(seconds)
 
     def result(self) -> None:
         if self._error:

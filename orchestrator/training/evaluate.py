@@ -35,7 +35,7 @@ def generate_answers(
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trained_with = inner.config._attn_implementation
     inner.set_attn_implementation("sdpa")  # prompts are padded here: the training kernel may not know padding
-    # transformers hands the output matrix a strided slice; torch then copies the matrix once for every row (4 GiB here).
+    # transformers hands the output matrix a strided slice, for which torch copies the matrix once a row: 4 GiB here.
     output = inner.get_output_embeddings()
     unslice = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
     was_training = model.training

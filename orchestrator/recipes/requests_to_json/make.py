@@ -8,8 +8,9 @@ The prompt does not list the keys, so a model that was not trained on the task c
 
     python orchestrator/recipes/requests_to_json/make.py
 
-writes train.jsonl and eval.jsonl next to this file, the same bytes each time (seeded, standard
-library only).  All content is invented.
+writes train.jsonl and eval.jsonl next to this file, and the same requests with their action as a
+label (train_labels.csv, eval_labels.csv); the same bytes each time (seeded, standard library only).
+All content is invented.
 
 What keeps the evaluation honest:
 * every tuple of slot values (such as: room, day, time and people) belongs to one side only, so no
@@ -18,6 +19,7 @@ What keeps the evaluation honest:
 * the script stops if a user text or an answer of eval.jsonl occurs in train.jsonl.
 """
 
+import csv
 import itertools
 import json
 import random
@@ -193,6 +195,11 @@ def main() -> None:
         path = Path(__file__).with_name(f"{name}.jsonl")
         path.write_text("".join(json.dumps({"messages": r}) + "\n" for r in part), encoding="utf-8")
         print(path.name, len(part), "rows")
+        with path.with_name(f"{name}_labels.csv").open("w", newline="", encoding="utf-8") as stream:
+            writer = csv.writer(stream, lineterminator="\n")
+            writer.writerow(["text", "label"])
+            for _, user, assistant in part:
+                writer.writerow([user["content"], json.loads(assistant["content"])["action"].replace("_", " ")])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,478 @@
+"""Our training against its peers, in one run: same model, rows, LoRA, number of supervised tokens, machine.
+
+    make bench                  (or: python tests/benchmarks/vs_peers.py [--steps N] [--json FILE])
+
+Contestants, each in a process of its own, two CPU threads or as many as there are cores:
+  ours           this project's loop as the planner sets it up (dtype, packing, loss at supervised positions)
+  ours-fp32      the same in fp32
+  bare           transformers + PEFT, fp32, rows padded to the longest of the batch, model(labels=...): what one writes
+  trl            TRL's SFTTrainer with its defaults (bf16, gradient checkpointing), prompt-completion rows
+  trl-packing    the same with packing=True
+Every contestant sees the same rows once, with the same learning rate, and hands back an adapter; all adapters are then
+measured with one function, in fp32, on the same held-out rows.  Steady state leaves the first two steps out.
+
+Then: our loop's step against a hand-written loop on identical batches (alternating, in one process), and the time from
+`submit` to its first step against a plain script's.  Printed beside the machine's measured matrix-product ceiling.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT / "orchestrator/recipes/requests_to_json"
+ROWS_A_STEP, LEARNING_RATE, WARM = 8, 1e-3, 2
+CONTESTANTS = ("ours", "ours-fp32", "bare", "trl", "trl-packing")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    if arguments.only:
+        print(json.dumps(CHILDREN[arguments.only.split(":")[0]](arguments)))
+        return
+    results = compare(arguments.steps)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(results, indent=1))
+
+
+def compare(steps: int) -> dict:
+    """Run every contestant and print the table."""
+    results: dict = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        results["ceiling_gflops"] = child("ceiling", steps, scratch)
+        print(
+            "matrix-product ceiling:", ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in results["ceiling_gflops"].items())
+        )
+        for name in CONTESTANTS:
+            results[name] = child(name, steps, scratch)
+            results[name] |= child(f"evaluate:{name}", steps, scratch)
+            show(name, results[name], results["ceiling_gflops"])
+        best = max(results[name]["tokens_per_s"] for name in ("bare", "trl", "trl-packing"))
+        ratio = results["ours"]["tokens_per_s"] / best
+        print(f"ours over the best peer: {ratio:.2f}x")
+        results["ratio"] = ratio
+        results["loop"] = child("loop", steps, scratch)
+        print(f"our loop over a hand-written one, identical batches: {results['loop']['step_ratio']:.3f}")
+        results["plain_first_step_s"] = child("first", steps, scratch)["seconds"]
+        results["submit_first_step_s"] = submit_to_first_step(scratch)
+        print(
+            "first step done after: plain script {plain_first_step_s:.1f} s, submit {submit_first_step_s:.1f} s".format(
+                **results
+            )
+        )
+    return results
+
+
+def show(name: str, result: dict, ceiling: dict) -> None:
+    reached = result["tokens_per_s"] * result["flops_per_token"] / 1e9 / ceiling[result["dtype"]]
+    print(
+        f"{name:<12} {result['tokens_per_s']:6.0f} tokens/s (median step {result['median_tokens_per_s']:.0f}),"
+        f" {result['supervised_tokens']} supervised tokens, eval loss {result['eval_loss']:.4f},"
+        f" {reached:.0%} of the {result['dtype']} ceiling, peak {result['peak_gib']:.1f} GiB",
+        flush=True,
+    )
+
+
+def child(name: str, steps: int, scratch: str) -> dict:
+    """One contestant in a fresh process; its last line of output is its result."""
+    command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--out", scratch]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(cores()),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    if name.startswith(("ours", "loop")):
+        environment["MALLOC_ARENA_MAX"] = "1"  # as our launcher sets it
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def cores() -> int:
+    from clusters.probe import num_cores
+
+    return num_cores()
+
+
+# ---- what the contestants share ---------------------------------------------------------------
+
+
+def rows(count: int) -> list[dict]:
+    return [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:count]]
+
+
+def model_folder() -> Path:
+    from orchestrator.models import locate
+
+    return locate("smollm2-135m-instruct", ROOT)
+
+
+def lora_config():
+    from peft import LoraConfig
+
+    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def samples(count: int, file: str = "train.jsonl") -> list[tuple[list[int], list[bool]]]:
+    """Token ids and masks by our renderer, which every contestant's own must equal in number."""
+    from transformers import AutoTokenizer
+
+    from orchestrator.data.formats import convert
+    from orchestrator.data.template import Renderer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    renderer = Renderer(tokenizer, tokenizer.chat_template)
+    lines = (DATA / file).read_text().splitlines()[:count]
+    rendered = [renderer.render(convert(json.loads(line), "messages")) for line in lines]
+    return [(tokens.input_ids, tokens.supervised) for tokens in rendered]
+
+
+def report(step_s: list[float], step_tokens: list[int], supervised: int, dtype: str, flops_per_token: float) -> dict:
+    import resource
+
+    steady = list(zip(step_s, step_tokens, strict=True))[WARM:]
+    return {
+        "tokens_per_s": sum(n for _, n in steady) / sum(s for s, _ in steady),
+        "median_tokens_per_s": statistics.median(n / s for s, n in steady),
+        "supervised_tokens": supervised,
+        "dtype": dtype,
+        "flops_per_token": flops_per_token,
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "steps": len(step_s),
+    }
+
+
+def useful_flops_per_token() -> float:
+    """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
+    from orchestrator.models import read_config
+    from strategies.contract import ModelShape
+    from strategies.cost.time import forward_flops_per_token
+
+    shape = ModelShape.from_config(read_config(model_folder()))
+    adapters = 2.0 * shape.num_layers * sum(16 * (i + o) for i, o in shape.linear_shapes)
+    return 2 * forward_flops_per_token(shape, 72, 0.48) + 3 * adapters
+
+
+def save_adapter(model, out: Path, name: str) -> None:
+    model.save_pretrained(str(out / name), save_embedding_layers=False)
+
+
+# ---- contestants ------------------------------------------------------------------------------
+
+
+def ours(arguments) -> dict:
+    """Our loop on the planner's techniques, without Ray around it."""
+    import torch
+
+    from clusters.probe import probe_this_node
+    from orchestrator.data.order import Order
+    from orchestrator.training.loop import Hooks, Progress, Schedule, train
+    from orchestrator.training.parallel import Group
+    from strategies.contract import Techniques
+    from strategies.techniques import host_memory
+    from strategies.techniques.precision import choose_dtype
+
+    dtype = "float32" if arguments.only.endswith("fp32") else choose_dtype(probe_this_node().cpu)[0]
+    techniques = Techniques(dtype, "document", True, False, 1, 1024)
+    setup = our_setup(techniques)
+    data = our_dataset(arguments.steps * ROWS_A_STEP)
+    seconds, tokens, supervised = [], [], []
+
+    def record(event, **fields):
+        seconds.append(fields["seconds"])
+        tokens.append(fields["tokens"])
+        supervised.append(fields["supervised_tokens"])
+
+    order = Order(len(data), ROWS_A_STEP, seed=0, num_train_epochs=1)
+    hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: False)
+    schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
+    with host_memory.kept():
+        train(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks)
+    save_adapter(setup.model, arguments.out, arguments.only)
+    assert torch.get_num_threads() == cores()
+    return report(seconds, tokens, sum(supervised), dtype, useful_flops_per_token())
+
+
+def our_setup(techniques):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from strategies import METHODS
+    from strategies.contract import TrainSettings
+    from strategies.techniques import attention
+
+    attention.register()
+    method = METHODS["lora"](lora_r=16, lora_alpha=32)
+    dtype = getattr(torch, method.load_dtype(techniques))
+    model = AutoModelForCausalLM.from_pretrained(
+        model_folder(), dtype=dtype, attn_implementation=techniques.attn_implementation
+    )
+    return method.setup(
+        model, TrainSettings(LEARNING_RATE, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, seed=0)
+    )
+
+
+def our_dataset(count: int, file: str = "train.jsonl"):
+    from transformers import AutoTokenizer
+
+    from orchestrator.data.dataset import Options, build
+    from orchestrator.data.files import read_rows
+    from orchestrator.data.template import Renderer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_folder())
+    renderer = Renderer(tokenizer, tokenizer.chat_template)
+    with tempfile.TemporaryDirectory() as folder:
+        lines = list(read_rows(DATA / file))[:count]
+        return build(iter(lines), renderer, Options("auto", "", 1024, "truncate", True), Path(folder) / "samples")
+
+
+def bare(arguments) -> dict:
+    """What one writes by hand: padded batches, labels, AdamW, one loop."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32), lora_config())
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
+    )
+    everything = samples(arguments.steps * ROWS_A_STEP)
+    seconds, tokens, supervised = [], [], 0
+    model.train()
+    for step in range(arguments.steps):
+        batch = everything[step * ROWS_A_STEP : (step + 1) * ROWS_A_STEP]
+        began = time.perf_counter()
+        ids, attend, labels = padded(batch)
+        model(input_ids=ids, attention_mask=attend, labels=labels, use_cache=False).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        seconds.append(time.perf_counter() - began)
+        tokens.append(sum(len(i) for i, _ in batch))
+        supervised += sum(sum(mask) for _, mask in batch)
+    save_adapter(model, arguments.out, arguments.only)
+    return report(seconds, tokens, supervised, "float32", useful_flops_per_token())
+
+
+def padded(batch):
+    import torch
+
+    width = max(len(ids) for ids, _ in batch)
+    ids, attend = torch.zeros(len(batch), width, dtype=torch.long), torch.zeros(len(batch), width, dtype=torch.long)
+    labels = torch.full((len(batch), width), -100)
+    for row, (tokens, mask) in enumerate(batch):
+        ids[row, : len(tokens)], attend[row, : len(tokens)] = torch.tensor(tokens), 1
+        labels[row, : len(tokens)] = torch.where(torch.tensor(mask), torch.tensor(tokens), -100)
+    return ids, attend, labels
+
+
+def trl(arguments) -> dict:
+    """TRL's SFTTrainer as its documentation uses it, on a CPU."""
+    import warnings
+
+    warnings.simplefilter("ignore")
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    packing = arguments.only == "trl-packing"
+    count = arguments.steps * ROWS_A_STEP
+    talks = [row["messages"] for row in rows(count)]
+    data = Dataset.from_list([{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks])
+    mean_length = sum(len(ids) for ids, _ in samples(count)) / count
+    config = SFTConfig(
+        output_dir=str(arguments.out / "trl"),
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        logging_strategy="no",
+        disable_tqdm=True,
+        num_train_epochs=1,
+        learning_rate=LEARNING_RATE,
+        lr_scheduler_type="constant",
+        weight_decay=0.0,
+        # The same tokens a step: eight rows, or one packed row that holds eight.
+        per_device_train_batch_size=1 if packing else ROWS_A_STEP,
+        max_length=round(mean_length * ROWS_A_STEP) if packing else 1024,
+        packing=packing,
+        seed=0,
+    )
+    marks, tokens = [], []
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            marks.append(time.perf_counter())
+
+        def on_step_end(self, *_, **__):
+            marks.append(time.perf_counter())
+
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32),
+        args=config,
+        train_dataset=data,
+        processing_class=AutoTokenizer.from_pretrained(model_folder()),
+        peft_config=lora_config(),
+        callbacks=[Clock()],
+    )
+    original, supervised = trainer.compute_loss, [0]
+
+    def counted(model, inputs, *rest, **more):
+        attend = inputs.get("attention_mask")
+        tokens.append(int(attend.sum()) if attend is not None else inputs["input_ids"].numel())
+        supervised[0] += int((inputs["labels"] != -100).sum())
+        return original(model, inputs, *rest, **more)
+
+    trainer.compute_loss = counted
+    trainer.train()
+    save_adapter(trainer.model, arguments.out, arguments.only)
+    seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
+    return report(seconds, tokens, supervised[0], "bfloat16", useful_flops_per_token())
+
+
+# ---- measures ---------------------------------------------------------------------------------
+
+
+def evaluate(arguments) -> dict:
+    """Held-out loss of a contestant's adapter, fp32, one function for all."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from orchestrator.training.loop import evaluate_loss
+    from orchestrator.training.parallel import Group
+    from strategies.contract import Techniques, TrainSetup
+    from strategies.techniques import attention
+
+    attention.register()
+    base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="document")
+    model = PeftModel.from_pretrained(base, str(arguments.out / arguments.only.split(":")[1]))
+    setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "adapter")  # type: ignore[arg-type]
+    techniques = Techniques("float32", "document", True, False, 1, 1024)
+    return {"eval_loss": evaluate_loss(setup, our_dataset(80, "eval.jsonl"), techniques, Group())}
+
+
+def ceiling(_) -> dict:
+    """Best matrix product of the sizes that this model's layers have."""
+    import torch
+
+    found = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, b = torch.randn(576, 576, dtype=dtype), torch.randn(576, 1536, dtype=dtype)
+        best = 0.0
+        for _ in range(60):
+            began = time.perf_counter()
+            for _ in range(5):
+                a @ b
+            best = max(best, 5 * 2 * 576 * 576 * 1536 / (time.perf_counter() - began) / 1e9)
+        found[str(dtype).removeprefix("torch.")] = best
+    return found
+
+
+def loop(arguments) -> dict:
+    """Our loop's steps between a hand-written loop's, on identical padded batches with the same loss."""
+    import torch
+
+    from orchestrator.data.batches import collate
+    from orchestrator.data.order import Order
+    from orchestrator.data.packing import micro_batches
+    from orchestrator.training.loop import Hooks, Progress, Schedule, train
+    from orchestrator.training.parallel import Group
+    from strategies.contract import Techniques
+    from strategies.techniques.supervised_logits import loss_sum
+
+    techniques = Techniques("float32", "sdpa", False, False, ROWS_A_STEP, 1024)
+    setup, data = our_setup(techniques), our_dataset(8 * ROWS_A_STEP)
+    order = Order(len(data), ROWS_A_STEP, seed=0, num_train_epochs=1)
+    parameters = list(setup.parameters.values())
+    theirs, mine = [], []
+    hooks = Hooks(
+        lambda event, **f: mine.append(f["seconds"]) if event == "step" else None, lambda now: "", lambda: False
+    )
+    for step in range(order.num_steps):
+        ids = order.sample_ids(step)
+        (group,) = micro_batches(data.lengths[ids].tolist(), ROWS_A_STEP, 1024, False)
+        setup.model.train()
+        began = time.perf_counter()
+        batch = collate(data, [ids[i] for i in group], False)
+        (loss_sum(setup.model, batch) / int(data.num_supervised[ids].sum())).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        setup.optimizer.step()
+        setup.optimizer.zero_grad(set_to_none=True)
+        theirs.append(time.perf_counter() - began)
+        one = Order(len(data), ROWS_A_STEP, 0, 1, max_steps=step + 1)
+        schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
+        train(setup, data, None, one, schedule, techniques, Group(), Progress(step=step), hooks)
+    ratios = [ours / bare for ours, bare in zip(mine, theirs, strict=True)][1:]
+    return {
+        "step_ratio": statistics.median(ratios),
+        "ours_s": statistics.median(mine),
+        "bare_s": statistics.median(theirs),
+    }
+
+
+def first(_) -> dict:
+    """A plain script: imports, model, adapter, one step.  Timed from its start, which the caller cannot see."""
+    began = PROCESS_START
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32), lora_config())
+    ids, attend, labels = padded(samples(ROWS_A_STEP))
+    model(input_ids=ids, attention_mask=attend, labels=labels).loss.backward()
+    return {"seconds": time.time() - began}
+
+
+def submit_to_first_step(scratch: str) -> float:
+    """Seconds from typing `submit` to the first step, caches warm."""
+    job = f"""\
+name: bench
+model: {{model_name_or_path: smollm2-135m-instruct}}
+data: {{train: {DATA / "train.jsonl"}, max_length: 1024}}
+train: {{global_batch_size: {ROWS_A_STEP}, max_steps: 1}}
+checkpoint: {{output_dir: {scratch}/runs}}
+tracking: {{report_to: []}}
+"""
+    (Path(scratch) / "job.yaml").write_text(job)
+    command = [sys.executable, "-m", "orchestrator", "submit", f"{scratch}/job.yaml", "--json"]
+    for _ in range(2):  # the first one tokenises
+        began = time.time()
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
+        events = Path(json.loads(done.stdout)["path"]) / "events.jsonl"
+        step = next(event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step")
+    return step["time"] - began
+
+
+PROCESS_START = time.time()
+CHILDREN = {
+    "ours": ours,
+    "ours-fp32": ours,
+    "bare": bare,
+    "trl": trl,
+    "trl-packing": trl,
+    "evaluate": evaluate,
+    "ceiling": ceiling,
+    "loop": loop,
+    "first": first,
+}
+
+if __name__ == "__main__":
+    main()

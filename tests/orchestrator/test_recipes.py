@@ -1,0 +1,63 @@
+"""Every recipe loads, its data is there and fits its format, and the shipped rows are what their maker writes."""
+
+import json
+import runpy
+import shutil
+
+import pytest
+
+from orchestrator.jobfile import parse_job, read_job
+from orchestrator.schema import RECIPES, all_fields, json_schema, one_field, recipes, starter
+from orchestrator.validation import check
+
+
+def test_the_recipes_are_found():
+    assert {"quickstart", "classify", "chat-lora", "full"} == set(recipes())
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_a_recipe_is_valid_and_starts_with_its_command(name):
+    path, about = recipes()[name]
+
+    found = check(read_job(path))
+
+    assert found["valid"] and found["formats"] and not found["notices"]
+    assert len(about) > 30
+    assert f"orchestrator submit {name}" in path.read_text() or f"--recipe {name}" in path.read_text()
+
+
+def test_the_quick_start_rows_are_what_make_py_writes_and_do_not_overlap(tmp_path):
+    folder = RECIPES / "requests_to_json"
+    shutil.copy(folder / "make.py", tmp_path)
+
+    runpy.run_path(str(tmp_path / "make.py"), run_name="__main__")
+
+    for name in ("train.jsonl", "eval.jsonl", "train_labels.csv", "eval_labels.csv"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    train, held_out = ([json.loads(line) for line in (folder / f"{n}.jsonl").open()] for n in ("train", "eval"))
+    assert (len(train), len(held_out)) == (800, 80)
+    for turn in (1, 2):  # neither a request nor an answer occurs on both sides
+        seen = {row["messages"][turn]["content"] for row in train}
+        assert not seen & {row["messages"][turn]["content"] for row in held_out}
+    assert all(json.loads(row["messages"][2]["content"])["action"] for row in train + held_out)
+
+
+def test_the_starter_file_is_a_valid_job_with_every_key_explained(tmp_path):
+    text = starter("m", "a.jsonl")
+
+    spec = parse_job(text, tmp_path).spec
+
+    assert spec.data.train == "a.jsonl"
+    for section in ("data", "method", "train", "checkpoint", "eval"):
+        for key in type(getattr(spec, section)).model_fields:
+            assert any(line.strip().startswith(f"{key}:") and "#" in line for line in text.splitlines()), key
+
+
+def test_the_schema_explains_every_key():
+    fields = all_fields()
+
+    assert len(fields) > 60
+    assert all(found["description"] for found in fields.values())
+    assert one_field("lora_r")["type"] == "integer >= 1"
+    assert one_field("data.packing")["default"] == "auto"
+    assert "ModelSection" in json.loads(json_schema())["$defs"]
