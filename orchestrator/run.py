@@ -98,12 +98,11 @@ def prepare(job: Job, say: Callable[[str], None]) -> Ready:
     }
     counts = None
     if held_out:
-        references = [held_out.prompt(index)[1] for index in range(len(held_out))]
         counts = planner.HeldOut(
             num_samples=len(held_out),
             num_tokens=int(held_out.lengths.sum()),
             longest_answer=int(held_out.num_supervised.max()),
-            num_references=sum(reference is not None for reference in references),
+            num_references=held_out.num_references,
             is_classification="classification" in held_out.statistics.formats,
         )
         repeated = train.overlap(held_out)

@@ -67,12 +67,15 @@ class Statistics:
 
 
 class Dataset:
-    """Samples by number.  Lengths are in memory, tokens in the memory-mapped file."""
+    """Samples by number.  Lengths are in memory, tokens in the mapped file; a subset is a list of row numbers."""
 
-    def __init__(self, table: pyarrow.Table, statistics: Statistics, digest: str) -> None:
+    def __init__(
+        self, table: pyarrow.Table, statistics: Statistics, digest: str, rows: numpy.ndarray | None = None
+    ) -> None:
         self._table, self.statistics, self.digest = table, statistics, digest
-        self.lengths: numpy.ndarray = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()
-        self.num_supervised: numpy.ndarray = table["num_supervised"].to_numpy()
+        self._rows = numpy.arange(table.num_rows) if rows is None else rows
+        self.lengths: numpy.ndarray = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()[self._rows]
+        self.num_supervised: numpy.ndarray = table["num_supervised"].to_numpy()[self._rows]
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -81,33 +84,40 @@ class Dataset:
         return cls(table, Statistics(**json.loads((folder / "statistics.json").read_text())), folder.name)
 
     def __len__(self) -> int:
-        return self._table.num_rows
+        return len(self._rows)
 
     def tokens(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """Token ids (int32) and supervised mask (bool) of a sample."""
-        ids = self._table["input_ids"][index].values.to_numpy()
-        return ids, self._table["supervised"][index].values.to_numpy(zero_copy_only=False)
+        row = int(self._rows[index])
+        ids = self._table["input_ids"][row].values.to_numpy()
+        return ids, self._table["supervised"][row].values.to_numpy(zero_copy_only=False)
 
     def prompt(self, index: int) -> tuple[numpy.ndarray, str | None]:
         """The tokens a generated answer starts from and the text it is compared with (None: nothing to compare)."""
-        length = self._table["prompt_length"][index].as_py()
-        return self.tokens(index)[0][:length], self._table["reference"][index].as_py()
+        row = int(self._rows[index])
+        length = self._table["prompt_length"][row].as_py()
+        return self.tokens(index)[0][:length], self._table["reference"][row].as_py()
+
+    @property
+    def num_references(self) -> int:
+        """Samples with an answer that a generated one can be compared with."""
+        return int(self._table["reference"].is_valid().to_numpy()[self._rows].sum())
 
     def source(self, index: int) -> str:
         """File and line a sample came from."""
-        return self._table["source"][index].as_py()
+        return self._table["source"][int(self._rows[index])].as_py()
 
     def select(self, indices: Sequence[int]) -> Dataset:
-        """The samples at `indices`, sharing the mapped file; statistics counted anew."""
-        table = self._table.take(pyarrow.array(indices))
-        subset = Dataset(table, self.statistics, f"{self.digest}[{len(indices)}]")
-        lengths, supervised = subset.lengths, subset.num_supervised
+        """The samples at `indices`, over the same mapped file; statistics counted anew."""
+        chosen = self._rows[numpy.asarray(indices, dtype=numpy.int64)]
+        fingerprint = hashlib.sha256(chosen.tobytes()).hexdigest()[:8]
+        subset = Dataset(self._table, self.statistics, f"{self.digest}-{fingerprint}", chosen)
         subset.statistics = Statistics(
-            rows=len(indices),
-            samples=len(indices),
-            tokens=int(lengths.sum()),
-            supervised_tokens=int(supervised.sum()),
-            longest=int(lengths.max()) if len(indices) else 0,
+            rows=len(subset),
+            samples=len(subset),
+            tokens=int(subset.lengths.sum()),
+            supervised_tokens=int(subset.num_supervised.sum()),
+            longest=int(subset.lengths.max(initial=0)),
             formats=self.statistics.formats,
         )
         return subset
@@ -118,11 +128,15 @@ class Dataset:
             raise JobError("data.eval.split: one row cannot be split; give data.eval a file of its own")
         num_held = min(max(1, round(len(self) * fraction)), len(self) - 1)
         shuffled = numpy.random.Generator(numpy.random.Philox(key=[seed, 2**32])).permutation(len(self))
-        return self.select(sorted(shuffled[num_held:].tolist())), self.select(sorted(shuffled[:num_held].tolist()))
+        return self.select(numpy.sort(shuffled[num_held:]).tolist()), self.select(
+            numpy.sort(shuffled[:num_held]).tolist()
+        )
 
     def overlap(self, other: Dataset) -> int:
-        """How many samples of `other` occur here too, token by token."""
-        ours = {ids.tobytes() for ids, _ in map(self.tokens, range(len(self)))}
+        """How many samples of `other` occur here too, token by token; looks only at samples of equal lengths."""
+        theirs = {other.tokens(index)[0].tobytes() for index in range(len(other))}
+        candidates = numpy.flatnonzero(numpy.isin(self.lengths, other.lengths))
+        ours = {content for index in candidates if (content := self.tokens(index)[0].tobytes()) in theirs}
         return sum(other.tokens(index)[0].tobytes() in ours for index in range(len(other)))
 
 

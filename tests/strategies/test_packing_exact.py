@@ -32,7 +32,7 @@ def tiny(family, **extra):
         intermediate_size=64,
         num_hidden_layers=2,
         num_attention_heads=4,
-        max_position_embeddings=64,
+        max_position_embeddings=512,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,
@@ -52,10 +52,11 @@ def as_batch(docs, mask=None):
     return Batch(torch.cat(docs)[None], torch.cat(masks)[None], tuple(map(len, docs)), None, tuple(range(len(docs))))
 
 
+@pytest.mark.parametrize("lengths", [(9, 3, 14, 5), (9, 150, 3, 131)], ids=["short", "short and long"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_packed_loss_is_the_mean_of_separate_losses(family):
+def test_packed_loss_is_the_mean_of_separate_losses(family, lengths):
     model = tiny(family, **FAMILIES[family])
-    docs = documents(9, 3, 14, 5)
+    docs = documents(*lengths)
     plain = AutoModelForCausalLM.from_config(copy.deepcopy(model.config), attn_implementation="eager").eval()
     plain.load_state_dict(model.state_dict())
     with torch.no_grad():
@@ -67,6 +68,51 @@ def test_packed_loss_is_the_mean_of_separate_losses(family):
 
     assert model.config._attn_implementation == attention.NAME
     assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
+
+
+def test_gradients_of_short_and_long_documents_are_those_of_separate_runs():
+    model = tiny("llama", num_key_value_heads=2)
+    docs = documents(9, 150, 3, 40)
+
+    def gradients(batches):
+        model.zero_grad()
+        for batch in batches:
+            loss_sum(model, batch).backward()
+        return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+    separate = gradients([as_batch([doc]) for doc in docs])
+    packed = gradients([as_batch(docs)])
+
+    assert (packed - separate).norm() <= 1e-5 * separate.norm()
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_the_shared_product_of_short_documents_is_each_ones_own_attention(window):
+    lengths, generator = (9, 3, 14), torch.Generator().manual_seed(0)
+    shapes = [(1, heads, sum(lengths), 8) for heads in (4, 2, 2)]
+    row = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
+    together = [(0, 0, 9), (1, 9, 3), (2, 12, 14)]
+
+    shared = attention._batched(*row, together, None, 0.0, window)
+    ours = torch.cat([shared[i, :length] for i, (_, _, length) in enumerate(together)])
+    alone = [attention._alone(*[x[:, :, a : a + n] for x in row], None, 0.0, window) for _, a, n in together]
+    weights = torch.randn(ours.shape, generator=generator)
+
+    assert torch.allclose(ours, torch.cat(alone), atol=1e-6)
+    for mine, theirs in zip(
+        torch.autograd.grad((ours * weights).sum(), row), torch.autograd.grad((torch.cat(alone) * weights).sum(), row),
+        strict=True,
+    ):  # fmt: skip
+        assert torch.allclose(mine, theirs, atol=1e-5)
+
+
+def test_bf16_on_a_cpu_uses_the_shared_product_and_gives_nearly_the_same_loss():
+    model = tiny("llama", num_key_value_heads=2)
+    docs = documents(9, 3, 14, 5)
+    exact = loss_sum(model, as_batch(docs)).item()
+    assert attention._short((9, 3, 14, 5), torch.zeros(1, dtype=torch.bfloat16))
+
+    assert loss_sum(model.to(torch.bfloat16), as_batch(docs)).item() == pytest.approx(exact, rel=0.01)
 
 
 def test_one_changed_document_leaves_the_others_alone():
