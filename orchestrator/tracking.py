@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job
@@ -19,6 +22,7 @@ from orchestrator.rundir import RunFolder
 
 _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
+_KNOCK_S = 5.0
 _METRIC_FIELDS = {
     "step": (
         "loss",
@@ -77,7 +81,9 @@ def sync(run: RunFolder, job: Job, final: bool = True) -> str:
     Sends only what it has not sent yet; with `final` also the state and the artifacts.  Raises TrackingFailed.
     """
     uri = job.spec.tracking.mlflow_uri or f"sqlite:///{run.path.parent / 'mlflow.db'}"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     try:
+        _knock(uri)
         _Sender(run, job, uri).send(final)
     except Exception as error:  # a server can fail in any way; the run goes on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -85,6 +91,14 @@ def sync(run: RunFolder, job: Job, final: bool = True) -> str:
             f"MLflow at {uri}: {reason}. `orchestrator sync {run.run_id}` sends the run later"
         ) from error
     return uri
+
+
+def _knock(uri: str) -> None:
+    """Fail within seconds where no server listens: MLflow's own client would try for minutes."""
+    parts = urlsplit(uri)
+    if parts.scheme in ("http", "https") and parts.hostname:
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        socket.create_connection((parts.hostname, port), timeout=_KNOCK_S).close()
 
 
 class _Sender:

@@ -36,6 +36,7 @@ CONTESTANTS = ("ours", "ours-fp32", "bare", "trl", "trl-packing")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--seed", type=int, default=0, help="adapter initialisation and order of rows")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
@@ -44,30 +45,30 @@ def main() -> None:
     if arguments.only:
         print(json.dumps(CHILDREN[arguments.only.split(":")[0]](arguments)))
         return
-    results = compare(arguments.steps)
+    results = compare(arguments.steps, arguments.seed)
     if arguments.json:
         arguments.json.write_text(json.dumps(results, indent=1))
 
 
-def compare(steps: int) -> dict:
+def compare(steps: int, seed: int) -> dict:
     """Run every contestant and print the table."""
     results: dict = {}
     with tempfile.TemporaryDirectory() as scratch:
-        results["ceiling_gflops"] = child("ceiling", steps, scratch)
+        results["ceiling_gflops"] = child("ceiling", steps, seed, scratch)
         print(
             "matrix-product ceiling:", ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in results["ceiling_gflops"].items())
         )
         for name in CONTESTANTS:
-            results[name] = child(name, steps, scratch)
-            results[name] |= child(f"evaluate:{name}", steps, scratch)
+            results[name] = child(name, steps, seed, scratch)
+            results[name] |= child(f"evaluate:{name}", steps, seed, scratch)
             show(name, results[name], results["ceiling_gflops"])
         best = max(results[name]["tokens_per_s"] for name in ("bare", "trl", "trl-packing"))
         ratio = results["ours"]["tokens_per_s"] / best
         print(f"ours over the best peer: {ratio:.2f}x")
         results["ratio"] = ratio
-        results["loop"] = child("loop", steps, scratch)
+        results["loop"] = child("loop", steps, seed, scratch)
         print(f"our loop over a hand-written one, identical batches: {results['loop']['step_ratio']:.3f}")
-        results["plain_first_step_s"] = child("first", steps, scratch)["seconds"]
+        results["plain_first_step_s"] = child("first", steps, seed, scratch)["seconds"]
         results["submit_first_step_s"] = submit_to_first_step(scratch)
         print(
             "first step done after: plain script {plain_first_step_s:.1f} s, submit {submit_first_step_s:.1f} s".format(
@@ -87,9 +88,9 @@ def show(name: str, result: dict, ceiling: dict) -> None:
     )
 
 
-def child(name: str, steps: int, scratch: str) -> dict:
+def child(name: str, steps: int, seed: int, scratch: str) -> dict:
     """One contestant in a fresh process; its last line of output is its result."""
-    command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--out", scratch]
+    command = [sys.executable, __file__, "--only", name, "--steps", str(steps), "--seed", str(seed), "--out", scratch]
     environment = {
         **os.environ,
         "OMP_NUM_THREADS": str(cores()),
@@ -190,7 +191,7 @@ def ours(arguments) -> dict:
 
     dtype = "float32" if arguments.only.endswith("fp32") else choose_dtype(probe_this_node().cpu)[0]
     techniques = Techniques(dtype, "document", True, False, 1, 1024)
-    setup = our_setup(techniques)
+    setup = our_setup(techniques, arguments.seed)
     data = our_dataset(arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], []
 
@@ -199,7 +200,7 @@ def ours(arguments) -> dict:
         tokens.append(fields["tokens"])
         supervised.append(fields["supervised_tokens"])
 
-    order = Order(len(data), ROWS_A_STEP, seed=0, num_train_epochs=1)
+    order = Order(len(data), ROWS_A_STEP, arguments.seed, num_train_epochs=1)
     hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: False)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
     with host_memory.kept():
@@ -209,7 +210,7 @@ def ours(arguments) -> dict:
     return report(seconds, tokens, sum(supervised), dtype, useful_flops_per_token())
 
 
-def our_setup(techniques):
+def our_setup(techniques, seed=0):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -224,7 +225,7 @@ def our_setup(techniques):
         model_folder(), dtype=dtype, attn_implementation=techniques.attn_implementation
     )
     return method.setup(
-        model, TrainSettings(LEARNING_RATE, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, seed=0)
+        model, TrainSettings(LEARNING_RATE, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, seed)
     )
 
 
@@ -248,7 +249,7 @@ def bare(arguments) -> dict:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    torch.manual_seed(0)
+    torch.manual_seed(arguments.seed)
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32), lora_config())
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
@@ -313,7 +314,7 @@ def trl(arguments) -> dict:
         per_device_train_batch_size=1 if packing else ROWS_A_STEP,
         max_length=round(mean_length * ROWS_A_STEP) if packing else 1024,
         packing=packing,
-        seed=0,
+        seed=arguments.seed,
     )
     marks, tokens = [], []
 

@@ -234,15 +234,30 @@ def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(fi
 def test_two_workers_see_the_same_losses_as_one(finished, place):
     reference, _ = finished
 
-    done = orchestrator(
-        "submit", "job.yaml", "--json", "-s", "cluster.num_workers=2", "-s", "tracking.report_to=[]", cwd=place, check=0
-    )
+    down = "tracking.mlflow_uri=http://127.0.0.1:9"  # nobody listens: training goes on
+    done = orchestrator("submit", "job.yaml", "--json", "-s", "cluster.num_workers=2", "-s", down, cwd=place, check=0)
 
     run = RunFolder(Path(json.loads(done.stdout)["path"]))
     ours, theirs = losses(run), losses(reference)
     for step in range(1, 21):  # later, rounding has grown through Adam
         assert ours[step] == pytest.approx(theirs[step], rel=1e-5), step
-    assert not (run.path / "tracking.json").exists()
+
+
+def test_a_run_whose_server_was_down_is_sent_later(place):
+    run = RunFolder.all(place / "runs")[-1]
+    (failure,) = [event for event in run.events()[0] if event["event"] == "tracking"]
+    assert not failure["ok"] and "orchestrator sync" in failure["text"]
+    assert orchestrator("sync", run.run_id, cwd=place).returncode == 4
+
+    job = run.path / "job.yaml"
+    job.write_text(job.read_text().replace("http://127.0.0.1:9", f"sqlite:///{place / 'later.db'}"))
+    orchestrator("sync", run.run_id, cwd=place, check=0)
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place / 'later.db'}")
+    history = client.get_metric_history(run.read_json("tracking.json")["mlflow_run_id"], "loss")
+    assert {metric.step: metric.value for metric in history} == losses(run)
 
 
 def test_a_worker_that_fails_ends_with_its_reason_and_exit_code_five(place, model_folder):
