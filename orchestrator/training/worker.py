@@ -28,6 +28,7 @@ from strategies.techniques import attention, checkpointing, host_memory
 
 log = logging.getLogger("orchestrator.worker")
 
+_STEPS_A_TRIM = 50
 _ROUNDING = {
     "float32": 1e-3,
     "bfloat16": 0.2,
@@ -78,7 +79,13 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         job.spec.train.num_train_epochs,
         job.spec.train.max_steps,
     )
-    hooks = Hooks(record, save, run.stop_file.exists)
+
+    def reported(event: str, **fields: Any) -> None:
+        record(event, **fields)
+        if event == "step" and fields["step"] % _STEPS_A_TRIM == 0 and device.type == "cpu":
+            host_memory.trim()
+
+    hooks = Hooks(reported, save, run.stop_file.exists)
     started = time.perf_counter()
     with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
         progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks)

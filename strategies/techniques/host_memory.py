@@ -37,7 +37,13 @@ def kept() -> Iterator[bool]:
     finally:
         if mallopt is not None:
             _set(mallopt, 1)
-            ctypes.CDLL(None).malloc_trim(0)
+            trim()
+
+
+def trim() -> None:
+    """Give free pages back now; between steps of changing sizes it keeps the heap from growing by its gaps."""
+    if _mallopt() is not None:
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _set(mallopt: Callable[[int, int], int], column: int) -> bool:

@@ -34,7 +34,9 @@ def test_the_quick_start_rows_are_what_make_py_writes_and_do_not_overlap(tmp_pat
 
     for name in ("train.jsonl", "eval.jsonl", "train_labels.csv", "eval_labels.csv"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
-    train, held_out = ([json.loads(line) for line in (folder / f"{n}.jsonl").open()] for n in ("train", "eval"))
+    train, held_out = (
+        [json.loads(line) for line in (folder / f"{n}.jsonl").read_text().splitlines()] for n in ("train", "eval")
+    )
     assert (len(train), len(held_out)) == (800, 80)
     for turn in (1, 2):  # neither a request nor an answer occurs on both sides
         seen = {row["messages"][turn]["content"] for row in train}
