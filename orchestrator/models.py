@@ -111,7 +111,7 @@ def _convert(source: Path, file_name: str, folder: Path) -> None:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
             model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype="float32")
         # The weights were dequantised while reading; what is left of the quantisation is a refusal to save.
-        model.hf_quantizer = None
+        model.__dict__["hf_quantizer"] = None
         model.config.__dict__.pop("quantization_config", None)
         model.save_pretrained(temporary)
         AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(temporary)

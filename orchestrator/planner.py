@@ -195,20 +195,22 @@ def _fit(
         shared_by = num_workers if device.kind == "cpu" else 1
         room_bytes = device.memory_bytes * (1 - spec.strategy.memory_safety) / shared_by
     wishes = spec.train.gradient_checkpointing
-    best: StrategyPlan | None = None
-    for checkpointing in [False, True] if wishes == "auto" else [wishes]:
-        for rows in _row_counts(spec, workload, device, num_workers, max_length, packing):
-            techniques = Techniques(dtype, attention, packing, checkpointing, rows, max_length)
-            best = method.estimate(workload, device, techniques)
-            if best.memory.total_bytes <= room_bytes:
-                _explain_fit(spec, best, device, reasons)
-                return best
-    assert best is not None
+    row_counts = _row_counts(spec, workload, device, num_workers, max_length, packing)
+    candidates = [
+        method.estimate(workload, device, Techniques(dtype, attention, packing, checkpointing, rows, max_length))
+        for checkpointing in ([False, True] if wishes == "auto" else [wishes])
+        for rows in row_counts
+    ]
+    for candidate in candidates:
+        if candidate.memory.total_bytes <= room_bytes:
+            _explain_fit(spec, candidate, device, reasons)
+            return candidate
+    least = candidates[-1]
+    several = f" a worker ({num_workers} workers)" if num_workers > 1 and device.kind == "cpu" else ""
     raise NothingFits(
-        f"{best.method} on {device.name}: needs {format_bytes(best.memory.total_bytes)}, has {format_bytes(room_bytes)}"
-        f" usable{f' a worker ({num_workers} workers)' if num_workers > 1 and device.kind == 'cpu' else ''}. Lower"
-        " data.max_length or train.per_device_train_batch_size, set train.gradient_checkpointing: auto, choose"
-        " a smaller model, or add a device"
+        f"{least.method} on {device.name}: needs {format_bytes(least.memory.total_bytes)}, has"
+        f" {format_bytes(room_bytes)} usable{several}. Lower data.max_length or train.per_device_train_batch_size, set"
+        " train.gradient_checkpointing: auto, choose a smaller model, or add a device"
     )
 
 

@@ -74,7 +74,9 @@ class Dataset:
     ) -> None:
         self._table, self.statistics, self.digest = table, statistics, digest
         self._rows = numpy.arange(table.num_rows) if rows is None else rows
-        self.lengths: numpy.ndarray = pyarrow.compute.list_value_length(table["input_ids"]).to_numpy()[self._rows]
+        self.lengths: numpy.ndarray = pyarrow.compute.call_function(
+            "list_value_length", [table["input_ids"]]
+        ).to_numpy()[self._rows]
         self.num_supervised: numpy.ndarray = table["num_supervised"].to_numpy()[self._rows]
 
     @classmethod
@@ -136,7 +138,7 @@ class Dataset:
         """How many samples of `other` occur here too, token by token; looks only at samples of equal lengths."""
         theirs = {other.tokens(index)[0].tobytes() for index in range(len(other))}
         candidates = numpy.flatnonzero(numpy.isin(self.lengths, other.lengths))
-        ours = {content for index in candidates if (content := self.tokens(index)[0].tobytes()) in theirs}
+        ours = {content for index in candidates.tolist() if (content := self.tokens(index)[0].tobytes()) in theirs}
         return sum(other.tokens(index)[0].tobytes() in ours for index in range(len(other)))
 
 

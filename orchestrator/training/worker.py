@@ -47,7 +47,7 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
     began = time.perf_counter()
     libraries_bytes = resident_bytes(device)
     data, held_out = load_data(run)
-    location = run.read_json("data.json")["model"]
+    location = (run.read_json("data.json") or {})["model"]
     setup, techniques = prepare(job, plan, location, device, record)
     record("ready", seconds=round(time.perf_counter() - began, 2), trainable=_count(setup))
     tokenizer = load_tokenizer(location, job)
@@ -146,6 +146,7 @@ def load_model(location: str, job: Job, dtype: str, device: torch.device, attn_i
 
     hf_logging.disable_progress_bar()
     attention.register()
+    model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
             location,

@@ -45,13 +45,14 @@ def document_attention(
     if unused.get("softcap") is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
         raise ValueError("document attention does not compute soft-capped, biased or sink scores; use eager")
     together = _short(document_lengths, query_1HTD)
+    short: dict[int, torch.Tensor] = {}
     if together:
         batch_BLHD = _batched(query_1HTD, key_1KTD, value_1KTD, together, scaling, dropout, sliding_window)
         short = {document: batch_BLHD[row, :length] for row, (document, _, length) in enumerate(together)}
     outputs_tHD, start = [], 0
     for document, length in enumerate(document_lengths):
         stop = start + length
-        if together and document in short:
+        if document in short:
             outputs_tHD.append(short[document])
         else:
             part = (query_1HTD[:, :, start:stop], key_1KTD[:, :, start:stop], value_1KTD[:, :, start:stop])
