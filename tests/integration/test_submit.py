@@ -163,6 +163,7 @@ def test_list_status_and_logs_tell_it(finished, place):
 
 
 def start(*arguments, cwd):
+    """A command that hears Ctrl-C, also when these tests run in the background of a shell, which ignores it."""
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator", *arguments],
         cwd=cwd,
@@ -170,6 +171,7 @@ def start(*arguments, cwd):
         stderr=subprocess.STDOUT,
         text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
