@@ -7,7 +7,7 @@ and `setup` (in a worker, with torch).  The training loop knows a method only th
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -164,7 +164,6 @@ class TrainSetup:
     parameters: dict[str, torch.nn.Parameter]  # the trained ones, by name: what a checkpoint must hold
     export: Callable[[Path], None]  # writes what the run hands back
     export_name: str  # "adapter" or "model": the folder of the run that receives it
-    notes: list[str] = field(default_factory=list)
 
 
 @runtime_checkable
