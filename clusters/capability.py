@@ -1,28 +1,59 @@
-"""What machines can do.  Unknown is None, never a guess."""
+"""What machines can do.  Unknown is None, never a guess; every figure says where it comes from."""
 
+from __future__ import annotations
+
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 Source = Literal["measured", "datasheet", "declared"]
+Kind = Literal["cpu", "cuda", "rocm"]
+NUMBER_FORMATS = ("float32", "bfloat16", "float16", "int8")
 
 
 @dataclass(frozen=True)
 class DeviceCapability:
-    """One place where a model can be trained: a GPU, or all the cores of a node together."""
+    """One place where a model can be trained: a GPU, or all the cores of a node together.
 
-    kind: Literal["cpu", "cuda"]
+    `sources` maps a figure's name (`flops_per_s.bfloat16` for one number format) to where it comes from; a figure that
+    is None has no entry.
+    """
+
+    kind: Kind
     name: str
-    memory_bytes: int | None  # usable, not nominal
+    memory_bytes: int | None  # usable by a job: cgroup limits respected, what others hold on a GPU taken off
+    memory_total_bytes: int | None = None  # nominal
     compute_capability: tuple[int, int] | None = None  # CUDA only
     instruction_sets: tuple[str, ...] = ()  # CPU only, as /proc/cpuinfo spells them
-    source: Source = "measured"
+    flops_per_s: Mapping[str, float | None] = field(default_factory=dict)  # dense matrix products by number format
+    memory_bytes_per_s: float | None = None
+    op_overhead_s: float | None = None  # time of one operation on an almost empty tensor
+    host_to_device_bytes_per_s: float | None = None  # GPU: pinned memory
+    device_to_host_bytes_per_s: float | None = None
+    flash_attn: bool | None = None  # whether flash-attn runs here
+    bitsandbytes: bool | None = None
+    power_w: float | None = None  # under load
+    calibration: Mapping[str, float] = field(default_factory=dict)  # number format -> measured / predicted step time
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
-    def has_fast_bf16(self) -> bool:
-        """Whether the device multiplies bf16 matrices in hardware (not merely stores them)."""
+    def torch_device(self) -> Literal["cpu", "cuda"]:
+        """The name PyTorch gives such a device; ROCm answers to `cuda`."""
+        return "cpu" if self.kind == "cpu" else "cuda"
+
+    @property
+    def has_bf16_units(self) -> bool | None:
+        """Whether the device multiplies bf16 matrices in hardware (not merely stores them); None = cannot tell."""
         if self.kind == "cuda":
-            return self.compute_capability is not None and self.compute_capability >= (8, 0)
+            return None if self.compute_capability is None else self.compute_capability >= (8, 0)
+        if self.kind == "rocm":
+            known = self.flops_per_s.get("bfloat16")
+            return None if known is None else known > 0
         return "amx_bf16" in self.instruction_sets or "avx512_bf16" in self.instruction_sets
+
+    @property
+    def is_measured(self) -> bool:
+        return "measured" in {source for name, source in self.sources.items() if name.startswith("flops_per_s")}
 
 
 @dataclass(frozen=True)
@@ -33,21 +64,66 @@ class NodeCapability:
     num_cores: int
     memory_bytes: int | None
     devices: tuple[DeviceCapability, ...]
+    disk_write_bytes_per_s: float | None = None
+    idle_w: float | None = None  # the whole machine, doing nothing
+    load_w: float | None = None  # the whole machine, training
+    price_per_hour: float | None = None  # rented: what an hour costs; owned: None
+    purchase_price: float | None = None  # owned, in the job's currency
+    years: float | None = None  # over which the purchase is written off
+    hardware_hash: str | None = None
+    sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def gpus(self) -> tuple[DeviceCapability, ...]:
-        return tuple(device for device in self.devices if device.kind == "cuda")
+        return tuple(device for device in self.devices if device.kind != "cpu")
 
     @property
-    def cpu(self) -> DeviceCapability:
-        return next(device for device in self.devices if device.kind == "cpu")
+    def cpu(self) -> DeviceCapability | None:
+        return next((device for device in self.devices if device.kind == "cpu"), None)
+
+
+@dataclass(frozen=True)
+class Link:
+    """The network between two nodes, as one stream sees it; symmetric."""
+
+    between: tuple[str, str]
+    bytes_per_s: float | None
+    round_trip_s: float | None = None
+    source: Source = "measured"
 
 
 @dataclass(frozen=True)
 class ClusterCapability:
-    """All machines a job may use."""
+    """All machines a job may use, the links between them, and the machines that could not be looked at."""
 
-    nodes: tuple[NodeCapability, ...] = field(default_factory=tuple)
+    nodes: tuple[NodeCapability, ...] = ()
+    links: tuple[Link, ...] = ()
+    failed: Mapping[str, str] = field(default_factory=dict)  # node -> why its probe failed
+
+    def link(self, first: str, second: str) -> Link | None:
+        """The link between two nodes; None = never measured nor declared."""
+        return next((link for link in self.links if set(link.between) == {first, second}), None)
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> ClusterCapability:
+        """The inverse of `as_dict`, also after a way through JSON."""
+        nodes = tuple(node_from_dict(node) for node in values["nodes"])
+        links = tuple(Link(**{**link, "between": tuple(link["between"])}) for link in values.get("links", ()))
+        return cls(nodes, links, dict(values.get("failed", {})))
+
+
+def node_from_dict(values: Mapping[str, Any]) -> NodeCapability:
+    """A node as `asdict` and JSON leave it."""
+    return NodeCapability(**{**values, "devices": tuple(_device(device) for device in values["devices"])})
+
+
+def _device(values: Mapping[str, Any]) -> DeviceCapability:
+    capability = values.get("compute_capability")
+    changed = {
+        "compute_capability": tuple(capability) if capability else None,
+        "instruction_sets": tuple(values.get("instruction_sets", ())),
+    }
+    return DeviceCapability(**{**values, **changed})

@@ -11,7 +11,8 @@ def write_card(run: RunFolder, job: Job) -> None:
     folder, result = run.exported(), run.read_json("result.json")
     if folder is None or result is None:
         return
-    method = ", ".join(f"{key}={value}" for key, value in job.spec.method.model_dump().items() if value is not None)
+    planned = (run.read_json("plan.json") or {}).get("method", {})
+    method = ", ".join(f"{key}={value}" for key, value in planned.items() if value is not None)
     lines = [
         "---",
         f"base_model: {job.spec.model.model_name_or_path}",

@@ -100,15 +100,131 @@ def validate(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) 
     out.print(f"{job} is valid ({formats})", markup=False, highlight=False, soft_wrap=True)
 
 
+HardwareOption = Annotated[
+    Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
+]
+RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
+
+
 @app.command()
-def submit(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) -> None:
+def probe(
+    cluster: Annotated[str, typer.Option(help="local, or the address of a Ray cluster")] = "local",
+    hardware: HardwareOption = None,
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say what the machines can do: memory, FLOP/s by number format, bandwidths, links; measured once, then remembered.
+
+    Examples: orchestrator probe
+              orchestrator probe --cluster head:6379 --refresh
+              orchestrator probe --hardware home-lab
+    """
+    from orchestrator.machine_view import machines_view
+    from orchestrator.machines import declared, reached
+
+    found = declared(hardware) if hardware else reached(cluster, err.print, refresh)
+    if json_:
+        _print_json(found.as_dict())
+    else:
+        out.print(machines_view(found))
+
+
+@app.command()
+def techniques(
+    job: Annotated[
+        str | None, typer.Argument(help="judge for this job's model and data", autocompletion=_complete_job)
+    ] = None,
+    hardware: HardwareOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="try each on a small model here, some minutes")] = False,
+    set_: SetOption = [],
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say what each optimization does on each device: effective, works, little gain, harmful or impossible, and why.
+
+    Examples: orchestrator techniques
+              orchestrator techniques job.yaml --hardware home-lab
+              orchestrator techniques --measure
+    """
+    from orchestrator.catalogue import catalogue, catalogue_view, measured_view
+    from orchestrator.machines import declared, reached
+
+    cluster = declared(hardware) if hardware else reached("local", err.print, refresh)
+    rows = catalogue(cluster, _job(job, set_) if job else None, measure, err.print)
+    if json_:
+        _print_json(rows)
+    else:
+        out.print(measured_view(rows) if measure else catalogue_view(rows))
+
+
+@app.command()
+def plan(
+    job: JobArgument,
+    set_: SetOption = [],
+    hardware: HardwareOption = None,
+    exact: Annotated[bool, typer.Option("--exact", help="prepare the data as `submit` does")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="check the memory by tracing the model code")] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="really run the longest batch, an evaluation step and a checkpoint here")
+    ] = False,
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Say what would run where, whether it fits, how long it takes and what it costs; starts nothing.
+
+    Exit code 0: it fits; 3: it does not, and what would make it fit; 2: the job is wrong.
+
+    Examples: orchestrator plan job.yaml
+              orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
+              orchestrator plan job.yaml --trace && orchestrator submit job.yaml
+    """
+    from orchestrator.machines import declared
+    from orchestrator.plan_view import plan_view
+    from orchestrator.run import plan_without_data, prepare
+
+    asked = _job(job, set_)
+    say = Console(stderr=True).print
+    cluster = declared(hardware) if hardware else None
+    if exact or preflight:
+        ready = prepare(asked, say, cluster, refresh, runnable_only=cluster is None)
+    else:
+        ready = plan_without_data(asked, cluster, say, refresh)
+    checks: dict[str, Any] = {}
+    if trace:
+        from orchestrator.tracing import trace_plan
+
+        checks["trace"] = trace_plan(asked, ready.plan, ready.work)
+    if preflight:
+        from orchestrator.training.preflight import preflight as fly
+
+        checks["preflight"] = fly(asked, ready, say)
+    if json_:
+        _print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
+        return
+    out.print(plan_view(asked, ready.plan, ready.statistics))
+    for name, found in checks.items():
+        out.print()
+        out.print(f"{name}: {found['text']}", markup=False, highlight=False)
+
+
+@app.command()
+def submit(
+    job: JobArgument,
+    set_: SetOption = [],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only: the same as `plan --exact`")] = False,
+    json_: JsonOption = False,
+) -> None:
     """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
 
     Ctrl-C saves a checkpoint and stops; `resume` goes on from there.
 
     Examples: orchestrator submit quickstart
               orchestrator submit job.yaml --set train.learning_rate=1e-4
+              orchestrator submit job.yaml --dry-run
     """
+    if dry_run:
+        plan(job, set_, exact=True, json_=json_)
+        return
     from orchestrator.run import submit as run_job
 
     with _watcher(json_) as watcher:

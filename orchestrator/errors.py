@@ -19,6 +19,7 @@ EXTRAS = {
     **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
     **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn"), "train"),
     "gguf": "quickstart",
+    "bitsandbytes": "quant",
 }
 
 

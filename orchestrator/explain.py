@@ -1,4 +1,4 @@
-"""Plans, results and runs as a person reads them: tables and sentences, nothing else."""
+"""Results and runs as a person reads them: tables and sentences, nothing else.  Plans are in plan_view.py."""
 
 from __future__ import annotations
 
@@ -9,39 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
-from orchestrator.jobfile import Job
-from orchestrator.planner import Plan, settings_of
 from orchestrator.rundir import RunFolder, utc
-
-
-def plan_table(job: Job, plan: Plan, statistics: dict[str, Any]) -> RenderableType:
-    """What was decided and why; what the job itself stated has no reason to give."""
-    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
-    table.add_column("setting", no_wrap=True)
-    table.add_column("value", no_wrap=True)
-    table.add_column("why", overflow="fold")
-    for key, value in settings_of(plan).items():
-        table.add_row(key, _shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
-    train = statistics.get("train") or {}
-    head = Text.assemble(
-        (f"{job.spec.method.type} on {job.spec.model.model_name_or_path}", "bold"),
-        f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
-        f" {plan.global_batch_size} samples, workers: {plan.num_workers}, threads of each: {plan.threads_per_worker}",
-    )
-    return Group(head, Text(data_sentence(train)), Text(), table, Text())
-
-
-def data_sentence(train: dict[str, Any]) -> str:
-    """Counts of the training rows in one line."""
-    if not train:
-        return ""
-    formats = ", ".join(f"{name}: {count}" for name, count in train["formats"].items())
-    odd = [f"{train[key]} {key}" for key in ("truncated", "dropped", "rejected") if train[key]]
-    share = train["supervised_tokens"] / max(1, train["tokens"])
-    return (
-        f"data: {train['samples']} samples ({formats}), {format_count(train['tokens'])} tokens, {share:.0%} supervised,"
-        f" longest {train['longest']}" + (f"; {', '.join(odd)}" if odd else "")
-    )
 
 
 def result_view(run: RunFolder) -> RenderableType:
@@ -70,12 +38,14 @@ def result_view(run: RunFolder) -> RenderableType:
 def _cost_sentence(result: dict[str, Any]) -> str:
     """Work, time and memory, the predicted beside the measured."""
     seconds, tokens, memory = max(result["train_seconds"], 1e-9), result["tokens"], result["memory"]
-    measured = memory["measured_peak_bytes"] - memory["libraries_bytes"]
+    measured = memory["measured_peak_bytes"]
+    times = result.get("time") or {}
+    predicted_s, step_s = times.get("predicted_step_s"), times.get("measured_step_s")
+    step = f"; step {format_s(step_s)} (predicted {format_s(predicted_s)})" if predicted_s and step_s else ""
     return (
         f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
-        f" ({tokens / seconds:.0f} tokens/s); training memory {format_bytes(measured)} at its peak"
-        f" (predicted {format_bytes(memory['predicted_bytes'])},"
-        f" libraries {format_bytes(memory['libraries_bytes'])} more)"
+        f" ({tokens / seconds:.0f} tokens/s){step}; memory {format_bytes(measured)} at its peak"
+        f" (predicted {format_bytes(memory['predicted_bytes'])})"
     )
 
 
@@ -144,11 +114,3 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         table.add_row(row["run"], row["state"], f"{row['step']}/{row['num_steps']}", loss, row["started"] or "")
     return table
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "none"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    return str(value)

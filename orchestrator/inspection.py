@@ -14,8 +14,8 @@ from orchestrator.data.formats import BadRow
 from orchestrator.data.packing import best_fit_decreasing, padded_tokens
 from orchestrator.data.prepare import options_for, renderer_for
 from orchestrator.data.sources import rows_of, sources_of
-from orchestrator.explain import data_sentence
 from orchestrator.jobfile import Job
+from orchestrator.plan_view import data_sentence
 
 _PADDED_ROWS = 8
 

@@ -22,6 +22,45 @@ PACKAGED = {
 }
 
 
+# What planning needs of a packaged model before it is unpacked.
+_PACKAGED_CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2-135m-instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+}
+
+
+def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[str, Any]:
+    """A model's config.json without its weights: from a folder, a package, or that one file of the hub."""
+    folder = local_folder(name, job_folder)
+    if folder is not None:
+        return read_config(folder)
+    if name.lower() in PACKAGED:
+        return _PACKAGED_CONFIGS[name.lower()]
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise JobError(
+            f"model.model_name_or_path: {name!r} is not a folder here, and huggingface_hub is not installed to ask for"
+            " its config.json; download that one file and give its folder"
+        )
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_config(Path(hf_hub_download(name, "config.json", revision=revision)).parent)
+    except JobError:
+        raise
+    except Exception as error:  # as in _from_hub
+        raise JobError(_not_on_hub(name, error)) from None
+
+
 def cache_folder() -> Path:
     """Per-user cache (XDG base directory specification)."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-orchestrator"
@@ -74,11 +113,15 @@ def _from_hub(name: str, revision: str | None) -> Path:
         wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
         return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise JobError(
-            f"model.model_name_or_path: {name!r} is neither a folder here nor a model the hub gives ({reason})."
-            f" Packaged models that need no hub: {', '.join(PACKAGED)}"
-        ) from None
+        raise JobError(_not_on_hub(name, error)) from None
+
+
+def _not_on_hub(name: str, error: Exception) -> str:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return (
+        f"model.model_name_or_path: {name!r} is neither a folder here nor a model the hub gives ({reason})."
+        f" Packaged models that need no hub: {', '.join(PACKAGED)}"
+    )
 
 
 def _converted(name: str, say: Callable[[str], None]) -> Path:

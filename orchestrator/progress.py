@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clusters.units import format_bytes
-from orchestrator.explain import plan_table
 from orchestrator.jobfile import Job
+from orchestrator.plan_view import plan_view
 from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
 
@@ -37,7 +37,7 @@ class Lines(Quiet):
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
         self._num_steps = plan.num_steps
-        self.console.print(plan_table(job, plan, statistics))
+        self.console.print(plan_view(job, plan, statistics, full=False))
         self.say(f"run {run.run_id}")
 
     def event(self, event: dict[str, Any]) -> None:
@@ -49,6 +49,8 @@ class Lines(Quiet):
         elif kind == "quality":
             scores = {k: v for k, v in event.items() if isinstance(v, float) and k not in ("time", "seconds")}
             self.say(f"{event['when']}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        elif kind == "preflight":
+            self.say(f"preflight: {event['text']}")
         elif kind == "eval":
             self.say(f"step {event['step']}: eval_loss {event['eval_loss']:.4f}")
         elif kind == "note":

@@ -17,14 +17,17 @@ from typing import Any, Protocol
 
 from clusters.capability import ClusterCapability
 from clusters.connect import CannotConnect, connect
-from clusters.probe import probe_this_node
-from orchestrator import models, planner, workload
+from orchestrator import calibration, machines, models, planner, workload
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
+from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import Job
 from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.spec import HeldOut as SplitOff
 from orchestrator.tracking import Mirror
+from strategies.contract import Workload
+from strategies.shape import ModelShape
 
 _POLL_S = 0.2
 
@@ -46,6 +49,7 @@ class Ready:
     job: Job
     plan: Plan
     capability: ClusterCapability
+    work: Workload
     data_files: dict[str, Any]
     statistics: dict[str, Any]
 
@@ -75,30 +79,33 @@ def resume(run: RunFolder, job: Job, watcher: Watcher) -> RunFolder:
     return run
 
 
-def prepare(job: Job, say: Callable[[str], None]) -> Ready:
-    """Find the model, tokenise the data, look at the machines and plan.  Raises JobError and NothingFits."""
+def prepare(
+    job: Job,
+    say: Callable[[str], None],
+    declared: ClusterCapability | None = None,
+    refresh: bool = False,
+    runnable_only: bool = True,
+) -> Ready:
+    """Find the model, tokenise the data, look at the machines and plan.  Raises JobError and NothingFits.
+
+    `declared` machines take the place of the real ones; what only they could run may then be planned.
+    """
     from orchestrator.data.prepare import prepare_data
 
-    spec = job.spec
-    node = probe_this_node()
-    model_folder = models.locate(spec.model.model_name_or_path, job.folder, spec.model.model_revision, say)
+    model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     config = models.read_config(model_folder)
     shape = workload.model_shape(config)
-    num_workers, why_workers = planner.resolve_workers(spec, node)
-    max_length, why_length = planner.resolve_max_length(spec, config)
+    if shape.family.encoder:
+        raise JobError(
+            f"model.model_name_or_path: {shape.model_type} is an encoder; it can be planned, not trained here"
+        )
+    max_length, _ = planner.resolve_max_length(job.spec, config)
+    capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
     train, held_out = data.train, data.held_out
-    work, _, why_batch = workload.describe(
-        spec, shape, train.lengths.tolist(), int(train.num_supervised.sum()), num_workers
-    )
-    reasons = {
-        "cluster.num_workers": why_workers,
-        "data.max_length": why_length,
-        "train.global_batch_size": why_batch,
-    }
     counts = None
     if held_out:
-        counts = planner.HeldOut(
+        counts = HeldOut(
             num_samples=len(held_out),
             num_tokens=int(held_out.lengths.sum()),
             longest_answer=int(held_out.num_supervised.max()),
@@ -108,11 +115,70 @@ def prepare(job: Job, say: Callable[[str], None]) -> Ready:
         repeated = train.overlap(held_out)
         if repeated:
             say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
-    capability = ClusterCapability((node,))
-    known = {key: why for key, why in reasons.items() if why}
-    plan = planner.make_plan(spec, work, capability, num_workers, max_length, counts, known)
+    lengths, learnt = train.lengths.tolist(), int(train.num_supervised.sum())
+    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts, runnable_only)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
-    return Ready(job, plan, capability, data.files, statistics)
+    return Ready(job, plan, capability, work, data.files, statistics)
+
+
+def plan_without_data(
+    job: Job, declared: ClusterCapability | None, say: Callable[[str], None], refresh: bool = False
+) -> Ready:
+    """A plan from the model's config.json and the sizes of the data files alone: no torch, no tokenizer, in a second.
+
+    Tokens are counted as bytes / 4 over the first rows, so times are rougher than those of `prepare`.
+    """
+    from orchestrator.data.sizes import rough_lengths
+
+    config = models.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    shape = workload.model_shape(config)
+    max_length, _ = planner.resolve_max_length(job.spec, config)
+    lengths, learnt = rough_lengths(job, max_length)
+    counts, lengths, learnt = _rough_held_out(job, max_length, lengths, learnt)
+    capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
+    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts, declared is None)
+    statistics = {"train": None, "rough": f"{len(lengths)} rows of about {sum(lengths) / len(lengths):.0f} tokens"}
+    return Ready(job, plan, capability, work, {}, statistics)
+
+
+def _rough_held_out(
+    job: Job, max_length: int, lengths: list[int], learnt: int
+) -> tuple[HeldOut | None, list[int], int]:
+    """Counts of the held-out rows, and what they leave of the training rows."""
+    from orchestrator.data.sizes import rough_lengths
+
+    asked = job.spec.data.eval
+    if asked is None:
+        return None, lengths, learnt
+    if isinstance(asked, SplitOff):
+        count = max(1, round(len(lengths) * asked.split))
+        held, held_learnt = lengths[-count:], learnt * count // len(lengths)
+        lengths, learnt = lengths[:-count] or lengths, learnt - held_learnt
+    else:
+        held, held_learnt = rough_lengths(job, max_length, "eval")
+    mean_answer = held_learnt // len(held)
+    return HeldOut(len(held), sum(held), 2 * mean_answer, len(held), False), lengths, learnt
+
+
+def _plan(
+    job: Job,
+    config: dict[str, Any],
+    shape: ModelShape,
+    capability: ClusterCapability,
+    lengths: list[int],
+    num_supervised: int,
+    counts: HeldOut | None,
+    runnable_only: bool,
+) -> tuple[Plan, Workload]:
+    spec = job.spec
+    max_length, why_length = planner.resolve_max_length(spec, config)
+    num_workers = len(planner.slots_of(spec, capability))
+    why_workers = planner.resolve_workers(spec, capability.nodes[0])[1] if len(capability.nodes) == 1 else None
+    work, _, why_batch = workload.describe(spec, shape, lengths, num_supervised, num_workers)
+    reasons = {"cluster.num_workers": why_workers, "data.max_length": why_length, "train.global_batch_size": why_batch}
+    known = {key: why for key, why in reasons.items() if why}
+    capability = calibration.calibrated(capability, output_dir(job))
+    return planner.make_plan(spec, work, capability, max_length, counts, known, runnable_only), work
 
 
 def held_out_of(run: RunFolder, job: Job, other: Path | None, say: Callable[[str], None]) -> Any:

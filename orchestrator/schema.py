@@ -14,7 +14,7 @@ from orchestrator.spec import DEFAULT_METHOD, METHOD_SECTIONS, SECTIONS, JobSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 
-_ORDER = ("model", "data", "method", "train", "strategy", "cluster", "checkpoint", "eval", "tracking")
+_ORDER = ("model", "data", "method", "train", "goal", "strategy", "cluster", "checkpoint", "eval", "cost", "tracking")
 
 
 def all_fields() -> dict[str, dict[str, Any]]:

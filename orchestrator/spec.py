@@ -87,7 +87,13 @@ class TrainSection(Section):
     lr_scheduler_type: Scheduler = _key("cosine", "shape of the learning rate over time")
     warmup_ratio: float = _key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
     warmup_steps: int = _key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0)
-    optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"] = _key("auto", "optimizer")
+    optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"] = _key(
+        "auto", "optimizer"
+    )
+    loss_type: Auto | Literal["nll", "chunked_nll"] = _key(
+        "auto", "chunked_nll never holds all logits at once: less memory, the output matrix applied twice"
+    )
+    torch_compile: bool = _key(False, "compile the model: faster steps after a minute or more; not with packing")
     weight_decay: float = _key(0.0, "decoupled weight decay", ge=0)
     adam_beta1: float = _key(0.9, "Adam's first decay", ge=0, lt=1)
     adam_beta2: float = _key(0.999, "Adam's second decay", ge=0, lt=1)
@@ -100,8 +106,33 @@ class TrainSection(Section):
 class StrategySection(Section):
     """How the work is laid on the machines."""
 
-    mode: Auto | Literal["single", "ddp"] = _key("auto", "one worker, or data parallel over several")
+    mode: Auto | Literal["single", "ddp", "zero1", "zero2", "zero3"] = _key(
+        "auto", "one worker, data parallel over several, or ZeRO (planned, not run yet)"
+    )
+    offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = _key(
+        "auto", "what waits in host memory (optimizer, parameters: planned, not run yet)"
+    )
+    preflight: bool = _key(True, "before the run: the longest batch, an evaluation step, a checkpoint and back")
     memory_safety: float = _key(0.08, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
+
+
+class GoalSection(Section):
+    """What the plan should aim at, and what it must keep."""
+
+    prefer: Literal["time", "memory", "cost", "quality"] = _key("time", "what the plan makes best among what fits")
+    max_hours: float | None = _key(None, "longest training time in hours", gt=0)
+    max_cost: float | None = _key(None, "most the run may cost, in cost.currency", gt=0)
+    max_memory_fraction: float | None = _key(None, "most of a device's memory the plan may use", gt=0, le=1)
+    min_quality: float | None = _key(None, "least expected score (a prior from published runs, 0 to 1)", ge=0, le=1)
+
+
+class CostSection(Section):
+    """What machines and electricity cost, for the plan's price."""
+
+    currency: str = _key("EUR", "name of the currency")
+    electricity_per_kwh: float = _key(0.30, "price of a kilowatt-hour", ge=0)
+    hours_per_year: float = _key(2000.0, "hours a year that an owned machine works, to write off its price", gt=0)
+    power_w: float | None = _key(None, "draw of this machine under load in watts, where nobody measured it", gt=0)
 
 
 class ClusterSection(Section):
@@ -161,8 +192,15 @@ def _resolved_type(method: type[Any], knob: str) -> Any:
     return typing.get_type_hints(method)[knob]
 
 
+class AutoMethod(Section):
+    """The plan chooses the method."""
+
+    type: Literal["auto"] = _key("auto", "training method")
+
+
+DEFAULT_METHOD = next(iter(METHODS))  # of a section that states knobs and no type
 METHOD_SECTIONS: dict[str, type[Section]] = {name: _method_section(name, cls) for name, cls in METHODS.items()}
-DEFAULT_METHOD = next(iter(METHODS))
+METHOD_SECTIONS["auto"] = AutoMethod
 
 
 def _method_of(value: Any) -> str:
@@ -184,25 +222,31 @@ class JobSpec(Section):
     model: ModelSection
     data: DataSection
     method: _AnyMethod = Field(  # type: ignore[valid-type]
-        default_factory=METHOD_SECTIONS[DEFAULT_METHOD], description="how the model is trained"
+        default_factory=AutoMethod, description="how the model is trained"
     )
     train: TrainSection = Field(default_factory=TrainSection, description="optimisation")
+    goal: GoalSection = Field(default_factory=GoalSection, description="what the plan aims at")
+    cost: CostSection = Field(default_factory=CostSection, description="prices")
     strategy: StrategySection = Field(default_factory=StrategySection, description="layout on the machines")
     cluster: ClusterSection = Field(default_factory=ClusterSection, description="where it runs")
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
     eval: EvalSection = Field(default_factory=EvalSection, description="how quality is measured")
     tracking: TrackingSection = Field(default_factory=TrackingSection, description="where results are mirrored")
 
-    def build_method(self) -> Any:
-        """The method's dataclass with the job's knobs."""
+    def methods(self) -> list[Any]:
+        """The methods that may be used, with their knobs: the one the job states, or each of them for `auto`."""
+        if self.method.type not in METHODS:
+            return [method() for name, method in METHODS.items() if not name.startswith("experimental_")]
         knobs = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
-        return METHODS[self.method.type](**knobs)
+        return [METHODS[self.method.type](**knobs)]
 
 
 SECTIONS: dict[str, type[Section]] = {
     "model": ModelSection,
     "data": DataSection,
     "train": TrainSection,
+    "goal": GoalSection,
+    "cost": CostSection,
     "strategy": StrategySection,
     "cluster": ClusterSection,
     "checkpoint": CheckpointSection,

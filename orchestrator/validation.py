@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import islice
 from typing import Any
 
-from clusters.probe import probe_this_node
+from clusters.probe import look_at_this_node
 from orchestrator import models, planner, workload
 from orchestrator.data.files import read_rows
 from orchestrator.data.formats import DETECTABLE, BadRow, convert, detect
@@ -46,7 +46,7 @@ def check(job: Job) -> dict[str, Any]:
 def _check_model(job: Job) -> None:
     """What can be said of the model without loading or downloading it."""
     spec = job.spec
-    planner.resolve_workers(spec, probe_this_node())
+    planner.resolve_workers(spec, look_at_this_node())
     folder = models.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is not None:
         config = models.read_config(folder)

@@ -5,9 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 from orchestrator.data.order import Order
+from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.spec import JobSpec
-from strategies.contract import ModelShape, Workload
+from strategies.contract import Workload
+from strategies.shape import ModelShape, UnknownArchitecture
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
@@ -18,6 +20,8 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         )
     try:
         return ModelShape.from_config(config)
+    except UnknownArchitecture as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise JobError(
             f"model.model_name_or_path: config.json does not describe a decoder-only language model: {error}"
@@ -34,6 +38,8 @@ def describe(
     per_epoch, rest = divmod(order.num_steps, order.steps_per_epoch)
     workload = Workload(
         shape=shape,
+        mean_square_length=sum(length * length for length in lengths) / len(lengths),
+        padded_ratio=_padded_ratios(lengths, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),
         num_supervised_tokens=num_supervised_tokens,
@@ -43,6 +49,18 @@ def describe(
         num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
     )
     return workload, order, reason
+
+
+def _padded_ratios(lengths: list[int], global_batch_size: int) -> dict[int, float]:
+    """Processed over real tokens for each number of rows in a micro-batch, on the first steps of the data."""
+    steps = [lengths[start : start + global_batch_size] for start in range(0, len(lengths), global_batch_size)][:64]
+    real = sum(map(sum, steps))
+    ratios, rows = {}, 1
+    while rows <= global_batch_size:
+        padded = sum(padded_tokens(step, micro_batches(step, rows, 0, False), False) for step in steps)
+        ratios[rows] = padded / real
+        rows *= 2
+    return ratios
 
 
 def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tuple[int, str | None]:

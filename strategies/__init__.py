@@ -1,13 +1,55 @@
 """What each way of training costs and how it changes a model.  Never imports ray.
 
-`METHODS` is the registry: a new method is one line here, and its knobs appear in the job file by themselves.
+Two registries: a new method is one line in `METHODS`, and its knobs appear in the job file by themselves; a new
+technique is one line in `TECHNIQUES`, and appears in the catalogue and its measurement.
 """
 
 from strategies.contract import Method
 from strategies.full import Full
 from strategies.lora import Lora
+from strategies.qlora import QLora
+from strategies.techniques.adapters import LORA, QLORA_INT8, QLORA_NF4
+from strategies.techniques.attention import EAGER, FLASH, FLEX, SDPA
+from strategies.techniques.batching import ACCUMULATION, LENGTH_GROUPING, MICRO_BATCH
+from strategies.techniques.checkpointing import CHECKPOINTING
+from strategies.techniques.compiling import TORCH_COMPILE
+from strategies.techniques.data_shape import LENGTH_LIMIT, PACKING
+from strategies.techniques.loss import CHUNKED_LOSS
+from strategies.techniques.offload import ACTIVATION_OFFLOAD, OPTIMIZER_OFFLOAD, PARAMETER_OFFLOAD
+from strategies.techniques.optimizers import EIGHT_BIT_OPTIMIZER
+from strategies.techniques.precision import BF16, FP16
+from strategies.techniques.room import Technique
+from strategies.techniques.sharding import ZERO_1, ZERO_2, ZERO_3
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "full": Full,
+    "qlora": QLora,
 }
+
+TECHNIQUES: tuple[Technique, ...] = (
+    LORA,
+    QLORA_NF4,
+    QLORA_INT8,
+    CHECKPOINTING,
+    BF16,
+    FP16,
+    MICRO_BATCH,
+    ACCUMULATION,
+    LENGTH_GROUPING,
+    LENGTH_LIMIT,
+    PACKING,
+    EAGER,
+    SDPA,
+    FLASH,
+    FLEX,
+    ZERO_1,
+    ZERO_2,
+    ZERO_3,
+    OPTIMIZER_OFFLOAD,
+    PARAMETER_OFFLOAD,
+    ACTIVATION_OFFLOAD,
+    EIGHT_BIT_OPTIMIZER,
+    CHUNKED_LOSS,
+    TORCH_COMPILE,
+)

@@ -6,72 +6,22 @@ and `setup` (in a worker, with torch).  The training loop knows a method only th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from clusters.capability import DeviceCapability
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.shape import ModelShape
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
     import torch
 
 Dtype = Literal["float32", "bfloat16", "float16"]
+LossType = Literal["nll", "chunked_nll"]
+Quantization = Literal["nf4", "int8"]
+Offload = Literal["none", "optimizer", "parameters", "activations"]
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """The sizes of a decoder-only transformer that cost memory or time."""
-
-    hidden_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    tied_embeddings: bool
-    gated_mlp: bool = True
-
-    @classmethod
-    def from_config(cls, config: dict[str, Any]) -> ModelShape:
-        """Read a Hugging Face `config.json`; GPT-2's and OPT's older key names are understood."""
-        config = {**config, **config.get("text_config", {})}
-        hidden = _first(config, "hidden_size", "n_embd", "d_model")
-        heads = _first(config, "num_attention_heads", "n_head")
-        model_type = config.get("model_type", "")
-        return cls(
-            hidden_size=hidden,
-            num_layers=_first(config, "num_hidden_layers", "n_layer"),
-            num_heads=heads,
-            num_kv_heads=config.get("num_key_value_heads") or heads,
-            head_dim=config.get("head_dim") or hidden // heads,
-            intermediate_size=_first(config, "intermediate_size", "n_inner", "ffn_dim", default=4 * hidden),
-            vocab_size=_first(config, "vocab_size"),
-            tied_embeddings=config.get("tie_word_embeddings", True),
-            gated_mlp=model_type not in ("gpt2", "opt", "gptj", "gpt_neox", "phi", "starcoder2"),
-        )
-
-    @property
-    def linear_shapes(self) -> tuple[tuple[int, int], ...]:
-        """(inputs, outputs) of each linear map in one decoder layer."""
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        h, f = self.hidden_size, self.intermediate_size
-        mlp = ((h, f), (h, f), (f, h)) if self.gated_mlp else ((h, f), (f, h))
-        return ((h, q), (h, kv), (h, kv), (q, h), *mlp)
-
-    @property
-    def num_linear_parameters(self) -> int:
-        return self.num_layers * sum(i * o for i, o in self.linear_shapes)
-
-    @property
-    def num_embedding_parameters(self) -> int:
-        return self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
-
-    @property
-    def num_parameters(self) -> int:
-        return self.num_linear_parameters + self.num_embedding_parameters + (2 * self.num_layers + 1) * self.hidden_size
 
 
 @dataclass(frozen=True)
@@ -86,13 +36,26 @@ class Workload:
     global_batch_size: int  # samples a step
     num_steps: int
     num_samples_seen: int  # over all epochs
+    mean_square_length: float | None = None  # mean of length^2: what attention costs; None = as if all were equal
+    padded_ratio: Mapping[int, float] = field(default_factory=dict)  # rows a micro-batch -> padded over real tokens
+    share: float = 1.0  # of each step's samples that one device does
 
     @property
     def mean_length(self) -> float:
         return self.num_tokens / self.num_samples
 
     @property
+    def attended_length(self) -> float:
+        """Tokens that an average token looks at, twice: sum of length^2 over sum of length."""
+        return (self.mean_square_length or self.mean_length**2) / self.mean_length
+
+    @property
+    def supervised_fraction(self) -> float:
+        return self.num_supervised_tokens / self.num_tokens
+
+    @property
     def tokens_per_step(self) -> float:
+        """Real tokens of a step, all workers together."""
         return self.mean_length * self.num_samples_seen / self.num_steps
 
 
@@ -106,6 +69,12 @@ class Techniques:
     gradient_checkpointing: bool
     per_device_train_batch_size: int  # rows of a micro-batch; a packed row holds up to max_length tokens
     max_length: int  # tokens
+    optim: str = "adamw_torch_fused"
+    loss_type: LossType = "nll"
+    torch_compile: bool = False
+    offload: Offload = "none"
+    zero_stage: int = 0
+    num_shards: int = 1  # devices that share what zero_stage shards
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -115,18 +84,62 @@ class Techniques:
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes at the peak of a training step, by part."""
+    """Bytes on the device at the peak of a training step, by part, and how far off that may be.
+
+    `framework_bytes` is what the process holds beside tensors (CUDA context, libraries, allocator gaps); `host_bytes`
+    is memory of the node, not of the device.
+    """
 
     weights_bytes: float
     gradients_bytes: float
     optimizer_bytes: float
     activations_bytes: float
     logits_bytes: float
+    buffers_bytes: float = 0.0
+    framework_bytes: float = 0.0
+    host_bytes: float = 0.0
+    low_bytes: float = 0.0
+    high_bytes: float = 0.0
+
+    @property
+    def parts(self) -> dict[str, float]:
+        """Bytes on the device by part, in the order they are drawn."""
+        names = ("weights", "gradients", "optimizer", "activations", "logits", "buffers", "framework")
+        return {name: getattr(self, f"{name}_bytes") for name in names}
+
+    @property
+    def tensors_bytes(self) -> float:
+        """What the tensors take: everything but `framework_bytes`."""
+        return self.total_bytes - self.framework_bytes
 
     @property
     def total_bytes(self) -> float:
-        parts = (self.weights_bytes, self.gradients_bytes, self.optimizer_bytes)
-        return sum(parts) + self.activations_bytes + self.logits_bytes
+        return sum(self.parts.values())
+
+
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of one optimizer step on one device, by what is waited for.
+
+    `is_guess` says that a figure of the device was unknown and a typical one stood in for it.
+    """
+
+    compute_s: float  # matrix products and attention
+    memory_s: float  # element-wise work: waits for memory, not for arithmetic
+    overhead_s: float  # launching operations, dequantising, per micro-batch
+    update_s: float  # the optimizer
+    transfer_s: float = 0.0  # over the bus: offload
+    sync_s: float = 0.0  # over the network
+    is_guess: bool = False
+
+    @property
+    def parts(self) -> dict[str, float]:
+        names = ("compute", "memory", "overhead", "update", "transfer", "sync")
+        return {name: getattr(self, f"{name}_s") for name in names}
+
+    @property
+    def step_s(self) -> float:
+        return sum(self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -136,9 +149,13 @@ class StrategyPlan:
     method: str
     techniques: Techniques
     memory: MemoryEstimate
+    time: TimeEstimate
     num_trainable_parameters: int
     flops_per_token: float
     checkpoint_bytes: float  # one checkpoint: trained weights and optimizer state
+    gradient_bytes: float = 0.0  # what workers add up once a step
+    gathered_bytes: float = 0.0  # weights that ZeRO-3 collects for each pass of a micro-batch
+    num_micro_batches: int = 1  # a step, on this device
 
 
 @dataclass(frozen=True)
@@ -166,27 +183,39 @@ class TrainSetup:
     export_name: str  # "adapter" or "model": the folder of the run that receives it
 
 
+@dataclass(frozen=True)
+class QualityPrior:
+    """What published runs say of a method's quality before anything was trained; a prior, never a promise."""
+
+    score: float  # accuracy on the benchmark named in `source`, 0 .. 1
+    uncertainty: float  # one standard deviation
+    source: str
+
+
 @runtime_checkable
 class Method(Protocol):
-    """A way of training; see the module's docstring.  `load_dtype` is the word a loader needs before `setup`."""
+    """A way of training; see the module's docstring.  `load_dtype` and `load_arguments` are for the model's loader."""
 
-    def estimate(self, workload: Workload, device: DeviceCapability, techniques: Techniques) -> StrategyPlan:
-        """Predict memory and work; pure, no torch."""
+    name: ClassVar[str]  # as the registry and the job file spell it
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        """Predict memory and time of one device; pure, no torch."""
+        ...
+
+    def quality_prior(self) -> QualityPrior | None:
+        """What to expect of the result; None where nothing comparable was published."""
         ...
 
     def load_dtype(self, techniques: Techniques) -> Dtype:
         """The precision in which the model's weights are to be loaded before `setup`."""
         ...
 
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        """More arguments for transformers' `from_pretrained`."""
+        ...
+
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         """Turn a loaded transformers model into one that trains this way."""
         ...
-
-
-def _first(config: dict[str, Any], *names: str, default: int | None = None) -> int:
-    for name in names:
-        if config.get(name) is not None:
-            return int(config[name])
-    if default is None:
-        raise KeyError(f"the model's config.json has none of {', '.join(names)}")
-    return default

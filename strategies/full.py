@@ -4,51 +4,66 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from clusters.capability import DeviceCapability
+from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     Dtype,
-    MemoryEstimate,
+    QualityPrior,
     StrategyPlan,
     Techniques,
     TrainSettings,
     TrainSetup,
     Workload,
 )
-from strategies.cost.memory import activation_bytes, logits_bytes
-from strategies.cost.time import forward_flops_per_token, training_flops_per_token
+from strategies.cost.memory import Footprint
+from strategies.cost.plan import plan_of
+from strategies.cost.time import Work
 
 
 @dataclass(frozen=True)
 class Full:
     """Train all weights.  Cost: 16 bytes a parameter (fp32 weight, gradient, two Adam moments) and activations."""
 
-    def estimate(self, workload: Workload, device: DeviceCapability, techniques: Techniques) -> StrategyPlan:
-        shape = workload.shape
-        num_parameters = shape.num_parameters
-        kept_inputs = BYTES_PER_ELEMENT[techniques.dtype] * (2 * shape.hidden_size + shape.intermediate_size)
-        supervised_fraction = workload.num_supervised_tokens / workload.num_tokens
-        forward = forward_flops_per_token(shape, workload.mean_length, supervised_fraction)
-        memory = MemoryEstimate(
+    name: ClassVar[str] = "full"
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
+        num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
+        half = g < 4  # autocast: each linear map keeps a copy of its input and of its weight in that precision
+        inputs = sum(linear.inputs for linear in shape.linears) if half else shape.distinct_inputs(shape.linears)
+        footprint = Footprint(
             weights_bytes=4.0 * num_parameters,
-            gradients_bytes=4.0 * num_parameters,
-            optimizer_bytes=8.0 * num_parameters,
-            activations_bytes=activation_bytes(shape, techniques, kept_inputs),
-            logits_bytes=logits_bytes(shape, techniques.micro_batch_tokens * supervised_fraction),
+            num_trainable=num_parameters,
+            stream_bytes=4.0,
+            inputs_per_token=g * inputs,
+            output_is_kept=True,
+            product_is_kept=True,
+            norms_train=True,
+            cast_bytes=g * (shape.num_linear_parameters + output) if half else 0.0,
+            embeddings_train=True,
         )
-        return StrategyPlan(
-            method="full",
-            techniques=techniques,
-            memory=memory,
-            num_trainable_parameters=num_parameters,
-            flops_per_token=training_flops_per_token(forward, True, techniques.gradient_checkpointing),
-            checkpoint_bytes=12.0 * num_parameters,
+        num_tensors = shape.num_layers * (len(shape.linears) + shape.family.norms) + 3
+        work = Work(
+            trains_weights=True,
+            trains_output=True,
+            num_trainable=num_parameters,
+            num_tensors=num_tensors,
+            cast_parameters=shape.num_linear_parameters + output if half else 0,
         )
+        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+
+    def quality_prior(self) -> QualityPrior:
+        return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
 
     def load_dtype(self, techniques: Techniques) -> Dtype:
         return "float32"  # master weights: autocast computes in the planned precision
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        return {}
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         from strategies.optimizer import build_optimizer

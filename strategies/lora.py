@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import re
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from clusters.capability import DeviceCapability
+from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     Dtype,
-    MemoryEstimate,
+    QualityPrior,
     StrategyPlan,
     Techniques,
     TrainSettings,
     TrainSetup,
     Workload,
 )
-from strategies.cost.memory import activation_bytes, logits_bytes
-from strategies.cost.time import forward_flops_per_token, training_flops_per_token
+from strategies.cost.memory import Footprint
+from strategies.cost.plan import plan_of
+from strategies.cost.time import Work
+from strategies.knobs import knob
+from strategies.shape import Linear, ModelShape
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
-
-
-def _knob(default: Any, doc: str, **limits: Any) -> Any:
-    """A dataclass field with the sentence and the limits that the job file's schema shows."""
-    metadata = {"doc": doc, **limits}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
@@ -38,53 +34,78 @@ class Lora:
     The knobs carry PEFT's meaning.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
     """
 
-    lora_r: int = _knob(16, "rank of the correction", ge=1)
-    lora_alpha: float = _knob(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
-    lora_dropout: float = _knob(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    lora_target_modules: str | list[str] = _knob(
-        "all-linear", "which linear maps: all-linear, a regex, or module names"
-    )
-    layers_to_transform: list[int] | None = _knob(
+    lora_r: int = knob(16, "rank of the correction", ge=1)
+    lora_alpha: float = knob(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
+    lora_dropout: float = knob(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    lora_target_modules: str | list[str] = knob("all-linear", "which linear maps: all-linear, a regex, or module names")
+    layers_to_transform: list[int] | None = knob(
         None, "only these decoder layers (0 = first); below them nothing trains"
     )
-    modules_to_save: list[str] | None = _knob(None, "modules trained in full beside the adapters")
-    bias: Literal["none", "all", "lora_only"] = _knob("none", "which biases train")
-    use_dora: bool = _knob(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
-    use_rslora: bool = _knob(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
-    init_lora_weights: bool | _INIT | str = _knob(
+    modules_to_save: list[str] | None = knob(None, "modules trained in full beside the adapters")
+    bias: Literal["none", "all", "lora_only"] = knob("none", "which biases train")
+    use_dora: bool = knob(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
+    use_rslora: bool = knob(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
+    init_lora_weights: bool | _INIT | str = knob(
         True, "how A and B start: true, gaussian, pissa, pissa_niter_4, olora, ..."
     )
-    loraplus_lr_ratio: float | None = _knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
+    loraplus_lr_ratio: float | None = knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
-    def estimate(self, workload: Workload, device: DeviceCapability, techniques: Techniques) -> StrategyPlan:
-        shape, element_bytes = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
-        per_layer = sum(self.lora_r * (i + o) for i, o in shape.linear_shapes)
-        num_layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
-        num_trainable = num_layers * per_layer
-        kept_inputs = element_bytes * (2 * shape.hidden_size + shape.intermediate_size)
-        kept_inputs += element_bytes * self.lora_r * len(shape.linear_shapes)
-        supervised_fraction = workload.num_supervised_tokens / workload.num_tokens
-        forward = forward_flops_per_token(shape, workload.mean_length, supervised_fraction)
-        adapters = 2.0 * num_trainable
-        memory = MemoryEstimate(
-            weights_bytes=element_bytes * shape.num_parameters + 4.0 * num_trainable,
-            gradients_bytes=4.0 * num_trainable,
-            optimizer_bytes=8.0 * num_trainable,
-            activations_bytes=activation_bytes(shape, techniques, kept_inputs) * num_layers / shape.num_layers,
-            logits_bytes=logits_bytes(shape, techniques.micro_batch_tokens * supervised_fraction),
+    name: ClassVar[str] = "lora"
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        footprint, work = self._costs(workload.shape, techniques)
+        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
+        g = BYTES_PER_ELEMENT[techniques.dtype]
+        targets = self.targets(shape)
+        layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
+        per_layer = sum(self.lora_r * (linear.inputs + linear.outputs) for linear in targets)
+        if self.use_dora:
+            per_layer += sum(linear.outputs for linear in targets)
+        num_trainable = layers * per_layer
+        # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
+        # that read one tensor share it.
+        inputs = sum(linear.inputs for linear in targets) if g < 4 else shape.distinct_inputs(targets)
+        footprint = Footprint(
+            weights_bytes=g * shape.num_parameters + 4.0 * num_trainable,
+            num_trainable=num_trainable,
+            stream_bytes=g,
+            inputs_per_token=g * (inputs + self.lora_r * len(targets)) * layers / shape.num_layers,
+            output_is_kept=any(linear.reads == "attended" for linear in targets),
+            product_is_kept=any(linear.reads == "product" for linear in targets),
+            first_layer=min(self.layers_to_transform or [0]),
         )
-        base = forward + forward * (num_layers / shape.num_layers) * (1 + techniques.gradient_checkpointing)
-        return StrategyPlan(
-            method="lora",
-            techniques=techniques,
-            memory=memory,
-            num_trainable_parameters=num_trainable,
-            flops_per_token=base + training_flops_per_token(adapters, True, techniques.gradient_checkpointing),
-            checkpoint_bytes=12.0 * num_trainable,
+        work = Work(
+            trains_weights=False,
+            adapter_parameters=num_trainable,
+            adapter_inputs=sum(linear.inputs + linear.outputs for linear in targets),
+            num_adapters=len(targets),
+            num_trainable=num_trainable,
+            num_tensors=2 * layers * len(targets),
+            first_layer=min(self.layers_to_transform or [0]),
         )
+        return footprint, work
+
+    def targets(self, shape: ModelShape) -> tuple[Linear, ...]:
+        """The linear maps of a layer that get a correction."""
+        wanted = self.lora_target_modules
+        if wanted == "all-linear":
+            return shape.linears
+        if isinstance(wanted, list):
+            return tuple(linear for linear in shape.linears if linear.name in wanted)
+        return tuple(linear for linear in shape.linears if re.fullmatch(wanted, f"model.layers.0.{linear.name}"))
+
+    def quality_prior(self) -> QualityPrior:
+        return QualityPrior(0.478, 0.014, "PEFT MetaMathQA: Llama-3.2-3B LoRA r32, GSM8K accuracy, one seed")
 
     def load_dtype(self, techniques: Techniques) -> Dtype:
         return techniques.dtype  # frozen weights need no master copy
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        return {}
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         import torch
@@ -93,7 +114,9 @@ class Lora:
         from strategies.optimizer import build_optimizer
 
         model.requires_grad_(False)
+        is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
         config = LoraConfig(
+            fan_in_fan_out=is_transposed,
             r=self.lora_r,
             lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with it; a float is as good
             lora_dropout=self.lora_dropout,

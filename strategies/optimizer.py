@@ -8,7 +8,7 @@ import torch
 
 from strategies.contract import TrainSettings
 
-OptimName = Literal["adamw_torch", "adamw_torch_fused", "sgd", "adafactor"]
+OptimName = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"]
 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
@@ -23,6 +23,11 @@ def build_optimizer(groups: list[dict[str, Any]], settings: TrainSettings) -> to
         betas = (settings.adam_beta1, settings.adam_beta2)
         fused = settings.optim == "adamw_torch_fused"
         return torch.optim.AdamW(groups, betas=betas, eps=settings.adam_epsilon, weight_decay=decay, fused=fused)
+    if settings.optim == "adamw_bnb_8bit":
+        from bitsandbytes.optim.adamw import AdamW8bit
+
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        return AdamW8bit(groups, betas=betas, eps=settings.adam_epsilon, weight_decay=decay)
     if settings.optim == "sgd":
         return torch.optim.SGD(groups, weight_decay=decay)
     if settings.optim == "adafactor":

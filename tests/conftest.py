@@ -72,15 +72,15 @@ def tokenizer(tokenizer_folder):
 
 @pytest.fixture(scope="session")
 def model_folder(tokenizer_folder, tmp_path_factory):
-    """A Llama of 40 thousand parameters, grouped-query attention, tied embeddings; weights large enough to differ."""
+    """A Llama of 110 thousand parameters, grouped-query attention, tied embeddings; weights large enough to differ."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=400,
-        hidden_size=32,
-        intermediate_size=64,
+        hidden_size=64,  # bitsandbytes' CPU kernels want widths of 32
+        intermediate_size=128,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,

@@ -53,7 +53,7 @@ def test_planning_path_loads_nothing_heavy():
     code = (
         "import sys, orchestrator.cli, orchestrator.jobfile, orchestrator.planner, orchestrator.workload\n"
         "import orchestrator.run, orchestrator.schema, orchestrator.validation, strategies\n"
-        "import clusters.capability, clusters.probe, clusters.connect\n"
+        "import clusters.capability, clusters.probe, clusters.connect, clusters.node_probe, clusters.ray_probe\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -99,7 +99,7 @@ def test_each_heavy_library_has_one_owner():
     assert owners["ray.train"] == {"orchestrator/training/launch.py"}
     assert owners["mlflow"] == {"orchestrator/tracking.py"}
     assert owners["kubernetes"] == set()
-    assert owners["ray"] == {"clusters/connect.py", "orchestrator/training/launch.py"}
+    assert owners["ray"] == {"clusters/connect.py", "clusters/ray_probe.py", "orchestrator/training/launch.py"}
 
 
 def test_nothing_reads_pickles():

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.data.dataset import Dataset
-from strategies.contract import ModelShape
+from strategies.shape import ModelShape
 from strategies.techniques.precision import autocast
 
 _CACHE_BYTES, _MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows

@@ -27,6 +27,7 @@ from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import Diverged
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSetup
+from strategies.step import Update, forward_backward, update
 from strategies.techniques.precision import autocast, gradient_scaler
 from strategies.techniques.supervised_logits import loss_sum
 
@@ -112,10 +113,7 @@ def train(
         for members in batches:
             batch = collate(data, [sample_ids[mine[i]] for i in members], techniques.packing).to(device)
             torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
-            with autocast(device.type, techniques.dtype):
-                part = loss_sum(model, batch) / num_supervised
-            scaler.scale(part).backward()
-            loss += part.detach()
+            loss += forward_backward(setup, batch, num_supervised, techniques, scaler)
 
         # Over all workers: the loss of the step, whether somebody wants to stop, then the gradients.
         total, stop = group.sum([loss.item(), float(group.rank == 0 and hooks.should_stop())], device)
@@ -125,15 +123,7 @@ def train(
         group.sum_gradients(parameters)
 
         # The update.
-        scaler.unscale_(optimizer)
-        limit = schedule.max_grad_norm or math.inf
-        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, limit).item()
-        factor = schedule.lr_factor(step)
-        for settings in optimizer.param_groups:
-            settings["lr"] = settings["base_lr"] * factor
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
+        grad_norm = update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm)).item()
 
         # What happened.
         progress.step = step + 1
@@ -199,7 +189,7 @@ def evaluate_loss(setup: TrainSetup, data: Dataset, techniques: Techniques, grou
     for members in micro_batches([lengths[i] for i in mine], rows, max_length, packing):
         batch = collate(data, [mine[i] for i in members], packing).to(device)
         with autocast(device.type, techniques.dtype):
-            total += loss_sum(model, batch).item()
+            total += loss_sum(model, batch, techniques.loss_type).item()
     model.train(was_training)
     return group.sum([total], device)[0] / int(data.num_supervised.sum())
 

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import logging
 import shutil
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job, read_run_job
 from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
-from orchestrator.training import checkpoint
+from orchestrator.training import checkpoint, preflight
 from orchestrator.training.evaluate import Answer, generate_answers, score
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSettings, TrainSetup
-from strategies.techniques import attention, checkpointing, host_memory
+from strategies.techniques import checkpointing, document_attention, host_memory
+from strategies.techniques.supervised_logits import can_chunk
 
 log = logging.getLogger("orchestrator.worker")
 
@@ -61,6 +63,10 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         record("note", text=f"resumed from checkpoint {saved.path.name}")
     else:
         progress = Progress()
+
+    if progress.step == 0 and job.spec.strategy.preflight:
+        checked = preflight.check(setup, data, held_out, techniques, run.path / f".preflight-{group.rank}")
+        record("preflight", **checked)
 
     if progress.before is None and held_out and job.spec.eval.before:
         progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
@@ -103,8 +109,11 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
     if group.rank == 0:
         _hand_back(run, job, setup, tokenizer)
         result = _result(plan, progress, after, train_s, data)
+        result["time"] = _step_times(run, plan)
         result["memory"] = {
             "predicted_bytes": plan.memory.total_bytes,
+            "predicted_low_bytes": plan.memory.low_bytes,
+            "predicted_high_bytes": plan.memory.high_bytes,
             "measured_peak_bytes": train_peak_bytes,
             "libraries_bytes": libraries_bytes,
         }
@@ -127,6 +136,11 @@ def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
         raise RunFailed(
             f"the tokenised data of this run is gone ({', '.join(missing)}). `orchestrator resume` makes it again"
         )
+    return datasets(where)
+
+
+def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples by the folders that `data.json` names."""
     data = Dataset.load(Path(where["train"]))
     if where.get("split"):
         return data.split(where["split"], where["seed"])
@@ -139,13 +153,20 @@ def load_tokenizer(location: str, job: Job) -> Any:
     return AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
 
 
-def load_model(location: str, job: Job, dtype: str, device: torch.device, attn_implementation: str) -> Any:
+def load_model(
+    location: str,
+    job: Job,
+    dtype: str,
+    device: torch.device,
+    attn_implementation: str,
+    arguments: dict[str, Any] | None = None,
+) -> Any:
     """The pretrained model, in `dtype` on `device`."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
-    attention.register()
+    document_attention.register()
     model: Any
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -153,18 +174,20 @@ def load_model(location: str, job: Job, dtype: str, device: torch.device, attn_i
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=job.spec.model.trust_remote_code,
+            **(arguments or {}),
         )
     except (ValueError, OSError, ImportError, KeyError) as error:
         raise JobError(
             f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
-    return model.to(device)
+    return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
 def prepare(job: Job, plan: Plan, location: str, device: torch.device, record: Any) -> tuple[TrainSetup, Techniques]:
     """The model set up for the planned method, and the techniques as this model really supports them."""
-    method, techniques = job.spec.build_method(), plan.techniques
-    model = load_model(location, job, method.load_dtype(techniques), device, techniques.attn_implementation)
+    method, techniques = plan.build_method(), plan.techniques
+    arguments = method.load_arguments(techniques)
+    model = load_model(location, job, method.load_dtype(techniques), device, techniques.attn_implementation, arguments)
     if techniques.packing:
         techniques = _without_leaks(model, job, techniques, record)
     train = job.spec.train
@@ -182,8 +205,15 @@ def prepare(job: Job, plan: Plan, location: str, device: torch.device, record: A
         setup = method.setup(model, settings)
     except (ValueError, KeyError) as error:
         raise JobError(f"method: {str(error).splitlines()[0]}") from error
+    if techniques.loss_type == "chunked_nll" and not can_chunk(setup.model):
+        if job.spec.train.loss_type == "chunked_nll":
+            raise JobError("train.loss_type: this model does more to its logits than a matrix product; set it to nll")
+        record("note", text="this model does more to its logits than a matrix product; all are computed at once")
+        techniques = dataclasses.replace(techniques, loss_type="nll")
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
+    if techniques.torch_compile:
+        setup.model.compile(dynamic=True)
     return setup, techniques
 
 
@@ -194,7 +224,7 @@ def _without_leaks(model: Any, job: Job, techniques: Techniques, record: Any) ->
         model.set_attn_implementation(name)
         model.eval()
         with contextlib.suppress(ValueError, TypeError, RuntimeError):
-            if attention.packing_error(model) < _ROUNDING[str(model.dtype).removeprefix("torch.")]:
+            if document_attention.packing_error(model) < _ROUNDING[str(model.dtype).removeprefix("torch.")]:
                 if name != techniques.attn_implementation:
                     record(
                         "note",
@@ -288,6 +318,19 @@ def _result(plan: Plan, progress: Progress, after: Any, train_s: float, data: Da
         "after": after,
         "data_digest": data.digest,
         "plan_hash": plan.hash,
+    }
+
+
+def _step_times(run: RunFolder, plan: Plan) -> dict[str, Any]:
+    """Predicted beside measured; the first steps, which compile kernels and fill caches, are left out of the median."""
+    seconds = [event["seconds"] for _, event in sorted(run.steps().items())]
+    steady = seconds[min(3, len(seconds) // 2) :]
+    return {
+        "predicted_step_s": plan.step_s,
+        "formula_step_s": plan.step_s / plan.calibration,  # before what earlier runs taught
+        "measured_step_s": statistics.median(steady) if steady else None,
+        "device": plan.nodes[0].device,
+        "dtype": plan.techniques.dtype,
     }
 
 

@@ -1,38 +1,256 @@
-"""Bytes of a training step, by part.
+"""Bytes of a training step, by part.  Pure arithmetic; tests hold every formula against the traced step.
 
-T tokens in a micro-batch, h hidden, f MLP width, q / k query and key-value widths, V vocabulary, g bytes per element.
+Legend: T tokens of a micro-batch, S of them supervised, h hidden, f MLP width, q / k widths of all query / key-value
+heads, a heads, V vocabulary, L layers; g bytes of an element in the forward pass, e of one of the residual stream.
+Saved activations follow Korthikanti et al. (arXiv 2205.05198), adapted to what transformers' modules keep without
+dropout when linear maps are frozen: a frozen map saves nothing, everything else saves its inputs.
 """
 
-from strategies.contract import BYTES_PER_ELEMENT, ModelShape, Techniques
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from clusters.capability import DeviceCapability
+from clusters.units import GIB
+from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, Workload
+from strategies.shape import ModelShape
+
+CHUNK = 256  # positions of chunked_nll, as in techniques/supervised_logits.py
+SHORT = 128  # tokens, as in techniques/document_attention.py
+_GRADIENTS_OF_F_PLAIN = 2.2
+_GRADIENTS_OF_F = 5.5  # tensors of width f alive in an MLP's backward pass beside what it saved (traced)
+_NLL_BYTES = 12.0  # fp32 log-softmax, its gradient, the loss's gradient: alive together when the backward pass begins
+_OPTIMIZER_BYTES = {  # state of one trained parameter
+    "adamw_torch": 8.0,
+    "adamw_torch_fused": 8.0,
+    "adamw_bnb_8bit": 2.0 + 8.0 / 256,  # two bytes, and two fp32 scales a block of 256 (Dettmers, arXiv 2110.02861)
+    "sgd": 0.0,
+    "adafactor": 0.0,  # rows and columns only (Shazeer & Stern, arXiv 1804.04235): below a thousandth
+}
 
 
-def saved_activation_bytes_per_token(shape: ModelShape, element_bytes: int) -> float:
-    """What one decoder layer keeps for its backward pass, per token, when its linear maps are frozen.
+@dataclass(frozen=True)
+class Footprint:
+    """What a method puts on the device: all that memory needs to know about it."""
 
-    RMSNorms keep their fp32 input (2*4h), attention its q, k, v and output (g*(2q + 2k) + 4 per head for the
-    log-sum-exp), a gated MLP gate, act(gate) and up (3gf).  Korthikanti et al., arXiv 2205.05198, adapted to
-    dropout-free gated models.
+    weights_bytes: float  # every weight as it lies there: frozen, quantised, trained
+    num_trainable: int
+    trained_bytes: float = 4.0  # of a trained weight's element; its gradient has the same
+    stream_bytes: float = 2.0  # e: what the embedding's output is kept in
+    inputs_per_token: float = 0.0  # bytes of linear inputs that one layer keeps because something there trains
+    output_is_kept: bool = False  # attention's output is among those inputs
+    product_is_kept: bool = False  # so is what the MLP's last map reads
+    norms_train: bool = False
+    cast_bytes: float = 0.0  # compute-precision copies of trained weights, kept from forward to backward
+    dequantised_bytes: float = 0.0  # the largest weight while it is not quantised
+    first_layer: int = 0  # below it nothing trains: nothing is kept
+    embeddings_train: bool = False
+    master_bytes: float = 0.0  # fp32 copies the optimizer keeps of half-precision weights, a parameter
+
+
+@dataclass(frozen=True)
+class Stack:
+    """What other trainers do differently: for comparison with published measurements.  The defaults are ours."""
+
+    logits_bytes: float | None = None  # a logit, at every position; None = ours, at supervised positions
+    repeats_keys: bool = False  # grouped keys and values are copied to the width of the queries
+
+
+def estimate(
+    workload: Workload,
+    device: DeviceCapability,
+    techniques: Techniques,
+    footprint: Footprint,
+    stack: Stack | None = None,
+) -> MemoryEstimate:
+    """Memory of a step on one device, low and high included.
+
+    The peak is the larger of two moments: the end of the forward pass (everything saved, the logits) and the end of
+    the backward pass (all gradients, the optimizer's temporaries).
     """
-    q, k = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    norms = 2 * 4 * shape.hidden_size
-    attention = element_bytes * (2 * q + 2 * k) + 4 * shape.num_heads
-    mlp = (3 if shape.gated_mlp else 2) * element_bytes * shape.intermediate_size
-    return norms + attention + mlp
+    stack = stack or Stack()
+    tokens = _tokens(workload, techniques)
+    shards = techniques.num_shards
+    weights = footprint.weights_bytes / (shards if techniques.zero_stage >= 3 else 1)
+    gradients = gradient_bytes(techniques, footprint)
+    state = _OPTIMIZER_BYTES[techniques.optim] + footprint.master_bytes
+    optimizer = state * footprint.num_trainable / (shards if techniques.zero_stage >= 1 else 1)
+    saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
+    logits = logits_bytes(workload, techniques, stack, tokens)
+    cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
+    buffers = buffer_bytes(workload.shape, techniques, footprint)
+    host = 0.0
+    if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
+        host, saved = saved, saved / workload.shape.num_layers
+    if techniques.offload in ("optimizer", "parameters"):
+        host, optimizer = optimizer + gradients, 0.0
+    if techniques.offload == "parameters":
+        host, weights = host + weights, 2 * weights / workload.shape.num_layers
+    accumulates = workload.share * workload.tokens_per_step > 1.05 * tokens
+    forward_end = cast + saved + max(logits, hump) + (gradients if accumulates else 0.0)
+    backward_end = gradients + update_bytes(workload.shape, techniques, footprint)
+    if backward_end > forward_end:
+        saved, logits, hump, cast = backward_end - gradients, 0.0, 0.0, 0.0
+        kept_gradients = gradients
+    else:
+        kept_gradients = gradients if accumulates else 0.0
+    tensors = MemoryEstimate(
+        weights_bytes=weights,
+        gradients_bytes=kept_gradients,
+        optimizer_bytes=optimizer,
+        activations_bytes=saved + max(0.0, hump - logits),
+        logits_bytes=logits,
+        buffers_bytes=buffers + cast,
+        host_bytes=host,
+    )
+    return with_framework(tensors, device)
 
 
-def activation_bytes(shape: ModelShape, techniques: Techniques, input_bytes_per_token: float) -> float:
-    """Peak saved activations of a micro-batch; `input_bytes_per_token` is what trained linear maps keep in one layer.
+def gradient_bytes(techniques: Techniques, footprint: Footprint) -> float:
+    """Gradients of one device.
 
-    With checkpointing each layer keeps only its input, and one layer is alive at a time.
+    DeepSpeed's stage 2 has every gradient before it is reduced and its own part again in fp32 (its docs: 4P + 16P/N in
+    all, which the published 8-GPU rows confirm); stage 3 keeps 18P/N.
     """
-    element_bytes = BYTES_PER_ELEMENT[techniques.dtype]
-    per_layer = saved_activation_bytes_per_token(shape, element_bytes) + input_bytes_per_token
-    tokens = techniques.micro_batch_tokens
+    whole = footprint.trained_bytes * footprint.num_trainable
+    if techniques.zero_stage >= 3:
+        return (whole + 2.0 * footprint.num_trainable) / techniques.num_shards
+    if techniques.zero_stage == 2:
+        return whole + 4.0 * footprint.num_trainable / techniques.num_shards
+    return whole
+
+
+def with_framework(tensors: MemoryEstimate, device: DeviceCapability) -> MemoryEstimate:
+    """What the process holds beside its tensors, and how wrong the whole may be.
+
+    GPU: 6 % of allocator rounding and 0.7 GiB of context and kernels' workspaces, 3 % under to 15 % and 1.5 GiB over
+    (fitted on the published rows of tests/benchmarks/predictions.py).  CPU: the libraries of a worker and the gaps
+    that a heap of changing tensor sizes leaves, both measured in orchestrator/LOG.md.
+    """
+    exact = tensors.tensors_bytes
+    if device.kind == "cpu":
+        framework = 0.55 * GIB + 0.12 * exact
+        low, high = 0.9 * exact + 0.3 * GIB, 1.35 * exact + 1.0 * GIB
+    else:
+        framework = 0.7 * GIB + 0.06 * exact
+        low, high = 0.97 * exact, 1.15 * exact + 1.5 * GIB
+    return MemoryEstimate(
+        **{f"{part}_bytes": size for part, size in tensors.parts.items() if part != "framework"},
+        framework_bytes=framework,
+        host_bytes=tensors.host_bytes,
+        low_bytes=low,
+        high_bytes=high,
+    )
+
+
+def _tokens(workload: Workload, techniques: Techniques) -> float:
+    """Tokens of the largest micro-batch: never more than a step has, never longer rows than the longest sample."""
+    rows = techniques.per_device_train_batch_size
+    if techniques.packing:
+        step = max(workload.share * workload.tokens_per_step, workload.longest_sample)
+        return min(techniques.micro_batch_tokens, step)
+    return min(rows, workload.global_batch_size) * min(techniques.max_length, workload.longest_sample)
+
+
+def saved_per_token(
+    shape: ModelShape,
+    techniques: Techniques,
+    footprint: Footprint,
+    stack: Stack,
+    attended: float,
+    batches_short: bool = False,
+) -> float:
+    """What one layer keeps for its backward pass, per token; `attended` is how many tokens a token may look at."""
+    g, e = BYTES_PER_ELEMENT[techniques.dtype], footprint.stream_bytes
+    h, f = shape.hidden_size, shape.intermediate_size
+    q, k, heads = shape.query_size, shape.key_value_size, shape.num_heads
+    family = shape.family
+    is_eager = techniques.attn_implementation == "eager" or shape.softcap
+    if family.norm_bias:  # LayerNorm is one operation: it keeps its input, which parallel branches share
+        norms = (1 if family.parallel else family.norms) * e * h
+    else:  # RMSNorm in steps: its input in fp32, and the normed vector where the scale trains
+        scaled = e * h if footprint.norms_train else 0
+        norms = family.norms * (4 * h + scaled)
+    if family.qk_norm:
+        norms += 4 * (q + k) + (g * (q + k) if footprint.norms_train else 0)
+    kept = 2 * q if is_eager or stack.repeats_keys else 2 * k
+    attention = g * (2 * q + kept) + 4 * heads
+    if is_eager or (g == 4 and footprint.output_is_kept and techniques.attn_implementation != "document"):
+        attention -= g * q  # eager products do not keep their output; in fp32 a fused kernel's is the next map's input
+    if is_eager:
+        attention += heads * attended * (g if shape.model_type == "gpt2" else 4 + (g if g < 4 else 0))
+        if shape.softcap:  # tanh keeps its output
+            attention += heads * attended * g
+    elif len(family.attention) == 2 and family.positions is None:
+        attention += g * (q + k)  # the values are a view of the fused map's output and keep all of it
+    if techniques.attn_implementation == "document" and batches_short and attended <= SHORT and g < 4:
+        attention += heads * attended * (4 + 2 * g) + g * (q + 2 * k)  # short documents share a product: scores, copies
+    if shape.num_experts:
+        mlp = shape.num_experts_per_token * (3 * f + 2 * h) * g
+    elif shape.gated_mlp:
+        mlp = 3 * g * f
+    elif shape.activation == "gelu_new":  # in plain operations: each keeps its result
+        mlp = 4 * g * f
+    else:
+        mlp = g * f
+        if shape.activation == "relu" and g == 4 and footprint.product_is_kept:
+            mlp = 0  # what relu keeps is what the next map reads
+    masks = 2 * h if shape.dropout else 0  # one byte an element, twice a layer
+    return norms + attention + mlp + masks + footprint.inputs_per_token
+
+
+def activation_bytes(
+    workload: Workload,
+    techniques: Techniques,
+    footprint: Footprint,
+    stack: Stack,
+    tokens: float,
+    batches_short: bool = False,
+) -> tuple[float, float]:
+    """(kept from forward to backward, alive beside it while one layer is recomputed or run backward)."""
+    shape = workload.shape
+    layers = shape.num_layers - footprint.first_layer
+    attended = min(workload.attended_length if techniques.packing else workload.longest_sample, techniques.max_length)
+    layer = tokens * saved_per_token(shape, techniques, footprint, stack, attended, batches_short)
+    g = BYTES_PER_ELEMENT[techniques.dtype]
+    plain = g == 4 and not footprint.norms_train  # frozen maps in fp32: no weight gradients, no casts
+    widths = _GRADIENTS_OF_F_PLAIN if plain else _GRADIENTS_OF_F
+    transient = tokens * widths * g * shape.intermediate_size + footprint.dequantised_bytes
     if techniques.gradient_checkpointing:
-        return tokens * (shape.num_layers * element_bytes * shape.hidden_size + per_layer)
-    return tokens * shape.num_layers * per_layer
+        return tokens * footprint.stream_bytes * shape.hidden_size * layers, layer + transient
+    if techniques.torch_compile:  # the compiler recomputes what is cheap: torchtune's ladder 60.0 -> 51.0 GiB
+        layer *= 0.74
+    return layer * layers, transient
 
 
-def logits_bytes(shape: ModelShape, num_positions: float) -> float:
-    """fp32 logits, their log-softmax and their gradient at the positions where a loss is computed: 12 V bytes each."""
-    return 12.0 * shape.vocab_size * num_positions
+def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, tokens: float) -> float:
+    """The output at the positions where a loss is computed, when the backward pass begins."""
+    if stack.logits_bytes is not None:
+        return stack.logits_bytes * workload.shape.vocab_size * tokens
+    positions = tokens * workload.supervised_fraction
+    if techniques.loss_type == "chunked_nll":
+        positions = min(positions, CHUNK)
+    return _NLL_BYTES * workload.shape.vocab_size * positions
+
+
+def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint) -> float:
+    """What sharding gathers and reduces in.
+
+    ZeRO-3 gathers up to 1e9 parameters at a time (DeepSpeed's stage3_max_live_parameters), two layers at least; stages
+    1 and 2 reduce in buckets of 2e8 elements, 4.5 of them when communication overlaps (transformers' DeepSpeed docs).
+    """
+    g = BYTES_PER_ELEMENT[techniques.dtype]
+    if techniques.zero_stage >= 3:
+        live = 2 * footprint.weights_bytes / shape.num_layers + g * shape.num_embedding_parameters
+        return min(live, g * 1e9 + live / 2)
+    if techniques.zero_stage == 1:
+        return 4.5 * 2 * g * min(2e8, footprint.num_trainable)
+    return 0.0
+
+
+def update_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint) -> float:
+    """Temporaries at the end of the backward pass and in the optimizer's step."""
+    foreach = footprint.trained_bytes * footprint.num_trainable if techniques.optim == "adamw_torch" else 0.0
+    tied = footprint.embeddings_train and shape.tied_embeddings
+    embedding = 8.0 * shape.vocab_size * shape.hidden_size if tied else 0.0  # both uses' gradients, and their sum
+    return max(foreach, embedding)

@@ -1,16 +1,251 @@
-"""Floating-point operations of a training step."""
+"""Seconds of a training step, by what is waited for.  Pure arithmetic over a device's measured figures.
 
-from strategies.contract import ModelShape
+Legend: T tokens of a micro-batch, h hidden, f MLP width, q / k widths of query / key-value heads, L layers.
+A matrix product costs 2 FLOPs a weight and token; a frozen weight is used forward and for the input's gradient, a
+trained one once more (Kaplan et al., arXiv 2001.08361; RunLoRA, arXiv 2312.03415 for adapters).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.contract import BYTES_PER_ELEMENT, Techniques, TimeEstimate, Workload
+from strategies.shape import ModelShape
+
+# Typical figures that stand in for unknown ones; an estimate that used one says so (`is_guess`).
+_CPU_FLOPS_PER_CORE = 40e9
+_CPU_BYTES_PER_S = 20e9
+_GPU_BYTES_PER_S = 300e9
+_OP_S = {"cpu": 6e-6, "cuda": 7e-6, "rocm": 9e-6}
+_BUS_BYTES_PER_S = 10e9
+_BF16_WITHOUT_UNITS = 0.25  # of the fp32 rate: converted to fp32 and back
+
+# A published peak is not reached: training kernels get so much of it (COST_MODEL table of utilisations: 60-70 % of the
+# bf16 peak in compiled code).  Measured rates are taken as they are.
+_OF_DATASHEET = 0.62
+_BUS_OF_DATASHEET = 0.8
+# A CPU training beside its probe (32 runs of LOG.md, "Time on a CPU"): products are narrower than the probe's and
+# their weights are packed anew in each call, more so in 16 bits; half of the element-wise traffic stays in caches; each
+# operation passes through Python, autograd and, in 16 bits, autocast.
+_CPU_PRODUCTS = {"float32": 0.72}
+_CPU_PRODUCTS_16_BITS = 0.52
+_CPU_CACHED = 0.5
+_CPU_OP_S = {"float32": 23e-6}
+_CPU_OP_16_BITS_S = 42e-6
+_MEMORY_OF_DATASHEET = 0.8
+_HALF_RATE_TOKENS = {"cpu": 24.0, "cuda": 96.0, "rocm": 96.0}  # rows at which a product runs at half its rate
 
 
-def forward_flops_per_token(shape: ModelShape, mean_length: float, supervised_fraction: float) -> float:
-    """2 FLOPs a weight and token, causal attention over the mean length, logits only where they are supervised."""
-    linear = 2.0 * shape.num_linear_parameters
-    attention = 2.0 * mean_length * shape.num_heads * shape.head_dim * shape.num_layers
-    logits = 2.0 * shape.vocab_size * shape.hidden_size * supervised_fraction
-    return linear + attention + logits
+@dataclass(frozen=True)
+class Work:
+    """What a method computes beside the forward pass: all that time needs to know about it."""
+
+    trains_weights: bool  # the linear maps' own weight gradients
+    trains_output: bool = False
+    adapter_parameters: int = 0  # low-rank corrections: forward, input gradient, weight gradient
+    adapter_inputs: int = 0  # sum of the widths of the inputs they read and outputs they add to, one layer
+    num_adapters: int = 0  # a layer
+    num_trainable: int = 0
+    num_tensors: int = 0
+    first_layer: int = 0  # below it nothing runs backward
+    cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch
+    dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
+    dequantise_bytes_per_parameter: float = 0.0
 
 
-def training_flops_per_token(forward: float, weight_gradients: bool, gradient_checkpointing: bool) -> float:
-    """Forward once (twice with checkpointing), input gradients once, weight gradients once if the weights train."""
-    return forward * (2 + weight_gradients + gradient_checkpointing)
+def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> tuple[float, float]:
+    """(matrix products, attention) of forward, backward and recomputation together, a processed token."""
+    shape = workload.shape
+    share = (shape.num_layers - work.first_layer) / shape.num_layers
+    again = share if techniques.gradient_checkpointing else 0.0
+    linear = 2.0 * shape.num_active_parameters
+    products = linear * (1 + share + again + (share if work.trains_weights else 0.0))
+    products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
+    logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
+    products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll"))
+    visible = 1.0 if shape.family.encoder or techniques.attn_implementation in ("eager", "sdpa") else 0.5
+    attended = workload.attended_length if techniques.packing else _padded_length(workload, techniques)
+    attention = 4.0 * visible * attended * shape.query_size * shape.num_layers
+    return products, attention * (1 + 2.5 * share + again)
+
+
+def estimate(
+    workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques, work: Work
+) -> TimeEstimate:
+    """One step on one device, its share of the samples; waiting for other devices is added by `with_sync`."""
+    shape = workload.shape
+    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
+    micro_tokens = min(tokens, _micro_tokens(workload, techniques))
+    num_micro = max(1, math.ceil(tokens / micro_tokens - 0.05))
+    products, attention = flops_per_token(workload, techniques, work)
+    rate, guessed_rate = product_rate(device, node, techniques.dtype)
+    bandwidth, guessed_bandwidth = memory_rate(device)
+    filled = micro_tokens / (micro_tokens + _HALF_RATE_TOKENS[device.kind])
+    attention_rate = rate * (0.5 if techniques.attn_implementation != "eager" else 0.25)
+    compute = tokens * (products / (rate * filled) + attention / attention_rate)
+    moved = elementwise_bytes_per_token(shape, techniques, work) * tokens
+    moved += num_micro * work.cast_parameters * (4.0 + BYTES_PER_ELEMENT[techniques.dtype])
+    passes = 2 + techniques.gradient_checkpointing
+    moved += num_micro * passes * work.dequantised_parameters * work.dequantise_bytes_per_parameter
+    op_s = device.op_overhead_s or _OP_S[device.kind]
+    if device.kind == "cpu":
+        moved *= _CPU_CACHED
+        op_s += _CPU_OP_S.get(techniques.dtype, _CPU_OP_16_BITS_S)
+    documents = max(1.0, micro_tokens / workload.mean_length) if techniques.attn_implementation == "document" else 1.0
+    overhead = num_micro * num_operations(shape, techniques, work, documents) * op_s
+    if techniques.torch_compile:  # fused element-wise work, fewer launches (LOG.md: CPU 1.4x; torchtune: 1.27x)
+        moved, overhead = 0.5 * moved, 0.4 * overhead
+    update, transfer = _update(device, node, techniques, work, bandwidth)
+    transfer += _offload_per_step(shape, device, techniques, num_micro, tokens, compute)
+    update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
+    learnt = device.calibration.get(techniques.dtype, 1.0)
+    return TimeEstimate(
+        compute_s=learnt * compute,
+        memory_s=learnt * moved / bandwidth,
+        overhead_s=learnt * overhead,
+        update_s=learnt * update,
+        transfer_s=learnt * transfer,
+        is_guess=guessed_rate or guessed_bandwidth,
+    )
+
+
+def product_rate(device: DeviceCapability, node: NodeCapability, dtype: str) -> tuple[float, bool]:
+    """FLOP/s that training's matrix products reach, and whether a typical figure stood in for an unknown one."""
+    known = device.flops_per_s.get(dtype)
+    if known:
+        is_datasheet = device.sources.get(f"flops_per_s.{dtype}") != "measured"
+        if device.kind == "cpu":
+            return known * _CPU_PRODUCTS.get(dtype, _CPU_PRODUCTS_16_BITS), False
+        return known * (_OF_DATASHEET if is_datasheet else 1.0), False
+    fp32 = device.flops_per_s.get("float32")
+    if device.kind == "cpu":
+        rate = fp32 or _CPU_FLOPS_PER_CORE * node.num_cores
+        half = 1.0 if dtype == "float32" else 2.0 if device.has_bf16_units and dtype == "bfloat16" else None
+        return rate * (half or _BF16_WITHOUT_UNITS) * _CPU_PRODUCTS.get(dtype, _CPU_PRODUCTS_16_BITS), True
+    has_units = device.has_bf16_units if dtype == "bfloat16" else (device.compute_capability or (0, 0)) >= (7, 0)
+    return (fp32 or 5e12) * _OF_DATASHEET * (1.0 if dtype == "float32" else 2.0 if has_units else 0.9), True
+
+
+def memory_rate(device: DeviceCapability) -> tuple[float, bool]:
+    """Bytes a second of element-wise work, and whether a typical figure stood in."""
+    if device.memory_bytes_per_s:
+        is_datasheet = device.sources.get("memory_bytes_per_s") != "measured"
+        return device.memory_bytes_per_s * (_MEMORY_OF_DATASHEET if is_datasheet else 1.0), False
+    return (_CPU_BYTES_PER_S if device.kind == "cpu" else _GPU_BYTES_PER_S), True
+
+
+def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work: Work) -> float:
+    """Bytes read and written by everything that is not a matrix product, forward and backward, all layers.
+
+    Counted on transformers' modules: an RMSNorm in fp32 steps passes 40 h bytes forward and twice that backward, a
+    gated MLP 14 g f, rotary positions and head transposes 24 g (q + k), residual sums 12 g h, an adapter its fp32
+    casts and the sum with the frozen map's output.
+    """
+    g = BYTES_PER_ELEMENT[techniques.dtype]
+    h, f = shape.hidden_size, shape.intermediate_size
+    norms = shape.family.norms * (9 * g * h if shape.family.norm_bias else 120 * h)
+    mlp = (14 if shape.gated_mlp else 8) * g * f
+    attention = 24 * g * (shape.query_size + shape.key_value_size)
+    adapters = (8 if g == 4 else 14) * work.adapter_inputs
+    layer = norms + mlp + attention + 12 * g * h + adapters
+    backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
+    again = 0.4 if techniques.gradient_checkpointing else 0.0
+    return shape.num_layers * layer * (0.35 + (0.65 + again) * backward_share)
+
+
+def num_operations(shape: ModelShape, techniques: Techniques, work: Work, documents: float) -> float:
+    """Kernels started for one micro-batch, forward and backward."""
+    forward = (30 if shape.family.norm_bias else 48) + 7 * work.num_adapters
+    forward += 9 * documents if techniques.attn_implementation == "document" else 6
+    backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
+    again = 1 if techniques.gradient_checkpointing else 0
+    return 60 + shape.num_layers * forward * (1 + (1.3 + again) * backward_share)
+
+
+def _update(
+    device: DeviceCapability, node: NodeCapability, techniques: Techniques, work: Work, bandwidth: float
+) -> tuple[float, float]:
+    """Seconds of the optimizer, and on the bus.  AdamW reads 16 bytes a weight and writes 12, clipping reads 8."""
+    mine = work.num_trainable / (techniques.num_shards if techniques.zero_stage else 1)
+    moved = mine * (36.0 if techniques.optim != "adamw_bnb_8bit" else 40.0)  # unpacked to fp32 and packed again
+    if techniques.offload not in ("optimizer", "parameters"):
+        return moved / bandwidth, 0.0
+    bus = _bus(device)
+    host = (node.cpu.memory_bytes_per_s if node.cpu else None) or _CPU_BYTES_PER_S
+    g = BYTES_PER_ELEMENT[techniques.dtype]
+    return moved / host, 2 * g * mine / bus  # gradients down, weights up
+
+
+def _offload_per_step(
+    shape: ModelShape, device: DeviceCapability, techniques: Techniques, num_micro: int, tokens: float, compute: float
+) -> float:
+    g, bus = BYTES_PER_ELEMENT[techniques.dtype], _bus(device)
+    if techniques.offload == "parameters":
+        passes = 2 + techniques.gradient_checkpointing
+        return num_micro * passes * g * shape.num_parameters / bus  # not hidden: published runs are this slow
+    if techniques.offload == "activations":
+        kept = g * shape.hidden_size * shape.num_layers * tokens
+        if not techniques.gradient_checkpointing:
+            kept *= 12
+        return max(0.0, 2 * kept / bus - compute)
+    return 0.0
+
+
+def _bus(device: DeviceCapability) -> float:
+    """Bytes a second between host and device, the slower direction."""
+    known = [rate for rate in (device.host_to_device_bytes_per_s, device.device_to_host_bytes_per_s) if rate]
+    if not known:
+        return _BUS_BYTES_PER_S
+    is_datasheet = device.sources.get("host_to_device_bytes_per_s") != "measured"
+    return min(known) * (_BUS_OF_DATASHEET if is_datasheet else 1.0)
+
+
+def sync_s(
+    gradient_bytes: float,
+    gathered_bytes: float,
+    num_micro: int,
+    num_workers: int,
+    link_bytes_per_s: float,
+    round_trip_s: float,
+) -> float:
+    """Seconds a step waits for the network: a ring all-reduce of the gradients, and what ZeRO-3 gathers.
+
+    Ring: each worker sends and receives 2 (N - 1) / N of the bytes in 2 (N - 1) messages (Thakur et al., 2005).
+    ZeRO-3 moves the sharded weights three times a micro-batch (Rajbhandari et al., arXiv 1910.02054, section 7).
+    """
+    if num_workers < 2:
+        return 0.0
+    ring = (num_workers - 1) / num_workers
+    moved = 2 * gradient_bytes * ring + 3 * gathered_bytes * ring * num_micro
+    messages = 2 * (num_workers - 1) * (1 + (num_micro if gathered_bytes else 0))
+    return moved / link_bytes_per_s + messages * round_trip_s / 2
+
+
+def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
+    """Micro-batches of one step on one device."""
+    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
+    return max(1, math.ceil(tokens / min(tokens, _micro_tokens(workload, techniques)) - 0.05))
+
+
+def _micro_tokens(workload: Workload, techniques: Techniques) -> float:
+    rows = techniques.per_device_train_batch_size
+    if techniques.packing:
+        return rows * techniques.max_length
+    return rows * _padded_length(workload, techniques)
+
+
+def _padding(workload: Workload, techniques: Techniques) -> float:
+    """Processed over real tokens.  Rows of similar length share a micro-batch."""
+    if techniques.packing:
+        return 1.0
+    known = workload.padded_ratio
+    if not known:
+        return 1.0
+    rows = techniques.per_device_train_batch_size
+    return known[min(known, key=lambda count: abs(math.log(count / rows)))]
+
+
+def _padded_length(workload: Workload, techniques: Techniques) -> float:
+    return workload.mean_length * _padding(workload, techniques)

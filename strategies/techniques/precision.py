@@ -7,20 +7,36 @@ from typing import TYPE_CHECKING, Any
 
 from clusters.capability import DeviceCapability
 from strategies.contract import Dtype
+from strategies.shape import ModelShape
+from strategies.techniques.room import Technique
 
 if TYPE_CHECKING:
     import torch
 
 
-def choose_dtype(device: DeviceCapability) -> tuple[Dtype, str]:
-    """The fastest safe precision of a device, and why."""
-    if device.kind == "cuda":
-        if device.has_fast_bf16:
-            return "bfloat16", f"{device.name} multiplies bf16 in hardware"
-        return "float16", f"{device.name} has fp16 but no bf16 units"
-    if device.has_fast_bf16:
-        return "bfloat16", f"{device.name} has bf16 instructions ({', '.join(device.instruction_sets)})"
-    return "float32", f"{device.name} has no bf16 instructions: bf16 would be slower than fp32"
+def no_bf16(device: DeviceCapability, shape: ModelShape) -> str | None:
+    if device.kind != "cpu" and device.has_bf16_units is False:
+        return f"{device.name} has no bf16 units: emulated, slower than fp32"
+    return None
+
+
+BF16 = Technique(
+    name="bf16",
+    about="forward and backward in bfloat16; trained weights and optimizer stay fp32",
+    switch="model.dtype: bfloat16",
+    on=lambda choice: choice.with_(dtype="bfloat16"),
+    off=lambda choice: choice.with_(dtype="float32"),
+    impossible=no_bf16,
+    quality="rounding of 8 bits; the same loss within noise",
+)
+FP16 = Technique(
+    name="fp16",
+    about="forward and backward in float16 with loss scaling",
+    switch="model.dtype: float16",
+    on=lambda choice: choice.with_(dtype="float16"),
+    off=lambda choice: choice.with_(dtype="float32"),
+    quality="small numbers can vanish: the loss is scaled against it",
+)
 
 
 def autocast(device_type: str, dtype: Dtype) -> contextlib.AbstractContextManager[Any]:

@@ -162,8 +162,8 @@ def report(step_s: list[float], step_tokens: list[int], supervised: int, dtype: 
 def useful_flops_per_token() -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
     from orchestrator.models import read_config
-    from strategies.contract import ModelShape
     from strategies.cost.time import forward_flops_per_token
+    from strategies.shape import ModelShape
 
     shape = ModelShape.from_config(read_config(model_folder()))
     adapters = 2.0 * shape.num_layers * sum(16 * (i + o) for i, o in shape.linear_shapes)
@@ -216,9 +216,9 @@ def our_setup(techniques, seed=0):
 
     from strategies import METHODS
     from strategies.contract import TrainSettings
-    from strategies.techniques import attention
+    from strategies.techniques import document_attention
 
-    attention.register()
+    document_attention.register()
     method = METHODS["lora"](lora_r=16, lora_alpha=32)
     dtype = getattr(torch, method.load_dtype(techniques))
     model = AutoModelForCausalLM.from_pretrained(
@@ -360,9 +360,9 @@ def evaluate(arguments) -> dict:
     from orchestrator.training.loop import evaluate_loss
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques, TrainSetup
-    from strategies.techniques import attention
+    from strategies.techniques import document_attention
 
-    attention.register()
+    document_attention.register()
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="document")
     model = PeftModel.from_pretrained(base, str(arguments.out / arguments.only.split(":")[1]))
     setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "adapter")  # type: ignore[arg-type]

@@ -30,11 +30,11 @@ def folder(tmp_path_factory):
 def test_packed_loss_is_that_of_separate_documents(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from strategies.techniques import attention
+    from strategies.techniques import document_attention
     from strategies.techniques.supervised_logits import loss_sum
     from tests.strategies.test_packing_exact import as_batch
 
-    attention.register()
+    document_attention.register()
     tokenizer = AutoTokenizer.from_pretrained(folder)
     docs = [torch.tensor(tokenizer(text)["input_ids"]) for text in TEXTS]
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -42,12 +42,12 @@ def test_packed_loss_is_that_of_separate_documents(folder):
         separate = sum(
             F.cross_entropy(plain(doc[None], use_cache=False).logits[0, :-1], doc[1:], reduction="sum") for doc in docs
         )
-        plain.set_attn_implementation(attention.NAME)
+        plain.set_attn_implementation(document_attention.NAME)
 
         packed = loss_sum(plain, as_batch(docs))
 
         assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
-        assert attention.packing_error(plain) < 1e-4
+        assert document_attention.packing_error(plain) < 1e-4
 
 
 def test_the_model_is_a_real_one(folder):

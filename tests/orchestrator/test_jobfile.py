@@ -22,7 +22,7 @@ def mistakes(text, overrides=()):
 def test_two_sections_are_enough_and_the_rest_has_defaults():
     job = parse_job(GOOD, HERE)
 
-    assert job.spec.method.type == "lora"
+    assert job.spec.method.type == "auto"
     assert job.spec.train.learning_rate == 2e-4
     assert job.spec.data.max_length == "auto"
 
@@ -60,7 +60,7 @@ def test_all_mistakes_come_at_once_each_with_its_line():
         ("model: {}\nmodel: {}\n", ["line 2", "stands twice"]),
         (GOOD.replace("train: a.jsonl", ""), ["data.train is missing"]),
         (GOOD + "method: {type: lorra}\n", ["lora, full"]),
-        (GOOD + "method: {load_in_4bit: true}\n", ["no such key yet", "quantised"]),
+        (GOOD + "method: {load_in_4bit: true}\n", ["no such key yet", "type: qlora"]),
         (GOOD + "lora_r: 4\nmethod: {lora_r: 8}\n", ["same setting", "keep one"]),
         (GOOD + "train: {optim: adam}\n", ["'adam'", "adamw_torch"]),
         (GOOD + "checkpoint: {save_total_limit: 1}\n", ["greater than or equal to 2"]),

@@ -7,16 +7,17 @@ import pytest
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
+from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import parse_job
-from orchestrator.planner import HeldOut, Plan
-from strategies.contract import ModelShape
+from orchestrator.planner import Plan
+from strategies.shape import ModelShape
 
 GIB = 2**30
 SMOL = ModelShape(576, 30, 9, 3, 64, 1536, 49152, True)
 OLD_CPU = DeviceCapability("cpu", "old", 24 * GIB)
 NEW_CPU = DeviceCapability("cpu", "new", 24 * GIB, instruction_sets=("avx512_bf16",))
-TURING = DeviceCapability("cuda", "RTX 2080", 8 * GIB, (7, 5))
-AMPERE = DeviceCapability("cuda", "RTX 3090", 24 * GIB, (8, 6))
+TURING = DeviceCapability("cuda", "RTX 2080", 8 * GIB, compute_capability=(7, 5))
+AMPERE = DeviceCapability("cuda", "RTX 3090", 24 * GIB, compute_capability=(8, 6))
 HELD_OUT = HeldOut(80, 5000, 40, 80, False)
 
 
@@ -28,7 +29,7 @@ def plan(text="", *devices, shape=SMOL, held_out=HELD_OUT, lengths=(70,) * 800):
     num_workers, _ = planner.resolve_workers(spec, node)
     max_length, _ = planner.resolve_max_length(spec, {"max_position_embeddings": 8192})
     work, _, _ = workload.describe(spec, shape, list(lengths), len(lengths) * 30, num_workers)
-    return planner.make_plan(spec, work, ClusterCapability((node,)), num_workers, max_length, held_out, {})
+    return planner.make_plan(spec, work, ClusterCapability((node,)), max_length, held_out, {})
 
 
 @pytest.mark.parametrize(
@@ -64,8 +65,10 @@ def test_one_cpu_is_one_worker_and_two_gpus_are_two():
 def test_checkpointing_is_turned_on_only_when_it_must_be():
     llama = ModelShape(4096, 32, 32, 32, 128, 11008, 32000, False)
 
-    assert not plan("", AMPERE).techniques.gradient_checkpointing
-    assert plan("", AMPERE, shape=llama, lengths=(2000,) * 100).techniques.gradient_checkpointing
+    lora = "method: {type: lora}\n"
+
+    assert not plan(lora, AMPERE).techniques.gradient_checkpointing
+    assert plan(lora, AMPERE, shape=llama, lengths=(2000,) * 100).techniques.gradient_checkpointing
 
 
 def test_what_fits_nowhere_says_how_much_is_missing():
@@ -76,7 +79,7 @@ def test_what_fits_nowhere_says_how_much_is_missing():
 
 
 def test_micro_batches_halve_until_they_fit():
-    small = DeviceCapability("cuda", "GTX 1060", 3 * GIB, (6, 1))
+    small = DeviceCapability("cuda", "GTX 1060", 3 * GIB, compute_capability=(6, 1))
 
     rows = [
         plan("", device, lengths=(2000,) * 800).techniques.per_device_train_batch_size for device in (AMPERE, small)
@@ -104,7 +107,7 @@ def test_contradictions_name_both_sides(text, words):
     with pytest.raises(JobError, match=words):
         num_workers, _ = planner.resolve_workers(spec, node)
         work, _, _ = workload.describe(spec, SMOL, [70] * 80, 2400, num_workers)
-        planner.make_plan(spec, work, ClusterCapability((node,)), num_workers, 1024, None, {})
+        planner.make_plan(spec, work, ClusterCapability((node,)), 1024, None, {})
 
 
 def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows():
@@ -129,4 +132,4 @@ def test_a_plan_survives_its_file_and_its_hash_follows_its_content():
     assert Plan.from_json(made.to_json()) == made
     assert Plan.from_json(made.to_json()).hash == made.hash != plan("train: {optim: sgd}\n").hash
     with pytest.raises(JobError, match="version"):
-        Plan.from_json(made.to_json().replace('"version": 1', '"version": 0'))
+        Plan.from_json(made.to_json().replace('"version": 2', '"version": 0'))

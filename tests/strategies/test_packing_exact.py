@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.techniques import attention
+from strategies.techniques import document_attention
 from strategies.techniques.supervised_logits import Batch, loss_sum
 
 FAMILIES = {
@@ -38,8 +38,8 @@ def tiny(family, **extra):
         eos_token_id=2,
         **extra,
     )
-    attention.register()
-    return AutoModelForCausalLM.from_config(config, attn_implementation=attention.NAME).eval()
+    document_attention.register()
+    return AutoModelForCausalLM.from_config(config, attn_implementation=document_attention.NAME).eval()
 
 
 def documents(*lengths):
@@ -66,7 +66,7 @@ def test_packed_loss_is_the_mean_of_separate_losses(family, lengths):
 
         packed = loss_sum(model, as_batch(docs))
 
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == document_attention.NAME
     assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
 
 
@@ -93,9 +93,9 @@ def test_the_shared_product_of_short_documents_is_each_ones_own_attention(window
     row = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     together = [(0, 0, 9), (1, 9, 3), (2, 12, 14)]
 
-    shared = attention._batched(*row, together, None, 0.0, window)
+    shared = document_attention._batched(*row, together, None, 0.0, window)
     ours = torch.cat([shared[i, :length] for i, (_, _, length) in enumerate(together)])
-    alone = [attention._alone(*[x[:, :, a : a + n] for x in row], None, 0.0, window) for _, a, n in together]
+    alone = [document_attention._alone(*[x[:, :, a : a + n] for x in row], None, 0.0, window) for _, a, n in together]
     weights = torch.randn(ours.shape, generator=generator)
 
     assert torch.allclose(ours, torch.cat(alone), atol=1e-6)
@@ -110,7 +110,7 @@ def test_bf16_on_a_cpu_uses_the_shared_product_and_gives_nearly_the_same_loss():
     model = tiny("llama", num_key_value_heads=2)
     docs = documents(9, 3, 14, 5)
     exact = loss_sum(model, as_batch(docs)).item()
-    assert attention._short((9, 3, 14, 5), torch.zeros(1, dtype=torch.bfloat16))
+    assert document_attention._short((9, 3, 14, 5), torch.zeros(1, dtype=torch.bfloat16))
 
     assert loss_sum(model.to(torch.bfloat16), as_batch(docs)).item() == pytest.approx(exact, rel=0.01)
 
@@ -127,30 +127,32 @@ def test_one_changed_document_leaves_the_others_alone():
 
 def test_a_leak_is_seen_by_the_check():
     model = tiny("llama")
-    assert attention.packing_error(model) < 1e-4
+    assert document_attention.packing_error(model) < 1e-4
 
-    original = attention.packed_arguments
+    original = document_attention.packed_arguments
     try:
-        attention.packed_arguments = lambda lengths, device: original([sum(lengths)], device)  # borders forgotten
+        document_attention.packed_arguments = lambda lengths, device: original(
+            [sum(lengths)], device
+        )  # borders forgotten
 
-        assert attention.packing_error(model) > 0.05
+        assert document_attention.packing_error(model) > 0.05
     finally:
-        attention.packed_arguments = original
+        document_attention.packed_arguments = original
 
 
 def test_a_model_that_does_not_pass_borders_on_is_refused():
     with pytest.raises(ValueError, match="document_lengths"):
-        attention.document_attention(torch.nn.Module(), *[torch.zeros(1, 2, 3, 4)] * 3, None)
+        document_attention.document_attention(torch.nn.Module(), *[torch.zeros(1, 2, 3, 4)] * 3, None)
 
 
 def test_a_family_that_leaks_with_ordinary_kernels_is_found_out():
     """OPT in transformers 5.23 forgets the borders when it builds its mask; only the document kernel keeps them."""
     model = tiny("opt", **FAMILIES["opt"])
-    assert attention.packing_error(model) < 1e-4
+    assert document_attention.packing_error(model) < 1e-4
 
     model.set_attn_implementation("sdpa")
 
-    assert attention.packing_error(model) > 0.05
+    assert document_attention.packing_error(model) > 0.05
 
 
 def test_padded_rows_give_the_same_loss_as_packed_rows():

@@ -15,7 +15,7 @@ from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss,
 from orchestrator.training.parallel import Group
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.techniques import attention, checkpointing
+from strategies.techniques import checkpointing, document_attention
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
@@ -33,7 +33,7 @@ def data_folder(model_folder, tmp_path_factory):
 
 def run(model_folder, data_folder, techniques, group=None, steps=3, method="lora", optim="sgd", save=None, **schedule):
     """Train a few steps; returns (losses, the gradient of each step as one vector, setup)."""
-    attention.register()
+    document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=torch.float32, attn_implementation=techniques.attn_implementation
     )
@@ -164,7 +164,7 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
 
     losses = []
     for consumed in (0, 1000):
-        attention.register()
+        document_attention.register()
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
         settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
         setup = Lora(lora_dropout=0.5, init_lora_weights="gaussian").setup(model, settings)
@@ -181,7 +181,7 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
 
 
 def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_folder, data_folder):
-    attention.register()
+    document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
     settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
     setup = METHODS["lora"]().setup(model, settings)
@@ -199,7 +199,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
 
 def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder):
     saved = []
-    attention.register()
+    document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
     settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
     setup = METHODS["lora"]().setup(model, settings)
@@ -212,7 +212,7 @@ def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder)
 
 
 def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_folder, data_folder):
-    attention.register()
+    document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
     settings = TrainSettings(3.0, 0.0, "sgd", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)  # a rate that only does harm
     setup = METHODS["full"]().setup(model, settings)

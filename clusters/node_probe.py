@@ -1,0 +1,132 @@
+"""The capability of this machine, measured once and remembered: what a plan is made from.  Light: torch runs elsewhere.
+
+look -> hardware hash -> ~/.cache/finetune-orchestrator/probe/HASH.json, else `python -m clusters.measure`
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from clusters.capability import DeviceCapability, NodeCapability, node_from_dict
+from clusters.commands import run_within
+from clusters.measure import LIMIT_S, cache_folder
+from clusters.probe import look_at_this_node
+
+_SEEN = ("memory_bytes", "memory_total_bytes", "power_w")  # what a look tells, and better than an old file
+_log = logging.getLogger(__name__)
+
+
+def probe_node(refresh: bool = False, seconds: float = 5.0) -> NodeCapability:
+    """This machine: what is seen now (free memory, limits), joined with figures measured now or before on it.
+
+    Where nothing can be measured - torch is not installed, the measuring crashed or took longer than LIMIT_S - the
+    figures are None and the log (WARNING) says why.
+    """
+    asked_at = time.time()
+    node = look_at_this_node()
+    try:
+        file = cache_folder() / f"{node.hardware_hash}.json"
+    except RuntimeError as error:
+        _log.warning("figures are not remembered: %s", error)
+        return _measure(node, None, seconds)
+    known = None if refresh else _read(file, node)
+    if known:
+        return known
+    with _one_at_a_time(file):  # two nodes of a cluster may be one machine; measured together, each would seem slow
+        known = _read(file, node, since=asked_at)
+        return known or _measure(node, file, seconds)
+
+
+def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCapability:
+    if importlib.util.find_spec("torch") is None:
+        _log.warning("torch is not installed (pip install 'finetune-orchestrator[train]'): nothing was measured")
+        return node
+    command = [sys.executable, "-m", "clusters.measure", "--seconds", str(seconds)]
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_NUM_THREADS"}  # as Ray sets it
+    try:
+        answer = run_within(command, LIMIT_S, environment, cwd=Path(__file__).parents[1])
+    except subprocess.TimeoutExpired:
+        _log.warning("measuring took longer than %d s: nothing was measured", LIMIT_S)
+        return node
+    lines = answer.stderr.strip().splitlines()
+    for line in lines:
+        _log.info("%s", line)
+    try:
+        known = _join(node, json.loads(answer.stdout.strip().splitlines()[-1]))
+    except (ValueError, IndexError):
+        _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no word")
+        return node
+    if file:
+        _write(file, known)
+    return known
+
+
+def _join(node: NodeCapability, measured: object) -> NodeCapability:
+    """What is seen now, with the figures of a measured node.  Raises ValueError where they are not of this machine."""
+    try:
+        old = node_from_dict(measured)  # type: ignore[arg-type]  # a file may hold anything; the next line finds out
+        pairs = [(now, then) for now, then in zip(node.devices, old.devices, strict=True)]
+        devices = tuple(_join_device(now, then) for now, then in pairs)
+        written = old.disk_write_bytes_per_s
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not a node: {error}") from error
+    if any((now.kind, now.name) != (then.kind, then.name) for now, then in pairs):
+        raise ValueError("other devices")
+    sources = {**old.sources, **node.sources}
+    return replace(node, devices=devices, disk_write_bytes_per_s=written, sources=sources)
+
+
+def _join_device(now: DeviceCapability, then: DeviceCapability) -> DeviceCapability:
+    sources = {name: source for name, source in then.sources.items() if name not in _SEEN} | dict(now.sources)
+    seen = {name: getattr(now, name) for name in _SEEN}
+    return replace(then, **seen, sources=sources)
+
+
+def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapability | None:
+    """Remembered figures; None where there are none as young as asked, or the file is damaged."""
+    try:
+        if file.stat().st_mtime < since:
+            return None
+        return _join(node, json.loads(file.read_text()))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        _log.warning("%s is measured again: %s", file, error)
+        return None
+
+
+def _write(file: Path, node: NodeCapability) -> None:
+    """All or nothing: a reader never sees half a file."""
+    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        try:
+            unfinished.write_text(json.dumps(asdict(node), indent=1))
+            unfinished.replace(file)
+        finally:
+            unfinished.unlink(missing_ok=True)
+    except OSError as error:
+        _log.warning("figures are not remembered: %s", error)
+
+
+@contextlib.contextmanager
+def _one_at_a_time(file: Path) -> Iterator[None]:
+    """Wait for others who measure the same hardware; where files cannot be locked, go on without."""
+    with contextlib.ExitStack() as stack:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context(file.with_suffix(".lock").open("w"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:
+            _log.info("measuring without a lock: %s", error)
+        yield

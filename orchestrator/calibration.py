@@ -1,0 +1,55 @@
+"""Predicted against measured, over finished runs -> better predictions for the same device and number format.
+
+Every result.json holds both step times.  The ratio of a device is the geometric mean over its runs, drawn towards 1
+while there are few: one run may have been disturbed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clusters.capability import ClusterCapability, DeviceCapability
+
+_PRIOR_RUNS = 1.0  # weight of "the formulas are right", in runs
+_BELIEVABLE = (0.1, 10.0)  # beyond it something else went wrong
+
+
+def calibrated(cluster: ClusterCapability, runs: Path) -> ClusterCapability:
+    """The same machines with what the runs in a folder taught about them."""
+    learnt = ratios(_results(runs))
+    nodes = tuple(
+        replace(node, devices=tuple(_taught(device, learnt) for device in node.devices)) for node in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)
+
+
+def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """(device name, number format) -> measured over predicted step time, as the uncalibrated formulas predicted it."""
+    logs: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        times = result.get("time") or {}
+        predicted, measured = times.get("formula_step_s"), times.get("measured_step_s")
+        if not predicted or not measured:
+            continue
+        ratio = measured / predicted
+        if _BELIEVABLE[0] <= ratio <= _BELIEVABLE[1]:
+            logs.setdefault((times["device"], times["dtype"]), []).append(math.log(ratio))
+    return {key: math.exp(sum(values) / (len(values) + _PRIOR_RUNS)) for key, values in logs.items()}
+
+
+def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -> DeviceCapability:
+    own = {dtype: ratio for (name, dtype), ratio in learnt.items() if name == device.name}
+    return replace(device, calibration=own) if own else device
+
+
+def _results(runs: Path) -> Iterable[Mapping[str, Any]]:
+    for file in sorted(runs.glob("*/result.json")):
+        try:
+            yield json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # a run being written, or a damaged one: it teaches nothing
+            continue

@@ -1,0 +1,407 @@
+"""Every way to run a workload on given machines, with its price: what the planner chooses from.  Pure.
+
+A *slot* is one device that would train.  A candidate fixes what all slots share (method, sharding, which slots take
+part) and for each slot what is its own (precision, kernel, micro-batch, checkpointing, loss, offload); shares follow
+speed, and a step lasts as long as its slowest part plus the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any, Literal
+
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from clusters.units import GIB, format_bytes
+from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan, Techniques, Workload
+from strategies.cost.time import product_rate, sync_s
+from strategies.rules import conflict
+
+_ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
+_ASSUMED_ROUND_TRIP_S = 0.4e-3
+_INSIDE_BYTES_PER_S = 8e9  # between GPUs of one machine, over PCIe
+_INSIDE_ROUND_TRIP_S = 20e-6
+_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
+_HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processes themselves
+_OVER = 1 / 0.92  # half-way to the high estimate may eat the safety margin, no more
+_EQUAL = 1.01  # times this close are equal
+
+Prefer = Literal["time", "memory"]
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One device of one node, and how much of the node's memory and cores it may use."""
+
+    node: NodeCapability
+    device: DeviceCapability
+    memory_bytes: float  # usable, the safety margin taken off; inf where unknown
+    threads: int
+
+
+@dataclass(frozen=True)
+class Switches:
+    """The values each switch may take; a job that states one leaves a single value."""
+
+    dtypes: Sequence[Dtype]
+    attentions: Sequence[str]
+    packings: Sequence[bool]
+    checkpointings: Sequence[bool]
+    losses: Sequence[LossType]
+    offloads: Sequence[Offload]
+    optims: Sequence[str]
+    rows: int | None  # None = open
+    accumulation: int | None
+    zero_stages: Sequence[int]
+    torch_compile: bool
+    max_length: int
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One slot's part of a candidate."""
+
+    slot: Slot
+    plan: StrategyPlan
+    share: float  # of each step's samples
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One way to run the job, and what it would cost."""
+
+    method: Method
+    placed: tuple[Placed, ...]
+    sync_s: float
+    num_steps: int
+    tokens_per_step: float
+    assumed_network: bool = False
+
+    @cached_property
+    def step_s(self) -> float:
+        return max(part.plan.time.step_s for part in self.placed) + self.sync_s
+
+    @property
+    def total_s(self) -> float:
+        return self.step_s * self.num_steps
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens_per_step / self.step_s
+
+    @cached_property
+    def memory_fraction(self) -> float:
+        """Of the fullest device's memory; 0 where none is known."""
+        return max(part.plan.memory.total_bytes / part.slot.memory_bytes for part in self.placed)
+
+    @cached_property
+    def peak_bytes(self) -> float:
+        return max(part.plan.memory.total_bytes for part in self.placed)
+
+    @property
+    def quality(self) -> float | None:
+        prior = self.method.quality_prior()
+        return prior.score if prior else None
+
+    @property
+    def zero_stage(self) -> int:
+        return self.placed[0].plan.techniques.zero_stage
+
+    @property
+    def is_guess(self) -> bool:
+        return self.assumed_network or any(part.plan.time.is_guess for part in self.placed)
+
+    @property
+    def nodes(self) -> tuple[NodeCapability, ...]:
+        return tuple({part.slot.node.name: part.slot.node for part in self.placed}.values())
+
+
+@dataclass
+class Tried:
+    """What came of looking at every combination: those that fit, and why the others do not."""
+
+    fitting: list[Candidate] = field(default_factory=list)
+    rejected: dict[str, str] = field(default_factory=dict)  # combination -> reason, one combination for each reason
+    least: dict[str, StrategyPlan] = field(default_factory=dict)  # slot's name -> the leanest that was tried there
+    _looked: dict[Any, list[StrategyPlan]] = field(default_factory=dict)
+
+    def reject(self, label: str, reason: str) -> None:
+        if reason not in self.rejected.values():
+            self.rejected[label] = reason
+
+
+def enumerate_candidates(
+    workload: Workload, slots: Sequence[Slot], cluster: ClusterCapability, methods: Iterable[Method], switches: Switches
+) -> Tried:
+    """All candidates that fit.  Offloading is looked at only where nothing fits without it, whatever the method."""
+    tried = Tried()
+    plain: list[Offload] = [offload for offload in switches.offloads if offload == "none"]
+    moved: list[Offload] = [offload for offload in switches.offloads if offload != "none"]
+    for offloads in (plain, moved):
+        if offloads and not tried.fitting:
+            tried._looked.clear()
+            _collect(workload, slots, cluster, methods, replace(switches, offloads=offloads), tried)
+    return tried
+
+
+def _collect(
+    workload: Workload,
+    slots: Sequence[Slot],
+    cluster: ClusterCapability,
+    methods: Iterable[Method],
+    switches: Switches,
+    tried: Tried,
+) -> None:
+    for method, stage in itertools.product(methods, switches.zero_stages):
+        if stage and len(slots) < 2:
+            continue
+        for prefer in ("time", "memory"):
+            for candidate in _groups(workload, slots, cluster, method, stage, switches, prefer, tried):
+                if candidate not in tried.fitting:
+                    tried.fitting.append(candidate)
+
+
+def _groups(
+    workload: Workload,
+    slots: Sequence[Slot],
+    cluster: ClusterCapability,
+    method: Method,
+    stage: int,
+    switches: Switches,
+    prefer: Prefer,
+    tried: Tried,
+) -> Iterator[Candidate]:
+    """Each device alone, then the fastest two, three ... together."""
+    if not stage:
+        alone = [_place(workload, [slot], cluster, method, 0, switches, prefer, tried) for slot in slots]
+        fits = sorted((found for found in alone if found), key=lambda found: found.step_s)
+        seen = set()
+        for found in fits:
+            slot = found.placed[0].slot
+            if (slot.node.name, slot.device.name) not in seen:  # two like cards alone are one way
+                seen.add((slot.node.name, slot.device.name))
+                yield found
+        order = [found.placed[0].slot for found in fits]
+    else:
+        order = sorted((s for s in slots if s.device.kind != "cpu"), key=lambda s: -s.memory_bytes)
+        order += sorted((s for s in slots if s.device.kind == "cpu"), key=lambda s: -s.memory_bytes)
+    for count in range(2, len(order) + 1):
+        together = _place(workload, order[:count], cluster, method, stage, switches, prefer, tried)
+        if together:
+            yield together
+
+
+def _place(
+    workload: Workload,
+    slots: Sequence[Slot],
+    cluster: ClusterCapability,
+    method: Method,
+    stage: int,
+    switches: Switches,
+    prefer: Prefer,
+    tried: Tried,
+) -> Candidate | None:
+    """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
+    shares = [1.0 / len(slots)] * len(slots)
+    best: list[StrategyPlan] = []
+    for _ in range(1 if len(slots) == 1 else 3):  # a share decides the micro-batch, which decides the speed
+        best = []
+        for slot, share in zip(slots, shares, strict=True):
+            found = _best_on(replace(workload, share=share), slot, method, stage, len(slots), switches, prefer, tried)
+            if found is None:
+                return None
+            best.append(found)
+        speeds = [share / plan.time.step_s for share, plan in zip(shares, best, strict=True)]
+        shares = [speed / sum(speeds) for speed in speeds]
+    wait_s, assumed = _network_s(slots, cluster, best)
+    placed = tuple(Placed(slot, plan, share) for slot, plan, share in zip(slots, best, shares, strict=True))
+    return Candidate(method, placed, wait_s, workload.num_steps, workload.tokens_per_step, assumed)
+
+
+def _best_on(
+    workload: Workload,
+    slot: Slot,
+    method: Method,
+    stage: int,
+    num_devices: int,
+    switches: Switches,
+    prefer: Prefer,
+    tried: Tried,
+) -> StrategyPlan | None:
+    """The fastest (or leanest) settings that fit one slot; of equals the plainest, which are listed first."""
+    key = (slot.node.name, slot.device.name, method.name, stage, num_devices, round(workload.share, 3))
+    if key not in tried._looked:
+        tried._looked[key] = _all_on(workload, slot, method, stage, num_devices, switches, tried)
+    fitting = tried._looked[key]
+    if not fitting:
+        return None
+    if prefer == "memory":
+        return min(fitting, key=lambda plan: (plan.memory.total_bytes, plan.time.step_s))
+    fastest = min(plan.time.step_s for plan in fitting)
+    return next(plan for plan in fitting if plan.time.step_s <= _EQUAL * fastest)
+
+
+def _all_on(
+    workload: Workload,
+    slot: Slot,
+    method: Method,
+    stage: int,
+    num_devices: int,
+    switches: Switches,
+    tried: Tried,
+) -> list[StrategyPlan]:
+    """Every setting that fits one slot."""
+    where = f"{slot.node.name} ({slot.device.name})"
+    host_room = (slot.node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES
+    fitting: list[StrategyPlan] = []
+    nearest: StrategyPlan | None = None
+    for techniques in _settings(workload, slot, method, stage, num_devices, switches, tried):
+        plan = method.estimate(workload, slot.device, slot.node, techniques)
+        needs, host = plan.memory.total_bytes, plan.memory.host_bytes
+        if where not in tried.least or needs < tried.least[where].memory.total_bytes:
+            tried.least[where] = plan
+        if host > host_room:
+            tried.reject(_label(method, techniques, where), f"needs {format_bytes(host)} of the node's own memory")
+        elif needs <= slot.memory_bytes and (needs + plan.memory.high_bytes) / 2 <= _OVER * slot.memory_bytes:
+            fitting.append(plan)
+        elif nearest is None or needs < nearest.memory.total_bytes:
+            nearest = plan
+    if not fitting and nearest is not None:
+        needs, room = nearest.memory.total_bytes, slot.memory_bytes
+        so = f"needs {format_bytes(needs)}, has {format_bytes(room)} usable"
+        if needs <= room:
+            so = f"may need {format_bytes(nearest.memory.high_bytes)} at worst, has {format_bytes(room)} usable"
+        tried.reject(_label(method, nearest.techniques, where), so)
+    return fitting
+
+
+def _settings(
+    workload: Workload,
+    slot: Slot,
+    method: Method,
+    stage: int,
+    num_devices: int,
+    switches: Switches,
+    tried: Tried,
+) -> Iterator[Techniques]:
+    """Settings worth an estimate: of kernels that compute the same only the best the device has."""
+    where = f"{slot.node.name} ({slot.device.name})"
+    dtypes = _worthwhile(switches.dtypes, slot)
+    for packing, offload, optim in itertools.product(switches.packings, switches.offloads, switches.optims):
+        for dtype in dtypes:
+            allowed: Techniques | None = None
+            for attention in _kernels(switches.attentions, slot.device, packing):
+                techniques = Techniques(
+                    dtype=dtype,
+                    attn_implementation=attention,
+                    packing=packing,
+                    gradient_checkpointing=switches.checkpointings[0],
+                    per_device_train_batch_size=1,
+                    max_length=switches.max_length,
+                    optim=optim,
+                    loss_type=switches.losses[0],
+                    torch_compile=switches.torch_compile,
+                    offload=offload,
+                    zero_stage=stage,
+                    num_shards=num_devices if stage else 1,
+                )
+                reason = conflict(method, techniques, slot.device, workload.shape, num_devices)
+                if reason is None:
+                    allowed = techniques
+                    break
+                tried.reject(_label(method, techniques, where), reason)
+            if allowed is None:
+                continue
+            rows = _row_counts(workload, slot, switches, packing)
+            for checkpointing, loss, count in itertools.product(switches.checkpointings, switches.losses, rows):
+                full = replace(
+                    allowed,
+                    gradient_checkpointing=checkpointing,
+                    loss_type=loss,
+                    per_device_train_batch_size=count,
+                )
+                reason = conflict(method, full, slot.device, workload.shape, num_devices)
+                if reason is None:
+                    yield full
+                else:
+                    tried.reject(_label(method, full, where), reason)
+
+
+def _kernels(asked: Sequence[str], device: DeviceCapability, packing: bool) -> list[str]:
+    """Attention kernels, best first: on a GPU the flash-attn library before one call a document."""
+    allowed = [kernel for kernel in asked if packing or kernel != "document"]
+    if device.kind != "cpu" and len(allowed) > 1:
+        allowed.sort(key=lambda kernel: kernel != "flash_attention_2")
+    return allowed
+
+
+def _worthwhile(dtypes: Sequence[Dtype], slot: Slot) -> list[Dtype]:
+    """Of the 16-bit formats the faster one, bfloat16 of equals: it needs no loss scaling; and fp32 beside it."""
+    half: list[Dtype] = [dtype for dtype in dtypes if dtype != "float32"]
+    if len(half) > 1:
+        rate = {dtype: product_rate(slot.device, slot.node, dtype)[0] for dtype in half}
+        if slot.device.kind != "cpu" and slot.device.has_bf16_units is False:
+            rate["bfloat16"] = 0.0
+        half = [max(half, key=lambda dtype: (rate[dtype], dtype == "bfloat16"))]
+    return [*half, "float32"] if "float32" in dtypes else half
+
+
+def _row_counts(workload: Workload, slot: Slot, switches: Switches, packing: bool) -> list[int]:
+    """Micro-batch sizes worth a look: the whole share, and its halvings."""
+    if switches.rows is not None:
+        return [switches.rows]
+    share = math.ceil(workload.global_batch_size * workload.share)
+    if switches.accumulation is not None:
+        share = math.ceil(share / switches.accumulation)
+    if packing:  # rows of max_length tokens, each holding several samples
+        share = math.ceil(share * workload.mean_length / switches.max_length)
+    share = max(1, min(share, _MICRO_BATCH_TOKENS[slot.device.kind] // switches.max_length))
+    return sorted({max(1, share >> halvings) for halvings in range(share.bit_length())}, reverse=True)
+
+
+def _label(method: Method, techniques: Techniques, where: str) -> str:
+    """A combination in words, without its micro-batch."""
+    parts = [method.name, techniques.dtype, techniques.attn_implementation]
+    if techniques.gradient_checkpointing:
+        parts.append("checkpointing")
+    if techniques.offload != "none":
+        parts.append(f"{techniques.offload} offload")
+    if techniques.zero_stage:
+        parts.append(f"ZeRO-{techniques.zero_stage} x {techniques.num_shards}")
+    return f"{' + '.join(parts)} on {where}"
+
+
+def _network_s(slots: Sequence[Slot], cluster: ClusterCapability, plans: Sequence[StrategyPlan]) -> tuple[float, bool]:
+    """Seconds a step waits for the slowest link of the ring, and whether a typical network stood in for an unknown."""
+    if len(slots) < 2:
+        return 0.0, False
+    names = list(dict.fromkeys(slot.node.name for slot in slots))
+    gradient = max(plan.gradient_bytes for plan in plans)
+    gathered = max(plan.gathered_bytes for plan in plans)
+    num_micro = max(plan.num_micro_batches for plan in plans)
+    if len(names) == 1:
+        return sync_s(gradient, gathered, num_micro, len(slots), _INSIDE_BYTES_PER_S, _INSIDE_ROUND_TRIP_S), False
+    links = [cluster.link(first, second) for first, second in itertools.combinations(names, 2)]
+    rates = [link.bytes_per_s if link else None for link in links]
+    assumed = any(rate is None for rate in rates)
+    slowest = min(rate or _ASSUMED_NETWORK_BYTES_PER_S for rate in rates)
+    trips = max((link.round_trip_s if link else None) or _ASSUMED_ROUND_TRIP_S for link in links)
+    return sync_s(gradient, gathered, num_micro, len(slots), slowest, trips), assumed
+
+
+def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Those that no other one beats in time, memory and expected quality at once; fastest first."""
+
+    def costs(candidate: Candidate) -> tuple[float, float, float]:
+        return candidate.total_s, candidate.peak_bytes, -(candidate.quality or 0.0)
+
+    front = []
+    for candidate in candidates:
+        mine = costs(candidate)
+        others = (costs(other) for other in candidates if other is not candidate)
+        if not any(theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for theirs in others):
+            front.append(candidate)
+    return sorted(front, key=lambda candidate: candidate.total_s)

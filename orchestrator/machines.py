@@ -1,0 +1,72 @@
+"""Where a plan's machines come from: this one, a Ray cluster, or a file that declares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from clusters import datasheet
+from clusters.capability import ClusterCapability, DeviceCapability
+from clusters.connect import CannotConnect
+from clusters.units import format_bytes
+from orchestrator.errors import ClusterError, JobError
+
+SHIPPED = Path(__file__).parent / "recipes" / "hardware"
+
+
+def declared(file: Path) -> ClusterCapability:
+    """The machines of a hardware file, or of a shipped one by its name.  Raises JobError with every mistake."""
+    from clusters.hardware_file import ImpossibleHardware, read_hardware
+
+    if not file.exists() and (SHIPPED / f"{file}.yaml").exists():
+        file = SHIPPED / f"{file}.yaml"
+    try:
+        return read_hardware(file)
+    except ImpossibleHardware as error:
+        raise JobError([f"--hardware {file}: {line}" for line in str(error).splitlines()]) from None
+
+
+def reached(address: str, say: Callable[[str], None], refresh: bool = False) -> ClusterCapability:
+    """What the machines behind an address can do, measured or remembered.
+
+    A node whose probe fails is said and left out.  Raises ClusterError where nothing can be reached.
+    """
+    try:
+        if address == "local":
+            from clusters.node_probe import probe_node
+
+            found = ClusterCapability((probe_node(refresh),))
+        else:
+            from clusters.ray_probe import probe_cluster
+
+            found = probe_cluster(address, refresh)
+    except CannotConnect as error:
+        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+    nodes = tuple(replace(node, devices=tuple(_known(device) for device in node.devices)) for node in found.nodes)
+    found = replace(found, nodes=nodes)
+    for node, reason in found.failed.items():
+        say(f"{node} could not be looked at and is left out: {reason}")
+    if not found.nodes:
+        raise ClusterError(f"no node of {address} could be looked at")
+    for node in found.nodes:
+        for device in node.gpus:
+            total, usable = device.memory_total_bytes, device.memory_bytes
+            if total and usable is not None and total - usable > 0.1 * total:
+                held = format_bytes(total - usable)
+                say(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
+    return found
+
+
+def _known(device: DeviceCapability) -> DeviceCapability:
+    """What nobody measured on a known card, from its datasheet (on a machine without torch, everything)."""
+    card = datasheet.find(device.name, device.memory_total_bytes) if device.kind != "cpu" else None
+    if card is None:
+        return device
+    published = datasheet.device(card)
+    flops = {name: device.flops_per_s.get(name) or value for name, value in published.flops_per_s.items()}
+    filled = {
+        name: getattr(device, name) if getattr(device, name) is not None else getattr(published, name)
+        for name in ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "power_w")
+    }
+    return replace(device, flops_per_s=flops, sources={**published.sources, **device.sources}, **filled)

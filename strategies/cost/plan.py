@@ -1,0 +1,35 @@
+"""A method's footprint and work on one device -> its StrategyPlan."""
+
+from __future__ import annotations
+
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.contract import BYTES_PER_ELEMENT, StrategyPlan, Techniques, Workload
+from strategies.cost import memory, time
+from strategies.cost.memory import Footprint
+from strategies.cost.time import Work
+
+
+def plan_of(
+    method: str,
+    workload: Workload,
+    device: DeviceCapability,
+    node: NodeCapability,
+    techniques: Techniques,
+    footprint: Footprint,
+    work: Work,
+) -> StrategyPlan:
+    """Both estimates, and the bytes that cross the network and the disk."""
+    gathers = techniques.zero_stage >= 3
+    element_bytes = BYTES_PER_ELEMENT[techniques.dtype]
+    return StrategyPlan(
+        method=method,
+        techniques=techniques,
+        memory=memory.estimate(workload, device, techniques, footprint),
+        time=time.estimate(workload, device, node, techniques, work),
+        num_trainable_parameters=footprint.num_trainable,
+        flops_per_token=sum(time.flops_per_token(workload, techniques, work)),
+        checkpoint_bytes=12.0 * footprint.num_trainable,
+        gradient_bytes=footprint.trained_bytes * footprint.num_trainable,
+        gathered_bytes=min(footprint.weights_bytes, element_bytes * workload.shape.num_parameters) if gathers else 0.0,
+        num_micro_batches=time.num_micro_batches(workload, techniques),
+    )

@@ -1,0 +1,14 @@
+"""How a method's fields become keys of the job file: each knob carries its sentence and its limits."""
+
+from __future__ import annotations
+
+from dataclasses import field
+from typing import Any
+
+
+def knob(default: Any, doc: str, **limits: Any) -> Any:
+    """A dataclass field with the sentence and the limits that the job file's schema shows."""
+    metadata = {"doc": doc, **limits}
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)

@@ -1,0 +1,69 @@
+"""Which techniques and methods may stand together, and on what.  Each rule says why."""
+
+from __future__ import annotations
+
+from clusters.capability import DeviceCapability
+from strategies.contract import Method, Techniques
+from strategies.shape import ModelShape
+from strategies.techniques import attention
+from strategies.techniques.adapters import no_bitsandbytes
+from strategies.techniques.compiling import no_compiler
+from strategies.techniques.loss import caps_logits
+from strategies.techniques.offload import on_the_host
+from strategies.techniques.precision import no_bf16
+
+
+def conflict(
+    method: Method, techniques: Techniques, device: DeviceCapability, shape: ModelShape, num_devices: int = 1
+) -> str | None:
+    """Why this combination cannot be on this device; None where it can."""
+    t = techniques
+    is_quantised = hasattr(method, "bnb_quant_type")
+    refused = attention.refuses(t.attn_implementation, device, shape)
+    rules = (
+        (refused is not None, f"{t.attn_implementation} attention: {refused}"),
+        (
+            t.attn_implementation == "document" and not t.packing,
+            "document attention is for packed rows: set data.packing: true",
+        ),
+        (
+            t.attn_implementation == "flash_attention_2" and t.dtype == "float32",
+            "flash-attn 2 computes in 16 bits only: set model.dtype to bfloat16 or float16",
+        ),
+        (t.dtype == "bfloat16" and no_bf16(device, shape) is not None, no_bf16(device, shape) or ""),
+        (
+            (is_quantised or t.optim.startswith("adamw_bnb")) and no_bitsandbytes(device, shape) is not None,
+            no_bitsandbytes(device, shape) or "",
+        ),
+        (is_quantised and shape.num_experts > 0, "experts are stacked tensors, which bitsandbytes does not quantise"),
+        (t.zero_stage > 0 and num_devices < 2, "ZeRO divides work among devices, and here is one"),
+        (t.zero_stage >= 3 and is_quantised, "DeepSpeed's ZeRO-3 does not shard bitsandbytes' 4- and 8-bit weights"),
+        (t.offload == "parameters" and is_quantised, "bitsandbytes' weights cannot be fetched layer by layer"),
+        (
+            t.zero_stage > 0 and t.optim.startswith("adamw_bnb"),
+            "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut",
+        ),
+        (t.offload != "none" and on_the_host(device, shape) is not None, on_the_host(device, shape) or ""),
+        (
+            t.offload in ("optimizer", "parameters") and t.optim.startswith("adamw_bnb"),
+            "an offloaded optimizer runs on the CPU in fp32",
+        ),
+        (
+            t.offload == "parameters" and t.zero_stage not in (0, 3),
+            "parameter offload goes with ZeRO-3 or one device",
+        ),
+        (
+            t.offload == "activations" and t.gradient_checkpointing,
+            "offloading activations and computing them again save the same bytes: choose one",
+        ),
+        (
+            t.torch_compile and t.attn_implementation == "document",
+            "torch.compile would compile anew for every set of document lengths: set data.packing: false",
+        ),
+        (t.torch_compile and no_compiler(device, shape) is not None, no_compiler(device, shape) or ""),
+        (
+            t.loss_type == "chunked_nll" and caps_logits(device, shape) is not None,
+            f"chunked loss: {caps_logits(device, shape)}",
+        ),
+    )
+    return next((reason for holds, reason in rules if holds), None)

@@ -1,0 +1,51 @@
+"""One optimizer step, in two halves: the only place where a loss is computed and a weight is changed.
+
+The training loop runs these on real tensors, the tracer on fake ones, `techniques --measure` on a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from strategies.contract import Techniques, TrainSetup
+from strategies.techniques.offload import saved_on_host
+from strategies.techniques.precision import autocast
+from strategies.techniques.supervised_logits import Batch, loss_sum
+
+
+def forward_backward(
+    setup: TrainSetup, batch: Batch, num_supervised: int, techniques: Techniques, scaler: torch.amp.GradScaler
+) -> torch.Tensor:
+    """Add a micro-batch's part to the gradients; returns its part of the step's loss, detached.
+
+    `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes.
+    """
+    kind = batch.input_ids_BT.device.type
+    with autocast(kind, techniques.dtype), saved_on_host(techniques.offload, kind):
+        part = loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+    scaler.scale(part).backward()
+    return part.detach()
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of the update that are not the optimizer's own."""
+
+    lr_factor: float  # learning rate of this step over the peak
+    max_grad_norm: float  # 0 = never clip
+
+
+def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> torch.Tensor:
+    """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping."""
+    scaler.unscale_(setup.optimizer)
+    limit = numbers.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(list(setup.parameters.values()), limit)
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * numbers.lr_factor
+    scaler.step(setup.optimizer)
+    scaler.update()
+    setup.optimizer.zero_grad(set_to_none=True)
+    return grad_norm

@@ -1,0 +1,47 @@
+"""Keeping in the host's memory what a GPU has no room for (Ren et al., arXiv 2101.06840)."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+from clusters.capability import DeviceCapability
+from strategies.contract import Offload
+from strategies.shape import ModelShape
+from strategies.techniques.room import Choice, Technique
+
+
+def on_the_host(device: DeviceCapability, shape: ModelShape) -> str | None:
+    return "the device's memory is the host's already" if device.kind == "cpu" else None
+
+
+def saved_on_host(offload: Offload, device_type: str) -> contextlib.AbstractContextManager[Any]:
+    """Keep what the backward pass needs in pinned host memory inside the block (`activations` on a GPU)."""
+    import torch
+
+    if offload != "activations" or device_type == "cpu":
+        return contextlib.nullcontext()
+    return torch.autograd.graph.save_on_cpu(pin_memory=True)
+
+
+def _to(what: Offload) -> Callable[[Choice], Choice]:
+    return lambda choice: choice.with_(offload=what)
+
+
+def _room(what: Offload, about: str, runs: bool) -> Technique:
+    return Technique(
+        name=f"{'parameter' if what == 'parameters' else what.rstrip('s')} offload",
+        about=about,
+        switch=f"strategy.offload: {what}",
+        on=_to(what),
+        off=_to("none"),
+        impossible=on_the_host,
+        runs=runs,
+        saves_first="memory",
+    )
+
+
+OPTIMIZER_OFFLOAD = _room("optimizer", "the optimizer's state and step on the host's CPU", runs=False)
+PARAMETER_OFFLOAD = _room("parameters", "the weights too: each layer crosses the bus when it is needed", runs=False)
+ACTIVATION_OFFLOAD = _room("activations", "saved activations wait in host memory for the backward pass", runs=True)

@@ -1,0 +1,15 @@
+"""Smaller optimizer states."""
+
+from strategies.techniques.adapters import no_bitsandbytes
+from strategies.techniques.room import Technique
+
+EIGHT_BIT_OPTIMIZER = Technique(
+    name="8-bit optimizer",
+    about="Adam's two moments in blocks of 8-bit numbers (Dettmers et al., arXiv 2110.02861)",
+    switch="train.optim: adamw_bnb_8bit",
+    on=lambda choice: choice.with_(optim="adamw_bnb_8bit"),
+    off=lambda choice: choice.with_(optim="adamw_torch_fused"),
+    impossible=no_bitsandbytes,
+    quality="published runs find no loss",
+    saves_first="memory",
+)

@@ -1,0 +1,38 @@
+"""This machine is measured once, briefly, for all tests that need real figures."""
+
+import json
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import pytest
+
+from clusters.capability import NodeCapability
+from clusters.measure import cache_folder
+from clusters.node_probe import probe_node
+from clusters.probe import look_at_this_node
+
+BRIEF_S = 0.3
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A cache folder, the file of this machine in it, and what the probe returned that wrote it."""
+
+    xdg_cache_home: Path
+    file: Path
+    node: NodeCapability
+
+
+@pytest.fixture(scope="session")
+def measured(tmp_path_factory) -> Measured:
+    """Asked to measure although figures are remembered: 7 FLOP/s."""
+    root = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(root))
+        seen = look_at_this_node()
+        cpu = replace(seen.cpu, flops_per_s={"float32": 7.0}, sources={"flops_per_s.float32": "measured"})
+        file = cache_folder() / f"{seen.hardware_hash}.json"
+        file.parent.mkdir(parents=True)
+        file.write_text(json.dumps(asdict(replace(seen, devices=(*seen.gpus, cpu)))))
+        assert probe_node().cpu.flops_per_s == {"float32": 7.0}
+        return Measured(root, file, probe_node(refresh=True, seconds=BRIEF_S))
