@@ -26,7 +26,7 @@ _INSIDE_BYTES_PER_S = 8e9  # between GPUs of one machine, over PCIe
 _INSIDE_ROUND_TRIP_S = 20e-6
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processes themselves
-_OVER = 1 / 0.92  # half-way to the high estimate may eat the safety margin, no more
+_OVER = 1 / 0.92  # a part of the way to the high estimate may eat the safety margin, no more
 _EQUAL = 1.01  # times this close are equal
 
 Prefer = Literal["time", "memory"]
@@ -265,7 +265,7 @@ def _all_on(
             tried.least[where] = plan
         if host > host_room:
             tried.reject(_label(method, techniques, where), f"needs {format_bytes(host)} of the node's own memory")
-        elif needs <= slot.memory_bytes and (needs + plan.memory.high_bytes) / 2 <= _OVER * slot.memory_bytes:
+        elif needs <= slot.memory_bytes and _cautious(plan) <= _OVER * slot.memory_bytes:
             fitting.append(plan)
         elif nearest is None or needs < nearest.memory.total_bytes:
             nearest = plan
@@ -276,6 +276,11 @@ def _all_on(
             so = f"may need {format_bytes(nearest.memory.high_bytes)} at worst, has {format_bytes(room)} usable"
         tried.reject(_label(method, nearest.techniques, where), so)
     return fitting
+
+
+def _cautious(plan: StrategyPlan) -> float:
+    """A quarter of the way from the expected to the high estimate."""
+    return 0.75 * plan.memory.total_bytes + 0.25 * plan.memory.high_bytes
 
 
 def _settings(

@@ -24,6 +24,7 @@ _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
 _KNOCK_S = 5.0
 _METRIC_FIELDS = {
+    "prediction": ("predicted_step_s", "measured_step_s", "predicted_bytes", "measured_peak_bytes"),
     "step": (
         "loss",
         "grad_norm",

@@ -31,13 +31,18 @@ from strategies.techniques.precision import gradient_scaler
 
 
 def check(
-    setup: TrainSetup, data: Dataset, held_out: Dataset | None, techniques: Techniques, folder: Path
+    setup: TrainSetup,
+    data: Dataset,
+    held_out: Dataset | None,
+    techniques: Techniques,
+    global_batch_size: int,
+    folder: Path,
 ) -> dict[str, Any]:
     """Run the three; returns seconds of each and the peak.  Raises NothingFits and RunFailed."""
     device = next(iter(setup.parameters.values())).device
     began = time.perf_counter()
     try:
-        tokens = _longest_batch(setup, data, techniques, device)
+        tokens = _longest_batch(setup, data, techniques, global_batch_size, device)
         step_s = time.perf_counter() - began
         _evaluation_step(setup, held_out, techniques)
     except torch.OutOfMemoryError as error:
@@ -58,9 +63,11 @@ def check(
     }
 
 
-def _longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, device: torch.device) -> int:
-    """Train on the longest samples that share a micro-batch, without moving a weight; returns its tokens."""
-    longest = sorted(range(len(data)), key=lambda i: -int(data.lengths[i]))[:512]
+def _longest_batch(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int, device: torch.device
+) -> int:
+    """Train on the fullest micro-batch that the longest samples of one step make; no weight moves.  Its tokens."""
+    longest = sorted(range(len(data)), key=lambda i: -int(data.lengths[i]))[:global_batch_size]
     lengths = [int(data.lengths[i]) for i in longest]
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     groups = micro_batches(lengths, rows, max_length, packing)
@@ -111,7 +118,7 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     data, held_out = worker.datasets(ready.data_files)
     setup, techniques = worker.prepare(job, plan, ready.data_files["model"], device, lambda *_, **__: None)
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
-        return check(setup, data, held_out, techniques, Path(folder) / "preflight")
+        return check(setup, data, held_out, techniques, plan.global_batch_size, Path(folder) / "preflight")
 
 
 def _existing(folder: Path) -> Path:

@@ -30,7 +30,7 @@ from strategies.techniques.supervised_logits import can_chunk
 
 log = logging.getLogger("orchestrator.worker")
 
-_STEPS_A_TRIM = 50
+_STEPS_A_TRIM = 10
 _ROUNDING = {
     "float32": 1e-3,
     "bfloat16": 0.2,
@@ -65,7 +65,9 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         progress = Progress()
 
     if progress.step == 0 and job.spec.strategy.preflight:
-        checked = preflight.check(setup, data, held_out, techniques, run.path / f".preflight-{group.rank}")
+        checked = preflight.check(
+            setup, data, held_out, techniques, plan.global_batch_size, run.path / f".preflight-{group.rank}"
+        )
         record("preflight", **checked)
 
     if progress.before is None and held_out and job.spec.eval.before:
@@ -118,6 +120,14 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
             "libraries_bytes": libraries_bytes,
         }
         run.write("result.json", json.dumps(result, indent=1))
+        if result["time"]["measured_step_s"]:
+            record(
+                "prediction",
+                predicted_step_s=result["time"]["predicted_step_s"],
+                measured_step_s=result["time"]["measured_step_s"],
+                predicted_bytes=result["memory"]["predicted_bytes"],
+                measured_peak_bytes=result["memory"]["measured_peak_bytes"],
+            )
         if after:
             record("quality", when="after", **_numbers(after))
         record("state", state="finished", step=progress.step)

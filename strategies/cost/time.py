@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import BYTES_PER_ELEMENT, Techniques, TimeEstimate, Workload
+from strategies.cost.memory import SHORT
 from strategies.shape import ModelShape
 
 # Typical figures that stand in for unknown ones; an estimate that used one says so (`is_guess`).
@@ -94,6 +95,8 @@ def estimate(
         moved *= _CPU_CACHED
         op_s += _CPU_OP_S.get(techniques.dtype, _CPU_OP_16_BITS_S)
     documents = max(1.0, micro_tokens / workload.mean_length) if techniques.attn_implementation == "document" else 1.0
+    if device.kind == "cpu" and techniques.dtype != "float32" and workload.attended_length <= SHORT:
+        documents = min(documents, 4.0)  # short ones share one product
     overhead = num_micro * num_operations(shape, techniques, work, documents) * op_s
     if techniques.torch_compile:  # fused element-wise work, fewer launches (LOG.md: CPU 1.4x; torchtune: 1.27x)
         moved, overhead = 0.5 * moved, 0.4 * overhead

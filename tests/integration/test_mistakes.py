@@ -1,6 +1,7 @@
 """Ten mistakes users make: each ends with its exit code and a message that names the fix, and nothing is started."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
+CACHE = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # what the machine can do is measured once
 
 
 def run(*arguments, cwd):
@@ -18,7 +20,13 @@ def run(*arguments, cwd):
         capture_output=True,
         text=True,
         cwd=cwd,
-        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(cwd), "HF_HUB_OFFLINE": "1"},
+        env={
+            "PYTHONPATH": str(ROOT),
+            "PATH": "/usr/bin:/bin",
+            "HOME": str(cwd),
+            "HF_HUB_OFFLINE": "1",
+            "XDG_CACHE_HOME": CACHE,
+        },
         timeout=120,
     )
 
@@ -77,7 +85,7 @@ MISTAKES = {
     "early stopping without held-out rows": (
         swap("  eval: eval.jsonl\n", "") , 2, ["early_stopping_patience needs data.eval"],
     ),
-    "a model that does not fit": (too_large, 3, ["needs", "GiB", "Lower data.max_length", "smaller model"]),
+    "a model that does not fit": (too_large, 3, ["needs", "GiB", "lower data.max_length", "smaller model"]),
     "a cluster that is not there": (
         swap("checkpoint:", "cluster: {address: '127.0.0.1:1'}\ncheckpoint:"), 4, ["127.0.0.1:1", "`local`"],
     ),

@@ -128,6 +128,12 @@ def test_evaluating_again_gives_the_same_numbers(finished, place):
     assert again["exact_match"] == told["result"]["after"]["exact_match"]
 
 
+def told_plan(run):
+    from orchestrator.planner import Plan
+
+    return Plan.from_json((run.path / "plan.json").read_text())
+
+
 def test_mlflow_mirrors_the_run(finished, place):
     from mlflow.tracking import MlflowClient
 
@@ -139,7 +145,8 @@ def test_mlflow_mirrors_the_run(finished, place):
     assert mirrored.info.status == "FINISHED"
     assert {metric.step: metric.value for metric in history} == losses(run)
     assert mirrored.data.params["train.learning_rate"] == "0.003"
-    assert mirrored.data.params["plan.data.packing"] == "True"
+    assert mirrored.data.params["plan.data.packing"] == str(told_plan(run).techniques.packing)
+    assert mirrored.data.metrics["measured_step_s"] > 0 < mirrored.data.metrics["predicted_step_s"]
     assert mirrored.data.metrics["after.eval_loss"] == told["result"]["after"]["eval_loss"]
     artifacts = {item.path for item in client.list_artifacts(mirrored.info.run_id)}
     assert {"adapter", "plan.json", "result.json", "events.jsonl"} <= artifacts
