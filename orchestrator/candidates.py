@@ -26,7 +26,7 @@ _INSIDE_BYTES_PER_S = 8e9  # between GPUs of one machine, over PCIe
 _INSIDE_ROUND_TRIP_S = 20e-6
 _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processes themselves
-_OVER = 1 / 0.92  # a part of the way to the high estimate may eat the safety margin, no more
+_OVER = 1 / 0.92  # half-way to the high estimate may eat the safety margin, no more
 _EQUAL = 1.01  # times this close are equal
 
 Prefer = Literal["time", "memory"]
@@ -279,8 +279,8 @@ def _all_on(
 
 
 def _cautious(plan: StrategyPlan) -> float:
-    """A quarter of the way from the expected to the high estimate."""
-    return 0.75 * plan.memory.total_bytes + 0.25 * plan.memory.high_bytes
+    """Half-way between the expected and the high estimate."""
+    return (plan.memory.total_bytes + plan.memory.high_bytes) / 2
 
 
 def _settings(

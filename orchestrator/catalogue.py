@@ -21,6 +21,8 @@ from strategies.rules import conflict
 from strategies.shape import ModelShape
 from strategies.techniques.room import Choice, Technique, judge
 
+_TOO_SLOW = 8.0  # times longer than without
+
 _COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
 
 # What a device is judged with where no job is given: the largest of these whose 16-bit weights fill at most half of it.
@@ -178,6 +180,8 @@ def _measured(technique: Technique, device: DeviceCapability, node: NodeCapabili
     choice = _usual(work, device, node, work.longest_sample)
     choice = choice.with_(per_device_train_batch_size=4)
     expected = judge(technique, choice, device, node)
+    if expected.time_ratio is not None and expected.time_ratio > _TOO_SLOW:
+        return {"expected_small_time": expected.time_ratio, "problem": "not tried: it would take minutes"}
     found = measure(technique, choice, device)
     with_it, without = technique.on(choice).estimate(device, node), technique.off(choice).estimate(device, node)
     return {

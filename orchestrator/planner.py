@@ -278,6 +278,9 @@ def make_plan(
     _explain_choice(spec, workload, chosen, tried, reasons)
     first = chosen.placed[0].plan
     when = eval_steps(spec, workload, held_out, reasons)
+    if held_out is None:
+        for key in ("eval.eval_steps", "eval.max_new_tokens", "eval.metrics"):
+            reasons[key] = "there are no held-out rows"
     keep_best = _keep_best(spec, workload, when, reasons)
     save_steps = spec.checkpoint.save_steps
     if save_steps == "auto":
@@ -522,8 +525,10 @@ def _explain_choice(
         reasons["train.optim"] = (
             "AdamW with one kernel for all weights" if "8bit" not in techniques.optim else "fp32 moments do not fit"
         )
-    if spec.strategy.offload == "auto" and techniques.offload != "none":
-        reasons["strategy.offload"] = "does not fit without"
+    if spec.strategy.offload == "auto":
+        reasons["strategy.offload"] = "fits without" if techniques.offload == "none" else "does not fit without"
+    if spec.cluster.num_workers == "auto":
+        reasons.setdefault("cluster.num_workers", "the devices that together are best by the goal")
 
 
 def _why_dtype(dtype: str, device: Any) -> str:

@@ -39,6 +39,7 @@ def describe(
     workload = Workload(
         shape=shape,
         mean_square_length=sum(length * length for length in lengths) / len(lengths),
+        fullest_step_tokens=sum(sorted(lengths)[-global_batch_size:]),
         padded_ratio=_padded_ratios(lengths, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),

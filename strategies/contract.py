@@ -38,6 +38,7 @@ class Workload:
     num_samples_seen: int  # over all epochs
     mean_square_length: float | None = None  # mean of length^2: what attention costs; None = as if all were equal
     padded_ratio: Mapping[int, float] = field(default_factory=dict)  # rows a micro-batch -> padded over real tokens
+    fullest_step_tokens: int | None = None  # of the longest samples a step can draw; None = all the longest
     share: float = 1.0  # of each step's samples that one device does
 
     @property

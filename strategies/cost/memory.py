@@ -148,8 +148,8 @@ def _tokens(workload: Workload, techniques: Techniques) -> float:
     """Tokens of the largest micro-batch: never more than a step has, never longer rows than the longest sample."""
     rows = techniques.per_device_train_batch_size
     if techniques.packing:
-        fullest = max(1.0, workload.share * workload.global_batch_size) * workload.longest_sample
-        return min(techniques.micro_batch_tokens, fullest)
+        whole = workload.fullest_step_tokens or workload.global_batch_size * workload.longest_sample
+        return min(techniques.micro_batch_tokens, max(workload.share * whole, workload.longest_sample))
     return min(rows, workload.global_batch_size) * min(techniques.max_length, workload.longest_sample)
 
 

@@ -96,10 +96,10 @@ def _short(lengths: Sequence[int], query: torch.Tensor) -> list[tuple[int, int, 
     return short if len(short) > 1 else []
 
 
-@functools.lru_cache(maxsize=4)  # every layer asks for the same
-def _gather_index(together: tuple[tuple[int, int, int], ...], longest: int) -> torch.Tensor:
+@functools.lru_cache(maxsize=4)  # every layer asks for the same; numbers, since a tensor may be a fake one
+def _gather_index(together: tuple[tuple[int, int, int], ...], longest: int) -> list[list[int]]:
     """(B, L) positions in the row; beyond a document's end its last one again."""
-    return torch.tensor([[start + min(i, length - 1) for i in range(longest)] for _, start, length in together])
+    return [[start + min(i, length - 1) for i in range(longest)] for _, start, length in together]
 
 
 def _batched(
@@ -116,7 +116,7 @@ def _batched(
     A causal mask keeps every real token from the padding behind it.  Saves B H L^2 scores for the backward pass.
     """
     longest = max(length for _, _, length in together)
-    index_BL = _gather_index(tuple(together), longest)
+    index_BL = torch.tensor(_gather_index(tuple(together), longest))
 
     def gather(x_1HTD: torch.Tensor) -> torch.Tensor:
         return x_1HTD[0].transpose(0, 1)[index_BL].transpose(1, 2)  # (B, heads, L, D)

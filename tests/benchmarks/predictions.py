@@ -250,6 +250,7 @@ def workload_of(lengths, shape: ModelShape) -> Workload:
         num_steps=1,
         num_samples_seen=len(lengths),
         mean_square_length=sum(n * n for n in lengths) / len(lengths),
+        fullest_step_tokens=sum(lengths),
         padded_ratio=_padded_ratios(list(lengths), len(lengths)),
     )
 
@@ -298,6 +299,30 @@ def cpu(out: Path | None, steps: int = 4) -> None:
     judge(found)
 
 
+def traced() -> None:
+    """The tracer beside what PyTorch's CPU allocator hands out for the same step, over 24 ways to train."""
+    from strategies import METHODS
+    from strategies.contract import TrainSettings
+    from strategies.cost import trace
+    from tests.strategies.test_trace import CONFIG, allocated_peak
+
+    errors = []
+    for method, dtype, checkpointing, loss, length in itertools.product(
+        ("lora", "full"), ("float32", "bfloat16"), (False, True), ("nll", "chunked_nll"), (64, 200, 400)
+    ):
+        if loss == "chunked_nll" and length != 200:
+            continue
+        techniques = Techniques(dtype, "document", True, checkpointing, 4, 1024, loss_type=loss)
+        settings = TrainSettings(1e-4, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, 1)
+        lengths = trace.even(4, length, 0.5)
+        fake = trace.trace(CONFIG, METHODS[method](), settings, lengths).peak_bytes
+        real = allocated_peak(METHODS[method](), settings, lengths)
+        errors.append(fake / real - 1)
+        print(f"{method:5} {dtype:9} ck={int(checkpointing)} {loss:12} 4 x {length:4} {errors[-1]:+.2%}")
+    sizes = [abs(error) for error in errors]
+    print(f"{len(errors)} steps: mean |error| {statistics.mean(sizes):.2%}, largest {max(sizes):.2%}")
+
+
 def judge(found) -> None:
     """Mean errors, and how well the predicted order agrees with the measured one."""
     from scipy.stats import kendalltau
@@ -319,6 +344,8 @@ def main() -> None:
     parser.add_argument("--worst", type=int, default=20)
     parser.add_argument("--out", type=Path, help="cpu: write every run as JSON")
     asked = parser.parse_args()
+    if asked.what == "traced":
+        traced()
     if asked.what == "cpu":
         cpu(asked.out)
     if asked.what == "published":

@@ -110,3 +110,14 @@ def test_live_storages_forgets_what_is_freed():
         assert live.live_bytes == 4000
         assert live.take_peak() == 8000
         assert live.take_peak() == 4000
+
+
+def test_a_trace_leaves_nothing_fake_behind():
+    asked, lengths = settings("bfloat16", False), trace.Lengths((40, 30, 20), (10, 10, 10))
+    trace.trace(CONFIG, METHODS["lora"](), asked, lengths)
+
+    setup = trace.build(CONFIG, 2, METHODS["lora"](), asked, "cpu")
+    real = trace.run(lambda: setup, lengths.batch(True), 30, asked)
+
+    assert real.peak_bytes > 0
+    trace.trace(CONFIG, METHODS["lora"](), asked, lengths)

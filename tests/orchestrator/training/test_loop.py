@@ -10,7 +10,8 @@ from orchestrator.data.dataset import Dataset, Options, build
 from orchestrator.data.files import read_rows
 from orchestrator.data.order import Order
 from orchestrator.data.template import Renderer
-from orchestrator.errors import Diverged
+from orchestrator.errors import Diverged, RunFailed
+from orchestrator.training import preflight
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, train
 from orchestrator.training.parallel import Group
 from strategies import METHODS
@@ -31,7 +32,18 @@ def data_folder(model_folder, tmp_path_factory):
     return folder / "samples"
 
 
-def run(model_folder, data_folder, techniques, group=None, steps=3, method="lora", optim="sgd", save=None, **schedule):
+def run(
+    model_folder,
+    data_folder,
+    techniques,
+    group=None,
+    steps=3,
+    method="lora",
+    optim="sgd",
+    save=None,
+    before=None,
+    **schedule,
+):
     """Train a few steps; returns (losses, the gradient of each step as one vector, setup)."""
     document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(
@@ -42,6 +54,8 @@ def run(model_folder, data_folder, techniques, group=None, steps=3, method="lora
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     data, losses, gradients = Dataset.load(data_folder), {}, []
+    if before:
+        before(setup, data)
     setup.optimizer.register_step_pre_hook(
         lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in setup.parameters.values()]))
     )
@@ -248,3 +262,42 @@ def test_lower_precisions_train_too(model_folder, data_folder, reference, dtype)
 
     assert losses == pytest.approx(reference[0], rel=0.02)
     assert {p.dtype for p in setup.parameters.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch", "sgd"])
+def test_preflight_leaves_nothing_behind(optim, model_folder, data_folder, tmp_path):
+    checked = {}
+
+    def fly(setup, data):
+        checked.update(preflight.check(setup, data, data, ONE_BY_ONE, 8, tmp_path / "preflight"))
+
+    flown = run(model_folder, data_folder, ONE_BY_ONE, optim=optim, before=fly)
+    plain = run(model_folder, data_folder, ONE_BY_ONE, optim=optim)
+
+    assert flown[0] == plain[0]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(flown[1], plain[1], strict=True))
+    assert checked["longest_batch_tokens"] == int(Dataset.load(data_folder).lengths.max())
+    assert checked["checkpoint_bytes"] > 0
+    assert not list(tmp_path.iterdir())
+
+
+def test_preflight_names_a_folder_that_cannot_be_written(model_folder, data_folder, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+
+    def fly(setup, data):
+        preflight.check(setup, data, None, ONE_BY_ONE, 8, tmp_path / "file")
+
+    with pytest.raises(RunFailed, match="a checkpoint cannot be written to"):
+        run(model_folder, data_folder, ONE_BY_ONE, before=fly)
+
+
+def test_the_chunked_loss_is_the_loss(model_folder, data_folder, reference):
+    chunked = dataclasses.replace(ONE_BY_ONE, loss_type="chunked_nll")
+
+    close(run(model_folder, data_folder, chunked), reference)
+
+
+def test_an_8_bit_optimizer_trains(model_folder, data_folder):
+    losses, _, _ = run(model_folder, data_folder, ONE_BY_ONE, optim="adamw_bnb_8bit", steps=3)
+
+    assert losses[-1] < losses[0]
