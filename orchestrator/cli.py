@@ -122,7 +122,7 @@ def probe(
     from orchestrator.machine_view import machines_view
     from orchestrator.machines import declared, reached
 
-    found = declared(hardware) if hardware else reached(cluster, err.print, refresh)
+    found = declared(hardware) if hardware else reached(cluster, _say, refresh)
     if json_:
         _print_json(found.as_dict())
     else:
@@ -149,8 +149,8 @@ def techniques(
     from orchestrator.catalogue import catalogue, catalogue_view, measured_view
     from orchestrator.machines import declared, reached
 
-    cluster = declared(hardware) if hardware else reached("local", err.print, refresh)
-    rows = catalogue(cluster, _job(job, set_) if job else None, measure, err.print)
+    cluster = declared(hardware) if hardware else reached("local", _say, refresh)
+    rows = catalogue(cluster, _job(job, set_) if job else None, measure, _say)
     if json_:
         _print_json(rows)
     else:
@@ -183,12 +183,11 @@ def plan(
     from orchestrator.run import plan_without_data, prepare
 
     asked = _job(job, set_)
-    say = Console(stderr=True).print
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(asked, say, cluster, refresh, runnable_only=cluster is None)
+        ready = prepare(asked, _say, cluster, refresh, runnable_only=cluster is None)
     else:
-        ready = plan_without_data(asked, cluster, say, refresh)
+        ready = plan_without_data(asked, cluster, _say, refresh)
     checks: dict[str, Any] = {}
     if trace:
         from orchestrator.tracing import trace_plan
@@ -197,7 +196,7 @@ def plan(
     if preflight:
         from orchestrator.training.preflight import preflight as fly
 
-        checks["preflight"] = fly(asked, ready, say)
+        checks["preflight"] = fly(asked, ready, _say)
     if json_:
         _print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
         return
@@ -531,6 +530,10 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
 def _event_line(event: dict[str, Any]) -> str:
     rest = {key: value for key, value in event.items() if key not in ("event", "time", "traceback", "samples")}
     return f"{utc(event['time'])} {event['event']:<10} " + " ".join(f"{key}={value}" for key, value in rest.items())
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 def _print_json(value: Any) -> None:

@@ -45,17 +45,23 @@ def reached(address: str, say: Callable[[str], None], refresh: bool = False) -> 
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
     nodes = tuple(replace(node, devices=tuple(_known(device) for device in node.devices)) for node in found.nodes)
     found = replace(found, nodes=nodes)
-    for node, reason in found.failed.items():
-        say(f"{node} could not be looked at and is left out: {reason}")
+    for note in notes(found):
+        say(note)
     if not found.nodes:
         raise ClusterError(f"no node of {address} could be looked at")
-    for node in found.nodes:
+    return found
+
+
+def notes(cluster: ClusterCapability) -> list[str]:
+    """What a user should know before a plan is read: nodes left out, cards that others use."""
+    said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
+    for node in cluster.nodes:
         for device in node.gpus:
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:
                 held = format_bytes(total - usable)
-                say(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
-    return found
+                said.append(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
+    return said
 
 
 def _known(device: DeviceCapability) -> DeviceCapability:

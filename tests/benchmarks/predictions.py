@@ -17,6 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
+
 from clusters.capability import DeviceCapability
 from clusters.units import GIB
 from strategies.contract import Techniques, Workload

@@ -159,8 +159,45 @@ def test_preflight_runs_the_longest_batch_and_leaves_nothing(job, tmp_path):
     assert not list(Path(tmp_path).rglob("*preflight*"))
 
 
-def test_a_dry_run_is_the_plan(job, tmp_path):
+def test_a_dry_run_is_the_plan_and_starts_nothing(job, tmp_path):
     shown, _ = orchestrator("submit", job, "--dry-run", "--json", cwd=tmp_path)
 
     assert json.loads(shown)["nodes"]
     assert not [path for path in (tmp_path / "runs").glob("*") if path.name != ".cache"]
+
+
+def test_a_card_in_use_by_others_and_a_node_that_failed_are_told():
+    from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+    from orchestrator.machines import notes
+
+    card = DeviceCapability("cuda", "RTX 3090", 9 * 2**30, 24 * 2**30)
+    cluster = ClusterCapability((NodeCapability("a", 8, None, (card,)),), failed={"b": "no answer in 60 s"})
+
+    assert notes(cluster) == [
+        "b could not be looked at and is left out: no answer in 60 s",
+        "RTX 3090 on a: 15.0 GiB are in use by others; planning with the rest",
+    ]
+
+
+def test_conflicts_are_named_in_the_catalogue(tmp_path):
+    shown, _ = orchestrator("techniques", "--hardware", "home-lab", "--json", cwd=tmp_path)
+
+    rows = {(row["device"], row["technique"]): row for row in json.loads(shown)}
+    card = rows["RTX 3090", "activation offload"]
+    assert "choose one" in card["not_with"]["gradient checkpointing"]
+    assert "QLoRA nf4" in rows["RTX 3090", "ZeRO-3"]["not_with"]
+
+
+def test_an_encoder_can_be_planned_and_is_refused_by_submit(job, tmp_path):
+    sizes = {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12, "intermediate_size": 3072}
+    (tmp_path / "bert").mkdir()
+    config = {"model_type": "bert", "vocab_size": 30522, "max_position_embeddings": 512, **sizes}
+    (tmp_path / "bert/config.json").write_text(json.dumps(config))
+
+    shown, _ = orchestrator(
+        "plan", job, "--hardware", "home-lab", "--set", "model.model_name_or_path=bert", "--json", cwd=tmp_path
+    )
+    _, said = orchestrator("submit", job, "--set", "model.model_name_or_path=bert", cwd=tmp_path, code=2)
+
+    assert json.loads(shown)["nodes"][0]["memory"]["weights_bytes"] > 2 * 109e6
+    assert "is an encoder" in said
