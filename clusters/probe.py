@@ -38,9 +38,6 @@ def look_at_this_node() -> NodeCapability:
     return replace(node, hardware_hash=_hash(node, drivers))
 
 
-probe_this_node = look_at_this_node  # its name in tests/benchmarks/vs_peers.py
-
-
 def _hash(node: NodeCapability, drivers: tuple[str, ...]) -> str:
     """SHA-256 over all that the measured figures depend on, and nothing that changes while the machine is used."""
     seen = {

@@ -162,12 +162,15 @@ def report(step_s: list[float], step_tokens: list[int], supervised: int, dtype: 
 def useful_flops_per_token() -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
     from orchestrator.models import read_config
-    from strategies.cost.time import forward_flops_per_token
+    from strategies.contract import Techniques, Workload
+    from strategies.cost.time import Work, flops_per_token
     from strategies.shape import ModelShape
 
     shape = ModelShape.from_config(read_config(model_folder()))
-    adapters = 2.0 * shape.num_layers * sum(16 * (i + o) for i, o in shape.linear_shapes)
-    return 2 * forward_flops_per_token(shape, 72, 0.48) + 3 * adapters
+    adapters = shape.num_layers * sum(16 * (m.inputs + m.outputs) for m in shape.linears)
+    work = Workload(shape, 100, 7200, 3456, 100, 8, 12, 96)
+    techniques = Techniques("float32", "document", True, False, 1, 1024)
+    return sum(flops_per_token(work, techniques, Work(trains_weights=False, adapter_parameters=adapters)))
 
 
 def save_adapter(model, out: Path, name: str) -> None:
@@ -181,15 +184,15 @@ def ours(arguments) -> dict:
     """Our loop on the planner's techniques, without Ray around it."""
     import torch
 
-    from clusters.probe import probe_this_node
+    from clusters.probe import look_at_this_node
     from orchestrator.data.order import Order
     from orchestrator.training.loop import Hooks, Progress, Schedule, train
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques
     from strategies.techniques import host_memory
-    from strategies.techniques.precision import choose_dtype
 
-    dtype = "float32" if arguments.only.endswith("fp32") else choose_dtype(probe_this_node().cpu)[0]
+    in_half = look_at_this_node().cpu.has_bf16_units and not arguments.only.endswith("fp32")
+    dtype = "bfloat16" if in_half else "float32"
     techniques = Techniques(dtype, "document", True, False, 1, 1024)
     setup = our_setup(techniques, arguments.seed)
     data = our_dataset(arguments.steps * ROWS_A_STEP)
