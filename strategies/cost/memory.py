@@ -54,6 +54,7 @@ class Stack:
 
     logits_bytes: float | None = None  # a logit, at every position; None = ours, at supervised positions
     repeats_keys: bool = False  # grouped keys and values are copied to the width of the queries
+    fuses_values: bool = False  # one map for queries, keys and values: the values are a view that keeps all three
 
 
 def estimate(
@@ -182,7 +183,7 @@ def saved_per_token(
         attention += heads * attended * (g if shape.model_type == "gpt2" else 4 + (g if g < 4 else 0))
         if shape.softcap:  # tanh keeps its output
             attention += heads * attended * g
-    elif len(family.attention) == 2 and family.positions is None:
+    elif (len(family.attention) == 2 and family.positions is None) or stack.fuses_values:
         attention += g * (q + k)  # the values are a view of the fused map's output and keep all of it
     if techniques.attn_implementation == "document" and batches_short and attended <= SHORT and g < 4:
         attention += heads * attended * (4 + 2 * g) + g * (q + 2 * k)  # short documents share a product: scores, copies
@@ -217,6 +218,8 @@ def activation_bytes(
     plain = g == 4 and not footprint.norms_train  # frozen maps in fp32: no weight gradients, no casts
     widths = _GRADIENTS_OF_F_PLAIN if plain else _GRADIENTS_OF_F
     transient = tokens * widths * g * shape.intermediate_size + footprint.dequantised_bytes
+    if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast
+        transient = max(transient, tokens * shape.num_heads * attended * (4 + g) + footprint.dequantised_bytes)
     if techniques.gradient_checkpointing:
         return tokens * footprint.stream_bytes * shape.hidden_size * layers, layer + transient
     if techniques.torch_compile:  # the compiler recomputes what is cheap: torchtune's ladder 60.0 -> 51.0 GiB

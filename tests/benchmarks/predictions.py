@@ -4,8 +4,8 @@
     python tests/benchmarks/predictions.py traced          the tracer against real allocations on this CPU
     python tests/benchmarks/predictions.py cpu             time and memory of a grid of real runs on this CPU
 
-Published rows come from other trainers; what those do differently (published.py says it for each) is put into the
-footprint here, the formulas are the planner's own.
+Published rows come from other trainers; what those do differently is put into the footprint and the work (stacks.py),
+the formulas are the planner's own.
 """
 
 from __future__ import annotations
@@ -19,146 +19,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
-from clusters.capability import DeviceCapability
 from clusters.units import GIB
 from strategies.contract import Techniques, Workload
-from strategies.cost import memory
-from strategies.cost.memory import Footprint, Stack
 from strategies.shape import ModelShape
-from tests.benchmarks.published import Published, config, from_columns, read
+from tests.benchmarks.published import Published, from_columns, read
+from tests.benchmarks.stacks import predict_memory, predict_time
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-_WEIGHT_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}
-_WEIGHT_BYTES |= {"gptq-int4": 0.5 + 2.5 / 128, "gptq-int8": 1.0 + 2.5 / 128}
-_ADAM = {"adamw": 2, "paged_adamw": 0, "adamw_8bit": 1, "paged_adamw_8bit": 0, "sgd": 0}  # states of the weight's width
-_GPU = DeviceCapability("cuda", "published", None)
-
-
-def predict(row: Published) -> tuple[float, float, float]:
-    """(expected, low, high) bytes of one GPU, as the row's tool would have reported them."""
-    shape = ModelShape.from_config(config(row.model))
-    g = {"float32": 4, "float16": 2, "bfloat16": 2}[row.compute_dtype]
-    techniques = Techniques(
-        dtype=row.compute_dtype,
-        attn_implementation={"flash": "flash_attention_2"}.get(row.attention, row.attention),
-        packing=False,
-        gradient_checkpointing=row.gradient_checkpointing,
-        per_device_train_batch_size=row.micro_batch,
-        max_length=row.length,
-        optim="sgd",  # the states stand in the footprint
-        zero_stage=0 if row.stack == "litgpt" else row.zero_stage,
-        num_shards=row.num_gpus if row.zero_stage and row.stack != "litgpt" else 1,
-        offload=_offload(row),
-        torch_compile=row.torch_compile,
-    )
-    tokens = row.micro_batch * row.length
-    logits = row.logits_bytes_per_entry
-    if row.stack == "ms-swift":  # accelerate hands the outputs on as fp32 copies, which have gradients too
-        logits += 8
-    workload = Workload(shape, row.micro_batch, tokens, tokens, row.length, row.micro_batch, 1, row.micro_batch)
-    footprint = _footprint(row, shape, g)
-    stack = Stack(logits_bytes=logits, repeats_keys=row.attention == "sdpa")
-    tensors = memory.estimate(workload, _GPU, techniques, footprint, stack)
-    exact = tensors.tensors_bytes
-    high = tensors.high_bytes
-    if row.stack == "ms-swift" and not row.length_is_exact:
-        # Blocks of one length do not fit the next: freed ones pile up.  Half of what changes with length, again.
-        moving = tensors.activations_bytes + tensors.logits_bytes
-        exact, high = exact + 0.5 * moving, high + moving
-    expected = {"allocated": exact, "reserved": 1.06 * exact, "nvidia-smi": 1.06 * exact + 0.7 * GIB}[row.measured_as]
-    return expected, tensors.low_bytes, high
-
-
-def _offload(row: Published) -> str:
-    if not row.offload:
-        return "none"
-    if "activations" in row.offload or "activation-offload" in row.extras:
-        return "activations"
-    return "parameters" if any("param" in what for what in row.offload) else "optimizer"
-
-
-def _footprint(row: Published, shape: ModelShape, g: int) -> Footprint:
-    """What the row's stack puts on a GPU."""
-    targets = _targets(row, shape)
-    linear = shape.num_layers * sum(m.inputs * m.outputs for m in shape.linears)
-    rest = shape.num_parameters - linear
-    if "untied-head" in row.extras and shape.tied_embeddings:
-        rest += shape.vocab_size * shape.hidden_size
-    # Frozen and trained weights in one FSDP unit: what is gathered once stays beside the shard.
-    mixed_units = row.stack == "litgpt" and "fsdp" in row.extras
-    whole = 1 + 1 / row.num_gpus if mixed_units and row.method != "full" else 1 / row.num_gpus if mixed_units else 1
-    frozen_bytes = _WEIGHT_BYTES.get(row.quantization or "", g)
-    rest_bytes = 4 if "kbit-fp32" in row.extras else g
-    if row.method == "full":
-        mixed = row.trained_dtype == "fp32-master"
-        width = 2 if row.trained_dtype in ("bf16", "fp32-master") else 4
-        state = 8 if mixed else _ADAM.get(row.optimizer, 2) * (1 if "8bit" in row.optimizer else width)
-        in_backward = "optimizer-in-backward" in row.extras
-        return Footprint(
-            weights_bytes=width * shape.num_parameters * whole,
-            num_trainable=shape.num_parameters,
-            trained_bytes=0.02 if in_backward else width + (g if row.num_gpus > 1 and not row.zero_stage else 0),
-            stream_bytes=width,
-            inputs_per_token=g * (sum(m.inputs for m in shape.linears) if width != g else _distinct(shape.linears)),
-            output_is_kept=True,
-            product_is_kept=True,
-            norms_train=True,
-            embeddings_train=True,
-            cast_bytes=g * linear if width != g else 0.0,
-            master_bytes=state + (4 if mixed else 0),
-        )
-    rank = row.lora_r or 8
-    trained = shape.num_layers * sum(rank * (m.inputs + m.outputs) for m in targets)
-    width = 2 if row.trained_dtype == "bf16" else 4
-    without_autocast = row.stack in ("peft-bench",) and width == 4 and g == 2
-    copies = 4 * sum(m.inputs for m in targets) if without_autocast else g * sum(m.inputs for m in targets)
-    inputs = g * _distinct(targets) if width == g else copies
-    if "lora-dropout" in row.extras:  # each target drops its own input: the dropped copy, and a mask
-        inputs = (g if not without_autocast else 4) * sum(m.inputs for m in targets) + sum(m.inputs for m in targets)
-    if "bnb-inputs" in row.extras:
-        inputs += g * _distinct(shape.linears)
-    head_bytes = 0.0
-    if "head-quantized" in row.extras:
-        head_bytes = shape.vocab_size * shape.hidden_size * (frozen_bytes - g)
-    return Footprint(
-        weights_bytes=(frozen_bytes * linear + rest_bytes * rest + head_bytes) * whole + width * trained,
-        num_trainable=trained,
-        trained_bytes=width,
-        stream_bytes=4 if "kbit-fp32" in row.extras else g,
-        inputs_per_token=inputs + g * rank * len(targets),
-        output_is_kept=any(m.reads == "attended" for m in targets),
-        product_is_kept=any(m.reads == "product" for m in targets),
-        dequantised_bytes=g * max(m.inputs * m.outputs for m in shape.linears) if row.quantization else 0.0,
-        master_bytes=_ADAM.get(row.optimizer, 2) * (1 if "8bit" in row.optimizer else width),
-    )
-
-
-def _distinct(linears) -> int:
-    return ModelShape.distinct_inputs(linears)
-
-
-_ROLES = {"q": 0, "k": 1, "v": 2, "o": 3}
-
-
-def _targets(row: Published, shape: ModelShape):
-    if row.targets in ("", "all-linear"):
-        return shape.linears
-    names = row.targets.split(",")
-    if "fused" in names:
-        inward = [m for m in shape.linears if m.reads == "normed"]
-        return tuple(inward[:1]) if len(inward) == 1 else tuple(inward)
-    by_letter = {"q": "q", "k": "k", "v": "v", "o": "o", "gate": "gate", "up": "up", "down": "down"}
-    chosen = []
-    for m in shape.linears:
-        start = m.name.split("_")[0]
-        fused = m.reads == "normed" and len([x for x in shape.linears if x.reads == "normed"]) == 1
-        if (
-            start in (by_letter.get(n) for n in names)
-            or (fused and {"q", "k", "v"} & set(names))
-            or (m.reads == "attended" and "o" in names and m not in chosen)
-        ):
-            chosen.append(m)
-    return tuple(chosen) or shape.linears[:1]
 
 
 _CANNOT = {"lora-head", "trained-embeddings", "activation-offload", "norm-head"}
@@ -166,27 +33,66 @@ _CANNOT = {"lora-head", "trained-embeddings", "activation-offload", "norm-head"}
 
 def published(table: Path | None, worst: int) -> None:
     rows, skipped = from_columns(table) if table else read(SHARED / "tables")
-    rows = [r for r in rows if r.metric == "memory_bytes" and r.kind == "measured"]
+    rows = [row for row in rows if row.kind == "measured"]
+    _published_memory([row for row in rows if row.metric == "memory_bytes"], worst)
+    _published_time([row for row in rows if row.metric != "memory_bytes"], worst)
+    print(f"\n{sum(skipped.values())} rows of the tables are not used, published.py has the reasons")
+
+
+def _published_memory(rows: list[Published], worst: int) -> None:
     usable = [r for r in rows if not (_CANNOT & set(r.extras)) and not r.offload]
     found = []
     for row in usable:
-        expected, low, high = predict(row)
+        expected, low, high = predict_memory(row)
         found.append((expected / row.value - 1, low <= row.value <= high, row, expected))
+    print("Memory of a GPU")
     _table("all", found)
     for stack in sorted({row.stack for _, _, row, _ in found}):
         _table(stack, [entry for entry in found if entry[2].stack == stack])
     exact = [entry for entry in found if entry[2].length_is_exact]
     _table("exact lengths", exact)
-    print(f"left out: {len(rows) - len(usable)} memory rows with offload or {', '.join(sorted(_CANNOT))};")
-    print(f"          {sum(skipped.values())} rows of the tables that published.py does not use, with reasons")
-    print("\nworst:")
+    print(f"left out: {len(rows) - len(usable)} rows with offload or {', '.join(sorted(_CANNOT))}")
+    print("worst:")
     for error, inside, row, expected in sorted(found, key=lambda e: -abs(e[0]))[:worst]:
         print(
             f"{error:+6.1%} {'in ' if inside else 'OUT'} {row.value / GIB:6.2f} GiB, predicted {expected / GIB:6.2f}"
-            f"  {row.stack} {row.model} {row.method} {row.quantization or ''} b{row.micro_batch} x {row.length}"
-            f"{'' if row.length_is_exact else ' max'} ck={int(row.gradient_checkpointing)} {row.attention}"
-            f" z{row.zero_stage} n{row.num_gpus} {row.trained_dtype} {row.measured_as} {','.join(row.extras)}"
+            f"  {_described(row)} {row.trained_dtype} {row.measured_as} {','.join(row.extras)}"
         )
+
+
+def _published_time(rows: list[Published], worst: int) -> None:
+    usable = [row for row in rows if not row.offload]
+    found = []
+    for row in usable:
+        expected = predict_time(row)
+        # Errors in seconds, also where the row gives tokens a second.
+        found.append((expected / row.value - 1 if row.metric == "step_s" else row.value / expected - 1, row, expected))
+    print("\nTime of a step")
+    for name, chosen in [("all", found)] + [
+        (stack, [entry for entry in found if entry[1].stack == stack]) for stack in sorted({e[1].stack for e in found})
+    ]:
+        sizes = [abs(error) for error, *_ in chosen]
+        signed = statistics.median(error for error, *_ in chosen)
+        print(
+            f"{name:<14} {len(chosen):4} rows  median |error| {statistics.median(sizes):5.1%}  mean"
+            f" {statistics.mean(sizes):5.1%}  median signed {signed:+5.1%}"
+        )
+    print(f"left out: {len(rows) - len(usable)} rows with offload")
+    print("worst:")
+    for error, row, expected in sorted(found, key=lambda e: -abs(e[0]))[:worst]:
+        unit = "s" if row.metric == "step_s" else "tokens/s"
+        print(
+            f"{error:+6.1%} {row.value:8.4g} {unit}, predicted {expected:8.4g}  {_described(row)} {row.gpu}"
+            f" {'compiled' if row.torch_compile else ''}"
+        )
+
+
+def _described(row: Published) -> str:
+    return (
+        f"{row.stack} {row.model} {row.method} {row.quantization or ''} b{row.micro_batch} x {row.length}"
+        f"{'' if row.length_is_exact else ' max'} ck={int(row.gradient_checkpointing)} {row.attention}"
+        f" z{row.zero_stage} n{row.num_gpus}"
+    )
 
 
 def _table(name: str, found) -> None:

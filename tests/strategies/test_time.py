@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from clusters import datasheet
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
 from strategies.contract import Techniques, Workload
@@ -142,3 +143,57 @@ def test_dequantising_takes_time_that_does_not_depend_on_the_batch():
 
     assert extra(5) == pytest.approx(extra(10))
     assert extra(10) > 0
+
+
+def gpu(name="RTX 3090", **changed):
+    return dataclasses.replace(datasheet.device(datasheet.find(name)), **changed)
+
+
+def seconds(device, tokens=4096, **switches):
+    techniques = dataclasses.replace(SWITCHES, dtype="bfloat16", **{"packing": True, "max_length": tokens} | switches)
+    work = workload(samples=1, length=tokens)
+    return time.estimate(work, device, NODE, techniques, Work(trains_weights=False))
+
+
+@pytest.mark.parametrize(
+    ("name", "reached"),
+    [("RTX 3090", 0.9), ("RTX 4090", 0.9), ("A100 80GB", 0.62), ("T4", 0.62), ("RX 7900 XTX", 0.5)],
+)
+def test_a_published_peak_counts_for_what_training_reaches_of_it(name, reached):
+    device = gpu(name)
+    dtype = "float16"
+
+    rate, guessed = time.product_rate(device, NODE, dtype)
+
+    assert rate == pytest.approx(reached * device.flops_per_s[dtype])
+    assert not guessed
+
+
+def test_a_gpu_waits_for_its_queue_only_when_the_work_is_short():
+    short, long = seconds(gpu(), tokens=16), seconds(gpu(), tokens=2_000_000)
+
+    assert short.overhead_s > 10 * short.compute_s
+    assert long.overhead_s == 0
+
+
+def test_a_product_of_few_rows_takes_as_long_as_reading_its_weights():
+    device = gpu("A100 80GB")
+    rate, bandwidth = 0.62 * 312e12, 0.8 * device.memory_bytes_per_s
+
+    half = time._half_rate_tokens(device, dataclasses.replace(SWITCHES, dtype="bfloat16"), rate, bandwidth)
+
+    assert half == pytest.approx(rate / bandwidth)  # about 119 tokens
+    assert 2 * half * LINEAR / rate == pytest.approx(2 * LINEAR / bandwidth)
+
+
+def test_zero_3_asks_for_each_weight_by_a_hook():
+    alone = seconds(gpu(), tokens=16)
+    sharded = seconds(gpu(), tokens=16, zero_stage=3, num_shards=1)
+
+    assert sharded.overhead_s - alone.overhead_s == pytest.approx(2 * 2 * (7 + 2) * 0.4e-3)  # passes, layers, weights
+
+
+def test_flash_attention_runs_at_a_higher_rate_than_eager():
+    eager, flash = (seconds(gpu(), attn_implementation=name).compute_s for name in ("eager", "flash_attention_2"))
+
+    assert flash < eager
