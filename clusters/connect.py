@@ -70,6 +70,6 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
         raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
     try:
         slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
-        yield Connection({**slots, "CPU": float(cores_per_slot)})
+        yield Connection(slots or {"CPU": float(cores_per_slot)})
     finally:
         ray.shutdown()

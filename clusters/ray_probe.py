@@ -49,18 +49,27 @@ def probe_cluster(
     if address == "local":
         return ClusterCapability((probe_node(refresh, seconds),))
     with connect(address, num_slots=1, cores_per_slot=1):
-        import ray
-
-        places = [
-            _Place(name, node["NodeManagerAddress"], _start(node["NodeID"])) for name, node in _alive(ray.nodes())
-        ]
-        nodes, failed = _probe_nodes(places, refresh, timeout_s, seconds)
-        reached = [place for place in places if place.name in nodes]
-        links = [_measure_link(first, second) for first, second in combinations(reached, 2)]
-        return ClusterCapability(tuple(nodes.values()), tuple(link for link in links if link), failed)
+        return probe_connected(ClusterCapability(), refresh, timeout_s, seconds)
 
 
-def _alive(ray_nodes: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
+def probe_connected(
+    known: ClusterCapability, refresh: bool = False, timeout_s: float = NODE_TIMEOUT_S, seconds: float = 5.0
+) -> ClusterCapability:
+    """The nodes of the cluster that this process is connected to; what is `known` of those present is not measured."""
+    import ray
+
+    kept = {node.name: node for node in known.nodes}
+    places = [_Place(name, node["NodeManagerAddress"], _start(node["NodeID"])) for name, node in alive(ray.nodes())]
+    nodes, failed = _probe_nodes([place for place in places if place.name not in kept], refresh, timeout_s, seconds)
+    nodes |= {place.name: kept[place.name] for place in places if place.name in kept}
+    reached = [place for place in places if place.name in nodes]
+    links = [known.link(a.name, b.name) or _measure_link(a, b) for a, b in combinations(reached, 2)]
+    for place in places:
+        ray.kill(place.actor)
+    return ClusterCapability(tuple(nodes.values()), tuple(link for link in links if link), failed)
+
+
+def alive(ray_nodes: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     """Alive nodes with unique names, in an order that is the same each time."""
     alive = [node for node in ray_nodes if node["Alive"]]
     alive.sort(key=lambda node: (_given_name(node), node["NodeManagerAddress"], node["NodeID"]))

@@ -17,7 +17,8 @@ from typing import Any, Literal
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import GIB, format_bytes
 from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan, Techniques, Workload
-from strategies.cost.time import product_rate, sync_s
+from strategies.cost.network import Network
+from strategies.cost.time import product_rate
 from strategies.rules import conflict
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
@@ -28,6 +29,8 @@ _MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it n
 _HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processes themselves
 _OVER = 1 / 0.92  # half-way to the high estimate may eat the safety margin, no more
 _EQUAL = 1.01  # times this close are equal
+
+LOCAL_STEPS = 32  # of the fastest worker between two sums, where nothing else is said
 
 Prefer = Literal["time", "memory"]
 
@@ -78,6 +81,7 @@ class Candidate:
     sync_s: float
     num_steps: int
     tokens_per_step: float
+    network: Network | None = None  # None: one worker
     assumed_network: bool = False
 
     @cached_property
@@ -100,6 +104,24 @@ class Candidate:
     @cached_property
     def peak_bytes(self) -> float:
         return max(part.plan.memory.total_bytes for part in self.placed)
+
+    @property
+    def sent_bytes(self) -> float:
+        """Gradients that a worker adds up with the others once a step."""
+        return max(part.plan.gradient_bytes for part in self.placed)
+
+    @property
+    def sync_options(self) -> dict[str, float]:
+        """Seconds a step would wait, by the way the workers keep together."""
+        if self.network is None:
+            return {}
+        micro_s = min(part.plan.time.step_s / part.plan.num_micro_batches for part in self.placed)
+        ways = {}
+        for dtype, factor in (("float32", 1.0), ("bfloat16", 0.5)):
+            sent = factor * self.sent_bytes
+            ways[f"all-reduce {dtype}"] = self.network.exposed_s(sent, micro_s, self.network.bucket_bytes(sent))
+        ways["local steps"] = self.network.all_reduce_s(self.sent_bytes) / LOCAL_STEPS
+        return ways
 
     @property
     def quality(self) -> float | None:
@@ -155,11 +177,12 @@ def _collect(
     switches: Switches,
     tried: Tried,
 ) -> None:
-    for method, stage in itertools.product(methods, switches.zero_stages):
+    for method, stage, optim in itertools.product(methods, switches.zero_stages, switches.optims):
         if stage and len(slots) < 2:
             continue
+        one = replace(switches, optims=(optim,))  # all workers make the same update
         for prefer in ("time", "memory"):
-            for candidate in _groups(workload, slots, cluster, method, stage, switches, prefer, tried):
+            for candidate in _groups(workload, slots, cluster, method, stage, one, prefer, tried):
                 if candidate not in tried.fitting:
                     tried.fitting.append(candidate)
 
@@ -175,6 +198,7 @@ def _groups(
     tried: Tried,
 ) -> Iterator[Candidate]:
     """Each device alone, then the fastest two, three ... together."""
+    fits: list[Candidate] = []
     if not stage:
         alone = [_place(workload, [slot], cluster, method, 0, switches, prefer, tried) for slot in slots]
         fits = sorted((found for found in alone if found), key=lambda found: found.step_s)
@@ -192,6 +216,15 @@ def _groups(
         together = _place(workload, order[:count], cluster, method, stage, switches, prefer, tried)
         if together:
             yield together
+    if fits and len(order) > 2:  # one behind a slow link must not keep out those after it
+        best = fits[0]
+        for slot in order[1:]:
+            wider = [part.slot for part in best.placed] + [slot]
+            together = _place(workload, wider, cluster, method, stage, switches, prefer, tried)
+            if together and together.step_s < best.step_s:
+                best = together
+        if len(best.placed) > 1:
+            yield best
 
 
 def _place(
@@ -216,9 +249,10 @@ def _place(
             best.append(found)
         speeds = [share / plan.time.step_s for share, plan in zip(shares, best, strict=True)]
         shares = [speed / sum(speeds) for speed in speeds]
-    wait_s, assumed = _network_s(slots, cluster, best)
+    network, assumed = _network(slots, cluster)
+    wait_s = _wait_s(network, best) if network else 0.0
     placed = tuple(Placed(slot, plan, share) for slot, plan, share in zip(slots, best, shares, strict=True))
-    return Candidate(method, placed, wait_s, workload.num_steps, workload.tokens_per_step, assumed)
+    return Candidate(method, placed, wait_s, workload.num_steps, workload.tokens_per_step, network, assumed)
 
 
 def _best_on(
@@ -232,7 +266,8 @@ def _best_on(
     tried: Tried,
 ) -> StrategyPlan | None:
     """The fastest (or leanest) settings that fit one slot; of equals the plainest, which are listed first."""
-    key = (slot.node.name, slot.device.name, method.name, stage, num_devices, round(workload.share, 3))
+    share, optim = round(workload.share, 3), switches.optims[0]
+    key = (slot.node.name, slot.device.name, method.name, stage, num_devices, share, optim)
     if key not in tried._looked:
         tried._looked[key] = _all_on(workload, slot, method, stage, num_devices, switches, tried)
     fitting = tried._looked[key]
@@ -379,22 +414,28 @@ def _label(method: Method, techniques: Techniques, where: str) -> str:
     return f"{' + '.join(parts)} on {where}"
 
 
-def _network_s(slots: Sequence[Slot], cluster: ClusterCapability, plans: Sequence[StrategyPlan]) -> tuple[float, bool]:
-    """Seconds a step waits for the slowest link of the ring, and whether a typical network stood in for an unknown."""
+def _network(slots: Sequence[Slot], cluster: ClusterCapability) -> tuple[Network | None, bool]:
+    """The slowest link of the ring, and whether a typical one stood in for an unknown."""
     if len(slots) < 2:
-        return 0.0, False
+        return None, False
     names = list(dict.fromkeys(slot.node.name for slot in slots))
+    if len(names) == 1:
+        return Network(len(slots), _INSIDE_BYTES_PER_S, _INSIDE_ROUND_TRIP_S), False
+    links = [cluster.link(first, second) for first, second in itertools.combinations(names, 2)]
+    rates = [link.bytes_per_s if link else None for link in links]
+    slowest = min(rate or _ASSUMED_NETWORK_BYTES_PER_S for rate in rates)
+    trips = max((link.round_trip_s if link else None) or _ASSUMED_ROUND_TRIP_S for link in links)
+    return Network(len(slots), slowest, trips), any(rate is None for rate in rates)
+
+
+def _wait_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
+    """Seconds a step waits: for gradients that the backward pass does not hide, for weights that ZeRO-3 gathers."""
     gradient = max(plan.gradient_bytes for plan in plans)
     gathered = max(plan.gathered_bytes for plan in plans)
     num_micro = max(plan.num_micro_batches for plan in plans)
-    if len(names) == 1:
-        return sync_s(gradient, gathered, num_micro, len(slots), _INSIDE_BYTES_PER_S, _INSIDE_ROUND_TRIP_S), False
-    links = [cluster.link(first, second) for first, second in itertools.combinations(names, 2)]
-    rates = [link.bytes_per_s if link else None for link in links]
-    assumed = any(rate is None for rate in rates)
-    slowest = min(rate or _ASSUMED_NETWORK_BYTES_PER_S for rate in rates)
-    trips = max((link.round_trip_s if link else None) or _ASSUMED_ROUND_TRIP_S for link in links)
-    return sync_s(gradient, gathered, num_micro, len(slots), slowest, trips), assumed
+    micro_batch_s = min(plan.time.step_s / plan.num_micro_batches for plan in plans)
+    bucket = network.bucket_bytes(gradient)
+    return network.exposed_s(gradient, micro_batch_s, bucket) + network.gather_s(gathered, num_micro)
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:

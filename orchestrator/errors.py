@@ -27,6 +27,7 @@ class OrchestratorError(Exception):
     """Base of the tree; its text is meant for a person and is printed without a traceback."""
 
     exit_code = 1
+    again = False  # whether the same work may succeed on a second try
 
 
 class JobError(OrchestratorError):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.jobfile import Job
-from orchestrator.planner import NodePlan, Plan, settings_of
+from orchestrator.plan import NodePlan, Plan, settings_of
 
 _BAR = 30  # characters
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
@@ -29,6 +29,7 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
     ]
     for part in _kinds(plan):
         parts += [_bars(part, plan.sync_s), Text()]
+    parts += [_group(plan)] if plan.sync.options or plan.left_out else []
     parts += [_totals(plan), Text(), settings_table(plan)]
     if full and plan.alternatives:
         parts += [Text(), alternatives_table(plan)]
@@ -135,6 +136,16 @@ def _bar(parts: Mapping[str, float], whole: float, shown: Any) -> Text:
     return line
 
 
+def _group(plan: Plan) -> Text:
+    """How the workers keep together, and who stays out."""
+    lines = []
+    if plan.sync.options:
+        ways = ", ".join(f"{way} {format_s(seconds)}" for way, seconds in plan.sync.options.items())
+        lines.append(f"sync    {plan.sync.dtype} gradients; a step waits: {ways}")
+    lines += [f"{node} is left out: {why}" for node, why in plan.left_out.items()]
+    return Text("\n".join(lines) + "\n")
+
+
 def _totals(plan: Plan) -> Text:
     price = plan.price
     text = Text.assemble(
@@ -150,8 +161,8 @@ def _totals(plan: Plan) -> Text:
         if price.machines is None:
             text.append(" (electricity only: the machine's price is unknown)")
     first = plan.techniques
-    if first.zero_stage or first.offload in ("optimizer", "parameters") or len({p.node for p in plan.nodes}) > 1:
-        what = "ZeRO, offload of optimizer or parameters, or different machines in one run"
+    if first.zero_stage or first.offload in ("optimizer", "parameters"):
+        what = "ZeRO, or offload of optimizer or parameters"
         text.append(f"\nThis needs {what}: planned by this version, not run by it yet.", style="yellow")
     if plan.is_guess:
         text.append(

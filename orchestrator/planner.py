@@ -6,174 +6,49 @@ costs; here the job's goal chooses among it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
 from clusters.units import format_bytes, format_s
-from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_candidates, pareto
+from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_candidates
+from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut, eval_steps, max_new_tokens, metrics
-from orchestrator.money import Price, price_of
+from orchestrator.money import price_of
+from orchestrator.plan import NodePlan, Plan, Sync
+from orchestrator.reasons import alternatives, explain_choice, left_out, why_nothing_fits
 from orchestrator.spec import JobSpec
-from strategies import METHODS
-from strategies.contract import Dtype, MemoryEstimate, Method, Techniques, TimeEstimate, Workload
+from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, Workload
 from strategies.rules import conflict
 
-VERSION = 2
 _LONGEST_AUTO = 2048
 _ABOUT_AS_FAST = 1.15
+_MORE_SAMPLES = (2, 4, 8)  # times those of a step, where a group waits for its network
+_WAITS = 0.2  # of a step for the network is worth a thought
+_WORTH_LARGER_STEPS = 1.1  # so much faster, or the smaller steps stay
+_LEAST_STEPS_PER_EPOCH = 8
 _RUN_BY_SUBMIT = (0,)  # ZeRO stages
 _OFFLOADS_RUN_BY_SUBMIT = ("none", "activations")
 
 
-@dataclass(frozen=True)
-class NodePlan:
-    """What one device of one node does, and what that is predicted to cost."""
+def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) -> tuple[int, str | None]:
+    """How many training processes on one node, and why where it was open.
 
-    node: str
-    device: str  # its name
-    torch_device: str  # "cpu" or "cuda"
-    memory_usable_bytes: float | None
-    threads: int
-    techniques: Techniques
-    memory: MemoryEstimate
-    time: TimeEstimate
-    share: float  # of each step's samples
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """Another way the planner looked at: what it would cost, and why it was not taken."""
-
-    what: str
-    total_s: float
-    peak_bytes: float
-    quality: float | None
-    why_not: str
-    on_front: bool  # nothing beats it in time, memory and expected quality at once
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How a job will run: nothing in it is `auto`.  Written to plan.json; its hash goes into every checkpoint."""
-
-    method: dict[str, Any]  # {"type": name, knob: value ...}
-    nodes: tuple[NodePlan, ...]  # one for each device that trains, the fastest first
-    sync_s: float  # of each step, waiting for the network
-    step_s: float
-    tokens_per_s: float
-    price: Price
-    calibration: float  # what earlier runs on the first device multiplied the predicted times by
-    is_guess: bool  # a figure of a machine was unknown and a typical one stood in
-    quality_prior: dict[str, Any] | None
-    num_trainable_parameters: int
-    flops_per_token: float
-    checkpoint_bytes: float
-    global_batch_size: int  # samples
-    num_steps: int
-    save_steps: int
-    eval_steps: int | None
-    load_best_model_at_end: bool
-    max_new_tokens: int
-    metrics: tuple[str, ...]
-    reasons: dict[str, str]  # key of the job file -> why it was resolved so
-    alternatives: tuple[Alternative, ...] = ()
-    rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
-    version: int = VERSION
-
-    @property
-    def techniques(self) -> Techniques:
-        """Those of the first device; the only ones where all devices are alike."""
-        return self.nodes[0].techniques
-
-    @property
-    def memory(self) -> MemoryEstimate:
-        return self.nodes[0].memory
-
-    @property
-    def device(self) -> str:
-        return self.nodes[0].torch_device
-
-    @property
-    def num_workers(self) -> int:
-        return len(self.nodes)
-
-    @property
-    def threads_per_worker(self) -> int:
-        return self.nodes[0].threads
-
-    @property
-    def optim(self) -> str:
-        return self.techniques.optim
-
-    @property
-    def total_s(self) -> float:
-        """Of the training itself, without start and evaluation."""
-        return self.step_s * self.num_steps
-
-    def build_method(self) -> Method:
-        """The method's dataclass with the knobs of this plan."""
-        return METHODS[self.method["type"]](**{key: value for key, value in self.method.items() if key != "type"})
-
-    @property
-    def hash(self) -> str:
-        """What decides the numbers of a run: two plans with one hash give bit-equal losses on one machine."""
-        deciding = {
-            "version": self.version,
-            "method": self.method,
-            "nodes": [
-                (part.node, part.device, part.share, part.threads, asdict(part.techniques)) for part in self.nodes
-            ],
-            "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
-        }
-        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_json(self) -> str:
-        return json.dumps({**asdict(self), "total_s": self.total_s, "hash": self.hash}, indent=1)
-
-    @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read plan.json.  Raises JobError when another version wrote it."""
-        values = json.loads(text)
-        for derived in ("hash", "total_s"):
-            values.pop(derived, None)
-        if values.get("version") != VERSION:
-            raise JobError(
-                f"plan.json has version {values.get('version')}, this program writes {VERSION}; submit the job anew"
-            )
-        values["nodes"] = tuple(_node_plan(part) for part in values["nodes"])
-        values["price"] = Price(**values["price"])
-        values["metrics"] = tuple(values["metrics"])
-        values["alternatives"] = tuple(Alternative(**entry) for entry in values["alternatives"])
-        return cls(**values)
-
-
-def _node_plan(values: Mapping[str, Any]) -> NodePlan:
-    typed = {
-        "techniques": Techniques(**values["techniques"]),
-        "memory": MemoryEstimate(**values["memory"]),
-        "time": TimeEstimate(**values["time"]),
-    }
-    return NodePlan(**{**values, **typed})
-
-
-def resolve_workers(spec: JobSpec, node: NodeCapability) -> tuple[int, str | None]:
-    """How many training processes on one node, and why where it was open."""
+    Of several nodes each offers what it has: `cluster.num_workers` then counts those of all.
+    """
     asked = spec.cluster.num_workers
     if spec.strategy.mode == "single":
         if isinstance(asked, int) and asked != 1:
             raise JobError(f"strategy.mode is single but cluster.num_workers is {asked}; set one of them to auto")
         return 1, "strategy.mode: single" if asked == "auto" else None
-    if isinstance(asked, int):
+    if isinstance(asked, int) and not several:
         return asked, None
     if node.gpus:
         return len(node.gpus), f"one for each of {len(node.gpus)} GPUs"
-    if spec.strategy.mode == "ddp":
+    if spec.strategy.mode == "ddp" and not several:
         return 2, "strategy.mode: ddp needs at least two"
     return 1, "two processes on one CPU fight over its cores"
 
@@ -196,7 +71,7 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
     free = min(1 - spec.strategy.memory_safety, spec.goal.max_memory_fraction or 1.0)
     slots: list[Slot] = []
     for node in cluster.nodes:
-        count, _ = resolve_workers(spec, node)
+        count, _ = resolve_workers(spec, node, several=len(cluster.nodes) > 1)
         trains = [*node.gpus[:count]] if node.gpus else [node.cpu] * count
         for device in trains:
             if device is None:
@@ -269,13 +144,24 @@ def make_plan(
     switches = switches_of(spec, max_length, runnable_only)
     _refuse_contradictions(spec, workload, slots, switches)
     methods = spec.methods()
-    tried = enumerate_candidates(workload, slots, cluster, methods, switches)
-    if runnable_only:
-        tried.fitting = [found for found in tried.fitting if _runs(found, slots)]
-    if not tried.fitting:
-        raise NothingFits(_why_nothing_fits(spec, workload, slots, tried, cluster, methods, switches))
-    chosen = _choose(spec, tried.fitting)
-    _explain_choice(spec, workload, chosen, tried, reasons)
+
+    def plans(work: Workload) -> tuple[Tried, Candidate | None]:
+        tried = enumerate_candidates(work, slots, cluster, methods, switches)
+        tried.fitting = [found for found in tried.fitting if _as_asked(spec, found, len(slots))]
+        return tried, _choose(spec, tried.fitting) if tried.fitting else None
+
+    tried, chosen = plans(workload)
+    if chosen is None:
+        raise NothingFits(why_nothing_fits(spec, workload, slots, tried, cluster, methods, switches))
+    if any(found.sync_s > _WAITS * found.step_s for found in tried.fitting):
+        larger, better, tried_larger = _larger_steps(spec, workload, plans, chosen)
+        if better is not None and tried_larger is not None:
+            reasons["train.global_batch_size"] = (
+                f"{larger.global_batch_size} instead of {workload.global_batch_size} samples a step: fewer sums over"
+                f" the network, {format_s(better.total_s)} instead of {format_s(chosen.total_s)}"
+            )
+            workload, chosen, tried = larger, better, tried_larger
+    explain_choice(spec, workload, chosen, tried, reasons)
     first = chosen.placed[0].plan
     when = eval_steps(spec, workload, held_out, reasons)
     if held_out is None:
@@ -290,6 +176,7 @@ def make_plan(
     return Plan(
         method={"type": chosen.method.name, **asdict(chosen.method)},  # type: ignore[call-overload]
         nodes=tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share)),
+        sync=_sync_of(spec, chosen),
         sync_s=chosen.sync_s,
         step_s=chosen.step_s,
         tokens_per_s=chosen.tokens_per_s,
@@ -308,8 +195,9 @@ def make_plan(
         max_new_tokens=max_new_tokens(spec, held_out, reasons),
         metrics=metrics(spec, held_out, reasons),
         reasons=reasons,
-        alternatives=_alternatives(spec, chosen, tried.fitting),
+        alternatives=alternatives(spec, chosen, tried.fitting),
         rejected=tried.rejected,
+        left_out=left_out(chosen, tried, slots),
     )
 
 
@@ -328,10 +216,46 @@ def _node_plan_of(part: Any) -> NodePlan:
     )
 
 
-def _runs(candidate: Candidate, slots: Sequence[Slot]) -> bool:
-    """Whether `submit` can do it in this version: all slots it was given, each with the same settings."""
-    alike = len({(part.plan.techniques, part.slot.device.kind) for part in candidate.placed}) == 1
-    return len(candidate.placed) == len(slots) and alike
+def _as_asked(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
+    """Whether a candidate has as many workers as the job states."""
+    asked, mode = spec.cluster.num_workers, spec.strategy.mode
+    if isinstance(asked, int):
+        return len(candidate.placed) == min(asked, num_slots)
+    return len(candidate.placed) == num_slots if mode == "ddp" else mode != "single" or len(candidate.placed) == 1
+
+
+def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:
+    """How gradients travel; the seconds of each way are those a step would wait."""
+    if candidate.network is None:
+        return Sync()
+    network, dtype = candidate.network, spec.strategy.sync_dtype
+    sent = candidate.sent_bytes / BYTES_PER_ELEMENT["float32"] * BYTES_PER_ELEMENT[dtype]
+    return Sync(dtype, network.bucket_bytes(sent), candidate.sync_options)
+
+
+def _larger_steps(
+    spec: JobSpec, workload: Workload, plans: Callable[[Workload], tuple[Tried, Candidate | None]], first: Candidate
+) -> tuple[Workload, Candidate | None, Tried | None]:
+    """More samples a step where a group would otherwise wait for its network: fewer sums for the same samples."""
+    best: tuple[Workload, Candidate | None, Tried | None] = (workload, None, None)
+    best_s = first.total_s
+    if spec.train.global_batch_size != "auto" or spec.train.max_steps > 0:
+        return best
+    for factor in _MORE_SAMPLES:
+        size = factor * workload.global_batch_size
+        order = Order(workload.num_samples, size, 0, spec.train.num_train_epochs)
+        if order.steps_per_epoch < _LEAST_STEPS_PER_EPOCH:
+            break
+        larger = replace(
+            workload,
+            global_batch_size=size,
+            num_steps=order.num_steps,
+            fullest_step_tokens=factor * workload.fullest_step_tokens if workload.fullest_step_tokens else None,
+        )
+        tried, chosen = plans(larger)
+        if chosen and len(chosen.placed) > 1 and chosen.total_s < best_s / _WORTH_LARGER_STEPS:
+            best, best_s = (larger, chosen, tried), chosen.total_s
+    return best
 
 
 def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
@@ -428,181 +352,3 @@ def _choose(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
 def _cost_or_time(spec: JobSpec, candidate: Candidate) -> float:
     total = price_of(spec, candidate).total
     return candidate.total_s / 3600 if total is None else total
-
-
-def describe_candidate(candidate: Candidate) -> str:
-    """A candidate in one phrase: method, what matters of its techniques, where."""
-    first = candidate.placed[0].plan.techniques
-    parts = [candidate.method.name, first.dtype]
-    if first.gradient_checkpointing:
-        parts.append("checkpointing")
-    if first.loss_type != "nll":
-        parts.append(first.loss_type)
-    if first.optim == "adamw_bnb_8bit":
-        parts.append("8-bit optimizer")
-    if first.offload != "none":
-        parts.append(f"{first.offload} offload")
-    if first.zero_stage:
-        parts.append(f"ZeRO-{first.zero_stage}")
-    names = [part.slot.device.name for part in candidate.placed]
-    where = " + ".join(
-        f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
-    )
-    return f"{', '.join(parts)} on {where}"
-
-
-def _alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
-    """The front, and the best of each other method or group: what a reader would ask about."""
-    front = pareto(fitting)
-    worth = [candidate for candidate in front if candidate is not chosen]
-    seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
-    for candidate in sorted(fitting, key=lambda c: c.total_s):
-        key = (candidate.method.name, candidate.zero_stage, len(candidate.placed))
-        if key not in seen:
-            seen.add(key)
-            if candidate not in worth:
-                worth.append(candidate)
-    described = (
-        Alternative(
-            what=describe_candidate(other),
-            total_s=other.total_s,
-            peak_bytes=other.peak_bytes,
-            quality=other.quality,
-            why_not=_why_not(spec, chosen, other),
-            on_front=other in front,
-        )
-        for other in worth
-    )
-    return tuple(described)
-
-
-def _why_not(spec: JobSpec, chosen: Candidate, other: Candidate) -> str:
-    slower = other.total_s / chosen.total_s
-    lighter = other.peak_bytes / chosen.peak_bytes
-    parts = [f"{slower:.2g}x the time" if slower > 1.005 else f"{1 / slower:.2g}x as fast"]
-    parts.append(f"{lighter:.2g}x the memory")
-    if other.quality is not None and chosen.quality is not None and other.quality != chosen.quality:
-        parts.append(f"expected score {other.quality:.3f} against {chosen.quality:.3f} (prior)")
-    if other.sync_s > 0.3 * other.step_s:
-        parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for the network")
-    return ", ".join(parts)
-
-
-def _explain_choice(
-    spec: JobSpec, workload: Workload, chosen: Candidate, tried: Tried, reasons: dict[str, str]
-) -> None:
-    """One sentence for every `auto` that the choice resolved."""
-    part = chosen.placed[0]
-    techniques, device = part.plan.techniques, part.slot.device
-    needs = format_bytes(part.plan.memory.total_bytes)
-    room = "unknown memory" if math.isinf(part.slot.memory_bytes) else f"{format_bytes(part.slot.memory_bytes)} usable"
-    if spec.method.type not in METHODS:
-        others = sorted({c.method.name for c in tried.fitting} - {chosen.method.name})
-        fits = f"; {', '.join(others)} would fit too" if others else "; no other method fits"
-        reasons["method.type"] = f"best by goal.prefer: {spec.goal.prefer}{fits}"
-    if spec.model.dtype == "auto":
-        reasons["model.dtype"] = _why_dtype(techniques.dtype, device)
-    if spec.data.packing == "auto":
-        reasons["data.packing"] = (
-            "no padding; documents stay apart, so the result is the same"
-            if techniques.packing
-            else "padding costs less here than separate kernels would, or the model's attention cannot be packed"
-        )
-    if spec.model.attn_implementation == "auto":
-        why = {"document": "one causal kernel a document", "flash_attention_2": "Ampere or newer"}
-        reasons["model.attn_implementation"] = why.get(techniques.attn_implementation, "the best this model can use")
-    if spec.train.per_device_train_batch_size == "auto":
-        reasons["train.per_device_train_batch_size"] = f"needs about {needs} of {room}"
-    if spec.train.gradient_checkpointing == "auto":
-        reasons["train.gradient_checkpointing"] = (
-            "does not fit without, or leaves room for what is faster"
-            if techniques.gradient_checkpointing
-            else f"fits without: about {needs} of {room}"
-        )
-    if spec.train.loss_type == "auto":
-        reasons["train.loss_type"] = "all supervised logits fit" if techniques.loss_type == "nll" else "saves logits"
-    if spec.train.optim == "auto":
-        reasons["train.optim"] = (
-            "AdamW with one kernel for all weights" if "8bit" not in techniques.optim else "fp32 moments do not fit"
-        )
-    if spec.strategy.offload == "auto":
-        reasons["strategy.offload"] = "fits without" if techniques.offload == "none" else "does not fit without"
-    if spec.cluster.num_workers == "auto":
-        reasons.setdefault("cluster.num_workers", "the devices that together are best by the goal")
-
-
-def _why_dtype(dtype: str, device: Any) -> str:
-    measured = device.flops_per_s.get(dtype), device.flops_per_s.get("float32")
-    if all(measured):
-        source = device.sources.get(f"flops_per_s.{dtype}", "declared")
-        return f"{measured[0] / 1e9:.0f} GFLOP/s against {measured[1] / 1e9:.0f} in fp32 ({source})"
-    if dtype == "float32":
-        return f"{device.name} has no bf16 or fp16 units that are known to be faster"
-    if dtype == "bfloat16":
-        by = f" ({', '.join(device.instruction_sets)})" if device.instruction_sets else ""
-        return f"{device.name} computes it in hardware{by}"
-    return f"{device.name} has fp16 but no bf16 units"
-
-
-def _why_nothing_fits(
-    spec: JobSpec,
-    workload: Workload,
-    slots: Sequence[Slot],
-    tried: Tried,
-    cluster: ClusterCapability,
-    methods: Sequence[Method],
-    switches: Switches,
-) -> str:
-    """What is missing where, and the smallest changes that would help, each checked by planning again."""
-    from orchestrator.remedies import remedies
-
-    lines = []
-    for slot in slots:
-        where = f"{slot.node.name} ({slot.device.name})"
-        least = tried.least.get(where)
-        if least is None:
-            reason = next((why for what, why in tried.rejected.items() if what.endswith(where)), "nothing was possible")
-            line = f"{spec.method.type} on {where}: {reason}"
-        else:
-            line = (
-                f"{least.method} on {where}: needs {format_bytes(least.memory.total_bytes)}, has"
-                f" {format_bytes(slot.memory_bytes)} usable"
-            )
-        if line not in lines:
-            lines.append(line)
-    found = remedies(workload, slots, cluster, methods, switches)
-    if found:
-        lines.append("It would fit with: " + "; or ".join(found))
-    else:
-        lines.append("Choose a smaller model, lower data.max_length, or add a device")
-    return "\n".join(lines)
-
-
-def settings_of(plan: Plan) -> dict[str, Any]:
-    """The resolved values by job-file key, for printing and tracking."""
-    techniques = plan.techniques
-    return {
-        "method.type": plan.method["type"],
-        "cluster.num_workers": plan.num_workers,
-        "model.dtype": techniques.dtype,
-        "model.attn_implementation": techniques.attn_implementation,
-        "data.packing": techniques.packing,
-        "data.max_length": techniques.max_length,
-        "train.global_batch_size": plan.global_batch_size,
-        "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
-        "train.gradient_checkpointing": techniques.gradient_checkpointing,
-        "train.loss_type": techniques.loss_type,
-        "train.optim": plan.optim,
-        "strategy.offload": techniques.offload,
-        "checkpoint.save_steps": plan.save_steps,
-        "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
-        "eval.eval_steps": plan.eval_steps,
-        "eval.max_new_tokens": plan.max_new_tokens,
-        "eval.metrics": list(plan.metrics),
-    }
-
-
-def summary(plan: Plan) -> str:
-    """The plan in one sentence."""
-    where = ", ".join(dict.fromkeys(f"{part.device} ({part.node})" for part in plan.nodes))
-    return f"{plan.method['type']} on {where}: {format_s(plan.total_s)}, {plan.tokens_per_s:.0f} tokens/s"

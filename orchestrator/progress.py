@@ -9,8 +9,8 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 
 from clusters.units import format_bytes
 from orchestrator.jobfile import Job
+from orchestrator.plan import Plan
 from orchestrator.plan_view import plan_view
-from orchestrator.planner import Plan
 from orchestrator.rundir import RunFolder
 
 

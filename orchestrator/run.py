@@ -12,6 +12,7 @@ import os
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +23,8 @@ from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
 from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import Job
-from orchestrator.planner import Plan
+from orchestrator.plan import Plan
+from orchestrator.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.rundir import RunFolder
 from orchestrator.spec import HeldOut as SplitOff
 from orchestrator.tracking import Mirror
@@ -64,18 +66,19 @@ def submit(job: Job, watcher: Watcher) -> RunFolder:
     run.write("data.json", json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1))
     run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
     watcher.planned(run, job, ready.plan, ready.statistics)
-    execute(run, job, ready.plan, watcher)
+    execute(run, job, ready.plan, ready.capability, watcher)
     return run
 
 
 def resume(run: RunFolder, job: Job, watcher: Watcher) -> RunFolder:
     """Go on from the newest checkpoint that verifies, with the plan the run was started with."""
     plan = Plan.from_json((run.path / "plan.json").read_text())
+    capability = ClusterCapability.from_dict(run.read_json("capability.json") or {"nodes": []})
     files = run.read_json("data.json") or {}
     if not all(Path(files[key]).is_dir() for key in ("train", "eval", "model") if files.get(key)):
         run.write("data.json", json.dumps(prepare(job, watcher.say).data_files, indent=1))  # caches were cleared
     watcher.planned(run, job, plan, files.get("statistics", {}))
-    execute(run, job, plan, watcher)
+    execute(run, job, plan, capability, watcher)
     return run
 
 
@@ -103,15 +106,8 @@ def prepare(
     capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
     train, held_out = data.train, data.held_out
-    counts = None
+    counts = _counts(held_out)
     if held_out:
-        counts = HeldOut(
-            num_samples=len(held_out),
-            num_tokens=int(held_out.lengths.sum()),
-            longest_answer=int(held_out.num_supervised.max()),
-            num_references=held_out.num_references,
-            is_classification="classification" in held_out.statistics.formats,
-        )
         repeated = train.overlap(held_out)
         if repeated:
             say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
@@ -119,6 +115,19 @@ def prepare(
     plan, work = _plan(job, config, shape, capability, lengths, learnt, counts, runnable_only)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
+
+
+def _counts(held_out: Any) -> HeldOut | None:
+    """What planning needs to know of the held-out samples."""
+    if held_out is None:
+        return None
+    return HeldOut(
+        num_samples=len(held_out),
+        num_tokens=int(held_out.lengths.sum()),
+        longest_answer=int(held_out.num_supervised.max()),
+        num_references=held_out.num_references,
+        is_classification="classification" in held_out.statistics.formats,
+    )
 
 
 def plan_without_data(
@@ -210,18 +219,19 @@ def look_at_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
     return look(job, model_folder, max_length, first, num_rows)
 
 
-def execute(run: RunFolder, job: Job, plan: Plan, watcher: Watcher) -> None:
+def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability, watcher: Watcher) -> None:
     """Start the workers, pass on what happens, mirror it, and judge the end.
 
     Raises RunFailed when the workers failed, were stopped, or did nothing; ClusterError when Ray cannot be reached.
     """
     with run.lock():
         run.stop_file.unlink(missing_ok=True)
+        run.replan_file.unlink(missing_ok=True)
         _, offset = run.events()
         run.record("state", state="running", pid=os.getpid())
         mirror = Mirror(run, job)
         try:
-            _train_on_ray(run, job, plan, watcher, mirror, offset)
+            _train_on_ray(run, job, plan, capability, watcher, mirror, offset)
             _judge(run)
         except OrchestratorError as error:
             stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
@@ -237,41 +247,82 @@ def execute(run: RunFolder, job: Job, plan: Plan, watcher: Watcher) -> None:
                     watcher.event(event)
 
 
-def _train_on_ray(run: RunFolder, job: Job, plan: Plan, watcher: Watcher, mirror: Mirror, offset: int) -> None:
+def _train_on_ray(
+    run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability, watcher: Watcher, mirror: Mirror, offset: int
+) -> None:
     from orchestrator.training.launch import launch
 
-    watcher.say(
-        "starting Ray ..." if job.spec.cluster.address == "local" else f"connecting to {job.spec.cluster.address} ..."
+    address = job.spec.cluster.address
+    watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
+    recovery = Recovery(
+        run, job, plan, capability, lambda first, there: _plan_again(run, job, first, there), watcher.say
     )
     try:
-        with connect(job.spec.cluster.address, plan.num_workers, plan.threads_per_worker) as cluster:
-            outcome = _InBackground(lambda: launch(run, plan, cluster.slot_resources, job.spec.cluster.max_failures))
-            asked_to_stop = False
-            while True:
-                try:
-                    offset = _pass_on(run, watcher, offset)
-                    mirror.now_and_then()
-                    if outcome.wait(_POLL_S):
-                        break
-                except KeyboardInterrupt:
-                    if asked_to_stop:
-                        raise RunFailed(
-                            f"killed. `orchestrator resume {run.run_id}` goes on from the last checkpoint"
-                        ) from None
-                    asked_to_stop = True
-                    run.stop_file.touch()
-                    watcher.say("stopping after this step and saving a checkpoint (Ctrl-C again kills)")
-            _pass_on(run, watcher, offset)
-            outcome.result()
+        with connect(address, plan.num_workers, plan.threads_per_worker) as cluster:
+            going: Plan | None = recovery.at_start()
+            while going:
+                attempt = partial(_attempt, launch, run, going, cluster.slot_resources, recovery)
+                offset, error = _watch(_InBackground(attempt), run, watcher, mirror, recovery, offset)
+                going = recovery.after(error)
+                offset = _pass_on(run, watcher, offset)
     except CannotConnect as error:
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+def _attempt(
+    launch: Callable[..., None], run: RunFolder, plan: Plan, slot: dict[str, float], recovery: Recovery
+) -> None:
+    launch(run, plan, slot, recovery.node_ids())
+
+
+def _watch(
+    outcome: _InBackground, run: RunFolder, watcher: Watcher, mirror: Mirror, recovery: Recovery, offset: int
+) -> tuple[int, BaseException | None]:
+    """Pass on what happens until the workers end; how far the events were read, and what went wrong."""
+    asked_to_stop = False
+    while True:
+        try:
+            offset = _pass_on(run, watcher, offset)
+            mirror.now_and_then()
+            if outcome.wait(_POLL_S):
+                return _pass_on(run, watcher, offset), outcome.error
+            recovery.look()
+        except KeyboardInterrupt:
+            if asked_to_stop:
+                raise RunFailed(
+                    f"killed. `orchestrator resume {run.run_id}` goes on from the last checkpoint"
+                ) from None
+            asked_to_stop = True
+            run.stop_file.touch()
+            watcher.say("stopping after this step and saving a checkpoint (Ctrl-C again kills)")
+
+
+def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability) -> Plan:
+    """The run's plan for other machines: the same method and steps, other hands."""
+    from orchestrator.spec import METHOD_SECTIONS
+    from orchestrator.training.worker import load_data
+
+    files = run.read_json("data.json") or {}
+    config = models.read_config(Path(files["model"]))
+    data, held_out = load_data(run)
+    again, _ = _plan(
+        fixed_job(job, first, METHOD_SECTIONS[first.method["type"]]),
+        config,
+        workload.model_shape(config),
+        there,
+        data.lengths.tolist(),
+        int(data.num_supervised.sum()),
+        _counts(held_out),
+        runnable_only=True,
+    )
+    return keep_numbers(first, again)
 
 
 class _InBackground:
     """A call in a thread of its own, so that the main thread can watch and hear Ctrl-C."""
 
     def __init__(self, call: Callable[[], None]) -> None:
-        self._error: BaseException | None = None
+        self.error: BaseException | None = None
         self._call = call
         self._done = threading.Event()
         threading.Thread(target=self._run, daemon=True).start()
@@ -279,18 +330,14 @@ class _InBackground:
     def _run(self) -> None:
         try:
             self._call()
-        except BaseException as error:  # kept for the main thread, which raises it
-            self._error = error
+        except BaseException as error:  # kept for the main thread, which judges it
+            self.error = error
         finally:
             self._done.set()
 
     def wait(self, seconds: float) -> bool:
         """Whether it has ended.  Not Thread.join: interrupted by Ctrl-C, that one takes the thread for ended."""
         return self._done.wait(seconds)
-
-    def result(self) -> None:
-        if self._error:
-            raise self._error
 
 
 def _pass_on(run: RunFolder, watcher: Watcher, offset: int) -> int:

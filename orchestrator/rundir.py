@@ -5,7 +5,7 @@ runs/<run_id>/
   capability.json    the machines                plan.json         every `auto` resolved, with reasons
   data.json          the tokenised samples       events.jsonl      what happened, one JSON object a line
   result.json        quality before and after    rejected.jsonl    rows skipped under data.strict: false
-  checkpoints/  adapter/ (or model/)  logs/      stop              asks a running job to stop and save
+  checkpoints/  adapter/ (or model/)  logs/      stop, replan      ask a running job to save, and end or plan again
 """
 
 from __future__ import annotations
@@ -44,6 +44,10 @@ class RunFolder:
     @property
     def stop_file(self) -> Path:
         return self.path / "stop"
+
+    @property
+    def replan_file(self) -> Path:
+        return self.path / "replan"
 
     def exported(self) -> Path | None:
         """What the run hands back, once it is there."""

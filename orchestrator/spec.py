@@ -112,6 +112,9 @@ class StrategySection(Section):
     offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = _key(
         "auto", "what waits in host memory (optimizer, parameters: planned, not run yet)"
     )
+    sync_dtype: Literal["float32", "bfloat16"] = _key(
+        "float32", "gradients between workers; bfloat16 halves what is sent"
+    )
     preflight: bool = _key(True, "before the run: the longest batch, an evaluation step, a checkpoint and back")
     memory_safety: float = _key(0.08, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
 
@@ -140,7 +143,11 @@ class ClusterSection(Section):
 
     address: str = _key("local", "local = embedded Ray; auto or HOST:PORT = a running cluster")
     num_workers: Auto | Annotated[int, Field(ge=1)] = _key("auto", "training processes")
-    max_failures: int = _key(0, "restarts from the last checkpoint after a worker dies", ge=0)
+    max_failures: Auto | Annotated[int, Field(ge=0)] = _key(
+        "auto",
+        "restarts from the last checkpoint after a worker dies; auto = as long as steps are made, on one machine 0",
+    )
+    wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
 
 
 class CheckpointSection(Section):

@@ -8,7 +8,7 @@ from clusters.units import format_bytes
 from orchestrator import models
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
-from orchestrator.planner import Plan
+from orchestrator.plan import Plan
 from strategies.contract import TrainSettings, Workload
 
 _AGREES = 0.10

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job
-from orchestrator.planner import Plan, settings_of
+from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
 
 _METRICS_A_CALL = 500

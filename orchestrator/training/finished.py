@@ -12,7 +12,7 @@ import torch
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
-from orchestrator.planner import Plan
+from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training.parallel import Group
 from orchestrator.training.worker import load_model, load_tokenizer, measure, prepare
@@ -26,7 +26,7 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
     # The run's own set-up decides kernels and packing; its exported weights then take the place of the fresh ones.
-    setup, techniques = prepare(job, plan, location, device, lambda *_, **__: None)
+    setup, techniques = prepare(job, plan, plan.nodes[0], location, device, lambda *_, **__: None)
     setup = TrainSetup(
         _exported_model(run, job, device), setup.optimizer, setup.parameters, setup.export, setup.export_name
     )

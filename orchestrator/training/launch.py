@@ -1,11 +1,13 @@
-"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder."""
+"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder and its node's name."""
 
 from __future__ import annotations
 
 import logging
+import os
 import shutil
 import traceback
 import uuid
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +16,78 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from orchestrator.errors import OrchestratorError, RunFailed
-from orchestrator.planner import Plan
+from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from strategies.techniques import host_memory
 
-_GROUP_TIMEOUT_S = 600  # a collective that waits longer has lost a worker
+_START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
+# A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
+_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
 
 
-def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], max_failures: int) -> None:
-    """Run the planned workers to their end.  Raises RunFailed when they fail more than `max_failures` times.
+def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_ids: Mapping[str, str]) -> None:
+    """Run the planned workers to their end.  Raises RunFailed when one of them fails.
 
-    Ray's own bookkeeping goes into a throw-away folder: what a restart needs is our checkpoint, which verifies.
+    `node_ids` names the plan's nodes as Ray knows them; empty where there is one machine.  Restarts are the caller's:
+    it plans again with the machines that are left (recovery.py).  Ray's own bookkeeping goes into a throw-away folder:
+    what a restart needs is our checkpoint, which verifies.
     """
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    on_gpu = all(part.torch_device == "cuda" for part in plan.nodes)
+    chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = TorchTrainer(
         _on_worker,
-        train_loop_config={"run": str(run.path), "device": plan.device},
-        scaling_config=ScalingConfig(num_workers=plan.num_workers, resources_per_worker=slot_resources),
+        train_loop_config={"run": str(run.path), "names": {node_id: name for name, node_id in node_ids.items()}},
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            resources_per_worker=slot_resources,
+            label_selector={"ray.io/node-id": f"in({', '.join(chosen)})"} if chosen else None,
+        ),
         run_config=RunConfig(
             name=run.run_id,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=max_failures),
-            worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.device == "cpu" else None,
+            failure_config=FailureConfig(max_failures=0),
+            worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.nodes[0].torch_device == "cpu" else None,
         ),
-        torch_config=TorchConfig(backend="nccl" if plan.device == "cuda" else "gloo", timeout_s=_GROUP_TIMEOUT_S),
+        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_START_TIMEOUT_S),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RunFailed(_reason(run, error)) from error
+        raise RunFailed(_last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
 
 
 def _on_worker(config: dict[str, Any]) -> None:
-    """Runs on each worker: set up logging and the device, then hand over to `worker.work`."""
-    import torch
-
-    from orchestrator.training.parallel import Group
+    """Runs on each worker: set up logging, find out where it is, then hand over to `worker.work`."""
     from orchestrator.training.worker import work
 
     run, context = RunFolder(Path(config["run"])), ray.train.get_context()
-    group = Group(context.get_world_rank(), context.get_world_size())
-    _log_to(run.logs / f"worker-{group.rank}.log")
-    device = torch.device("cpu" if config["device"] == "cpu" else f"cuda:{context.get_local_rank()}")
+    rank = context.get_world_rank()
+    _log_to(run.logs / f"worker-{rank}.log")
+    node_id = ray.get_runtime_context().get_node_id()
+    node = config["names"].get(node_id, "")
     try:
-        work(run, group, device)
+        work(run, rank, context.get_world_size(), node, context.get_local_rank())
     except OrchestratorError as error:
-        run.record("error", text=str(error), exit_code=error.exit_code)
+        run.record("error", text=str(error), exit_code=error.exit_code, again=error.again)
         raise
     except BaseException as error:
-        logging.getLogger("orchestrator.worker").exception("worker %d failed", group.rank)
-        run.record("error", text=f"{type(error).__name__}: {error}", traceback=traceback.format_exc(), exit_code=5)
+        logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
+        run.record(
+            "error",
+            text=f"{type(error).__name__}: {error}",
+            traceback=traceback.format_exc(),
+            exit_code=5,
+            again=True,
+            node=node,
+        )
         raise
 
 
@@ -79,7 +101,5 @@ def _log_to(file: Path) -> None:
     logging.captureWarnings(True)
 
 
-def _reason(run: RunFolder, error: Exception) -> str:
-    """What the workers wrote down, else the last line of what Ray says."""
-    errors = [event["text"] for event in run.events()[0] if event["event"] == "error"]
-    return errors[-1] if errors else str(error).strip().splitlines()[-1]
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

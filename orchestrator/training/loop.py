@@ -2,8 +2,8 @@
 
 What a step computes does not depend on how it is laid out.  The samples of a step are a function of (seed, step); each
 micro-batch contributes its *sum* of token losses divided by the supervised tokens of the *whole* step, a number known
-from the data's index; gradients are summed, never averaged.  So micro-batch size, packing, accumulation and the number
-of workers change the speed and nothing else.
+from the data's index; gradients are summed, never averaged.  So micro-batch size, packing, accumulation, the number of
+workers and the share of each change the speed and nothing else.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import resource
 import sys
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,13 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order, hash_ids
 from orchestrator.data.packing import micro_batches, split_by_share
-from orchestrator.errors import Diverged
-from orchestrator.training.parallel import Group
+from orchestrator.errors import Diverged, NothingFits
+from orchestrator.training.leaner import is_out_of_memory, leaner
+from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
 from strategies.step import Update, forward_backward, update
+from strategies.techniques import checkpointing
 from strategies.techniques.precision import autocast, gradient_scaler
 from strategies.techniques.supervised_logits import loss_sum
 
@@ -55,7 +58,7 @@ class Progress:
     best_checkpoint: str | None = None
     evaluations_without_gain: int = 0
     loss_scale: dict[str, Any] = field(default_factory=dict)
-    stopped: str | None = None  # why it ended before the last step: "asked" or "early"
+    stopped: str | None = None  # why it ended before the last step: "early", or what Hooks.should_stop said
     before: dict[str, Any] | None = None  # quality before the first step
 
     def as_dict(self) -> dict[str, Any]:
@@ -68,7 +71,7 @@ class Hooks:
 
     record: Callable[..., None]  # (event, **fields)
     save: Callable[[Progress], str]  # writes a checkpoint, returns its name
-    should_stop: Callable[[], bool]
+    should_stop: Callable[[], str | None]  # one of WISHES
 
 
 def train(
@@ -81,26 +84,33 @@ def train(
     group: Group,
     progress: Progress,
     hooks: Hooks,
+    shares: Shares | None = None,
 ) -> Progress:
     """Train from `progress.step` to the end of `order`; returns the progress made.
 
-    Raises Diverged, with the step and its samples, when a loss is not a number.
+    `techniques` are this worker's own, `shares` everybody's (equal where not given).  Raises Diverged, with the step
+    and its samples, when a loss is not a number, and NothingFits when not even one sample at a time fits.
     """
     model, optimizer, parameters = setup.model, setup.optimizer, list(setup.parameters.values())
     device = parameters[0].device
-    scaler = gradient_scaler(device.type, techniques.dtype)
+    shares = shares or Shares([1.0 / group.size] * group.size)
+    gradients = GradientSum(group, parameters)
+    # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
+    any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
+    scaler = gradient_scaler(device.type, "float16" if any_fp16 else techniques.dtype)
     if progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     model.train()
 
-    for step in range(progress.step, order.num_steps):
-        began = time.perf_counter()
+    while progress.step < order.num_steps:
+        step, began = progress.step, time.perf_counter()
 
         # Which samples, and which of them are mine.  Every worker computes the same division.
         sample_ids = order.sample_ids(step)
         lengths = data.lengths[sample_ids].tolist()
         num_supervised = int(data.num_supervised[sample_ids].sum())
-        mine = split_by_share(lengths, [1.0] * group.size)[group.rank]
+        dealt = split_by_share(lengths, shares.shares)
+        mine = dealt[group.rank]
         batches = micro_batches(
             [lengths[i] for i in mine],
             techniques.per_device_train_batch_size,
@@ -109,18 +119,40 @@ def train(
         )
 
         # Forward and backward, one micro-batch after the other; gradients add up.
-        loss = torch.zeros((), device=device)
-        for members in batches:
-            batch = collate(data, [sample_ids[mine[i]] for i in members], techniques.packing).to(device)
-            torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
-            loss += forward_backward(setup, batch, num_supervised, techniques, scaler)
+        loss, lacking = torch.zeros((), device=device), None
+        try:
+            for number, members in enumerate(batches, start=1):
+                batch = collate(data, [sample_ids[mine[i]] for i in members], techniques.packing).to(device)
+                torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
+                if number == len(batches):
+                    gradients.arm()
+                loss += forward_backward(setup, batch, num_supervised, techniques, scaler)
+            part = loss.item()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking, part, batch = str(error).splitlines()[0], 0.0, None
+        own_s = time.perf_counter() - began
 
-        # Over all workers: the loss of the step, whether somebody wants to stop, then the gradients.
-        total, stop = group.sum([loss.item(), float(group.rank == 0 and hooks.should_stop())], device)
+        # Over all workers: the loss of the step, who wants to stop or needs it again, how long each took; gradients.
+        wish = hooks.should_stop()
+        wishes = [float(wish == known) for known in WISHES]
+        own = [*_at(group, own_s), *_at(group, peak_bytes(device))]
+        gradients.flush()
+        told = group.start_sum([part, lacking is not None, *wishes, *own])
+        gradients.finish()
+        total, again, *rest = told()
+        stop = next((known for known, count in zip(WISHES, rest, strict=False) if count), None)
+        worker_s, worker_peak = rest[len(WISHES) :][: group.size], rest[len(WISHES) + group.size :]
+        if again:
+            # Memory ran out somewhere: there less at a time, and the same step again, everywhere.
+            optimizer.zero_grad(set_to_none=True)
+            if lacking is not None:
+                techniques = _leaner(setup, techniques, int(data.lengths.max()), lacking, hooks)
+            continue
         if not math.isfinite(total):
-            suspects = group.gather([] if math.isfinite(loss.item()) else [sample_ids[i] for i in mine])
+            suspects = group.gather([] if math.isfinite(part) else [sample_ids[i] for i in mine])
             raise Diverged(step, [sample for part_ids in suspects for sample in part_ids])
-        group.sum_gradients(parameters)
 
         # The update.
         grad_norm = update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm)).item()
@@ -131,6 +163,14 @@ def train(
         progress.supervised_tokens += num_supervised
         progress.loss_scale = scaler.state_dict()
         seconds = time.perf_counter() - began
+        worker_tokens = [sum(lengths[i] for i in part_ids) for part_ids in dealt]
+        together = {} if group.size == 1 else {
+            "worker_tokens": worker_tokens,
+            "worker_s": [round(s, 4) for s in worker_s],
+            "worker_peak_bytes": [int(peak) for peak in worker_peak],
+            "bytes_sent": gradients.bytes_sent,
+            "slowest": shares.slowest,
+        }  # fmt: skip
         hooks.record(
             "step",
             step=progress.step,
@@ -144,13 +184,16 @@ def train(
             tokens_per_s=round(sum(lengths) / seconds, 1),
             peak_bytes=peak_bytes(device),
             samples=hash_ids(sample_ids),
+            **together,
         )
+        if group.size > 1 and shares.observe(worker_tokens, worker_s):
+            hooks.record("shares", step=progress.step, shares=[round(share, 4) for share in shares.shares])
 
         # Held-out loss, best checkpoint, early stopping: the same numbers on every worker, so the same decisions.
         last = progress.step == order.num_steps
         improved = False
         if held_out and schedule.eval_steps and (progress.step % schedule.eval_steps == 0 or last):
-            eval_loss = evaluate_loss(setup, held_out, techniques, group)
+            eval_loss = evaluate_loss(setup, held_out, techniques, group, shares.shares)
             hooks.record("eval", step=progress.step, eval_loss=eval_loss)
             improved = progress.best_loss is None or eval_loss < progress.best_loss
             if improved:
@@ -161,29 +204,71 @@ def train(
             if patience and progress.evaluations_without_gain >= patience:
                 progress.stopped = "early"
         if stop and not last:
-            progress.stopped = "asked"
+            progress.stopped = stop
 
         # Checkpoint: on schedule, at the best loss so far, and at the end however it comes.
         due = progress.step % schedule.save_steps == 0 or last or progress.stopped is not None
-        if group.rank == 0 and (due or improved):
+        if due or improved:
             if improved:
                 progress.best_checkpoint = f"step-{progress.step:08d}"
-            name = hooks.save(progress)
-            hooks.record("checkpoint", step=progress.step, name=name)
+            # Unlike devices round differently; from here on all go on from what a restart would begin with.
+            if not group.alike:
+                group.broadcast(_replicated(setup), 0)
+            if group.rank == 0:
+                name = hooks.save(progress)
+                hooks.record("checkpoint", step=progress.step, name=name)
         if progress.stopped:
             break
+    gradients.close()
     return progress
 
 
+WISHES = ("asked", "replan")  # to save and end after this step; the first that anybody has counts
+
+
+def _at(group: Group, value: float) -> list[float]:
+    """`value` at this worker's place among zeros: summed over the workers, everybody's value."""
+    return [value if rank == group.rank else 0.0 for rank in range(group.size)]
+
+
+def _leaner(setup: TrainSetup, techniques: Techniques, longest: int, lacking: str, hooks: Hooks) -> Techniques:
+    """Switch this worker to the next leaner way.  Raises NothingFits where there is none."""
+    less = leaner(techniques, longest)
+    if less is None:
+        raise NothingFits(f"not even one sample at a time fits: {lacking}. Lower data.max_length, or add a device")
+    if less.gradient_checkpointing and not techniques.gradient_checkpointing:
+        checkpointing.enable(setup.model)
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    hooks.record(
+        "note",
+        text=f"out of memory; the step is repeated with micro-batches of {less.per_device_train_batch_size} x"
+        f" {less.max_length} tokens{', activations computed again' if less.gradient_checkpointing else ''} ({lacking})",
+    )
+    return less
+
+
+def _replicated(setup: TrainSetup) -> list[torch.Tensor]:
+    """Trained weights and optimizer state, in an order that is the same on every worker."""
+    tensors: list[torch.Tensor] = []
+    for parameter in setup.parameters.values():
+        state = setup.optimizer.state.get(parameter, {})
+        tensors += [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]
+    return tensors
+
+
 @torch.no_grad()
-def evaluate_loss(setup: TrainSetup, data: Dataset, techniques: Techniques, group: Group) -> float:
+def evaluate_loss(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: Group, shares: Sequence[float] | None = None
+) -> float:
     """Mean loss of the supervised tokens of `data`, in nats a token."""
     model = setup.model
     device = next(iter(setup.parameters.values())).device
+    shares = shares or [1.0 / group.size] * group.size
     was_training = model.training
     model.eval()
     lengths = data.lengths.tolist()
-    mine = split_by_share(lengths, [1.0] * group.size)[group.rank]
+    mine = split_by_share(lengths, shares)[group.rank]
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     total = 0.0
     for members in micro_batches([lengths[i] for i in mine], rows, max_length, packing):
@@ -191,7 +276,7 @@ def evaluate_loss(setup: TrainSetup, data: Dataset, techniques: Techniques, grou
         with autocast(device.type, techniques.dtype):
             total += loss_sum(model, batch, techniques.loss_type).item()
     model.train(was_training)
-    return group.sum([total], device)[0] / int(data.num_supervised.sum())
+    return group.sum([total])[0] / int(data.num_supervised.sum())
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -2,63 +2,135 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-_BUCKET_ELEMENTS = 8 * 2**20  # 32 MiB of fp32: few calls, little extra memory
+BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip
 
 
 @dataclass(frozen=True)
 class Group:
-    """The workers of a run and this one's place among them."""
+    """The workers of a run and this one's place among them.
+
+    `wire` is where tensors must lie to be sent: a GPU where all workers have one, else the host.
+    """
 
     rank: int = 0
     size: int = 1
+    wire: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sync_dtype: torch.dtype = torch.float32  # of gradients on the wire
+    bucket_bytes: int = BUCKET_BYTES
+    alike: bool = True  # the same kind of device everywhere: equal sums move equal weights equally
+    process_group: Any = None  # None = the default one
 
-    def sum(self, values: Sequence[float], device: torch.device) -> list[float]:
+    def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
+        """Begin to add up numbers over the workers, in fp64; the returned call waits for the sums."""
+        if self.size == 1:
+            return lambda: list(values)
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.wire)
+        work = self._all_reduce(tensor)
+
+        def sums() -> list[float]:
+            work.wait()
+            return tensor.tolist()
+
+        return sums
+
+    def sum(self, values: Sequence[float]) -> list[float]:
         """Each number summed over the workers, in fp64."""
-        if self.size == 1:
-            return list(values)
-        tensor = torch.tensor(values, dtype=torch.float64, device=device)
-        dist.all_reduce(tensor)
-        return tensor.tolist()
-
-    def sum_gradients(self, parameters: Iterable[torch.nn.Parameter]) -> None:
-        """Replace every gradient by its sum over the workers.
-
-        Parameters without a gradient here count as zero, so that workers with fewer micro-batches take part in the same
-        calls: the number of collectives a step is equal everywhere.
-        """
-        if self.size == 1:
-            return
-        for bucket in _buckets(parameters):
-            flat = torch.cat(
-                [p.grad.reshape(-1) if p.grad is not None else torch.zeros_like(p).reshape(-1) for p in bucket]
-            )
-            dist.all_reduce(flat)
-            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                parameter.grad = part.view_as(parameter)
+        return self.start_sum(values)()
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every worker, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.process_group)
         return values
 
+    def broadcast(self, tensors: Iterable[torch.Tensor], source: int) -> None:
+        """Every tensor becomes what the worker of rank `source` holds."""
+        if self.size == 1:
+            return
+        for tensor in tensors:
+            sent = tensor.detach().to(self.wire)
+            dist.broadcast(sent, source, group=self.process_group)
+            tensor.detach().copy_(sent)
 
-def _buckets(parameters: Iterable[torch.nn.Parameter]) -> list[list[torch.nn.Parameter]]:
+    def _all_reduce(self, tensor: torch.Tensor) -> Any:
+        return dist.all_reduce(tensor, group=self.process_group, async_op=True)
+
+
+class GradientSum:
+    """Replaces every gradient by its sum over the workers, beginning while the backward pass still runs.
+
+    Gradients travel in buckets, in the order in which the backward pass finishes them.  A bucket leaves when it and all
+    before it are ready, so the number and order of collectives is the same on every worker, whatever share it has: what
+    has no gradient counts as zero.  Bucketing and overlap as in PyTorch DDP (Li et al., arXiv 2006.15704).
+    """
+
+    def __init__(self, group: Group, parameters: Iterable[torch.nn.Parameter]) -> None:
+        self._group = group
+        self._buckets = _buckets(list(parameters)[::-1], group.bucket_bytes) if group.size > 1 else []
+        self._place = {parameter: at for at, bucket in enumerate(self._buckets) for parameter in bucket}
+        self._armed = False
+        self._missing: list[int] = []
+        self._sent: list[tuple[torch.Tensor, Any]] = []
+        self.bytes_sent = 0
+        self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._place]
+
+    def arm(self) -> None:
+        """The next backward pass is this step's last: what it finishes may leave."""
+        self._missing = [len(bucket) for bucket in self._buckets]
+        self._armed = True
+
+    def flush(self) -> None:
+        """Send what has not left yet."""
+        self._armed = False
+        while len(self._sent) < len(self._buckets):
+            self._send()
+
+    def finish(self) -> None:
+        """Wait for all sums and put them in place."""
+        self.flush()
+        for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
+            work.wait()
+            for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
+                summed = part.view_as(parameter).to(parameter)
+                parameter.grad = summed
+        self._sent = []
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _ready(self, parameter: torch.nn.Parameter) -> None:
+        if not self._armed:
+            return
+        self._missing[self._place[parameter]] -= 1
+        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
+            self._send()
+
+    def _send(self) -> None:
+        bucket, group = self._buckets[len(self._sent)], self._group
+        parts = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in bucket]
+        flat = torch.cat(parts).to(group.wire, group.sync_dtype)
+        self.bytes_sent += flat.numel() * flat.element_size()
+        self._sent.append((flat, group._all_reduce(flat)))
+
+
+def _buckets(parameters: list[torch.nn.Parameter], size_bytes: int) -> list[list[torch.nn.Parameter]]:
     buckets: list[list[torch.nn.Parameter]] = []
     room = 0
     for parameter in parameters:
-        if not buckets or room < parameter.numel():
+        needs = parameter.numel() * 4
+        if not buckets or room < needs:
             buckets.append([])
-            room = _BUCKET_ELEMENTS
+            room = size_bytes
         buckets[-1].append(parameter)
-        room -= parameter.numel()
+        room -= needs
     return buckets

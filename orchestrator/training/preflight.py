@@ -116,7 +116,8 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     device = torch.device(plan.device)
     torch.set_num_threads(plan.threads_per_worker)
     data, held_out = worker.datasets(ready.data_files)
-    setup, techniques = worker.prepare(job, plan, ready.data_files["model"], device, lambda *_, **__: None)
+    part, location = plan.nodes[0], ready.data_files["model"]
+    setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
         return check(setup, data, held_out, techniques, plan.global_batch_size, Path(folder) / "preflight")
 

@@ -6,31 +6,41 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
+import os
 import shutil
 import statistics
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
+from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
+from orchestrator.data.packing import micro_batches
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job, read_run_job
-from orchestrator.planner import Plan
+from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training import checkpoint, preflight
 from orchestrator.training.evaluate import Answer, generate_answers, score
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.parallel import Group
+from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSettings, TrainSetup
+from strategies.step import forward_backward
 from strategies.techniques import checkpointing, document_attention, host_memory
+from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.supervised_logits import can_chunk
 
 log = logging.getLogger("orchestrator.worker")
 
 _STEPS_A_TRIM = 10
+_LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _ROUNDING = {
     "float32": 1e-3,
     "bfloat16": 0.2,
@@ -38,19 +48,22 @@ _ROUNDING = {
 }  # packing_error of a model that does not leak stays below
 
 
-def work(run: RunFolder, group: Group, device: torch.device) -> None:
+def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     """Train the run's job to its end, or to where it is asked to stop, and write result.json.
 
     Raises OrchestratorError for what the user can mend.
     """
     job, plan = read_run_job(run.path), Plan.from_json((run.path / "plan.json").read_text())
-    torch.set_num_threads(plan.threads_per_worker)
-    record = run.record if group.rank == 0 else _ignore
+    part = plan.part_of(node, slot)
+    device = torch.device("cpu" if part.torch_device == "cpu" else f"cuda:{slot}")
+    torch.set_num_threads(part.threads)
+    group = connect_group(rank, size, plan)
+    record = run.record if rank == 0 else _ignore
     began = time.perf_counter()
     libraries_bytes = resident_bytes(device)
     data, held_out = load_data(run)
     location = (run.read_json("data.json") or {})["model"]
-    setup, techniques = prepare(job, plan, location, device, record)
+    setup, techniques = prepare(job, plan, part, location, device, record)
     record("ready", seconds=round(time.perf_counter() - began, 2), trainable=_count(setup))
     tokenizer = load_tokenizer(location, job)
 
@@ -66,9 +79,18 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
 
     if progress.step == 0 and job.spec.strategy.preflight:
         checked = preflight.check(
-            setup, data, held_out, techniques, plan.global_batch_size, run.path / f".preflight-{group.rank}"
+            setup, data, held_out, techniques, plan.global_batch_size, run.path / f".preflight-{rank}"
         )
         record("preflight", **checked)
+
+    order = Order(
+        len(data),
+        plan.global_batch_size,
+        job.spec.train.seed,
+        job.spec.train.num_train_epochs,
+        job.spec.train.max_steps,
+    )
+    shares = agree(group, plan, part, setup, data, order, techniques, progress.step, record)
 
     if progress.before is None and held_out and job.spec.eval.before:
         progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
@@ -80,27 +102,22 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         checkpoint.prune(run.checkpoints, job.spec.checkpoint.save_total_limit, now.best_checkpoint)
         return path.name
 
-    order = Order(
-        len(data),
-        plan.global_batch_size,
-        job.spec.train.seed,
-        job.spec.train.num_train_epochs,
-        job.spec.train.max_steps,
-    )
-
     def reported(event: str, **fields: Any) -> None:
         record(event, **fields)
         if event == "step" and fields["step"] % _STEPS_A_TRIM == 0 and device.type == "cpu":
             host_memory.trim()
 
-    hooks = Hooks(reported, save, run.stop_file.exists)
+    def wish() -> str | None:
+        return "asked" if run.stop_file.exists() else "replan" if run.replan_file.exists() else None
+
+    hooks = Hooks(reported, save, wish)
     started = time.perf_counter()
     with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
-        progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks)
+        progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks, shares)
     train_s, train_peak_bytes = time.perf_counter() - started, peak_bytes(device)
 
-    if progress.stopped == "asked":
-        record("state", state="stopped", step=progress.step)
+    if progress.stopped in ("asked", "replan"):
+        record("state", state="stopped" if progress.stopped == "asked" else "replanning", step=progress.step)
         return
     if plan.load_best_model_at_end and progress.best_checkpoint:
         best = checkpoint.read(run.checkpoints / progress.best_checkpoint, lambda text: record("note", text=text))
@@ -108,14 +125,14 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
             best.restore(setup, with_optimizer=False)
             record("note", text=f"handing back step {best.step}, which has the lowest held-out loss")
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
-    if group.rank == 0:
+    if rank == 0:
         _hand_back(run, job, setup, tokenizer)
         result = _result(plan, progress, after, train_s, data)
         result["time"] = _step_times(run, plan)
         result["memory"] = {
-            "predicted_bytes": plan.memory.total_bytes,
-            "predicted_low_bytes": plan.memory.low_bytes,
-            "predicted_high_bytes": plan.memory.high_bytes,
+            "predicted_bytes": part.memory.total_bytes,
+            "predicted_low_bytes": part.memory.low_bytes,
+            "predicted_high_bytes": part.memory.high_bytes,
             "measured_peak_bytes": train_peak_bytes,
             "libraries_bytes": libraries_bytes,
         }
@@ -131,6 +148,82 @@ def work(run: RunFolder, group: Group, device: torch.device) -> None:
         if after:
             record("quality", when="after", **_numbers(after))
         record("state", state="finished", step=progress.step)
+
+
+def connect_group(rank: int, size: int, plan: Plan) -> Group:
+    """This worker's place in the group, and how sums travel in it.
+
+    Training has a process group of its own whose patience is short: the default one, which Ray made, waits until the
+    slowest machine has loaded its model.
+    """
+    if size == 1:
+        return Group()
+    on_gpu = all(part.torch_device == "cuda" for part in plan.nodes)
+    patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
+    return Group(
+        rank=rank,
+        size=size,
+        wire=torch.device("cuda" if on_gpu else "cpu"),
+        sync_dtype=getattr(torch, plan.sync.dtype),
+        bucket_bytes=plan.sync.bucket_bytes,
+        process_group=dist.new_group(timeout=patience),
+        alike=len({(part.device, part.techniques.dtype) for part in plan.nodes}) == 1,
+    )
+
+
+def agree(
+    group: Group,
+    plan: Plan,
+    part: NodePlan,
+    setup: TrainSetup,
+    data: Dataset,
+    order: Order,
+    techniques: Techniques,
+    step: int,
+    record: Any,
+) -> Shares:
+    """Every worker measures itself on its part of the next step and tells the others; shares follow from that."""
+    if group.size == 1:
+        return Shares([1.0])
+    mine = {
+        "node": part.node,
+        "device": part.device,
+        "pid": os.getpid(),
+        "planned_share": round(part.share, 4),
+        "tokens_per_s": measured_pace(setup, data, order.sample_ids(step), part.share, techniques),
+        "plan": plan.hash,
+    }
+    members = group.gather(mine)
+    if len({member["plan"] for member in members}) > 1:
+        raise RunFailed(
+            "the workers read different plans: is the run folder the same on every machine? "
+            + ", ".join(f"{member['node']}: {member['plan']}" for member in members)
+        )
+    shares = Shares.by_speed([member["tokens_per_s"] for member in members])
+    rounded = [round(share, 4) for share in shares.shares]
+    record("group", step=step, plan=plan.hash, members=members, shares=rounded)
+    return shares
+
+
+def measured_pace(
+    setup: TrainSetup, data: Dataset, sample_ids: list[int], share: float, techniques: Techniques
+) -> float:
+    """Tokens a second of one micro-batch of this worker, forward and backward; nothing is left behind."""
+    lengths = data.lengths[sample_ids].tolist()
+    part = max(1, round(share * len(sample_ids)))
+    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    members = micro_batches(lengths[:part], rows, max_length, packing)[0]
+    device = next(iter(setup.parameters.values())).device
+    batch = collate(data, [sample_ids[i] for i in members], packing).to(device)
+    scaler = gradient_scaler(device.type, "float32")
+    seconds = math.inf
+    setup.model.train()
+    for _ in range(2):  # the first one compiles kernels and fills caches
+        began = time.perf_counter()
+        forward_backward(setup, batch, 1, techniques, scaler).item()
+        seconds = time.perf_counter() - began
+    setup.optimizer.zero_grad(set_to_none=True)
+    return sum(lengths[i] for i in members) / seconds
 
 
 def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
@@ -193,9 +286,11 @@ def load_model(
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 
-def prepare(job: Job, plan: Plan, location: str, device: torch.device, record: Any) -> tuple[TrainSetup, Techniques]:
+def prepare(
+    job: Job, plan: Plan, part: NodePlan, location: str, device: torch.device, record: Any
+) -> tuple[TrainSetup, Techniques]:
     """The model set up for the planned method, and the techniques as this model really supports them."""
-    method, techniques = plan.build_method(), plan.techniques
+    method, techniques = plan.build_method(), part.techniques
     arguments = method.load_arguments(techniques)
     model = load_model(location, job, method.load_dtype(techniques), device, techniques.attn_implementation, arguments)
     if techniques.packing:

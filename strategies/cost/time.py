@@ -236,27 +236,6 @@ def _bus(device: DeviceCapability) -> float:
     return min(known) * (_BUS_OF_DATASHEET if is_datasheet else 1.0)
 
 
-def sync_s(
-    gradient_bytes: float,
-    gathered_bytes: float,
-    num_micro: int,
-    num_workers: int,
-    link_bytes_per_s: float,
-    round_trip_s: float,
-) -> float:
-    """Seconds a step waits for the network: a ring all-reduce of the gradients, and what ZeRO-3 gathers.
-
-    Ring: each worker sends and receives 2 (N - 1) / N of the bytes in 2 (N - 1) messages (Thakur et al., 2005).
-    ZeRO-3 moves the sharded weights three times a micro-batch (Rajbhandari et al., arXiv 1910.02054, section 7).
-    """
-    if num_workers < 2:
-        return 0.0
-    ring = (num_workers - 1) / num_workers
-    moved = 2 * gradient_bytes * ring + 3 * gathered_bytes * ring * num_micro
-    messages = 2 * (num_workers - 1) * (1 + (num_micro if gathered_bytes else 0))
-    return moved / link_bytes_per_s + messages * round_trip_s / 2
-
-
 def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
     """Micro-batches of one step on one device."""
     tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)

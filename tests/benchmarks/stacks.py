@@ -14,6 +14,7 @@ from clusters.units import GIB
 from strategies.contract import Techniques, Workload
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint, Stack
+from strategies.cost.network import Network
 from strategies.cost.time import Work
 from strategies.shape import ModelShape
 from tests.benchmarks.published import Published, config
@@ -232,4 +233,5 @@ def _sync(row: Published, shape: ModelShape, accumulation: int) -> float:
     trained = shape.num_parameters if row.method == "full" else work.num_trainable
     weight = _WEIGHT_BYTES.get(row.quantization or "", 2.0)
     gathered = weight * shape.num_parameters if row.zero_stage == 3 else 0.0
-    return time.sync_s(2.0 * trained, gathered, accumulation, row.num_gpus, link, 20e-6)
+    network = Network(row.num_gpus, link, 20e-6)
+    return network.all_reduce_s(2.0 * trained) + network.gather_s(gathered, accumulation)

@@ -204,7 +204,7 @@ def ours(arguments) -> dict:
         supervised.append(fields["supervised_tokens"])
 
     order = Order(len(data), ROWS_A_STEP, arguments.seed, num_train_epochs=1)
-    hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: False)
+    hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: None)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
     with host_memory.kept():
         train(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks)
@@ -408,7 +408,7 @@ def loop(arguments) -> dict:
     parameters = list(setup.parameters.values())
     theirs, mine = [], []
     hooks = Hooks(
-        lambda event, **f: mine.append(f["seconds"]) if event == "step" else None, lambda now: "", lambda: False
+        lambda event, **f: mine.append(f["seconds"]) if event == "step" else None, lambda now: "", lambda: None
     )
     for step in range(order.num_steps):
         ids = order.sample_ids(step)

@@ -43,7 +43,7 @@ def test_plan_says_what_why_how_long_and_how_much(job, tmp_path):
 
 
 def test_plan_as_json_is_the_plan_file(job, tmp_path):
-    from orchestrator.planner import Plan
+    from orchestrator.plan import Plan
 
     shown, _ = orchestrator("plan", job, "--hardware", "home-lab", "--json", cwd=tmp_path)
 

@@ -129,7 +129,7 @@ def test_evaluating_again_gives_the_same_numbers(finished, place):
 
 
 def told_plan(run):
-    from orchestrator.planner import Plan
+    from orchestrator.plan import Plan
 
     return Plan.from_json((run.path / "plan.json").read_text())
 

@@ -10,7 +10,7 @@ from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeC
 from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.jobfile import parse_job
-from orchestrator.planner import Plan, summary
+from orchestrator.plan import Plan, summary
 from strategies.shape import ModelShape
 
 GIB = 2**30

@@ -123,19 +123,6 @@ def test_what_earlier_runs_taught_multiplies_every_part():
     assert METHODS["lora"]().estimate(workload(), taught, NODE, SWITCHES).time.step_s == pytest.approx(1.4 * plain)
 
 
-def test_a_ring_moves_twice_the_gradients():
-    """4 workers, 1 GB over 100 MB/s: 2 * 3/4 * 10 s, and 6 messages of half a round trip."""
-    assert time.sync_s(1e9, 0, 1, 4, 1e8, 0.01) == pytest.approx(15 + 6 * 0.005)
-    assert time.sync_s(1e9, 0, 1, 1, 1e8, 0.01) == 0
-
-
-def test_zero_3_gathers_the_weights_for_every_micro_batch():
-    once = time.sync_s(0, 1e9, 1, 2, 1e9, 0)
-
-    assert once == pytest.approx(3 * 0.5)
-    assert time.sync_s(0, 1e9, 4, 2, 1e9, 0) == pytest.approx(4 * once)
-
-
 def test_dequantising_takes_time_that_does_not_depend_on_the_batch():
     def extra(samples):
         four = METHODS["qlora"]().estimate(workload(samples), CPU, NODE, SWITCHES).time.memory_s

@@ -4,12 +4,10 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from orchestrator.data.dataset import Dataset, Options, build
-from orchestrator.data.files import read_rows
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.data.template import Renderer
 from orchestrator.errors import Diverged, RunFailed
 from orchestrator.training import preflight
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, train
@@ -17,19 +15,9 @@ from orchestrator.training.parallel import Group
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
 from strategies.techniques import checkpointing, document_attention
-from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 SCHEDULE = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
-
-
-@pytest.fixture(scope="module")
-def data_folder(model_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("data")
-    file = write_jsonl(folder / "rows.jsonl", rows(24))
-    renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), CHAT_TEMPLATE)
-    build(read_rows(file), renderer, Options("auto", "", 64, "truncate", True), folder / "samples")
-    return folder / "samples"
 
 
 def run(
@@ -42,6 +30,7 @@ def run(
     optim="sgd",
     save=None,
     before=None,
+    shares=None,
     **schedule,
 ):
     """Train a few steps; returns (losses, the gradient of each step as one vector, setup)."""
@@ -64,10 +53,10 @@ def run(
         if event == "step":
             losses[fields["step"]] = fields["loss"]
 
-    hooks = Hooks(record, save or (lambda now: "none"), lambda: False)
+    hooks = Hooks(record, save or (lambda now: "none"), lambda: None)
     order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
     plan = dataclasses.replace(SCHEDULE, **schedule)
-    train(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks)
+    train(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks, shares)
     return list(losses.values()), gradients, setup
 
 
@@ -77,11 +66,6 @@ def close(first, second):
     assert len(first[1]) == len(second[1]) > 0
     for ours, theirs in zip(first[1], second[1], strict=True):
         assert (ours - theirs).norm() <= 1e-5 * theirs.norm()
-
-
-@pytest.fixture(scope="module")
-def reference(model_folder, data_folder):
-    return run(model_folder, data_folder, ONE_BY_ONE)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +139,7 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
     losses = []
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4)
     hooks = Hooks(
-        lambda event, **f: losses.append(f["loss"]) if event == "step" else None, lambda now: "x", lambda: False
+        lambda event, **f: losses.append(f["loss"]) if event == "step" else None, lambda now: "x", lambda: None
     )
     train(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks)
 
@@ -187,7 +171,7 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
                 parameter.add_(0.05)
         torch.rand(consumed)
         seen = []
-        hooks = Hooks(lambda event, seen=seen, **f: seen.append(f.get("loss")), lambda now: "x", lambda: False)
+        hooks = Hooks(lambda event, seen=seen, **f: seen.append(f.get("loss")), lambda now: "x", lambda: None)
         order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=1)
         train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
         losses.append(seen[0])
@@ -202,7 +186,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
     with torch.no_grad():
         next(iter(setup.parameters.values())).fill_(float("nan"))
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
-    hooks = Hooks(lambda event, **f: None, lambda now: "x", lambda: False)
+    hooks = Hooks(lambda event, **f: None, lambda now: "x", lambda: None)
 
     with pytest.raises(Diverged) as caught:
         train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
@@ -218,7 +202,7 @@ def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder)
     settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
     setup = METHODS["lora"]().setup(model, settings)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
-    hooks = Hooks(lambda event, **f: None, lambda now: saved.append(now.step) or "x", lambda: True)
+    hooks = Hooks(lambda event, **f: None, lambda now: saved.append(now.step) or "x", lambda: "asked")
 
     progress = train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
 
@@ -232,7 +216,7 @@ def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_f
     setup = METHODS["full"]().setup(model, settings)
     data = Dataset.load(data_folder)
     events = []
-    hooks = Hooks(lambda event, **f: events.append((event, f)), lambda now: "x", lambda: False)
+    hooks = Hooks(lambda event, **f: events.append((event, f)), lambda now: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=10)
     schedule = dataclasses.replace(SCHEDULE, eval_steps=1, early_stopping_patience=2, max_grad_norm=0.0)
 

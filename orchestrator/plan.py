@@ -1,0 +1,198 @@
+"""How a job will run: what the planner decided, as it is written down and read again.  No torch, no ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clusters.units import format_s
+from orchestrator.errors import JobError, RunFailed
+from orchestrator.money import Price
+from strategies import METHODS
+from strategies.contract import MemoryEstimate, Method, Techniques, TimeEstimate
+
+VERSION = 3
+
+
+@dataclass(frozen=True)
+class Sync:
+    """How the workers' gradients are added up, and what each way was predicted to cost."""
+
+    dtype: str = "float32"  # on the wire
+    bucket_bytes: int = 4 * 2**20
+    options: dict[str, float] = field(default_factory=dict)  # way -> seconds a step waits for it
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What one device of one node does, and what that is predicted to cost."""
+
+    node: str
+    device: str  # its name
+    torch_device: str  # "cpu" or "cuda"
+    memory_usable_bytes: float | None
+    threads: int
+    techniques: Techniques
+    memory: MemoryEstimate
+    time: TimeEstimate
+    share: float  # of each step's samples
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way the planner looked at: what it would cost, and why it was not taken."""
+
+    what: str
+    total_s: float
+    peak_bytes: float
+    quality: float | None
+    why_not: str
+    on_front: bool  # nothing beats it in time, memory and expected quality at once
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job will run: nothing in it is `auto`.  Written to plan.json; its hash goes into every checkpoint."""
+
+    method: dict[str, Any]  # {"type": name, knob: value ...}
+    nodes: tuple[NodePlan, ...]  # one for each device that trains, the fastest first
+    sync: Sync
+    sync_s: float  # of each step, waiting for the network
+    step_s: float
+    tokens_per_s: float
+    price: Price
+    calibration: float  # what earlier runs on the first device multiplied the predicted times by
+    is_guess: bool  # a figure of a machine was unknown and a typical one stood in
+    quality_prior: dict[str, Any] | None
+    num_trainable_parameters: int
+    flops_per_token: float
+    checkpoint_bytes: float
+    global_batch_size: int  # samples
+    num_steps: int
+    save_steps: int
+    eval_steps: int | None
+    load_best_model_at_end: bool
+    max_new_tokens: int
+    metrics: tuple[str, ...]
+    reasons: dict[str, str]  # key of the job file -> why it was resolved so
+    alternatives: tuple[Alternative, ...] = ()
+    rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
+    left_out: dict[str, str] = field(default_factory=dict)  # node -> why it does not train, what it may do instead
+    version: int = VERSION
+
+    @property
+    def techniques(self) -> Techniques:
+        """Those of the first device; the only ones where all devices are alike."""
+        return self.nodes[0].techniques
+
+    def part_of(self, node: str, slot: int) -> NodePlan:
+        """What the `slot`-th worker on a node does; on a single unnamed machine, that machine's."""
+        parts = [part for part in self.nodes if part.node == node or not node]
+        if slot >= len(parts):
+            raise RunFailed(f"the plan has {len(parts)} workers for {node or 'this machine'}, and this is one more")
+        return parts[slot]
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        return self.nodes[0].memory
+
+    @property
+    def device(self) -> str:
+        return self.nodes[0].torch_device
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def threads_per_worker(self) -> int:
+        return self.nodes[0].threads
+
+    @property
+    def optim(self) -> str:
+        return self.techniques.optim
+
+    @property
+    def total_s(self) -> float:
+        """Of the training itself, without start and evaluation."""
+        return self.step_s * self.num_steps
+
+    def build_method(self) -> Method:
+        """The method's dataclass with the knobs of this plan."""
+        return METHODS[self.method["type"]](**{key: value for key, value in self.method.items() if key != "type"})
+
+    @property
+    def hash(self) -> str:
+        """What decides the numbers of a run: two plans with one hash give bit-equal losses on one machine."""
+        deciding = {
+            "version": self.version,
+            "method": self.method,
+            "nodes": [
+                (part.node, part.device, part.share, part.threads, asdict(part.techniques)) for part in self.nodes
+            ],
+            "sync": self.sync.dtype,
+            "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
+        }
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "total_s": self.total_s, "hash": self.hash}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Plan:
+        """Read plan.json.  Raises JobError when another version wrote it."""
+        values = json.loads(text)
+        for derived in ("hash", "total_s"):
+            values.pop(derived, None)
+        if values.get("version") != VERSION:
+            raise JobError(
+                f"plan.json has version {values.get('version')}, this program writes {VERSION}; submit the job anew"
+            )
+        values["nodes"] = tuple(_node_plan(part) for part in values["nodes"])
+        values["price"] = Price(**values["price"])
+        values["sync"] = Sync(**values["sync"])
+        values["metrics"] = tuple(values["metrics"])
+        values["alternatives"] = tuple(Alternative(**entry) for entry in values["alternatives"])
+        return cls(**values)
+
+
+def _node_plan(values: Mapping[str, Any]) -> NodePlan:
+    typed = {
+        "techniques": Techniques(**values["techniques"]),
+        "memory": MemoryEstimate(**values["memory"]),
+        "time": TimeEstimate(**values["time"]),
+    }
+    return NodePlan(**{**values, **typed})
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The resolved values by job-file key, for printing and tracking."""
+    techniques = plan.techniques
+    return {
+        "method.type": plan.method["type"],
+        "cluster.num_workers": plan.num_workers,
+        "model.dtype": techniques.dtype,
+        "model.attn_implementation": techniques.attn_implementation,
+        "data.packing": techniques.packing,
+        "data.max_length": techniques.max_length,
+        "train.global_batch_size": plan.global_batch_size,
+        "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
+        "train.gradient_checkpointing": techniques.gradient_checkpointing,
+        "train.loss_type": techniques.loss_type,
+        "train.optim": plan.optim,
+        "strategy.offload": techniques.offload,
+        "checkpoint.save_steps": plan.save_steps,
+        "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
+        "eval.eval_steps": plan.eval_steps,
+        "eval.max_new_tokens": plan.max_new_tokens,
+        "eval.metrics": list(plan.metrics),
+    }
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one sentence."""
+    where = ", ".join(dict.fromkeys(f"{part.device} ({part.node})" for part in plan.nodes))
+    return f"{plan.method['type']} on {where}: {format_s(plan.total_s)}, {plan.tokens_per_s:.0f} tokens/s"

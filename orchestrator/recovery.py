@@ -1,0 +1,217 @@
+"""What happens when machines are lost, return or join: plan again with those that are there, from the last checkpoint.
+
+The same pure planner serves unequal machines, growth and failure.  What decides the result (method, samples of a step,
+number of steps, optimizer) stays as the first plan has it; only who does it, and how, may change.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from clusters.capability import ClusterCapability
+from clusters.units import format_s
+from orchestrator.errors import NothingFits, RunFailed
+from orchestrator.jobfile import Job
+from orchestrator.plan import Plan
+from orchestrator.rundir import RunFolder
+
+_TRIES_WITHOUT_A_STEP = 3
+_POLL_S = 3.0
+_SEEN_FOR_S = 10.0  # before a machine that came is counted on
+_RESTART_S = 45.0  # what a new start costs, about
+_GAIN = 1.1  # a machine that joins must make steps so much faster
+
+
+@dataclass
+class Recovery:
+    """The machines of one run while it runs, and what to do about them."""
+
+    run: RunFolder
+    job: Job
+    plan: Plan
+    capability: ClusterCapability
+    replan: Callable[[Plan, ClusterCapability], Plan]
+    say: Callable[[str], None]
+    _failures: int = 0
+    _tries: int = 0
+    _last_step: int = -1
+    _looked_at: float = 0.0
+    _seen_since: dict[str, float] = field(default_factory=dict)
+    _refused: set[str] = field(default_factory=set)
+
+    @property
+    def is_local(self) -> bool:
+        return self.job.spec.cluster.address == "local"
+
+    def node_ids(self) -> dict[str, str]:
+        """Ray's id of each node of the plan; nothing on a single embedded machine."""
+        if self.is_local:
+            return {}
+        from clusters import roster
+
+        present = roster.present()
+        missing = [part.node for part in self.plan.nodes if part.node not in present]
+        if missing:
+            raise RunFailed(f"{', '.join(missing)} left the cluster before training started")
+        return {part.node: present[part.node] for part in self.plan.nodes}
+
+    def at_start(self) -> Plan:
+        """The plan to begin with: another one where a resumed run finds other machines than it left."""
+        if self.is_local:
+            return self.plan
+        from clusters import roster
+
+        present = roster.present()
+        if {part.node for part in self.plan.nodes} <= set(present):
+            return self.plan
+        return self._go_on_with(self._plan_with_those_there(has_failed=True), time.monotonic())
+
+    def look(self) -> None:
+        """Notice machines that came: ask the run to save and plan again where one of them makes it faster."""
+        if self.is_local or time.monotonic() - self._looked_at < _POLL_S or self.run.replan_file.exists():
+            return
+        self._looked_at = now = time.monotonic()
+        from clusters import roster
+
+        present = roster.present()
+        known = {part.node for part in self.plan.nodes} | set(self.plan.left_out) | self._refused
+        new = roster.trainable(present) - known
+        self._seen_since = {name: self._seen_since.get(name, now) for name in new}
+        ready = {name for name, since in self._seen_since.items() if now - since >= _SEEN_FOR_S}
+        if not ready:
+            return
+        wider = self._with_those_present(set(present))
+        steps_left = wider.num_steps - max(self.run.steps(), default=0)
+        gain_s = steps_left * (self.plan.step_s - wider.step_s)
+        joins = {part.node for part in wider.nodes} & ready
+        if joins and self.plan.step_s > _GAIN * wider.step_s and gain_s > _RESTART_S:
+            self.say(f"{', '.join(sorted(joins))} joined: planning again at the next step, {format_s(gain_s)} faster")
+            self.run.replan_file.touch()
+        else:
+            self._refused |= ready
+            self.say(f"{', '.join(sorted(ready))} joined, and would not make the rest of this run faster")
+
+    def after(self, error: BaseException | None) -> Plan | None:
+        """The plan to go on with, None when the run is over.  Raises what ends it."""
+        state = self.run.state_by_events()
+        if error is None and state != "replanning":
+            return None
+        began = time.monotonic()
+        if error is not None:
+            if not isinstance(error, RunFailed):
+                raise error
+            self._count(error)
+        self.run.replan_file.unlink(missing_ok=True)
+        plan = self.plan if self.is_local else self._plan_with_those_there(error is not None)
+        return self._go_on_with(plan, began)
+
+    def _go_on_with(self, plan: Plan, began: float) -> Plan:
+        before = {part.node for part in self.plan.nodes}
+        after = {part.node for part in plan.nodes}
+        self.run.write("plan.json", plan.to_json())
+        self.run.write("capability.json", json.dumps(self.capability.as_dict(), indent=1))
+        self.run.record(
+            "replanned",
+            plan=plan.hash,
+            nodes=sorted(after),
+            lost=sorted(before - after),
+            joined=sorted(after - before),
+            seconds=round(time.monotonic() - began, 2),
+        )
+        self.plan = plan
+        return plan
+
+    def _count(self, error: RunFailed) -> None:
+        """Raise the error where another try would not help."""
+        told = self._errors_of_this_try()
+        reason = told[-1]["text"] if told else str(error)
+        final = next((event for event in reversed(told) if not event.get("again", True)), None)
+        if final:
+            raise RunFailed(final["text"]) from error
+        step = max(self.run.steps(), default=0)
+        self._failures += 1
+        self._tries = self._tries + 1 if step == self._last_step else 1
+        self._last_step = step
+        allowed = self.job.spec.cluster.max_failures
+        if allowed == "auto":
+            allowed = 0 if self.is_local else self._failures
+        if self._failures > allowed:
+            raise RunFailed(reason) from error
+        if self._tries >= _TRIES_WITHOUT_A_STEP:
+            raise RunFailed(f"{reason} ({self._tries} tries in a row made no step)") from error
+        self.run.record("failure", text=reason, step=step, failures=self._failures)
+        self.say(f"a worker failed after step {step} ({reason}); going on from the last checkpoint")
+
+    def _errors_of_this_try(self) -> list[dict[str, Any]]:
+        errors: list[dict[str, Any]] = []
+        for event in self.run.events()[0]:
+            if event["event"] == "error":
+                errors.append(event)
+            elif event["event"] in ("failure", "replanned") or event.get("state") == "running":
+                errors = []
+        return errors
+
+    def _plan_with_those_there(self, has_failed: bool) -> Plan:
+        """Wait a while for lost machines; then the same plan, or one without them."""
+        from clusters import roster
+
+        wanted = {part.node for part in self.plan.nodes}
+        patience = self.job.spec.cluster.wait_for_nodes_s if has_failed else 0.0
+        until, told = time.monotonic() + patience, False
+        while True:
+            present = roster.present()
+            there = roster.answering(present)
+            missing = wanted - there
+            if not missing and has_failed:
+                return self.plan
+            if time.monotonic() >= until and there:
+                return self._with_those_present(there)
+            if not told:
+                self.say(f"{', '.join(sorted(missing)) or 'the cluster'} does not answer; waiting {patience:.0f} s")
+                told = True
+            time.sleep(1.0)
+
+    def _with_those_present(self, names: set[str]) -> Plan:
+        from clusters import roster
+        from clusters.ray_probe import probe_connected
+
+        if names - {node.name for node in self.capability.nodes}:
+            self.capability = probe_connected(self.capability)
+        trains = roster.trainable({name: node_id for name, node_id in roster.present().items() if name in names})
+        there = replace(
+            self.capability, nodes=tuple(node for node in self.capability.nodes if node.name in names & trains)
+        )
+        if not there.nodes:
+            raise NothingFits("no machine is left that could train")
+        return self.replan(self.plan, there)
+
+
+def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any]) -> Job:
+    """The job with what the first plan decided written into it, so that planning again cannot change the result."""
+    train = job.spec.train.model_copy(
+        update={"global_batch_size": plan.global_batch_size, "optim": plan.optim, "gradient_accumulation_steps": "auto"}
+    )
+    cluster = job.spec.cluster.model_copy(update={"num_workers": "auto"})
+    goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
+    spec = job.spec.model_copy(
+        update={"method": method_section(**plan.method), "train": train, "cluster": cluster, "goal": goal}
+    )
+    return Job(spec, job.folder, job.text)
+
+
+def keep_numbers(first: Plan, again: Plan) -> Plan:
+    """`again` with everything that decides the result as `first` has it."""
+    return replace(
+        again,
+        global_batch_size=first.global_batch_size,
+        num_steps=first.num_steps,
+        save_steps=first.save_steps,
+        eval_steps=first.eval_steps,
+        load_best_model_at_end=first.load_best_model_at_end,
+        max_new_tokens=first.max_new_tokens,
+        metrics=first.metrics,
+    )

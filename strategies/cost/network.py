@@ -1,0 +1,49 @@
+"""Seconds that workers wait for each other's gradients, by way.  Pure arithmetic over a measured link.
+
+Legend: N workers, b bytes of gradients, w bytes a second of the slowest link, r its round trip.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+_LEAST_BUCKET_BYTES = 64 * 2**10
+_LARGEST_BUCKET_BYTES = 25 * 2**20
+_BUCKETS = 6  # so that most have left when the backward pass ends
+_BACKWARD = 0.6  # of a micro-batch's time: gradients leave while it runs
+
+
+@dataclass(frozen=True)
+class Network:
+    """The slowest link among a group of workers."""
+
+    num_workers: int
+    bytes_per_s: float
+    round_trip_s: float
+
+    def all_reduce_s(self, num_bytes: float) -> float:
+        """A ring: 2 (N - 1) / N b / w, in 2 (N - 1) messages (Thakur et al., 2005)."""
+        if self.num_workers < 2 or not num_bytes:
+            return 0.0
+        ring = (self.num_workers - 1) / self.num_workers
+        return 2 * num_bytes * ring / self.bytes_per_s + (self.num_workers - 1) * self.round_trip_s
+
+    def gather_s(self, num_bytes: float, num_micro: int) -> float:
+        """ZeRO-3 moves the sharded weights three times a micro-batch (Rajbhandari et al., arXiv 1910.02054, 7)."""
+        if self.num_workers < 2 or not num_bytes:
+            return 0.0
+        ring = (self.num_workers - 1) / self.num_workers
+        moved = 3 * num_bytes * ring / self.bytes_per_s
+        return num_micro * (moved + (self.num_workers - 1) * self.round_trip_s)
+
+    def bucket_bytes(self, num_bytes: float) -> int:
+        """Of gradients that leave together: a few buckets, none so small that its round trips cost more than itself."""
+        least = max(_LEAST_BUCKET_BYTES, self.bytes_per_s * self.round_trip_s)
+        return int(min(_LARGEST_BUCKET_BYTES, max(least, num_bytes / _BUCKETS)))
+
+    def exposed_s(self, num_bytes: float, micro_batch_s: float, bucket_bytes: float) -> float:
+        """What a step waits beyond the backward pass of its last micro-batch: at least for the last bucket."""
+        return max(
+            self.all_reduce_s(min(num_bytes, bucket_bytes)),
+            self.all_reduce_s(num_bytes) - _BACKWARD * micro_batch_s,
+        )

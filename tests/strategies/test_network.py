@@ -1,0 +1,33 @@
+"""What waiting for each other costs, against numbers worked out by hand."""
+
+import pytest
+
+from strategies.cost.network import Network
+
+
+def test_a_ring_moves_twice_the_gradients():
+    """4 workers, 1 GB over 100 MB/s: 2 * 3/4 * 10 s, and 6 messages of half a round trip."""
+    assert Network(4, 1e8, 0.01).all_reduce_s(1e9) == pytest.approx(15 + 6 * 0.005)
+    assert Network(1, 1e8, 0.01).all_reduce_s(1e9) == 0
+
+
+def test_zero_3_gathers_the_weights_for_every_micro_batch():
+    network = Network(2, 1e9, 0)
+
+    assert network.gather_s(1e9, 4) == pytest.approx(4 * network.gather_s(1e9, 1))
+    assert network.gather_s(1e9, 1) == pytest.approx(3 * 0.5)
+
+
+def test_what_the_backward_pass_hides_is_not_waited_for():
+    network = Network(2, 1e8, 0)
+    whole, last = network.all_reduce_s(60e6), network.all_reduce_s(10e6)
+
+    assert network.exposed_s(60e6, 0.0, 10e6) == pytest.approx(whole)
+    assert network.exposed_s(60e6, 0.5, 10e6) == pytest.approx(whole - 0.3)
+    assert network.exposed_s(60e6, 10.0, 10e6) == pytest.approx(last)  # the last bucket leaves at the end
+
+
+def test_buckets_are_not_smaller_than_their_round_trip_is_worth():
+    assert Network(3, 1.25e6, 0.08).bucket_bytes(190e3) == 100_000
+    assert Network(3, 125e6, 0.0004).bucket_bytes(6e6) == 1_000_000
+    assert Network(3, 125e6, 0.0004).bucket_bytes(6e9) == 25 * 2**20
