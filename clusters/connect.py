@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
@@ -34,6 +35,17 @@ def _refuse_unreachable(address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
     except (OSError, OverflowError) as error:
         raise CannotConnect(f"no Ray cluster at {address!r}: {error}") from error
+
+
+def _keep_quiet() -> None:
+    """Ray prints what nodes say of dying workers to our standard output, where `--json` belongs."""
+    from ray._private import worker
+
+    def to_the_log(data: dict[str, Any], **_: Any) -> None:
+        logging.getLogger("ray.cluster").info("%s", data.get("lines"))
+
+    if hasattr(worker, "print_to_stdstream"):  # a private name of Ray 2.60
+        worker.print_to_stdstream = to_the_log
 
 
 @contextlib.contextmanager
@@ -68,6 +80,7 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
     except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
+    _keep_quiet()
     try:
         slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
         yield Connection(slots or {"CPU": float(cores_per_slot)})

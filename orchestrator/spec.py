@@ -112,6 +112,9 @@ class StrategySection(Section):
     offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = _key(
         "auto", "what waits in host memory (optimizer, parameters: planned, not run yet)"
     )
+    shares: Literal["measured", "planned"] = _key(
+        "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"
+    )
     sync_dtype: Literal["float32", "bfloat16"] = _key(
         "float32", "gradients between workers; bfloat16 halves what is sent"
     )

@@ -46,7 +46,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             resources_per_worker=slot_resources,
-            label_selector={"ray.io/node-id": f"in({', '.join(chosen)})"} if chosen else None,
+            label_selector={"ray.io/node-id": f"in({','.join(chosen)})"} if chosen else None,
         ),
         run_config=RunConfig(
             name=run.run_id,
@@ -74,7 +74,7 @@ def _on_worker(config: dict[str, Any]) -> None:
     node_id = ray.get_runtime_context().get_node_id()
     node = config["names"].get(node_id, "")
     try:
-        work(run, rank, context.get_world_size(), node, context.get_local_rank())
+        work(run, rank, context.get_world_size(), node, _slot(rank, context.get_world_size(), node))
     except OrchestratorError as error:
         run.record("error", text=str(error), exit_code=error.exit_code, again=error.again)
         raise
@@ -89,6 +89,19 @@ def _on_worker(config: dict[str, Any]) -> None:
             node=node,
         )
         raise
+
+
+def _slot(rank: int, size: int, node: str) -> int:
+    """Which of its node's workers this is.  Ray's local rank counts by address, which nodes of one machine share."""
+    import torch.distributed as dist
+
+    if size == 1:
+        return 0
+    if dist.get_backend() == "nccl":  # objects would travel through a GPU that is not chosen yet
+        return ray.train.get_context().get_local_rank()
+    nodes: list[Any] = [None] * size
+    dist.all_gather_object(nodes, node)
+    return nodes[:rank].count(node)
 
 
 def _log_to(file: Path) -> None:

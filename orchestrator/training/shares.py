@@ -19,6 +19,7 @@ class Shares:
     """Shares of a group's workers, by rank; they follow the measured pace when that pays."""
 
     shares: list[float]
+    stay: bool = False  # whatever is measured
     _paces: list[list[float]] = field(default_factory=list)  # seconds a token, the newest last
     _better: int = 0
 
@@ -26,10 +27,19 @@ class Shares:
         self._paces = self._paces or [[] for _ in self.shares]
 
     @classmethod
+    def agreed(cls, planned: Sequence[float], tokens_per_s: Sequence[float]) -> Shares:
+        """The planned shares, or those of the measured speeds where that makes steps at least 10 % shorter."""
+        measured = cls.by_speed(tokens_per_s)
+        now = max(share / speed for share, speed in zip(planned, tokens_per_s, strict=True))
+        if now > _GAIN / sum(tokens_per_s):
+            return measured
+        return cls(list(planned), _paces=measured._paces)
+
+    @classmethod
     def by_speed(cls, tokens_per_s: Sequence[float]) -> Shares:
         """In proportion to speed."""
         total = sum(tokens_per_s)
-        return cls([speed / total for speed in tokens_per_s], [[1 / speed] for speed in tokens_per_s])
+        return cls([speed / total for speed in tokens_per_s], _paces=[[1 / speed] for speed in tokens_per_s])
 
     def observe(self, tokens: Sequence[int], seconds: Sequence[float]) -> bool:
         """Take in what each worker did in a step; True when the shares were changed.
@@ -41,7 +51,7 @@ class Shares:
             if count:
                 known.append(took / count)
                 del known[:-_REMEMBERED]
-        if not all(self._paces):
+        if self.stay or not all(self._paces):
             return False
         paces = [statistics.median_low(known) for known in self._paces]
         now = max(share * pace for share, pace in zip(self.shares, paces, strict=True))

@@ -90,7 +90,9 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         job.spec.train.num_train_epochs,
         job.spec.train.max_steps,
     )
-    shares = agree(group, plan, part, setup, data, order, techniques, progress.step, record)
+    shares = agree(
+        group, plan, part, setup, data, order, techniques, progress.step, record, job.spec.strategy.shares == "planned"
+    )
 
     if progress.before is None and held_out and job.spec.eval.before:
         progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
@@ -181,6 +183,7 @@ def agree(
     techniques: Techniques,
     step: int,
     record: Any,
+    stay: bool,
 ) -> Shares:
     """Every worker measures itself on its part of the next step and tells the others; shares follow from that."""
     if group.size == 1:
@@ -189,7 +192,7 @@ def agree(
         "node": part.node,
         "device": part.device,
         "pid": os.getpid(),
-        "planned_share": round(part.share, 4),
+        "planned_share": part.share,
         "tokens_per_s": measured_pace(setup, data, order.sample_ids(step), part.share, techniques),
         "plan": plan.hash,
     }
@@ -199,7 +202,11 @@ def agree(
             "the workers read different plans: is the run folder the same on every machine? "
             + ", ".join(f"{member['node']}: {member['plan']}" for member in members)
         )
-    shares = Shares.by_speed([member["tokens_per_s"] for member in members])
+    planned = [member["planned_share"] for member in members]
+    if stay:
+        shares = Shares(planned, stay=True)
+    else:
+        shares = Shares.agreed(planned, [member["tokens_per_s"] for member in members])
     rounded = [round(share, 4) for share in shares.shares]
     record("group", step=step, plan=plan.hash, members=members, shares=rounded)
     return shares

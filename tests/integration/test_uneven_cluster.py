@@ -1,0 +1,153 @@
+"""One job over several Ray nodes: through the real door, while workers and nodes are killed.
+
+The nodes are raylets of one machine (ray.cluster_utils): enough for placement, naming and recovery.  Networks, power
+cuts and hangs need machines of their own: tests/cluster.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.rundir import RunFolder
+from tests.conftest import rows, write_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
+JOB = """\
+name: uneven
+model: {{model_name_or_path: {model}, dtype: float32}}
+data: {{train: train.jsonl, max_length: 64}}
+method: {{lora_r: 4}}
+train: {{global_batch_size: 8, max_steps: 120, learning_rate: 1e-4}}
+strategy: {{shares: {shares}}}
+cluster: {{address: "{address}", num_workers: 2, wait_for_nodes_s: 5}}
+checkpoint: {{save_steps: 10}}
+tracking: {{report_to: []}}
+"""
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    from ray.cluster_utils import Cluster
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False, **SMALL})
+        try:
+            cluster.nodes_by_name = {name: add(cluster, name) for name in ("left", "right")}
+            yield cluster
+        finally:
+            cluster.shutdown()
+
+
+def add(cluster, name):
+    return cluster.add_node(num_cpus=1, node_name=name, resources={"train_slot": 1}, **SMALL)
+
+
+@pytest.fixture(scope="module")
+def place(cluster, model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    write_jsonl(folder / "train.jsonl", rows(40))
+    (folder / "job.yaml").write_text(JOB.format(model=model_folder, address=cluster.address, shares="planned"))
+    return folder
+
+
+def started(place, *arguments):
+    return subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "submit", "job.yaml", "--json", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def begun(place):
+    """A process that runs the job, and the folder of its run."""
+    before = {run.run_id for run in RunFolder.all(place / "runs")}
+    process = started(place)
+    while process.poll() is None:
+        new = [run for run in RunFolder.all(place / "runs") if run.run_id not in before]
+        if new:
+            return process, new[-1]
+        time.sleep(0.1)
+    pytest.fail("".join(process.communicate()))
+
+
+def reached(run, step, process, limit_s=120):
+    until = time.monotonic() + limit_s
+    while max(run.steps(), default=0) < step:
+        assert process.poll() is None, "".join(process.communicate())
+        assert time.monotonic() < until, run.events()[0][-5:]
+        time.sleep(0.02)
+
+
+def ended(process, code=0):
+    told, said = process.communicate(timeout=150)
+    assert process.returncode == code, told + said
+    return json.loads(told), said
+
+
+def events(run, name):
+    return [event for event in run.events()[0] if event["event"] == name]
+
+
+def per_step(run, key):
+    return [report[key] for _, report in sorted(run.steps().items())]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(place):
+    told, _ = ended(started(place))
+    return RunFolder(Path(told["path"]))
+
+
+def test_each_node_has_its_place_in_the_plan_and_the_workers_agree(undisturbed):
+    (group,) = events(undisturbed, "group")
+    plan = json.loads((undisturbed.path / "plan.json").read_text())
+
+    assert {part["node"] for part in plan["nodes"]} == {"left", "right"} == {m["node"] for m in group["members"]}
+    assert {member["plan"] for member in group["members"]} == {plan["hash"]}
+    assert sum(group["shares"]) == pytest.approx(1, abs=1e-3)
+    for report in undisturbed.steps().values():
+        assert sum(report["worker_tokens"]) == report["tokens"]
+        assert len(report["worker_s"]) == 2
+        assert report["bytes_sent"] > 0
+
+
+def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothing(place, undisturbed):
+    process, run = begun(place)
+    reached(run, 25, process)
+    (group,) = events(run, "group")
+
+    os.kill(group["members"][1]["pid"], signal.SIGKILL)
+    ended(process)
+
+    assert per_step(run, "samples") == per_step(undisturbed, "samples")
+    assert per_step(run, "loss") == per_step(undisturbed, "loss")  # bit by bit
+    seen = [event["step"] for event in events(run, "step")]
+    assert len(seen) - len(set(seen)) <= 10
+    assert len(events(run, "failure")) == 1
+
+
+def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undisturbed):
+    process, run = begun(place)
+    reached(run, 25, process)
+
+    cluster.remove_node(cluster.nodes_by_name.pop("right"), allow_graceful=False)
+    _, said = ended(process)
+
+    replanned = events(run, "replanned")
+    assert replanned[-1]["nodes"] == ["left"] and replanned[-1]["lost"] == ["right"], said
+    assert per_step(run, "samples") == per_step(undisturbed, "samples")
+    assert per_step(run, "loss") == pytest.approx(per_step(undisturbed, "loss"), rel=1e-5)
+    seen = [event["step"] for event in events(run, "step")]
+    assert len(seen) - len(set(seen)) <= 10
+    cluster.nodes_by_name["right"] = add(cluster, "right")
