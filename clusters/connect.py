@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SLOT = "train_slot"  # one for each device that trains
@@ -37,6 +38,13 @@ def _refuse_unreachable(address: str) -> None:
         raise CannotConnect(f"no Ray cluster at {address!r}: {error}") from error
 
 
+def _show_token() -> None:
+    """Clusters of `orchestrator head` let in who has their token; Ray itself looks for it only when told to."""
+    known = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
+    if known or "RAY_AUTH_TOKEN_PATH" in os.environ:
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
+
+
 def _keep_quiet() -> None:
     """Ray prints what nodes say of dying workers to our standard output, where `--json` belongs."""
     from ray._private import worker
@@ -54,6 +62,8 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
 
     Raises CannotConnect.
     """
+    if address != "local":
+        _show_token()  # before Ray is loaded: it looks once
     import ray
 
     # Ray reads this when it starts its processes: nothing of a user's cluster is reported anywhere.
@@ -79,6 +89,8 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
             ray.init(address=address, **quiet)
     except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if address != "local" and os.environ.get("RAY_AUTH_MODE") != "token":
+            reason += ". If it was started by `orchestrator head`, copy its token to ~/.ray/auth_token first"
         raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
     _keep_quiet()
     try:

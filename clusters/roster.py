@@ -50,3 +50,39 @@ def answering(names: dict[str, str], timeout_s: float = 8.0) -> set[str]:
         except RayError:  # lost between the question and the answer
             continue
     return answered
+
+
+def inventory() -> list[dict[str, Any]]:
+    """Every node: who, where, alive or lost, what it offers, what it does."""
+    import ray
+    from ray._private import state  # the public one asks the dashboard, which may be off
+
+    free = state.available_resources_per_node()
+    actors = [actor for actor in state.actors().values() if actor["State"] == "ALIVE"]
+    names = {node["NodeID"]: name for name, node in alive(ray.nodes())}
+    found = []
+    for node in ray.nodes():
+        total, left = node["Resources"], free.get(node["NodeID"], {})
+        labels = node.get("Labels", {})
+        slots = total.get(SLOT, 0.0)
+        found.append(
+            {
+                "name": names.get(node["NodeID"], node.get("NodeName") or node["NodeManagerHostname"]),
+                "address": node["NodeManagerAddress"],
+                "state": "alive" if node["Alive"] else "lost",
+                "num_cores": total.get("CPU", 0.0),
+                "memory_bytes": int(total.get("memory", 0)),
+                "device": labels.get("device-name", labels.get("device", "-")),
+                "slots": slots,
+                "slots_in_use": slots - left.get(SLOT, 0.0) if node["Alive"] else 0.0,
+                "does": sorted(
+                    {_what(actor) for actor in actors if actor["Address"]["NodeID"] == node["NodeID"]} - {""}
+                ),
+            }
+        )
+    return found
+
+
+def _what(actor: dict[str, Any]) -> str:
+    """What an actor is there for; Ray's own are nobody's business."""
+    return {"RayTrainWorker": "trains", "_Probe": "measures"}.get(actor["ActorClassName"].rsplit(".", 1)[-1], "")

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from orchestrator import __version__
+from orchestrator import __version__, cluster_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.jobfile import Job, read_job, read_run_job
 from orchestrator.rundir import RunFolder, utc
@@ -26,6 +26,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
+cluster_cli.register(app)
 out, err = Console(), Console(stderr=True)
 
 

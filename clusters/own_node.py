@@ -1,0 +1,211 @@
+"""A Ray node of one's own: what `orchestrator head` and `orchestrator join` start and keep running.
+
+Only who has the token gets in.  Ray's own servers listen on every interface whatever address they are given, so the
+token is what keeps others out; an interface decides which address the machines use among themselves.  Devices are
+offered as slots: one `train_slot` each, so that nobody else is put on them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from clusters.capability import NodeCapability
+from clusters.connect import SLOT
+from clusters.units import GIB
+
+PORT = 6379
+_ELSEWHERE = "192.0.2.1"  # an address of nobody (RFC 5737): which way the machine looks out
+_OBJECT_STORE_BYTES = 100 * 2**20
+_SYSTEM_BYTES = 1 * GIB  # of a machine's memory: Ray itself and what else runs there
+_PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
+_STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
+_END_S = 15.0
+_INTERFACE_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
+# Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
+_HEALTH = {
+    "RAY_health_check_initial_delay_ms": "3000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "3000",
+    "RAY_health_check_failure_threshold": "4",
+}
+
+
+class CannotServe(Exception):
+    """The node cannot be started as asked; the text says why and what to do."""
+
+
+@dataclass(frozen=True)
+class OwnNode:
+    """How this machine takes part in a cluster."""
+
+    name: str  # what plans are keyed by: the same after every restart
+    address: str  # its own
+    head: str | None  # HOST:PORT to join; None = it is the head
+    token_file: Path
+    num_slots: int
+    port: int = PORT  # of a head
+    temp_dir: str | None = None
+
+
+def token_file(path: Path | None, make: bool) -> Path:
+    """The file with the cluster's token, readable by its owner only; made where `make` allows.  Raises CannotServe."""
+    path = path or Path.home() / ".ray" / "auth_token"
+    if path.is_file() and path.read_text().strip():
+        return path
+    if not make:
+        raise CannotServe(
+            f"there is no token in {path}. Copy the head's there (the head prints where it is), or give --token-file"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        stream.write(secrets.token_hex(32))
+    return path
+
+
+def address_of(interface: str) -> str:
+    """The IPv4 address of a network interface.  Raises CannotServe with the names there are."""
+    import fcntl
+
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            told = fcntl.ioctl(probe.fileno(), _INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
+        except OSError:
+            known = ", ".join(name for _, name in socket.if_nameindex())
+            raise CannotServe(f"--interface {interface}: has no IPv4 address here; interfaces: {known}") from None
+    return socket.inet_ntoa(told[20:24])
+
+
+def address_towards(host: str = _ELSEWHERE) -> str:
+    """The own address from which a host is reached.  Nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((host, 9))
+        except OSError as error:
+            raise CannotServe(f"{host} cannot be reached: {error}") from None
+        return probe.getsockname()[0]
+
+
+def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
+    """The command that starts the node and stays."""
+    where = [f"--address={own.head}"] if own.head else ["--head", f"--port={own.port}", "--include-dashboard=false"]
+    kinds = sorted({device.kind for device in capability.devices if device.kind != "cpu"}) or ["cpu"]
+    names = [device.name for device in capability.gpus] or [device.name for device in capability.devices[:1]]
+    labels = {"device": kinds[0], "device-name": _label(names[0] if names else "unknown")}
+    command = [
+        *(sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--disable-usage-stats"),
+        *(f"--node-ip-address={own.address}", f"--node-name={own.name}"),
+        *(f"--num-cpus={capability.num_cores}", "--num-gpus=0"),
+        f"--resources={json.dumps({SLOT: own.num_slots} if own.num_slots else {})}",
+        f"--object-store-memory={_OBJECT_STORE_BYTES}",
+        f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
+    ]
+    if capability.memory_bytes:
+        command.append(f"--memory={max(GIB, capability.memory_bytes - _SYSTEM_BYTES - _OBJECT_STORE_BYTES)}")
+    if own.temp_dir and not own.head:
+        command.append(f"--temp-dir={own.temp_dir}")
+    return command
+
+
+def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
+    """What Ray's processes must know: who may come in, and when a silent node is lost."""
+    own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
+    return {**_HEALTH, **inherited, **own}
+
+
+def knock(head: str, timeout_s: float = 3.0) -> str | None:
+    """Why HOST:PORT does not answer, None where it does."""
+    host, _, port = head.rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=timeout_s).close()
+    except (OSError, ValueError, OverflowError) as error:
+        return str(error)
+    return None
+
+
+def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], None]) -> None:
+    """Start the node, and again whenever it ends, until this process is asked to end.
+
+    A partition that heals leaves a node that Ray has given up and that ends itself: it must come back by itself.
+    Raises CannotServe when the head refuses the token.
+    """
+    child: subprocess.Popen[str] | None = None
+    is_over = False
+
+    def end(*_: object) -> None:
+        nonlocal is_over
+        is_over = True
+        if child and child.poll() is None:
+            child.terminate()
+
+    signal.signal(signal.SIGTERM, end)
+    signal.signal(signal.SIGINT, end)
+    tries = 0
+    while not is_over:
+        if own.head and (silent := knock(own.head)):
+            if tries == 0:
+                say(f"{own.head} does not answer yet ({silent}); trying until it does")
+            tries += 1
+            _sleep(_PAUSES_S[min(tries, len(_PAUSES_S)) - 1], lambda: is_over)
+            continue
+        began, told = time.monotonic(), []
+        child = subprocess.Popen(
+            ray_arguments(own, capability),
+            env=environment(own.token_file, os.environ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for line in child.stdout or ():
+            told = [*told[-40:], line.rstrip()]
+            if "Ray runtime started" in line:
+                say(f"{own.name} is up at {own.address}")
+        child.wait()
+        _end_group(child.pid)
+        if is_over:
+            break
+        text = "\n".join(told)
+        if re.search(r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", text, re.IGNORECASE):
+            raise CannotServe(f"{own.head} refuses the token in {own.token_file}: copy the head's token file there")
+        tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
+        pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
+        say(f"the node ended ({told[-1] if told else 'without a word'}); starting it again in {pause_s:.0f} s")
+        _sleep(pause_s, lambda: is_over)
+    if child:
+        _end_group(child.pid)
+
+
+def _sleep(seconds: float, is_over: Callable[[], bool]) -> None:
+    until = time.monotonic() + seconds
+    while time.monotonic() < until and not is_over():
+        time.sleep(0.1)
+
+
+def _end_group(group: int) -> None:
+    """End what a node may have left: its processes share a group."""
+    for signal_number, patience_s in ((signal.SIGTERM, _END_S), (signal.SIGKILL, 2.0)):
+        try:
+            os.killpg(group, signal_number)
+            until = time.monotonic() + patience_s
+            while time.monotonic() < until:
+                os.killpg(group, 0)
+                time.sleep(0.1)
+        except ProcessLookupError:
+            return
+
+
+def _label(name: str) -> str:
+    """As Ray allows labels: letters, digits, - _ . and no more than 63 of them."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:63] or "unknown"

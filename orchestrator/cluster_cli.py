@@ -1,0 +1,144 @@
+"""The verbs of a cluster of one's own machines: head, join, nodes."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from clusters.units import format_bytes
+from orchestrator.errors import ClusterError
+
+out, err = Console(), Console(stderr=True)
+
+InterfaceOption = Annotated[
+    str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
+]
+AddressOption = Annotated[str | None, typer.Option("--address", help="or the address of this machine on it")]
+NameOption = Annotated[str | None, typer.Option("--name", help="the machine's name in plans; default: its host name")]
+SlotsOption = Annotated[
+    int | None, typer.Option("--slots", min=0, help="devices that may train; default: every GPU, else the CPU")
+]
+TokenOption = Annotated[Path | None, typer.Option("--token-file", help="default: ~/.ray/auth_token")]
+
+
+def head(
+    interface: InterfaceOption = None,
+    address: AddressOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where the others join")] = 6379,
+    name: NameOption = None,
+    slots: SlotsOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Make this machine the head of a cluster, and stay until Ctrl-C.  Nobody without its token gets in.
+
+    Ray listens on every interface; the token keeps others out, and a firewall can close what the machines do not need.
+
+    Examples: orchestrator head --interface eth0
+              orchestrator head --address 192.168.1.10 --slots 0
+    """
+    from clusters.own_node import CannotServe, OwnNode, address_of, address_towards, keep_running
+    from clusters.own_node import token_file as token_of
+
+    try:
+        own_address = address_of(interface) if interface else address or address_towards()
+        token = token_of(token_file, make=True)
+        capability = _look()
+        own = OwnNode(name or socket.gethostname(), own_address, None, token, _slots(slots, capability), port)
+        _say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
+        _say(f"    orchestrator join {own_address}:{port}")
+        _say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
+        keep_running(own, capability, _say)
+    except CannotServe as error:
+        raise ClusterError(str(error)) from None
+
+
+def join(
+    head: Annotated[str, typer.Argument(help="HOST or HOST:PORT of the head")],
+    interface: InterfaceOption = None,
+    address: AddressOption = None,
+    name: NameOption = None,
+    slots: SlotsOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Give this machine's devices to a head's cluster, and stay until Ctrl-C; comes back after any interruption.
+
+    Example: orchestrator join 192.168.1.10
+    """
+    from clusters.own_node import PORT, CannotServe, OwnNode, address_of, address_towards, keep_running
+    from clusters.own_node import token_file as token_of
+
+    try:
+        head = head if ":" in head else f"{head}:{PORT}"
+        own_address = address_of(interface) if interface else address or address_towards(head.rpartition(":")[0])
+        token = token_of(token_file, make=False)
+        capability = _look()
+        own = OwnNode(name or socket.gethostname(), own_address, head, token, _slots(slots, capability))
+        keep_running(own, capability, _say)
+    except CannotServe as error:
+        raise ClusterError(str(error)) from None
+
+
+def nodes(
+    cluster: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster; default: the one of this machine")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON document for machines")] = False,
+) -> None:
+    """Show who is in a cluster, what each machine can do and what it does now.
+
+    Example: orchestrator nodes --cluster 192.168.1.10:6379
+    """
+    from clusters.connect import CannotConnect, connect
+    from clusters.roster import inventory
+
+    where = cluster or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        with connect(where, num_slots=1, cores_per_slot=1):
+            found = inventory()
+    except CannotConnect as error:
+        raise ClusterError(f"{error}. Start one with `orchestrator head`, or name one with --cluster") from None
+    if json_:
+        print(json.dumps(found, indent=1))
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("node", "address", "state", "cores", "memory", "device", "slots", "does"):
+        table.add_column(column, overflow="fold")
+    for node in found:
+        table.add_row(
+            node["name"],
+            node["address"],
+            node["state"],
+            f"{node['num_cores']:g}",
+            format_bytes(node["memory_bytes"]) if node["memory_bytes"] else "-",
+            node["device"],
+            f"{node['slots_in_use']:g} of {node['slots']:g} in use",
+            ", ".join(node["does"]) or "-",
+        )
+    out.print(table)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (head, join, nodes):
+        app.command()(verb)
+
+
+def _look() -> Any:
+    from clusters.probe import look_at_this_node
+
+    return look_at_this_node()
+
+
+def _slots(asked: int | None, capability: Any) -> int:
+    return len(capability.gpus) or 1 if asked is None else asked
+
+
+def _say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
