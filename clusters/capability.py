@@ -64,6 +64,7 @@ class NodeCapability:
     num_cores: int
     memory_bytes: int | None
     devices: tuple[DeviceCapability, ...]
+    num_slots: int | None = None  # devices it gives to training; None = all it has
     disk_write_bytes_per_s: float | None = None
     idle_w: float | None = None  # the whole machine, doing nothing
     load_w: float | None = None  # the whole machine, training

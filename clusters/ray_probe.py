@@ -13,7 +13,7 @@ from itertools import combinations
 from typing import Any
 
 from clusters.capability import ClusterCapability, Link, NodeCapability
-from clusters.connect import connect
+from clusters.connect import SLOT, connect
 from clusters.link import Peer
 from clusters.measure import LIMIT_S
 from clusters.node_probe import probe_node
@@ -62,11 +62,18 @@ def probe_connected(
     places = [_Place(name, node["NodeManagerAddress"], _start(node["NodeID"])) for name, node in alive(ray.nodes())]
     nodes, failed = _probe_nodes([place for place in places if place.name not in kept], refresh, timeout_s, seconds)
     nodes |= {place.name: kept[place.name] for place in places if place.name in kept}
+    nodes = {name: replace(node, num_slots=_slots(ray.nodes()).get(name)) for name, node in nodes.items()}
     reached = [place for place in places if place.name in nodes]
     links = [known.link(a.name, b.name) or _measure_link(a, b) for a, b in combinations(reached, 2)]
     for place in places:
         ray.kill(place.actor)
     return ClusterCapability(tuple(nodes.values()), tuple(link for link in links if link), failed)
+
+
+def _slots(ray_nodes: list[dict[str, Any]]) -> dict[str, int | None]:
+    """Devices that each node gives to training; nothing is known of any where nobody declares slots."""
+    offered = {name: node["Resources"].get(SLOT) for name, node in alive(ray_nodes)}
+    return {name: int(count or 0) for name, count in offered.items()} if any(offered.values()) else {}
 
 
 def alive(ray_nodes: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:

@@ -72,6 +72,8 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
     slots: list[Slot] = []
     for node in cluster.nodes:
         count, _ = resolve_workers(spec, node, several=len(cluster.nodes) > 1)
+        if node.num_slots is not None:
+            count = min(count, node.num_slots)
         trains = [*node.gpus[:count]] if node.gpus else [node.cpu] * count
         for device in trains:
             if device is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from clusters.capability import ClusterCapability
+from clusters.capability import ClusterCapability, NodeCapability
 from clusters.units import format_s
 from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.jobfile import Job
@@ -20,6 +20,8 @@ from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 
 _TRIES_WITHOUT_A_STEP = 3
+_LESS_MEMORY = 0.6
+_MOST_SHRINKS = 4
 _POLL_S = 3.0
 _SEEN_FOR_S = 10.0  # before a machine that came is counted on
 _RESTART_S = 45.0  # what a new start costs, about
@@ -37,6 +39,7 @@ class Recovery:
     replan: Callable[[Plan, ClusterCapability], Plan]
     say: Callable[[str], None]
     _failures: int = 0
+    _shrunk: int = 0
     _tries: int = 0
     _last_step: int = -1
     _looked_at: float = 0.0
@@ -88,7 +91,12 @@ class Recovery:
         steps_left = wider.num_steps - max(self.run.steps(), default=0)
         gain_s = steps_left * (self.plan.step_s - wider.step_s)
         joins = {part.node for part in wider.nodes} & ready
-        if joins and self.plan.step_s > _GAIN * wider.step_s and gain_s > _RESTART_S:
+        asked = self.job.spec.cluster.num_workers
+        is_short = isinstance(asked, int) and len(self.plan.nodes) < asked
+        if joins and is_short:
+            self.say(f"{', '.join(sorted(joins))} joined: planning again at the next step")
+            self.run.replan_file.touch()
+        elif joins and self.plan.step_s > _GAIN * wider.step_s and gain_s > _RESTART_S:
             self.say(f"{', '.join(sorted(joins))} joined: planning again at the next step, {format_s(gain_s)} faster")
             self.run.replan_file.touch()
         else:
@@ -127,7 +135,7 @@ class Recovery:
 
     def _count(self, error: RunFailed) -> None:
         """Raise the error where another try would not help."""
-        told = self._errors_of_this_try()
+        told = self._of_this_try("error")
         reason = told[-1]["text"] if told else str(error)
         final = next((event for event in reversed(told) if not event.get("again", True)), None)
         if final:
@@ -141,19 +149,31 @@ class Recovery:
             allowed = 0 if self.is_local else self._failures
         if self._failures > allowed:
             raise RunFailed(reason) from error
-        if self._tries >= _TRIES_WITHOUT_A_STEP:
+        killed = {event["node"] for event in self._of_this_try("killed") if event.get("node")}
+        if killed and self._tries > 1 and self._shrunk < _MOST_SHRINKS:
+            self._shrink(killed)
+        elif self._tries >= _TRIES_WITHOUT_A_STEP:
             raise RunFailed(f"{reason} ({self._tries} tries in a row made no step)") from error
         self.run.record("failure", text=reason, step=step, failures=self._failures)
         self.say(f"a worker failed after step {step} ({reason}); going on from the last checkpoint")
 
-    def _errors_of_this_try(self) -> list[dict[str, Any]]:
-        errors: list[dict[str, Any]] = []
+    def _of_this_try(self, name: str) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = []
         for event in self.run.events()[0]:
-            if event["event"] == "error":
-                errors.append(event)
+            if event["event"] == name:
+                found.append(event)
             elif event["event"] in ("failure", "replanned") or event.get("state") == "running":
-                errors = []
-        return errors
+                found = []
+        return found
+
+    def _shrink(self, names: set[str]) -> None:
+        """Workers killed twice at the same step: count on less memory there, so that the next plan is leaner."""
+        self._shrunk, self._tries = self._shrunk + 1, 0
+        nodes = [_with_less_memory(node) if node.name in names else node for node in self.capability.nodes]
+        self.capability = replace(self.capability, nodes=tuple(nodes))
+        self.say(
+            f"a worker on {', '.join(sorted(names))} was killed twice: planning with {_LESS_MEMORY:.0%} of its memory"
+        )
 
     def _plan_with_those_there(self, has_failed: bool) -> Plan:
         """Wait a while for lost machines; then the same plan, or one without them."""
@@ -167,7 +187,7 @@ class Recovery:
             there = roster.answering(present)
             missing = wanted - there
             if not missing and has_failed:
-                return self.plan
+                return self._with_those_present(wanted) if self._tries == 0 else self.plan
             if time.monotonic() >= until and there:
                 return self._with_those_present(there)
             if not told:
@@ -190,12 +210,22 @@ class Recovery:
         return self.replan(self.plan, there)
 
 
-def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any]) -> Job:
+def _with_less_memory(node: NodeCapability) -> NodeCapability:
+    devices = tuple(
+        replace(device, memory_bytes=int(_LESS_MEMORY * device.memory_bytes)) if device.memory_bytes else device
+        for device in node.devices
+    )
+    return replace(node, devices=devices)
+
+
+def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
     train = job.spec.train.model_copy(
         update={"global_batch_size": plan.global_batch_size, "optim": plan.optim, "gradient_accumulation_steps": "auto"}
     )
-    cluster = job.spec.cluster.model_copy(update={"num_workers": "auto"})
+    asked = job.spec.cluster.num_workers
+    wanted = min(asked, num_slots) if isinstance(asked, int) else asked
+    cluster = job.spec.cluster.model_copy(update={"num_workers": wanted})
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
     spec = job.spec.model_copy(
         update={"method": method_section(**plan.method), "train": train, "cluster": cluster, "goal": goal}

@@ -306,7 +306,7 @@ def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability)
     config = models.read_config(Path(files["model"]))
     data, held_out = load_data(run)
     again, _ = _plan(
-        fixed_job(job, first, METHOD_SECTIONS[first.method["type"]]),
+        fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], len(planner.slots_of(job.spec, there))),
         config,
         workload.model_shape(config),
         there,

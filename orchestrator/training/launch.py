@@ -20,6 +20,7 @@ from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from strategies.techniques import host_memory
 
+_VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
 _START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
 # A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
 _ENVIRONMENT = {
@@ -51,7 +52,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
         run_config=RunConfig(
             name=run.run_id,
             storage_path=str(storage),
-            failure_config=FailureConfig(max_failures=0),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.nodes[0].torch_device == "cpu" else None,
         ),
         torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_START_TIMEOUT_S),
@@ -59,6 +60,8 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
+        for rank in _dead(error):
+            run.record("killed", rank=rank, node=plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank))
         raise RunFailed(_last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
@@ -82,7 +85,7 @@ def _on_worker(config: dict[str, Any]) -> None:
         logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
         run.record(
             "error",
-            text=f"{type(error).__name__}: {error}",
+            text=_said(error),
             traceback=traceback.format_exc(),
             exit_code=5,
             again=True,
@@ -104,6 +107,14 @@ def _slot(rank: int, size: int, node: str) -> int:
     return nodes[:rank].count(node)
 
 
+def _said(error: BaseException) -> str:
+    """What went wrong; the network library's own words help nobody."""
+    text = str(error)
+    if "gloo" in text or "NCCL" in text or "store" in text.lower():
+        return "another worker stopped answering"
+    return f"{type(error).__name__}: {text}"
+
+
 def _log_to(file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8")
@@ -112,6 +123,19 @@ def _log_to(file: Path) -> None:
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     logging.captureWarnings(True)
+
+
+def _dead(error: Exception) -> list[int]:
+    """Ranks of workers that vanished without a word: killed, or their machine is gone."""
+    failures = getattr(error, "worker_failures", {})
+    return [rank for rank, failure in failures.items() if type(failure).__name__ in _VANISHED]
+
+
+def _node(run: RunFolder, rank: int) -> str | None:
+    """Where a rank was, as the workers told each other."""
+    groups = [event for event in run.events()[0] if event["event"] == "group"]
+    members = groups[-1]["members"] if groups else []
+    return members[rank]["node"] if rank < len(members) else None
 
 
 def _last_line(error: Exception) -> str:

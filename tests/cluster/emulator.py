@@ -137,7 +137,9 @@ class EmulatedCluster:
         self._holders[name] = subprocess.Popen(["bash", "-c", command], start_new_session=True)
         _until((folder / "up").exists, 10, f"{name} did not boot")
 
-    def run(self, name: str, argv: list[str], env: dict[str, str] | None = None, **popen: Any) -> subprocess.Popen[Any]:
+    def run(
+        self, name: str, argv: list[str], env: dict[str, str] | None = None, cwd: Path = Path("/"), **popen: Any
+    ) -> subprocess.Popen[Any]:
         """Start a process on a machine."""
         variables = {
             **os.environ,
@@ -150,7 +152,7 @@ class EmulatedCluster:
             **(env or {}),
         }
         joins = "; ".join(f"echo $$ > {self._cgroup(name, c)}/tasks" for c in _CONTROLLERS)
-        enter = ["nsenter", "-t", str(self._first(name)), "-m", "-u", "-n", "-p", "--", *argv]
+        enter = ["nsenter", "-t", str(self._first(name)), "-m", "-u", "-n", "-p", "--", "env", "-C", str(cwd), *argv]
         return subprocess.Popen(
             ["bash", "-c", f"{joins}; exec {shlex.join(enter)}"], env=variables, start_new_session=True, **popen
         )

@@ -47,7 +47,7 @@ def test_who_joins_names_the_head_and_may_offer_nothing():
 
 def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path):
     path = tmp_path / "deep" / "token"
-    with pytest.raises(CannotServe, match="there is no token in .* Copy the head's there"):
+    with pytest.raises(CannotServe, match=r"there is no token in .* Copy the head's there"):
         token_file(path, make=False)
 
     assert token_file(path, make=True) == path
@@ -65,7 +65,7 @@ def test_token_mode_is_on_whatever_the_shell_says():
 
 def test_an_interface_has_an_address_or_the_others_are_named():
     assert address_of("lo") == "127.0.0.1"
-    with pytest.raises(CannotServe, match="nosuch0: has no IPv4 address here; interfaces: .*lo"):
+    with pytest.raises(CannotServe, match=r"nosuch0: has no IPv4 address here; interfaces: .*lo"):
         address_of("nosuch0")
 
 

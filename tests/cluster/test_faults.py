@@ -1,0 +1,346 @@
+"""The fault matrix: machines lose power, cables, memory and time while one job trains over them.
+
+Every fault: the same samples in every step as the undisturbed run, at most one checkpoint interval trained again, equal
+losses (bit by bit where the plan stays the same, to 1e-5 where it changes), no process left; times to detect and to
+go on are printed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.rundir import RunFolder
+from tests.cluster.emulator import EmulatedCluster, Machine, unavailable
+from tests.conftest import rows, write_jsonl
+
+pytestmark = [pytest.mark.cluster, pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")]
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = 10  # steps between checkpoints
+JOB = """\
+name: faults
+model: {{model_name_or_path: {model}, dtype: float32}}
+data: {{train: train.jsonl, max_length: 64}}
+method: {{lora_r: 4}}
+train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 1e-4}}
+strategy: {{shares: {shares}}}
+cluster: {{address: "{address}:6379", num_workers: 2, wait_for_nodes_s: {wait}}}
+checkpoint: {{save_steps: {every}}}
+tracking: {{report_to: []}}
+"""
+
+
+class Lab:
+    """Three machines, a head without a device among them, and jobs on them."""
+
+    def __init__(self, cluster, folder, model):
+        self.cluster, self.folder, self.model = cluster, folder, model
+        self.home = folder / "home"
+        self.agents = {}
+        self.jobs = []
+
+    def start(self, name):
+        """The product's own verbs; they come back by themselves."""
+        where = ["head", "--address", self.cluster.address("head"), "--slots", "0"]
+        if name != "head":
+            where = ["join", self.cluster.address("head")]
+        with (self.folder / f"{name}.log").open("ab") as log:
+            self.agents[name] = self.cluster.run(
+                name,
+                [sys.executable, "-m", "orchestrator", *where, "--name", name],
+                env={"HOME": str(self.home), "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+                cwd=self.folder,
+            )
+
+    def until_up(self, names, limit_s=90):
+        until = time.monotonic() + limit_s
+        while set(names) - self.up():
+            assert time.monotonic() < until, (names, self.up())
+            time.sleep(1)
+
+    def up(self):
+        done = self.cluster.run(
+            "head",
+            [
+                sys.executable,
+                "-m",
+                "orchestrator",
+                "nodes",
+                "--json",
+                "--cluster",
+                f"{self.cluster.address('head')}:6379",
+            ],
+            env={"HOME": str(self.home), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        out, _ = done.communicate(timeout=60)
+        return {node["name"] for node in json.loads(out) if node["state"] == "alive"} if done.returncode == 0 else set()
+
+    def submit(self, *verb, steps=120, shares="planned", wait=40):
+        text = JOB.format(
+            model=self.model, address=self.cluster.address("head"), steps=steps, shares=shares, wait=wait, every=EVERY
+        )
+        (self.folder / "job.yaml").write_text(text)
+        before = {run.run_id for run in RunFolder.all(self.folder / "runs")}
+        process = self.cluster.run(
+            "head",
+            [sys.executable, "-m", "orchestrator", *(verb or ("submit", "job.yaml")), "--json"],
+            env={"HOME": str(self.home), "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            cwd=self.folder,
+        )
+        self.jobs.append(process)
+        while process.poll() is None:
+            new = [run for run in RunFolder.all(self.folder / "runs") if run.run_id not in before or verb]
+            if new:
+                return process, new[-1]
+            time.sleep(0.1)
+        pytest.fail(process.communicate()[0])
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, model_folder):
+    folder = tmp_path_factory.mktemp("lab")
+    write_jsonl(folder / "train.jsonl", rows(40))
+    machines = [Machine("head"), Machine("fast"), Machine("slow", rate_bits_per_s=1e8, delay_s=2e-3)]
+    with EmulatedCluster(machines, folder / "machines") as cluster:
+        lab = Lab(cluster, folder, model_folder)
+        lab.start("head")
+        lab.until_up(("head",))  # it makes the token
+        lab.start("fast")
+        lab.start("slow")
+        lab.until_up(("head", "fast", "slow"))
+        yield lab
+        for process in lab.jobs:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def reference(lab):
+    """The losses and samples of each step when nothing happens."""
+    process, run = lab.submit()
+    assert process.wait(timeout=200) == 0, process.communicate()[0]
+    return run
+
+
+def events(run, name):
+    return [event for event in run.events()[0] if event["event"] == name]
+
+
+def reached(run, step, process, limit_s=150):
+    until = time.monotonic() + limit_s
+    while max(run.steps(), default=0) < step:
+        assert process.poll() is None, process.communicate()[0][-3000:]
+        assert time.monotonic() < until, run.events()[0][-5:]
+        time.sleep(0.02)
+
+
+def finished(process, run, limit_s=300):
+    out, _ = process.communicate(timeout=limit_s)
+    assert process.returncode == 0, out[-3000:]
+    return run
+
+
+def compare(run, reference, exact=True, most_again=EVERY):
+    """The assertions of every row of the matrix."""
+    mine, theirs = run.steps(), reference.steps()
+    assert [mine[step]["samples"] for step in sorted(mine)] == [theirs[step]["samples"] for step in sorted(theirs)]
+    losses = [mine[step]["loss"] for step in sorted(mine)]
+    expected = [theirs[step]["loss"] for step in sorted(theirs)]
+    assert losses == (expected if exact else pytest.approx(expected, rel=1e-5))
+    trained = [event["step"] for event in events(run, "step")]
+    assert len(trained) - len(set(trained)) <= most_again
+
+
+def tell(fault, run, began):
+    """Seconds until the fault was noticed, and until steps were made again."""
+    after = [event for event in run.events()[0] if event["time"] > began]
+    noticed = next((e["time"] - began for e in after if e["event"] in ("error", "failure", "killed")), None)
+    index = next((i for i, e in enumerate(after) if e["event"] == "replanned"), None)
+    resumed = next((e["time"] - began for e in after[index or 0 :] if e["event"] == "step"), None)
+    text = {"fault": fault, "noticed_s": noticed, "resumed_s": resumed}
+    print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in text.items()}))
+    return noticed, resumed
+
+
+def training_pid(lab, run, name):
+    """The worker on a machine, by this machine's numbers."""
+    groups = events(run, "group")
+    inner = next(member["pid"] for member in groups[-1]["members"] if member["node"] == name)
+    for pid in lab.cluster.pids(name):
+        status = Path(f"/proc/{pid}/status").read_text()
+        numbers = next(line for line in status.splitlines() if line.startswith("NSpid")).split()[1:]
+        if numbers[-1] == str(inner):
+            return pid
+    raise LookupError(name)
+
+
+def test_a_killed_worker(lab, reference):
+    process, run = lab.submit()
+    reached(run, 25, process)
+    began = time.time()
+    os.kill(training_pid(lab, run, "slow"), signal.SIGKILL)
+    finished(process, run)
+
+    compare(run, reference)
+    assert tell("worker killed", run, began)[0] < 10
+
+
+def test_a_node_without_power_that_comes_back(lab, reference):
+    process, run = lab.submit(wait=60)
+    reached(run, 25, process)
+    began = time.time()
+    lab.cluster.power_off("slow")
+    time.sleep(10)
+    lab.cluster.boot("slow")
+    lab.start("slow")
+    finished(process, run)
+
+    compare(run, reference)
+    assert tell("power off, back after 10 s", run, began)[0] < 10
+
+
+def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
+    process, run = lab.submit(wait=5, steps=1500)
+    reached(run, 25, process)
+    began = time.time()
+    lab.cluster.power_off("slow")
+    reached(run, 60, process)
+    assert events(run, "replanned")[-1]["nodes"] == ["fast"]
+    tell("power off for good", run, began)
+    began = time.time()
+    lab.cluster.boot("slow")
+    lab.start("slow")
+    until = time.monotonic() + 120
+    while events(run, "replanned")[-1]["nodes"] != ["fast", "slow"]:
+        assert time.monotonic() < until and process.poll() is None, run.events()[0][-4:]
+        time.sleep(0.2)
+    step = max(run.steps())
+    tell("joined", run, began)
+    reached(run, step + 20, process)
+    run.stop_file.touch()
+    process.communicate(timeout=100)
+
+    mine, theirs = run.steps(), reference.steps()
+    common = [step for step in mine if step in theirs]
+    assert [mine[s]["samples"] for s in common] == [theirs[s]["samples"] for s in common]
+    assert [mine[s]["loss"] for s in common] == pytest.approx([theirs[s]["loss"] for s in common], rel=1e-5)
+
+
+def test_a_pulled_cable(lab, reference):
+    process, run = lab.submit(wait=90)
+    reached(run, 25, process)
+    began = time.time()
+    lab.cluster.set_link("slow", up=False)
+    time.sleep(30)
+    lab.cluster.set_link("slow", up=True)
+    finished(process, run)
+
+    compare(run, reference, exact=False)
+    assert tell("cable pulled for 30 s", run, began)[0] < 30
+    lab.until_up(("fast", "slow"))
+
+
+@pytest.mark.parametrize("what", ["blip", "loss", "jitter"])
+def test_a_bad_line_is_borne(lab, reference, what):
+    process, run = lab.submit(steps=120)
+    reached(run, 25, process)
+    worse = {"blip": {"up": False}, "loss": {"loss": 0.01}, "jitter": {"jitter": 0.2}}[what]
+    lab.cluster.set_link("slow", **worse)
+    time.sleep(3)
+    lab.cluster.set_link("slow", up=True, loss=0.0, jitter=0.0)
+    finished(process, run)
+
+    compare(run, reference, most_again=0)
+    assert not events(run, "failure")
+
+
+def test_a_straggler_gets_less(lab, reference):
+    process, run = lab.submit(shares="measured", steps=400)
+    reached(run, 25, process)
+    lab.cluster.slow_down("slow", 0.15)
+    until = time.monotonic() + 100
+    while not [event for event in events(run, "shares") if min(event["shares"]) < 0.35]:
+        assert time.monotonic() < until and process.poll() is None, events(run, "shares")
+        time.sleep(0.1)
+    lab.cluster.slow_down("slow", 0)
+    finished(process, run)
+
+    mine, theirs = run.steps(), reference.steps()
+    assert [mine[s]["samples"] for s in theirs] == [theirs[s]["samples"] for s in theirs]
+    assert [mine[s]["loss"] for s in theirs] == pytest.approx([theirs[s]["loss"] for s in theirs], rel=1e-5)
+
+
+def test_a_machine_that_hangs(lab, reference):
+    process, run = lab.submit(wait=5)
+    reached(run, 25, process)
+    began = time.time()
+    lab.cluster.freeze("slow")
+    finished(process, run)
+    lab.cluster.thaw("slow")
+
+    compare(run, reference, exact=False)
+    assert tell("machine hangs", run, began)[0] < 60
+    lab.until_up(("fast", "slow"))
+
+
+def test_a_killed_driver_and_the_same_run_again(lab, reference):
+    process, run = lab.submit()
+    reached(run, 25, process)
+    began = time.time()
+    for pid in lab.cluster.pids("head"):
+        if "submit" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGKILL)
+    process.communicate()
+    again, _ = lab.submit("resume", run.run_id)
+    finished(again, run)
+
+    compare(run, reference)
+    tell("driver killed", run, began)
+
+
+def test_asked_to_end_it_saves_first(lab, reference):
+    process, run = lab.submit()
+    reached(run, 25, process)
+    for pid in lab.cluster.pids("head"):
+        if "submit" in Path(f"/proc/{pid}/cmdline").read_text():
+            os.kill(pid, signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert run.state() == "stopped"
+    again, _ = lab.submit("resume", run.run_id)
+    finished(again, run)
+
+    compare(run, reference, most_again=0)
+
+
+def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
+    process, run = lab.submit()
+    reached(run, 25, process)
+    lab.cluster.power_off("head")
+    process.communicate()
+    lab.cluster.boot("head")
+    lab.start("head")
+    lab.until_up(("head", "fast", "slow"), limit_s=150)
+    again, _ = lab.submit("resume", run.run_id)
+    finished(again, run)
+
+    compare(run, reference)
+
+
+def test_no_process_of_a_finished_run_is_left(lab):
+    for name in ("fast", "slow"):
+        lines = [Path(f"/proc/{pid}/cmdline").read_text() for pid in lab.cluster.pids(name)]
+        assert not [line for line in lines if "RayTrainWorker" in line]
