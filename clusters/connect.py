@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +22,24 @@ class CannotConnect(Exception):
     """No cluster at the address; the text says which and why."""
 
 
+class RefusesToken(CannotConnect):
+    """There is a cluster at the address, and it does not let this machine in."""
+
+
 @dataclass(frozen=True)
 class Connection:
     """What one training worker asks the cluster for."""
 
     slot_resources: dict[str, float]
+
+
+def _resolved(address: str) -> str:
+    """HOST:PORT for `auto`, so that it can be knocked at: Ray remembers a head that has ended and waits for it."""
+    if address != "auto" or os.environ.get("RAY_ADDRESS"):
+        return address
+    from ray._private import services
+
+    return services.find_bootstrap_address(None) or address
 
 
 def _refuse_unreachable(address: str) -> None:
@@ -38,11 +53,58 @@ def _refuse_unreachable(address: str) -> None:
         raise CannotConnect(f"no Ray cluster at {address!r}: {error}") from error
 
 
-def _show_token() -> None:
-    """Clusters of `orchestrator head` let in who has their token; Ray itself looks for it only when told to."""
-    known = "RAY_AUTH_TOKEN" in os.environ or (Path.home() / ".ray" / "auth_token").is_file()
-    if known or "RAY_AUTH_TOKEN_PATH" in os.environ:
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
+@contextlib.contextmanager
+def _token_as_asked(address: str) -> Iterator[None]:
+    """Show the token inside the block where the cluster at HOST:PORT wants one, and only there.
+
+    Ray shows a token whenever this machine has one, and a cluster without tokens then starts no actor; with a wrong one
+    it would try for 20 s and not say what is wrong.  Raises RefusesToken.
+    """
+    if "RAY_AUTH_MODE" in os.environ or "://" in address or ":" not in address:
+        yield
+        return
+    from ray._raylet import Config, GcsClient  # pyright: ignore[reportAttributeAccessIssue]
+    from ray.exceptions import AuthenticationError
+
+    def lets_in(mode: str) -> bool:
+        os.environ["RAY_AUTH_MODE"] = mode
+        Config.initialize("")  # Ray reads the mode once; so it does itself when it changes it
+        try:
+            with _silence():  # its C++ would warn of what is asked here
+                GcsClient(address=address)
+        except AuthenticationError:
+            return False
+        return True
+
+    try:
+        if not lets_in("disabled") and not (_has_token() and lets_in("token")):
+            has = "the token of this machine is another" if _has_token() else "there is none"
+            raise RefusesToken(
+                f"the cluster at {address!r} wants its token, and {has}. Copy the head's ~/.ray/auth_token to"
+                " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
+            )
+        yield
+    finally:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        Config.initialize("")
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """Nothing reaches standard error inside the block, whoever writes."""
+    kept = os.dup(2)
+    with Path(os.devnull).open("wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _has_token() -> bool:
+    stated = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
+    return stated or (Path.home() / ".ray" / "auth_token").is_file()
 
 
 def _keep_quiet() -> None:
@@ -62,8 +124,6 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
 
     Raises CannotConnect.
     """
-    if address != "local":
-        _show_token()  # before Ray is loaded: it looks once
     import ray
 
     # Ray reads this when it starts its processes: nothing of a user's cluster is reported anywhere.
@@ -73,28 +133,33 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the work is seen
     quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    address = _resolved(address)
     _refuse_unreachable(address)
-    try:
-        if address == "local":
-            ray.init(
-                address="local",
-                num_cpus=num_slots * cores_per_slot,
-                num_gpus=0,
-                resources={SLOT: num_slots},
-                object_store_memory=_OBJECT_STORE_BYTES,
-                include_dashboard=False,
-                **quiet,
-            )
-        else:
-            ray.init(address=address, **quiet)
-    except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if address != "local" and os.environ.get("RAY_AUTH_MODE") != "token":
-            reason += ". If it was started by `orchestrator head`, copy its token to ~/.ray/auth_token first"
-        raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
-    _keep_quiet()
-    try:
-        slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
-        yield Connection(slots or {"CPU": float(cores_per_slot)})
-    finally:
-        ray.shutdown()
+    # Ray takes SIGTERM for itself and would end a driver that wants to save first.
+    is_main = threading.current_thread() is threading.main_thread()
+    on_sigterm = signal.getsignal(signal.SIGTERM)
+    with _token_as_asked(address):
+        try:
+            if address == "local":
+                ray.init(
+                    address="local",
+                    num_cpus=num_slots * cores_per_slot,
+                    num_gpus=0,
+                    resources={SLOT: num_slots},
+                    object_store_memory=_OBJECT_STORE_BYTES,
+                    include_dashboard=False,
+                    **quiet,
+                )
+            else:
+                ray.init(address=address, **quiet)
+        except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
+        if is_main and callable(on_sigterm):
+            signal.signal(signal.SIGTERM, on_sigterm)
+        _keep_quiet()
+        try:
+            slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
+            yield Connection(slots or {"CPU": float(cores_per_slot)})
+        finally:
+            ray.shutdown()

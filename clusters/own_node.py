@@ -7,6 +7,8 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
 import re
@@ -16,6 +18,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -31,7 +34,7 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _SYSTEM_BYTES = 1 * GIB  # of a machine's memory: Ray itself and what else runs there
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
-_END_S = 15.0
+_END_S = 10.0
 _INTERFACE_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 # Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
 _HEALTH = {
@@ -39,6 +42,7 @@ _HEALTH = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "4",
+    "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # after which a node without its head ends, and is started anew
 }
 
 
@@ -61,8 +65,12 @@ class OwnNode:
 
 def token_file(path: Path | None, make: bool) -> Path:
     """The file with the cluster's token, readable by its owner only; made where `make` allows.  Raises CannotServe."""
-    path = path or Path.home() / ".ray" / "auth_token"
+    own = Path.home() / ".ray" / "auth_token"
+    path = path or own
     if path.is_file() and path.read_text().strip():
+        if path == own:
+            with contextlib.suppress(OSError):  # a mounted secret has the mode its owner gave it
+                path.chmod(0o600)  # Ray and scp leave it readable by everyone
         return path
     if not make:
         raise CannotServe(
@@ -70,6 +78,7 @@ def token_file(path: Path | None, make: bool) -> Path:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        os.fchmod(stream.fileno(), 0o600)  # an empty file that was there keeps its own mode
         stream.write(secrets.token_hex(32))
     return path
 
@@ -97,6 +106,20 @@ def address_towards(host: str = _ELSEWHERE) -> str:
         return probe.getsockname()[0]
 
 
+def check_place(address: str, port: int = 0) -> None:
+    """Raises CannotServe where the address is not this machine's or the port is taken: Ray would try without end."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended head left does not count
+        try:
+            probe.bind((address, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise CannotServe(
+                    f"port {port} is in use: is a head running here already? --port takes another"
+                ) from None
+            raise CannotServe(f"--address {address}: is not an IPv4 address of this machine ({error})") from None
+
+
 def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
     """The command that starts the node and stays."""
     where = [f"--address={own.head}"] if own.head else ["--head", f"--port={own.port}", "--include-dashboard=false"]
@@ -104,7 +127,16 @@ def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
     names = [device.name for device in capability.gpus] or [device.name for device in capability.devices[:1]]
     labels = {"device": kinds[0], "device-name": _label(names[0] if names else "unknown")}
     command = [
-        *(sys.executable, "-m", "ray.scripts.scripts", "start", *where, "--block", "--disable-usage-stats"),
+        *(
+            sys.executable,
+            "-m",
+            "ray.scripts.scripts",
+            "start",
+            *where,
+            "--block",
+            "--disable-usage-stats",
+            "--log-color=false",
+        ),
         *(f"--node-ip-address={own.address}", f"--node-name={own.name}"),
         *(f"--num-cpus={capability.num_cores}", "--num-gpus=0"),
         f"--resources={json.dumps({SLOT: own.num_slots} if own.num_slots else {})}",
@@ -121,7 +153,8 @@ def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
 def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """What Ray's processes must know: who may come in, and when a silent node is lost."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
-    return {**_HEALTH, **inherited, **own}
+    kept = {name: value for name, value in inherited.items() if name != "RAY_AUTH_TOKEN"}  # Ray prefers it to the file
+    return {**_HEALTH, **kept, **own}
 
 
 def knock(head: str, timeout_s: float = 3.0) -> str | None:
@@ -148,9 +181,12 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
         is_over = True
         if child and child.poll() is None:
             child.terminate()
+            killer = threading.Timer(_END_S, _end_group, (child.pid, 0.0))
+            killer.daemon = True
+            killer.start()
 
-    signal.signal(signal.SIGTERM, end)
-    signal.signal(signal.SIGINT, end)
+    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: the terminal is closed
+        signal.signal(asked, end)
     tries = 0
     while not is_over:
         if own.head and (silent := knock(own.head)):
@@ -159,7 +195,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
             tries += 1
             _sleep(_PAUSES_S[min(tries, len(_PAUSES_S)) - 1], lambda: is_over)
             continue
-        began, told = time.monotonic(), []
+        began, told, was_up = time.monotonic(), [], False
         child = subprocess.Popen(
             ray_arguments(own, capability),
             env=environment(own.token_file, os.environ),
@@ -168,16 +204,27 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
             text=True,
             start_new_session=True,
         )
+        if is_over:  # asked while it was starting
+            end()
         for line in child.stdout or ():
             told = [*told[-40:], line.rstrip()]
             if "Ray runtime started" in line:
+                was_up = True
                 say(f"{own.name} is up at {own.address}")
         child.wait()
+        if child.stdout:
+            child.stdout.close()
         _end_group(child.pid)
         if is_over:
             break
-        text = "\n".join(told)
-        if re.search(r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", text, re.IGNORECASE):
+        text = "\n".join(told)  # of a node that was up: its log, where such words may stand for other reasons
+        if (
+            own.head
+            and not was_up
+            and re.search(
+                r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", text, re.IGNORECASE
+            )
+        ):
             raise CannotServe(f"{own.head} refuses the token in {own.token_file}: copy the head's token file there")
         tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
         pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
@@ -193,12 +240,12 @@ def _sleep(seconds: float, is_over: Callable[[], bool]) -> None:
         time.sleep(0.1)
 
 
-def _end_group(group: int) -> None:
+def _end_group(group: int, patience_s: float = _END_S) -> None:
     """End what a node may have left: its processes share a group."""
-    for signal_number, patience_s in ((signal.SIGTERM, _END_S), (signal.SIGKILL, 2.0)):
+    for signal_number, wait_s in ((signal.SIGTERM, patience_s), (signal.SIGKILL, 2.0)):
         try:
             os.killpg(group, signal_number)
-            until = time.monotonic() + patience_s
+            until = time.monotonic() + wait_s
             while time.monotonic() < until:
                 os.killpg(group, 0)
                 time.sleep(0.1)

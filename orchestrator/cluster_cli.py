@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from clusters.units import format_bytes
-from orchestrator.errors import ClusterError
+from orchestrator.errors import ClusterError, JobError
 
 out, err = Console(), Console(stderr=True)
 
@@ -43,11 +44,13 @@ def head(
     Examples: orchestrator head --interface eth0
               orchestrator head --address 192.168.1.10 --slots 0
     """
-    from clusters.own_node import CannotServe, OwnNode, address_of, address_towards, keep_running
+    from clusters.own_node import CannotServe, OwnNode, address_of, address_towards, check_place, keep_running
     from clusters.own_node import token_file as token_of
 
+    _refuse_mistakes(interface, address, name)
     try:
         own_address = address_of(interface) if interface else address or address_towards()
+        check_place(own_address, port)
         token = token_of(token_file, make=True)
         capability = _look()
         own = OwnNode(name or socket.gethostname(), own_address, None, token, _slots(slots, capability), port)
@@ -71,15 +74,17 @@ def join(
 
     Example: orchestrator join 192.168.1.10
     """
-    from clusters.own_node import PORT, CannotServe, OwnNode, address_of, address_towards, keep_running
+    from clusters.own_node import PORT, CannotServe, OwnNode, address_of, address_towards, check_place, keep_running
     from clusters.own_node import token_file as token_of
 
+    _refuse_mistakes(interface, address, name)
+    host, port = _host_and_port(head, PORT)
     try:
-        head = head if ":" in head else f"{head}:{PORT}"
-        own_address = address_of(interface) if interface else address or address_towards(head.rpartition(":")[0])
+        own_address = address_of(interface) if interface else address or address_towards(host)
+        check_place(own_address)
         token = token_of(token_file, make=False)
         capability = _look()
-        own = OwnNode(name or socket.gethostname(), own_address, head, token, _slots(slots, capability))
+        own = OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, _slots(slots, capability))
         keep_running(own, capability, _say)
     except CannotServe as error:
         raise ClusterError(str(error)) from None
@@ -95,13 +100,15 @@ def nodes(
 
     Example: orchestrator nodes --cluster 192.168.1.10:6379
     """
-    from clusters.connect import CannotConnect, connect
+    from clusters.connect import CannotConnect, RefusesToken, connect
     from clusters.roster import inventory
 
     where = cluster or os.environ.get("RAY_ADDRESS") or "auto"
     try:
         with connect(where, num_slots=1, cores_per_slot=1):
-            found = inventory()
+            found = _latest(inventory())
+    except RefusesToken as error:
+        raise ClusterError(str(error)) from None
     except CannotConnect as error:
         raise ClusterError(f"{error}. Start one with `orchestrator head`, or name one with --cluster") from None
     if json_:
@@ -128,6 +135,27 @@ def register(app: typer.Typer) -> None:
     """Add the verbs to the command line."""
     for verb in (head, join, nodes):
         app.command()(verb)
+
+
+def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a name: Ray keeps every earlier life of a node that came back as a lost one."""
+    by_name = {node["name"]: node for node in sorted(found, key=lambda node: node["state"] == "alive")}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _refuse_mistakes(interface: str | None, address: str | None, name: str | None) -> None:
+    if interface and address:
+        raise JobError("--interface and --address say the same thing twice: give one of them")
+    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise JobError(f"--name {name!r}: letters, digits, dots, - and _ only: plans are keyed by it")
+
+
+def _host_and_port(head: str, default_port: int) -> tuple[str, int]:
+    """Of HOST or HOST:PORT.  Raises JobError: knocking at what is no address would go on without end."""
+    host, _, port = head.partition(":")
+    if not host or (":" in head and not (port.isdecimal() and 0 < int(port) < 65536)):
+        raise JobError(f"{head!r} is not HOST or HOST:PORT, for example 192.168.1.10:{default_port}")
+    return host, int(port or default_port)
 
 
 def _look() -> Any:

@@ -71,6 +71,7 @@ class Plan:
     flops_per_token: float
     checkpoint_bytes: float
     global_batch_size: int  # samples
+    local_batch_size: int | None  # samples of a local step; None = every step is everybody's
     num_steps: int
     save_steps: int
     eval_steps: int | None
@@ -133,7 +134,7 @@ class Plan:
             "nodes": [
                 (part.node, part.device, part.share, part.threads, asdict(part.techniques)) for part in self.nodes
             ],
-            "sync": self.sync.dtype,
+            "sync": (self.sync.dtype, self.local_batch_size),
             "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
         }
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]

@@ -190,6 +190,7 @@ def make_plan(
         flops_per_token=first.flops_per_token,
         checkpoint_bytes=first.checkpoint_bytes,
         global_batch_size=workload.global_batch_size,
+        local_batch_size=_local_batch_size(spec, workload),
         num_steps=workload.num_steps,
         save_steps=save_steps,
         eval_steps=when,
@@ -235,13 +236,18 @@ def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:
     return Sync(dtype, network.bucket_bytes(sent), candidate.sync_options)
 
 
+def _local_batch_size(spec: JobSpec, workload: Workload) -> int | None:
+    steps = spec.strategy.local_steps
+    return workload.global_batch_size // steps if steps else None
+
+
 def _larger_steps(
     spec: JobSpec, workload: Workload, plans: Callable[[Workload], tuple[Tried, Candidate | None]], first: Candidate
 ) -> tuple[Workload, Candidate | None, Tried | None]:
     """More samples a step where a group would otherwise wait for its network: fewer sums for the same samples."""
     best: tuple[Workload, Candidate | None, Tried | None] = (workload, None, None)
     best_s = first.total_s
-    if spec.train.global_batch_size != "auto" or spec.train.max_steps > 0:
+    if spec.train.global_batch_size != "auto" or spec.train.max_steps > 0 or spec.strategy.local_steps:
         return best
     for factor in _MORE_SAMPLES:
         size = factor * workload.global_batch_size

@@ -221,7 +221,11 @@ def _with_less_memory(node: NodeCapability) -> NodeCapability:
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
     train = job.spec.train.model_copy(
-        update={"global_batch_size": plan.global_batch_size, "optim": plan.optim, "gradient_accumulation_steps": "auto"}
+        update={
+            "global_batch_size": plan.local_batch_size or plan.global_batch_size,
+            "optim": plan.optim,
+            "gradient_accumulation_steps": "auto",
+        }
     )
     asked = job.spec.cluster.num_workers
     wanted = min(asked, num_slots) if isinstance(asked, int) else asked

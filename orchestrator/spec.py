@@ -115,6 +115,9 @@ class StrategySection(Section):
     shares: Literal["measured", "planned"] = _key(
         "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"
     )
+    local_steps: int | None = _key(
+        None, "train so many steps apart, then average (DiLoCo): for slow networks; another computation", ge=2
+    )
     sync_dtype: Literal["float32", "bfloat16"] = _key(
         "float32", "gradients between workers; bfloat16 halves what is sent"
     )

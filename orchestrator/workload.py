@@ -34,6 +34,7 @@ def describe(
     """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
     train = spec.train
     global_batch_size, reason = _global_batch_size(spec, len(lengths), num_workers)
+    global_batch_size *= spec.strategy.local_steps or 1  # all of them are one step as the run counts
     order = Order(len(lengths), global_batch_size, train.seed, train.num_train_epochs, train.max_steps)
     per_epoch, rest = divmod(order.num_steps, order.steps_per_epoch)
     workload = Workload(

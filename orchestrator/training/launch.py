@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import socket
 import traceback
 import uuid
 from collections.abc import Mapping
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from strategies.techniques import host_memory
 
+_LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
 _START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
 # A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
@@ -72,12 +75,12 @@ def _on_worker(config: dict[str, Any]) -> None:
     from orchestrator.training.worker import work
 
     run, context = RunFolder(Path(config["run"])), ray.train.get_context()
-    rank = context.get_world_rank()
+    node = config["names"].get(ray.get_runtime_context().get_node_id(), "")
+    plan = Plan.from_json((run.path / "plan.json").read_text())
+    rank, slot = _in_plan_order(plan, node, context.get_world_size())
     _log_to(run.logs / f"worker-{rank}.log")
-    node_id = ray.get_runtime_context().get_node_id()
-    node = config["names"].get(node_id, "")
     try:
-        work(run, rank, context.get_world_size(), node, _slot(rank, context.get_world_size(), node))
+        work(run, rank, context.get_world_size(), node, slot)
     except OrchestratorError as error:
         run.record("error", text=str(error), exit_code=error.exit_code, again=error.again)
         raise
@@ -94,17 +97,47 @@ def _on_worker(config: dict[str, Any]) -> None:
         raise
 
 
-def _slot(rank: int, size: int, node: str) -> int:
-    """Which of its node's workers this is.  Ray's local rank counts by address, which nodes of one machine share."""
+def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
+    """Give the workers ranks in the order of the plan's nodes; this one's rank, and which of its node's it is.
+
+    Ray's ranks change with every restart and its local ranks count by address, which nodes of one machine share; sums
+    are bit-equal only in the same order.  The group made here is also as impatient as training needs: Ray's waited for
+    the slowest machine to start.
+    """
+    import torch
     import torch.distributed as dist
 
     if size == 1:
-        return 0
-    if dist.get_backend() == "nccl":  # objects would travel through a GPU that is not chosen yet
-        return ray.train.get_context().get_local_rank()
-    nodes: list[Any] = [None] * size
-    dist.all_gather_object(nodes, node)
-    return nodes[:rank].count(node)
+        return 0, 0
+    backend = dist.get_backend()
+    if backend == "nccl":  # objects travel through a GPU, which must be one's own
+        torch.cuda.set_device(ray.train.get_context().get_local_rank())
+    with socket.socket() as free:
+        free.bind(("", 0))
+        port = free.getsockname()[1]
+    me = (ray.train.get_context().get_world_rank(), node, ray.util.get_node_ip_address(), port)
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, me)
+    places = [(part.node, index) for index, part in enumerate(plan.nodes)]
+    ranks: dict[int, int] = {}
+    slots: dict[int, int] = {}
+    for ray_rank, name, _, _ in sorted(told):
+        left = [index for own, index in places if own == name or not name]
+        if not left:
+            raise RunFailed(f"the plan has no more work for {name}, and a worker was started there")
+        ranks[ray_rank] = left[0]
+        slots[ray_rank] = sum(plan.nodes[index].node == plan.nodes[left[0]].node for index in range(left[0]))
+        places.remove((plan.nodes[left[0]].node, left[0]))
+    first = next(entry for entry in told if ranks[entry[0]] == 0)
+    dist.destroy_process_group()
+    dist.init_process_group(
+        backend,
+        init_method=f"tcp://{first[2]}:{first[3]}",
+        rank=ranks[me[0]],
+        world_size=size,
+        timeout=timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s)),
+    )
+    return ranks[me[0]], slots[me[0]]
 
 
 def _said(error: BaseException) -> str:

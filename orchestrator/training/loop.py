@@ -26,6 +26,7 @@ from orchestrator.data.order import Order, hash_ids
 from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import Diverged, NothingFits
 from orchestrator.training.leaner import is_out_of_memory, leaner
+from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.parallel import GradientSum, Group
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
@@ -85,16 +86,19 @@ def train(
     progress: Progress,
     hooks: Hooks,
     shares: Shares | None = None,
+    local_batch_size: int | None = None,
 ) -> Progress:
     """Train from `progress.step` to the end of `order`; returns the progress made.
 
-    `techniques` are this worker's own, `shares` everybody's (equal where not given).  Raises Diverged, with the step
-    and its samples, when a loss is not a number, and NothingFits when not even one sample at a time fits.
+    `techniques` are this worker's own, `shares` everybody's (equal where not given).  With
+    `local_batch_size` workers train apart inside a step (local_steps.py).  Raises Diverged, with the step and its
+    samples, when a loss is not a number, and NothingFits when not even one sample at a time fits.
     """
     model, optimizer, parameters = setup.model, setup.optimizer, list(setup.parameters.values())
     device = parameters[0].device
     shares = shares or Shares([1.0 / group.size] * group.size)
     gradients = GradientSum(group, parameters)
+    apart = LocalSteps(parameters, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
     scaler = gradient_scaler(device.type, "float16" if any_fp16 else techniques.dtype)
@@ -111,22 +115,23 @@ def train(
         num_supervised = int(data.num_supervised[sample_ids].sum())
         dealt = split_by_share(lengths, shares.shares)
         mine = dealt[group.rank]
-        batches = micro_batches(
-            [lengths[i] for i in mine],
-            techniques.per_device_train_batch_size,
-            techniques.max_length,
-            techniques.packing,
-        )
 
         # Forward and backward, one micro-batch after the other; gradients add up.
         loss, lacking = torch.zeros((), device=device), None
         try:
-            for number, members in enumerate(batches, start=1):
-                batch = collate(data, [sample_ids[mine[i]] for i in members], techniques.packing).to(device)
-                torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
-                if number == len(batches):
-                    gradients.arm()
-                loss += forward_backward(setup, batch, num_supervised, techniques, scaler)
+            for local in apart.parts(mine) if apart else (mine,):
+                own = [lengths[i] for i in local]
+                rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
+                batches = micro_batches(own, rows, max_length, techniques.packing)
+                counted = int(data.num_supervised[[sample_ids[i] for i in local]].sum()) if apart else num_supervised
+                for number, members in enumerate(batches, start=1):
+                    batch = collate(data, [sample_ids[local[i]] for i in members], techniques.packing).to(device)
+                    torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
+                    if number == len(batches) and not apart:
+                        gradients.arm()
+                    loss += forward_backward(setup, batch, counted, techniques, scaler) * (counted / num_supervised)
+                if apart:
+                    update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm))
             part = loss.item()
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
@@ -138,6 +143,8 @@ def train(
         wish = hooks.should_stop()
         wishes = [float(wish == known) for known in WISHES]
         own = [*_at(group, own_s), *_at(group, peak_bytes(device))]
+        if apart:
+            apart.leave(sum(lengths[i] for i in mine) / sum(lengths))
         gradients.flush()
         told = group.start_sum([part, lacking is not None, *wishes, *own])
         gradients.finish()
@@ -147,6 +154,8 @@ def train(
         if again:
             # Memory ran out somewhere: there less at a time, and the same step again, everywhere.
             optimizer.zero_grad(set_to_none=True)
+            if apart:
+                apart.begin_again()
             if lacking is not None:
                 techniques = _leaner(setup, techniques, int(data.lengths.max()), lacking, hooks)
             continue
@@ -155,7 +164,10 @@ def train(
             raise Diverged(step, [sample for part_ids in suspects for sample in part_ids])
 
         # The update.
-        grad_norm = update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm)).item()
+        if apart:
+            grad_norm = apart.meet()
+        else:
+            grad_norm = update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm)).item()
 
         # What happened.
         progress.step = step + 1

@@ -25,7 +25,6 @@ class Group:
     sync_dtype: torch.dtype = torch.float32  # of gradients on the wire
     bucket_bytes: int = BUCKET_BYTES
     alike: bool = True  # the same kind of device everywhere: equal sums move equal weights equally
-    process_group: Any = None  # None = the default one
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin to add up numbers over the workers, in fp64; the returned call waits for the sums."""
@@ -49,7 +48,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, group=self.process_group)
+        dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, tensors: Iterable[torch.Tensor], source: int) -> None:
@@ -58,11 +57,11 @@ class Group:
             return
         for tensor in tensors:
             sent = tensor.detach().to(self.wire)
-            dist.broadcast(sent, source, group=self.process_group)
+            dist.broadcast(sent, source)
             tensor.detach().copy_(sent)
 
     def _all_reduce(self, tensor: torch.Tensor) -> Any:
-        return dist.all_reduce(tensor, group=self.process_group, async_op=True)
+        return dist.all_reduce(tensor, async_op=True)
 
 
 class GradientSum:

@@ -11,12 +11,10 @@ import os
 import shutil
 import statistics
 import time
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
@@ -40,7 +38,6 @@ from strategies.techniques.supervised_logits import can_chunk
 log = logging.getLogger("orchestrator.worker")
 
 _STEPS_A_TRIM = 10
-_LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _ROUNDING = {
     "float32": 1e-3,
     "bfloat16": 0.2,
@@ -57,7 +54,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     part = plan.part_of(node, slot)
     device = torch.device("cpu" if part.torch_device == "cpu" else f"cuda:{slot}")
     torch.set_num_threads(part.threads)
-    group = connect_group(rank, size, plan)
+    group = group_of(rank, size, plan)
     record = run.record if rank == 0 else _ignore
     began = time.perf_counter()
     libraries_bytes = resident_bytes(device)
@@ -115,7 +112,19 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     hooks = Hooks(reported, save, wish)
     started = time.perf_counter()
     with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
-        progress = train(setup, data, held_out, order, _schedule(job, plan), techniques, group, progress, hooks, shares)
+        progress = train(
+            setup,
+            data,
+            held_out,
+            order,
+            _schedule(job, plan),
+            techniques,
+            group,
+            progress,
+            hooks,
+            shares,
+            plan.local_batch_size,
+        )
     train_s, train_peak_bytes = time.perf_counter() - started, peak_bytes(device)
 
     if progress.stopped in ("asked", "replan"):
@@ -152,23 +161,17 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         record("state", state="finished", step=progress.step)
 
 
-def connect_group(rank: int, size: int, plan: Plan) -> Group:
-    """This worker's place in the group, and how sums travel in it.
-
-    Training has a process group of its own whose patience is short: the default one, which Ray made, waits until the
-    slowest machine has loaded its model.
-    """
+def group_of(rank: int, size: int, plan: Plan) -> Group:
+    """This worker's place in the group, and how sums travel in it."""
     if size == 1:
         return Group()
     on_gpu = all(part.torch_device == "cuda" for part in plan.nodes)
-    patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
     return Group(
         rank=rank,
         size=size,
         wire=torch.device("cuda" if on_gpu else "cpu"),
         sync_dtype=getattr(torch, plan.sync.dtype),
         bucket_bytes=plan.sync.bucket_bytes,
-        process_group=dist.new_group(timeout=patience),
         alike=len({(part.device, part.techniques.dtype) for part in plan.nodes}) == 1,
     )
 

@@ -5,6 +5,7 @@ losses (bit by bit where the plan stays the same, to 1e-5 where it changes), no 
 go on are printed.
 """
 
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,7 @@ name: faults
 model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: train.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
-train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 1e-4}}
+train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 1e-4, lr_scheduler_type: constant}}
 strategy: {{shares: {shares}}}
 cluster: {{address: "{address}:6379", num_workers: 2, wait_for_nodes_s: {wait}}}
 checkpoint: {{save_steps: {every}}}
@@ -58,6 +59,18 @@ class Lab:
                 stderr=log,
                 cwd=self.folder,
             )
+
+    def power_off(self, name):
+        self.cluster.power_off(name)
+        self.agents.pop(name).wait()
+
+    def signal_driver(self, number):
+        """To the process that was told to submit."""
+        for pid in self.cluster.pids("head"):
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if command[1:4] == ["-m", "orchestrator", "submit"]:
+                    os.kill(pid, number)
 
     def until_up(self, names, limit_s=90):
         until = time.monotonic() + limit_s
@@ -126,6 +139,8 @@ def lab(tmp_path_factory, model_folder):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
+        for name in list(lab.agents):
+            lab.power_off(name)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +218,7 @@ def test_a_node_without_power_that_comes_back(lab, reference):
     process, run = lab.submit(wait=60)
     reached(run, 25, process)
     began = time.time()
-    lab.cluster.power_off("slow")
+    lab.power_off("slow")
     time.sleep(10)
     lab.cluster.boot("slow")
     lab.start("slow")
@@ -214,10 +229,10 @@ def test_a_node_without_power_that_comes_back(lab, reference):
 
 
 def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
-    process, run = lab.submit(wait=5, steps=1500)
+    process, run = lab.submit(wait=5, steps=12_000)
     reached(run, 25, process)
     began = time.time()
-    lab.cluster.power_off("slow")
+    lab.power_off("slow")
     reached(run, 60, process)
     assert events(run, "replanned")[-1]["nodes"] == ["fast"]
     tell("power off for good", run, began)
@@ -301,9 +316,7 @@ def test_a_killed_driver_and_the_same_run_again(lab, reference):
     process, run = lab.submit()
     reached(run, 25, process)
     began = time.time()
-    for pid in lab.cluster.pids("head"):
-        if "submit" in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGKILL)
+    lab.signal_driver(signal.SIGKILL)
     process.communicate()
     again, _ = lab.submit("resume", run.run_id)
     finished(again, run)
@@ -315,9 +328,7 @@ def test_a_killed_driver_and_the_same_run_again(lab, reference):
 def test_asked_to_end_it_saves_first(lab, reference):
     process, run = lab.submit()
     reached(run, 25, process)
-    for pid in lab.cluster.pids("head"):
-        if "submit" in Path(f"/proc/{pid}/cmdline").read_text():
-            os.kill(pid, signal.SIGTERM)
+    lab.signal_driver(signal.SIGTERM)
     process.communicate(timeout=60)
     assert run.state() == "stopped"
     again, _ = lab.submit("resume", run.run_id)
@@ -329,7 +340,7 @@ def test_asked_to_end_it_saves_first(lab, reference):
 def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
     process, run = lab.submit()
     reached(run, 25, process)
-    lab.cluster.power_off("head")
+    lab.power_off("head")
     process.communicate()
     lab.cluster.boot("head")
     lab.start("head")

@@ -12,8 +12,19 @@ from pathlib import Path
 
 import pytest
 
+from clusters import own_node
 from clusters.capability import DeviceCapability, NodeCapability
-from clusters.own_node import CannotServe, OwnNode, address_of, environment, knock, ray_arguments, token_file
+from clusters.own_node import (
+    CannotServe,
+    OwnNode,
+    address_of,
+    check_place,
+    environment,
+    keep_running,
+    knock,
+    ray_arguments,
+    token_file,
+)
 from clusters.units import GIB
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -56,10 +67,32 @@ def test_a_token_is_made_once_and_only_its_owner_reads_it(tmp_path):
     assert token_file(path, make=True).read_text() == first and len(first) == 64
 
 
+def test_an_empty_token_file_that_anyone_reads_is_filled_and_closed(tmp_path):
+    path = tmp_path / "token"
+    path.touch(mode=0o644)
+
+    assert len(token_file(path, make=True).read_text()) == 64
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+
+
+def test_a_token_that_ray_left_for_all_to_read_is_closed_and_a_named_one_is_its_owners_affair(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    own_path, named = tmp_path / ".ray" / "auth_token", tmp_path / "named"
+    own_path.parent.mkdir()
+    for path in (own_path, named):
+        path.write_text("secret")
+        path.chmod(0o644)
+
+    assert stat.S_IMODE(token_file(None, make=False).stat().st_mode) == 0o600
+    assert stat.S_IMODE(token_file(named, make=False).stat().st_mode) == 0o644
+
+
 def test_token_mode_is_on_whatever_the_shell_says():
-    told = environment(Path("/t"), {"RAY_AUTH_MODE": "disabled", "RAY_health_check_period_ms": "500"})
+    shell = {"RAY_AUTH_MODE": "disabled", "RAY_AUTH_TOKEN": "another", "RAY_health_check_period_ms": "500"}
+    told = environment(Path("/t"), shell)
 
     assert told["RAY_AUTH_MODE"] == "token" and told["RAY_AUTH_TOKEN_PATH"] == "/t"
+    assert "RAY_AUTH_TOKEN" not in told  # Ray would prefer it to the file
     assert told["RAY_health_check_period_ms"] == "500"  # who set it meant it
 
 
@@ -75,6 +108,117 @@ def test_a_silent_head_has_a_reason():
         port = server.getsockname()[1]
     assert "refused" in knock(f"127.0.0.1:{port}")
     assert knock("nowhere:port")
+
+
+def test_a_place_that_ray_could_never_take_is_refused_at_once():
+    check_place("127.0.0.1")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(CannotServe, match=f"port {port} is in use"):
+            check_place("127.0.0.1", port)
+    with pytest.raises(CannotServe, match="is not an IPv4 address of this machine"):
+        check_place("203.0.113.7")
+
+
+class Clock:
+    """Stands in for the time module: sleeping passes its time at once, and something may happen at a moment."""
+
+    def __init__(self, happens=lambda now: None):
+        self.now, self.happens = 0.0, happens
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        self.happens(self.now)
+
+
+@pytest.fixture
+def signals():
+    """The handlers of before come back."""
+    asked = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = [signal.getsignal(number) for number in asked]
+    yield
+    for number, handler in zip(asked, before, strict=True):
+        signal.signal(number, handler)
+
+
+def child(tmp_path, monkeypatch, script):
+    """What is started in place of Python with Ray."""
+    path = tmp_path / "child"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(path))
+
+
+BOX = NodeCapability("box", 1, None, (CPU,))
+
+
+def test_a_node_that_ends_is_started_again_after_pauses_that_grow(tmp_path, monkeypatch, signals):
+    child(tmp_path, monkeypatch, "echo it fell; exit 1")
+    said = []
+
+    def end_after_eight(_):
+        if len(said) == 8:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(own_node, "time", Clock(end_after_eight))
+    keep_running(own(), BOX, said.append)
+
+    assert [int(line.split()[-2]) for line in said] == [1, 2, 4, 8, 16, 30, 30, 30]
+    assert said[0] == "the node ended (it fell); starting it again in 1 s"
+
+
+def test_a_minute_of_life_makes_the_pauses_short_again(tmp_path, monkeypatch, signals):
+    child(tmp_path, monkeypatch, "echo Ray runtime started; exit 1")
+    clock, said, num_lives = Clock(), [], 0
+
+    def say(line):
+        nonlocal num_lives
+        if "is up" in line:
+            num_lives += 1
+            clock.now += 61 if num_lives == 4 else 0  # the fourth lives long
+        else:
+            said.append(int(line.split()[-2]))
+        if num_lives == 5:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(own_node, "time", clock)
+    keep_running(own(), BOX, say)
+
+    assert said == [1, 2, 4, 1]
+
+
+def test_a_head_that_is_not_there_yet_is_waited_for_and_said_once(monkeypatch, signals):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    said = []
+    monkeypatch.setattr(own_node, "time", Clock(lambda now: now > 100 and signal.raise_signal(signal.SIGTERM)))
+    keep_running(own(head=f"127.0.0.1:{port}"), BOX, said.append)
+
+    (line,) = said
+    assert line.startswith(f"127.0.0.1:{port} does not answer yet")
+
+
+def test_a_refused_token_ends_the_tries_and_a_head_refuses_nobody(tmp_path, monkeypatch, signals):
+    child(tmp_path, monkeypatch, "echo InvalidAuthToken: Unauthenticated; exit 1")
+    monkeypatch.setattr(own_node, "time", Clock(lambda now: now > 5 and signal.raise_signal(signal.SIGTERM)))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        where = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(CannotServe, match=f"{where} refuses the token in t"):
+            keep_running(own(head=where), BOX, lambda line: None)
+
+    keep_running(own(), BOX, lambda line: None)  # ends by the signal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_child_that_hears_no_end_is_killed(tmp_path, monkeypatch, signals, number):
+    child(tmp_path, monkeypatch, f"trap '' TERM; echo $$ > {tmp_path}/pid; echo Ray runtime started; exec sleep 60")
+    monkeypatch.setattr(own_node, "_END_S", 0.2)
+    keep_running(own(), BOX, lambda line: signal.raise_signal(number))
+
+    assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
 def started(home, *arguments):

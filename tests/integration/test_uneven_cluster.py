@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from clusters.own_node import token_file
 from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
 
@@ -54,6 +55,7 @@ def add(cluster, name):
 def place(cluster, model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     write_jsonl(folder / "train.jsonl", rows(40))
+    token_file(folder / "home" / ".ray" / "auth_token", make=True)  # as Ray itself leaves one; this cluster wants none
     (folder / "job.yaml").write_text(JOB.format(model=model_folder, address=cluster.address, shares="planned"))
     return folder
 
@@ -62,7 +64,7 @@ def started(place, *arguments):
     return subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "submit", "job.yaml", "--json", *arguments],
         cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

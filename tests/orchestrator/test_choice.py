@@ -278,3 +278,56 @@ def test_golden_plans(name):
         pytest.fail(f"{file.name} did not exist and was written; look at it and run again")
 
     assert found == json.loads(file.read_text())
+
+
+def test_more_samples_a_step_where_the_network_is_slow_and_only_where_nobody_said():
+    machines = machine("a", "RTX 3060"), machine("b", "RTX 3060")
+    made = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400)
+    stated = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400, text="train: {global_batch_size: 16}\n")
+
+    assert made.global_batch_size > 16 and len(made.nodes) == 2
+    assert "fewer sums over the network" in made.reasons["train.global_batch_size"]
+    assert made.num_steps * made.global_batch_size == pytest.approx(3 * 6400, rel=0.05)
+    assert stated.global_batch_size == 16
+    assert made.total_s < stated.total_s
+
+
+def test_every_way_to_keep_together_has_its_seconds():
+    made = plan(SMALL, machine("a", "RTX 3090"), machine("b", "RTX 3090"), link_bytes_per_s=1.2e8, samples=6400)
+
+    ways = made.sync.options
+    assert ways["all-reduce bfloat16"] < ways["all-reduce float32"]
+    assert ways["local steps"] < ways["all-reduce float32"]
+
+
+def test_who_would_make_it_slower_is_left_out_and_told_what_else_to_do():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("box", cores=4), link_bytes_per_s=1.2e7, samples=3200)
+
+    assert [part.node for part in made.nodes] == ["a"]
+    assert "a step would take" in made.left_out["box"] and "search trials" in made.left_out["box"]
+
+
+def test_a_stated_number_of_workers_is_kept():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("b", "RTX 3060"), link_bytes_per_s=1e6,
+                text="cluster: {num_workers: 2}\n")  # fmt: skip
+
+    assert len(made.nodes) == 2
+
+
+def test_a_machine_gives_as_many_devices_as_it_offers():
+    import dataclasses
+
+    generous, shy = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090", "RTX 3090")
+    shy = dataclasses.replace(shy, num_slots=1)
+    made = plan(SMALL, generous, dataclasses.replace(shy), link_bytes_per_s=1e10, samples=6400,
+                text="cluster: {num_workers: 3}\n")  # fmt: skip
+
+    assert sorted(part.node for part in made.nodes) == ["a", "a", "b"]
+
+
+def test_all_workers_have_one_optimizer():
+    """Replicas stay equal only if all make the same update."""
+    made = plan(MIDDLE, machine("a", "RTX 4090"), machine("b", "RTX 3060 12GB"), link_bytes_per_s=1e10, samples=6400,
+                text="cluster: {num_workers: 2}\n")  # fmt: skip
+
+    assert len({part.techniques.optim for part in made.nodes}) == 1

@@ -1,0 +1,76 @@
+"""The verbs of a cluster of one's own: a mistake is told at once, with its exit code, and nothing is started."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cluster_cli import _latest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def said(home, *arguments):
+    """Exit code, standard output, standard error."""
+    hidden = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        env={**hidden, "HOME": str(home), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        out, err = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # not killed: a verb that should have refused has a node to end
+        out, err = process.communicate(timeout=60)
+    return process.returncode, out, err
+
+
+@pytest.mark.parametrize("head", ["host:port", ":6379", "10.0.0.1:99999", "10.0.0.1:0", ""])
+def test_what_is_no_address_is_not_knocked_at(tmp_path, head):
+    code, _, told = said(tmp_path, "join", head)
+
+    assert code == 2
+    assert f"{head!r} is not HOST or HOST:PORT" in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected", "words"),
+    [
+        (("head", "--interface", "lo", "--address", "127.0.0.1"), 2, "give one of them"),
+        (("head", "--name", "a/b"), 2, "--name 'a/b'"),
+        (("head", "--address", "203.0.113.7"), 4, "is not an IPv4 address of this machine"),
+        (("head", "--interface", "nosuch0"), 4, "nosuch0: has no IPv4 address here"),
+        (("join", "127.0.0.1"), 4, "there is no token in"),
+    ],
+)
+def test_a_mistake_ends_with_its_code_and_leaves_nothing(tmp_path, arguments, expected, words):
+    code, _, told = said(tmp_path, *arguments)
+
+    assert code == expected
+    assert words in told and "Traceback" not in told
+    assert not (tmp_path / ".ray").exists()
+
+
+def test_nodes_of_no_cluster_say_how_to_have_one(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    code, told, _ = said(tmp_path, "nodes", "--cluster", f"127.0.0.1:{port}", "--json")
+
+    assert code == 4
+    assert "Start one with `orchestrator head`" in json.loads(told)["error"]
+
+
+def test_earlier_lives_of_a_node_that_came_back_are_not_shown():
+    def row(name, state, slots):
+        return {"name": name, "state": state, "slots": slots}
+
+    found = [row("b", "lost", 0), row("a", "alive", 1), row("b", "alive", 2), row("b", "lost", 0), row("c", "lost", 0)]
+
+    assert _latest(found) == [row("a", "alive", 1), row("b", "alive", 2), row("c", "lost", 0)]
