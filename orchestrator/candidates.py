@@ -61,6 +61,16 @@ class Switches:
     zero_stages: Sequence[int]
     torch_compile: bool
     max_length: int
+    deepspeed: bool = False  # the job speaks of DeepSpeed: stage 1 is its, too
+
+
+@dataclass(frozen=True)
+class Division:
+    """How a group divides what each of its devices would otherwise keep whole."""
+
+    stage: int = 0  # of ZeRO
+    num_devices: int = 1
+    state_share: float | None = None  # by memory: this device's part of the optimizer's state
 
 
 @dataclass(frozen=True)
@@ -238,38 +248,66 @@ def _place(
     tried: Tried,
 ) -> Candidate | None:
     """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
-    shares = [1.0 / len(slots)] * len(slots)
+    count = len(slots)
+    divisions = [Division(stage, count)] * count
+    by_deepspeed = count > 1 and (stage > 1 or (stage == 1 and switches.deepspeed))
+    if by_deepspeed and len({slot.device.name for slot in slots}) > 1:
+        label = f"{method.name} + ZeRO-{stage} x {count} on {slots[-1].node.name} ({slots[-1].device.name})"
+        tried.reject(label, "DeepSpeed divides into equal parts: it needs devices of one kind (zero1 works by memory)")
+        return None
+    if stage == 1 and not by_deepspeed:
+        parts = _state_shares(workload, slots, method, switches, tried)
+        if parts is None:
+            return None
+        divisions = [Division(stage, count, part) for part in parts]
+    shares = [1.0 / count] * count
     best: list[StrategyPlan] = []
-    for _ in range(1 if len(slots) == 1 else 3):  # a share decides the micro-batch, which decides the speed
+    for _ in range(1 if count == 1 or by_deepspeed else 3):  # a share decides the micro-batch, which decides the speed
         best = []
-        for slot, share in zip(slots, shares, strict=True):
-            found = _best_on(replace(workload, share=share), slot, method, stage, len(slots), switches, prefer, tried)
+        for slot, share, division in zip(slots, shares, divisions, strict=True):
+            found = _best_on(replace(workload, share=share), slot, method, division, switches, prefer, tried)
             if found is None:
                 return None
             best.append(found)
-        speeds = [share / plan.time.step_s for share, plan in zip(shares, best, strict=True)]
-        shares = [speed / sum(speeds) for speed in speeds]
+        if not by_deepspeed:
+            speeds = [share / plan.time.step_s for share, plan in zip(shares, best, strict=True)]
+            shares = [speed / sum(speeds) for speed in speeds]
     network, assumed = _network(slots, cluster)
     wait_s = _wait_s(network, best) if network else 0.0
     placed = tuple(Placed(slot, plan, share) for slot, plan, share in zip(slots, best, shares, strict=True))
     return Candidate(method, placed, wait_s, workload.num_steps, workload.tokens_per_step, network, assumed)
 
 
+def _state_shares(
+    workload: Workload, slots: Sequence[Slot], method: Method, switches: Switches, tried: Tried
+) -> list[float] | None:
+    """The optimizer's state by what memory is free beside everything else; None where there is no room at all."""
+    if any(math.isinf(slot.memory_bytes) for slot in slots):
+        return [1.0 / len(slots)] * len(slots)
+    free = []
+    for slot in slots:
+        share = replace(workload, share=1.0 / len(slots))
+        leanest = _best_on(share, slot, method, Division(1, len(slots), 0.0), switches, "memory", tried)
+        if leanest is None:
+            return None
+        free.append(max(0.0, slot.memory_bytes - _cautious(leanest)))
+    return [room / sum(free) for room in free] if sum(free) else None
+
+
 def _best_on(
     workload: Workload,
     slot: Slot,
     method: Method,
-    stage: int,
-    num_devices: int,
+    division: Division,
     switches: Switches,
     prefer: Prefer,
     tried: Tried,
 ) -> StrategyPlan | None:
     """The fastest (or leanest) settings that fit one slot; of equals the plainest, which are listed first."""
     share, optim = round(workload.share, 3), switches.optims[0]
-    key = (slot.node.name, slot.device.name, method.name, stage, num_devices, share, optim)
+    key = (slot.node.name, slot.device.name, method.name, division, share, optim)
     if key not in tried._looked:
-        tried._looked[key] = _all_on(workload, slot, method, stage, num_devices, switches, tried)
+        tried._looked[key] = _all_on(workload, slot, method, division, switches, tried)
     fitting = tried._looked[key]
     if not fitting:
         return None
@@ -283,8 +321,7 @@ def _all_on(
     workload: Workload,
     slot: Slot,
     method: Method,
-    stage: int,
-    num_devices: int,
+    division: Division,
     switches: Switches,
     tried: Tried,
 ) -> list[StrategyPlan]:
@@ -293,7 +330,7 @@ def _all_on(
     host_room = (slot.node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES
     fitting: list[StrategyPlan] = []
     nearest: StrategyPlan | None = None
-    for techniques in _settings(workload, slot, method, stage, num_devices, switches, tried):
+    for techniques in _settings(workload, slot, method, division, switches, tried):
         plan = method.estimate(workload, slot.device, slot.node, techniques)
         needs, host = plan.memory.total_bytes, plan.memory.host_bytes
         if where not in tried.least or needs < tried.least[where].memory.total_bytes:
@@ -322,13 +359,12 @@ def _settings(
     workload: Workload,
     slot: Slot,
     method: Method,
-    stage: int,
-    num_devices: int,
+    division: Division,
     switches: Switches,
     tried: Tried,
 ) -> Iterator[Techniques]:
     """Settings worth an estimate: of kernels that compute the same only the best the device has."""
-    where = f"{slot.node.name} ({slot.device.name})"
+    where, num_devices = f"{slot.node.name} ({slot.device.name})", division.num_devices
     dtypes = _worthwhile(switches.dtypes, slot)
     for packing, offload, optim in itertools.product(switches.packings, switches.offloads, switches.optims):
         for dtype in dtypes:
@@ -345,8 +381,9 @@ def _settings(
                     loss_type=switches.losses[0],
                     torch_compile=switches.torch_compile,
                     offload=offload,
-                    zero_stage=stage,
-                    num_shards=num_devices if stage else 1,
+                    zero_stage=division.stage,
+                    num_shards=num_devices if division.stage else 1,
+                    state_share=division.state_share,
                 )
                 reason = conflict(method, techniques, slot.device, workload.shape, num_devices)
                 if reason is None:
@@ -429,13 +466,22 @@ def _network(slots: Sequence[Slot], cluster: ClusterCapability) -> tuple[Network
 
 
 def _wait_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
-    """Seconds a step waits: for gradients that the backward pass does not hide, for weights that ZeRO-3 gathers."""
+    """Seconds a step waits: for gradients that the backward pass does not hide, for weights that ZeRO moves."""
     gradient = max(plan.gradient_bytes for plan in plans)
     gathered = max(plan.gathered_bytes for plan in plans)
     num_micro = max(plan.num_micro_batches for plan in plans)
-    micro_batch_s = min(plan.time.step_s / plan.num_micro_batches for plan in plans)
-    bucket = network.bucket_bytes(gradient)
-    return network.exposed_s(gradient, micro_batch_s, bucket) + network.gather_s(gathered, num_micro)
+    techniques = plans[0].techniques
+    if not techniques.uses_engine:
+        micro_batch_s = min(plan.time.step_s / plan.num_micro_batches for plan in plans)
+        waits = network.exposed_s(gradient, micro_batch_s, network.bucket_bytes(gradient))
+        if techniques.zero_stage == 1:  # who updated a piece sends it to the others
+            waits += network.gather_s(gradient)
+        return waits
+    # DeepSpeed reduces every micro-batch's gradients from stage 2 on, and nothing of ours hides it.
+    reduced = network.gather_s(gradient) * (num_micro if techniques.zero_stage >= 2 else 1)
+    if techniques.zero_stage >= 3:
+        return reduced + num_micro * network.gather_s((2 + techniques.gradient_checkpointing) * gathered)
+    return reduced + network.gather_s(gradient)
 
 
 def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -104,7 +104,7 @@ def catalogue(
             verdict = judge(technique, choice, device, node, num_devices)
             row: dict[str, Any] = {"node": node.name, "device": device.name, "model": model, "about": technique.about}
             row["not_with"] = _not_with(technique, choice, device)
-            row |= {"switch": technique.switch, "quality": technique.quality, "runs": technique.runs, **asdict(verdict)}
+            row |= {"switch": technique.switch, "quality": technique.quality, **asdict(verdict)}
             if measure:
                 say(f"measuring {technique.name} ...")
                 row |= _measured(technique, device, node, verdict.level)
@@ -194,8 +194,8 @@ def _measured(technique: Technique, device: DeviceCapability, node: NodeCapabili
     """Expected and measured ratios on the small model of strategies.measuring."""
     if level == "impossible":
         return {"problem": "impossible here"}
-    if not technique.runs:
-        return {"problem": "not run by this version"}
+    if technique.needs_devices > 1:
+        return {"problem": "needs several workers: tests/benchmarks/zero.py measures it"}
     from strategies.measuring import measure, small_workload
 
     work = small_workload()

@@ -186,7 +186,7 @@ def plan(
     asked = _job(job, set_)
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(asked, _say, cluster, refresh, runnable_only=cluster is None)
+        ready = prepare(asked, _say, cluster, refresh)
     else:
         ready = plan_without_data(asked, cluster, _say, refresh)
     checks: dict[str, Any] = {}

@@ -160,10 +160,6 @@ def _totals(plan: Plan) -> Text:
         text.append(f"; {price.total:.2f} {price.currency}{energy}")
         if price.machines is None:
             text.append(" (electricity only: the machine's price is unknown)")
-    first = plan.techniques
-    if first.zero_stage or first.offload in ("optimizer", "parameters"):
-        what = "ZeRO, or offload of optimizer or parameters"
-        text.append(f"\nThis needs {what}: planned by this version, not run by it yet.", style="yellow")
     if plan.is_guess:
         text.append(
             "\nA figure of these machines is unknown and a typical one stood in: times are rough.", style="yellow"

@@ -23,6 +23,7 @@ from orchestrator.reasons import alternatives, explain_choice, left_out, why_not
 from orchestrator.spec import JobSpec
 from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, Workload
 from strategies.rules import conflict
+from strategies.techniques.sharding import refused_keys
 
 _LONGEST_AUTO = 2048
 _ABOUT_AS_FAST = 1.15
@@ -30,8 +31,6 @@ _MORE_SAMPLES = (2, 4, 8)  # times those of a step, where a group waits for its 
 _WAITS = 0.2  # of a step for the network is worth a thought
 _WORTH_LARGER_STEPS = 1.1  # so much faster, or the smaller steps stay
 _LEAST_STEPS_PER_EPOCH = 8
-_RUN_BY_SUBMIT = (0,)  # ZeRO stages
-_OFFLOADS_RUN_BY_SUBMIT = ("none", "activations")
 
 
 def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) -> tuple[int, str | None]:
@@ -84,25 +83,16 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
     return slots
 
 
-def switches_of(spec: JobSpec, max_length: int, runnable_only: bool) -> Switches:
+def switches_of(spec: JobSpec, max_length: int) -> Switches:
     """What each switch may be: the job's word, or everything worth a look."""
     model, train, strategy = spec.model, spec.train, spec.strategy
     modes = {"zero1": 1, "zero2": 2, "zero3": 3}
-    stages: Sequence[int] = (0, 2, 3)
+    stages: Sequence[int] = (0,) if strategy.local_steps else (0, 1, 2, 3)
     if strategy.mode != "auto":
         stages = (modes.get(strategy.mode, 0),)
     offloads: Sequence[Any] = ("none", "activations", "optimizer", "parameters")
     if strategy.offload != "auto":
         offloads = (strategy.offload,)
-    if runnable_only:
-        if strategy.mode in modes or strategy.offload not in ("auto", *_OFFLOADS_RUN_BY_SUBMIT):
-            key, value = ("mode", strategy.mode) if strategy.mode in modes else ("offload", strategy.offload)
-            raise JobError(
-                f"strategy.{key}: {value} can be planned (`orchestrator plan --hardware FILE`) but not run by this"
-                " version; set it to auto"
-            )
-        stages = _RUN_BY_SUBMIT
-        offloads = [what for what in offloads if what in _OFFLOADS_RUN_BY_SUBMIT]
     dtypes: Sequence[Dtype] = ("bfloat16", "float16", "float32") if model.dtype == "auto" else (model.dtype,)
     attentions: Sequence[str] = ("document", "flash_attention_2", "sdpa", "eager")
     if model.attn_implementation != "auto":
@@ -126,6 +116,7 @@ def switches_of(spec: JobSpec, max_length: int, runnable_only: bool) -> Switches
         zero_stages=stages,
         torch_compile=train.torch_compile,
         max_length=max_length,
+        deepspeed=spec.strategy.deepspeed is not None,
     )
 
 
@@ -136,14 +127,13 @@ def make_plan(
     max_length: int,
     held_out: HeldOut | None,
     reasons: dict[str, str],
-    runnable_only: bool = True,
 ) -> Plan:
     """Resolve what is left open.  Raises NothingFits when nothing fits or keeps the goal, JobError for mistakes."""
     reasons = dict(reasons)
     slots = slots_of(spec, cluster)
     if not slots:
         raise NothingFits("no machine has a device that could train; declare one with --hardware FILE")
-    switches = switches_of(spec, max_length, runnable_only)
+    switches = switches_of(spec, max_length)
     _refuse_contradictions(spec, workload, slots, switches)
     methods = spec.methods()
 
@@ -268,6 +258,13 @@ def _larger_steps(
 
 def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """What the job states must hold together on at least one device, whatever the rest is."""
+    strategy = spec.strategy
+    if decided := refused_keys(strategy.deepspeed or {}):
+        raise JobError(
+            [f"strategy.deepspeed.{key}: the plan decides it; say it by {where}" for key, where in decided.items()]
+        )
+    if strategy.local_steps and strategy.mode.startswith("zero"):
+        raise JobError("strategy.local_steps: workers that train apart hold everything; set strategy.mode to ddp")
     attention, packing, compiled = spec.model.attn_implementation, spec.data.packing, spec.train.torch_compile
     if attention == "document" and packing is False:
         raise JobError("model.attn_implementation: document needs data.packing: true")

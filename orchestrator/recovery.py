@@ -231,8 +231,18 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
     wanted = min(asked, num_slots) if isinstance(asked, int) else asked
     cluster = job.spec.cluster.model_copy(update={"num_workers": wanted})
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
+    # ZeRO needs companions; who is left alone goes on without it, from the same whole checkpoint.
+    strategy = job.spec.strategy.model_copy(
+        update={"mode": "auto"} if job.spec.strategy.mode.startswith("zero") else {}
+    )
     spec = job.spec.model_copy(
-        update={"method": method_section(**plan.method), "train": train, "cluster": cluster, "goal": goal}
+        update={
+            "method": method_section(**plan.method),
+            "train": train,
+            "cluster": cluster,
+            "goal": goal,
+            "strategy": strategy if num_slots < 2 else job.spec.strategy,
+        }
     )
     return Job(spec, job.folder, job.text)
 

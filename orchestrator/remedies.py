@@ -54,12 +54,12 @@ def remedies(
     if not found:
         for slot in {(s.node.name, s.device.name): s for s in slots}.values():
             twice = replace(slot, node=replace(slot.node, name=f"{slot.node.name}-2"))
-            more = replace(freed, zero_stages=(0, 2, 3), offloads=("none", "optimizer", "parameters"))
+            more = replace(freed, zero_stages=(0, 1, 2, 3), offloads=("none", "optimizer", "parameters"))
             if fits(workload, [*slots, twice], methods, more):
-                found.append(f"one more {slot.device.name}, sharded (planned, not run by this version)")
+                found.append(f"one more {slot.device.name}, sharded")
                 break
             offloaded = replace(freed, offloads=("none", "activations", "optimizer", "parameters"))
             if fits(workload, slots, methods, offloaded):
-                found.append("offload to host memory (planned, not run by this version)")
+                found.append("offload to host memory (strategy.offload: auto)")
                 break
     return found[:4]

@@ -87,7 +87,6 @@ def prepare(
     say: Callable[[str], None],
     declared: ClusterCapability | None = None,
     refresh: bool = False,
-    runnable_only: bool = True,
 ) -> Ready:
     """Find the model, tokenise the data, look at the machines and plan.  Raises JobError and NothingFits.
 
@@ -112,7 +111,7 @@ def prepare(
         if repeated:
             say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     lengths, learnt = train.lengths.tolist(), int(train.num_supervised.sum())
-    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts, runnable_only)
+    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
 
@@ -145,7 +144,7 @@ def plan_without_data(
     lengths, learnt = rough_lengths(job, max_length)
     counts, lengths, learnt = _rough_held_out(job, max_length, lengths, learnt)
     capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
-    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts, declared is None)
+    plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)
     statistics = {"train": None, "rough": f"{len(lengths)} rows of about {sum(lengths) / len(lengths):.0f} tokens"}
     return Ready(job, plan, capability, work, {}, statistics)
 
@@ -177,7 +176,6 @@ def _plan(
     lengths: list[int],
     num_supervised: int,
     counts: HeldOut | None,
-    runnable_only: bool,
 ) -> tuple[Plan, Workload]:
     spec = job.spec
     max_length, why_length = planner.resolve_max_length(spec, config)
@@ -187,7 +185,7 @@ def _plan(
     reasons = {"cluster.num_workers": why_workers, "data.max_length": why_length, "train.global_batch_size": why_batch}
     known = {key: why for key, why in reasons.items() if why}
     capability = calibration.calibrated(capability, output_dir(job))
-    return planner.make_plan(spec, work, capability, max_length, counts, known, runnable_only), work
+    return planner.make_plan(spec, work, capability, max_length, counts, known), work
 
 
 def held_out_of(run: RunFolder, job: Job, other: Path | None, say: Callable[[str], None]) -> Any:
@@ -313,7 +311,6 @@ def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability)
         data.lengths.tolist(),
         int(data.num_supervised.sum()),
         _counts(held_out),
-        runnable_only=True,
     )
     return keep_numbers(first, again)
 

@@ -107,10 +107,12 @@ class StrategySection(Section):
     """How the work is laid on the machines."""
 
     mode: Auto | Literal["single", "ddp", "zero1", "zero2", "zero3"] = _key(
-        "auto", "one worker, data parallel over several, or ZeRO (planned, not run yet)"
+        "auto",
+        "one worker; ddp: several, each with everything; zero1: the optimizer's state divided by memory, over any"
+        " devices; zero2, zero3: gradients and weights too, by DeepSpeed, over devices of one kind",
     )
     offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = _key(
-        "auto", "what waits in host memory (optimizer, parameters: planned, not run yet)"
+        "auto", "what waits in a GPU's host: the optimizer with its step, the weights too, or activations"
     )
     shares: Literal["measured", "planned"] = _key(
         "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"
@@ -121,6 +123,10 @@ class StrategySection(Section):
     sync_dtype: Literal["float32", "bfloat16"] = _key(
         "float32", "gradients between workers; bfloat16 halves what is sent"
     )
+    deepspeed: dict[str, Any] | None = _key(
+        None, "DeepSpeed keys laid over the configuration that the plan makes; {} = DeepSpeed's equal parts for zero1"
+    )
+    nvme_path: str | None = _key(None, "offload to this folder on a fast disk instead of host memory (ZeRO-3)")
     preflight: bool = _key(True, "before the run: the longest batch, an evaluation step, a checkpoint and back")
     memory_safety: float = _key(0.08, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
 

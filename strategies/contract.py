@@ -76,6 +76,20 @@ class Techniques:
     offload: Offload = "none"
     zero_stage: int = 0
     num_shards: int = 1  # devices that share what zero_stage shards
+    state_share: float | None = None  # ZeRO-1 by memory: this device's part of the optimizer's state
+
+    @property
+    def uses_engine(self) -> bool:
+        """Whether DeepSpeed takes over gradients and update."""
+        divides = self.zero_stage > 0 and self.state_share is None
+        return divides or self.offload in ("optimizer", "parameters")
+
+    @property
+    def state_part(self) -> float:
+        """Of the optimizer's state, what this device keeps and updates."""
+        if self.state_share is not None:
+            return self.state_share
+        return 1 / self.num_shards if self.zero_stage >= 1 else 1.0
 
     @property
     def micro_batch_tokens(self) -> int:
@@ -173,6 +187,47 @@ class TrainSettings:
     seed: int
 
 
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds of a training, whole and on the CPU."""
+
+    weights: dict[str, torch.Tensor]  # trained weights by name
+    moments: dict[str, dict[str, torch.Tensor]]  # the optimizer's tensors by weight and by their own name
+
+
+class Sharding(Protocol):
+    """Workers that keep parts of the optimizer's state, or of more: every call is made by all of them together."""
+
+    def gather(self) -> TrainState | None:
+        """The whole state on the first worker, None on the others."""
+        ...
+
+    def restore(self, state: TrainState) -> None:
+        """Take this worker's part of a whole state; without moments only the weights."""
+        ...
+
+    def forget(self) -> None:
+        """The optimizer as if it had made no step."""
+        ...
+
+
+class Engine(Protocol):
+    """A library that takes over the backward pass, the sum of gradients and the update.
+
+    Every worker must run as many passes as the others.
+    """
+
+    model: torch.nn.Module  # what a training pass must go through
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a loss's gradients to those of the step; what workers add is summed."""
+        ...
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """Clip (0 = never), move the weights, forget the gradients; the norm before clipping."""
+        ...
+
+
 @dataclass
 class TrainSetup:
     """A model ready to train: all that the loop may know about a method."""
@@ -180,8 +235,11 @@ class TrainSetup:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     parameters: dict[str, torch.nn.Parameter]  # the trained ones, by name: what a checkpoint must hold
-    export: Callable[[Path], None]  # writes what the run hands back
+    export: Callable[[Path, Mapping[str, torch.Tensor] | None], None]  # writes what the run hands back; trained
+    # weights are given where no worker holds them whole
     export_name: str  # "adapter" or "model": the folder of the run that receives it
+    sharding: Sharding | None = None
+    engine: Engine | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,12 +34,15 @@ class Full:
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
         num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
-        half = g < 4  # autocast: each linear map keeps a copy of its input and of its weight in that precision
+        engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
+        half = g < 4 and not engine  # autocast: each linear map keeps a copy of its input and of its weight in that
         inputs = sum(linear.inputs for linear in shape.linears) if half else shape.distinct_inputs(shape.linears)
         footprint = Footprint(
-            weights_bytes=4.0 * num_parameters,
+            weights_bytes=(g if engine else 4.0) * num_parameters,
             num_trainable=num_parameters,
-            stream_bytes=4.0,
+            trained_bytes=g if engine else 4.0,
+            master_bytes=4.0 if engine else 0.0,
+            stream_bytes=g if engine else 4.0,
             inputs_per_token=g * inputs,
             output_is_kept=True,
             product_is_kept=True,
@@ -72,7 +76,7 @@ class Full:
         parameters = dict(model.named_parameters())
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
 
-        def export(folder: Path) -> None:
-            model.save_pretrained(folder, safe_serialization=True)
+        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+            model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
 
         return TrainSetup(model, optimizer, parameters, export, export_name="model")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -68,10 +69,15 @@ class Lora:
         num_trainable = layers * per_layer
         # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
         # that read one tensor share it.
-        inputs = sum(linear.inputs for linear in targets) if g < 4 else shape.distinct_inputs(targets)
+        engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
+        cast = g < 4 and not engine
+        inputs = sum(linear.inputs for linear in targets) if cast else shape.distinct_inputs(targets)
+        trained = g if engine else 4.0
         footprint = Footprint(
-            weights_bytes=g * shape.num_parameters + 4.0 * num_trainable,
+            weights_bytes=g * shape.num_parameters + trained * num_trainable,
             num_trainable=num_trainable,
+            trained_bytes=trained,
+            master_bytes=4.0 if engine else 0.0,
             stream_bytes=g,
             inputs_per_token=g * (inputs + self.lora_r * len(targets)) * layers / shape.num_layers,
             output_is_kept=any(linear.reads == "attended" for linear in targets),
@@ -137,9 +143,14 @@ class Lora:
         ratio = self.loraplus_lr_ratio or 1.0
         optimizer = build_optimizer([{"params": slow}, {"params": fast, "lr_factor": ratio}], settings)
 
-        def export(folder: Path) -> None:
+        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
             # Asked to decide by itself, PEFT looks the base model up on the hub.
-            peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+            peft_model.save_pretrained(
+                str(folder),
+                safe_serialization=True,
+                save_embedding_layers=False,
+                state_dict=dict(weights) if weights else None,
+            )
 
         return TrainSetup(peft_model, optimizer, parameters, export, export_name="adapter")
 

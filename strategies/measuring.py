@@ -21,6 +21,7 @@ from strategies.contract import TrainSettings, TrainSetup, Workload
 from strategies.cost import trace
 from strategies.cost.trace import Lengths
 from strategies.shape import ModelShape
+from strategies.sharding import shard
 from strategies.step import Update, forward_backward, update
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
@@ -100,7 +101,8 @@ class Side:
         self.choice, self.device = choice, torch.device(device.torch_device)
         self.settings = TrainSettings(1e-4, 0.0, choice.techniques.optim, 0.9, 0.999, 1e-8, choice.techniques, seed=1)
         arguments = choice.method.load_arguments(choice.techniques)
-        self.setup: TrainSetup = _built(choice, self.settings, arguments, self.device, config)
+        built = _built(choice, self.settings, arguments, self.device, config)
+        self.setup: TrainSetup = shard(built, self.settings, self.device, (), lambda text: None)
         if choice.techniques.torch_compile:
             self.setup.model.compile(dynamic=True)
         self.batches = self._batches(lengths)

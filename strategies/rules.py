@@ -37,8 +37,29 @@ def conflict(
         ),
         (is_quantised and shape.num_experts > 0, "experts are stacked tensors, which bitsandbytes does not quantise"),
         (t.zero_stage > 0 and num_devices < 2, "ZeRO divides work among devices, and here is one"),
+        (
+            t.zero_stage > 0 and t.optim == "adafactor",
+            "Adafactor looks at whole matrices, which ZeRO cuts: set train.optim to adamw_torch_fused",
+        ),
+        (
+            t.uses_engine and t.dtype == "float16",
+            "DeepSpeed's stages were not run in fp16: set model.dtype to bfloat16 or strategy.mode to zero1",
+        ),
+        (
+            t.uses_engine and t.torch_compile,
+            "DeepSpeed's hooks break torch.compile's graph: set train.torch_compile: false",
+        ),
+        (
+            t.uses_engine and t.zero_stage >= 3 and t.loss_type == "chunked_nll",
+            "ZeRO-3 holds the output matrix inside the forward pass only: set train.loss_type: nll",
+        ),
+        (
+            t.offload in ("optimizer", "parameters") and num_devices > 1 and t.zero_stage < 2,
+            "over several devices offload goes with ZeRO-2 or 3",
+        ),
         (t.zero_stage >= 3 and is_quantised, "DeepSpeed's ZeRO-3 does not shard bitsandbytes' 4- and 8-bit weights"),
         (t.offload == "parameters" and is_quantised, "bitsandbytes' weights cannot be fetched layer by layer"),
+        (t.uses_engine and is_quantised, "quantised weights were not run under DeepSpeed: set strategy.mode to zero1"),
         (
             t.zero_stage > 0 and t.optim.startswith("adamw_bnb"),
             "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut",

@@ -17,13 +17,18 @@ from strategies.techniques.supervised_logits import Batch, loss_sum
 
 
 def forward_backward(
-    setup: TrainSetup, batch: Batch, num_supervised: int, techniques: Techniques, scaler: torch.amp.GradScaler
+    setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
     """Add a micro-batch's part to the gradients; returns its part of the step's loss, detached.
 
-    `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes.
+    `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes; infinity
+    makes a pass that counts for nothing.
     """
     kind = batch.input_ids_BT.device.type
+    if setup.engine:  # its weights are in the compute precision already
+        part = loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
+        setup.engine.backward(part)
+        return part.detach()
     with autocast(kind, techniques.dtype), saved_on_host(techniques.offload, kind):
         part = loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
     scaler.scale(part).backward()
@@ -40,11 +45,13 @@ class Update:
 
 def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> torch.Tensor:
     """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping."""
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * numbers.lr_factor
+    if setup.engine:
+        return setup.engine.update(numbers.max_grad_norm)
     scaler.unscale_(setup.optimizer)
     limit = numbers.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(list(setup.parameters.values()), limit)
-    for group in setup.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * numbers.lr_factor
     scaler.step(setup.optimizer)
     scaler.update()
     setup.optimizer.zero_grad(set_to_none=True)

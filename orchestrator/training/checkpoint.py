@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from strategies.contract import TrainSetup
+from strategies.contract import TrainSetup, TrainState
+from strategies.state import restore
 
 
 @dataclass(frozen=True)
@@ -42,31 +43,23 @@ class Checkpoint:
         weights = load_file(self.path / "weights.safetensors")
         if weights.keys() != setup.parameters.keys():
             raise ValueError(f"{self.path} holds other weights than this method trains")
-        with torch.no_grad():
-            for name, parameter in setup.parameters.items():
-                parameter.copy_(weights[name])
-        if not with_optimizer:
-            return
-        moments = load_file(self.path / "optimizer.safetensors")
-        for name, parameter in setup.parameters.items():
-            prefix = f"{name}//"
-            held = {key.removeprefix(prefix): value for key, value in moments.items() if key.startswith(prefix)}
-            if held:
-                setup.optimizer.state[parameter] = {
-                    key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-                    for key, value in held.items()
-                }
+        moments: dict[str, dict[str, torch.Tensor]] = {}
+        if with_optimizer:
+            for name, value in load_file(self.path / "optimizer.safetensors").items():
+                weight, _, key = name.rpartition("//")
+                moments.setdefault(weight, {})[key] = value
+        restore(setup, TrainState(weights, moments))
 
 
-def save(folder: Path, setup: TrainSetup, state: dict[str, Any]) -> Path:
-    """Write a checkpoint of `setup` with `state` (JSON-able, holds `step`) and return its folder."""
+def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
+    """Write a checkpoint of `held` with `state` (JSON-able, holds `step`) and return its folder."""
     final = folder / f"step-{state['step']:08d}"
     temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
     try:
-        weights = {name: p.detach().to("cpu").contiguous() for name, p in setup.parameters.items()}
-        save_file(weights, temporary / "weights.safetensors")
-        save_file(_optimizer_tensors(setup), temporary / "optimizer.safetensors")
+        save_file(held.weights, temporary / "weights.safetensors")
+        moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
+        save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
         _write_synced(temporary / "manifest.json", json.dumps({"step": state["step"], "files": files}, indent=1))
@@ -116,15 +109,6 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
     for path in [*complete[:-keep], *folder.glob("*.tmp-*")]:
         if path.name != best:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _optimizer_tensors(setup: TrainSetup) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in setup.parameters.items():
-        for key, value in setup.optimizer.state.get(parameter, {}).items():
-            if value is not None:
-                tensors[f"{name}//{key}"] = torch.as_tensor(value).detach().to("cpu").contiguous()
-    return tensors
 
 
 def _measure(file: Path, sync: bool = True) -> dict[str, Any]:

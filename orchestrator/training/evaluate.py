@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from orchestrator.data.dataset import Dataset
+from orchestrator.training.parallel import Group, even_passes
 from strategies.shape import ModelShape
 from strategies.techniques.precision import autocast
 
@@ -26,9 +27,18 @@ class Answer:
 
 @torch.no_grad()
 def generate_answers(
-    model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], max_new_tokens: int, dtype: Any
+    model: Any,
+    tokenizer: Any,
+    data: Dataset,
+    indices: Sequence[int],
+    max_new_tokens: int,
+    dtype: Any,
+    together: Group | None = None,
 ) -> list[Answer]:
-    """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left."""
+    """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
+
+    Workers that divide the weights must generate `together`: as many passes everywhere.
+    """
     prompts = [(index, *data.prompt(index)) for index in indices]
     usable = [(index, ids, reference) for index, ids, reference in prompts if reference is not None and len(ids)]
     usable.sort(key=lambda item: len(item[1]))
@@ -44,10 +54,12 @@ def generate_answers(
     longest = max((len(ids) for _, ids, _ in usable), default=0) + max_new_tokens
     rows = max(1, min(_MOST_PROMPTS, _CACHE_BYTES // (longest * _cache_bytes_per_token(inner))))
     try:
-        for start in range(0, len(usable), rows):
-            batch = usable[start : start + rows]
+        batches = [list(range(start, min(start + rows, len(usable)))) for start in range(0, len(usable), rows)]
+        for members in even_passes(together, batches) if together else batches:
+            batch = [usable[i] for i in members]
+            asked = [ids for _, ids, _ in batch] or [[tokenizer.eos_token_id or 0]]
             with autocast(model.device.type, dtype):
-                texts = _generate(model, tokenizer, [ids for _, ids, _ in batch], max_new_tokens)
+                texts = _generate(model, tokenizer, asked, max_new_tokens, together is not None)[: len(batch)]
             for (index, ids, reference), text in zip(batch, texts, strict=True):
                 answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True), reference, text)
     finally:
@@ -57,7 +69,9 @@ def generate_answers(
     return [answers[index] for index in sorted(answers)]
 
 
-def _generate(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int) -> list[str]:
+def _generate(
+    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, together: bool = False
+) -> list[str]:
     width = max(len(ids) for ids in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     input_ids = torch.full((len(prompts), width), pad, dtype=torch.long)
@@ -73,6 +87,7 @@ def _generate(model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens
         pad_token_id=pad,
         eos_token_id=tokenizer.eos_token_id,
         use_cache=True,
+        synced_gpus=together,
     )
     return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in output]
 

@@ -8,6 +8,7 @@ workers and the share of each change the speed and nothing else.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import resource
 import sys
@@ -27,7 +28,7 @@ from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import Diverged, NothingFits
 from orchestrator.training.leaner import is_out_of_memory, leaner
 from orchestrator.training.local_steps import LocalSteps
-from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.parallel import GradientSum, Group, even_passes
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
 from strategies.step import Update, forward_backward, update
@@ -71,7 +72,7 @@ class Hooks:
     """The loop's view of the outside world."""
 
     record: Callable[..., None]  # (event, **fields)
-    save: Callable[[Progress], str]  # writes a checkpoint, returns its name
+    save: Callable[[Progress], str | None]  # writes a checkpoint, returns its name; None where another worker does
     should_stop: Callable[[], str | None]  # one of WISHES
 
 
@@ -97,7 +98,7 @@ def train(
     model, optimizer, parameters = setup.model, setup.optimizer, list(setup.parameters.values())
     device = parameters[0].device
     shares = shares or Shares([1.0 / group.size] * group.size)
-    gradients = GradientSum(group, parameters)
+    gradients = GradientSum(group, [] if setup.engine else parameters)
     apart = LocalSteps(parameters, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
@@ -123,18 +124,23 @@ def train(
                 own = [lengths[i] for i in local]
                 rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
                 batches = micro_batches(own, rows, max_length, techniques.packing)
+                if setup.engine:
+                    batches = even_passes(group, batches)
                 counted = int(data.num_supervised[[sample_ids[i] for i in local]].sum()) if apart else num_supervised
                 for number, members in enumerate(batches, start=1):
-                    batch = collate(data, [sample_ids[local[i]] for i in members], techniques.packing).to(device)
+                    # A pass without samples takes any and counts for nothing.
+                    taken = [sample_ids[local[i]] for i in members] or sample_ids[:1]
+                    batch = collate(data, taken, techniques.packing).to(device)
                     torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
                     if number == len(batches) and not apart:
                         gradients.arm()
-                    loss += forward_backward(setup, batch, counted, techniques, scaler) * (counted / num_supervised)
+                    part = forward_backward(setup, batch, counted if members else math.inf, techniques, scaler)
+                    loss += part * (counted / num_supervised)
                 if apart:
                     update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm))
             part = loss.item()
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
                 raise
             lacking, part, batch = str(error).splitlines()[0], 0.0, None
         own_s = time.perf_counter() - began
@@ -224,9 +230,9 @@ def train(
             if improved:
                 progress.best_checkpoint = f"step-{progress.step:08d}"
             # Unlike devices round differently; from here on all go on from what a restart would begin with.
-            if not group.alike:
+            if not group.alike and not setup.sharding:
                 group.broadcast(_replicated(setup), 0)
-            if group.rank == 0:
+            if group.rank == 0 or setup.sharding:
                 name = hooks.save(progress)
                 hooks.record("checkpoint", step=progress.step, name=name)
         if progress.stopped:
@@ -283,10 +289,12 @@ def evaluate_loss(
     mine = split_by_share(lengths, shares)[group.rank]
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     total = 0.0
-    for members in micro_batches([lengths[i] for i in mine], rows, max_length, packing):
-        batch = collate(data, [mine[i] for i in members], packing).to(device)
-        with autocast(device.type, techniques.dtype):
-            total += loss_sum(model, batch, techniques.loss_type).item()
+    batches = micro_batches([lengths[i] for i in mine], rows, max_length, packing)
+    for members in even_passes(group, batches) if setup.engine else batches:
+        batch = collate(data, [mine[i] for i in members] or [0], packing).to(device)
+        with contextlib.nullcontext() if setup.engine else autocast(device.type, techniques.dtype):
+            part = loss_sum(model, batch, techniques.loss_type).item()
+        total += part if members else 0.0
     model.train(was_training)
     return group.sum([total])[0] / int(data.num_supervised.sum())
 

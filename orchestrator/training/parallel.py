@@ -64,6 +64,23 @@ class Group:
         return dist.all_reduce(tensor, async_op=True)
 
 
+def even_passes(group: Group, batches: Sequence[list[int]]) -> list[list[int]]:
+    """As many micro-batches as the worker with most has: the largest are halved, then empty ones are added.
+
+    Collective.  An engine's workers gather and reduce in every pass, so nobody may run fewer.
+    """
+    most = int(max(group.sum([float(len(batches)) if rank == group.rank else 0.0 for rank in range(group.size)])))
+    evened = list(batches)
+    while len(evened) < most:
+        largest = max(range(len(evened)), key=lambda index: len(evened[index]), default=None)
+        if largest is None or len(evened[largest]) < 2:
+            evened.append([])
+        else:
+            whole = evened.pop(largest)
+            evened += [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
+    return evened
+
+
 class GradientSum:
     """Replaces every gradient by its sum over the workers, beginning while the backward pass still runs.
 

@@ -26,6 +26,7 @@ from orchestrator.training import checkpoint
 from orchestrator.training.loop import evaluate_loss, peak_bytes
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSetup
+from strategies.state import forget, gather
 from strategies.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 
@@ -42,7 +43,7 @@ def check(
     device = next(iter(setup.parameters.values())).device
     began = time.perf_counter()
     try:
-        tokens = _longest_batch(setup, data, techniques, global_batch_size, device)
+        tokens = longest_batch(setup, data, techniques, global_batch_size)
         step_s = time.perf_counter() - began
         _evaluation_step(setup, held_out, techniques)
     except torch.OutOfMemoryError as error:
@@ -63,10 +64,9 @@ def check(
     }
 
 
-def _longest_batch(
-    setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int, device: torch.device
-) -> int:
+def longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int) -> int:
     """Train on the fullest micro-batch that the longest samples of one step make; no weight moves.  Its tokens."""
+    device = next(iter(setup.parameters.values())).device
     longest = sorted(range(len(data)), key=lambda i: -int(data.lengths[i]))[:global_batch_size]
     lengths = [int(data.lengths[i]) for i in longest]
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
@@ -77,7 +77,7 @@ def _longest_batch(
     setup.model.train()
     forward_backward(setup, batch, max(1, batch.targets_S.numel()), techniques, scaler)
     update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
-    setup.optimizer.state.clear()
+    forget(setup)
     return batch.input_ids_BT.numel()
 
 
@@ -91,7 +91,10 @@ def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
     """Write a checkpoint, verify it, delete it; its bytes."""
     place = folder / "checkpoint"
     try:
-        path = checkpoint.save(place, setup, {"step": 0})
+        held = gather(setup)
+        if held is None:  # another worker's business
+            return 0
+        path = checkpoint.save(place, held, {"step": 0})
         damage = checkpoint.verify(path)
         if damage:
             raise RunFailed(f"preflight: a checkpoint in {folder} comes back damaged ({damage}); use another disk")

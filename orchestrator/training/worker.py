@@ -29,7 +29,9 @@ from orchestrator.training.evaluate import Answer, generate_answers, score
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
-from strategies.contract import Techniques, TrainSettings, TrainSetup
+from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainState
+from strategies.sharding import shard
+from strategies.state import gather
 from strategies.step import forward_backward
 from strategies.techniques import checkpointing, document_attention, host_memory
 from strategies.techniques.precision import gradient_scaler
@@ -60,11 +62,13 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     libraries_bytes = resident_bytes(device)
     data, held_out = load_data(run)
     location = (run.read_json("data.json") or {})["model"]
-    setup, techniques = prepare(job, plan, part, location, device, record)
-    record("ready", seconds=round(time.perf_counter() - began, 2), trainable=_count(setup))
+    setup, techniques = prepare(job, plan, part, location, device, record, group)
+    record("ready", seconds=round(time.perf_counter() - began, 2), trainable=plan.num_trainable_parameters)
     tokenizer = load_tokenizer(location, job)
 
     saved = checkpoint.newest(run.checkpoints, lambda text: record("note", text=text))
+    if setup.engine and (saved or not job.spec.strategy.preflight):
+        preflight.longest_batch(setup, data, techniques, plan.global_batch_size)  # makes the states that are restored
     if saved:
         saved.restore(setup)
         names = {name for name in Progress.__dataclass_fields__ if name in saved.state}
@@ -87,17 +91,19 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         job.spec.train.num_train_epochs,
         job.spec.train.max_steps,
     )
-    shares = agree(
-        group, plan, part, setup, data, order, techniques, progress.step, record, job.spec.strategy.shares == "planned"
-    )
+    stay = job.spec.strategy.shares == "planned" or techniques.uses_engine
+    shares = agree(group, plan, part, setup, data, order, techniques, progress.step, record, stay)
 
     if progress.before is None and held_out and job.spec.eval.before:
         progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
         record("quality", when="before", **_numbers(progress.before))
 
-    def save(now: Progress) -> str:
+    def save(now: Progress) -> str | None:
+        held = gather(setup)
+        if rank or held is None:
+            return None
         state = {**now.as_dict(), "plan_hash": plan.hash, "torch": torch.__version__}
-        path = checkpoint.save(run.checkpoints, setup, state)
+        path = checkpoint.save(run.checkpoints, held, state)
         checkpoint.prune(run.checkpoints, job.spec.checkpoint.save_total_limit, now.best_checkpoint)
         return path.name
 
@@ -136,8 +142,9 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
             best.restore(setup, with_optimizer=False)
             record("note", text=f"handing back step {best.step}, which has the lowest held-out loss")
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
+    held = gather(setup) if setup.sharding else None
     if rank == 0:
-        _hand_back(run, job, setup, tokenizer)
+        _hand_back(run, job, setup, tokenizer, held)
         result = _result(plan, progress, after, train_s, data)
         result["time"] = _step_times(run, plan)
         result["memory"] = {
@@ -191,12 +198,14 @@ def agree(
     """Every worker measures itself on its part of the next step and tells the others; shares follow from that."""
     if group.size == 1:
         return Shares([1.0])
+    sample_ids = order.sample_ids(step)
     mine = {
         "node": part.node,
         "device": part.device,
         "pid": os.getpid(),
         "planned_share": part.share,
-        "tokens_per_s": measured_pace(setup, data, order.sample_ids(step), part.share, techniques),
+        # Under DeepSpeed a worker cannot run a pass by itself, and all are alike.
+        "tokens_per_s": None if setup.engine else measured_pace(setup, data, sample_ids, part.share, techniques),
         "plan": plan.hash,
     }
     members = group.gather(mine)
@@ -297,12 +306,14 @@ def load_model(
 
 
 def prepare(
-    job: Job, plan: Plan, part: NodePlan, location: str, device: torch.device, record: Any
+    job: Job, plan: Plan, part: NodePlan, location: str, device: torch.device, record: Any, group: Group | None = None
 ) -> tuple[TrainSetup, Techniques]:
     """The model set up for the planned method, and the techniques as this model really supports them."""
     method, techniques = plan.build_method(), part.techniques
     arguments = method.load_arguments(techniques)
-    model = load_model(location, job, method.load_dtype(techniques), device, techniques.attn_implementation, arguments)
+    # What DeepSpeed divides or keeps on the host never lies whole on the device.
+    first = torch.device("cpu") if techniques.uses_engine else device
+    model = load_model(location, job, method.load_dtype(techniques), first, techniques.attn_implementation, arguments)
     if techniques.packing:
         techniques = _without_leaks(model, job, techniques, record)
     train = job.spec.train
@@ -329,7 +340,22 @@ def prepare(
         checkpointing.enable(setup.model)
     if techniques.torch_compile:
         setup.model.compile(dynamic=True)
-    return setup, techniques
+    return _divided(setup, job, plan, settings, device, record, group or Group()), techniques
+
+
+def _divided(
+    setup: TrainSetup, job: Job, plan: Plan, settings: TrainSettings, device: torch.device, record: Any, group: Group
+) -> TrainSetup:
+    """The training as the plan divides it among the workers."""
+    from strategies.techniques.deepspeed_zero import CannotOffload, Options
+
+    strategy = job.spec.strategy
+    options = Options(strategy.deepspeed or {}, strategy.nvme_path, strategy.sync_dtype)
+    try:
+        parts = [part.techniques.state_part for part in plan.nodes]
+        return shard(setup, settings, device, parts, lambda text: record("note", text=text), options, group.wire)
+    except CannotOffload as error:
+        raise JobError(str(error)) from error
 
 
 def _without_leaks(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:
@@ -397,7 +423,9 @@ def measure(
         indices = range(min(len(held_out), job.spec.eval.max_rows))
         mine = indices[group.rank :: group.size]
         dtype = techniques.dtype
-        parts = group.gather(generate_answers(setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype))
+        together = group if setup.engine else None
+        mine_answered = generate_answers(setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype, together)
+        parts = group.gather(mine_answered)
         answers: list[Answer] = [answer for part in parts for answer in part]
         quality |= score(plan.metrics, answers)
         quality["answers"] = len(answers)
@@ -410,13 +438,13 @@ def _numbers(quality: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in quality.items() if isinstance(value, int | float)}
 
 
-def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any) -> None:
+def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any, held: TrainState | None) -> None:
     """Export beside the final place, then rename: a folder of that name is always whole."""
     temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
     for leftover in (temporary, final):
         if leftover.exists():
             shutil.rmtree(leftover)
-    setup.export(temporary)
+    setup.export(temporary, held.weights if held else None)
     tokenizer.save_pretrained(temporary)
     temporary.rename(final)
 
@@ -447,10 +475,6 @@ def _step_times(run: RunFolder, plan: Plan) -> dict[str, Any]:
         "device": plan.nodes[0].device,
         "dtype": plan.techniques.dtype,
     }
-
-
-def _count(setup: TrainSetup) -> int:
-    return sum(parameter.numel() for parameter in setup.parameters.values())
 
 
 def _ignore(*_: Any, **__: Any) -> None:

@@ -16,6 +16,8 @@ from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, W
 from strategies.shape import ModelShape
 
 CHUNK = 256  # positions of chunked_nll, as in techniques/supervised_logits.py
+LIVE_PARAMETERS = 100_000_000  # that ZeRO-3 may hold gathered
+BUCKET_ELEMENTS = 5_000_000  # gradients reduced together; DeepSpeed's own 5e8 would take 2 GB of a small card
 SHORT = 128  # tokens, as in techniques/document_attention.py
 _GRADIENTS_OF_F_PLAIN = 2.2
 _GRADIENTS_OF_F = 5.5  # tensors of width f alive in an MLP's backward pass beside what it saved (traced)
@@ -55,6 +57,7 @@ class Stack:
     logits_bytes: float | None = None  # a logit, at every position; None = ours, at supervised positions
     repeats_keys: bool = False  # grouped keys and values are copied to the width of the queries
     fuses_values: bool = False  # one map for queries, keys and values: the values are a view that keeps all three
+    deepspeed_defaults: bool = False  # DeepSpeed's own sizes of buckets, not those of techniques/deepspeed_zero.py
 
 
 def estimate(
@@ -75,19 +78,23 @@ def estimate(
     weights = footprint.weights_bytes / (shards if techniques.zero_stage >= 3 else 1)
     gradients = gradient_bytes(techniques, footprint)
     state = _OPTIMIZER_BYTES[techniques.optim] + footprint.master_bytes
-    optimizer = state * footprint.num_trainable / (shards if techniques.zero_stage >= 1 else 1)
+    optimizer = state * footprint.num_trainable * techniques.state_part
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
     logits = logits_bytes(workload, techniques, stack, tokens)
     cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
-    buffers = buffer_bytes(workload.shape, techniques, footprint)
+    buffers = buffer_bytes(workload.shape, techniques, footprint, stack)
     host = 0.0
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
         host, saved = saved, saved / workload.shape.num_layers
     if techniques.offload in ("optimizer", "parameters"):
-        host, optimizer = optimizer + gradients, 0.0
+        # States, fp32 copies and gradients there; here what has not crossed yet: a bucket and the largest gradient.
+        host, optimizer = optimizer + 4.0 * footprint.num_trainable * techniques.state_part, 0.0
+        largest = BUCKET_ELEMENTS + workload.shape.vocab_size * workload.shape.hidden_size
+        gradients = footprint.trained_bytes * min(footprint.num_trainable, largest)
     if techniques.offload == "parameters":
-        host, weights = host + weights, 2 * weights / workload.shape.num_layers
+        host, weights = host + weights, 0.0  # what is here of them, buffer_bytes counts
     accumulates = workload.share * workload.tokens_per_step > 1.05 * tokens
+    accumulates |= techniques.uses_engine and techniques.zero_stage >= 3  # its gradients have a place of their own
     forward_end = cast + saved + max(logits, hump) + (gradients if accumulates else 0.0)
     backward_end = gradients + update_bytes(workload.shape, techniques, footprint)
     if backward_end > forward_end:
@@ -110,15 +117,15 @@ def estimate(
 def gradient_bytes(techniques: Techniques, footprint: Footprint) -> float:
     """Gradients of one device.
 
-    DeepSpeed's stage 2 has every gradient before it is reduced and its own part again in fp32 (its docs: 4P + 16P/N in
-    all, which the published 8-GPU rows confirm); stage 3 keeps 18P/N.
+    DeepSpeed's stages 1 and 2 have every gradient before it is reduced and their own part again in fp32 (its docs: 4P +
+    16P/N in all, which the published 8-GPU rows confirm); stage 3 keeps 18P/N in all, gradients in fp32.  Stage 1 in
+    16 bits is another optimizer of its, which adds gradients up whole, in fp32 (buffer_bytes).
     """
     whole = footprint.trained_bytes * footprint.num_trainable
-    if techniques.zero_stage >= 3:
-        return (whole + 2.0 * footprint.num_trainable) / techniques.num_shards
-    if techniques.zero_stage == 2:
-        return whole + 4.0 * footprint.num_trainable / techniques.num_shards
-    return whole
+    own = 4.0 * footprint.num_trainable * techniques.state_part
+    if not techniques.uses_engine or (techniques.zero_stage == 1 and footprint.trained_bytes < 4):
+        return whole
+    return own if techniques.zero_stage >= 3 else whole + own
 
 
 def with_framework(tensors: MemoryEstimate, device: DeviceCapability) -> MemoryEstimate:
@@ -237,24 +244,36 @@ def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, token
     return _NLL_BYTES * workload.shape.vocab_size * positions
 
 
-def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint) -> float:
+def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint, stack: Stack | None = None) -> float:
     """What sharding gathers and reduces in.
 
-    ZeRO-3 gathers up to 1e9 parameters at a time (DeepSpeed's stage3_max_live_parameters), two layers at least; stages
-    1 and 2 reduce in buckets of 2e8 elements, 4.5 of them when communication overlaps (transformers' DeepSpeed docs).
+    Ours: stage 3 reduces in a bucket and holds up to LIVE_PARAMETERS gathered, one map at least, and what it fetches
+    ahead twice, since parts of the workers are put together in a copy (measured, tests/benchmarks/zero.py).
+    DeepSpeed's defaults: stage 3 gathers up to 1e9 parameters, two layers at least; stage 1 reduces in buckets of 2e8
+    elements, 4.5 of them when communication overlaps (transformers' DeepSpeed docs).
     """
     g = BYTES_PER_ELEMENT[techniques.dtype]
-    if techniques.zero_stage >= 3:
-        live = 2 * footprint.weights_bytes / shape.num_layers + g * shape.num_embedding_parameters
-        return min(live, g * 1e9 + live / 2)
-    if techniques.zero_stage == 1:
-        return 4.5 * 2 * g * min(2e8, footprint.num_trainable)
-    return 0.0
+    if not techniques.uses_engine:
+        return 0.0
+    if stack and stack.deepspeed_defaults:
+        if techniques.zero_stage >= 3:
+            live = 2 * footprint.weights_bytes / shape.num_layers + g * shape.num_embedding_parameters
+            return min(live, g * 1e9 + live / 2)
+        return 4.5 * 2 * g * min(2e8, footprint.num_trainable) if techniques.zero_stage == 1 else 0.0
+    if techniques.zero_stage < 3 and techniques.offload != "parameters":
+        return 4.0 * footprint.num_trainable if techniques.zero_stage == 1 and footprint.trained_bytes < 4 else 0.0
+    bucket = 4.0 * min(BUCKET_ELEMENTS, footprint.num_trainable)
+    whole = shape.num_parameters
+    largest = max(shape.vocab_size * shape.hidden_size, *(linear.inputs * linear.outputs for linear in shape.linears))
+    return bucket + g * (min(whole, max(LIVE_PARAMETERS, largest)) + min(whole, LIVE_PARAMETERS / 2))
 
 
 def update_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint) -> float:
     """Temporaries at the end of the backward pass and in the optimizer's step."""
+    if techniques.uses_engine:  # a bucket at a time, before the last gradients are there
+        return 0.0
     foreach = footprint.trained_bytes * footprint.num_trainable if techniques.optim == "adamw_torch" else 0.0
     tied = footprint.embeddings_train and shape.tied_embeddings
-    embedding = 8.0 * shape.vocab_size * shape.hidden_size if tied else 0.0  # both uses' gradients, and their sum
+    # Both uses' gradients, and their sum.
+    embedding = 2 * footprint.trained_bytes * shape.vocab_size * shape.hidden_size if tied else 0.0
     return max(foreach, embedding)

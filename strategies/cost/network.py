@@ -28,13 +28,9 @@ class Network:
         ring = (self.num_workers - 1) / self.num_workers
         return 2 * num_bytes * ring / self.bytes_per_s + (self.num_workers - 1) * self.round_trip_s
 
-    def gather_s(self, num_bytes: float, num_micro: int) -> float:
-        """ZeRO-3 moves the sharded weights three times a micro-batch (Rajbhandari et al., arXiv 1910.02054, 7)."""
-        if self.num_workers < 2 or not num_bytes:
-            return 0.0
-        ring = (self.num_workers - 1) / self.num_workers
-        moved = 3 * num_bytes * ring / self.bytes_per_s
-        return num_micro * (moved + (self.num_workers - 1) * self.round_trip_s)
+    def gather_s(self, num_bytes: float) -> float:
+        """Parts of all workers brought to each of them, or summed into parts: half of an all-reduce."""
+        return self.all_reduce_s(num_bytes) / 2
 
     def bucket_bytes(self, num_bytes: float) -> int:
         """Of gradients that leave together: a few buckets, none so small that its round trips cost more than itself."""

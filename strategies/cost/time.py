@@ -202,7 +202,7 @@ def _update(
     device: DeviceCapability, node: NodeCapability, techniques: Techniques, work: Work, bandwidth: float
 ) -> tuple[float, float]:
     """Seconds of the optimizer, and on the bus.  AdamW reads 16 bytes a weight and writes 12, clipping reads 8."""
-    mine = work.num_trainable / (techniques.num_shards if techniques.zero_stage else 1)
+    mine = work.num_trainable * techniques.state_part
     moved = mine * (36.0 if techniques.optim != "adamw_bnb_8bit" else 40.0)  # unpacked to fp32 and packed again
     if techniques.offload not in ("optimizer", "parameters"):
         return moved / bandwidth, 0.0

@@ -41,7 +41,9 @@ class LiveStorages(TorchDispatchMode):
         return made
 
     def watch(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage until its last reference goes."""
+        """Count a tensor's storage until its last reference goes; one on `meta` takes nothing."""
+        if tensor.device.type == "meta":
+            return
         storage = tensor.untyped_storage()
         key = id(storage)
         if key in self._known:

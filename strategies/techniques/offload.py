@@ -29,7 +29,7 @@ def _to(what: Offload) -> Callable[[Choice], Choice]:
     return lambda choice: choice.with_(offload=what)
 
 
-def _room(what: Offload, about: str, runs: bool) -> Technique:
+def _room(what: Offload, about: str) -> Technique:
     return Technique(
         name=f"{'parameter' if what == 'parameters' else what.rstrip('s')} offload",
         about=about,
@@ -37,11 +37,10 @@ def _room(what: Offload, about: str, runs: bool) -> Technique:
         on=_to(what),
         off=_to("none"),
         impossible=on_the_host,
-        runs=runs,
         saves_first="memory",
     )
 
 
-OPTIMIZER_OFFLOAD = _room("optimizer", "the optimizer's state and step on the host's CPU", runs=False)
-PARAMETER_OFFLOAD = _room("parameters", "the weights too: each layer crosses the bus when it is needed", runs=False)
-ACTIVATION_OFFLOAD = _room("activations", "saved activations wait in host memory for the backward pass", runs=True)
+OPTIMIZER_OFFLOAD = _room("optimizer", "the optimizer's state and step on the host's CPU")
+PARAMETER_OFFLOAD = _room("parameters", "the weights too: each layer crosses the bus when it is needed")
+ACTIVATION_OFFLOAD = _room("activations", "saved activations wait in host memory for the backward pass")

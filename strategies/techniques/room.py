@@ -45,7 +45,6 @@ class Technique:
     impossible: Callable[[DeviceCapability, ModelShape], str | None] = lambda device, shape: None
     quality: str = "the same result"  # what it does to the tuned model
     needs_devices: int = 1
-    runs: bool = True  # whether `submit` can turn it on in this version
     saves_first: Literal["memory", "time"] = "time"  # what people use it for
 
 
@@ -82,8 +81,6 @@ def judge(
     text = f"memory x{memory:.2f}, time x{seconds:.2f}; without it {need:.0%} of the memory is used"
     if need > 1 and with_it.memory.total_bytes <= (device.memory_bytes or 0):
         text += ": it makes this fit"
-    if not technique.runs:
-        text += "; `plan` knows it, `submit` does not run it yet"
     return Verdict(technique.name, level, text, memory, seconds)
 
 

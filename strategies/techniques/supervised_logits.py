@@ -110,6 +110,7 @@ def can_chunk(model: Any) -> bool:
 
 
 def _inner(model: Any) -> Any:
+    model = getattr(model, "module", model)  # an engine's
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 

@@ -41,7 +41,9 @@ def predict_memory(row: Published) -> tuple[float, float, float]:
     workload = Workload(shape, row.micro_batch, tokens, tokens, row.length, row.micro_batch, 1, row.micro_batch)
     footprint = _footprint(row, shape, g)
     fuses = row.stack == "litgpt" and shape.key_value_size == shape.query_size
-    stack = Stack(logits_bytes=logits, repeats_keys=row.attention == "sdpa", fuses_values=fuses)
+    stack = Stack(
+        logits_bytes=logits, repeats_keys=row.attention == "sdpa", fuses_values=fuses, deepspeed_defaults=True
+    )
     tensors = memory.estimate(workload, _GPU, techniques, footprint, stack)
     exact = tensors.tensors_bytes
     high = tensors.high_bytes
@@ -234,4 +236,4 @@ def _sync(row: Published, shape: ModelShape, accumulation: int) -> float:
     weight = _WEIGHT_BYTES.get(row.quantization or "", 2.0)
     gathered = weight * shape.num_parameters if row.zero_stage == 3 else 0.0
     network = Network(row.num_gpus, link, 20e-6)
-    return network.all_reduce_s(2.0 * trained) + network.gather_s(gathered, accumulation)
+    return network.all_reduce_s(2.0 * trained) + accumulation * network.gather_s(3 * gathered)

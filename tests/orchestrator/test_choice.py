@@ -57,7 +57,7 @@ def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600
     )
     cluster = ClusterCapability(tuple(nodes), links)
     work, _, _ = workload.describe(spec, shape, [length] * samples, samples * length // 2, 1)
-    return planner.make_plan(spec, work, cluster, 2048, None, {}, runnable_only=False)
+    return planner.make_plan(spec, work, cluster, 2048, None, {})
 
 
 def test_lora_is_chosen_first_on_one_card_that_holds_it():

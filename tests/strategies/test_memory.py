@@ -109,12 +109,16 @@ def test_zero_divides_states_as_deepspeed_says(stage, bytes_per_parameter):
 
 
 def test_offload_moves_bytes_to_the_host():
+    """16 bytes a weight on the host: two moments, the fp32 copy and the gradient (Ren et al., arXiv 2101.06840)."""
     here = METHODS["full"]().estimate(workload(LLAMA_7B), GPU, NODE, techniques()).memory
     moved = METHODS["full"]().estimate(workload(LLAMA_7B), GPU, NODE, techniques(offload="optimizer")).memory
+    all_moved = METHODS["full"]().estimate(workload(LLAMA_7B), GPU, NODE, techniques(offload="parameters")).memory
 
     assert moved.optimizer_bytes == 0
-    assert moved.host_bytes == pytest.approx(here.optimizer_bytes + 4 * LLAMA_7B.num_parameters)
-    assert moved.total_bytes < here.total_bytes
+    assert moved.host_bytes == 16 * LLAMA_7B.num_parameters
+    assert all_moved.host_bytes == moved.host_bytes + moved.weights_bytes
+    assert all_moved.weights_bytes == 0
+    assert all_moved.total_bytes < moved.total_bytes < here.total_bytes
 
 
 def test_eight_bit_states_take_two_bytes():

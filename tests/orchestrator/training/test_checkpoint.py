@@ -7,6 +7,7 @@ import torch
 
 from orchestrator.training import checkpoint
 from strategies.contract import TrainSetup
+from strategies.state import gather
 
 
 @pytest.fixture
@@ -29,7 +30,7 @@ def never(text):
 
 
 def test_a_restored_setup_goes_on_bit_by_bit(setup, tmp_path):
-    checkpoint.save(tmp_path, setup, {"step": 1})
+    checkpoint.save(tmp_path, gather(setup), {"step": 1})
     for _ in range(3):
         train_once(setup.model, setup.optimizer)
     expected = [p.detach().clone() for p in setup.parameters.values()]
@@ -44,8 +45,8 @@ def test_a_restored_setup_goes_on_bit_by_bit(setup, tmp_path):
 @pytest.mark.parametrize("name", ["weights.safetensors", "optimizer.safetensors", "state.json", "manifest.json"])
 @pytest.mark.parametrize("damage", ["flip", "cut", "delete"])
 def test_damage_is_found_and_the_one_before_is_used(setup, tmp_path, name, damage):
-    checkpoint.save(tmp_path, setup, {"step": 1})
-    file = checkpoint.save(tmp_path, setup, {"step": 2}) / name
+    checkpoint.save(tmp_path, gather(setup), {"step": 1})
+    file = checkpoint.save(tmp_path, gather(setup), {"step": 2}) / name
     content = bytearray(file.read_bytes())
     if damage == "flip":
         content[len(content) // 2] ^= 1
@@ -64,14 +65,14 @@ def test_damage_is_found_and_the_one_before_is_used(setup, tmp_path, name, damag
 
 @pytest.mark.parametrize("call", ["save_file", "_measure", "_write_synced", "_sync"])
 def test_a_crash_while_saving_leaves_the_checkpoint_before(setup, tmp_path, monkeypatch, call):
-    checkpoint.save(tmp_path, setup, {"step": 1})
+    checkpoint.save(tmp_path, gather(setup), {"step": 1})
 
     def crash(*_, **__):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint, call, crash)
     with pytest.raises(OSError, match="No space"):
-        checkpoint.save(tmp_path, setup, {"step": 2})
+        checkpoint.save(tmp_path, gather(setup), {"step": 2})
     monkeypatch.undo()
 
     assert checkpoint.newest(tmp_path, never).step == 1
@@ -79,7 +80,7 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(setup, tmp_path, monk
 
 
 def test_what_a_killed_process_left_is_ignored_and_swept(setup, tmp_path):
-    checkpoint.save(tmp_path, setup, {"step": 1})
+    checkpoint.save(tmp_path, gather(setup), {"step": 1})
     (tmp_path / "step-00000002.tmp-dead").mkdir()
 
     assert checkpoint.newest(tmp_path, never).step == 1
@@ -90,7 +91,7 @@ def test_what_a_killed_process_left_is_ignored_and_swept(setup, tmp_path):
 
 def test_the_newest_and_the_best_are_kept(setup, tmp_path):
     for step in range(1, 6):
-        checkpoint.save(tmp_path, setup, {"step": step})
+        checkpoint.save(tmp_path, gather(setup), {"step": step})
 
     checkpoint.prune(tmp_path, keep=2, best="step-00000001")
 
@@ -98,7 +99,7 @@ def test_the_newest_and_the_best_are_kept(setup, tmp_path):
 
 
 def test_the_manifest_names_every_file(setup, tmp_path):
-    path = checkpoint.save(tmp_path, setup, {"step": 1})
+    path = checkpoint.save(tmp_path, gather(setup), {"step": 1})
 
     files = json.loads((path / "manifest.json").read_text())["files"]
 
@@ -106,7 +107,7 @@ def test_the_manifest_names_every_file(setup, tmp_path):
 
 
 def test_weights_of_another_method_are_refused(setup, tmp_path):
-    checkpoint.save(tmp_path, setup, {"step": 1})
+    checkpoint.save(tmp_path, gather(setup), {"step": 1})
     setup.parameters.pop("bias")
 
     with pytest.raises(ValueError, match="other weights"):

@@ -14,6 +14,7 @@ from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss,
 from orchestrator.training.parallel import Group
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
+from strategies.state import gather
 from strategies.techniques import checkpointing, document_attention
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
@@ -131,7 +132,7 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
 
     whole = run(model_folder, data_folder, packed, steps=4, optim="adamw_torch_fused", save=save, save_steps=2)
     half = run(model_folder, data_folder, packed, steps=2, optim="adamw_torch_fused")
-    checkpoint.save(tmp_path, half[2], kept[2].as_dict())
+    checkpoint.save(tmp_path, gather(half[2]), kept[2].as_dict())
     found = checkpoint.newest(tmp_path, pytest.fail)
     progress = Progress(**found.state)
     train_away(half[2])

@@ -1,0 +1,61 @@
+"""What a training has come to: gathered for a checkpoint, put back from one, whoever keeps which part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from strategies.contract import TrainSetup, TrainState
+
+
+def gather(setup: TrainSetup) -> TrainState | None:
+    """Trained weights and optimizer state, whole, on the CPU; None on workers whose part another one gathers.
+
+    What lies there already is not copied: the next step changes it.
+    """
+    if setup.sharding:
+        return setup.sharding.gather()
+    moments = {}
+    for name, parameter in setup.parameters.items():
+        held = setup.optimizer.state.get(parameter, {})
+        moments[name] = {key: to_cpu(torch.as_tensor(value)) for key, value in held.items() if value is not None}
+    return TrainState({name: to_cpu(p) for name, p in setup.parameters.items()}, moments)
+
+
+def restore(setup: TrainSetup, state: TrainState) -> None:
+    """Put a state back; without moments only the weights."""
+    if setup.sharding:
+        setup.sharding.restore(state)
+        return
+    with torch.no_grad():
+        for name, parameter in setup.parameters.items():
+            parameter.copy_(state.weights[name])
+    for name, parameter in setup.parameters.items():
+        if held := state.moments.get(name):
+            setup.optimizer.state[parameter] = {
+                key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
+                for key, value in held.items()
+            }
+
+
+def forget(setup: TrainSetup) -> None:
+    """The optimizer as if it had made no step."""
+    if setup.sharding:
+        setup.sharding.forget()
+    else:
+        setup.optimizer.state.clear()
+
+
+def zero(states: Iterable[dict]) -> None:
+    """An optimizer's states back to where they began, in place."""
+    for state in states:
+        for key, value in state.items():
+            if torch.is_tensor(value):
+                value.zero_()
+            elif key == "step":
+                state[key] = 0
+
+
+def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu").contiguous()
