@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
@@ -278,3 +279,22 @@ def test_a_worker_that_fails_ends_with_its_reason_and_exit_code_five(place, mode
     assert done.returncode == 5, done.stdout + done.stderr
     assert "is not a number (samples" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
+
+
+def test_weights_divided_by_zero_3_train_and_are_handed_back_whole(finished, place):
+    reference, _ = finished
+
+    divided = ("-s", "cluster.num_workers=2", "-s", "strategy.mode=zero3", "-s", "tracking.report_to=[]")
+    done = orchestrator("submit", "job.yaml", "--json", *divided, cwd=place, check=0)
+
+    run = RunFolder(Path(json.loads(done.stdout)["path"]))
+    ours, theirs = losses(run), losses(reference)
+    for step in range(1, 21):
+        assert ours[step] == pytest.approx(theirs[step], rel=1e-4), step
+    assert (
+        load_file(run.path / "adapter" / "adapter_model.safetensors").keys()
+        == load_file(reference.path / "adapter" / "adapter_model.safetensors").keys()
+    )
+    assert run.read_json("result.json")["after"]["eval_loss"] == pytest.approx(
+        reference.read_json("result.json")["after"]["eval_loss"], rel=1e-3
+    )
