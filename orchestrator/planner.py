@@ -349,9 +349,10 @@ def _choose(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
     best = min(kept, key=keys[goal.prefer])
     if goal.prefer != "time":
         return best
-    # A model's error in time is larger than this: of ways about as fast, the one that promises more.
+    # A model's error in time is larger than this: of ways about as fast, the one that promises more; then the plain
+    # one, whose shares may be uneven and whose steps may be repeated, before one that is divided.
     about = [candidate for candidate in kept if candidate.total_s <= _ABOUT_AS_FAST * best.total_s]
-    return min(about, key=lambda c: (-(c.quality or 0.0), c.total_s, c.peak_bytes))
+    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
 
 
 def _cost_or_time(spec: JobSpec, candidate: Candidate) -> float:
