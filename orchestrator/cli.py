@@ -265,16 +265,20 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 @app.command()
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Say how far a run is, and how good its result is."""
+    from orchestrator import workers
     from orchestrator.explain import result_view, run_row
 
     found = RunFolder.find(run, runs)
-    row = run_row(found)
+    row, by_worker = run_row(found), workers.of_run(found.events()[0])
     if json_:
-        _print_json(row)
+        _print_json({**row, "workers": by_worker} if by_worker else row)
         return
     for key, value in row.items():
         if value is not None:
             out.print(f"{key:<14}{value}", markup=False, highlight=False, soft_wrap=True)
+    if by_worker:
+        out.print()
+        out.print(workers.view(by_worker))
     if row["state"] == "finished":
         out.print()
         out.print(result_view(found))

@@ -20,6 +20,7 @@ EXTRAS = {
     **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn"), "train"),
     "gguf": "quickstart",
     "bitsandbytes": "quant",
+    "deepspeed": "zero",
 }
 
 

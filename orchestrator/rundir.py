@@ -20,7 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, RunFailed
 
 
 class RunFolder:
@@ -112,10 +112,16 @@ class RunFolder:
             raise JobError(f"{self.path / name}: is not JSON: {error}") from None
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append an event; `time` is seconds since the epoch."""
+        """Append an event; `time` is seconds since the epoch.  Raises RunFailed where the disk is full."""
         line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+        try:
+            with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
+                stream.write(line + "\n")
+        except OSError as error:
+            raise RunFailed(
+                f"{self.path / 'events.jsonl'} cannot be written: {error.strerror}. Free some space, then"
+                f" `orchestrator resume {self.run_id}`"
+            ) from error
 
     def events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
         """Complete events from a byte offset on, and the offset after them."""

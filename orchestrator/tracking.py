@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestrator import workers
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
@@ -158,6 +159,13 @@ class _Sender:
             when_ms, step = int(event["time"] * 1000), event.get("step", 0)
             for name in _METRIC_FIELDS.get(event["event"], ()):
                 metrics.append(Metric(name, float(event[name]), when_ms, step))
+            if event["event"] == "group":
+                self.known["members"] = [
+                    {key: member[key] for key in ("node", "device")} for member in event["members"]
+                ]
+            if event["event"] == "step" and "worker_s" in event:
+                by_worker = workers.metrics(self.known["members"], event)
+                metrics += [Metric(name, value, when_ms, step) for name, value in by_worker.items()]
             if event["event"] == "quality":
                 numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "time"}
                 metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in numbers.items()]

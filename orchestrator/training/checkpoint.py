@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from strategies.contract import TrainSetup, TrainState
@@ -52,7 +53,10 @@ class Checkpoint:
 
 
 def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
-    """Write a checkpoint of `held` with `state` (JSON-able, holds `step`) and return its folder."""
+    """Write a checkpoint of `held` with `state` (JSON-able, holds `step`) and return its folder.
+
+    Raises OSError when it cannot be written; then nothing of it is left and the one before is untouched.
+    """
     final = folder / f"step-{state['step']:08d}"
     temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
     temporary.mkdir(parents=True)
@@ -68,6 +72,8 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
             shutil.rmtree(final)
         os.rename(temporary, final)
         _sync(folder)
+    except SafetensorError as error:  # how that library says that the disk is full
+        raise OSError(error.args[0] if error.args else "cannot be written") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return final

@@ -6,24 +6,28 @@ one, with its own convergence, so a job has to ask for it (strategy.local_steps)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import torch
 
+from strategies.contract import TrainSetup
+
 _OUTER_RATE, _OUTER_MOMENTUM = 0.7, 0.9  # Nesterov's, as the paper found best
+_MOMENTUM = "outer_momentum"
 
 
 class LocalSteps:
     """The weights all workers had in common last, and the outer optimizer that moves them.
 
-    What a worker changed travels where gradients do, so it is summed, bucketed and counted like them.
+    What a worker changed travels where gradients do, so it is summed, bucketed and counted like them.  The outer
+    momentum lies among the inner optimizer's states, so a checkpoint holds it with them.
     """
 
-    def __init__(self, parameters: Iterable[torch.nn.Parameter], batch_size: int) -> None:
+    def __init__(self, setup: TrainSetup, batch_size: int) -> None:
         self._batch_size = batch_size  # samples of a local step
-        self._parameters = list(parameters)
+        self._parameters = list(setup.parameters.values())
+        self._state = setup.optimizer.state
         self._common = [parameter.detach().clone() for parameter in self._parameters]
-        self._momentum = [torch.zeros_like(parameter) for parameter in self._parameters]
 
     def parts(self, mine: Sequence[int]) -> list[Sequence[int]]:
         """The samples of each local step: who has a larger share makes more steps of the same size."""
@@ -39,10 +43,11 @@ class LocalSteps:
     def meet(self) -> float:
         """Go on from the common weights, moved by the summed changes; returns the changes' norm."""
         squares = 0.0
-        for parameter, common, momentum in zip(self._parameters, self._common, self._momentum, strict=True):
+        for parameter, common in zip(self._parameters, self._common, strict=True):
             change = parameter.grad
             assert change is not None
             squares += float(change.square().sum())
+            momentum = self._state[parameter].setdefault(_MOMENTUM, torch.zeros_like(parameter))
             momentum.mul_(_OUTER_MOMENTUM).add_(change)
             common.sub_(_OUTER_RATE * (change + _OUTER_MOMENTUM * momentum))
             parameter.copy_(common)

@@ -99,7 +99,7 @@ def train(
     device = parameters[0].device
     shares = shares or Shares([1.0 / group.size] * group.size)
     gradients = GradientSum(group, [] if setup.engine else parameters)
-    apart = LocalSteps(parameters, local_batch_size) if local_batch_size else None
+    apart = LocalSteps(setup, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
     scaler = gradient_scaler(device.type, "float16" if any_fp16 else techniques.dtype)
@@ -107,8 +107,11 @@ def train(
         scaler.load_state_dict(progress.loss_scale)
     model.train()
 
+    def sent() -> int:
+        return gradients.bytes_sent + getattr(optimizer, "bytes_sent", 0)
+
     while progress.step < order.num_steps:
-        step, began = progress.step, time.perf_counter()
+        step, began, sent_before = progress.step, time.perf_counter(), sent()
 
         # Which samples, and which of them are mine.  Every worker computes the same division.
         sample_ids = order.sample_ids(step)
@@ -186,7 +189,7 @@ def train(
             "worker_tokens": worker_tokens,
             "worker_s": [round(s, 4) for s in worker_s],
             "worker_peak_bytes": [int(peak) for peak in worker_peak],
-            "bytes_sent": gradients.bytes_sent,
+            "step_bytes_sent": None if setup.engine else sent() - sent_before,  # DeepSpeed counts nothing
             "slowest": shares.slowest,
         }  # fmt: skip
         hooks.record(
@@ -229,8 +232,9 @@ def train(
         if due or improved:
             if improved:
                 progress.best_checkpoint = f"step-{progress.step:08d}"
-            # Unlike devices round differently; from here on all go on from what a restart would begin with.
-            if not group.alike and not setup.sharding:
+            # Unlike devices round differently, and workers apart have moments of their own; from here on all go on
+            # from what a restart would begin with.
+            if (apart or not group.alike) and not setup.sharding:
                 group.broadcast(_replicated(setup), 0)
             if group.rank == 0 or setup.sharding:
                 name = hooks.save(progress)

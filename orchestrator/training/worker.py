@@ -40,6 +40,7 @@ from strategies.techniques.supervised_logits import can_chunk
 log = logging.getLogger("orchestrator.worker")
 
 _STEPS_A_TRIM = 10
+_HELPER_S = 120.0  # that a finished training waits for the helper
 _ROUNDING = {
     "float32": 1e-3,
     "bfloat16": 0.2,
@@ -94,7 +95,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     stay = job.spec.strategy.shares == "planned" or techniques.uses_engine
     shares = agree(group, plan, part, setup, data, order, techniques, progress.step, record, stay)
 
-    if progress.before is None and held_out and job.spec.eval.before:
+    if progress.before is None and progress.step == 0 and held_out and job.spec.eval.before and not plan.helper:
         progress.before = measure(job, plan, setup, tokenizer, held_out, techniques, group)
         record("quality", when="before", **_numbers(progress.before))
 
@@ -103,7 +104,15 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         if rank or held is None:
             return None
         state = {**now.as_dict(), "plan_hash": plan.hash, "torch": torch.__version__}
-        path = checkpoint.save(run.checkpoints, held, state)
+        try:
+            path = checkpoint.save(run.checkpoints, held, state)
+        except OSError as error:
+            whole = checkpoint.newest(run.checkpoints, lambda text: None)
+            kept = f"step {whole.step} is safe in {whole.path}" if whole else "there is none before it"
+            raise RunFailed(
+                f"the checkpoint of step {now.step} cannot be written: {error.strerror or error}; {kept}. Free some"
+                f" space, then `orchestrator resume {run.run_id}`"
+            ) from error
         checkpoint.prune(run.checkpoints, job.spec.checkpoint.save_total_limit, now.best_checkpoint)
         return path.name
 
@@ -144,6 +153,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
     held = gather(setup) if setup.sharding else None
     if rank == 0:
+        progress.before = progress.before or (_of_helper(run, record) if plan.helper else None)
         _hand_back(run, job, setup, tokenizer, held)
         result = _result(plan, progress, after, train_s, data)
         result["time"] = _step_times(run, plan)
@@ -436,6 +446,18 @@ def measure(
 
 def _numbers(quality: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in quality.items() if isinstance(value, int | float)}
+
+
+def _of_helper(run: RunFolder, record: Any) -> dict[str, Any] | None:
+    """What the machine that did not train measured; it has had the whole training for it."""
+    until = time.monotonic() + _HELPER_S
+    while (found := run.read_json("before.json")) is None and time.monotonic() < until:
+        if run.read_json("before-failed.json") is not None:
+            break
+        time.sleep(0.5)
+    if found is None:
+        record("note", text="the untuned model was not measured: the machine that was to do it did not")
+    return found
 
 
 def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any, held: TrainState | None) -> None:

@@ -48,7 +48,7 @@ class UnevenZero1:
         self, optimizer: torch.optim.Optimizer, names: Sequence[str], shares: Sequence[float], wire: torch.device
     ) -> None:
         self.param_groups = optimizer.param_groups
-        self._wire, self._rank = wire, dist.get_rank()
+        self._wire, self._rank, self.bytes_sent = wire, dist.get_rank(), 0
         self._pieces = _cut(optimizer, names, shares)
         self._mine = [(piece, torch.nn.Parameter(piece.of(piece.parameter.data))) for piece in self._pieces[self._rank]]
         groups = []
@@ -87,7 +87,9 @@ class UnevenZero1:
         if rank != self._rank:
             flat = torch.empty(sum(view.numel() for view in views), dtype=views[0].dtype, device=self._wire)
         dist.broadcast(flat, rank)
-        if rank != self._rank:
+        if rank == self._rank:
+            self.bytes_sent += flat.numel() * flat.element_size()
+        else:
             for view, part in zip(views, flat.split([view.numel() for view in views]), strict=True):
                 view.copy_(part)
 

@@ -1,6 +1,9 @@
 """A valid checkpoint always exists and a damaged one is never used."""
 
 import json
+import os
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -77,6 +80,42 @@ def test_a_crash_while_saving_leaves_the_checkpoint_before(setup, tmp_path, monk
 
     assert checkpoint.newest(tmp_path, never).step == 1
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+MOMENTS = ("mkdir", "save_file", "fsync", "rename", "rmtree")  # calls of a save and the pruning after it
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("moment", MOMENTS)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # fork beside threads, from Python 3.12 on
+def test_killed_at_any_moment_of_saving_a_whole_checkpoint_remains(setup, tmp_path, moment, count):
+    """A real SIGKILL before the call of that name is made for the so-and-so-many-th time."""
+    held = gather(setup)
+    checkpoint.save(tmp_path, held, {"step": 1})
+    child = os.fork()
+    if child == 0:
+        owner = {"mkdir": Path, "save_file": checkpoint, "rmtree": checkpoint.shutil}.get(moment, os)
+        real, left = getattr(owner, moment), [count]
+
+        def deadly(*arguments, **keywords):
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return real(*arguments, **keywords)
+
+        setattr(owner, moment, deadly)
+        try:
+            for step in (2, 3, 4):
+                checkpoint.save(tmp_path, held, {"step": step})
+                checkpoint.prune(tmp_path, 2, None)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(child, 0)
+
+    assert os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    found = checkpoint.newest(tmp_path, lambda text: None)
+    assert found is not None and found.step in (1, 2, 3, 4)
+    found.restore(setup)
 
 
 def test_what_a_killed_process_left_is_ignored_and_swept(setup, tmp_path):

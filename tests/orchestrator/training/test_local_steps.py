@@ -1,5 +1,7 @@
 """Local steps: what is averaged, what it converges to, and what it sends."""
 
+import copy
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,13 +13,19 @@ from orchestrator.training.loop import Hooks, Progress, train
 from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
 from strategies import METHODS
-from strategies.contract import TrainSettings
+from strategies.contract import TrainSettings, TrainSetup
+from strategies.state import gather, restore
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE
 from tests.orchestrator.training.test_uneven import joined, spawned
 
 
+def bare(parameter):
+    optimizer = torch.optim.AdamW([parameter])
+    return TrainSetup(torch.nn.Module(), optimizer, {"weight": parameter}, lambda folder, weights: None, "model")
+
+
 def test_a_larger_share_makes_more_steps_of_the_same_size():
-    apart = LocalSteps([torch.nn.Parameter(torch.zeros(1))], 4)
+    apart = LocalSteps(bare(torch.nn.Parameter(torch.zeros(1))), 4)
 
     assert [len(part) for part in apart.parts(range(12))] == [4, 4, 4]
     assert [len(part) for part in apart.parts(range(5))] == [4, 1]
@@ -26,7 +34,7 @@ def test_a_larger_share_makes_more_steps_of_the_same_size():
 
 def test_the_outer_step_is_nesterovs_by_hand():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
-    apart = LocalSteps([parameter], 4)
+    apart = LocalSteps(bare(parameter), 4)
     parameter.data.fill_(0.6)  # what local training made of it
     apart.leave(1.0)
     assert parameter.grad.item() == pytest.approx(0.4)
@@ -66,3 +74,27 @@ def test_workers_apart_come_together_and_learn(model_folder, data_folder, tmp_pa
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
     assert first[0][-1] < 0.98 * first[0][0]
     assert alone[-1] < 0.98 * alone[0]
+
+
+def test_a_resumed_run_of_local_steps_is_bit_equal(model_folder, data_folder):
+    """The outer momentum is in the checkpoint, too."""
+    from transformers import AutoModelForCausalLM
+
+    def going(first, rounds, held=None):
+        model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
+        settings = TrainSettings(3e-3, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
+        setup = METHODS["lora"]().setup(model, settings)
+        if held:
+            restore(setup, held)
+        told = []
+        hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "x", lambda: None)
+        order = Order(24, 12, seed=5, num_train_epochs=1, max_steps=rounds)
+        progress = Progress(step=first)
+        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks, None, 4)
+        return [report["loss"] for report in told], setup
+
+    whole, _ = going(0, 4)
+    half, setup = going(0, 2)
+    rest, _ = going(2, 4, copy.deepcopy(gather(setup)))
+
+    assert half + rest == whole

@@ -1,0 +1,34 @@
+"""What a machine that does not train does meanwhile: it measures the untuned model, so that the others need not."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from orchestrator.jobfile import read_run_job
+from orchestrator.plan import Plan
+from orchestrator.rundir import RunFolder
+from orchestrator.training import worker
+from orchestrator.training.parallel import Group
+
+
+def measure(folder: str) -> None:
+    """Measure the run's model on its held-out rows, with what the plan says of `helper`, and write before.json."""
+    run = RunFolder(Path(folder))
+    job, plan = read_run_job(run.path), Plan.from_json((run.path / "plan.json").read_text())
+    part = plan.helper
+    held_out = worker.load_data(run)[1]
+    if part is None or held_out is None:
+        return
+    torch.set_num_threads(part.threads)
+    location = (run.read_json("data.json") or {})["model"]
+    setup, techniques = worker.prepare(job, plan, part, location, torch.device(part.torch_device), _ignore)
+    tokenizer = worker.load_tokenizer(location, job)
+    quality = worker.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
+    run.write("before.json", json.dumps({**quality, "node": part.node}))
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Its events would be told among the workers'."""
