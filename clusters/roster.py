@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from clusters.connect import SLOT
@@ -50,6 +51,32 @@ def answering(names: dict[str, str], timeout_s: float = 8.0) -> set[str]:
         except RayError:  # lost between the question and the answer
             continue
     return answered
+
+
+class CallOn:
+    """A call that runs on one node beside whatever else happens; it asks for no resources."""
+
+    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
+        self._task = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*arguments)
+
+    def has_ended(self) -> bool:
+        import ray
+
+        return bool(ray.wait([self._task], timeout=0)[0])
+
+    def error(self) -> str | None:
+        """What went wrong with a call that has ended."""
+        import ray
+
+        try:
+            ray.get(self._task)
+        except Exception as error:  # whatever it raised, or the node is gone
+            return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
+        return None
 
 
 def inventory() -> list[dict[str, Any]]:

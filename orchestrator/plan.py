@@ -14,7 +14,7 @@ from orchestrator.money import Price
 from strategies import METHODS
 from strategies.contract import MemoryEstimate, Method, Techniques, TimeEstimate
 
-VERSION = 3
+VERSION = 4
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ class Plan:
     reasons: dict[str, str]  # key of the job file -> why it was resolved so
     alternatives: tuple[Alternative, ...] = ()
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
-    left_out: dict[str, str] = field(default_factory=dict)  # node -> why it does not train, what it may do instead
+    left_out: dict[str, str] = field(default_factory=dict)  # node -> why it does not train, what it does instead
+    helper: NodePlan | None = None  # a node that is left out: it measures the untuned model while the others train
     version: int = VERSION
 
     @property
@@ -153,6 +154,7 @@ class Plan:
                 f"plan.json has version {values.get('version')}, this program writes {VERSION}; submit the job anew"
             )
         values["nodes"] = tuple(_node_plan(part) for part in values["nodes"])
+        values["helper"] = _node_plan(values["helper"]) if values["helper"] else None
         values["price"] = Price(**values["price"])
         values["sync"] = Sync(**values["sync"])
         values["metrics"] = tuple(values["metrics"])

@@ -155,6 +155,7 @@ def make_plan(
             workload, chosen, tried = larger, better, tried_larger
     explain_choice(spec, workload, chosen, tried, reasons)
     first = chosen.placed[0].plan
+    helper = _helper(spec, chosen, tried, held_out)
     when = eval_steps(spec, workload, held_out, reasons)
     if held_out is None:
         for key in ("eval.eval_steps", "eval.max_new_tokens", "eval.metrics"):
@@ -190,7 +191,8 @@ def make_plan(
         reasons=reasons,
         alternatives=alternatives(spec, chosen, tried.fitting),
         rejected=tried.rejected,
-        left_out=left_out(chosen, tried, slots),
+        left_out=left_out(chosen, tried, slots, helper.node if helper else None),
+        helper=helper,
     )
 
 
@@ -207,6 +209,23 @@ def _node_plan_of(part: Any) -> NodePlan:
         time=plan.time,
         share=part.share,
     )
+
+
+def _helper(spec: JobSpec, chosen: Candidate, tried: Tried, held_out: HeldOut | None) -> NodePlan | None:
+    """The fastest node that is left out and could run the model: it measures it untuned while the others train."""
+    if held_out is None or not spec.eval.before or spec.cluster.address == "local":
+        return None
+    taking_part = {node.name for node in chosen.nodes}
+    free = [
+        found.placed[0]
+        for found in tried.fitting
+        if len(found.placed) == 1
+        and found.method.name == chosen.method.name
+        and found.placed[0].slot.node.name not in taking_part
+    ]
+    if not free:
+        return None
+    return replace(_node_plan_of(min(free, key=lambda part: part.plan.time.step_s)), share=0.0)
 
 
 def _as_asked(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:

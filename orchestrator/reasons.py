@@ -36,8 +36,8 @@ def describe_candidate(candidate: Candidate) -> str:
     return f"{', '.join(parts)} on {where}"
 
 
-def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot]) -> dict[str, str]:
-    """Node -> why it does not train beside the others, and what it is good for."""
+def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str | None = None) -> dict[str, str]:
+    """Node -> why it does not train beside the others, and what it does or is good for instead."""
     taking_part = {node.name for node in chosen.nodes}
     found = {}
     for slot in slots:
@@ -60,7 +60,8 @@ def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot]) -> dict[str
             why = next(
                 (reason for what, reason in tried.rejected.items() if what.endswith(where)), "it does not fit there"
             )
-        found[name] = f"{why}. It can evaluate, prepare data or run search trials"
+        instead = "measures the untuned model meanwhile" if name == helper else "is free for other jobs"
+        found[name] = f"{why}. It {instead}"
     return found
 
 

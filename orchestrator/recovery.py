@@ -50,6 +50,14 @@ class Recovery:
     def is_local(self) -> bool:
         return self.job.spec.cluster.address == "local"
 
+    def present(self) -> dict[str, str]:
+        """Ray's ids of the nodes that are there; nothing on a single embedded machine."""
+        if self.is_local:
+            return {}
+        from clusters import roster
+
+        return roster.present()
+
     def node_ids(self) -> dict[str, str]:
         """Ray's id of each node of the plan; nothing on a single embedded machine."""
         if self.is_local:
@@ -257,5 +265,6 @@ def keep_numbers(first: Plan, again: Plan) -> Plan:
         eval_steps=first.eval_steps,
         load_best_model_at_end=first.load_best_model_at_end,
         max_new_tokens=first.max_new_tokens,
+        helper=first.helper,
         metrics=first.metrics,
     )

@@ -19,6 +19,7 @@ from typing import Any, Protocol
 from clusters.capability import ClusterCapability
 from clusters.connect import CannotConnect, connect
 from orchestrator import calibration, machines, models, planner, workload
+from orchestrator.aside import Aside
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
 from orchestrator.evaluating import HeldOut
@@ -258,9 +259,10 @@ def _train_on_ray(
     try:
         with connect(address, plan.num_workers, plan.threads_per_worker) as cluster:
             going: Plan | None = recovery.at_start()
+            aside = Aside(run, plan, recovery.present())
             while going:
                 attempt = partial(_attempt, launch, run, going, cluster.slot_resources, recovery)
-                offset, error = _watch(_InBackground(attempt), run, watcher, mirror, recovery, offset)
+                offset, error = _watch(_InBackground(attempt), run, watcher, mirror, recovery, aside, offset)
                 going = recovery.after(error)
                 offset = _pass_on(run, watcher, offset)
     except CannotConnect as error:
@@ -274,7 +276,13 @@ def _attempt(
 
 
 def _watch(
-    outcome: _InBackground, run: RunFolder, watcher: Watcher, mirror: Mirror, recovery: Recovery, offset: int
+    outcome: _InBackground,
+    run: RunFolder,
+    watcher: Watcher,
+    mirror: Mirror,
+    recovery: Recovery,
+    aside: Aside,
+    offset: int,
 ) -> tuple[int, BaseException | None]:
     """Pass on what happens until the workers end; how far the events were read, and what went wrong."""
     asked_to_stop = False
@@ -282,6 +290,7 @@ def _watch(
         try:
             offset = _pass_on(run, watcher, offset)
             mirror.now_and_then()
+            aside.hear()
             if outcome.wait(_POLL_S):
                 return _pass_on(run, watcher, offset), outcome.error
             recovery.look()

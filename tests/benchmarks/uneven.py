@@ -33,11 +33,13 @@ LINKS = {  # rate in bits/s, delay of each side in seconds: half of it is a quar
 ROUND_TRIP_S = {name: 4 * delay for name, (_, delay) in LINKS.items()}
 TARGETS = {"1gbit": 0.95, "100mbit": 0.90, "10mbit": 0.75}
 BASE = 7 * ROWS  # sequences of a step: three micro-batches of each fast machine, one of the slow
-MODES = {  # name -> (shares, micro-batches of a step over the base)
-    "equal": ("equal", 1),
-    "by speed": ("speed", 1),
-    "by speed, 4x samples": ("speed", 4),
-    "by speed, 8x samples": ("speed", 8),
+MODES = {  # name -> (shares, samples of a step over the base, samples of a local step)
+    "equal": ("equal", 1, None),
+    "by speed": ("speed", 1, None),
+    "by speed, 2x samples": ("speed", 2, None),
+    "by speed, 4x samples": ("speed", 4, None),
+    "by speed, 8x samples": ("speed", 8, None),
+    "local steps": ("speed", 8, ROWS),
 }
 
 
@@ -86,11 +88,13 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     setup = model(speeds_s[rank])
     gradient_bytes = 4 * sum(p.numel() for p in setup.parameters.values())
 
-    def run(group: Group, samples_a_step: int, shares: Shares | None, count: int) -> list[dict[str, Any]]:
+    def run(
+        group: Group, samples_a_step: int, shares: Shares | None, count: int, local: int | None = None
+    ) -> list[dict[str, Any]]:
         told: list[dict[str, Any]] = []
         hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "", lambda: None)
         order = Order(len(data), samples_a_step, 1, 1000, count)
-        train(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares)
+        train(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares, local)
         return told
 
     alone = [ROWS / report["seconds"] for report in run(Group(), ROWS, None, 6)[1:]]
@@ -100,13 +104,16 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     all_alone = group.gather(statistics.median(alone))
     found = {}
     for mode in modes:
-        kind, factor = MODES[mode]
+        kind, factor, local = MODES[mode]
         fair = [1 / 3] * 3 if kind == "equal" else [speed / sum(all_alone) for speed in all_alone]
-        reports = run(group, factor * BASE, Shares(list(fair), stay=True), max(6, steps // factor))[2:]
+        reports = run(group, factor * BASE, Shares(list(fair), stay=True), max(6, steps // factor), local)[2:]
         step_s = statistics.median(report["seconds"] for report in reports)
         counts = [round(report_tokens / TOKENS) for report_tokens in reports[-1]["worker_tokens"]]
         compute_s = max(count / ROWS * speed for count, speed in zip(counts, speeds_s, strict=True))
-        exposed_s = network.exposed_s(gradient_bytes, min(speeds_s), bucket)
+        # Apart, nothing hides the sum: it begins when the last local step has ended.
+        exposed_s = network.all_reduce_s(gradient_bytes)
+        if not local:
+            exposed_s = network.exposed_s(gradient_bytes, min(speeds_s), bucket)
         found[mode] = {
             "sequences_per_s": factor * BASE / step_s,
             "fraction": factor * BASE / step_s / sum(all_alone),
@@ -184,6 +191,24 @@ def measure(link: str, modes: list[str], steps: int, home: Path) -> dict[str, An
     return json.loads(out.strip().splitlines()[-1])
 
 
+def picked(found: dict[str, Any]) -> str:
+    """What the planner takes where nobody stated the samples of a step: its own rule, on the predicted seconds."""
+    from orchestrator import planner
+
+    best = "by speed"
+    for factor in planner._MORE_SAMPLES:
+        mode = f"by speed, {factor}x samples"
+        if mode not in found:
+            continue
+
+        def pace(name: str) -> float:
+            return found[name]["predicted_s"] / MODES[name][1]
+
+        if pace(mode) < pace(best) / planner._WORTH_LARGER_STEPS:
+            best = mode
+    return best
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--modes", default=";".join(MODES), help="names, parted by ;")
@@ -206,11 +231,13 @@ def main() -> None:
             found = measure(link, modes, asked.steps, Path(home))
         alone = ", ".join(f"{speed:.1f}" for speed in found["alone"])
         print(f"{link}: alone {alone} sequences/s, gradients {found['gradient_bytes'] / 1e6:.2f} MB")
+        chosen = picked(found["modes"])
         for mode, told in found["modes"].items():
             print(
                 f"  {mode:<22} {told['fraction']:6.1%} of the sum ({told['counts']} sequences a step),"
                 f" step {told['step_s']:.3f} s, predicted {told['predicted_s']:.3f}"
                 f" ({told['predicted_s'] / told['step_s'] - 1:+.0%})"
+                f"{f'  <- the planner, target {TARGETS[link]:.0%}' if mode == chosen else ''}"
             )
 
 

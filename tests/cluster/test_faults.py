@@ -23,10 +23,11 @@ from tests.conftest import rows, write_jsonl
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")]
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 10  # steps between checkpoints
+SMALL_MEMORY_BYTES = 1200 * 2**20
 JOB = """\
 name: faults
 model: {{model_name_or_path: {model}, dtype: float32}}
-data: {{train: train.jsonl, max_length: 64}}
+data: {{train: {data}, max_length: {length}}}
 method: {{lora_r: 4}}
 train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 1e-4, lr_scheduler_type: constant}}
 strategy: {{shares: {shares}}}
@@ -69,7 +70,7 @@ class Lab:
         for pid in self.cluster.pids("head"):
             with contextlib.suppress(FileNotFoundError, ProcessLookupError):
                 command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if command[1:4] == ["-m", "orchestrator", "submit"]:
+                if command[1:3] == ["-m", "orchestrator"] and command[3] in ("submit", "resume"):
                     os.kill(pid, number)
 
     def until_up(self, names, limit_s=90):
@@ -97,9 +98,18 @@ class Lab:
         out, _ = done.communicate(timeout=60)
         return {node["name"] for node in json.loads(out) if node["state"] == "alive"} if done.returncode == 0 else set()
 
-    def submit(self, *verb, steps=120, shares="planned", wait=40):
+    def submit(
+        self, *verb, steps=120, shares="planned", wait=40, every=EVERY, model=None, data="train.jsonl", length=64
+    ):
         text = JOB.format(
-            model=self.model, address=self.cluster.address("head"), steps=steps, shares=shares, wait=wait, every=EVERY
+            model=model or self.model,
+            address=self.cluster.address("head"),
+            steps=steps,
+            shares=shares,
+            wait=wait,
+            every=every,
+            data=data,
+            length=length,
         )
         (self.folder / "job.yaml").write_text(text)
         before = {run.run_id for run in RunFolder.all(self.folder / "runs")}
@@ -141,6 +151,23 @@ def lab(tmp_path_factory, model_folder):
             process.stdout.close()
         for name in list(lab.agents):
             lab.power_off(name)
+
+
+@pytest.fixture(scope="module")
+def wide_model(lab, model_folder, tmp_path_factory):
+    """A model whose micro-batches take hundreds of MiB, and long rows for it."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, LlamaForCausalLM
+
+    config = AutoConfig.from_pretrained(model_folder)
+    config.update({"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4})
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("wide")
+    LlamaForCausalLM(config).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(model_folder).save_pretrained(folder)
+    text = " ".join(row["prompt"] for row in rows(60))
+    write_jsonl(lab.folder / "long.jsonl", [{"text": f"{i} {text}"} for i in range(40)])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -243,9 +270,8 @@ def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
     while events(run, "replanned")[-1]["nodes"] != ["fast", "slow"]:
         assert time.monotonic() < until and process.poll() is None, run.events()[0][-4:]
         time.sleep(0.2)
-    step = max(run.steps())
+    reached(run, max(run.steps()) + 20, process)
     tell("joined", run, began)
-    reached(run, step + 20, process)
     run.stop_file.touch()
     process.communicate(timeout=100)
 
@@ -349,6 +375,45 @@ def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
     finished(again, run)
 
     compare(run, reference)
+
+
+def test_a_damaged_checkpoint_and_rays_own_snapshot_cut_in_half(lab, reference):
+    process, run = lab.submit()
+    reached(run, 35, process)
+    lab.signal_driver(signal.SIGKILL)
+    process.communicate()
+    for file in (run.path / ".ray").rglob("*"):  # what Ray Train keeps of itself
+        if file.is_file():
+            os.truncate(file, file.stat().st_size // 2)
+    newest = sorted(run.checkpoints.glob("step-????????"))[-1]
+    weights = newest / "weights.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-5] ^= 1
+    weights.write_bytes(content)
+    again, _ = lab.submit("resume", run.run_id)
+    finished(again, run)
+
+    compare(run, reference, most_again=2 * EVERY)
+    notes = [event["text"] for event in events(run, "note")]
+    assert any(newest.name in text and "weights.safetensors has changed" in text for text in notes), notes
+
+
+def test_a_machine_without_memory_gets_less_at_a_time(lab, wide_model):
+    """The kernel kills the worker; the same step is done with less memory planned for, not again and again alike."""
+    lab.cluster.limit_memory("slow", SMALL_MEMORY_BYTES)
+    try:
+        process, run = lab.submit(model=wide_model, data="long.jsonl", steps=12, shares="measured", length=256)
+        reached(run, 1, process, limit_s=300)
+        finished(process, run)
+    finally:
+        lab.cluster.limit_memory("slow", -1)
+    process, free = lab.submit(model=wide_model, data="long.jsonl", steps=12, shares="measured", length=256)
+    finished(process, free)
+
+    assert {event["node"] for event in events(run, "killed")} == {"slow"}
+    assert len(events(run, "failure")) <= 6
+    compare(run, free, exact=False, most_again=12)
+    tell("out of memory", run, events(run, "killed")[0]["time"] - 1)
 
 
 def test_no_process_of_a_finished_run_is_left(lab):

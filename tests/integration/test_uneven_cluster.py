@@ -121,7 +121,7 @@ def test_each_node_has_its_place_in_the_plan_and_the_workers_agree(undisturbed):
     for report in undisturbed.steps().values():
         assert sum(report["worker_tokens"]) == report["tokens"]
         assert len(report["worker_s"]) == 2
-        assert report["bytes_sent"] > 0
+        assert report["step_bytes_sent"] > 0
 
 
 def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothing(place, undisturbed):
@@ -153,3 +153,19 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
     seen = [event["step"] for event in events(run, "step")]
     assert len(seen) - len(set(seen)) <= 10
     cluster.nodes_by_name["right"] = add(cluster, "right")
+
+
+def test_a_machine_that_does_not_train_measures_the_untuned_model_meanwhile(cluster, place):
+    write_jsonl(place / "eval.jsonl", rows(8, start=100))
+    one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=60")
+    told, said = ended(started(place, *one))
+    run = RunFolder(Path(told["path"]))
+
+    plan = run.read_json("plan.json")
+    (trains,) = [part["node"] for part in plan["nodes"]]
+    assert plan["helper"]["node"] in {"left", "right"} - {trains}
+    assert "measures the untuned model" in plan["left_out"][plan["helper"]["node"]], said
+    before = run.read_json("before.json")
+    assert before["node"] == plan["helper"]["node"]
+    assert run.read_json("result.json")["before"]["eval_loss"] == before["eval_loss"] > 0
+    assert [event["when"] for event in events(run, "quality")] == ["before", "after"]

@@ -1,0 +1,36 @@
+"""The machine that a plan leaves out, at work beside the others: it measures the untuned model meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.plan import Plan
+from orchestrator.rundir import RunFolder
+
+
+class Aside:
+    """Started once a run; whatever becomes of it, training goes on."""
+
+    def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
+        self._run, self._call = run, None
+        if plan.helper is None or plan.helper.node not in node_ids or (run.path / "before.json").exists():
+            return
+        from clusters.roster import CallOn
+        from orchestrator.training.untuned import measure
+
+        self._call: Any = CallOn(node_ids[plan.helper.node], measure, str(run.path))
+
+    def hear(self) -> None:
+        """Tell, once, what came of it."""
+        if self._call is None or not self._call.has_ended():
+            return
+        reason, found = self._call.error(), self._run.read_json("before.json")
+        self._call = None
+        if reason or found is None:
+            reason = reason or "it ended without a word"
+            self._run.write("before-failed.json", json.dumps({"text": reason}))
+            self._run.record("note", text=f"the untuned model could not be measured aside: {reason}")
+        else:
+            self._run.record("quality", when="before", **{k: v for k, v in found.items() if isinstance(v, int | float)})
