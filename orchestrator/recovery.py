@@ -7,13 +7,14 @@ number of steps, optimizer) stays as the first plan has it; only who does it, an
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
-from clusters.units import format_s
+from clusters.units import format_bytes, format_s
 from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
@@ -158,9 +159,8 @@ class Recovery:
         if self._failures > allowed:
             raise RunFailed(reason) from error
         killed = {event["node"] for event in self._of_this_try("killed") if event.get("node")}
-        if killed and self._tries > 1 and self._shrunk < _MOST_SHRINKS:
-            self._shrink(killed)
-        elif self._tries >= _TRIES_WITHOUT_A_STEP:
+        is_leaner = self._tries > 1 and self._shrunk < _MOST_SHRINKS and self._count_on_less(killed)
+        if not is_leaner and self._tries >= _TRIES_WITHOUT_A_STEP:
             raise RunFailed(f"{reason} ({self._tries} tries in a row made no step)") from error
         self.run.record("failure", text=reason, step=step, failures=self._failures)
         self.say(f"a worker failed after step {step} ({reason}); going on from the last checkpoint")
@@ -174,14 +174,34 @@ class Recovery:
                 found = []
         return found
 
-    def _shrink(self, names: set[str]) -> None:
-        """Workers killed twice at the same step: count on less memory there, so that the next plan is leaner."""
-        self._shrunk, self._tries = self._shrunk + 1, 0
-        nodes = [_with_less_memory(node) if node.name in names else node for node in self.capability.nodes]
-        self.capability = replace(self.capability, nodes=tuple(nodes))
-        self.say(
-            f"a worker on {', '.join(sorted(names))} was killed twice: planning with {_LESS_MEMORY:.0%} of its memory"
-        )
+    def _count_on_less(self, killed: set[str]) -> bool:
+        """Two tries ended at the same step: count on less memory where there is less now, or where workers were killed.
+
+        False where nothing says that memory is what is lacking.
+        """
+        names = killed or {part.node for part in self.plan.nodes}
+        seen = {} if self.is_local else {node.name: node for node in self._looked_at_again(names)}
+        nodes, is_leaner = [], False
+        for node in self.capability.nodes:
+            now = seen.get(node.name)
+            if now and now.memory_bytes and now.memory_bytes < _LESS_MEMORY * (node.memory_bytes or math.inf):
+                node, is_leaner = now, True
+                self.say(f"{node.name} has {format_bytes(now.memory_bytes)} only: planning with that")
+            elif node.name in killed:
+                node, is_leaner = _with_less_memory(node), True
+                self.say(f"a worker on {node.name} was killed twice: planning with {_LESS_MEMORY:.0%} of its memory")
+            nodes.append(node)
+        if is_leaner:
+            self.capability = replace(self.capability, nodes=tuple(nodes))
+            self._shrunk, self._tries = self._shrunk + 1, 0
+        return is_leaner
+
+    def _looked_at_again(self, names: set[str]) -> tuple[NodeCapability, ...]:
+        """The named nodes as they are now, as far as they answer."""
+        from clusters.ray_probe import probe_connected
+
+        others = tuple(node for node in self.capability.nodes if node.name not in names)
+        return tuple(n for n in probe_connected(replace(self.capability, nodes=others)).nodes if n.name in names)
 
     def _plan_with_those_there(self, has_failed: bool) -> Plan:
         """Wait a while for lost machines; then the same plan, or one without them."""
@@ -213,9 +233,19 @@ class Recovery:
         there = replace(
             self.capability, nodes=tuple(node for node in self.capability.nodes if node.name in names & trains)
         )
+        return self._planned_on(there)
+
+    def _planned_on(self, there: ClusterCapability) -> Plan:
+        """The plan for these nodes, or for those that remain without the smallest where it does not fit there."""
         if not there.nodes:
             raise NothingFits("no machine is left that could train")
-        return self.replan(self.plan, there)
+        try:
+            return self.replan(self.plan, there)
+        except NothingFits:
+            if len(there.nodes) < 2:
+                raise
+            smallest = min(there.nodes, key=lambda node: node.memory_bytes or math.inf)
+            return self._planned_on(replace(there, nodes=tuple(node for node in there.nodes if node is not smallest)))
 
 
 def _with_less_memory(node: NodeCapability) -> NodeCapability:

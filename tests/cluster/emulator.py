@@ -127,6 +127,9 @@ class EmulatedCluster:
             self.limit_memory(name, self.machines[name].memory_bytes or 0)
         inside = (
             f"hostname {name}; mount --bind {folder}/ray /tmp/ray; mount --bind {folder}/shm /dev/shm;"
+            # `ip netns exec` hides the cgroups, and with them how much memory the machine has.
+            " mount -t tmpfs tmpfs /sys/fs/cgroup; mkdir /sys/fs/cgroup/memory;"
+            " mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory;"
             f" touch {folder}/up; exec sleep infinity"
         )
         joins = "; ".join(f"echo $$ > {self._cgroup(name, c)}/tasks" for c in _CONTROLLERS)
