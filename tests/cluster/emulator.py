@@ -60,7 +60,6 @@ class Machine:
     rate_bits_per_s: float = 1e9
     delay_s: float = 1e-4
     memory_bytes: int | None = None
-    num_slots: int = 1
     env: dict[str, str] = field(default_factory=dict)
 
 
@@ -73,7 +72,6 @@ class EmulatedCluster:
         self._subnet = f"10.{100 + os.getpid() % 100}.{os.getpid() // 100 % 250}"
         self._tag = f"em{os.getpid()}"
         self._holders: dict[str, subprocess.Popen[bytes]] = {}
-        self._ray: dict[str, subprocess.Popen[bytes]] = {}
         self._router: subprocess.Popen[bytes] | None = None
         self._socket = f"/tmp/{self._tag}.sock"  # a unix address is short
 
@@ -160,24 +158,6 @@ class EmulatedCluster:
             ["bash", "-c", f"{joins}; exec {shlex.join(enter)}"], env=variables, start_new_session=True, **popen
         )
 
-    def start_ray(self, name: str, head: str) -> None:
-        """A Ray node on a machine; the head is the one that bears its name."""
-        machine = self.machines[name]
-        where = ["--head", "--port=6379", "--include-dashboard=false"]
-        if name != head:
-            where = [f"--address={self.address(head)}:6379"]
-        slots = json.dumps({"train_slot": machine.num_slots} if machine.num_slots else {})
-        command = [
-            *(sys.executable, "-m", "ray.scripts.scripts", "start", *where, f"--node-ip-address={self.address(name)}"),
-            *(f"--node-name={name}", f"--num-cpus={machine.num_cpus}", "--num-gpus=0", f"--resources={slots}"),
-            *("--object-store-memory=104857600", "--disable-usage-stats", "--block"),
-        ]
-        with (self.home / name / "ray.log").open("wb") as log:
-            self._ray[name] = self.run(name, command, stdout=log, stderr=log)
-        if name == head:
-            started = self.home / name / "ray.log"
-            _until(lambda: "Ray runtime started" in started.read_text(), 90, f"Ray did not start on {name}")
-
     def power_off(self, name: str) -> None:
         """Everything on the machine vanishes at once; nobody is told."""
         with contextlib.suppress(ProcessLookupError, FileNotFoundError, IndexError):
@@ -213,7 +193,7 @@ class EmulatedCluster:
     def pids(self, name: str) -> list[int]:
         """Processes of a machine, by the numbers of this one."""
         with contextlib.suppress(FileNotFoundError):
-            return [int(pid) for pid in (self._cgroup(name, "freezer") / "tasks").read_text().split()]
+            return [int(pid) for pid in (self._cgroup(name, "freezer") / "cgroup.procs").read_text().split()]
         return []
 
     def _kill_rest(self, name: str) -> list[int]:
@@ -228,8 +208,6 @@ class EmulatedCluster:
         """Power off, and leave nothing behind."""
         for name in list(self._holders):
             self.power_off(name)
-        for process in self._ray.values():
-            process.wait()
         if self._router:
             self._router.kill()
             self._router.wait()

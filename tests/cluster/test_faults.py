@@ -329,8 +329,8 @@ def test_asked_to_end_it_saves_first(lab, reference):
     process, run = lab.submit()
     reached(run, 25, process)
     lab.signal_driver(signal.SIGTERM)
-    process.communicate(timeout=60)
-    assert run.state() == "stopped"
+    out, _ = process.communicate(timeout=60)
+    assert (process.returncode, run.state()) == (5, "stopped"), out
     again, _ = lab.submit("resume", run.run_id)
     finished(again, run)
 
