@@ -27,8 +27,8 @@ from strategies.techniques.sharding import refused_keys
 
 _LONGEST_AUTO = 2048
 _ABOUT_AS_FAST = 1.15
-_MORE_SAMPLES = (2, 4, 8)  # times those of a step, where a group waits for its network
-_WAITS = 0.2  # of a step for the network is worth a thought
+_MORE_SAMPLES = (2, 4, 8, 16)  # times those of a step, where a group waits for its network
+_WAITS = 0.05  # of a step for the others is worth a thought
 _WORTH_LARGER_STEPS = 1.1  # so much faster, or the smaller steps stay
 _LEAST_STEPS_PER_EPOCH = 8
 

@@ -5,11 +5,13 @@ Legend: N workers, b bytes of gradients, w bytes a second of the slowest link, r
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 _LEAST_BUCKET_BYTES = 64 * 2**10
 _LARGEST_BUCKET_BYTES = 25 * 2**20
 _BUCKETS = 6  # so that most have left when the backward pass ends
+_GROUP_S = 0.02  # of a step, whatever the link: hooks, copies, everybody's numbers (tests/benchmarks/uneven.py, 1 Gbit)
 _BACKWARD = 0.6  # of a micro-batch's time: gradients leave while it runs
 
 
@@ -26,7 +28,12 @@ class Network:
         if self.num_workers < 2 or not num_bytes:
             return 0.0
         ring = (self.num_workers - 1) / self.num_workers
-        return 2 * num_bytes * ring / self.bytes_per_s + (self.num_workers - 1) * self.round_trip_s
+        return 2 * num_bytes * ring / self.bytes_per_s + self.latency_s
+
+    @property
+    def latency_s(self) -> float:
+        """Of one sum, however small."""
+        return (self.num_workers - 1) * self.round_trip_s
 
     def gather_s(self, num_bytes: float) -> float:
         """Parts of all workers brought to each of them, or summed into parts: half of an all-reduce."""
@@ -34,12 +41,15 @@ class Network:
 
     def bucket_bytes(self, num_bytes: float) -> int:
         """Of gradients that leave together: a few buckets, none so small that its round trips cost more than itself."""
-        least = max(_LEAST_BUCKET_BYTES, self.bytes_per_s * self.round_trip_s)
+        least = max(_LEAST_BUCKET_BYTES, self.bytes_per_s * self.latency_s)
         return int(min(_LARGEST_BUCKET_BYTES, max(least, num_bytes / _BUCKETS)))
 
     def exposed_s(self, num_bytes: float, micro_batch_s: float, bucket_bytes: float) -> float:
-        """What a step waits beyond the backward pass of its last micro-batch: at least for the last bucket."""
-        return max(
-            self.all_reduce_s(min(num_bytes, bucket_bytes)),
-            self.all_reduce_s(num_bytes) - _BACKWARD * micro_batch_s,
-        )
+        """What a step waits beyond the backward pass of its last micro-batch.
+
+        At least for the last bucket, and then for the step's numbers (loss, wishes, paces), which leave after it.
+        """
+        buckets = max(1, math.ceil(num_bytes / bucket_bytes))
+        all_s = self.all_reduce_s(num_bytes) + (buckets - 1) * self.latency_s
+        last_s = self.all_reduce_s(min(num_bytes, bucket_bytes))
+        return max(last_s, all_s - _BACKWARD * micro_batch_s) + self.latency_s + _GROUP_S

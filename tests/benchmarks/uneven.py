@@ -39,6 +39,7 @@ MODES = {  # name -> (shares, samples of a step over the base, samples of a loca
     "by speed, 2x samples": ("speed", 2, None),
     "by speed, 4x samples": ("speed", 4, None),
     "by speed, 8x samples": ("speed", 8, None),
+    "by speed, 16x samples": ("speed", 16, None),
     "local steps": ("speed", 8, ROWS),
 }
 
@@ -76,7 +77,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     from orchestrator.training.parallel import Group
     from orchestrator.training.shares import Shares
     from strategies.contract import Techniques
-    from strategies.cost.network import Network
+    from strategies.cost.network import _GROUP_S, Network
 
     torch.set_num_threads(1)
     speeds_s = list(ACCELERATORS_S.values())
@@ -84,7 +85,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     network = Network(3, LINKS[link][0] / 8, ROUND_TRIP_S[link])
     techniques = Techniques("float32", "sdpa", False, False, ROWS, TOKENS)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
-    data = samples(64 * BASE)
+    data = samples(128 * BASE)
     setup = model(speeds_s[rank])
     gradient_bytes = 4 * sum(p.numel() for p in setup.parameters.values())
 
@@ -106,12 +107,13 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     for mode in modes:
         kind, factor, local = MODES[mode]
         fair = [1 / 3] * 3 if kind == "equal" else [speed / sum(all_alone) for speed in all_alone]
-        reports = run(group, factor * BASE, Shares(list(fair), stay=True), max(6, steps // factor), local)[2:]
+        reports = run(group, factor * BASE, Shares(list(fair), stay=True), max(5, steps // factor), local)[2:]
         step_s = statistics.median(report["seconds"] for report in reports)
         counts = [round(report_tokens / TOKENS) for report_tokens in reports[-1]["worker_tokens"]]
-        compute_s = max(count / ROWS * speed for count, speed in zip(counts, speeds_s, strict=True))
+        # As in a job: the workers tell each other the pace they measured.
+        compute_s = max(count / pace for count, pace in zip(counts, all_alone, strict=True))
         # Apart, nothing hides the sum: it begins when the last local step has ended.
-        exposed_s = network.all_reduce_s(gradient_bytes)
+        exposed_s = network.all_reduce_s(gradient_bytes) + network.latency_s + _GROUP_S
         if not local:
             exposed_s = network.exposed_s(gradient_bytes, min(speeds_s), bucket)
         found[mode] = {

@@ -9,7 +9,7 @@ from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import parse_job
-from orchestrator.plan import Plan
+from orchestrator.plan import VERSION, Plan
 from strategies.shape import ModelShape
 
 GIB = 2**30
@@ -132,4 +132,4 @@ def test_a_plan_survives_its_file_and_its_hash_follows_its_content():
     assert Plan.from_json(made.to_json()) == made
     assert Plan.from_json(made.to_json()).hash == made.hash != plan("train: {optim: sgd}\n").hash
     with pytest.raises(JobError, match="version"):
-        Plan.from_json(made.to_json().replace('"version": 3', '"version": 0'))
+        Plan.from_json(made.to_json().replace(f'"version": {VERSION}', '"version": 0'))
