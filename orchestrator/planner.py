@@ -47,8 +47,8 @@ def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) 
         return asked, None
     if node.gpus:
         return len(node.gpus), f"one for each of {len(node.gpus)} GPUs"
-    if spec.strategy.mode == "ddp" and not several:
-        return 2, "strategy.mode: ddp needs at least two"
+    if spec.strategy.mode in ("ddp", "zero1", "zero2", "zero3") and not several:
+        return 2, f"strategy.mode: {spec.strategy.mode} needs at least two"
     return 1, "two processes on one CPU fight over its cores"
 
 
@@ -281,6 +281,11 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
     if decided := refused_keys(strategy.deepspeed or {}):
         raise JobError(
             [f"strategy.deepspeed.{key}: the plan decides it; say it by {where}" for key, where in decided.items()]
+        )
+    if strategy.mode.startswith("zero") and len(slots) < 2:
+        raise JobError(
+            f"strategy.mode: {strategy.mode} divides among devices, and here is one; set it to auto, or"
+            " cluster.num_workers to at least 2"
         )
     if strategy.local_steps and strategy.mode.startswith("zero"):
         raise JobError("strategy.local_steps: workers that train apart hold everything; set strategy.mode to ddp")

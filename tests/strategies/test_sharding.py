@@ -192,6 +192,28 @@ def test_an_adapter_trained_with_zero_3_loads_into_plain_peft(results):
         assert torch.equal(held[name.replace(".default", "")], weight)
 
 
+def offloaded_cases(rank, size, port, out):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    for stage, offload in OFFLOADED:
+        setup, techniques = primed(*built("full", stage, None, offload, rank, size), rank, size)
+        losses = trained(setup, techniques, 4, rank, size)
+        if rank == 0:
+            torch.save(losses, f"{out}/{stage}-{offload}.pt")
+    dist.destroy_process_group()
+
+
+OFFLOADED = [(2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+
+
+@pytest.mark.slow  # DeepSpeed compiles its CPU Adam: a minute
+def test_what_waits_on_the_host_trains_as_what_does_not(undivided, tmp_path):
+    spawned(offloaded_cases, 2, str(tmp_path))
+
+    for stage, offload in OFFLOADED:
+        assert torch.load(tmp_path / f"{stage}-{offload}.pt") == pytest.approx(undivided["full"][0], rel=1e-5)
+
+
 def test_a_plan_becomes_a_configuration_and_a_job_may_lay_keys_over_it():
     techniques = Techniques("bfloat16", "sdpa", True, False, 1, 64, zero_stage=3, offload="parameters")
     plain = config_of(techniques, Options({}))
