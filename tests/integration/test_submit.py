@@ -281,6 +281,7 @@ def test_a_worker_that_fails_ends_with_its_reason_and_exit_code_five(place, mode
     assert "Traceback" not in done.stderr + done.stdout
 
 
+@pytest.mark.slow  # what it proves at length, tests/strategies/test_sharding.py proves of the parts
 def test_weights_divided_by_zero_3_train_and_are_handed_back_whole(finished, place):
     reference, _ = finished
 
