@@ -478,7 +478,7 @@ def _wait_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
             waits += network.gather_s(gradient)
         return waits
     # DeepSpeed reduces every micro-batch's gradients from stage 2 on, and nothing of ours hides it.
-    reduced = network.gather_s(gradient) * (num_micro if techniques.zero_stage >= 2 else 1)
+    reduced = network.step_s + network.gather_s(gradient) * (num_micro if techniques.zero_stage >= 2 else 1)
     if techniques.zero_stage >= 3:
         return reduced + num_micro * network.gather_s((2 + techniques.gradient_checkpointing) * gathered)
     return reduced + network.gather_s(gradient)

@@ -31,6 +31,11 @@ class Network:
         return 2 * num_bytes * ring / self.bytes_per_s + self.latency_s
 
     @property
+    def step_s(self) -> float:
+        """Of a step of a group beside its gradients: everybody's numbers, hooks, copies."""
+        return self.latency_s + _GROUP_S
+
+    @property
     def latency_s(self) -> float:
         """Of one sum, however small."""
         return (self.num_workers - 1) * self.round_trip_s
@@ -52,4 +57,4 @@ class Network:
         buckets = max(1, math.ceil(num_bytes / bucket_bytes))
         all_s = self.all_reduce_s(num_bytes) + (buckets - 1) * self.latency_s
         last_s = self.all_reduce_s(min(num_bytes, bucket_bytes))
-        return max(last_s, all_s - _BACKWARD * micro_batch_s) + self.latency_s + _GROUP_S
+        return max(last_s, all_s - _BACKWARD * micro_batch_s) + self.step_s

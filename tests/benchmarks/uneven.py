@@ -77,7 +77,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     from orchestrator.training.parallel import Group
     from orchestrator.training.shares import Shares
     from strategies.contract import Techniques
-    from strategies.cost.network import _GROUP_S, Network
+    from strategies.cost.network import Network
 
     torch.set_num_threads(1)
     speeds_s = list(ACCELERATORS_S.values())
@@ -113,7 +113,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
         # As in a job: the workers tell each other the pace they measured.
         compute_s = max(count / pace for count, pace in zip(counts, all_alone, strict=True))
         # Apart, nothing hides the sum: it begins when the last local step has ended.
-        exposed_s = network.all_reduce_s(gradient_bytes) + network.latency_s + _GROUP_S
+        exposed_s = network.all_reduce_s(gradient_bytes) + network.step_s
         if not local:
             exposed_s = network.exposed_s(gradient_bytes, min(speeds_s), bucket)
         found[mode] = {
