@@ -15,7 +15,11 @@ class Aside:
 
     def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
         self._run, self._call = run, None
-        if plan.helper is None or plan.helper.node not in node_ids or (run.path / "before.json").exists():
+        (run.path / "before-failed.json").unlink(missing_ok=True)  # of an earlier try
+        if plan.helper is None or (run.path / "before.json").exists():
+            return
+        if plan.helper.node not in node_ids:
+            run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not there"}))
             return
         from clusters.roster import CallOn
         from orchestrator.training.untuned import measure

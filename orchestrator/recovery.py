@@ -270,16 +270,16 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
     cluster = job.spec.cluster.model_copy(update={"num_workers": wanted})
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
     # ZeRO needs companions; who is left alone goes on without it, from the same whole checkpoint.
-    strategy = job.spec.strategy.model_copy(
-        update={"mode": "auto"} if job.spec.strategy.mode.startswith("zero") else {}
-    )
+    strategy = job.spec.strategy
+    if num_slots < 2 and strategy.mode.startswith("zero"):
+        strategy = strategy.model_copy(update={"mode": "auto"})
     spec = job.spec.model_copy(
         update={
             "method": method_section(**plan.method),
             "train": train,
             "cluster": cluster,
             "goal": goal,
-            "strategy": strategy if num_slots < 2 else job.spec.strategy,
+            "strategy": strategy,
         }
     )
     return Job(spec, job.folder, job.text)
