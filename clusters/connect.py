@@ -8,7 +8,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -119,10 +119,12 @@ def _keep_quiet() -> None:
 
 
 @contextlib.contextmanager
-def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Connection]:
+def connect(
+    address: str, num_slots: int, cores_per_slot: int, environment: Mapping[str, str] | None = None
+) -> Iterator[Connection]:
     """Connect for the length of the block; `local` starts Ray here and ends it after.
 
-    Raises CannotConnect.
+    `environment` is what every worker process starts with.  Raises CannotConnect.
     """
     import ray
 
@@ -132,7 +134,9 @@ def connect(address: str, num_slots: int, cores_per_slot: int) -> Iterator[Conne
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the work is seen
-    quiet = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
+    if environment:
+        quiet["runtime_env"] = {"env_vars": dict(environment)}
     address = _resolved(address)
     _refuse_unreachable(address)
     # Ray takes SIGTERM for itself and would end a driver that wants to save first.

@@ -34,7 +34,5 @@ ALIASES: dict[str, str] = {
 # Keys people will look for that this version does not have, with what to do instead.
 NOT_YET: dict[str, str] = {
     "load_in_4bit": "write method: {type: qlora}, or method: {type: auto} and the plan decides",
-    "deepspeed": "DeepSpeed is not in this version; remove the key",
-    "search": "search is not in this version; remove the section",
     "use_liger_kernel": "not in this version; the loss is already computed at supervised positions only",
 }

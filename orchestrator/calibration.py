@@ -48,8 +48,10 @@ def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -
 
 
 def _results(runs: Path) -> Iterable[Mapping[str, Any]]:
-    for file in sorted(runs.glob("*/result.json")):
+    """What runs and the trials of searches measured."""
+    for file in sorted([*runs.glob("*/result.json"), *runs.glob("*/trials.jsonl")]):
         try:
-            yield json.loads(file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # a run being written, or a damaged one: it teaches nothing
+            text = file.read_text(encoding="utf-8")
+            yield from map(json.loads, text.splitlines() if file.suffix == ".jsonl" else [text])
+        except (OSError, ValueError):  # one being written, or a damaged one: it teaches nothing
             continue

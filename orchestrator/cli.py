@@ -12,12 +12,26 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from orchestrator import __version__, cluster_cli
+from orchestrator import __version__, cluster_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
-from orchestrator.jobfile import Job, read_job, read_run_job
+from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
+from orchestrator.verbs import (
+    HardwareOption,
+    JobArgument,
+    JsonOption,
+    RefreshOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    asked_job,
+    complete_job,
+    err,
+    out,
+    print_json,
+    say,
+)
 
 app = typer.Typer(
     name="orchestrator",
@@ -27,36 +41,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 cluster_cli.register(app)
-out, err = Console(), Console(stderr=True)
-
-
-def _complete_job(incomplete: str) -> list[str]:
-    from orchestrator.schema import recipes
-
-    files = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
-    return files + [name for name in recipes() if name.startswith(incomplete)]
-
-
-def _complete_run(incomplete: str) -> list[str]:
-    return [run.run_id for run in RunFolder.all(Path("runs")) if run.run_id.startswith(incomplete)]
-
-
-def _complete_key(incomplete: str) -> list[str]:
-    from orchestrator.schema import all_fields
-
-    return [f"{key}=" for key in all_fields() if key.startswith(incomplete)]
-
-
-JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=_complete_job)]
-RunArgument = Annotated[
-    str, typer.Argument(help="a run: its id, the start of it, its folder, or `latest`", autocompletion=_complete_run)
-]
-SetOption = Annotated[
-    list[str],
-    typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=_complete_key),
-]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
-RunsOption = Annotated[Path, typer.Option("--runs", help="the folder that holds the runs")]
+search_cli.register(app)
+report_cli.register(app)
 
 
 @app.command()
@@ -91,20 +77,14 @@ def validate(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) 
     """
     from orchestrator.validation import check
 
-    found = check(_job(job, set_))
+    found = check(asked_job(job, set_))
     if json_:
-        _print_json(found)
+        print_json(found)
         return
     for line in found["notices"]:
         out.print(line, markup=False, highlight=False, soft_wrap=True)
     formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
     out.print(f"{job} is valid ({formats})", markup=False, highlight=False, soft_wrap=True)
-
-
-HardwareOption = Annotated[
-    Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
-]
-RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
 
 
 @app.command()
@@ -123,9 +103,9 @@ def probe(
     from orchestrator.machine_view import machines_view
     from orchestrator.machines import declared, reached
 
-    found = declared(hardware) if hardware else reached(cluster, _say, refresh)
+    found = declared(hardware) if hardware else reached(cluster, say, refresh)
     if json_:
-        _print_json(found.as_dict())
+        print_json(found.as_dict())
     else:
         out.print(machines_view(found))
 
@@ -133,7 +113,7 @@ def probe(
 @app.command()
 def techniques(
     job: Annotated[
-        str | None, typer.Argument(help="judge for this job's model and data", autocompletion=_complete_job)
+        str | None, typer.Argument(help="judge for this job's model and data", autocompletion=complete_job)
     ] = None,
     hardware: HardwareOption = None,
     measure: Annotated[bool, typer.Option("--measure", help="try each on a small model here, some minutes")] = False,
@@ -150,10 +130,10 @@ def techniques(
     from orchestrator.catalogue import catalogue, catalogue_view, measured_view
     from orchestrator.machines import declared, reached
 
-    cluster = declared(hardware) if hardware else reached("local", _say, refresh)
-    rows = catalogue(cluster, _job(job, set_) if job else None, measure, _say)
+    cluster = declared(hardware) if hardware else reached("local", say, refresh)
+    rows = catalogue(cluster, asked_job(job, set_) if job else None, measure, say)
     if json_:
-        _print_json(rows)
+        print_json(rows)
     else:
         out.print(measured_view(rows) if measure else catalogue_view(rows))
 
@@ -183,12 +163,12 @@ def plan(
     from orchestrator.plan_view import plan_view
     from orchestrator.run import plan_without_data, prepare
 
-    asked = _job(job, set_)
+    asked = asked_job(job, set_)
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(asked, _say, cluster, refresh)
+        ready = prepare(asked, say, cluster, refresh)
     else:
-        ready = plan_without_data(asked, cluster, _say, refresh)
+        ready = plan_without_data(asked, cluster, say, refresh)
     checks: dict[str, Any] = {}
     if trace:
         from orchestrator.tracing import trace_plan
@@ -197,9 +177,9 @@ def plan(
     if preflight:
         from orchestrator.training.preflight import preflight as fly
 
-        checks["preflight"] = fly(asked, ready, _say)
+        checks["preflight"] = fly(asked, ready, say)
     if json_:
-        _print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
+        print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
         return
     out.print(plan_view(asked, ready.plan, ready.statistics))
     for name, found in checks.items():
@@ -228,18 +208,21 @@ def submit(
     from orchestrator.run import submit as run_job
 
     with _watcher(json_) as watcher:
-        run = run_job(_job(job, set_), watcher)
+        run = run_job(asked_job(job, set_), watcher)
     _print_result(run, json_)
 
 
 @app.command()
 def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
-    """Go on with a stopped, failed or killed run from its newest whole checkpoint.
+    """Go on with a stopped, failed or killed run from its newest whole checkpoint, or with a search.
 
     Example: orchestrator resume latest
     """
     from orchestrator.run import resume as run_on
 
+    if search := search_cli.found(run, runs):
+        search_cli.go_on(search, json_)
+        return
     found = RunFolder.find(run, runs)
     if found.state() == "finished":
         raise JobError(f"{found.run_id} is finished; there is nothing to resume")
@@ -255,7 +238,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 
     rows = [run_row(run) for run in RunFolder.all(runs)]
     if json_:
-        _print_json(rows)
+        print_json(rows)
     elif rows:
         out.print(runs_table(rows))
     else:
@@ -268,10 +251,13 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     from orchestrator import workers
     from orchestrator.explain import result_view, run_row
 
+    if search := search_cli.found(run, runs):
+        search_cli.show(search, json_)
+        return
     found = RunFolder.find(run, runs)
     row, by_worker = run_row(found), workers.of_run(found.events()[0])
     if json_:
-        _print_json({**row, "workers": by_worker} if by_worker else row)
+        print_json({**row, "workers": by_worker} if by_worker else row)
         return
     for key, value in row.items():
         if value is not None:
@@ -313,7 +299,7 @@ def logs(
 @app.command()
 def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Ask a running job to save a checkpoint and stop after its current step."""
-    found = RunFolder.find(run, runs)
+    found = search_cli.found(run, runs) or RunFolder.find(run, runs)
     if not found.is_locked():
         raise JobError(f"{found.run_id} is not running (it is {found.state()})")
     found.stop_file.touch()
@@ -342,7 +328,7 @@ def evaluate(
 
     quality = measure(found, job, held_out_of(found, job, data, err.print))
     if json_:
-        _print_json(quality)
+        print_json(quality)
     else:
         out.print(scores_view(quality))
 
@@ -379,18 +365,23 @@ def inspect(
     from orchestrator.inspection import view
     from orchestrator.run import look_at_data
 
-    seen = look_at_data(_job(job, set_), row, rows)
+    seen = look_at_data(asked_job(job, set_), row, rows)
     if json_:
-        _print_json(seen)
+        print_json(seen)
     else:
         out.print(view(seen))
 
 
 @app.command()
 def sync(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
-    """Send a run to MLflow again, after a server was down."""
+    """Send a run or a search to MLflow again, after a server was down."""
     from orchestrator.tracking import sync as send
+    from orchestrator.tracking import sync_search
 
+    if search := search_cli.found(run, runs):
+        address = sync_search(search, read_run_job(search.path, search.marker))
+        out.print(f"{search.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)
+        return
     found = RunFolder.find(run, runs)
     out.print(
         f"{found.run_id} is in {send(found, read_run_job(found.path))}", markup=False, highlight=False, soft_wrap=True
@@ -410,7 +401,7 @@ def schema(
     if field is not None:
         found = keys.one_field(field)
         if json_:
-            _print_json(found)
+            print_json(found)
             return
         default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
         print(f"{found['key']}: {found['type']} ({default})\n  {found['description']}")
@@ -434,7 +425,7 @@ def recipes(
         return
     found = all_recipes()
     if json_:
-        _print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
+        print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
         print(f"{key:<20}{about}")
@@ -476,7 +467,7 @@ def main() -> None:
 
 def _fail(error: OrchestratorError) -> int:
     if "--json" in sys.argv:
-        _print_json({"error": str(error), "exit_code": error.exit_code})
+        print_json({"error": str(error), "exit_code": error.exit_code})
     else:
         err.print(str(error), markup=False, highlight=False, soft_wrap=True, style="red")
     return error.exit_code
@@ -484,19 +475,6 @@ def _fail(error: OrchestratorError) -> int:
 
 def _as_interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _job(name: str, overrides: list[str]) -> Job:
-    from orchestrator.schema import recipes
-
-    path = Path(name)
-    known = recipes()
-    if not path.exists() and name in known:
-        path = known[name][0]
-    job = read_job(path, overrides)
-    for notice in job.notices:
-        err.print(notice, markup=False, highlight=False, soft_wrap=True)
-    return job
 
 
 def _recipe_text(name: str) -> str:
@@ -525,7 +503,7 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
     if as_json:
         exported = run.exported()
         result = run.read_json("result.json")
-        _print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
+        print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
         return
     out.print()
     out.print(result_view(run))
@@ -535,14 +513,6 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
 def _event_line(event: dict[str, Any]) -> str:
     rest = {key: value for key, value in event.items() if key not in ("event", "time", "traceback", "samples")}
     return f"{utc(event['time'])} {event['event']:<10} " + " ".join(f"{key}={value}" for key, value in rest.items())
-
-
-def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 EXTRAS = {
     **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
     **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn"), "train"),
+    **dict.fromkeys(("optuna", "matplotlib", "jinja2"), "train"),
     "gguf": "quickstart",
     "bitsandbytes": "quant",
     "deepspeed": "zero",

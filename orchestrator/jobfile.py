@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,15 +71,15 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     return parse_job(text, path.parent.resolve(), str(path), overrides)
 
 
-def read_run_job(run_path: Path) -> Job:
+def read_run_job(run_path: Path, name: str = "job.yaml") -> Job:
     """The job of a run folder, its relative paths starting where they did when it was submitted."""
     origin = run_path / "origin.json"
     folder = Path(json.loads(origin.read_text())["folder"]) if origin.exists() else run_path
     try:
-        text = (run_path / "job.yaml").read_text(encoding="utf-8")
+        text = (run_path / name).read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise JobError(f"{run_path} is not a run folder: it has no job.yaml") from None
-    return parse_job(text, folder, str(run_path / "job.yaml"))
+        raise JobError(f"{run_path} is not a run folder: it has no {name}") from None
+    return parse_job(text, folder, str(run_path / name))
 
 
 def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[str] = ()) -> Job:
@@ -105,6 +105,46 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
         yaml.safe_dump(document.values, sort_keys=False, allow_unicode=True) if rewritten else text,
         notices,
     )
+
+
+def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
+    """The same wishes with some keys (`section.key`) at other values.  Raises JobError for what cannot be.
+
+    Another `method.type` keeps what the job states of the knobs that both methods have.
+    """
+    by_section: dict[str, dict[str, Any]] = {}
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        if key not in _known_keys(section):
+            raise JobError(f"{dotted}: there is no such key{_nearest((section, key))}")
+        by_section.setdefault(section, {})[key] = value
+    changed = {}
+    for section, new in by_section.items():
+        old = getattr(spec, section)
+        kind = type(old)
+        stated = {key: getattr(old, key) for key in old.model_fields_set}
+        if section == "method":
+            kind = METHOD_SECTIONS.get(new.get("type", old.type), kind)
+            stated = {key: value for key, value in stated.items() if key in kind.model_fields}
+        try:
+            changed[section] = kind.model_validate({**stated, **new})
+        except ValidationError as error:
+            wrong = error.errors(include_url=False)[0]
+            key = str(wrong["loc"][0])
+            raise JobError(f"{section}.{key} is {_shown(new.get(key))}; it should {_wanted(wrong)}") from None
+    return spec.model_copy(update=changed)
+
+
+def text_with(job: Job, values: Mapping[str, Any]) -> str:
+    """The job file with some keys at other values: `spec_with` as text.  Comments are lost."""
+    document = yaml.safe_load(job.text) or {}
+    for dotted, value in values.items():
+        section, _, key = dotted.partition(".")
+        document.setdefault(section, {})[key] = value
+    kind = METHOD_SECTIONS.get(values.get("method.type", ""))
+    if kind is not None:
+        document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
+    return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
 def _load(text: str, label: str) -> _Document:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from clusters.capability import NodeCapability
+from clusters.capability import ClusterCapability, NodeCapability
 from orchestrator.candidates import Candidate
 from orchestrator.spec import JobSpec
 
@@ -25,6 +25,28 @@ class Price:
         """The sum of what is known; None where nothing is."""
         known = [part for part in (self.machines, self.electricity) if part is not None]
         return sum(known) if known else None
+
+
+def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
+    """The machines with the prices and draws that the job states; what a hardware file declared stays where it is."""
+    prices = spec.cost.nodes
+    if not prices:
+        return cluster
+
+    def one(node: NodeCapability) -> NodeCapability:
+        said = prices.get(node.name) or prices.get("*")
+        if said is None:
+            return node
+        return replace(
+            node,
+            purchase_price=said.purchase or node.purchase_price,
+            years=said.years if said.purchase else node.years,
+            price_per_hour=said.per_hour or node.price_per_hour,
+            idle_w=said.idle_w if said.idle_w is not None else node.idle_w,
+            load_w=said.load_w or node.load_w,
+        )
+
+    return replace(cluster, nodes=tuple(map(one, cluster.nodes)))
 
 
 def price_of(spec: JobSpec, candidate: Candidate) -> Price:

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from clusters.capability import ClusterCapability
 from clusters.connect import CannotConnect, connect
-from orchestrator import calibration, machines, models, planner, workload
+from orchestrator import calibration, machines, models, money, planner, workload
 from orchestrator.aside import Aside
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
@@ -106,7 +106,7 @@ def prepare(
     capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
     train, held_out = data.train, data.held_out
-    counts = _counts(held_out)
+    counts = counts_of(held_out)
     if held_out:
         repeated = train.overlap(held_out)
         if repeated:
@@ -117,7 +117,7 @@ def prepare(
     return Ready(job, plan, capability, work, data.files, statistics)
 
 
-def _counts(held_out: Any) -> HeldOut | None:
+def counts_of(held_out: Any) -> HeldOut | None:
     """What planning needs to know of the held-out samples."""
     if held_out is None:
         return None
@@ -185,7 +185,7 @@ def _plan(
     work, _, why_batch = workload.describe(spec, shape, lengths, num_supervised, num_workers)
     reasons = {"cluster.num_workers": why_workers, "data.max_length": why_length, "train.global_batch_size": why_batch}
     known = {key: why for key, why in reasons.items() if why}
-    capability = calibration.calibrated(capability, output_dir(job))
+    capability = money.priced(spec, calibration.calibrated(capability, output_dir(job)))
     return planner.make_plan(spec, work, capability, max_length, counts, known), work
 
 
@@ -262,7 +262,7 @@ def _train_on_ray(
             aside = Aside(run, plan, recovery.present())
             while going:
                 attempt = partial(_attempt, launch, run, going, cluster.slot_resources, recovery)
-                offset, error = _watch(_InBackground(attempt), run, watcher, mirror, recovery, aside, offset)
+                offset, error = _watch(InBackground(attempt), run, watcher, mirror, recovery, aside, offset)
                 going = recovery.after(error)
                 offset = _pass_on(run, watcher, offset)
     except CannotConnect as error:
@@ -276,7 +276,7 @@ def _attempt(
 
 
 def _watch(
-    outcome: _InBackground,
+    outcome: InBackground,
     run: RunFolder,
     watcher: Watcher,
     mirror: Mirror,
@@ -319,12 +319,12 @@ def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability)
         there,
         data.lengths.tolist(),
         int(data.num_supervised.sum()),
-        _counts(held_out),
+        counts_of(held_out),
     )
     return keep_numbers(first, again)
 
 
-class _InBackground:
+class InBackground:
     """A call in a thread of its own, so that the main thread can watch and hear Ctrl-C."""
 
     def __init__(self, call: Callable[[], None]) -> None:

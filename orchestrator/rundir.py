@@ -18,13 +18,15 @@ import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from orchestrator.errors import JobError, RunFailed
 
 
 class RunFolder:
     """One run on disk.  Only rank 0 and the driver write events, each line in one write."""
+
+    marker = "job.yaml"  # a folder that holds it is a run
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -54,7 +56,7 @@ class RunFolder:
         return next((self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()), None)
 
     @classmethod
-    def create(cls, output_dir: Path, name: str) -> RunFolder:
+    def create(cls, output_dir: Path, name: str) -> Self:
         """A new folder named after the job and the moment."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
         for suffix in ("", *(f"-{n}" for n in range(2, 100))):
@@ -70,10 +72,10 @@ class RunFolder:
         raise JobError(f"checkpoint.output_dir: {output_dir} holds a hundred runs of this second")
 
     @classmethod
-    def find(cls, name: str, output_dir: Path) -> RunFolder:
+    def find(cls, name: str, output_dir: Path) -> Self:
         """A run by path, by id, by the start of its id when that is unambiguous, or `latest`."""
         for path in (Path(name), output_dir / name):
-            if (path / "job.yaml").is_file():
+            if (path / cls.marker).is_file():
                 return cls(path.resolve())
         runs = cls.all(output_dir)
         if name == "latest" and runs:
@@ -89,12 +91,12 @@ class RunFolder:
         raise JobError(f"{name}: no such run in {output_dir}. Runs there: {known}. --runs names another folder")
 
     @classmethod
-    def all(cls, output_dir: Path) -> list[RunFolder]:
+    def all(cls, output_dir: Path) -> list[Self]:
         """Every run in a folder, oldest first."""
         if not output_dir.is_dir():
             return []
-        runs = [cls(path.resolve()) for path in output_dir.iterdir() if (path / "job.yaml").is_file()]
-        return sorted(runs, key=lambda run: ((run.path / "job.yaml").stat().st_mtime_ns, run.run_id))
+        runs = [cls(path.resolve()) for path in output_dir.iterdir() if (path / cls.marker).is_file()]
+        return sorted(runs, key=lambda run: ((run.path / cls.marker).stat().st_mtime_ns, run.run_id))
 
     def write(self, name: str, text: str) -> None:
         """Write a file so that it is there whole or not at all."""

@@ -14,7 +14,20 @@ from orchestrator.spec import DEFAULT_METHOD, METHOD_SECTIONS, SECTIONS, JobSpec
 
 RECIPES = Path(__file__).parent / "recipes"
 
-_ORDER = ("model", "data", "method", "train", "goal", "strategy", "cluster", "checkpoint", "eval", "cost", "tracking")
+_ORDER = (
+    "model",
+    "data",
+    "method",
+    "train",
+    "goal",
+    "strategy",
+    "cluster",
+    "checkpoint",
+    "eval",
+    "cost",
+    "tracking",
+    "search",
+)
 
 
 def all_fields() -> dict[str, dict[str, Any]]:
@@ -81,6 +94,8 @@ def recipes() -> dict[str, tuple[Path, str]]:
 def _field(section: type[Section], key: str) -> dict[str, Any]:
     info = section.model_fields[key]
     default = None if info.default is PydanticUndefined else info.default
+    if isinstance(default, Section):
+        default = default.model_dump()
     properties = section.model_json_schema()["properties"]
     return {
         "description": info.description or "",

@@ -141,6 +141,16 @@ class GoalSection(Section):
     min_quality: float | None = _key(None, "least expected score (a prior from published runs, 0 to 1)", ge=0, le=1)
 
 
+class NodePrice(Section):
+    """What one machine costs and draws."""
+
+    purchase: float | None = _key(None, "price it was bought for", gt=0)
+    years: float = _key(3.0, "over which the purchase is written off", gt=0)
+    per_hour: float | None = _key(None, "rate of a rented machine", gt=0)
+    idle_w: float | None = _key(None, "draw doing nothing, in watts", ge=0)
+    load_w: float | None = _key(None, "draw while training, in watts", gt=0)
+
+
 class CostSection(Section):
     """What machines and electricity cost, for the plan's price."""
 
@@ -148,6 +158,13 @@ class CostSection(Section):
     electricity_per_kwh: float = _key(0.30, "price of a kilowatt-hour", ge=0)
     hours_per_year: float = _key(2000.0, "hours a year that an owned machine works, to write off its price", gt=0)
     power_w: float | None = _key(None, "draw of this machine under load in watts, where nobody measured it", gt=0)
+    nodes: dict[str, NodePrice] = _key(
+        {}, "prices by machine: {NAME: {purchase: 1900, load_w: 480}}; the name * stands for every machine"
+    )
+    retrainings_per_year: float = _key(12.0, "how often the job is run, for the cost of a year", gt=0)
+    alternatives: str | None = _key(
+        None, "a hardware file whose machines are compared with these, each alone: buy a card, rent one"
+    )
 
 
 class ClusterSection(Section):
@@ -185,6 +202,53 @@ class EvalSection(Section):
     early_stopping_patience: int | None = _key(None, "stop after so many evaluations without a better loss", ge=1)
 
 
+class Uniform(Section):
+    """Any number between two, each as likely."""
+
+    uniform: tuple[float, float]
+
+
+class LogUniform(Section):
+    """Any number between two, each order of magnitude as likely."""
+
+    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+
+
+class RandInt(Section):
+    """Any whole number from the first to the last."""
+
+    randint: tuple[int, int]
+
+
+Choices = Annotated[list[Any], Field(min_length=1)] | Uniform | LogUniform | RandInt
+
+
+class Budget(Section):
+    """What a search may spend; it ends with the first that is used up."""
+
+    trials: int = _key(16, "combinations that are tried", ge=1)
+    minutes: float | None = _key(None, "wall-clock time", gt=0)
+    node_hours: float | None = _key(None, "hours of all machines together", gt=0)
+
+
+class SearchSection(Section):
+    """What `search` tries, on how much of the data, and how much it may spend."""
+
+    space: dict[str, Choices] = _key(
+        {}, "job-file key: [values], or {loguniform: [low, high]}; {} = the optimizations this job leaves open"
+    )
+    budget: Budget = _key(Budget(), "where it ends")
+    sampler: Literal["planned", "optuna", "random"] = _key(
+        "planned", "planned = start from the plan's Pareto front and never try what cannot win; or without the plan"
+    )
+    scheduler: Literal["asha", "median", "none"] = _key("asha", "stops trials whose held-out loss lags behind")
+    metric: Literal["eval_loss"] | Metric = _key("eval_loss", "quality of a trial, on the held-out rows")
+    trial_steps: int = _key(8, "optimizer steps of a trial", ge=1)
+    eval_rows: int = _key(40, "held-out rows that a trial is measured on", ge=1)
+    quality_tolerance: float = _key(0.02, "a quality this close to the best, relatively, is as good", ge=0)
+    nodes: Literal["all", "idle"] = _key("all", "idle = only machines that the job itself would leave out")
+
+
 class TrackingSection(Section):
     """Where results are mirrored."""
 
@@ -199,6 +263,7 @@ def _method_section(name: str, method: type[Any]) -> type[Section]:
     for knob in dataclasses.fields(method):
         limits = dict(knob.metadata)
         doc = limits.pop("doc", "")
+        limits.pop("tried", None)
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
         fields[knob.name] = (_resolved_type(method, knob.name), Field(default, description=doc, **limits))
@@ -251,6 +316,7 @@ class JobSpec(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
     eval: EvalSection = Field(default_factory=EvalSection, description="how quality is measured")
     tracking: TrackingSection = Field(default_factory=TrackingSection, description="where results are mirrored")
+    search: SearchSection = Field(default_factory=SearchSection, description="what `search` tries")
 
     def methods(self) -> list[Any]:
         """The methods that may be used, with their knobs: the one the job states, or each of them for `auto`."""
@@ -271,4 +337,5 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": CheckpointSection,
     "eval": EvalSection,
     "tracking": TrackingSection,
+    "search": SearchSection,
 }

@@ -20,6 +20,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
+from orchestrator.search.trials import SearchFolder, Trial, read_trials
 
 _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
@@ -38,6 +39,17 @@ _METRIC_FIELDS = {
     ),
     "eval": ("eval_loss",),
 }
+
+
+_TRIAL_NUMBERS = (
+    "step_s",
+    "predicted_step_s",
+    "tensors_bytes",
+    "predicted_tensors_bytes",
+    "tokens_per_s",
+    "seconds",
+    "steps",
+)
 
 
 class TrackingFailed(OrchestratorError):
@@ -95,6 +107,24 @@ def sync(run: RunFolder, job: Job, final: bool = True) -> str:
     return uri
 
 
+def sync_search(folder: SearchFolder, job: Job) -> str:
+    """Send a search as one run with a nested run a trial; returns the store's address.
+
+    What is there already is not sent twice.  Raises TrackingFailed.
+    """
+    uri = job.spec.tracking.mlflow_uri or f"sqlite:///{folder.path.parent / 'mlflow.db'}"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    try:
+        _knock(uri)
+        _SearchSender(folder, job, uri).send()
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise TrackingFailed(
+            f"MLflow at {uri}: {reason}. `orchestrator sync {folder.run_id}` sends the search later"
+        ) from error
+    return uri
+
+
 def _knock(uri: str) -> None:
     """Fail within seconds where no server listens: MLflow's own client would try for minutes."""
     parts = urlsplit(uri)
@@ -103,7 +133,9 @@ def _knock(uri: str) -> None:
         socket.create_connection((parts.hostname, port), timeout=_KNOCK_S).close()
 
 
-class _Sender:
+class _Store:
+    """A run folder's place in an MLflow store."""
+
     def __init__(self, run: RunFolder, job: Job, uri: str) -> None:
         from mlflow.tracking import MlflowClient
 
@@ -114,31 +146,84 @@ class _Sender:
         known = run.read_json("tracking.json")
         self.known: dict[str, Any] = known if known and known.get("uri") == uri else {"uri": uri, "offset": 0}
 
+    def _experiment(self) -> str:
+        """The id of the job's experiment, made where it is not there."""
+        name = self.job.spec.tracking.experiment
+        experiment = self.client.get_experiment_by_name(name)
+        if experiment is None:
+            local = self.uri.startswith("sqlite:")
+            artifacts = (self.run.path.parent / "mlartifacts").as_uri() if local else None
+            return self.client.create_experiment(name, artifact_location=artifacts)
+        return experiment.experiment_id
+
+    def _opened(self, name: str, tags: dict[str, str]) -> str:
+        return self.client.create_run(self._experiment(), run_name=name, tags=tags).info.run_id
+
+    def _remember(self) -> None:
+        self.run.write("tracking.json", json.dumps(self.known))
+
+
+class _SearchSender(_Store):
+    def send(self) -> None:
+        summary = self.run.read_json("summary.json") or {}
+        chosen = summary.get("recommended") or {}
+        parent = self.known.setdefault("mlflow_run_id", None)
+        if parent is None:
+            parent = self._opened(self.run.run_id, {"run_folder": str(self.run.path), "kind": "search"})
+            self.known |= {"mlflow_run_id": parent, "trials": {}}
+            self._remember()
+        outcomes = {outcome["trial"]: outcome for outcome in summary.get("outcomes", [])}
+        for trial in read_trials(self.run.path / "trials.jsonl"):
+            if str(trial.number) not in self.known["trials"]:
+                self._send_trial(parent, trial, outcomes.get(trial.number))
+        for number, run_id in self.known["trials"].items():
+            self.client.set_tag(run_id, "best", str(int(number) == chosen.get("trial")).lower())
+        for key in ("total_s", "peak_bytes", "cost", "eval_loss"):
+            if chosen.get(key) is not None:
+                self.client.log_metric(parent, f"recommended.{key}", chosen[key])
+        if chosen:
+            self.client.set_tag(parent, "best_trial", self.known["trials"][str(chosen["trial"])])
+            self.client.set_tag(parent, "best_combination", chosen["name"][:5000])
+        for file in sorted(self.run.path.iterdir()):
+            if file.is_file() and not file.name.startswith(".") and file.name not in ("stop", "tracking.json"):
+                self.client.log_artifact(parent, str(file))
+        self.client.set_terminated(parent, status="FINISHED" if chosen else "FAILED")
+
+    def _send_trial(self, parent: str, trial: Trial, outcome: dict[str, Any] | None) -> None:
+        tags = {"mlflow.parentRunId": parent, "status": trial.status, "node": trial.node}
+        run_id = self._opened(trial.name or f"trial-{trial.number}", tags)
+        for key, value in trial.point.items():
+            self.client.log_param(run_id, key, str(value)[:6000])
+        if trial.reason:
+            self.client.set_tag(run_id, "reason", trial.reason[:5000])
+        for step, loss in trial.curve:
+            self.client.log_metric(run_id, "eval_loss", loss, step=step)
+        numbers = {
+            **trial.quality,
+            **{key: getattr(trial, key) for key in _TRIAL_NUMBERS},
+            **{f"real.{key}": (outcome or {}).get(key) for key in ("total_s", "peak_bytes", "cost")},
+        }
+        for key, value in numbers.items():
+            if value is not None:
+                self.client.log_metric(run_id, key, float(value))
+        self.client.set_terminated(run_id, status="FAILED" if trial.status == "failed" else "FINISHED")
+        self.known["trials"][str(trial.number)] = run_id
+        self._remember()
+
+
+class _Sender(_Store):
     def send(self, final: bool) -> None:
         if "mlflow_run_id" not in self.known:
-            self._open()
+            tags = {"run_folder": str(self.run.path)}
+            self.known["mlflow_run_id"] = self._opened(self.run.run_id, tags)
+            self._remember()
+            self._send_params()
         self._send_metrics()
         if final:
             self._send_artifacts()
             states = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED"}
             status = states.get(self.run.state_by_events(), "FAILED")
             self.client.set_terminated(self.known["mlflow_run_id"], status=status)
-
-    def _open(self) -> None:
-        name = self.job.spec.tracking.experiment
-        experiment = self.client.get_experiment_by_name(name)
-        if experiment is None:
-            local = self.uri.startswith("sqlite:")
-            artifacts = (self.run.path.parent / "mlartifacts").as_uri() if local else None
-            experiment_id = self.client.create_experiment(name, artifact_location=artifacts)
-        else:
-            experiment_id = experiment.experiment_id
-        opened = self.client.create_run(
-            experiment_id, run_name=self.run.run_id, tags={"run_folder": str(self.run.path)}
-        )
-        self.known["mlflow_run_id"] = opened.info.run_id
-        self._remember()
-        self._send_params()
 
     def _send_params(self) -> None:
         from mlflow.entities import Param
@@ -184,9 +269,6 @@ class _Sender:
                 continue
             folder = str(Path(*relative.parts[:-1])) if len(relative.parts) > 1 else None
             self.client.log_artifact(run_id, str(file), folder)
-
-    def _remember(self) -> None:
-        self.run.write("tracking.json", json.dumps(self.known))
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -35,7 +35,7 @@ class Lora:
     The knobs carry PEFT's meaning.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
     """
 
-    lora_r: int = knob(16, "rank of the correction", ge=1)
+    lora_r: int = knob(16, "rank of the correction", tried=(8, 16, 64), ge=1)
     lora_alpha: float = knob(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
     lora_dropout: float = knob(0.0, "dropout on the adapter's input", ge=0, lt=1)
     lora_target_modules: str | list[str] = knob("all-linear", "which linear maps: all-linear, a regex, or module names")

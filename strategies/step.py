@@ -24,15 +24,26 @@ def forward_backward(
     `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes; infinity
     makes a pass that counts for nothing.
     """
+    part = forward(setup, batch, num_supervised, techniques)
+    backward(setup, part, scaler)
+    return part.detach()
+
+
+def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques) -> torch.Tensor:
+    """A micro-batch's part of the step's loss, with what its backward pass needs."""
     kind = batch.input_ids_BT.device.type
     if setup.engine:  # its weights are in the compute precision already
-        part = loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
-        setup.engine.backward(part)
-        return part.detach()
+        return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
     with autocast(kind, techniques.dtype), saved_on_host(techniques.offload, kind):
-        part = loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
-    scaler.scale(part).backward()
-    return part.detach()
+        return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+
+
+def backward(setup: TrainSetup, part: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Add the gradients of a part of the loss."""
+    if setup.engine:
+        setup.engine.backward(part)
+    else:
+        scaler.scale(part).backward()
 
 
 @dataclass(frozen=True)

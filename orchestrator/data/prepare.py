@@ -49,6 +49,14 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     return Prepared(train, held_out, files, maker.num_made == 0)
 
 
+def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples by the folders that `data.json` names."""
+    data = Dataset.load(Path(where["train"]))
+    if where.get("split"):
+        return data.split(where["split"], where["seed"])
+    return data, Dataset.load(Path(where["eval"])) if where.get("eval") else None
+
+
 def renderer_for(job: Job, model_folder: Path) -> Renderer:
     """The renderer of a job: its tokenizer with its chat template."""
     from transformers import AutoTokenizer

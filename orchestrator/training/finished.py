@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from strategies.contract import TrainSetup
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
     plan = Plan.from_json((run.path / "plan.json").read_text())
-    location = _model_of(run)
+    location = model_of(run)
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
     # The run's own set-up decides kernels and packing; its exported weights then take the place of the fresh ones.
@@ -49,7 +50,7 @@ def merge(run: RunFolder, job: Job, output: Path) -> Path:
     temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
         model.save_pretrained(temporary)
-        load_tokenizer(_model_of(run), job).save_pretrained(temporary)
+        load_tokenizer(model_of(run), job).save_pretrained(temporary)
         temporary.rename(output)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -67,11 +68,23 @@ def _exported_model(run: RunFolder, job: Job, device: torch.device) -> Any:
         return load_model(str(exported), job, "float32", device, "sdpa")
     from peft import PeftModel
 
-    base = load_model(_model_of(run), job, "float32", device, "sdpa")
+    base = load_model(model_of(run), job, "float32", device, "sdpa")
     return PeftModel.from_pretrained(base, str(exported))
 
 
-def _model_of(run: RunFolder) -> str:
+def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """The model before, with its adapter, and merged; or before and after where all weights were trained."""
+    yield "base", load_model(model_of(run), job, "float32", device, "sdpa")
+    tuned = _exported_model(run, job, device)
+    if not hasattr(tuned, "merge_and_unload"):
+        yield "tuned", tuned
+        return
+    yield "adapter", tuned
+    yield "merged", tuned.merge_and_unload(safe_merge=True)
+
+
+def model_of(run: RunFolder) -> str:
+    """Where the model lies that a run started from."""
     files = run.read_json("data.json")
     if files is None:
         raise JobError(f"{run.run_id} was interrupted before it had a model; submit the job anew")

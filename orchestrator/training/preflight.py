@@ -20,6 +20,7 @@ from clusters.units import format_bytes, format_s
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches
+from orchestrator.data.prepare import datasets
 from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.training import checkpoint
@@ -29,6 +30,7 @@ from strategies.contract import Techniques, TrainSetup
 from strategies.state import forget, gather
 from strategies.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
+from strategies.techniques.supervised_logits import Batch
 
 
 def check(
@@ -66,19 +68,29 @@ def check(
 
 def longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int) -> int:
     """Train on the fullest micro-batch that the longest samples of one step make; no weight moves.  Its tokens."""
+    batch = fullest(setup, data, techniques, global_batch_size)
+    step_in_place(setup, batch, techniques)
+    forget(setup)
+    return batch.input_ids_BT.numel()
+
+
+def fullest(setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int) -> Batch:
+    """The micro-batch with the most tokens among those that the longest samples of one step make."""
     device = next(iter(setup.parameters.values())).device
     longest = sorted(range(len(data)), key=lambda i: -int(data.lengths[i]))[:global_batch_size]
     lengths = [int(data.lengths[i]) for i in longest]
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     groups = micro_batches(lengths, rows, max_length, packing)
-    fullest = max(groups, key=lambda group: sum(lengths[i] for i in group))
-    batch = collate(data, [longest[i] for i in fullest], packing).to(device)
-    scaler = gradient_scaler(device.type, techniques.dtype)
+    chosen = max(groups, key=lambda group: sum(lengths[i] for i in group))
+    return collate(data, [longest[i] for i in chosen], packing).to(device)
+
+
+def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques) -> None:
+    """A step at learning rate 0: the optimizer's state is all that changes."""
+    scaler = gradient_scaler(batch.input_ids_BT.device.type, techniques.dtype)
     setup.model.train()
     forward_backward(setup, batch, max(1, batch.targets_S.numel()), techniques, scaler)
     update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
-    forget(setup)
-    return batch.input_ids_BT.numel()
 
 
 def _evaluation_step(setup: TrainSetup, held_out: Dataset | None, techniques: Techniques) -> None:
@@ -118,7 +130,7 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     say("preflight: loading the model ...")
     device = torch.device(plan.device)
     torch.set_num_threads(plan.threads_per_worker)
-    data, held_out = worker.datasets(ready.data_files)
+    data, held_out = datasets(ready.data_files)
     part, location = plan.nodes[0], ready.data_files["model"]
     setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:

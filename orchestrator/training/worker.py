@@ -16,10 +16,12 @@ from typing import Any
 
 import torch
 
+from clusters.energy import POWERCAP, Meter
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches
+from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job, read_run_job
 from orchestrator.plan import NodePlan, Plan
@@ -118,13 +120,17 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
 
     def reported(event: str, **fields: Any) -> None:
         record(event, **fields)
-        if event == "step" and fields["step"] % _STEPS_A_TRIM == 0 and device.type == "cpu":
-            host_memory.trim()
+        if event == "step" and fields["step"] % _STEPS_A_TRIM == 0:
+            meter.read()
+            if device.type == "cpu":
+                host_memory.trim()
 
     def wish() -> str | None:
         return "asked" if run.stop_file.exists() else "replan" if run.replan_file.exists() else None
 
     hooks = Hooks(reported, save, wish)
+    # The first worker of a node counts its CPUs, each worker its own card.
+    meter = Meter((slot,) if device.type == "cuda" else (), POWERCAP if slot == 0 else None)
     started = time.perf_counter()
     with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
         progress = train(
@@ -132,7 +138,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
             data,
             held_out,
             order,
-            _schedule(job, plan),
+            schedule_of(job, plan),
             techniques,
             group,
             progress,
@@ -141,6 +147,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
             plan.local_batch_size,
         )
     train_s, train_peak_bytes = time.perf_counter() - started, peak_bytes(device)
+    energy = _counted(group.gather(vars(spent) if (spent := meter.read()) else None))
 
     if progress.stopped in ("asked", "replan"):
         record("state", state="stopped" if progress.stopped == "asked" else "replanning", step=progress.step)
@@ -157,6 +164,8 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         _hand_back(run, job, setup, tokenizer, held)
         result = _result(plan, progress, after, train_s, data)
         result["time"] = _step_times(run, plan)
+        result["energy"] = energy
+        result["versions"] = versions()
         result["memory"] = {
             "predicted_bytes": part.memory.total_bytes,
             "predicted_low_bytes": part.memory.low_bytes,
@@ -271,14 +280,6 @@ def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
     return datasets(where)
 
 
-def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples by the folders that `data.json` names."""
-    data = Dataset.load(Path(where["train"]))
-    if where.get("split"):
-        return data.split(where["split"], where["seed"])
-    return data, Dataset.load(Path(where["eval"])) if where.get("eval") else None
-
-
 def load_tokenizer(location: str, job: Job) -> Any:
     from transformers import AutoTokenizer
 
@@ -390,7 +391,8 @@ def _without_leaks(model: Any, job: Job, techniques: Techniques, record: Any) ->
     return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
 
 
-def _schedule(job: Job, plan: Plan) -> Schedule:
+def schedule_of(job: Job, plan: Plan) -> Schedule:
+    """When things happen in a planned job."""
     train = job.spec.train
     return Schedule(
         lr_factor=lr_factor(train.lr_scheduler_type, plan.num_steps, train.warmup_ratio, train.warmup_steps),
@@ -497,6 +499,26 @@ def _step_times(run: RunFolder, plan: Plan) -> dict[str, Any]:
         "device": plan.nodes[0].device,
         "dtype": plan.techniques.dtype,
     }
+
+
+def _counted(told: list[dict[str, Any] | None]) -> dict[str, Any] | None:
+    """Energy of this sitting's training over all workers; None unless every one of them could count it."""
+    known = [one for one in told if one is not None]
+    if len(known) < len(told):
+        return None
+    return {"wh": sum(one["wh"] for one in known), "source": " and ".join(sorted({one["source"] for one in known}))}
+
+
+def versions() -> dict[str, str]:
+    """What a run's numbers depend on beside its job."""
+    import platform
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": platform.python_version()}
+    for package in ("finetune-orchestrator", "torch", "transformers", "peft", "ray", "deepspeed", "bitsandbytes"):
+        with contextlib.suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def _ignore(*_: Any, **__: Any) -> None:

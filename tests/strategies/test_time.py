@@ -84,7 +84,7 @@ def test_a_faster_format_shortens_what_is_computed():
     slow = METHODS["lora"]().estimate(workload(), CPU, NODE, SWITCHES).time
     fast = METHODS["lora"]().estimate(workload(), CPU, NODE, dataclasses.replace(SWITCHES, dtype="bfloat16")).time
 
-    reached = 0.52 / 0.72  # of what the probe measured, bf16 over fp32
+    reached = 0.58 / 0.84  # of what the probe measured, bf16 over fp32
     assert slow.compute_s == pytest.approx(3 * reached * fast.compute_s)
     assert not slow.is_guess
 

@@ -1,0 +1,100 @@
+"""Costs as a table: a run's or a job's own, and those of other machines beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clusters.units import format_s
+from orchestrator import models, workload
+from orchestrator.data.prepare import datasets
+from orchestrator.jobfile import Job, spec_with
+from orchestrator.machines import declared
+from orchestrator.plan import Plan
+from orchestrator.planner import make_plan
+from orchestrator.report import tco
+from orchestrator.report.blocks import Table
+from orchestrator.report.words import words
+from orchestrator.run import Ready
+from strategies.contract import Workload
+
+Word = Callable[[str], str]
+
+
+def alternatives_of(job: Job, plan: Plan, files: dict[str, Any], num_tokens: float) -> list[tco.Cost]:
+    """The same job on each machine of `cost.alternatives`, alone; none where the tokenised data is gone."""
+    if not Path(files.get("train", "")).is_dir() or not Path(files["model"]).is_dir():
+        return []
+    spec, config = job.spec, models.read_config(Path(files["model"]))
+    data, _ = datasets(files)
+    same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
+    lengths, learnt = data.lengths.tolist(), int(data.num_supervised.sum())
+    work, _, _ = workload.describe(same, workload.model_shape(config), lengths, learnt, 1)
+    return on_others(job, work, Path(spec.cost.alternatives or ""), plan.techniques.max_length, num_tokens)
+
+
+def on_others(job: Job, work: Workload, file: Path, max_length: int, num_tokens: float) -> list[tco.Cost]:
+    """The work on each machine of a hardware file, alone."""
+    inside = job.path(str(file))
+    found = declared(inside if inside.exists() else file)
+    spec = spec_with(job.spec, {"cluster.num_workers": "auto", "cost.nodes": {}})
+    return tco.alternatives(
+        spec, found, lambda cluster: make_plan(spec, work, cluster, max_length, None, {}), num_tokens
+    )
+
+
+def cost_table(w: Word, currency: str, costs: list[tco.Cost]) -> Table:
+    """The ways side by side; the cheapest stands out."""
+    head = (w("way"), w("time"), w("energy"), w("a run"), w("1M tokens"), w("a year"), w("purchase"), w("note"))
+    best = tco.cheapest(costs)
+    rows = []
+    for cost in costs:
+        energy = "-" if cost.energy_wh is None else f"{_energy(cost.energy_wh)} ({_source(w, cost.energy_source)})"
+        notes = [cost.note] if cost.note else []
+        if cost.missing and cost.seconds is not None:
+            notes.append(f"{w('not priced')}; {w('set')}: {', '.join(cost.missing)}")
+        rows.append(
+            (
+                cost.what,
+                "-" if cost.seconds is None else format_s(cost.seconds),
+                energy,
+                money_text(cost.per_run, currency),
+                money_text(cost.per_million_tokens, currency),
+                money_text(cost.per_year, currency),
+                money_text(cost.purchase, currency),
+                "; ".join(notes),
+            )
+        )
+    return Table(head, rows, tuple(place for place, cost in enumerate(costs) if cost is best))
+
+
+def _energy(wh: float) -> str:
+    return f"{wh / 1000:.3g} kWh" if wh >= 1000 else f"{wh:.3g} Wh"
+
+
+def _source(w: Word, source: str) -> str:
+    return w("declared") if source == "declared" else f"{w('measured')}: {source}"
+
+
+def notes_on_cost(w: Word) -> str:
+    return (
+        w("Prices are the job's own; unknown ones stay unknown.")
+        + " "
+        + w("Measured energy comes from hardware counters, declared from stated watts.")
+    )
+
+
+def money_text(value: float | None, currency: str) -> str:
+    return "-" if value is None else f"{value:,.2f} {currency}" if value >= 0.1 else f"{value:.3g} {currency}"
+
+
+def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple[list[tco.Cost], Table]:
+    """`tco JOB`: before anything runs."""
+    w, plan, work = words(lang), ready.plan, ready.work
+    tokens = work.tokens_per_step * work.num_steps
+    costs = [tco.of_plan(job.spec, w("this job"), plan, tokens)]
+    file = against or (Path(job.spec.cost.alternatives) if job.spec.cost.alternatives else None)
+    if file is not None:
+        costs += on_others(job, work, file, plan.techniques.max_length, tokens)
+    return costs, cost_table(w, job.spec.cost.currency, costs)

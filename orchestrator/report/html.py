@@ -1,0 +1,32 @@
+"""Blocks -> one HTML file that needs nothing else: no network, no script; light and dark, phone and paper."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from jinja2 import Environment
+
+from orchestrator.report.blocks import Report
+from orchestrator.report.words import words
+
+_PAGE = Path(__file__).parent / "page.html"
+
+
+def html(report: Report) -> str:
+    """The whole page as text."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    return _unique_ids(
+        environment.from_string(_PAGE.read_text(encoding="utf-8")).render(report=report, w=words(report.lang))
+    )
+
+
+def _unique_ids(page: str) -> str:
+    """Each figure's own names for its clips and marks: in one page they would be mixed up."""
+    parts = page.split("<figure id=")
+    for place, part in enumerate(parts[1:], start=1):
+        names = set(re.findall(r'<(?:clipPath|pattern|path|g|text|use)[^>]*? id="([^"]+)"', part))
+        for name in sorted(names, key=len, reverse=True):
+            part = part.replace(f'id="{name}"', f'id="f{place}-{name}"').replace(f"#{name}", f"#f{place}-{name}")
+        parts[place] = part
+    return "<figure id=".join(parts)

@@ -1,0 +1,165 @@
+"""Figures as SVG without fonts or colours of their own: text takes the page's, so they suit light and dark.
+
+Series are told apart by mid-tone colours that keep a contrast of 3:1 on white and on near black, and by shape.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import matplotlib
+
+matplotlib.use("svg")
+from matplotlib import pyplot
+
+_COLOURS = ("#2f7ed8", "#d9730d", "#2a9d6f", "#b4459c", "#8a7a00", "#d1495b", "#6c757d")
+_INK = "#010203"  # stands for the page's text colour
+_HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo")
+_STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 11.0,
+    "text.color": _INK,
+    "axes.edgecolor": _INK,
+    "axes.labelcolor": _INK,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "#888888",
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+    "svg.hashsalt": "report",
+}
+
+
+def _drawn(draw: Callable[[Any, Any], None], width: float = 7.2, height: float = 3.2) -> str:
+    """The SVG of what `draw(figure, axes)` draws."""
+    with pyplot.rc_context(_STYLE), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks: the browser has them
+        figure, axes = pyplot.subplots(figsize=(width, height))
+        draw(figure, axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+        pyplot.close(figure)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r'<svg ([^>]*?)width="[^"]*" height="[^"]*"', r"<svg \1", svg, count=1)
+    svg = re.sub(r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg xmlns="http://www.w3.org/2000/svg"'
+                 r' xmlns:xlink="http://www.w3.org/1999/xlink" \1 role="img">', svg, count=1)  # fmt: skip
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"'DejaVu Sans'[^;\"]*", "inherit", svg)
+    return svg.replace(_INK, "currentColor")
+
+
+def curves(
+    series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, dots: Sequence[str] = (), log: bool = False
+) -> str:
+    """Lines of (x, y); those named in `dots` as dots."""
+
+    def draw(figure: Any, axes: Any) -> None:
+        for (name, points), colour in zip(series.items(), _COLOURS * 3, strict=False):
+            xs, ys = zip(*points, strict=True)
+            if name in dots:
+                axes.plot(xs, ys, "o", color=colour, label=name, markersize=6)
+            else:
+                axes.plot(xs, ys, "-", color=colour, label=name, linewidth=1.6)
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            axes.set_yscale("log")
+        if len(series) > 1:
+            axes.legend()
+
+    return _drawn(draw)
+
+
+def stacked(rows: Mapping[str, Mapping[str, float]], x: str, mark: Mapping[str, float] | None = None) -> str:
+    """A horizontal bar a row, of its parts; `mark` draws a line across a row, e.g. what was measured."""
+    parts = list(dict.fromkeys(part for values in rows.values() for part in values))
+
+    def draw(figure: Any, axes: Any) -> None:
+        names = list(rows)
+        left = [0.0] * len(names)
+        for index, part in enumerate(parts):
+            widths = [rows[name].get(part, 0.0) for name in names]
+            if not any(widths):
+                continue
+            colour, hatch = _COLOURS[index % len(_COLOURS)], _HATCHES[index % len(_HATCHES)]
+            axes.barh(
+                names, widths, left=left, color=colour, hatch=hatch, edgecolor="#ffffff", linewidth=0.6, label=part
+            )
+            left = [a + b for a, b in zip(left, widths, strict=True)]
+        for place, name in enumerate(names):
+            if mark and name in mark:
+                axes.plot([mark[name]] * 2, [place - 0.45, place + 0.45], color=_INK, linewidth=2.4)
+        axes.set(xlabel=x)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22 if len(rows) > 2 else -0.3), ncol=4)
+
+    return _drawn(draw, height=1.5 + 0.5 * len(rows))
+
+
+def bars(groups: Mapping[str, Mapping[str, float]], y: str, percent: bool = False) -> str:
+    """A group of bars for each name, e.g. a metric before and after."""
+    series = list(dict.fromkeys(name for values in groups.values() for name in values))
+
+    def draw(figure: Any, axes: Any) -> None:
+        width = 0.8 / len(series)
+        for index, name in enumerate(series):
+            places = [place + (index - (len(series) - 1) / 2) * width for place in range(len(groups))]
+            heights = [values.get(name, 0.0) for values in groups.values()]
+            drawn = axes.bar(
+                places,
+                heights,
+                width * 0.92,
+                color=_COLOURS[index],
+                hatch=_HATCHES[index],
+                edgecolor="#ffffff",
+                label=name,
+            )
+            axes.bar_label(drawn, [f"{height:.1%}" if percent else f"{height:.3g}" for height in heights], padding=2)
+        axes.set_xticks(range(len(groups)), list(groups))
+        axes.set(ylabel=y)
+        axes.grid(axis="x", visible=False)
+        axes.margins(y=0.15)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=4)
+
+    return _drawn(draw, width=6.0)
+
+
+def scatter(
+    points: Mapping[str, Sequence[tuple[float, float, str]]],
+    x: str,
+    y: str,
+    line: Sequence[tuple[float, float]] = (),
+    diagonal: bool = False,
+) -> str:
+    """Points (x, y, label) by series; `line` joins some, e.g. a Pareto front; `diagonal` is where x equals y."""
+    marks = ("o", "^", "s", "D", "x")
+
+    def draw(figure: Any, axes: Any) -> None:
+        for (name, series), colour, mark in zip(points.items(), _COLOURS, marks, strict=False):
+            if not series:
+                continue
+            axes.plot([p[0] for p in series], [p[1] for p in series], mark, color=colour, label=name, markersize=7)
+            for px, py, text in series:
+                if text:
+                    axes.annotate(text, (px, py), xytext=(6, 4), textcoords="offset points", fontsize=9)
+        if line:
+            xs, ys = zip(*sorted(line), strict=True)
+            axes.step(xs, ys, where="post", color="#888888", linewidth=1.2, linestyle="--")
+        if diagonal:
+            low = min(min(p[0], p[1]) for series in points.values() for p in series)
+            high = max(max(p[0], p[1]) for series in points.values() for p in series)
+            axes.plot([low, high], [low, high], color="#888888", linewidth=1.2, linestyle="--")
+        axes.set(xlabel=x, ylabel=y)
+        axes.margins(0.12)
+        if len(points) > 1:
+            axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=4)
+
+    return _drawn(draw, height=3.8)

@@ -1,0 +1,194 @@
+"""What the planner says of every point before anything is tried: which cannot be, which cannot win, where to start.
+
+Pure: no torch, no ray.  A point is planned twice: as the real job on all machines, which is what counts, and as a trial
+on one machine, which is what will be measured.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from clusters.capability import ClusterCapability, NodeCapability
+from orchestrator import planner, workload
+from orchestrator.errors import JobError, NothingFits
+from orchestrator.evaluating import HeldOut
+from orchestrator.jobfile import spec_with
+from orchestrator.plan import Plan
+from orchestrator.search.space import Point, Space, key_of
+from orchestrator.spec import JobSpec
+from strategies.shape import ModelShape
+
+# A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are
+# off by 13 % on average (LOG.md), and two of them are compared.
+_CLEARLY = 1.35
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What planning needs to know of some data: tokens of each sample, all supervised ones, the held-out part."""
+
+    lengths: Sequence[int]
+    num_supervised: int
+    held_out: HeldOut | None
+
+    def cut(self, max_length: int) -> Sizes:
+        return replace(self, lengths=[min(length, max_length) for length in self.lengths])
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A point and its plan for the real job."""
+
+    point: Point
+    plan: Plan
+
+    @cached_property
+    def numbers(self) -> str:
+        """What decides the result: points that share it train the same weights (to rounding), whatever else they do."""
+        t = self.plan.techniques
+        return json.dumps([self.plan.method, t.dtype, t.optim, t.max_length], sort_keys=True)
+
+    @cached_property
+    def same(self) -> str:
+        """Points that share it are one: they differ in a micro-batch size that the data never fills."""
+        t = replace(self.plan.techniques, per_device_train_batch_size=0)
+        return json.dumps([self.numbers, asdict(t), *self.costs], sort_keys=True)
+
+    @cached_property
+    def costs(self) -> tuple[float, float, float]:
+        """Seconds, bytes, lacking quality (a prior): less is better in each."""
+        prior = self.plan.quality_prior
+        return self.plan.total_s, self.plan.memory.total_bytes, -(prior["score"] if prior else 0.0)
+
+    @property
+    def score(self) -> float:
+        prior = self.plan.quality_prior
+        return prior["score"] if prior else 0.0
+
+
+@dataclass
+class Advised:
+    """What came of looking at every combination of a space's choices."""
+
+    worth: list[Advice] = field(default_factory=list)  # in the order to try them
+    dominated: list[Advice] = field(default_factory=list)
+    impossible: Counter[str] = field(default_factory=Counter)  # reason -> combinations
+    num_front: int = 0  # of `worth`, the first: nothing is predicted to beat them in time, memory and quality
+
+    @cached_property
+    def by_key(self) -> dict[str, Advice]:
+        return {key_of(advice.point): advice for advice in self.worth}
+
+
+class Planning:
+    """Plans points of one job, for real and as trials."""
+
+    def __init__(
+        self,
+        spec: JobSpec,
+        config: dict[str, Any],
+        shape: ModelShape,
+        capability: ClusterCapability,
+        whole: Sizes,
+        sample: Sizes,
+        global_batch_size: int,
+    ) -> None:
+        self.spec, self.config, self.shape, self.capability = spec, config, shape, capability
+        self.whole, self.sample, self.global_batch_size = whole, sample, global_batch_size
+        self._works: dict[Any, Any] = {}
+
+    def real(self, point: Mapping[str, Any]) -> Plan:
+        """The job with this point on all machines.  Raises JobError and NothingFits."""
+        return self._plan(self._spec(point), self.capability, self.whole)
+
+    def trial(self, point: Mapping[str, Any], node: NodeCapability) -> Plan:
+        """A trial of this point on one device of a node.  Raises JobError and NothingFits."""
+        alone = {"train.max_steps": self.spec.search.trial_steps, "strategy.mode": "single", "eval.eval_steps": None}
+        cluster = replace(self.capability, nodes=(replace(node, num_slots=1),))
+        return self._plan(spec_with(self._spec(point), alone), cluster, self.sample)
+
+    def _spec(self, point: Mapping[str, Any]) -> JobSpec:
+        return spec_with(self.spec, {**point, "train.global_batch_size": self.global_batch_size})
+
+    def _plan(self, spec: JobSpec, cluster: ClusterCapability, sizes: Sizes) -> Plan:
+        max_length, _ = planner.resolve_max_length(spec, self.config)
+        key = (id(sizes), max_length, spec.train.max_steps)
+        if key not in self._works:
+            cut = sizes.cut(max_length)
+            slots = len(planner.slots_of(spec, cluster))
+            self._works[key] = workload.describe(spec, self.shape, list(cut.lengths), cut.num_supervised, slots)[0]
+        return planner.make_plan(spec, self._works[key], cluster, max_length, sizes.held_out, {})
+
+
+def advise(planning: Planning, space: Space) -> Advised:
+    """Plan every combination of the space's choices.  Raises NothingFits, with the constraints, where none can run."""
+    advised = Advised()
+    possible: dict[str, Advice] = {}
+    for point in space.points():
+        try:
+            advice = Advice(point, planning.real(point))
+        except (JobError, NothingFits) as error:
+            advised.impossible[str(error).splitlines()[0]] += 1
+            continue
+        if not _as_said(point, advice.plan):
+            continue  # it resolves to another point's plan, which is listed by itself
+        possible.setdefault(advice.same, advice)
+    if not possible:
+        reasons = [f"{count} of {len(space)}: {reason}" for reason, count in advised.impossible.most_common(5)]
+        raise NothingFits("no combination of search.space can run here\n" + "\n".join(reasons))
+    alike: dict[str, list[Advice]] = {}
+    for advice in possible.values():
+        alike.setdefault(advice.numbers, []).append(advice)
+    survivors = []
+    for group in alike.values():
+        for advice in group:
+            (advised.dominated if _is_beaten(advice, group) else survivors).append(advice)
+    advised.worth, advised.num_front = _in_order(survivors, planning.spec.goal.prefer)
+    return advised
+
+
+def _as_said(point: Point, plan: Plan) -> bool:
+    """Whether the plan is the point: some keys are wishes that a plan may not follow."""
+    attention = point.get("model.attn_implementation")
+    return attention is None or attention == plan.techniques.attn_implementation
+
+
+def _is_beaten(advice: Advice, alike: Sequence[Advice]) -> bool:
+    """Whether another point that trains the same weights is clearly faster and takes no more memory."""
+    seconds, peak, _ = advice.costs
+    return any(other.costs[0] * _CLEARLY < seconds and other.costs[1] <= peak for other in alike)
+
+
+def _in_order(survivors: list[Advice], prefer: str) -> tuple[list[Advice], int]:
+    """The Pareto front first, the most wanted of it first; then the others; and how many are on the front."""
+    front = [
+        advice
+        for advice in survivors
+        if not any(
+            other.costs != advice.costs and all(a <= b for a, b in zip(other.costs, advice.costs, strict=True))
+            for other in survivors
+        )
+    ]
+    on_front = {id(advice) for advice in front}
+    rest = [advice for advice in survivors if id(advice) not in on_front]
+    wanted = _WANTED[prefer]
+    return [*sorted(front, key=wanted), *sorted(rest, key=wanted)], len(front)
+
+
+def _cost(advice: Advice) -> float:
+    """Money where it is known; else time, which it follows."""
+    total = advice.plan.price.total
+    return advice.plan.total_s if total is None else total
+
+
+_WANTED: dict[str, Any] = {
+    "time": lambda advice: (advice.plan.total_s, advice.plan.memory.total_bytes),
+    "memory": lambda advice: (advice.plan.memory.total_bytes, advice.plan.total_s),
+    "cost": lambda advice: (_cost(advice), advice.plan.memory.total_bytes),
+    "quality": lambda advice: (-advice.score, advice.plan.total_s),
+}

@@ -1,0 +1,182 @@
+"""What a search may try: job-file keys with their values.  A point is one value for each key.  Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.capability import DeviceCapability
+from orchestrator.errors import JobError
+from orchestrator.jobfile import spec_with
+from orchestrator.planner import Slot
+from orchestrator.spec import Choices, JobSpec, LogUniform, RandInt, Uniform
+from strategies import METHODS
+
+Point = dict[str, Any]  # job-file key -> value
+Range = Uniform | LogUniform | RandInt
+
+_ROWS = (1, 2, 4, 8, 16, 32)
+_MOST_POINTS = 20000
+# Keys that change what is compared: every trial sees the same samples in the same steps.
+_FIXED = ("data.train", "data.eval", "data.format", "train.seed", "train.global_batch_size", "train.num_train_epochs")
+_FIXED_SECTIONS = ("search", "cluster", "checkpoint", "tracking", "cost", "goal")
+
+
+@dataclass(frozen=True)
+class Space:
+    """Choices are listed, so every one can be predicted; of ranges the plan knows nothing."""
+
+    choices: dict[str, tuple[Any, ...]]
+    ranges: dict[str, Range] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Combinations of the choices."""
+        count = 1
+        for values in self.choices.values():
+            count *= len(values)
+        return count
+
+    def points(self) -> Iterator[Point]:
+        """Every combination of the choices, each once however a method spells it."""
+        seen = set()
+        for values in itertools.product(*self.choices.values()):
+            point = canonical(dict(zip(self.choices, values, strict=True)))
+            if (key := key_of(point)) not in seen:
+                seen.add(key)
+                yield point
+
+
+def space_of(spec: JobSpec, slots: list[Slot], global_batch_size: int) -> Space:
+    """The job's own space, or what it leaves open.  Raises JobError for keys and values that cannot be."""
+    if not spec.search.space:
+        return Space(_open_choices(spec, [slot.device for slot in slots], global_batch_size))
+    choices: dict[str, tuple[Any, ...]] = {}
+    ranges: dict[str, Range] = {}
+    mistakes = []
+    for key, values in spec.search.space.items():
+        try:
+            _check(spec, key, values)
+        except JobError as error:
+            mistakes += [f"search.space.{mistake}" for mistake in error.mistakes]
+        if isinstance(values, list):
+            choices[key] = tuple(dict.fromkeys(values)) if all(map(_hashable, values)) else tuple(values)
+        else:
+            ranges[key] = values
+    if mistakes:
+        raise JobError(mistakes)
+    space = Space(choices, ranges)
+    if len(space) > _MOST_POINTS:
+        raise JobError(f"search.space has {len(space)} combinations, more than {_MOST_POINTS}; list fewer values")
+    return space
+
+
+def _check(spec: JobSpec, key: str, values: Choices) -> None:
+    section, dot, _ = key.partition(".")
+    if not dot:
+        raise JobError(f"{key}: write it with its section, e.g. train.learning_rate")
+    if key in _FIXED or section in _FIXED_SECTIONS:
+        raise JobError(f"{key}: it must be the same in every trial, or trials could not be compared")
+    if isinstance(values, list):
+        tried = values
+    else:
+        low, high = next(iter(values.model_dump().values()))
+        if not low < high:
+            raise JobError(f"{key}: its range is empty, {low} is not below {high}")
+        tried = [low, high]
+    for value in tried:
+        if section == "method" and key != "method.type":
+            _check_knob(spec, key, value)
+        else:
+            spec_with(spec, {key: value})
+
+
+def _check_knob(spec: JobSpec, key: str, value: Any) -> None:
+    """A knob must suit one of the methods that may be chosen."""
+    errors = []
+    for name in _methods(spec):
+        try:
+            spec_with(spec, {"method.type": name, key: value})
+        except JobError as error:
+            errors.append(error)
+        else:
+            return
+    raise errors[0]
+
+
+def _methods(spec: JobSpec) -> list[str]:
+    listed = spec.search.space.get("method.type")
+    if isinstance(listed, list):
+        return [name for name in listed if name in METHODS]
+    return [method.name for method in spec.methods()]
+
+
+def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_size: int) -> dict[str, tuple[Any, ...]]:
+    """Every optimization that the job leaves open, with the values that could make a difference on the devices."""
+    model, train, strategy = spec.model, spec.train, spec.strategy
+    on_gpu = any(device.kind != "cpu" for device in devices)
+    dtypes = ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")
+    kernels = ("document", "flash_attention_2", "sdpa", "eager") if on_gpu else ("document", "sdpa", "eager")
+    choices: dict[str, tuple[Any, ...]] = {}
+    methods = [method.name for method in spec.methods()]
+    if spec.method.type not in METHODS:
+        choices["method.type"] = tuple(methods)
+    for name in methods:
+        for knob in dataclasses.fields(METHODS[name]):
+            values = knob.metadata.get("tried")
+            if values and knob.name not in spec.method.model_fields_set:
+                choices[f"method.{knob.name}"] = values
+    asked = {
+        "model.dtype": (model.dtype, dtypes),
+        "model.attn_implementation": (model.attn_implementation, kernels),
+        "data.packing": (spec.data.packing, (True, False)),
+        "train.gradient_checkpointing": (train.gradient_checkpointing, (False, True)),
+        "train.per_device_train_batch_size": (
+            train.per_device_train_batch_size,
+            tuple(rows for rows in _ROWS if rows <= global_batch_size),
+        ),
+        "train.loss_type": (train.loss_type, ("nll", "chunked_nll")),
+        "train.optim": (train.optim, ("adamw_torch_fused", "adamw_bnb_8bit")),
+        "strategy.offload": (strategy.offload, ("none", "activations") if on_gpu else ("none",)),
+    }
+    choices |= {key: values for key, (value, values) in asked.items() if value == "auto" and len(values) > 1}
+    if not choices:
+        raise JobError("search: the job leaves nothing open; set some keys to auto, or list values in search.space")
+    return choices
+
+
+def canonical(point: Mapping[str, Any]) -> Point:
+    """The point without knobs that its method does not have."""
+    method = METHODS.get(point.get("method.type", ""))
+    if method is None:
+        return dict(point)
+    known = {f"method.{knob.name}" for knob in dataclasses.fields(method)} | {"method.type"}
+    return {key: value for key, value in point.items() if not key.startswith("method.") or key in known}
+
+
+def key_of(point: Mapping[str, Any]) -> str:
+    """A name for a point: equal points have one."""
+    return json.dumps(canonical(point), sort_keys=True)
+
+
+def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> str:
+    """A point for a person: `lora_r 8, bfloat16, packing`; what equals `fixed` is left out."""
+    parts = []
+    for key, value in point.items():
+        if fixed is not None and fixed.get(key) == value:
+            continue
+        name = key.rpartition(".")[2]
+        if isinstance(value, bool):
+            parts.append(name if value else f"no {name}")
+        elif isinstance(value, str):
+            parts.append(value)
+        else:
+            parts.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
+    return ", ".join(parts)
+
+
+def _hashable(value: Any) -> bool:
+    return isinstance(value, str | int | float | bool | None)

@@ -1,0 +1,283 @@
+"""The only door to Ray Tune: trials on every free slot, each where its combination fits.
+
+A worker process lives as long as the search and takes one trial after the other: importing torch once a slot, not once
+a trial, is most of what keeps Tune cheap here (numbers in LOG.md).
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import math
+import os
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+from ray.tune.search import Searcher
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.jobfile import Job, read_run_job, spec_with
+from orchestrator.plan import Plan
+from orchestrator.search.space import Point
+from orchestrator.search.trials import Trial
+from strategies.techniques import host_memory
+
+_ENVIRONMENT = {
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_MAX_PENDING_TRIALS_PG": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+}
+_WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, NotImplementedError)
+
+
+class Asked:
+    """What a search gives Tune: the next trial, and where it may run."""
+
+    def __init__(
+        self,
+        next_trial: Callable[[], tuple[int, Point, Mapping[str, Plan]] | None],
+        ended: Callable[[Trial], None],
+        enough: Callable[[], bool],
+    ) -> None:
+        """`next_trial` gives a number, the point and its plan on each node that could run it; None where all is tried.
+        `enough` is asked between reports: the budget, or a user who wants to stop."""
+        self.next_trial, self.ended, self.enough = next_trial, ended, enough
+
+
+def tune_trials(
+    folder: Path,
+    asked: Asked,
+    scheduler: str,
+    num_trials: int,
+    num_steps: int,
+    slots: int,
+    slot_resources: dict[str, float],
+    node_ids: Mapping[str, str],
+    failed: Callable[[int, str], None],
+    began: Callable[[int], None],
+) -> None:
+    """Run trials until there are enough.  A trial that fails is told to `asked.ended`; Tune's own end is raised."""
+    os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what went wrong is said by us, a line a trial
+    storage = folder / ".ray" / uuid.uuid4().hex[:8]
+
+    def resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+        if not node_ids:
+            return tune.PlacementGroupFactory([slot_resources])
+        where = ",".join(sorted(node_ids[node] for node in config["plans"]))
+        return tune.PlacementGroupFactory([slot_resources], bundle_label_selector=[{"ray.io/node-id": f"in({where})"}])
+
+    tuner = tune.Tuner(
+        tune.with_resources(_Runner, resources),
+        param_space={"folder": str(folder), "names": {node_id: name for name, node_id in node_ids.items()}},
+        tune_config=tune.TuneConfig(
+            search_alg=_Adapter(asked),
+            scheduler=_scheduler(scheduler, num_steps),
+            num_samples=num_trials,
+            max_concurrent_trials=slots,
+            reuse_actors=True,
+        ),
+        run_config=tune.RunConfig(
+            name="trials",
+            storage_path=str(storage),
+            verbose=0,
+            stop=_Enough(asked.enough),
+            callbacks=[_Watch(asked, failed, began)],
+            checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
+        ),
+    )
+    try:
+        tuner.fit()
+    finally:
+        shutil.rmtree(storage.parent, ignore_errors=True)
+
+
+def rungs(num_steps: int) -> list[int]:
+    """Steps at which a trial is measured and may be stopped: a quarter, half, all."""
+    return sorted({math.ceil(num_steps / 4), math.ceil(num_steps / 2), num_steps})
+
+
+def _scheduler(name: str, num_steps: int) -> Any:
+    first = rungs(num_steps)[0]
+    if name == "asha":
+        return ASHAScheduler(
+            time_attr="step", metric="judged", mode="min", max_t=num_steps + 1, grace_period=first, reduction_factor=2
+        )
+    if name == "median":
+        return MedianStoppingRule(time_attr="step", metric="judged", mode="min", grace_period=first)
+    return FIFOScheduler()
+
+
+class _Here:
+    """Lives in this process only: Tune pickles what it is given, to go on by itself, which no search asks of it."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+
+class _Adapter(_Here, Searcher):
+    """Our next trial as Tune's searcher."""
+
+    def __init__(self, asked: Asked) -> None:
+        super().__init__(metric="judged", mode="min")
+        self._asked = asked
+
+    def suggest(self, trial_id: str) -> Any:
+        if self._asked.enough():
+            return Searcher.FINISHED
+        wanted = self._asked.next_trial()
+        if wanted is None:
+            return Searcher.FINISHED
+        number, point, plans = wanted
+        return {"number": number, "point": point, "plans": {node: plan.to_json() for node, plan in plans.items()}}
+
+    def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
+        """Heard by `_Watch`, which knows why a trial failed."""
+
+    def save(self, checkpoint_path: str) -> None:
+        """A search goes on from its own folder, not from Tune's."""
+
+    def restore(self, checkpoint_path: str) -> None: ...
+
+
+class _Enough(_Here, tune.Stopper):
+    def __init__(self, enough: Callable[[], bool]) -> None:
+        self._enough = enough
+
+    def __call__(self, trial_id: str, result: Any) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return self._enough()
+
+
+class _Watch(_Here, tune.Callback):
+    """Tells the search how each trial ended."""
+
+    def __init__(self, asked: Asked, failed: Callable[[int, str], None], began: Callable[[int], None]) -> None:
+        self._asked, self._failed, self._began = asked, failed, began
+
+    def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._began(trial.config["number"])
+
+    def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        told = (trial.last_result or {}).get("trial")
+        if told is None:  # stopped before its first report
+            return
+        self._asked.ended(Trial(**{**told, "curve": [tuple(point) for point in told["curve"]]}))
+
+    def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
+        self._failed(trial.config["number"], _why(trial))
+
+
+def _why(trial: Any) -> str:
+    """A process that vanished was killed, on most machines because memory ran out."""
+    try:
+        text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace").strip()
+    except (OSError, TypeError):
+        text = ""
+    last = text.splitlines()[-1].strip() if text else ""
+    if not last or "ActorDied" in text or "actor died" in text.lower():
+        return "its process was killed: most likely the machine ran out of memory"
+    return last
+
+
+class _Runner(tune.Trainable):
+    """A worker process: takes trials one after the other."""
+
+    def setup(self, config: dict[str, Any]) -> None:
+        self._take(config)
+
+    def reset_config(self, new_config: dict[str, Any]) -> bool:
+        self._take(new_config)
+        return True
+
+    def _take(self, config: dict[str, Any]) -> None:
+        self._now, self._experiment, self._began = config, None, time.perf_counter()
+        gc.collect()
+        host_memory.trim()
+
+    def step(self) -> dict[str, Any]:
+        """Train to the next rung and report."""
+        try:
+            experiment = self._experiment = self._experiment or self._made()
+            done = experiment.progress.step
+            target = next(rung for rung in rungs(experiment.plan.num_steps) if rung > done)
+            loss = experiment.train_to(target)
+            ended = target == experiment.plan.num_steps
+            metric = self._job.spec.search.metric
+            quality = experiment.quality() if ended and metric != "eval_loss" else {}
+        except _WHAT_TRIALS_RAISE as error:
+            said = str(error).strip().splitlines()
+            return self._report(None, {}, True, said[0] if said else type(error).__name__)
+        return self._report(loss, quality, ended, None)
+
+    def _made(self) -> Any:
+        from orchestrator.data.prepare import datasets
+        from orchestrator.training.experiment import Experiment
+
+        folder = Path(self._now["folder"])
+        job = read_run_job(folder, "search.yaml")
+        self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
+        plan = Plan.from_json(self._now["plans"][self._node()])
+        files = _data_of(folder, plan.techniques.max_length)
+        data, held_out = datasets(files)
+        assert held_out is not None  # the search made sure
+        return Experiment(
+            self._job, plan, files["model"], data.select(files["train_rows"]), held_out.select(files["eval_rows"])
+        )
+
+    def _node(self) -> str:
+        import ray
+
+        name = self._now["names"].get(ray.get_runtime_context().get_node_id())
+        return name if name is not None else next(iter(self._now["plans"]))
+
+    def _report(self, loss: float | None, quality: dict[str, float], ended: bool, reason: str | None) -> dict[str, Any]:
+        experiment, seconds = self._experiment, time.perf_counter() - self._began
+        trial = Trial(
+            number=self._now["number"],
+            point=self._now["point"],
+            status="failed" if reason else "finished" if ended else "stopped",
+            node=self._node(),
+            reason=reason,
+            seconds=round(seconds, 3),
+            eval_loss=loss,
+            quality=quality,
+        )
+        told = asdict(trial)
+        if experiment is not None and reason is None:
+            told |= {
+                "steps": experiment.progress.step,
+                "curve": experiment.curve,
+                "step_s": experiment.steps.step_s,
+                "tokens_per_s": experiment.steps.tokens_per_s,
+                "tensors_bytes": experiment.tensors_bytes,
+                "predicted_step_s": experiment.plan.step_s,
+                "predicted_tensors_bytes": experiment.plan.memory.tensors_bytes,
+                "time": experiment.times(),
+            }
+        judged = math.inf if loss is None else _rounded(loss, self._job.spec.search.quality_tolerance)
+        return {"step": told["steps"], "judged": judged, "trial": told, "done": ended or reason is not None}
+
+
+def _rounded(loss: float, tolerance: float) -> float:
+    """To steps of the tolerance: what is as good must not be stopped for a difference that does not count."""
+    if loss <= 0 or not math.isfinite(loss):
+        return loss
+    step = math.log1p(max(tolerance, 1e-3))
+    return math.exp(step * round(math.log(loss) / step))
+
+
+def _data_of(folder: Path, max_length: int) -> dict[str, Any]:
+    return json.loads((folder / "data.json").read_text(encoding="utf-8"))[str(max_length)]

@@ -1,0 +1,135 @@
+"""One combination of optimizations on a small part of the data: how fast it trains, what it takes, how good it gets.
+
+The real set-up and the real loop, without checkpoints and export.  Plain PyTorch: a search runs it inside Ray Tune, a
+benchmark in a row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.order import Order
+from orchestrator.errors import NothingFits
+from orchestrator.jobfile import Job
+from orchestrator.plan import Plan
+from orchestrator.training import preflight, worker
+from orchestrator.training.loop import Hooks, Progress, evaluate_loss, train
+from orchestrator.training.parallel import Group
+from strategies.contract import Techniques, TrainSetup
+from strategies.cost.trace import LiveStorages, tensors_of
+from strategies.state import forget
+from strategies.step import Update, update
+from strategies.techniques import host_memory
+from strategies.techniques.precision import gradient_scaler
+
+
+@dataclass
+class Steps:
+    """What the loop said while it trained."""
+
+    seconds: list[float] = field(default_factory=list)
+    tokens: list[int] = field(default_factory=list)
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def steady(self) -> slice:
+        """Without the first steps, which compile kernels and fill caches."""
+        return slice(min(3, len(self.seconds) // 2), None)
+
+    @property
+    def step_s(self) -> float | None:
+        """Median seconds of a step."""
+        return statistics.median(self.seconds[self.steady]) if self.seconds else None
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        seconds = sum(self.seconds[self.steady])
+        return sum(self.tokens[self.steady]) / seconds if seconds else None
+
+
+class Experiment:
+    """A planned combination, set up; `train_to` a step, as often as wanted, and read what it has come to."""
+
+    def __init__(self, job: Job, plan: Plan, location: str, data: Dataset, held_out: Dataset) -> None:
+        """Raises OrchestratorError where the combination cannot be set up."""
+        self.job, self.plan, self.location, self.data, self.held_out = job, plan, location, data, held_out
+        part = plan.nodes[0]
+        self.device = torch.device(part.torch_device)
+        torch.set_num_threads(part.threads)
+        self.setup, self.techniques = worker.prepare(job, plan, part, location, self.device, self._heard)
+        self.tensors_bytes = tensors_peak_bytes(self.setup, data, self.techniques, plan.global_batch_size)
+        train_section = job.spec.train
+        self.order = Order(
+            len(data), plan.global_batch_size, train_section.seed, train_section.num_train_epochs, plan.num_steps
+        )
+        self.schedule = worker.schedule_of(job, plan)
+        self.progress, self.steps = Progress(), Steps()
+        self.curve: list[tuple[int, float]] = []  # (step, held-out loss)
+
+    def train_to(self, step: int) -> float:
+        """Train until `step` steps are done and measure the held-out loss.  Raises OrchestratorError."""
+
+        def wish() -> str | None:  # asked in the middle of a step
+            return "asked" if self.progress.step + 1 >= step else None
+
+        self.progress.stopped = None
+        hooks = Hooks(self._heard, lambda _: None, wish)
+        with host_memory.kept() if self.device.type == "cpu" else contextlib.nullcontext():
+            self.progress = train(
+                self.setup, self.data, None, self.order, self.schedule, self.techniques, Group(), self.progress, hooks
+            )
+        loss = evaluate_loss(self.setup, self.held_out, self.techniques, Group())
+        self.curve.append((self.progress.step, loss))
+        return loss
+
+    def quality(self) -> dict[str, float]:
+        """Held-out loss and the metrics of generated answers."""
+        tokenizer = worker.load_tokenizer(self.location, self.job)
+        measured = worker.measure(self.job, self.plan, self.setup, tokenizer, self.held_out, self.techniques, Group())
+        return {key: value for key, value in measured.items() if isinstance(value, float) and key != "seconds"}
+
+    def times(self) -> dict[str, Any]:
+        """Predicted beside measured, as a run's result.json has it."""
+        return {
+            "predicted_step_s": self.plan.step_s,
+            "formula_step_s": self.plan.step_s / self.plan.calibration,
+            "measured_step_s": self.steps.step_s,
+            "device": self.plan.nodes[0].device,
+            "dtype": self.plan.techniques.dtype,
+        }
+
+    def _heard(self, event: str, **fields: Any) -> None:
+        if event == "step":
+            self.steps.seconds.append(fields["seconds"])
+            self.steps.tokens.append(fields["tokens"])
+            self.steps.losses.append(fields["loss"])
+        elif event == "note" and "out of memory" in fields["text"]:
+            raise NothingFits(fields["text"])  # a leaner way is another combination
+
+
+def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int) -> float:
+    """Most bytes that tensors take in the heaviest step of `data`, weights and optimizer included; nothing moves."""
+    scaler = gradient_scaler(next(iter(setup.parameters.values())).device.type, techniques.dtype)
+    for parameter in setup.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+    update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=0.0))  # the optimizer's state, without a pass
+    batch = preflight.fullest(setup, data, techniques, global_batch_size)
+    if batch.input_ids_BT.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        preflight.step_in_place(setup, batch, techniques)
+        peak = torch.cuda.max_memory_allocated()
+    else:
+        live = LiveStorages()
+        for tensor in tensors_of(setup):
+            live.watch(tensor)
+        with live:
+            preflight.step_in_place(setup, batch, techniques)
+        peak = live.take_peak()
+    forget(setup)
+    return float(peak)

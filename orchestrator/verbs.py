@@ -1,0 +1,79 @@
+"""What the verbs share: arguments and options with their completion, reading a job, printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from orchestrator.jobfile import Job, read_job
+from orchestrator.rundir import RunFolder
+
+out, err = Console(), Console(stderr=True)
+
+
+def complete_job(incomplete: str) -> list[str]:
+    from orchestrator.schema import recipes
+
+    files = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
+    return files + [name for name in recipes() if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    from orchestrator.search.trials import SearchFolder
+
+    found = [*RunFolder.all(Path("runs")), *SearchFolder.all(Path("runs"))]
+    return [run.run_id for run in found if run.run_id.startswith(incomplete)]
+
+
+def complete_study(incomplete: str) -> list[str]:
+    from orchestrator.search.study import SHIPPED
+
+    return [file.stem for file in sorted(SHIPPED.glob("*.yaml")) if file.stem.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    from orchestrator.schema import all_fields
+
+    return [f"{key}=" for key in all_fields() if key.startswith(incomplete)]
+
+
+JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)]
+RunArgument = Annotated[
+    str, typer.Argument(help="a run: its id, the start of it, its folder, or `latest`", autocompletion=complete_run)
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=complete_key),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
+RunsOption = Annotated[Path, typer.Option("--runs", help="the folder that holds the runs")]
+HardwareOption = Annotated[
+    Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
+]
+RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
+
+
+def asked_job(name: str, overrides: list[str]) -> Job:
+    """A job file, or a recipe by its name; what was read otherwise than written is said."""
+    from orchestrator.schema import recipes
+
+    path = Path(name)
+    known = recipes()
+    if not path.exists() and name in known:
+        path = known[name][0]
+    job = read_job(path, overrides)
+    for notice in job.notices:
+        err.print(notice, markup=False, highlight=False, soft_wrap=True)
+    return job
+
+
+def say(text: str) -> None:
+    err.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, default=str))
