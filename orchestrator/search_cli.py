@@ -86,7 +86,7 @@ def go_on(folder: SearchFolder, as_json: bool) -> None:
 def show(folder: SearchFolder, as_json: bool) -> None:
     """The table of a search and what to do next."""
     from orchestrator.search.recommend import outcomes
-    from orchestrator.search.running import planning_of
+    from orchestrator.search.running import planning_in
     from orchestrator.search.view import recommendation_text, trials_table
 
     trials, summary = folder.trials(), folder.read_json("summary.json") or {}
@@ -103,7 +103,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
         )
         return
     job = read_run_job(folder.path, folder.marker)
-    done = outcomes(trials, planning_of(folder, job).real, job.spec.search.metric)
+    done = outcomes(trials, planning_in(folder, job).real, job.spec.search.metric)
     recommended = (summary.get("recommended") or {}).get("trial")
     out.print()
     out.print(trials_table(done, [trial for trial in trials if not trial.measured], recommended))

@@ -89,9 +89,7 @@ def test_no_method_is_named_in_the_orchestrator():
 
 
 def test_each_heavy_library_has_one_owner():
-    owners = {
-        name: set() for name in ("ray.train", "ray.tune", "optuna", "matplotlib", "mlflow", "kubernetes", "ray")
-    }
+    owners = {name: set() for name in ("ray.train", "ray.tune", "optuna", "matplotlib", "mlflow", "kubernetes", "ray")}
     for path in modules():
         for name in imports(path):
             for library, found in owners.items():

@@ -28,6 +28,22 @@ from strategies.shape import ModelShape
 _CLEARLY = 1.35
 
 
+# Keys that lay the same computation out in another way: the result is the same to rounding.
+_LAYOUT = frozenset(
+    {
+        "model.attn_implementation",
+        "data.packing",
+        "train.gradient_checkpointing",
+        "train.per_device_train_batch_size",
+        "train.gradient_accumulation_steps",
+        "train.loss_type",
+        "train.torch_compile",
+        "strategy.offload",
+        "strategy.mode",
+    }
+)
+
+
 @dataclass(frozen=True)
 class Sizes:
     """What planning needs to know of some data: tokens of each sample, all supervised ones, the held-out part."""
@@ -51,7 +67,8 @@ class Advice:
     def numbers(self) -> str:
         """What decides the result: points that share it train the same weights (to rounding), whatever else they do."""
         t = self.plan.techniques
-        return json.dumps([self.plan.method, t.dtype, t.optim, t.max_length], sort_keys=True)
+        beside = {key: value for key, value in self.point.items() if key not in _LAYOUT}
+        return json.dumps([self.plan.method, t.dtype, t.optim, t.max_length, beside], sort_keys=True)
 
     @cached_property
     def same(self) -> str:

@@ -6,6 +6,7 @@ job -> space -> advice (what cannot run, what cannot win, where to start) -> tri
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -170,52 +171,64 @@ def search(
 ) -> SearchFolder:
     """Search for the best combination within the job's budget.  Raises OrchestratorError.
 
-    `study` gives a list to go through instead.
+    `study` gives a list to go through instead.  What cannot be is said before anything is written.
     """
     job = _with_held_out_rows(job, watching.say)
     ready = prepare(job, watching.say)
     named = study(job) if study else []
-    spec = job.spec
-    slots = planner.slots_of(spec, ready.capability)
-    space = Space({}) if study else space_of(spec, slots, ready.plan.global_batch_size)
-    files = _files(job, ready, space, named, watching.say)
-    folder = SearchFolder.create(output_dir(job), f"search-{spec.name}")
-    folder.write("origin.json", json.dumps({"folder": str(job.folder)}))
     # As they are known now: they stay so for the whole search.
-    capability = money.priced(spec, calibration.calibrated(ready.capability, output_dir(job)))
+    capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    space = Space({}) if study else space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
+    files = _files(job, ready, space, named, watching.say)
+    planning = planning_of(job, files, capability, _batch(ready))
+    nodes = nodes_of(job.spec, capability, ready.plan)
+    advised = None if study else _advised(planning, space, nodes, watching.say)
+    folder = SearchFolder.create(output_dir(job), f"search-{job.spec.name}")
+    folder.write("origin.json", json.dumps({"folder": str(job.folder)}))
     folder.write("capability.json", json.dumps(capability.as_dict(), indent=1))
     folder.write("data.json", json.dumps(files, indent=1))
     folder.write("plan.json", ready.plan.to_json())
     folder.write("study.json", json.dumps(named))
+    if advised:
+        folder.write("advice.json", json.dumps(told(space, advised), indent=1))
     folder.write("search.yaml", job.text)  # last: a folder with it is a search
-    return _go_on(folder, job, watching)
+    return _go_on(_Search(folder, job, planning, space, nodes, watching, _sampler(planning, space, advised), named))
+
+
+def _batch(ready: Ready) -> int:
+    return ready.plan.global_batch_size
 
 
 def predict(job: Job, say: Callable[[str], None]) -> tuple[Space, Advised]:
     """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
     job = _with_held_out_rows(job, say)
     ready = prepare(job, say)
-    data, held_out = datasets(ready.data_files)
-    sizes = Sizes(data.lengths.tolist(), int(data.num_supervised.sum()), counts_of(held_out))
-    config = models.read_config(Path(ready.data_files["model"]))
     capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
-    batch = ready.plan.global_batch_size
-    planning = Planning(job.spec, config, workload.model_shape(config), capability, sizes, sizes, batch)
-    space = space_of(job.spec, planner.slots_of(job.spec, capability), batch)
-    return space, advise(planning, space)
+    space = space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
+    files = _files(job, ready, space, [], say)
+    return space, advise(planning_of(job, files, capability, _batch(ready)), space)
 
 
 def resume(folder: SearchFolder, watching: Watching) -> SearchFolder:
     """Go on with a search that was stopped or killed, with what its trials taught."""
-    return _go_on(folder, read_run_job(folder.path, "search.yaml"), watching)
+    job = read_run_job(folder.path, folder.marker)
+    planning = planning_in(folder, job)
+    base = Plan.from_json((folder.path / "plan.json").read_text())
+    named = [(name, point) for name, point in folder.read_json("study.json") or []]
+    slots = planner.slots_of(job.spec, planning.capability)
+    space = Space({}) if named else space_of(job.spec, slots, planning.global_batch_size)
+    nodes = nodes_of(job.spec, planning.capability, base)
+    advised = None if named else _advised(planning, space, nodes, watching.say)
+    sampler = None if named else _sampler(planning, space, advised)
+    return _go_on(_Search(folder, job, planning, space, nodes, watching, sampler, named))
 
 
-def _go_on(folder: SearchFolder, job: Job, watching: Watching) -> SearchFolder:
+def _go_on(going: _Search) -> SearchFolder:
+    folder, job, watching = going.folder, going.job, going.watching
     with folder.lock():
         folder.stop_file.unlink(missing_ok=True)
-        folder.record("state", state="running")
+        folder.record("state", state="running", pid=os.getpid())
         try:
-            going = _prepared(folder, job, watching)
             _tune(going)
         except OrchestratorError as error:
             folder.record("state", state="failed", text=str(error))
@@ -232,43 +245,46 @@ def _go_on(folder: SearchFolder, job: Job, watching: Watching) -> SearchFolder:
     return folder
 
 
-def _prepared(folder: SearchFolder, job: Job, watching: Watching) -> _Search:
-    """Everything a search needs, from its folder."""
-    spec = job.spec
-    planning = planning_of(folder, job)
-    base = Plan.from_json((folder.path / "plan.json").read_text())
-    named = [(name, point) for name, point in folder.read_json("study.json") or []]
-    space = Space({}) if named else space_of(spec, planner.slots_of(spec, planning.capability), base.global_batch_size)
-    nodes = _nodes(spec, planning.capability, base)
-    sampler = None
-    if not named:
-        advised = None
-        if spec.search.sampler == "planned":
-            watching.say(f"planning {len(space)} combinations ...")
-            advised = advise(planning, space)
-            watching.say(advised_text(space, advised))
-            folder.write("advice.json", json.dumps(told(space, advised), indent=1))
-        _check_budget(planning, nodes, space, advised)
-        objectives = ["time", "memory", "quality", *(["cost"] if base.price.total is not None else [])]
-        sampler = Sampler(
-            space, advised, spec.search.sampler, spec.goal.prefer, objectives, _own(spec), seed=spec.train.seed
-        )
-    return _Search(folder, job, planning, space, nodes, watching, sampler, named)
+def _advised(
+    planning: Planning, space: Space, nodes: Sequence[NodeCapability], say: Callable[[str], None]
+) -> Advised | None:
+    """The plan's advice, for samplers that take it; and that the budget holds at least one trial."""
+    advised = None
+    if planning.spec.search.sampler == "planned":
+        say(f"planning {len(space)} combinations ...")
+        advised = advise(planning, space)
+        say(advised_text(space, advised))
+    _check_budget(planning, nodes, space, advised)
+    return advised
 
 
-def planning_of(folder: SearchFolder, job: Job) -> Planning:
+def _sampler(planning: Planning, space: Space, advised: Advised | None) -> Sampler | None:
+    spec = planning.spec
+    if not space.choices and not space.ranges:
+        return None
+    is_priced = all(node.purchase_price or node.price_per_hour or node.load_w for node in planning.capability.nodes)
+    objectives = ["time", "memory", "quality", *(["cost"] if is_priced or spec.cost.power_w else [])]
+    kind, prefer, seed = spec.search.sampler, spec.goal.prefer, spec.train.seed
+    return Sampler(space, advised, kind, prefer, objectives, _own(spec), seed)
+
+
+def planning_in(folder: SearchFolder, job: Job) -> Planning:
     """The planner with a search's machines and data."""
-    files = folder.read_json("data.json") or {}
     capability = ClusterCapability.from_dict(folder.read_json("capability.json") or {"nodes": []})
     base = Plan.from_json((folder.path / "plan.json").read_text())
-    longest = max(files, key=int)
-    data, held_out = datasets(files[longest])
-    config = models.read_config(Path(files[longest]["model"]))
+    return planning_of(job, folder.read_json("data.json") or {}, capability, base.global_batch_size)
+
+
+def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, global_batch_size: int) -> Planning:
+    """The planner for a search's points; sizes are those of the longest max_length, others are cut from it."""
+    longest = files[max(files, key=int)]
+    data, held_out = datasets(longest)
+    config = models.read_config(Path(longest["model"]))
     whole = Sizes(data.lengths.tolist(), int(data.num_supervised.sum()), counts_of(held_out))
-    rows = data.select(files[longest]["train_rows"])
-    held = held_out.select(files[longest]["eval_rows"]) if held_out is not None else None
+    rows = data.select(longest["train_rows"])
+    held = held_out.select(longest["eval_rows"]) if held_out is not None else None
     sample = Sizes(rows.lengths.tolist(), int(rows.num_supervised.sum()), counts_of(held))
-    return Planning(job.spec, config, workload.model_shape(config), capability, whole, sample, base.global_batch_size)
+    return Planning(job.spec, config, workload.model_shape(config), capability, whole, sample, global_batch_size)
 
 
 def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:
@@ -393,7 +409,7 @@ def _node_ids(address: str, names: set[str]) -> dict[str, str]:
     return {name: node_id for name, node_id in present().items() if name in names}
 
 
-def _nodes(spec: Any, capability: ClusterCapability, base: Plan) -> list[NodeCapability]:
+def nodes_of(spec: Any, capability: ClusterCapability, base: Plan) -> list[NodeCapability]:
     """Machines that may take trials."""
     if spec.search.nodes == "all":
         return list(capability.nodes)

@@ -37,6 +37,7 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
 }
+REUSE_WORKERS = True  # tests/benchmarks/search.py says what it saves
 _WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, NotImplementedError)
 
 
@@ -85,7 +86,7 @@ def tune_trials(
             scheduler=_scheduler(scheduler, num_steps),
             num_samples=num_trials,
             max_concurrent_trials=slots,
-            reuse_actors=True,
+            reuse_actors=REUSE_WORKERS,
         ),
         run_config=tune.RunConfig(
             name="trials",

@@ -1,0 +1,255 @@
+"""A search through its real door: Ray Tune, the tiny model, MLflow, and the report of what came of it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestrator.rundir import RunFolder
+from orchestrator.search.trials import SearchFolder
+from tests.conftest import rows, write_jsonl
+from tests.integration.test_submit import ROOT, orchestrator
+
+SPACE = (
+    "{method.lora_r: [2, 8], model.dtype: [float32], data.packing: [true, false],"
+    " train.per_device_train_batch_size: [1, 4]}"
+)
+
+
+@pytest.fixture(scope="module")
+def place(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("searches")
+    write_jsonl(folder / "train.jsonl", rows(80))
+    write_jsonl(folder / "eval.jsonl", rows(8, start=100))
+    (folder / "job.yaml").write_text(
+        f"""\
+name: tiny
+model: {{model_name_or_path: {model_folder}, dtype: float32}}
+data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
+method: {{type: lora}}
+train: {{global_batch_size: 8, num_train_epochs: 2, learning_rate: 1e-2}}
+cost: {{power_w: 100}}
+search: {{space: {SPACE}, budget: {{trials: 4}}, trial_steps: 4, scheduler: none}}
+"""
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def searched(place):
+    done = orchestrator("search", "job.yaml", "--json", cwd=place, check=0)
+    told = json.loads(done.stdout)
+    return SearchFolder(Path(told["path"])), told
+
+
+def test_trials_ran_and_are_compared_with_their_predictions(searched):
+    folder, told = searched
+
+    assert folder.state() == "finished"
+    assert len(told["trials"]) == 4
+    for trial in told["trials"]:
+        assert trial["status"] == "finished" and trial["steps"] == 4, trial
+        assert trial["predicted_step_s"] > 0 and trial["step_s"] > 0
+        assert trial["tensors_bytes"] == pytest.approx(trial["predicted_tensors_bytes"], rel=0.6)
+        assert trial["curve"][-1][1] < trial["curve"][0][1]
+    assert len({json.dumps(trial["point"], sort_keys=True) for trial in told["trials"]}) == 4
+
+
+def test_one_process_ran_all_trials(searched):
+    """Set-up of the second trial takes no import of torch: it is much shorter than the first."""
+    _, told = searched
+
+    first, *others = [trial["seconds"] for trial in told["trials"]]
+    assert min(others) < first
+
+
+def test_the_recommended_job_validates_and_is_what_was_found(searched):
+    folder, told = searched
+
+    chosen = told["recommended"]
+    done = orchestrator("plan", folder.path / "recommended.yaml", "--json", cwd=folder.path.parent, check=0)
+
+    planned = json.loads(done.stdout)
+    assert planned["method"]["lora_r"] == chosen["point"]["method.lora_r"]
+    assert planned["nodes"][0]["techniques"]["packing"] == chosen["point"]["data.packing"]
+    assert chosen["cost"] > 0 and chosen["total_s"] > 0
+
+
+def test_mlflow_has_a_run_with_a_nested_run_a_trial(searched):
+    from mlflow.tracking import MlflowClient
+
+    folder, _ = searched
+    client = MlflowClient(f"sqlite:///{folder.path.parent / 'mlflow.db'}")
+    parent_id = folder.read_json("tracking.json")["mlflow_run_id"]
+
+    parent = client.get_run(parent_id)
+    nested = client.search_runs([parent.info.experiment_id], f"tags.`mlflow.parentRunId` = '{parent_id}'")
+
+    assert len(nested) == 4
+    best = [run for run in nested if run.data.tags["best"] == "true"]
+    assert [run.info.run_id for run in best] == [parent.data.tags["best_trial"]]
+    assert all("step_s" in run.data.metrics and "predicted_step_s" in run.data.metrics for run in nested)
+    assert "summary.json" in {file.path for file in client.list_artifacts(parent_id)}
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_the_report_has_all_its_parts(searched, lang):
+    folder, _ = searched
+
+    done = orchestrator("report", folder.run_id, "--lang", lang, "--json", cwd=folder.path.parent.parent, check=0)
+
+    page = Path(json.loads(done.stdout)["report"]).read_text()
+    assert page.count("<figure") == 4
+    assert "recommended.yaml" in page and "EUR" in page
+
+
+def test_status_and_list_know_a_search(searched):
+    folder, _ = searched
+
+    shown = orchestrator("status", folder.run_id, cwd=folder.path.parent.parent, check=0).stdout
+
+    assert "recommended" in shown and "in every trial" in shown
+    assert RunFolder.all(folder.path.parent) == []  # a search is not a run
+
+
+def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(place):
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "3"],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    until = time.monotonic() + 120
+    known = set(SearchFolder.all(place / "runs"))
+    folder = None
+    while time.monotonic() < until and process.poll() is None:
+        newest = SearchFolder.all(place / "runs")[-1:]
+        if newest and newest[0].path not in {one.path for one in known} and len(newest[0].trials()) >= 1:
+            folder = newest[0]
+            process.send_signal(signal.SIGINT)
+            break
+        time.sleep(0.02)
+    said = "".join(process.communicate(timeout=120))
+    if process.returncode == 0:
+        pytest.skip("the search ended before it could be interrupted")
+    assert folder is not None, said
+    assert process.returncode == 5 and "goes on with the trials that are left" in said
+    before = folder.trials()
+
+    orchestrator("resume", folder.run_id, "--json", cwd=place, check=0)
+
+    after = folder.trials()
+    assert after[: len(before)] == before and len(after) == 3
+    assert len({trial.key for trial in after}) == 3
+
+
+def test_a_trial_that_fails_is_a_data_point_and_the_search_goes_on(place):
+    """A learning rate of 1e30 diverges; the other trial does not."""
+    space = "{train.learning_rate: [1.0e+30, 0.01]}"
+    done = orchestrator("search", "job.yaml", "--json", "--set", f"search.space={space}", cwd=place, check=0)
+
+    told = json.loads(done.stdout)
+    by_rate = {trial["point"]["train.learning_rate"]: trial for trial in told["trials"]}
+    assert by_rate[1e30]["status"] == "failed" and "not a number" in by_rate[1e30]["reason"]
+    assert told["recommended"]["point"]["train.learning_rate"] == 0.01
+    assert told["failed"] == [by_rate[1e30]["number"]] and told["wasted_seconds"] > 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "code", "says"),
+    [
+        (["search.space={model.dtype: []}"], 2, "search.space"),
+        (["search.space={data.max_length: [64], train.optim: [adamw_bnb_16bit]}"], 2, "it should be"),
+        (["search.budget.minutes=0.0001"], 2, "one trial takes about"),
+        (["search.metric=rouge_l", "eval.metrics=[exact_match]"], 2, "never measured"),
+        (["search.nodes=idle"], 3, "would use every machine"),
+        (["search.space={method.type: [full]}", "goal.max_hours=0.0000001"], 3, "goal.max_hours"),
+    ],
+)
+def test_a_search_that_cannot_be_says_why_before_anything_starts(place, overrides, code, says):
+    began = set(SearchFolder.all(place / "runs"))
+
+    arguments = [part for override in overrides for part in ("--set", override)]
+    done = orchestrator("search", "job.yaml", *arguments, cwd=place)
+
+    assert done.returncode == code and says in done.stderr, done.stdout + done.stderr
+    assert "starting Ray" not in done.stdout
+    assert {one.path for one in SearchFolder.all(place / "runs")} == {one.path for one in began}
+
+
+def test_bench_dissects_a_step_and_compares_with_itself(place):
+    first = json.loads(orchestrator("bench", "job.yaml", "--steps", "2", "--json", cwd=place, check=0).stdout)
+
+    assert first["throughput"]["tokens_per_s"] > 0
+    assert sum(first["phases"].values()) == pytest.approx(first["step_s"], rel=0.9)
+    assert {"attention", "matrix products", "lora"} <= set(first["parts"])
+    done = orchestrator("bench", "--compare", first["file"], first["file"], cwd=place, check=0)
+    assert "x1.00" in done.stdout
+    wrong = orchestrator("bench", "--compare", "job.yaml", first["file"], cwd=place)
+    assert wrong.returncode == 2 and "cannot be read" in wrong.stderr
+
+
+@pytest.mark.slow
+def test_a_study_goes_through_its_list(place):
+    done = orchestrator(
+        "search", "job.yaml", "--study", "default", "--lengths", "32,64", "--set", "search.trial_steps=2", "--json",
+        cwd=place, check=0,
+    )  # fmt: skip
+
+    told = json.loads(done.stdout)
+    assert len(told["trials"]) == 32
+    measured = {trial["name"]: trial for trial in told["trials"] if trial["status"] == "finished"}
+    assert {"baseline @32", "packing @64", "bf16 @64"} <= set(measured)
+    longer = measured["gradient checkpointing @64"]["tensors_bytes"]
+    assert longer < measured["baseline @64"]["tensors_bytes"]
+
+
+@pytest.mark.slow
+def test_a_search_is_sent_to_an_mlflow_server(searched, tmp_path):
+    import socket
+    import urllib.request
+
+    from mlflow.tracking import MlflowClient
+
+    from orchestrator.jobfile import parse_job
+    from orchestrator.tracking import sync_search
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    uri = f"http://127.0.0.1:{port}"
+    server = subprocess.Popen(
+        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
+         "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
+         "--artifacts-destination", str(tmp_path / "art")],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    try:
+        until = time.monotonic() + 90
+        while time.monotonic() < until:
+            try:
+                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+                break
+            except OSError:
+                time.sleep(0.5)
+        folder, _ = searched
+        job = parse_job((folder.path / "search.yaml").read_text(), folder.path, "job", [f"tracking.mlflow_uri={uri}"])
+
+        assert sync_search(folder, job) == uri
+
+        client = MlflowClient(uri)
+        parent = folder.read_json("tracking.json")["mlflow_run_id"]
+        experiment = client.get_experiment_by_name("default").experiment_id
+        assert len(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")) == 4
+        assert "summary.json" in {file.path for file in client.list_artifacts(parent)}
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(30)

@@ -1,0 +1,91 @@
+"""What a report is written as: safe, whole, in two languages, without the network."""
+
+import ast
+import re
+import xml.dom.minidom
+from pathlib import Path
+
+import pytest
+
+from orchestrator.report import plots
+from orchestrator.report.blocks import Answer, Code, Facts, Figure, Paragraph, Report, Table
+from orchestrator.report.html import html
+from orchestrator.report.markdown import write_markdown
+from orchestrator.report.words import JAPANESE, words
+
+FOLDER = Path(__file__).resolve().parents[3] / "orchestrator" / "report"
+FIGURES = {
+    "curves": lambda: plots.curves({"a": [(1, 2.0), (2, 1.0)], "b": [(0, 3.0)]}, "step", "loss", ("b",), log=True),
+    "stacked": lambda: plots.stacked({"card (pc)": {"weights": 1.0, "重み": 2.0}}, "GiB", {"card (pc)": 2.5}),
+    "bars": lambda: plots.bars({"exact_match": {"before": 0.0, "after": 0.9}}, "", percent=True),
+    "scatter": lambda: plots.scatter({"x": [(1.0, 2.0, "1")], "y": []}, "a", "b", [(1.0, 2.0)], diagonal=True),
+}
+
+
+def a_report(lang="en"):
+    report = Report("name", "run <1> & co", lang)
+    report.section(
+        "Everything",
+        Facts([("tokens/s", "100")]),
+        Paragraph("<script>alert(1)</script>"),
+        Table(("a|b", "c"), [("1", "2|3"), ("x", "y")], (1,)),
+        Code("python -m orchestrator"),
+        Answer("prompt", None, "out", "wanted"),
+        None,
+        *(Figure(name, draw(), "caption") for name, draw in FIGURES.items()),
+    )
+    report.section("Nothing", None)
+    return report
+
+
+@pytest.mark.parametrize("name", sorted(FIGURES))
+def test_a_figure_is_svg_in_the_pages_own_colours(name):
+    svg = FIGURES[name]()
+
+    document = xml.dom.minidom.parseString(svg)
+    assert document.documentElement.tagName == "svg" and document.documentElement.getAttribute("viewBox")
+    assert "currentColor" in svg and "#010203" not in svg
+    assert svg == FIGURES[name]()  # the same data, the same bytes
+
+
+@pytest.mark.parametrize("lang", ["en", "ja"])
+def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing(lang):
+    page = html(a_report(lang))
+
+    assert "<script" not in page and "&lt;script&gt;" in page
+    outside = re.findall(r'(?:src|href)="(?!#|data:)([^"]*)"', page)
+    assert outside == []
+    assert not re.search(r"url\((?!#)", page)
+    assert f'lang="{lang}"' in page
+    assert "Nothing" not in page  # a section without blocks
+
+
+def test_no_name_stands_twice_in_a_page():
+    page = html(a_report())
+
+    names = re.findall(r'\bid="([^"]+)"', page)
+    assert len(names) == len(set(names)) > 10
+    used = set(re.findall(r'(?:url\(#|xlink:href="#)([^")]+)', page))
+    assert used <= set(names)
+
+
+def test_markdown_has_the_figures_beside_it(tmp_path):
+    write_markdown(a_report(), tmp_path / "report.md")
+
+    text = (tmp_path / "report.md").read_text()
+    linked = re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)
+    assert len(linked) == len(FIGURES) and all((tmp_path / file).is_file() for file in linked)
+    assert "| 1 | 2\\|3 |" in text and "| **x** | **y** |" in text
+
+
+def test_every_word_of_ours_is_japanese_too():
+    said = set()
+    for file in FOLDER.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "w":
+                said |= {arg.value for arg in node.args if isinstance(arg, ast.Constant)}
+    said |= set(re.findall(r'w\("([^"]+)"\)', (FOLDER / "page.html").read_text()))
+
+    assert len(said) > 40
+    assert said <= set(JAPANESE), said - set(JAPANESE)
+    assert words("ja")("loss") == "損失" and words("en")("loss") == "loss"
