@@ -77,8 +77,8 @@ def _token_as_asked(address: str) -> Iterator[None]:
         return True
 
     try:
-        if not lets_in("disabled") and not (_has_token() and lets_in("token")):
-            has = "the token of this machine is another" if _has_token() else "there is none"
+        if not lets_in("disabled") and not (has_token() and lets_in("token")):
+            has = "the token of this machine is another" if has_token() else "there is none"
             raise RefusesToken(
                 f"the cluster at {address!r} wants its token, and {has}. Copy the head's ~/.ray/auth_token to"
                 " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
@@ -102,7 +102,8 @@ def _silence() -> Iterator[None]:
         os.close(kept)
 
 
-def _has_token() -> bool:
+def has_token() -> bool:
+    """Whether this machine has a token to show."""
     stated = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
     return stated or (Path.home() / ".ray" / "auth_token").is_file()
 

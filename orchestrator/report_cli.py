@@ -93,28 +93,21 @@ def report(
     Examples: orchestrator report latest
               orchestrator report search-quickstart --lang ja --output report.html
     """
-    from orchestrator.report.html import html
+    from orchestrator.report.html import report_of, write
     from orchestrator.report.markdown import write_markdown
-    from orchestrator.report.of_run import report_of_run
-    from orchestrator.report.of_search import report_of_search
     from orchestrator.report.words import LANGUAGES
 
     if lang not in LANGUAGES:
         raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
-    search = search_cli.found(name, runs)
-    folder = search or RunFolder.find(name, runs)
+    folder = search_cli.found(name, runs) or RunFolder.find(name, runs)
     job = read_run_job(folder.path, folder.marker)
-    made = report_of_search(search, job, lang) if search else report_of_run(folder, job, lang)
-    file = output or folder.path / ("report.md" if markdown else "report.html")
-    try:
-        if markdown:
-            write_markdown(made, file)
-        else:
-            file.write_text(html(made), encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"--output {file}: cannot be written: {error.strerror}") from None
+    if markdown:
+        file = output or folder.path / "report.md"
+        write_markdown(report_of(folder, job, lang), file)
+    else:
+        file = write(folder, job, lang, output)
     if json_:
-        print_json({"report": str(file), "sections": [section.title for section in made.sections]})
+        print_json({"report": str(file)})
     else:
         out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 

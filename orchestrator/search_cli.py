@@ -59,6 +59,7 @@ def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> N
 
     named = None if study is None else lambda job: read_study(study, job.spec, lengths)
     folder = run(job, Watching(err if as_json else out), named)
+    _conclude(folder)
     show(folder, as_json)
 
 
@@ -80,7 +81,23 @@ def go_on(folder: SearchFolder, as_json: bool) -> None:
     if folder.state() == "finished":
         raise JobError(f"{folder.run_id} is finished; a larger search.budget needs a new search")
     resume(folder, Watching(err if as_json else out))
+    _conclude(folder)
     show(folder, as_json)
+
+
+def _conclude(folder: SearchFolder) -> None:
+    """Write the report, then send everything to MLflow, the report with it."""
+    from orchestrator.report.html import write
+    from orchestrator.tracking import TrackingFailed, sync_search
+
+    job = read_run_job(folder.path, folder.marker)
+    say(f"report: {write(folder, job, 'en', None)}")
+    if not job.spec.tracking.report_to:
+        return
+    try:
+        say(f"tracked in {sync_search(folder, job)}")
+    except TrackingFailed as error:
+        say(f"not tracked: {error}")
 
 
 def show(folder: SearchFolder, as_json: bool) -> None:
@@ -103,10 +120,13 @@ def show(folder: SearchFolder, as_json: bool) -> None:
         )
         return
     job = read_run_job(folder.path, folder.marker)
-    done = outcomes(trials, planning_in(folder, job).real, job.spec.search.metric)
+    planning = planning_in(folder, job)
+    done = outcomes(trials, planning.real, job.spec.search.metric)
     recommended = (summary.get("recommended") or {}).get("trial")
     out.print()
-    out.print(trials_table(done, [trial for trial in trials if not trial.measured], recommended))
+    out.print(
+        trials_table(done, [trial for trial in trials if not trial.measured], recommended, planning.steps_per_epoch)
+    )
     out.print(recommendation_text(folder), markup=False, highlight=False, soft_wrap=True)
 
 

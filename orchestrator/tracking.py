@@ -190,22 +190,22 @@ class _SearchSender(_Store):
         self.client.set_terminated(parent, status="FINISHED" if chosen else "FAILED")
 
     def _send_trial(self, parent: str, trial: Trial, outcome: dict[str, Any] | None) -> None:
+        """One nested run, in two calls: each takes a server 30 ms."""
+        from mlflow.entities import Metric, Param
+
         tags = {"mlflow.parentRunId": parent, "status": trial.status, "node": trial.node}
+        tags |= {"reason": trial.reason[:5000]} if trial.reason else {}
         run_id = self._opened(trial.name or f"trial-{trial.number}", tags)
-        for key, value in trial.point.items():
-            self.client.log_param(run_id, key, str(value)[:6000])
-        if trial.reason:
-            self.client.set_tag(run_id, "reason", trial.reason[:5000])
-        for step, loss in trial.curve:
-            self.client.log_metric(run_id, "eval_loss", loss, step=step)
         numbers = {
             **trial.quality,
             **{key: getattr(trial, key) for key in _TRIAL_NUMBERS},
             **{f"real.{key}": (outcome or {}).get(key) for key in ("total_s", "peak_bytes", "cost")},
         }
-        for key, value in numbers.items():
-            if value is not None:
-                self.client.log_metric(run_id, key, float(value))
+        now_ms = int(time.time() * 1000)
+        metrics = [Metric(key, float(value), now_ms, 0) for key, value in numbers.items() if value is not None]
+        metrics += [Metric("eval_loss", loss, now_ms, step) for step, loss in trial.curve]
+        params = [Param(key, str(value)[:6000]) for key, value in trial.point.items()]
+        self.client.log_batch(run_id, metrics=metrics, params=params)
         self.client.set_terminated(run_id, status="FAILED" if trial.status == "failed" else "FINISHED")
         self.known["trials"][str(trial.number)] = run_id
         self._remember()

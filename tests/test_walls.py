@@ -123,3 +123,16 @@ def test_top_level_is_what_the_house_allows():
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
 
     assert top and top <= allowed, top - allowed
+
+
+def test_only_the_command_line_imports_the_report():
+    users = {
+        path.relative_to(ROOT).as_posix()
+        for path in modules()
+        if any(name.startswith("orchestrator.report.") for name in imports(path))
+    }
+
+    assert {path for path in users if not path.startswith("orchestrator/report/")} == {
+        "orchestrator/report_cli.py",
+        "orchestrator/search_cli.py",
+    }

@@ -7,10 +7,34 @@ from pathlib import Path
 
 from jinja2 import Environment
 
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job
 from orchestrator.report.blocks import Report
+from orchestrator.report.of_run import report_of_run
+from orchestrator.report.of_search import report_of_search
 from orchestrator.report.words import words
+from orchestrator.rundir import RunFolder
+from orchestrator.search.trials import SearchFolder
 
 _PAGE = Path(__file__).parent / "page.html"
+
+
+def write(folder: RunFolder, job: Job, lang: str, file: Path | None) -> Path:
+    """Write the page of a run or a search; by default into its folder.  Raises JobError."""
+    file = file or folder.path / "report.html"
+    text = html(report_of(folder, job, lang))
+    try:
+        file.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"--output {file}: cannot be written: {error.strerror}") from None
+    return file
+
+
+def report_of(folder: RunFolder, job: Job, lang: str) -> Report:
+    """The report of a run, or of a search."""
+    if isinstance(folder, SearchFolder):
+        return report_of_search(folder, job, lang)
+    return report_of_run(folder, job, lang)
 
 
 def html(report: Report) -> str:

@@ -4,12 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from orchestrator.errors import JobError
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.words import words
 
 
 def write_markdown(report: Report, file: Path) -> None:
-    """Write the report and its figures (`NAME_figures/`)."""
+    """Write the report and its figures (`NAME_figures/`).  Raises JobError."""
+    try:
+        _write(report, file)
+    except OSError as error:
+        raise JobError(f"--output {file}: cannot be written: {error.strerror}") from None
+
+
+def _write(report: Report, file: Path) -> None:
     figures = file.with_name(f"{file.stem}_figures")
     lines = [f"# {report.title}", "", report.subtitle, ""]
     for section in report.sections:

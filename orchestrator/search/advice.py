@@ -7,6 +7,7 @@ on one machine, which is what will be measured.
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -119,13 +120,22 @@ class Planning:
         self.whole, self.sample, self.global_batch_size = whole, sample, global_batch_size
         self._works: dict[Any, Any] = {}
 
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.whole.lengths) / self.global_batch_size)
+
     def real(self, point: Mapping[str, Any]) -> Plan:
         """The job with this point on all machines.  Raises JobError and NothingFits."""
         return self._plan(self._spec(point), self.capability, self.whole)
 
     def trial(self, point: Mapping[str, Any], node: NodeCapability) -> Plan:
         """A trial of this point on one device of a node.  Raises JobError and NothingFits."""
-        alone = {"train.max_steps": self.spec.search.trial_steps, "strategy.mode": "single", "eval.eval_steps": None}
+        alone = {
+            "train.max_steps": self.spec.search.trial_steps,
+            "strategy.mode": "single",
+            "cluster.num_workers": 1,
+            "eval.eval_steps": None,
+        }
         cluster = replace(self.capability, nodes=(replace(node, num_slots=1),))
         return self._plan(spec_with(self._spec(point), alone), cluster, self.sample)
 

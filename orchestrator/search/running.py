@@ -29,7 +29,6 @@ from orchestrator.search.sampling import Sampler
 from orchestrator.search.space import Point, Space, canonical, key_of, phrase, space_of
 from orchestrator.search.trials import SearchFolder, Trial
 from orchestrator.search.view import Watching, advised_text, common
-from orchestrator.tracking import TrackingFailed, sync_search
 from strategies.techniques import host_memory
 
 _POLL_S = 0.2
@@ -224,7 +223,7 @@ def resume(folder: SearchFolder, watching: Watching) -> SearchFolder:
 
 
 def _go_on(going: _Search) -> SearchFolder:
-    folder, job, watching = going.folder, going.job, going.watching
+    folder, job = going.folder, going.job
     with folder.lock():
         folder.stop_file.unlink(missing_ok=True)
         folder.record("state", state="running", pid=os.getpid())
@@ -235,11 +234,6 @@ def _go_on(going: _Search) -> SearchFolder:
             raise
         conclude(folder, job, going.planning)
         folder.record("state", state="stopped" if going.stopped else "finished")
-    try:
-        if job.spec.tracking.report_to:
-            watching.say(f"tracked in {sync_search(folder, job)}")
-    except TrackingFailed as error:
-        watching.say(f"not tracked: {error}")
     if going.stopped:
         raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` goes on with the trials that are left")
     return folder
@@ -294,8 +288,8 @@ def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:
     summary = {
         "why": why,
         "prefer": job.spec.goal.prefer,
-        "recommended": _of_outcome(chosen) if chosen else None,
-        "outcomes": [_of_outcome(outcome) for outcome in found],
+        "recommended": _of_outcome(chosen, planning) if chosen else None,
+        "outcomes": [_of_outcome(outcome, planning) for outcome in found],
         "front": [outcome.trial.number for outcome in front(found)],
         "failed": [trial.number for trial in folder.trials() if not trial.measured],
         "trial_seconds": sum(trial.seconds for trial in folder.trials()),
@@ -515,13 +509,14 @@ def told(space: Space, advised: Advised) -> dict[str, Any]:
     }
 
 
-def _of_outcome(outcome: Outcome) -> dict[str, Any]:
+def _of_outcome(outcome: Outcome, planning: Planning) -> dict[str, Any]:
     return {
         "trial": outcome.trial.number,
         "name": outcome.trial.name or phrase(outcome.trial.point),
         "point": outcome.trial.point,
         "status": outcome.trial.status,
         "total_s": outcome.total_s,
+        "epoch_s": outcome.total_s / outcome.plan.num_steps * planning.steps_per_epoch,
         "predicted_total_s": outcome.plan.total_s,
         "peak_bytes": outcome.peak_bytes,
         "predicted_peak_bytes": outcome.plan.memory.total_bytes,

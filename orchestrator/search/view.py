@@ -52,13 +52,17 @@ def common(trials: Sequence[Trial]) -> dict[str, Any]:
     return {key: value for key, value in first.items() if all(t.point.get(key) == value for t in trials)}
 
 
-def trials_table(found: Sequence[Outcome], failed: Sequence[Trial], recommended: int | None) -> RenderableType:
-    """Every trial: measured and, in brackets, predicted; then scaled to the real job."""
+def trials_table(
+    found: Sequence[Outcome], failed: Sequence[Trial], recommended: int | None, steps_per_epoch: int
+) -> RenderableType:
+    """Every trial: measured and, in brackets, predicted; then scaled to the real job, or to an epoch of a study."""
+    is_study = any(outcome.trial.name for outcome in found)
     same = common([outcome.trial for outcome in found] + list(failed))
     on_front = {outcome.trial.number for outcome in front(found)}
     priced = any(outcome.cost is not None for outcome in found)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    names = ["", "combination", "step", "tensors", "eval_loss", "whole job", "memory", *(["cost"] if priced else [])]
+    whole = "an epoch" if is_study else "whole job"
+    names = ["", "combination", "step", "tensors", "eval_loss", whole, "memory", *(["cost"] if priced else [])]
     for name in names:
         table.add_column(name, overflow="fold")
     for outcome in found:
@@ -70,7 +74,7 @@ def trials_table(found: Sequence[Outcome], failed: Sequence[Trial], recommended:
             f"{format_s(trial.step_s or 0.0)} ({format_s(trial.predicted_step_s or 0.0)})",
             f"{format_bytes(trial.tensors_bytes or 0.0)} ({format_bytes(trial.predicted_tensors_bytes or 0.0)})",
             f"{trial.eval_loss:.4f}" + ("" if outcome.whole else f" at step {trial.steps}"),
-            format_s(outcome.total_s),
+            format_s(outcome.total_s / outcome.plan.num_steps * steps_per_epoch if is_study else outcome.total_s),
             format_bytes(outcome.peak_bytes),
         ]
         if priced:
@@ -80,7 +84,7 @@ def trials_table(found: Sequence[Outcome], failed: Sequence[Trial], recommended:
     if same:
         lines.append(f"in every trial: {phrase(same)}")
     lines.append("➤ recommended  * on the front of time, memory and quality; in brackets what was predicted;")
-    lines.append("whole job and memory are the plan's, corrected by what the trial measured")
+    lines.append(f"{whole} and memory are the plan's, corrected by what the trial measured")
     return Group(table, Text("\n".join(lines), style="dim"))
 
 

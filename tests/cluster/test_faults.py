@@ -345,8 +345,9 @@ def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
     lab.cluster.boot("head")
     lab.start("head")
     lab.until_up(("head", "fast", "slow"), limit_s=150)
-    again, _ = lab.submit("resume", run.run_id)
-    finished(again, run)
+    if run.state() != "finished":  # the workers may come to the end before they miss their head
+        again, _ = lab.submit("resume", run.run_id)
+        finished(again, run)
 
     compare(run, reference)
 

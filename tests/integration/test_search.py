@@ -94,7 +94,7 @@ def test_mlflow_has_a_run_with_a_nested_run_a_trial(searched):
     best = [run for run in nested if run.data.tags["best"] == "true"]
     assert [run.info.run_id for run in best] == [parent.data.tags["best_trial"]]
     assert all("step_s" in run.data.metrics and "predicted_step_s" in run.data.metrics for run in nested)
-    assert "summary.json" in {file.path for file in client.list_artifacts(parent_id)}
+    assert {"summary.json", "report.html"} <= {file.path for file in client.list_artifacts(parent_id)}
 
 
 @pytest.mark.parametrize("lang", ["en", "ja"])
@@ -117,6 +117,7 @@ def test_status_and_list_know_a_search(searched):
     assert RunFolder.all(folder.path.parent) == []  # a search is not a run
 
 
+@pytest.mark.slow
 def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(place):
     process = subprocess.Popen(
         [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "3"],

@@ -139,6 +139,25 @@ def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothi
     assert len(events(run, "failure")) == 1
 
 
+def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
+    space = "{train.per_device_train_batch_size: [1, 2, 4], data.packing: [true, false]}"
+    options = ("-s", f"search.space={space}", "-s", "search.trial_steps=4", "-s", "search.scheduler=none")
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "4", *options],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    told = json.loads(done.stdout)
+    assert [trial["status"] for trial in told["trials"]] == ["finished"] * 4
+    assert {trial["node"] for trial in told["trials"]} == {"left", "right"}
+
+
+@pytest.mark.slow
 def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undisturbed):
     process, run = begun(place)
     reached(run, 25, process)
