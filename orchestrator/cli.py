@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator import __version__, cluster_cli, report_cli, search_cli
+from orchestrator import __version__, cluster_cli, remote_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
@@ -43,6 +43,7 @@ app = typer.Typer(
 cluster_cli.register(app)
 search_cli.register(app)
 report_cli.register(app)
+remote_cli.register(app)
 
 
 @app.command()
@@ -192,23 +193,39 @@ def submit(
     job: JobArgument,
     set_: SetOption = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only: the same as `plan --exact`")] = False,
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="where: HOST:PORT of a Ray cluster, or http://HOST:8265 of its dashboard"),
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", help="with a dashboard: send the job and do not wait")] = False,
+    run_id: Annotated[
+        str | None, typer.Option("--run-id", help="name of the run; one that exists goes on where it stands")
+    ] = None,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
 
-    Ctrl-C saves a checkpoint and stops; `resume` goes on from there.
+    Ctrl-C saves a checkpoint and stops; `resume` goes on from there.  A job that was sent through a dashboard goes on
+    without this terminal: Ctrl-C detaches.
 
     Examples: orchestrator submit quickstart
               orchestrator submit job.yaml --set train.learning_rate=1e-4
               orchestrator submit job.yaml --dry-run
+              orchestrator submit job.yaml --cluster http://192.168.1.10:8265
     """
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return
     from orchestrator.run import submit as run_job
 
+    if cluster and "://" in cluster:
+        found = remote_cli.submit(asked_job(job, set_), cluster, detach, json_)
+        if not detach:
+            _print_result(found, json_)
+        return
+    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
     with _watcher(json_) as watcher:
-        run = run_job(asked_job(job, set_), watcher)
+        run = run_job(asked_job(job, overrides), watcher, run_id)
     _print_result(run, json_)
 
 
@@ -224,6 +241,10 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
         search_cli.go_on(search, json_)
         return
     found = RunFolder.find(run, runs)
+    if remote_cli.is_remote(found):
+        remote_cli.resume(found, json_)
+        _print_result(found, json_)
+        return
     if found.state() == "finished":
         raise JobError(f"{found.run_id} is finished; there is nothing to resume")
     with _watcher(json_) as watcher:
@@ -255,6 +276,9 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         search_cli.show(search, json_)
         return
     found = RunFolder.find(run, runs)
+    if remote_cli.is_remote(found):
+        remote_cli.status(found, json_)
+        return
     row, by_worker = run_row(found), workers.of_run(found.events()[0])
     if json_:
         print_json({**row, "workers": by_worker} if by_worker else row)
@@ -280,6 +304,9 @@ def logs(
 ) -> None:
     """Print what happened in a run: its events, or its workers' log files."""
     found = RunFolder.find(run, runs)
+    if remote_cli.is_remote(found):
+        remote_cli.logs(found, follow)
+        return
     if workers:
         for file in sorted(found.logs.glob("*.log")):
             out.print(f"== {file.name}", markup=False, highlight=False)
@@ -300,6 +327,9 @@ def logs(
 def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Ask a running job to save a checkpoint and stop after its current step."""
     found = search_cli.found(run, runs) or RunFolder.find(run, runs)
+    if remote_cli.is_remote(found):
+        remote_cli.stop(found)
+        return
     if not found.is_locked():
         raise JobError(f"{found.run_id} is not running (it is {found.state()})")
     found.stop_file.touch()

@@ -57,10 +57,16 @@ class Ready:
     statistics: dict[str, Any]
 
 
-def submit(job: Job, watcher: Watcher) -> RunFolder:
-    """Run a job from its file to its evaluated result.  Raises OrchestratorError; see errors.py for the exit codes."""
+def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
+    """Run a job from its file to its evaluated result.  Raises OrchestratorError; see errors.py for the exit codes.
+
+    A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.
+    """
+    known = RunFolder(output_dir(job) / run_id) if run_id else None
+    if known and (known.path / known.marker).is_file():
+        return known if known.state() == "finished" else resume(known, job, watcher)
     ready = prepare(job, watcher.say)
-    run = RunFolder.create(output_dir(job), job.spec.name)
+    run = RunFolder.create(output_dir(job), job.spec.name, run_id)
     run.write("origin.json", json.dumps({"folder": str(job.folder)}))
     run.write("capability.json", json.dumps(ready.capability.as_dict(), indent=1))
     run.write("plan.json", ready.plan.to_json())

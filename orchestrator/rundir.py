@@ -56,18 +56,18 @@ class RunFolder:
         return next((self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()), None)
 
     @classmethod
-    def create(cls, output_dir: Path, name: str) -> Self:
-        """A new folder named after the job and the moment."""
+    def create(cls, output_dir: Path, name: str, run_id: str | None = None) -> Self:
+        """A new folder named after the job and the moment, or as `run_id` says: one that nothing was begun in."""
         stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
-        for suffix in ("", *(f"-{n}" for n in range(2, 100))):
-            path = output_dir / f"{name}-{stamp}{suffix}"
+        names = [run_id] if run_id else [f"{name}-{stamp}{end}" for end in ("", *(f"-{n}" for n in range(2, 100)))]
+        for path in (output_dir / name for name in names):
             try:
-                path.mkdir(parents=True)
+                path.mkdir(parents=True, exist_ok=run_id is not None)
             except FileExistsError:
                 continue
             except OSError as error:
                 raise JobError(f"checkpoint.output_dir: {output_dir} cannot be written: {error.strerror}") from None
-            (path / "logs").mkdir()
+            (path / "logs").mkdir(exist_ok=True)
             return cls(path)
         raise JobError(f"checkpoint.output_dir: {output_dir} holds a hundred runs of this second")
 

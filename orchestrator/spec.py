@@ -176,6 +176,12 @@ class ClusterSection(Section):
         "auto",
         "restarts from the last checkpoint after a worker dies; auto = as long as steps are made, on one machine 0",
     )
+    storage: str = _key(
+        "~/orchestrator-runs", "on a cluster that a job is sent to: the folder of runs, the same on every node"
+    )
+    shared_paths: list[str] = _key(
+        [], "folders that every node of the cluster sees at the same place: what lies there is not sent"
+    )
     wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
 
 

@@ -17,6 +17,7 @@ from orchestrator.report import tco
 from orchestrator.report.blocks import Table
 from orchestrator.report.words import words
 from orchestrator.run import Ready
+from orchestrator.rundir import RunFolder
 from strategies.contract import Workload
 
 Word = Callable[[str], str]
@@ -98,3 +99,8 @@ def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple
     if file is not None:
         costs += on_others(job, work, file, plan.techniques.max_length, tokens)
     return costs, cost_table(w, job.spec.cost.currency, costs)
+
+
+def place(folder: RunFolder) -> str:
+    """A folder as it is typed where it was made."""
+    return f"{folder.path.parent.name}/{folder.path.name}"

@@ -13,7 +13,7 @@ from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
-from orchestrator.report.costs import alternatives_of, cost_table, notes_on_cost
+from orchestrator.report.costs import alternatives_of, cost_table, notes_on_cost, place
 from orchestrator.report.words import words
 from orchestrator.rundir import RunFolder
 
@@ -250,7 +250,7 @@ def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, 
         (w("tokens"), format_count(result["tokens"]) if result else "-"),
         *((package, version) for package, version in (result.get("versions") or {}).items()),
     ]
-    command = f"python -m orchestrator submit {run.path / 'job.yaml'}"
+    command = f"python -m orchestrator submit {place(run)}/job.yaml"
     return [
         Paragraph(w("The same data, plan and versions give the same numbers on the same machine.")),
         Code(command),

@@ -10,7 +10,7 @@ from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
-from orchestrator.report.costs import money_text, notes_on_cost
+from orchestrator.report.costs import money_text, notes_on_cost, place
 from orchestrator.report.words import words
 from orchestrator.search.space import phrase
 from orchestrator.search.trials import SearchFolder, Trial
@@ -30,7 +30,7 @@ def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     report.section(w("Before the trials"), _before(w, folder.read_json("advice.json"), trials))
     report.section(w("Trials"), _table(w, summary, outcomes, by_number), *_figures(w, summary, outcomes, trials))
     report.section(w("Cost"), *_cost(w, job, folder, summary))
-    command = f"python -m orchestrator search {folder.path / 'search.yaml'}"
+    command = f"python -m orchestrator search {place(folder)}/search.yaml"
     report.section(w("Reproduce"), Code(command), Code(job.text.strip()))
     return report
 
@@ -50,7 +50,7 @@ def _recommended(w: Word, folder: SearchFolder, summary: dict[str, Any]) -> list
         Facts(facts),
         Paragraph(summary["why"]),
         Table((w("setting"), w("value")), rows),
-        Code(f"python -m orchestrator submit {folder.path / 'recommended.yaml'}"),
+        Code(f"python -m orchestrator submit {place(folder)}/recommended.yaml"),
     ]
 
 
@@ -72,8 +72,7 @@ def _table(w: Word, summary: dict[str, Any], outcomes: list[dict[str, Any]], by_
     head = (
         w("trial"),
         w("combination"),
-        f"{w('step')} ({w('measured')})",
-        f"({w('predicted')})",
+        f"{w('step')} ({w('predicted')})",
         w("held-out loss"),
         w("whole job"),
         w("memory"),
@@ -94,8 +93,7 @@ def _table(w: Word, summary: dict[str, Any], outcomes: list[dict[str, Any]], by_
             (
                 str(trial.number),
                 trial.name or phrase(trial.point, same),
-                format_s(trial.step_s or 0.0),
-                format_s(trial.predicted_step_s or 0.0),
+                f"{format_s(trial.step_s or 0.0)} ({format_s(trial.predicted_step_s or 0.0)})",
                 f"{outcome['eval_loss']:.4f}",
                 format_s(outcome["total_s"]),
                 format_bytes(outcome["peak_bytes"]),
@@ -106,7 +104,7 @@ def _table(w: Word, summary: dict[str, Any], outcomes: list[dict[str, Any]], by_
     for trial in by_number.values():
         if not trial.measured:
             what = trial.name or phrase(trial.point, same)
-            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", "-", f"{w('failed')}: {trial.reason}"))
+            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", f"{w('failed')}: {trial.reason}"))
     return Table(head, rows, tuple(marked))
 
 

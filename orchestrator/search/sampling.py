@@ -9,6 +9,7 @@ with.  Ranges, of which a plan knows nothing, are always Optuna's.
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from orchestrator.spec import LogUniform, RandInt
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
-_TRIES = 200  # of Optuna to name something new
+_TRIES = 30  # of Optuna to name something new
 _RIDGE = 1.0  # of the corrections: as if each had been seen once to be 1
 _STREAMS = (0, 0, 1)  # 0 = the best predicted, 1 = the front and Optuna
 
@@ -88,7 +89,7 @@ class Sampler:
         self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
         self._open: dict[str, optuna.trial.Trial] = {}
         self._tried: set[str] = set()
-        self._turn = 0
+        self._turn, self._draw = 0, random.Random(seed)
 
     def ask(self) -> Point | None:
         """The next point; None where nothing is left."""
@@ -145,9 +146,10 @@ class Sampler:
                 self._open[self._name(point)] = asked
                 self._tried.add(self._name(point))
                 return point
-            self._study.tell(asked, state=optuna.trial.TrialState.PRUNED if len(self._objectives) == 1
-                             else optuna.trial.TrialState.FAIL)  # fmt: skip
-        return None
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        # Sure of what it knows, it names that again and again: any other one then.
+        left = [point for point in self.space.points() if allowed(point) and self._is_new(point)]
+        return self._opened(self._draw.choice(left)) if left else None
 
     def _opened(self, choices: Point) -> Point:
         """A point of the plan's, as a trial that Optuna learns from; ranges at the job's own values."""

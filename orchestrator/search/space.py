@@ -162,13 +162,16 @@ def key_of(point: Mapping[str, Any]) -> str:
     return json.dumps(canonical(point), sort_keys=True)
 
 
+_SHORT = {"train.per_device_train_batch_size": "micro-batch", "train.gradient_checkpointing": "checkpointing"}
+
+
 def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> str:
     """A point for a person: `lora_r 8, bfloat16, packing`; what equals `fixed` is left out."""
     parts = []
     for key, value in point.items():
         if fixed is not None and fixed.get(key) == value:
             continue
-        name = key.rpartition(".")[2]
+        name = _SHORT.get(key, key.rpartition(".")[2])
         if isinstance(value, bool):
             parts.append(name if value else f"no {name}")
         elif isinstance(value, str):

@@ -64,7 +64,7 @@ def trials_table(
     whole = "an epoch" if is_study else "whole job"
     names = ["", "combination", "step", "tensors", "eval_loss", whole, "memory", *(["cost"] if priced else [])]
     for name in names:
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", min_width=22 if name == "combination" else None)
     for outcome in found:
         trial = outcome.trial
         mark = "➤" if trial.number == recommended else "*" if trial.number in on_front else ""
