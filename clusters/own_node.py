@@ -60,7 +60,14 @@ class OwnNode:
     token_file: Path
     num_slots: int
     port: int = PORT  # of a head
+    dashboard_port: int | None = None  # of a head that takes jobs over HTTP
     temp_dir: str | None = None
+
+
+def _dashboard(own: OwnNode) -> list[str]:
+    if own.dashboard_port is None:
+        return ["--include-dashboard=false"]
+    return ["--include-dashboard=true", f"--dashboard-host={own.address}", f"--dashboard-port={own.dashboard_port}"]
 
 
 def token_file(path: Path | None, make: bool) -> Path:
@@ -122,7 +129,7 @@ def check_place(address: str, port: int = 0) -> None:
 
 def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
     """The command that starts the node and stays."""
-    where = [f"--address={own.head}"] if own.head else ["--head", f"--port={own.port}", "--include-dashboard=false"]
+    where = [f"--address={own.head}"] if own.head else ["--head", f"--port={own.port}", *_dashboard(own)]
     kinds = sorted({device.kind for device in capability.devices if device.kind != "cpu"}) or ["cpu"]
     names = [device.name for device in capability.gpus] or [device.name for device in capability.devices[:1]]
     labels = {"device": kinds[0], "device-name": _label(names[0] if names else "unknown")}
@@ -154,6 +161,7 @@ def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     """What Ray's processes must know: who may come in, and when a silent node is lost."""
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     kept = {name: value for name, value in inherited.items() if name != "RAY_AUTH_TOKEN"}  # Ray prefers it to the file
+    own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])  # of jobs: `python`
     return {**_HEALTH, **kept, **own}
 
 

@@ -36,6 +36,9 @@ def head(
     name: NameOption = None,
     slots: SlotsOption = None,
     token_file: TokenOption = None,
+    dashboard_port: Annotated[
+        int | None, typer.Option("--dashboard-port", help="take jobs over HTTP here: submit --cluster http://HOST:PORT")
+    ] = None,
 ) -> None:
     """Make this machine the head of a cluster, and stay until Ctrl-C.  Nobody without its token gets in.
 
@@ -53,10 +56,20 @@ def head(
         check_place(own_address, port)
         token = token_of(token_file, make=True)
         capability = _look()
-        own = OwnNode(name or socket.gethostname(), own_address, None, token, _slots(slots, capability), port)
+        own = OwnNode(
+            name or socket.gethostname(),
+            own_address,
+            None,
+            token,
+            _slots(slots, capability),
+            port,
+            dashboard_port=dashboard_port,
+        )
         _say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
         _say(f"    orchestrator join {own_address}:{port}")
         _say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
+        if dashboard_port:
+            _say(f"or from anywhere: orchestrator submit job.yaml --cluster http://{own_address}:{dashboard_port}")
         keep_running(own, capability, _say)
     except CannotServe as error:
         raise ClusterError(str(error)) from None

@@ -211,8 +211,8 @@ def judge(file: Path) -> None:
                     reached.append(min(within, default=float("inf")) / best)
                 print(
                     f"{kind:8} compute until within 2 %: median {statistics.median(needed):.1%}, worst"
-                    f" {max(needed):.1%} of the grid ({statistics.median(counts or [0]):.0f} trials); with a tenth of the"
-                    f" compute: x{statistics.median(reached):.3f} of the best, worst x{max(reached):.3f};"
+                    f" {max(needed):.1%} of the grid ({statistics.median(counts or [0]):.0f} trials); with a tenth of"
+                    f" the compute: x{statistics.median(reached):.3f} of the best, worst x{max(reached):.3f};"
                     f" within 2 %: {sum(r <= CLOSE for r in reached)} of {len(reached)} seeds"
                 )
 

@@ -1,0 +1,142 @@
+"""A job sent through a dashboard: a real Ray head on loopback with its own token, another home on this side."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import pytest
+
+from orchestrator.rundir import RunFolder
+from tests.conftest import rows, write_jsonl
+from tests.integration.test_submit import ROOT
+
+JOB = """\
+name: sent
+model: {{model_name_or_path: {model}, dtype: float32}}
+data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
+method: {{lora_r: 4}}
+train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 3e-3}}
+checkpoint: {{save_steps: 20}}
+eval: {{max_new_tokens: 8, eval_steps: 60}}
+cluster: {{storage: {storage}}}
+tracking: {{report_to: []}}
+"""
+
+
+LONG = 1500
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def verb(place, *arguments, code=0, home="home"):
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
+        cwd=place,
+        env={**os.environ, "HOME": str(place / home), "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def place(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sender")
+    write_jsonl(folder / "train.jsonl", rows(40))
+    write_jsonl(folder / "eval.jsonl", rows(8, start=100))
+    for name, steps in (("job", 30), ("long", LONG)):
+        text = JOB.format(model=model_folder, steps=steps, storage=tmp_path_factory.mktemp("cluster") / "runs")
+        (folder / f"{name}.yaml").write_text(text)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def head(place):
+    """`orchestrator head` with a dashboard; its address."""
+    port, dashboard = free_port(), free_port()
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "orchestrator", "head", "--address", "127.0.0.1", "--name", "box", "--slots", "1"),
+            *("--port", str(port), "--dashboard-port", str(dashboard)),
+        ],
+        env={**os.environ, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 90
+    while time.monotonic() < until:
+        try:
+            socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
+            break
+        except OSError:
+            time.sleep(0.5)
+    yield f"http://127.0.0.1:{dashboard}"
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(40)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+
+
+def test_a_job_goes_there_and_its_adapter_comes_back(place, head):
+    said = verb(place, "submit", "job.yaml", "--cluster", head)
+
+    (run,) = RunFolder.all(place / "runs")
+    assert run.state() == "finished", said
+    assert (run.exported() / "adapter_model.safetensors").is_file()
+    assert run.read_json("result.json")["steps"] == 30
+    assert "step 30/30" in said and "fetched" in said
+    assert str(place) not in (run.path / "package" / "job.yaml").read_text()
+    assert "finished" in verb(place, "status", run.run_id)
+    assert "model ready" in verb(place, "logs", run.run_id)
+
+
+@pytest.mark.slow
+def test_another_shell_stops_it_and_it_goes_on(place, head):
+    known = {run.run_id for run in RunFolder.all(place / "runs")}
+    verb(place, "submit", "long.yaml", "--cluster", head, "--detach")
+    (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
+    until = time.monotonic() + 120
+    while "step " not in verb(place, "logs", run.run_id):
+        assert time.monotonic() < until, verb(place, "logs", run.run_id)
+        time.sleep(1)
+
+    assert "stops after its current step" in verb(place, "stop", run.run_id)
+
+    until = time.monotonic() + 120
+    while "state         stopped" not in verb(place, "status", run.run_id):
+        assert time.monotonic() < until
+        time.sleep(1)
+    verb(place, "fetch", run.run_id)
+    reached = max(run.steps())
+    assert 0 < reached < LONG
+
+    verb(place, "resume", run.run_id)
+    assert run.state() == "finished" and max(run.steps()) == LONG
+    losses = [event["step"] for event in run.events()[0] if event["event"] == "step"]
+    assert len(losses) == LONG  # it went on where it stood: no step twice
+
+
+def test_a_stranger_and_a_place_without_a_cluster_are_told_so(place, head):
+    said = verb(place, "submit", "job.yaml", "--cluster", head, code=4, home="stranger")
+    assert "wants its token" in said
+    said = verb(place, "submit", "job.yaml", "--cluster", f"http://127.0.0.1:{free_port()}", code=4)
+    assert "no Ray dashboard" in said
+    assert len(RunFolder.all(place / "runs")) == len([p for p in (place / "runs").iterdir() if p.name[0] != "."])
+
+
+def test_data_beyond_what_ray_takes_is_refused_before_anything_is_sent(place, head):
+    with (place / "huge.jsonl").open("wb") as stream:
+        stream.truncate(600 * 2**20)
+    said = verb(place, "submit", "job.yaml", "--cluster", head, "--set", "data.train=huge.jsonl", code=2)
+
+    assert "cluster.shared_paths" in said and "500.0 MiB" in said
