@@ -195,8 +195,15 @@ def submit(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only: the same as `plan --exact`")] = False,
     cluster: Annotated[
         str | None,
-        typer.Option("--cluster", help="where: HOST:PORT of a Ray cluster, or http://HOST:8265 of its dashboard"),
+        typer.Option(
+            "--cluster",
+            help="where: HOST:PORT of a Ray cluster, http://HOST:8265 of its dashboard, kuberay[:NAMESPACE]",
+        ),
     ] = None,
+    render: Annotated[
+        Path | None, typer.Option("--render", help="with kuberay: write the RayJob into this file and stop")
+    ] = None,
+    hardware: HardwareOption = None,
     detach: Annotated[bool, typer.Option("--detach", help="with a dashboard: send the job and do not wait")] = False,
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="name of the run; one that exists goes on where it stands")
@@ -218,6 +225,11 @@ def submit(
         return
     from orchestrator.run import submit as run_job
 
+    if cluster and cluster.partition(":")[0] == "kuberay":
+        remote_cli.render(asked_job(job, set_), cluster, hardware, render)
+        return
+    if render or hardware:
+        raise JobError("--render and --hardware belong to --cluster kuberay; `plan --hardware FILE` plans for others")
     if cluster and "://" in cluster:
         found = remote_cli.submit(asked_job(job, set_), cluster, detach, json_)
         if not detach:

@@ -190,55 +190,74 @@ def send(run: RunFolder) -> str:
 
 def pack(job: Job, folder: Path) -> int:
     """Write what is sent; its bytes.  Raises JobError past what Ray takes."""
-    folder.mkdir(parents=True)
-    document = yaml.safe_load(job.text)
-    packed: dict[Path, str] = {}
-    data = document["data"]
-    for key in ("train", "eval"):
-        if key in data:
-            data[key] = _packed(job, data[key], folder, packed)
-    template = data.get("chat_template", "tokenizer")
-    if template != "tokenizer":
-        data["chat_template"] = _packed(job, template, folder, packed)
-    model = document["model"]
-    model["model_name_or_path"] = _packed(job, model["model_name_or_path"], folder, packed)
-    document.setdefault("cluster", {}).update({"address": "auto"})
-    document.setdefault("checkpoint", {})["output_dir"] = job.spec.cluster.storage
-    (folder / "job.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    root = Path(__file__).resolve().parents[1]
-    for package in _PROJECT:
-        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def _packed(job: Job, value: Any, folder: Path, packed: dict[Path, str]) -> Any:
-    """The value with local paths replaced by their places in the package; paths that every node sees stay."""
-    if isinstance(value, list):
-        return [_packed(job, one, folder, packed) for one in value]
-    if isinstance(value, dict):
-        return {**value, "path": _packed(job, value["path"], folder, packed)} if "path" in value else value
-    source = job.path(str(value))
-    shared = [Path(path) for path in job.spec.cluster.shared_paths]
-    if not source.exists() or any(source.is_relative_to(path) for path in shared):
-        return value
-    if source not in packed:
-        size = sum(
-            file.stat().st_size for file in ([source] if source.is_file() else source.rglob("*")) if file.is_file()
-        )
-        sent = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-        if size + sent > UPLOAD_LIMIT_BYTES:
+    files = packed_files(job)
+    size = 0
+    for source in files:
+        size += size_of(source)
+        if size > UPLOAD_LIMIT_BYTES:
             raise JobError(
-                f"{value} has {format_bytes(size)}, and no more than {format_bytes(UPLOAD_LIMIT_BYTES)} can be sent in"
-                " all. Put it where every node sees it and name that folder in cluster.shared_paths"
+                f"{source} has {format_bytes(size_of(source))}, and no more than {format_bytes(UPLOAD_LIMIT_BYTES)} can"
+                " be sent in all. Put it where every node sees it and name that folder in cluster.shared_paths"
             )
-        place = f"files/{len(packed)}-{source.name}"
-        (folder / place).parent.mkdir(exist_ok=True)
+    folder.mkdir(parents=True)
+    for source, place in files.items():
         if source.is_dir():
             shutil.copytree(source, folder / place)
         else:
             shutil.copyfile(source, folder / place)
-        packed[source] = place
-    return packed[source]
+    document = document_with(job, files, job.spec.cluster.storage)
+    (folder / "job.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    root = Path(__file__).resolve().parents[1]
+    for package in _PROJECT:
+        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
+    return size_of(folder)
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of everything in a folder."""
+    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+
+
+def packed_files(job: Job) -> dict[Path, str]:
+    """What of a job is local and must be sent -> its name there.  What every node sees stays where it is."""
+    shared = [Path(path) for path in job.spec.cluster.shared_paths]
+    files: dict[Path, str] = {}
+    for value in _places(yaml.safe_load(job.text)):
+        source = job.path(value)
+        if source.exists() and source not in files and not any(source.is_relative_to(path) for path in shared):
+            files[source] = f"{len(files)}-{source.name}"
+    return files
+
+
+def document_with(job: Job, files: dict[Path, str], storage: str) -> dict[str, Any]:
+    """The job file as it is read there: local paths by their names, the cluster it is on, the folder of runs."""
+    document = yaml.safe_load(job.text)
+    _places(document, lambda value: files.get(job.path(value), value))
+    document.setdefault("cluster", {}).update({"address": "auto"})
+    document.setdefault("checkpoint", {})["output_dir"] = storage
+    return document
+
+
+def _places(document: dict[str, Any], change: Callable[[str], str] = lambda value: value) -> list[str]:
+    """Every value of a job file that may be a path, each put through `change`."""
+    found: list[str] = []
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(part) for part in value]
+        if isinstance(value, dict):
+            return {**value, "path": one(value["path"])} if "path" in value else value
+        if not isinstance(value, str):
+            return value
+        found.append(value)
+        return change(value)
+
+    data, model = document["data"], document["model"]
+    for key in ("train", "eval", "chat_template"):
+        if data.get(key) not in (None, "tokenizer"):
+            data[key] = one(data[key])
+    model["model_name_or_path"] = one(model["model_name_or_path"])
+    return found
 
 
 def _command(*arguments: str) -> str:

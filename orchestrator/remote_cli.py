@@ -63,6 +63,25 @@ def stop(run: RunFolder) -> None:
     sys.stdout.write(remote.verb(run, "stop", run.run_id))
 
 
+def render(job: Job, cluster: str, hardware: Path | None, file: Path | None) -> None:
+    """Plan for the declared node classes and write the RayJob."""
+    from datetime import datetime
+
+    from orchestrator import kube
+    from orchestrator.machines import declared
+    from orchestrator.run import plan_without_data
+
+    if file is None or hardware is None:
+        raise JobError(
+            "--cluster kuberay: give --hardware FILE, which declares the cluster's node classes, and --render FILE for"
+            " the RayJob; nothing is sent to an API server by this version"
+        )
+    capability = declared(hardware)
+    ready = plan_without_data(job, capability, say)
+    name = kube.object_name(f"{job.spec.name}-{datetime.now():%m%d-%H%M%S}")
+    kube.write(kube.rendered(job, ready.plan, capability, cluster.partition(":")[2] or "default", name), file, say)
+
+
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Bring a run that was sent to a cluster here: its events, result and adapter."""
     from orchestrator import remote

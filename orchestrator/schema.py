@@ -26,6 +26,7 @@ _ORDER = (
     "eval",
     "cost",
     "tracking",
+    "kubernetes",
     "search",
 )
 

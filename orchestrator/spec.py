@@ -185,6 +185,17 @@ class ClusterSection(Section):
     wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
 
 
+class KubernetesSection(Section):
+    """What a RayJob needs that no plan knows."""
+
+    image: str = _key("orchestrator:cpu", "container image of pods that train on their CPU, and of the head")
+    gpu_image: str = _key("orchestrator:cuda", "container image of pods with a GPU")
+    claim: str | None = _key(None, "ReadWriteMany volume claim for runs, mounted at cluster.storage (else /storage)")
+    queue: str | None = _key(None, "Kueue's local queue")
+    secret: str | None = _key(None, "a Secret whose keys become the pods' environment, e.g. HF_TOKEN")
+    keep_s: int = _key(600, "seconds that the finished job's pods stay", ge=0)
+
+
 class CheckpointSection(Section):
     """What is kept on disk."""
 
@@ -322,6 +333,9 @@ class JobSpec(Section):
     checkpoint: CheckpointSection = Field(default_factory=CheckpointSection, description="what is kept")
     eval: EvalSection = Field(default_factory=EvalSection, description="how quality is measured")
     tracking: TrackingSection = Field(default_factory=TrackingSection, description="where results are mirrored")
+    kubernetes: KubernetesSection = Field(
+        default_factory=KubernetesSection, description="what a RayJob needs that no plan knows"
+    )
     search: SearchSection = Field(default_factory=SearchSection, description="what `search` tries")
 
     def methods(self) -> list[Any]:
@@ -343,5 +357,6 @@ SECTIONS: dict[str, type[Section]] = {
     "checkpoint": CheckpointSection,
     "eval": EvalSection,
     "tracking": TrackingSection,
+    "kubernetes": KubernetesSection,
     "search": SearchSection,
 }
