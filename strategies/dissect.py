@@ -22,7 +22,7 @@ from strategies.step import Update, backward, forward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.supervised_logits import Batch
 
-PHASES = ("data", "transfer", "forward", "backward", "optimizer")
+PHASES: tuple[str, ...] = ("data", "transfer", "forward", "backward", "optimizer")
 _MARK = "part:"
 _BACKWARD = "autograd::engine::evaluate_function"
 _REST = "rest"
@@ -58,7 +58,7 @@ def timed_step(
 
     On a GPU each phase waits for the one before, which a real step does not: the sum is an upper bound.
     """
-    spent = dict.fromkeys(PHASES, 0.0)
+    spent: dict[str, float] = dict.fromkeys(PHASES, 0.0)
     scaler = gradient_scaler(device.type, techniques.dtype)
 
     @contextmanager
@@ -184,7 +184,7 @@ def _counted(events: list[Any], on_gpu: bool, most: int) -> Profiled:
         walk(root, _REST, lambda event, part: None)
     for root in in_order:
         walk(root, _REST, count)
-    listed = [(name, seconds, calls[name]) for name, seconds in operators.most_common(most)]
+    listed = [(name, float(seconds), calls[name]) for name, seconds in operators.most_common(most)]
     return Profiled(dict(parts.most_common()), listed)
 
 

@@ -19,7 +19,7 @@ from matplotlib import pyplot
 _COLOURS = ("#2f7ed8", "#d9730d", "#2a9d6f", "#b4459c", "#8a7a00", "#d1495b", "#6c757d")
 _INK = "#010203"  # stands for the page's text colour
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo")
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 11.0,
     "text.color": _INK,

@@ -83,9 +83,11 @@ class Sampler:
         self.space, self.advised, self.prefer = space, advised, prefer
         self.corrections = {"time": Corrections(), "memory": Corrections()}
         self._objectives, self._defaults = objectives, defaults
-        self._study = optuna.create_study(directions=["minimize"] * len(objectives), sampler=_sampler(kind, seed))
-        self._distributions = {key: optuna.distributions.CategoricalDistribution(_encoded(values))
-                               for key, values in space.choices.items()}  # fmt: skip
+        directions: list[Any] = ["minimize"] * len(objectives)
+        self._study = optuna.create_study(directions=directions, sampler=_sampler(kind, seed))
+        self._distributions: dict[str, Any] = {
+            key: optuna.distributions.CategoricalDistribution(_encoded(values)) for key, values in space.choices.items()
+        }
         self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
         self._open: dict[str, optuna.trial.Trial] = {}
         self._tried: set[str] = set()

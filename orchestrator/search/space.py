@@ -125,7 +125,7 @@ def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_s
     if spec.method.type not in METHODS:
         choices["method.type"] = tuple(methods)
     for name in methods:
-        for knob in dataclasses.fields(METHODS[name]):
+        for knob in _knobs(METHODS[name]):
             values = knob.metadata.get("tried")
             if values and knob.name not in spec.method.model_fields_set:
                 choices[f"method.{knob.name}"] = values
@@ -153,7 +153,7 @@ def canonical(point: Mapping[str, Any]) -> Point:
     method = METHODS.get(point.get("method.type", ""))
     if method is None:
         return dict(point)
-    known = {f"method.{knob.name}" for knob in dataclasses.fields(method)} | {"method.type"}
+    known = {f"method.{knob.name}" for knob in _knobs(method)} | {"method.type"}
     return {key: value for key, value in point.items() if not key.startswith("method.") or key in known}
 
 
@@ -179,6 +179,11 @@ def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> 
         else:
             parts.append(f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}")
     return ", ".join(parts)
+
+
+def _knobs(method: Any) -> tuple[dataclasses.Field[Any], ...]:
+    """The fields of a method's dataclass."""
+    return dataclasses.fields(method)
 
 
 def _hashable(value: Any) -> bool:
