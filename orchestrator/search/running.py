@@ -62,7 +62,7 @@ class _Search:
 
     def next_trial(self) -> tuple[int, Point, Mapping[str, Plan]] | None:
         """The next point that some node can run, with its plan there."""
-        while True:
+        while self.sampler is None or len(self.done) + len(self.running) < self.job.spec.search.budget.trials:
             name, point = self._next_point()
             if point is None:
                 return None
@@ -72,6 +72,7 @@ class _Search:
             if plans:
                 return number, point, plans
             self._ended(Trial(number, point, "failed", reason=reason, name=name))
+        return None
 
     def _next_point(self) -> tuple[str, Point | None]:
         if self.sampler is not None:
@@ -89,8 +90,11 @@ class _Search:
         return plans, reason
 
     def ended(self, trial: Trial) -> None:
-        """A trial came to its end, in Tune."""
+        """A trial came to its end, in Tune; one that was cut off by a user's stop is left for `resume`."""
         point, name, _ = self.running[trial.number]
+        if self.stopped and trial.status == "stopped":
+            self.running.pop(trial.number)
+            return
         self._ended(Trial(**{**asdict(trial), "point": point, "name": name, "curve": trial.curve}))
 
     def failed(self, number: int, reason: str) -> None:

@@ -56,6 +56,7 @@ def until(process, is_so):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(small_disk, model_folder, tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows(40))
     (tmp_path / "job.yaml").write_text(JOB.format(model=model_folder, disk=small_disk))

@@ -199,6 +199,24 @@ def test_bench_dissects_a_step_and_compares_with_itself(place):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("sampler", ["random", "optuna"])
+def test_without_the_planner_what_cannot_run_is_a_trial_that_failed(place, sampler):
+    space = "{model.attn_implementation: [document, sdpa], data.packing: [true, false], model.dtype: [float32]}"
+    told = json.loads(
+        orchestrator(
+            *("search", "job.yaml", "--json", "--sampler", sampler, "--trials", "4", "--set", f"search.space={space}"),
+            cwd=place,
+            check=0,
+        ).stdout
+    )
+
+    assert len(told["trials"]) == 4 and len({json.dumps(trial["point"]) for trial in told["trials"]}) == 4
+    (failed,) = [trial for trial in told["trials"] if trial["status"] == "failed"]
+    assert failed["reason"] == "model.attn_implementation: document needs data.packing: true"
+    assert told["recommended"] is not None
+
+
+@pytest.mark.slow
 def test_a_study_goes_through_its_list(place):
     done = orchestrator(
         "search", "job.yaml", "--study", "default", "--lengths", "32,64", "--set", "search.trial_steps=2", "--json",

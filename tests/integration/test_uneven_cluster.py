@@ -124,6 +124,7 @@ def test_each_node_has_its_place_in_the_plan_and_the_workers_agree(undisturbed):
         assert report["step_bytes_sent"] > 0
 
 
+@pytest.mark.slow
 def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothing(place, undisturbed):
     process, run = begun(place)
     reached(run, 25, process)
@@ -139,6 +140,7 @@ def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothi
     assert len(events(run, "failure")) == 1
 
 
+@pytest.mark.slow
 def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
     space = "{train.per_device_train_batch_size: [1, 2, 4], data.packing: [true, false]}"
     options = ("-s", f"search.space={space}", "-s", "search.trial_steps=4", "-s", "search.scheduler=none")

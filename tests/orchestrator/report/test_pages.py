@@ -2,6 +2,8 @@
 
 import ast
 import re
+import shutil
+import subprocess
 import xml.dom.minidom
 from pathlib import Path
 
@@ -89,3 +91,30 @@ def test_every_word_of_ours_is_japanese_too():
     assert len(said) > 40
     assert said <= set(JAPANESE), said - set(JAPANESE)
     assert words("ja")("loss") == "損失" and words("en")("loss") == "loss"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@pytest.mark.parametrize("width", [1200, 400])
+def test_a_browser_shows_it_without_complaints(tmp_path, width):
+    file = tmp_path / "report.html"
+    file.write_text(html(a_report("ja")), encoding="utf-8")
+    probe = (
+        "<script>document.title = [document.querySelectorAll('figure svg').length,"
+        " [...document.querySelectorAll('figure svg')].every(svg => svg.getBoundingClientRect().height > 50),"
+        " document.documentElement.scrollWidth <= window.innerWidth].join()</script></body>"
+    )
+    (tmp_path / "probed.html").write_text(file.read_text(encoding="utf-8").replace("</body>", probe), encoding="utf-8")
+    flags = [
+        *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
+        *("--disable-component-update", "--disable-sync", f"--user-data-dir={tmp_path / 'profile'}"),
+        *("--enable-logging=stderr", f"--window-size={width},1000", "--dump-dom"),
+    ]
+
+    shown = subprocess.run(
+        ["chromium", *flags, (tmp_path / "probed.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+
+    assert "CONSOLE" not in shown.stderr
+    title = re.search(r"<title>([^<]*)</title>", shown.stdout)
+    assert title and title[1] == f"{len(FIGURES)},true,true"
