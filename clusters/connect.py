@@ -78,11 +78,7 @@ def _token_as_asked(address: str) -> Iterator[None]:
 
     try:
         if not lets_in("disabled") and not (has_token() and lets_in("token")):
-            has = "the token of this machine is another" if has_token() else "there is none"
-            raise RefusesToken(
-                f"the cluster at {address!r} wants its token, and {has}. Copy the head's ~/.ray/auth_token to"
-                " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
-            )
+            raise RefusesToken(refusal(address))
         yield
     finally:
         os.environ.pop("RAY_AUTH_MODE", None)
@@ -100,6 +96,15 @@ def _silence() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def refusal(address: str) -> str:
+    """What to do where a cluster wants a token that this machine does not have."""
+    has = "the token of this machine is another" if has_token() else "there is none"
+    return (
+        f"the cluster at {address!r} wants its token, and {has}. Copy the head's ~/.ray/auth_token to"
+        " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
+    )
 
 
 def has_token() -> bool:

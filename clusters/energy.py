@@ -33,11 +33,14 @@ class Meter:
         self._joules = 0.0
 
     def read(self) -> Energy | None:
-        """Energy since the start; None where nothing counts it."""
+        """Energy since the start; None where nothing counts it, or where a counter has failed since."""
+        try:
+            values = [counter.read() for counter in self._counters]
+        except Exception:  # files taken away, a driver that fell: unknown from here on, and no reason to end a training
+            self._counters, values = [], []
         if not self._counters:
             return None
-        for place, counter in enumerate(self._counters):
-            now = counter.read()
+        for place, (counter, now) in enumerate(zip(self._counters, values, strict=True)):
             spent = now - self._last[place]
             self._joules += spent if spent >= 0 else spent + counter.wraps_at
             self._last[place] = now

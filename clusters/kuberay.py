@@ -25,8 +25,8 @@ _LONGEST = {"RayJob": 47, "RayCluster": 53}
 _HEAD_CPU, _HEAD_BYTES = 2, 8 * GIB
 _SHARED_MEMORY_BYTES = 2 * GIB
 _USER = 1000
-_LEAST_RAY = {"token": (2, 52), "priority": (2, 56)}
-_LEAST_CONFIG_BYTES = 900 * 1024  # of a ConfigMap's 1 MiB
+_LEAST_RAY_WITH_TOKENS = (2, 52)
+_MOST_CONFIG_BYTES = 900 * 1024  # of a ConfigMap's 1 MiB
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class Wishes:
     storage: str = "/storage"  # where it is mounted
     queue: str | None = None  # of Kueue
     secret: str | None = None  # whose keys become the workers' environment
-    mlflow_uri: str | None = None
     keep_s: int = 600  # of the finished job's cluster
     deadline_s: int = 7 * 86400
     start_deadline_s: int = 1800  # for "no GPU ever came"
@@ -72,9 +71,7 @@ def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], w
         "preRunningDeadlineSeconds": wishes.start_deadline_s,
         "backoffLimit": 0,  # a retry is a whole new cluster: the same command goes on where the run stands
         "rayClusterSpec": _cluster(name, ray_version, groups, wishes),
-        "submitterPodTemplate": {
-            "spec": {**_pod(wishes), "restartPolicy": "Never", "containers": [_submitter(wishes)]}
-        },
+        "submitterPodTemplate": {"spec": {**_pod(), "restartPolicy": "Never", "containers": [_submitter(wishes)]}},
     }
     labels = {"app.kubernetes.io/managed-by": "orchestrator", "orchestrator/run": name}
     if wishes.queue:
@@ -86,29 +83,28 @@ def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], w
 def config_map(name: str, namespace: str, files: Mapping[str, str]) -> dict[str, Any]:
     """The job's small files, mounted where the command runs.  Raises ValueError past what a ConfigMap holds."""
     size = sum(len(text.encode()) for text in files.values())
-    if size > _LEAST_CONFIG_BYTES:
+    if size > _MOST_CONFIG_BYTES:
         raise ValueError(f"the job and its data have {size / 1024:.0f} KiB, a ConfigMap holds 1 MiB")
     metadata = {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/managed-by": "orchestrator"}}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(files)}
 
 
 def _cluster(name: str, ray_version: str, groups: Sequence[Group], wishes: Wishes) -> dict[str, Any]:
-    cluster: dict[str, Any] = {
+    return {
         "rayVersion": ray_version,
         "authOptions": {"mode": "token"},
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0"},
             "resources": {"CPU": "0"},
             "labels": {POOL: "head"},
-            "template": {"spec": {**_pod(wishes), **_volumes(name, wishes), "containers": [_head(wishes)]}},
+            "template": {"spec": {**_pod(), **_volumes(name, wishes), "containers": [_head(wishes)]}},
         },
         "workerGroupSpecs": [_workers(name, group, wishes) for group in groups],
     }
-    return cluster
 
 
 def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
-    pod: dict[str, Any] = {**_pod(wishes), **_volumes(name, wishes), "containers": [_worker(group, wishes)]}
+    pod: dict[str, Any] = {**_pod(), **_volumes(name, wishes), "containers": [_worker(group, wishes)]}
     labels = {POOL: group.pool}
     if group.gpu_memory_bytes is not None:
         gib = round(group.gpu_memory_bytes / GIB)
@@ -135,7 +131,7 @@ def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def _pod(wishes: Wishes) -> dict[str, Any]:
+def _pod() -> dict[str, Any]:
     return {
         "automountServiceAccountToken": False,
         "securityContext": {
@@ -266,7 +262,7 @@ def _cluster_mistakes(spec: Mapping[str, Any]) -> list[str]:
     if (spec.get("authOptions") or {}).get("mode") == "token":
         if version is None:
             found.append("rayVersion: must be stated where authOptions.mode is token")
-        elif version < _LEAST_RAY["token"]:
+        elif version < _LEAST_RAY_WITH_TOKENS:
             found.append(f"authOptions.mode: token needs Ray 2.52, here is {spec['rayVersion']}")
     if "networkPolicy" in spec:
         found.append("networkPolicy: behind a feature gate that is off; ship a NetworkPolicy of your own")

@@ -8,12 +8,12 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.connect import CannotConnect, RefusesToken, has_token
+from clusters.connect import CannotConnect, RefusesToken, has_token, refusal
 
 UPLOAD_LIMIT_BYTES = 500 * 2**20  # Ray keeps a package in its head's memory and refuses more than 512 MiB
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
@@ -36,27 +36,24 @@ class JobsDoor:
 
     def __init__(self, address: str) -> None:
         """`address` is http://HOST:PORT.  Raises CannotConnect, RefusesToken."""
-        from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
-        from ray.job_submission import JobSubmissionClient
-
         self.address = address
-        # A token is shown only to a cluster that asks for one: it is not everybody's business.
-        os.environ.setdefault("RAY_AUTH_MODE", "token" if _asks_for_token(address) else "disabled")
-        Config.initialize("")  # Ray reads the mode once; so it does itself when it changes it
-        try:
-            self._client: Any = JobSubmissionClient(address)
-        except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ... by Ray's mood
-            if "uthentication" in type(error).__name__ + str(error):
-                raise _refused(address) from error
-            raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
+        with _shown_as_asked(address):
+            from ray.job_submission import JobSubmissionClient
 
-    def start(self, name: str, command: str, folder: Path, environment: Mapping[str, str]) -> None:
+            try:
+                self._client: Any = JobSubmissionClient(address)  # takes the token with it
+            except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ... by Ray's mood
+                if "uthentication" in type(error).__name__ + str(error):
+                    raise RefusesToken(refusal(address)) from error
+                raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
+
+    def start(self, name: str, command: str, folder: Path) -> None:
         """Upload a folder, then run a command in it on the head; `name` must be new there."""
         with _line(self.address):
             self._client.submit_job(
                 submission_id=name,
                 entrypoint=command,
-                runtime_env={"working_dir": str(folder), "env_vars": dict(environment)},
+                runtime_env={"working_dir": str(folder)},
                 entrypoint_num_cpus=0,
             )
 
@@ -70,20 +67,10 @@ class JobsDoor:
         with _line(self.address):
             return self._client.get_job_logs(name)
 
-    def stop(self, name: str) -> None:
-        """End a job's process: SIGTERM, after some seconds SIGKILL."""
-        with _line(self.address):
-            self._client.stop_job(name)
-
     def forget(self, name: str) -> None:
         """Remove a job that has ended from the cluster's list."""
         with _line(self.address), contextlib.suppress(RuntimeError):
             self._client.delete_job(name)
-
-    def names(self) -> list[str]:
-        """Every submission the cluster remembers."""
-        with _line(self.address):
-            return [job.submission_id for job in self._client.list_jobs() if job.submission_id]
 
     def wait(self, name: str, timeout_s: float, poll_s: float = 0.5) -> RemoteJob:
         """Until the job has ended.  Raises JobLost after the time."""
@@ -93,6 +80,23 @@ class JobsDoor:
                 raise JobLost(f"{name} has not ended after {timeout_s:.0f} s")
             time.sleep(poll_s)
         return found
+
+
+@contextlib.contextmanager
+def _shown_as_asked(address: str) -> Iterator[None]:
+    """A token is shown only to a cluster that asks for one: it is not everybody's business."""
+    if "RAY_AUTH_MODE" in os.environ:
+        yield
+        return
+    from ray._raylet import Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    os.environ["RAY_AUTH_MODE"] = "token" if _asks_for_token(address) else "disabled"
+    Config.initialize("")  # Ray reads the mode once; so it does itself when it changes it
+    try:
+        yield
+    finally:
+        os.environ.pop("RAY_AUTH_MODE", None)
+        Config.initialize("")
 
 
 @contextlib.contextmanager
@@ -122,19 +126,11 @@ def _asks_for_token(address: str) -> bool:
         raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
     if answer.status_code in (401, 403):
         if not has_token():
-            raise _refused(address)
+            raise RefusesToken(refusal(address))
         return True
     if answer.status_code != 200:
         raise CannotConnect(f"{address} answers {answer.status_code}: that is no Ray dashboard")
     return False
-
-
-def _refused(address: str) -> RefusesToken:
-    has = "the token of this machine is another" if has_token() else "there is none here"
-    return RefusesToken(
-        f"the cluster at {address} wants its token, and {has}. Copy the head's ~/.ray/auth_token to ~/.ray/auth_token"
-        " (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
-    )
 
 
 def _first_line(error: BaseException) -> str:

@@ -139,6 +139,11 @@ class Candidate:
         return prior.score if prior else None
 
     @property
+    def costs(self) -> tuple[float, float, float]:
+        """Seconds, bytes, lacking quality (a prior): less is better in each."""
+        return self.total_s, self.peak_bytes, -(self.quality or 0.0)
+
+    @property
     def zero_stage(self) -> int:
         return self.placed[0].plan.techniques.zero_stage
 
@@ -482,18 +487,3 @@ def _wait_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
     if techniques.zero_stage >= 3:
         return reduced + num_micro * network.gather_s((2 + techniques.gradient_checkpointing) * gathered)
     return reduced + network.gather_s(gradient)
-
-
-def pareto(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Those that no other one beats in time, memory and expected quality at once; fastest first."""
-
-    def costs(candidate: Candidate) -> tuple[float, float, float]:
-        return candidate.total_s, candidate.peak_bytes, -(candidate.quality or 0.0)
-
-    front = []
-    for candidate in candidates:
-        mine = costs(candidate)
-        others = (costs(other) for other in candidates if other is not candidate)
-        if not any(theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for theirs in others):
-            front.append(candidate)
-    return sorted(front, key=lambda candidate: candidate.total_s)

@@ -23,7 +23,7 @@ def result_view(run: RunFolder) -> RenderableType:
             table.add_column(column)
         for key, value in after.items():
             if isinstance(value, float) and key != "seconds":
-                table.add_row(key, _score(key, before.get(key)), _score(key, value))
+                table.add_row(key, score(key, before.get(key)), score(key, value))
         parts += [table, Text()]
         old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
         for sample in after.get("samples", []):
@@ -52,7 +52,7 @@ def _cost_sentence(result: dict[str, Any]) -> str:
 def scores_view(quality: dict[str, Any]) -> RenderableType:
     """The numbers of one evaluation and its samples."""
     scores = {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
-    lines = [Text(f"{key:<14}{_score(key, value)}") for key, value in scores.items()]
+    lines = [Text(f"{key:<14}{score(key, value)}") for key, value in scores.items()]
     return Group(*lines, Text(), *(_sample(sample, None) for sample in quality.get("samples", [])))
 
 
@@ -69,7 +69,8 @@ def _sample(sample: dict[str, str], old: str | None) -> RenderableType:
     return lines
 
 
-def _score(key: str, value: float | None) -> str:
+def score(key: str, value: float | None) -> str:
+    """A metric in percent, a loss as it is."""
     if value is None:
         return "not measured"
     return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,9 +135,19 @@ def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     return spec.model_copy(update=changed)
 
 
+def value_of(spec: JobSpec, key: str) -> Any:
+    """The value of a dotted key; None for a knob that the job's method does not have."""
+    section, _, name = key.partition(".")
+    return getattr(getattr(spec, section), name, None)
+
+
 def text_with(job: Job, values: Mapping[str, Any]) -> str:
-    """The job file with some keys at other values: `spec_with` as text.  Comments are lost."""
-    document = yaml.safe_load(job.text) or {}
+    """The job file with some keys at other values, its paths made absolute so that it may lie anywhere.
+
+    `spec_with` as text.  Comments are lost.
+    """
+    document = yaml.safe_load(job.text)
+    path_values(document, lambda value: str(job.path(value)) if job.path(value).exists() else value)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
@@ -145,6 +155,28 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     if kind is not None:
         document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def path_values(document: dict[str, Any], change: Callable[[str], str] = lambda value: value) -> list[str]:
+    """The values of a job's document that may be paths (model, data, template), each put through `change` in place."""
+    found: list[str] = []
+
+    def one(value: Any) -> Any:
+        if isinstance(value, list):
+            return [one(part) for part in value]
+        if isinstance(value, dict):
+            return {**value, "path": one(value["path"])} if "path" in value else value
+        if not isinstance(value, str):
+            return value
+        found.append(value)
+        return change(value)
+
+    data, model = document["data"], document["model"]
+    for key in ("train", "eval", "chat_template"):
+        if data.get(key) not in (None, "tokenizer"):
+            data[key] = one(data[key])
+    model["model_name_or_path"] = one(model["model_name_or_path"])
+    return found
 
 
 def _load(text: str, label: str) -> _Document:

@@ -56,11 +56,12 @@ def price_of(spec: JobSpec, candidate: Candidate) -> Price:
     rented = [node.price_per_hour is not None for node in candidate.nodes]
     watts = [_watts(spec, node, candidate) for node in candidate.nodes]
     energy_wh = None if None in watts else hours * sum(w for w in watts if w is not None)
-    own_wh = hours * sum(w for w, is_rented in zip(watts, rented, strict=True) if w is not None and not is_rented)
+    own = [w for w, is_rented in zip(watts, rented, strict=True) if not is_rented]
+    own_wh = None if None in own else hours * sum(w for w in own if w is not None)
     return Price(
         currency=spec.cost.currency,
         machines=None if None in rates else hours * sum(rate for rate in rates if rate is not None),
-        electricity=None if energy_wh is None else own_wh / 1000 * spec.cost.electricity_per_kwh,
+        electricity=None if own_wh is None else own_wh / 1000 * spec.cost.electricity_per_kwh,
         energy_wh=energy_wh,
     )
 

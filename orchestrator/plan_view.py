@@ -183,7 +183,7 @@ def settings_table(plan: Plan) -> Table:
     table.add_column("value", no_wrap=True)
     table.add_column("why", overflow="fold")
     for key, value in settings_of(plan).items():
-        table.add_row(key, _shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
+        table.add_row(key, shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
     return table
 
 
@@ -212,7 +212,8 @@ def _rejections(plan: Plan) -> RenderableType:
     return Group(*lines)
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """A setting as a person writes it."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):

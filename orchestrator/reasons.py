@@ -8,7 +8,8 @@ from typing import Any
 
 from clusters.capability import ClusterCapability
 from clusters.units import format_bytes, format_s
-from orchestrator.candidates import Candidate, Slot, Switches, Tried, pareto
+from orchestrator.candidates import Candidate, Slot, Switches, Tried
+from orchestrator.pareto import pareto
 from orchestrator.plan import Alternative
 from orchestrator.spec import JobSpec
 from strategies import METHODS
@@ -67,7 +68,7 @@ def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str
 
 def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
     """The front, and the best of each other method or group: what a reader would ask about."""
-    front = pareto(fitting)
+    front = sorted(pareto(fitting, lambda candidate: candidate.costs), key=lambda candidate: candidate.total_s)
     worth = [candidate for candidate in front if candidate is not chosen]
     seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
     for candidate in sorted(fitting, key=lambda c: c.total_s):

@@ -27,7 +27,7 @@ from clusters.connect import CannotConnect
 from clusters.ray_jobs import ENDED, UPLOAD_LIMIT_BYTES, JobLost, JobsDoor
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError, RunFailed
-from orchestrator.jobfile import Job
+from orchestrator.jobfile import Job, path_values
 from orchestrator.rundir import RunFolder
 
 _POLL_S = 1.0
@@ -83,7 +83,7 @@ def _start(door: JobsDoor, run: RunFolder, remote: Remote) -> Remote:
     name = f"{run.run_id}-{len(remote.attempts) + 1}"
     command = _command("submit", "job.yaml", "--run-id", run.run_id)
     try:
-        door.start(name, command, run.path / "package", {})
+        door.start(name, command, run.path / "package")
     except (JobLost, CannotConnect, RuntimeError) as error:
         raise ClusterError(f"{door.address}: the job could not be started: {str(error).splitlines()[0]}") from error
     remote = Remote(remote.address, remote.storage, (*remote.attempts, name))
@@ -133,7 +133,7 @@ def verb(run: RunFolder, *arguments: str) -> str:
     remote = _remote(run)
     door, name = _door(remote.address), f"{run.run_id}-{arguments[0]}-{uuid.uuid4().hex[:6]}"
     try:
-        door.start(name, _command(*arguments, "--runs", remote.storage), run.path / "package", {})
+        door.start(name, _command(*arguments, "--runs", remote.storage), run.path / "package")
         found, said = door.wait(name, _VERB_S), door.logs(name)
         door.forget(name)
     except JobLost as error:
@@ -222,7 +222,7 @@ def packed_files(job: Job) -> dict[Path, str]:
     """What of a job is local and must be sent -> its name there.  What every node sees stays where it is."""
     shared = [Path(path) for path in job.spec.cluster.shared_paths]
     files: dict[Path, str] = {}
-    for value in _places(yaml.safe_load(job.text)):
+    for value in path_values(yaml.safe_load(job.text)):
         source = job.path(value)
         if source.exists() and source not in files and not any(source.is_relative_to(path) for path in shared):
             files[source] = f"{len(files)}-{source.name}"
@@ -232,32 +232,10 @@ def packed_files(job: Job) -> dict[Path, str]:
 def document_with(job: Job, files: dict[Path, str], storage: str) -> dict[str, Any]:
     """The job file as it is read there: local paths by their names, the cluster it is on, the folder of runs."""
     document = yaml.safe_load(job.text)
-    _places(document, lambda value: files.get(job.path(value), value))
+    path_values(document, lambda value: files.get(job.path(value), value))
     document.setdefault("cluster", {}).update({"address": "auto"})
     document.setdefault("checkpoint", {})["output_dir"] = storage
     return document
-
-
-def _places(document: dict[str, Any], change: Callable[[str], str] = lambda value: value) -> list[str]:
-    """Every value of a job file that may be a path, each put through `change`."""
-    found: list[str] = []
-
-    def one(value: Any) -> Any:
-        if isinstance(value, list):
-            return [one(part) for part in value]
-        if isinstance(value, dict):
-            return {**value, "path": one(value["path"])} if "path" in value else value
-        if not isinstance(value, str):
-            return value
-        found.append(value)
-        return change(value)
-
-    data, model = document["data"], document["model"]
-    for key in ("train", "eval", "chat_template"):
-        if data.get(key) not in (None, "tokenizer"):
-            data[key] = one(data[key])
-    model["model_name_or_path"] = one(model["model_name_or_path"])
-    return found
 
 
 def _command(*arguments: str) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import typer
 
+from orchestrator import remote
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
@@ -20,7 +22,6 @@ def is_remote(run: RunFolder) -> bool:
 
 def submit(job: Job, address: str, detach: bool, as_json: bool) -> RunFolder:
     """Send a job; stay until it ends, unless detached."""
-    from orchestrator import remote
     from orchestrator.run import output_dir
 
     run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
@@ -34,22 +35,16 @@ def submit(job: Job, address: str, detach: bool, as_json: bool) -> RunFolder:
 
 def resume(run: RunFolder, as_json: bool) -> None:
     """Start it again where it runs."""
-    from orchestrator import remote
-
     remote.resume(run, _listener(as_json))
 
 
 def status(run: RunFolder, as_json: bool) -> None:
     """Ask the cluster."""
-    from orchestrator import remote
-
     sys.stdout.write(remote.verb(run, "status", run.run_id, *(["--json"] if as_json else [])))
 
 
 def logs(run: RunFolder, follow: bool) -> None:
     """What the job printed there."""
-    from orchestrator import remote
-
     if follow:
         remote.attach(run, _listener(False))
     else:
@@ -58,8 +53,6 @@ def logs(run: RunFolder, follow: bool) -> None:
 
 def stop(run: RunFolder) -> None:
     """Ask the job there to save and stop."""
-    from orchestrator import remote
-
     sys.stdout.write(remote.verb(run, "stop", run.run_id))
 
 
@@ -84,8 +77,6 @@ def render(job: Job, cluster: str, hardware: Path | None, file: Path | None) -> 
 
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Bring a run that was sent to a cluster here: its events, result and adapter."""
-    from orchestrator import remote
-
     found = RunFolder.find(run, runs)
     if not is_remote(found):
         raise JobError(f"{found.run_id} ran on this machine; it is in {found.path}")
@@ -94,12 +85,10 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
 
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     """The other side of `fetch`, on the cluster."""
-    from orchestrator import remote
-
     sys.stdout.write(remote.send(RunFolder.find(run, runs)) + "\n")
 
 
-def _listener(as_json: bool):  # noqa: ANN202
+def _listener(as_json: bool) -> Callable[[str], None]:
     return say if as_json else lambda text: out.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

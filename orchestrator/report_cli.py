@@ -20,6 +20,7 @@ from orchestrator.verbs import (
     SetOption,
     asked_job,
     complete_job,
+    numbers,
     out,
     print_json,
     say,
@@ -67,7 +68,7 @@ def bench(
 
     if generate:
         run = RunFolder.find(what, runs)
-        sizes, lengths = _numbers("--batch-sizes", batch_sizes), _numbers("--prompt-lengths", prompt_lengths)
+        sizes, lengths = numbers("--batch-sizes", batch_sizes), numbers("--prompt-lengths", prompt_lengths)
         result = benchmarks.bench_generation(run, read_run_job(run.path), sizes, lengths, new_tokens, say)
     else:
         asked = asked_job(what, ["cluster.num_workers=1", *set_])
@@ -145,16 +146,6 @@ def tco(
     for place, row in enumerate(shown.rows):
         table.add_row(*row, style="green" if place in shown.marked else None)
     out.print(table)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    try:
-        found = [int(number) for number in text.split(",") if number.strip()]
-    except ValueError:
-        found = []
-    if not found or min(found) < 1:
-        raise JobError(f"{option} {text}: write whole numbers, e.g. 1,4")
-    return found
 
 
 def register(app: typer.Typer) -> None:

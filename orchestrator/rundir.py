@@ -74,6 +74,7 @@ class RunFolder:
     @classmethod
     def find(cls, name: str, output_dir: Path) -> Self:
         """A run by path, by id, by the start of its id when that is unambiguous, or `latest`."""
+        output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
         for path in (Path(name), output_dir / name):
             if (path / cls.marker).is_file():
                 return cls(path.resolve())

@@ -11,7 +11,18 @@ import typer
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job, parse_job, read_run_job
 from orchestrator.search.trials import SearchFolder
-from orchestrator.verbs import JobArgument, JsonOption, SetOption, asked_job, complete_study, err, out, print_json, say
+from orchestrator.verbs import (
+    JobArgument,
+    JsonOption,
+    SetOption,
+    asked_job,
+    complete_study,
+    err,
+    numbers,
+    out,
+    print_json,
+    say,
+)
 
 
 def search(
@@ -49,7 +60,7 @@ def search(
     if (lengths or models) and not study:
         raise JobError("--lengths and --models belong to --study; for a search list data.max_length in search.space")
     for one in _models(asked, models):
-        _search(one, study, _numbers(lengths), json_)
+        _search(one, study, numbers("--lengths", lengths), json_)
 
 
 def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> None:
@@ -102,8 +113,8 @@ def _conclude(folder: SearchFolder) -> None:
 
 def show(folder: SearchFolder, as_json: bool) -> None:
     """The table of a search and what to do next."""
+    from orchestrator.search.preparing import planning_in
     from orchestrator.search.recommend import outcomes
-    from orchestrator.search.running import planning_in
     from orchestrator.search.view import recommendation_text, trials_table
 
     trials, summary = folder.trials(), folder.read_json("summary.json") or {}
@@ -131,7 +142,8 @@ def show(folder: SearchFolder, as_json: bool) -> None:
 
 
 def _predict(job: Job, as_json: bool) -> None:
-    from orchestrator.search.running import predict, told
+    from orchestrator.search.advice import told
+    from orchestrator.search.running import predict
     from orchestrator.search.view import advised_text
 
     space, advised = predict(job, say)
@@ -146,13 +158,6 @@ def _models(job: Job, models: str) -> list[Job]:
     if not names:
         return [job]
     return [parse_job(job.text, job.folder, "job", [f"model.model_name_or_path={name}"]) for name in names]
-
-
-def _numbers(lengths: str) -> list[int]:
-    try:
-        return [int(length) for length in lengths.split(",") if length.strip()]
-    except ValueError:
-        raise JobError(f"--lengths {lengths}: write numbers of tokens, e.g. 256,512") from None
 
 
 def register(app: typer.Typer) -> None:

@@ -11,6 +11,7 @@ import logging
 import os
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -39,8 +40,6 @@ _METRIC_FIELDS = {
     ),
     "eval": ("eval_loss",),
 }
-
-
 _TRIAL_NUMBERS = (
     "step_s",
     "predicted_step_s",
@@ -94,17 +93,7 @@ def sync(run: RunFolder, job: Job, final: bool = True) -> str:
 
     Sends only what it has not sent yet; with `final` also the state and the artifacts.  Raises TrackingFailed.
     """
-    uri = job.spec.tracking.mlflow_uri or f"sqlite:///{run.path.parent / 'mlflow.db'}"
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-    try:
-        _knock(uri)
-        _Sender(run, job, uri).send(final)
-    except Exception as error:  # a server can fail in any way; the run goes on
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrackingFailed(
-            f"MLflow at {uri}: {reason}. `orchestrator sync {run.run_id}` sends the run later"
-        ) from error
-    return uri
+    return _sent(run, job, lambda uri: _Sender(run, job, uri).send(final))
 
 
 def sync_search(folder: SearchFolder, job: Job) -> str:
@@ -112,16 +101,18 @@ def sync_search(folder: SearchFolder, job: Job) -> str:
 
     What is there already is not sent twice.  Raises TrackingFailed.
     """
-    uri = job.spec.tracking.mlflow_uri or f"sqlite:///{folder.path.parent / 'mlflow.db'}"
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    return _sent(folder, job, lambda uri: _SearchSender(folder, job, uri).send())
+
+
+def _sent(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
+    uri = job.spec.tracking.mlflow_uri or f"sqlite:///{run.path.parent / 'mlflow.db'}"
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     try:
         _knock(uri)
-        _SearchSender(folder, job, uri).send()
-    except Exception as error:
+        send(uri)
+    except Exception as error:  # a server can fail in any way; the run goes on
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise TrackingFailed(
-            f"MLflow at {uri}: {reason}. `orchestrator sync {folder.run_id}` sends the search later"
-        ) from error
+        raise TrackingFailed(f"MLflow at {uri}: {reason}. `orchestrator sync {run.run_id}` sends it later") from error
     return uri
 
 
@@ -167,11 +158,11 @@ class _SearchSender(_Store):
     def send(self) -> None:
         summary = self.run.read_json("summary.json") or {}
         chosen = summary.get("recommended") or {}
-        parent = self.known.setdefault("mlflow_run_id", None)
-        if parent is None:
-            parent = self._opened(self.run.run_id, {"run_folder": str(self.run.path), "kind": "search"})
-            self.known |= {"mlflow_run_id": parent, "trials": {}}
+        if "mlflow_run_id" not in self.known:
+            tags = {"run_folder": str(self.run.path), "kind": "search"}
+            self.known |= {"mlflow_run_id": self._opened(self.run.run_id, tags), "trials": {}}
             self._remember()
+        parent = self.known["mlflow_run_id"]
         outcomes = {outcome["trial"]: outcome for outcome in summary.get("outcomes", [])}
         for trial in read_trials(self.run.path / "trials.jsonl"):
             if str(trial.number) not in self.known["trials"]:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from orchestrator.errors import JobError
 from orchestrator.jobfile import Job, read_job
 from orchestrator.rundir import RunFolder
 
@@ -69,6 +70,17 @@ def asked_job(name: str, overrides: list[str]) -> Job:
     for notice in job.notices:
         err.print(notice, markup=False, highlight=False, soft_wrap=True)
     return job
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0 with commas between them; none for an empty text.  Raises JobError."""
+    try:
+        found = [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        found = [0]
+    if any(number < 1 for number in found):
+        raise JobError(f"{option} {text}: write whole numbers above 0, e.g. 256,512")
+    return found
 
 
 def say(text: str) -> None:

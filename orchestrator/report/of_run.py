@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC, datetime
 from typing import Any
 
 from clusters.capability import ClusterCapability
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator import money, workers
+from orchestrator.explain import score
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
+from orchestrator.plan_view import shown
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import alternatives_of, cost_table, notes_on_cost, place
 from orchestrator.report.words import words
-from orchestrator.rundir import RunFolder
+from orchestrator.rundir import RunFolder, utc
 
 _FAULTS = ("killed", "error", "replan", "note", "shares")
 _MOST_FAULTS = 40
@@ -178,7 +179,7 @@ def _faults(w: Word, events: list[dict[str, Any]]) -> Block:
             said = event.get("text") or ", ".join(
                 f"{key} {value}" for key, value in event.items() if key not in ("event", "time", "traceback")
             )
-            rows.append((_clock(event["time"]), event["event"], said))
+            rows.append((utc(event["time"]), event["event"], said))
     if not rows:
         return Paragraph(w("No fault happened."))
     return Table((w("when"), "", w("what happened")), rows[:_MOST_FAULTS])
@@ -199,9 +200,10 @@ def _costs(
         return []
     spec, tokens = job.spec, result["tokens"]
     capability = ClusterCapability.from_dict(run.read_json("capability.json") or {"nodes": []})
-    again_s = trained_again_s(events)
-    cost = tco.of_plan(spec, w("this run"), plan, tokens, result["train_seconds"] / plan.total_s)
-    if energy := result.get("energy"):
+    trained_s, again_s = trained_seconds(events)
+    cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
+    sittings = sum(event["event"] == "ready" for event in events)
+    if (energy := result.get("energy")) and sittings == 1:  # the counters saw the last sitting only
         owned = all(node.price_per_hour is None for node in money.priced(spec, capability).nodes)
         cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
     others = []
@@ -210,7 +212,7 @@ def _costs(
     blocks: list[Block] = [cost_table(w, spec.cost.currency, [cost, *others])]
     facts = _points(w, spec.cost.currency, cost, result)
     if again_s and cost.per_run is not None:
-        wasted = cost.per_run * again_s / result["train_seconds"]
+        wasted = cost.per_run * again_s / trained_s
         facts.append((w("of steps trained again"), f"{wasted:.3g} {spec.cost.currency}"))
     return [*([Facts(facts)] if facts else []), *blocks, Paragraph(notes_on_cost(w))]
 
@@ -232,14 +234,15 @@ def _points(w: Word, currency: str, cost: tco.Cost, result: dict[str, Any]) -> l
     return []
 
 
-def trained_again_s(events: list[dict[str, Any]]) -> float:
-    """Seconds of steps that were trained more than once: what faults cost beside the waiting."""
-    seen, again = set(), 0.0
+def trained_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of all steps over all sittings, and of those trained again: what faults cost beside waiting."""
+    seen, whole, again = set(), 0.0, 0.0
     for event in events:
         if event["event"] == "step":
+            whole += event["seconds"]
             again += event["seconds"] if event["step"] in seen else 0.0
             seen.add(event["step"])
-    return again
+    return whole, again
 
 
 def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, Any]) -> list[Block]:
@@ -257,20 +260,3 @@ def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, 
         Table(("", w("version")), rows),
         Code(job.text.strip()),
     ]
-
-
-def score(key: str, value: float | None) -> str:
-    """A metric in percent, a loss as it is."""
-    if value is None:
-        return "-"
-    return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
-
-
-def shown(value: Any) -> str:
-    if isinstance(value, list):
-        return ", ".join(map(str, value)) or "-"
-    return str(value).lower() if value is None or isinstance(value, bool) else str(value)
-
-
-def _clock(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%H:%M:%S")

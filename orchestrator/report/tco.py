@@ -90,8 +90,9 @@ def alternatives(
             found.append(Cost(what, None, note=str(error).splitlines()[0]))
             continue
         kind = "rent" if node.price_per_hour is not None else "buy" if node.purchase_price is not None else ""
-        missing = () if kind else ("price of this machine in the file of cost.alternatives",)
         cost = of_plan(spec, f"{kind} {what}".strip(), plan, num_tokens)
+        lacking = {"price": plan.price.machines, "power_w": plan.price.electricity}
+        missing = tuple(f"{key} of {node.name} in its file" for key, known in lacking.items() if known is None)
         guess = "a figure of it is unknown: rough" if plan.is_guess else ""
         found.append(replace(cost, purchase=node.purchase_price, note=guess, missing=missing))
     return found

@@ -9,5 +9,7 @@ tuning.py      Ray Tune runs the trials (the only module that knows it)
 recommend.py   trials -> the combination to use, and what the real run will cost with it
 study.py       the ready-made list: one factor at a time, and the published defaults
 view.py        tables and lines for a person
-running.py     the whole path of a search in one function
+preparing.py   held-out rows, samples, machines and budget before the first trial
+conclusion.py  summary.json and recommended.yaml
+running.py     the whole path of a search: start here
 """

@@ -19,6 +19,7 @@ from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import spec_with
+from orchestrator.pareto import pareto
 from orchestrator.plan import Plan
 from orchestrator.search.space import Point, Space, key_of
 from orchestrator.spec import JobSpec
@@ -27,8 +28,6 @@ from strategies.shape import ModelShape
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are
 # off by 13 % on average (LOG.md), and two of them are compared.
 _CLEARLY = 1.35
-
-
 # Keys that lay the same computation out in another way: the result is the same to rounding.
 _LAYOUT = frozenset(
     {
@@ -54,7 +53,10 @@ class Sizes:
     held_out: HeldOut | None
 
     def cut(self, max_length: int) -> Sizes:
-        return replace(self, lengths=[min(length, max_length) for length in self.lengths])
+        """The same samples at no more than `max_length` tokens; what is supervised shrinks in proportion."""
+        lengths = [min(length, max_length) for length in self.lengths]
+        kept = sum(lengths) / sum(self.lengths)
+        return replace(self, lengths=lengths, num_supervised=max(1, round(kept * self.num_supervised)))
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,7 @@ class Advice:
     @cached_property
     def costs(self) -> tuple[float, float, float]:
         """Seconds, bytes, lacking quality (a prior): less is better in each."""
-        prior = self.plan.quality_prior
-        return self.plan.total_s, self.plan.memory.total_bytes, -(prior["score"] if prior else 0.0)
+        return self.plan.total_s, self.plan.memory.total_bytes, -self.score
 
     @property
     def score(self) -> float:
@@ -119,6 +120,7 @@ class Planning:
         self.spec, self.config, self.shape, self.capability = spec, config, shape, capability
         self.whole, self.sample, self.global_batch_size = whole, sample, global_batch_size
         self._works: dict[Any, Any] = {}
+        self._real: dict[str, Plan] = {}  # each trial is looked at again after every other one
 
     @property
     def steps_per_epoch(self) -> int:
@@ -126,7 +128,10 @@ class Planning:
 
     def real(self, point: Mapping[str, Any]) -> Plan:
         """The job with this point on all machines.  Raises JobError and NothingFits."""
-        return self._plan(self._spec(point), self.capability, self.whole)
+        key = key_of(point)
+        if key not in self._real:
+            self._real[key] = self._plan(self._spec(point), self.capability, self.whole)
+        return self._real[key]
 
     def trial(self, point: Mapping[str, Any], node: NodeCapability) -> Plan:
         """A trial of this point on one device of a node.  Raises JobError and NothingFits."""
@@ -179,6 +184,26 @@ def advise(planning: Planning, space: Space) -> Advised:
     return advised
 
 
+def told(space: Space, advised: Advised) -> dict[str, Any]:
+    """advice.json: every point with its prediction."""
+
+    def one(advice: Any) -> dict[str, Any]:
+        return {
+            "point": advice.point,
+            "total_s": advice.plan.total_s,
+            "peak_bytes": advice.plan.memory.total_bytes,
+            "quality_prior": advice.score,
+        }
+
+    return {
+        "combinations": len(space),
+        "impossible": dict(advised.impossible),
+        "num_front": advised.num_front,
+        "worth": [one(advice) for advice in advised.worth],
+        "dominated": [one(advice) for advice in advised.dominated],
+    }
+
+
 def _as_said(point: Point, plan: Plan) -> bool:
     """Whether the plan is the point: some keys are wishes that a plan may not follow."""
     attention = point.get("model.attn_implementation")
@@ -193,14 +218,7 @@ def _is_beaten(advice: Advice, alike: Sequence[Advice]) -> bool:
 
 def _in_order(survivors: list[Advice], prefer: str) -> tuple[list[Advice], int]:
     """The Pareto front first, the most wanted of it first; then the others; and how many are on the front."""
-    front = [
-        advice
-        for advice in survivors
-        if not any(
-            other.costs != advice.costs and all(a <= b for a, b in zip(other.costs, advice.costs, strict=True))
-            for other in survivors
-        )
-    ]
+    front = pareto(survivors, lambda advice: advice.costs)
     on_front = {id(advice) for advice in front}
     rest = [advice for advice in survivors if id(advice) not in on_front]
     wanted = _WANTED[prefer]

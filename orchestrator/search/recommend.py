@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import JobError, NothingFits
+from orchestrator.pareto import pareto
 from orchestrator.plan import Plan
 from orchestrator.search.space import Point
 from orchestrator.search.trials import Trial
@@ -68,15 +69,7 @@ def outcomes(trials: Sequence[Trial], real: Callable[[Point], Plan], metric: str
 
 def front(found: Sequence[Outcome]) -> list[Outcome]:
     """Those that trained to their end and that no other one beats in time, memory and quality at once."""
-    whole = [outcome for outcome in found if outcome.whole]
-    return [
-        outcome
-        for outcome in whole
-        if not any(
-            other.costs != outcome.costs and all(a <= b for a, b in zip(other.costs, outcome.costs, strict=True))
-            for other in whole
-        )
-    ]
+    return pareto([outcome for outcome in found if outcome.whole], lambda outcome: outcome.costs)
 
 
 def recommend(spec: JobSpec, found: Sequence[Outcome]) -> tuple[Outcome | None, str]:

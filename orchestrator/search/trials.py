@@ -1,7 +1,8 @@
 """The files of a search: what was asked, what was predicted, what was tried and what came of it.
 
 runs/<search_id>/
-  search.yaml        the job as given             origin.json      folder its relative paths start from
+  asked.yaml         the job as given             origin.json      folder its relative paths start from
+  search.yaml        the job as it is searched: with held-out rows to compare by
   capability.json    the machines                 data.json        the samples of the trials
   advice.json        every point's prediction     trials.jsonl     one JSON object a trial that ended
   recommended.yaml   the job to submit            summary.json     the recommendation and what it was chosen from
@@ -12,13 +13,13 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from orchestrator.errors import RunFailed
 from orchestrator.rundir import RunFolder
 from orchestrator.search.space import Point, key_of
 
-Status = str  # finished | stopped (its quality lagged) | failed
+Status = Literal["finished", "stopped", "failed"]  # stopped: its quality lagged
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
@@ -27,7 +27,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job, read_run_job, spec_with
 from orchestrator.plan import Plan
 from orchestrator.search.space import Point
-from orchestrator.search.trials import Trial
+from orchestrator.search.trials import SearchFolder, Trial
 from strategies.techniques import host_memory
 
 _ENVIRONMENT = {
@@ -41,33 +41,40 @@ REUSE_WORKERS = True  # tests/benchmarks/search.py says what it saves
 _WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, NotImplementedError)
 
 
-class Asked:
-    """What a search gives Tune: the next trial, and where it may run."""
+class Searching(Protocol):
+    """What Tune asks of a search, and tells it."""
 
-    def __init__(
-        self,
-        next_trial: Callable[[], tuple[int, Point, Mapping[str, Plan]] | None],
-        ended: Callable[[Trial], None],
-        enough: Callable[[], bool],
-    ) -> None:
-        """`next_trial` gives a number, the point and its plan on each node that could run it; None where all is tried.
-        `enough` is asked between reports: the budget, or a user who wants to stop."""
-        self.next_trial, self.ended, self.enough = next_trial, ended, enough
+    def next_trial(self) -> tuple[int, Point, Mapping[str, Plan]] | None:
+        """A number, the point and its plan on each node that could run it; None where all is tried."""
+        ...
+
+    def started(self, number: int) -> None: ...
+
+    def ended(self, trial: Trial) -> None: ...
+
+    def failed(self, number: int, reason: str) -> None:
+        """A trial's process died or could not be started."""
+        ...
+
+    def enough(self) -> bool:
+        """Asked between reports: whether the budget is spent or somebody wants to stop."""
+        ...
 
 
 def tune_trials(
     folder: Path,
-    asked: Asked,
+    searching: Searching,
     scheduler: str,
     num_trials: int,
     num_steps: int,
     slots: int,
     slot_resources: dict[str, float],
     node_ids: Mapping[str, str],
-    failed: Callable[[int, str], None],
-    began: Callable[[int], None],
 ) -> None:
-    """Run trials until there are enough.  A trial that fails is told to `asked.ended`; Tune's own end is raised."""
+    """Run trials of `num_steps` steps, `slots` at a time, until there are enough; what Tune itself raises is raised.
+
+    `node_ids` names the nodes as Ray knows them; empty where there is one machine.
+    """
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what went wrong is said by us, a line a trial
     storage = folder / ".ray" / uuid.uuid4().hex[:8]
@@ -82,7 +89,7 @@ def tune_trials(
         tune.with_resources(_Runner, resources),
         param_space={"folder": str(folder), "names": {node_id: name for name, node_id in node_ids.items()}},
         tune_config=tune.TuneConfig(
-            search_alg=_Adapter(asked),
+            search_alg=_Adapter(searching),
             scheduler=_scheduler(scheduler, num_steps),
             num_samples=num_trials,
             max_concurrent_trials=slots,
@@ -92,8 +99,8 @@ def tune_trials(
             name="trials",
             storage_path=str(storage),
             verbose=0,
-            stop=_Enough(asked.enough),
-            callbacks=[_Watch(asked, failed, began)],
+            stop=_Enough(searching),
+            callbacks=[_Watch(searching)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -129,14 +136,12 @@ class _Here:
 class _Adapter(_Here, Searcher):
     """Our next trial as Tune's searcher."""
 
-    def __init__(self, asked: Asked) -> None:
+    def __init__(self, searching: Searching) -> None:
         super().__init__(metric="judged", mode="min")
-        self._asked = asked
+        self._searching = searching
 
     def suggest(self, trial_id: str) -> Any:
-        if self._asked.enough():
-            return Searcher.FINISHED
-        wanted = self._asked.next_trial()
+        wanted = None if self._searching.enough() else self._searching.next_trial()
         if wanted is None:
             return Searcher.FINISHED
         number, point, plans = wanted
@@ -152,33 +157,33 @@ class _Adapter(_Here, Searcher):
 
 
 class _Enough(_Here, tune.Stopper):
-    def __init__(self, enough: Callable[[], bool]) -> None:
-        self._enough = enough
+    def __init__(self, searching: Searching) -> None:
+        self._searching = searching
 
     def __call__(self, trial_id: str, result: Any) -> bool:
         return False
 
     def stop_all(self) -> bool:
-        return self._enough()
+        return self._searching.enough()
 
 
 class _Watch(_Here, tune.Callback):
     """Tells the search how each trial ended."""
 
-    def __init__(self, asked: Asked, failed: Callable[[int, str], None], began: Callable[[int], None]) -> None:
-        self._asked, self._failed, self._began = asked, failed, began
+    def __init__(self, searching: Searching) -> None:
+        self._searching = searching
 
     def on_trial_start(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._began(trial.config["number"])
+        self._searching.started(trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         told = (trial.last_result or {}).get("trial")
         if told is None:  # stopped before its first report
             return
-        self._asked.ended(Trial(**{**told, "curve": [tuple(point) for point in told["curve"]]}))
+        self._searching.ended(Trial(**{**told, "curve": [tuple(point) for point in told["curve"]]}))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._failed(trial.config["number"], _why(trial))
+        self._searching.failed(trial.config["number"], _why(trial))
 
 
 def _why(trial: Any) -> str:
@@ -228,7 +233,7 @@ class _Runner(tune.Trainable):
         from orchestrator.training.experiment import Experiment
 
         folder = Path(self._now["folder"])
-        job = read_run_job(folder, "search.yaml")
+        job = read_run_job(folder, SearchFolder.marker)
         self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
         plan = Plan.from_json(self._now["plans"][self._node()])
         files = _data_of(folder, plan.techniques.max_length)
@@ -261,8 +266,8 @@ class _Runner(tune.Trainable):
             told |= {
                 "steps": experiment.progress.step,
                 "curve": experiment.curve,
-                "step_s": experiment.steps.step_s,
-                "tokens_per_s": experiment.steps.tokens_per_s,
+                "step_s": experiment.times()["measured_step_s"],
+                "tokens_per_s": experiment.tokens_per_s,
                 "tensors_bytes": experiment.tensors_bytes,
                 "predicted_step_s": experiment.plan.step_s,
                 "predicted_tensors_bytes": experiment.plan.memory.tensors_bytes,

@@ -7,8 +7,6 @@ benchmark in a row.
 from __future__ import annotations
 
 import contextlib
-import statistics
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -29,30 +27,6 @@ from strategies.techniques import host_memory
 from strategies.techniques.precision import gradient_scaler
 
 
-@dataclass
-class Steps:
-    """What the loop said while it trained."""
-
-    seconds: list[float] = field(default_factory=list)
-    tokens: list[int] = field(default_factory=list)
-    losses: list[float] = field(default_factory=list)
-
-    @property
-    def steady(self) -> slice:
-        """Without the first steps, which compile kernels and fill caches."""
-        return slice(min(3, len(self.seconds) // 2), None)
-
-    @property
-    def step_s(self) -> float | None:
-        """Median seconds of a step."""
-        return statistics.median(self.seconds[self.steady]) if self.seconds else None
-
-    @property
-    def tokens_per_s(self) -> float | None:
-        seconds = sum(self.seconds[self.steady])
-        return sum(self.tokens[self.steady]) / seconds if seconds else None
-
-
 class Experiment:
     """A planned combination, set up; `train_to` a step, as often as wanted, and read what it has come to."""
 
@@ -69,7 +43,8 @@ class Experiment:
             len(data), plan.global_batch_size, train_section.seed, train_section.num_train_epochs, plan.num_steps
         )
         self.schedule = worker.schedule_of(job, plan)
-        self.progress, self.steps = Progress(), Steps()
+        self.progress = Progress()
+        self._steps: list[tuple[float, int]] = []  # (seconds, tokens)
         self.curve: list[tuple[int, float]] = []  # (step, held-out loss)
 
     def train_to(self, step: int) -> float:
@@ -96,19 +71,18 @@ class Experiment:
 
     def times(self) -> dict[str, Any]:
         """Predicted beside measured, as a run's result.json has it."""
-        return {
-            "predicted_step_s": self.plan.step_s,
-            "formula_step_s": self.plan.step_s / self.plan.calibration,
-            "measured_step_s": self.steps.step_s,
-            "device": self.plan.nodes[0].device,
-            "dtype": self.plan.techniques.dtype,
-        }
+        return worker.step_times(self.plan, [seconds for seconds, _ in self._steps])
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Of the steady steps."""
+        counted = worker.steady(self._steps)
+        seconds = sum(seconds for seconds, _ in counted)
+        return sum(tokens for _, tokens in counted) / seconds if seconds else None
 
     def _heard(self, event: str, **fields: Any) -> None:
         if event == "step":
-            self.steps.seconds.append(fields["seconds"])
-            self.steps.tokens.append(fields["tokens"])
-            self.steps.losses.append(fields["loss"])
+            self._steps.append((fields["seconds"], fields["tokens"]))
         elif event == "note" and "out of memory" in fields["text"]:
             raise NothingFits(fields["text"])  # a leaner way is another combination
 

@@ -11,8 +11,9 @@ import os
 import shutil
 import statistics
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +41,7 @@ from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.supervised_logits import can_chunk
 
 log = logging.getLogger("orchestrator.worker")
+T = TypeVar("T")
 
 _STEPS_A_TRIM = 10
 _HELPER_S = 120.0  # that a finished training waits for the helper
@@ -163,7 +165,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         progress.before = progress.before or (_of_helper(run, record) if plan.helper else None)
         _hand_back(run, job, setup, tokenizer, held)
         result = _result(plan, progress, after, train_s, data)
-        result["time"] = _step_times(run, plan)
+        result["time"] = step_times(plan, [event["seconds"] for _, event in sorted(run.steps().items())])
         result["energy"] = energy
         result["versions"] = versions()
         result["memory"] = {
@@ -488,14 +490,17 @@ def _result(plan: Plan, progress: Progress, after: Any, train_s: float, data: Da
     }
 
 
-def _step_times(run: RunFolder, plan: Plan) -> dict[str, Any]:
-    """Predicted beside measured; the first steps, which compile kernels and fill caches, are left out of the median."""
-    seconds = [event["seconds"] for _, event in sorted(run.steps().items())]
-    steady = seconds[min(3, len(seconds) // 2) :]
+def steady(steps: Sequence[T]) -> Sequence[T]:
+    """Without the first steps, which compile kernels and fill caches."""
+    return steps[min(3, len(steps) // 2) :]
+
+
+def step_times(plan: Plan, seconds: Sequence[float]) -> dict[str, Any]:
+    """Predicted beside the median of the measured steps."""
     return {
         "predicted_step_s": plan.step_s,
         "formula_step_s": plan.step_s / plan.calibration,  # before what earlier runs taught
-        "measured_step_s": statistics.median(steady) if steady else None,
+        "measured_step_s": statistics.median(steady(seconds)) if seconds else None,
         "device": plan.nodes[0].device,
         "dtype": plan.techniques.dtype,
     }

@@ -119,7 +119,7 @@ def grid(out: Path) -> None:
                         steps=plan.num_steps,
                         seconds=time.perf_counter() - began,
                         eval_loss=loss,
-                        step_s=experiment.steps.step_s,
+                        step_s=experiment.times()["measured_step_s"],
                         tensors_bytes=experiment.tensors_bytes,
                         predicted_step_s=plan.step_s,
                         predicted_tensors_bytes=plan.memory.tensors_bytes,
@@ -137,7 +137,7 @@ def _set_up(folder: Path, prefer: str = "time"):
     from orchestrator import planner
     from orchestrator.data.prepare import datasets
     from orchestrator.run import prepare
-    from orchestrator.search.running import planning_of
+    from orchestrator.search.preparing import planning_of
     from orchestrator.search.sample import representative
     from orchestrator.search.space import space_of
 

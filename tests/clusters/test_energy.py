@@ -38,6 +38,17 @@ def test_a_counter_that_wraps_goes_on(tmp_path):
     assert meter.read().wh == pytest.approx(20 / 3600)  # nothing since
 
 
+def test_a_counter_that_fails_makes_the_figure_unknown_and_nothing_worse(tmp_path):
+    zone(tmp_path, "intel-rapl:0", "package-0", 100)
+    meter = Meter(powercap=tmp_path)
+
+    (tmp_path / "intel-rapl:0" / "energy_uj").unlink()
+
+    assert meter.read() is None
+    zone(tmp_path, "intel-rapl:0", "package-0", 200)
+    assert meter.read() is None  # what was missed in between is not known
+
+
 def test_where_nothing_counts_the_energy_is_unknown(tmp_path):
     (tmp_path / "intel-rapl:0").mkdir()
 

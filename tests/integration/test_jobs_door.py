@@ -21,7 +21,7 @@ method: {{lora_r: 4}}
 train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 3e-3}}
 checkpoint: {{save_steps: 20}}
 eval: {{max_new_tokens: 8, eval_steps: 60}}
-cluster: {{storage: {storage}}}
+{cluster}
 tracking: {{report_to: []}}
 """
 
@@ -52,8 +52,9 @@ def place(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sender")
     write_jsonl(folder / "train.jsonl", rows(40))
     write_jsonl(folder / "eval.jsonl", rows(8, start=100))
-    for name, steps in (("job", 30), ("long", LONG)):
-        text = JOB.format(model=model_folder, steps=steps, storage=tmp_path_factory.mktemp("cluster") / "runs")
+    elsewhere = f"cluster: {{storage: {tmp_path_factory.mktemp('cluster') / 'runs'}}}"
+    for name, steps, cluster in (("job", 30, ""), ("long", LONG, elsewhere)):  # the first where runs go by themselves
+        text = JOB.format(model=model_folder, steps=steps, cluster=cluster)
         (folder / f"{name}.yaml").write_text(text)
     return folder
 

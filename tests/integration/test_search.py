@@ -1,13 +1,16 @@
 """A search through its real door: Ray Tune, the tiny model, MLflow, and the report of what came of it."""
 
+import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from orchestrator.rundir import RunFolder
@@ -120,7 +123,7 @@ def test_status_and_list_know_a_search(searched):
 @pytest.mark.slow
 def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(place):
     process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "3"],
+        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "8"],
         cwd=place,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         stdout=subprocess.PIPE,
@@ -139,8 +142,6 @@ def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(plac
             break
         time.sleep(0.02)
     said = "".join(process.communicate(timeout=120))
-    if process.returncode == 0:
-        pytest.skip("the search ended before it could be interrupted")
     assert folder is not None, said
     assert process.returncode == 5 and "goes on with the trials that are left" in said
     before = folder.trials()
@@ -148,8 +149,8 @@ def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(plac
     orchestrator("resume", folder.run_id, "--json", cwd=place, check=0)
 
     after = folder.trials()
-    assert after[: len(before)] == before and len(after) == 3
-    assert len({trial.key for trial in after}) == 3
+    assert after[: len(before)] == before and len(after) == 8
+    assert len({trial.key for trial in after}) == 8
 
 
 def test_a_trial_that_fails_is_a_data_point_and_the_search_goes_on(place):
@@ -199,6 +200,69 @@ def test_bench_dissects_a_step_and_compares_with_itself(place):
 
 
 @pytest.mark.slow
+def test_a_trial_whose_process_is_killed_is_a_data_point(place):
+    """As the kernel does where memory runs out."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "3"],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    mine = psutil.Process(process.pid)
+    until = time.monotonic() + 120
+    killed = False
+    while not killed and process.poll() is None and time.monotonic() < until:
+        for child in mine.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "_Runner" in " ".join(child.cmdline()):
+                    child.kill()
+                    killed = True
+        time.sleep(0.02)
+    out, said = process.communicate(timeout=200)
+    assert killed and process.returncode == 0, out + said
+
+    told = json.loads(out)
+    (lost,) = [trial for trial in told["trials"] if trial["status"] == "failed"]
+    assert "killed" in lost["reason"] and len(told["trials"]) == 3
+    assert told["recommended"]["trial"] != lost["number"]
+
+
+@pytest.mark.slow
+def test_ranges_a_metric_of_answers_and_the_median_rule(place):
+    space = "{train.learning_rate: {loguniform: [1.0e-3, 3.0e-2]}, data.packing: [true, false]}"
+    options = ("search.scheduler=median", "search.metric=rouge_l", "eval.max_new_tokens=8", f"search.space={space}")
+    arguments = [part for option in options for part in ("--set", option)]
+    told = json.loads(
+        orchestrator("search", "job.yaml", "--json", "--trials", "6", *arguments, cwd=place, check=0).stdout
+    )
+
+    rates = [trial["point"]["train.learning_rate"] for trial in told["trials"]]
+    assert len(rates) == 6 and len(set(rates)) > 2 and all(1e-3 <= rate <= 3e-2 for rate in rates)
+    finished = [trial for trial in told["trials"] if trial["status"] == "finished"]
+    assert finished and all(0 <= trial["quality"]["rouge_l"] <= 1 for trial in finished)
+    by_number = {trial["number"]: trial for trial in finished}
+    chosen = by_number[told["recommended"]["trial"]]
+    assert told["recommended"]["lack"] == pytest.approx(1 - chosen["quality"]["rouge_l"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("budget", ["minutes=0.2", "node_hours=0.002"])
+def test_a_search_ends_with_its_budget(place, budget):
+    """12 s and 7.2 s: some trials of about two seconds, not all of them."""
+    space = "{train.per_device_train_batch_size: [1, 2, 4, 8], data.packing: [true, false], method.lora_r: [2, 4, 8]}"
+    arguments = ("--set", f"search.budget.{budget}", "--set", f"search.space={space}", "--trials", "24")
+    told = json.loads(
+        orchestrator(
+            "search", "job.yaml", "--json", *arguments, "--set", "search.trial_steps=60", cwd=place, check=0
+        ).stdout
+    )
+
+    assert told["state"] == "finished" and 0 < len(told["trials"]) < 24
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["random", "optuna"])
 def test_without_the_planner_what_cannot_run_is_a_trial_that_failed(place, sampler):
     space = "{model.attn_implementation: [document, sdpa], data.packing: [true, false], model.dtype: [float32]}"
@@ -229,6 +293,24 @@ def test_a_study_goes_through_its_list(place):
     assert {"baseline @32", "packing @64", "bf16 @64"} <= set(measured)
     longer = measured["gradient checkpointing @64"]["tensors_bytes"]
     assert longer < measured["baseline @64"]["tensors_bytes"]
+
+
+@pytest.mark.slow
+def test_a_study_goes_through_several_models(place, model_folder, tmp_path):
+    (tmp_path / "two.yaml").write_text(
+        "baseline: {model.dtype: float32, data.packing: false}\none_factor: {packing: {data.packing: true}}\n"
+    )
+    shutil.copytree(model_folder, tmp_path / "other")
+    before = len(SearchFolder.all(place / "runs"))
+
+    names = f"{model_folder},{tmp_path / 'other'}"
+    shown = orchestrator(
+        "search", "job.yaml", "--study", tmp_path / "two.yaml", "--models", names, cwd=place, check=0
+    ).stdout
+
+    first, second = SearchFolder.all(place / "runs")[before:]
+    assert [trial.name for folder in (first, second) for trial in folder.trials()] == ["baseline", "packing"] * 2
+    assert shown.count("an epoch") >= 2 and "other" in (second.path / "search.yaml").read_text()
 
 
 @pytest.mark.slow

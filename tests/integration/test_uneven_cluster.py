@@ -157,6 +157,28 @@ def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
     told = json.loads(done.stdout)
     assert [trial["status"] for trial in told["trials"]] == ["finished"] * 4
     assert {trial["node"] for trial in told["trials"]} == {"left", "right"}
+    recommended = (Path(told["path"]) / "recommended.yaml").read_text()
+    assert "eval" not in recommended  # the held-out rows were lent to the search only
+
+
+@pytest.mark.slow
+def test_trials_may_keep_to_machines_that_the_job_leaves_idle(cluster, place):
+    space = "{train.per_device_train_batch_size: [1, 2], data.packing: [true]}"
+    options = ("search.nodes=idle", "cluster.num_workers=1", f"search.space={space}", "search.trial_steps=4")
+    arguments = [part for option in options for part in ("-s", option)]
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "2", *arguments],
+        cwd=place,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+    told = json.loads(done.stdout)
+    (trains,) = json.loads((Path(told["path"]) / "plan.json").read_text())["nodes"]
+    assert {trial["node"] for trial in told["trials"]} == {"left", "right"} - {trains["node"]}
 
 
 @pytest.mark.slow

@@ -42,6 +42,8 @@ def test_a_rented_machine_costs_its_rate_and_no_electricity():
 
     assert cost.machines == pytest.approx(120 * planned.total_s / 3600)
     assert not cost.electricity
+    unmetered = plan(SMALL, machine("cloud", "RTX 4090", price_per_hour=120.0), text=TEXT)
+    assert tco.of_plan(spec_of(), "cloud", unmetered, 1e6).missing == ()  # its draw is in its rate
 
 
 def test_what_is_not_priced_names_the_key_to_set():
@@ -80,7 +82,7 @@ def test_other_machines_stand_beside_and_those_that_cannot_say_why():
     assert set(found) == {"buy own", "rent rented", "unpriced", "small"}
     assert found["buy own"].purchase == 60_000 and found["small"].seconds is None
     assert found["small"].note == "needs 6 GiB, has 4"
-    assert found["unpriced"].missing
+    assert len(found["unpriced"].missing) == 1 and found["buy own"].missing == found["rent rented"].missing == ()
     whole = [found["buy own"], found["rent rented"]]
     assert tco.cheapest(list(found.values())) is min(whole, key=lambda cost: cost.per_run)
 

@@ -171,6 +171,23 @@ def test_another_method_keeps_the_knobs_both_have_in_spec_and_text():
     assert again.spec == spec_with(job.spec, {"method.type": "full", "model.dtype": "float32"})
 
 
+def test_a_job_that_is_written_elsewhere_keeps_its_files_and_its_names(tmp_path):
+    (tmp_path / "a.jsonl").write_text("{}")
+    text = "model: {model_name_or_path: org/model}\ndata: {train: [a.jsonl, {path: a.jsonl}], eval: {split: 0.1}}\n"
+
+    again = parse_job(text_with(parse_job(text, tmp_path), {}), Path("/elsewhere")).spec
+
+    assert again.model.model_name_or_path == "org/model"
+    first, second = again.data.train
+    assert first == second.path == str(tmp_path / "a.jsonl")
+
+
+def test_shorter_samples_have_fewer_supervised_tokens_too():
+    cut = Sizes([100, 300], 200, None).cut(100)
+
+    assert (list(cut.lengths), cut.num_supervised) == ([100, 100], 100)
+
+
 def test_equal_points_have_one_name():
     assert key_of({"method.type": "full", "method.lora_r": 8}) == key_of({"method.type": "full"})
     assert phrase({"model.dtype": "bfloat16", "data.packing": True, "train.learning_rate": 1e-4}) == (
