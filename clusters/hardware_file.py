@@ -76,7 +76,12 @@ class ImpossibleHardware(Exception):
 
 def read_hardware(path: Path) -> ClusterCapability:
     """The machines that the file declares.  Raises ImpossibleHardware with every mistake found."""
-    top = _Section("", _load(path), _TOP, [])
+    return hardware_of(_load(path))
+
+
+def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
+    """The machines that a mapping declares, as a file would.  Raises ImpossibleHardware."""
+    top = _Section("", values, _TOP, [])
     groups = _nodes(top)
     nodes = tuple(itertools.chain.from_iterable(groups.values()))
     links = _links(top, groups)

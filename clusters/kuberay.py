@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
@@ -17,7 +17,8 @@ import yaml
 from clusters.units import GIB
 
 GROUP = "ray.io/v1"
-POOL = "orchestrator/pool"
+HEAD, SUBMITTER = "ray-head", "ray-job-submitter"  # names of containers
+CLUSTER, POOL = "ray.io/cluster", "orchestrator/pool"  # labels
 _JOB_FOLDER = "/etc/orchestrator"
 _MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
 _NAME = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")  # DNS-1035
@@ -26,7 +27,9 @@ _HEAD_CPU, _HEAD_BYTES = 2, 8 * GIB
 _SHARED_MEMORY_BYTES = 2 * GIB
 _USER = 1000
 _LEAST_RAY_WITH_TOKENS = (2, 52)
-_MOST_CONFIG_BYTES = 900 * 1024  # of a ConfigMap's 1 MiB
+MOST_CONFIG_BYTES = 900 * 1024  # of a ConfigMap's 1 MiB
+_HELPER_S = 3600
+_IDLE_S = 300  # after which the autoscaler takes a worker away
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,14 @@ class Wishes:
     storage: str = "/storage"  # where it is mounted
     queue: str | None = None  # of Kueue
     secret: str | None = None  # whose keys become the workers' environment
-    keep_s: int = 600  # of the finished job's cluster
+    pull_secret: str | None = None  # a registry's login
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    tolerations: Sequence[Mapping[str, Any]] = ()
+    runtime_class: str | None = None  # of pods with a GPU
+    autoscale: bool = False  # workers come when the job asks for them and go when it is done
+    retries: int = 1  # with a new cluster, where the driver or the head was lost
+    keep_s: int = 600  # the finished job's cluster
+    keep_failed_s: int | None = None  # a failed job's, where it should stay longer than another
     deadline_s: int = 7 * 86400
     start_deadline_s: int = 1800  # for "no GPU ever came"
 
@@ -63,53 +73,131 @@ class Wishes:
 def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], wishes: Wishes) -> dict[str, Any]:
     """The RayJob that runs `command` on pods of the groups.  The head trains nothing."""
     spec: dict[str, Any] = {
+        **_common(command, wishes),
+        # A retry is a whole new cluster, on which the same command goes on where the run stands.
+        "backoffLimit": wishes.retries,
+        **_deletion(wishes),
+        "rayClusterSpec": _cluster(name, ray_version, groups, wishes),
+    }
+    return _job(name, spec, wishes)
+
+
+def rayjob_on(cluster: str, name: str, command: str, wishes: Wishes) -> dict[str, Any]:
+    """The RayJob that runs `command` on a RayCluster that exists and stays."""
+    spec = {**_common(command, wishes), "shutdownAfterJobFinishes": False, "clusterSelector": {CLUSTER: cluster}}
+    return _job(name, spec, wishes)
+
+
+def _common(command: str, wishes: Wishes) -> dict[str, Any]:
+    pod = {**_pod(wishes), "restartPolicy": "Never", "containers": [_submitter(wishes)]}
+    return {
         "entrypoint": command,
         "submissionMode": "K8sJobMode",
-        "shutdownAfterJobFinishes": True,
-        "ttlSecondsAfterFinished": wishes.keep_s,
         "activeDeadlineSeconds": wishes.deadline_s,
         "preRunningDeadlineSeconds": wishes.start_deadline_s,
-        "backoffLimit": 0,  # a retry is a whole new cluster: the same command goes on where the run stands
-        "rayClusterSpec": _cluster(name, ray_version, groups, wishes),
-        "submitterPodTemplate": {"spec": {**_pod(), "restartPolicy": "Never", "containers": [_submitter(wishes)]}},
+        "backoffLimit": 0,
+        "submitterPodTemplate": {"spec": pod},
     }
+
+
+def _job(name: str, spec: Mapping[str, Any], wishes: Wishes) -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "orchestrator", "orchestrator/run": name}
     if wishes.queue:
         labels["kueue.x-k8s.io/queue-name"] = wishes.queue
     metadata = {"name": name, "namespace": wishes.namespace, "labels": labels}
-    return {"apiVersion": GROUP, "kind": "RayJob", "metadata": metadata, "spec": spec}
+    return {"apiVersion": GROUP, "kind": "RayJob", "metadata": metadata, "spec": dict(spec)}
+
+
+def _deletion(wishes: Wishes) -> dict[str, Any]:
+    """When the cluster of an ended job goes: after one time, or by how the job ended."""
+    if wishes.keep_failed_s is None:
+        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": wishes.keep_s}
+    times = {"SUCCEEDED": wishes.keep_s, "FAILED": wishes.keep_failed_s}
+    rules = [
+        {"policy": "DeleteCluster", "condition": {"jobStatus": status, "ttlSeconds": seconds}}
+        for status, seconds in times.items()
+    ]
+    return {"deletionStrategy": {"deletionRules": rules}}
+
+
+def helper_pod(job: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """A pod that sees the volume of a RayJob and waits for commands; it ends by itself."""
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    (container,) = head["containers"]
+    keep = ("image", "securityContext", "envFrom")
+    amounts = {"cpu": "100m", "memory": _quantity(GIB)}
+    helper = {
+        **{key: container[key] for key in keep if key in container},
+        "name": "helper",
+        "command": ["sleep", str(_HELPER_S)],
+        "resources": {"requests": amounts, "limits": {"memory": amounts["memory"]}},
+        "volumeMounts": [mount for mount in container["volumeMounts"] if mount["name"] == "storage"],
+    }
+    spec = {key: value for key, value in head.items() if key != "containers"}
+    spec |= {
+        "volumes": [volume for volume in head["volumes"] if volume["name"] == "storage"],
+        "containers": [helper],
+        "restartPolicy": "Never",
+        "activeDeadlineSeconds": _HELPER_S,
+    }
+    labels = {"app.kubernetes.io/managed-by": "orchestrator", "orchestrator/helper": "true"}
+    metadata = {"name": f"{name}-helper", "namespace": job["metadata"]["namespace"], "labels": labels}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 
 def config_map(name: str, namespace: str, files: Mapping[str, str]) -> dict[str, Any]:
     """The job's small files, mounted where the command runs.  Raises ValueError past what a ConfigMap holds."""
     size = sum(len(text.encode()) for text in files.values())
-    if size > _MOST_CONFIG_BYTES:
+    if size > MOST_CONFIG_BYTES:
         raise ValueError(f"the job and its data have {size / 1024:.0f} KiB, a ConfigMap holds 1 MiB")
     metadata = {"name": name, "namespace": namespace, "labels": {"app.kubernetes.io/managed-by": "orchestrator"}}
     return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": dict(files)}
+
+
+_AUTOSCALER = {
+    "enableInTreeAutoscaling": True,
+    "autoscalerOptions": {
+        "version": "v2",
+        "upscalingMode": "Default",
+        "idleTimeoutSeconds": _IDLE_S,
+        "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
+        "resources": {
+            "requests": {"cpu": "500m", "memory": "1Gi"},
+            "limits": {"cpu": "500m", "memory": "1Gi"},
+        },
+    },
+}
 
 
 def _cluster(name: str, ray_version: str, groups: Sequence[Group], wishes: Wishes) -> dict[str, Any]:
     return {
         "rayVersion": ray_version,
         "authOptions": {"mode": "token"},
+        **(_AUTOSCALER if wishes.autoscale else {}),
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0"},
             "resources": {"CPU": "0"},
             "labels": {POOL: "head"},
-            "template": {"spec": {**_pod(), **_volumes(name, wishes), "containers": [_head(wishes)]}},
+            "template": {"spec": {**_pod(wishes), **_volumes(name, wishes), "containers": [_head(wishes)]}},
         },
         "workerGroupSpecs": [_workers(name, group, wishes) for group in groups],
     }
 
 
+_GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+
+
 def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
-    pod: dict[str, Any] = {**_pod(), **_volumes(name, wishes), "containers": [_worker(group, wishes)]}
+    pod: dict[str, Any] = {**_pod(wishes), **_volumes(name, wishes), "containers": [_worker(group, wishes)]}
     labels = {POOL: group.pool}
+    if wishes.autoscale:
+        pod["restartPolicy"] = "Never"  # what the autoscaler v2 takes
     if group.gpu_memory_bytes is not None:
         gib = round(group.gpu_memory_bytes / GIB)
         labels["orchestrator/vram-gb"] = str(gib)
-        pod["tolerations"] = [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+        pod["tolerations"] = [*pod.get("tolerations", []), _GPU_TAINT]
+        if wishes.runtime_class:
+            pod["runtimeClassName"] = wishes.runtime_class
         # The label of NVIDIA's feature discovery, in MiB: this class of card and not a larger one that others need.
         low, high = int(gib * 1024 * 0.9), int(gib * 1024 * 1.15)
         key = "nvidia.com/gpu.memory"
@@ -121,8 +209,9 @@ def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
         pod["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
     return {
         "groupName": group.name,
-        "replicas": group.count,
-        "minReplicas": group.count,  # a plan is for these machines: fewer would be another plan
+        "replicas": 0 if wishes.autoscale else group.count,
+        # A plan is for these machines: fewer would be another plan, unless they are still to come.
+        "minReplicas": 0 if wishes.autoscale else group.count,
         "maxReplicas": group.count,
         "rayStartParams": {},
         "resources": {"CPU": str(group.cores), "GPU": "0", "train_slot": "1"},  # the plan says who gets which device
@@ -131,8 +220,16 @@ def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def _pod() -> dict[str, Any]:
+def _pod(wishes: Wishes) -> dict[str, Any]:
+    asked: dict[str, Any] = {}
+    if wishes.node_selector:
+        asked["nodeSelector"] = dict(wishes.node_selector)
+    if wishes.tolerations:
+        asked["tolerations"] = [dict(one) for one in wishes.tolerations]
+    if wishes.pull_secret:
+        asked["imagePullSecrets"] = [{"name": wishes.pull_secret}]
     return {
+        **asked,
         "automountServiceAccountToken": False,
         "securityContext": {
             "runAsNonRoot": True,
@@ -171,7 +268,7 @@ def _container(name: str, image: str, cores: float, memory_bytes: float, wishes:
 
 
 def _head(wishes: Wishes) -> dict[str, Any]:
-    head = _container("ray-head", wishes.image, _HEAD_CPU, _HEAD_BYTES, wishes)
+    head = _container(HEAD, wishes.image, _HEAD_CPU, _HEAD_BYTES, wishes)
     head["ports"] = [
         {"containerPort": 6379, "name": "gcs-server"},
         {"containerPort": 8265, "name": "dashboard"},
@@ -191,7 +288,7 @@ def _worker(group: Group, wishes: Wishes) -> dict[str, Any]:
 
 
 def _submitter(wishes: Wishes) -> dict[str, Any]:
-    submitter = _container("ray-job-submitter", wishes.image, 0.5, GIB, wishes)
+    submitter = _container(SUBMITTER, wishes.image, 0.5, GIB, wishes)
     del submitter["volumeMounts"]
     return submitter
 

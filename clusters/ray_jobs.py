@@ -7,36 +7,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
+import uuid
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from clusters.connect import CannotConnect, RefusesToken, has_token, refusal
+from clusters.door import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
 
-UPLOAD_LIMIT_BYTES = 500 * 2**20  # Ray keeps a package in its head's memory and refuses more than 512 MiB
-ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-
-
-class JobLost(Exception):
-    """The cluster knows no job of that name, or the line to it broke; the text says which."""
-
-
-@dataclass(frozen=True)
-class RemoteJob:
-    """What a cluster says of a job."""
-
-    state: str  # PENDING | RUNNING | SUCCEEDED | FAILED | STOPPED
-    message: str
+_POLL_S = 1.0
+_VERB_S = 180.0  # that a verb may take on the cluster
 
 
 class JobsDoor:
-    """A cluster's dashboard.  Every call raises JobLost when the line breaks."""
+    """A cluster's dashboard."""
 
-    def __init__(self, address: str) -> None:
-        """`address` is http://HOST:PORT.  Raises CannotConnect, RefusesToken."""
-        self.address = address
+    def __init__(self, address: str, folder: Path) -> None:
+        """`address` is http://HOST:PORT; `folder` is what the job and our verbs run in, sent when it is needed.
+
+        Raises CannotConnect, RefusesToken.
+        """
+        self.address, self._folder = address, folder
+        self._printed: dict[str, int] = {}  # characters by job
         with _shown_as_asked(address):
             from ray.job_submission import JobSubmissionClient
 
@@ -47,15 +41,13 @@ class JobsDoor:
                     raise RefusesToken(refusal(address)) from error
                 raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
 
-    def start(self, name: str, command: str, folder: Path) -> None:
-        """Upload a folder, then run a command in it on the head; `name` must be new there."""
+    def start(self, name: str, command: str, environment: Mapping[str, str] | None = None) -> None:
+        """Upload the folder, then run a command in it on the head; `name` must be new there."""
+        asked: dict[str, Any] = {"working_dir": str(self._folder)}
+        if environment:
+            asked["env_vars"] = dict(environment)
         with _line(self.address):
-            self._client.submit_job(
-                submission_id=name,
-                entrypoint=command,
-                runtime_env={"working_dir": str(folder)},
-                entrypoint_num_cpus=0,
-            )
+            self._client.submit_job(submission_id=name, entrypoint=command, runtime_env=asked, entrypoint_num_cpus=0)
 
     def look(self, name: str) -> RemoteJob:
         with _line(self.address):
@@ -67,19 +59,38 @@ class JobsDoor:
         with _line(self.address):
             return self._client.get_job_logs(name)
 
-    def forget(self, name: str) -> None:
-        """Remove a job that has ended from the cluster's list."""
-        with _line(self.address), contextlib.suppress(RuntimeError):
-            self._client.delete_job(name)
+    def follow(self, name: str, notice: Callable[[str], None]) -> Iterator[str]:
+        while True:
+            has_ended = self.look(name).state in ENDED
+            text, start = self.logs(name), self._printed.get(name, 0)
+            whole = len(text) if has_ended else text.rfind("\n") + 1
+            self._printed[name] = max(start, whole)
+            yield from text[start:whole].splitlines()
+            if has_ended:
+                return
+            time.sleep(_POLL_S)
 
-    def wait(self, name: str, timeout_s: float, poll_s: float = 0.5) -> RemoteJob:
-        """Until the job has ended.  Raises JobLost after the time."""
-        until = time.monotonic() + timeout_s
-        while (found := self.look(name)).state not in ENDED:
+    def ask(self, name: str, arguments: list[str]) -> str:
+        verb = f"{name}-{arguments[0]}-{uuid.uuid4().hex[:6]}"
+        self.start(verb, shlex.join(["python", "-m", "orchestrator", *arguments]))
+        until = time.monotonic() + _VERB_S
+        while (found := self.look(verb)).state not in ENDED:
             if time.monotonic() > until:
-                raise JobLost(f"{name} has not ended after {timeout_s:.0f} s")
-            time.sleep(poll_s)
-        return found
+                raise JobLost(f"{verb} has not ended after {_VERB_S:.0f} s")
+            time.sleep(_POLL_S / 2)
+        said = self.logs(verb)
+        with _line(self.address), contextlib.suppress(RuntimeError):
+            self._client.delete_job(verb)  # else the cluster's list of jobs would be full of our questions
+        if found.state != "SUCCEEDED":
+            raise VerbFailed(said.strip().splitlines()[-1] if said.strip() else found.message)
+        return said
+
+    def remove(self, name: str, folder: str) -> None:
+        """Ray removes what it was sent by itself."""
+
+    def tidy(self, name: str) -> bool:
+        """The job stays in the cluster's list, with what it printed."""
+        return False
 
 
 @contextlib.contextmanager
@@ -110,7 +121,7 @@ def _line(address: str) -> Iterator[None]:
     except RuntimeError as error:
         text = str(error)
         if "404" in text or "does not exist" in text:
-            raise JobLost(_first_line(error)) from error
+            raise JobGone(_first_line(error)) from error
         if "size" in text.lower() and "exceed" in text.lower():
             raise CannotConnect(_first_line(error)) from error
         raise

@@ -7,19 +7,21 @@ from __future__ import annotations
 
 import logging
 import textwrap
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Any
 
 from clusters.capability import ClusterCapability, Link, NodeCapability
-from clusters.connect import SLOT, connect
+from clusters.connect import SLOT, CannotConnect, connect
 from clusters.link import Peer
 from clusters.measure import LIMIT_S
 from clusters.node_probe import probe_node
 
 NODE_TIMEOUT_S = LIMIT_S + 60.0  # a worker process has to start first
 _LINK_TIMEOUT_S = 20.0
+SLOTS_TIMEOUT_S = 1800.0  # a node has to be rented, an image pulled
 _log = logging.getLogger(__name__)
 
 
@@ -40,16 +42,38 @@ class _Place:
 
 
 def probe_cluster(
-    address: str, refresh: bool = False, timeout_s: float = NODE_TIMEOUT_S, seconds: float = 5.0
+    address: str,
+    refresh: bool = False,
+    timeout_s: float = NODE_TIMEOUT_S,
+    seconds: float = 5.0,
+    num_slots: int = 0,
+    slots_timeout_s: float = SLOTS_TIMEOUT_S,
 ) -> ClusterCapability:
     """The nodes of the cluster at a Ray address; `local` is this machine, for which no Ray is started.
 
-    `timeout_s` bounds all nodes together, since they measure at the same time.  Raises CannotConnect.
+    `timeout_s` bounds all nodes together, since they measure at the same time.  Before, `num_slots` slots to train on
+    are asked for and waited for: they come where an autoscaler hears it, or machines are still to join.
+    Raises CannotConnect.
     """
     if address == "local":
         return ClusterCapability((probe_node(refresh, seconds),))
     with connect(address, num_slots=1, cores_per_slot=1):
+        if num_slots:
+            _wait_for_slots(num_slots, slots_timeout_s)
         return probe_connected(ClusterCapability(), refresh, timeout_s, seconds)
+
+
+def _wait_for_slots(count: int, timeout_s: float) -> None:
+    import ray
+    from ray.autoscaler.sdk import request_resources
+
+    until = time.monotonic() + timeout_s
+    if ray.cluster_resources().get(SLOT, 0) < count:
+        request_resources(bundles=[{SLOT: 1}] * count)
+    while (there := ray.cluster_resources().get(SLOT, 0)) < count:
+        if time.monotonic() > until:
+            raise CannotConnect(f"of {count} slots to train on {there:.0f} joined in {timeout_s:.0f} s")
+        time.sleep(0.5)
 
 
 def probe_connected(

@@ -197,14 +197,17 @@ def submit(
         str | None,
         typer.Option(
             "--cluster",
-            help="where: HOST:PORT of a Ray cluster, http://HOST:8265 of its dashboard, kuberay[:NAMESPACE]",
+            help="where: HOST:PORT of a Ray cluster, http://HOST:8265 of its dashboard, kuberay[:[CONTEXT/]NAMESPACE]",
         ),
     ] = None,
     render: Annotated[
         Path | None, typer.Option("--render", help="with kuberay: write the RayJob into this file and stop")
     ] = None,
+    attach: Annotated[
+        str | None, typer.Option("--attach", help="with kuberay: run on this RayCluster instead of one of its own")
+    ] = None,
     hardware: HardwareOption = None,
-    detach: Annotated[bool, typer.Option("--detach", help="with a dashboard: send the job and do not wait")] = False,
+    detach: Annotated[bool, typer.Option("--detach", help="send the job to a cluster and do not wait")] = False,
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="name of the run; one that exists goes on where it stands")
     ] = None,
@@ -219,19 +222,23 @@ def submit(
               orchestrator submit job.yaml --set train.learning_rate=1e-4
               orchestrator submit job.yaml --dry-run
               orchestrator submit job.yaml --cluster http://192.168.1.10:8265
+              orchestrator submit job.yaml --cluster kuberay:team --detach
     """
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return
     from orchestrator.run import submit as run_job
 
-    if cluster and cluster.partition(":")[0] == "kuberay":
-        remote_cli.render(asked_job(job, set_), cluster, hardware, render)
+    is_kuberay = bool(cluster) and cluster.partition(":")[0] == "kuberay"
+    if cluster and is_kuberay and render:
+        remote_cli.render(asked_job(job, set_), cluster, hardware, attach, run_id, render)
         return
-    if render or hardware:
-        raise JobError("--render and --hardware belong to --cluster kuberay; `plan --hardware FILE` plans for others")
-    if cluster and "://" in cluster:
-        found = remote_cli.submit(asked_job(job, set_), cluster, detach, json_)
+    if not is_kuberay and (render or hardware or attach):
+        raise JobError(
+            "--render, --attach and --hardware belong to --cluster kuberay; `plan --hardware FILE` plans for others"
+        )
+    if cluster and (is_kuberay or "://" in cluster):
+        found = remote_cli.submit(asked_job(job, set_), cluster, detach, json_, hardware, attach, run_id)
         if not detach:
             _print_result(found, json_)
         return
@@ -288,7 +295,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         search_cli.show(search, json_)
         return
     found = RunFolder.find(run, runs)
-    if remote_cli.is_remote(found):
+    if remote_cli.is_remote(found) and not remote_cli.is_closed(found):
         remote_cli.status(found, json_)
         return
     row, by_worker = run_row(found), workers.of_run(found.events()[0])

@@ -22,6 +22,7 @@ EXTRAS = {
     "gguf": "quickstart",
     "bitsandbytes": "quant",
     "deepspeed": "zero",
+    "kubernetes": "k8s",
 }
 
 

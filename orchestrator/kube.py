@@ -5,62 +5,121 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from clusters.capability import ClusterCapability
-from clusters.kuberay import Group, Wishes, config_map, mistakes, rayjob
-from clusters.units import GIB
+from clusters.kuberay import MOST_CONFIG_BYTES, Group, Wishes, config_map, mistakes, rayjob, rayjob_on
+from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
+from orchestrator.package import document_with, packed_files, refuse_too_large, size_of
 from orchestrator.plan import NodePlan, Plan
-from orchestrator.remote import document_with, packed_files
 
 _LEAST_POD_BYTES = 4 * GIB
 _BESIDE_BYTES = 2 * GIB  # Ray and the libraries of a pod whose plan counts its device's memory
+_JOB_FOLDER = "/etc/orchestrator"
 
 
-def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, run_id: str) -> list[dict[str, Any]]:
-    """The objects to create, in order.  Raises JobError for what KubeRay would refuse or a ConfigMap cannot hold."""
-    asked = job.spec.kubernetes
-    wishes = Wishes(
-        namespace=namespace,
-        image=asked.image,
-        gpu_image=asked.gpu_image,
-        claim=asked.claim,
-        storage=job.spec.cluster.storage if job.spec.cluster.storage.startswith("/") else "/storage",
-        queue=asked.queue,
-        secret=asked.secret,
-        keep_s=asked.keep_s,
-    )
-    groups = groups_of(plan, capability)
-    if asked.claim is None and sum(group.count for group in groups) > 0:
+@dataclass(frozen=True)
+class Objects:
+    """What is created for one job, and what has to lie on its volume before."""
+
+    job: dict[str, Any]
+    config: dict[str, Any] | None  # of a job whose pods are made for it
+    storage: str  # where the volume is seen there
+    uploads: dict[Path, str] = field(default_factory=dict)  # -> their names in the folder
+    texts: dict[str, str] = field(default_factory=dict)  # beside them
+
+    @property
+    def name(self) -> str:
+        return str(self.job["metadata"]["name"])
+
+    @property
+    def runs(self) -> str:
+        return f"{self.storage}/runs"
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.storage, self.name)
+
+
+def folder_of(storage: str, name: str) -> str:
+    """Where a job's files lie on the volume."""
+    return f"{storage}/jobs/{name}"
+
+
+def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, name: str) -> Objects:
+    """A RayJob with its cluster.  Raises JobError for what KubeRay would refuse or cannot be sent.
+
+    Text files up to what a ConfigMap holds travel in it; others are `uploads`.
+    """
+    wishes = _wishes(job, namespace)
+    if wishes.claim is None:
         raise JobError(
             "kubernetes.claim: name a ReadWriteMany volume claim; the run folder must be the same on every pod"
         )
+    groups = groups_of(plan, capability)
+    slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
     files = packed_files(job)
-    document = document_with(job, files, storage=f"{wishes.storage}/runs")
-    texts = {"job.yaml": yaml.safe_dump(document, sort_keys=False, allow_unicode=True)}
-    for source, place in files.items():
-        try:
-            texts[place] = source.read_text(encoding="utf-8")
-        except (UnicodeDecodeError, IsADirectoryError):
-            raise JobError(
-                f"{source} is not a text file: put it on the volume and name it in cluster.shared_paths"
-            ) from None
-    command = shlex.join(["python", "-m", "orchestrator", "submit", "/etc/orchestrator/job.yaml", "--run-id", run_id])
-    try:
-        config = config_map(run_id, namespace, texts)
-    except ValueError as error:
+    texts = _texts(files)
+    uploads = {} if texts is not None else files
+    refuse_too_large(uploads)
+    there = {source: f"{folder_of(wishes.storage, name)}/{place}" for source, place in uploads.items()} or files
+    document = document_with(job, there, f"{wishes.storage}/runs", wait_for_slots=slots)
+    config = config_map(name, namespace, {"job.yaml": document, **(texts or {})})
+    made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, wishes)
+    return _checked(Objects(made, config, wishes.storage, uploads))
+
+
+def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
+    """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
+    storage = job.spec.cluster.storage
+    if not storage.startswith("/"):
         raise JobError(
-            f"data: {error}; put the data on the volume and name its folder in cluster.shared_paths"
-        ) from None
-    made = rayjob(run_id, command, _ray_version(), groups, wishes)
-    if wrong := mistakes(made):
+            f"cluster.storage: {storage}; with --attach, state the folder (/storage) that every pod of {cluster} sees"
+        )
+    files = packed_files(job)
+    refuse_too_large(files)
+    folder = folder_of(storage, name)
+    there = {source: f"{folder}/{place}" for source, place in files.items()}
+    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), _wishes(job, namespace))
+    document = document_with(job, there, f"{storage}/runs")
+    return _checked(Objects(made, None, storage, files, {"job.yaml": document}))
+
+
+def _checked(objects: Objects) -> Objects:
+    if wrong := mistakes(objects.job):
         raise JobError([f"KubeRay would refuse it: {text}" for text in wrong])
-    return [config, made]
+    return objects
+
+
+def _wishes(job: Job, namespace: str) -> Wishes:
+    if job.spec.cluster.secrets and not job.spec.kubernetes.secret:
+        raise JobError(
+            "cluster.secrets: on Kubernetes secrets lie in a Secret; name it in kubernetes.secret (kubectl create"
+            " secret generic tokens --from-literal=HF_TOKEN=...)"
+        )
+    asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
+    storage = job.spec.cluster.storage
+    return Wishes(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
+
+
+def _texts(files: dict[Path, str]) -> dict[str, str] | None:
+    """Files as texts of a ConfigMap; None where they are too large or no texts."""
+    if any(source.is_dir() for source in files) or sum(map(size_of, files)) > MOST_CONFIG_BYTES:
+        return None
+    try:
+        return {place: source.read_text(encoding="utf-8") for source, place in files.items()}
+    except UnicodeDecodeError:
+        return None
+
+
+def _command(file: str, run_id: str) -> str:
+    return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id])
 
 
 def groups_of(plan: Plan, capability: ClusterCapability) -> list[Group]:
@@ -109,11 +168,28 @@ def _ray_version() -> str:
         return "2.60.0"
 
 
-def write(objects: list[dict[str, Any]], file: Path, say: Callable[[str], None]) -> None:
+def check_name(name: str) -> None:
+    """Raises JobError for what cannot be the name of a RayJob."""
+    if wrong := mistakes({"kind": "RayJob", "metadata": {"name": name}, "spec": {"clusterSelector": {"a": "b"}}}):
+        raise JobError([f"--run-id: {text.removeprefix('metadata.name: ')}" for text in wrong])
+
+
+def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
     """One YAML file to apply.  Raises JobError."""
+    if objects.uploads:
+        size = format_bytes(sum(map(size_of, objects.uploads)))
+        raise JobError(
+            f"data: {size} are more than a ConfigMap holds (900 KiB of text). Put them on the volume and name their"
+            " folder in cluster.shared_paths; or submit without --render, which sends them"
+        )
+    made = [part for part in (objects.config, objects.job) if part]
     try:
-        file.write_text(yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        file.write_text(as_yaml(*made), encoding="utf-8")
     except OSError as error:
         raise JobError(f"--render {file}: cannot be written: {error.strerror}") from None
-    namespace, name = objects[-1]["metadata"]["namespace"], objects[-1]["metadata"]["name"]
-    say(f"wrote {file}. Next: kubectl apply -f {file} && kubectl get rayjob -n {namespace} {name} --watch")
+    namespace = objects.job["metadata"]["namespace"]
+    say(f"wrote {file}. Next: kubectl apply -f {file} && kubectl get rayjob -n {namespace} {objects.name} --watch")
+
+
+def as_yaml(*objects: dict[str, Any]) -> str:
+    return yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True)

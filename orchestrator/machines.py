@@ -27,8 +27,10 @@ def declared(file: Path) -> ClusterCapability:
         raise JobError([f"--hardware {file}: {line}" for line in str(error).splitlines()]) from None
 
 
-def reached(address: str, say: Callable[[str], None], refresh: bool = False) -> ClusterCapability:
-    """What the machines behind an address can do, measured or remembered.
+def reached(
+    address: str, say: Callable[[str], None], refresh: bool = False, num_slots: int | None = None
+) -> ClusterCapability:
+    """What the machines behind an address can do, measured or remembered; first `num_slots` slots are waited for.
 
     A node whose probe fails is said and left out.  Raises ClusterError where nothing can be reached.
     """
@@ -40,7 +42,7 @@ def reached(address: str, say: Callable[[str], None], refresh: bool = False) -> 
         else:
             from clusters.ray_probe import probe_cluster
 
-            found = probe_cluster(address, refresh)
+            found = probe_cluster(address, refresh, num_slots=num_slots or 0)
     except CannotConnect as error:
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
     nodes = tuple(replace(node, devices=tuple(_known(device) for device in node.devices)) for node in found.nodes)

@@ -1,245 +1,275 @@
-"""A job on a cluster that only HTTP reaches: packed here, run there, its verbs answered there, its result fetched.
+"""A job on a cluster that only HTTP reaches: started there, its verbs answered there, its result fetched.
 
-What is sent is one folder: the job with its paths made relative, its data and model where they are local files, and the
-project itself.  On the cluster `orchestrator submit` runs as it would here; `--run-id` makes the same command go on
-where the run stands, so a head that restarts loses nothing.  Here stays `runs/<run_id>/remote.json`, by which
-`status`, `logs`, `stop`, `resume` and `fetch` find it from any shell.
+On the cluster `orchestrator submit` runs as it would here; `--run-id` makes the same command go on where the run
+stands, so a head that restarts loses nothing.  Here stays `runs/<run_id>/remote.json`, by which `status`, `logs`,
+`stop`, `resume` and `fetch` find it from any shell.  Which door it went through, a dashboard or an API server, only
+`opened` and `_start` know.
 """
 
 from __future__ import annotations
 
-import base64
-import io
+import contextlib
 import json
+import os
 import shlex
 import shutil
-import tarfile
 import time
-import uuid
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from clusters.connect import CannotConnect
-from clusters.ray_jobs import ENDED, UPLOAD_LIMIT_BYTES, JobLost, JobsDoor
+from clusters.door import ENDED, Door, JobGone, JobLost, RemoteJob, VerbFailed
+from clusters.ray_jobs import JobsDoor
 from clusters.units import format_bytes
+from orchestrator import package
 from orchestrator.errors import ClusterError, JobError, RunFailed
-from orchestrator.jobfile import Job, path_values
+from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
 
-_POLL_S = 1.0
-_VERB_S = 180.0  # that a verb may take on the cluster
+KUBERAY = "kuberay"
+_AGAIN_S = 1.0
 _LOST_S = 60.0  # that a broken line is tried again
-_PROJECT = ("orchestrator", "strategies", "clusters")
-_BEGIN, _END = "-----BEGIN RUN-----", "-----END RUN-----"
-_NOT_FETCHED = ("checkpoints", "logs", "stop", "replan")
+_Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
 class Remote:
     """Where a run lives that was started from here."""
 
-    address: str
+    address: str  # http://HOST:PORT, or kuberay[:[CONTEXT/]NAMESPACE]
     storage: str  # the folder of runs there
     attempts: tuple[str, ...]  # submissions, the newest last
+    secrets: tuple[str, ...] = ()  # names of environment variables here that go with it
+    uploads: str | None = None  # the folder there that holds its data
+    is_closed: bool = False  # its result is here, and nothing of the job is left there
 
     @classmethod
     def of(cls, run: RunFolder) -> Remote | None:
         values = run.read_json("remote.json")
-        return None if values is None else cls(values["address"], values["storage"], tuple(values["attempts"]))
+        if values is None:
+            return None
+        return cls(**{**values, "attempts": tuple(values["attempts"]), "secrets": tuple(values.get("secrets", ()))})
 
-    def keep(self, run: RunFolder) -> None:
+    def keep(self, run: RunFolder) -> Remote:
         run.write("remote.json", json.dumps(asdict(self), indent=1))
+        return self
 
 
-def submit(job: Job, address: str, output_dir: Path, say: Callable[[str], None], follow: bool = True) -> RunFolder:
-    """Send a job and, with `follow`, stay until it ends; its result then lies in the run folder here.
+def submit(job: Job, address: str, output_dir: Path, say: _Say, follow: bool = True) -> RunFolder:
+    """Send a job to a dashboard and, with `follow`, stay until it ends; its result then lies in the run folder here.
 
     Raises JobError for what cannot be sent, ClusterError where nobody answers, RunFailed when the job fails there.
     Ctrl-C detaches: the job goes on.
     """
-    door = _door(address)
+    secrets = tuple(job.spec.cluster.secrets)
+    _environment(secrets)
     run = RunFolder.create(output_dir, job.spec.name)
-    try:
-        size = pack(job, run.path / "package")
+    with begun(run, job):
+        with in_our_words(address):
+            door = JobsDoor(address, run.path / "package")
+        size = package.pack(job, run.path / "package")
         say(f"sending {format_bytes(size)} to {address} ...")
-        remote = Remote(address, job.spec.cluster.storage, ())
-        remote = _start(door, run, remote)
-    except BaseException:
-        shutil.rmtree(run.path, ignore_errors=True)  # nothing is left behind of what never began
-        raise
-    run.write("origin.json", json.dumps({"folder": str(job.folder)}))
-    run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
+        _start(door, run, Remote(address, job.spec.cluster.storage, (), secrets))
     say(f"run {run.run_id}")
     if follow:
         attach(run, say)
     return run
 
 
-def _start(door: JobsDoor, run: RunFolder, remote: Remote) -> Remote:
-    name = f"{run.run_id}-{len(remote.attempts) + 1}"
-    command = _command("submit", "job.yaml", "--run-id", run.run_id)
+@contextlib.contextmanager
+def begun(run: RunFolder, job: Job) -> Iterator[None]:
+    """A folder that is a run once the block has sent its job; nothing is left behind of what never began."""
     try:
-        door.start(name, command, run.path / "package")
-    except (JobLost, CannotConnect, RuntimeError) as error:
-        raise ClusterError(f"{door.address}: the job could not be started: {str(error).splitlines()[0]}") from error
-    remote = Remote(remote.address, remote.storage, (*remote.attempts, name))
-    remote.keep(run)
-    return remote
+        yield
+    except BaseException:
+        shutil.rmtree(run.path, ignore_errors=True)
+        raise
+    run.write("origin.json", json.dumps({"folder": str(job.folder)}))
+    run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
 
 
-def attach(run: RunFolder, say: Callable[[str], None]) -> None:
+def attach(run: RunFolder, say: _Say) -> None:
     """Print what the job prints until it ends, then fetch its result.  Raises RunFailed when it failed there."""
     remote = _remote(run)
-    door, name, printed, broken_since = _door(remote.address), remote.attempts[-1], 0, None
+    name = remote.attempts[-1]
     try:
-        while True:
-            try:
-                found = door.look(name)
-                text = door.logs(name)
-            except JobLost as error:
-                broken_since = broken_since or time.monotonic()
-                if time.monotonic() - broken_since > _LOST_S:
-                    raise ClusterError(
-                        f"{error}. The job goes on there; `orchestrator logs {run.run_id} --follow` attaches again"
-                    ) from error
-                time.sleep(_POLL_S)
-                continue
-            broken_since = None
-            whole = text.rfind("\n") + 1 if found.state not in ENDED else len(text)
-            for line in text[printed:whole].splitlines():
-                say(line)
-            printed = max(printed, whole)
-            if found.state in ENDED:
-                break
-            time.sleep(_POLL_S)
+        with in_our_words(remote.address):
+            door = opened(run, remote)
+            found = _until_it_ends(door, run, name, say)
     except KeyboardInterrupt:
         raise RunFailed(
             f"detached; the job goes on. `orchestrator logs {run.run_id} --follow` attaches again,"
             f" `orchestrator stop {run.run_id}` ends it"
         ) from None
-    fetch(run, say)
+    _bring_home(run, remote, door, found, say)
     if found.state != "SUCCEEDED":
-        raise RunFailed(
-            f"the job {found.state.lower()} on {remote.address}. `orchestrator resume {run.run_id}` goes on there"
-        )
+        why = f": {found.message}" if found.message else ""
+        raise RunFailed(f"the job {found.state.lower()}{why}. `orchestrator resume {run.run_id}` goes on there")
+
+
+def _until_it_ends(door: Door, run: RunFolder, name: str, say: _Say) -> RemoteJob:
+    broken_since = None
+    while True:
+        try:
+            with (run.path / "printed.log").open("a", encoding="utf-8") as kept:
+                for line in door.follow(name, say):
+                    say(line)
+                    kept.write(line + "\n")
+                    broken_since = None
+            return door.look(name)
+        except JobGone:
+            raise
+        except JobLost as error:
+            broken_since = broken_since or time.monotonic()
+            if time.monotonic() - broken_since > _LOST_S:
+                raise ClusterError(
+                    f"{error}. The job goes on there; `orchestrator logs {run.run_id} --follow` attaches again"
+                ) from error
+            time.sleep(_AGAIN_S)
+
+
+def _bring_home(run: RunFolder, remote: Remote, door: Door, found: RemoteJob, say: _Say) -> None:
+    """Fetch an ended job's run folder and give back what it holds there; a job may have ended before it had one."""
+    with in_our_words(remote.address):
+        try:
+            package.receive(door.ask(remote.attempts[-1], ["send", run.run_id, "--runs", remote.storage]), run.path)
+            say(f"fetched {run.run_id} into {run.path}")
+        except VerbFailed as error:
+            if found.state == "SUCCEEDED":
+                raise RunFailed(f"the result could not be fetched: {error}") from error
+            say(f"nothing could be fetched: {error}")
+        if found.state == "FAILED" and _is_kept_when_failed(run):
+            return
+        if remote.uploads and found.state == "SUCCEEDED":
+            door.remove(remote.attempts[-1], remote.uploads)
+        if door.tidy(remote.attempts[-1]):
+            replace(remote, is_closed=True).keep(run)
+
+
+def _is_kept_when_failed(run: RunFolder) -> bool:
+    asked = yaml.safe_load((run.path / "job.yaml").read_text(encoding="utf-8")).get("kubernetes") or {}
+    return asked.get("keep_failed_s") is not None
 
 
 def verb(run: RunFolder, *arguments: str) -> str:
     """What a verb of ours prints when it is run on the cluster, beside the job."""
     remote = _remote(run)
-    door, name = _door(remote.address), f"{run.run_id}-{arguments[0]}-{uuid.uuid4().hex[:6]}"
-    try:
-        door.start(name, _command(*arguments, "--runs", remote.storage), run.path / "package")
-        found, said = door.wait(name, _VERB_S), door.logs(name)
-        door.forget(name)
-    except JobLost as error:
-        raise ClusterError(f"{remote.address}: {error}") from error
-    if found.state != "SUCCEEDED":
-        raise RunFailed(said.strip().splitlines()[-1] if said.strip() else found.message)
-    return said
+    with in_our_words(remote.address):
+        try:
+            return opened(run, remote).ask(remote.attempts[-1], [*arguments, "--runs", remote.storage])
+        except VerbFailed as error:
+            raise RunFailed(str(error)) from error
 
 
-def resume(run: RunFolder, say: Callable[[str], None]) -> None:
+def look(run: RunFolder) -> RemoteJob:
+    """What the cluster says of the newest attempt."""
+    remote = _remote(run)
+    with in_our_words(remote.address):
+        return opened(run, remote).look(remote.attempts[-1])
+
+
+def stop(run: RunFolder) -> str:
+    """Ask the job to save and end; one that has not begun is taken back."""
+    remote = _remote(run)
+    if remote.is_closed:
+        raise JobError(f"{run.run_id} is not running; its state is {run.state_by_events()}")
+    with in_our_words(remote.address):
+        door = opened(run, remote)
+        if door.look(remote.attempts[-1]).state == "PENDING" and door.tidy(remote.attempts[-1]):
+            replace(remote, is_closed=True).keep(run)
+            return f"{run.run_id} had not begun; it is taken back\n"
+    return verb(run, "stop", run.run_id)
+
+
+def resume(run: RunFolder, say: _Say) -> None:
     """Start the same command again: it finds its run folder there and goes on."""
     remote = _remote(run)
-    door = _door(remote.address)
-    try:
-        state = door.look(remote.attempts[-1]).state
-    except JobLost:  # the cluster is a new one; its storage may be the old
-        state = "FAILED"
-    if state not in ENDED:
-        raise JobError(f"{run.run_id} is running on {remote.address}; `orchestrator logs {run.run_id} --follow`")
-    _start(door, run, remote)
+    with in_our_words(remote.address):
+        door = opened(run, remote)
+        try:
+            state = door.look(remote.attempts[-1]).state
+        except JobLost:  # it was taken away, or the cluster is a new one; its storage may be the old
+            state = "FAILED"
+        if state not in ENDED:
+            raise JobError(f"{run.run_id} is running on {remote.address}; `orchestrator logs {run.run_id} --follow`")
+        _start(door, run, remote)
     attach(run, say)
 
 
 def printed(run: RunFolder) -> str:
     """Everything the newest attempt printed so far."""
     remote = _remote(run)
-    try:
-        return _door(remote.address).logs(remote.attempts[-1])
-    except JobLost as error:
-        raise ClusterError(f"{remote.address}: {error}") from error
+    if remote.is_closed:
+        kept = run.path / "printed.log"
+        return kept.read_text(encoding="utf-8") if kept.exists() else ""
+    with in_our_words(remote.address):
+        return opened(run, remote).logs(remote.attempts[-1])
 
 
-def fetch(run: RunFolder, say: Callable[[str], None]) -> None:
+def fetch(run: RunFolder, say: _Say) -> None:
     """Bring the run folder here, without checkpoints: events, result, adapter."""
-    text = verb(run, "send", run.run_id)
-    try:
-        payload = text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)]
-        with tarfile.open(fileobj=io.BytesIO(base64.b64decode(payload)), mode="r:gz") as archive:
-            archive.extractall(run.path, filter="data")
-    except (ValueError, tarfile.TarError) as error:
-        raise RunFailed(f"what came from the cluster is no run: {error}") from error
-    say(f"fetched {run.run_id} into {run.path}")
+    remote = _remote(run)
+    if remote.is_closed:
+        say(f"{run.run_id} is in {run.path}")
+        return
+    with in_our_words(remote.address):
+        door = opened(run, remote)
+        found = door.look(remote.attempts[-1])
+    if found.state in ENDED:
+        _bring_home(run, remote, door, found, say)
+        return
+    package.receive(verb(run, "send", run.run_id), run.path)
+    say(f"fetched {run.run_id} into {run.path}; it goes on there")
 
 
-def send(run: RunFolder) -> str:
-    """The other side of `fetch`: the folder as text between two marks."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1) as archive:
-        for path in sorted(run.path.iterdir()):
-            if path.name not in _NOT_FETCHED and not path.name.startswith("."):
-                archive.add(path, path.name)
-    return f"{_BEGIN}\n{base64.encodebytes(out.getvalue()).decode()}{_END}"
+def opened(run: RunFolder, remote: Remote) -> Any:
+    """The door that the run went through.  Raises CannotConnect."""
+    return opened_at(remote.address) if is_kuberay(remote.address) else JobsDoor(remote.address, run.path / "package")
 
 
-def pack(job: Job, folder: Path) -> int:
-    """Write what is sent; its bytes.  Raises JobError past what Ray takes."""
-    files = packed_files(job)
-    size = 0
-    for source in files:
-        size += size_of(source)
-        if size > UPLOAD_LIMIT_BYTES:
-            raise JobError(
-                f"{source} has {format_bytes(size_of(source))}, and no more than {format_bytes(UPLOAD_LIMIT_BYTES)} can"
-                " be sent in all. Put it where every node sees it and name that folder in cluster.shared_paths"
-            )
-    folder.mkdir(parents=True)
-    for source, place in files.items():
-        if source.is_dir():
-            shutil.copytree(source, folder / place)
-        else:
-            shutil.copyfile(source, folder / place)
-    document = document_with(job, files, job.spec.cluster.storage)
-    (folder / "job.yaml").write_text(yaml.safe_dump(document, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    root = Path(__file__).resolve().parents[1]
-    for package in _PROJECT:
-        shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
-    return size_of(folder)
+def opened_at(address: str) -> Any:
+    """The API server of kuberay[:[CONTEXT/]NAMESPACE].  Raises ClusterError."""
+    from clusters.kube_door import KubeDoor
+
+    with in_our_words(address):
+        return KubeDoor(*place_of(address))
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of everything in a folder."""
-    return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+def _start(door: Any, run: RunFolder, remote: Remote) -> Remote:
+    """Start the next attempt through an open door."""
+    if is_kuberay(remote.address):
+        from orchestrator.kube_run import start_again
+
+        name = start_again(door, run)
+    else:
+        name = f"{run.run_id}-{len(remote.attempts) + 1}"
+        command = shlex.join(["python", "-m", "orchestrator", "submit", "job.yaml", "--run-id", run.run_id])
+        try:
+            door.start(name, command, _environment(remote.secrets))
+        except RuntimeError as error:
+            raise ClusterError(f"{door.address}: the job could not be started: {str(error).splitlines()[0]}") from error
+    return replace(remote, attempts=(*remote.attempts, name), is_closed=False).keep(run)
 
 
-def packed_files(job: Job) -> dict[Path, str]:
-    """What of a job is local and must be sent -> its name there.  What every node sees stays where it is."""
-    shared = [Path(path) for path in job.spec.cluster.shared_paths]
-    files: dict[Path, str] = {}
-    for value in path_values(yaml.safe_load(job.text)):
-        source = job.path(value)
-        if source.exists() and source not in files and not any(source.is_relative_to(path) for path in shared):
-            files[source] = f"{len(files)}-{source.name}"
-    return files
+def is_kuberay(address: str) -> bool:
+    return address.partition(":")[0] == KUBERAY
 
 
-def document_with(job: Job, files: dict[Path, str], storage: str) -> dict[str, Any]:
-    """The job file as it is read there: local paths by their names, the cluster it is on, the folder of runs."""
-    document = yaml.safe_load(job.text)
-    path_values(document, lambda value: files.get(job.path(value), value))
-    document.setdefault("cluster", {}).update({"address": "auto"})
-    document.setdefault("checkpoint", {})["output_dir"] = storage
-    return document
+def place_of(address: str) -> tuple[str | None, str | None]:
+    """Context and namespace of kuberay[:[CONTEXT/]NAMESPACE]; None = the current one."""
+    context, _, namespace = address.partition(":")[2].rpartition("/")  # a context's name may hold slashes
+    return context or None, namespace or None
 
 
-def _command(*arguments: str) -> str:
-    return shlex.join(["python", "-m", "orchestrator", *arguments])
+def _environment(secrets: tuple[str, ...]) -> dict[str, str]:
+    """Secrets by name.  Their values go to the cluster and nowhere else.  Raises JobError."""
+    if missing := [name for name in secrets if name not in os.environ]:
+        raise JobError(f"cluster.secrets: {', '.join(missing)} is not set in this shell: export it first")
+    return {name: os.environ[name] for name in secrets}
 
 
 def _remote(run: RunFolder) -> Remote:
@@ -249,8 +279,9 @@ def _remote(run: RunFolder) -> Remote:
     return remote
 
 
-def _door(address: str) -> JobsDoor:
+@contextlib.contextmanager
+def in_our_words(address: str) -> Iterator[None]:
     try:
-        return JobsDoor(address)
-    except CannotConnect as error:
+        yield
+    except (CannotConnect, JobLost) as error:
         raise ClusterError(f"--cluster {address}: {error}") from error

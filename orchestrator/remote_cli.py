@@ -8,7 +8,7 @@ from pathlib import Path
 
 import typer
 
-from orchestrator import remote
+from orchestrator import package, remote
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
@@ -17,14 +17,37 @@ from orchestrator.verbs import RunArgument, RunsOption, out, print_json, say
 
 def is_remote(run: RunFolder) -> bool:
     """Whether a run was sent to a cluster from here."""
-    return (run.path / "remote.json").exists()
+    return remote.Remote.of(run) is not None
 
 
-def submit(job: Job, address: str, detach: bool, as_json: bool) -> RunFolder:
+def is_closed(run: RunFolder) -> bool:
+    """Whether everything of a run that was sent is here again."""
+    found = remote.Remote.of(run)
+    return found is not None and found.is_closed
+
+
+def submit(
+    job: Job,
+    address: str,
+    detach: bool,
+    as_json: bool,
+    hardware: Path | None = None,
+    cluster: str | None = None,
+    run_id: str | None = None,
+) -> RunFolder:
     """Send a job; stay until it ends, unless detached."""
     from orchestrator.run import output_dir
 
-    run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
+    if remote.is_kuberay(address):
+        from orchestrator import kube_run
+
+        run = kube_run.submit(
+            job, address, output_dir(job), _listener(as_json), hardware, cluster, run_id, follow=not detach
+        )
+    elif run_id or cluster or hardware:
+        raise JobError("--run-id, --attach and --hardware belong to --cluster kuberay, not to a dashboard")
+    else:
+        run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
     if detach:
         if as_json:
             print_json({"run": run.run_id, "path": str(run.path)})
@@ -39,13 +62,21 @@ def resume(run: RunFolder, as_json: bool) -> None:
 
 
 def status(run: RunFolder, as_json: bool) -> None:
-    """Ask the cluster."""
+    """Ask the cluster; what has not begun, or ended before it had a folder, is known from the job alone."""
+    found = remote.look(run)
+    if found.state == "PENDING":
+        row = {"run": run.run_id, "state": "waiting", "message": found.message}
+        if as_json:
+            print_json(row)
+        else:
+            out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), markup=False, soft_wrap=True)
+        return
     sys.stdout.write(remote.verb(run, "status", run.run_id, *(["--json"] if as_json else [])))
 
 
 def logs(run: RunFolder, follow: bool) -> None:
     """What the job printed there."""
-    if follow:
+    if follow and not is_closed(run):
         remote.attach(run, _listener(False))
     else:
         sys.stdout.write(remote.printed(run))
@@ -53,26 +84,20 @@ def logs(run: RunFolder, follow: bool) -> None:
 
 def stop(run: RunFolder) -> None:
     """Ask the job there to save and stop."""
-    sys.stdout.write(remote.verb(run, "stop", run.run_id))
+    sys.stdout.write(remote.stop(run))
 
 
-def render(job: Job, cluster: str, hardware: Path | None, file: Path | None) -> None:
-    """Plan for the declared node classes and write the RayJob."""
-    from datetime import datetime
+def render(job: Job, cluster: str, hardware: Path | None, attach: str | None, run_id: str | None, file: Path) -> None:
+    """Plan for the declared node classes, or those of the cluster, and write the RayJob."""
+    from orchestrator import kube, kube_run
 
-    from orchestrator import kube
-    from orchestrator.machines import declared
-    from orchestrator.run import plan_without_data
-
-    if file is None or hardware is None:
-        raise JobError(
-            "--cluster kuberay: give --hardware FILE, which declares the cluster's node classes, and --render FILE for"
-            " the RayJob; nothing is sent to an API server by this version"
-        )
-    capability = declared(hardware)
-    ready = plan_without_data(job, capability, say)
-    name = kube.object_name(f"{job.spec.name}-{datetime.now():%m%d-%H%M%S}")
-    kube.write(kube.rendered(job, ready.plan, capability, cluster.partition(":")[2] or "default", name), file, say)
+    _, namespace = remote.place_of(cluster)
+    name = run_id or kube_run.new_name(job)
+    kube.check_name(name)
+    door = None
+    if hardware is None and attach is None:
+        door = remote.opened_at(cluster)
+    kube.write(kube_run.objects_for(job, name, door, hardware, attach, say, namespace or "default"), file, say)
 
 
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
@@ -85,7 +110,7 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
 
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     """The other side of `fetch`, on the cluster."""
-    sys.stdout.write(remote.send(RunFolder.find(run, runs)) + "\n")
+    sys.stdout.write(package.send(RunFolder.find(run, runs)) + "\n")
 
 
 def _listener(as_json: bool) -> Callable[[str], None]:

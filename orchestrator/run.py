@@ -109,7 +109,7 @@ def prepare(
             f"model.model_name_or_path: {shape.model_type} is an encoder; it can be planned, not trained here"
         )
     max_length, _ = planner.resolve_max_length(job.spec, config)
-    capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
+    capability = declared or _reached(job, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
     train, held_out = data.train, data.held_out
     counts = counts_of(held_out)
@@ -121,6 +121,13 @@ def prepare(
     plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
+
+
+def _reached(job: Job, say: Callable[[str], None], refresh: bool) -> ClusterCapability:
+    asked = job.spec.cluster
+    if asked.wait_for_slots and asked.address != "local":
+        say(f"waiting for {asked.wait_for_slots} slots to train on ...")
+    return machines.reached(asked.address, say, refresh, asked.wait_for_slots)
 
 
 def counts_of(held_out: Any) -> HeldOut | None:
@@ -150,7 +157,7 @@ def plan_without_data(
     max_length, _ = planner.resolve_max_length(job.spec, config)
     lengths, learnt = rough_lengths(job, max_length)
     counts, lengths, learnt = _rough_held_out(job, max_length, lengths, learnt)
-    capability = declared or machines.reached(job.spec.cluster.address, say, refresh)
+    capability = declared or _reached(job, say, refresh)
     plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)
     statistics = {"train": None, "rough": f"{len(lengths)} rows of about {sum(lengths) / len(lengths):.0f} tokens"}
     return Ready(job, plan, capability, work, {}, statistics)

@@ -182,6 +182,12 @@ class ClusterSection(Section):
     shared_paths: list[str] = _key(
         [], "folders that every node of the cluster sees at the same place: what lies there is not sent"
     )
+    wait_for_slots: int | None = _key(
+        None, "slots to train on that must have joined before planning; an autoscaler is asked for them", ge=1
+    )
+    secrets: list[str] = _key(
+        [], "names of environment variables here that a job sent to a dashboard finds in its own environment"
+    )
     wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
 
 
@@ -193,7 +199,14 @@ class KubernetesSection(Section):
     claim: str | None = _key(None, "ReadWriteMany volume claim for runs, mounted at cluster.storage (else /storage)")
     queue: str | None = _key(None, "Kueue's local queue")
     secret: str | None = _key(None, "a Secret whose keys become the pods' environment, e.g. HF_TOKEN")
+    pull_secret: str | None = _key(None, "a Secret with the login of the images' registry")
+    node_selector: dict[str, str] = _key({}, "labels of the nodes that pods may run on")
+    tolerations: list[dict[str, Any]] = _key([], "taints that pods bear, as Kubernetes writes them")
+    runtime_class: str | None = _key(None, "RuntimeClass of pods with a GPU, e.g. nvidia")
+    autoscale: bool = _key(False, "workers come when the job asks for them (Ray's autoscaler v2)")
+    retries: int = _key(1, "new clusters after a lost head or a failed job; each goes on from the checkpoint", ge=0)
     keep_s: int = _key(600, "seconds that the finished job's pods stay", ge=0)
+    keep_failed_s: int | None = _key(None, "seconds that a failed job's pods stay, where not keep_s", ge=0)
 
 
 class CheckpointSection(Section):

@@ -101,7 +101,7 @@ def test_each_heavy_library_has_one_owner():
     assert owners["optuna"] == {"orchestrator/search/sampling.py"}
     assert owners["matplotlib"] == {"orchestrator/report/plots.py"}
     assert owners["mlflow"] == {"orchestrator/tracking.py"}
-    assert owners["kubernetes"] == set()
+    assert owners["kubernetes"] == {"clusters/kube_door.py"}
     doors = {"orchestrator/training/launch.py", "orchestrator/search/tuning.py"}
     own = {f"clusters/{name}.py" for name in ("connect", "ray_probe", "ray_jobs", "roster")} | doors
     assert owners["ray"] == own

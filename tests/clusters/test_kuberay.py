@@ -1,6 +1,7 @@
 """RayJobs against KubeRay's real schemas and the operator's rules; what both refuse is refused before it is sent."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusters.kuberay import Group, Wishes, config_map, mistakes, rayjob
+from clusters.kuberay import Group, Wishes, config_map, helper_pod, mistakes, rayjob, rayjob_on
 from clusters.units import GIB
 from orchestrator.kube import object_name
 from tests.conftest import rows, write_jsonl
@@ -48,17 +49,81 @@ def test_what_a_real_server_and_operator_took_is_taken():
     assert {name: told for name, told in found.items() if any(told)} == {}
 
 
+EVERYTHING = Wishes(
+    namespace="ray",
+    claim="runs",
+    queue="team",
+    secret="tokens",
+    pull_secret="registry",
+    node_selector={"pool": "training"},
+    tolerations=[{"key": "training", "operator": "Exists", "effect": "NoSchedule"}],
+    runtime_class="nvidia",
+    retries=3,
+    keep_s=0,
+)
+
+
 @needs_schemas
 @pytest.mark.parametrize(
     "wishes",
-    [Wishes(), Wishes(claim="runs", queue="team", secret="tokens", namespace="ray", keep_s=0)],
-    ids=["plain", "everything"],
+    [
+        Wishes(),
+        EVERYTHING,
+        Wishes(claim="runs", autoscale=True, runtime_class="nvidia"),
+        Wishes(claim="runs", keep_failed_s=86400),
+    ],
+    ids=["plain", "everything", "autoscaled", "failed-ones-stay"],
 )
 def test_a_rendered_job_is_taken(wishes):
     made = rayjob("support-1125-120000", "python -m orchestrator", "2.60.0", GROUPS, wishes)
 
     assert refused(made) == []
+    for pod in pods_of(made):
+        _core_kinds_hold(pod)
+    _core_kinds_hold(helper_pod(made, "support-1125-120000-1a2b3"))
     _core_kinds_hold(config_map("a", "b", {"job.yaml": "x"}))
+
+
+@needs_schemas
+def test_a_job_for_a_cluster_that_exists_is_taken():
+    made = rayjob_on("finetune", "support-1125-120000", "python -m orchestrator", Wishes(namespace="ray"))
+
+    assert refused(made) == []
+    assert made["spec"]["clusterSelector"] == {"ray.io/cluster": "finetune"}
+    assert not made["spec"]["shutdownAfterJobFinishes"]  # it is not ours to end
+
+
+def pods_of(job):
+    """The pods the operator would make of a RayJob, for a judge of core kinds."""
+    cluster = job["spec"]["rayClusterSpec"]
+    templates = [group["template"] for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"])]
+    for template in [*templates, job["spec"]["submitterPodTemplate"]]:
+        yield {"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a", "namespace": "b"}, **template}
+
+
+def test_every_pod_is_hardened_and_goes_where_it_is_told():
+    made = rayjob("a", "c", "2.60.0", GROUPS, EVERYTHING)
+    pods = [pod["spec"] for pod in pods_of(made)]
+
+    assert len(pods) == 4
+    for pod in pods:
+        assert pod["nodeSelector"] == {"pool": "training"} and pod["imagePullSecrets"] == [{"name": "registry"}]
+        assert pod["securityContext"]["runAsNonRoot"] and not pod["automountServiceAccountToken"]
+        (container,) = pod["containers"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert container["envFrom"] == [{"secretRef": {"name": "tokens"}}]
+    gpu = pods[2]
+    assert gpu["runtimeClassName"] == "nvidia" and "runtimeClassName" not in pods[1]
+    assert [one["key"] for one in gpu["tolerations"]] == ["training", "nvidia.com/gpu"]
+    assert made["spec"]["backoffLimit"] == 3 and made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
+
+
+def test_workers_of_an_autoscaled_job_come_from_nothing():
+    made = rayjob("a", "c", "2.60.0", GROUPS, Wishes(claim="runs", autoscale=True))
+    cpu, gpu = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+
+    assert [(group["minReplicas"], group["maxReplicas"]) for group in (cpu, gpu)] == [(0, 1), (0, 2)]
+    assert cpu["template"]["spec"]["restartPolicy"] == "Never"
 
 
 @needs_schemas
@@ -126,6 +191,7 @@ def render(job, *arguments):
     return subprocess.run(
         [sys.executable, "-m", "orchestrator", "submit", "job.yaml", "--cluster", "kuberay:ray", *arguments],
         cwd=job,
+        env={**os.environ, "HOME": str(job), "KUBECONFIG": str(job / "none"), "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -150,7 +216,14 @@ def test_submit_renders_a_job_that_is_taken(job):
 @pytest.mark.parametrize(
     ("arguments", "code", "says"),
     [
-        ([], 2, "--render FILE"),
+        (["--render", "out.yaml"], 4, "no Kubernetes cluster is known here"),
+        (["--hardware", "nodes.yaml", "--run-id", "Big_Name", "--render", "out.yaml"], 2, "small letters"),
+        (["--attach", "finetune", "--render", "out.yaml"], 2, "cluster.storage"),
+        (
+            ["--hardware", "nodes.yaml", "--render", "out.yaml", "-s", "cluster.secrets=[HF_TOKEN]"],
+            2,
+            "kubernetes.secret",
+        ),
         (["--hardware", "nodes.yaml", "--render", "out.yaml", "--set", "kubernetes.claim=null"], 2, "kubernetes.claim"),
         (["--hardware", "nodes.yaml", "--render", "no/where.yaml"], 2, "cannot be written"),
         (["--hardware", "nodes.yaml", "--render", "out.yaml", "--set", "goal.max_hours=0.0000001"], 3, "max_hours"),

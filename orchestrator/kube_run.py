@@ -1,0 +1,158 @@
+"""A job's way to Kubernetes: node classes from the API server, plan, objects, data onto the volume, RayJob."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clusters import datasheet
+from clusters.capability import ClusterCapability
+from clusters.hardware_file import ImpossibleHardware, hardware_of
+from clusters.units import GIB, MIB, format_bytes
+from orchestrator import kube, machines, package, remote
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job
+from orchestrator.rundir import RunFolder
+
+_Say = Callable[[str], None]
+_OTHERS_CORES, _OTHERS_FRACTION = 1, 0.1  # of a node, for what runs on every node
+_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "m": 1e-3}
+
+
+def submit(
+    job: Job,
+    address: str,
+    output_dir: Path,
+    say: _Say,
+    hardware: Path | None = None,
+    cluster: str | None = None,
+    run_id: str | None = None,
+    follow: bool = True,
+) -> RunFolder:
+    """Send a job as a RayJob and, with `follow`, stay until it ends; its result then lies in the run folder here.
+
+    `cluster` is a RayCluster to run on instead of one of its own.  A `run_id` that was sent before goes on.
+    Raises JobError, NothingFits before anything is created, ClusterError, RunFailed.
+    """
+    name = run_id or new_name(job)
+    kube.check_name(name)
+    known = RunFolder(output_dir / name)
+    if (known.path / known.marker).is_file():
+        return _go_on(known, say)
+    with remote.in_our_words(address):
+        door = remote.opened_at(address)
+        objects = objects_for(job, name, door, hardware, cluster, say)
+        run = RunFolder.create(output_dir, job.spec.name, name)
+        with remote.begun(run, job):
+            run.write("kube.yaml", kube.as_yaml(objects.job, *([objects.config] if objects.config else [])))
+            uploads = objects.folder if objects.uploads or objects.texts else None
+            _send(door, objects, say)
+            remote.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
+    say(f"run {name} in {door.namespace}")
+    if follow:
+        remote.attach(run, say)
+    return run
+
+
+def _go_on(run: RunFolder, say: _Say) -> RunFolder:
+    """The same command again: wait for what runs, start what ended."""
+    if run.state_by_events() == "finished":
+        return run
+    try:
+        remote.resume(run, say)
+    except JobError:  # it is running
+        remote.attach(run, say)
+    return run
+
+
+def _send(door: Any, objects: kube.Objects, say: _Say) -> None:
+    door.rehearse(objects.job, objects.config)
+    if objects.uploads or objects.texts:
+        packed = package.archive(objects.uploads, objects.texts)
+        say(f"sending {format_bytes(len(packed))} to the volume ...")
+        door.put(objects.name, objects.job, objects.folder, packed)
+    door.start(objects.name, objects.job, objects.config)
+
+
+def start_again(door: Any, run: RunFolder) -> str:
+    """The objects of a run once more, in place of those that ended."""
+    objects = list(yaml.safe_load_all((run.path / "kube.yaml").read_text(encoding="utf-8")))
+    job, config = objects[0], objects[1] if len(objects) > 1 else None
+    door.tidy(run.run_id)
+    door.wait_gone(run.run_id)
+    door.start(run.run_id, job, config)
+    return run.run_id
+
+
+def objects_for(
+    job: Job, name: str, door: Any, hardware: Path | None, cluster: str | None, say: _Say, namespace: str = "default"
+) -> kube.Objects:
+    """Plan and render.  Without a door, `hardware` must tell of the nodes."""
+    from orchestrator.run import plan_without_data
+
+    namespace = door.namespace if door else namespace
+    if cluster:
+        return kube.rendered_on(cluster, job, namespace, name)
+    capability = machines.declared(hardware) if hardware else nodes_of(door.nodes())
+    ready = plan_without_data(job, capability, say)
+    return kube.rendered(job, ready.plan, capability, namespace, name)
+
+
+def nodes_of(listed: list[dict[str, Any]]) -> ClusterCapability:
+    """What the API server says of its nodes, as a hardware file would; those that take no pods are left out.
+
+    GPUs are known by the labels of NVIDIA's feature discovery.  Raises JobError where no node is left.
+    """
+    declared, unknown = [], []
+    for node in listed:
+        spec, status, labels = node.get("spec") or {}, node["status"], node["metadata"].get("labels") or {}
+        if spec.get("unschedulable") or any(_keeps_off(taint) for taint in spec.get("taints") or []):
+            continue
+        allocatable = status["allocatable"]
+        cores = int(_amount(allocatable["cpu"])) - _OTHERS_CORES
+        memory_gib = _amount(allocatable["memory"]) * (1 - _OTHERS_FRACTION) / GIB
+        entry: dict[str, Any] = {
+            "name": node["metadata"]["name"],
+            "cores": max(1, cores),
+            "memory_gib": round(memory_gib, 2),
+        }
+        count = int(_amount(allocatable.get("nvidia.com/gpu", "0")))
+        if count:
+            product = labels.get("nvidia.com/gpu.product", "").replace("-", " ")
+            memory = float(labels.get("nvidia.com/gpu.memory", 0)) * MIB
+            card = datasheet.find(product, int(memory) or None) if product else None
+            if card is None:
+                unknown.append(f"{entry['name']} ({product or 'no nvidia.com/gpu.product label'})")
+                continue
+            entry["gpus"] = [{"name": card.name, "count": count, "memory_gib": round(card.memory_bytes / GIB)}]
+        declared.append(entry)
+    if not declared:
+        why = f"; their GPUs are unknown: {', '.join(unknown)}" if unknown else ""
+        raise JobError(f"no node of the cluster takes pods{why}. --hardware FILE declares its node classes")
+    try:
+        return hardware_of({"nodes": declared})
+    except ImpossibleHardware as error:
+        raise JobError(f"the cluster's nodes cannot be planned for: {error}. --hardware FILE declares them") from None
+
+
+def _keeps_off(taint: dict[str, Any]) -> bool:
+    return taint.get("effect") in ("NoSchedule", "NoExecute") and taint.get("key") != "nvidia.com/gpu"
+
+
+def _amount(quantity: str) -> float:
+    """A Kubernetes quantity: 16, 500m, 65Gi."""
+    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(quantity))
+    if match is None or (match[2] and match[2] not in _UNITS):
+        raise JobError(f"{quantity!r} is no quantity of Kubernetes")
+    return float(match[1]) * _UNITS.get(match[2], 1)
+
+
+def new_name(job: Job) -> str:
+    """A name for a run that Kubernetes takes; the moment at its end stays whole however long the job's name."""
+    stamp = f"{datetime.now():%m%d-%H%M%S}"
+    return f"{kube.object_name(job.spec.name)[: 46 - len(stamp)].rstrip('-')}-{stamp}"
