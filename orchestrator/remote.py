@@ -26,7 +26,7 @@ from clusters.door import ENDED, Door, JobGone, JobLost, RemoteJob, VerbFailed
 from clusters.ray_jobs import JobsDoor
 from clusters.units import format_bytes
 from orchestrator import package
-from orchestrator.errors import ClusterError, JobError, RunFailed
+from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
 
@@ -106,6 +106,8 @@ def attach(run: RunFolder, say: _Say) -> None:
             f" `orchestrator stop {run.run_id}` ends it"
         ) from None
     _bring_home(run, remote, door, found, say)
+    if run.state_by_events() == "stopped":
+        raise Stopped(f"stopped as asked. `orchestrator resume {run.run_id}` goes on there")
     if found.state != "SUCCEEDED":
         why = f": {found.message}" if found.message else ""
         raise RunFailed(f"the job {found.state.lower()}{why}. `orchestrator resume {run.run_id}` goes on there")
@@ -144,7 +146,7 @@ def _bring_home(run: RunFolder, remote: Remote, door: Door, found: RemoteJob, sa
             say(f"nothing could be fetched: {error}")
         if found.state == "FAILED" and _is_kept_when_failed(run):
             return
-        if remote.uploads and found.state == "SUCCEEDED":
+        if remote.uploads and run.state_by_events() == "finished":
             door.remove(remote.attempts[-1], remote.uploads)
         if door.tidy(remote.attempts[-1]):
             replace(remote, is_closed=True).keep(run)

@@ -21,7 +21,7 @@ from clusters.connect import CannotConnect, connect
 from orchestrator import calibration, machines, models, money, planner, workload
 from orchestrator.aside import Aside
 from orchestrator.card import write_card
-from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed
+from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
@@ -370,7 +370,7 @@ def _judge(run: RunFolder) -> None:
     """A run that trained no step or saved no checkpoint has failed, whatever Ray says."""
     state = run.state_by_events()
     if state == "stopped":
-        raise RunFailed(f"stopped as asked. `orchestrator resume {run.run_id}` goes on from the last checkpoint")
+        raise Stopped(f"stopped as asked. `orchestrator resume {run.run_id}` goes on from the last checkpoint")
     if not run.steps():
         raise RunFailed(f"no step was trained; `orchestrator logs {run.run_id}` shows what the workers said")
     if not any(run.checkpoints.glob("step-????????")) or run.exported() is None or state != "finished":

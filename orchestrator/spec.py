@@ -196,7 +196,7 @@ class KubernetesSection(Section):
 
     image: str = _key("orchestrator:cpu", "container image of pods that train on their CPU, and of the head")
     gpu_image: str = _key("orchestrator:cuda", "container image of pods with a GPU")
-    claim: str | None = _key(None, "ReadWriteMany volume claim for runs, mounted at cluster.storage (else /storage)")
+    claim: str = _key("runs", "ReadWriteMany volume claim for runs, mounted at cluster.storage (else /storage)")
     queue: str | None = _key(None, "Kueue's local queue")
     secret: str | None = _key(None, "a Secret whose keys become the pods' environment, e.g. HF_TOKEN")
     pull_secret: str | None = _key(None, "a Secret with the login of the images' registry")

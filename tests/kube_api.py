@@ -14,7 +14,6 @@ import json
 import os
 import re
 import shlex
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 from aiohttp import WSMsgType, web
 
@@ -358,6 +358,8 @@ class Operator:
     def __init__(self, api: KubeApi, missing_images: tuple[str, ...] = ()) -> None:
         self.api, self.missing_images = api, missing_images
         self._running: dict[str, list[subprocess.Popen[bytes]]] = {}
+        self._tokens: dict[str, str] = {}
+        self._addresses: dict[str, dict[str, str]] = {}  # environment of whoever speaks to a cluster's dashboard
         self._known: set[str] = set()
         self._stop = threading.Event()
         self._threads: list[threading.Thread] = []
@@ -373,10 +375,13 @@ class Operator:
             thread.join(20)
 
     def kill(self, cluster: str) -> None:
-        """End every process of a cluster, as a node that burns down does."""
-        for process in reversed(self._running.pop(cluster, [])):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+        """End every process of a cluster, as a node that burns down does; Ray's children have sessions of their own."""
+        token = self._tokens.pop(cluster, None)
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if token and process.environ().get("RAY_AUTH_TOKEN") == token:
+                    process.kill()
+        for process in self._running.pop(cluster, []):
             process.wait(20)
 
     def _watch(self) -> None:
@@ -395,6 +400,10 @@ class Operator:
                 ):
                     self._pod_state(pod, "Running")
             clusters = self.api.named("rayclusters")
+            for name, cluster in clusters.items():
+                if not cluster["metadata"].get("ownerReferences") and name not in self._known:
+                    self._known.add(name)
+                    self._bring_up(cluster, lambda: not self._stop.is_set())
             for cluster in [name for name in self._running if name not in clusters]:
                 self.kill(cluster)
 
@@ -435,49 +444,54 @@ class Operator:
         until = time.monotonic() + spec.get("ttlSecondsAfterFinished", 1e9)
         while self._there(job) and time.monotonic() < until:
             time.sleep(0.1)
-        self.api.delete("rayclusters", job["metadata"]["namespace"], cluster)
+        if "rayClusterSpec" in spec:
+            self.api.delete("rayclusters", job["metadata"]["namespace"], cluster)
 
     def _attempt(self, job: dict[str, Any], cluster: str) -> int | None:
         """Make the cluster, run the job; its exit code, None when it was deleted or its pods cannot start."""
-        namespace, spec = job["metadata"]["namespace"], job["spec"]["rayClusterSpec"]
-        owner = {
-            "apiVersion": "ray.io/v1",
-            "kind": "RayJob",
-            "name": job["metadata"]["name"],
-            "uid": job["metadata"]["uid"],
-        }
-        metadata = {"name": cluster, "namespace": namespace, "ownerReferences": [owner]}
-        made = self.api.store("rayclusters", {"kind": "RayCluster", "metadata": metadata, "spec": spec})
+        existing = (job["spec"].get("clusterSelector") or {}).get("ray.io/cluster")
+        if existing:
+            self._say(job, rayClusterName=existing)
+            made, cluster = self.api.named("rayclusters")[existing], existing
+        else:
+            owner = {"kind": "RayJob", "name": job["metadata"]["name"], "uid": job["metadata"]["uid"]}
+            metadata = {"name": cluster, "namespace": job["metadata"]["namespace"], "ownerReferences": [owner]}
+            made = {"kind": "RayCluster", "metadata": metadata, "spec": job["spec"]["rayClusterSpec"]}
+            if not self._bring_up(self.api.store("rayclusters", made), lambda: self._there(job)):
+                return None
+        self._say(job, jobDeploymentStatus="Running", jobStatus="PENDING")
+        return self._submit(job, cluster, made)
+
+    def _bring_up(self, made: dict[str, Any], is_wanted: Any) -> bool:
+        """Start the pods of a RayCluster; whether they run."""
+        cluster, spec = made["metadata"]["name"], made["spec"]
         pods = [self._pod(made, "head", f"{cluster}-head", spec["headGroupSpec"])]
         for group in spec["workerGroupSpecs"]:
             names = [f"{cluster}-{group['groupName']}-worker-{uuid.uuid4().hex[:5]}" for _ in range(group["replicas"])]
             pods += [self._pod(made, "worker", name, group) for name in names]
         while not all(self._can_start(pod) for pod, _ in pods):
-            if not self._there(job):
-                return None
+            if not is_wanted():
+                return False
             time.sleep(0.1)
-        port, dashboard = free_port(), free_port()
-        token = uuid.uuid4().hex * 2
-        environment = pod_environment(
-            self.api.folder / "home", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token, RAY_ADDRESS=f"127.0.0.1:{port}"
-        )
-        (self.api.folder / "home").mkdir(exist_ok=True)
-        self._running[cluster] = []
+        port, dashboard, token = free_port(), free_port(), uuid.uuid4().hex * 2
+        home = self.api.folder / "home"
+        home.mkdir(exist_ok=True)
+        environment = pod_environment(home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
+        self._running[cluster], self._tokens[cluster] = [], token
+        self._addresses[cluster] = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
         for pod, group in pods:
+            name = pod["metadata"]["name"]
             is_head = pod["metadata"]["labels"]["ray.io/node-type"] == "head"
+            self.api.environment[name] = environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
             line = start_line(group, f"127.0.0.1:{port}", dashboard if is_head else None)
-            own = {**environment} if is_head else {key: environment[key] for key in environment if key != "RAY_ADDRESS"}
-            self._running[cluster].append(self._process(line, own, self.api.folder / f"{pod['metadata']['name']}.log"))
-            self.api.environment[pod["metadata"]["name"]] = environment
+            own = self.api.environment[name] if is_head else environment
+            self._running[cluster].append(self._process(line, own, self.api.folder / f"{name}.log"))
             self._pod_state(pod, "Running")
             if is_head:
-                self._wait_port(dashboard, job)
-        self._say(job, jobDeploymentStatus="Running", jobStatus="PENDING")
-        return self._submit(job, cluster, made, environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"})
+                self._wait_port(dashboard, is_wanted)
+        return True
 
-    def _submit(
-        self, job: dict[str, Any], cluster: str, made: dict[str, Any], environment: dict[str, str]
-    ) -> int | None:
+    def _submit(self, job: dict[str, Any], cluster: str, made: dict[str, Any]) -> int | None:
         """The submitter's pod: `ray job submit`, whose output is the pod's log."""
         name, namespace = job["metadata"]["name"], job["metadata"]["namespace"]
         pod_name = f"{name}-{uuid.uuid4().hex[:5]}"
@@ -508,7 +522,7 @@ class Operator:
             "--log-style",
             "record",
         ]
-        process = self._process([*line, "--", *shlex.split(command)], environment, log)
+        process = self._process([*line, "--", *shlex.split(command)], self._addresses[cluster], log)
         self._running.setdefault(cluster, []).append(process)
         self.api.logs[pod_name] = log
         self._pod_state(pod, "Running")
@@ -547,9 +561,9 @@ class Operator:
     def _pod_state(self, pod: dict[str, Any], phase: str) -> None:
         self.api.set_status("pods", pod["metadata"]["namespace"], pod["metadata"]["name"], phase=phase)
 
-    def _wait_port(self, port: int, job: dict[str, Any]) -> None:
+    def _wait_port(self, port: int, is_wanted: Any) -> None:
         until = time.monotonic() + 90
-        while time.monotonic() < until and self._there(job):
+        while time.monotonic() < until and is_wanted():
             with contextlib.suppress(OSError):
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 return

@@ -127,3 +127,8 @@ def test_a_stranger_at_the_port_does_not_spoil_the_measurement():
 
     assert result[0] > 1e6
     assert round_trip_s < 1
+
+
+def test_slots_that_do_not_come_are_counted(address):
+    with pytest.raises(CannotConnect, match="of 3 slots to train on 0 joined in 1 s"):
+        probe_cluster(address, num_slots=3, slots_timeout_s=1.0)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -99,6 +100,27 @@ def test_a_job_goes_there_and_its_adapter_comes_back(place, head):
     assert str(place) not in (run.path / "package" / "job.yaml").read_text()
     assert "finished" in verb(place, "status", run.run_id)
     assert "model ready" in verb(place, "logs", run.run_id)
+
+
+SECRET = "hf_5ecret5ecret5ecret"
+
+
+@pytest.mark.slow
+def test_a_secret_goes_by_name_and_is_written_nowhere(place, head, monkeypatch):
+    text = (place / "job.yaml").read_text() + "cluster: {secrets: [MY_TOKEN]}\n"
+    (place / "secret.yaml").write_text(text)
+    assert "MY_TOKEN is not set" in verb(place, "submit", "secret.yaml", "--cluster", head, code=2)
+    monkeypatch.setenv("MY_TOKEN", SECRET)
+    known = {run.run_id for run in RunFolder.all(place / "runs")}
+
+    verb(place, "submit", "secret.yaml", "--cluster", head)
+
+    (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
+    session = Path("/tmp/ray/session_latest/logs").resolve()
+    places = [run.path, session, place / "home" / "orchestrator-runs"]
+    read = [file for folder in places for file in folder.rglob("*") if file.is_file()]
+    assert len(read) > 20
+    assert [file for file in read if SECRET.encode() in file.read_bytes()] == []
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
@@ -40,7 +41,7 @@ def place(model_folder, tmp_path_factory):
     (folder / "volume").mkdir()
     write_jsonl(folder / "train.jsonl", rows(40))
     write_jsonl(folder / "eval.jsonl", rows(8, start=100))
-    for name, steps in (("job", 30), ("long", 1500)):
+    for name, steps in (("job", 30), ("long", 8000)):
         text = JOB.format(model=model_folder, steps=steps, storage=folder / "volume")
         (folder / f"{name}.yaml").write_text(text)
     return folder
@@ -54,7 +55,7 @@ def api(place):
         "status": {"allocatable": {"cpu": "2", "memory": "8Gi", "pods": "110"}},
     }
     api = KubeApi(place, [node])
-    operator = Operator(api, missing_images=("nowhere/none:1",))
+    operator = api.operator = Operator(api, missing_images=("nowhere/none:1",))
     yield api
     operator.close()
     api.close()
@@ -103,3 +104,111 @@ def test_a_job_goes_there_and_its_adapter_comes_back(place, api):
     wait_for(lambda: nothing_left(api), 20)
     assert "finished" in verb(place, api, "status", run.run_id)
     assert "step 30/30" in verb(place, api, "logs", run.run_id)
+
+
+def test_the_quick_start_goes_through_this_door_too(place, api):
+    given = ("-s", f"cluster.storage={place / 'volume'}")  # of this machine; on a cluster it is /storage by itself
+
+    said = verb(place, api, "submit", "quickstart", "--cluster", "kuberay:team", *given)
+
+    run = next(run for run in RunFolder.all(place / "runs") if run.run_id.startswith("quickstart"))
+    result = run.read_json("result.json")
+    assert result["after"]["exact_match"] > 0.8 > result["before"]["exact_match"], said
+
+
+def test_stop_and_resume_from_another_shell(place, api):
+    known = {run.run_id for run in RunFolder.all(place / "runs")}
+    verb(place, api, "submit", "long.yaml", "--cluster", "kuberay:here/team", "--detach")
+    run = newest(place, known)
+    assert "waiting" in verb(place, api, "status", run.run_id)
+    wait_for(lambda: "step " in verb(place, api, "logs", run.run_id))
+    assert "running" in verb(place, api, "status", run.run_id)
+    assert "running" in verb(place, api, "resume", run.run_id, code=2)
+    verb(place, api, "stop", run.run_id)
+    said = verb(place, api, "logs", run.run_id, "--follow", code=5)
+
+    assert "stopped as asked" in said and run.state_by_events() == "stopped"
+    assert len(api.named("rayclusters")) == 0, "a stopped job must not be started again"
+    document = yaml.safe_load((run.path / "kube.yaml").read_text().split("---")[0])
+    assert document["spec"]["backoffLimit"] == 1
+    again = subprocess.Popen(
+        **command(place, api, "resume", run.run_id), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    wait_for(lambda: api.named("rayclusters") and "step " in verb(place, api, "logs", run.run_id))
+    again.send_signal(2)
+    assert again.wait(60) == 5  # detached
+    verb(place, api, "stop", run.run_id)
+    wait_for(lambda: api.named("rayjobs")[run.run_id]["status"]["jobDeploymentStatus"] == "Complete")
+    verb(place, api, "fetch", run.run_id)
+    steps = [event["step"] for event in run.events()[0] if event["event"] == "step"]
+    assert len(steps) == len(set(steps)) and steps == sorted(steps)
+    assert nothing_left(api)
+
+
+def test_a_lost_cluster_is_replaced_and_the_run_goes_on(place, api):
+    known = {run.run_id for run in RunFolder.all(place / "runs")}
+    text = (place / "long.yaml").read_text().replace("max_steps: 8000", "max_steps: 400")
+    (place / "retried.yaml").write_text(text)
+    sending = subprocess.Popen(
+        **command(place, api, "submit", "retried.yaml", "--cluster", "kuberay"),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    wait_for(lambda: any(run.run_id not in known for run in RunFolder.all(place / "runs")))
+    run = newest(place, known)
+    there = RunFolder(place / "volume" / "runs" / run.run_id)
+    wait_for(lambda: max(there.steps(), default=0) > 60)
+    (cluster,) = api.named("rayclusters")
+    api.operator.kill(cluster)
+
+    _, wrong = sending.communicate(timeout=300)
+    assert sending.returncode == 0, wrong
+    starts = [event for event in run.events()[0] if event["event"] == "state" and event["state"] == "running"]
+    steps = [event["step"] for event in run.events()[0] if event["event"] == "step"]
+    assert len(starts) == 2 and max(steps) == 400
+    assert len(steps) < 400 + 60, "it began again"  # at most what lay between two checkpoints and the crash
+
+
+def test_a_job_runs_on_a_cluster_that_exists(place, api):
+    manifest = yaml.safe_load((ROOT / "k8s/overlays/cpu/raycluster.yaml").read_text())
+    manifest["metadata"]["namespace"] = "team"
+    manifest["spec"]["workerGroupSpecs"][0]["replicas"] = 1
+    manifest["spec"]["workerGroupSpecs"][0]["resources"]["CPU"] = "2"
+    api.store("rayclusters", manifest)
+    name = manifest["metadata"]["name"]
+    wait_for(
+        lambda: (
+            len(api.named("pods")) == 2 and all(p["status"]["phase"] == "Running" for p in api.named("pods").values())
+        )
+    )
+    known = {run.run_id for run in RunFolder.all(place / "runs")}
+
+    said = verb(place, api, "submit", "job.yaml", "--cluster", "kuberay", "--attach", name)
+
+    run = newest(place, known)
+    assert run.read_json("result.json")["steps"] == 30, said
+    assert list(api.named("rayclusters")) == [name] and not api.named("rayjobs")
+    assert not list((place / "volume" / "jobs").iterdir()), "what was sent is removed"
+    api.delete("rayclusters", "team", name)
+
+
+def test_what_cannot_be_sent_leaves_nothing(place, api):
+    before = len(RunFolder.all(place / "runs"))
+    cases = [
+        (("--cluster", "kuberay:there/team"), 4, "no context 'there'"),
+        (("--cluster", "kuberay:gone/team"), 4, "no Kubernetes API server"),
+        (("--cluster", "kuberay:nobody"), 4, "kubectl create namespace nobody"),
+        (("--cluster", "kuberay", "--run-id", "My_Run"), 2, "small letters"),
+        (("--cluster", "kuberay", "-s", "goal.max_hours=0.0000001"), 3, "max_hours"),
+        (("--cluster", "kuberay", "--attach", "none"), 4, "no head of the RayCluster none"),
+    ]
+    for arguments, code, says in cases:
+        assert says in verb(place, api, "submit", "job.yaml", *arguments, code=code)
+    assert len(RunFolder.all(place / "runs")) == before and nothing_left(api)
+
+
+def test_an_image_that_nobody_has_ends_the_wait(place, api):
+    arguments = ("--cluster", "kuberay", "-s", "kubernetes.image=nowhere/none:1")
+
+    assert "cannot pull the image" in verb(place, api, "submit", "job.yaml", *arguments, code=4)
+    assert nothing_left(api)

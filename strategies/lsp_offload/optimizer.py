@@ -1,0 +1,243 @@
+"""AdamW on d x d images in host memory: gradients are compressed as they appear, updates arrive layer by layer.
+
+Of every projected weight the device holds the weight, two sparse projectors and, between backward and update, one
+image.  The host holds the two moments of the image.  A weight's gradient is freed as soon as its image is taken, so
+accumulation adds images, not gradients; both are linear, so the sum is the same.
+
+Clipping needs the norm of all gradients before the first update; the norm is that of the images, since no worker
+ever holds two whole gradients.  Images still cross the bus during the backward pass; updates wait for its end.
+
+Weight decay shrinks the weight itself, as AdamW does (arXiv 1711.05101); the published code has none.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+
+from strategies.lsp_offload.projector import Subspace
+from strategies.lsp_offload.schedule import Lanes
+from strategies.lsp_offload.transport import Transport
+
+Moments = Literal["reset", "project"]
+
+
+class LaneFailed(RuntimeError):
+    """An update was not finite: the weight keeps its value from before the step."""
+
+
+@dataclass(frozen=True)
+class AdamNumbers:
+    """What AdamW is told once."""
+
+    beta1: float = 0.9
+    beta2: float = 0.999
+    epsilon: float = 1e-8
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ProjectedWeight:
+    """One weight, its subspace and its moments on the host."""
+
+    layer: int  # depth, 0 = first of the forward pass
+    weight: torch.nn.Parameter
+    subspace: Subspace
+    exp_avg_DD: torch.Tensor = field(init=False)
+    exp_avg_sq_DD: torch.Tensor = field(init=False)
+    num_updates: int = 0
+    num_learnt: int = 0
+    bias: float | None = None
+    image_DD: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        self.forget()
+
+    def forget(self) -> None:
+        """Moments as if no step had been made."""
+        size = (self.subspace.rows.size, self.subspace.columns.size)
+        self.exp_avg_DD, self.exp_avg_sq_DD = torch.zeros(size), torch.zeros(size)
+        self.num_updates = 0
+
+    def take(self, gradient_MN: torch.Tensor) -> None:
+        """Add a gradient's image to this step's."""
+        image = self.subspace.image(gradient_MN.float())
+        self.image_DD = image if self.image_DD is None else self.image_DD.add_(image)
+
+    def adam(self, image_DD: torch.Tensor, numbers: AdamNumbers) -> torch.Tensor:
+        """The direction of AdamW for an image on the host, before the learning rate.  Raises LaneFailed."""
+        if not torch.isfinite(image_DD).all():
+            raise LaneFailed(f"the gradient of layer {self.layer} is not finite; its weights were left as they were")
+        self.num_updates += 1
+        self.exp_avg_DD.lerp_(image_DD, 1 - numbers.beta1)
+        self.exp_avg_sq_DD.mul_(numbers.beta2).addcmul_(image_DD, image_DD, value=1 - numbers.beta2)
+        first = 1 - numbers.beta1**self.num_updates
+        second = math.sqrt(1 - numbers.beta2**self.num_updates)
+        return self.exp_avg_DD / ((self.exp_avg_sq_DD.sqrt() / second).add_(numbers.epsilon)) / first
+
+    def apply(self, direction_DD: torch.Tensor, learning_rate: float, weight_decay: float) -> None:
+        """Move the weight: W <- (1 - lr wd) W - lr P D Q^T."""
+        with torch.no_grad():
+            change = self.subspace.back(direction_DD)
+            if weight_decay:
+                self.weight.mul_(1 - learning_rate * weight_decay)
+            self.weight.sub_((learning_rate * change).to(self.weight.dtype))
+
+    def learn(self, gradient_MN: torch.Tensor, steps: int, threshold: float, moments: Moments) -> bool:
+        """Fit the projectors to a gradient unless their bias is small enough; whether they changed.
+
+        What is kept touches no state.  After a change the moments begin anew, or are carried over by
+        M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured worse, since the projectors are not orthonormal.
+        """
+        bias = float(self.subspace.bias(gradient_MN))
+        if bias <= threshold:
+            self.bias = bias
+            return False
+        old = self.subspace
+        self.subspace, self.bias = old.fitted(gradient_MN, steps, threshold)
+        self.num_learnt += 1
+        if moments == "reset":
+            self.forget()
+            return True
+        left, right = self.subspace.rows.overlap(old.rows).cpu(), old.columns.overlap(self.subspace.columns).cpu()
+        self.exp_avg_DD = left @ self.exp_avg_DD @ right
+        self.exp_avg_sq_DD = left.square() @ self.exp_avg_sq_DD @ right.square()
+        return True
+
+
+class LspAdamW:
+    """AdamW in learned subspaces over a bus: hook it on a model, run backward passes, call `update`.
+
+    `hooks` wait for a layer's own update before its next forward pass.  Weights of equal `layer` are updated together.
+    """
+
+    def __init__(
+        self,
+        weights: Sequence[ProjectedWeight],
+        transport: Transport,
+        lanes: Lanes,
+        numbers: AdamNumbers,
+        learning_rate: float,
+    ) -> None:
+        self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
+        self.learning_rate, self.max_grad_norm = learning_rate, 0.0
+        self.passes_to_come = 1  # of this step: images are sent during the last
+        self.grad_norm = torch.tensor(0.0)
+        self._by_layer: dict[int, list[ProjectedWeight]] = {}
+        for one in self.weights:
+            self._by_layer.setdefault(one.layer, []).append(one)
+        self._missing: dict[int, int] = {}
+        self._squares: dict[int, torch.Tensor] = {}
+        self._norm_known = threading.Event()
+        self._handles = [one.weight.register_post_accumulate_grad_hook(self._taker(one)) for one in self.weights]
+        self._begin()
+
+    def waiter(self, layer: int) -> Callable[..., None]:
+        """A forward pre-hook for the module of a layer."""
+        return lambda *_: self.lanes.wait(layer)
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self.lanes.close()
+
+    def update(self) -> torch.Tensor:
+        """End a step; the norm of its images.  The weights move in their own time: `lanes.wait_all` waits for all."""
+        if self.lanes.overlapped:
+            self.grad_norm = self._norm()
+            self._norm_known.set()
+        else:
+            for layer in sorted(self._by_layer, reverse=True):
+                self._squares[layer] = self._square(layer)
+            self.grad_norm = self._norm()
+            self._norm_known.set()
+            for layer in sorted(self._by_layer, reverse=True):
+                self._send(layer)
+        norm = self.grad_norm
+        self._begin()
+        return norm
+
+    def _begin(self) -> None:
+        self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
+        self._squares = {}
+        self._norm_known = threading.Event()
+        self._passes_left = self.passes_to_come
+
+    def _taker(self, one: ProjectedWeight) -> Callable[[torch.Tensor], None]:
+        def take(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None
+            one.take(parameter.grad)
+            parameter.grad = None
+            if self._passes_left > 1 or not self.lanes.overlapped:
+                return
+            self._missing[one.layer] -= 1
+            if not self._missing[one.layer]:
+                self._squares[one.layer] = self._square(one.layer)
+                self._send(one.layer)
+
+        return take
+
+    def pass_done(self) -> None:
+        """A backward pass of this step has ended."""
+        self._passes_left -= 1
+
+    def _square(self, layer: int) -> torch.Tensor:
+        images = [one.image_DD for one in self._by_layer[layer] if one.image_DD is not None]
+        return torch.stack([image.square().sum() for image in images]).sum() if images else torch.tensor(0.0)
+
+    def _norm(self) -> torch.Tensor:
+        return torch.stack([square.cpu() for square in self._squares.values()]).sum().sqrt()
+
+    def _send(self, layer: int) -> None:
+        """Hand a layer's images to the lanes."""
+        parts = [one for one in self._by_layer[layer] if one.image_DD is not None]
+        images = {id(one): one.image_DD for one in parts}
+        for one in parts:
+            one.image_DD = None
+        host: dict[int, torch.Tensor] = {}
+        known, limit, rate = self._norm_known, self.max_grad_norm, self.learning_rate
+        gauge = self
+
+        def down() -> None:
+            for one in parts:
+                host[id(one)] = self.transport.down(images.pop(id(one)))  # type: ignore[arg-type]
+
+        def adam() -> None:
+            factor = 1.0
+            if limit:
+                known.wait()
+                factor = min(1.0, limit / (float(gauge.grad_norm) + 1e-6))
+            for one in parts:
+                host[id(one)] = one.adam(host[id(one)] * factor if factor != 1.0 else host[id(one)], self.numbers)
+
+        def up() -> None:
+            there = [(one, self.transport.up(host[id(one)], one.weight.device)) for one in parts]
+            for one, direction in there:
+                one.apply(direction, rate, self.numbers.weight_decay)
+
+        self.lanes.submit(layer, {"down": down, "update": adam, "up": up})
+
+    def state(self) -> dict[int, Mapping[str, torch.Tensor]]:
+        """Moments and projectors by place: what a checkpoint needs for the same trajectory."""
+        self.lanes.wait_all()
+        return {
+            place: {
+                "exp_avg": one.exp_avg_DD,
+                "exp_avg_sq": one.exp_avg_sq_DD,
+                "num_updates": torch.tensor(one.num_updates),
+                **one.subspace.state(),
+            }
+            for place, one in enumerate(self.weights)
+        }
+
+    def restore(self, state: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
+        for place, one in enumerate(self.weights):
+            values = dict(state[place])
+            one.exp_avg_DD, one.exp_avg_sq_DD = values["exp_avg"].clone(), values["exp_avg_sq"].clone()
+            one.num_updates = int(values["num_updates"])
+            one.subspace = Subspace.from_state(values, one.subspace.rows.size)

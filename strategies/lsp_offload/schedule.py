@@ -1,0 +1,126 @@
+"""Four lanes that work at the same time: compute, device to host, CPU update, host to device.
+
+The backward pass submits each layer's image as soon as its gradient is there.  Three lanes carry it on, one layer
+each at a time, so that one layer crosses the bus while another is updated and a third is still being computed.  The
+next forward pass waits for each layer's own event, so no layer ever computes with old weights: the trajectory is that
+of the sequential order, bit by bit.
+
+Order: layers from `transition` on, which the backward pass reaches first, go first come, first served; the shallow ones
+below it go before all that still waits, the shallowest first, because the next forward pass needs them first.
+Source: LSP-Offload, arXiv 2406.10181, section 5 (its code orders modules; layers are ordered here).
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+LANES = ("down", "update", "up")  # device to host, CPU, host to device
+
+
+@dataclass
+class Span:
+    """One piece of work in the timeline: seconds since the timeline began."""
+
+    lane: str
+    layer: int
+    start_s: float
+    end_s: float
+
+
+@dataclass(order=True)
+class _Waiting:
+    rank: tuple[int, int]
+    layer: int = field(compare=False)
+    stages: dict[str, Callable[[], None]] = field(compare=False)
+    done: threading.Event = field(compare=False)
+
+
+class Lanes:
+    """Three workers with a queue each.  With `overlapped=False` the caller does all of it, in order: the baseline."""
+
+    def __init__(self, transition: int = 0, overlapped: bool = True) -> None:
+        self.transition, self.overlapped = transition, overlapped
+        self.spans: list[Span] = []
+        self._began = time.perf_counter()
+        self._events: dict[int, threading.Event] = {}
+        self._queues: dict[str, list[_Waiting]] = {lane: [] for lane in LANES}
+        self._change = threading.Condition()
+        self._sequence = itertools.count()
+        self._error: BaseException | None = None
+        self._is_open = True
+        self._threads = [threading.Thread(target=self._serve, args=(lane,), daemon=True) for lane in LANES]
+        if overlapped:
+            for thread in self._threads:
+                thread.start()
+
+    def submit(self, layer: int, stages: dict[str, Callable[[], None]]) -> None:
+        """Let a layer's `stages` (one call a lane) be done in the order of the lanes; `wait(layer)` is true after."""
+        done = self._events[layer] = threading.Event()
+        if not self.overlapped:
+            for lane in LANES:
+                self._timed(lane, layer, stages[lane])
+            done.set()
+            return
+        rank = (1, next(self._sequence)) if layer >= self.transition else (0, layer)
+        with self._change:
+            heapq.heappush(self._queues[LANES[0]], _Waiting(rank, layer, stages, done))
+            self._change.notify_all()
+
+    def wait(self, layer: int) -> None:
+        """Until a layer's newest update is there.  Raises what a lane raised: no later stage of that layer has run."""
+        event = self._events.get(layer)
+        if event:
+            event.wait()
+        self._raise()
+
+    def wait_all(self) -> None:
+        for layer in list(self._events):
+            self.wait(layer)
+
+    def close(self) -> None:
+        with self._change:
+            self._is_open = False
+            self._change.notify_all()
+        for thread in self._threads:
+            if thread.is_alive():
+                thread.join()
+
+    def compute(self, layer: int, call: Callable[[], None]) -> None:
+        """The fourth lane, for the timeline: work of the caller itself."""
+        self._timed("compute", layer, call)
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+    def _timed(self, lane: str, layer: int, call: Callable[[], None]) -> None:
+        start = time.perf_counter() - self._began
+        call()
+        self.spans.append(Span(lane, layer, start, time.perf_counter() - self._began))
+
+    def _serve(self, lane: str) -> None:
+        following = LANES[LANES.index(lane) + 1 :][:1]
+        while True:
+            with self._change:
+                self._change.wait_for(lambda: self._queues[lane] or not self._is_open)
+                if not self._queues[lane]:
+                    return
+                waiting = heapq.heappop(self._queues[lane])
+            try:
+                self._timed(lane, waiting.layer, waiting.stages[lane])
+            except BaseException as error:  # kept for whoever waits; the layer keeps its old weights
+                self._error = self._error or error
+                waiting.done.set()
+                continue
+            if not following:
+                waiting.done.set()
+                continue
+            with self._change:
+                heapq.heappush(self._queues[following[0]], waiting)
+                self._change.notify_all()
