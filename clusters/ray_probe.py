@@ -59,11 +59,12 @@ def probe_cluster(
         return ClusterCapability((probe_node(refresh, seconds),))
     with connect(address, num_slots=1, cores_per_slot=1):
         if num_slots:
-            _wait_for_slots(num_slots, slots_timeout_s)
+            wait_for_slots(num_slots, slots_timeout_s)
         return probe_connected(ClusterCapability(), refresh, timeout_s, seconds)
 
 
-def _wait_for_slots(count: int, timeout_s: float) -> None:
+def wait_for_slots(count: int, timeout_s: float = SLOTS_TIMEOUT_S) -> None:
+    """Until the connected cluster offers so many slots; an autoscaler is asked for them.  Raises CannotConnect."""
     import ray
     from ray.autoscaler.sdk import request_resources
 

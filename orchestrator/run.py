@@ -262,6 +262,7 @@ def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability,
 def _train_on_ray(
     run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability, watcher: Watcher, mirror: Mirror, offset: int
 ) -> None:
+    from clusters.ray_probe import wait_for_slots
     from orchestrator.training.launch import launch
 
     address = job.spec.cluster.address
@@ -271,6 +272,8 @@ def _train_on_ray(
     )
     try:
         with connect(address, plan.num_workers, plan.threads_per_worker) as cluster:
+            if job.spec.cluster.wait_for_slots and address != "local":
+                wait_for_slots(job.spec.cluster.wait_for_slots)  # a run that goes on may meet a cluster that is young
             going: Plan | None = recovery.at_start()
             aside = Aside(run, plan, recovery.present())
             while going:

@@ -478,12 +478,14 @@ class Operator:
         home.mkdir(exist_ok=True)
         environment = pod_environment(home, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=token)
         self._running[cluster], self._tokens[cluster] = [], token
-        self._addresses[cluster] = environment | {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}"}
+        submitter = {"RAY_ADDRESS": f"http://127.0.0.1:{dashboard}", "PYTHONUNBUFFERED": "1"}  # as KubeRay sets it
+        self._addresses[cluster] = environment | submitter
         for pod, group in pods:
             name = pod["metadata"]["name"]
             is_head = pod["metadata"]["labels"]["ray.io/node-type"] == "head"
             self.api.environment[name] = environment | {"RAY_ADDRESS": f"127.0.0.1:{port}"}
             line = start_line(group, f"127.0.0.1:{port}", dashboard if is_head else None)
+            line += ["--node-name", name]  # a pod's host name, by which its node is known
             own = self.api.environment[name] if is_head else environment
             self._running[cluster].append(self._process(line, own, self.api.folder / f"{name}.log"))
             self._pod_state(pod, "Running")

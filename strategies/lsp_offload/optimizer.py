@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from strategies.lsp_offload.projector import Subspace
+from strategies.lsp_offload.projector import Subspace, Whole
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.transport import Transport
 
@@ -47,7 +47,7 @@ class ProjectedWeight:
 
     layer: int  # depth, 0 = first of the forward pass
     weight: torch.nn.Parameter
-    subspace: Subspace
+    subspace: Subspace | Whole
     exp_avg_DD: torch.Tensor = field(init=False)
     exp_avg_sq_DD: torch.Tensor = field(init=False)
     num_updates: int = 0
@@ -60,7 +60,8 @@ class ProjectedWeight:
 
     def forget(self) -> None:
         """Moments as if no step had been made."""
-        size = (self.subspace.rows.size, self.subspace.columns.size)
+        space = self.subspace
+        size = self.weight.shape if isinstance(space, Whole) else (space.rows.size, space.columns.size)
         self.exp_avg_DD, self.exp_avg_sq_DD = torch.zeros(size), torch.zeros(size)
         self.num_updates = 0
 
@@ -94,20 +95,30 @@ class ProjectedWeight:
         What is kept touches no state.  After a change the moments begin anew, or are carried over by
         M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured worse, since the projectors are not orthonormal.
         """
-        bias = float(self.subspace.bias(gradient_MN))
-        if bias <= threshold:
+        old = self.subspace
+        bias = float(old.bias(gradient_MN))
+        if bias <= threshold or isinstance(old, Whole):
             self.bias = bias
             return False
-        old = self.subspace
         self.subspace, self.bias = old.fitted(gradient_MN, steps, threshold)
-        self.num_learnt += 1
+        new, self.num_learnt = self.subspace, self.num_learnt + 1
         if moments == "reset":
             self.forget()
             return True
-        left, right = self.subspace.rows.overlap(old.rows).cpu(), old.columns.overlap(self.subspace.columns).cpu()
+        left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
         self.exp_avg_DD = left @ self.exp_avg_DD @ right
         self.exp_avg_sq_DD = left.square() @ self.exp_avg_sq_DD @ right.square()
         return True
+
+
+@dataclass(frozen=True)
+class Learning:
+    """When and how projectors are fitted.  Defaults of the paper where it states them."""
+
+    check_every: int = 1000  # steps; the first step is one of them
+    bias_threshold: float = 0.3
+    fit_steps: int = 100
+    moments: Moments = "reset"
 
 
 class LspAdamW:
@@ -123,7 +134,10 @@ class LspAdamW:
         lanes: Lanes,
         numbers: AdamNumbers,
         learning_rate: float,
+        learning: Learning | None = None,
     ) -> None:
+        """Without `learning` the projectors stay as they are."""
+        self.learning, self.num_steps = learning, 0
         self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
         self.learning_rate, self.max_grad_norm = learning_rate, 0.0
         self.passes_to_come = 1  # of this step: images are sent during the last
@@ -159,6 +173,7 @@ class LspAdamW:
             for layer in sorted(self._by_layer, reverse=True):
                 self._send(layer)
         norm = self.grad_norm
+        self.num_steps += 1
         self._begin()
         return norm
 
@@ -167,10 +182,15 @@ class LspAdamW:
         self._squares = {}
         self._norm_known = threading.Event()
         self._passes_left = self.passes_to_come
+        self._checks = self.learning is not None and self.num_steps % self.learning.check_every == 0
 
     def _taker(self, one: ProjectedWeight) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
             assert parameter.grad is not None
+            if self._checks and one.image_DD is None:  # before anything of this step lies in the old subspace
+                assert self.learning is not None
+                asked = self.learning
+                one.learn(parameter.grad, asked.fit_steps, asked.bias_threshold, asked.moments)
             one.take(parameter.grad)
             parameter.grad = None
             if self._passes_left > 1 or not self.lanes.overlapped:
@@ -240,4 +260,5 @@ class LspAdamW:
             values = dict(state[place])
             one.exp_avg_DD, one.exp_avg_sq_DD = values["exp_avg"].clone(), values["exp_avg_sq"].clone()
             one.num_updates = int(values["num_updates"])
-            one.subspace = Subspace.from_state(values, one.subspace.rows.size)
+            if isinstance(one.subspace, Subspace):
+                one.subspace = Subspace.from_state(values, one.subspace.size)

@@ -168,6 +168,10 @@ class Subspace:
     def sides(self) -> tuple[SparseProjector, SparseProjector]:
         return self.rows, self.columns
 
+    @property
+    def size(self) -> int:
+        return self.rows.size
+
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of it."""
         return {
@@ -184,3 +188,21 @@ class Subspace:
                 for side in ("rows", "columns")
             )
         )
+
+
+class Whole:
+    """No subspace at all: the image is the gradient, as ZeRO-Offload sends it (arXiv 2101.06840)."""
+
+    num_bytes = 0
+
+    def image(self, gradient_MN: torch.Tensor) -> torch.Tensor:
+        return gradient_MN
+
+    def back(self, image_MN: torch.Tensor) -> torch.Tensor:
+        return image_MN
+
+    def bias(self, gradient_MN: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(())
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {}

@@ -1,0 +1,75 @@
+"""How large a subspace may be before its way over the bus and through the CPU no longer hides behind the computation.
+
+The lanes work at the same time, so a layer's image is free as long as each lane needs less for it than the backward
+pass for one layer; COST_MODEL C5: T = T_fwd + max(T_bwd, T_down, T_update, T_up) + one layer's (down + update + up).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+_STEP = 64
+
+
+@dataclass(frozen=True)
+class Lane:
+    """What the machine does in a second."""
+
+    down_bytes_per_s: float
+    up_bytes_per_s: float
+    adam_elements_per_s: float  # of the host's optimizer
+    element_bytes: int = 4  # of an image on the bus
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one layer on the device."""
+
+    forward_s: float
+    backward_s: float
+
+
+@dataclass(frozen=True)
+class Sized:
+    """A size with the lane that bounds it."""
+
+    size: int
+    bound: str  # down | update | up | sides
+    text: str
+
+
+def seconds_by_lane(num_elements: float, lane: Lane) -> dict[str, float]:
+    """What an image (or a whole gradient) of so many elements costs in each lane."""
+    size_bytes = num_elements * lane.element_bytes
+    return {
+        "down": size_bytes / lane.down_bytes_per_s,
+        "update": num_elements / lane.adam_elements_per_s,
+        "up": size_bytes / lane.up_bytes_per_s,
+    }
+
+
+def largest_that_hides(shapes: Sequence[tuple[int, int]], times: LayerTimes, lane: Lane) -> Sized:
+    """The largest d for a layer of these weights whose slowest lane still fits into the layer's backward pass.
+
+    At most half of the smallest side, the paper's advice; at least 64.
+    """
+    most = max(_STEP, min(min(shape) for shape in shapes) // 2 // _STEP * _STEP)
+    costs = seconds_by_lane(len(shapes), lane)  # of d = 1
+    slowest = max(costs, key=lambda name: costs[name])
+    fitting = math.floor(math.sqrt(times.backward_s / costs[slowest]) / _STEP) * _STEP
+    size = min(most, max(_STEP, fitting))
+    if size == most:
+        return Sized(size, "sides", f"subspace_size {size}: half of the smallest side, and every lane hides")
+    word = {"down": "the way to the host", "update": "the CPU's update", "up": "the way back"}[slowest]
+    return Sized(size, slowest, f"subspace_size {size}: larger, and {word} would not hide behind the backward pass")
+
+
+def step_s(num_layers: int, times: LayerTimes, lanes: dict[str, float], overlapped: bool) -> float:
+    """Seconds of a step: the layer-wise schedule, or everything after the backward pass, one layer after the other."""
+    compute_s = num_layers * (times.forward_s + times.backward_s)
+    if not overlapped:
+        return compute_s + num_layers * sum(lanes.values())
+    slowest_s = num_layers * max(times.backward_s, *lanes.values())
+    return num_layers * times.forward_s + slowest_s + sum(lanes.values())
