@@ -10,7 +10,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,12 @@ class JobsDoor:
                     raise RefusesToken(refusal(address)) from error
                 raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
 
-    def start(self, name: str, command: str, environment: Mapping[str, str] | None = None) -> None:
-        """Upload the folder, then run a command in it on the head; `name` must be new there."""
-        asked: dict[str, Any] = {"working_dir": str(self._folder)}
-        if environment:
-            asked["env_vars"] = dict(environment)
+    def start(self, name: str, command: str) -> None:
+        """Upload the folder, then run a command in it on the head; `name` must be new there.
+
+        Nothing secret may go with it: Ray writes what a job's environment is given into its logs.
+        """
+        asked = {"working_dir": str(self._folder)}
         with _line(self.address):
             self._client.submit_job(submission_id=name, entrypoint=command, runtime_env=asked, entrypoint_num_cpus=0)
 

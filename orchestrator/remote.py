@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shlex
 import shutil
 import time
@@ -43,7 +42,6 @@ class Remote:
     address: str  # http://HOST:PORT, or kuberay[:[CONTEXT/]NAMESPACE]
     storage: str  # the folder of runs there
     attempts: tuple[str, ...]  # submissions, the newest last
-    secrets: tuple[str, ...] = ()  # names of environment variables here that go with it
     uploads: str | None = None  # the folder there that holds its data
     is_closed: bool = False  # its result is here, and nothing of the job is left there
 
@@ -52,7 +50,7 @@ class Remote:
         values = run.read_json("remote.json")
         if values is None:
             return None
-        return cls(**{**values, "attempts": tuple(values["attempts"]), "secrets": tuple(values.get("secrets", ()))})
+        return cls(**{**values, "attempts": tuple(values["attempts"])})
 
     def keep(self, run: RunFolder) -> Remote:
         run.write("remote.json", json.dumps(asdict(self), indent=1))
@@ -65,15 +63,13 @@ def submit(job: Job, address: str, output_dir: Path, say: _Say, follow: bool = T
     Raises JobError for what cannot be sent, ClusterError where nobody answers, RunFailed when the job fails there.
     Ctrl-C detaches: the job goes on.
     """
-    secrets = tuple(job.spec.cluster.secrets)
-    _environment(secrets)
     run = RunFolder.create(output_dir, job.spec.name)
     with begun(run, job):
         with in_our_words(address):
             door = JobsDoor(address, run.path / "package")
         size = package.pack(job, run.path / "package")
         say(f"sending {format_bytes(size)} to {address} ...")
-        _start(door, run, Remote(address, job.spec.cluster.storage, (), secrets))
+        _start(door, run, Remote(address, job.spec.cluster.storage, ()))
     say(f"run {run.run_id}")
     if follow:
         attach(run, say)
@@ -251,7 +247,7 @@ def _start(door: Any, run: RunFolder, remote: Remote) -> Remote:
         name = f"{run.run_id}-{len(remote.attempts) + 1}"
         command = shlex.join(["python", "-m", "orchestrator", "submit", "job.yaml", "--run-id", run.run_id])
         try:
-            door.start(name, command, _environment(remote.secrets))
+            door.start(name, command)
         except RuntimeError as error:
             raise ClusterError(f"{door.address}: the job could not be started: {str(error).splitlines()[0]}") from error
     return replace(remote, attempts=(*remote.attempts, name), is_closed=False).keep(run)
@@ -265,13 +261,6 @@ def place_of(address: str) -> tuple[str | None, str | None]:
     """Context and namespace of kuberay[:[CONTEXT/]NAMESPACE]; None = the current one."""
     context, _, namespace = address.partition(":")[2].rpartition("/")  # a context's name may hold slashes
     return context or None, namespace or None
-
-
-def _environment(secrets: tuple[str, ...]) -> dict[str, str]:
-    """Secrets by name.  Their values go to the cluster and nowhere else.  Raises JobError."""
-    if missing := [name for name in secrets if name not in os.environ]:
-        raise JobError(f"cluster.secrets: {', '.join(missing)} is not set in this shell: export it first")
-    return {name: os.environ[name] for name in secrets}
 
 
 def _remote(run: RunFolder) -> Remote:

@@ -101,6 +101,11 @@ def prepare(
     """
     from orchestrator.data.prepare import prepare_data
 
+    if missing := [name for name in job.spec.cluster.secrets if not os.environ.get(name)]:
+        raise JobError(
+            f"cluster.secrets: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator head`"
+            " (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
+        )
     model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     config = models.read_config(model_folder)
     shape = workload.model_shape(config)

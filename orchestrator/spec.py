@@ -186,7 +186,7 @@ class ClusterSection(Section):
         None, "slots to train on that must have joined before planning; an autoscaler is asked for them", ge=1
     )
     secrets: list[str] = _key(
-        [], "names of environment variables here that a job sent to a dashboard finds in its own environment"
+        [], "names of environment variables that must be set where the job runs, e.g. HF_TOKEN; values never travel"
     )
     wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
 

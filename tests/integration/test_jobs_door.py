@@ -69,7 +69,7 @@ def head(place):
             *(sys.executable, "-m", "orchestrator", "head", "--address", "127.0.0.1", "--name", "box", "--slots", "1"),
             *("--port", str(port), "--dashboard-port", str(dashboard)),
         ],
-        env={**os.environ, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT), "MY_TOKEN": SECRET},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
@@ -102,20 +102,21 @@ def test_a_job_goes_there_and_its_adapter_comes_back(place, head):
     assert "model ready" in verb(place, "logs", run.run_id)
 
 
-SECRET = "hf_5ecret5ecret5ecret"
+SECRET = "hf_5ecret5ecret5ecret"  # in the environment of the head
 
 
 @pytest.mark.slow
-def test_a_secret_goes_by_name_and_is_written_nowhere(place, head, monkeypatch):
-    text = (place / "job.yaml").read_text() + "cluster: {secrets: [MY_TOKEN]}\n"
-    (place / "secret.yaml").write_text(text)
-    assert "MY_TOKEN is not set" in verb(place, "submit", "secret.yaml", "--cluster", head, code=2)
-    monkeypatch.setenv("MY_TOKEN", SECRET)
+def test_a_secret_is_named_and_written_nowhere(place, head):
+    text = (place / "job.yaml").read_text()
+    (place / "secret.yaml").write_text(text + "cluster: {secrets: [MY_TOKEN]}\n")
+    (place / "other.yaml").write_text(text + "cluster: {secrets: [OTHER_TOKEN]}\n")
+    assert "OTHER_TOKEN is not set where the job runs" in verb(place, "submit", "other.yaml", "--cluster", head, code=5)
     known = {run.run_id for run in RunFolder.all(place / "runs")}
 
     verb(place, "submit", "secret.yaml", "--cluster", head)
 
     (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
+    assert run.state() == "finished"
     session = Path("/tmp/ray/session_latest/logs").resolve()
     places = [run.path, session, place / "home" / "orchestrator-runs"]
     read = [file for folder in places for file in folder.rglob("*") if file.is_file()]
