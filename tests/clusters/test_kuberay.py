@@ -139,7 +139,7 @@ def test_every_shipped_manifest_is_taken():
                 _core_kinds_hold(document)
 
     print(f"{count} objects in {len(files)} files")
-    assert len(files) == 8 and count == 17
+    assert len(files) == 8 and count == 15
 
 
 def test_every_kustomization_names_files_that_are_there():
