@@ -89,6 +89,7 @@ def head(place):
         os.killpg(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_a_job_goes_there_and_its_adapter_comes_back(place, head):
     said = verb(place, "submit", "job.yaml", "--cluster", head)
 
