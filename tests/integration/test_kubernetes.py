@@ -4,6 +4,7 @@
 KubeRay, the image orchestrator:cpu on its nodes and the volume claim `runs` (k8s/README.md).
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -75,19 +76,19 @@ class RealApi:
         from kubernetes import client, config
 
         _, active = config.list_kube_config_contexts(REAL)
-        made = config.new_client_from_config(REAL)
-        path = "/apis/ray.io/v1" if plural.startswith("ray") else "/api/v1"
         namespace = active["context"].get("namespace", "default")
-        labels = {"labelSelector": "app.kubernetes.io/managed-by=orchestrator"}
-        answer = client.ApiClient(made.configuration).call_api(
-            f"{path}/namespaces/{namespace}/{plural}",
-            "GET",
-            query_params=list(labels.items()),
-            auth_settings=["BearerToken"],
-            response_type="object",
-            _return_http_data_only=True,
-        )
-        return {thing["metadata"]["name"]: thing for thing in answer["items"]}
+        made = config.new_client_from_config(REAL)
+        label = "app.kubernetes.io/managed-by=orchestrator"
+        if plural.startswith("ray"):
+            label = label if plural == "rayjobs" else ""
+            listed = client.CustomObjectsApi(made).list_namespaced_custom_object(
+                "ray.io", "v1", namespace, plural, label_selector=label
+            )["items"]
+        else:
+            core = client.CoreV1Api(made)
+            ask = {"pods": core.list_namespaced_pod, "configmaps": core.list_namespaced_config_map}[plural]
+            listed = json.loads(ask(namespace, label_selector=label, _preload_content=False).data)["items"]
+        return {thing["metadata"]["name"]: thing for thing in listed}
 
 
 only_the_double = pytest.mark.skipif(bool(REAL), reason="needs the double's faults")
