@@ -17,7 +17,7 @@ from typing import Any
 
 from clusters.connect import CannotConnect
 from clusters.door import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
-from clusters.kube_words import answer_told, is_ended, job_seen, pod_troubles, refused
+from clusters.kube_words import Trouble, answer_told, event_trouble, is_ended, job_seen, pod_troubles
 from clusters.kuberay import HEAD, SUBMITTER, helper_pod
 
 _RAYJOBS = ("ray.io", "v1")
@@ -35,7 +35,6 @@ class KubeDoor:
 
     def __init__(self, context: str | None, namespace: str | None, patience_s: float = _PATIENCE_S) -> None:
         """The current context and its namespace where none is named.  Raises CannotConnect."""
-
         self._kube = _kubernetes()
         api, self.namespace, self._context = _client(self._kube, context, namespace)
         client = self._kube.client
@@ -46,11 +45,10 @@ class KubeDoor:
         self._api = api
         try:
             self._check_kuberay()
-        except CannotConnect:
+        except (CannotConnect, JobLost) as error:
             self.close()
-            raise
-        except JobLost as error:
-            self.close()
+            if isinstance(error, CannotConnect):
+                raise
             raise CannotConnect(f"no Kubernetes API server at {self.address}: {error}") from error
 
     def close(self) -> None:
@@ -148,7 +146,6 @@ class KubeDoor:
             self._run(pod, container, ["rm", "-rf", folder])
 
     def tidy(self, name: str) -> bool:
-
         with self._line(f"delete the RayJob {name}"):
             try:
                 self._custom.delete_namespaced_custom_object(
@@ -279,7 +276,7 @@ class KubeDoor:
                 if error.status not in (400, 404):  # it has not started yet, or was deleted with its cluster
                     raise
 
-    def _troubles(self, name: str) -> list[Any]:
+    def _troubles(self, name: str) -> list[Trouble]:
         cluster = (self._get(name).get("status") or {}).get("rayClusterName")
         pods = [*(self._pods(f"ray.io/cluster={cluster}") if cluster else []), *self._submitters(name)]
         found = [trouble for pod in pods for trouble in pod_troubles(pod)]
@@ -289,7 +286,7 @@ class KubeDoor:
             )
             events = json.loads(listed.data)["items"]
         about = {name, cluster, *(pod["metadata"]["name"] for pod in pods)}
-        return [*found, *(refused(event) for event in events if event["involvedObject"].get("name") in about)]
+        return [*found, *(event_trouble(event) for event in events if event["involvedObject"].get("name") in about)]
 
     @contextlib.contextmanager
     def _beside(self, name: str, job: Mapping[str, Any] | None = None) -> Iterator[tuple[str, str]]:

@@ -79,11 +79,11 @@ def pod_troubles(pod: Mapping[str, Any]) -> Iterator[Trouble]:
             )
 
 
-def refused(event: Mapping[str, Any]) -> Trouble:
+def event_trouble(event: Mapping[str, Any]) -> Trouble:
     """A warning that the operator or the scheduler wrote."""
     message, reason = str(event.get("message", "")), str(event.get("reason", ""))
     if "exceeded quota" in message:
-        return Trouble(f"{_quota(message)}")
+        return Trouble(_quota(message))
     if "violates PodSecurity" in message:
         return Trouble(f"the namespace's PodSecurity refuses the pods: {message}", hopeless=True)
     if reason.startswith("Invalid"):

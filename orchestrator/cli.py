@@ -230,7 +230,7 @@ def submit(
         return
     from orchestrator.run import submit as run_job
 
-    is_kuberay = bool(cluster) and cluster.partition(":")[0] == "kuberay"
+    is_kuberay = remote_cli.is_kuberay(cluster or "")
     if cluster and is_kuberay and render:
         remote_cli.render(asked_job(job, set_), cluster, hardware, attach, run_id, render)
         return

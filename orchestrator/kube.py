@@ -172,6 +172,10 @@ def check_name(name: str) -> None:
 
 def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
     """One YAML file to apply.  Raises JobError."""
+    if objects.texts:
+        raise JobError(
+            "--render does not go with --attach: the job file has to lie on the volume, where `submit` puts it"
+        )
     if objects.uploads:
         size = format_bytes(sum(map(size_of, objects.uploads)))
         raise JobError(

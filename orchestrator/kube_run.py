@@ -18,6 +18,7 @@ from orchestrator import kube, machines, package, remote
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
+from orchestrator.spec import KubernetesSection
 
 _Say = Callable[[str], None]
 _OTHERS_CORES, _OTHERS_FRACTION = 1, 0.1  # of a node, for what runs on every node
@@ -43,7 +44,7 @@ def submit(
     kube.check_name(name)
     known = RunFolder(output_dir / name)
     if (known.path / known.marker).is_file():
-        return _go_on(known, say)
+        return _go_on(known, say, follow)
     with remote.in_our_words(address):
         door = remote.opened_at(address)
         objects = objects_for(job, name, door, hardware, cluster, say)
@@ -59,14 +60,12 @@ def submit(
     return run
 
 
-def _go_on(run: RunFolder, say: _Say) -> RunFolder:
-    """The same command again: wait for what runs, start what ended."""
-    if run.state_by_events() == "finished":
-        return run
-    try:
-        remote.resume(run, say)
-    except JobError:  # it is running
-        remote.attach(run, say)
+def _go_on(run: RunFolder, say: _Say, follow: bool) -> RunFolder:
+    """The same command again: start what ended, wait for what runs."""
+    if run.state_by_events() != "finished":
+        remote.start_again(run)
+        if follow:
+            remote.attach(run, say)
     return run
 
 
@@ -79,7 +78,7 @@ def _send(door: Any, objects: kube.Objects, say: _Say) -> None:
     door.start(objects.name, objects.job, objects.config)
 
 
-def start_again(door: Any, run: RunFolder) -> str:
+def create_again(door: Any, run: RunFolder) -> str:
     """The objects of a run once more, in place of those that ended."""
     objects = list(yaml.safe_load_all((run.path / "kube.yaml").read_text(encoding="utf-8")))
     job, config = objects[0], objects[1] if len(objects) > 1 else None
@@ -98,20 +97,22 @@ def objects_for(
     namespace = door.namespace if door else namespace
     if cluster:
         return kube.rendered_on(cluster, job, namespace, name)
-    capability = machines.declared(hardware) if hardware else nodes_of(door.nodes())
+    capability = machines.declared(hardware) if hardware else nodes_of(door.nodes(), job.spec.kubernetes)
     ready = plan_without_data(job, capability, say)
     return kube.rendered(job, ready.plan, capability, namespace, name)
 
 
-def nodes_of(listed: list[dict[str, Any]]) -> ClusterCapability:
-    """What the API server says of its nodes, as a hardware file would; those that take no pods are left out.
+def nodes_of(listed: list[dict[str, Any]], asked: KubernetesSection) -> ClusterCapability:
+    """What the API server says of its nodes, as a hardware file would; those that take no pods of ours are left out.
 
     GPUs are known by the labels of NVIDIA's feature discovery.  Raises JobError where no node is left.
     """
     declared, unknown = [], []
     for node in listed:
         spec, status, labels = node.get("spec") or {}, node["status"], node["metadata"].get("labels") or {}
-        if spec.get("unschedulable") or any(_keeps_off(taint) for taint in spec.get("taints") or []):
+        if spec.get("unschedulable") or any(labels.get(key) != value for key, value in asked.node_selector.items()):
+            continue
+        if any(_keeps_off(taint, asked.tolerations) for taint in spec.get("taints") or []):
             continue
         allocatable = status["allocatable"]
         cores = int(_amount(allocatable["cpu"])) - _OTHERS_CORES
@@ -140,8 +141,19 @@ def nodes_of(listed: list[dict[str, Any]]) -> ClusterCapability:
         raise JobError(f"the cluster's nodes cannot be planned for: {error}. --hardware FILE declares them") from None
 
 
-def _keeps_off(taint: dict[str, Any]) -> bool:
-    return taint.get("effect") in ("NoSchedule", "NoExecute") and taint.get("key") != "nvidia.com/gpu"
+def _keeps_off(taint: dict[str, Any], tolerations: list[dict[str, Any]]) -> bool:
+    """https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/; every GPU pod bears NVIDIA's."""
+
+    def bears(toleration: dict[str, Any]) -> bool:
+        if toleration.get("effect") not in (None, taint.get("effect")):
+            return False
+        if toleration.get("operator") == "Exists":
+            return toleration.get("key") in (None, taint.get("key"))
+        return (toleration.get("key"), toleration.get("value")) == (taint.get("key"), taint.get("value"))
+
+    if taint.get("effect") not in ("NoSchedule", "NoExecute") or taint.get("key") == "nvidia.com/gpu":
+        return False
+    return not any(bears(toleration) for toleration in tolerations)
 
 
 def _amount(quantity: str) -> float:

@@ -16,7 +16,7 @@ from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job, path_values
 from orchestrator.rundir import RunFolder
 
-UPLOAD_LIMIT_BYTES = 500 * 2**20  # Ray refuses a package of more than 512 MiB; through an API server more is no fun
+UPLOAD_LIMIT_BYTES = 500 * 2**20  # of all files; Ray refuses a package of more than 512 MiB
 _PROJECT = ("orchestrator", "strategies", "clusters")
 _BEGIN, _END = "-----BEGIN RUN-----", "-----END RUN-----"
 _NOT_FETCHED = ("checkpoints", "logs", "stop", "replan")

@@ -18,15 +18,13 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clusters.connect import CannotConnect
 from clusters.door import ENDED, Door, JobGone, JobLost, RemoteJob, VerbFailed
 from clusters.ray_jobs import JobsDoor
 from clusters.units import format_bytes
 from orchestrator import package
 from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
-from orchestrator.jobfile import Job
+from orchestrator.jobfile import Job, read_run_job
 from orchestrator.rundir import RunFolder
 
 KUBERAY = "kuberay"
@@ -111,23 +109,23 @@ def attach(run: RunFolder, say: _Say) -> None:
 
 def _until_it_ends(door: Door, run: RunFolder, name: str, say: _Say) -> RemoteJob:
     broken_since = None
-    while True:
-        try:
-            with (run.path / "printed.log").open("a", encoding="utf-8") as kept:
+    with (run.path / "printed.log").open("w", encoding="utf-8") as kept:  # a fresh door hands out every line
+        while True:
+            try:
                 for line in door.follow(name, say):
                     say(line)
                     kept.write(line + "\n")
                     broken_since = None
-            return door.look(name)
-        except JobGone:
-            raise
-        except JobLost as error:
-            broken_since = broken_since or time.monotonic()
-            if time.monotonic() - broken_since > _LOST_S:
-                raise ClusterError(
-                    f"{error}. The job goes on there; `orchestrator logs {run.run_id} --follow` attaches again"
-                ) from error
-            time.sleep(_AGAIN_S)
+                return door.look(name)
+            except JobGone:
+                raise
+            except JobLost as error:
+                broken_since = broken_since or time.monotonic()
+                if time.monotonic() - broken_since > _LOST_S:
+                    raise ClusterError(
+                        f"{error}. The job goes on there; `orchestrator logs {run.run_id} --follow` attaches again"
+                    ) from error
+                time.sleep(_AGAIN_S)
 
 
 def _bring_home(run: RunFolder, remote: Remote, door: Door, found: RemoteJob, say: _Say) -> None:
@@ -140,17 +138,12 @@ def _bring_home(run: RunFolder, remote: Remote, door: Door, found: RemoteJob, sa
             if found.state == "SUCCEEDED":
                 raise RunFailed(f"the result could not be fetched: {error}") from error
             say(f"nothing could be fetched: {error}")
-        if found.state == "FAILED" and _is_kept_when_failed(run):
+        if found.state == "FAILED" and read_run_job(run.path).spec.kubernetes.keep_failed_s is not None:
             return
         if remote.uploads and run.state_by_events() == "finished":
             door.remove(remote.attempts[-1], remote.uploads)
         if door.tidy(remote.attempts[-1]):
             replace(remote, is_closed=True).keep(run)
-
-
-def _is_kept_when_failed(run: RunFolder) -> bool:
-    asked = yaml.safe_load((run.path / "job.yaml").read_text(encoding="utf-8")).get("kubernetes") or {}
-    return asked.get("keep_failed_s") is not None
 
 
 def verb(run: RunFolder, *arguments: str) -> str:
@@ -185,17 +178,24 @@ def stop(run: RunFolder) -> str:
 
 def resume(run: RunFolder, say: _Say) -> None:
     """Start the same command again: it finds its run folder there and goes on."""
+    if run.state_by_events() == "finished":
+        raise JobError(f"{run.run_id} is finished; there is nothing to resume")
+    if not start_again(run):
+        raise JobError(f"{run.run_id} is running there; `orchestrator logs {run.run_id} --follow` attaches")
+    attach(run, say)
+
+
+def start_again(run: RunFolder) -> bool:
+    """Start the next attempt; whether that was needed: one that runs is left alone."""
     remote = _remote(run)
     with in_our_words(remote.address):
         door = opened(run, remote)
-        try:
-            state = door.look(remote.attempts[-1]).state
-        except JobLost:  # it was taken away, or the cluster is a new one; its storage may be the old
-            state = "FAILED"
-        if state not in ENDED:
-            raise JobError(f"{run.run_id} is running on {remote.address}; `orchestrator logs {run.run_id} --follow`")
+        # A job that is gone was taken away, or the cluster is a new one; its storage may be the old.
+        with contextlib.suppress(JobGone):
+            if door.look(remote.attempts[-1]).state not in ENDED:
+                return False
         _start(door, run, remote)
-    attach(run, say)
+    return True
 
 
 def printed(run: RunFolder) -> str:
@@ -240,9 +240,9 @@ def opened_at(address: str) -> Any:
 def _start(door: Any, run: RunFolder, remote: Remote) -> Remote:
     """Start the next attempt through an open door."""
     if is_kuberay(remote.address):
-        from orchestrator.kube_run import start_again
+        from orchestrator.kube_run import create_again
 
-        name = start_again(door, run)
+        name = create_again(door, run)
     else:
         name = f"{run.run_id}-{len(remote.attempts) + 1}"
         command = shlex.join(["python", "-m", "orchestrator", "submit", "job.yaml", "--run-id", run.run_id])
@@ -254,6 +254,7 @@ def _start(door: Any, run: RunFolder, remote: Remote) -> Remote:
 
 
 def is_kuberay(address: str) -> bool:
+    """Whether an address names an API server, not a dashboard."""
     return address.partition(":")[0] == KUBERAY
 
 
@@ -272,6 +273,7 @@ def _remote(run: RunFolder) -> Remote:
 
 @contextlib.contextmanager
 def in_our_words(address: str) -> Iterator[None]:
+    """What a door raises inside the block as ClusterError with the address."""
     try:
         yield
     except (CannotConnect, JobLost) as error:

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import typer
 
+from clusters.door import ENDED
 from orchestrator import package, remote
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job
+from orchestrator.remote import is_kuberay
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import RunArgument, RunsOption, out, print_json, say
 
@@ -38,7 +40,7 @@ def submit(
     """Send a job; stay until it ends, unless detached."""
     from orchestrator.run import output_dir
 
-    if remote.is_kuberay(address):
+    if is_kuberay(address):
         from orchestrator import kube_run
 
         run = kube_run.submit(
@@ -64,14 +66,19 @@ def resume(run: RunFolder, as_json: bool) -> None:
 def status(run: RunFolder, as_json: bool) -> None:
     """Ask the cluster; what has not begun, or ended before it had a folder, is known from the job alone."""
     found = remote.look(run)
-    if found.state == "PENDING":
-        row = {"run": run.run_id, "state": "waiting", "message": found.message}
-        if as_json:
-            print_json(row)
-        else:
-            out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), markup=False, soft_wrap=True)
-        return
-    sys.stdout.write(remote.verb(run, "status", run.run_id, *(["--json"] if as_json else [])))
+    if found.state != "PENDING":
+        try:
+            sys.stdout.write(remote.verb(run, "status", run.run_id, *(["--json"] if as_json else [])))
+            return
+        except RunFailed:
+            if found.state not in ENDED:
+                raise
+    state = "waiting" if found.state == "PENDING" else found.state.lower()
+    row = {"run": run.run_id, "state": state, "message": found.message}
+    if as_json:
+        print_json(row)
+    else:
+        out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), markup=False, soft_wrap=True)
 
 
 def logs(run: RunFolder, follow: bool) -> None:

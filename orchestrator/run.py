@@ -62,6 +62,11 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
 
     A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.
     """
+    if missing := [name for name in job.spec.cluster.secrets if not os.environ.get(name)]:
+        raise JobError(
+            f"cluster.secrets: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator head`"
+            " (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
+        )
     known = RunFolder(output_dir(job) / run_id) if run_id else None
     if known and (known.path / known.marker).is_file():
         return known if known.state() == "finished" else resume(known, job, watcher)
@@ -101,11 +106,6 @@ def prepare(
     """
     from orchestrator.data.prepare import prepare_data
 
-    if missing := [name for name in job.spec.cluster.secrets if not os.environ.get(name)]:
-        raise JobError(
-            f"cluster.secrets: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator head`"
-            " (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
-        )
     model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     config = models.read_config(model_folder)
     shape = workload.model_shape(config)

@@ -1,7 +1,7 @@
 """What carries tensors between the device that computes and the host that updates, and counts the bytes.
 
-On a GPU: pinned buffers and a stream for each direction.  On a machine without one the "device" is the same memory, and
-the bus is emulated: a copy takes bytes / bandwidth, as long as the real one would.
+On a machine without a GPU the "device" is the same memory, and the bus is emulated: a copy takes bytes / bandwidth, as
+long as the real one would.
 """
 
 from __future__ import annotations
@@ -52,33 +52,6 @@ class EmulatedBus:
             if rest_s > 0:
                 time.sleep(rest_s)
         return copy
-
-
-class CudaBus:
-    """Pinned host buffers and one CUDA stream for each direction, so that both directions work at once."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.down_bytes = self.up_bytes = 0
-        self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._compute = torch.cuda.current_stream(device)
-        self._pinned: dict[tuple[torch.Size, torch.dtype], list[torch.Tensor]] = {}
-
-    def down(self, tensor: torch.Tensor) -> torch.Tensor:
-        self.down_bytes += size_of(tensor)
-        buffer = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        with torch.cuda.stream(self._down):
-            self._down.wait_stream(self._compute)
-            buffer.copy_(tensor, non_blocking=True)
-            tensor.record_stream(self._down)
-        self._down.synchronize()
-        return buffer
-
-    def up(self, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-        self.up_bytes += size_of(tensor)
-        with torch.cuda.stream(self._up):
-            there = tensor.pin_memory().to(device, non_blocking=True)
-        self._up.synchronize()
-        return there
 
 
 def size_of(tensor: torch.Tensor) -> int:

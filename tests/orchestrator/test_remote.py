@@ -31,7 +31,8 @@ def api(tmp_path, monkeypatch):
 def run(api, tmp_path):
     """A job that was sent, whose submitter has printed two lines."""
     run = RunFolder.create(tmp_path / "runs", "support", NAME)
-    (run.path / "job.yaml").write_text("name: support\n")
+    (run.path / "job.yaml").write_text("name: support\nmodel: {model_name_or_path: a}\ndata: {train: b.jsonl}\n")
+    (run.path / "origin.json").write_text(json.dumps({"folder": str(tmp_path)}))
     made = rayjob(NAME, "c", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], Wishes(namespace="team", storage=str(tmp_path)))
     door = KubeDoor(None, None)
     door.start(NAME, made, config_map(NAME, "team", {"job.yaml": "x"}))
