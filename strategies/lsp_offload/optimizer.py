@@ -13,8 +13,8 @@ Weight decay shrinks the weight itself, as AdamW does (arXiv 1711.05101); the pu
 from __future__ import annotations
 
 import math
-import threading
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -71,9 +71,7 @@ class ProjectedWeight:
         self.image_DD = image if self.image_DD is None else self.image_DD.add_(image)
 
     def adam(self, image_DD: torch.Tensor, numbers: AdamNumbers) -> torch.Tensor:
-        """The direction of AdamW for an image on the host, before the learning rate.  Raises LaneFailed."""
-        if not torch.isfinite(image_DD).all():
-            raise LaneFailed(f"the gradient of layer {self.layer} is not finite; its weights were left as they were")
+        """The direction of AdamW for an image on the host, before the learning rate."""
         self.num_updates += 1
         self.exp_avg_DD.lerp_(image_DD, 1 - numbers.beta1)
         self.exp_avg_sq_DD.mul_(numbers.beta2).addcmul_(image_DD, image_DD, value=1 - numbers.beta2)
@@ -140,16 +138,11 @@ class LspAdamW:
         self.learning, self.num_steps = learning, 0
         self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
         self.learning_rate, self.max_grad_norm = learning_rate, 0.0
-        self.passes_to_come = 1  # of this step: images are sent during the last
-        self.grad_norm = torch.tensor(0.0)
         self._by_layer: dict[int, list[ProjectedWeight]] = {}
         for one in self.weights:
             self._by_layer.setdefault(one.layer, []).append(one)
-        self._missing: dict[int, int] = {}
-        self._squares: dict[int, torch.Tensor] = {}
-        self._norm_known = threading.Event()
         self._handles = [one.weight.register_post_accumulate_grad_hook(self._taker(one)) for one in self.weights]
-        self._begin()
+        self.expect(1)
 
     def waiter(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the module of a layer."""
@@ -160,29 +153,27 @@ class LspAdamW:
             handle.remove()
         self.lanes.close()
 
+    def expect(self, num_passes: int) -> None:
+        """Begin a step of so many backward passes: images are sent during the last.  Without it a step has one."""
+        self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
+        self._squares: dict[int, torch.Tensor] = {}
+        self._norm: Future[torch.Tensor] = Future()
+        self._passes_left = num_passes
+        self._checks = self.learning is not None and self.num_steps % self.learning.check_every == 0
+
     def update(self) -> torch.Tensor:
         """End a step; the norm of its images.  The weights move in their own time: `lanes.wait_all` waits for all."""
-        if self.lanes.overlapped:
-            self.grad_norm = self._norm()
-            self._norm_known.set()
-        else:
-            for layer in sorted(self._by_layer, reverse=True):
-                self._squares[layer] = self._square(layer)
-            self.grad_norm = self._norm()
-            self._norm_known.set()
-            for layer in sorted(self._by_layer, reverse=True):
+        deepest_first = sorted(self._by_layer, reverse=True)
+        if not self.lanes.overlapped:
+            self._squares = {layer: self._square(layer) for layer in deepest_first}
+        grad_norm = torch.stack([square.cpu() for square in self._squares.values()]).sum().sqrt()
+        self._norm.set_result(grad_norm)
+        if not self.lanes.overlapped:
+            for layer in deepest_first:
                 self._send(layer)
-        norm = self.grad_norm
         self.num_steps += 1
-        self._begin()
-        return norm
-
-    def _begin(self) -> None:
-        self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
-        self._squares = {}
-        self._norm_known = threading.Event()
-        self._passes_left = self.passes_to_come
-        self._checks = self.learning is not None and self.num_steps % self.learning.check_every == 0
+        self.expect(1)
+        return grad_norm
 
     def _taker(self, one: ProjectedWeight) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
@@ -210,37 +201,32 @@ class LspAdamW:
         images = [one.image_DD for one in self._by_layer[layer] if one.image_DD is not None]
         return torch.stack([image.square().sum() for image in images]).sum() if images else torch.tensor(0.0)
 
-    def _norm(self) -> torch.Tensor:
-        return torch.stack([square.cpu() for square in self._squares.values()]).sum().sqrt()
-
     def _send(self, layer: int) -> None:
-        """Hand a layer's images to the lanes."""
+        """Hand a layer's images to the lanes; each lane puts what it made in place of what it took."""
         parts = [one for one in self._by_layer[layer] if one.image_DD is not None]
-        images = {id(one): one.image_DD for one in parts}
+        held = [one.image_DD for one in parts if one.image_DD is not None]
         for one in parts:
             one.image_DD = None
-        host: dict[int, torch.Tensor] = {}
-        known, limit, rate = self._norm_known, self.max_grad_norm, self.learning_rate
-        gauge = self
+        norm, limit, rate, numbers = self._norm, self.max_grad_norm, self.learning_rate, self.numbers
 
         def down() -> None:
-            for one in parts:
-                host[id(one)] = self.transport.down(images.pop(id(one)))  # type: ignore[arg-type]
+            held[:] = [self.transport.down(image) for image in held]
 
-        def adam() -> None:
-            factor = 1.0
+        def update() -> None:
+            if not all(torch.isfinite(image).all() for image in held):
+                raise LaneFailed(f"the gradient of layer {layer} is not finite; its weights were left as they were")
             if limit:
-                known.wait()
-                factor = min(1.0, limit / (float(gauge.grad_norm) + 1e-6))
-            for one in parts:
-                host[id(one)] = one.adam(host[id(one)] * factor if factor != 1.0 else host[id(one)], self.numbers)
+                factor = limit / (float(norm.result()) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
+                if factor < 1:
+                    held[:] = [image * factor for image in held]
+            held[:] = [one.adam(image, numbers) for one, image in zip(parts, held, strict=True)]
 
         def up() -> None:
-            there = [(one, self.transport.up(host[id(one)], one.weight.device)) for one in parts]
-            for one, direction in there:
-                one.apply(direction, rate, self.numbers.weight_decay)
+            for one, direction in zip(parts, held, strict=True):
+                there = self.transport.up(direction, one.weight.device)
+                one.apply(there, rate, numbers.weight_decay)
 
-        self.lanes.submit(layer, {"down": down, "update": adam, "up": up})
+        self.lanes.submit(layer, {"down": down, "update": update, "up": up})
 
     def state(self) -> dict[int, Mapping[str, torch.Tensor]]:
         """Moments and projectors by place: what a checkpoint needs for the same trajectory."""

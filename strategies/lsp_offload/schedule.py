@@ -1,4 +1,4 @@
-"""Four lanes that work at the same time: compute, device to host, CPU update, host to device.
+"""Three lanes beside the computation, all at work at the same time: device to host, CPU update, host to device.
 
 The backward pass submits each layer's image as soon as its gradient is there.  Three lanes carry it on, one layer
 each at a time, so that one layer crosses the bus while another is updated and a third is still being computed.  The
@@ -89,10 +89,6 @@ class Lanes:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
-
-    def compute(self, layer: int, call: Callable[[], None]) -> None:
-        """The fourth lane, for the timeline: work of the caller itself."""
-        self._timed("compute", layer, call)
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -14,7 +14,7 @@ _STEP = 64
 
 
 @dataclass(frozen=True)
-class Lane:
+class Rates:
     """What the machine does in a second."""
 
     down_bytes_per_s: float
@@ -40,23 +40,23 @@ class Sized:
     text: str
 
 
-def seconds_by_lane(num_elements: float, lane: Lane) -> dict[str, float]:
-    """What an image (or a whole gradient) of so many elements costs in each lane."""
-    size_bytes = num_elements * lane.element_bytes
+def seconds_by_lane(num_elements: float, rates: Rates) -> dict[str, float]:
+    """What an image (or a whole gradient) of so many elements costs in each rates."""
+    size_bytes = num_elements * rates.element_bytes
     return {
-        "down": size_bytes / lane.down_bytes_per_s,
-        "update": num_elements / lane.adam_elements_per_s,
-        "up": size_bytes / lane.up_bytes_per_s,
+        "down": size_bytes / rates.down_bytes_per_s,
+        "update": num_elements / rates.adam_elements_per_s,
+        "up": size_bytes / rates.up_bytes_per_s,
     }
 
 
-def largest_that_hides(shapes: Sequence[tuple[int, int]], times: LayerTimes, lane: Lane) -> Sized:
+def largest_that_hides(shapes: Sequence[tuple[int, int]], times: LayerTimes, rates: Rates) -> Sized:
     """The largest d for a layer of these weights whose slowest lane still fits into the layer's backward pass.
 
     At most half of the smallest side, the paper's advice; at least 64.
     """
     most = max(_STEP, min(min(shape) for shape in shapes) // 2 // _STEP * _STEP)
-    costs = seconds_by_lane(len(shapes), lane)  # of d = 1
+    costs = seconds_by_lane(len(shapes), rates)  # of d = 1
     slowest = max(costs, key=lambda name: costs[name])
     fitting = math.floor(math.sqrt(times.backward_s / costs[slowest]) / _STEP) * _STEP
     size = min(most, max(_STEP, fitting))

@@ -19,7 +19,7 @@ import torch
 from strategies.lsp_offload.optimizer import AdamNumbers, ProjectedWeight
 from strategies.lsp_offload.projector import Whole
 from strategies.lsp_offload.schedule import Lanes
-from strategies.lsp_offload.sizing import Lane, LayerTimes, largest_that_hides, seconds_by_lane, step_s
+from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 from strategies.lsp_offload.transport import EmulatedBus
 
 FORWARD_S, BACKWARD_S, LAYER_WEIGHTS, BUS_BYTES_PER_S = 12.2e-3, 28.1e-3, 202e6, 10e9
@@ -75,17 +75,17 @@ def main() -> None:
     asked = parser.parse_args()
     times = LayerTimes(FORWARD_S / asked.scale, BACKWARD_S / asked.scale)
     side = int((LAYER_WEIGHTS / asked.scale) ** 0.5)
-    whole_lane = Lane(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(side * side))
-    sized = largest_that_hides([(side, side)], times, Lane(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(512 * 512)))
-    lane = Lane(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(sized.size**2))
+    whole_rates = Rates(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(side * side))
+    sized = largest_that_hides([(side, side)], times, Rates(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(512 * 512)))
+    image_rates = Rates(BUS_BYTES_PER_S, BUS_BYTES_PER_S, adam_rate(sized.size**2))
     native_s = asked.layers * (times.forward_s + times.backward_s)
-    print(f"{asked.layers} layers of {side} x {side}; AdamW here {whole_lane.adam_elements_per_s / 1e9:.2f} G/s")
+    print(f"{asked.layers} layers of {side} x {side}; AdamW here {whole_rates.adam_elements_per_s / 1e9:.2f} G/s")
     print(sized.text)
     rows = {}
     for name, size, kind, overlapped in (
-        ("ZeRO-Offload", side, whole_lane, False),
-        ("ZeRO-Offload, layer by layer", side, whole_lane, True),
-        ("LSP-Offload", sized.size, lane, True),
+        ("ZeRO-Offload", side, whole_rates, False),
+        ("ZeRO-Offload, layer by layer", side, whole_rates, True),
+        ("LSP-Offload", sized.size, image_rates, True),
     ):
         seconds = measured(asked.layers, size, times, overlapped, asked.steps)
         rows[name] = seconds, step_s(asked.layers, times, seconds_by_lane(size * size, kind), overlapped)

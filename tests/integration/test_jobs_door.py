@@ -13,6 +13,7 @@ import pytest
 from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
 from tests.integration.test_submit import ROOT
+from tests.kube_api import free_port
 
 JOB = """\
 name: sent
@@ -28,11 +29,6 @@ tracking: {{report_to: []}}
 
 
 LONG = 1500
-
-
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def verb(place, *arguments, code=0, home="home"):

@@ -16,24 +16,15 @@ import yaml
 
 from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
-from tests.kube_api import KubeApi, Operator
+from tests.integration.test_jobs_door import JOB
+from tests.kube_api import KubeApi
+from tests.kube_operator import Operator
 
 pytestmark = [pytest.mark.k8s, pytest.mark.timeout(580)]
 ROOT = Path(__file__).resolve().parents[2]
 REAL = os.environ.get("KUBECONFIG")
 
-JOB = """\
-name: sent
-model: {{model_name_or_path: {model}, dtype: float32}}
-data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
-method: {{lora_r: 4}}
-train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 3e-3}}
-checkpoint: {{save_steps: 20}}
-eval: {{max_new_tokens: 8, eval_steps: 60}}
-kubernetes: {{claim: runs, keep_s: 5}}
-{cluster}
-tracking: {{report_to: []}}
-"""
+KUBERNETES = "kubernetes: {claim: runs, keep_s: 5}\n"
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +35,7 @@ def place(model_folder, tmp_path_factory):
     write_jsonl(folder / "eval.jsonl", rows(8, start=100))
     for name, steps in (("job", 30), ("long", 8000)):
         here = f"cluster: {{storage: {folder / 'volume'}, shared_paths: [{model_folder}]}}"
-        text = JOB.format(model=model_folder, steps=steps, cluster="" if REAL else here)
+        text = JOB.format(model=model_folder, steps=steps, cluster=KUBERNETES + ("" if REAL else here))
         (folder / f"{name}.yaml").write_text(text)
     return folder
 

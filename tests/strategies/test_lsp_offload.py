@@ -78,10 +78,10 @@ def optimizer_of(model, spaces, lanes=None, bus=None, numbers=AdamNumbers(weight
 
 
 def train(model, made, steps, max_grad_norm=0.0, accumulate=1):
-    made.max_grad_norm, made.passes_to_come = max_grad_norm, accumulate
-    made._begin()
+    made.max_grad_norm = max_grad_norm
     losses = []
     for step in range(steps):
+        made.expect(accumulate)
         for part in range(accumulate):
             x = torch.randn(8, SIDE, generator=generator(100 * step + part))
             loss = (model(x) - x.roll(1, 1)).square().mean() / accumulate

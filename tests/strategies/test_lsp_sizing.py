@@ -2,14 +2,14 @@
 
 import pytest
 
-from strategies.lsp_offload.sizing import Lane, LayerTimes, largest_that_hides, seconds_by_lane, step_s
+from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 
 TIMES = LayerTimes(0.010, 0.030)
 
 
 def test_the_slowest_lane_bounds_the_size():
-    slow_cpu = Lane(10e9, 10e9, 1e8)  # 30 ms at 1e8/s: 3e6 elements, a side of 1732
-    slow_bus = Lane(1e8, 10e9, 1e12)  # 30 ms at 1e8 bytes/s: 7.5e5 elements, a side of 866
+    slow_cpu = Rates(10e9, 10e9, 1e8)  # 30 ms at 1e8/s: 3e6 elements, a side of 1732
+    slow_bus = Rates(1e8, 10e9, 1e12)  # 30 ms at 1e8 bytes/s: 7.5e5 elements, a side of 866
 
     assert largest_that_hides([(4096, 4096)], TIMES, slow_cpu).size == 1728
     found = largest_that_hides([(4096, 4096)], TIMES, slow_bus)
@@ -19,7 +19,7 @@ def test_the_slowest_lane_bounds_the_size():
 
 
 def test_a_step_is_the_slowest_lane_and_one_layer_more():
-    lanes = seconds_by_lane(1e8, Lane(10e9, 10e9, 1e9))
+    lanes = seconds_by_lane(1e8, Rates(10e9, 10e9, 1e9))
 
     assert lanes == pytest.approx({"down": 0.04, "update": 0.1, "up": 0.04})
     assert step_s(10, TIMES, lanes, overlapped=True) == pytest.approx(0.1 + 1.0 + 0.18)
