@@ -503,6 +503,16 @@ def _options(
     """Fine-tune language models on the machines you have."""
 
 
+def _keep_lines_of_examples() -> None:
+    """Click would join them to one paragraph; the mark is its own (https://click.palletsprojects.com, "\\b")."""
+    for command in app.registered_commands:
+        if command.callback and command.callback.__doc__:
+            command.callback.__doc__ = command.callback.__doc__.replace("    Example", "    \b\n    Example")
+
+
+_keep_lines_of_examples()
+
+
 def main() -> None:
     """Run the command line; every OrchestratorError becomes its message and its exit code."""
     signal.signal(signal.SIGTERM, _as_interrupt)
