@@ -22,7 +22,7 @@ from orchestrator.plan import NodePlan, Plan, Sync
 from orchestrator.reasons import alternatives, explain_choice, left_out, why_nothing_fits
 from orchestrator.spec import JobSpec
 from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, Workload
-from strategies.rules import conflict
+from strategies.rules import conflict, refuses_local_steps
 from strategies.techniques.sharding import refused_keys
 
 _LONGEST_AUTO = 2048
@@ -167,7 +167,7 @@ def make_plan(
         reasons["checkpoint.save_steps"] = f"five checkpoints of {format_bytes(first.checkpoint_bytes)} over the run"
     prior = chosen.method.quality_prior()
     return Plan(
-        method={"type": chosen.method.name, **asdict(chosen.method)},  # type: ignore[call-overload]
+        method={"type": chosen.method.name, **asdict(chosen.method), **_resolved(chosen, reasons)},  # type: ignore[call-overload]
         nodes=tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share)),
         sync=_sync_of(spec, chosen),
         sync_s=chosen.sync_s,
@@ -194,6 +194,16 @@ def make_plan(
         left_out=left_out(chosen, tried, slots, helper.node if helper else None),
         helper=helper,
     )
+
+
+def _resolved(chosen: Candidate, reasons: dict[str, str]) -> dict[str, Any]:
+    """The method's own `auto` knobs: one value for all workers, the smallest that any of them asks for."""
+    values: dict[str, Any] = {}
+    for part in chosen.placed:
+        for key, (value, reason) in part.plan.resolved.items():
+            if key not in values or value < values[key]:
+                values[key], reasons[f"method.{key}"] = value, reason
+    return values
 
 
 def _node_plan_of(part: Any) -> NodePlan:
@@ -304,6 +314,8 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
         if spec.strategy.offload not in ("auto", "none"):
             raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto")
     method = spec.methods()[0]
+    if strategy.local_steps and (reason := refuses_local_steps(method)):
+        raise JobError(f"method.type: {reason}")
     stated = {
         "attn_implementation": attention if attention != "auto" else "sdpa",
         "dtype": spec.model.dtype if spec.model.dtype != "auto" else "bfloat16",

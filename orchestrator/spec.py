@@ -7,7 +7,7 @@ says why.
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
@@ -296,8 +296,18 @@ def _method_section(name: str, method: type[Any]) -> type[Section]:
         limits.pop("tried", None)
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
-        fields[knob.name] = (_resolved_type(method, knob.name), Field(default, description=doc, **limits))
+        kind, limits = _limited(_resolved_type(method, knob.name), limits)
+        fields[knob.name] = (kind, Field(default, description=doc, **limits))
     return create_model(f"{method.__name__}Method", __base__=Section, __doc__=method.__doc__, **fields)
+
+
+def _limited(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """A type and the limits of its field: those of a number that may also be a word belong to the number."""
+    words = [part for part in get_args(kind) if get_origin(part) is Literal]
+    if not limits or not words:
+        return kind, limits
+    numbers = [Annotated[part, Field(**limits)] for part in get_args(kind) if get_origin(part) is not Literal]
+    return Union[tuple([*words, *numbers])], {}  # type: ignore[return-value]  # noqa: UP007
 
 
 def _resolved_type(method: type[Any], knob: str) -> Any:

@@ -48,6 +48,7 @@ def describe(
         longest_sample=max(lengths),
         global_batch_size=global_batch_size,
         num_steps=order.num_steps,
+        clips=train.max_grad_norm > 0,
         num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
     )
     return workload, order, reason

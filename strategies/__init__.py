@@ -7,6 +7,7 @@ technique is one line in `TECHNIQUES`, and appears in the catalogue and its meas
 from strategies.contract import Method
 from strategies.full import Full
 from strategies.lora import Lora
+from strategies.lsp_offload.method import LspOffload
 from strategies.qlora import QLora
 from strategies.techniques.adapters import LORA, QLORA_INT8, QLORA_NF4
 from strategies.techniques.attention import EAGER, FLASH, FLEX, SDPA
@@ -25,6 +26,7 @@ METHODS: dict[str, type[Method]] = {
     "lora": Lora,
     "full": Full,
     "qlora": QLora,
+    "experimental_lsp_offload": LspOffload,
 }
 
 TECHNIQUES: tuple[Technique, ...] = (

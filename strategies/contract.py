@@ -6,7 +6,7 @@ and `setup` (in a worker, with torch).  The training loop knows a method only th
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
@@ -40,6 +40,7 @@ class Workload:
     padded_ratio: Mapping[int, float] = field(default_factory=dict)  # rows a micro-batch -> padded over real tokens
     fullest_step_tokens: int | None = None  # of the longest samples a step can draw; None = all the longest
     share: float = 1.0  # of each step's samples that one device does
+    clips: bool = True  # gradients are clipped: no weight moves before all of them are there
 
     @property
     def mean_length(self) -> float:
@@ -171,6 +172,7 @@ class StrategyPlan:
     gradient_bytes: float = 0.0  # what workers add up once a step
     gathered_bytes: float = 0.0  # weights that ZeRO-3 collects for each pass of a micro-batch
     num_micro_batches: int = 1  # a step, on this device
+    resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # knobs that were `auto`: value here, reason
 
 
 @dataclass(frozen=True)
@@ -228,6 +230,47 @@ class Engine(Protocol):
         ...
 
 
+class Streaming(Protocol):
+    """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
+
+    It takes each gradient as the backward pass makes it; what workers have to add up hangs on `summed` instead.
+    """
+
+    summed: Sequence[torch.nn.Parameter]
+    rows: int  # samples whose gradients it learns from
+
+    def is_due(self, step: int) -> bool:
+        """Whether it wants to learn before this step: `begin_learning`, passes with `next_learning` between them,
+        `end_learning`."""
+        ...
+
+    def begin_learning(self, num_passes: int) -> None:
+        """The next backward passes move nothing."""
+        ...
+
+    def next_learning(self) -> None: ...
+
+    def end_learning(self) -> dict[str, Any]:
+        """What was learnt, for the run's record."""
+        ...
+
+    def last_pass(self, max_grad_norm: float) -> None:
+        """The next backward pass is the step's last, and no other worker's gradients are to be added."""
+        ...
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """End the step (0 = never clip); the norm before clipping.  Raises FloatingPointError."""
+        ...
+
+    def settle(self) -> None:
+        """Until every weight has moved.  Raises FloatingPointError."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Bytes and seconds since the last report."""
+        ...
+
+
 @dataclass
 class TrainSetup:
     """A model ready to train: all that the loop may know about a method."""
@@ -240,6 +283,13 @@ class TrainSetup:
     export_name: str  # "adapter" or "model": the folder of the run that receives it
     sharding: Sharding | None = None
     engine: Engine | None = None
+    streaming: Streaming | None = None
+    notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
+
+    @property
+    def summed(self) -> list[torch.nn.Parameter]:
+        """Whose gradients workers add up and the update clips."""
+        return list(self.streaming.summed if self.streaming else self.parameters.values())
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,9 @@ def conflict(
     t = techniques
     is_quantised = hasattr(method, "bnb_quant_type")
     refused = attention.refuses(t.attn_implementation, device, shape)
+    own = method.refuses(t, shape) if hasattr(method, "refuses") else None  # type: ignore[attr-defined]
     rules = (
+        (own is not None, own or ""),
         (refused is not None, f"{t.attn_implementation} attention: {refused}"),
         (
             t.attn_implementation == "document" and not t.packing,
@@ -88,3 +90,10 @@ def conflict(
         ),
     )
     return next((reason for holds, reason in rules if holds), None)
+
+
+def refuses_local_steps(method: Method) -> str | None:
+    """Why workers that train apart cannot use a method; None where they can."""
+    if hasattr(method, "subspace_size"):
+        return "local steps average weights, and this method moves them in its own time: set strategy.local_steps: null"
+    return None

@@ -14,6 +14,7 @@ def gather(setup: TrainSetup) -> TrainState | None:
 
     What lies there already is not copied: the next step changes it.
     """
+    _settle(setup)
     if setup.sharding:
         return setup.sharding.gather()
     moments = {}
@@ -25,6 +26,7 @@ def gather(setup: TrainSetup) -> TrainState | None:
 
 def restore(setup: TrainSetup, state: TrainState) -> None:
     """Put a state back; without moments only the weights."""
+    _settle(setup)
     if setup.sharding:
         setup.sharding.restore(state)
         return
@@ -41,10 +43,17 @@ def restore(setup: TrainSetup, state: TrainState) -> None:
 
 def forget(setup: TrainSetup) -> None:
     """The optimizer as if it had made no step."""
+    _settle(setup)
     if setup.sharding:
         setup.sharding.forget()
     else:
         setup.optimizer.state.clear()
+
+
+def _settle(setup: TrainSetup) -> None:
+    """Nothing may still be moving."""
+    if setup.streaming:
+        setup.streaming.settle()
 
 
 def zero(states: Iterable[dict]) -> None:

@@ -54,12 +54,18 @@ class Update:
     max_grad_norm: float  # 0 = never clip
 
 
+def last_pass(setup: TrainSetup, numbers: Update) -> None:
+    """The next backward pass is the step's last: an optimizer that works beside the computation may begin."""
+    if setup.streaming:
+        _set_rates(setup, numbers)
+        setup.streaming.last_pass(numbers.max_grad_norm)
+
+
 def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> torch.Tensor:
     """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping."""
-    for group in setup.optimizer.param_groups:
-        group["lr"] = group["base_lr"] * numbers.lr_factor
-    if setup.engine:
-        return setup.engine.update(numbers.max_grad_norm)
+    _set_rates(setup, numbers)
+    if setup.engine or setup.streaming:
+        return (setup.engine or setup.streaming).update(numbers.max_grad_norm)  # type: ignore[union-attr]
     scaler.unscale_(setup.optimizer)
     limit = numbers.max_grad_norm or math.inf
     grad_norm = torch.nn.utils.clip_grad_norm_(list(setup.parameters.values()), limit)
@@ -67,3 +73,8 @@ def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> 
     scaler.update()
     setup.optimizer.zero_grad(set_to_none=True)
     return grad_norm
+
+
+def _set_rates(setup: TrainSetup, numbers: Update) -> None:
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * numbers.lr_factor

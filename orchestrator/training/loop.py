@@ -31,7 +31,7 @@ from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.parallel import GradientSum, Group, even_passes
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
-from strategies.step import Update, forward_backward, update
+from strategies.step import Update, forward_backward, last_pass, update
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import autocast, gradient_scaler
 from strategies.techniques.supervised_logits import loss_sum
@@ -95,10 +95,10 @@ def train(
     `local_batch_size` workers train apart inside a step (local_steps.py).  Raises Diverged, with the step and its
     samples, when a loss is not a number, and NothingFits when not even one sample at a time fits.
     """
-    model, optimizer, parameters = setup.model, setup.optimizer, list(setup.parameters.values())
-    device = parameters[0].device
+    model, optimizer = setup.model, setup.optimizer
+    device = next(iter(setup.parameters.values())).device
     shares = shares or Shares([1.0 / group.size] * group.size)
-    gradients = GradientSum(group, [] if setup.engine else parameters)
+    gradients = GradientSum(group, [] if setup.engine else setup.summed)
     apart = LocalSteps(setup, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
@@ -122,7 +122,12 @@ def train(
 
         # Forward and backward, one micro-batch after the other; gradients add up.
         loss, lacking = torch.zeros((), device=device), None
+        numbers = Update(schedule.lr_factor(step), schedule.max_grad_norm)
         try:
+            if setup.streaming and setup.streaming.is_due(step):
+                hooks.record("learnt", step=step, **_learn(setup, data, sample_ids, techniques, scaler))
+                if not group.alike:
+                    group.broadcast(_replicated(setup), 0)
             for local in apart.parts(mine) if apart else (mine,):
                 own = [lengths[i] for i in local]
                 rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
@@ -137,10 +142,12 @@ def train(
                     torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
                     if number == len(batches) and not apart:
                         gradients.arm()
+                        if group.size == 1:
+                            last_pass(setup, numbers)
                     part = forward_backward(setup, batch, counted if members else math.inf, techniques, scaler)
                     loss += part * (counted / num_supervised)
                 if apart:
-                    update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm))
+                    update(setup, scaler, numbers)
             part = loss.item()
         except (RuntimeError, MemoryError) as error:
             if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
@@ -176,7 +183,7 @@ def train(
         if apart:
             grad_norm = apart.meet()
         else:
-            grad_norm = update(setup, scaler, Update(schedule.lr_factor(step), schedule.max_grad_norm)).item()
+            grad_norm = update(setup, scaler, numbers).item()
 
         # What happened.
         progress.step = step + 1
@@ -206,6 +213,7 @@ def train(
             peak_bytes=peak_bytes(device),
             samples=hash_ids(sample_ids),
             **together,
+            **(setup.streaming.report() if setup.streaming else {}),
         )
         if group.size > 1 and shares.observe(worker_tokens, worker_s):
             hooks.record("shares", step=progress.step, shares=[round(share, 4) for share in shares.shares])
@@ -243,6 +251,24 @@ def train(
             break
     gradients.close()
     return progress
+
+
+def _learn(
+    setup: TrainSetup, data: Dataset, sample_ids: Sequence[int], techniques: Techniques, scaler: Any
+) -> dict[str, Any]:
+    """Let the optimizer learn from gradients of the step's first samples, the same on every worker."""
+    assert setup.streaming
+    began, ids = time.perf_counter(), sample_ids[: setup.streaming.rows]
+    device = next(iter(setup.parameters.values())).device
+    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    batches = micro_batches(data.lengths[list(ids)].tolist(), rows, max_length, packing)
+    setup.streaming.begin_learning(len(batches))
+    for number, members in enumerate(batches):
+        if number:
+            setup.streaming.next_learning()
+        batch = collate(data, [ids[i] for i in members], packing).to(device)
+        forward_backward(setup, batch, max(1, batch.targets_S.numel()), techniques, scaler)
+    return {**setup.streaming.end_learning(), "seconds": round(time.perf_counter() - began, 2)}
 
 
 WISHES = ("asked", "replan")  # to save and end after this step; the first that anybody has counts

@@ -344,6 +344,8 @@ def prepare(
         setup = method.setup(model, settings)
     except (ValueError, KeyError) as error:
         raise JobError(f"method: {str(error).splitlines()[0]}") from error
+    for text in setup.notes:
+        record("note", text=text)
     if techniques.loss_type == "chunked_nll" and not can_chunk(setup.model):
         if job.spec.train.loss_type == "chunked_nll":
             raise JobError("train.loss_type: this model does more to its logits than a matrix product; set it to nll")

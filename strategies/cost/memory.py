@@ -32,6 +32,15 @@ _OPTIMIZER_BYTES = {  # state of one trained parameter
 
 
 @dataclass(frozen=True)
+class Streamed:
+    """An optimizer that takes gradients one by one and keeps its moments elsewhere."""
+
+    state_bytes: float  # on the device, from step to step
+    gradient_bytes: float  # on the device, from a backward pass to the update
+    host_bytes: float
+
+
+@dataclass(frozen=True)
 class Footprint:
     """What a method puts on the device: all that memory needs to know about it."""
 
@@ -48,6 +57,7 @@ class Footprint:
     first_layer: int = 0  # below it nothing trains: nothing is kept
     embeddings_train: bool = False
     master_bytes: float = 0.0  # fp32 copies the optimizer keeps of half-precision weights, a parameter
+    streamed: Streamed | None = None  # where the optimizer is not the usual one
 
 
 @dataclass(frozen=True)
@@ -84,6 +94,9 @@ def estimate(
     cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
     buffers = buffer_bytes(workload.shape, techniques, footprint, stack)
     host = 0.0
+    if footprint.streamed:
+        streamed = footprint.streamed
+        gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, streamed.host_bytes
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
         host, saved = saved, saved / workload.shape.num_layers
     if techniques.offload in ("optimizer", "parameters"):
@@ -270,7 +283,7 @@ def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint
 
 def update_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint) -> float:
     """Temporaries at the end of the backward pass and in the optimizer's step."""
-    if techniques.uses_engine:  # a bucket at a time, before the last gradients are there
+    if techniques.uses_engine or footprint.streamed:  # a part at a time, before the last gradients are there
         return 0.0
     foreach = footprint.trained_bytes * footprint.num_trainable if techniques.optim == "adamw_torch" else 0.0
     tied = footprint.embeddings_train and shape.tied_embeddings

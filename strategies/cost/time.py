@@ -212,16 +212,20 @@ def _update(
     moved = mine * (36.0 if techniques.optim != "adamw_bnb_8bit" else 40.0)  # unpacked to fp32 and packed again
     if techniques.offload not in ("optimizer", "parameters"):
         return moved / bandwidth, 0.0
-    bus = _bus(device)
-    host = (node.cpu.memory_bytes_per_s if node.cpu else None) or _CPU_BYTES_PER_S
+    bus = bus_rate(device)
     g = BYTES_PER_ELEMENT[techniques.dtype]
-    return moved / host, 2 * g * mine / bus  # gradients down, weights up
+    return mine / host_update_rate(node), 2 * g * mine / bus  # gradients down, weights up
+
+
+def host_update_rate(node: NodeCapability) -> float:
+    """Weights a second that AdamW updates in host memory."""
+    return ((node.cpu.memory_bytes_per_s if node.cpu else None) or _CPU_BYTES_PER_S) / 36.0
 
 
 def _offload_per_step(
     shape: ModelShape, device: DeviceCapability, techniques: Techniques, num_micro: int, tokens: float, compute: float
 ) -> float:
-    g, bus = BYTES_PER_ELEMENT[techniques.dtype], _bus(device)
+    g, bus = BYTES_PER_ELEMENT[techniques.dtype], bus_rate(device)
     if techniques.offload == "parameters":
         passes = 2 + techniques.gradient_checkpointing
         return num_micro * passes * g * shape.num_parameters / bus  # not hidden: published runs are this slow
@@ -233,7 +237,7 @@ def _offload_per_step(
     return 0.0
 
 
-def _bus(device: DeviceCapability) -> float:
+def bus_rate(device: DeviceCapability) -> float:
     """Bytes a second between host and device, the slower direction."""
     known = [rate for rate in (device.host_to_device_bytes_per_s, device.device_to_host_bytes_per_s) if rate]
     if not known:

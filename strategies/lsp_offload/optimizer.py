@@ -2,111 +2,48 @@
 
 Of every projected weight the device holds the weight, two sparse projectors and, between backward and update, one
 image.  The host holds the two moments of the image.  A weight's gradient is freed as soon as its image is taken, so
-accumulation adds images, not gradients; both are linear, so the sum is the same.
+accumulation adds images, not gradients; both are linear, so the sum is the same.  For the same reason workers add up
+images.
 
 Clipping needs the norm of all gradients before the first update; the norm is that of the images, since no worker
-ever holds two whole gradients.  Images still cross the bus during the backward pass; updates wait for its end.
+ever holds two whole gradients.  Images still cross the bus during the backward pass; updates wait for its end and run
+beside the next forward pass.
 
-Weight decay shrinks the weight itself, as AdamW does (arXiv 1711.05101); the published code has none.
+Weight decay shrinks the weight itself, as AdamW does (arXiv 1711.05101); the published code has none.  A weight in
+bfloat16 is rounded at random, up or down by how near it lies, or small updates would vanish.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
+from torch.optim.adamw import adamw
 
 from strategies.lsp_offload.projector import Subspace, Whole
-from strategies.lsp_offload.schedule import Lanes
+from strategies.lsp_offload.schedule import LANES, Lanes
 from strategies.lsp_offload.transport import Transport
 
 Moments = Literal["reset", "project"]
 
 
-class LaneFailed(RuntimeError):
-    """An update was not finite: the weight keeps its value from before the step."""
+class LaneFailed(FloatingPointError):
+    """A gradient was not finite: what it would have moved keeps its value from before the step."""
 
 
 @dataclass(frozen=True)
 class AdamNumbers:
     """What AdamW is told once."""
 
+    learning_rate: float
     beta1: float = 0.9
     beta2: float = 0.999
     epsilon: float = 1e-8
     weight_decay: float = 0.0
-
-
-@dataclass
-class ProjectedWeight:
-    """One weight, its subspace and its moments on the host."""
-
-    layer: int  # depth, 0 = first of the forward pass
-    weight: torch.nn.Parameter
-    subspace: Subspace | Whole
-    exp_avg_DD: torch.Tensor = field(init=False)
-    exp_avg_sq_DD: torch.Tensor = field(init=False)
-    num_updates: int = 0
-    num_learnt: int = 0
-    bias: float | None = None
-    image_DD: torch.Tensor | None = None
-
-    def __post_init__(self) -> None:
-        self.forget()
-
-    def forget(self) -> None:
-        """Moments as if no step had been made."""
-        space = self.subspace
-        size = self.weight.shape if isinstance(space, Whole) else (space.rows.size, space.columns.size)
-        self.exp_avg_DD, self.exp_avg_sq_DD = torch.zeros(size), torch.zeros(size)
-        self.num_updates = 0
-
-    def take(self, gradient_MN: torch.Tensor) -> None:
-        """Add a gradient's image to this step's."""
-        image = self.subspace.image(gradient_MN.float())
-        self.image_DD = image if self.image_DD is None else self.image_DD.add_(image)
-
-    def adam(self, image_DD: torch.Tensor, numbers: AdamNumbers) -> torch.Tensor:
-        """The direction of AdamW for an image on the host, before the learning rate."""
-        self.num_updates += 1
-        self.exp_avg_DD.lerp_(image_DD, 1 - numbers.beta1)
-        self.exp_avg_sq_DD.mul_(numbers.beta2).addcmul_(image_DD, image_DD, value=1 - numbers.beta2)
-        first = 1 - numbers.beta1**self.num_updates
-        second = math.sqrt(1 - numbers.beta2**self.num_updates)
-        return self.exp_avg_DD / ((self.exp_avg_sq_DD.sqrt() / second).add_(numbers.epsilon)) / first
-
-    def apply(self, direction_DD: torch.Tensor, learning_rate: float, weight_decay: float) -> None:
-        """Move the weight: W <- (1 - lr wd) W - lr P D Q^T."""
-        with torch.no_grad():
-            change = self.subspace.back(direction_DD)
-            if weight_decay:
-                self.weight.mul_(1 - learning_rate * weight_decay)
-            self.weight.sub_((learning_rate * change).to(self.weight.dtype))
-
-    def learn(self, gradient_MN: torch.Tensor, steps: int, threshold: float, moments: Moments) -> bool:
-        """Fit the projectors to a gradient unless their bias is small enough; whether they changed.
-
-        What is kept touches no state.  After a change the moments begin anew, or are carried over by
-        M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured worse, since the projectors are not orthonormal.
-        """
-        old = self.subspace
-        bias = float(old.bias(gradient_MN))
-        if bias <= threshold or isinstance(old, Whole):
-            self.bias = bias
-            return False
-        self.subspace, self.bias = old.fitted(gradient_MN, steps, threshold)
-        new, self.num_learnt = self.subspace, self.num_learnt + 1
-        if moments == "reset":
-            self.forget()
-            return True
-        left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
-        self.exp_avg_DD = left @ self.exp_avg_DD @ right
-        self.exp_avg_sq_DD = left.square() @ self.exp_avg_sq_DD @ right.square()
-        return True
 
 
 @dataclass(frozen=True)
@@ -116,33 +53,158 @@ class Learning:
     check_every: int = 1000  # steps; the first step is one of them
     bias_threshold: float = 0.3
     fit_steps: int = 100
+    rows: int = 16  # samples whose gradients are fitted
     moments: Moments = "reset"
 
 
-class LspAdamW:
-    """AdamW in learned subspaces over a bus: hook it on a model, run backward passes, call `update`.
+@dataclass(frozen=True)
+class Projected:
+    """One weight, its depth in the model (0 = first of the forward pass), and how it is projected."""
+
+    layer: int
+    weight: torch.nn.Parameter
+    size: int | None  # d; None = the gradient itself travels
+    nonzeros: int = 4
+
+
+class LspAdamW(torch.optim.Optimizer):
+    """AdamW in learned subspaces over a bus.  The contract's `Streaming`: call `last_pass`, then `update`.
 
     `hooks` wait for a layer's own update before its next forward pass.  Weights of equal `layer` are updated together.
+    `others` are trained on the device by plain AdamW.  All that a checkpoint needs lies in `state`: by weight the
+    moments and, of projected ones, the projectors' values and positions.
     """
 
     def __init__(
         self,
-        weights: Sequence[ProjectedWeight],
+        weights: Sequence[Projected],
         transport: Transport,
         lanes: Lanes,
         numbers: AdamNumbers,
-        learning_rate: float,
         learning: Learning | None = None,
+        others: Sequence[torch.nn.Parameter] = (),
+        seed: int = 0,
     ) -> None:
-        """Without `learning` the projectors stay as they are."""
-        self.learning, self.num_steps = learning, 0
+        """Without `learning` the projectors stay as they are drawn."""
         self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
-        self.learning_rate, self.max_grad_norm = learning_rate, 0.0
-        self._by_layer: dict[int, list[ProjectedWeight]] = {}
+        self.learning, self._others, self._seed = learning, list(others), seed
+        rates = {"lr": numbers.learning_rate, "base_lr": numbers.learning_rate}
+        groups = [{"params": part, **rates} for part in ([one.weight for one in self.weights], self._others) if part]
+        super().__init__(groups, {})
+        self._place = {one.weight: place for place, one in enumerate(self.weights)}
+        self._spaces: dict[torch.nn.Parameter, Subspace] = {}
+        self._by_layer: dict[int, list[Projected]] = {}
         for one in self.weights:
             self._by_layer.setdefault(one.layer, []).append(one)
+        self._images = [_place_of_image(one) for one in self.weights]
+        self.summed = [*self._images, *self._others]
         self._handles = [one.weight.register_post_accumulate_grad_hook(self._taker(one)) for one in self.weights]
-        self.expect(1)
+        self._missing: dict[int, int] | None = None  # in a step's last pass: weights a layer still waits for
+        self._step = _Step(0.0)
+        self.rows = learning.rows if learning else 0
+        self._learning_pass: int | None = None
+        self._fits_left = 0
+        self._reported = (0, 0)
+
+    # What the training loop calls.
+
+    def is_due(self, step: int) -> bool:
+        """Whether the projectors are looked at before this step."""
+        return self.learning is not None and step % self.learning.check_every == 0 and any(o.size for o in self.weights)
+
+    def begin_learning(self, num_passes: int) -> None:
+        """The next backward passes only teach: their gradients move nothing."""
+        assert self.learning is not None
+        self.settle()
+        self._learning_pass, self._fits_left = 0, max(1, self.learning.fit_steps // max(1, num_passes))
+
+    def next_learning(self) -> None:
+        assert self._learning_pass is not None
+        self._learning_pass += 1
+
+    def end_learning(self) -> dict[str, Any]:
+        """What became of the projectors."""
+        assert self.learning is not None
+        self._learning_pass = None
+        states = [self._state_of(one) for one in self.weights if one.size is not None]
+        biases = [float(state["bias"]) for state in states]
+        above = sum(bias > self.learning.bias_threshold for bias in biases)
+        return {
+            "bias": round(sum(biases) / len(biases), 4),
+            "worst_bias": round(max(biases), 4),
+            "above_threshold": above,
+            "num_projected": len(biases),
+            "learnt": int(sum(float(state["num_learnt"]) for state in states)),
+            "bias_threshold": self.learning.bias_threshold,
+        }
+
+    def last_pass(self, max_grad_norm: float) -> None:
+        """The next backward pass is the step's last: layers leave as it finishes them."""
+        if self.lanes.overlapped:
+            self._step = _Step(max_grad_norm)
+            self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """End a step; the norm of its images.  The weights move in their own time: `settle` waits for all.
+
+        Raises LaneFailed where a gradient is not finite; then nothing that waited for the norm has moved.
+        """
+        if self._missing is None:
+            self._step = _Step(max_grad_norm)
+        step, self._missing = self._step, None
+        late = [layer for layer in sorted(self._by_layer, reverse=True) if layer not in step.squares]
+        step.squares |= {layer: self._square(layer) for layer in late}
+        squares = [square.cpu() for square in step.squares.values()]
+        squares += [p.grad.float().square().sum().cpu() for p in self._others if p.grad is not None]
+        grad_norm = torch.stack(squares).sum().sqrt()
+        if not torch.isfinite(grad_norm):
+            self._cancel(step)
+            moved = "layers that had finite ones have moved" if max_grad_norm == 0 else "no weight has moved"
+            raise LaneFailed(f"a gradient is not finite; {moved}")
+        step.norm.set_result(float(grad_norm))
+        for layer in late:
+            self._send(layer)
+        self._update_others(step.factor())
+        return grad_norm
+
+    def settle(self) -> None:
+        """Until every update has arrived.  Raises LaneFailed."""
+        self.lanes.wait_all()
+
+    def report(self) -> dict[str, Any]:
+        """Bytes over the bus and seconds of each lane since the last report."""
+        down, up = self._reported
+        self._reported = self.transport.down_bytes, self.transport.up_bytes
+        busy: dict[str, float] = dict.fromkeys(LANES, 0.0)
+        for span in self.lanes.taken():
+            busy[span.lane] += span.end_s - span.start_s
+        return {
+            "bus_down_bytes": self.transport.down_bytes - down,
+            "bus_up_bytes": self.transport.up_bytes - up,
+            "lane_s": {lane: round(seconds, 4) for lane, seconds in busy.items()},
+        }
+
+    # What torch calls.
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """As a plain optimizer: no clipping, and every update has arrived."""
+        self.update(0.0)
+        self.settle()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget what this step has gathered.  Raises RuntimeError where layers have moved by it already."""
+        step, self._missing, self._learning_pass = self._step, None, None
+        if step.squares and not step.norm.done():
+            self._cancel(step)
+            if not step.max_grad_norm:
+                raise RuntimeError(
+                    "a step cannot be repeated when layers have moved by it: resume from the checkpoint with a smaller"
+                    " train.per_device_train_batch_size, or set train.max_grad_norm, which lets updates wait"
+                )
+        for parameter in self.summed:
+            parameter.grad = None
+        for one in self.weights:
+            one.weight.grad = None
 
     def waiter(self, layer: int) -> Callable[..., None]:
         """A forward pre-hook for the module of a layer."""
@@ -153,98 +215,217 @@ class LspAdamW:
             handle.remove()
         self.lanes.close()
 
-    def expect(self, num_passes: int) -> None:
-        """Begin a step of so many backward passes: images are sent during the last.  Without it a step has one."""
-        self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
-        self._squares: dict[int, torch.Tensor] = {}
-        self._norm: Future[torch.Tensor] = Future()
-        self._passes_left = num_passes
-        self._checks = self.learning is not None and self.num_steps % self.learning.check_every == 0
+    # A step.
 
-    def update(self) -> torch.Tensor:
-        """End a step; the norm of its images.  The weights move in their own time: `lanes.wait_all` waits for all."""
-        deepest_first = sorted(self._by_layer, reverse=True)
-        if not self.lanes.overlapped:
-            self._squares = {layer: self._square(layer) for layer in deepest_first}
-        grad_norm = torch.stack([square.cpu() for square in self._squares.values()]).sum().sqrt()
-        self._norm.set_result(grad_norm)
-        if not self.lanes.overlapped:
-            for layer in deepest_first:
-                self._send(layer)
-        self.num_steps += 1
-        self.expect(1)
-        return grad_norm
+    def _taker(self, one: Projected) -> Callable[[torch.Tensor], None]:
+        image = self._images[self._place[one.weight]]
 
-    def _taker(self, one: ProjectedWeight) -> Callable[[torch.Tensor], None]:
         def take(parameter: torch.Tensor) -> None:
-            assert parameter.grad is not None
-            if self._checks and one.image_DD is None:  # before anything of this step lies in the old subspace
-                assert self.learning is not None
-                asked = self.learning
-                one.learn(parameter.grad, asked.fit_steps, asked.bias_threshold, asked.moments)
-            one.take(parameter.grad)
-            parameter.grad = None
-            if self._passes_left > 1 or not self.lanes.overlapped:
+            gradient, parameter.grad = parameter.grad, None
+            assert gradient is not None
+            if self._learning_pass is not None:
+                self._learn(one, gradient)
+                return
+            taken = self._space_of(one).image(gradient.float())
+            image.grad = taken if image.grad is None else image.grad.add_(taken)
+            if self._missing is None:
                 return
             self._missing[one.layer] -= 1
             if not self._missing[one.layer]:
-                self._squares[one.layer] = self._square(one.layer)
+                self._step.squares[one.layer] = self._square(one.layer)
                 self._send(one.layer)
 
         return take
 
-    def pass_done(self) -> None:
-        """A backward pass of this step has ended."""
-        self._passes_left -= 1
-
     def _square(self, layer: int) -> torch.Tensor:
-        images = [one.image_DD for one in self._by_layer[layer] if one.image_DD is not None]
-        return torch.stack([image.square().sum() for image in images]).sum() if images else torch.tensor(0.0)
+        images = [self._images[self._place[one.weight]].grad for one in self._by_layer[layer]]
+        squares = [image.square().sum() for image in images if image is not None]
+        return torch.stack(squares).sum() if squares else torch.zeros(())
 
     def _send(self, layer: int) -> None:
         """Hand a layer's images to the lanes; each lane puts what it made in place of what it took."""
-        parts = [one for one in self._by_layer[layer] if one.image_DD is not None]
-        held = [one.image_DD for one in parts if one.image_DD is not None]
-        for one in parts:
-            one.image_DD = None
-        norm, limit, rate, numbers = self._norm, self.max_grad_norm, self.learning_rate, self.numbers
+        parts, held = [], []
+        for one in self._by_layer[layer]:
+            image = self._images[self._place[one.weight]]
+            if image.grad is not None:
+                parts.append(one)
+                held.append(image.grad)
+                image.grad = None
+        if not parts:
+            return
+        step, rate, mark = self._step, self.param_groups[0]["lr"], self.transport.mark()
 
         def down() -> None:
-            held[:] = [self.transport.down(image) for image in held]
+            held[:] = [self.transport.down(image, mark) for image in held]
 
         def update() -> None:
+            factor = step.factor()  # waits for the norm where it is needed
+            if factor is None:
+                held.clear()
+                return
             if not all(torch.isfinite(image).all() for image in held):
                 raise LaneFailed(f"the gradient of layer {layer} is not finite; its weights were left as they were")
-            if limit:
-                factor = limit / (float(norm.result()) + 1e-6)  # as torch.nn.utils.clip_grad_norm_
-                if factor < 1:
-                    held[:] = [image * factor for image in held]
-            held[:] = [one.adam(image, numbers) for one, image in zip(parts, held, strict=True)]
+            if factor < 1:
+                held[:] = [image * factor for image in held]
+            states = [self._state_of(one) for one in parts]
+            held[:] = [_direction(state, image, self.numbers) for state, image in zip(states, held, strict=True)]
 
         def up() -> None:
-            for one, direction in zip(parts, held, strict=True):
-                there = self.transport.up(direction, one.weight.device)
-                one.apply(there, rate, numbers.weight_decay)
+            for one, direction in zip(parts, held, strict=False):
+                space = self._space_of(one)
+                num_steps = int(self.state[one.weight]["step"])
+
+                def move(there: torch.Tensor, one: Projected = one, space: Any = space, at: int = num_steps) -> None:
+                    self._move(one.weight, space.back(there), rate, (self._place[one.weight], at))
+
+                self.transport.up(direction, one.weight.device, move)
 
         self.lanes.submit(layer, {"down": down, "update": update, "up": up})
 
-    def state(self) -> dict[int, Mapping[str, torch.Tensor]]:
-        """Moments and projectors by place: what a checkpoint needs for the same trajectory."""
+    def _cancel(self, step: _Step) -> None:
+        step.norm.set_result(None)
         self.lanes.wait_all()
-        return {
-            place: {
-                "exp_avg": one.exp_avg_DD,
-                "exp_avg_sq": one.exp_avg_sq_DD,
-                "num_updates": torch.tensor(one.num_updates),
-                **one.subspace.state(),
-            }
-            for place, one in enumerate(self.weights)
-        }
+        for parameter in self.summed:
+            parameter.grad = None
 
-    def restore(self, state: Mapping[int, Mapping[str, torch.Tensor]]) -> None:
-        for place, one in enumerate(self.weights):
-            values = dict(state[place])
-            one.exp_avg_DD, one.exp_avg_sq_DD = values["exp_avg"].clone(), values["exp_avg_sq"].clone()
-            one.num_updates = int(values["num_updates"])
-            if isinstance(one.subspace, Subspace):
-                one.subspace = Subspace.from_state(values, one.subspace.size)
+    def _update_others(self, factor: float | None) -> None:
+        if not self._others or factor is None:
+            return
+        rate = self.param_groups[-1]["lr"]
+        for place, parameter in enumerate(self._others):
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            if not state:
+                state |= _no_moments(parameter.shape, parameter.device)
+            direction = _direction(state, parameter.grad.float() * factor, self.numbers)
+            parameter.grad = None
+            self._move(parameter, direction, rate, (len(self.weights) + place, int(state["step"])))
+
+    @torch.no_grad()
+    def _move(self, weight: torch.Tensor, change: torch.Tensor, rate: float, at: tuple[int, int]) -> None:
+        """W <- (1 - lr wd) W + lr change."""
+        moved = weight.float() * (1 - rate * self.numbers.weight_decay) + rate * change
+        if weight.dtype == torch.bfloat16:
+            generator = torch.Generator(weight.device).manual_seed(self._seed_of(*at))
+            moved = rounded_at_random(moved, generator)
+        weight.copy_(moved)
+
+    # Projectors and moments.
+
+    def _state_of(self, one: Projected) -> dict[str, torch.Tensor]:
+        """The moments on the host and the projectors on the device; drawn or moved there when first asked for."""
+        state = self.state[one.weight]
+        if "exp_avg" not in state:
+            if one.size is not None:
+                state |= self._drawn(one, 0).state()
+                state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
+            state |= _no_moments(self._image_shape(one), torch.device("cpu"))
+        elif state["exp_avg"].device.type != "cpu":  # restored
+            state |= {key: state[key].cpu() for key in ("exp_avg", "exp_avg_sq", "step")}
+        return state
+
+    def _space_of(self, one: Projected) -> Subspace | Whole:
+        if one.size is None:
+            return Whole()
+        state, known = self._state_of(one), self._spaces.get(one.weight)
+        if known is None or known.rows.values_MR is not state["rows_values"]:
+            known = self._spaces[one.weight] = Subspace.from_state(state, one.size)
+        return known
+
+    def _image_shape(self, one: Projected) -> tuple[int, ...]:
+        return tuple(one.weight.shape) if one.size is None else (one.size, one.size)
+
+    def _drawn(self, one: Projected, number: int) -> Subspace:
+        """Random projectors, the same on every worker and after a restart."""
+        assert one.size is not None
+        generator = torch.Generator().manual_seed(self._seed_of(self._place[one.weight], number))
+        rows, columns = one.weight.shape
+        return Subspace.random((rows, columns), one.size, one.nonzeros, generator, one.weight.device)
+
+    def _seed_of(self, place: int, number: int) -> int:
+        return ((self._seed * 1_000_003 + place) * 1_000_003 + number) % 2**63
+
+    def _learn(self, one: Projected, gradient_MN: torch.Tensor) -> None:
+        """Fit the projectors to a gradient unless their bias is small enough; what is kept touches no state.
+
+        New projectors are drawn and fitted to the first pass's gradient, then further to those of the other passes.
+        The moments begin anew, or are carried over by M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured
+        worse, since the projectors are not orthonormal.
+        """
+        if one.size is None or self.learning is None:
+            return
+        state, old, asked = self._state_of(one), self._space_of(one), self.learning
+        assert isinstance(old, Subspace)
+        if not torch.isfinite(gradient_MN).all():
+            return
+        if self._learning_pass == 0:
+            bias = float(old.bias(gradient_MN))
+            state["bias"] = torch.tensor(bias)
+            if bias <= asked.bias_threshold:
+                return
+            state["num_learnt"] = state["num_learnt"] + 1
+            start = self._drawn(one, int(state["num_learnt"])) if state["num_learnt"] > 1 else old
+        elif float(state["bias"]) <= asked.bias_threshold:
+            return
+        else:
+            start = old
+        new, bias = start.fitted(gradient_MN, self._fits_left, asked.bias_threshold)
+        state |= {**new.state(), "bias": torch.tensor(bias)}
+        if asked.moments == "reset" or not int(state["step"]):
+            state |= _no_moments(self._image_shape(one), torch.device("cpu"))
+            return
+        left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
+        state["exp_avg"] = left @ state["exp_avg"] @ right
+        state["exp_avg_sq"] = left.square() @ state["exp_avg_sq"] @ right.square()
+
+
+class _Step:
+    """What the lanes must know of a step, some of it when it ends."""
+
+    def __init__(self, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.squares: dict[int, torch.Tensor] = {}
+        self.norm: Future[float | None] = Future()  # None = the step was given up
+
+    def factor(self) -> float | None:
+        """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_; None = not at all."""
+        if not self.max_grad_norm:
+            return 1.0
+        norm = self.norm.result()
+        return None if norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
+
+
+def _place_of_image(one: Projected) -> torch.nn.Parameter:
+    """Something of an image's shape that a gradient can hang on, and no more memory than one number."""
+    size = one.weight.shape if one.size is None else (one.size, one.size)
+    return torch.nn.Parameter(torch.zeros((), device=one.weight.device).expand(*size))
+
+
+def _no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+    return {
+        "step": torch.zeros((), device=device),
+        "exp_avg": torch.zeros(*shape, device=device),
+        "exp_avg_sq": torch.zeros(*shape, device=device),
+    }
+
+
+def _direction(state: dict[str, torch.Tensor], gradient: torch.Tensor, numbers: AdamNumbers) -> torch.Tensor:
+    """What AdamW adds to a weight at learning rate 1, without decay: -m / (sqrt(v) + epsilon), by its fused kernel."""
+    change = torch.zeros_like(gradient)
+    with torch.no_grad():
+        adamw(
+            [change], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            fused=True, amsgrad=False, beta1=numbers.beta1, beta2=numbers.beta2, lr=1.0, weight_decay=0.0,
+            eps=numbers.epsilon, maximize=False,
+        )  # fmt: skip
+    return change
+
+
+def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """fp32 values that bfloat16 can hold, each rounded up or down with the probability of its nearness.
+
+    What bfloat16 lacks are the lower 16 bits: a random number below 2^16 carries over as often as they are large.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return ((values.view(torch.int32) + noise) & -65536).view(torch.float32)

@@ -24,7 +24,7 @@ LANES = ("down", "update", "up")  # device to host, CPU, host to device
 
 @dataclass
 class Span:
-    """One piece of work in the timeline: seconds since the timeline began."""
+    """One piece of work: seconds of time.perf_counter."""
 
     lane: str
     layer: int
@@ -46,7 +46,6 @@ class Lanes:
     def __init__(self, transition: int = 0, overlapped: bool = True) -> None:
         self.transition, self.overlapped = transition, overlapped
         self.spans: list[Span] = []
-        self._began = time.perf_counter()
         self._events: dict[int, threading.Event] = {}
         self._queues: dict[str, list[_Waiting]] = {lane: [] for lane in LANES}
         self._change = threading.Condition()
@@ -82,6 +81,11 @@ class Lanes:
         for layer in list(self._events):
             self.wait(layer)
 
+    def taken(self) -> list[Span]:
+        """What was done since the last call."""
+        spans, self.spans = self.spans, []
+        return spans
+
     def close(self) -> None:
         with self._change:
             self._is_open = False
@@ -96,9 +100,9 @@ class Lanes:
             raise error
 
     def _timed(self, lane: str, layer: int, call: Callable[[], None]) -> None:
-        start = time.perf_counter() - self._began
+        start = time.perf_counter()
         call()
-        self.spans.append(Span(lane, layer, start, time.perf_counter() - self._began))
+        self.spans.append(Span(lane, layer, start, time.perf_counter()))
 
     def _serve(self, lane: str) -> None:
         following = LANES[LANES.index(lane) + 1 :][:1]

@@ -50,26 +50,36 @@ def seconds_by_lane(num_elements: float, rates: Rates) -> dict[str, float]:
     }
 
 
-def largest_that_hides(shapes: Sequence[tuple[int, int]], times: LayerTimes, rates: Rates) -> Sized:
+def largest_that_hides(
+    shapes: Sequence[tuple[int, int]], times: LayerTimes, rates: Rates, most: int | None = None
+) -> Sized:
     """The largest d for a layer of these weights whose slowest lane still fits into the layer's backward pass.
 
-    At most half of the smallest side, the paper's advice; at least 64.
+    At most `most`, or half of the smallest side, the paper's advice; at least 64.
     """
-    most = max(_STEP, min(min(shape) for shape in shapes) // 2 // _STEP * _STEP)
+    most = most or max(_STEP, min(min(shape) for shape in shapes) // 2 // _STEP * _STEP)
     costs = seconds_by_lane(len(shapes), rates)  # of d = 1
     slowest = max(costs, key=lambda name: costs[name])
     fitting = math.floor(math.sqrt(times.backward_s / costs[slowest]) / _STEP) * _STEP
     size = min(most, max(_STEP, fitting))
     if size == most:
-        return Sized(size, "sides", f"subspace_size {size}: half of the smallest side, and every lane hides")
+        return Sized(size, "sides", f"{size}: half of the weights' side, and every lane hides behind the computation")
     word = {"down": "the way to the host", "update": "the CPU's update", "up": "the way back"}[slowest]
-    return Sized(size, slowest, f"subspace_size {size}: larger, and {word} would not hide behind the backward pass")
+    return Sized(size, slowest, f"{size}: larger, and {word} would not hide behind the backward pass")
 
 
-def step_s(num_layers: int, times: LayerTimes, lanes: dict[str, float], overlapped: bool) -> float:
-    """Seconds of a step: the layer-wise schedule, or everything after the backward pass, one layer after the other."""
+def step_s(num_layers: int, times: LayerTimes, lanes: dict[str, float], overlapped: bool, clips: bool = False) -> float:
+    """Seconds of a step: the layer-wise schedule, or everything after the backward pass, one layer after the other.
+
+    With clipping no update begins before the backward pass ends: updates and the way back run beside the next forward
+    pass instead.
+    """
     compute_s = num_layers * (times.forward_s + times.backward_s)
     if not overlapped:
         return compute_s + num_layers * sum(lanes.values())
+    if clips:
+        backward_s = num_layers * max(times.backward_s, lanes["down"])
+        forward_s = num_layers * max(times.forward_s, lanes["update"], lanes["up"])
+        return backward_s + forward_s + sum(lanes.values())
     slowest_s = num_layers * max(times.backward_s, *lanes.values())
     return num_layers * times.forward_s + slowest_s + sum(lanes.values())

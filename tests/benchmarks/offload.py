@@ -16,8 +16,7 @@ import time
 
 import torch
 
-from strategies.lsp_offload.optimizer import AdamNumbers, ProjectedWeight
-from strategies.lsp_offload.projector import Whole
+from strategies.lsp_offload.optimizer import AdamNumbers, _direction, _no_moments
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 from strategies.lsp_offload.transport import EmulatedBus
@@ -28,11 +27,10 @@ FORWARD_S, BACKWARD_S, LAYER_WEIGHTS, BUS_BYTES_PER_S = 12.2e-3, 28.1e-3, 202e6,
 def adam_rate(num_elements: int) -> float:
     """Elements a second of the update this package makes."""
     side = int(num_elements**0.5)
-    one = ProjectedWeight(0, torch.nn.Parameter(torch.zeros(side, side)), Whole())
-    image, took = torch.randn(side, side), []
+    state, image, took = _no_moments((side, side), torch.device("cpu")), torch.randn(side, side), []
     for _ in range(9):
         start = time.perf_counter()
-        one.adam(image, AdamNumbers())
+        _direction(state, image, AdamNumbers(1e-4))
         took.append(time.perf_counter() - start)
     return side * side / statistics.median(took)
 
@@ -40,27 +38,27 @@ def adam_rate(num_elements: int) -> float:
 def measured(num_layers: int, side: int, times: LayerTimes, overlapped: bool, steps: int) -> float:
     """Median seconds of a step whose images are side x side."""
     bus, lanes = EmulatedBus(BUS_BYTES_PER_S), Lanes(transition=num_layers // 4, overlapped=overlapped)
-    layers = [ProjectedWeight(i, torch.nn.Parameter(torch.zeros(side, side)), Whole()) for i in range(num_layers)]
-    image, numbers, took = torch.randn(side, side), AdamNumbers(), []
+    states = [_no_moments((side, side), torch.device("cpu")) for _ in range(num_layers)]
+    image, numbers, took = torch.randn(side, side), AdamNumbers(1e-4), []
     for _ in range(steps):
         start = time.perf_counter()
         for layer in range(num_layers):
             lanes.wait(layer)
             time.sleep(times.forward_s)
-        for one in reversed(layers):
+        for layer in reversed(range(num_layers)):
             time.sleep(times.backward_s)
             host: dict[str, torch.Tensor] = {}
 
             def down(host: dict[str, torch.Tensor] = host) -> None:
-                host["image"] = bus.down(image)
+                host["image"] = bus.down(image, None)
 
-            def adam(host: dict[str, torch.Tensor] = host, one: ProjectedWeight = one) -> None:
-                host["direction"] = one.adam(host["image"], numbers)
+            def adam(host: dict[str, torch.Tensor] = host, layer: int = layer) -> None:
+                host["direction"] = _direction(states[layer], host["image"], numbers)
 
             def up(host: dict[str, torch.Tensor] = host) -> None:
-                bus.up(host["direction"], torch.device("cpu"))
+                bus.up(host["direction"], torch.device("cpu"), lambda there: None)
 
-            lanes.submit(one.layer, {"down": down, "update": adam, "up": up})
+            lanes.submit(layer, {"down": down, "update": adam, "up": up})
         took.append(time.perf_counter() - start)
     lanes.wait_all()
     lanes.close()

@@ -6,7 +6,15 @@ import time
 import pytest
 import torch
 
-from strategies.lsp_offload.optimizer import AdamNumbers, LaneFailed, LspAdamW, ProjectedWeight
+from strategies.lsp_offload import optimizer
+from strategies.lsp_offload.optimizer import (
+    AdamNumbers,
+    LaneFailed,
+    Learning,
+    LspAdamW,
+    Projected,
+    rounded_at_random,
+)
 from strategies.lsp_offload.projector import SparseProjector, Subspace
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.transport import EmulatedBus
@@ -69,27 +77,33 @@ def net(num_layers=3, seed=0):
     return torch.nn.Sequential(*(torch.nn.Linear(SIDE, SIDE, bias=False) for _ in range(num_layers)))
 
 
-def optimizer_of(model, spaces, lanes=None, bus=None, numbers=AdamNumbers(weight_decay=0.1)):
-    weights = [ProjectedWeight(place, layer.weight, spaces[place]) for place, layer in enumerate(model)]
-    made = LspAdamW(weights, bus or EmulatedBus(), lanes or Lanes(), numbers, 1e-2)
+NUMBERS = AdamNumbers(1e-2, weight_decay=0.1)
+
+
+def optimizer_of(model, spaces, lanes=None, bus=None, learning=None, seed=0):
+    """`spaces`: given subspaces, or (size, non-zeros) for random ones."""
+    sizes = [(space.size, 2) if isinstance(space, Subspace) else space for space in spaces]
+    weights = [Projected(place, layer.weight, *sizes[place]) for place, layer in enumerate(model)]
+    made = LspAdamW(weights, bus or EmulatedBus(), lanes or Lanes(), NUMBERS, learning, seed=seed)
     for place, layer in enumerate(model):
         layer.register_forward_pre_hook(made.waiter(place))
+        if isinstance(spaces[place], Subspace):
+            made._state_of(made.weights[place]).update(spaces[place].state())
     return made
 
 
 def train(model, made, steps, max_grad_norm=0.0, accumulate=1):
-    made.max_grad_norm = max_grad_norm
     losses = []
     for step in range(steps):
-        made.expect(accumulate)
         for part in range(accumulate):
+            if part == accumulate - 1:
+                made.last_pass(max_grad_norm)
             x = torch.randn(8, SIDE, generator=generator(100 * step + part))
             loss = (model(x) - x.roll(1, 1)).square().mean() / accumulate
             loss.backward()
-            made.pass_done()
         losses.append(loss.item())
-        made.update()
-    made.lanes.wait_all()
+        made.update(max_grad_norm)
+    made.settle()
     return losses
 
 
@@ -145,15 +159,13 @@ def test_accumulated_images_are_the_image_of_accumulated_gradients():
     made = optimizer_of(model, spaces)
     train(model, made, 4, accumulate=3, max_grad_norm=1.0)
     whole = optimizer_of(other, spaces)
-    whole.max_grad_norm = 1.0
     for step in range(4):
         sum(
             (other(x) - x.roll(1, 1)).square().mean() / 3
             for x in (torch.randn(8, SIDE, generator=generator(100 * step + part)) for part in range(3))
         ).backward()
-        whole.pass_done()
-        whole.update()
-    whole.lanes.wait_all()
+        whole.update(1.0)
+    whole.settle()
 
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(one, two)
@@ -161,16 +173,16 @@ def test_accumulated_images_are_the_image_of_accumulated_gradients():
     whole.close()
 
 
-def test_layers_overlap_and_nothing_is_stale():
+def test_layers_overlap_and_nothing_is_stale(monkeypatch):
     """Eight layers of 20 ms in every lane: about a third of the time, and the same weights to the last bit."""
-    took, weights = {}, {}
+    took, weights, direction = {}, {}, optimizer._direction
     for overlapped in (False, True):
         model = net(8)
         spaces = [Subspace.random((SIDE, SIDE), 8, 2, generator(i)) for i in range(8)]
         lanes = Lanes(transition=2, overlapped=overlapped)
         made = optimizer_of(model, spaces, lanes, SlowBus(0.02))
         slow_backward(model, 0.02)
-        slow_updates(made, 0.02)
+        monkeypatch.setattr(optimizer, "_direction", lambda *given: (time.sleep(0.02), direction(*given))[1])
         start = time.perf_counter()
         losses = train(model, made, 3)
         took[overlapped], weights[overlapped] = time.perf_counter() - start, (losses, [*model.parameters()])
@@ -200,12 +212,6 @@ def slow_backward(model, seconds):
         )
 
 
-def slow_updates(made, seconds):
-    for one in made.weights:
-        adam = one.adam
-        one.adam = lambda *arguments, adam=adam: (time.sleep(seconds), adam(*arguments))[1]
-
-
 def test_deep_layers_are_served_as_they_come_and_shallow_ones_shallowest_first():
     lanes, order, gate = Lanes(transition=2), [], threading.Event()
     nothing = {"update": lambda: None, "up": lambda: None}
@@ -221,62 +227,150 @@ def test_deep_layers_are_served_as_they_come_and_shallow_ones_shallowest_first()
     lanes.close()
 
 
-def test_a_projector_that_is_kept_touches_no_state():
-    space = Subspace(signed_permutation(SIDE, 1), signed_permutation(SIDE, 2))
-    one = ProjectedWeight(0, torch.nn.Parameter(torch.zeros(SIDE, SIDE)), space)
-    one.adam(torch.randn(SIDE, SIDE, generator=generator(1)), AdamNumbers())
-    before = one.exp_avg_DD.clone(), one.exp_avg_sq_DD.clone(), one.num_updates
+def learner(moments="reset", threshold=0.3):
+    """One layer whose optimizer has made a step, and the gradient of another pass."""
+    model = net(1)
+    made = optimizer_of(model, [(8, 2)], learning=Learning(1, threshold, 60, 4, moments))
+    train(model, made, 1)
+    return model, made, made._state_of(made.weights[0])
 
-    assert not one.learn(torch.randn(SIDE, SIDE, generator=generator(2)), 50, 0.3, "reset")
-    assert one.subspace is space and one.num_learnt == 0
-    assert torch.equal(one.exp_avg_DD, before[0]) and torch.equal(one.exp_avg_sq_DD, before[1])
-    assert one.num_updates == before[2]
+
+def teach(model, made, passes=1):
+    made.begin_learning(passes)
+    for number in range(passes):
+        if number:
+            made.next_learning()
+        x = torch.randn(8, SIDE, generator=generator(number))
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+    return made.end_learning()
+
+
+def test_a_projector_that_is_kept_touches_no_state():
+    model, made, state = learner(threshold=100.0)
+    before = {key: value.clone() for key, value in state.items() if key != "bias"}
+
+    told = teach(model, made)
+
+    assert told["learnt"] == 0 and told["above_threshold"] == 0 and told["bias"] > 0.3
+    assert all(torch.equal(value, state[key]) for key, value in before.items())
+    made.close()
 
 
 @pytest.mark.parametrize("moments", ["reset", "project"])
 def test_a_new_projector_begins_anew_or_carries_its_moments_over(moments):
-    one = ProjectedWeight(0, torch.nn.Parameter(torch.zeros(SIDE, 20)), Subspace.random((SIDE, 20), 8, 2, generator()))
-    gradient = torch.randn(SIDE, 20, generator=generator(1))
-    one.adam(one.subspace.image(gradient), AdamNumbers())
-    old, moment = one.subspace, one.exp_avg_DD.clone()
+    model, made, state = learner(moments)
+    old, moment = Subspace.from_state(state, 8), state["exp_avg"].clone()
+    weight = model[0].weight.detach().clone()
 
-    assert one.learn(gradient, 30, 0.1, moments)
+    told = teach(model, made, passes=2)
 
-    assert one.num_learnt == 1 and one.bias < float(old.bias(gradient))
+    new = Subspace.from_state(state, 8)
+    assert told["learnt"] == 1 and told["bias"] < 1 < float(old.bias(torch.randn(SIDE, SIDE)))
+    assert torch.equal(model[0].weight, weight) and made.summed[0].grad is None  # it only taught
     if moments == "reset":
-        assert not one.exp_avg_DD.any() and one.num_updates == 0
+        assert not state["exp_avg"].any() and state["step"] == 0
     else:
-        left, right = dense(one.subspace.rows).T @ dense(old.rows), dense(old.columns).T @ dense(one.subspace.columns)
-        torch.testing.assert_close(one.exp_avg_DD, left @ moment @ right)
-        assert (one.exp_avg_sq_DD >= 0).all()
+        assert state["exp_avg"].any() and (state["exp_avg_sq"] >= 0).all() and state["step"] == 1
+        assert not torch.equal(state["exp_avg"], moment) and not torch.equal(new.rows.values_MR, old.rows.values_MR)
+    made.close()
 
 
-def test_a_gradient_that_is_not_finite_moves_nothing():
+def test_moments_are_carried_over_by_the_overlap_of_the_subspaces():
+    model, made, state = learner("project")
+    old, moment = Subspace.from_state(state, 8), state["exp_avg"].clone()
+
+    teach(model, made)
+
+    new = Subspace.from_state(state, 8)
+    left, right = dense(new.rows).T @ dense(old.rows), dense(old.columns).T @ dense(new.columns)
+    torch.testing.assert_close(state["exp_avg"], left @ moment @ right)
+    made.close()
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+def test_a_gradient_that_is_not_finite_moves_nothing(max_grad_norm):
     model = net()
-    made = optimizer_of(model, [Subspace.random((SIDE, SIDE), 8, 2, generator(i)) for i in range(3)])
+    made = optimizer_of(model, [(8, 2)] * 3)
     before = [weight.detach().clone() for weight in model.parameters()]
+    made.last_pass(max_grad_norm)
     (model(torch.full((2, SIDE), float("nan")))).sum().backward()
-    made.pass_done()
-    made.update()
 
     with pytest.raises(LaneFailed, match="not finite"):
-        made.lanes.wait_all()
+        made.update(max_grad_norm)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    train(model, made, 1, max_grad_norm)  # and the next step is a step
+    assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    made.close()
+
+
+def test_a_step_that_is_given_up_moves_nothing_and_is_repeated():
+    model, other = net(), net()
+    made, plain = optimizer_of(model, [(8, 2)] * 3), optimizer_of(other, [(8, 2)] * 3)
+    made.last_pass(1.0)
+    model(torch.ones(2, SIDE)).sum().backward()
+    made.zero_grad()
+
+    train(model, made, 3, 1.0)
+    train(other, plain, 3, 1.0)
+
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+    made.close()
+    plain.close()
+
+
+def test_without_clipping_a_begun_step_cannot_be_given_up():
+    model = net()
+    made = optimizer_of(model, [(8, 2)] * 3)
+    made.last_pass(0.0)
+    model(torch.ones(2, SIDE)).sum().backward()
+
+    with pytest.raises(RuntimeError, match="resume from the checkpoint"):
+        made.zero_grad()
     made.close()
 
 
 def test_a_restored_state_goes_on_bit_by_bit():
-    spaces = [Subspace.random((SIDE, SIDE), 8, 2, generator(i)) for i in range(3)]
     model, other = net(), net(seed=1)
-    made = optimizer_of(model, spaces)
+    made = optimizer_of(model, [(8, 2)] * 3, learning=Learning(check_every=3, fit_steps=5))
+    again = optimizer_of(other, [(8, 2)] * 3, learning=Learning(check_every=3, fit_steps=5))
+    teach(model, made)
     train(model, made, 5)
-    state = {place: {key: value.clone() for key, value in one.items()} for place, one in made.state().items()}
     other.load_state_dict({key: value.clone() for key, value in model.state_dict().items()})
-    again = optimizer_of(other, [Subspace.random((SIDE, SIDE), 8, 2, generator(i + 9)) for i in range(3)])
-    again.restore(state)
-    train(model, made, 5)
-    train(other, again, 5)
+    for one, two in zip(made.weights, again.weights, strict=True):
+        again.state[two.weight] = {key: value.clone() for key, value in made.state[one.weight].items()}
+    for net_, optimizer_ in ((model, made), (other, again)):
+        train(net_, optimizer_, 2)
+        teach(net_, optimizer_)
+        train(net_, optimizer_, 3)
 
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
     made.close()
     again.close()
+
+
+def test_random_rounding_is_right_on_average_and_leaves_what_fits():
+    values = torch.tensor([1.0, 1.0 + 2**-10, -3.0 - 2**-9, 0.5])
+
+    drawn = torch.stack([rounded_at_random(values, generator(i)) for i in range(4000)])
+
+    assert torch.equal(drawn, drawn.bfloat16().float())
+    assert torch.equal(drawn[:, 0], torch.ones(4000)) and torch.equal(drawn[:, 3], torch.full((4000,), 0.5))
+    torch.testing.assert_close(drawn.mean(0), values, rtol=3e-4, atol=0)
+
+
+def test_weights_in_bf16_follow_updates_smaller_than_their_spacing():
+    model = net(1).bfloat16()
+    start = model[0].weight.detach().float().clone()
+    made = optimizer_of(model, [Subspace(signed_permutation(SIDE, 1), signed_permutation(SIDE, 2))])
+    for group in made.param_groups:
+        group["lr"] = 1e-5  # far below the spacing of numbers near 0.2
+    made.numbers = AdamNumbers(1e-5)
+    for _ in range(40):
+        made.last_pass(0.0)
+        model[0].weight.grad = None
+        (model(torch.ones(1, SIDE, dtype=torch.bfloat16)).float().sum()).backward()
+        made.update(0.0)
+    made.settle()
+
+    assert model[0].weight.float().sub(start).mean().item() == pytest.approx(-40e-5, rel=0.25)
+    made.close()
