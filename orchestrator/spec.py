@@ -307,7 +307,7 @@ def _limited(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if not limits or not words:
         return kind, limits
     numbers = [Annotated[part, Field(**limits)] for part in get_args(kind) if get_origin(part) is not Literal]
-    return Union[tuple([*words, *numbers])], {}  # type: ignore[return-value]  # noqa: UP007
+    return Union[(*words, *numbers)], {}  # type: ignore[return-value]  # noqa: UP007
 
 
 def _resolved_type(method: type[Any], knob: str) -> Any:

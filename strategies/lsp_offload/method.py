@@ -186,10 +186,11 @@ class LspOffload:
         size = self.subspace_size
         if size == "auto":
             size = default_size(model.config.hidden_size)
-        projected = [
-            Projected(layer, weight, size if self._is_projected(*weight.shape, size) else None, self.nonzeros_per_row)
-            for layer, weight in layers.values()
-        ]
+        projected = []
+        for layer, weight in layers.values():
+            rows, columns = weight.shape
+            own = size if self._is_projected(rows, columns, size) else None
+            projected.append(Projected(layer, weight, own, self.nonzeros_per_row))
         if self.projection != "none" and not any(one.size for one in projected):
             longest = max(min(one.weight.shape) for one in projected)
             raise ValueError(

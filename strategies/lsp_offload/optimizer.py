@@ -97,7 +97,7 @@ class LspAdamW(torch.optim.Optimizer):
         for one in self.weights:
             self._by_layer.setdefault(one.layer, []).append(one)
         self._images = [_place_of_image(one) for one in self.weights]
-        self.summed = [*self._images, *self._others]
+        self.summed: Sequence[torch.nn.Parameter] = [*self._images, *self._others]
         self._handles = [one.weight.register_post_accumulate_grad_hook(self._taker(one)) for one in self.weights]
         self._missing: dict[int, int] | None = None  # in a step's last pass: weights a layer still waits for
         self._step = _Step(0.0)
