@@ -263,22 +263,24 @@ class LspAdamW(torch.optim.Optimizer):
             if factor is None:
                 held.clear()
                 return
-            if not all(torch.isfinite(image).all() for image in held):
+            if not all(torch.isfinite(image.sum()) for image in held):
                 raise LaneFailed(f"the gradient of layer {layer} is not finite; its weights were left as they were")
-            if factor < 1:
-                held[:] = [image * factor for image in held]
-            states = [self._state_of(one) for one in parts]
-            held[:] = [_direction(state, image, self.numbers) for state, image in zip(states, held, strict=True)]
+            for place, (one, image) in enumerate(zip(parts, held, strict=True)):
+                if factor < 1:
+                    image.mul_(factor)
+                held[place] = self.transport.buffers.take(image.shape)
+                direction(self._state_of(one), image, self.numbers, held[place])
+                self.transport.buffers.give(image)
 
         def up() -> None:
-            for one, direction in zip(parts, held, strict=False):
+            for one, change in zip(parts, held, strict=False):
                 space = self._space_of(one)
                 num_steps = int(self.state[one.weight]["step"])
 
                 def move(there: torch.Tensor, one: Projected = one, space: Any = space, at: int = num_steps) -> None:
                     self._move(one.weight, space.back(there), rate, (self._place[one.weight], at))
 
-                self.transport.up(direction, one.weight.device, move)
+                self.transport.up(change, one.weight.device, move)
 
         self.lanes.submit(layer, {"down": down, "update": update, "up": up})
 
@@ -297,10 +299,10 @@ class LspAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state |= _no_moments(parameter.shape, parameter.device)
-            direction = _direction(state, parameter.grad.float() * factor, self.numbers)
-            parameter.grad = None
-            self._move(parameter, direction, rate, (len(self.weights) + place, int(state["step"])))
+                state |= no_moments(parameter.shape, parameter.device)
+            gradient, parameter.grad = parameter.grad.float() * factor, None
+            change = direction(state, gradient, self.numbers, torch.empty_like(gradient))
+            self._move(parameter, change, rate, (len(self.weights) + place, int(state["step"])))
 
     @torch.no_grad()
     def _move(self, weight: torch.Tensor, change: torch.Tensor, rate: float, at: tuple[int, int]) -> None:
@@ -320,7 +322,7 @@ class LspAdamW(torch.optim.Optimizer):
             if one.size is not None:
                 state |= self._drawn(one, 0).state()
                 state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
-            state |= _no_moments(self._image_shape(one), torch.device("cpu"))
+            state |= no_moments(self._image_shape(one), torch.device("cpu"))
         elif state["exp_avg"].device.type != "cpu":  # restored
             state |= {key: state[key].cpu() for key in ("exp_avg", "exp_avg_sq", "step")}
         return state
@@ -373,7 +375,7 @@ class LspAdamW(torch.optim.Optimizer):
         new, bias = start.fitted(gradient_MN, self._fits_left, asked.bias_threshold)
         state |= {**new.state(), "bias": torch.tensor(bias)}
         if asked.moments == "reset" or not int(state["step"]):
-            state |= _no_moments(self._image_shape(one), torch.device("cpu"))
+            state |= no_moments(self._image_shape(one), torch.device("cpu"))
             return
         left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
         state["exp_avg"] = left @ state["exp_avg"] @ right
@@ -402,7 +404,7 @@ def _place_of_image(one: Projected) -> torch.nn.Parameter:
     return torch.nn.Parameter(torch.zeros((), device=one.weight.device).expand(*size))
 
 
-def _no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+def no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
     return {
         "step": torch.zeros((), device=device),
         "exp_avg": torch.zeros(*shape, device=device),
@@ -410,16 +412,17 @@ def _no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.T
     }
 
 
-def _direction(state: dict[str, torch.Tensor], gradient: torch.Tensor, numbers: AdamNumbers) -> torch.Tensor:
+def direction(
+    state: dict[str, torch.Tensor], gradient: torch.Tensor, numbers: AdamNumbers, out: torch.Tensor
+) -> torch.Tensor:
     """What AdamW adds to a weight at learning rate 1, without decay: -m / (sqrt(v) + epsilon), by its fused kernel."""
-    change = torch.zeros_like(gradient)
     with torch.no_grad():
         adamw(
-            [change], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
+            [out.zero_()], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
             fused=True, amsgrad=False, beta1=numbers.beta1, beta2=numbers.beta2, lr=1.0, weight_decay=0.0,
             eps=numbers.epsilon, maximize=False,
         )  # fmt: skip
-    return change
+    return out
 
 
 def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

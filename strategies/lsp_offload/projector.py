@@ -132,7 +132,7 @@ class Subspace:
     def image(self, gradient_MN: torch.Tensor) -> torch.Tensor:
         """P^T G Q, (D, D)."""
         half_DN = self.rows.compress(gradient_MN)
-        return self.columns.compress(half_DN.T).T
+        return self.columns.compress(half_DN.T).T.contiguous()
 
     def back(self, image_DD: torch.Tensor) -> torch.Tensor:
         """P S Q^T, (M, N)."""

@@ -7,11 +7,30 @@ as long as the real one would.  Each direction is used by one thread, its lane.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+
+
+class HostBuffers:
+    """Host memory that is used again: new pages cost more than the update of what lies in them."""
+
+    def __init__(self, pinned: bool = False) -> None:
+        self._pinned = pinned
+        self._free: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def take(self, shape: Sequence[int]) -> torch.Tensor:
+        """An fp32 tensor with any content."""
+        free = self._free.setdefault(tuple(shape), [])
+        try:
+            return free.pop()
+        except IndexError:
+            return torch.empty(*shape, pin_memory=self._pinned)
+
+    def give(self, tensor: torch.Tensor) -> None:
+        self._free.setdefault(tuple(tensor.shape), []).append(tensor)
 
 
 class Transport(Protocol):
@@ -19,17 +38,18 @@ class Transport(Protocol):
 
     down_bytes: int
     up_bytes: int
+    buffers: HostBuffers  # who is done with a host tensor gives it back here
 
     def mark(self) -> Any:
         """What the device has been told so far: `down` waits until it has done that."""
         ...
 
     def down(self, tensor: torch.Tensor, mark: Any) -> torch.Tensor:
-        """A device tensor on the host."""
+        """An fp32 device tensor in one of the host's buffers."""
         ...
 
     def up(self, tensor: torch.Tensor, device: torch.device, use: Callable[[torch.Tensor], None]) -> None:
-        """Bring a host tensor to the device and let `use` have it there; returns when that is done."""
+        """Bring a host buffer to the device and let `use` have it there; returns, and takes it back, when that is done."""
         ...
 
 
@@ -40,6 +60,7 @@ class EmulatedBus:
     bytes_per_s: float | None = None
     down_bytes: int = 0
     up_bytes: int = 0
+    buffers: HostBuffers = field(default_factory=HostBuffers)
 
     def mark(self) -> None:
         return None
@@ -51,26 +72,23 @@ class EmulatedBus:
     def up(self, tensor: torch.Tensor, device: torch.device, use: Callable[[torch.Tensor], None]) -> None:
         self.up_bytes += size_of(tensor)
         use(self._carried(tensor))
+        self.buffers.give(tensor)
 
     def _carried(self, tensor: torch.Tensor) -> torch.Tensor:
-        if not self.bytes_per_s:
-            return tensor
-        start = time.perf_counter()
-        copy = tensor.detach().clone()
-        rest_s = size_of(tensor) / self.bytes_per_s - (time.perf_counter() - start)
-        if rest_s > 0:
-            time.sleep(rest_s)
-        return copy
+        """The same memory, later: a bus has an engine of its own, and a copy would take a core from the update."""
+        if self.bytes_per_s:
+            time.sleep(size_of(tensor) / self.bytes_per_s)
+        return tensor
 
 
 class CudaBus:
-    """A GPU's bus: a stream and a pinned buffer for each direction, so that copies run beside the computation."""
+    """A GPU's bus: a stream for each direction and pinned buffers, so that copies run beside the computation."""
 
     def __init__(self, device: torch.device) -> None:
         self.down_bytes = self.up_bytes = 0
+        self.buffers = HostBuffers(pinned=True)
         self._device = device
         self._down, self._up = torch.cuda.Stream(device), torch.cuda.Stream(device)
-        self._pinned: dict[str, torch.Tensor] = {}
 
     def mark(self) -> torch.cuda.Event:
         event = torch.cuda.Event()
@@ -79,27 +97,20 @@ class CudaBus:
 
     def down(self, tensor: torch.Tensor, mark: torch.cuda.Event) -> torch.Tensor:
         self.down_bytes += size_of(tensor)
-        pinned = self._buffer("down", tensor)
+        host = self.buffers.take(tensor.shape)
         with torch.cuda.stream(self._down):
             self._down.wait_event(mark)
-            pinned.copy_(tensor, non_blocking=True)
+            host.copy_(tensor, non_blocking=True)
         tensor.record_stream(self._down)  # the allocator must not hand it out before it is read
         self._down.synchronize()
-        return pinned.clone()
+        return host
 
     def up(self, tensor: torch.Tensor, device: torch.device, use: Callable[[torch.Tensor], None]) -> None:
         self.up_bytes += size_of(tensor)
-        pinned = self._buffer("up", tensor)
-        pinned.copy_(tensor)
         with torch.cuda.stream(self._up):
-            use(pinned.to(device, non_blocking=True))
+            use(tensor.to(device, non_blocking=True))
         self._up.synchronize()
-
-    def _buffer(self, lane: str, like: torch.Tensor) -> torch.Tensor:
-        held = self._pinned.get(lane)
-        if held is None or held.numel() < like.numel():
-            held = self._pinned[lane] = torch.empty(like.numel(), pin_memory=True)
-        return held[: like.numel()].view(like.shape)
+        self.buffers.give(tensor)
 
 
 def bus_of(device: torch.device) -> Transport:
