@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _STEP = 64
+_HEADROOM = 0.8  # of a layer's backward pass: rates fall where lanes and computation share a memory
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def largest_that_hides(
     most = most or max(_STEP, min(min(shape) for shape in shapes) // 2 // _STEP * _STEP)
     costs = seconds_by_lane(len(shapes), rates)  # of d = 1
     slowest = max(costs, key=lambda name: costs[name])
-    fitting = math.floor(math.sqrt(times.backward_s / costs[slowest]) / _STEP) * _STEP
+    fitting = math.floor(math.sqrt(_HEADROOM * times.backward_s / costs[slowest]) / _STEP) * _STEP
     size = min(most, max(_STEP, fitting))
     if size == most:
         return Sized(size, "sides", f"{size}: half of the weights' side, and every lane hides behind the computation")

@@ -8,13 +8,13 @@ TIMES = LayerTimes(0.010, 0.030)
 
 
 def test_the_slowest_lane_bounds_the_size():
-    slow_cpu = Rates(10e9, 10e9, 1e8)  # 30 ms at 1e8/s: 3e6 elements, a side of 1732
-    slow_bus = Rates(1e8, 10e9, 1e12)  # 30 ms at 1e8 bytes/s: 7.5e5 elements, a side of 866
+    slow_cpu = Rates(10e9, 10e9, 1e8)  # 24 of 30 ms at 1e8/s: 2.4e6 elements, a side of 1549
+    slow_bus = Rates(1e8, 10e9, 1e12)  # 24 ms at 1e8 bytes/s: 6e5 elements, a side of 774
 
-    assert largest_that_hides([(4096, 4096)], TIMES, slow_cpu).size == 1728
+    assert largest_that_hides([(4096, 4096)], TIMES, slow_cpu).size == 1536
     found = largest_that_hides([(4096, 4096)], TIMES, slow_bus)
-    assert (found.size, found.bound) == (832, "down") and "the way to the host" in found.text
-    assert largest_that_hides([(4096, 4096)] * 4, TIMES, slow_cpu).size == 832  # four weights share the layer's time
+    assert (found.size, found.bound) == (768, "down") and "the way to the host" in found.text
+    assert largest_that_hides([(4096, 4096)] * 4, TIMES, slow_cpu).size == 768  # four weights share the layer's time
     assert largest_that_hides([(1024, 4096)], TIMES, slow_cpu).size == 512  # half of the smallest side
 
 
@@ -24,3 +24,5 @@ def test_a_step_is_the_slowest_lane_and_one_layer_more():
     assert lanes == pytest.approx({"down": 0.04, "update": 0.1, "up": 0.04})
     assert step_s(10, TIMES, lanes, overlapped=True) == pytest.approx(0.1 + 1.0 + 0.18)
     assert step_s(10, TIMES, lanes, overlapped=False) == pytest.approx(0.4 + 1.8)
+    # Clipped: the way down beside the backward pass (0.4 > 0.3), the rest beside the next forward pass (1.0 > 0.1).
+    assert step_s(10, TIMES, lanes, overlapped=True, clips=True) == pytest.approx(0.4 + 1.0 + 0.18)
