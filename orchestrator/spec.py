@@ -307,7 +307,7 @@ def _limited(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     if not limits or not words:
         return kind, limits
     numbers = [Annotated[part, Field(**limits)] for part in get_args(kind) if get_origin(part) is not Literal]
-    return Union[(*words, *numbers)], {}  # type: ignore[return-value]  # noqa: UP007
+    return Union[(*words, *numbers)], {}  # type: ignore[return-value]
 
 
 def _resolved_type(method: type[Any], knob: str) -> Any:
@@ -333,7 +333,7 @@ def _method_of(value: Any) -> str:
 
 
 _AnyMethod = Annotated[
-    Union[tuple(Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())],  # type: ignore[valid-type]  # noqa: UP007
+    Union[tuple(Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())],  # type: ignore[valid-type]
     Discriminator(_method_of),
 ]
 

@@ -49,7 +49,7 @@ class Transport(Protocol):
         ...
 
     def up(self, tensor: torch.Tensor, device: torch.device, use: Callable[[torch.Tensor], None]) -> None:
-        """Bring a host buffer to the device and let `use` have it there; returns, and takes it back, when that is done."""
+        """Bring a host buffer to the device and let `use` have it there; takes the buffer back when that is done."""
         ...
 
 
