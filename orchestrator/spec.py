@@ -333,7 +333,7 @@ def _method_of(value: Any) -> str:
 
 
 _AnyMethod = Annotated[
-    Union[tuple(Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())],  # type: ignore[valid-type]
+    Union[tuple(Annotated[section, Tag(name)] for name, section in METHOD_SECTIONS.items())],  # type: ignore[valid-type]  # noqa: UP007
     Discriminator(_method_of),
 ]
 
