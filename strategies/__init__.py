@@ -7,6 +7,7 @@ technique is one line in `TECHNIQUES`, and appears in the catalogue and its meas
 from strategies.contract import Method
 from strategies.full import Full
 from strategies.lora import Lora
+from strategies.low_rank_gradients import Apollo, Galore
 from strategies.lsp_offload.method import LspOffload
 from strategies.qlora import QLora
 from strategies.techniques.adapters import LORA, QLORA_INT8, QLORA_NF4
@@ -27,6 +28,8 @@ METHODS: dict[str, type[Method]] = {
     "full": Full,
     "qlora": QLora,
     "experimental_lsp_offload": LspOffload,
+    "experimental_galore": Galore,
+    "experimental_apollo": Apollo,
 }
 
 TECHNIQUES: tuple[Technique, ...] = (

@@ -32,6 +32,10 @@ class Full:
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
+        footprint, work = self.costs(workload, techniques)
+        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+
+    def costs(self, workload: Workload, techniques: Techniques) -> tuple[Footprint, Work]:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
         num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
         engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
@@ -58,9 +62,9 @@ class Full:
             num_tensors=num_tensors,
             cast_parameters=shape.num_linear_parameters + output if half else 0,
         )
-        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+        return footprint, work
 
-    def quality_prior(self) -> QualityPrior:
+    def quality_prior(self) -> QualityPrior | None:
         return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
 
     def load_dtype(self, techniques: Techniques) -> Dtype:

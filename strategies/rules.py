@@ -94,6 +94,6 @@ def conflict(
 
 def refuses_local_steps(method: Method) -> str | None:
     """Why workers that train apart cannot use a method; None where they can."""
-    if hasattr(method, "subspace_size"):
+    if hasattr(method, "subspace_size"):  # it streams
         return "local steps average weights, and this method moves them in its own time: set strategy.local_steps: null"
     return None

@@ -57,7 +57,8 @@ class Footprint:
     first_layer: int = 0  # below it nothing trains: nothing is kept
     embeddings_train: bool = False
     master_bytes: float = 0.0  # fp32 copies the optimizer keeps of half-precision weights, a parameter
-    streamed: Streamed | None = None  # where the optimizer is not the usual one
+    optimizer_bytes: float | None = None  # where it is not that of `optim`
+    streamed: Streamed | None = None  # where gradients do not stay
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,8 @@ def estimate(
     gradients = gradient_bytes(techniques, footprint)
     state = _OPTIMIZER_BYTES[techniques.optim] + footprint.master_bytes
     optimizer = state * footprint.num_trainable * techniques.state_part
+    if footprint.optimizer_bytes is not None:
+        optimizer = footprint.optimizer_bytes
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
     logits = logits_bytes(workload, techniques, stack, tokens)
     cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)

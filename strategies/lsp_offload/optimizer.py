@@ -286,7 +286,7 @@ class LspAdamW(torch.optim.Optimizer):
 
     def _cancel(self, step: _Step) -> None:
         step.norm.set_result(None)
-        self.lanes.wait_all()
+        self.lanes.abandon()
         for parameter in self.summed:
             parameter.grad = None
 

@@ -81,6 +81,12 @@ class Lanes:
         for layer in list(self._events):
             self.wait(layer)
 
+    def abandon(self) -> None:
+        """Until every lane is idle; what failed is forgotten, since its layers keep their weights."""
+        for event in list(self._events.values()):
+            event.wait()
+        self._error = None
+
     def taken(self) -> list[Span]:
         """What was done since the last call."""
         spans, self.spans = self.spans, []
