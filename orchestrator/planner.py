@@ -314,6 +314,10 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
         if spec.strategy.offload not in ("auto", "none"):
             raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto")
     method = spec.methods()[0]
+    if spec.goal.full_rank and not method.full_rank:
+        raise JobError(
+            f"goal.full_rank: {method.name} changes weights by a low rank only; set method.type to full or auto"
+        )
     if strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")
     stated = {

@@ -40,8 +40,9 @@ def remedies(
         dtypes=("bfloat16", "float16", "float32"),
         optims=("adamw_torch_fused", "adamw_bnb_8bit"),
     )
-    named = {method.name for method in methods}
-    for name, method in METHODS.items():
+    named, full_rank = {method.name for method in methods}, all(method.full_rank for method in methods)
+    # Who asked for full rank wants that first.
+    for name, method in sorted(METHODS.items(), key=lambda item: full_rank and not item[1].full_rank):
         if name not in named and fits(workload, slots, [method()], freed):
             found.append(f"method: {{type: {name}}}")
     length = switches.max_length // 2

@@ -39,6 +39,12 @@ def bench(
     batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="of --generate")] = "1,4",
     prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="of --generate, in tokens")] = "64,256",
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="of --generate")] = 32,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="draw two steps: layers and the lanes beside them")
+    ] = False,
+    bus: Annotated[
+        float | None, typer.Option("--bus", min=0.001, help="GB/s of a bus to emulate, where the machine has none")
+    ] = None,
     compare: Annotated[
         tuple[Path, Path] | None, typer.Option("--compare", help="two earlier results, number by number")
     ] = None,
@@ -50,6 +56,7 @@ def bench(
 
     Examples: orchestrator bench quickstart
               orchestrator bench latest --generate --batch-sizes 1,4,8
+              orchestrator bench job.yaml --timeline --bus 10
               orchestrator bench --compare runs/bench-a.json runs/bench-b.json
     """
     from orchestrator.bench_view import bench_view, comparison_view, flat, read
@@ -72,12 +79,19 @@ def bench(
         result = benchmarks.bench_generation(run, read_run_job(run.path), sizes, lengths, new_tokens, say)
     else:
         asked = asked_job(what, ["cluster.num_workers=1", *set_])
-        result = benchmarks.bench_training(asked, prepare(asked, say), steps, say)
+        result = benchmarks.bench_training(asked, prepare(asked, say), steps, say, timeline, bus * 1e9 if bus else None)
     file = benchmarks.save(result, runs, output)
+    picture = None
+    if "timeline" in result:
+        from orchestrator.report.of_bench import timeline_picture
+
+        picture = timeline_picture(result, file)
     if json_:
-        print_json({**result, "file": str(file)})
+        print_json({**result, "file": str(file), **({"picture": str(picture)} if picture else {})})
         return
     out.print(bench_view(result))
+    if picture:
+        out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
     out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -135,6 +135,7 @@ class GoalSection(Section):
     """What the plan should aim at, and what it must keep."""
 
     prefer: Literal["time", "memory", "cost", "quality"] = _key("time", "what the plan makes best among what fits")
+    full_rank: bool = _key(False, "only methods that may change weights beyond a low rank: what adapters cannot learn")
     max_hours: float | None = _key(None, "longest training time in hours", gt=0)
     max_cost: float | None = _key(None, "most the run may cost, in cost.currency", gt=0)
     max_memory_fraction: float | None = _key(None, "most of a device's memory the plan may use", gt=0, le=1)
@@ -364,7 +365,8 @@ class JobSpec(Section):
     def methods(self) -> list[Any]:
         """The methods that may be used, with their knobs: the one the job states, or each of them for `auto`."""
         if self.method.type not in METHODS:
-            return [method() for name, method in METHODS.items() if not name.startswith("experimental_")]
+            known = [method() for name, method in METHODS.items() if not name.startswith("experimental_")]
+            return [method for method in known if method.full_rank or not self.goal.full_rank]
         knobs = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
         return [METHODS[self.method.type](**knobs)]
 

@@ -270,6 +270,14 @@ class Streaming(Protocol):
         """Bytes and seconds since the last report."""
         ...
 
+    def spans(self) -> list[tuple[str, int, float, float]]:
+        """What its lanes did since they were last asked: lane, layer, start and end in time.perf_counter's seconds."""
+        ...
+
+    def emulate_bus(self, bytes_per_s: float) -> None:
+        """On a machine without a bus, let copies take as long as they would on one.  Raises ValueError elsewhere."""
+        ...
+
 
 @dataclass
 class TrainSetup:
@@ -306,6 +314,7 @@ class Method(Protocol):
     """A way of training; see the module's docstring.  `load_dtype` and `load_arguments` are for the model's loader."""
 
     name: ClassVar[str]  # as the registry and the job file spell it
+    full_rank: ClassVar[bool]  # whether it may change a weight beyond a low rank
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques

@@ -28,6 +28,7 @@ class Full:
     """Train all weights.  Cost: 16 bytes a parameter (fp32 weight, gradient, two Adam moments) and activations."""
 
     name: ClassVar[str] = "full"
+    full_rank: ClassVar[bool] = True
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques

@@ -52,6 +52,7 @@ class Lora:
     loraplus_lr_ratio: float | None = knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
+    full_rank: ClassVar[bool] = False
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques

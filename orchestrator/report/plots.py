@@ -163,3 +163,33 @@ def scatter(
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=4)
 
     return _drawn(draw, height=3.8)
+
+
+def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]], x: str, depth: str) -> str:
+    """A row a lane, of spans (start, seconds, layer) by kind; darker is deeper, kinds differ by hatch."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+
+    def draw(figure: Any, axes: Any) -> None:
+        layers = [layer for kinds in rows.values() for spans in kinds.values() for *_, layer in spans]
+        most = max(layers, default=0) or 1
+        shades = colormaps["viridis_r"]
+        for place, kinds in enumerate(rows.values()):
+            for hatch, spans in zip(_HATCHES, kinds.values(), strict=False):
+                axes.broken_barh(
+                    [(start, seconds) for start, seconds, _ in spans],
+                    (place - 0.36, 0.72),
+                    facecolors=[shades(layer / most) for *_, layer in spans],
+                    hatch=hatch,
+                    edgecolor="#ffffff",
+                    linewidth=0.3,
+                )
+        axes.set_yticks(range(len(rows)), list(rows))
+        axes.set(xlabel=x)
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        scale = ScalarMappable(Normalize(0, most), shades)
+        figure.colorbar(scale, ax=axes, label=depth, fraction=0.03, pad=0.02)
+
+    return _drawn(draw, width=9.6, height=1.2 + 0.5 * len(rows))

@@ -26,15 +26,25 @@ from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
 from orchestrator.training import finished, preflight, worker
 from orchestrator.training.loop import peak_bytes
-from strategies import dissect
+from strategies import dissect, timeline
 from strategies.cost.trace import LiveStorages
 from strategies.techniques import host_memory
 
 _WARM_UP = 2  # steps that compile kernels and fill caches
 
 
-def bench_training(job: Job, ready: Any, num_steps: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Throughput, time by phase, part and operator, memory by part, and how near to the machine's ceiling."""
+def bench_training(
+    job: Job,
+    ready: Any,
+    num_steps: int,
+    say: Callable[[str], None],
+    with_timeline: bool = False,
+    bus_bytes_per_s: float | None = None,
+) -> dict[str, Any]:
+    """Throughput, time by phase, part and operator, memory by part, and how near to the machine's ceiling.
+
+    With a timeline also two steps layer by layer; with a bus an optimizer that streams waits for one of that rate.
+    """
     plan: Plan = ready.plan
     part, location = plan.nodes[0], ready.data_files["model"]
     if part.techniques.uses_engine:
@@ -44,6 +54,13 @@ def bench_training(job: Job, ready: Any, num_steps: int, say: Callable[[str], No
     data, _ = datasets(ready.data_files)
     say(f"loading the model, then {_WARM_UP + num_steps} steps ...")
     setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
+    if bus_bytes_per_s:
+        if not setup.streaming:
+            raise JobError(f"--bus is for methods that send gradients over one; {plan.method['type']} does not")
+        try:
+            setup.streaming.emulate_bus(bus_bytes_per_s)
+        except ValueError as error:
+            raise JobError(f"--bus: {error}") from None
     order = Order(len(data), plan.global_batch_size, job.spec.train.seed, _WARM_UP + num_steps + 1)
     setup.model.train()
     timed: list[dissect.Timed] = []
@@ -59,6 +76,10 @@ def bench_training(job: Job, ready: Any, num_steps: int, say: Callable[[str], No
     _, makers, learnt = _step(data, order, _WARM_UP + num_steps, techniques)
     say("profiling one step ...")
     profiled = dissect.profiled_step(setup, [make().to(device) for make in makers], learnt, techniques)
+    spans = []
+    if with_timeline:
+        say("two steps for the timeline ...")
+        spans = [vars(span) for span in timeline.recorded(setup, makers, learnt, techniques, 2)]
     heaviest = preflight.fullest(setup, data, techniques, plan.global_batch_size)
     memory = dissect.memory_by_part(setup, heaviest, heaviest.targets_S.numel(), techniques)
     seconds = sum(one.step_s for one in timed[steady])
@@ -81,6 +102,7 @@ def bench_training(job: Job, ready: Any, num_steps: int, say: Callable[[str], No
         "predicted_communication_s": plan.sync_s,
         "parts": profiled.parts,
         "operators": [{"name": name, "seconds": spent, "calls": calls} for name, spent, calls in profiled.operators],
+        **({"timeline": spans} if with_timeline else {}),
         "memory": memory,
         "predicted_memory": plan.nodes[0].memory.parts,
         "process_peak_bytes": peak_bytes(device),

@@ -58,6 +58,7 @@ class LspOffload:
     )
 
     name: ClassVar[str] = "experimental_lsp_offload"
+    full_rank: ClassVar[bool] = True
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         """Why it cannot be combined so; None where it can."""
@@ -180,6 +181,7 @@ class LspOffload:
         from strategies.lsp_offload.optimizer import AdamNumbers, Learning, LspAdamW, Projected
         from strategies.lsp_offload.schedule import Lanes
         from strategies.lsp_offload.transport import bus_of
+        from strategies.timeline import LAYER
 
         model.requires_grad_(False)
         layers = linear_maps(model)
@@ -228,7 +230,7 @@ class LspOffload:
             settings.seed,
         )
         for name, module in model.named_modules():
-            if found := _LAYER.fullmatch(name):
+            if found := LAYER.fullmatch(name):
                 module.register_forward_pre_hook(optimizer.waiter(int(found[1])))
 
         def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
@@ -258,16 +260,15 @@ class LspOffload:
         return tuple(told)
 
 
-_LAYER = re.compile(r"(?:.*\.)?(?:layers|h|layer)\.(\d+)")
-
-
 def linear_maps(model: Any) -> dict[str, tuple[int, Any]]:
     """The weights of the decoder layers' linear maps by name, with the depth of their layer."""
     import torch
 
+    from strategies.timeline import LAYER
+
     found = {}
     for name, module in model.named_modules():
-        inside = re.fullmatch(rf"({_LAYER.pattern})\..+", name)
+        inside = re.fullmatch(rf"({LAYER.pattern})\..+", name)
         if inside and (isinstance(module, torch.nn.Linear) or type(module).__name__ == "Conv1D"):
             found[f"{name}.weight"] = int(inside[2]), module.weight
     if not found:

@@ -26,7 +26,7 @@ from torch.optim.adamw import adamw
 
 from strategies.lsp_offload.projector import Subspace, Whole
 from strategies.lsp_offload.schedule import LANES, Lanes
-from strategies.lsp_offload.transport import Transport
+from strategies.lsp_offload.transport import EmulatedBus, Transport
 
 Moments = Literal["reset", "project"]
 
@@ -176,13 +176,21 @@ class LspAdamW(torch.optim.Optimizer):
         down, up = self._reported
         self._reported = self.transport.down_bytes, self.transport.up_bytes
         busy: dict[str, float] = dict.fromkeys(LANES, 0.0)
-        for span in self.lanes.taken():
-            busy[span.lane] += span.end_s - span.start_s
+        for lane, _, start_s, end_s in self.spans():
+            busy[lane] += end_s - start_s
         return {
             "bus_down_bytes": self.transport.down_bytes - down,
             "bus_up_bytes": self.transport.up_bytes - up,
             "lane_s": {lane: round(seconds, 4) for lane, seconds in busy.items()},
         }
+
+    def spans(self) -> list[tuple[str, int, float, float]]:
+        return [(span.lane, span.layer, span.start_s, span.end_s) for span in self.lanes.taken()]
+
+    def emulate_bus(self, bytes_per_s: float) -> None:
+        if not isinstance(self.transport, EmulatedBus):
+            raise ValueError("this machine has a bus of its own")
+        self.transport.bytes_per_s = bytes_per_s
 
     # What torch calls.
 

@@ -12,6 +12,7 @@ Source: LSP-Offload, arXiv 2406.10181, section 5 (its code orders modules; layer
 
 from __future__ import annotations
 
+import atexit
 import heapq
 import itertools
 import threading
@@ -56,6 +57,7 @@ class Lanes:
         if overlapped:
             for thread in self._threads:
                 thread.start()
+            atexit.register(self.close)  # a thread inside torch when the interpreter ends takes the process down
 
     def submit(self, layer: int, stages: dict[str, Callable[[], None]]) -> None:
         """Let a layer's `stages` (one call a lane) be done in the order of the lanes; `wait(layer)` is true after."""
@@ -99,6 +101,7 @@ class Lanes:
         for thread in self._threads:
             if thread.is_alive():
                 thread.join()
+        atexit.unregister(self.close)
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -133,3 +133,41 @@ def test_a_plan_survives_its_file_and_its_hash_follows_its_content():
     assert Plan.from_json(made.to_json()).hash == made.hash != plan("train: {optim: sgd}\n").hash
     with pytest.raises(JobError, match="version"):
         Plan.from_json(made.to_json().replace(f'"version": {VERSION}', '"version": 0'))
+
+
+LLAMA_3B = ModelShape(3072, 28, 24, 8, 128, 8192, 128256, True)
+
+
+def test_full_rank_leaves_adapters_out():
+    assert plan("", AMPERE).method["type"] == "lora"
+    assert plan("goal: {full_rank: true}\n", AMPERE).method["type"] == "full"
+    with pytest.raises(JobError, match=r"goal\.full_rank: lora changes weights by a low rank"):
+        plan("goal: {full_rank: true}\nmethod: {type: lora}\n", AMPERE)
+
+
+def test_where_full_training_does_not_fit_a_streamed_optimizer_is_proposed_first():
+    small = DeviceCapability("cuda", "card", 12 * GIB, compute_capability=(8, 6))
+    asked = "goal: {full_rank: true}\nstrategy: {offload: none}\n"
+
+    with pytest.raises(NothingFits, match=r"It would fit with: .*experimental_lsp_offload") as caught:
+        plan(asked, small, shape=LLAMA_3B)
+
+    assert "{type: lora}" not in str(caught.value).split("experimental_lsp_offload")[0]
+
+
+def test_an_automatic_image_is_sized_by_the_bus_and_says_so():
+    def size(bus):
+        card = DeviceCapability(
+            "cuda", "card", 24 * GIB, compute_capability=(8, 6), flops_per_s={"bfloat16": 70e12},
+            memory_bytes_per_s=900e9, host_to_device_bytes_per_s=bus, device_to_host_bytes_per_s=bus,
+        )  # fmt: skip
+        made = plan("method: {type: experimental_lsp_offload}\n", card, shape=LLAMA_3B)
+        return made.method["subspace_size"], made.reasons["method.subspace_size"], made
+
+    slow, why, made = size(0.2e9)
+    fast, _, _ = size(20e9)
+
+    assert 64 <= slow < fast <= 1536
+    assert "would not hide" in why
+    assert made.build_method().subspace_size == slow
+    assert made.nodes[0].memory.host_bytes > 8 * 28 * 7 * 64**2
