@@ -267,7 +267,7 @@ class LspAdamW(torch.optim.Optimizer):
             held[:] = [self.transport.down(image, mark) for image in held]
 
         def update() -> None:
-            factor = step.factor()  # waits for the norm where it is needed
+            factor = step.factor()
             if factor is None:
                 held.clear()
                 return
@@ -290,7 +290,7 @@ class LspAdamW(torch.optim.Optimizer):
 
                 self.transport.up(change, one.weight.device, move)
 
-        self.lanes.submit(layer, {"down": down, "update": update, "up": up})
+        self.lanes.submit(layer, {"down": down, "update": update, "up": up}, step.norm if step.max_grad_norm else None)
 
     def _cancel(self, step: _Step) -> None:
         step.norm.set_result(None)

@@ -5,8 +5,9 @@ each at a time, so that one layer crosses the bus while another is updated and a
 next forward pass waits for each layer's own event, so no layer ever computes with old weights: the trajectory is that
 of the sequential order, bit by bit.
 
-Order: layers from `transition` on, which the backward pass reaches first, go first come, first served; the shallow ones
-below it go before all that still waits, the shallowest first, because the next forward pass needs them first.
+Order: where updates wait for the end of the backward pass (clipping needs the norm of all), the shallowest go first,
+because the next forward pass needs them first.  Else layers from `transition` on, which the backward pass reaches
+first, go first come, first served; the shallow ones below it before all that still waits, the shallowest first.
 Source: LSP-Offload, arXiv 2406.10181, section 5 (its code orders modules; layers are ordered here).
 """
 
@@ -18,7 +19,9 @@ import itertools
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import Any
 
 LANES = ("down", "update", "up")  # device to host, CPU, host to device
 
@@ -39,6 +42,7 @@ class _Waiting:
     layer: int = field(compare=False)
     stages: dict[str, Callable[[], None]] = field(compare=False)
     done: threading.Event = field(compare=False)
+    gate: Future[Any] | None = field(compare=False)
 
 
 class Lanes:
@@ -59,18 +63,24 @@ class Lanes:
                 thread.start()
             atexit.register(self.close)  # a thread inside torch when the interpreter ends takes the process down
 
-    def submit(self, layer: int, stages: dict[str, Callable[[], None]]) -> None:
-        """Let a layer's `stages` (one call a lane) be done in the order of the lanes; `wait(layer)` is true after."""
+    def submit(self, layer: int, stages: dict[str, Callable[[], None]], gate: Future[Any] | None = None) -> None:
+        """Let a layer's `stages` (one call a lane) be done in the order of the lanes; `wait(layer)` waits for the last.
+
+        Its update does not begin before `gate` is done.
+        """
         done = self._events[layer] = threading.Event()
         if not self.overlapped:
             for lane in LANES:
                 self._timed(lane, layer, stages[lane])
             done.set()
             return
-        rank = (1, next(self._sequence)) if layer >= self.transition else (0, layer)
+        as_it_comes = gate is None and layer >= self.transition
+        rank = (1, next(self._sequence)) if as_it_comes else (0, layer)
         with self._change:
-            heapq.heappush(self._queues[LANES[0]], _Waiting(rank, layer, stages, done))
+            heapq.heappush(self._queues[LANES[0]], _Waiting(rank, layer, stages, done, gate))
             self._change.notify_all()
+        if gate is not None:
+            gate.add_done_callback(lambda _: self._wake())
 
     def wait(self, layer: int) -> None:
         """Until a layer's newest update is there.  Raises what a lane raised: no later stage of that layer has run."""
@@ -113,12 +123,20 @@ class Lanes:
         call()
         self.spans.append(Span(lane, layer, start, time.perf_counter()))
 
+    def _wake(self) -> None:
+        with self._change:
+            self._change.notify_all()
+
+    def _has_work(self, lane: str) -> bool:
+        first = next(iter(self._queues[lane]), None)
+        return first is not None and (lane != "update" or first.gate is None or first.gate.done())
+
     def _serve(self, lane: str) -> None:
         following = LANES[LANES.index(lane) + 1 :][:1]
         while True:
             with self._change:
-                self._change.wait_for(lambda: self._queues[lane] or not self._is_open)
-                if not self._queues[lane]:
+                self._change.wait_for(lambda: self._has_work(lane) or not self._is_open)
+                if not self._has_work(lane):
                     return
                 waiting = heapq.heappop(self._queues[lane])
             try:

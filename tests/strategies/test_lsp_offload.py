@@ -2,6 +2,7 @@
 
 import threading
 import time
+from concurrent.futures import Future
 
 import pytest
 import torch
@@ -243,6 +244,22 @@ def teach(model, made, passes=1):
         x = torch.randn(8, SIDE, generator=generator(number))
         (model(x) - x.roll(1, 1)).square().mean().backward()
     return made.end_learning()
+
+
+def test_updates_behind_a_gate_wait_for_it_and_go_shallowest_first():
+    lanes, order, gate = Lanes(transition=2), [], Future()
+    for layer in (4, 3, 2, 1, 0):
+        stages = {
+            lane: (lambda lane=lane, layer=layer: order.append((lane, layer))) for lane in ("down", "update", "up")
+        }
+        lanes.submit(layer, stages, gate)
+    time.sleep(0.05)
+
+    assert sorted(order) == [("down", layer) for layer in range(5)]
+    gate.set_result(1.0)
+    lanes.wait_all()
+    assert [layer for lane, layer in order if lane == "update"] == [0, 1, 2, 3, 4]
+    lanes.close()
 
 
 def test_a_projector_that_is_kept_touches_no_state():
