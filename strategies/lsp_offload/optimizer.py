@@ -286,7 +286,7 @@ class LspAdamW(torch.optim.Optimizer):
                 num_steps = int(self.state[one.weight]["step"])
 
                 def move(there: torch.Tensor, one: Projected = one, space: Any = space, at: int = num_steps) -> None:
-                    self._move(one.weight, space.back(there), rate, (self._place[one.weight], at))
+                    self._move(one.weight, space.back(there) * space.gain, rate, (self._place[one.weight], at))
 
                 self.transport.up(change, one.weight.device, move)
 

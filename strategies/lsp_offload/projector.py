@@ -139,6 +139,16 @@ class Subspace:
         half_MD = self.rows.expand(image_DD)
         return self.columns.expand(half_MD.T).T
 
+    @property
+    def gain(self) -> torch.Tensor:
+        """1 over the root mean square lengths of both projectors' rows.
+
+        Fitted rows are shorter than the drawn ones of length 1, each weight's by a factor of its own.  An update that is
+        multiplied by this moves elements by about the learning rate, as Adam's does.
+        """
+        lengths = [side.values_MR.square().sum(1).mean().sqrt() for side in self.sides]
+        return 1 / (lengths[0] * lengths[1])
+
     def bias(self, gradient_MN: torch.Tensor) -> torch.Tensor:
         """||P P^T G Q Q^T - G|| / ||G|| (Frobenius): 0 = nothing is lost, 1 = as good as an empty image."""
         gradient = gradient_MN.float()
@@ -253,6 +263,7 @@ class Whole:
     """No subspace at all: the image is the gradient, as ZeRO-Offload sends it (arXiv 2101.06840)."""
 
     num_bytes = 0
+    gain = 1.0
 
     def image(self, gradient_MN: torch.Tensor) -> torch.Tensor:
         return gradient_MN
