@@ -242,6 +242,13 @@ class _Sender(_Store):
             if event["event"] == "step" and "worker_s" in event:
                 by_worker = workers.metrics(self.known["members"], event)
                 metrics += [Metric(name, value, when_ms, step) for name, value in by_worker.items()]
+            if event["event"] == "step":  # what an optimizer's lanes sent and how long they were at work
+                sent = {key: event[key] for key in ("bus_down_bytes", "bus_up_bytes") if key in event}
+                busy = {f"lane.{lane}_s": seconds for lane, seconds in event.get("lane_s", {}).items()}
+                metrics += [Metric(k, float(v), when_ms, step) for k, v in (sent | busy).items()]
+            if event["event"] == "learnt":
+                told = {k: event[k] for k in ("bias", "worst_bias", "above_threshold", "learnt", "seconds")}
+                metrics += [Metric(f"projectors.{k}", float(v), when_ms, step) for k, v in told.items()]
             if event["event"] == "quality":
                 numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "time"}
                 metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in numbers.items()]

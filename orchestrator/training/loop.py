@@ -125,7 +125,9 @@ def train(
         numbers = Update(schedule.lr_factor(step), schedule.max_grad_norm)
         try:
             if setup.streaming and setup.streaming.is_due(step):
-                hooks.record("learnt", step=step, **_learn(setup, data, sample_ids, techniques, scaler))
+                learnt = _learn(setup, data, sample_ids, techniques, scaler)
+                hooks.record("learnt", step=step, **learnt)
+                hooks.record("note", text=learnt["text"])
                 if not group.alike:
                     group.broadcast(_replicated(setup), 0)
             for local in apart.parts(mine) if apart else (mine,):

@@ -134,20 +134,26 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     # The first worker of a node counts its CPUs, each worker its own card.
     meter = Meter((slot,) if device.type == "cuda" else (), POWERCAP if slot == 0 else None)
     started = time.perf_counter()
-    with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
-        progress = train(
-            setup,
-            data,
-            held_out,
-            order,
-            schedule_of(job, plan),
-            techniques,
-            group,
-            progress,
-            hooks,
-            shares,
-            plan.local_batch_size,
-        )
+    try:
+        with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
+            progress = train(
+                setup,
+                data,
+                held_out,
+                order,
+                schedule_of(job, plan),
+                techniques,
+                group,
+                progress,
+                hooks,
+                shares,
+                plan.local_batch_size,
+            )
+    except FloatingPointError as error:
+        raise RunFailed(
+            f"{error}. Lower train.learning_rate or train.max_grad_norm, or set model.dtype: float32; `orchestrator"
+            f" resume {run.run_id}` goes on from the last checkpoint"
+        ) from error
     train_s, train_peak_bytes = time.perf_counter() - started, peak_bytes(device)
     energy = _counted(group.gather(vars(spent) if (spent := meter.read()) else None))
 

@@ -128,9 +128,14 @@ class LspAdamW(torch.optim.Optimizer):
         self._learning_pass = None
         states = [self._state_of(one) for one in self.weights if one.size is not None]
         biases = [float(state["bias"]) for state in states]
-        above = sum(bias > self.learning.bias_threshold for bias in biases)
+        mean, above = sum(biases) / len(biases), sum(bias > self.learning.bias_threshold for bias in biases)
+        text = f"projectors: relative bias {mean:.2f} on average, {max(biases):.2f} at worst"
+        if above:
+            text += f"; {above} of {len(biases)} stay above bias_threshold {self.learning.bias_threshold:g}, as is"
+            text += " usual for gradients of high rank: training goes on with the best that were found"
         return {
-            "bias": round(sum(biases) / len(biases), 4),
+            "text": text,
+            "bias": round(mean, 4),
             "worst_bias": round(max(biases), 4),
             "above_threshold": above,
             "num_projected": len(biases),

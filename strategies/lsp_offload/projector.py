@@ -143,7 +143,7 @@ class Subspace:
     def gain(self) -> torch.Tensor:
         """1 over the root mean square lengths of both projectors' rows.
 
-        Fitted rows are shorter than the drawn ones of length 1, each weight's by a factor of its own.  An update that is
+        Fitted rows are shorter than the drawn ones of length 1, each weight's by a factor of its own.  An update
         multiplied by this moves elements by about the learning rate, as Adam's does.
         """
         lengths = [side.values_MR.square().sum(1).mean().sqrt() for side in self.sides]
