@@ -187,6 +187,8 @@ class TrainSettings:
     adam_epsilon: float
     techniques: Techniques
     seed: int
+    elsewhere: Callable[..., Any] | None = None  # (node, class, *arguments) -> an object of it on that node of the
+    # cluster, whose methods are called as if it were here; None where there is no cluster
 
 
 @dataclass(frozen=True)
@@ -264,6 +266,10 @@ class Streaming(Protocol):
 
     def settle(self) -> None:
         """Until every weight has moved.  Raises FloatingPointError."""
+        ...
+
+    def collect(self) -> None:
+        """Settle, and have all that a checkpoint needs in the optimizer's `state`."""
         ...
 
     def report(self) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def forget(setup: TrainSetup) -> None:
 def _settle(setup: TrainSetup) -> None:
     """Nothing may still be moving."""
     if setup.streaming:
-        setup.streaming.settle()
+        setup.streaming.collect()
 
 
 def zero(states: Iterable[dict]) -> None:

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from clusters import elsewhere
 from clusters.energy import POWERCAP, Meter
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
@@ -345,6 +346,7 @@ def prepare(
         adam_epsilon=train.adam_epsilon,
         techniques=techniques,
         seed=train.seed,
+        elsewhere=elsewhere.reachable(),
     )
     try:
         setup = method.setup(model, settings)

@@ -27,6 +27,7 @@ from strategies.knobs import knob
 from strategies.lsp_offload.sizing import LayerTimes, Rates, Sized, largest_that_hides, seconds_by_lane, step_s
 from strategies.shape import ModelShape
 
+_NETWORK_BYTES_PER_S = 118e6  # a gigabit, assumed of the way to another node's CPU
 _BAG_OF_MEMORY = 0.35  # of the memory's rate that sums of rows reach on a CPU (LOG.md)
 
 
@@ -57,6 +58,10 @@ class LspOffload:
         "freeze", "embeddings, norms and biases: frozen, or trained by AdamW on the device"
     )
 
+    cpu_side: str | None = knob(
+        None, "another node of the cluster whose memory and cores keep the optimizer; null = this machine's own"
+    )
+
     name: ClassVar[str] = "experimental_lsp_offload"
     full_rank: ClassVar[bool] = True
 
@@ -83,18 +88,24 @@ class LspOffload:
         layer_s = compute_s / shape.num_layers
         times = LayerTimes(layer_s / passes, layer_s * (passes - 1) / passes)
         bus = math.inf if device.kind == "cpu" else bus_rate(device)
+        if self.cpu_side:
+            bus = min(bus, _NETWORK_BYTES_PER_S)
         rates = Rates(bus, bus, host_update_rate(node))
         sized = self._sized(shape, times, rates)
         plan = self._plan(workload, device, node, techniques, sized.size)
         lanes = seconds_by_lane(self._image_elements(shape, sized.size), rates)
-        if device.kind == "cpu":  # the lanes' cores are the computation's own
+        if device.kind == "cpu" and not self.cpu_side:  # the lanes' cores are the computation's own
             waits_s, transfer_s = shape.num_layers * lanes["update"], 0.0
         else:
             overlapped = self.schedule == "layerwise"
             waits_s, transfer_s = 0.0, step_s(shape.num_layers, times, lanes, overlapped, workload.clips) - compute_s
         bag_s = self._bag_s(workload, device, plan.num_micro_batches)
         time = replace(
-            plan.time, memory_s=plan.time.memory_s + bag_s, update_s=waits_s, transfer_s=max(0.0, transfer_s)
+            plan.time,
+            memory_s=plan.time.memory_s + bag_s,
+            update_s=waits_s,
+            transfer_s=max(0.0, transfer_s),
+            is_guess=plan.time.is_guess or bool(self.cpu_side),
         )
         images = shape.num_layers * self._image_elements(shape, sized.size)
         resolved = {"subspace_size": (sized.size, sized.text)} if self.subspace_size == "auto" else {}
@@ -137,7 +148,7 @@ class LspOffload:
             streamed=Streamed(
                 state_bytes=projectors + 8.0 * others,
                 gradient_bytes=4.0 * images + (g + 12.0) * largest + g * others,
-                host_bytes=8.0 * images + 8.0 * images / shape.num_layers,
+                host_bytes=(0.0 if self.cpu_side else 8.0 * images) + 8.0 * images / shape.num_layers,
             ),
         )
         work = Work(trains_weights=True, trains_output=bool(others), num_trainable=others)
@@ -178,7 +189,9 @@ class LspOffload:
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         """Raises ValueError where no weight has both sides longer than an image's."""
-        from strategies.lsp_offload.optimizer import AdamNumbers, Learning, LspAdamW, Projected
+        from strategies.lsp_offload.adam import AdamNumbers
+        from strategies.lsp_offload.elsewhere import Adam
+        from strategies.lsp_offload.optimizer import Learning, LspAdamW, Projected
         from strategies.lsp_offload.schedule import Lanes
         from strategies.lsp_offload.transport import bus_of
         from strategies.timeline import LAYER
@@ -214,20 +227,24 @@ class LspOffload:
         if self.projection == "learned":
             asked = (self.check_every, self.bias_threshold, self.fit_steps, self.calibration_rows, self.moments)
             learning = Learning(*asked)
+        numbers = AdamNumbers(
+            settings.learning_rate,
+            settings.adam_beta1,
+            settings.adam_beta2,
+            settings.adam_epsilon,
+            settings.weight_decay,
+        )
+        if self.cpu_side and settings.elsewhere is None:
+            raise ValueError(f"cpu_side {self.cpu_side} is a node of a cluster, and this process is in none")
         optimizer = LspAdamW(
             projected,
             bus_of(projected[0].weight.device),
             Lanes(transition=depth // 4, overlapped=self.schedule == "layerwise"),
-            AdamNumbers(
-                settings.learning_rate,
-                settings.adam_beta1,
-                settings.adam_beta2,
-                settings.adam_epsilon,
-                settings.weight_decay,
-            ),
+            numbers,
             learning,
             list(others.values()),
             settings.seed,
+            settings.elsewhere(self.cpu_side, Adam, numbers) if self.cpu_side and settings.elsewhere else None,
         )
         for name, module in model.named_modules():
             if found := LAYER.fullmatch(name):

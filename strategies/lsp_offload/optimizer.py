@@ -22,8 +22,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from torch.optim.adamw import adamw
 
+from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
+from strategies.lsp_offload.elsewhere import CpuSide, taken
 from strategies.lsp_offload.projector import Subspace, Whole
 from strategies.lsp_offload.schedule import LANES, Lanes
 from strategies.lsp_offload.transport import EmulatedBus, Transport
@@ -33,17 +34,6 @@ Moments = Literal["reset", "project"]
 
 class LaneFailed(FloatingPointError):
     """A gradient was not finite: what it would have moved keeps its value from before the step."""
-
-
-@dataclass(frozen=True)
-class AdamNumbers:
-    """What AdamW is told once."""
-
-    learning_rate: float
-    beta1: float = 0.9
-    beta2: float = 0.999
-    epsilon: float = 1e-8
-    weight_decay: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -84,10 +74,12 @@ class LspAdamW(torch.optim.Optimizer):
         learning: Learning | None = None,
         others: Sequence[torch.nn.Parameter] = (),
         seed: int = 0,
+        cpu_side: CpuSide | None = None,
     ) -> None:
-        """Without `learning` the projectors stay as they are drawn."""
+        """Without `learning` projectors stay as they are drawn; `cpu_side` updates images instead of this process."""
         self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
         self.learning, self._others, self._seed = learning, list(others), seed
+        self._cpu_side = cpu_side
         rates = {"lr": numbers.learning_rate, "base_lr": numbers.learning_rate}
         groups = [{"params": part, **rates} for part in ([one.weight for one in self.weights], self._others) if part]
         super().__init__(groups, {})
@@ -116,6 +108,8 @@ class LspAdamW(torch.optim.Optimizer):
         """The next backward passes only teach: their gradients move nothing."""
         assert self.learning is not None
         self.settle()
+        if self.learning.moments == "project":
+            self.collect()
         self._learning_pass, self._fits_left = 0, max(1, self.learning.fit_steps // max(1, num_passes))
 
     def next_learning(self) -> None:
@@ -175,6 +169,15 @@ class LspAdamW(torch.optim.Optimizer):
     def settle(self) -> None:
         """Until every update has arrived.  Raises LaneFailed."""
         self.lanes.wait_all()
+
+    def collect(self) -> None:
+        """Until every update has arrived and all moments lie in `state`.  Raises LaneFailed."""
+        self.settle()
+        if self._cpu_side is None:
+            return
+        away = [one for one in self.weights if "exp_avg" not in self.state.get(one.weight, {"exp_avg": None})]
+        for one, moments in zip(away, self._cpu_side.hand_over([self._place[o.weight] for o in away]), strict=True):
+            self.state[one.weight] |= moments
 
     def report(self) -> dict[str, Any]:
         """Bytes over the bus and seconds of each lane since the last report."""
@@ -281,8 +284,7 @@ class LspAdamW(torch.optim.Optimizer):
             for place, (one, image) in enumerate(zip(parts, held, strict=True)):
                 if factor < 1:
                     image.mul_(factor)
-                held[place] = self.transport.buffers.take(image.shape)
-                direction(self._state_of(one), image, self.numbers, held[place])
+                held[place] = self._direction(one, image)
                 self.transport.buffers.give(image)
 
         def up() -> None:
@@ -296,6 +298,15 @@ class LspAdamW(torch.optim.Optimizer):
                 self.transport.up(change, one.weight.device, move)
 
         self.lanes.submit(layer, {"down": down, "update": update, "up": up}, step.norm if step.max_grad_norm else None)
+
+    def _direction(self, one: Projected, image: torch.Tensor) -> torch.Tensor:
+        """What an image becomes, in one of the host's buffers."""
+        state, out = self._state_of(one), self.transport.buffers.take(image.shape)
+        if self._cpu_side is None:
+            return direction(state, image, self.numbers, out)
+        out.copy_(self._cpu_side.update(self._place[one.weight], image, taken(state)))
+        state["step"] += 1
+        return out
 
     def _cancel(self, step: _Step) -> None:
         step.norm.set_result(None)
@@ -331,12 +342,12 @@ class LspAdamW(torch.optim.Optimizer):
     def _state_of(self, one: Projected) -> dict[str, torch.Tensor]:
         """The moments on the host and the projectors on the device; drawn or moved there when first asked for."""
         state = self.state[one.weight]
-        if "exp_avg" not in state:
+        if "step" not in state:
             if one.size is not None:
                 state |= self._drawn(one, 0).state()
                 state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
             state |= no_moments(self._image_shape(one), torch.device("cpu"))
-        elif state["exp_avg"].device.type != "cpu":  # restored
+        elif state["step"].device.type != "cpu":  # restored
             state |= {key: state[key].cpu() for key in ("exp_avg", "exp_avg_sq", "step")}
         return state
 
@@ -415,27 +426,6 @@ def _place_of_image(one: Projected) -> torch.nn.Parameter:
     """Something of an image's shape that a gradient can hang on, and no more memory than one number."""
     size = one.weight.shape if one.size is None else (one.size, one.size)
     return torch.nn.Parameter(torch.zeros((), device=one.weight.device).expand(*size))
-
-
-def no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
-    return {
-        "step": torch.zeros((), device=device),
-        "exp_avg": torch.zeros(*shape, device=device),
-        "exp_avg_sq": torch.zeros(*shape, device=device),
-    }
-
-
-def direction(
-    state: dict[str, torch.Tensor], gradient: torch.Tensor, numbers: AdamNumbers, out: torch.Tensor
-) -> torch.Tensor:
-    """What AdamW adds to a weight at learning rate 1, without decay: -m / (sqrt(v) + epsilon), by its fused kernel."""
-    with torch.no_grad():
-        adamw(
-            [out.zero_()], [gradient], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]],
-            fused=True, amsgrad=False, beta1=numbers.beta1, beta2=numbers.beta2, lr=1.0, weight_decay=0.0,
-            eps=numbers.epsilon, maximize=False,
-        )  # fmt: skip
-    return out
 
 
 def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:

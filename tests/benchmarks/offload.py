@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from strategies.lsp_offload.optimizer import AdamNumbers, direction, no_moments
+from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 from strategies.lsp_offload.transport import EmulatedBus

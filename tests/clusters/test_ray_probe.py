@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
+from clusters import elsewhere
 from clusters.capability import ClusterCapability
-from clusters.connect import CannotConnect
+from clusters.connect import CannotConnect, connect
 from clusters.link import Peer
 from clusters.ray_probe import probe_cluster, unique
 
@@ -132,3 +133,21 @@ def test_a_stranger_at_the_port_does_not_spoil_the_measurement():
 def test_slots_that_do_not_come_are_counted(address):
     with pytest.raises(CannotConnect, match="of 3 slots to train on 0 joined in 1 s"):
         probe_cluster(address, num_slots=3, slots_timeout_s=1.0)
+
+
+class Counter:
+    def __init__(self, first):
+        self.count = first
+
+    def add(self, number):
+        self.count += number
+        return self.count, os.environ["OMP_NUM_THREADS"]
+
+
+def test_an_object_lives_on_the_node_that_is_named(address):
+    with connect(address, num_slots=1, cores_per_slot=1):
+        there = elsewhere.reachable()(socket.gethostname(), Counter, 5)
+
+        assert there.add(2) == (7, "1") and there.add(1) == (8, "1")
+        with pytest.raises(elsewhere.NoSuchNode, match="nowhere is not in the cluster, which has"):
+            elsewhere.start("nowhere", Counter, 5)

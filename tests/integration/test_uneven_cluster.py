@@ -212,3 +212,17 @@ def test_a_machine_that_does_not_train_measures_the_untuned_model_meanwhile(clus
     assert before["node"] == plan["helper"]["node"]
     assert run.read_json("result.json")["before"]["eval_loss"] == before["eval_loss"] > 0
     assert [event["when"] for event in events(run, "quality")] == ["before", "after"]
+
+
+@pytest.mark.slow
+def test_lsp_offload_lets_another_node_keep_the_optimizer(place):
+    here = ["--set", "cluster.num_workers=1", "--set", "train.max_steps=6"]
+    here += ["--set", "method={type: experimental_lsp_offload, subspace_size: 24}"]
+    runs = []
+    for asked in ([], ["--set", "method.cpu_side=right"]):
+        told, _ = ended(started(place, *here, *asked))
+        runs.append(RunFolder(Path(told["path"])))
+
+    assert per_step(runs[1], "loss") == per_step(runs[0], "loss")
+    told, said = ended(started(place, *here, "--set", "method.cpu_side=nowhere"), code=2)
+    assert "nowhere is not in the cluster" in said

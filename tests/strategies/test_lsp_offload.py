@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from strategies.lsp_offload import optimizer
+from strategies.lsp_offload.adam import AdamNumbers
 from strategies.lsp_offload.optimizer import (
-    AdamNumbers,
     LaneFailed,
     Learning,
     LspAdamW,

@@ -1,5 +1,6 @@
 """An optimizer that streams (LSP-Offload) through the loop: layout, workers, preflight and restarts change nothing."""
 
+import copy
 import dataclasses
 import math
 import socket
@@ -21,6 +22,25 @@ from strategies.techniques import checkpointing, document_attention
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 PACKED = Techniques("float32", "document", True, False, 8, 64)
 METHOD = LspOffload(subspace_size=24, nonzeros_per_row=4, check_every=2, fit_steps=8, calibration_rows=4)
+FAR = dataclasses.replace(METHOD, cpu_side="big-box")
+
+
+class Copied:
+    """An object that nothing is shared with, as one in another process."""
+
+    def __init__(self, there):
+        self.there, self.calls = there, []
+
+    def __getattr__(self, name):
+        def call(*arguments):
+            self.calls.append(name)
+            return copy.deepcopy(getattr(self.there, name)(*copy.deepcopy(arguments)))
+
+        return call
+
+
+def another_machine(node, kind, *arguments):
+    return Copied(kind(*arguments))
 
 
 def prepared(model_folder, techniques=ONE_BY_ONE, method=METHOD):
@@ -28,7 +48,8 @@ def prepared(model_folder, techniques=ONE_BY_ONE, method=METHOD):
     model = AutoModelForCausalLM.from_pretrained(
         model_folder, dtype=getattr(torch, techniques.dtype), attn_implementation=techniques.attn_implementation
     )
-    setup = method.setup(model, TrainSettings(1e-2, 0.1, "adamw_torch", 0.9, 0.999, 1e-8, techniques, 3))
+    settings = TrainSettings(1e-2, 0.1, "adamw_torch", 0.9, 0.999, 1e-8, techniques, 3, another_machine)
+    setup = method.setup(model, settings)
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     return setup
@@ -87,26 +108,54 @@ def test_what_was_learnt_and_what_crossed_the_bus_is_recorded(model_folder, data
     assert set(events["step"][1]["lane_s"]) == {"down", "update", "up"}
 
 
-def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
+@pytest.mark.parametrize("method", [METHOD, FAR], ids=["this machine's CPU", "another machine's CPU"])
+def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path, method):
     kept = {}
 
     def save(now):
         kept[now.step] = dataclasses.replace(now)
         return "x"
 
-    whole = prepared(model_folder)
+    whole = prepared(model_folder, method=method)
     expected = losses(run(whole, data_folder, 5, save=save, save_steps=3))
-    half = prepared(model_folder)
+    half = prepared(model_folder, method=method)
     run(half, data_folder, 3)
     checkpoint.save(tmp_path, gather(half), kept[3].as_dict())
 
-    again = prepared(model_folder)
+    again = prepared(model_folder, method=method)
     found = checkpoint.newest(tmp_path, pytest.fail)
     found.restore(again)
     events = run(again, data_folder, 5, progress=Progress(**found.state))
 
     assert losses(events) == expected[3:]
     assert torch.equal(weights(again), weights(whole))
+
+
+def test_another_machine_s_cpu_makes_the_same_steps_and_keeps_the_moments(model_folder, data_folder):
+    here, there = prepared(model_folder), prepared(model_folder, method=FAR)
+    expected = losses(run(here, data_folder, 4))
+
+    assert losses(run(there, data_folder, 4)) == expected and torch.equal(weights(there), weights(here))
+    held = there.optimizer.state.values()
+    assert all("exp_avg" not in state for state in held)
+    assert set(there.optimizer._cpu_side.calls) == {"update"}  # evaluations and fits moved nothing
+    there.streaming.collect()
+    for parameter, state in here.optimizer.state.items():
+        for name in ("step", "exp_avg", "exp_avg_sq"):
+            theirs = there.optimizer.state[there.parameters[_name(here, parameter)]]
+            assert torch.equal(state[name], theirs[name])
+
+
+def test_a_node_of_a_cluster_is_refused_where_there_is_none(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    settings = TrainSettings(1e-2, 0.1, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
+
+    with pytest.raises(ValueError, match="cpu_side big-box is a node of a cluster"):
+        FAR.setup(model, settings)
+
+
+def _name(setup, parameter):
+    return next(name for name, own in setup.parameters.items() if own is parameter)
 
 
 def test_preflight_leaves_nothing_behind(model_folder, data_folder, tmp_path):

@@ -1,0 +1,44 @@
+"""The CPU side on another machine: moments lie there, images go there, directions come back."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from strategies.lsp_offload.adam import AdamNumbers, direction
+
+
+class CpuSide(Protocol):
+    """Whoever holds the moments of images and updates them."""
+
+    def update(self, place: int, image: torch.Tensor, moments: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """What AdamW makes of an image; given moments take the place of those that lie there."""
+        ...
+
+    def hand_over(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
+        """The moments of some images, which no longer lie there."""
+        ...
+
+
+class Adam:
+    """A `CpuSide`: started as an object on another node of the cluster, it needs nothing but memory and cores there."""
+
+    def __init__(self, numbers: AdamNumbers) -> None:
+        self._numbers = numbers
+        self._moments: dict[int, dict[str, torch.Tensor]] = {}
+
+    def update(self, place: int, image: torch.Tensor, moments: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        if moments is not None:  # what another process sent may lie in memory that is not to be written
+            self._moments[place] = {name: tensor.clone() for name, tensor in moments.items()}
+        return direction(self._moments[place], image, self._numbers, torch.empty_like(image))
+
+    def hand_over(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
+        return [self._moments.pop(place) for place in places]
+
+
+def taken(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The moments out of a weight's state, which keeps the number of steps; None where they lie elsewhere already."""
+    if "exp_avg" not in state:
+        return None
+    return {"step": state["step"].clone()} | {name: state.pop(name) for name in ("exp_avg", "exp_avg_sq")}
