@@ -233,6 +233,25 @@ class EvalSection(Section):
     early_stopping_patience: int | None = _key(None, "stop after so many evaluations without a better loss", ge=1)
 
 
+class BankSection(Section):
+    """Adapters that were trained already, and how `adapt` makes one of them."""
+
+    path: str = _key("~/orchestrator-bank", "folder of the bank")
+    add: bool = _key(False, "put the finished run's adapter into the bank")
+    licence: str | None = _key(None, "licence of adapters that are added, e.g. Apache-2.0")
+    distance: Literal["js_parts", "js", "js_answers", "kl", "wasserstein_ids", "sliced_wasserstein", "mmd"] = _key(
+        "js_parts", "how far data sets are from each other; js_parts = of what is asked and of what is answered"
+    )
+    coefficients: Literal["attentional", "normalised", "neural"] = _key(
+        "attentional", "how distances become shares: softmin, of standardised rows, or of a trained score"
+    )
+    temperature: float | None = _key(None, "of the softmin; null = a fifth of the median distance", gt=0)
+    rule: Literal["delta", "factorwise"] = _key(
+        "delta", "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published"
+    )
+    probe_rows: int = _key(32, "labelled rows on which base, nearest, average and generated adapter are compared", ge=1)
+
+
 class Uniform(Section):
     """Any number between two, each as likely."""
 
@@ -361,6 +380,7 @@ class JobSpec(Section):
         default_factory=KubernetesSection, description="what a RayJob needs that no plan knows"
     )
     search: SearchSection = Field(default_factory=SearchSection, description="what `search` tries")
+    bank: BankSection = Field(default_factory=BankSection, description="adapters that were trained already")
 
     def methods(self) -> list[Any]:
         """The methods that may be used, with their knobs: the one the job states, or each of them for `auto`."""
@@ -384,4 +404,5 @@ SECTIONS: dict[str, type[Section]] = {
     "tracking": TrackingSection,
     "kubernetes": KubernetesSection,
     "search": SearchSection,
+    "bank": BankSection,
 }

@@ -49,6 +49,9 @@ class Lora:
     init_lora_weights: bool | _INIT | str = knob(
         True, "how A and B start: true, gaussian, pissa, pissa_niter_4, olora, ..."
     )
+    init_adapter: str | None = knob(
+        None, "a folder with an adapter of this model to go on from, e.g. what `adapt` made"
+    )
     loraplus_lr_ratio: float | None = knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
@@ -138,6 +141,8 @@ class Lora:
         )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         peft_model = get_peft_model(model, config)
+        if self.init_adapter:
+            go_on_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         fast = [p for name, p in parameters.items() if "lora_B" in name]
         slow = [p for name, p in parameters.items() if "lora_B" not in name]
@@ -164,3 +169,30 @@ class Lora:
         output = model.get_output_embeddings()
         linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
         return sorted({name.rsplit(".", 1)[-1] for name in linear})
+
+
+def go_on_from(peft_model: Any, folder: Path) -> None:
+    """Let a fresh LoRA model start as another adapter: truncated to its rank, or filled up with what is fresh.
+
+    Raises ValueError where the adapter corrects maps that this LoRA leaves alone.
+    """
+    import torch
+
+    from strategies.adapter_bank.adapter import Adapter
+    from strategies.adapter_bank.algebra import truncated
+
+    if not folder.is_dir():
+        raise ValueError(f"init_adapter {folder} is not a folder; give its absolute path")
+    adapter = Adapter(folder)
+    own = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules() if hasattr(m, "lora_A")}
+    if left_alone := sorted(set(adapter.targets) - set(own)):
+        raise ValueError(
+            f"init_adapter corrects {len(left_alone)} maps that this LoRA leaves alone, e.g. {left_alone[0]}: widen"
+            " lora_target_modules or layers_to_transform"
+        )
+    with torch.no_grad():
+        for name in adapter.targets:
+            a_RI, b_OR = own[name].lora_A["default"].weight, own[name].lora_B["default"].weight
+            start, _, _ = truncated(adapter.factors(name), a_RI.shape[0])
+            a_RI[: start.rank] = start.a_RI.to(a_RI)
+            b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)

@@ -1,0 +1,137 @@
+"""Between runs and the bank: what is known of a job's base and data, and adapters on their way in."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestrator import models
+from orchestrator.data.files import digest
+from orchestrator.data.sources import sources_of
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job, parse_job, read_run_job
+from orchestrator.rundir import RunFolder
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.evidence import Evidence, gather
+from strategies.adapter_bank.store import Bank, BankError, Card, base_digest
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a bank's adapters belong to."""
+
+    name: str
+    folder: Path
+    digest: str
+
+
+def base_of(name: str, job_folder: Path, say: Callable[[str], None] = lambda text: None) -> Base:
+    """Raises JobError where the model is not to be had."""
+    folder = models.locate(name, job_folder, None, say)
+    return Base(name, folder, base_digest(folder))
+
+
+def bank_of(job: Job, create: bool = False) -> Bank:
+    """The bank that a job names.  Raises BankError where there is none."""
+    return Bank(job.path(job.spec.bank.path), create)
+
+
+def data_digest(job: Job) -> str | None:
+    """Of the bytes of the training files; None for a data set of the hub."""
+    files = [file for _, found in sources_of(job, job.spec.data.train, "data.train") for file in found or [None]]
+    if None in files:
+        return None
+    return hashlib.sha256("".join(digest(file) for file in files if file).encode()).hexdigest()
+
+
+def evidence_of(data: Any, base: Base) -> Evidence:
+    """What the bank keeps of a tokenised data set."""
+    return gather((data.tokens(row) for row in range(len(data))), embeddings(base.folder))
+
+
+def embeddings(folder: Path) -> Any:
+    """The base model's token embeddings, V x H in fp32.  Raises JobError where they are not found."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
+                if name.endswith(_EMBEDDINGS):
+                    return tensors.get_tensor(name).float().numpy()
+    raise JobError(f"model.model_name_or_path: {folder} has no token embeddings under a known name")
+
+
+def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | None = None) -> Card:
+    """A finished run's adapter, with its data and its scores.  Raises JobError, BankError, Unusable."""
+    from orchestrator.data.prepare import datasets
+
+    exported, files, result = run.exported(), run.read_json("data.json"), run.read_json("result.json")
+    if exported is None or files is None or result is None:
+        raise JobError(f"{run.run_id} is {run.state()}; the bank takes finished runs")
+    job = read_run_job(run.path)
+    if not (exported / "adapter_config.json").exists():
+        raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which makes no adapter")
+    base = Base(job.spec.model.model_name_or_path, Path(files["model"]), base_digest(Path(files["model"])))
+    data, _ = datasets(files)
+    scores = {when: _numbers(result.get(when)) for when in ("before", "after") if result.get(when)}
+    card = Card(
+        name=name or run.run_id,
+        base_name=base.name,
+        base_digest=base.digest,
+        data_digest=data_digest(job),
+        scores=scores,
+        licence=licence or job.spec.bank.licence,
+        method=job.spec.method.type,
+        run_id=run.run_id,
+    )
+    fits_base(Adapter(exported), base.folder)
+    return bank.add(exported, card, evidence_of(data, base))
+
+
+def add_folder(
+    bank: Bank, folder: Path, model: str | None, data: Path | None, name: str | None, licence: str | None
+) -> Card:
+    """An adapter that was trained elsewhere.  Without its `data` it can be merged, not found by likeness."""
+    adapter = Adapter(folder)
+    asked = model or adapter.base_name
+    if not asked:
+        raise JobError(f"{folder} does not say which model it belongs to; give --model")
+    if model and adapter.base_name and _last(model) != _last(adapter.base_name):
+        raise JobError(
+            f"{folder} was trained on {adapter.base_name}, not on {model}: on another base its corrections mean nothing"
+        )
+    base = base_of(asked, Path())
+    fits_base(adapter, base.folder)
+    evidence = evidence_of(_tokenised(asked, data), base) if data else None
+    card = Card(name=name or folder.name, base_name=asked, base_digest=base.digest, licence=licence)
+    return bank.add(folder, card, evidence)
+
+
+def refused(error: BankError | Unusable | FileExistsError) -> JobError:
+    """The same in the words of the command line's error tree."""
+    return JobError(str(error))
+
+
+def _tokenised(model: str, data: Path) -> Any:
+    from orchestrator.data.prepare import prepare_data
+    from orchestrator.planner import resolve_max_length
+
+    asked = {"model": {"model_name_or_path": model}, "data": {"train": str(data.absolute())}}
+    job = parse_job(json.dumps(asked), Path())
+    folder = models.locate(model, Path())
+    max_length, _ = resolve_max_length(job.spec, models.read_config(folder))
+    return prepare_data(job, folder, max_length, models.cache_folder() / "data", lambda text: None).train
+
+
+def _numbers(quality: Any) -> dict[str, float]:
+    return {key: value for key, value in (quality or {}).items() if isinstance(value, int | float)}
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

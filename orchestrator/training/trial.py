@@ -1,0 +1,37 @@
+"""A base model on which adapters are tried, one after the other, by their loss on labelled rows."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.jobfile import Job
+from orchestrator.training.loop import evaluate_loss
+from orchestrator.training.parallel import Group
+from orchestrator.training.worker import load_model
+from strategies.adapter_bank.adapter import Adapter
+from strategies.adapter_bank.algebra import Factors
+from strategies.adapter_bank.trial import corrected
+from strategies.contract import Techniques, TrainSetup
+
+_ROWS = 8  # of a batch
+
+
+class Trial:
+    """Holds the base in fp32 on the CPU."""
+
+    def __init__(self, job: Job, folder: Path, max_length: int) -> None:
+        self.model = load_model(str(folder), job, "float32", torch.device("cpu"), "sdpa")
+        self._techniques = Techniques("float32", "sdpa", False, False, _ROWS, max_length)
+
+    def loss(self, data: Dataset, adapter: Adapter | Mapping[str, Factors] | None = None) -> float:
+        """Mean loss of the supervised tokens, in nats a token, with an adapter's corrections or without."""
+        if isinstance(adapter, Adapter):
+            adapter = {name: adapter.factors(name) for name in adapter.targets}
+        with corrected(self.model, adapter or {}) as model, torch.no_grad():
+            optimizer = torch.optim.SGD([next(model.parameters())])  # evaluation asks for none, a set-up has one
+            setup = TrainSetup(model, optimizer, dict(model.named_parameters()), lambda *_: None, "model")
+            return evaluate_loss(setup, data, self._techniques, Group())

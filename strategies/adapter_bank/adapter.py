@@ -1,0 +1,179 @@
+"""A LoRA adapter as PEFT writes it, read map by map and written whole.
+
+Shapes: I inputs, O outputs of a linear map, R rank; dW_OI = scale * B_OR A_RI.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # listing a bank must not load torch
+    from strategies.adapter_bank.algebra import Factors
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+_KEPT_EXACT = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
+
+
+class Unusable(ValueError):
+    """An adapter that cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One linear map's correction."""
+
+    name: str  # as the base model calls the map: model.layers.0.self_attn.q_proj
+    rank: int
+    inputs: int
+    outputs: int
+    scale: float
+
+
+class Adapter:
+    """An adapter folder; tensors are read when asked for, so that a bank can be passed over map by map."""
+
+    def __init__(self, folder: Path) -> None:
+        """Raises Unusable for what is no plain LoRA adapter: DoRA, trained biases, modules trained in full."""
+        self.folder = folder
+        self.config = _config(folder)
+        shapes = _shapes(folder / WEIGHTS)
+        self.targets = {name: self._target(name, shapes) for name in _targets(shapes, folder)}
+
+    @property
+    def base_name(self) -> str:
+        return str(self.config.get("base_model_name_or_path") or "")
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({target.rank for target in self.targets.values()})
+
+    @property
+    def num_parameters(self) -> int:
+        return sum(t.rank * (t.inputs + t.outputs) for t in self.targets.values())
+
+    def factors(self, name: str) -> Factors:
+        """The correction of one map in fp32, its scale folded into B.  Raises Unusable where it is not finite."""
+        import torch
+
+        from strategies.adapter_bank.algebra import Factors
+
+        a, b = (self._tensors.get_tensor(f"base_model.model.{name}.lora_{side}.weight").float() for side in "AB")
+        if not (torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
+            raise Unusable(f"{self.folder}: the weights of {name} are not finite")
+        return Factors(a, b * self.targets[name].scale)
+
+    def check(self) -> None:
+        """Read all of it.  Raises Unusable."""
+        for name in self.targets:
+            self.factors(name)
+
+    @cached_property
+    def _tensors(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
+
+    def _target(self, name: str, shapes: Mapping[str, list[int]]) -> Target:
+        rank, inputs = shapes[f"base_model.model.{name}.lora_A.weight"]
+        outputs, same = shapes[f"base_model.model.{name}.lora_B.weight"]
+        if rank != same:
+            raise Unusable(f"{self.folder}: A and B of {name} have ranks {rank} and {same}")
+        alpha = _of_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank))
+        return Target(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+
+
+def fits_base(adapter: Adapter, base: Path) -> None:
+    """Raises Unusable where a map is not in the base model's files, or has other sides there."""
+    shapes: dict[str, list[int]] = {}
+    for file in sorted(base.glob("*.safetensors")):
+        shapes |= _shapes(file)
+    for name, target in adapter.targets.items():
+        there = next((shape for key, shape in shapes.items() if key.endswith(f"{name}.weight")), None)
+        if there is None:
+            raise Unusable(f"{adapter.folder} corrects {name}, which {base.name} has not: it belongs to another model")
+        if sorted(there) != sorted((target.inputs, target.outputs)):
+            raise Unusable(
+                f"{adapter.folder} corrects {name} as {target.outputs} x {target.inputs}; in {base.name} it is"
+                f" {there[0]} x {there[1]}: it belongs to another model"
+            )
+
+
+def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank: int) -> None:
+    """A PEFT adapter of one rank: alpha equals it, so that dW = B A.  Lower ranks are filled up with zeros."""
+    import torch
+    from safetensors.torch import save_file
+
+    tensors = {}
+    for name, factors in corrections.items():
+        missing = rank - factors.rank
+        a = torch.nn.functional.pad(factors.a_RI, (0, 0, 0, missing))
+        b = torch.nn.functional.pad(factors.b_OR, (0, missing))
+        tensors[f"base_model.model.{name}.lora_A.weight"] = a.contiguous()
+        tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "r": rank,
+        "lora_alpha": rank,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "inference_mode": True,
+        "target_modules": sorted(corrections),
+    }
+    (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    try:
+        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise Unusable(f"{folder} holds no readable {CONFIG}: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise Unusable(f"{folder} is a {config.get('peft_type')} adapter; the bank keeps LoRA")
+    if refused := [key for key in _KEPT_EXACT if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none"):
+        raise Unusable(
+            f"{folder} changes more than a product of two factors ({', '.join(refused)}): it cannot be added up"
+        )
+    return config
+
+
+def _shapes(file: Path) -> dict[str, list[int]]:
+    """Names and shapes from the file's header (https://huggingface.co/docs/safetensors), without its tensors."""
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            if length > file.stat().st_size:
+                raise ValueError("its header is longer than the file")
+            header = json.loads(stream.read(length))
+    except (OSError, ValueError, struct.error) as error:
+        raise Unusable(f"{file} cannot be read: {error}") from None
+    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
+
+
+def _targets(shapes: Iterable[str], folder: Path) -> list[str]:
+    found: dict[str, set[str]] = {}
+    for key in shapes:
+        match = _KEY.fullmatch(key)
+        if match is None:
+            raise Unusable(f"{folder}: {key} is no factor of a linear map")
+        found.setdefault(match[1], set()).add(match[2])
+    if not found or any(sides != {"A", "B"} for sides in found.values()):
+        raise Unusable(f"{folder} has no pairs of A and B")
+    return sorted(found)
+
+
+def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
+    """PEFT's rule: the first pattern that fits the end of the name."""
+    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)

@@ -1,0 +1,121 @@
+"""An adapter for a new data set: the bank's corrections, weighted, one linear map after the other.
+
+Memory holds one map's factors of all adapters, whatever the size of model and bank; adapters are memory-mapped files.
+"""
+
+from __future__ import annotations
+
+import resource
+import shutil
+import time
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy
+
+from strategies.adapter_bank import adapter, algebra
+from strategies.adapter_bank.adapter import Adapter, Unusable
+
+Rule = Literal["delta", "factorwise"]
+RULES: tuple[Rule, ...] = ("delta", "factorwise")
+_NEGLIGIBLE = 1e-3  # what left-out coefficients may add up to
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was made, and how near it is to the exact sum."""
+
+    folder: Path
+    coefficients: tuple[tuple[int, float], ...]  # (place in the bank, weight) of those that count
+    rank: int
+    relative_error: float  # || made - exact sum || / || exact sum ||, Frobenius over all maps
+    seconds: float
+    peak_bytes: int  # most memory this process has held
+
+
+def generate(
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[float] | numpy.ndarray,
+    output: Path,
+    rule: Rule = "delta",
+    rank: int | None = None,
+    base_name: str | None = None,
+) -> Generated:
+    """Write the weighted sum as a PEFT adapter; the folder appears whole or not at all.
+
+    `rank` None = the largest of the adapters'.  `delta` is the exact sum of products, truncated to the rank;
+    `factorwise` the published sums of A and of B.  Ranks and sets of maps may differ.  One adapter alone is returned
+    as it is.  Raises Unusable for weights that are not finite, ValueError for maps of other shapes.
+    """
+    import torch
+
+    began = time.perf_counter()
+    counted = _that_count(numpy.asarray(coefficients, dtype=float))
+    chosen = [adapters[place] for place, _ in counted]
+    weights = [weight for _, weight in counted]
+    same_shapes(chosen)
+    rank = rank or max(max(one.ranks) for one in chosen)
+    made, left_out, whole = {}, 0.0, 0.0
+    for name in sorted({name for one in chosen for name in one.targets}):
+        pairs = [(one.factors(name), w) for one, w in zip(chosen, weights, strict=True) if name in one.targets]
+        parts, shares = [part for part, _ in pairs], [w for _, w in pairs]
+        if len(chosen) == 1 or rule == "factorwise":
+            factors = algebra.averaged_apart(parts, shares)
+            made[name], missing, square = algebra.truncated(factors, rank)
+        else:
+            made[name], missing, square = algebra.truncated(algebra.added(parts, shares), rank)
+        left_out, whole = left_out + missing, whole + square
+    if not all(torch.isfinite(f.a_RI.sum()) and torch.isfinite(f.b_OR.sum()) for f in made.values()):
+        raise Unusable("the sum of these adapters is not finite")
+    into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
+    error = (max(0.0, left_out) / whole) ** 0.5 if whole else 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
+
+
+def bank_gram(adapters: Sequence[Adapter]) -> numpy.ndarray:
+    """Inner products of whole adapters, N x N, one map after the other."""
+    import torch
+
+    total = torch.zeros(len(adapters), len(adapters))
+    for name in sorted({name for one in adapters for name in one.targets}):
+        total += algebra.gram([one.factors(name) if name in one.targets else None for one in adapters])
+    return total.numpy()
+
+
+def same_shapes(adapters: Sequence[Adapter]) -> None:
+    """Raises ValueError where two adapters do not fit one model."""
+    known: dict[str, tuple[int, int, Path]] = {}
+    for one in adapters:
+        for name, target in one.targets.items():
+            inputs, outputs, folder = known.setdefault(name, (target.inputs, target.outputs, one.folder))
+            if (inputs, outputs) != (target.inputs, target.outputs):
+                raise ValueError(
+                    f"{name} is {target.outputs} x {target.inputs} in {one.folder} and {outputs} x {inputs} in"
+                    f" {folder}: they were trained on different models"
+                )
+
+
+def into(output: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a folder beside `output` that then takes its place.  Raises FileExistsError."""
+    if output.exists():
+        raise FileExistsError(f"{output} exists already; choose a new folder")
+    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        write(temporary)
+        temporary.rename(output)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _that_count(coefficients: numpy.ndarray) -> tuple[tuple[int, float], ...]:
+    """The largest coefficients that make up all but a thousandth, and sum to what all did."""
+    order = numpy.argsort(-numpy.abs(coefficients), kind="stable")
+    sizes = numpy.abs(coefficients)[order]
+    tail = sizes[::-1].cumsum()[::-1]  # of this one and all smaller ones
+    keep = numpy.sort(order[(tail > _NEGLIGIBLE * sizes.sum()) & (sizes > 0)])
+    scale = coefficients.sum() / coefficients[keep].sum()
+    return tuple((int(place), float(coefficients[place] * scale)) for place in keep)
