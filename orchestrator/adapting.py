@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+import typing
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy
 
 from orchestrator import models, planner
-from orchestrator.banking import Base, bank_of, base_of, data_digest, evidence_of
+from orchestrator.banking import Base, Quiet, bank_of, base_of, data_digest, evidence_of
 from orchestrator.data.prepare import prepare_data
 from orchestrator.errors import JobError
-from orchestrator.jobfile import Job
+from orchestrator.jobfile import Job, parse_job, text_with
 from orchestrator.run import output_dir
-from orchestrator.spec import BankSection
+from orchestrator.rundir import RunFolder
+from orchestrator.spec import METHOD_SECTIONS, BankSection
 from strategies.adapter_bank import coefficients as shares
 from strategies.adapter_bank.adapter import Adapter
+from strategies.adapter_bank.algebra import Merge
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
 from strategies.adapter_bank.generation import bank_gram, generate, into
@@ -196,11 +199,125 @@ def own_card(found: dict[str, Any], name: str) -> Card:
         base_name=found["base"]["name"],
         base_digest=found["base"]["digest"],
         data_digest=found["data"]["digest"],
-        method="meta_generated",
+        method=found["method"],
         made_from=[{key: part[key] for key in ("name", "digest", "share")} for part in found["made_from"]],
         scores={"probe": found["probe_loss"]},
     )
 
 
-def as_dict(card: Card) -> dict[str, Any]:
-    return asdict(card)
+def then_train(
+    job: Job, found: dict[str, Any], against: str | None, runs: Path, say: Callable[[str], None]
+) -> dict[str, Any]:
+    """Train on from what was made, and count the steps until it is where a run that began afresh ended.
+
+    `against` is that run, or `fresh` to train it first.  Raises JobError where nothing was recommended, or where the
+    runs do not evaluate as they go.
+    """
+    from orchestrator.run import submit
+
+    if found["recommended"] is None:
+        raise JobError("nothing that the bank made is better than the base model: train afresh with `submit`")
+    goes_on = {"method.type": _that_goes_on(job)}
+    if against and job.spec.eval.eval_steps is None:
+        raise JobError(
+            "--against compares held-out losses on the way: set eval.eval_steps, e.g. to a tenth of the steps"
+        )
+    fresh = None
+    if against == "fresh":
+        say("training afresh, to compare ...")
+        fresh = submit(_with(job, goes_on), Quiet())
+    elif against:
+        fresh = RunFolder.find(against, runs)
+    say("training on from the bank's adapter ...")
+    run = submit(_with(job, {**goes_on, "method.init_adapter": str(Path(found["path"]) / "adapter")}), Quiet())
+    told: dict[str, Any] = {"run_id": run.run_id, "path": str(run.path), "eval_loss": _evaluations(run)}
+    if fresh is None:
+        return told
+    ended = _evaluations(fresh)
+    if not ended:
+        raise JobError(f"{fresh.run_id} was not evaluated on its way: nothing to compare with")
+    goal_step, goal = max(ended.items())
+    reached = next((step for step, loss in sorted(told["eval_loss"].items()) if loss <= goal), None)
+    return told | {
+        "against": fresh.run_id,
+        "against_eval_loss": ended,
+        "reached_at": reached,
+        "steps_saved": None if reached is None else goal_step - reached,
+    }
+
+
+def merged(
+    bank: Bank, cards: list[Card], output: Path, how: str, weights: str | None, rank: int | None, density: float
+) -> dict[str, Any]:
+    """`bank merge`.  Raises JobError for adapters of several models, or weights that do not match them."""
+    if len({card.base_digest for card in cards}) > 1:
+        raise JobError("they belong to different models: " + ", ".join(f"{c.name} to {c.base_name}" for c in cards))
+    if how not in typing.get_args(Merge):
+        raise JobError(f"--how {how}: one of {', '.join(typing.get_args(Merge))}")
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else [1 / len(cards)] * len(cards)
+    except ValueError:
+        raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
+    if len(shares) != len(cards):
+        raise JobError(f"--weights gives {len(shares)} numbers for {len(cards)} adapters")
+    made = generate([bank.adapter(card) for card in cards], shares, output, cast(Merge, how), rank, None, density)
+    parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
+    return {
+        "path": str(output.absolute()),
+        "how": how,
+        "made_from": parts,
+        "rank": made.rank,
+        "relative_error": made.relative_error,
+        "generation_s": made.seconds,
+        "peak_bytes": made.peak_bytes,
+    }
+
+
+def told(found: dict[str, Any]) -> Iterator[str]:
+    """What `adapt` and `bank merge` found, for a person."""
+    largest = sorted(found["made_from"], key=lambda part: -abs(part["share"]))
+    shown = ", ".join(f"{part['name']} {part['share']:.0%}" for part in largest[:6])
+    rest = len(largest) - 6
+    yield "made from " + shown + (f" and {rest} more" if rest > 0 else "")
+    yield (
+        f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out; {found['generation_s']:.1f} s,"
+        f" {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
+    )
+    if "probe_loss" in found:
+        losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])
+        yield f"loss on {found['probe_rows']} labelled rows: " + ", ".join(
+            f"{name} {loss:.3f}" for name, loss in losses
+        )
+        yield (
+            f"recommended: {found['recommended']}"
+            if found["recommended"]
+            else "not recommended: none is better than the base model; train with `submit`"
+        )
+        if found["already"]:
+            yield f"the bank already has an adapter of this very data: {', '.join(found['already'])}"
+    if trained := found.get("then_train"):
+        yield f"trained on: {trained['path']}"
+        if "steps_saved" in trained:
+            saved = trained["steps_saved"]
+            yield (
+                f"it did not get as low as {trained['against']}"
+                if saved is None
+                else f"where {trained['against']} ended after {trained['reached_at']} steps: {saved} saved"
+            )
+    if found.get("recommended", True):
+        yield f"adapter: {found['path']}" + ("/adapter" if "probe_loss" in found else "")
+
+
+def _evaluations(run: RunFolder) -> dict[int, float]:
+    """Held-out loss by step, the last one with the model that was kept."""
+    return {event["step"]: event["eval_loss"] for event in run.events()[0] if event["event"] == "eval"}
+
+
+def _with(job: Job, values: dict[str, Any]) -> Job:
+    return parse_job(text_with(job, values), job.folder)
+
+
+def _that_goes_on(job: Job) -> str:
+    """The job's method if it can begin with an adapter, else the first that can."""
+    able = [name for name, section in METHOD_SECTIONS.items() if "init_adapter" in section.model_fields]
+    return job.spec.method.type if job.spec.method.type in able else able[0]

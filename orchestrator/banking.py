@@ -12,8 +12,9 @@ from typing import Any
 from orchestrator import models
 from orchestrator.data.files import digest
 from orchestrator.data.sources import sources_of
-from orchestrator.errors import JobError
+from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
 from orchestrator.jobfile import Job, parse_job, read_run_job
+from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
 from strategies.adapter_bank.evidence import Evidence, gather
@@ -113,9 +114,61 @@ def add_folder(
     return bank.add(folder, card, evidence)
 
 
-def refused(error: BankError | Unusable | FileExistsError) -> JobError:
-    """The same in the words of the command line's error tree."""
-    return JobError(str(error))
+def build(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[Card]:
+    """An adapter in the bank for each FOLDER/NAME that holds train.jsonl; those that are done are passed over.
+
+    One that fails does not stop the others.  Raises JobError for a folder without data sets, and in the end where some
+    failed.
+    """
+    from orchestrator.run import submit
+
+    found = sorted(one for one in folder.glob("*/") if (one / "train.jsonl").is_file()) if folder.is_dir() else []
+    if not found:
+        raise JobError(f"{folder} holds no NAME/train.jsonl; each data set is a folder of its own")
+    cards, failed = [], []
+    for number, one in enumerate(found, 1):
+        held_out = f"data.eval={json.dumps(str((one / 'eval.jsonl').absolute()))}"
+        job = job_with(
+            [
+                f"data.train={json.dumps(str((one / 'train.jsonl').absolute()))}",
+                *([held_out] if (one / "eval.jsonl").is_file() else []),
+                f"name={json.dumps(one.name)}",
+            ]
+        )
+        say(f"{number}/{len(found)} {one.name}")
+        try:
+            run = submit(job, Quiet(), f"bank-{one.name}")
+            cards.append(add_run(bank_of(job, create=True), run, one.name))
+        except (Stopped, ClusterError):
+            raise
+        except (OrchestratorError, BankError, Unusable) as error:
+            failed.append(one.name)
+            say(f"{one.name}: {error}")
+    if failed:
+        raise JobError(f"{len(failed)} of {len(found)} failed ({', '.join(failed)}); the same command tries them again")
+    return cards
+
+
+class Quiet:
+    """A watcher who looks away."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        pass
+
+    def event(self, event: dict[str, Any]) -> None:
+        pass
+
+
+def add_when_asked(run: RunFolder, job: Job) -> str:
+    """What `bank.add` asks for at the end of a run, and what came of it: a run is not lost for a bank."""
+    try:
+        card = add_run(bank_of(job, create=True), run)
+    except (OrchestratorError, BankError, Unusable, OSError) as error:
+        return f"bank.add: {error}"
+    return f"bank.add: {card.name} is in {job.spec.bank.path}"
 
 
 def _tokenised(model: str, data: Path) -> Any:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator import __version__, cluster_cli, remote_cli, report_cli, search_cli
+from orchestrator import __version__, bank_cli, cluster_cli, remote_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
 from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
@@ -44,6 +44,7 @@ cluster_cli.register(app)
 search_cli.register(app)
 report_cli.register(app)
 remote_cli.register(app)
+bank_cli.register(app)
 
 
 @app.command()
@@ -505,7 +506,8 @@ def _options(
 
 def _keep_lines_of_examples() -> None:
     """Click would join them to one paragraph; the mark is its own (https://click.palletsprojects.com, "\\b")."""
-    for command in app.registered_commands:
+    groups = [group.typer_instance for group in app.registered_groups if group.typer_instance]
+    for command in [command for one in (app, *groups) for command in one.registered_commands]:
         if command.callback and command.callback.__doc__:
             command.callback.__doc__ = command.callback.__doc__.replace("    Example", "    \b\n    Example")
 

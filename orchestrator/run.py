@@ -250,6 +250,10 @@ def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability,
         try:
             _train_on_ray(run, job, plan, capability, watcher, mirror, offset)
             _judge(run)
+            if job.spec.bank.add:
+                from orchestrator.banking import add_when_asked
+
+                watcher.say(add_when_asked(run, job))
         except OrchestratorError as error:
             stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
             if not stopped:

@@ -165,6 +165,21 @@ def scatter(
     return _drawn(draw, height=3.8)
 
 
+def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, high: float) -> str:
+    """A value for each row and column, coloured between two limits; beyond them the colour stays."""
+    columns = list(next(iter(rows.values())))
+
+    def draw(figure: Any, axes: Any) -> None:
+        values = [[row[column] for column in columns] for row in rows.values()]
+        image = axes.imshow(values, aspect="auto", cmap="cividis", vmin=low, vmax=high)
+        axes.set_xticks(range(len(columns)), columns, rotation=90, fontsize=6)
+        axes.set_yticks(range(len(rows)), list(rows), fontsize=6)
+        axes.grid(visible=False)
+        figure.colorbar(image, ax=axes, label=label, extend="both")
+
+    return _drawn(draw, width=9.0, height=1.5 + 0.12 * len(rows))
+
+
 def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]], x: str, depth: str) -> str:
     """A row a lane, of spans (start, seconds, layer) by kind; darker is deeper, kinds differ by hatch."""
     from matplotlib import colormaps

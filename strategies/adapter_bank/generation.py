@@ -40,40 +40,63 @@ def generate(
     adapters: Sequence[Adapter],
     coefficients: Sequence[float] | numpy.ndarray,
     output: Path,
-    rule: Rule = "delta",
+    rule: Rule | algebra.Merge = "delta",
     rank: int | None = None,
     base_name: str | None = None,
+    density: float = 0.5,
 ) -> Generated:
     """Write the weighted sum as a PEFT adapter; the folder appears whole or not at all.
 
     `rank` None = the largest of the adapters'.  `delta` is the exact sum of products, truncated to the rank;
-    `factorwise` the published sums of A and of B.  Ranks and sets of maps may differ.  One adapter alone is returned
-    as it is.  Raises Unusable for weights that are not finite, ValueError for maps of other shapes.
+    `factorwise` the published sums of A and of B; the others as in `algebra.merged`.  Ranks and sets of maps may
+    differ.  One adapter alone is returned as it is.  Raises Unusable for weights that are not finite, ValueError for
+    maps of other shapes.
     """
-    import torch
-
     began = time.perf_counter()
     counted = _that_count(numpy.asarray(coefficients, dtype=float))
     chosen = [adapters[place] for place, _ in counted]
-    weights = [weight for _, weight in counted]
+    largest = sum(max(one.ranks) for one in chosen) if rule == "cat" else max(max(one.ranks) for one in chosen)
+    rank = rank or largest
+    made, error = _sum(chosen, [weight for _, weight in counted], rule, rank, density)
+    into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
+
+
+def combined(
+    adapters: Sequence[Adapter],
+    coefficients: Sequence[float] | numpy.ndarray,
+    rule: Rule | algebra.Merge = "delta",
+    rank: int | None = None,
+) -> dict[str, algebra.Factors]:
+    """The same in memory: the corrections by map."""
+    counted = _that_count(numpy.asarray(coefficients, dtype=float))
+    chosen = [adapters[place] for place, _ in counted]
+    return _sum(chosen, [weight for _, weight in counted], rule, rank or max(max(o.ranks) for o in chosen))[0]
+
+
+def _sum(
+    chosen: Sequence[Adapter], weights: Sequence[float], rule: Rule | algebra.Merge, rank: int, density: float = 0.5
+) -> tuple[dict[str, algebra.Factors], float]:
+    """Corrections of a rank, and their relative error."""
+    import torch
+
     same_shapes(chosen)
-    rank = rank or max(max(one.ranks) for one in chosen)
     made, left_out, whole = {}, 0.0, 0.0
     for name in sorted({name for one in chosen for name in one.targets}):
         pairs = [(one.factors(name), w) for one, w in zip(chosen, weights, strict=True) if name in one.targets]
         parts, shares = [part for part, _ in pairs], [w for _, w in pairs]
-        if len(chosen) == 1 or rule == "factorwise":
-            factors = algebra.averaged_apart(parts, shares)
-            made[name], missing, square = algebra.truncated(factors, rank)
-        else:
-            made[name], missing, square = algebra.truncated(algebra.added(parts, shares), rank)
+        how = "linear" if rule == "delta" else rule
+        correction = algebra.merged(parts, shares, how, density)
+        made[name], missing, square = (
+            algebra.truncated(correction, rank)
+            if isinstance(correction, algebra.Factors)
+            else algebra.factorised(correction, rank)
+        )
         left_out, whole = left_out + missing, whole + square
     if not all(torch.isfinite(f.a_RI.sum()) and torch.isfinite(f.b_OR.sum()) for f in made.values()):
         raise Unusable("the sum of these adapters is not finite")
-    into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
-    error = (max(0.0, left_out) / whole) ** 0.5 if whole else 0.0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
+    return made, (max(0.0, left_out) / whole) ** 0.5 if whole else 0.0
 
 
 def bank_gram(adapters: Sequence[Adapter]) -> numpy.ndarray:

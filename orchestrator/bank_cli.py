@@ -1,0 +1,298 @@
+"""The verbs `bank ...` and `adapt`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.errors import JobError
+from orchestrator.rundir import RunFolder
+from orchestrator.verbs import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
+from strategies.adapter_bank.adapter import Unusable
+from strategies.adapter_bank.store import Bank, BankError, Card
+
+DEFAULT_BANK = Path("~/orchestrator-bank")
+bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep adapters that were trained, and make others of them.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bank)
+    app.command()(adapt)
+
+
+def complete_adapter(incomplete: str) -> list[str]:
+    try:
+        return [card.name for card in Bank(DEFAULT_BANK).cards() if card.name.startswith(incomplete)]
+    except BankError:
+        return []
+
+
+BankOption = Annotated[Path, typer.Option("--bank", help="folder of the bank")]
+NamesArgument = Annotated[
+    list[str], typer.Argument(help="names, or starts of digests", autocompletion=complete_adapter)
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="its name in the bank; default: that of the run")]
+LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apache-2.0")]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What the bank refuses, in the words of the command line's error tree."""
+    try:
+        yield
+    except (BankError, Unusable, FileExistsError) as error:
+        raise JobError(str(error)) from None
+
+
+@bank.command()
+@told()
+def add(
+    what: Annotated[str, typer.Argument(help="a finished run, or a folder with a PEFT adapter")],
+    model: Annotated[str | None, typer.Option("--model", help="of a folder: the model it was trained on")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="of a folder: what it was trained on")] = None,
+    name: NameOption = None,
+    licence: LicenceOption = None,
+    bank: BankOption = DEFAULT_BANK,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Take in the adapter of a finished run, or one that was trained elsewhere.
+
+    Of a folder's data the bank keeps token counts and a sketch, never the rows; without --data it can be merged, and
+    `adapt` passes over it.
+
+    Examples: orchestrator bank add latest
+              orchestrator bank add ./my-adapter --model smollm2-135m-instruct --data train.jsonl
+    """
+    from orchestrator.banking import add_folder, add_run
+
+    if (Path(what) / "adapter_config.json").exists():
+        card = add_folder(Bank(bank, create=True), Path(what), model, data, name, licence)
+    else:
+        found = RunFolder.find(what, runs)
+        card = add_run(Bank(bank, create=True), found, name, licence)
+    _print_card(card, json_)
+
+
+@bank.command(name="list")
+@told()
+def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
+    """Show what the bank holds, oldest first."""
+    from rich.table import Table
+
+    cards = Bank(bank).cards()
+    if json_:
+        print_json([asdict(card) for card in cards])
+        return
+    table = Table("name", "base", "rank", "rows", "held-out loss", "licence", "digest", box=None)
+    for card in cards:
+        ranks = "-".join(str(rank) for rank in sorted({card.ranks[0], card.ranks[-1]}))
+        rows = "" if card.num_rows is None else str(card.num_rows)
+        table.add_row(card.name, card.base_name, ranks, rows, _losses(card), card.licence or "", card.digest[:8])
+    out.print(table)
+
+
+@bank.command()
+@told()
+def show(which: NamesArgument, bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
+    """Show the cards of adapters."""
+    there = Bank(bank)
+    for name in which:
+        _print_card(there.find(name), json_)
+
+
+@bank.command()
+@told()
+def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
+    """Remove adapters."""
+    there = Bank(bank)
+    for card in [there.find(name) for name in which]:  # all are known before one goes
+        there.remove(card)
+        say(f"removed {card.name}")
+
+
+@bank.command()
+@told()
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="put broken ones aside and make the index again")] = False,
+    bank: BankOption = DEFAULT_BANK,
+    json_: JsonOption = False,
+) -> None:
+    """Read every byte again and compare it with the digests.  Exit code 2 where something is wrong."""
+    there = Bank(bank)
+    wrong = there.verify(repair)
+    if json_:
+        print_json({"wrong": wrong, "repaired": repair, "adapters": len(there.cards())})
+    if not wrong:
+        say(f"{len(there.cards())} adapters, nothing wrong")
+    elif repair:
+        say("\n".join([*wrong, f"broken ones are in {there.path / 'broken'}; {len(there.cards())} adapters are left"]))
+    else:
+        raise JobError("\n".join([*wrong, "`orchestrator bank verify --repair` puts them aside"]))
+
+
+@bank.command()
+@told()
+def export(
+    file: Annotated[Path, typer.Argument(help="the tar to write")],
+    which: Annotated[
+        list[str] | None, typer.Argument(help="names; default: all", autocompletion=complete_adapter)
+    ] = None,
+    bank: BankOption = DEFAULT_BANK,
+) -> None:
+    """Write adapters, their cards and what is known of their data into one file.
+
+    Example: orchestrator bank export ours.tar sst2 imdb
+    """
+    there = Bank(bank)
+    count = there.export(file, [there.find(name) for name in which] if which else there.cards())
+    say(f"wrote {count} adapters to {file}")
+
+
+@bank.command(name="import")
+@told()
+def import_(
+    file: Annotated[Path, typer.Argument(help="what `bank export` wrote")],
+    bank: BankOption = DEFAULT_BANK,
+) -> None:
+    """Take in what another bank exported; each adapter is checked against its digest."""
+    taken = Bank(bank, create=True).import_(file)
+    say(f"took in {len(taken)}: {', '.join(card.name for card in taken)}")
+
+
+@bank.command()
+@told()
+def merge(
+    output: Annotated[Path, typer.Argument(help="the folder to write")],
+    which: NamesArgument,
+    how: Annotated[
+        str,
+        typer.Option("--how", help="linear, cat, factorwise, ties, dare_linear, dare_ties, magnitude_prune"),
+    ] = "linear",
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="one for each, e.g. 1,-0.5 (negative ones take away); default 1/N")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="of the result; default: the largest")] = None,
+    density: Annotated[float, typer.Option("--density", min=0.01, max=1, help="of ties, dare, magnitude_prune")] = 0.5,
+    bank: BankOption = DEFAULT_BANK,
+    json_: JsonOption = False,
+) -> None:
+    """Make one adapter of some, exactly: as corrections dW = B A, then truncated to a rank.
+
+    `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.
+
+    Examples: orchestrator bank merge both sst2 imdb
+              orchestrator bank merge less-of-it sst2 sms-spam --weights 1,-0.5
+              orchestrator bank merge mixed sst2 imdb yelp --how ties --density 0.3
+    """
+    from orchestrator.adapting import merged
+
+    there = Bank(bank)
+    _print_made(merged(there, [there.find(name) for name in which], output, how, weights, rank, density), json_)
+
+
+@bank.command()
+@told()
+def build(
+    folder: Annotated[Path, typer.Argument(help="holds NAME/train.jsonl and NAME/eval.jsonl of each data set")],
+    job: Annotated[str, typer.Option("--job", help="how each of them is trained")] = "bank",
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Train an adapter for each data set of a folder and put it into the bank; again = goes on where it stands.
+
+    Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
+    """
+    from orchestrator.banking import build as build_bank
+
+    cards = build_bank(folder, lambda overrides: asked_job(job, [*set_, *overrides]), say)
+    if json_:
+        print_json([asdict(card) for card in cards])
+
+
+@bank.command()
+@told()
+def evaluate(
+    job: Annotated[str, typer.Option("--job", help="how the bank's adapters were trained")] = "bank",
+    set_: SetOption = [],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="held-out rows of each task")] = 16,
+    output: Annotated[Path, typer.Option("--output", help="folder of the table and the picture")] = Path("runs"),
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Leave each task out in turn and make its adapter of the others: every distance x coefficients x rule.
+
+    Tasks are the bank's adapters whose run is in --runs.  Gains are shares of what the task's own adapter gains.
+
+    Example: orchestrator bank evaluate --rows 16
+    """
+    from orchestrator.leave_one_out import leave_one_out, table, write
+
+    found = leave_one_out(asked_job(job, set_), runs, rows, say)
+    say(f"wrote {', '.join(str(file) for file in write(found, output))}")
+    if json_:
+        print_json(found)
+    else:
+        out.print(table(found))
+
+
+@told()
+def adapt(
+    job: JobArgument,
+    set_: SetOption = [],
+    output: Annotated[Path | None, typer.Option("--output", help="the folder to write; default: beside runs")] = None,
+    then_train: Annotated[bool, typer.Option("--then-train", help="train on from it")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="of --then-train: a run of the same job that began afresh, or `fresh`"),
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Make an adapter for a job's data out of the bank, in seconds and without training.
+
+    Labelled rows decide between the base model, the nearest adapter, the average of all and the one that was made; it
+    is recommended only where it beats the base.
+
+    Examples: orchestrator adapt job.yaml
+              orchestrator adapt job.yaml --set bank.distance=mmd --output my-adapter
+              orchestrator adapt job.yaml --then-train --against fresh
+    """
+    from orchestrator import adapting
+
+    if against and not then_train:
+        raise JobError("--against belongs to --then-train")
+    asked = asked_job(job, set_)
+    found = adapting.adapt(asked, output, say)
+    if then_train:
+        found |= {"then_train": adapting.then_train(asked, found, against, runs, say)}
+    _print_made(found, json_)
+
+
+def _print_card(card: Card, json_: bool) -> None:
+    if json_:
+        print_json(asdict(card))
+        return
+    for key, value in asdict(card).items():
+        if value not in (None, [], {}, ""):
+            out.print(f"{key:16} {value}", markup=False, highlight=False, soft_wrap=True)
+
+
+def _print_made(found: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print_json(found)
+        return
+    from orchestrator.adapting import told as lines
+
+    for line in lines(found):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _losses(card: Card) -> str:
+    values = [card.scores.get(when, {}).get("eval_loss") for when in ("before", "after")]
+    return " -> ".join(f"{value:.3f}" for value in values if value is not None)

@@ -1,0 +1,142 @@
+"""How good a bank is at tasks it has not seen: each of its adapters left out in turn, and made of the others."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from orchestrator.adapting import Neighbours, neighbours
+from orchestrator.banking import bank_of, base_of
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job
+from orchestrator.rundir import RunFolder
+from strategies.adapter_bank import coefficients as shares
+from strategies.adapter_bank.distances import DISTANCES
+from strategies.adapter_bank.generation import RULES, bank_gram, combined
+
+BASELINES = ("base", "own", "nearest", "uniform")
+PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
+
+
+def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Held-out loss of every task under every setting, and under the baselines.
+
+    Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`.
+    """
+    from orchestrator.data.prepare import datasets
+    from orchestrator.training.trial import Trial
+
+    base = base_of(job.spec.model.model_name_or_path, job.folder, say)
+    near = neighbours(bank_of(job), base)
+    held_out = {}
+    for card in near.cards:
+        files = RunFolder(runs.expanduser() / (card.run_id or "-")).read_json("data.json")
+        rows_there = datasets(files)[1] if files and files.get("eval") else None
+        if rows_there is not None:
+            held_out[card.name] = rows_there.select(range(min(rows, len(rows_there))))
+    if len(held_out) < 3:
+        raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
+    weights = dict(_settings(near))
+    trial = Trial(job, base.folder, max(max_length_of(rows) for rows in held_out.values()))
+    tasks: dict[str, dict[str, float]] = {}
+    for place, card in enumerate(near.cards):
+        if card.name not in held_out:
+            continue
+        data, tried = held_out[card.name], {}
+        losses = {"base": trial.loss(data), "own": trial.loss(data, near.adapters[place])}
+        for name, (rule, rows_of) in weights.items():
+            own = rows_of[place]
+            known = (rule, own.round(4).tobytes())  # settings that agree on all shares are one trial
+            if known not in tried:
+                tried[known] = trial.loss(data, combined(near.adapters, own, rule))
+            losses[name] = tried[known]
+        tasks[card.name] = losses
+        say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in BASELINES))
+    return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
+
+
+def max_length_of(data: Any) -> int:
+    return int(data.lengths.max())
+
+
+def table(found: dict[str, Any]) -> Any:
+    """Settings, best first."""
+    from rich.table import Table
+
+    shown = Table("setting", "loss", "gain (of own)", "median", "better than base", "than nearest", box=None)
+    for name, row in sorted(found["settings"].items(), key=lambda pair: -pair[1]["gain"]):
+        shown.add_row(
+            name,
+            f"{row['loss']:.3f}",
+            f"{row['gain']:.0%}",
+            f"{row['median_gain']:.0%}",
+            f"{row['better_than_base']:.0%}",
+            f"{row['better_than_nearest']:.0%}",
+        )
+    return shown
+
+
+def write(found: dict[str, Any], folder: Path) -> list[Path]:
+    """The numbers, and a heat map of the gains: tasks across, settings down."""
+    from orchestrator.report.plots import heat_map
+
+    folder.mkdir(parents=True, exist_ok=True)
+    numbers, picture = folder / "leave-one-out.json", folder / "leave-one-out.svg"
+    numbers.write_text(json.dumps(found, indent=1), encoding="utf-8")
+    order = sorted(found["settings"], key=lambda name: -found["settings"][name]["gain"])
+    gains = {name: {task: _gain(row, name) for task, row in found["tasks"].items()} for name in order if name != "own"}
+    picture.write_text(heat_map(gains, "share of the own adapter's gain", -0.5, 1.0), encoding="utf-8")
+    return [numbers, picture]
+
+
+def _settings(near: Neighbours) -> Iterator[tuple[str, tuple[Any, numpy.ndarray]]]:
+    """Name -> rule, and for each adapter its shares of the others."""
+    count = len(near.cards)
+    itself = numpy.eye(count, dtype=bool)
+    gram = bank_gram(near.adapters)
+    yield "uniform", ("delta", numpy.where(itself, 0, 1 / (count - 1)))
+    for distance, measure in DISTANCES.items():
+        between = numpy.stack([measure(one, near.evidence) for one in near.evidence])
+        between = numpy.where(itself, numpy.inf, between)
+        if distance == next(iter(DISTANCES)):
+            yield "nearest", ("delta", numpy.eye(count)[between.argmin(1)])
+        ways = {
+            "attentional": shares.attentional(between),
+            "attentional, t = 1": shares.attentional(between, PUBLISHED_TEMPERATURE),
+            "normalised": shares.normalised(between),
+            "neural": _neural(between, gram),
+        }
+        for coefficients, rows in ways.items():
+            for rule in RULES:
+                yield f"{distance} | {coefficients} | {rule}", (rule, rows)
+
+
+def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
+    """Each row by a scorer that was trained without that adapter."""
+    rows = []
+    for place in range(len(between)):
+        others = numpy.delete(numpy.arange(len(between)), place)
+        rows.append(shares.Scorer(between[numpy.ix_(others, others)], gram[numpy.ix_(others, others)])(between[place]))
+    return numpy.stack(rows)
+
+
+def _summary(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    found = {}
+    for name in next(iter(tasks.values())):
+        gains = [_gain(row, name) for row in tasks.values()]
+        found[name] = {
+            "loss": float(numpy.mean([row[name] for row in tasks.values()])),
+            "gain": float(numpy.mean(gains)),
+            "median_gain": float(numpy.median(gains)),
+            "better_than_base": float(numpy.mean([row[name] < row["base"] for row in tasks.values()])),
+            "better_than_nearest": float(numpy.mean([row[name] < row["nearest"] for row in tasks.values()])),
+        }
+    return found
+
+
+def _gain(row: dict[str, float], name: str) -> float:
+    return (row["base"] - row[name]) / (row["base"] - row["own"])
