@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -231,10 +232,15 @@ def evaluate(
 
     Example: orchestrator bank evaluate --rows 16
     """
-    from orchestrator.leave_one_out import leave_one_out, table, write
+    from orchestrator.leave_one_out import gains, leave_one_out, table
+    from orchestrator.report.plots import heat_map
 
     found = leave_one_out(asked_job(job, set_), runs, rows, say)
-    say(f"wrote {', '.join(str(file) for file in write(found, output))}")
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "leave-one-out.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
+    (output / "leave-one-out.svg").write_text(drawn, encoding="utf-8")
+    say(f"wrote {output}/leave-one-out.json and leave-one-out.svg")
     if json_:
         print_json(found)
     else:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -80,17 +79,10 @@ def table(found: dict[str, Any]) -> Any:
     return shown
 
 
-def write(found: dict[str, Any], folder: Path) -> list[Path]:
-    """The numbers, and a heat map of the gains: tasks across, settings down."""
-    from orchestrator.report.plots import heat_map
-
-    folder.mkdir(parents=True, exist_ok=True)
-    numbers, picture = folder / "leave-one-out.json", folder / "leave-one-out.svg"
-    numbers.write_text(json.dumps(found, indent=1), encoding="utf-8")
+def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Setting -> task -> share of what the task's own adapter gains; the best setting first."""
     order = sorted(found["settings"], key=lambda name: -found["settings"][name]["gain"])
-    gains = {name: {task: _gain(row, name) for task, row in found["tasks"].items()} for name in order if name != "own"}
-    picture.write_text(heat_map(gains, "share of the own adapter's gain", -0.5, 1.0), encoding="utf-8")
-    return [numbers, picture]
+    return {name: {task: _gain(row, name) for task, row in found["tasks"].items()} for name in order if name != "own"}
 
 
 def _settings(near: Neighbours) -> Iterator[tuple[str, tuple[Any, numpy.ndarray]]]:

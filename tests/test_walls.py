@@ -133,6 +133,7 @@ def test_only_the_command_line_imports_the_report():
     }
 
     assert {path for path in users if not path.startswith("orchestrator/report/")} == {
+        "orchestrator/bank_cli.py",
         "orchestrator/report_cli.py",
         "orchestrator/search_cli.py",
     }

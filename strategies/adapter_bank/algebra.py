@@ -6,6 +6,7 @@ weights; averaging A and B apart mixes every B with every A) does not arise wher
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -123,7 +124,8 @@ def merged(
     from peft.utils import merge_utils  # works on any tensors; PEFT itself hands it factors, whose merge is not exact
 
     rule = getattr(merge_utils, how)
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The density")  # all kept is what was asked for
         torch.manual_seed(seed)
         return rule([part.delta() for part in parts], torch.tensor(list(weights)), density)
 

@@ -135,7 +135,9 @@ def into(output: Path, write: Callable[[Path], None]) -> None:
 
 
 def _that_count(coefficients: numpy.ndarray) -> tuple[tuple[int, float], ...]:
-    """The largest coefficients that make up all but a thousandth, and sum to what all did."""
+    """The largest coefficients that make up all but a thousandth, and sum to what all did; with negatives, all."""
+    if (coefficients < 0).any():
+        return tuple((int(place), float(coefficients[place])) for place in numpy.flatnonzero(coefficients))
     order = numpy.argsort(-numpy.abs(coefficients), kind="stable")
     sizes = numpy.abs(coefficients)[order]
     tail = sizes[::-1].cumsum()[::-1]  # of this one and all smaller ones

@@ -15,16 +15,18 @@ import os
 import shutil
 import sqlite3
 import tarfile
-import time
 import uuid
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
-from strategies.adapter_bank.evidence import Evidence
+
+if TYPE_CHECKING:  # numpy waits until a data set is looked at
+    from strategies.adapter_bank.evidence import Evidence
 
 CARD, EVIDENCE = "card.json", "evidence.safetensors"
 _PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may be told more later
@@ -241,7 +243,7 @@ class Bank:
             "targets": sorted({name.rsplit(".", 1)[-1] for name in adapter.targets}),
             "num_parameters": adapter.num_parameters,
             "digest": digest,
-            "added": card.added or time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "added": card.added or datetime.now(UTC).isoformat(),  # cards are ordered by it
         }
         if evidence is not None:
             told |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
@@ -352,6 +354,8 @@ def _card(text: str) -> Card:
 def _read_evidence(file: Path, card: Card) -> Evidence:
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
+
+    from strategies.adapter_bank.evidence import Evidence
 
     try:
         evidence = Evidence.from_arrays(load_file(file))

@@ -1,0 +1,330 @@
+"""The bank and its algebra, on small adapters with numbers that can be checked."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+
+import numpy
+import pytest
+import torch
+
+from strategies.adapter_bank import algebra, coefficients
+from strategies.adapter_bank.adapter import Adapter, Unusable, write
+from strategies.adapter_bank.algebra import Factors
+from strategies.adapter_bank.distances import DISTANCES
+from strategies.adapter_bank.evidence import Evidence, gather
+from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.store import Bank, BankError, Card
+
+MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
+VOCABULARY = 50
+
+
+def an_adapter(folder, seed, rank=2, maps=MAPS):
+    draw = torch.Generator().manual_seed(seed)
+    made = {
+        name: Factors(torch.randn(rank, inputs, generator=draw), torch.randn(outputs, rank, generator=draw))
+        for name, (outputs, inputs) in maps.items()
+    }
+    write(folder, made, "tiny", rank)
+    return Adapter(folder)
+
+
+def some_evidence(seed, low=0, high=VOCABULARY):
+    draw = numpy.random.default_rng(seed)
+    rows = [(draw.integers(low, high, 30).astype(numpy.int32), numpy.arange(30) > 20) for _ in range(20)]
+    return gather(rows, numpy.random.default_rng(9).standard_normal((VOCABULARY, 16)).astype(numpy.float32))
+
+
+def a_card(name, base="b" * 64, **rest):
+    return Card(name=name, base_name="tiny", base_digest=base, **rest)
+
+
+def whole(adapter, weight=1.0):
+    return {name: weight * adapter.factors(name).delta() for name in adapter.targets}
+
+
+@pytest.fixture
+def bank(tmp_path):
+    there = Bank(tmp_path / "bank", create=True)
+    for seed in range(3):
+        folder = tmp_path / f"source-{seed}"
+        an_adapter(folder, seed)
+        there.add(folder, a_card(f"task-{seed}"), some_evidence(seed, 10 * seed, 10 * seed + 20))
+    return there
+
+
+# Distances and coefficients.
+
+
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_a_data_set_is_nearest_to_itself(distance):
+    evidence = [some_evidence(seed, 8 * seed, 8 * seed + 15) for seed in range(4)]
+
+    for place, one in enumerate(evidence):
+        found = DISTANCES[distance](one, evidence)
+
+        assert found.argmin() == place
+        assert found[place] == pytest.approx(0, abs=1e-3)
+
+
+def test_rows_of_coefficients_sum_to_1_and_follow_a_permutation():
+    distances = numpy.random.default_rng(0).random((5, 7))
+    order = numpy.random.default_rng(1).permutation(7)
+    scorer = coefficients.Scorer(distances[:4, :4], numpy.eye(4))
+
+    for rule in (coefficients.attentional, coefficients.normalised, scorer):
+        found = rule(distances)
+
+        numpy.testing.assert_allclose(found.sum(-1), 1, atol=1e-6)
+        numpy.testing.assert_allclose(rule(distances[:, order]), found[:, order], atol=1e-6)
+
+
+def test_at_a_low_temperature_a_known_data_set_gets_its_own_adapter(bank, tmp_path):
+    evidence = [bank.evidence(card) for card in bank.cards()]
+    distances = DISTANCES["js_parts"](evidence[1], evidence)
+
+    made = generate(
+        [bank.adapter(c) for c in bank.cards()], coefficients.attentional(distances, 1e-6), tmp_path / "made"
+    )
+
+    for name, delta in whole(Adapter(made.folder)).items():
+        assert torch.equal(delta, bank.adapter(bank.find("task-1")).factors(name).delta())
+
+
+# Sums.
+
+
+@pytest.mark.parametrize("rule", ["delta", "factorwise"])
+def test_a_bank_of_one_adapter_many_times_gives_that_adapter(tmp_path, rule):
+    one = an_adapter(tmp_path / "one", 0)
+
+    made = generate([one] * 4, [0.25] * 4, tmp_path / "made", rule)
+
+    for name, delta in whole(Adapter(made.folder)).items():
+        torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-5, rtol=1e-5)
+
+
+def test_delta_is_the_exact_sum_and_says_what_a_rank_leaves_out(tmp_path):
+    ranks = [2, 3, 1]
+    adapters = [an_adapter(tmp_path / str(i), i, rank) for i, rank in enumerate(ranks)]
+    shares = [0.5, -0.3, 0.8]
+
+    full = generate(adapters, shares, tmp_path / "full", rank=6)
+    short = generate(adapters, shares, tmp_path / "short", rank=2)
+
+    left_out, size = 0.0, 0.0
+    for name in MAPS:
+        exact = sum(share * one.factors(name).delta() for share, one in zip(shares, adapters, strict=True))
+        assert (Adapter(full.folder).factors(name).delta() - exact).norm() <= 1e-6 * exact.norm()
+        left_out += float((Adapter(short.folder).factors(name).delta() - exact).square().sum())
+        size += float(exact.square().sum())
+    assert full.relative_error == pytest.approx(0, abs=1e-3)
+    assert short.relative_error == pytest.approx((left_out / size) ** 0.5, rel=1e-3)
+
+
+def test_the_random_range_is_near_the_best_truncation(monkeypatch):
+    draw = torch.Generator().manual_seed(0)
+    spectrum = torch.logspace(0, -3, 60)
+    factors = Factors(
+        torch.randn(60, 90, generator=draw), torch.linalg.qr(torch.randn(80, 60, generator=draw)).Q * spectrum
+    )
+    exact, _, _ = algebra.truncated(factors, 8)
+    monkeypatch.setattr(algebra, "_EXACT_RANK", 10)
+    near, left_out, size = algebra.truncated(factors, 8)
+
+    best = (exact.delta() - factors.delta()).norm()
+    reached = (near.delta() - factors.delta()).norm()
+    assert reached <= 1.05 * best
+    assert (left_out / size) ** 0.5 == pytest.approx(float(reached / factors.delta().norm()), rel=0.3)
+
+
+def test_maps_that_only_some_adapters_have_are_kept(tmp_path):
+    first, second = list(MAPS.items())
+    adapters = [an_adapter(tmp_path / "a", 0, 2, dict([first])), an_adapter(tmp_path / "b", 1, 3, dict([second]))]
+
+    made = Adapter(generate(adapters, [0.5, 0.5], tmp_path / "made").folder)
+
+    assert set(made.targets) == set(MAPS)
+    torch.testing.assert_close(made.factors(second[0]).delta(), 0.5 * adapters[1].factors(second[0]).delta())
+
+
+def test_inner_products_are_those_of_the_whole_corrections(tmp_path):
+    parts = [an_adapter(tmp_path / str(i), i, 2 + i).factors("model.layers.0.q_proj") for i in range(3)]
+
+    found = algebra.gram([parts[0], None, *parts[1:]])
+
+    for i, one in ((0, parts[0]), (2, parts[1]), (3, parts[2])):
+        for j, other in ((0, parts[0]), (2, parts[1]), (3, parts[2])):
+            assert float(found[i, j]) == pytest.approx(float((one.delta() * other.delta()).sum()), rel=1e-4, abs=1e-4)
+    assert not found[1].any()
+
+
+def test_a_task_is_taken_away_by_a_negative_weight(tmp_path):
+    one, other = (an_adapter(tmp_path / str(i), i) for i in range(2))
+    both = generate([one, other], [1, 1], tmp_path / "both", rank=4)
+
+    back = generate([Adapter(both.folder), other], [1, -1], tmp_path / "back", rank=6)
+
+    for name, delta in whole(Adapter(back.folder)).items():
+        torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["ties", "dare_linear", "dare_ties", "magnitude_prune"])
+def test_at_density_1_merges_of_one_adapter_are_that_adapter(tmp_path, how):
+    one = an_adapter(tmp_path / "one", 0)
+
+    made = generate([one], [1.0], tmp_path / "made", how, density=1.0)
+
+    for name, delta in whole(Adapter(made.folder)).items():
+        torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-4, rtol=1e-4)
+
+
+def test_peft_reads_what_was_made(tmp_path):
+    from peft import PeftModel
+
+    class Tiny(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = torch.nn.Module()
+            self.model.layers = torch.nn.ModuleList([torch.nn.Module(), torch.nn.Module()])
+            for layer in self.model.layers:
+                layer.q_proj = torch.nn.Linear(20, 12, bias=False)
+
+        def forward(self, x):
+            return self.model.layers[0].q_proj(x) + self.model.layers[1].q_proj(x)
+
+    adapters = [an_adapter(tmp_path / str(i), i) for i in range(2)]
+    made = generate(adapters, [0.5, 0.5], tmp_path / "made", rank=4)
+    config = json.loads((made.folder / "adapter_config.json").read_text()) | {"task_type": None}
+    (made.folder / "adapter_config.json").write_text(json.dumps(config))
+    model, x = Tiny(), torch.randn(3, 20)
+    before = model(x)
+
+    tuned = PeftModel.from_pretrained(model, str(made.folder))
+
+    exact = sum(0.5 * one.factors(name).delta() for one in adapters for name in MAPS)
+    torch.testing.assert_close(tuned(x), before + x @ exact.T, atol=1e-4, rtol=1e-4)
+
+
+# The store.
+
+
+def test_evidence_comes_back_as_it_was(bank):
+    evidence = some_evidence(0, 0, 20)
+
+    found = bank.evidence(bank.find("task-0"))
+
+    assert isinstance(found, Evidence) and found.digest == evidence.digest
+
+
+def test_a_flipped_byte_is_found_and_put_aside(bank):
+    file = bank.folder(bank.find("task-1").digest) / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(content)
+
+    assert [line.split(":")[0] for line in bank.verify()] == ["task-1"]
+    bank.verify(repair=True)
+    assert bank.verify() == []
+    assert [card.name for card in bank.cards()] == ["task-0", "task-2"]
+
+
+def test_a_broken_card_and_a_lost_folder_are_named(bank):
+    (bank.folder(bank.find("task-0").digest) / "card.json").write_text("{")
+    os.rename(bank.folder(bank.find("task-2").digest), bank.path / "elsewhere")
+
+    wrong = " ".join(bank.verify())
+
+    assert "task-0: its card is broken" in wrong and "task-2 is in the index, and its folder is gone" in wrong
+
+
+def test_a_lost_index_is_made_again(bank):
+    before = bank.cards()
+    (bank.path / "index.sqlite").unlink()
+
+    assert Bank(bank.path).cards() == before
+
+
+def test_several_writers_lose_nothing(tmp_path):
+    for seed in range(8):
+        an_adapter(tmp_path / f"s{seed}", seed)
+    errors = []
+
+    def add(part):
+        try:
+            for seed in part:
+                Bank(tmp_path / "bank", create=True).add(tmp_path / f"s{seed}", a_card(f"task-{seed}"))
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=add, args=(range(first, 8, 2),)) for first in (0, 1, 0)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+
+    there = Bank(tmp_path / "bank")
+    assert not errors
+    assert sorted(card.name for card in there.cards()) == [f"task-{seed}" for seed in range(8)]
+    assert there.verify() == []
+
+
+def test_an_export_comes_in_whole(bank, tmp_path):
+    bank.export(tmp_path / "some.tar", bank.cards()[:2])
+
+    taken = Bank(tmp_path / "other", create=True).import_(tmp_path / "some.tar")
+
+    assert {card.digest for card in taken} == {card.digest for card in bank.cards()[:2]}
+
+
+def test_what_does_not_belong_is_refused_and_nothing_is_written(bank, tmp_path):
+    an_adapter(tmp_path / "wide", 7, maps={"model.layers.0.q_proj": (12, 24)})
+    an_adapter(tmp_path / "sick", 8)
+    an_adapter(tmp_path / "twin", 9)
+    from safetensors.torch import load_file, save_file
+
+    file = tmp_path / "sick" / "adapter_model.safetensors"
+    save_file({name: tensor.fill_(float("nan")) for name, tensor in load_file(file).items()}, file)
+
+    with pytest.raises(BankError, match=r"12 x 24 .* were trained on different models"):
+        bank.add(tmp_path / "wide", a_card("wide"))
+    with pytest.raises(Unusable, match="not finite"):
+        bank.add(tmp_path / "sick", a_card("sick"))
+    with pytest.raises(BankError, match="another adapter is called task-0"):
+        bank.add(tmp_path / "twin", a_card("task-0"))
+    with pytest.raises(BankError, match="has no adapter 'task-9'; it has task-"):
+        bank.find("task-9")
+    with pytest.raises(Unusable, match=r"no readable adapter_config\.json"):
+        bank.add(tmp_path, a_card("nothing"))
+    assert len(bank.cards()) == 3 and bank.verify() == [] and not list(bank.path.glob(".new*"))
+
+
+def test_a_sum_that_is_refused_leaves_no_folder(tmp_path):
+    adapters = [an_adapter(tmp_path / "a", 0), an_adapter(tmp_path / "b", 1, maps={"model.layers.0.q_proj": (12, 24)})]
+
+    with pytest.raises(ValueError, match="different models"):
+        generate(adapters, [0.5, 0.5], tmp_path / "made")
+    (tmp_path / "made").mkdir()
+    with pytest.raises(FileExistsError, match="choose a new folder"):
+        generate(adapters[:1], [1.0], tmp_path / "made")
+    assert not list(tmp_path.glob(".made*")) and not list((tmp_path / "made").iterdir())
+
+
+def test_no_gpu_is_asked_for(tmp_path):
+    an_adapter(tmp_path / "a", 0)
+    script = (
+        "import sys; from pathlib import Path; from strategies.adapter_bank.adapter import Adapter;"
+        "from strategies.adapter_bank.generation import generate; import torch;"
+        "generate([Adapter(Path(sys.argv[1]))] * 2, [0.5, 0.5], Path(sys.argv[2]));"
+        "assert not torch.cuda.is_initialized()"
+    )
+
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "a"), str(tmp_path / "made")],
+        env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
+
+    assert done.returncode == 0, done.stderr
