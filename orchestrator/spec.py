@@ -240,12 +240,14 @@ class BankSection(Section):
     add: bool = _key(False, "put the finished run's adapter into the bank")
     licence: str | None = _key(None, "licence of adapters that are added, e.g. Apache-2.0")
     distance: Literal["js_parts", "js", "js_answers", "kl", "wasserstein_ids", "sliced_wasserstein", "mmd"] = _key(
-        "js_answers", "how far data sets are from each other; js_answers = Jensen-Shannon divergence of what is learnt"
+        "js_answers", "how far data sets are from each other; js_answers = Jensen-Shannon of what is learnt"
     )
     coefficients: Literal["attentional", "normalised", "neural"] = _key(
         "normalised", "how distances become shares: softmin, of standardised rows, or of a trained score"
     )
-    temperature: float | None = _key(None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0)
+    temperature: float | None = _key(
+        None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0
+    )
     rule: Literal["delta", "factorwise"] = _key(
         "delta", "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published"
     )
