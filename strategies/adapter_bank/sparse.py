@@ -1,0 +1,78 @@
+"""Adapters that are some entries of the weights (SHiRA, arXiv 2406.13175), and their merge (arXiv 2507.07140).
+
+Entries are chosen by connection sensitivity, |W dL/dW| on a batch (SNIP, arXiv 1810.02340): what the loss would lose
+with a weight.  Experts merge entry by entry: where several have one, its mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """dW_OI as values at distinct, ascending places of the flattened weight."""
+
+    places: torch.Tensor  # int64
+    values: torch.Tensor
+    shape: tuple[int, int]
+
+    @property
+    def density(self) -> float:
+        return len(self.places) / (self.shape[0] * self.shape[1])
+
+    def delta(self) -> torch.Tensor:
+        flat = torch.zeros(self.shape[0] * self.shape[1], dtype=self.values.dtype)
+        flat[self.places] = self.values
+        return flat.view(self.shape)
+
+    @classmethod
+    def of(cls, delta_OI: torch.Tensor, mask_OI: torch.Tensor) -> Sparse:
+        """What a mask keeps of a correction."""
+        places = mask_OI.flatten().nonzero()[:, 0]
+        return cls(places, delta_OI.flatten()[places], (delta_OI.shape[0], delta_OI.shape[1]))
+
+
+def sensitive(weight_OI: torch.Tensor, grad_OI: torch.Tensor, num_entries: int, block: int = 1) -> torch.Tensor:
+    """A mask of the entries that the loss depends on most; of whole block x block squares where `block` is above 1.
+
+    `num_entries` is met exactly, or to the next block.  Raises ValueError where blocks do not divide the weight.
+    """
+    scores_OI = (weight_OI * grad_OI).abs()
+    outputs, inputs = scores_OI.shape
+    if outputs % block or inputs % block:
+        raise ValueError(f"blocks of {block} do not divide a weight of {outputs} x {inputs}; use 1")
+    squares = scores_OI.reshape(outputs // block, block, inputs // block, block).sum((1, 3))
+    chosen = torch.zeros(squares.numel(), dtype=torch.bool)
+    chosen[squares.flatten().topk(min(squares.numel(), -(-num_entries // block**2))).indices] = True
+    mask = chosen.view(squares.shape)
+    return mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
+
+
+def shira_mask(gradients: Mapping[int, torch.Tensor]) -> Any:
+    """A `mask_fn` for PEFT's ShiraConfig: r (O + I) entries of each linear map, the most sensitive ones.
+
+    `gradients` are those of one batch, by the `id` of the weight they belong to.
+    """
+
+    def mask(layer: Any, r: int, **_: Any) -> torch.Tensor:
+        weight = layer.weight
+        chosen = sensitive(weight.detach(), gradients[id(weight)], r * (weight.shape[0] + weight.shape[1]))
+        return chosen.to(weight.dtype)
+
+    return mask
+
+
+def averaged_where_they_meet(experts: Sequence[Sparse]) -> Sparse:
+    """dW = sum_k S_k / max(1, how many experts have the entry): disjoint experts add up, each as it was."""
+    shape = experts[0].shape
+    if any(expert.shape != shape for expert in experts):
+        raise ValueError(f"corrections of {sorted({expert.shape for expert in experts})} are of different models")
+    places, which = torch.cat([expert.places for expert in experts]).unique(return_inverse=True)
+    values = torch.cat([expert.values for expert in experts])
+    sums = torch.zeros(len(places), dtype=values.dtype).index_add_(0, which, values)
+    return Sparse(places, sums / which.bincount(minlength=len(places)).to(values.dtype), shape)
