@@ -1,0 +1,137 @@
+"""A bank through its real door: data sets in, adapters out, another one made of them."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from strategies.adapter_bank.adapter import Adapter
+from tests.conftest import rows, write_jsonl
+from tests.integration.test_submit import orchestrator
+
+
+@pytest.fixture(scope="module")
+def place(model_folder, tmp_path_factory):
+    """A folder with a bank of two adapters that a job built."""
+    folder = tmp_path_factory.mktemp("bank")
+    for name, start in (("first", 0), ("second", 200)):
+        (folder / "sets" / name).mkdir(parents=True)
+        write_jsonl(folder / "sets" / name / "train.jsonl", rows(40, start=start))
+        write_jsonl(folder / "sets" / name / "eval.jsonl", rows(8, start=start + 100))
+    write_jsonl(folder / "train.jsonl", rows(20, start=60))
+    write_jsonl(folder / "eval.jsonl", rows(8, start=120))
+    (folder / "job.yaml").write_text(
+        f"""\
+name: new
+model: {{model_name_or_path: {model_folder}, dtype: float32}}
+data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
+method: {{type: lora, lora_r: 4}}
+train: {{global_batch_size: 8, max_steps: 30, learning_rate: 1e-2, seed: 1}}
+eval: {{eval_steps: 5, metrics: []}}
+tracking: {{report_to: []}}
+bank: {{path: {folder / "bank"}, licence: Apache-2.0}}
+"""
+    )
+    orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=folder, check=0)
+    return folder
+
+
+def test_each_data_set_is_an_adapter_with_its_scores(place):
+    cards = json.loads(orchestrator("bank", "list", "--bank", "bank", "--json", cwd=place, check=0).stdout)
+
+    assert [card["name"] for card in cards] == ["first", "second"]
+    for card in cards:
+        assert card["num_rows"] == 40 and card["ranks"] == [4] and card["licence"] == "Apache-2.0"
+        assert card["scores"]["after"]["eval_loss"] < card["scores"]["before"]["eval_loss"]
+
+
+def test_what_was_built_is_not_built_again(place):
+    runs = sorted((place / "runs").iterdir())
+
+    orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=0)
+
+    assert sorted((place / "runs").iterdir()) == runs
+
+
+def test_an_adapter_is_made_and_judged(place, tmp_path):
+    done = orchestrator("adapt", "job.yaml", "--output", tmp_path / "made", "--json", cwd=place, check=0)
+    found = json.loads(done.stdout)
+
+    assert sum(part["share"] for part in found["made_from"]) == pytest.approx(1)
+    assert set(found["probe_loss"]) == {"base", "nearest", "average", "generated"}
+    assert found["recommended"] == min(found["probe_loss"], key=found["probe_loss"].get) != "base"
+    assert Adapter(tmp_path / "made" / "adapter").ranks == [4]
+    assert json.loads((tmp_path / "made" / "adapt.json").read_text())["made_from"] == found["made_from"]
+
+
+def test_data_that_the_bank_knows_is_said(place, tmp_path):
+    known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
+
+    done = orchestrator("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
+
+    assert "the bank already has an adapter of this very data: second" in " ".join(done.stdout.split())
+
+
+def test_nothing_better_than_the_base_is_not_recommended(place, tmp_path):
+    """An adapter that takes away what was learnt."""
+    harm = ("first", "second", "--weights", "-1,-1", "--bank", "bank")
+    orchestrator("bank", "merge", tmp_path / "harm", *harm, cwd=place, check=0)
+    added = ("--data", "sets/first/train.jsonl", "--bank", tmp_path / "bad")
+    orchestrator("bank", "add", tmp_path / "harm", *added, cwd=place, check=0)
+
+    bank = ["--set", f"bank.path={tmp_path}/bad"]
+    done = orchestrator("adapt", "job.yaml", *bank, "--output", tmp_path / "made", cwd=place, check=0)
+
+    assert "not recommended: none is better than the base model" in done.stdout
+    assert not (tmp_path / "made" / "adapter").exists()
+
+
+def test_merge_export_import_and_verify(place, tmp_path):
+    bank = ("--bank", "bank")
+    orchestrator("bank", "merge", tmp_path / "both", "first", "second", "--how", "cat", *bank, cwd=place, check=0)
+    orchestrator("bank", "export", tmp_path / "all.tar", *bank, cwd=place, check=0)
+    orchestrator("bank", "import", tmp_path / "all.tar", "--bank", tmp_path / "copy", cwd=place, check=0)
+    done = orchestrator("bank", "verify", "--bank", tmp_path / "copy", cwd=place, check=0)
+
+    assert "2 adapters, nothing wrong" in done.stderr
+    runs = [Adapter(place / "runs" / f"bank-{name}" / "adapter") for name in ("first", "second")]
+    both = Adapter(tmp_path / "both")
+    for name in both.targets:
+        exact = sum(0.5 * run.factors(name).delta() for run in runs)
+        torch.testing.assert_close(both.factors(name).delta(), exact, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["bank", "list", "--bank", "nowhere"], "holds no bank; `orchestrator bank add` makes one"),
+        (["bank", "show", "third", "--bank", "bank"], "has no adapter 'third'"),
+        (["bank", "merge", "x", "first", "second", "--weights", "1", "--bank", "bank"], "1 numbers for 2 adapters"),
+        (["bank", "merge", "x", "first", "--how", "best", "--bank", "bank"], "--how best: one of linear"),
+        (["bank", "build", "runs", "--job", "job.yaml"], "holds no NAME/train.jsonl"),
+        (["adapt", "job.yaml", "--set", "bank.path=nowhere"], "holds no bank"),
+        (["adapt", "job.yaml", "--against", "fresh"], "--against belongs to --then-train"),
+    ],
+)
+def test_mistakes_name_the_fix_and_write_nothing(place, arguments, said):
+    before = sorted(place.iterdir())
+
+    done = orchestrator(*arguments, cwd=place, check=2)
+
+    assert re.search(re.escape(said), " ".join((done.stdout + done.stderr).split()))
+    assert sorted(place.iterdir()) == before
+
+
+@pytest.mark.slow
+def test_training_goes_on_from_it_and_the_steps_saved_are_counted(place, tmp_path):
+    asked = ("--then-train", "--against", "fresh", "--output", tmp_path / "made", "--json")
+    trained = json.loads(orchestrator("adapt", "job.yaml", *asked, cwd=place, check=0).stdout)["then_train"]
+
+    fresh = {int(step): loss for step, loss in trained["against_eval_loss"].items()}
+    begun = {int(step): loss for step, loss in trained["eval_loss"].items()}
+    assert begun[5] < fresh[5]
+    assert begun[trained["reached_at"]] <= fresh[30]
+    assert trained["steps_saved"] == 30 - trained["reached_at"] > 0
+    assert Path(trained["path"]).is_dir()
