@@ -12,7 +12,7 @@ from orchestrator.validation import check
 
 
 def test_the_recipes_are_found():
-    assert {"quickstart", "classify", "chat-lora", "full"} == set(recipes())
+    assert {"quickstart", "classify", "chat-lora", "full", "bank"} == set(recipes())
 
 
 @pytest.mark.parametrize("name", sorted(recipes()))
@@ -23,7 +23,8 @@ def test_a_recipe_is_valid_and_starts_with_its_command(name):
 
     assert found["valid"] and found["formats"] and not found["notices"]
     assert len(about) > 30
-    assert f"orchestrator submit {name}" in path.read_text() or f"--recipe {name}" in path.read_text()
+    commands = (f"orchestrator submit {name}", f"--recipe {name}", f"--job {name}")
+    assert any(command in path.read_text() for command in commands)
 
 
 def test_the_quick_start_rows_are_what_make_py_writes_and_do_not_overlap(tmp_path):
