@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import time
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.algebra import Merge
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
-from strategies.adapter_bank.generation import bank_gram, generate, into
+from strategies.adapter_bank.generation import Generated, bank_gram, generate, into
 from strategies.adapter_bank.store import Bank, Card
 
 _NOTHING_SHARED = 0.98  # of ln 2, the largest divergence of token densities
@@ -60,38 +61,41 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     weights = weights_of(asked, distances, near)
     output = (output or output_dir(job) / f"{job.spec.name}-adapted-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     say(f"weighing {len(near.cards)} adapters ...")
-    same = bank.of_data(base.digest, data_digest(job) or "")
-    judged = _judge(job, base, near, weights, _probe(data, asked.probe_rows), max_length, output, say)
-    made = judged.pop("made")
-    found = {
-        "method": "meta_generated",
-        "base": {"name": base.name, "digest": base.digest},
-        "data": {"digest": data_digest(job), "evidence_digest": query.digest, "num_rows": query.num_rows},
-        "settings": {key: getattr(asked, key) for key in ("distance", "coefficients", "temperature", "rule")},
-        "made_from": [
-            {
-                "name": near.cards[i].name,
-                "digest": near.cards[i].digest,
-                "share": share,
-                "distance": float(distances[i]),
-            }
-            for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
-        ],
-        "rank": made.rank,
-        "relative_error": made.relative_error,
-        "generation_s": made.seconds,
-        "seconds": time.perf_counter() - began,
-        "peak_bytes": made.peak_bytes,
-        "already": [card.name for card in same],
-        **judged,
-    }
-    (output / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+    count, nearest, found = len(near.cards), int(distances.argmin()), {}
+    wanted = {"generated": weights, "nearest": numpy.eye(count)[nearest], "average": numpy.full(count, 1 / count)}
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        made, judged = _judged(job, base, near, wanted, _probe(data, asked.probe_rows), max_length, folder, say)
+        own = data_digest(job)
+        found.update(
+            method="meta_generated",
+            base={"name": base.name, "digest": base.digest},
+            data={"digest": own, "evidence_digest": query.digest, "num_rows": query.num_rows},
+            settings={key: getattr(asked, key) for key in ("distance", "coefficients", "temperature", "rule")},
+            made_from=[
+                {"name": c.name, "digest": c.digest, "share": share, "distance": float(distances[i])}
+                for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
+                for c in [near.cards[i]]
+            ],
+            rank=made.rank,
+            relative_error=made.relative_error,
+            generation_s=made.seconds,
+            seconds=time.perf_counter() - began,
+            peak_bytes=made.peak_bytes,
+            already=[card.name for card in bank.of_data(base.digest, own)] if own else [],
+            nearest=near.cards[nearest].name,
+            **judged,
+        )
+        (folder / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    into(output, write)
     return {**found, "path": str(output)}
 
 
-def neighbours(bank: Bank, base: Base, without: Sequence[str] = ()) -> Neighbours:
+def neighbours(bank: Bank, base: Base) -> Neighbours:
     """Those of the bank for this base whose data is known.  Raises JobError where there are none."""
-    cards = [card for card in bank.cards(base.digest) if card.evidence_digest and card.name not in without]
+    cards = [card for card in bank.cards(base.digest) if card.evidence_digest]
     if not cards:
         others = bank.cards()
         bases = ", ".join(sorted({card.base_name for card in others}))
@@ -131,78 +135,43 @@ def _must_share(query: Evidence, near: Neighbours, job: Job) -> None:
 
 
 def _probe(data: Any, num_rows: int) -> Any:
-    """Labelled rows to judge by: held-out ones, else training rows, which no adapter of the bank was trained on."""
+    """Labelled rows to judge by: held-out ones, else the first to train on."""
     rows = data.held_out if data.held_out is not None and len(data.held_out) else data.train
     return rows.select(range(min(num_rows, len(rows))))
 
 
-def _judge(
+def _judged(
     job: Job,
     base: Base,
     near: Neighbours,
-    weights: numpy.ndarray,
+    wanted: dict[str, numpy.ndarray],
     probe: Any,
     max_length: int,
-    output: Path,
+    folder: Path,
     say: Callable[[str], None],
-) -> dict[str, Any]:
-    """Generate, and let the labelled rows choose between base, nearest adapter, average and what was generated."""
+) -> tuple[Generated, dict[str, Any]]:
+    """What was generated, and its loss on the labelled rows beside those of the base and of the others wanted.
+
+    The best of them becomes `folder`/adapter, none where that is the base.
+    """
     from orchestrator.training.trial import Trial
 
     rank = getattr(job.spec.method, "lora_r", None)
-    count = len(near.cards)
-    wanted = {
-        "generated": weights,
-        "nearest": numpy.eye(count)[int(weights.argmax())],
-        "average": numpy.full(count, 1 / count),
+    made = {
+        name: generate(near.adapters, shares, folder / name, job.spec.bank.rule, rank, base.name)
+        for name, shares in wanted.items()
     }
-    made: dict[str, Any] = {}
-
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
-        for name, own in wanted.items():
-            made[name] = generate(near.adapters, own, folder / name, job.spec.bank.rule, rank, base.name)
-        say(f"trying base, nearest, average and generated on {len(probe)} labelled rows ...")
-        trial = Trial(job, base.folder, max_length)
-        losses["base"] = trial.loss(probe)
-        for name in wanted:
-            losses[name] = trial.loss(probe, Adapter(folder / name))
-        best = min(losses, key=lambda name: losses[name])
-        if best != "base":
-            (folder / best).rename(folder / "adapter")
-        for name in wanted:
-            if (folder / name).exists():
-                _remove(folder / name)
-
-    losses: dict[str, float] = {}
-    into(output, write)
+    say(f"trying base, {', '.join(wanted)} on {len(probe)} labelled rows ...")
+    trial = Trial(job, base.folder, max_length, near.adapters)
+    losses = {"base": trial.loss(probe)} | {name: trial.loss(probe, Adapter(folder / name)) for name in wanted}
     best = min(losses, key=lambda name: losses[name])
-    return {
-        "made": made["generated"],
-        "nearest": near.cards[int(weights.argmax())].name,
-        "probe_rows": len(probe),
-        "probe_loss": losses,
-        "recommended": None if best == "base" else best,
-    }
-
-
-def _remove(folder: Path) -> None:
-    import shutil
-
-    shutil.rmtree(folder)
-
-
-def own_card(found: dict[str, Any], name: str) -> Card:
-    """A card for the bank of what `adapt` made."""
-    return Card(
-        name=name,
-        base_name=found["base"]["name"],
-        base_digest=found["base"]["digest"],
-        data_digest=found["data"]["digest"],
-        method=found["method"],
-        made_from=[{key: part[key] for key in ("name", "digest", "share")} for part in found["made_from"]],
-        scores={"probe": found["probe_loss"]},
-    )
+    for name in wanted:
+        if name == best:
+            (folder / name).rename(folder / "adapter")
+        else:
+            shutil.rmtree(folder / name)
+    recommended = None if best == "base" else best
+    return made["generated"], {"probe_rows": len(probe), "probe_loss": losses, "recommended": recommended}
 
 
 def then_train(
@@ -309,7 +278,7 @@ def told(found: dict[str, Any]) -> Iterator[str]:
 
 
 def _evaluations(run: RunFolder) -> dict[int, float]:
-    """Held-out loss by step, the last one with the model that was kept."""
+    """Held-out loss by step, in nats a token."""
     return {event["step"]: event["eval_loss"] for event in run.events()[0] if event["event"] == "eval"}
 
 

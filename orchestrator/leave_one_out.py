@@ -40,7 +40,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     if len(held_out) < 3:
         raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))
-    trial = Trial(job, base.folder, max(max_length_of(rows) for rows in held_out.values()))
+    trial = Trial(job, base.folder, max(int(data.lengths.max()) for data in held_out.values()), near.adapters)
     tasks: dict[str, dict[str, float]] = {}
     for place, card in enumerate(near.cards):
         if card.name not in held_out:
@@ -56,10 +56,6 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
         tasks[card.name] = losses
         say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in BASELINES))
     return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
-
-
-def max_length_of(data: Any) -> int:
-    return int(data.lengths.max())
 
 
 def table(found: dict[str, Any]) -> Any:

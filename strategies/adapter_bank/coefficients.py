@@ -8,12 +8,8 @@ neural       softmin of a small network's score of the standardised distance, tr
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy
 
-Rule = Literal["attentional", "normalised", "neural"]
-RULES: tuple[str, ...] = ("attentional", "normalised", "neural")
 _HIDDEN, _STEPS, _RATE = 64, 200, 1e-2
 
 

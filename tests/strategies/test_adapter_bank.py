@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import numpy
 import pytest
@@ -17,6 +18,7 @@ from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.store import Bank, BankError, Card
+from strategies.adapter_bank.trial import Below, corrected
 
 MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
 VOCABULARY = 50
@@ -180,6 +182,50 @@ def test_at_density_1_merges_of_one_adapter_are_that_adapter(tmp_path, how):
 
     for name, delta in whole(Adapter(made.folder)).items():
         torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_layers_below_all_adapters_run_once_and_change_nothing(tmp_path, architecture):
+    model = a_model(architecture)
+    first = "model.layers.2.self_attn.q_proj" if architecture == "llama" else "transformer.h.2.attn.c_attn"
+    outputs, inputs = (16, 16) if architecture == "llama" else (48, 16)
+    adapters = [an_adapter(tmp_path / str(seed), seed, maps={first: (outputs, inputs)}) for seed in range(2)]
+    attention = model.get_submodule(first.replace(".2.", ".0."))
+    ran = []
+    attention.register_forward_hook(lambda *_: ran.append(1))
+    below = Below(model, [first])
+    batches = [torch.arange(12).view(2, 6), torch.arange(20, 28).view(2, 4)]
+
+    def answers(adapter, passed_by=True):
+        corrections = {name: adapter.factors(name) for name in adapter.targets}
+        with corrected(model, corrections), below.pass_by() if passed_by else nullcontext(), torch.no_grad():
+            return [model(input_ids=ids, use_cache=False).logits for ids in batches]
+
+    expected = [answers(adapter, passed_by=False) for adapter in adapters]
+    once = answers(adapters[0])
+    weights = model.get_submodule(first).weight.clone()
+    again = answers(adapters[1])
+
+    assert len(ran) == 3 * len(batches)
+    assert all(torch.equal(x, y) for x, y in zip(expected[0] + expected[1], once + again, strict=True))
+    assert not torch.equal(once[0], again[0])
+    assert torch.equal(model.get_submodule(first).weight, weights)
+    below.forget()
+    model.base_model.get_input_embeddings().weight.data += 1
+    assert not torch.equal(answers(adapters[0])[0], once[0])
+
+
+def a_model(architecture):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    if architecture == "gpt2":
+        config = GPT2Config(
+            vocab_size=64, n_embd=16, n_layer=4, n_head=2, n_positions=32, bos_token_id=0, eos_token_id=0
+        )
+        return GPT2LMHeadModel(config).eval()
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
+    return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=4, **sizes)).eval()
 
 
 def test_peft_reads_what_was_made(tmp_path):
