@@ -14,7 +14,7 @@ from orchestrator.data.files import digest
 from orchestrator.data.sources import sources_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
 from orchestrator.jobfile import Job, parse_job, read_run_job
-from orchestrator.plan import Plan
+from orchestrator.plan import InBank, Plan
 from orchestrator.rundir import RunFolder
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
 from strategies.adapter_bank.evidence import Evidence, gather
@@ -49,6 +49,19 @@ def data_digest(job: Job) -> str | None:
     if None in files:
         return None
     return hashlib.sha256("".join(digest(file) for file in files if file).encode()).hexdigest()
+
+
+def in_bank(job: Job) -> tuple[InBank, ...]:
+    """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model."""
+    folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), data_digest(job)
+    if folder is None or own is None:
+        return ()
+    try:
+        bank = bank_of(job)
+        cards = bank.of_data(base_digest(folder), own)
+    except BankError:  # a model without weights here, an index that is being made
+        return ()
+    return tuple(InBank(card.name, str(bank.folder(card.digest)), card.held_out_loss) for card in cards)
 
 
 def evidence_of(data: Any, base: Base) -> Evidence:

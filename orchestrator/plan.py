@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -54,6 +54,15 @@ class Alternative:
 
 
 @dataclass(frozen=True)
+class InBank:
+    """An adapter that was trained before, for this model and on this very data: a plan without any computing."""
+
+    name: str
+    path: str  # its folder
+    held_out_loss: tuple[float | None, float | None]  # before and after its training
+
+
+@dataclass(frozen=True)
 class Plan:
     """How a job will run: nothing in it is `auto`.  Written to plan.json; its hash goes into every checkpoint."""
 
@@ -83,6 +92,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
     left_out: dict[str, str] = field(default_factory=dict)  # node -> why it does not train, what it does instead
     helper: NodePlan | None = None  # a node that is left out: it measures the untuned model while the others train
+    in_bank: tuple[InBank, ...] = ()
     version: int = VERSION
 
     @property
@@ -159,6 +169,9 @@ class Plan:
         values["sync"] = Sync(**values["sync"])
         values["metrics"] = tuple(values["metrics"])
         values["alternatives"] = tuple(Alternative(**entry) for entry in values["alternatives"])
+        values["in_bank"] = tuple(
+            InBank(**{**entry, "held_out_loss": tuple(entry["held_out_loss"])}) for entry in values.get("in_bank", ())
+        )
         return cls(**values)
 
 
@@ -193,6 +206,16 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "eval.max_new_tokens": plan.max_new_tokens,
         "eval.metrics": list(plan.metrics),
     }
+
+
+def in_bank_sentence(found: Sequence[InBank]) -> str:
+    """What spares the whole run."""
+    names = []
+    for one in found:
+        before, after = one.held_out_loss
+        losses = f", held-out loss {before:.3f} -> {after:.3f}" if before is not None and after is not None else ""
+        names.append(f"{one.name} ({one.path}{losses})")
+    return f"already in the bank, trained on this very data, so nothing need be computed: {'; '.join(names)}"
 
 
 def summary(plan: Plan) -> str:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.jobfile import Job
-from orchestrator.plan import NodePlan, Plan, settings_of
+from orchestrator.plan import NodePlan, Plan, in_bank_sentence, settings_of
 
 _BAR = 30  # characters
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
@@ -23,6 +23,7 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
     parts: list[RenderableType] = [
         _head(job, plan),
         Text(data_sentence(statistics)),
+        *([Text(in_bank_sentence(plan.in_bank), "green")] if plan.in_bank else []),
         Text(),
         _nodes_table(plan),
         Text(),

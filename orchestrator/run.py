@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,10 +21,10 @@ from clusters.connect import CannotConnect, connect
 from orchestrator import calibration, machines, models, money, planner, workload
 from orchestrator.aside import Aside
 from orchestrator.card import write_card
-from orchestrator.errors import ClusterError, JobError, OrchestratorError, RunFailed, Stopped
+from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
 from orchestrator.jobfile import Job
-from orchestrator.plan import Plan
+from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.rundir import RunFolder
 from orchestrator.spec import HeldOut as SplitOff
@@ -204,7 +204,21 @@ def _plan(
     reasons = {"cluster.num_workers": why_workers, "data.max_length": why_length, "train.global_batch_size": why_batch}
     known = {key: why for key, why in reasons.items() if why}
     capability = money.priced(spec, calibration.calibrated(capability, output_dir(job)))
-    return planner.make_plan(spec, work, capability, max_length, counts, known), work
+    in_bank = _in_bank(job)
+    try:
+        plan = planner.make_plan(spec, work, capability, max_length, counts, known)
+    except NothingFits as error:
+        raise (NothingFits(f"{error}\n{in_bank_sentence(in_bank)}") if in_bank else error) from None
+    return replace(plan, in_bank=in_bank), work
+
+
+def _in_bank(job: Job) -> tuple[InBank, ...]:
+    """Adapters that were trained on this very data; most jobs have no bank, and look no further."""
+    if not (job.path(job.spec.bank.path) / "index.sqlite").is_file():
+        return ()
+    from orchestrator.banking import in_bank
+
+    return in_bank(job)
 
 
 def held_out_of(run: RunFolder, job: Job, other: Path | None, say: Callable[[str], None]) -> Any:
