@@ -242,16 +242,35 @@ def merged(
     }
 
 
+def merged_sparse(folders: list[Path], output: Path) -> dict[str, Any]:
+    """`bank merge` of SHiRA adapters.  Raises Unusable, ValueError for those of several models."""
+    from strategies.adapter_bank import sparse
+
+    began = time.perf_counter()
+    entries, shared = sparse.merge(folders, output)
+    return {
+        "path": str(output.absolute()),
+        "how": "averaged where they meet",
+        "made_from": [{"name": folder.name, "share": 1.0} for folder in folders],
+        "entries": entries,
+        "shared": shared,
+        "generation_s": time.perf_counter() - began,
+    }
+
+
 def told(found: dict[str, Any]) -> Iterator[str]:
     """What `adapt` and `bank merge` found, for a person."""
     largest = sorted(found["made_from"], key=lambda part: -abs(part["share"]))
     shown = ", ".join(f"{part['name']} {part['share']:.0%}" for part in largest[:6])
     rest = len(largest) - 6
     yield "made from " + shown + (f" and {rest} more" if rest > 0 else "")
-    yield (
-        f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out; {found['generation_s']:.1f} s,"
-        f" {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
-    )
+    if "entries" in found:
+        yield f"{found['entries']} entries, averages where they meet ({found['shared']}); {found['generation_s']:.1f} s"
+    else:
+        yield (
+            f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out;"
+            f" {found['generation_s']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
+        )
     if "probe_loss" in found:
         losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])
         yield f"loss on {found['probe_rows']} labelled rows: " + ", ".join(

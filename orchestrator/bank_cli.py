@@ -14,7 +14,7 @@ import typer
 from orchestrator.errors import JobError
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
-from strategies.adapter_bank.adapter import Unusable
+from strategies.adapter_bank.adapter import CONFIG, Unusable
 from strategies.adapter_bank.store import Bank, BankError, Card
 
 DEFAULT_BANK = Path("~/orchestrator-bank")
@@ -72,7 +72,7 @@ def add(
     """
     from orchestrator.banking import add_folder, add_run
 
-    if (Path(what) / "adapter_config.json").exists():
+    if (Path(what) / CONFIG).exists():
         card = add_folder(Bank(bank, create=True), Path(what), model, data, name, licence)
     else:
         found = RunFolder.find(what, runs)
@@ -90,7 +90,9 @@ def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
     if json_:
         print_json([asdict(card) for card in cards])
         return
-    table = Table("name", "base", "rank", "rows", "held-out loss", "licence", "digest", box=None)
+    table = Table(box=None)
+    for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):
+        table.add_column(column, overflow="fold")
     for card in cards:
         ranks = "-".join(str(rank) for rank in sorted({card.ranks[0], card.ranks[-1]}))
         rows = "" if card.num_rows is None else str(card.num_rows)
@@ -185,14 +187,22 @@ def merge(
 ) -> None:
     """Make one adapter of some, exactly: as corrections dW = B A, then truncated to a rank.
 
-    `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.
+    `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.  Folders of sparse adapters (PEFT's
+    SHiRA) merge entry by entry: what several have is averaged, the rest stays as it was.
 
     Examples: orchestrator bank merge both sst2 imdb
               orchestrator bank merge less-of-it sst2 sms-spam --weights 1,-0.5
               orchestrator bank merge mixed sst2 imdb yelp --how ties --density 0.3
+              orchestrator bank merge experts ./shira-sst2 ./shira-imdb
     """
-    from orchestrator.adapting import merged
+    from orchestrator.adapting import merged, merged_sparse
 
+    folders = [Path(name) for name in which if (Path(name) / CONFIG).exists()]
+    if folders and len(folders) == len(which):
+        if how != "linear" or weights or rank:
+            raise JobError("sparse adapters merge entry by entry: leave out --how, --weights and --rank")
+        _print_made(merged_sparse(folders, output), json_)
+        return
     there = Bank(bank)
     _print_made(merged(there, [there.find(name) for name in which], output, how, weights, rank, density), json_)
 
@@ -300,5 +310,4 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
 
 
 def _losses(card: Card) -> str:
-    values = [card.scores.get(when, {}).get("eval_loss") for when in ("before", "after")]
-    return " -> ".join(f"{value:.3f}" for value in values if value is not None)
+    return " -> ".join(f"{value:.3f}" for value in card.held_out_loss if value is not None)

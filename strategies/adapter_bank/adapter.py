@@ -44,7 +44,7 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         """Raises Unusable for what is no plain LoRA adapter: DoRA, trained biases, modules trained in full."""
         self.folder = folder
-        self.config = _config(folder)
+        self.config = _lora_config(folder)
         shapes = _shapes(folder / WEIGHTS)
         self.targets = {name: self._target(name, shapes) for name in _targets(shapes, folder)}
 
@@ -78,9 +78,12 @@ class Adapter:
 
     @cached_property
     def _tensors(self) -> Any:
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
-        return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
+        try:
+            return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
+        except SafetensorError as error:
+            raise Unusable(f"{self.folder / WEIGHTS} cannot be read: {error}") from None
 
     def _target(self, name: str, shapes: Mapping[str, list[int]]) -> Target:
         rank, inputs = shapes[f"base_model.model.{name}.lora_A.weight"]
@@ -97,7 +100,7 @@ def fits_base(adapter: Adapter, base: Path) -> None:
     for file in sorted(base.glob("*.safetensors")):
         shapes |= _shapes(file)
     for name, target in adapter.targets.items():
-        there = next((shape for key, shape in shapes.items() if key.endswith(f"{name}.weight")), None)
+        there = next((shape for key, shape in shapes.items() if _same_map(key.removesuffix(".weight"), name)), None)
         if there is None:
             raise Unusable(f"{adapter.folder} corrects {name}, which {base.name} has not: it belongs to another model")
         if sorted(there) != sorted((target.inputs, target.outputs)):
@@ -105,6 +108,11 @@ def fits_base(adapter: Adapter, base: Path) -> None:
                 f"{adapter.folder} corrects {name} as {target.outputs} x {target.inputs}; in {base.name} it is"
                 f" {there[0]} x {there[1]}: it belongs to another model"
             )
+
+
+def _same_map(one: str, other: str) -> bool:
+    """Whether one name ends with the other: files may leave out the model's own prefix, as GPT-2's do."""
+    return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank: int) -> None:
@@ -135,11 +143,16 @@ def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank
     (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
 
-def _config(folder: Path) -> dict[str, Any]:
+def config_of(folder: Path) -> dict[str, Any]:
+    """Raises Unusable."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise Unusable(f"{folder} holds no readable {CONFIG}: {error}") from None
+
+
+def _lora_config(folder: Path) -> dict[str, Any]:
+    config = config_of(folder)
     if config.get("peft_type") != "LORA":
         raise Unusable(f"{folder} is a {config.get('peft_type')} adapter; the bank keeps LoRA")
     if refused := [key for key in _KEPT_EXACT if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none"):

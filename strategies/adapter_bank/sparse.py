@@ -6,11 +6,18 @@ with a weight.  Experts merge entry by entry: where several have one, its mean.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+
+from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of
+from strategies.adapter_bank.generation import into
+
+_PREFIX, _VALUES, _PLACES = "base_model.model.", ".shira_weight", ".shira_indices"
 
 
 @dataclass(frozen=True)
@@ -76,3 +83,67 @@ def averaged_where_they_meet(experts: Sequence[Sparse]) -> Sparse:
     values = torch.cat([expert.values for expert in experts])
     sums = torch.zeros(len(places), dtype=values.dtype).index_add_(0, which, values)
     return Sparse(places, sums / which.bincount(minlength=len(places)).to(values.dtype), shape)
+
+
+def is_sparse(folder: Path) -> bool:
+    """Whether it holds a SHiRA adapter as PEFT writes it."""
+    return config_of(folder).get("peft_type") == "SHIRA"
+
+
+def read(folder: Path) -> dict[str, Sparse]:
+    """A SHiRA adapter by map.  Raises Unusable.
+
+    The file tells r (I + O) values and their places, not the sides: shapes here are (I + O, I + O), which is enough.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors, rank = load_file(folder / WEIGHTS), int(config_of(folder)["r"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise Unusable(f"{folder} is no readable SHiRA adapter: {error}") from None
+    found = {}
+    for key in sorted(key for key in tensors if key.endswith(_VALUES)):
+        name = key.removeprefix(_PREFIX).removesuffix(_VALUES)
+        values, places = tensors[key].float(), tensors.get(key.removesuffix(_VALUES) + _PLACES)
+        if places is None or places.shape != (2, len(values)) or not torch.isfinite(values.sum()):
+            raise Unusable(f"{folder}: {name} has values without places, or some that are not finite")
+        side = len(values) // rank
+        flat = places[0].long() * side + places[1].long()
+        order = flat.argsort()
+        found[name] = Sparse(flat[order], values[order], (side, side))
+    if not found:
+        raise Unusable(f"{folder} holds no entries of a SHiRA adapter")
+    return found
+
+
+def merge(folders: Sequence[Path], output: Path) -> tuple[int, int]:
+    """Write SHiRA adapters of one model as one; its number of entries, and how many fewer those are than all of theirs.
+
+    PEFT wants the same multiple of I + O of every map: the first place is repeated, with zeros, which add nothing.
+    Raises Unusable, FileExistsError, and ValueError for those of different models.
+    """
+    from safetensors.torch import save_file
+
+    experts = [read(folder) for folder in folders]
+    merged = {
+        name: averaged_where_they_meet([expert[name] for expert in experts if name in expert])
+        for name in sorted({name for expert in experts for name in expert})
+    }
+    rank = max(-(-len(one.places) // one.shape[0]) for one in merged.values())
+    tensors = {}
+    for name, one in merged.items():
+        missing = rank * one.shape[0] - len(one.places)
+        flat = torch.cat([one.places, one.places[:1].expand(missing)])
+        tensors[f"{_PREFIX}{name}{_VALUES}"] = torch.nn.functional.pad(one.values, (0, missing))
+        tensors[f"{_PREFIX}{name}{_PLACES}"] = torch.stack([flat // one.shape[0], flat % one.shape[0]]).int()
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+        config = config_of(folders[0]) | {"r": rank, "target_modules": sorted(merged), "inference_mode": True}
+        (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
+
+    into(output, write)
+    entries = sum(len(one.places) for one in merged.values())
+    return entries, sum(len(one.places) for expert in experts for one in expert.values()) - entries

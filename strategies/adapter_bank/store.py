@@ -64,6 +64,12 @@ class Card:
     added: str = ""
     digest: str = ""
 
+    @property
+    def held_out_loss(self) -> tuple[float | None, float | None]:
+        """Before and after its training, in nats a token."""
+        before, after = (self.scores.get(when, {}).get("eval_loss") for when in ("before", "after"))
+        return before, after
+
 
 class Bank:
     """Adapters that were trained, by name or by the start of their digest."""

@@ -8,15 +8,22 @@ import pytest
 import torch
 
 from strategies.adapter_bank.adapter import Adapter
-from tests.conftest import rows, write_jsonl
+from strategies.adapter_bank.distances import DISTANCES
+from strategies.adapter_bank.generation import RULES
+from tests.conftest import SHARED, rows, write_jsonl
 from tests.integration.test_submit import orchestrator
+
+
+def joined(text: str) -> str:
+    """Without the line breaks of a narrow terminal."""
+    return " ".join(text.split())
 
 
 @pytest.fixture(scope="module")
 def place(model_folder, tmp_path_factory):
-    """A folder with a bank of two adapters that a job built."""
+    """A folder with a bank of three adapters that a job built."""
     folder = tmp_path_factory.mktemp("bank")
-    for name, start in (("first", 0), ("second", 200)):
+    for name, start in (("first", 0), ("second", 200), ("third", 400)):
         (folder / "sets" / name).mkdir(parents=True)
         write_jsonl(folder / "sets" / name / "train.jsonl", rows(40, start=start))
         write_jsonl(folder / "sets" / name / "eval.jsonl", rows(8, start=start + 100))
@@ -41,7 +48,7 @@ bank: {{path: {folder / "bank"}, licence: Apache-2.0}}
 def test_each_data_set_is_an_adapter_with_its_scores(place):
     cards = json.loads(orchestrator("bank", "list", "--bank", "bank", "--json", cwd=place, check=0).stdout)
 
-    assert [card["name"] for card in cards] == ["first", "second"]
+    assert [card["name"] for card in cards] == ["first", "second", "third"]
     for card in cards:
         assert card["num_rows"] == 40 and card["ranks"] == [4] and card["licence"] == "Apache-2.0"
         assert card["scores"]["after"]["eval_loss"] < card["scores"]["before"]["eval_loss"]
@@ -71,7 +78,20 @@ def test_data_that_the_bank_knows_is_said(place, tmp_path):
 
     done = orchestrator("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
 
-    assert "the bank already has an adapter of this very data: second" in " ".join(done.stdout.split())
+    assert "the bank already has an adapter of this very data: second" in joined(done.stdout)
+
+
+def test_a_plan_says_that_nothing_need_be_computed_where_the_bank_has_it(place):
+    known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
+
+    of_known = orchestrator("plan", "job.yaml", *known, cwd=place, check=0).stdout
+    (found,) = json.loads(orchestrator("plan", "job.yaml", *known, "--json", cwd=place, check=0).stdout)["in_bank"]
+    of_others = orchestrator("plan", "job.yaml", cwd=place, check=0).stdout
+
+    assert "already in the bank, trained on this very data, so nothing need be computed: second" in joined(of_known)
+    assert found["name"] == "second" and Adapter(Path(found["path"])).ranks == [4]
+    assert found["held_out_loss"][1] < found["held_out_loss"][0]
+    assert "already in the bank" not in of_others
 
 
 def test_nothing_better_than_the_base_is_not_recommended(place, tmp_path):
@@ -88,6 +108,22 @@ def test_nothing_better_than_the_base_is_not_recommended(place, tmp_path):
     assert not (tmp_path / "made" / "adapter").exists()
 
 
+def test_each_is_left_out_in_turn_and_made_of_the_others(place, tmp_path):
+    done = orchestrator(
+        "bank", "evaluate", "--job", "job.yaml", "--rows", "4", "--output", tmp_path, "--json", cwd=place, check=0
+    )
+    found = json.loads(done.stdout)
+
+    assert set(found["tasks"]) == {"first", "second", "third"}
+    assert found["settings"]["base"]["gain"] == 0 and found["settings"]["own"]["gap_closed"] == 1
+    asked = {f"{d} | {c} | {r}" for d in DISTANCES for c in ("normalised", "neural") for r in RULES}
+    assert asked < set(found["settings"])
+    for losses in found["tasks"].values():
+        assert losses["own"] < losses["base"]
+    assert json.loads((tmp_path / "leave-one-out.json").read_text()) == found
+    assert "wasserstein_ids | attentional" in (tmp_path / "leave-one-out.svg").read_text()
+
+
 def test_merge_export_import_and_verify(place, tmp_path):
     bank = ("--bank", "bank")
     orchestrator("bank", "merge", tmp_path / "both", "first", "second", "--how", "cat", *bank, cwd=place, check=0)
@@ -95,7 +131,7 @@ def test_merge_export_import_and_verify(place, tmp_path):
     orchestrator("bank", "import", tmp_path / "all.tar", "--bank", tmp_path / "copy", cwd=place, check=0)
     done = orchestrator("bank", "verify", "--bank", tmp_path / "copy", cwd=place, check=0)
 
-    assert "2 adapters, nothing wrong" in done.stderr
+    assert "3 adapters, nothing wrong" in done.stderr
     runs = [Adapter(place / "runs" / f"bank-{name}" / "adapter") for name in ("first", "second")]
     both = Adapter(tmp_path / "both")
     for name in both.targets:
@@ -107,10 +143,14 @@ def test_merge_export_import_and_verify(place, tmp_path):
     ("arguments", "said"),
     [
         (["bank", "list", "--bank", "nowhere"], "holds no bank; `orchestrator bank add` makes one"),
-        (["bank", "show", "third", "--bank", "bank"], "has no adapter 'third'"),
+        (["bank", "show", "fourth", "--bank", "bank"], "has no adapter 'fourth'"),
         (["bank", "merge", "x", "first", "second", "--weights", "1", "--bank", "bank"], "1 numbers for 2 adapters"),
         (["bank", "merge", "x", "first", "--how", "best", "--bank", "bank"], "--how best: one of linear"),
         (["bank", "build", "runs", "--job", "job.yaml"], "holds no NAME/train.jsonl"),
+        (
+            ["bank", "evaluate", "--job", "job.yaml", "--runs", "sets"],
+            "0 of the bank's adapters have a run with held-out",
+        ),
         (["adapt", "job.yaml", "--set", "bank.path=nowhere"], "holds no bank"),
         (["adapt", "job.yaml", "--against", "fresh"], "--against belongs to --then-train"),
     ],
@@ -120,7 +160,7 @@ def test_mistakes_name_the_fix_and_write_nothing(place, arguments, said):
 
     done = orchestrator(*arguments, cwd=place, check=2)
 
-    assert re.search(re.escape(said), " ".join((done.stdout + done.stderr).split()))
+    assert re.search(re.escape(said), joined(done.stdout + done.stderr))
     assert sorted(place.iterdir()) == before
 
 
@@ -135,3 +175,16 @@ def test_training_goes_on_from_it_and_the_steps_saved_are_counted(place, tmp_pat
     assert begun[trained["reached_at"]] <= fresh[30]
     assert trained["steps_saved"] == 30 - trained["reached_at"] > 0
     assert Path(trained["path"]).is_dir()
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real adapters of ../shared")
+def test_an_adapter_of_a_model_of_the_same_shapes_is_refused_by_its_name(tmp_path):
+    """SmolLM and SmolLM2 have the same shapes: the weights alone would not tell."""
+    adapter = SHARED / "assets" / "adapters" / "smollm135m-medflash-final"
+
+    done = orchestrator(
+        "bank", "add", adapter, "--model", "smollm2-135m-instruct", "--bank", "b", cwd=tmp_path, check=2
+    )
+
+    assert "was trained on HuggingFaceTB/SmolLM-135M-Instruct, not on smollm2-135m-instruct" in joined(done.stderr)
+    assert not (tmp_path / "b" / "objects").is_dir() or not list((tmp_path / "b" / "objects").iterdir())

@@ -12,13 +12,14 @@ import pytest
 import torch
 
 from strategies.adapter_bank import algebra, coefficients
-from strategies.adapter_bank.adapter import Adapter, Unusable, write
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base, write
 from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.store import Bank, BankError, Card
 from strategies.adapter_bank.trial import Below, corrected
+from strategies.lora import go_on_from
 
 MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
 VOCABULARY = 50
@@ -215,6 +216,42 @@ def test_layers_below_all_adapters_run_once_and_change_nothing(tmp_path, archite
     assert not torch.equal(answers(adapters[0])[0], once[0])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_training_goes_on_where_an_adapter_is(tmp_path, architecture):
+    from peft import LoraConfig, get_peft_model
+
+    model, ids = a_model(architecture), torch.arange(12).view(2, 6)
+    model.save_pretrained(tmp_path / "base")
+    name = "model.layers.1.self_attn.q_proj" if architecture == "llama" else "transformer.h.1.attn.c_attn"
+    adapter = an_adapter(tmp_path / "made", 0, maps={name: (16, 16) if architecture == "llama" else (48, 16)})
+    fits_base(adapter, tmp_path / "base")
+    with corrected(model, {name: adapter.factors(name)}), torch.no_grad():
+        expected = model(input_ids=ids).logits
+    targets = ["q_proj", "v_proj"] if architecture == "llama" else ["c_attn"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
+
+    going_on = get_peft_model(model, config)
+    go_on_from(going_on, tmp_path / "made")
+
+    torch.testing.assert_close(going_on(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    with pytest.raises(ValueError, match="corrects 1 maps that this LoRA leaves alone"):
+        go_on_from(going_on, an_adapter(tmp_path / "other", 0, maps={"lm_head": (64, 16)}).folder)
+
+
+def test_a_base_without_the_models_prefix_in_its_file_is_known(tmp_path):
+    """As GPT-2's published file: h.0.attn for transformer.h.0.attn."""
+    from safetensors.torch import save_file
+
+    (tmp_path / "base").mkdir()
+    save_file({"h.0.attn.c_attn.weight": torch.zeros(16, 48)}, tmp_path / "base" / "model.safetensors")
+
+    fits_base(an_adapter(tmp_path / "own", 0, maps={"transformer.h.0.attn.c_attn": (48, 16)}), tmp_path / "base")
+    for name, shape, said in (("wide", (48, 24), "as 48 x 24; in base it is 16 x 48"), ("attn.c", (48, 16), "has not")):
+        maps = {"transformer.h.0.attn.c_attn" if name == "wide" else "transformer.h.0.attn.c": shape}
+        with pytest.raises(Unusable, match=said):
+            fits_base(an_adapter(tmp_path / name, 0, maps=maps), tmp_path / "base")
+
+
 def a_model(architecture):
     from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -285,6 +322,15 @@ def test_a_broken_card_and_a_lost_folder_are_named(bank):
     wrong = " ".join(bank.verify())
 
     assert "task-0: its card is broken" in wrong and "task-2 is in the index, and its folder is gone" in wrong
+
+
+def test_weights_that_were_cut_short_are_named(bank):
+    folder = bank.folder(bank.find("task-1").digest)
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+    with pytest.raises(Unusable, match=r"adapter_model\.safetensors cannot be read"):
+        bank.adapter(bank.find("task-1")).check()
 
 
 def test_a_lost_index_is_made_again(bank):

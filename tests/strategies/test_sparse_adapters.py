@@ -1,9 +1,20 @@
 """Sparse adapters: which entries are chosen, and how experts merge."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from strategies.adapter_bank.sparse import Sparse, averaged_where_they_meet, sensitive, shira_mask
+from strategies.adapter_bank.adapter import Unusable
+from strategies.adapter_bank.sparse import (
+    Sparse,
+    averaged_where_they_meet,
+    is_sparse,
+    merge,
+    read,
+    sensitive,
+    shira_mask,
+)
 
 
 def an_expert(seed, low, high, shape=(8, 12)):
@@ -82,3 +93,59 @@ def test_peft_trains_the_chosen_entries_and_no_others():
     assert not changed[~chosen].any()
     sparse = Sparse.of(changed, chosen)
     assert torch.equal(sparse.delta(), changed) and sparse.density == pytest.approx(20 / 96)
+
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(12, 8, bias=False) for _ in range(2))
+
+    def forward(self, x):
+        return self.layers[0](x) + self.layers[1](x)
+
+
+def a_shira_adapter(folder: Path, seed: int, rank: int = 1) -> dict[str, torch.Tensor]:
+    """What PEFT saves of random entries; its corrections by map."""
+    from peft import ShiraConfig, get_peft_model
+
+    torch.manual_seed(seed)
+    config = ShiraConfig(r=rank, target_modules=["layers.0", "layers.1"], random_seed=seed, init_weights=False)
+    tuned = get_peft_model(Net(), config)
+    tuned.save_pretrained(str(folder))
+    layers = {name: tuned.base_model.model.get_submodule(name) for name in config.target_modules}
+    return {name: layer.get_delta_weight("default").to_dense() for name, layer in layers.items()}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_peft_reads_merged_sparse_adapters(tmp_path):
+    from peft import PeftModel
+
+    deltas = [a_shira_adapter(tmp_path / f"of-{seed}", seed) for seed in range(3)]
+
+    entries, shared = merge([tmp_path / f"of-{seed}" for seed in range(3)], tmp_path / "merged")
+
+    assert is_sparse(tmp_path / "merged")
+    assert entries + shared == 3 * 2 * (8 + 12) and shared > 0
+    merged = PeftModel.from_pretrained(Net(), str(tmp_path / "merged")).merge_and_unload()
+    for name in ("layers.0", "layers.1"):
+        held_by = sum((delta[name] != 0).float() for delta in deltas).clamp(min=1)
+        exact = Net().get_submodule(name).weight + sum(delta[name] for delta in deltas) / held_by
+        torch.testing.assert_close(merged.get_submodule(name).weight, exact)
+
+
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_what_is_no_sparse_adapter_is_named_and_nothing_is_written(tmp_path):
+    a_shira_adapter(tmp_path / "good", 0)
+    a_shira_adapter(tmp_path / "cut", 1)
+    weights = tmp_path / "cut" / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+
+    with pytest.raises(Unusable, match="cut is no readable SHiRA adapter"):
+        merge([tmp_path / "good", tmp_path / "cut"], tmp_path / "merged")
+    with pytest.raises(Unusable, match=r"holds no readable adapter_config\.json"):
+        is_sparse(tmp_path)
+    with pytest.raises(FileExistsError):
+        merge([tmp_path / "good"], tmp_path / "cut")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "good"]
+    assert len(read(tmp_path / "good")) == 2
