@@ -195,7 +195,7 @@ def merge(
               orchestrator bank merge mixed sst2 imdb yelp --how ties --density 0.3
               orchestrator bank merge experts ./shira-sst2 ./shira-imdb
     """
-    from orchestrator.adapting import merged, merged_sparse
+    from orchestrator.merging import merged, merged_sparse
 
     folders = [Path(name) for name in which if (Path(name) / CONFIG).exists()]
     if folders and len(folders) == len(which):
@@ -279,14 +279,15 @@ def adapt(
               orchestrator adapt job.yaml --set bank.distance=mmd --output my-adapter
               orchestrator adapt job.yaml --then-train --against fresh
     """
-    from orchestrator import adapting
+    from orchestrator.adapting import adapt as adapted
+    from orchestrator.going_on import then_train as train_on
 
     if against and not then_train:
         raise JobError("--against belongs to --then-train")
     asked = asked_job(job, set_)
-    found = adapting.adapt(asked, output, say)
+    found = adapted(asked, output, say)
     if then_train:
-        found |= {"then_train": adapting.then_train(asked, found, against, runs, say)}
+        found |= {"then_train": train_on(asked, found, against, runs, say)}
     _print_made(found, json_)
 
 
@@ -303,7 +304,7 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
     if json_:
         print_json(found)
         return
-    from orchestrator.adapting import told as lines
+    from orchestrator.bank_view import told as lines
 
     for line in lines(found):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

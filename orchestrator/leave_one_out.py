@@ -8,45 +8,54 @@ from typing import Any
 
 import numpy
 
-from orchestrator.adapting import Neighbours, neighbours
+from orchestrator.adapting import Neighbours, chosen_shares, neighbours, weights_of
 from orchestrator.banking import bank_of, base_of
+from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
-from strategies.adapter_bank import coefficients as shares
+from orchestrator.training.trial import Trial
+from strategies.adapter_bank import coefficients
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, bank_gram, combined
 
-BASELINES = ("base", "own", "nearest", "uniform")
+FIRST = ("base", "own", "nearest", "uniform", "adapt")
 PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
 
 
 def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
-    """Held-out loss of every task under every setting, and under the baselines.
+    """Held-out loss of every task under every setting, under the baselines, and of what `adapt` makes for this job.
 
     Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`.
     """
-    from orchestrator.data.prepare import datasets
-    from orchestrator.training.trial import Trial
-
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     near = neighbours(bank_of(job), base)
-    held_out = {}
+    labelled, held_out = {}, {}
     for card in near.cards:
         files = RunFolder(runs.expanduser() / (card.run_id or "-")).read_json("data.json")
-        rows_there = datasets(files)[1] if files and files.get("eval") else None
-        if rows_there is not None:
-            held_out[card.name] = rows_there.select(range(min(rows, len(rows_there))))
+        train, there = datasets(files) if files and files.get("eval") else (None, None)
+        if train is not None and there is not None:
+            labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))
+            held_out[card.name] = there.select(range(min(rows, len(there))))
     if len(held_out) < 3:
         raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))
-    trial = Trial(job, base.folder, max(int(data.lengths.max()) for data in held_out.values()), near.adapters)
+    longest = max(int(data.lengths.max()) for data in (*labelled.values(), *held_out.values()))
+    trial = Trial(job, base.folder, longest, near.adapters)
     tasks: dict[str, dict[str, float]] = {}
     for place, card in enumerate(near.cards):
         if card.name not in held_out:
             continue
+        others = near.at(other for other in range(len(near.cards)) if other != place)
+        distances = DISTANCES[job.spec.bank.distance](near.evidence[place], others.evidence)
+        shares = weights_of(job.spec.bank, distances, others)
+        chosen = chosen_shares(trial, labelled[card.name], others, shares, distances, job.spec.bank)
         data, tried = held_out[card.name], {}
-        losses = {"base": trial.loss(data), "own": trial.loss(data, near.adapters[place])}
+        losses = {
+            "base": trial.loss(data),
+            "own": trial.loss(data, near.adapters[place]),
+            "adapt": trial.loss(data, combined(others.adapters, chosen.shares, chosen.rule)),
+        }
         for name, (rule, rows_of) in weights.items():
             own = rows_of[place]
             known = (rule, own.round(4).tobytes())  # settings that agree on all shares are one trial
@@ -54,7 +63,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
                 tried[known] = trial.loss(data, combined(near.adapters, own, rule))
             losses[name] = tried[known]
         tasks[card.name] = losses
-        say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in BASELINES))
+        say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
     return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
 
 
@@ -96,14 +105,14 @@ def _settings(near: Neighbours) -> Iterator[tuple[str, tuple[Any, numpy.ndarray]
         if distance == next(iter(DISTANCES)):
             yield "nearest", ("delta", numpy.eye(count)[between.argmin(1)])
         ways = {
-            "attentional": shares.attentional(between),
-            "attentional, t = 1": shares.attentional(between, PUBLISHED_TEMPERATURE),
-            "normalised": shares.normalised(between),
+            "attentional": coefficients.attentional(between),
+            "attentional, t = 1": coefficients.attentional(between, PUBLISHED_TEMPERATURE),
+            "normalised": coefficients.normalised(between),
             "neural": _neural(between, gram),
         }
-        for coefficients, rows in ways.items():
+        for way, rows in ways.items():
             for rule in RULES:
-                yield f"{distance} | {coefficients} | {rule}", (rule, rows)
+                yield f"{distance} | {way} | {rule}", (rule, rows)
 
 
 def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
@@ -111,7 +120,9 @@ def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
     rows = []
     for place in range(len(between)):
         others = numpy.delete(numpy.arange(len(between)), place)
-        rows.append(shares.Scorer(between[numpy.ix_(others, others)], gram[numpy.ix_(others, others)])(between[place]))
+        rows.append(
+            coefficients.Scorer(between[numpy.ix_(others, others)], gram[numpy.ix_(others, others)])(between[place])
+        )
     return numpy.stack(rows)
 
 

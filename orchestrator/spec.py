@@ -248,8 +248,13 @@ class BankSection(Section):
     temperature: float | None = _key(
         None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0
     )
-    rule: Literal["delta", "factorwise"] = _key(
-        "delta", "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published"
+    rule: Literal["auto", "delta", "factorwise"] = _key(
+        "auto",
+        "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published; auto ="
+        " the one that labelled rows like better",
+    )
+    selection_rows: int = _key(
+        8, "labelled rows to train on by which the shares are moved on, step by step; 0 = as distances say", ge=0
     )
     probe_rows: int = _key(32, "labelled rows on which base, nearest, average and generated adapter are compared", ge=1)
 

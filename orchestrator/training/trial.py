@@ -33,7 +33,7 @@ class Trial:
     def loss(self, data: Dataset, adapter: Adapter | Mapping[str, Factors] | None = None) -> float:
         """Mean loss of the supervised tokens, in nats a token, with an adapter's corrections or without."""
         if isinstance(adapter, Adapter):
-            adapter = {name: adapter.factors(name) for name in adapter.targets}
+            adapter = adapter.corrections()
         if data is not self._data:
             self._below.forget()
             self._data = data

@@ -71,10 +71,9 @@ class Adapter:
             raise Unusable(f"{self.folder}: the weights of {name} are not finite")
         return Factors(a, b * self.targets[name].scale)
 
-    def check(self) -> None:
-        """Read all of it.  Raises Unusable."""
-        for name in self.targets:
-            self.factors(name)
+    def corrections(self) -> dict[str, Factors]:
+        """All of it.  Raises Unusable."""
+        return {name: self.factors(name) for name in self.targets}
 
     @cached_property
     def _tensors(self) -> Any:

@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -73,6 +73,19 @@ def combined(
     counted = _that_count(numpy.asarray(coefficients, dtype=float))
     chosen = [adapters[place] for place, _ in counted]
     return _sum(chosen, [weight for _, weight in counted], rule, rank or max(max(o.ranks) for o in chosen))[0]
+
+
+def mixed(
+    parts: Sequence[Mapping[str, algebra.Factors]], weights: Sequence[float] | numpy.ndarray, rule: Rule
+) -> dict[str, algebra.Factors]:
+    """The weighted sum of corrections by map, with the rank that it has."""
+    add = algebra.added if rule == "delta" else algebra.averaged_apart
+    counted = [(part, float(weight)) for part, weight in zip(parts, weights, strict=True) if weight]
+    made = {}
+    for name in sorted({name for part, _ in counted for name in part}):
+        pairs = [(part[name], weight) for part, weight in counted if name in part]
+        made[name] = add([factors for factors, _ in pairs], [weight for _, weight in pairs])
+    return made
 
 
 def _sum(

@@ -146,7 +146,7 @@ class Bank:
         from safetensors.numpy import save_file
 
         adapter = Adapter(source)
-        adapter.check()
+        adapter.corrections()
         card = self._complete(card, adapter, digest_of(source), evidence)
         with self._index() as index:
             taken = index.execute("SELECT digest FROM adapters WHERE name = ?", (card.name,)).fetchone()

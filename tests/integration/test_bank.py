@@ -66,7 +66,9 @@ def test_an_adapter_is_made_and_judged(place, tmp_path):
     done = orchestrator("adapt", "job.yaml", "--output", tmp_path / "made", "--json", cwd=place, check=0)
     found = json.loads(done.stdout)
 
-    assert sum(part["share"] for part in found["made_from"]) == pytest.approx(1)
+    assert sum(part["share"] for part in found["made_from"]) + found["base_share"] == pytest.approx(1)
+    assert found["selection"]["rows"] == 8 and found["settings"]["rule"] in RULES
+    assert found["selection"]["losses"] == sorted(found["selection"]["losses"], reverse=True)
     assert set(found["probe_loss"]) == {"base", "nearest", "average", "generated"}
     assert found["recommended"] == min(found["probe_loss"], key=found["probe_loss"].get) != "base"
     assert Adapter(tmp_path / "made" / "adapter").ranks == [4]
@@ -116,6 +118,7 @@ def test_each_is_left_out_in_turn_and_made_of_the_others(place, tmp_path):
 
     assert set(found["tasks"]) == {"first", "second", "third"}
     assert found["settings"]["base"]["gain"] == 0 and found["settings"]["own"]["gap_closed"] == 1
+    assert found["settings"]["adapt"]["loss"] < found["settings"]["base"]["loss"]
     asked = {f"{d} | {c} | {r}" for d in DISTANCES for c in ("normalised", "neural") for r in RULES}
     assert asked < set(found["settings"])
     for losses in found["tasks"].values():

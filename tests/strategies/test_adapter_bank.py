@@ -17,6 +17,7 @@ from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.selection import forward_selection
 from strategies.adapter_bank.store import Bank, BankError, Card
 from strategies.adapter_bank.trial import Below, corrected
 from strategies.lora import go_on_from
@@ -95,6 +96,36 @@ def test_at_a_low_temperature_a_known_data_set_gets_its_own_adapter(bank, tmp_pa
 
     for name, delta in whole(Adapter(made.folder)).items():
         assert torch.equal(delta, bank.adapter(bank.find("task-1")).factors(name).delta())
+
+
+# Shares that labelled rows move.
+
+
+def test_shares_move_towards_what_lowers_the_loss_and_only_as_long_as_it_does():
+    wanted = numpy.array([0.36, 0.0, 0.64, 0.0])  # of the start and three adapters: two steps of 0.4 away
+    asked = []
+
+    def loss(weights):
+        asked.append(weights)
+        return float(((weights - wanted) ** 2).sum())
+
+    found = forward_selection(3, loss)
+
+    numpy.testing.assert_allclose(found.weights, wanted, atol=1e-12)
+    assert list(found.losses) == sorted(found.losses, reverse=True) and found.losses[-1] == pytest.approx(0)
+    assert found.num_trials == len(asked) <= 1 + 4 + 20
+
+
+def test_where_every_adapter_harms_more_is_left_to_the_base():
+    found = forward_selection(3, lambda weights: float(weights.sum()))
+
+    assert found.weights.sum() == pytest.approx(0.6**4) and not found.weights[1:].any()
+
+
+def test_where_no_move_helps_the_shares_stay():
+    found = forward_selection(3, lambda weights: float(1 - weights[0]))
+
+    assert found.weights.tolist() == [1, 0, 0, 0] and found.losses == (0.0,)
 
 
 # Sums.
@@ -198,7 +229,7 @@ def test_layers_below_all_adapters_run_once_and_change_nothing(tmp_path, archite
     batches = [torch.arange(12).view(2, 6), torch.arange(20, 28).view(2, 4)]
 
     def answers(adapter, passed_by=True):
-        corrections = {name: adapter.factors(name) for name in adapter.targets}
+        corrections = adapter.corrections()
         with corrected(model, corrections), below.pass_by() if passed_by else nullcontext(), torch.no_grad():
             return [model(input_ids=ids, use_cache=False).logits for ids in batches]
 
@@ -330,7 +361,7 @@ def test_weights_that_were_cut_short_are_named(bank):
     weights.write_bytes(weights.read_bytes()[:-8])
 
     with pytest.raises(Unusable, match=r"adapter_model\.safetensors cannot be read"):
-        bank.adapter(bank.find("task-1")).check()
+        bank.adapter(bank.find("task-1")).corrections()
 
 
 def test_a_lost_index_is_made_again(bank):

@@ -1,0 +1,51 @@
+"""What `adapt` and `bank merge` made, for a person."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def told(found: dict[str, Any]) -> Iterator[str]:
+    """What `adapt` and `bank merge` found, for a person."""
+    largest = sorted(found["made_from"], key=lambda part: -abs(part["share"]))
+    shown = ", ".join(f"{part['name']} {part['share']:.0%}" for part in largest[:6])
+    rest = len(largest) - 6
+    yield "made from " + shown + (f" and {rest} more" if rest > 0 else "")
+    if "entries" in found:
+        yield f"{found['entries']} entries, averages where they meet ({found['shared']}); {found['generation_s']:.1f} s"
+    else:
+        yield (
+            f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out;"
+            f" {found['generation_s']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
+        )
+    if selection := found.get("selection"):
+        losses, rest = selection["losses"], found["base_share"]
+        left = f"; {rest:.0%} is left to the base model" if rest > 0.005 else ""
+        yield (
+            f"shares moved {len(losses) - 1} times by {selection['rows']} labelled rows ({selection['trials']} trials):"
+            f" loss {losses[0]:.3f} -> {losses[-1]:.3f}{left}"
+        )
+    if "probe_loss" in found:
+        losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])
+        yield f"loss on {found['probe_rows']} labelled rows: " + ", ".join(
+            f"{name} {loss:.3f}" for name, loss in losses
+        )
+        yield (
+            f"recommended: {found['recommended']}"
+            if found["recommended"]
+            else "not recommended: none is better than the base model; train with `submit`"
+        )
+        if found["already"]:
+            yield f"the bank already has an adapter of this very data: {', '.join(found['already'])}"
+    if trained := found.get("then_train"):
+        yield f"trained on: {trained['path']}"
+        if "steps_saved" in trained:
+            saved = trained["steps_saved"]
+            yield (
+                f"it did not get as low as {trained['against']}"
+                if saved is None
+                else f"where {trained['against']} ended after {trained['reached_at']} steps: {saved} saved"
+            )
+    if found.get("recommended", True):
+        yield f"adapter: {found['path']}" + ("/adapter" if "probe_loss" in found else "")

@@ -1,0 +1,56 @@
+"""`bank merge`: several adapters as one."""
+
+from __future__ import annotations
+
+import time
+import typing
+from pathlib import Path
+from typing import Any, cast
+
+from orchestrator.errors import JobError
+from strategies.adapter_bank.algebra import Merge
+from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.store import Bank, Card
+
+
+def merged(
+    bank: Bank, cards: list[Card], output: Path, how: str, weights: str | None, rank: int | None, density: float
+) -> dict[str, Any]:
+    """`bank merge`.  Raises JobError for adapters of several models, or weights that do not match them."""
+    if len({card.base_digest for card in cards}) > 1:
+        raise JobError("they belong to different models: " + ", ".join(f"{c.name} to {c.base_name}" for c in cards))
+    if how not in typing.get_args(Merge):
+        raise JobError(f"--how {how}: one of {', '.join(typing.get_args(Merge))}")
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else [1 / len(cards)] * len(cards)
+    except ValueError:
+        raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
+    if len(shares) != len(cards):
+        raise JobError(f"--weights gives {len(shares)} numbers for {len(cards)} adapters")
+    made = generate([bank.adapter(card) for card in cards], shares, output, cast(Merge, how), rank, None, density)
+    parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
+    return {
+        "path": str(output.absolute()),
+        "how": how,
+        "made_from": parts,
+        "rank": made.rank,
+        "relative_error": made.relative_error,
+        "generation_s": made.seconds,
+        "peak_bytes": made.peak_bytes,
+    }
+
+
+def merged_sparse(folders: list[Path], output: Path) -> dict[str, Any]:
+    """`bank merge` of SHiRA adapters.  Raises Unusable, ValueError for those of several models."""
+    from strategies.adapter_bank import sparse
+
+    began = time.perf_counter()
+    entries, shared = sparse.merge(folders, output)
+    return {
+        "path": str(output.absolute()),
+        "how": "averaged where they meet",
+        "made_from": [{"name": folder.name, "share": 1.0} for folder in folders],
+        "entries": entries,
+        "shared": shared,
+        "generation_s": time.perf_counter() - began,
+    }
