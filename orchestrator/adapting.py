@@ -101,7 +101,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
                 for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
                 for c in [near.cards[i]]
             ],
-            base_share=1 - float(chosen.shares.sum()),
+            base_share=max(0.0, 1 - float(chosen.shares.sum())),
             selection=_told_of(chosen.selected, labelled),
             rank=made.rank,
             relative_error=made.relative_error,

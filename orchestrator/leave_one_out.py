@@ -71,9 +71,14 @@ def table(found: dict[str, Any]) -> Any:
     """Settings, best first."""
     from rich.table import Table
 
-    shown = Table(box=None)
-    for column in ("setting", "loss", "gap closed", "gain", "median", "better than base", "than nearest"):
-        shown.add_column(column, overflow="fold")
+    legend = (
+        "gap: of the mean loss, closed. gain: mean of each task's share of its own adapter's gain. > base, > nearest: on"
+        " how many tasks it is better"
+    )
+    shown = Table(box=None, caption=legend, caption_justify="left")
+    shown.add_column("setting", overflow="fold")
+    for column in ("loss", "gap", "gain", "median", "> base", "> nearest"):
+        shown.add_column(column, justify="right", no_wrap=True)
     for name, row in sorted(found["settings"].items(), key=lambda pair: -pair[1]["gain"]):
         shown.add_row(
             name,
