@@ -72,8 +72,8 @@ def table(found: dict[str, Any]) -> Any:
     from rich.table import Table
 
     legend = (
-        "gap: of the mean loss, closed. gain: mean of each task's share of its own adapter's gain. > base, > nearest: on"
-        " how many tasks it is better"
+        "gap: of the mean loss, closed. gain: mean of each task's share of its own adapter's gain. > base, > nearest:"
+        " on how many tasks it is better"
     )
     shown = Table(box=None, caption=legend, caption_justify="left")
     shown.add_column("setting", overflow="fold")
