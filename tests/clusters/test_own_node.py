@@ -240,6 +240,7 @@ def until_said(process, words):
     pytest.fail("".join(told))
 
 
+@pytest.mark.slow
 def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
     friend, stranger = tmp_path / "friend", tmp_path / "stranger"
     with socket.create_server(("127.0.0.1", 0)) as free:

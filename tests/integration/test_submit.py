@@ -241,6 +241,7 @@ def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(fi
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+@pytest.mark.slow  # of the parts, tests/orchestrator/training proves it
 def test_two_workers_see_the_same_losses_as_one(finished, place):
     reference, _ = finished
 

@@ -198,6 +198,7 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
     cluster.nodes_by_name["right"] = add(cluster, "right")
 
 
+@pytest.mark.slow
 def test_a_machine_that_does_not_train_measures_the_untuned_model_meanwhile(cluster, place):
     write_jsonl(place / "eval.jsonl", rows(8, start=100))
     one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=60")

@@ -121,7 +121,7 @@ junk = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.dictionaries(keys, junk, max_size=8))
 def test_junk_in_known_places_is_an_error_or_a_job(values):
     import yaml
@@ -132,7 +132,7 @@ def test_junk_in_known_places_is_an_error_or_a_job(values):
         assert error.mistakes
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.text(max_size=200))
 def test_any_text_is_an_error_or_a_job(text):
     try:

@@ -169,6 +169,7 @@ def three(rank, size, port, out):
     dist.destroy_process_group()
 
 
+@pytest.mark.slow
 def test_three_workers_take_up_what_two_had_divided(results):
     spawned(three, 3, str(results[0]))
 
