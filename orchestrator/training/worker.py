@@ -48,7 +48,7 @@ _STEPS_A_TRIM = 10
 _HELPER_S = 120.0  # that a finished training waits for the helper
 _ROUNDING = {
     "float32": 1e-3,
-    "bfloat16": 0.2,
+    "bfloat16": 0.15,
     "float16": 0.05,
 }  # packing_error of a model that does not leak stays below
 

@@ -48,6 +48,8 @@ def test_packed_loss_is_that_of_separate_documents(folder):
 
         assert packed.item() == pytest.approx(separate.item(), rel=1e-5)
         assert document_attention.packing_error(plain) < 1e-4
+        # In bf16 rounding alone differs by 0.04 on CPUs with units for it; one border forgotten is 0.6.
+        assert document_attention.packing_error(plain.to(torch.bfloat16)) < 0.1
 
 
 def test_the_model_is_a_real_one(folder):
