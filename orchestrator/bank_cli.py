@@ -174,9 +174,9 @@ def merge(
     output: Annotated[Path, typer.Argument(help="the folder to write")],
     which: NamesArgument,
     how: Annotated[
-        str,
-        typer.Option("--how", help="linear, cat, factorwise, ties, dare_linear, dare_ties, magnitude_prune"),
-    ] = "linear",
+        str | None,
+        typer.Option("--how", help="linear (default), cat, factorwise, ties, dare_linear, dare_ties, magnitude_prune"),
+    ] = None,
     weights: Annotated[
         str | None, typer.Option("--weights", help="one for each, e.g. 1,-0.5 (negative ones take away); default 1/N")
     ] = None,
@@ -188,7 +188,7 @@ def merge(
     """Make one adapter of some, exactly: as corrections dW = B A, then truncated to a rank.
 
     `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.  Folders of sparse adapters (PEFT's
-    SHiRA) merge entry by entry: what several have is averaged, the rest stays as it was.
+    SHiRA) merge entry by entry: what several have is averaged, the rest stays as it was; or by a rule without factors.
 
     Examples: orchestrator bank merge both sst2 imdb
               orchestrator bank merge less-of-it sst2 sms-spam --weights 1,-0.5
@@ -199,12 +199,13 @@ def merge(
 
     folders = [Path(name) for name in which if (Path(name) / CONFIG).exists()]
     if folders and len(folders) == len(which):
-        if how != "linear" or weights or rank:
-            raise JobError("sparse adapters merge entry by entry: leave out --how, --weights and --rank")
-        _print_made(merged_sparse(folders, output), json_)
+        if rank:
+            raise JobError("sparse adapters have no rank: leave out --rank")
+        _print_made(merged_sparse(folders, output, how, weights, density), json_)
         return
     there = Bank(bank)
-    _print_made(merged(there, [there.find(name) for name in which], output, how, weights, rank, density), json_)
+    cards = [there.find(name) for name in which]
+    _print_made(merged(there, cards, output, how or "linear", weights, rank, density), json_)
 
 
 @bank.command()

@@ -19,14 +19,7 @@ def merged(
     """`bank merge`.  Raises JobError for adapters of several models, or weights that do not match them."""
     if len({card.base_digest for card in cards}) > 1:
         raise JobError("they belong to different models: " + ", ".join(f"{c.name} to {c.base_name}" for c in cards))
-    if how not in typing.get_args(Merge):
-        raise JobError(f"--how {how}: one of {', '.join(typing.get_args(Merge))}")
-    try:
-        shares = [float(part) for part in weights.split(",")] if weights else [1 / len(cards)] * len(cards)
-    except ValueError:
-        raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
-    if len(shares) != len(cards):
-        raise JobError(f"--weights gives {len(shares)} numbers for {len(cards)} adapters")
+    shares = _asked(how, typing.get_args(Merge), weights, len(cards))
     made = generate([bank.adapter(card) for card in cards], shares, output, cast(Merge, how), rank, None, density)
     parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
     return {
@@ -40,17 +33,38 @@ def merged(
     }
 
 
-def merged_sparse(folders: list[Path], output: Path) -> dict[str, Any]:
-    """`bank merge` of SHiRA adapters.  Raises Unusable, ValueError for those of several models."""
+def merged_sparse(
+    folders: list[Path], output: Path, how: str | None, weights: str | None, density: float
+) -> dict[str, Any]:
+    """`bank merge` of SHiRA adapters.  Raises Unusable, ValueError for those of several models, JobError."""
     from strategies.adapter_bank import sparse
 
+    if weights and not how:
+        raise JobError("sparse adapters are averaged where they meet, without --weights; they go with a --how")
+    needs_factors = ("cat", "factorwise")
+    rules = tuple(rule for rule in typing.get_args(Merge) if rule not in needs_factors)
+    shares = _asked(how or rules[0], rules, weights, len(folders))
     began = time.perf_counter()
-    entries, shared = sparse.merge(folders, output)
+    entries, shared = sparse.merge(folders, output, cast("Merge | None", how), shares, density)
+    shown = shares if how else [1.0] * len(folders)
     return {
         "path": str(output.absolute()),
-        "how": "averaged where they meet",
-        "made_from": [{"name": folder.name, "share": 1.0} for folder in folders],
+        "how": how or "averaged where they meet",
+        "made_from": [{"name": f.name, "share": share} for f, share in zip(folders, shown, strict=True)],
         "entries": entries,
         "shared": shared,
         "generation_s": time.perf_counter() - began,
     }
+
+
+def _asked(how: str, rules: tuple[str, ...], weights: str | None, count: int) -> list[float]:
+    """The weights, one for each adapter.  Raises JobError for those, or a rule, that cannot be."""
+    if how not in rules:
+        raise JobError(f"--how {how}: one of {', '.join(rules)}")
+    try:
+        shares = [float(part) for part in weights.split(",")] if weights else [1 / count] * count
+    except ValueError:
+        raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
+    if len(shares) != count:
+        raise JobError(f"--weights gives {len(shares)} numbers for {count} adapters")
+    return shares

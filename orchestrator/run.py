@@ -267,7 +267,9 @@ def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability,
             if job.spec.bank.add:
                 from orchestrator.banking import add_when_asked
 
-                watcher.say(add_when_asked(run, job))
+                told = add_when_asked(run, job)
+                watcher.say(told)
+                run.record("note", text=told)
         except OrchestratorError as error:
             stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
             if not stopped:

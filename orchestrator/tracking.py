@@ -247,11 +247,11 @@ class _Sender(_Store):
                 busy = {f"lane.{lane}_s": seconds for lane, seconds in event.get("lane_s", {}).items()}
                 metrics += [Metric(k, float(v), when_ms, step) for k, v in (sent | busy).items()]
             if event["event"] == "learnt":
-                told = {k: event[k] for k in ("bias", "worst_bias", "above_threshold", "learnt", "seconds")}
-                metrics += [Metric(f"projectors.{k}", float(v), when_ms, step) for k, v in told.items()]
+                told = {k: v for k, v in _numbers(event).items() if k != "step"}
+                metrics += [Metric(f"learnt.{k}", float(v), when_ms, step) for k, v in told.items()]
             if event["event"] == "quality":
-                numbers = {k: v for k, v in event.items() if isinstance(v, int | float) and k != "time"}
-                metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in numbers.items()]
+                told = _numbers(event)
+                metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in told.items()]
         for start in range(0, len(metrics), _METRICS_A_CALL):
             self.client.log_batch(self.known["mlflow_run_id"], metrics=metrics[start : start + _METRICS_A_CALL])
         self.known["offset"] = offset
@@ -267,6 +267,10 @@ class _Sender(_Store):
                 continue
             folder = str(Path(*relative.parts[:-1])) if len(relative.parts) > 1 else None
             self.client.log_artifact(run_id, str(file), folder)
+
+
+def _numbers(event: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in event.items() if isinstance(value, int | float) and key != "time"}
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ from strategies.lora import Lora
 from strategies.low_rank_gradients import Apollo, Galore
 from strategies.lsp_offload.method import LspOffload
 from strategies.qlora import QLora
+from strategies.shira import Shira
 from strategies.techniques.adapters import LORA, QLORA_INT8, QLORA_NF4
 from strategies.techniques.attention import EAGER, FLASH, FLEX, SDPA
 from strategies.techniques.batching import ACCUMULATION, LENGTH_GROUPING, MICRO_BATCH
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_lsp_offload": LspOffload,
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
+    "experimental_shira": Shira,
 }
 
 TECHNIQUES: tuple[Technique, ...] = (

@@ -195,7 +195,7 @@ class TrainSettings:
 class TrainState:
     """What a checkpoint holds of a training, whole and on the CPU."""
 
-    weights: dict[str, torch.Tensor]  # trained weights by name
+    weights: dict[str, torch.Tensor]  # trained weights and buffers by name
     moments: dict[str, dict[str, torch.Tensor]]  # the optimizer's tensors by weight and by their own name
 
 
@@ -232,13 +232,9 @@ class Engine(Protocol):
         ...
 
 
-class Streaming(Protocol):
-    """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
+class Learner(Protocol):
+    """What has to see gradients before some steps: of the step's first samples, the same on every worker."""
 
-    It takes each gradient as the backward pass makes it; what workers have to add up hangs on `summed` instead.
-    """
-
-    summed: Sequence[torch.nn.Parameter]
     rows: int  # samples whose gradients it learns from
 
     def is_due(self, step: int) -> bool:
@@ -253,8 +249,17 @@ class Streaming(Protocol):
     def next_learning(self) -> None: ...
 
     def end_learning(self) -> dict[str, Any]:
-        """What was learnt, for the run's record."""
+        """What was learnt, for the run's record, with a sentence `text`; no gradient is left behind."""
         ...
+
+
+class Streaming(Protocol):
+    """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
+
+    It takes each gradient as the backward pass makes it; what workers have to add up hangs on `summed` instead.
+    """
+
+    summed: Sequence[torch.nn.Parameter]
 
     def last_pass(self, max_grad_norm: float) -> None:
         """The next backward pass is the step's last, and no other worker's gradients are to be added."""
@@ -298,6 +303,8 @@ class TrainSetup:
     sharding: Sharding | None = None
     engine: Engine | None = None
     streaming: Streaming | None = None
+    learner: Learner | None = None
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
 
     @property

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from strategies.cost.memory import Footprint
 from strategies.cost.plan import plan_of
 from strategies.cost.time import Work
 from strategies.knobs import knob
-from strategies.shape import Linear, ModelShape
+from strategies.shape import ModelShape
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
 
@@ -65,7 +64,7 @@ class Lora:
 
     def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        targets = self.targets(shape)
+        targets = shape.targeted(self.lora_target_modules)
         layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
         per_layer = sum(self.lora_r * (linear.inputs + linear.outputs) for linear in targets)
         if self.use_dora:
@@ -98,15 +97,6 @@ class Lora:
             first_layer=min(self.layers_to_transform or [0]),
         )
         return footprint, work
-
-    def targets(self, shape: ModelShape) -> tuple[Linear, ...]:
-        """The linear maps of a layer that get a correction."""
-        wanted = self.lora_target_modules
-        if wanted == "all-linear":
-            return shape.linears
-        if isinstance(wanted, list):
-            return tuple(linear for linear in shape.linears if linear.name in wanted)
-        return tuple(linear for linear in shape.linears if re.fullmatch(wanted, f"model.layers.0.{linear.name}"))
 
     def quality_prior(self) -> QualityPrior:
         return QualityPrior(0.478, 0.014, "PEFT MetaMathQA: Llama-3.2-3B LoRA r32, GSM8K accuracy, one seed")

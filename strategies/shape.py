@@ -6,6 +6,7 @@ A family states what its layers are made of; parameter counts are exact for ever
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -242,6 +243,14 @@ class ModelShape:
             maps += [Linear(name, h, width, mlp_bias, "normed for the MLP") for name in inward]
             maps.append(Linear(output, f, h, mlp_bias, "product"))
         return tuple(maps)
+
+    def targeted(self, target_modules: str | list[str]) -> tuple[Linear, ...]:
+        """The linear maps of a layer that PEFT's `target_modules` means: all-linear, a regex, or names."""
+        if target_modules == "all-linear":
+            return self.linears
+        if isinstance(target_modules, list):
+            return tuple(linear for linear in self.linears if linear.name in target_modules)
+        return tuple(one for one in self.linears if re.fullmatch(target_modules, f"model.layers.0.{one.name}"))
 
     @staticmethod
     def distinct_inputs(linears: Iterable[Linear]) -> int:

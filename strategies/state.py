@@ -21,7 +21,7 @@ def gather(setup: TrainSetup) -> TrainState | None:
     for name, parameter in setup.parameters.items():
         held = setup.optimizer.state.get(parameter, {})
         moments[name] = {key: to_cpu(torch.as_tensor(value)) for key, value in held.items() if value is not None}
-    return TrainState({name: to_cpu(p) for name, p in setup.parameters.items()}, moments)
+    return TrainState({name: to_cpu(held) for name, held in _held(setup).items()}, moments)
 
 
 def restore(setup: TrainSetup, state: TrainState) -> None:
@@ -31,14 +31,18 @@ def restore(setup: TrainSetup, state: TrainState) -> None:
         setup.sharding.restore(state)
         return
     with torch.no_grad():
-        for name, parameter in setup.parameters.items():
-            parameter.copy_(state.weights[name])
+        for name, held in _held(setup).items():
+            held.copy_(state.weights[name])
     for name, parameter in setup.parameters.items():
         if held := state.moments.get(name):
             setup.optimizer.state[parameter] = {
                 key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
                 for key, value in held.items()
             }
+
+
+def _held(setup: TrainSetup) -> dict[str, torch.Tensor]:
+    return {**setup.parameters, **setup.buffers}
 
 
 def forget(setup: TrainSetup) -> None:

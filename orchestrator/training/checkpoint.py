@@ -42,7 +42,7 @@ class Checkpoint:
     def restore(self, setup: TrainSetup, with_optimizer: bool = True) -> None:
         """Load weights, and optimizer state unless only the weights are wanted, into `setup`."""
         weights = load_file(self.path / "weights.safetensors")
-        if weights.keys() != setup.parameters.keys():
+        if weights.keys() != setup.parameters.keys() | setup.buffers.keys():
             raise ValueError(f"{self.path} holds other weights than this method trains")
         moments: dict[str, dict[str, torch.Tensor]] = {}
         if with_optimizer:

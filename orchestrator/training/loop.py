@@ -124,7 +124,7 @@ def train(
         loss, lacking = torch.zeros((), device=device), None
         numbers = Update(schedule.lr_factor(step), schedule.max_grad_norm)
         try:
-            if setup.streaming and setup.streaming.is_due(step):
+            if setup.learner and setup.learner.is_due(step):
                 learnt = _learn(setup, data, sample_ids, techniques, scaler)
                 hooks.record("learnt", step=step, **learnt)
                 hooks.record("note", text=learnt["text"])
@@ -258,19 +258,19 @@ def train(
 def _learn(
     setup: TrainSetup, data: Dataset, sample_ids: Sequence[int], techniques: Techniques, scaler: Any
 ) -> dict[str, Any]:
-    """Let the optimizer learn from gradients of the step's first samples, the same on every worker."""
-    assert setup.streaming
-    began, ids = time.perf_counter(), sample_ids[: setup.streaming.rows]
+    """Let the method learn from gradients of the step's first samples, the same on every worker."""
+    assert setup.learner
+    began, ids = time.perf_counter(), sample_ids[: setup.learner.rows]
     device = next(iter(setup.parameters.values())).device
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     batches = micro_batches(data.lengths[list(ids)].tolist(), rows, max_length, packing)
-    setup.streaming.begin_learning(len(batches))
+    setup.learner.begin_learning(len(batches))
     for number, members in enumerate(batches):
         if number:
-            setup.streaming.next_learning()
+            setup.learner.next_learning()
         batch = collate(data, [ids[i] for i in members], packing).to(device)
         forward_backward(setup, batch, max(1, batch.targets_S.numel()), techniques, scaler)
-    return {**setup.streaming.end_learning(), "seconds": round(time.perf_counter() - began, 2)}
+    return {**setup.learner.end_learning(), "seconds": round(time.perf_counter() - began, 2)}
 
 
 WISHES = ("asked", "replan")  # to save and end after this step; the first that anybody has counts
@@ -299,8 +299,8 @@ def _leaner(setup: TrainSetup, techniques: Techniques, longest: int, lacking: st
 
 
 def _replicated(setup: TrainSetup) -> list[torch.Tensor]:
-    """Trained weights and optimizer state, in an order that is the same on every worker."""
-    tensors: list[torch.Tensor] = []
+    """Trained weights, buffers and optimizer state, in an order that is the same on every worker."""
+    tensors: list[torch.Tensor] = list(setup.buffers.values())
     for parameter in setup.parameters.values():
         state = setup.optimizer.state.get(parameter, {})
         tensors += [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]

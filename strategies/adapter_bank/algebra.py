@@ -121,13 +121,22 @@ def merged(
         return added(parts, weights)
     if how == "factorwise":
         return averaged_apart(parts, weights)
+    return by_entries([part.delta() for part in parts], weights, how, density, seed)
+
+
+def by_entries(
+    deltas: Sequence[torch.Tensor], weights: Sequence[float], how: Merge, density: float = 0.5, seed: int = 0
+) -> torch.Tensor:
+    """Tensors of one shape merged entry by entry: those rules of `merged` that need no factors."""
+    if how == "linear":
+        return torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)]).sum(0)
     from peft.utils import merge_utils  # works on any tensors; PEFT itself hands it factors, whose merge is not exact
 
     rule = getattr(merge_utils, how)
     with torch.random.fork_rng(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The density")  # all kept is what was asked for
         torch.manual_seed(seed)
-        return rule([part.delta() for part in parts], torch.tensor(list(weights)), density)
+        return rule(list(deltas), torch.tensor(list(weights)), density)
 
 
 def factorised(delta_OI: torch.Tensor, rank: int) -> tuple[Factors, float, float]:

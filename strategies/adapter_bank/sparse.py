@@ -1,20 +1,20 @@
 """Adapters that are some entries of the weights (SHiRA, arXiv 2406.13175), and their merge (arXiv 2507.07140).
 
 Entries are chosen by connection sensitivity, |W dL/dW| on a batch (SNIP, arXiv 1810.02340): what the loss would lose
-with a weight.  Experts merge entry by entry: where several have one, its mean.
+with a weight.  Experts merge entry by entry: where several have one, its mean, or as TIES and the others have it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of
+from strategies.adapter_bank.algebra import Merge, by_entries
 from strategies.adapter_bank.generation import into
 
 _PREFIX, _VALUES, _PLACES = "base_model.model.", ".shira_weight", ".shira_indices"
@@ -60,29 +60,28 @@ def sensitive(weight_OI: torch.Tensor, grad_OI: torch.Tensor, num_entries: int, 
     return mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-def shira_mask(gradients: Mapping[int, torch.Tensor]) -> Any:
-    """A `mask_fn` for PEFT's ShiraConfig: r (O + I) entries of each linear map, the most sensitive ones.
-
-    `gradients` are those of one batch, by the `id` of the weight they belong to.
-    """
-
-    def mask(layer: Any, r: int, **_: Any) -> torch.Tensor:
-        weight = layer.weight
-        chosen = sensitive(weight.detach(), gradients[id(weight)], r * (weight.shape[0] + weight.shape[1]))
-        return chosen.to(weight.dtype)
-
-    return mask
-
-
 def averaged_where_they_meet(experts: Sequence[Sparse]) -> Sparse:
     """dW = sum_k S_k / max(1, how many experts have the entry): disjoint experts add up, each as it was."""
-    shape = experts[0].shape
-    if any(expert.shape != shape for expert in experts):
-        raise ValueError(f"corrections of {sorted({expert.shape for expert in experts})} are of different models")
-    places, which = torch.cat([expert.places for expert in experts]).unique(return_inverse=True)
+    places, which = _met(experts)
     values = torch.cat([expert.values for expert in experts])
     sums = torch.zeros(len(places), dtype=values.dtype).index_add_(0, which, values)
-    return Sparse(places, sums / which.bincount(minlength=len(places)).to(values.dtype), shape)
+    return Sparse(places, sums / which.bincount(minlength=len(places)).to(values.dtype), experts[0].shape)
+
+
+def merged_by(experts: Sequence[Sparse], weights: Sequence[float], how: Merge, density: float = 0.5) -> Sparse:
+    """As algebra.py merges whole corrections, on the entries that any expert has; `density` is of those."""
+    places, which = _met(experts)
+    at = which.split([len(expert.places) for expert in experts])
+    filled = [torch.zeros(len(places)).index_copy_(0, own, one.values) for own, one in zip(at, experts, strict=True)]
+    return Sparse(places, by_entries(filled, weights, how, density), experts[0].shape)
+
+
+def _met(experts: Sequence[Sparse]) -> tuple[torch.Tensor, torch.Tensor]:
+    """The places that any of them has, ascending, and which of these each expert's entries are, one after the other."""
+    if len(shapes := {expert.shape for expert in experts}) > 1:
+        raise ValueError(f"corrections of {sorted(shapes)} are of different models")
+    places, which = torch.cat([expert.places for expert in experts]).unique(return_inverse=True)
+    return places, which
 
 
 def is_sparse(folder: Path) -> bool:
@@ -117,19 +116,31 @@ def read(folder: Path) -> dict[str, Sparse]:
     return found
 
 
-def merge(folders: Sequence[Path], output: Path) -> tuple[int, int]:
+def merge(
+    folders: Sequence[Path],
+    output: Path,
+    how: Merge | None = None,
+    weights: Sequence[float] = (),
+    density: float = 0.5,
+) -> tuple[int, int]:
     """Write SHiRA adapters of one model as one; its number of entries, and how many fewer those are than all of theirs.
 
+    Without `how`, entries that several have are averaged and others stay; with it, `weights` has one for each folder.
     PEFT wants the same multiple of I + O of every map: the first place is repeated, with zeros, which add nothing.
     Raises Unusable, FileExistsError, and ValueError for those of different models.
     """
     from safetensors.torch import save_file
 
     experts = [read(folder) for folder in folders]
-    merged = {
-        name: averaged_where_they_meet([expert[name] for expert in experts if name in expert])
-        for name in sorted({name for expert in experts for name in expert})
-    }
+    shares = list(weights) or [1 / len(folders)] * len(folders)
+
+    def of_map(name: str) -> Sparse:
+        there = [(expert[name], share) for expert, share in zip(experts, shares, strict=True) if name in expert]
+        if how is None:
+            return averaged_where_they_meet([one for one, _ in there])
+        return merged_by([one for one, _ in there], [share for _, share in there], how, density)
+
+    merged = {name: of_map(name) for name in sorted({name for expert in experts for name in expert})}
     rank = max(-(-len(one.places) // one.shape[0]) for one in merged.values())
     tensors = {}
     for name, one in merged.items():

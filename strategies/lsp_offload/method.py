@@ -261,6 +261,7 @@ class LspOffload:
             export,
             export_name="model",
             streaming=optimizer,
+            learner=optimizer,
             notes=self._notes(model, projected, names, others),
         )
 

@@ -99,8 +99,8 @@ def trained(
         began = time.perf_counter()
         ids = data[0][torch.randint(len(data[0]), (ROWS,), generator=order)]
         numbers = Update(min(1.0, (step + 1) / 10), 1.0)
-        if setup.streaming and setup.streaming.is_due(step):
-            setup.streaming.begin_learning(1)
+        if setup.learner and setup.learner.is_due(step):
+            setup.learner.begin_learning(1)
             setup.model(ids, labels=ids).loss.backward()
             setup.streaming.end_learning()
         last_pass(setup, numbers)

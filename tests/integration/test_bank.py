@@ -180,6 +180,30 @@ def test_an_adapter_of_a_model_of_the_same_shapes_is_refused_by_its_name(tmp_pat
     assert not (tmp_path / "b" / "objects").is_dir() or not list((tmp_path / "b" / "objects").iterdir())
 
 
+@pytest.mark.slow  # of the parts, tests/strategies/test_shira.py and training/test_learning.py prove it
+def test_sparse_experts_are_trained_merged_and_not_mistaken_for_lora(place, tmp_path, model_folder):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    sparse = ["--set", "method={type: experimental_shira, shira_r: 4}", "--set", "bank.add=true"]
+    done = orchestrator("submit", "job.yaml", "--json", *sparse, cwd=place, check=0)
+    told = json.loads(done.stdout)
+    adapter = Path(told["path"]) / "adapter"
+
+    assert told["result"]["after"]["eval_loss"] < told["result"]["before"]["eval_loss"]
+    assert "the bank keeps LoRA" in (Path(told["path"]) / "events.jsonl").read_text()
+    both = [str(tmp_path / "both"), str(adapter), str(adapter)]
+    assert orchestrator("bank", "merge", *both, "--how", "cat", cwd=place).returncode == 2
+    orchestrator("bank", "merge", *both, cwd=place, check=0)
+    once, twice = (
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(folder)).eval()
+        for folder in (adapter, tmp_path / "both")
+    )
+    ids = torch.arange(30)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(once(ids).logits, twice(ids).logits)  # what both have is averaged
+
+
 @pytest.mark.slow  # last: the bank has one more afterwards
 def test_each_is_left_out_in_turn_and_made_of_the_others(place, tmp_path):
     a_set(place, "third", 400)

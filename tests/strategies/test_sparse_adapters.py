@@ -11,9 +11,9 @@ from strategies.adapter_bank.sparse import (
     averaged_where_they_meet,
     is_sparse,
     merge,
+    merged_by,
     read,
     sensitive,
-    shira_mask,
 )
 
 
@@ -69,30 +69,18 @@ def test_experts_of_two_models_are_refused():
         averaged_where_they_meet([an_expert(0, 0, 4), an_expert(0, 0, 4, (12, 8))])
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # PEFT builds its tensors so
-def test_peft_trains_the_chosen_entries_and_no_others():
-    from peft import ShiraConfig, get_peft_model
+def test_task_arithmetic_takes_away_and_ties_elects_signs():
+    one, other = an_expert(0, 0, 40), an_expert(1, 30, 60)
 
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(12, 8, bias=False))
-    weight, x = model[0].weight, torch.randn(5, 12)
-    model(x).square().sum().backward()
-    gradients, before = {id(weight): weight.grad.clone()}, weight.detach().clone()
-    chosen = sensitive(before, gradients[id(weight)], 20)
+    less = merged_by([one, other], [1.0, -0.5], "linear").delta()
+    elected = merged_by([one, other], [1.0, 1.0], "ties", density=1.0).delta().flatten()
 
-    config = ShiraConfig(r=1, target_modules=["0"], mask_type="random", init_weights=True)
-    config.mask_fn = shira_mask(gradients)
-    tuned = get_peft_model(model, config)
-    optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], 0.1)
-    tuned(x).square().sum().backward()
-    optimizer.step()
-
-    changed = tuned.merge_and_unload()[0].weight.detach() - before
-    assert int(chosen.sum()) == 1 * (8 + 12)
-    assert changed[chosen].abs().min() > 0
-    assert not changed[~chosen].any()
-    sparse = Sparse.of(changed, chosen)
-    assert torch.equal(sparse.delta(), changed) and sparse.density == pytest.approx(20 / 96)
+    torch.testing.assert_close(less, one.delta() - 0.5 * other.delta())
+    here, there = one.values[30:40], other.values[:10]
+    larger = torch.where(here.abs() > there.abs(), here, there)
+    agree = here.sign() == there.sign()
+    torch.testing.assert_close(elected[30:40], torch.where(agree, (here + there) / 2, larger))
+    assert torch.equal(elected[:30], one.values[:30])
 
 
 class Net(torch.nn.Module):
@@ -117,7 +105,6 @@ def a_shira_adapter(folder: Path, seed: int, rank: int = 1) -> dict[str, torch.T
     return {name: layer.get_delta_weight("default").to_dense() for name, layer in layers.items()}
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_peft_reads_merged_sparse_adapters(tmp_path):
     from peft import PeftModel
 
@@ -134,7 +121,6 @@ def test_peft_reads_merged_sparse_adapters(tmp_path):
         torch.testing.assert_close(merged.get_submodule(name).weight, exact)
 
 
-@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
 def test_what_is_no_sparse_adapter_is_named_and_nothing_is_written(tmp_path):
     a_shira_adapter(tmp_path / "good", 0)
     a_shira_adapter(tmp_path / "cut", 1)

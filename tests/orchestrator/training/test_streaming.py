@@ -64,7 +64,8 @@ def run(setup, data_folder, steps, techniques=ONE_BY_ONE, group=None, progress=N
     order = Order(len(data), 8, seed=5, num_train_epochs=2, max_steps=steps)
     when = dataclasses.replace(Schedule(lambda step: 1.0, 1.0, 0, 100, None, None), **schedule)
     train(setup, data, None, order, when, techniques, group or Group(), progress or Progress(), hooks)
-    setup.streaming.settle()
+    if setup.streaming:
+        setup.streaming.settle()
     return events
 
 
@@ -98,10 +99,15 @@ def test_every_layout_gives_the_losses_of_one_sample_at_a_time(model_folder, dat
 
 
 def test_what_was_learnt_and_what_crossed_the_bus_is_recorded(model_folder, data_folder):
-    events = run(prepared(model_folder), data_folder, 3)
+    setup = prepared(model_folder)
+    events = run(setup, data_folder, 3)
+    setup.streaming.settle()
 
     # Per layer: q, o (64 x 64), gate, up, down (64 x 128) as images of 24 x 24, and k, v (32 x 64) too.
-    assert [step["bus_down_bytes"] for step in events["step"]] == [2 * 7 * 24 * 24 * 4] * 3
+    images_bytes = 2 * 7 * 24 * 24 * 4
+    assert setup.optimizer.transport.down_bytes == 3 * images_bytes
+    told = [step["bus_down_bytes"] for step in events["step"]]  # the last images of a step may cross in the next
+    assert all(sum(told[:step]) <= step * images_bytes for step in (1, 2, 3)) and sum(told) > 0
     assert [told["step"] for told in events["learnt"]] == [0, 2]
     first = events["learnt"][0]
     assert first["num_projected"] == first["learnt"] == 14 and 0 < first["bias"] <= first["worst_bias"] < 1.5
@@ -182,7 +188,7 @@ def test_whole_gradients_make_full_training_of_the_same_weights(model_folder, da
     events = run(setup, data_folder, 4)
     plain = prepared(model_folder)
     plain.streaming.close()
-    plain.streaming = None
+    plain.streaming = plain.learner = None
     optimizer = torch.optim.AdamW(list(plain.parameters.values()), lr=1e-2, weight_decay=0.1)
     for group in optimizer.param_groups:
         group["base_lr"] = 1e-2

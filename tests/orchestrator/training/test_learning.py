@@ -1,0 +1,80 @@
+"""A method that looks at gradients before it trains (SHiRA) through the loop: restarts and workers change nothing."""
+
+import dataclasses
+import socket
+
+import pytest
+import torch
+
+from orchestrator.training import checkpoint
+from orchestrator.training.loop import Progress
+from orchestrator.training.parallel import Group
+from strategies.shira import Shira
+from strategies.state import gather
+from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights
+
+METHOD = Shira(shira_r=4, calibration_rows=4)
+
+
+def places(setup):
+    return torch.cat(list(setup.buffers.values()))
+
+
+def test_it_learns_once_and_says_what(model_folder, data_folder):
+    events = run(prepared(model_folder, method=METHOD), data_folder, 3)
+
+    (told,) = events["learnt"]
+    assert told["step"] == 0 and told["density"] < told["sensitivity"] < 1
+    assert "% that train carry" in events["note"][0]["text"]
+    assert losses(events)[-1] < losses(events)[0]
+
+
+def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
+    kept = {}
+
+    def save(now):
+        kept[now.step] = dataclasses.replace(now)
+        return "x"
+
+    whole = prepared(model_folder, PACKED, METHOD)
+    expected = losses(run(whole, data_folder, 5, PACKED, save=save, save_steps=3))
+    half = prepared(model_folder, PACKED, METHOD)
+    run(half, data_folder, 3, PACKED)
+    checkpoint.save(tmp_path, gather(half), kept[3].as_dict())
+
+    again = prepared(model_folder, PACKED, METHOD)
+    assert not torch.equal(places(again), places(whole))
+    found = checkpoint.newest(tmp_path, pytest.fail)
+    found.restore(again)
+    events = run(again, data_folder, 5, PACKED, progress=Progress(**found.state))
+
+    assert "learnt" not in events and losses(events) == expected[3:]
+    assert torch.equal(places(again), places(whole)) and torch.equal(weights(again), weights(whole))
+
+
+def worker(rank, model_folder, data_folder, out, port):
+    import torch.distributed as dist
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    techniques = dataclasses.replace(ONE_BY_ONE, dtype=("float32", "bfloat16")[rank])
+    setup = prepared(model_folder, techniques, METHOD)
+    found = losses(run(setup, data_folder, 3, techniques, group=Group(rank, 2, alike=False)))
+    torch.save((found, places(setup), weights(setup)), f"{out}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+def test_unlike_workers_train_the_same_entries(model_folder, data_folder, tmp_path):
+    """One in fp32, one in bf16, which would choose others: the first one's count."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    alone = prepared(model_folder, method=METHOD)
+    expected = losses(run(alone, data_folder, 3))
+
+    torch.multiprocessing.spawn(worker, (str(model_folder), data_folder, str(tmp_path), port), nprocs=2)
+
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first[0] == second[0] == pytest.approx(expected, rel=0.02)
+    assert torch.equal(first[1], second[1]) and torch.equal(first[1], places(alone))
+    assert torch.equal(first[2], second[2])

@@ -1,0 +1,213 @@
+"""SHiRA: which entries train, that nothing else moves, and that experts merge better than those of LoRA."""
+
+import copy
+
+import pytest
+import torch
+
+from strategies.adapter_bank import sparse
+from strategies.adapter_bank.adapter import Adapter
+from strategies.adapter_bank.generation import generate
+from strategies.cost import trace
+from strategies.lora import Lora
+from strategies.shape import ModelShape
+from strategies.shira import Shira
+from strategies.sparse_entries import scattered
+from strategies.state import gather, restore
+from tests.strategies.test_contract import CPU, NODE, base_model, settings, techniques
+from tests.strategies.test_memory import LLAMA, workload
+
+
+def a_task(seed, rows=16):
+    """Rows of one of a few sequences: what a small model learns in some steps."""
+    draw = torch.Generator().manual_seed(seed)
+    patterns = torch.randint(3, 400, (2, 12), generator=draw)
+    return patterns[torch.randint(2, (rows,), generator=draw)]
+
+
+def loss(model, ids):
+    return model(ids, labels=ids).loss
+
+
+def learn(setup, ids):
+    setup.learner.begin_learning(2)
+    for part in ids.chunk(2):
+        loss(setup.model, part).backward()
+        setup.learner.next_learning()
+    return setup.learner.end_learning()
+
+
+def train(setup, ids, steps):
+    setup.model.train()
+    for _ in range(steps):
+        loss(setup.model, ids).backward()
+        setup.optimizer.step()
+        setup.optimizer.zero_grad()
+
+
+@pytest.fixture
+def model(model_folder):
+    return base_model(Shira(), model_folder)
+
+
+def test_random_entries_are_distinct_and_everywhere():
+    draw = torch.Generator().manual_seed(0)
+
+    places = scattered(1500, 2048, draw)
+
+    assert places.dtype == torch.int32 and (places.diff() > 0).all()
+    assert 0 <= places[0] < 2 and 2046 <= places[-1] < 2048
+    assert not torch.equal(places, scattered(1500, 2048, draw))
+
+
+def test_the_entries_are_those_with_the_largest_weight_times_gradient(model):
+    ids = a_task(0)
+    plain = copy.deepcopy(model)
+    loss(plain, ids).backward()
+    setup = Shira(shira_r=4).setup(model, settings())
+
+    told = learn(setup, ids)
+
+    carried = total = 0.0
+    for name, places in setup.buffers.items():
+        weight = plain.get_submodule(name.removeprefix("base_model.model.").removesuffix(".places")).weight
+        scores = (weight.detach() * weight.grad).abs().flatten()
+        places = places.long()
+        assert len(places.unique()) == 4 * sum(weight.shape)
+        rest = torch.ones(len(scores), dtype=torch.bool).index_fill(0, places, False)
+        assert scores[places].min() > 0.999 * scores[rest].max()
+        carried, total = carried + scores[places].sum(), total + scores.sum()
+    assert told["sensitivity"] == pytest.approx(float(carried / total), abs=0.01)
+    assert told["sensitivity"] > 2 * told["density"]
+    assert all(p.grad is None for p in setup.model.parameters())
+    assert {n for n, p in setup.model.named_parameters() if p.requires_grad} == set(setup.parameters)
+
+
+def test_a_step_is_peft_s_own(model):
+    """Loss and gradients as in PEFT's forward pass, which corrects a copy of each weight."""
+    setup = Shira(shira_r=4).setup(model, settings())
+    ids = a_task(0)
+    train(setup, ids, 2)
+    ours = loss(setup.model, ids)
+    ours.backward()
+    gradients = {name: p.grad.clone() for name, p in setup.parameters.items()}
+    setup.optimizer.zero_grad()
+
+    for layer in [module for module in setup.model.modules() if hasattr(module, "shira_indices")]:
+        inputs, places = layer.base_layer.weight.shape[1], layer.places.long()
+        layer.shira_indices["default"] = torch.stack([places // inputs, places % inputs]).int()
+        del layer.forward
+    theirs = loss(setup.model, ids)
+    theirs.backward()
+
+    torch.testing.assert_close(ours, theirs)
+    for name, parameter in setup.parameters.items():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_training_moves_the_chosen_entries_and_no_others(model, tmp_path):
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    setup = Shira(shira_r=2, block_size=2).setup(model, settings())
+    learn(setup, a_task(0))
+    train(setup, a_task(0), 3)
+
+    setup.export(tmp_path / "out", None)
+    merged = dict(setup.model.merge_and_unload().named_parameters())
+
+    assert sparse.is_sparse(tmp_path / "out")
+    for name, weight in before.items():
+        changed = (merged[name] != weight).flatten()
+        chosen = setup.buffers.get(f"base_model.model.{name.removesuffix('.weight')}.places")
+        if chosen is None:
+            assert not changed.any()
+            continue
+        outside = torch.ones(len(changed), dtype=torch.bool).index_fill(0, chosen.long(), False)
+        assert not changed[outside].any() and changed[chosen.long()].float().mean() > 0.9
+        squares = (~outside).view(weight.shape).unfold(0, 2, 2).unfold(1, 2, 2).sum((2, 3))
+        assert set(squares.unique().tolist()) == {0, 4}
+
+
+def test_a_checkpoint_holds_the_places(model, model_folder):
+    setup = Shira(shira_r=4).setup(model, settings())
+    learn(setup, a_task(0))
+    train(setup, a_task(0), 2)
+    held = copy.deepcopy(gather(setup))
+    resumed = Shira(shira_r=4).setup(base_model(Shira(), model_folder), settings())
+
+    restore(resumed, held)
+    for one in (setup, resumed):
+        train(one, a_task(1), 1)
+
+    for name, places in setup.buffers.items():
+        assert torch.equal(resumed.buffers[name], places)
+    for name, parameter in setup.parameters.items():
+        assert torch.equal(resumed.parameters[name], parameter)
+
+
+def test_what_cannot_be_is_refused_with_the_number_that_can(model):
+    shape = ModelShape.from_config(model.config.to_dict())
+
+    assert Shira().refuses(techniques(), shape) is None
+    assert "q_proj has fewer than r (in + out) entries: set method.shira_r to 32 or less" in Shira(shira_r=64).refuses(
+        techniques(), shape
+    )
+    assert "do not divide" in Shira(shira_r=8, block_size=16).refuses(techniques(), shape)
+    assert "float16" not in (Shira(mask="random").refuses(techniques(dtype="float16"), shape) or "")
+    assert "fp16" in Shira().refuses(techniques(dtype="float16"), shape)
+    assert "ZeRO" in Shira().refuses(techniques(zero_stage=2), shape)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_predicted_memory_is_that_of_a_traced_step(dtype):
+    """Beside the sums of the first step's gradients, which the tracer does not see."""
+    asked = settings(techniques=techniques(dtype=dtype, packing=False, max_length=200))
+    shape, method = ModelShape.from_config(LLAMA), Shira(mask="random")
+
+    traced = trace.trace(LLAMA, method, asked, trace.Lengths((200,), (100,)))
+    told = method.estimate(workload(shape, length=200), CPU, NODE, asked.techniques)
+
+    assert told.memory.tensors_bytes == pytest.approx(traced.peak_bytes, rel=0.1)
+    looks = Shira().estimate(workload(shape, length=200), CPU, NODE, asked.techniques)
+    elements = shape.num_layers * sum(one.inputs * one.outputs for one in shape.linears)
+    size = 4 if dtype == "float32" else 2
+    assert looks.memory.tensors_bytes - told.memory.tensors_bytes == size * elements
+
+
+def test_layers_and_maps_can_be_chosen(model):
+    shape = ModelShape.from_config(model.config.to_dict())
+    method = Shira(shira_r=2, layers_to_transform=[1], shira_target_modules=["q_proj", "down_proj"])
+
+    setup = method.setup(model, settings())
+
+    trained = {name.split("base_model.model.model.")[1].split(".shira")[0] for name in setup.parameters}
+    assert trained == {"layers.1.self_attn.q_proj", "layers.1.mlp.down_proj"}
+    told = method.estimate(workload(shape), CPU, NODE, techniques())
+    assert told.num_trainable_parameters == sum(p.numel() for p in setup.parameters.values())
+    assert "is no linear map" in Shira(shira_target_modules=["c_attn"]).refuses(techniques(), shape)
+
+
+def test_four_sparse_experts_merge_to_a_better_one_than_four_of_lora(model_folder, tmp_path):
+    """The merge of arXiv 2507.07140 against LoRA's average in delta space, each task's loss on the one adapter."""
+    from peft import PeftModel
+
+    tasks = [a_task(seed) for seed in range(4)]
+
+    def experts(method, name):
+        for number, ids in enumerate(tasks):
+            setup = method.setup(base_model(method, model_folder), settings())
+            if setup.learner:
+                learn(setup, ids)
+            train(setup, ids, 30)
+            setup.export(tmp_path / f"{name}-{number}", None)
+        return [tmp_path / f"{name}-{number}" for number in range(4)]
+
+    def mean_loss(folder):
+        model = PeftModel.from_pretrained(base_model(Lora(), model_folder), str(folder)).eval()
+        with torch.no_grad():
+            return sum(float(loss(model, ids)) for ids in tasks) / len(tasks)
+
+    sparse.merge(experts(Shira(shira_r=4), "shira"), tmp_path / "sparse")
+    generate([Adapter(folder) for folder in experts(Lora(lora_r=4), "lora")], [0.25] * 4, tmp_path / "low", "cat")
+
+    base = sum(float(loss(base_model(Lora(), model_folder), ids).detach()) for ids in tasks) / len(tasks)
+    assert mean_loss(tmp_path / "sparse") < mean_loss(tmp_path / "low") < base
