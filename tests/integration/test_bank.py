@@ -33,6 +33,7 @@ def place(model_folder, tmp_path_factory):
         a_set(folder, name, start)
     write_jsonl(folder / "train.jsonl", rows(20, start=60))
     write_jsonl(folder / "eval.jsonl", rows(8, start=120))
+    write_jsonl(folder / "other.jsonl", [{"text": "銀行に似たものはない" * 4}] * 16)
     (folder / "job.yaml").write_text(
         f"""\
 name: new
@@ -143,6 +144,10 @@ def test_merge_export_import_and_verify(place, tmp_path):
         ),
         (["adapt", "job.yaml", "--set", "bank.path=nowhere"], "holds no bank"),
         (["adapt", "job.yaml", "--against", "fresh"], "--against belongs to --then-train"),
+        (
+            ["adapt", "job.yaml", "--set", "data.train=other.jsonl", "--set", "data.eval=other.jsonl"],
+            "shares next to no token with any data set of the bank",
+        ),
     ],
 )
 def test_mistakes_name_the_fix_and_write_nothing(place, arguments, said):
