@@ -3,8 +3,8 @@
     BANK/index.sqlite                   names, cards and evidence; made again from the folders where it is lost
     BANK/objects/ab/abcdef.../          adapter_config.json adapter_model.safetensors card.json evidence.safetensors
 
-A folder is written beside its place and renamed into it, so it is whole or absent; two writers of the same adapter
-end with one.  SQLite orders writers of the index.  Importing this loads no torch.
+A folder is written beside its place and renamed into it while its writer holds the index, so it is whole or absent, and
+named where it is there; two writers of the same adapter end with one.  Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ if TYPE_CHECKING:  # numpy waits until a data set is looked at
 CARD, EVIDENCE = "card.json", "evidence.safetensors"
 _PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may be told more later
 _BUSY_S = 60.0
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS adapters (
-    digest TEXT PRIMARY KEY, name TEXT UNIQUE NOT NULL, base TEXT NOT NULL, data TEXT, card TEXT NOT NULL);
-CREATE INDEX IF NOT EXISTS by_base ON adapters (base);
-CREATE INDEX IF NOT EXISTS by_data ON adapters (data);
-"""
+_SCHEMA = (
+    "CREATE TABLE adapters ("
+    "digest TEXT PRIMARY KEY, name TEXT UNIQUE NOT NULL, base TEXT NOT NULL, data TEXT, card TEXT NOT NULL)",
+    "CREATE INDEX by_base ON adapters (base)",
+    "CREATE INDEX by_data ON adapters (data)",
+)
 
 
 class BankError(ValueError):
@@ -75,16 +75,10 @@ class Bank:
     """Adapters that were trained, by name or by the start of their digest."""
 
     def __init__(self, path: Path, create: bool = False) -> None:
-        """Raises BankError where there is none and none is to be made."""
+        """Raises BankError where there is none and none is to be made; it is made when something comes in."""
         self.path = path.expanduser()
         if not create and not (self.path / "objects").is_dir():
             raise BankError(f"{self.path} holds no bank; `orchestrator bank add` makes one")
-        (self.path / "objects").mkdir(parents=True, exist_ok=True)
-        is_new = not (self.path / "index.sqlite").exists()
-        with self._index() as index:
-            index.executescript(_SCHEMA)
-        if is_new:
-            self.index_again()
 
     # Reading.
 
@@ -148,10 +142,6 @@ class Bank:
         adapter = Adapter(source)
         adapter.corrections()
         card = self._complete(card, adapter, digest_of(source), evidence)
-        with self._index() as index:
-            taken = index.execute("SELECT digest FROM adapters WHERE name = ?", (card.name,)).fetchone()
-            if taken and taken[0] != card.digest:
-                raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
         self._fits(adapter, card)
 
         def write(folder: Path) -> None:
@@ -162,17 +152,16 @@ class Bank:
                 save_file(evidence.arrays(), folder / EVIDENCE)
             (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), encoding="utf-8")
 
-        self._place(card.digest, write)
-        self._enter([card])
+        self._place(card, write)
         return card
 
     def remove(self, card: Card) -> None:
-        with self._index() as index:
-            index.execute("DELETE FROM adapters WHERE digest = ?", (card.digest,))
         folder, trash = self.folder(card.digest), self.path / f".removed-{uuid.uuid4().hex[:8]}"
-        if folder.is_dir():
-            folder.rename(trash)
-            shutil.rmtree(trash)
+        with self._index(to_write=True) as index:
+            index.execute("DELETE FROM adapters WHERE digest = ?", (card.digest,))
+            if folder.is_dir():
+                folder.rename(trash)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def verify(self, repair: bool = False) -> list[str]:
         """What is wrong: changed bytes, cards that lie, folders without an entry, entries without a folder.
@@ -199,16 +188,8 @@ class Bank:
 
     def index_again(self) -> int:
         """The index from the folders; how many there are."""
-        cards = []
-        for folder in self._folders():
-            try:
-                cards.append(_card((folder / CARD).read_text(encoding="utf-8")))
-            except (OSError, BankError):
-                continue  # verify names it
-        with self._index() as index:
-            index.execute("DELETE FROM adapters")
-        self._enter(sorted(cards, key=lambda card: card.added))
-        return len(cards)
+        with self._index(to_write=True) as index:
+            return self._enter_folders(index)
 
     def export(self, file: Path, cards: Iterable[Card]) -> int:
         """A tar of adapters for another bank; it appears whole or not at all.  How many are in it."""
@@ -268,29 +249,36 @@ class Bank:
         except ValueError as error:
             raise BankError(str(error)) from None
 
-    def _place(self, digest: str, write: Any) -> None:
-        folder = self.folder(digest)
-        folder.parent.mkdir(exist_ok=True)
-        temporary = self.path / f".new-{uuid.uuid4().hex[:8]}"
+    def _place(self, card: Card, write: Any) -> None:
+        """The folder and its entry, both or none.  Raises BankError for a name that another adapter bears."""
+        folder, temporary = self.folder(card.digest), self.path / f".new-{uuid.uuid4().hex[:8]}"
         try:
             write(temporary)
-            try:
-                os.replace(temporary, folder)
-            except OSError:  # another writer, or an earlier one, has put the same content there: the card may be newer
-                if not folder.is_dir():
-                    raise
-                for name in (EVIDENCE, CARD):
-                    if (temporary / name).exists():
-                        os.replace(temporary / name, folder / name)
+            with self._index(to_write=True) as index:
+                taken = index.execute("SELECT digest FROM adapters WHERE name = ?", (card.name,)).fetchone()
+                if taken and taken[0] != card.digest:
+                    raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
+                folder.parent.mkdir(exist_ok=True)
+                if folder.is_dir():  # the same content: the card may be newer
+                    for name in (EVIDENCE, CARD):
+                        if (temporary / name).exists():
+                            os.replace(temporary / name, folder / name)
+                else:
+                    os.replace(temporary, folder)
+                _enter(index, [card])
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def _enter(self, cards: Iterable[Card]) -> None:
-        rows = [
-            (c.digest, c.name, c.base_digest, c.data_digest, json.dumps(asdict(c), ensure_ascii=False)) for c in cards
-        ]
-        with self._index() as index:
-            index.executemany("INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?)", rows)
+    def _enter_folders(self, index: sqlite3.Connection) -> int:
+        cards = []
+        for folder in self._folders():
+            try:
+                cards.append(_card((folder / CARD).read_text(encoding="utf-8")))
+            except (OSError, BankError):
+                continue  # verify names it
+        index.execute("DELETE FROM adapters")
+        _enter(index, sorted(cards, key=lambda card: card.added))
+        return len(cards)
 
     def _check(self, folder: Path) -> Card:
         """An adapter's folder against its digests.  Raises BankError or Unusable."""
@@ -309,10 +297,18 @@ class Bank:
         yield from (folder for folder in sorted((self.path / "objects").glob("??/*")) if folder.is_dir())
 
     @contextmanager
-    def _index(self) -> Iterator[sqlite3.Connection]:
+    def _index(self, to_write: bool = False) -> Iterator[sqlite3.Connection]:
+        """The index; whoever writes has it alone until the end."""
+        (self.path / "objects").mkdir(parents=True, exist_ok=True)
         connection = sqlite3.connect(self.path / "index.sqlite", timeout=_BUSY_S)
         try:
             with connection:
+                if to_write or _is_empty(connection):
+                    connection.execute("BEGIN IMMEDIATE")
+                if _is_empty(connection):  # still, now that nobody else can be making it
+                    for statement in _SCHEMA:
+                        connection.execute(statement)
+                    self._enter_folders(connection)
                 yield connection
         except sqlite3.DatabaseError as error:
             raise BankError(
@@ -320,6 +316,15 @@ class Bank:
             ) from None
         finally:
             connection.close()
+
+
+def _is_empty(index: sqlite3.Connection) -> bool:
+    return index.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+
+
+def _enter(index: sqlite3.Connection, cards: Iterable[Card]) -> None:
+    rows = [(c.digest, c.name, c.base_digest, c.data_digest, json.dumps(asdict(c), ensure_ascii=False)) for c in cards]
+    index.executemany("INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?)", rows)
 
 
 def digest_of(folder: Path) -> str:

@@ -19,7 +19,7 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from strategies.adapter_bank import coefficients
+from strategies.adapter_bank import coefficients, store
 from strategies.adapter_bank.adapter import CONFIG, Adapter
 from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.store import Bank, Card
@@ -61,6 +61,11 @@ def generation(work: Path, shapes: str, count: int) -> None:
     )
 
 
+def enter(bank: Bank, cards: list[Card]) -> None:
+    with bank._index(to_write=True) as index:
+        store._enter(index, cards)
+
+
 def index(work: Path, count: int) -> None:
     """Cards alone: what listing and finding cost does not depend on the weights."""
     bank = Bank(work / "bank", create=True)
@@ -69,7 +74,7 @@ def index(work: Path, count: int) -> None:
         for n in range(count)
     ]
     for what, do in {
-        "enter": lambda: bank._enter(cards),
+        "enter": lambda: enter(bank, cards),
         "list": lambda: bank.cards(),
         "find by name": lambda: bank.find(f"task-{count // 2}"),
         "find by digest": lambda: bank.find(cards[count // 3].digest[:12]),

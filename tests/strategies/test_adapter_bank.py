@@ -393,6 +393,40 @@ def test_several_writers_lose_nothing(tmp_path):
     assert there.verify() == []
 
 
+def test_of_two_that_take_a_name_at_once_one_is_told(tmp_path):
+    for seed in range(6):
+        an_adapter(tmp_path / f"s{seed}", seed)
+    told, together = [], threading.Barrier(6)
+
+    def add(seed):
+        together.wait()
+        try:
+            told.append(Bank(tmp_path / "bank", create=True).add(tmp_path / f"s{seed}", a_card("same")).digest)
+        except BankError as error:
+            told.append(str(error))
+
+    threads = [threading.Thread(target=add, args=(seed,)) for seed in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+
+    there = Bank(tmp_path / "bank")
+    (card,) = there.cards()
+    assert there.verify() == [] and told.count(card.digest) == 1
+    assert sum("another adapter is called same" in line for line in told) == 5
+
+
+def test_a_refused_adapter_makes_no_bank(tmp_path):
+    an_adapter(tmp_path / "cut", 0)
+    (tmp_path / "cut" / "adapter_model.safetensors").write_bytes(b"cut")
+
+    with pytest.raises(Unusable):
+        Bank(tmp_path / "bank", create=True).add(tmp_path / "cut", a_card("cut"))
+    with pytest.raises(BankError, match="is no export of a bank"):
+        Bank(tmp_path / "bank", create=True).import_(tmp_path / "cut" / "adapter_model.safetensors")
+
+    assert not (tmp_path / "bank").exists()
+
+
 def test_an_export_comes_in_whole(bank, tmp_path):
     bank.export(tmp_path / "some.tar", bank.cards()[:2])
 
