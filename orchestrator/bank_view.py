@@ -13,7 +13,8 @@ def told(found: dict[str, Any]) -> Iterator[str]:
     rest = len(largest) - 6
     yield "made from " + shown + (f" and {rest} more" if rest > 0 else "")
     if "entries" in found:
-        yield f"{found['entries']} entries, averages where they meet ({found['shared']}); {found['generation_s']:.1f} s"
+        every = found["entries"] + found["shared"]
+        yield f"{found['entries']} entries of {every}, {found['how']}; {found['generation_s']:.1f} s"
     else:
         yield (
             f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out;"

@@ -94,8 +94,9 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     base = Base(job.spec.model.model_name_or_path, Path(files["model"]), base_digest(Path(files["model"])))
     data, _ = datasets(files)
     scores = {when: _numbers(result.get(when)) for when in ("before", "after") if result.get(when)}
+    fits_base(Adapter(exported), base.folder)
     card = Card(
-        name=name or run.run_id,
+        name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
         data_digest=data_digest(job),
@@ -104,7 +105,6 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
         method=job.spec.method.type,
         run_id=run.run_id,
     )
-    fits_base(Adapter(exported), base.folder)
     return bank.add(exported, card, evidence_of(data, base))
 
 
@@ -123,7 +123,8 @@ def add_folder(
     base = base_of(asked, Path())
     fits_base(adapter, base.folder)
     evidence = evidence_of(_tokenised(asked, data), base) if data else None
-    card = Card(name=name or folder.name, base_name=asked, base_digest=base.digest, licence=licence)
+    name = name or bank.name_of(folder) or folder.name
+    card = Card(name=name, base_name=asked, base_digest=base.digest, licence=licence)
     return bank.add(folder, card, evidence)
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -518,6 +520,7 @@ _keep_lines_of_examples()
 def main() -> None:
     """Run the command line; every OrchestratorError becomes its message and its exit code."""
     signal.signal(signal.SIGTERM, _as_interrupt)
+    _hush_libraries()
     try:
         app(prog_name="orchestrator")
     except OrchestratorError as error:
@@ -531,6 +534,13 @@ def main() -> None:
         sys.exit(130)
     except BrokenPipeError:
         sys.exit(0)
+
+
+def _hush_libraries() -> None:
+    """What they tell their own developers: old names, kernels that are not installed."""
+    for message in ("`is_gradient_checkpointing` is deprecated", "Sparse invariant checks are implicitly disabled"):
+        warnings.filterwarnings("ignore", message)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 
 def _fail(error: OrchestratorError) -> int:

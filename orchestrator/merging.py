@@ -47,10 +47,11 @@ def merged_sparse(
     began = time.perf_counter()
     entries, shared = sparse.merge(folders, output, cast("Merge | None", how), shares, density)
     shown = shares if how else [1.0] * len(folders)
+    names = [folder.absolute().parent.name if folder.name == "adapter" else folder.name for folder in folders]
     return {
         "path": str(output.absolute()),
         "how": how or "averaged where they meet",
-        "made_from": [{"name": f.name, "share": share} for f, share in zip(folders, shown, strict=True)],
+        "made_from": [{"name": name, "share": share} for name, share in zip(names, shown, strict=True)],
         "entries": entries,
         "shared": shared,
         "generation_s": time.perf_counter() - began,

@@ -106,6 +106,11 @@ class Bank:
         near = difflib.get_close_matches(which, names, 3)
         raise BankError(f"{self.path} has no adapter {which!r}" + (f"; it has {', '.join(near)}" if near else ""))
 
+    def name_of(self, folder: Path) -> str | None:
+        """What an adapter of this content is called here."""
+        known = self._known(digest_of(folder))
+        return known and known.name
+
     def of_data(self, base_digest: str, data_digest: str) -> list[Card]:
         """Adapters that were trained on this very data."""
         with self._index() as index:
@@ -132,8 +137,9 @@ class Bank:
     # Writing.
 
     def add(self, source: Path, card: Card, evidence: Evidence | None = None) -> Card:
-        """Take in an adapter folder; the card as it stands then.  The same content twice is one adapter.
+        """Take in an adapter folder; the card as it stands then.
 
+        The same content twice is one adapter, of which all is known that was told either time, the later first.
         Raises Unusable for what is not a finite LoRA adapter, BankError for a name that another one bears, or shapes
         other than those of this base's adapters.
         """
@@ -142,6 +148,9 @@ class Bank:
         adapter = Adapter(source)
         adapter.corrections()
         card = self._complete(card, adapter, digest_of(source), evidence)
+        if known := self._known(card.digest):
+            told = {key: value for key, value in asdict(card).items() if value not in (None, [], {}, "")}
+            card = Card(**{**asdict(known), **told, "added": known.added})
         self._fits(adapter, card)
 
         def write(folder: Path) -> None:
@@ -235,6 +244,13 @@ class Bank:
         if evidence is not None:
             told |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
         return Card(**told)
+
+    def _known(self, digest: str) -> Card | None:
+        if not (self.path / "objects").is_dir():
+            return None
+        with self._index() as index:
+            found = index.execute("SELECT card FROM adapters WHERE digest = ?", (digest,)).fetchone()
+        return _card(found[0]) if found else None
 
     def _fits(self, adapter: Adapter, card: Card) -> None:
         """Against one adapter of the same base: adapters of one model fit each other."""

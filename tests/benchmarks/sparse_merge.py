@@ -30,20 +30,18 @@ from strategies.adapter_bank.generation import generate
 from strategies.contract import Techniques, TrainSetup
 
 _LAYERS = list(range(20, 30))
+_SPARSE = {"type": "experimental_shira", "shira_r": 8, "layers_to_transform": _LAYERS}
 METHODS = {
     "lora": {"type": "lora", "lora_r": 8, "lora_alpha": 16, "layers_to_transform": _LAYERS},
-    "shira": {"type": "experimental_shira", "shira_r": 8, "layers_to_transform": _LAYERS},
-    "shira, random": {
-        "type": "experimental_shira",
-        "shira_r": 8,
-        "layers_to_transform": _LAYERS,
-        "mask": "random",
-    },
+    "shira": _SPARSE,
+    "shira, random": {**_SPARSE, "mask": "random"},  # of one seed: all experts have the same entries
+    "shira, apart": {**_SPARSE, "mask": "random"},  # of a seed each
 }
-RATES = {"lora": 2e-3, "shira": 5e-3, "shira, random": 5e-3}
+RATES = {"lora": 2e-3}
+_SPARSE_RATE = 5e-3
 
 
-def expert(tasks: Path, task: str, method: str, work: Path) -> Path:
+def expert(tasks: Path, task: str, method: str, work: Path, seed: int) -> Path:
     """The run folder of one expert."""
     name = f"{method.replace(', ', '-')}-{task}"
     if not (done := sorted(work.glob(f"runs/{name}-*/adapter"))):
@@ -52,7 +50,8 @@ def expert(tasks: Path, task: str, method: str, work: Path) -> Path:
             "data.train": str((tasks / task / "train.jsonl").absolute()),
             "data.eval": str((tasks / task / "eval.jsonl").absolute()),
             "method": json.dumps(METHODS[method]),
-            "train.learning_rate": RATES[method],
+            "train.learning_rate": RATES.get(method, _SPARSE_RATE),
+            "train.seed": seed,
             "tracking.report_to": "[]",
         }
         asked = [part for key, value in keys.items() for part in ("--set", f"{key}={value}")]
@@ -102,7 +101,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     asked = parser.parse_args()
 
-    runs = {method: [expert(asked.tasks, task, method, asked.work) for task in asked.names] for method in METHODS}
+    runs = {
+        method: [
+            expert(asked.tasks, task, method, asked.work, 42 + number * (method == "shira, apart"))
+            for number, task in enumerate(asked.names)
+        ]
+        for method in METHODS
+    }
     told = [json.loads((run / "data.json").read_text()) for run in runs["lora"]]
     held_out = [data for where in told if (data := datasets(where)[1])]
     base = losses(told[0]["model"], None, held_out)

@@ -1,5 +1,6 @@
 """The bank and its algebra, on small adapters with numbers that can be checked."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -413,6 +414,17 @@ def test_of_two_that_take_a_name_at_once_one_is_told(tmp_path):
     (card,) = there.cards()
     assert there.verify() == [] and told.count(card.digest) == 1
     assert sum("another adapter is called same" in line for line in told) == 5
+
+
+def test_what_is_added_again_keeps_what_was_known(bank):
+    before = bank.find("task-1")
+    folder = bank.folder(before.digest)
+
+    card = bank.add(folder, dataclasses.replace(a_card(bank.name_of(folder)), licence="MIT"))
+
+    assert card == dataclasses.replace(before, licence="MIT") == bank.find("task-1")
+    assert card.evidence_digest and bank.evidence(card) and bank.verify() == []
+    assert len(bank.cards()) == 3
 
 
 def test_a_refused_adapter_makes_no_bank(tmp_path):
