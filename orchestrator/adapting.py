@@ -101,7 +101,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
                 for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
                 for c in [near.cards[i]]
             ],
-            base_share=max(0.0, 1 - float(chosen.shares.sum())),
+            base_share=max(0.0, 1 - sum(share for _, share in made.coefficients)),
             selection=_told_of(chosen.selected, labelled),
             rank=made.rank,
             relative_error=made.relative_error,
@@ -208,9 +208,10 @@ def _judged(
     folder: Path,
     say: Callable[[str], None],
 ) -> tuple[Generated, dict[str, Any]]:
-    """What was generated, and its loss on the labelled rows beside those of the base and of the others wanted.
+    """What was made of the bank, and the loss of all that is wanted on the labelled rows, beside the base's.
 
-    The best of them becomes `folder`/adapter, none where that is the base.
+    The best of them becomes `folder`/adapter and is what is returned; where that is the base, none becomes it and
+    what was generated is returned.
     """
     rank = getattr(job.spec.method, "lora_r", None)
     made = {
@@ -225,4 +226,8 @@ def _judged(
         else:
             shutil.rmtree(folder / name)
     recommended = None if best == "base" else best
-    return made["generated"], {"probe_rows": len(probe), "probe_loss": losses, "recommended": recommended}
+    return made[recommended or "generated"], {
+        "probe_rows": len(probe),
+        "probe_loss": losses,
+        "recommended": recommended,
+    }

@@ -11,7 +11,8 @@ def told(found: dict[str, Any]) -> Iterator[str]:
     largest = sorted(found["made_from"], key=lambda part: -abs(part["share"]))
     shown = ", ".join(f"{part['name']} {part['share']:.0%}" for part in largest[:6])
     rest = len(largest) - 6
-    yield "made from " + shown + (f" and {rest} more" if rest > 0 else "")
+    left = f"; {share:.0%} is left to the base model" if (share := found.get("base_share", 0.0)) > 0.005 else ""
+    yield "made from " + shown + (f" and {rest} more" if rest > 0 else "") + left
     if "entries" in found:
         every = found["entries"] + found["shared"]
         yield f"{found['entries']} entries of {every}, {found['how']}; {found['generation_s']:.1f} s"
@@ -21,11 +22,10 @@ def told(found: dict[str, Any]) -> Iterator[str]:
             f" {found['generation_s']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
         )
     if selection := found.get("selection"):
-        losses, rest = selection["losses"], found["base_share"]
-        left = f"; {rest:.0%} is left to the base model" if rest > 0.005 else ""
+        losses = selection["losses"]
         yield (
             f"shares moved {len(losses) - 1} times by {selection['rows']} labelled rows ({selection['trials']} trials):"
-            f" loss {losses[0]:.3f} -> {losses[-1]:.3f}{left}"
+            f" loss {losses[0]:.3f} -> {losses[-1]:.3f}"
         )
     if "probe_loss" in found:
         losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])

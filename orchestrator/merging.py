@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import typing
 from pathlib import Path
@@ -36,7 +37,7 @@ def merged(
 def merged_sparse(
     folders: list[Path], output: Path, how: str | None, weights: str | None, density: float
 ) -> dict[str, Any]:
-    """`bank merge` of SHiRA adapters.  Raises Unusable, ValueError for those of several models, JobError."""
+    """`bank merge` of SHiRA adapters.  Raises Unusable, also for those of several models, and JobError."""
     from strategies.adapter_bank import sparse
 
     if weights and not how:
@@ -68,4 +69,6 @@ def _asked(how: str, rules: tuple[str, ...], weights: str | None, count: int) ->
         raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
     if len(shares) != count:
         raise JobError(f"--weights gives {len(shares)} numbers for {count} adapters")
+    if not all(map(math.isfinite, shares)) or not any(shares):
+        raise JobError(f"--weights {weights}: write finite numbers, at least one of them not 0")
     return shares

@@ -129,6 +129,11 @@ class Lora:
             init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
             task_type="CAUSAL_LM",
         )
+        if self.init_adapter and self.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(
+                f"init_adapter takes the place of init_lora_weights: {self.init_lora_weights}, which may change the"
+                " base it belongs to; leave that one out"
+            )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         peft_model = get_peft_model(model, config)
         if self.init_adapter:

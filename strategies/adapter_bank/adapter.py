@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # listing a bank must not load torch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 _KEPT_EXACT = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
+_CHANGES_BASE = re.compile(r"(pissa|corda).*|olora|loftq|lora_ga")  # ways to begin that take a part of W away
 
 
 class Unusable(ValueError):
@@ -42,7 +43,7 @@ class Adapter:
     """An adapter folder; tensors are read when asked for, so that a bank can be passed over map by map."""
 
     def __init__(self, folder: Path) -> None:
-        """Raises Unusable for what is no plain LoRA adapter: DoRA, trained biases, modules trained in full."""
+        """Raises Unusable for what is no plain LoRA: DoRA, trained biases or whole modules, a changed base (PiSSA)."""
         self.folder = folder
         self.config = _lora_config(folder)
         shapes = _shapes(folder / WEIGHTS)
@@ -85,10 +86,10 @@ class Adapter:
             raise Unusable(f"{self.folder / WEIGHTS} cannot be read: {error}") from None
 
     def _target(self, name: str, shapes: Mapping[str, list[int]]) -> Target:
-        rank, inputs = shapes[f"base_model.model.{name}.lora_A.weight"]
-        outputs, same = shapes[f"base_model.model.{name}.lora_B.weight"]
-        if rank != same:
-            raise Unusable(f"{self.folder}: A and B of {name} have ranks {rank} and {same}")
+        a, b = (shapes[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
+            raise Unusable(f"{self.folder}: A and B of {name} are {a} and {b}, no factors of a linear map")
+        (rank, inputs), outputs = a, b[0]
         alpha = _of_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank))
         return Target(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
 
@@ -145,9 +146,12 @@ def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank
 def config_of(folder: Path) -> dict[str, Any]:
     """Raises Unusable."""
     try:
-        return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no JSON object")
     except (OSError, ValueError) as error:
         raise Unusable(f"{folder} holds no readable {CONFIG}: {error}") from None
+    return found
 
 
 def _lora_config(folder: Path) -> dict[str, Any]:
@@ -157,6 +161,11 @@ def _lora_config(folder: Path) -> dict[str, Any]:
     if refused := [key for key in _KEPT_EXACT if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none"):
         raise Unusable(
             f"{folder} changes more than a product of two factors ({', '.join(refused)}): it cannot be added up"
+        )
+    if _CHANGES_BASE.fullmatch(begun := str(config.get("init_lora_weights"))):
+        raise Unusable(
+            f"{folder} began with a part of its base's weights (init_lora_weights: {begun}), from which they are"
+            " missing since: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"
         )
     return config
 
@@ -169,9 +178,9 @@ def _shapes(file: Path) -> dict[str, list[int]]:
             if length > file.stat().st_size:
                 raise ValueError("its header is longer than the file")
             header = json.loads(stream.read(length))
-    except (OSError, ValueError, struct.error) as error:
+        return {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
         raise Unusable(f"{file} cannot be read: {error}") from None
-    return {name: entry["shape"] for name, entry in header.items() if name != "__metadata__"}
 
 
 def _targets(shapes: Iterable[str], folder: Path) -> list[str]:

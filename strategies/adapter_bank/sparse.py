@@ -79,7 +79,7 @@ def merged_by(experts: Sequence[Sparse], weights: Sequence[float], how: Merge, d
 def _met(experts: Sequence[Sparse]) -> tuple[torch.Tensor, torch.Tensor]:
     """The places that any of them has, ascending, and which of these each expert's entries are, one after the other."""
     if len(shapes := {expert.shape for expert in experts}) > 1:
-        raise ValueError(f"corrections of {sorted(shapes)} are of different models")
+        raise Unusable(f"corrections of {sorted(shapes)} are of different models")
     places, which = torch.cat([expert.places for expert in experts]).unique(return_inverse=True)
     return places, which
 
@@ -127,7 +127,7 @@ def merge(
 
     Without `how`, entries that several have are averaged and others stay; with it, `weights` has one for each folder.
     PEFT wants the same multiple of I + O of every map: the first place is repeated, with zeros, which add nothing.
-    Raises Unusable, FileExistsError, and ValueError for those of different models.
+    Raises Unusable, for those of different models too, and FileExistsError.
     """
     from safetensors.torch import save_file
 

@@ -21,8 +21,9 @@ def corrected(model: Any, corrections: Mapping[str, Factors]) -> Iterator[Any]:
     try:
         with torch.no_grad():
             for name, factors in corrections.items():
-                weight, delta = model.get_submodule(name).weight, factors.delta()
-                weight += (delta if weight.shape == delta.shape else delta.T).to(weight)  # GPT-2's maps lie transposed
+                module, delta = model.get_submodule(name), factors.delta()
+                is_transposed = type(module).__name__ == "Conv1D"  # GPT-2's maps
+                module.weight += (delta.T if is_transposed else delta).to(module.weight)
         yield model
     finally:
         with torch.no_grad():

@@ -9,7 +9,8 @@ import torch
 
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.distances import DISTANCES
-from strategies.adapter_bank.generation import RULES
+from strategies.adapter_bank.generation import RULES, combined
+from strategies.adapter_bank.store import Bank
 from tests.conftest import SHARED, rows, write_jsonl
 from tests.integration.test_submit import orchestrator
 
@@ -76,7 +77,12 @@ def test_an_adapter_is_made_and_judged(place, tmp_path):
     assert found["selection"]["losses"] == sorted(found["selection"]["losses"], reverse=True)
     assert set(found["probe_loss"]) == {"base", "nearest", "average", "generated"}
     assert found["recommended"] == min(found["probe_loss"], key=found["probe_loss"].get) != "base"
-    assert Adapter(tmp_path / "made" / "adapter").ranks == [4]
+    there, bank = Adapter(tmp_path / "made" / "adapter"), Bank(place / "bank")
+    parts = [(bank.adapter(bank.find(part["name"])), part["share"]) for part in found["made_from"]]
+    told = combined([one for one, _ in parts], [share for _, share in parts], found["settings"]["rule"])
+    assert there.ranks == [4] and set(there.targets) == set(told)
+    for name, factors in told.items():  # the card is of what lies there, whichever was the best
+        torch.testing.assert_close(there.factors(name).delta(), factors.delta(), rtol=1e-3, atol=1e-5)
     assert json.loads((tmp_path / "made" / "adapt.json").read_text())["made_from"] == found["made_from"]
 
 
@@ -137,6 +143,7 @@ def test_merge_export_import_and_verify(place, tmp_path):
         (["bank", "show", "fourth", "--bank", "bank"], "has no adapter 'fourth'"),
         (["bank", "merge", "x", "first", "second", "--weights", "1", "--bank", "bank"], "1 numbers for 2 adapters"),
         (["bank", "merge", "x", "first", "--how", "best", "--bank", "bank"], "--how best: one of linear"),
+        (["bank", "merge", "x", "first", "--weights", "nan", "--bank", "bank"], "write finite numbers"),
         (["bank", "build", "runs", "--job", "job.yaml"], "holds no NAME/train.jsonl"),
         (
             ["bank", "evaluate", "--job", "job.yaml", "--runs", "sets"],

@@ -297,6 +297,45 @@ def a_model(architecture):
     return LlamaForCausalLM(LlamaConfig(vocab_size=64, num_hidden_layers=4, **sizes)).eval()
 
 
+def test_a_square_map_that_lies_transposed_is_corrected_as_peft_does(tmp_path):
+    from peft import PeftModel
+
+    model, ids = a_model("gpt2"), torch.arange(12).view(2, 6)
+    adapter = an_adapter(tmp_path / "made", 0, maps={"transformer.h.1.attn.c_proj": (16, 16)})
+    with corrected(model, adapter.corrections()), torch.no_grad():
+        ours = model(input_ids=ids).logits
+
+    with pytest.warns(UserWarning, match="fan_in_fan_out"), torch.no_grad():
+        theirs = PeftModel.from_pretrained(model, str(tmp_path / "made"))(input_ids=ids).logits
+
+    torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "said"),
+    [
+        ([], (2, 20), "it is no JSON object"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, (2, 20), "init_lora_weights: pissa_niter_4"),
+        ({"peft_type": "LORA", "use_dora": True}, (2, 20), "use_dora"),
+        ({"peft_type": "LORA"}, (2, 20, 1, 1), "no factors of a linear map"),
+        ({"peft_type": "LORA"}, (3, 20), "no factors of a linear map"),
+    ],
+)
+def test_what_is_no_plain_lora_is_refused_with_the_reason(tmp_path, config, shape, said):
+    from safetensors.torch import save_file
+
+    tensors = {"A": torch.zeros(shape), "B": torch.zeros(12, 2)}
+    (tmp_path / "one").mkdir()
+    save_file(
+        {f"base_model.model.q_proj.lora_{side}.weight": tensor for side, tensor in tensors.items()},
+        tmp_path / "one" / "adapter_model.safetensors",
+    )
+    (tmp_path / "one" / "adapter_config.json").write_text(json.dumps(config))
+
+    with pytest.raises(Unusable, match=said):
+        Adapter(tmp_path / "one")
+
+
 def test_peft_reads_what_was_made(tmp_path):
     from peft import PeftModel
 

@@ -47,3 +47,8 @@ def test_variants_are_passed_through(model, knobs):
     config = setup.model.peft_config["default"]
     for key, value in knobs.items():
         assert getattr(config, key) == value
+
+
+def test_an_adapter_to_begin_with_takes_the_place_of_another_beginning(model, tmp_path):
+    with pytest.raises(ValueError, match="init_adapter takes the place of init_lora_weights: pissa"):
+        Lora(init_lora_weights="pissa", init_adapter=str(tmp_path)).setup(model, settings())
