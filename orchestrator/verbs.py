@@ -64,7 +64,7 @@ def asked_job(name: str, overrides: list[str]) -> Job:
 
     path = Path(name)
     known = recipes()
-    if not path.exists() and name in known:
+    if not path.is_file() and name in known:  # a folder of that name is no job
         path = known[name][0]
     job = read_job(path, overrides)
     for notice in job.notices:

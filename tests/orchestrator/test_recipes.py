@@ -9,6 +9,7 @@ import pytest
 from orchestrator.jobfile import parse_job, read_job
 from orchestrator.schema import RECIPES, all_fields, json_schema, one_field, recipes, starter
 from orchestrator.validation import check
+from orchestrator.verbs import asked_job
 
 
 def test_the_recipes_are_found():
@@ -64,3 +65,10 @@ def test_the_schema_explains_every_key():
     assert one_field("lora_r")["type"] == "integer >= 1"
     assert one_field("data.packing")["default"] == "auto"
     assert "ModelSection" in json.loads(json_schema())["$defs"]
+
+
+def test_a_folder_of_a_recipe_s_name_does_not_hide_it(tmp_path, monkeypatch):
+    (tmp_path / "bank").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+    assert asked_job("bank", []).spec.name == "bank"
