@@ -15,7 +15,7 @@ from orchestrator.rundir import RunFolder
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
-NUM_STEPS = 600
+NUM_STEPS = 300
 
 
 def orchestrator(*arguments, cwd, check=None):
