@@ -13,7 +13,7 @@ from typing import Any
 import numpy
 
 from orchestrator import models, planner
-from orchestrator.banking import Base, bank_of, base_of, data_digest, evidence_of
+from orchestrator.banking import Base, bank_of, base_of, evidence_of, train_digest
 from orchestrator.data.prepare import prepare_data
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -87,7 +87,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
         made, judged = _judged(job, base.name, near, wanted, chosen.rule, trial, probe, folder, say)
-        own = data_digest(job)
+        own = train_digest(job)
         found.update(
             method="meta_generated",
             base={"name": base.name, "digest": base.digest},

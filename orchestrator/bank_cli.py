@@ -96,7 +96,7 @@ def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
     for card in cards:
         ranks = "-".join(str(rank) for rank in sorted({card.ranks[0], card.ranks[-1]}))
         rows = "" if card.num_rows is None else str(card.num_rows)
-        table.add_row(card.name, card.base_name, ranks, rows, _losses(card), card.licence or "", card.digest[:8])
+        table.add_row(card.name, card.base_name, ranks, rows, card.losses_told, card.licence or "", card.digest[:8])
     out.print(table)
 
 
@@ -309,7 +309,3 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
 
     for line in lines(found):
         out.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _losses(card: Card) -> str:
-    return " -> ".join(f"{value:.3f}" for value in card.held_out_loss if value is not None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator import models
-from orchestrator.data.files import digest
-from orchestrator.data.sources import sources_of
+from orchestrator.data.sources import digest_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
 from orchestrator.jobfile import Job, parse_job, read_run_job
 from orchestrator.plan import InBank, Plan
@@ -43,17 +41,14 @@ def bank_of(job: Job, create: bool = False) -> Bank:
     return Bank(job.path(job.spec.bank.path), create)
 
 
-def data_digest(job: Job) -> str | None:
-    """Of the bytes of the training files; None for a data set of the hub."""
-    files = [file for _, found in sources_of(job, job.spec.data.train, "data.train") for file in found or [None]]
-    if None in files:
-        return None
-    return hashlib.sha256("".join(digest(file) for file in files if file).encode()).hexdigest()
+def train_digest(job: Job) -> str | None:
+    """Of the bytes of the training files, as they are now."""
+    return digest_of(job, job.spec.data.train, "data.train")
 
 
 def in_bank(job: Job) -> tuple[InBank, ...]:
     """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model."""
-    folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), data_digest(job)
+    folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
     if folder is None or own is None:
         return ()
     try:
@@ -99,7 +94,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
-        data_digest=data_digest(job),
+        data_digest=files.get("train_digest"),  # as they were: the files may have changed since
         scores=scores,
         licence=licence or job.spec.bank.licence,
         method=job.spec.method.type,
@@ -152,7 +147,9 @@ def build(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str
         say(f"{number}/{len(found)} {one.name}")
         try:
             run = submit(job, Quiet(), f"bank-{one.name}")
-            cards.append(add_run(bank_of(job, create=True), run, one.name))
+            cards.append(card := add_run(bank_of(job, create=True), run, one.name))
+            if told := card.losses_told:
+                say(f"{one.name}: held-out loss {told}")
         except (Stopped, ClusterError):
             raise
         except (OrchestratorError, BankError, Unusable) as error:

@@ -135,6 +135,24 @@ def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     return spec.model_copy(update=changed)
 
 
+def changed_keys(old: JobSpec, new: JobSpec) -> list[str]:
+    """What two jobs differ in, as `section.key is NEW, was OLD`."""
+    before, after = flat(old.model_dump()), flat(new.model_dump())
+    return [
+        f"{key} is {after.get(key)}, was {before.get(key)}"
+        for key in {**before, **after}
+        if before.get(key) != after.get(key)
+    ]
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as `section.key`."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
 def value_of(spec: JobSpec, key: str) -> Any:
     """The value of a dotted key; None for a knob that the job's method does not have."""
     section, _, name = key.partition(".")

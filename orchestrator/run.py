@@ -23,7 +23,7 @@ from orchestrator.aside import Aside
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
-from orchestrator.jobfile import Job
+from orchestrator.jobfile import Job, changed_keys, read_run_job
 from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.rundir import RunFolder
@@ -60,7 +60,8 @@ class Ready:
 def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
     """Run a job from its file to its evaluated result.  Raises OrchestratorError; see errors.py for the exit codes.
 
-    A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.
+    A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.  JobError where that
+    run is of other settings or other data.
     """
     if missing := [name for name in job.spec.cluster.secrets if not os.environ.get(name)]:
         raise JobError(
@@ -69,6 +70,7 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
         )
     known = RunFolder(output_dir(job) / run_id) if run_id else None
     if known and (known.path / known.marker).is_file():
+        _must_be_of(known, job)
         return known if known.state() == "finished" else resume(known, job, watcher)
     ready = prepare(job, watcher.say)
     run = RunFolder.create(output_dir(job), job.spec.name, run_id)
@@ -88,10 +90,37 @@ def resume(run: RunFolder, job: Job, watcher: Watcher) -> RunFolder:
     capability = ClusterCapability.from_dict(run.read_json("capability.json") or {"nodes": []})
     files = run.read_json("data.json") or {}
     if not all(Path(files[key]).is_dir() for key in ("train", "eval", "model") if files.get(key)):
+        _must_have_data_of(run, job)
         run.write("data.json", json.dumps(prepare(job, watcher.say).data_files, indent=1))  # caches were cleared
     watcher.planned(run, job, plan, files.get("statistics", {}))
     execute(run, job, plan, capability, watcher)
     return run
+
+
+def _must_be_of(run: RunFolder, job: Job) -> None:
+    """Raises JobError where a run is not what this job would be: its result would be taken for this job's."""
+    if changed := changed_keys(read_run_job(run.path).spec, job.spec):
+        raise JobError(
+            f"{run.run_id} exists and is of another job ({_few(changed)}). `orchestrator resume {run.run_id}` goes"
+            f" on with that one; for this one choose another run id, or delete {run.path}"
+        )
+    _must_have_data_of(run, job)
+
+
+def _few(changed: list[str]) -> str:
+    return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
+
+
+def _must_have_data_of(run: RunFolder, job: Job) -> None:
+    """Raises JobError where the job's files are not as they were when the run began."""
+    from orchestrator.data.prepare import digests
+
+    known = run.read_json("data.json") or {}
+    if changed := [name for name, digest in digests(job).items() if known.get(name) not in (None, digest)]:
+        raise JobError(
+            f"{', '.join('data.' + name.removesuffix('_digest') for name in changed)}: the files have changed since"
+            f" {run.run_id} began. Put them back to go on, or submit a new run; to use its name again delete {run.path}"
+        )
 
 
 def prepare(

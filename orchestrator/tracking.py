@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from orchestrator import workers
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import Job
+from orchestrator.jobfile import Job, flat
 from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
 from orchestrator.search.trials import SearchFolder, Trial, read_trials
@@ -220,7 +220,7 @@ class _Sender(_Store):
         from mlflow.entities import Param
 
         plan = Plan.from_json((self.run.path / "plan.json").read_text())
-        params = _flat(self.job.spec.model_dump()) | {f"plan.{k}": v for k, v in settings_of(plan).items()}
+        params = flat(self.job.spec.model_dump()) | {f"plan.{k}": v for k, v in settings_of(plan).items()}
         params["plan.hash"] = plan.hash
         entities = [Param(key, str(value)[:6000]) for key, value in params.items()]
         for start in range(0, len(entities), 100):
@@ -271,13 +271,3 @@ class _Sender(_Store):
 
 def _numbers(event: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in event.items() if isinstance(value, int | float) and key != "time"}
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

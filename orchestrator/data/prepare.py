@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.data.dataset import Dataset, Options, build, cache_key
 from orchestrator.data.files import digest
-from orchestrator.data.sources import rows_of, sources_of
+from orchestrator.data.sources import digest_of, rows_of, sources_of
 from orchestrator.data.template import Renderer, chat_template_of
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -37,7 +37,7 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     maker = _Maker(job, model_folder, max_length, cache, say)
     train_folder = maker.make(data.train, "data.train")
     train = Dataset.load(train_folder)
-    files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)}
+    files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)} | digests(job)
     held_out = None
     if isinstance(data.eval, HeldOut):
         files |= {"split": data.eval.split, "seed": job.spec.train.seed}
@@ -47,6 +47,16 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
         files["eval"] = str(eval_folder)
         held_out = Dataset.load(eval_folder)
     return Prepared(train, held_out, files, maker.num_made == 0)
+
+
+def digests(job: Job) -> dict[str, str | None]:
+    """What data.json says of the bytes of the job's files."""
+    asked = {"train": job.spec.data.train, "eval": job.spec.data.eval}
+    return {
+        f"{name}_digest": digest_of(job, value, f"data.{name}")
+        for name, value in asked.items()
+        if value is not None and not isinstance(value, HeldOut)
+    }
 
 
 def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.files import Row, find_files, looks_like_hub_name, read_hub_rows, read_rows
+from orchestrator.data.files import Row, digest, find_files, looks_like_hub_name, read_hub_rows, read_rows
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.spec import Source
@@ -28,6 +29,14 @@ def sources_of(job: Job, value: Any, key: str) -> list[tuple[Source, list[Path]]
     if not sources:
         raise JobError(f"{key} is an empty list; give at least one path")
     return sources
+
+
+def digest_of(job: Job, value: Any, key: str) -> str | None:
+    """SHA-256 over those of a data key's files; None where a part is a data set of the hub.  Raises JobError."""
+    found = [files for _, files in sources_of(job, value, key)]
+    if not all(found):
+        return None
+    return hashlib.sha256("".join(digest(file) for files in found for file in files).encode()).hexdigest()
 
 
 def rows_of(source: Source, files: list[Path]) -> Iterator[Row]:

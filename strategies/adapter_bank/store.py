@@ -70,6 +70,11 @@ class Card:
         before, after = (self.scores.get(when, {}).get("eval_loss") for when in ("before", "after"))
         return before, after
 
+    @property
+    def losses_told(self) -> str:
+        """As one reads them: 3.863 -> 0.683."""
+        return " -> ".join(f"{value:.3f}" for value in self.held_out_loss if value is not None)
+
 
 class Bank:
     """Adapters that were trained, by name or by the start of their digest."""

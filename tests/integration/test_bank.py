@@ -68,6 +68,23 @@ def test_what_was_built_is_not_built_again(place):
     assert sorted((place / "runs").iterdir()) == runs
 
 
+def test_what_was_built_of_other_rows_is_not_taken_for_that_of_these(place):
+    """Neither by `build` nor by a run that is added after its file has changed."""
+    file = place / "sets" / "first" / "train.jsonl"
+    cards = ("bank", "show", "first", "--bank", "bank", "--json")
+    kept, known = file.read_bytes(), json.loads(orchestrator(*cards, cwd=place, check=0).stdout)
+    try:
+        write_jsonl(file, rows(50))
+        done = orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=2)
+        orchestrator("bank", "add", "bank-first", "--bank", "bank", cwd=place, check=0)
+    finally:
+        file.write_bytes(kept)
+
+    assert "first: data.train: the files have changed since bank-first began" in joined(done.stdout + done.stderr)
+    assert "1 of 2 failed (first)" in joined(done.stderr)
+    assert json.loads(orchestrator(*cards, cwd=place, check=0).stdout)["data_digest"] == known["data_digest"]
+
+
 def test_an_adapter_is_made_and_judged(place, tmp_path):
     done = orchestrator("adapt", "job.yaml", "--output", tmp_path / "made", "--json", cwd=place, check=0)
     found = json.loads(done.stdout)

@@ -170,6 +170,26 @@ def test_list_status_and_logs_tell_it(finished, place):
     assert orchestrator("resume", run.run_id, cwd=place).returncode == 2
 
 
+def test_a_run_goes_on_for_its_own_job_and_data_alone(finished, place):
+    run, _ = finished
+    names = ("submit", "job.yaml", "--run-id", run.run_id)
+    before = (run.path / "events.jsonl").read_bytes()
+    rows_before = (place / "train.jsonl").read_bytes()
+
+    same = orchestrator(*names, "--json", cwd=place, check=0)
+    other = orchestrator(*names, "-s", "train.learning_rate=1e-4", cwd=place, check=2)
+    try:
+        write_jsonl(place / "train.jsonl", rows(41))
+        changed = orchestrator(*names, cwd=place, check=2)
+    finally:
+        (place / "train.jsonl").write_bytes(rows_before)
+
+    assert json.loads(same.stdout)["run"] == run.run_id
+    assert "train.learning_rate is 0.0001, was 0.003" in " ".join(other.stderr.split())
+    assert "data.train: the files have changed since" in " ".join(changed.stderr.split())
+    assert (run.path / "events.jsonl").read_bytes() == before
+
+
 def start(*arguments, cwd):
     """A command that hears Ctrl-C, also when these tests run in the background of a shell, which ignores it."""
     return subprocess.Popen(
