@@ -218,6 +218,8 @@ def build(
 ) -> None:
     """Train an adapter for each data set of a folder and put it into the bank; again = goes on where it stands.
 
+    A data set whose rows or settings have changed since is named, with what to delete to train it again.
+
     Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
     """
     from orchestrator.banking import build as build_bank
