@@ -218,7 +218,7 @@ def build(
 ) -> None:
     """Train an adapter for each data set of a folder and put it into the bank; again = goes on where it stands.
 
-    A data set whose rows or settings have changed since is named, with what to delete to train it again.
+    A data set whose rows or settings have changed since is named; to train it again, delete its run and `bank rm` it.
 
     Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
     """

@@ -32,7 +32,10 @@ def sources_of(job: Job, value: Any, key: str) -> list[tuple[Source, list[Path]]
 
 
 def digest_of(job: Job, value: Any, key: str) -> str | None:
-    """SHA-256 over those of a data key's files; None where a part is a data set of the hub.  Raises JobError."""
+    """One SHA-256 for the bytes of a data key's files, in their order; None where a part is a data set of the hub.
+
+    Raises JobError for paths that are not there.
+    """
     found = [files for _, files in sources_of(job, value, key)]
     if not all(found):
         return None
