@@ -1,0 +1,295 @@
+"""Reading what comes from outside: paths, text, YAML and JSON are data until they were checked here.
+
+A FIFO blocks whoever opens it, `/dev/zero` never ends, a YAML file of one kilobyte may stand for a billion values, a
+JSON number may be NaN.  Every reader of a file that another person or program wrote goes through this module: it
+refuses what is no regular file, is too large, nested too deeply or of the wrong type, with a sentence that names it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import stat
+import unicodedata
+from collections.abc import Hashable
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, TypeVar
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+MAX_BYTES = 16 * 2**20  # of a text file: job, card, configuration, template, index of weights
+MAX_DEPTH = 100
+MAX_NODES = 500_000  # values of a YAML file; more take minutes to read and are no job
+MAX_ALIASED_NODES = 10_000  # values that a YAML file has through its aliases alone
+
+NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
+NAME_PATTERN = r"^\w[\w.-]{0,62}$"
+_MAX_NAME_BYTES = 200  # of UTF-8: a file name has 255, and a moment or an ending is added
+
+_TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
+T = TypeVar("T")
+_Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class BadInput(ValueError):
+    """Input from outside that cannot be used; the text begins with its path or label and says why."""
+
+
+# --- paths and files
+
+
+def checked_path(value: str | os.PathLike[str], folder: Path = Path()) -> Path:
+    """The absolute path that `value` names, relative to `folder`, with `~` expanded; it need not exist.
+
+    Raises BadInput for text that no path can be: a NUL, half a surrogate pair, an unknown user, a loop of links.
+    """
+    text = os.fspath(value)
+    if not text.strip():
+        raise BadInput("an empty text is no path")
+    if "\0" in text:
+        raise BadInput(f"{printable(text)}: a path holds no NUL character")
+    try:
+        text.encode("utf-8")
+        return (folder / Path(text).expanduser()).resolve()
+    except UnicodeEncodeError:
+        raise BadInput(f"{printable(text)}: is no UTF-8 text (half a surrogate pair), so it names no file") from None
+    except RuntimeError as error:  # expanduser: no such user; resolve: a loop of links
+        raise BadInput(f"{printable(text)}: {_lower_first(str(error))}") from None
+    except OSError as error:
+        raise BadInput(f"{printable(text[:80])}: {_reason(error)}") from None
+
+
+def kind_of(path: Path) -> str | None:
+    """file, folder, FIFO, device or socket; None where nothing is.  Raises BadInput where that cannot be told."""
+    try:
+        mode = path.stat().st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise BadInput(f"{_short(path)}: {_reason(error)}") from None
+    kinds = ((stat.S_ISREG, "file"), (stat.S_ISDIR, "folder"), (stat.S_ISFIFO, "FIFO"), (stat.S_ISSOCK, "socket"))
+    return next((name for test, name in kinds if test(mode)), "device")
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a regular file for reading, without ever waiting for a FIFO or reading a device.  Raises BadInput."""
+    kind = kind_of(path)
+    if kind is None:
+        raise BadInput(f"{_short(path)}: does not exist")
+    if kind != "file":
+        raise BadInput(f"{_short(path)}: is a {kind}, not a file")
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise BadInput(f"{_short(path)}: cannot be read: {_reason(error)}") from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it changed since it was looked at
+        os.close(descriptor)
+        raise BadInput(f"{_short(path)}: is not a regular file")
+    return os.fdopen(descriptor, "rb")
+
+
+def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
+    """All of a regular file of at most `max_bytes`.  Raises BadInput."""
+    with open_regular(path) as stream:
+        try:
+            content = stream.read(max_bytes + 1)
+        except OSError as error:
+            raise BadInput(f"{_short(path)}: cannot be read: {_reason(error)}") from None
+    if len(content) > max_bytes:
+        raise BadInput(f"{_short(path)}: is larger than {max_bytes / 2**20:.0f} MiB, which no such file needs")
+    return content
+
+
+def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
+    """All of a regular UTF-8 text file, without a byte-order mark.  Raises BadInput."""
+    try:
+        return read_bytes(path, max_bytes).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{_short(path)}: is not UTF-8 text (byte {error.start})") from None
+
+
+# --- YAML
+
+
+def compose_yaml(text: str, label: str = "the text") -> yaml.Node | None:
+    """The node tree of one YAML document, None for an empty one.
+
+    Raises BadInput beyond MAX_BYTES, MAX_DEPTH, MAX_NODES and MAX_ALIASED_NODES, for tags other than those of plain
+    values, and for text that is not YAML.
+    """
+    if len(text) > MAX_BYTES:
+        raise BadInput(f"{label}: is larger than {MAX_BYTES / 2**20:.0f} MiB")
+    try:
+        _check_events(text, label)
+        return yaml.compose(text, Loader=_Loader)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise BadInput(f"{label}: {line}is not YAML: {error.problem or error.context}") from None
+    except yaml.YAMLError as error:
+        raise BadInput(f"{label}: is not YAML: {str(error).splitlines()[0]}") from None
+    except (UnicodeError, RecursionError) as error:
+        raise BadInput(f"{label}: is not YAML: {error}") from None
+
+
+def load_yaml(text: str, label: str = "the text") -> Any:
+    """The plain values of one YAML document; of repeated keys the last counts.  Raises BadInput."""
+    node = compose_yaml(text, label)
+    return None if node is None else yaml_value(node, label)
+
+
+def yaml_value(node: yaml.Node, label: str = "the text") -> Any:
+    """The plain value of a node that `compose_yaml` gave.  Raises BadInput for a value that is not of its tag."""
+    try:
+        return _Values("").construct_document(node)
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        raise BadInput(f"{label}: {line}{error.problem or error.context}") from None
+    except RecursionError:
+        raise BadInput(f"{label}: is nested too deeply") from None
+
+
+class _Values(yaml.SafeLoader):
+    """Builds plain values; one that is not of its tag is named with its line."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        try:
+            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+        except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
+            kind = node.tag.rpartition(":")[2]
+            shown = printable(node.value[:40]) if isinstance(node, yaml.ScalarNode) else f"of {len(node.value)} parts"
+            problem = f"{shown!r} cannot be read as {kind}" if shown else f"an empty {kind}"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
+
+
+def _check_events(text: str, label: str) -> None:
+    """Sizes by the parser's events alone, before a single value is built."""
+    count, aliased = 0, 0
+    sizes: dict[str, int] = {}  # anchor -> values below it, aliases expanded
+    open_nodes: list[tuple[str | None, int]] = []  # (anchor, aliased + count when it began)
+    for event in yaml.parse(text, Loader=_Loader):
+        where = f"{label}: line {event.start_mark.line + 1}"
+        if isinstance(event, yaml.AliasEvent):
+            if any(anchor == event.anchor for anchor, _ in open_nodes):
+                raise BadInput(f"{where}: is not YAML: an anchor that contains itself (*{event.anchor})")
+            aliased += sizes.get(event.anchor, 1)
+            if aliased > MAX_ALIASED_NODES:
+                raise BadInput(f"{where}: its aliases stand for more than {MAX_ALIASED_NODES:,} values")
+        elif isinstance(event, yaml.NodeEvent):
+            count += 1
+            if count > MAX_NODES:
+                raise BadInput(f"{where}: holds more than {MAX_NODES:,} values")
+            tag = getattr(event, "tag", None)
+            if tag is not None and tag not in _TAGS:
+                raise BadInput(f"{where}: the tag {printable(tag)} is not known; plain values need none")
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((event.anchor, count + aliased - 1))
+                if len(open_nodes) > MAX_DEPTH:
+                    raise BadInput(f"{where}: is nested too deeply (more than {MAX_DEPTH} levels)")
+            elif event.anchor:
+                sizes[event.anchor] = 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, began = open_nodes.pop()
+            if anchor:
+                sizes[anchor] = count + aliased - began
+
+
+# --- JSON and records
+
+
+def load_json(text: str | bytes, label: str = "the text", allow_nan: bool = False) -> Any:
+    """The values of a JSON text.  Raises BadInput: no JSON, nested beyond MAX_DEPTH, NaN or Infinity unless allowed."""
+
+    def constant(name: str) -> float:
+        if not allow_nan:
+            raise ValueError(f"{name} is no number")
+        return float(name.replace("Infinity", "inf"))
+
+    try:
+        values = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), parse_constant=constant)
+    except UnicodeDecodeError:
+        raise BadInput(f"{label}: is not UTF-8 text") from None
+    except RecursionError:
+        raise BadInput(f"{label}: is nested too deeply") from None
+    except ValueError as error:
+        raise BadInput(f"{label}: is not JSON: {error}") from None
+    if depth_of(values) > MAX_DEPTH:
+        raise BadInput(f"{label}: is nested too deeply (more than {MAX_DEPTH} levels)")
+    return values
+
+
+def read_json(path: Path, max_bytes: int = MAX_BYTES, allow_nan: bool = False) -> Any:
+    """The values of a JSON file.  Raises BadInput."""
+    return load_json(read_bytes(path, max_bytes), _short(path), allow_nan)
+
+
+def depth_of(values: Any) -> int:
+    """Levels of nesting of lists and mappings, 0 for a plain value; counted without recursion, up to MAX_DEPTH + 1."""
+    level, depth = [values], 0
+    while (level := [value for value in level if isinstance(value, dict | list)]) and depth <= MAX_DEPTH:
+        depth += 1
+        level = [child for value in level for child in (value.values() if isinstance(value, dict) else value)]
+    return depth
+
+
+def record(kind: type[T], values: Any, label: str) -> T:
+    """`values`, as JSON gave them, as the dataclass `kind`, each field of its stated type; other fields are ignored.
+
+    Raises BadInput naming every field that is missing or of another type.  NaN and infinities are no numbers.
+    """
+    if not isinstance(values, dict):
+        raise BadInput(f"{label}: holds a {type(values).__name__}, not an object with named fields")
+    try:
+        return _adapter(kind).validate_json(json.dumps(values, allow_nan=False), strict=True)
+    except ValidationError as error:
+        wrong = [
+            f"{'.'.join(str(part) for part in item['loc'])} {_lower_first(item['msg'])}"
+            for item in error.errors(include_url=False)[:5]
+        ]
+        raise BadInput(f"{label}: {printable('; '.join(wrong))}") from None
+    except (ValueError, RecursionError) as error:
+        raise BadInput(f"{label}: {error}") from None
+
+
+@cache
+def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
+
+
+# --- names and printing
+
+
+def name_mistake(name: str) -> str | None:
+    """What is wrong with the name of a run, a bank or an adapter; None for a good one."""
+    if re.fullmatch(NAME_PATTERN[1:-1], name) and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES:
+        return None
+    return f"{printable(name[:80])!r}: {NAME_RULE}"
+
+
+def printable(text: str) -> str:
+    """The text with control characters, line breaks and half surrogate pairs written as escapes: one safe line."""
+    return "".join(
+        _escaped(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI else c for c in text
+    )
+
+
+_BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn around the order of what is shown
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
+
+
+def _short(path: Path) -> str:
+    text = printable(str(path))
+    return text if len(text) <= 300 else f"{text[:140]}...{text[-140:]}"
+
+
+def _reason(error: Exception) -> str:
+    return _lower_first((error.strerror if isinstance(error, OSError) else None) or str(error))
+
+
+def _lower_first(text: str) -> str:
+    return text[:1].lower() + text[1:]

@@ -1,0 +1,42 @@
+"""The paths that a person names, checked once: every verb and every key of a job file resolves its path here."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Literal
+
+from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_text
+from orchestrator.errors import JobError
+
+Kind = Literal["file", "folder", "any", "new"]
+
+
+def resolve_path(value: str | os.PathLike[str], key: str, folder: Path = Path(), kind: Kind = "any") -> Path:
+    """The absolute path of what `key` (a job-file key or an option) names, relative to `folder`.
+
+    `kind` is what must lie there; `new` is a file or folder that may be written and so need not exist; `any` is a file
+    or a folder.  Raises JobError for what is not there, of another kind (a FIFO, a device), or not to be read.
+    """
+    try:
+        path = checked_path(value, folder)
+        found = kind_of(path)
+    except BadInput as error:
+        raise JobError(f"{key}: {error}") from None
+    if found is None and kind != "new":
+        raise JobError(f"{key}: {printable(str(path))} does not exist. Relative paths start at {folder.resolve()}")
+    if found not in (None, "file", "folder") or (kind in ("file", "folder") and found != kind):
+        wanted = kind if kind in ("file", "folder") else "file or a folder"
+        raise JobError(f"{key}: {printable(str(path))} is a {found}; give a {wanted}")
+    if found and not os.access(path, os.R_OK | (os.X_OK if found == "folder" else 0)):
+        raise JobError(f"{key}: {printable(str(path))} cannot be read: permission denied")
+    return path
+
+
+def read_text_file(value: str | os.PathLike[str], key: str, folder: Path = Path()) -> str:
+    """The text of the file that `key` names.  Raises JobError."""
+    path = resolve_path(value, key, folder, "file")
+    try:
+        return read_text(path)
+    except BadInput as error:
+        raise JobError(f"{key}: {error}") from None
