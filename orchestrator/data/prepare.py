@@ -7,11 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.dataset import Dataset, Options, build, cache_key
+from orchestrator.data.dataset import DamagedCache, Dataset, Options, build, cache_key
 from orchestrator.data.files import digest
 from orchestrator.data.sources import digest_of, rows_of, sources_of
 from orchestrator.data.template import Renderer, chat_template_of
 from orchestrator.errors import JobError
+from orchestrator.job import manifest
 from orchestrator.jobfile import Job
 from orchestrator.spec import HeldOut, Source
 
@@ -34,6 +35,8 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     Raises JobError with the broken rows, the missing files or the template's trouble.
     """
     data = job.spec.data
+    if removed := manifest.remove_leftovers(cache):
+        say(f"removed the leftovers of {removed} killed preparations in {cache}")
     maker = _Maker(job, model_folder, max_length, cache, say)
     train_folder = maker.make(data.train, "data.train")
     train = Dataset.load(train_folder)
@@ -102,8 +105,12 @@ class _Maker:
         """The folder of the tokenised samples of one data key."""
         sources = sources_of(self.job, value, key)
         folder = self.cache / self._name(sources)
-        if (folder / "statistics.json").exists():
-            return folder
+        if folder.exists() or folder.is_symlink():
+            try:
+                Dataset.load(folder)
+                return folder
+            except DamagedCache as error:
+                self.say(f"{key}: the tokenised rows in {folder} are damaged ({error.damage}); they are made again")
         self._renderer = self._renderer or renderer_for(self.job, self.model_folder)
         self.say(f"tokenising {key} ...")
         # Options differ between sources by their format alone, which each row's own fields decide or the source states.

@@ -9,7 +9,6 @@ for an adapter method.  safetensors and JSON, never pickle.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,8 +22,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from orchestrator.job import manifest
 from strategies.contract import TrainSetup, TrainState
 from strategies.state import restore
+
+_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -65,13 +67,11 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
         moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        files = {file.name: _measure(file) for file in sorted(temporary.iterdir())}
-        _write_synced(temporary / "manifest.json", json.dumps({"step": state["step"], "files": files}, indent=1))
-        _sync(temporary)
+        manifest.write(temporary, step=state["step"])
         if final.exists():  # the same step, saved by the run that was interrupted after it
             shutil.rmtree(final)
         os.rename(temporary, final)
-        _sync(folder)
+        manifest.sync(folder)
     except SafetensorError as error:  # how that library says that the disk is full
         raise OSError(error.args[0] if error.args else "cannot be written") from error
     finally:
@@ -99,14 +99,7 @@ def read(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, None when every file has its size and SHA-256."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
-            if _measure(path / name, sync=False) != expected:
-                return f"{name} has changed"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return f"{type(error).__name__}: {error}"
-    return None
+    return manifest.damage(path, _FILES)
 
 
 def prune(folder: Path, keep: int, best: str | None) -> None:
@@ -115,26 +108,3 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
     for path in [*complete[:-keep], *folder.glob("*.tmp-*")]:
         if path.name != best:
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _measure(file: Path, sync: bool = True) -> dict[str, Any]:
-    with file.open("rb") as stream:
-        measured = {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
-        if sync:
-            os.fsync(stream.fileno())
-    return measured
-
-
-def _write_synced(file: Path, text: str) -> None:
-    with file.open("w") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

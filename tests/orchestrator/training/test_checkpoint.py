@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.job import manifest
 from orchestrator.training import checkpoint
 from strategies.contract import TrainSetup
 from strategies.state import gather
@@ -66,14 +67,14 @@ def test_damage_is_found_and_the_one_before_is_used(setup, tmp_path, name, damag
     assert "step-00000002 is damaged" in warnings[0]
 
 
-@pytest.mark.parametrize("call", ["save_file", "_measure", "_write_synced", "_sync"])
-def test_a_crash_while_saving_leaves_the_checkpoint_before(setup, tmp_path, monkeypatch, call):
+@pytest.mark.parametrize("place, call", [(checkpoint, "save_file"), (manifest, "_measure"), (manifest, "sync")])
+def test_a_crash_while_saving_leaves_the_checkpoint_before(setup, tmp_path, monkeypatch, place, call):
     checkpoint.save(tmp_path, gather(setup), {"step": 1})
 
     def crash(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, call, crash)
+    monkeypatch.setattr(place, call, crash)
     with pytest.raises(OSError, match="No space"):
         checkpoint.save(tmp_path, gather(setup), {"step": 2})
     monkeypatch.undo()

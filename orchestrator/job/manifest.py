@@ -1,0 +1,144 @@
+"""Folders that are whole or not there: written beside their place, listed by size and SHA-256, then renamed.
+
+    NAME/  ...files...  manifest.json ({"files": {name: {"bytes": n, "sha256": hex}}, ...})
+
+Every file is fsynced and the manifest is written last, so a crash at any point leaves a folder that does not verify.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from clusters.safe_input import BadInput, open_regular, read_json
+
+NAME = "manifest.json"
+_WRITING = ".writing"  # locked by the process that fills a temporary folder, as long as it lives
+
+
+def write(folder: Path, **facts: Any) -> None:
+    """List the files of `folder` in its manifest, with `facts` beside them; everything is on disk when it returns."""
+    files = {file.name: _measure(file, sync=True) for file in sorted(folder.iterdir()) if file.name != _WRITING}
+    with (folder / NAME).open("w") as stream:
+        stream.write(json.dumps({**facts, "files": files}, indent=1))
+        stream.flush()
+        os.fsync(stream.fileno())
+    sync(folder)
+
+
+def damage(folder: Path, required: Collection[str] = ()) -> str | None:
+    """What is wrong with a folder that `write` listed; None when every file, those `required` among them, verifies."""
+    try:
+        listed = read_json(folder / NAME)
+        files = listed.get("files") if isinstance(listed, dict) else None
+        if not isinstance(files, dict) or not all(name and Path(name).name == name for name in files):
+            return f"{NAME} lists no files"
+        if missing := [name for name in required if name not in files]:
+            return f"{NAME} does not list {missing[0]}"
+        changed = [name for name, expected in files.items() if _measure(folder / name) != expected]
+    except (BadInput, OSError) as error:
+        return str(error)
+    return f"{changed[0]} has changed" if changed else None
+
+
+def sync(folder: Path) -> None:
+    """Bring a folder's list of names to disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def temporary_folder(final: Path) -> Iterator[Path]:
+    """A new folder beside `final` to be filled and handed to `publish`; it is removed at the end.
+
+    `remove_leftovers` knows by a lock in it that its process still lives.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
+    with _locked(final.parent):
+        temporary.mkdir()
+        writing = (temporary / _WRITING).open("wb")
+        _lock(writing, wait=False)
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        writing.close()
+
+
+def publish(temporary: Path, final: Path, required: Collection[str]) -> None:
+    """List and rename a filled folder.  A whole `final` that another process made first stays, a damaged one goes."""
+    write(temporary)
+    with _locked(final.parent):
+        if damage(final, required):
+            remove(final)
+            (temporary / _WRITING).unlink(missing_ok=True)
+            os.rename(temporary, final)
+    sync(final.parent)
+
+
+def remove(path: Path) -> None:
+    """Remove what lies at `path`, whatever it is; a link goes, what it points to stays."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_leftovers(parent: Path) -> int:
+    """Remove the temporary folders of processes that were killed; how many.  Those being written stay."""
+    if not any(parent.glob("*.tmp-*")) or not os.access(parent, os.W_OK):
+        return 0
+    with _locked(parent):
+        folders = [path for path in parent.glob("*.tmp-*") if path.is_dir() and not path.is_symlink()]
+        leftovers = [folder for folder in folders if not _is_being_written(folder)]
+        for folder in leftovers:
+            shutil.rmtree(folder, ignore_errors=True)
+    return len(leftovers)
+
+
+def _is_being_written(folder: Path) -> bool:
+    try:
+        with (folder / _WRITING).open("rb+") as writing:
+            return not _lock(writing, wait=False)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True  # another user's
+
+
+@contextmanager
+def _locked(parent: Path) -> Iterator[None]:
+    """Creating, renaming and removing folders of `parent` one process at a time; each takes a moment."""
+    with (parent / ".lock").open("wb") as file:
+        _lock(file, wait=True)
+        yield
+
+
+def _lock(file: BinaryIO, wait: bool) -> bool:
+    """Whether the lock was taken; a file system that knows no locks counts as taken by another."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        return False
+    return True
+
+
+def _measure(file: Path, sync: bool = False) -> dict[str, Any]:
+    with open_regular(file) as stream:
+        measured = {"bytes": os.fstat(stream.fileno()).st_size}
+        measured["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
+        if sync:
+            os.fsync(stream.fileno())
+    return measured
