@@ -1,8 +1,9 @@
-"""Answers generated for held-out prompts, and how good they are."""
+"""Answers generated for held-out prompts."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.training.parallel import Group, even_passes
+from orchestrator.training.stops import Stops, stops_of
 from strategies.shape import ModelShape
 from strategies.techniques.precision import autocast
 
@@ -25,6 +27,14 @@ class Answer:
     generated: str
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    index: int
+    ids: list[int]
+    reference: str
+    new_tokens: int  # that its answer may take; 0 where the prompt fills the model's context
+
+
 @torch.no_grad()
 def generate_answers(
     model: Any,
@@ -37,40 +47,96 @@ def generate_answers(
 ) -> list[Answer]:
     """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 
-    Workers that divide the weights must generate `together`: as many passes everywhere.
+    An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  Workers
+    that divide the weights must generate `together`: as many passes everywhere.
     """
-    prompts = [(index, *data.prompt(index)) for index in indices]
-    usable = [(index, ids, reference) for index, ids, reference in prompts if reference is not None and len(ids)]
-    usable.sort(key=lambda item: len(item[1]))
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trained_with = inner.config._attn_implementation
+    prompts = _prompts(inner, tokenizer, data, indices, max_new_tokens)
+    stops = stops_of(inner, tokenizer)
+    texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
+    batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], max_new_tokens)
+    listed = [prompt for batch in batches for prompt in batch]
+    places = iter(range(len(listed)))
+    numbers = [[next(places) for _ in batch] for batch in batches]
+    with _generating(model, inner):
+        for members in even_passes(together, numbers) if together else numbers:
+            batch = [listed[place] for place in members]
+            asked = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
+            new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
+            with autocast(model.device.type, dtype):
+                answered = _generate(model, tokenizer, asked, new_tokens, stops, together is not None)
+            texts |= {prompt.index: text for prompt, text in zip(batch, answered, strict=False)}
+    return [
+        Answer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])
+        for prompt in sorted(prompts, key=lambda prompt: prompt.index)
+    ]
+
+
+def num_without_room(model: Any, data: Dataset, indices: Sequence[int]) -> int:
+    """How many prompts with a reference fill the model's context, so that no answer to them can be generated."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    limit = context_of(inner)
+    found = (data.prompt(index) for index in indices)
+    return sum(limit is not None and reference is not None and len(ids) >= limit for ids, reference in found)
+
+
+def context_of(model: Any) -> int | None:
+    """Positions that a model knows; None where its config does not say."""
+    config = model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return limit if isinstance(limit, int) and limit > 0 else None
+
+
+def _prompts(model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], max_new_tokens: int) -> list[_Prompt]:
+    """The prompts that have a reference, shortest first; one without a token starts as the tokenizer starts a text."""
+    limit, found = context_of(model), []
+    for index in indices:
+        ids, reference = data.prompt(index)
+        if reference is not None:
+            own = [int(token) for token in ids] or [_start_token(tokenizer)]
+            room = max_new_tokens if limit is None else max(0, min(max_new_tokens, limit - len(own)))
+            found.append(_Prompt(index, own, reference, room))
+    return sorted(found, key=lambda prompt: len(prompt.ids))
+
+
+def _batches(model: Any, prompts: list[_Prompt], max_new_tokens: int) -> list[list[_Prompt]]:
+    """Prompts that are generated in one go: as many as the cache may hold, all with as much room for their answers."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_new_tokens
+    rows = max(1, min(_MOST_PROMPTS, _CACHE_BYTES // (longest * _cache_bytes_per_token(model))))
+    roomy = [prompt for prompt in prompts if prompt.new_tokens == max_new_tokens]
+    whole = [roomy[start : start + rows] for start in range(0, len(roomy), rows)]
+    return [*whole, *([prompt] for prompt in prompts if prompt.new_tokens < max_new_tokens)]
+
+
+@contextlib.contextmanager
+def _generating(model: Any, inner: Any) -> Iterator[None]:
+    """The model as generation needs it; afterwards as it was."""
+    trained_with, was_training = inner.config._attn_implementation, model.training
     inner.set_attn_implementation("sdpa")  # prompts are padded here: the training kernel may not know padding
     # transformers hands the output matrix a strided slice, for which torch copies the matrix once a row: 4 GiB here.
     output = inner.get_output_embeddings()
     unslice = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
-    was_training = model.training
     model.eval()
-    answers: dict[int, Answer] = {}
-    longest = max((len(ids) for _, ids, _ in usable), default=0) + max_new_tokens
-    rows = max(1, min(_MOST_PROMPTS, _CACHE_BYTES // (longest * _cache_bytes_per_token(inner))))
     try:
-        batches = [list(range(start, min(start + rows, len(usable)))) for start in range(0, len(usable), rows)]
-        for members in even_passes(together, batches) if together else batches:
-            batch = [usable[i] for i in members]
-            asked = [ids for _, ids, _ in batch] or [[tokenizer.eos_token_id or 0]]
-            with autocast(model.device.type, dtype):
-                texts = _generate(model, tokenizer, asked, max_new_tokens, together is not None)[: len(batch)]
-            for (index, ids, reference), text in zip(batch, texts, strict=True):
-                answers[index] = Answer(tokenizer.decode(ids, skip_special_tokens=True), reference, text)
+        yield
     finally:
         unslice.remove()
         inner.set_attn_implementation(trained_with)
         model.train(was_training)
-    return [answers[index] for index in sorted(answers)]
+
+
+def _start_token(tokenizer: Any) -> int:
+    known = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+    return next((token for token in known if token is not None), 0)
 
 
 def _generate(
-    model: Any, tokenizer: Any, prompts: Sequence[Any], max_new_tokens: int, together: bool = False
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    stops: Stops,
+    together: bool = False,
 ) -> list[str]:
     width = max(len(ids) for ids in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -85,68 +151,16 @@ def _generate(
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=list(stops.ids) or None,
+        stopping_criteria=stops.criterion(tokenizer, width),
         use_cache=True,
         synced_gpus=together,
     )
-    return [tokenizer.decode(row[width:], skip_special_tokens=True).strip() for row in output]
+    answers = (stops.before(row[width:].tolist()) for row in output)
+    return [stops.cut(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
 
 
 def _cache_bytes_per_token(model: Any) -> int:
     """Keys and values of one token in every layer."""
     shape = ModelShape.from_config(model.config.to_dict())
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
-
-
-def score(metrics: Sequence[str], answers: Sequence[Answer]) -> dict[str, float]:
-    """Each metric over the answers, in [0, 1]."""
-    scores: dict[str, float] = {}
-    if not answers:
-        return scores
-    generated = [answer.generated.strip() for answer in answers]
-    wanted = [answer.reference.strip() for answer in answers]
-    for metric in metrics:
-        scores[metric] = _METRICS[metric](generated, wanted)
-    return scores
-
-
-def _exact_match(generated: list[str], wanted: list[str]) -> float:
-    return sum(a == b for a, b in zip(generated, wanted, strict=True)) / len(wanted)
-
-
-def _macro_f1(generated: list[str], wanted: list[str]) -> float:
-    """F1 averaged over the labels that occur among the references; any other answer is simply wrong."""
-    from sklearn.metrics import f1_score
-
-    labels: Any = sorted(set(wanted))
-    undefined: Any = 0.0  # a label that is never answered; the library's stub knows only its string values
-    return float(f1_score(wanted, generated, labels=labels, average="macro", zero_division=undefined))
-
-
-def _rouge_l(generated: list[str], wanted: list[str]) -> float:
-    from rouge_score.rouge_scorer import RougeScorer
-
-    scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    return sum(scorer.score(b, a)["rougeL"].fmeasure for a, b in zip(generated, wanted, strict=True)) / len(wanted)
-
-
-def _bleu(generated: list[str], wanted: list[str]) -> float:
-    import sacrebleu
-
-    return sacrebleu.corpus_bleu(generated, [wanted]).score / 100
-
-
-def _chrf(generated: list[str], wanted: list[str]) -> float:
-    import sacrebleu
-
-    return sacrebleu.corpus_chrf(generated, [wanted]).score / 100
-
-
-_METRICS = {
-    "exact_match": _exact_match,
-    "accuracy": _exact_match,  # of a label word
-    "macro_f1": _macro_f1,
-    "rouge_l": _rouge_l,
-    "bleu": _bleu,
-    "chrf": _chrf,
-}

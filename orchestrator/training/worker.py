@@ -29,8 +29,9 @@ from orchestrator.jobfile import Job, read_run_job
 from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training import checkpoint, preflight
-from orchestrator.training.evaluate import Answer, generate_answers, score
+from orchestrator.training.evaluate import Answer, generate_answers, num_without_room
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
+from orchestrator.training.metrics import how_compared, score
 from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainState
@@ -451,8 +452,10 @@ def measure(
         mine_answered = generate_answers(setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype, together)
         parts = group.gather(mine_answered)
         answers: list[Answer] = [answer for part in parts for answer in part]
-        quality |= score(plan.metrics, answers)
-        quality["answers"] = len(answers)
+        quality |= score(plan.metrics, [(answer.generated, answer.reference) for answer in answers])
+        quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
+        if without_room := num_without_room(setup.model, held_out, indices):
+            quality["without_room"] = without_room
         quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: job.spec.eval.num_samples]]
     quality["seconds"] = round(time.perf_counter() - began, 2)
     return quality

@@ -1,36 +1,14 @@
+import pyarrow
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.data.dataset import Options, build
+from orchestrator.data.dataset import Dataset, Options, build
 from orchestrator.data.files import read_rows
 from orchestrator.data.template import Renderer
-from orchestrator.training.evaluate import Answer, generate_answers, score
+from orchestrator.training.evaluate import context_of, generate_answers, num_without_room
+from orchestrator.training.stops import end_of_turn, stops_of
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
-
-
-def answers(*pairs):
-    return [Answer("p", reference, generated) for generated, reference in pairs]
-
-
-def test_exact_match_forgives_outer_space_only():
-    assert score(["exact_match"], answers((" a ", "a"), ("A", "a"), ("b", "a"), ("a", "a")))["exact_match"] == 0.5
-
-
-def test_macro_f1_counts_each_label_alike_and_strange_answers_as_wrong():
-    found = answers(("x", "x"), ("x", "x"), ("x", "x"), ("nonsense", "y"))
-
-    scores = score(["accuracy", "macro_f1"], found)
-
-    assert scores == {"accuracy": 0.75, "macro_f1": pytest.approx(0.5)}
-
-
-def test_text_metrics_are_one_for_equal_texts_and_less_for_others():
-    same = score(["rouge_l", "bleu", "chrf"], answers(("the cat sat on the mat", "the cat sat on the mat")))
-    other = score(["rouge_l", "bleu", "chrf"], answers(("a dog ran off quickly now", "the cat sat on the mat")))
-
-    assert all(value == pytest.approx(1.0) for value in same.values())
-    assert all(value < 0.3 for value in other.values())
 
 
 def test_generated_answers_equal_one_by_one_generation_and_leave_the_model_as_it_was(model_folder, tmp_path):
@@ -53,3 +31,101 @@ def test_generated_answers_equal_one_by_one_generation_and_leave_the_model_as_it
         assert tokenizer.decode(alone[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer.generated
     assert model.training
     assert model.config._attn_implementation == "eager"
+
+
+CHATML, MARKED = CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|im_end|>", "<end_of_turn>")
+
+
+@pytest.mark.parametrize(
+    ("template", "token", "text"),
+    [
+        (CHATML, "<|im_end|>", None),
+        (MARKED, None, "<end_of_turn>"),
+        ("{% for m in messages %}{{ m['content'] + eos_token }}{% endfor %}", "<|im_end|>", None),
+        ("{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}", None, None),
+        ("{{ raise_exception('no') }}", None, None),
+        ("{% for m in messages %}{{ m['content'][0]['text'] }}{% endfor %}", None, None),
+        (None, None, None),
+    ],
+)
+def test_the_end_of_a_turn_is_what_the_template_writes_after_an_answer(tokenizer_folder, template, token, text):
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.chat_template = template
+
+    found = end_of_turn(tokenizer)
+
+    assert found == (None if token is None else tokenizer.convert_tokens_to_ids(token), text)
+
+
+@pytest.mark.parametrize("own", [None, 0, [0, 1], [0, 2]])
+def test_stops_are_the_union_of_what_model_tokenizer_and_template_say(model_folder, own):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    tokenizer.eos_token = "<|endoftext|>"
+    model = AutoModelForCausalLM.from_pretrained(model_folder)
+    model.generation_config.eos_token_id = own
+
+    stops = stops_of(model, tokenizer)
+
+    assert set(stops.ids) == {0, 2, *(own if isinstance(own, list) else [])}
+
+
+def saying(model, tokenizer, text):
+    """The model made to say `text` over and over, whatever it is asked."""
+    ids, step = tokenizer(text, add_special_tokens=False)["input_ids"], [0]
+
+    def count(module, args, kwargs):
+        step[0] = 0 if kwargs["input_ids"].shape[1] > 1 else step[0] + 1  # prompts come whole, answers token by token
+
+    def forced(module, inputs, output):
+        said = torch.full(output.shape[:2], ids[step[0] % len(ids)])
+        return torch.nn.functional.one_hot(said, model.config.vocab_size).float()
+
+    model.register_forward_pre_hook(count, with_kwargs=True)
+    model.get_output_embeddings().register_forward_hook(forced)
+    return model
+
+
+@pytest.fixture
+def asked(model_folder, tmp_path):
+    """(model that can be made to say things, tokenizer, held-out rows), each its own."""
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "cat", "completion": "dog"}, *rows(3)])
+    options = Options("auto", "", None, "truncate", True)
+    return model, tokenizer, build(read_rows(file), Renderer(tokenizer, CHAT_TEMPLATE), options, tmp_path / "out")
+
+
+@pytest.mark.parametrize("template", [CHATML, MARKED])
+def test_an_answer_ends_with_the_turn_though_the_tokenizers_end_is_another(asked, template):
+    model, tokenizer, data = asked
+    tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", template
+    model.generation_config.eos_token_id = 0
+    end = "<|im_end|>" if template == CHATML else "<end_of_turn>"
+
+    found = generate_answers(saying(model, tokenizer, f"dog{end}"), tokenizer, data, range(2), 40, "float32")
+
+    assert [answer.generated for answer in found] == ["dog", "dog"]
+
+
+def test_no_answer_goes_beyond_the_models_context(asked):
+    model, tokenizer, data = asked
+    prompts = [len(data.prompt(row)[0]) for row in range(4)]
+    model.config.max_position_embeddings = max(prompts)
+
+    found = generate_answers(saying(model, tokenizer, "dog"), tokenizer, data, range(4), 1000, "float32")
+
+    limit = context_of(model)
+    said = [len(tokenizer(answer.generated)["input_ids"]) for answer in found]
+    assert said == [max(0, limit - length) for length in prompts]
+    assert num_without_room(model, data, range(4)) == sum(length >= limit for length in prompts) > 0
+
+
+def test_a_prompt_without_a_token_starts_as_a_text_does(asked):
+    model, tokenizer, data = asked
+    at = data._table.schema.get_field_index("prompt_length")
+    empty = data._table.set_column(at, data._table.schema.field(at), pyarrow.array([0] * 4, pyarrow.int32()))
+
+    found = generate_answers(model, tokenizer, Dataset(empty, data.statistics, "empty"), range(4), 3, "float32")
+
+    assert [answer.reference for answer in found] == ["dog", *(row["completion"] for row in rows(3))]
+    assert len({answer.generated for answer in found}) == 1
