@@ -275,6 +275,7 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
         _print_result(found, json_)
         return
     if found.state() == "finished":
+        _mend_mirror(found)
         raise JobError(f"{found.run_id} is finished; there is nothing to resume")
     with _watcher(json_) as watcher:
         run_on(found, read_run_job(found.path), watcher)
@@ -308,6 +309,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if remote_cli.is_remote(found) and not remote_cli.is_closed(found):
         remote_cli.status(found, json_)
         return
+    _mend_mirror(found)
     row, by_worker = run_row(found), workers.of_run(found.events()[0])
     if json_:
         print_json({**row, "workers": by_worker} if by_worker else row)
@@ -321,6 +323,20 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if row["state"] == "finished":
         out.print()
         out.print(result_view(found))
+
+
+def _mend_mirror(run: RunFolder) -> None:
+    """Tell MLflow how a run ended whose driver was killed; what hinders that is said, and is no error of the verb."""
+    from orchestrator.runs.mirror_state import is_left_running
+
+    try:
+        if not remote_cli.is_remote(run) and is_left_running(run):
+            from orchestrator.tracking import complete
+
+            if address := complete(run, read_run_job(run.path)):
+                say(f"MLflow at {address} now says how {run.run_id} ended")
+    except OrchestratorError as error:
+        say(str(error))
 
 
 @app.command()
@@ -432,19 +448,24 @@ def inspect(
 
 
 @app.command()
-def sync(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
-    """Send a run or a search to MLflow again, after a server was down."""
+def sync(
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="send it into this experiment instead of the job's")
+    ] = None,
+) -> None:
+    """Send a run or a search to MLflow again, after a server was down or an experiment was deleted."""
     from orchestrator.tracking import sync as send
     from orchestrator.tracking import sync_search
 
     if search := search_cli.found(run, runs):
-        address = sync_search(search, read_run_job(search.path, search.marker))
+        address = sync_search(search, read_run_job(search.path, search.marker), experiment)
         out.print(f"{search.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)
         return
     found = RunFolder.find(run, runs)
-    out.print(
-        f"{found.run_id} is in {send(found, read_run_job(found.path))}", markup=False, highlight=False, soft_wrap=True
-    )
+    address = send(found, read_run_job(found.path), experiment)
+    out.print(f"{found.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

@@ -15,6 +15,8 @@ do.
 
 from collections.abc import Sequence
 
+from clusters.masking import masked
+
 # Which extra of pyproject.toml brings a package that is loaded late.
 EXTRAS = {
     **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
@@ -28,10 +30,13 @@ EXTRAS = {
 
 
 class OrchestratorError(Exception):
-    """Base of the tree; its text is meant for a person and is printed without a traceback."""
+    """Base of the tree; its text is meant for a person, is printed without a traceback, and shows no password."""
 
     exit_code = 1
     again = False  # whether the same work may succeed on a second try
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
 
 
 class JobError(OrchestratorError):
@@ -40,7 +45,7 @@ class JobError(OrchestratorError):
     exit_code = 2
 
     def __init__(self, mistakes: str | Sequence[str]) -> None:
-        self.mistakes = [mistakes] if isinstance(mistakes, str) else list(mistakes)
+        self.mistakes = [masked(mistake) for mistake in ([mistakes] if isinstance(mistakes, str) else mistakes)]
         super().__init__("\n".join(self.mistakes))
 
 

@@ -18,6 +18,7 @@ from pydantic import ValidationError
 
 from orchestrator.aliases import ALIASES, NOT_YET
 from orchestrator.errors import JobError
+from orchestrator.job import secrets
 from orchestrator.spec import METHOD_SECTIONS, SECTIONS, JobSpec
 
 KeyPath = tuple[str | int, ...]
@@ -96,6 +97,8 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
     except RecursionError:
         mistakes.append("is nested too deeply")
         spec = None
+    if spec and (mistake := secrets.uri_mistake(spec.tracking.mlflow_uri)):
+        mistakes.append(mistake)
     if spec is None or mistakes:
         raise JobError([f"{label}: {mistake}" for mistake in mistakes])
     rewritten = bool(overrides or notices)
@@ -103,7 +106,7 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
         spec,
         folder,
         yaml.safe_dump(document.values, sort_keys=False, allow_unicode=True) if rewritten else text,
-        notices,
+        notices + secrets.notices(document.values),
     )
 
 

@@ -23,6 +23,7 @@ from orchestrator.aside import Aside
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
+from orchestrator.job.secrets import secret_names
 from orchestrator.jobfile import Job, changed_keys, read_run_job
 from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
@@ -63,10 +64,10 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
     A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.  JobError where that
     run is of other settings or other data.
     """
-    if missing := [name for name in job.spec.cluster.secrets if not os.environ.get(name)]:
+    if missing := [name for name in secret_names(job.spec) if not os.environ.get(name)]:
         raise JobError(
-            f"cluster.secrets: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator head`"
-            " (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
+            f"secrets of the job: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator"
+            " head` (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
         )
     known = RunFolder(output_dir(job) / run_id) if run_id else None
     if known and (known.path / known.marker).is_file():

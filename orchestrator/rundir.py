@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+from clusters.masking import holds_secret, masked_values
 from orchestrator.errors import JobError, RunFailed
 
 
@@ -100,8 +101,10 @@ class RunFolder:
         return sorted(runs, key=lambda run: ((run.path / cls.marker).stat().st_mtime_ns, run.run_id))
 
     def write(self, name: str, text: str) -> None:
-        """Write a file so that it is there whole or not at all."""
+        """Write a file so that it is there whole or not at all; one that holds a password is its owner's alone."""
         temporary = self.path / f".{name}.{os.getpid()}.tmp"
+        temporary.unlink(missing_ok=True)
+        temporary.touch(0o600 if holds_secret(text) else 0o666)
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, self.path / name)
 
@@ -115,8 +118,8 @@ class RunFolder:
             raise JobError(f"{self.path / name}: is not JSON: {error}") from None
 
     def record(self, event: str, **fields: Any) -> None:
-        """Append an event; `time` is seconds since the epoch.  Raises RunFailed where the disk is full."""
-        line = json.dumps({"event": event, "time": round(time.time(), 3), **fields})
+        """Append an event without passwords; `time` is seconds since the epoch.  Raises RunFailed: the disk is full."""
+        line = json.dumps({"event": event, "time": round(time.time(), 3), **masked_values(fields)})
         try:
             with (self.path / "events.jsonl").open("a", encoding="utf-8") as stream:
                 stream.write(line + "\n")

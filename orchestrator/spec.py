@@ -310,7 +310,9 @@ class TrackingSection(Section):
     """Where results are mirrored."""
 
     report_to: list[Literal["mlflow"]] = _key(["mlflow"], "[] = the run folder only")
-    mlflow_uri: str | None = _key(None, "an MLflow server; null = a SQLite file beside the runs")
+    mlflow_uri: str | None = _key(
+        None, "an MLflow server; null = a SQLite file beside the runs; ${NAME} is read from the environment"
+    )
     experiment: str = _key("default", "MLflow experiment")
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from clusters.masking import masked, masked_values
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job, read_job
 from orchestrator.rundir import RunFolder
@@ -84,8 +85,8 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)
+    err.print(masked(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(value, indent=1, default=str))
+    print(json.dumps(masked_values(value), indent=1, default=str))

@@ -1,4 +1,5 @@
 """From a job file to what the user wants.
 
 paths.py    start here: the one door for paths that a person named: exists, kind, readable
+secrets.py  secrets by name: which a job needs, their values, and where one that is written out is refused
 """

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from clusters.capability import ClusterCapability
+from clusters.masking import masked
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator import money, workers
 from orchestrator.explain import score
@@ -258,5 +259,5 @@ def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, 
         Paragraph(w("The same data, plan and versions give the same numbers on the same machine.")),
         Code(command),
         Table(("", w("version")), rows),
-        Code(job.text.strip()),
+        Code(masked(job.text.strip())),
     ]

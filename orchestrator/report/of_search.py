@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from clusters.masking import masked
 from clusters.units import format_bytes, format_s
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
@@ -31,7 +32,7 @@ def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     report.section(w("Trials"), _table(w, summary, outcomes, by_number), *_figures(w, summary, outcomes, trials))
     report.section(w("Cost"), *_cost(w, job, folder, summary))
     command = f"python -m orchestrator search {place(folder)}/search.yaml"
-    report.section(w("Reproduce"), Code(command), Code(job.text.strip()))
+    report.section(w("Reproduce"), Code(command), Code(masked(job.text.strip())))
     return report
 
 
