@@ -10,9 +10,9 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from orchestrator.data.dataset import Statistics, samples_of
-from orchestrator.data.formats import BadRow
 from orchestrator.data.packing import best_fit_decreasing, padded_tokens
 from orchestrator.data.prepare import options_for, renderer_for
+from orchestrator.data.row import BadRow
 from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.jobfile import Job
 from orchestrator.plan_view import data_sentence

@@ -8,7 +8,8 @@ from typing import Any
 from clusters.probe import look_at_this_node
 from orchestrator import models, planner, workload
 from orchestrator.data.files import read_rows
-from orchestrator.data.formats import DETECTABLE, BadRow, convert, detect
+from orchestrator.data.formats import read_example
+from orchestrator.data.row import BadRow
 from orchestrator.data.sources import sources_of
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -56,16 +57,10 @@ def _check_model(job: Job) -> None:
 
 def _format_of(file: Any, wanted: str, instruction: str) -> str:
     found: str | None = None
+    detected: dict[str, str] = {}
     for row in islice(read_rows(file), _ROWS_LOOKED_AT):
-        if row.broken:
-            raise JobError(f"{row.where}: {row.broken}")
-        row_format = wanted if wanted != "auto" else detect(row.values)
-        if row_format is None:
-            raise JobError(
-                f"{row.where}: fields {sorted(map(str, row.values))} fit no known format; known: {DETECTABLE}"
-            )
         try:
-            convert(row.values, row_format, instruction)
+            row_format, _ = read_example(row, wanted, instruction, detected)
         except BadRow as reason:
             raise JobError(f"{row.where}: {reason}") from None
         found = found or row_format

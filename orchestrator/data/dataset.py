@@ -19,8 +19,8 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from orchestrator.data.files import Row
-from orchestrator.data.formats import DETECTABLE, BadRow, convert, detect
+from orchestrator.data.formats import read_example
+from orchestrator.data.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import manifest
@@ -37,7 +37,7 @@ _SCHEMA = pyarrow.schema(
     ]
 )
 _ROWS_A_BATCH = 1000
-_VERSION = 2  # raise it when the same inputs would give other tokens
+_VERSION = 3  # raise it when the same inputs would give other tokens
 
 
 class DamagedCache(RunFailed):
@@ -239,13 +239,7 @@ def samples_of(
 
     Where the format is open, the first row of a file that has one decides for the file; `detected` remembers it.
     """
-    if row.broken:
-        raise BadRow(row.broken)
-    row_format = detected.get(row.file) or (options.format if options.format != "auto" else detect(row.values))
-    if row_format is None:
-        raise BadRow(f"fields {sorted(map(str, row.values))} fit no known format; known: {DETECTABLE}")
-    detected[row.file] = row_format
-    example = convert(row.values, row_format, options.instruction)
+    row_format, example = read_example(row, options.format, options.instruction, detected)
     tokens = renderer.render(example)
     pieces = _fit(tokens, options, statistics)
     samples = []

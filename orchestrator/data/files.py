@@ -6,27 +6,13 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.data.row import BadRow, Row
 from orchestrator.errors import JobError
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One row and where it stands; `broken` says why it cannot be read."""
-
-    values: dict[str, Any]
-    file: str
-    line: int  # line of a jsonl file, else number of the row, from 1
-    broken: str | None = None
-
-    @property
-    def where(self) -> str:
-        return f"{self.file}:{self.line}"
 
 
 def find_files(path: Path, key: str) -> list[Path]:
@@ -88,15 +74,15 @@ def _parsed(line: bytes, file: str, number: int) -> Row:
     try:
         values = json.loads(line)
     except UnicodeDecodeError:
-        return Row({}, file, number, "is not UTF-8 text")
+        return Row({}, file, number, BadRow("is not UTF-8 text"))
     except (ValueError, RecursionError) as error:
-        return Row({}, file, number, f"is not JSON: {error}")
+        return Row({}, file, number, BadRow(f"is not JSON: {error}", "is not JSON"))
     return _checked(values, file, number)
 
 
 def _checked(values: Any, file: str, number: int) -> Row:
     if not isinstance(values, dict):
-        return Row({}, file, number, f"is a {type(values).__name__}, not an object with named fields")
+        return Row({}, file, number, BadRow(f"is a {type(values).__name__}, not an object with named fields"))
     return Row(values, file, number)
 
 
@@ -116,7 +102,8 @@ def _read_csv(file: Path) -> Iterator[Row]:
         try:
             for number, values in enumerate(reader, start=1):
                 short = None in values or None in values.values()
-                yield Row(values, str(file), number, "has not as many cells as the header" if short else None)
+                broken = BadRow("has not as many cells as the header") if short else None
+                yield Row(values, str(file), number, broken)
         except (csv.Error, UnicodeDecodeError) as error:
             raise JobError(f"{file}: is not a UTF-8 csv file: {error}") from None
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator import models
-from orchestrator.data.formats import BadRow, convert, detect
+from orchestrator.data.formats import read_example
+from orchestrator.data.row import BadRow
 from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -27,18 +28,16 @@ def rough_lengths(job: Job, max_length: int, key: str = "train") -> tuple[list[i
     count = _counter(job)
     lengths: list[int] = []
     supervised, total = 0, 0
+    detected: dict[str, str] = {}
     for source, files in sources_of(job, getattr(job.spec.data, key), f"data.{key}"):
         wanted = source.format if source.format != "auto" else job.spec.data.format
         for row in rows_of(source, files):
+            try:
+                _, example = read_example(row, wanted, job.spec.data.instruction, detected)
+            except BadRow:
+                continue
             total += 1
             if len(lengths) >= _ROWS_COUNTED:
-                continue
-            kind = wanted if wanted != "auto" else detect(row.values)
-            if kind is None or row.broken:
-                continue
-            try:
-                example = convert(row.values, kind, job.spec.data.instruction)
-            except BadRow:
                 continue
             turns = [(m["role"], count(m["content"]) + _TOKENS_PER_TURN) for m in example.messages]
             length = sum(tokens for _, tokens in turns) if turns else count(example.text or "")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.files import Row, digest, find_files, looks_like_hub_name, read_hub_rows, read_rows
+from orchestrator.data.files import digest, find_files, looks_like_hub_name, read_hub_rows, read_rows
+from orchestrator.data.row import Row
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
 from orchestrator.spec import Source

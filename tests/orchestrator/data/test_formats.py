@@ -5,7 +5,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.data.files import find_files, looks_like_hub_name, read_rows
-from orchestrator.data.formats import BadRow, convert, detect
+from orchestrator.data.formats import convert, detect
+from orchestrator.data.row import BadRow
 from orchestrator.errors import JobError
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
@@ -110,8 +111,8 @@ def test_a_broken_line_is_told_with_its_number(tmp_path):
 
     assert [row.line for row in rows] == [1, 2, 3, 4]
     assert rows[0].broken is None
-    assert "not JSON" in rows[1].broken
-    assert "not an object" in rows[2].broken
+    assert "not JSON" in str(rows[1].broken)
+    assert "not an object" in str(rows[2].broken)
     assert rows[3].broken
 
 
