@@ -27,6 +27,7 @@ MAX_ALIASED_NODES = 10_000  # values that a YAML file has through its aliases al
 
 NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
 NAME_PATTERN = r"^\w[\w.-]{0,62}$"
+_MAX_PATTERN = 1000
 _MAX_NAME_BYTES = 200  # of UTF-8: a file name has 255, and a moment or an ending is added
 
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
@@ -258,7 +259,7 @@ def _adapter(kind: Hashable) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
-# --- names and printing
+# --- names, patterns and printing
 
 
 def name_mistake(name: str) -> str | None:
@@ -266,6 +267,25 @@ def name_mistake(name: str) -> str | None:
     if re.fullmatch(NAME_PATTERN[1:-1], name) and len(name.encode("utf-8", "replace")) <= _MAX_NAME_BYTES:
         return None
     return f"{printable(name[:80])!r}: {NAME_RULE}"
+
+
+def matches(pattern: str, text: str, label: str, seconds: float = 1.0) -> bool:
+    """Whether a pattern from a file fits the whole text, as `re.fullmatch` would say.
+
+    Raises BadInput for a pattern that does not compile, has more than 1,000 characters or takes longer than `seconds`.
+    """
+    if re.fullmatch(r"[\w-]*", pattern):
+        return pattern == text
+    import regex  # has a time limit, which re has not
+
+    try:
+        if len(pattern) > _MAX_PATTERN:
+            raise ValueError(f"it has {len(pattern)} characters, more than {_MAX_PATTERN}")
+        return regex.fullmatch(pattern, text, timeout=max(seconds, 1e-9)) is not None
+    except TimeoutError:
+        raise BadInput(f"{label}: the pattern {printable(pattern[:80])!r} takes too long to match") from None
+    except (regex.error, ValueError, RecursionError, OverflowError, MemoryError, TypeError, IndexError) as error:
+        raise BadInput(f"{label}: the pattern {printable(pattern[:80])!r} cannot be used: {error}") from None
 
 
 def printable(text: str) -> str:

@@ -21,12 +21,13 @@ from orchestrator.run import output_dir
 from orchestrator.spec import BankSection
 from orchestrator.training.trial import Trial
 from strategies.adapter_bank import coefficients as shares
-from strategies.adapter_bank.adapter import Adapter
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
 from strategies.adapter_bank.generation import RULES, Generated, Rule, bank_gram, combined, generate, into, mixed
 from strategies.adapter_bank.selection import Selected, forward_selection
-from strategies.adapter_bank.store import Bank, Card
+from strategies.adapter_bank.store import Bank
 
 _NOTHING_SHARED = 0.98  # of ln 2, the largest divergence of token densities
 _MOST_FOR_SCORER = 256  # adapters that a neural scorer is trained on
@@ -69,7 +70,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     asked = job.spec.bank
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     bank = bank_of(job)
-    near = neighbours(bank, base)
+    near = neighbours(bank, base, say)
     max_length, _ = planner.resolve_max_length(job.spec, models.read_config(base.folder))
     data = prepare_data(job, base.folder, max_length, output_dir(job) / ".cache" / "data", say)
     began = time.perf_counter()
@@ -118,22 +119,34 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     return {**found, "path": str(output)}
 
 
-def neighbours(bank: Bank, base: Base) -> Neighbours:
-    """Those of the bank for this base whose data is known.  Raises JobError where there are none."""
-    cards = [card for card in bank.cards(base.digest) if card.evidence_digest]
-    if not cards:
-        others = bank.cards()
-        bases = ", ".join(sorted({card.base_name for card in others}))
-        have = f"its {len(others)} adapters are for {bases}" if others else "it is empty"
+def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text: None) -> Neighbours:
+    """Those of the bank for this base whose data is known, their bytes checked; what is damaged is said and not used.
+
+    Raises JobError where there are none.
+    """
+    contents, near, damaged = bank.contents(), [], [str(one) for one in bank.contents().damaged]
+    for card in contents.cards:
+        if card.base_digest == base.digest and card.evidence_digest:
+            try:
+                near.append((card, bank.evidence(card), _of_base(bank.adapter(card), base)))
+            except (BankError, Unusable) as error:
+                damaged.append(f"{card.name}: {error}")
+    near = [one for one in near if one[1].is_like(near[0][1])]
+    if damaged:
+        say("\n".join([*damaged, f"{len(damaged)} damaged are not used; `orchestrator bank verify --repair`"]))
+    if not near:
+        bases = ", ".join(sorted({card.base_name for card in contents.cards}))
+        have = f"its {len(contents.cards)} adapters are for {bases}" if bases else "it is empty"
         raise JobError(
             f"{bank.path} has no adapter of {base.name} whose data is known: {have}. `bank add RUN` after a run, or"
             " bank.add: true in its job"
         )
-    known = [(card, bank.evidence(card)) for card in cards]
-    there = [(card, evidence) for card, evidence in known if evidence is not None]
-    return Neighbours(
-        [card for card, _ in there], [evidence for _, evidence in there], [bank.adapter(card) for card, _ in there]
-    )
+    return Neighbours([card for card, _, _ in near], [one for _, one, _ in near], [one for _, _, one in near])
+
+
+def _of_base(adapter: Adapter, base: Base) -> Adapter:
+    fits_base(adapter, base.folder)
+    return adapter
 
 
 def weights_of(asked: BankSection, distances: numpy.ndarray, near: Neighbours) -> numpy.ndarray:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from clusters.safe_input import BadInput, checked_path, kind_of, printable
 from orchestrator.errors import JobError
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
-from strategies.adapter_bank.adapter import CONFIG, Unusable
-from strategies.adapter_bank.store import Bank, BankError, Card
+from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
+from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.store import Bank, Contents, Damaged
 
 DEFAULT_BANK = Path("~/orchestrator-bank")
 bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep adapters that were trained, and make others of them.")
@@ -43,11 +44,20 @@ LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apach
 
 @contextmanager
 def told() -> Iterator[None]:
-    """What the bank refuses, in the words of the command line's error tree."""
+    """What the bank or its disk refuses, in the words of the command line's error tree."""
     try:
         yield
-    except (BankError, Unusable, FileExistsError) as error:
+    except (BankError, Unusable, BadInput, FileExistsError) as error:
         raise JobError(str(error)) from None
+    except OSError as error:
+        raise JobError(f"{printable(str(error.filename or 'the bank'))}: {error.strerror or error}") from None
+
+
+def adapter_folder(value: str) -> Path | None:
+    """The folder that an argument names, where it holds an adapter of PEFT's; None for another name."""
+    path = checked_path(value)
+    is_one = any(kind_of(path / name) for name in (CONFIG, WEIGHTS, PICKLED)) if kind_of(path) == "folder" else False
+    return path if is_one else None
 
 
 @bank.command()
@@ -72,8 +82,8 @@ def add(
     """
     from orchestrator.banking import add_folder, add_run
 
-    if (Path(what) / CONFIG).exists():
-        card = add_folder(Bank(bank, create=True), Path(what), model, data, name, licence)
+    if folder := adapter_folder(what):
+        card = add_folder(Bank(bank, create=True), folder, model, data, name, licence)
     else:
         found = RunFolder.find(what, runs)
         card = add_run(Bank(bank, create=True), found, name, licence)
@@ -83,21 +93,15 @@ def add(
 @bank.command(name="list")
 @told()
 def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
-    """Show what the bank holds, oldest first."""
-    from rich.table import Table
+    """Show what the bank holds, oldest first, and what of it is damaged."""
+    from orchestrator.bank_view import table
 
-    cards = Bank(bank).cards()
+    found = Bank(bank).contents()
     if json_:
-        print_json([asdict(card) for card in cards])
+        print_json([*(card.as_dict() for card in found.cards), *map(_damage, found.damaged)])
         return
-    table = Table(box=None)
-    for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):
-        table.add_column(column, overflow="fold")
-    for card in cards:
-        ranks = "-".join(str(rank) for rank in sorted({card.ranks[0], card.ranks[-1]}))
-        rows = "" if card.num_rows is None else str(card.num_rows)
-        table.add_row(card.name, card.base_name, ranks, rows, card.losses_told, card.licence or "", card.digest[:8])
-    out.print(table)
+    out.print(table(found.cards))
+    _say_damaged(found)
 
 
 @bank.command()
@@ -112,31 +116,35 @@ def show(which: NamesArgument, bank: BankOption = DEFAULT_BANK, json_: JsonOptio
 @bank.command()
 @told()
 def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
-    """Remove adapters."""
+    """Remove adapters, also damaged ones by their digest."""
     there = Bank(bank)
-    for card in [there.find(name) for name in which]:  # all are known before one goes
-        there.remove(card)
-        say(f"removed {card.name}")
+    for found in [there.find_all(name) for name in which]:  # all are known before one goes
+        there.remove(found)
+        say(f"removed {found.name}")
 
 
 @bank.command()
 @told()
 def verify(
-    repair: Annotated[bool, typer.Option("--repair", help="put broken ones aside and make the index again")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="put damaged ones aside, into BANK/broken")] = False,
     bank: BankOption = DEFAULT_BANK,
     json_: JsonOption = False,
 ) -> None:
     """Read every byte again and compare it with the digests.  Exit code 2 where something is wrong."""
     there = Bank(bank)
     wrong = there.verify(repair)
+    lines, left = [str(one) for one in wrong], len(there.contents().cards)
     if json_:
-        print_json({"wrong": wrong, "repaired": repair, "adapters": len(there.cards())})
+        print_json({"wrong": lines, "repaired": repair, "adapters": left, "damaged": [_damage(one) for one in wrong]})
     if not wrong:
-        say(f"{len(there.cards())} adapters, nothing wrong")
+        say(f"{left} adapters, nothing wrong")
     elif repair:
-        say("\n".join([*wrong, f"broken ones are in {there.path / 'broken'}; {len(there.cards())} adapters are left"]))
+        say("\n".join([*lines, f"{len(wrong)} are in {there.path / 'broken'} now; {left} adapters are left"]))
+    elif json_:
+        raise typer.Exit(JobError.exit_code)
     else:
-        raise JobError("\n".join([*wrong, "`orchestrator bank verify --repair` puts them aside"]))
+        count = f"{len(wrong)} of {len(wrong) + left} damaged"
+        raise JobError("\n".join([*lines, f"{count}; `orchestrator bank verify --repair` puts them aside"]))
 
 
 @bank.command()
@@ -152,9 +160,18 @@ def export(
 
     Example: orchestrator bank export ours.tar sst2 imdb
     """
+    from orchestrator.job.paths import resolve_path
+    from strategies.adapter_bank.exchange import export as write_tar
+
+    path = resolve_path(file, "bank export", kind="new")
+    if path.is_dir():
+        raise JobError(f"bank export: {file} is a folder; name the .tar to write")
     there = Bank(bank)
-    count = there.export(file, [there.find(name) for name in which] if which else there.cards())
-    say(f"wrote {count} adapters to {file}")
+    found = there.contents()
+    done = write_tar(there, path, [there.find(name) for name in which] if which else found.cards)
+    damaged = [*done.refused, *([] if which else found.damaged)]
+    left_out = f"; {len(damaged)} damaged are not in it" if damaged else ""
+    say("\n".join([*map(str, damaged), f"wrote {len(done.cards)} adapters to {file}{left_out}"]))
 
 
 @bank.command(name="import")
@@ -163,9 +180,18 @@ def import_(
     file: Annotated[Path, typer.Argument(help="what `bank export` wrote")],
     bank: BankOption = DEFAULT_BANK,
 ) -> None:
-    """Take in what another bank exported; each adapter is checked against its digest."""
-    taken = Bank(bank, create=True).import_(file)
-    say(f"took in {len(taken)}: {', '.join(card.name for card in taken)}")
+    """Take in what another bank exported; each adapter is checked against its digest.
+
+    One that is damaged stops no other.  Exit code 2 where one was refused.
+    """
+    from orchestrator.job.paths import resolve_path
+    from strategies.adapter_bank.exchange import import_ as take_in
+
+    done = take_in(Bank(bank, create=True), resolve_path(file, "bank import", kind="file"))
+    told = f"took in {len(done.cards)}: {', '.join(card.name for card in done.cards)}"
+    if done.refused:
+        raise JobError([*map(str, done.refused), f"{told}; refused {len(done.refused)}"])
+    say(told)
 
 
 @bank.command()
@@ -197,7 +223,7 @@ def merge(
     """
     from orchestrator.merging import merged, merged_sparse
 
-    folders = [Path(name) for name in which if (Path(name) / CONFIG).exists()]
+    folders = [folder for folder in map(adapter_folder, which) if folder]
     if folders and len(folders) == len(which):
         if rank:
             raise JobError("sparse adapters have no rank: leave out --rank")
@@ -226,7 +252,7 @@ def build(
 
     cards = build_bank(folder, lambda overrides: asked_job(job, [*set_, *overrides]), say)
     if json_:
-        print_json([asdict(card) for card in cards])
+        print_json([card.as_dict() for card in cards])
 
 
 @bank.command()
@@ -296,11 +322,23 @@ def adapt(
 
 def _print_card(card: Card, json_: bool) -> None:
     if json_:
-        print_json(asdict(card))
+        print_json(card.as_dict())
         return
-    for key, value in asdict(card).items():
+    for key, value in card.as_dict().items():
         if value not in (None, [], {}, ""):
-            out.print(f"{key:16} {value}", markup=False, highlight=False, soft_wrap=True)
+            out.print(printable(f"{key:16} {value}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _damage(one: Damaged) -> dict[str, str]:
+    return {"name": one.name, "path": str(one.path), "damaged": one.reason}
+
+
+def _say_damaged(found: Contents) -> None:
+    """Each with its reason, the counts in the last line."""
+    if found.damaged:
+        counts = f"{len(found.cards)} adapters, {len(found.damaged)} damaged"
+        way_out = "`orchestrator bank verify --repair` puts them aside, `bank rm DIGEST` removes one"
+        say("\n".join([*(f"damaged: {one}" for one in found.damaged), f"{counts}: {way_out}"]))
 
 
 def _print_made(found: dict[str, Any], json_: bool) -> None:

@@ -1,9 +1,28 @@
-"""What `adapt` and `bank merge` made, for a person."""
+"""What a bank holds and what `adapt` and `bank merge` made, for a person."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from clusters.safe_input import printable
+from strategies.adapter_bank.card import Card
+
+
+def table(cards: Iterable[Card]) -> Table:
+    """One adapter a line."""
+    shown = Table(box=None)
+    for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):
+        shown.add_column(column, overflow="fold")
+    for card in cards:
+        ranks = "-".join(str(rank) for rank in sorted({min(card.ranks), max(card.ranks)})) if card.ranks else ""
+        rows = "" if card.num_rows is None else str(card.num_rows)
+        cells = (card.name, card.base_name, ranks, rows, card.losses_told, card.licence or "", card.digest[:8])
+        shown.add_row(*(Text(printable(cell)) for cell in cells))
+    return shown
 
 
 def told(found: dict[str, Any]) -> Iterator[str]:

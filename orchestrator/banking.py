@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.safe_input import BadInput, record
 from orchestrator import models
 from orchestrator.data.sources import digest_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
@@ -15,8 +17,11 @@ from orchestrator.jobfile import Job, parse_job, read_run_job
 from orchestrator.plan import InBank, Plan
 from orchestrator.rundir import RunFolder
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.evidence import Evidence, gather
-from strategies.adapter_bank.store import Bank, BankError, Card, base_digest
+from strategies.adapter_bank.folders import base_digest
+from strategies.adapter_bank.store import Bank
+from strategies.tensor_file import read_header
 
 _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
 
@@ -47,14 +52,17 @@ def train_digest(job: Job) -> str | None:
 
 
 def in_bank(job: Job) -> tuple[InBank, ...]:
-    """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model."""
+    """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model.
+
+    Their bytes are not read again: the plan names them, and whoever uses one checks it.
+    """
     folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
     if folder is None or own is None:
         return ()
     try:
         bank = bank_of(job)
         cards = bank.of_data(base_digest(folder), own)
-    except BankError:  # a model without weights here, an index that is being made
+    except BankError:  # a model without weights here, no bank there
         return ()
     return tuple(InBank(card.name, str(bank.folder(card.digest)), card.held_out_loss) for card in cards)
 
@@ -66,41 +74,76 @@ def evidence_of(data: Any, base: Base) -> Evidence:
 
 def embeddings(folder: Path) -> Any:
     """The base model's token embeddings, V x H in fp32.  Raises JobError where they are not found."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
-    for file in sorted(folder.glob("*.safetensors")):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118  (not a mapping)
-                if name.endswith(_EMBEDDINGS):
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            if name := next((name for name in read_header(file) if name.endswith(_EMBEDDINGS)), None):
+                with safe_open(file, framework="pt") as tensors:
                     return tensors.get_tensor(name).float().numpy()
+    except (BadInput, SafetensorError) as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
     raise JobError(f"model.model_name_or_path: {folder} has no token embeddings under a known name")
 
 
 def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | None = None) -> Card:
-    """A finished run's adapter, with its data and its scores.  Raises JobError, BankError, Unusable."""
+    """A finished run's adapter, with its data and its scores.
+
+    Raises JobError for a run that is not finished or whose files are damaged or gone, BankError, Unusable.
+    """
     from orchestrator.data.prepare import datasets
 
-    exported, files, result = run.exported(), run.read_json("data.json"), run.read_json("result.json")
-    if exported is None or files is None or result is None:
-        raise JobError(f"{run.run_id} is {run.state()}; the bank takes finished runs")
+    if (state := run.state_by_events()) != "finished":
+        raise JobError(f"{run.run_id} is {state}; the bank takes finished runs")
+    exported, facts, result = run.exported(), _facts(run), _result(run)
+    if exported is None:
+        raise JobError(f"{run.run_id} is finished, and the adapter that it handed back is gone: nothing to add")
     job = read_run_job(run.path)
-    if not (exported / "adapter_config.json").exists():
+    if exported.name != "adapter":
         raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which makes no adapter")
-    base = Base(job.spec.model.model_name_or_path, Path(files["model"]), base_digest(Path(files["model"])))
-    data, _ = datasets(files)
-    scores = {when: _numbers(result.get(when)) for when in ("before", "after") if result.get(when)}
-    fits_base(Adapter(exported), base.folder)
+    folder = Path(facts.model)
+    base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
+    adapter = Adapter(exported)
+    fits_base(adapter, base.folder)
+    data, _ = datasets(asdict(facts))
+    scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.get(when)))}
     card = Card(
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
-        data_digest=files.get("train_digest"),  # as they were: the files may have changed since
+        data_digest=facts.train_digest,  # as they were: the files may have changed since
         scores=scores,
         licence=licence or job.spec.bank.licence,
         method=job.spec.method.type,
         run_id=run.run_id,
     )
     return bank.add(exported, card, evidence_of(data, base))
+
+
+@dataclass(frozen=True)
+class _Facts:
+    """What of data.json the bank needs."""
+
+    model: str
+    train: str
+    eval: str | None = None
+    split: float | None = None
+    seed: int | None = None
+    train_digest: str | None = None  # of the files as they were: they may have changed since
+
+
+def _facts(run: RunFolder) -> _Facts:
+    try:
+        return record(_Facts, run.read_json("data.json"), str(run.path / "data.json"))
+    except BadInput as error:
+        raise JobError(str(error)) from None
+
+
+def _result(run: RunFolder) -> dict[str, Any]:
+    found = run.read_json("result.json")
+    if not isinstance(found, dict):
+        raise JobError(f"{run.path / 'result.json'}: is gone or holds no result; the bank takes what was measured")
+    return found
 
 
 def add_folder(
@@ -194,7 +237,9 @@ def _tokenised(model: str, data: Path) -> Any:
 
 
 def _numbers(quality: Any) -> dict[str, float]:
-    return {key: value for key, value in (quality or {}).items() if isinstance(value, int | float)}
+    """The finite numbers of a quality."""
+    values = quality.items() if isinstance(quality, dict) else ()
+    return {key: value for key, value in values if type(value) in (int, float) and math.isfinite(value)}
 
 
 def _last(name: str) -> str:

@@ -20,7 +20,7 @@ from clusters.masking import masked
 # Which extra of pyproject.toml brings a package that is loaded late.
 EXTRAS = {
     **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
-    **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn"), "train"),
+    **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn", "regex"), "train"),
     **dict.fromkeys(("optuna", "matplotlib", "jinja2"), "train"),
     "gguf": "quickstart",
     "bitsandbytes": "quant",

@@ -29,7 +29,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`.
     """
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
-    near = neighbours(bank_of(job), base)
+    near = neighbours(bank_of(job), base, say)
     labelled, held_out = {}, {}
     for card in near.cards:
         files = RunFolder(runs.expanduser() / (card.run_id or "-")).read_json("data.json")

@@ -10,8 +10,9 @@ from typing import Any, cast
 
 from orchestrator.errors import JobError
 from strategies.adapter_bank.algebra import Merge
+from strategies.adapter_bank.card import Card
 from strategies.adapter_bank.generation import generate
-from strategies.adapter_bank.store import Bank, Card
+from strategies.adapter_bank.store import Bank
 
 
 def merged(

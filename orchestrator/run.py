@@ -244,7 +244,7 @@ def _plan(
 
 def _in_bank(job: Job) -> tuple[InBank, ...]:
     """Adapters that were trained on this very data; most jobs have no bank, and look no further."""
-    if not (job.path(job.spec.bank.path) / "index.sqlite").is_file():
+    if not (job.path(job.spec.bank.path) / "objects").is_dir():
         return ()
     from orchestrator.banking import in_bank
 

@@ -7,5 +7,8 @@ evidence.py      what a bank keeps of a data set: token counts, a sketch of its 
 distances.py     how far two data sets are from each other
 coefficients.py  distances -> how much of each adapter
 generation.py    an adapter for a new data set, in one pass over the bank
-store.py         the bank on disk: content-addressed folders and an index
+card.py          what is known of an adapter
+folders.py       one adapter's folder in a bank: read, checked against its digest, written whole
+store.py         the bank on disk: content-addressed folders
+exchange.py      adapters from one bank to another, as a tar
 """

@@ -8,24 +8,72 @@ from __future__ import annotations
 import json
 import math
 import re
-import struct
+import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from clusters.safe_input import BadInput, kind_of, matches, printable, read_json, record
+from strategies.tensor_file import TensorEntry, read_header
+
 if TYPE_CHECKING:  # listing a bank must not load torch
     from strategies.adapter_bank.algebra import Factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-_KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-_KEPT_EXACT = ("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices")
+PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors; whoever reads it runs its code
+_KEY = re.compile(r"base_model\.model\.((?:[\w-]+\.)*[\w-]+)\.lora_([AB])\.weight")
+_PATTERNS_S = 5.0  # for all patterns of a configuration
+_FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES_BASE = re.compile(r"(pissa|corda).*|olora|loftq|lora_ga")  # ways to begin that take a part of W away
 
 
 class Unusable(ValueError):
     """An adapter that cannot be used; the text says why."""
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """What of a PEFT configuration decides what its tensors mean; absent fields have PEFT's defaults."""
+
+    peft_type: str | None = None
+    base_model_name_or_path: str | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    use_rslora: bool = False
+    rank_pattern: dict[str, int] | None = None
+    alpha_pattern: dict[str, float] | None = None
+    target_modules: str | list[str] | None = None
+    bias: str = "none"
+    init_lora_weights: Any = True
+    # What makes more of an adapter than a product of two factors.
+    use_dora: Any = None
+    lora_bias: Any = None
+    modules_to_save: Any = None
+    layer_replication: Any = None
+    trainable_token_indices: Any = None
+    alora_invocation_tokens: Any = None
+    target_parameters: Any = None
+    use_qalora: Any = None
+    use_bdlora: Any = None
+    arrow_config: Any = None
+    kasa_config: Any = None
+    monteclora_config: Any = None
+    velora_config: Any = None
+
+    @property
+    def beyond_factors(self) -> list[str]:
+        """The names of settings by which the adapter is more than dW = B A."""
+        exact = [key for key in _KEPT_EXACT if getattr(self, key)]
+        return exact + ["bias"] * (self.bias != "none")
+
+
+_KEPT_EXACT = (
+    *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
+    *("alora_invocation_tokens", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+    *("monteclora_config", "velora_config"),
+)
 
 
 @dataclass(frozen=True)
@@ -45,13 +93,14 @@ class Adapter:
     def __init__(self, folder: Path) -> None:
         """Raises Unusable for what is no plain LoRA: DoRA, trained biases or whole modules, a changed base (PiSSA)."""
         self.folder = folder
-        self.config = _lora_config(folder)
-        shapes = _shapes(folder / WEIGHTS)
-        self.targets = {name: self._target(name, shapes) for name in _targets(shapes, folder)}
+        self.settings = _lora_settings(folder)
+        entries = header_of(folder)
+        self._deadline = time.monotonic() + _PATTERNS_S
+        self.targets = {name: self._target(name, entries) for name in _targets(entries, folder)}
 
     @property
     def base_name(self) -> str:
-        return str(self.config.get("base_model_name_or_path") or "")
+        return self.settings.base_model_name_or_path or ""
 
     @property
     def ranks(self) -> list[int]:
@@ -67,38 +116,58 @@ class Adapter:
 
         from strategies.adapter_bank.algebra import Factors
 
-        a, b = (self._tensors.get_tensor(f"base_model.model.{name}.lora_{side}.weight").float() for side in "AB")
-        if not (torch.isfinite(a.sum()) and torch.isfinite(b.sum())):
+        a, b = (self._tensor(f"base_model.model.{name}.lora_{side}.weight").float() for side in "AB")
+        b = b * self.targets[name].scale
+        if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
             raise Unusable(f"{self.folder}: the weights of {name} are not finite")
-        return Factors(a, b * self.targets[name].scale)
+        return Factors(a, b)
 
     def corrections(self) -> dict[str, Factors]:
         """All of it.  Raises Unusable."""
         return {name: self.factors(name) for name in self.targets}
 
-    @cached_property
-    def _tensors(self) -> Any:
-        from safetensors import SafetensorError, safe_open
+    def _tensor(self, key: str) -> Any:
+        from safetensors import SafetensorError
 
         try:
-            return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
-        except SafetensorError as error:
+            return self._tensors.get_tensor(key)
+        except (SafetensorError, OSError) as error:
             raise Unusable(f"{self.folder / WEIGHTS} cannot be read: {error}") from None
 
-    def _target(self, name: str, shapes: Mapping[str, list[int]]) -> Target:
-        a, b = (shapes[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
-        if len(a) != 2 or len(b) != 2 or a[0] != b[1] or 0 in (*a, *b):
-            raise Unusable(f"{self.folder}: A and B of {name} are {a} and {b}, no factors of a linear map")
-        (rank, inputs), outputs = a, b[0]
-        alpha = _of_pattern(self.config.get("alpha_pattern"), name, self.config.get("lora_alpha", rank))
-        return Target(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank))
+    @cached_property
+    def _tensors(self) -> Any:
+        from safetensors import safe_open
+
+        return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
+
+    def _target(self, name: str, entries: Mapping[str, TensorEntry]) -> Target:
+        a, b = (entries[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
+        if strange := [one.dtype for one in (a, b) if one.dtype not in _FLOATS]:
+            raise Unusable(f"{self.folder}: the weights of {name} are of type {printable(strange[0])}, not floats")
+        if len(a.shape) != 2 or len(b.shape) != 2 or a.shape[0] != b.shape[1] or 0 in (*a.shape, *b.shape):
+            raise Unusable(f"{self.folder}: A and B of {name} are {a.shape} and {b.shape}, no factors of a linear map")
+        (rank, inputs), outputs = a.shape, b.shape[0]
+        settings = self.settings
+        try:
+            stated = _of_pattern(settings.rank_pattern, name, settings.r, self._deadline)
+            alpha = _of_pattern(settings.alpha_pattern, name, settings.lora_alpha, self._deadline)
+            is_named = _is_named(settings.target_modules, name, self._deadline)
+        except BadInput as error:
+            raise Unusable(f"{self.folder}: {error}") from None
+        if stated != rank:
+            raise Unusable(f"{self.folder}: {name} has rank {rank}, and its {CONFIG} says {stated}")
+        if not is_named:
+            raise Unusable(f"{self.folder}: {name} has weights and is not in target_modules: PEFT would not use them")
+        return Target(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if settings.use_rslora else rank))
 
 
 def fits_base(adapter: Adapter, base: Path) -> None:
     """Raises Unusable where a map is not in the base model's files, or has other sides there."""
-    shapes: dict[str, list[int]] = {}
-    for file in sorted(base.glob("*.safetensors")):
-        shapes |= _shapes(file)
+    try:
+        headers = [read_header(file) for file in sorted(base.glob("*.safetensors"))]
+    except BadInput as error:
+        raise Unusable(str(error)) from None
+    shapes = {key: entry.shape for header in headers for key, entry in header.items()}
     for name, target in adapter.targets.items():
         there = next((shape for key, shape in shapes.items() if _same_map(key.removesuffix(".weight"), name)), None)
         if there is None:
@@ -144,43 +213,53 @@ def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank
 
 
 def config_of(folder: Path) -> dict[str, Any]:
-    """Raises Unusable."""
+    """The values of an adapter's configuration, none of them checked.  Raises Unusable."""
     try:
-        found = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        found = read_json(folder / CONFIG)
         if not isinstance(found, dict):
-            raise ValueError("it is no JSON object")
-    except (OSError, ValueError) as error:
+            raise BadInput("it is no JSON object")
+    except BadInput as error:
         raise Unusable(f"{folder} holds no readable {CONFIG}: {error}") from None
     return found
 
 
-def _lora_config(folder: Path) -> dict[str, Any]:
-    config = config_of(folder)
-    if config.get("peft_type") != "LORA":
-        raise Unusable(f"{folder} is a {config.get('peft_type')} adapter; the bank keeps LoRA")
-    if refused := [key for key in _KEPT_EXACT if config.get(key)] + ["bias"] * (config.get("bias", "none") != "none"):
+def header_of(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of an adapter.  Raises Unusable."""
+    try:
+        if kind_of(folder / WEIGHTS) is None and kind_of(folder / PICKLED):
+            raise BadInput(
+                f"{folder} holds {PICKLED}, a pickle that runs code when it is read. Where you trust it, load it with"
+                " PEFT and save it again: save_pretrained writes safetensors"
+            )
+        return read_header(folder / WEIGHTS)
+    except BadInput as error:
+        raise Unusable(str(error)) from None
+
+
+def _lora_settings(folder: Path) -> LoraSettings:
+    values = config_of(folder)
+    if values.get("peft_type") != "LORA":
+        kind = values.get("peft_type")
+        raise Unusable(f"{folder} is a {printable(str(kind)[:40])} adapter; the bank keeps LoRA")
+    try:
+        settings = record(LoraSettings, _stated(values), str(folder / CONFIG))
+    except BadInput as error:
+        raise Unusable(str(error)) from None
+    if refused := settings.beyond_factors:
         raise Unusable(
             f"{folder} changes more than a product of two factors ({', '.join(refused)}): it cannot be added up"
         )
-    if _CHANGES_BASE.fullmatch(begun := str(config.get("init_lora_weights"))):
+    if _CHANGES_BASE.fullmatch(begun := str(settings.init_lora_weights).lower()):
         raise Unusable(
             f"{folder} began with a part of its base's weights (init_lora_weights: {begun}), from which they are"
             " missing since: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"
         )
-    return config
+    return settings
 
 
-def _shapes(file: Path) -> dict[str, list[int]]:
-    """Names and shapes from the file's header (https://huggingface.co/docs/safetensors), without its tensors."""
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            if length > file.stat().st_size:
-                raise ValueError("its header is longer than the file")
-            header = json.loads(stream.read(length))
-        return {name: list(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    except (OSError, ValueError, struct.error, AttributeError, KeyError, TypeError) as error:
-        raise Unusable(f"{file} cannot be read: {error}") from None
+def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that `LoraSettings` knows."""
+    return {key: values[key] for key in LoraSettings.__dataclass_fields__ if key in values}
 
 
 def _targets(shapes: Iterable[str], folder: Path) -> list[str]:
@@ -188,13 +267,33 @@ def _targets(shapes: Iterable[str], folder: Path) -> list[str]:
     for key in shapes:
         match = _KEY.fullmatch(key)
         if match is None:
-            raise Unusable(f"{folder}: {key} is no factor of a linear map")
+            raise Unusable(f"{folder}: {printable(key[:120])} is no factor of a linear map")
         found.setdefault(match[1], set()).add(match[2])
     if not found or any(sides != {"A", "B"} for sides in found.values()):
         raise Unusable(f"{folder} has no pairs of A and B")
     return sorted(found)
 
 
-def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any) -> Any:
-    """PEFT's rule: the first pattern that fits the end of the name."""
-    return next((v for key, v in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", name)), otherwise)
+def _of_pattern(patterns: Mapping[str, Any] | None, name: str, otherwise: Any, deadline: float) -> Any:
+    """PEFT's rule: the first pattern that fits the end of the name.  Raises BadInput for one that cannot be matched."""
+    for pattern, value in (patterns or {}).items():
+        if _is_plain(pattern):
+            found = f".{name}".endswith(f".{pattern}")
+        else:
+            found = matches(rf"(?:.*\.)?(?:{pattern})", name, CONFIG, deadline - time.monotonic())
+        if found:
+            return value
+    return otherwise
+
+
+def _is_named(targets: str | list[str] | None, name: str, deadline: float) -> bool:
+    """PEFT's rule: in a list the end of the name, else a pattern for all of it.  Raises BadInput."""
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, list):
+        return any(f".{name}".endswith(f".{one}") for one in targets)
+    return matches(targets, name, f"{CONFIG}: target_modules", deadline - time.monotonic())
+
+
+def _is_plain(pattern: str) -> bool:
+    return re.fullmatch(r"[\w.-]+", pattern) is not None

@@ -13,6 +13,13 @@ from dataclasses import dataclass
 import numpy
 
 _ROWS, _DIMENSIONS = 256, 64  # of a sketch
+_MOST_VOCABULARY = 2**24
+_STORED = {  # name -> type and number of dimensions
+    **{f"{part}_ids": (numpy.int32, 1) for part in ("tokens", "answers")},
+    **{f"{part}_counts": (numpy.float32, 1) for part in ("tokens", "answers")},
+    "sketch": (numpy.float16, 2),
+    "sizes": (numpy.int64, 1),
+}
 _SMOOTHING = 1.0  # pseudo-tokens, spread over the vocabulary
 
 
@@ -52,7 +59,7 @@ class Evidence:
         return hashlib.sha256(b"".join(numpy.ascontiguousarray(part).tobytes() for part in parts)).hexdigest()
 
     def arrays(self) -> dict[str, numpy.ndarray]:
-        """As stored; `from_arrays` is the inverse."""
+        """As stored; `from_arrays` is the inverse for what is sound."""
         return {
             "tokens_ids": self.tokens.ids,
             "tokens_counts": self.tokens.counts,
@@ -64,10 +71,37 @@ class Evidence:
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, numpy.ndarray]) -> Evidence:
-        tokens = Counts(arrays["tokens_ids"], arrays["tokens_counts"])
-        answers = Counts(arrays["answers_ids"], arrays["answers_counts"])
+        """Raises ValueError for arrays that are missing, of other types or shapes, or no counts of a vocabulary."""
+        if missing := [name for name in _STORED if name not in arrays]:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        for name, (kind, dimensions) in _STORED.items():
+            if arrays[name].dtype != kind or arrays[name].ndim != dimensions:
+                raise ValueError(f"{name} is {arrays[name].dtype} of shape {arrays[name].shape}")
+        if arrays["sizes"].shape != (2,):
+            raise ValueError("sizes are those of the vocabulary and of the rows")
         vocabulary, num_rows = (int(number) for number in arrays["sizes"])
+        if not 0 < vocabulary <= _MOST_VOCABULARY or num_rows < 0:
+            raise ValueError(f"a vocabulary of {vocabulary} and {num_rows} rows cannot be")
+        if not numpy.isfinite(arrays["sketch"]).all() or 0 in arrays["sketch"].shape:
+            raise ValueError("its sketch is empty or not finite")
+        tokens, answers = (
+            _checked(Counts(arrays[f"{part}_ids"], arrays[f"{part}_counts"]), vocabulary)
+            for part in ("tokens", "answers")
+        )
         return cls(tokens, answers, arrays["sketch"], vocabulary, num_rows)
+
+    def is_like(self, other: Evidence) -> bool:
+        """Whether both are of one vocabulary and one size of sketch, so that a distance has a meaning."""
+        return self.vocabulary == other.vocabulary and self.sketch_KD.shape[1] == other.sketch_KD.shape[1]
+
+
+def _checked(counts: Counts, vocabulary: int) -> Counts:
+    ids, numbers = counts.ids, counts.counts
+    if len(ids) != len(numbers) or not (numpy.isfinite(numbers).all() and (numbers >= 0).all()):
+        raise ValueError("its counts are not those of its tokens")
+    if len(ids) and not (ids[0] >= 0 and ids[-1] < vocabulary and (numpy.diff(ids) > 0).all()):
+        raise ValueError("its tokens are not in order, or beyond the vocabulary")
+    return counts
 
 
 def gather(

@@ -49,14 +49,17 @@ def generate(
 
     `rank` None = the largest of the adapters'.  `delta` is the exact sum of products, truncated to the rank;
     `factorwise` the published sums of A and of B; the others as in `algebra.merged`.  Ranks and sets of maps may
-    differ.  One adapter alone is returned as it is.  Raises Unusable for weights that are not finite, ValueError for
-    maps of other shapes.
+    differ.  One adapter alone is returned as it is.  Raises Unusable for weights that are not finite,
+    for maps of other shapes and for a rank that no map has.
     """
     began = time.perf_counter()
     counted = _that_count(numpy.asarray(coefficients, dtype=float))
     chosen = [adapters[place] for place, _ in counted]
     largest = sum(max(one.ranks) for one in chosen) if rule == "cat" else max(max(one.ranks) for one in chosen)
     rank = rank or largest
+    most = max(min(target.inputs, target.outputs) for one in chosen for target in one.targets.values())
+    if rank > max(most, largest):
+        raise Unusable(f"a rank of {rank} cannot be: the maps of these adapters have at most {most}")
     made, error = _sum(chosen, [weight for _, weight in counted], rule, rank, density)
     into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -123,13 +126,13 @@ def bank_gram(adapters: Sequence[Adapter]) -> numpy.ndarray:
 
 
 def same_shapes(adapters: Sequence[Adapter]) -> None:
-    """Raises ValueError where two adapters do not fit one model."""
+    """Raises Unusable where two adapters do not fit one model."""
     known: dict[str, tuple[int, int, Path]] = {}
     for one in adapters:
         for name, target in one.targets.items():
             inputs, outputs, folder = known.setdefault(name, (target.inputs, target.outputs, one.folder))
             if (inputs, outputs) != (target.inputs, target.outputs):
-                raise ValueError(
+                raise Unusable(
                     f"{name} is {target.outputs} x {target.inputs} in {one.folder} and {outputs} x {inputs} in"
                     f" {folder}: they were trained on different models"
                 )

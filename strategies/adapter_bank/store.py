@@ -1,79 +1,69 @@
-"""The bank on disk: a folder an adapter, named by the digest of its content, and an index over them.
+"""The bank on disk: a folder an adapter, named by the digest of its content.
 
-    BANK/index.sqlite                   names, cards and evidence; made again from the folders where it is lost
-    BANK/objects/ab/abcdef.../          adapter_config.json adapter_model.safetensors card.json evidence.safetensors
+    BANK/objects/ab/abcdef.../    adapter_config.json adapter_model.safetensors card.json evidence.safetensors
+    BANK/broken/                  what `verify --repair` put aside
+    BANK/.lock                    held by whoever writes
 
-A folder is written beside its place and renamed into it while its writer holds the index, so it is whole or absent, and
-named where it is there; two writers of the same adapter end with one.  Importing this loads no torch.
+The folders are all there is: a copy of them, or some of them, is a bank.  A folder is written beside its place and
+renamed into it by whoever holds the lock, so it is whole or absent, and of two writers of one adapter or one name the
+second sees the first.  A bank may come from anybody: a folder that is a link, is not named by its digest or has a card
+that is wrong is damaged, which is told and stops nothing else.  Importing this loads no torch.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
+import fcntl
 import os
 import shutil
-import sqlite3
-import tarfile
+import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
+from clusters.safe_input import BadInput, checked_path, kind_of, printable
+from strategies.adapter_bank.adapter import Adapter, Unusable
+from strategies.adapter_bank.card import CARD, BankError, Card, card_of, is_digest, mistakes
+from strategies.adapter_bank.folders import (
+    EVIDENCE,
+    card_in,
+    check,
+    check_bytes,
+    delete,
+    digest_of,
+    read_evidence,
+    sync,
+    write,
+)
 
 if TYPE_CHECKING:  # numpy waits until a data set is looked at
     from strategies.adapter_bank.evidence import Evidence
 
-CARD, EVIDENCE = "card.json", "evidence.safetensors"
-_PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may be told more later
-_BUSY_S = 60.0
-_SCHEMA = (
-    "CREATE TABLE adapters ("
-    "digest TEXT PRIMARY KEY, name TEXT UNIQUE NOT NULL, base TEXT NOT NULL, data TEXT, card TEXT NOT NULL)",
-    "CREATE INDEX by_base ON adapters (base)",
-    "CREATE INDEX by_data ON adapters (data)",
-)
-
-
-class BankError(ValueError):
-    """What cannot be done with a bank; the text says why and what to do."""
+_BUSY_S, _LOOK_S = 60.0, 0.05
+_UNDER_WAY = (".new-", ".removed-", ".import-")  # folders of a writer; without one they are left over
 
 
 @dataclass(frozen=True)
-class Card:
-    """What is known of an adapter."""
+class Damaged:
+    """Something in a bank that is no adapter of it, and why."""
 
+    path: Path
+    reason: str
     name: str
-    base_name: str
-    base_digest: str  # of the base model's weights
-    ranks: list[int] = field(default_factory=list)
-    targets: list[str] = field(default_factory=list)  # kinds of linear maps
-    num_parameters: int = 0
-    data_digest: str | None = None  # of the data files' bytes
-    evidence_digest: str | None = None
-    num_rows: int | None = None
-    scores: dict[str, Any] = field(default_factory=dict)  # before and after, on held-out rows
-    licence: str | None = None
-    method: str = "lora"
-    made_from: list[dict[str, Any]] = field(default_factory=list)  # of generated ones: who, and how much
-    run_id: str | None = None
-    added: str = ""
-    digest: str = ""
 
-    @property
-    def held_out_loss(self) -> tuple[float | None, float | None]:
-        """Before and after its training, in nats a token."""
-        before, after = (self.scores.get(when, {}).get("eval_loss") for when in ("before", "after"))
-        return before, after
+    def __str__(self) -> str:
+        return f"{self.name}: {self.reason}"
 
-    @property
-    def losses_told(self) -> str:
-        """As one reads them: 3.863 -> 0.683."""
-        return " -> ".join(f"{value:.3f}" for value in self.held_out_loss if value is not None)
+
+@dataclass(frozen=True)
+class Contents:
+    """What a bank holds."""
+
+    cards: list[Card]  # oldest first
+    damaged: list[Damaged]
 
 
 class Bank:
@@ -81,35 +71,72 @@ class Bank:
 
     def __init__(self, path: Path, create: bool = False) -> None:
         """Raises BankError where there is none and none is to be made; it is made when something comes in."""
-        self.path = path.expanduser()
-        if not create and not (self.path / "objects").is_dir():
-            raise BankError(f"{self.path} holds no bank; `orchestrator bank add` makes one")
+        try:
+            self.path = checked_path(path)
+            kinds = kind_of(self.path), kind_of(self.path / "objects")
+        except BadInput as error:
+            raise BankError(f"bank: {error}") from None
+        for place, kind in zip((self.path, self.path / "objects"), kinds, strict=True):
+            if kind not in (None, "folder"):
+                raise BankError(f"{printable(str(place))} is a {kind}; a bank is a folder")
+        self._objects = self.path / "objects"
+        if self._objects.is_symlink():
+            raise BankError(f"{printable(str(self._objects))} is a link; name the folder itself as the bank")
+        if not create and kinds[1] is None:
+            raise BankError(f"{printable(str(self.path))} holds no bank; `orchestrator bank add` makes one")
 
     # Reading.
 
+    def contents(self) -> Contents:
+        """Cards and what is damaged.  Raises BankError only where the bank as a whole cannot be read."""
+        cards, sound, damaged = [], [], []
+        known: dict[str, Card] = {}
+        for folder in self._folders():
+            try:
+                cards.append(_card_at(folder))
+            except BankError as error:
+                if os.path.lexists(folder):  # else it was removed meanwhile
+                    damaged.append(Damaged(folder, str(error), _shown(folder)))
+        for card in sorted(cards, key=lambda card: (card.added, card.digest)):
+            if (first := known.setdefault(card.name, card)) is not card:
+                why = f"{first.digest[:12]} is called {card.name} too; `orchestrator bank rm` one of them by its digest"
+                damaged.append(Damaged(self.folder(card.digest), why, card.digest[:12]))
+            else:
+                sound.append(card)
+        return Contents(sound, damaged)
+
     def cards(self, base_digest: str | None = None) -> list[Card]:
-        """All cards, oldest first, from the index alone; of one base if asked."""
-        where, values = ("WHERE base = ?", (base_digest,)) if base_digest else ("", ())
-        with self._index() as index:
-            rows = index.execute(f"SELECT card FROM adapters {where} ORDER BY rowid", values).fetchall()
-        return [_card(text) for (text,) in rows]
+        """All that are sound, oldest first; of one base if asked."""
+        return [card for card in self.contents().cards if base_digest in (None, card.base_digest)]
 
     def find(self, which: str) -> Card:
-        """By name, or by at least 6 characters of the digest.  Raises BankError with the nearest names."""
-        with self._index() as index:
-            found = index.execute("SELECT card FROM adapters WHERE name = ?", (which,)).fetchall()
-            if not found and len(which) >= 6:
-                pattern = which.replace("%", "") + "%"
-                found = index.execute("SELECT card FROM adapters WHERE digest LIKE ?", (pattern,)).fetchall()
-            if len(found) == 1:
-                return _card(found[0][0])
-            names = [name for (name,) in index.execute("SELECT name FROM adapters ORDER BY rowid")]
+        """By name, or by at least 6 characters of the digest.
+
+        Raises BankError: with the reason for one that is damaged, else with the nearest names.
+        """
+        found = self.find_all(which)
+        if isinstance(found, Damaged):
+            raise BankError(f"{found}. `orchestrator bank verify --repair` puts it aside")
+        return found
+
+    def find_all(self, which: str) -> Card | Damaged:
+        """The same, with what is damaged, which is known by its digest alone.  Raises BankError."""
+        contents = self.contents()
+        named = [card for card in contents.cards if card.name == which]
+        starts: list[Card | Damaged] = []
+        if not named and len(which) >= 6:
+            starts += [card for card in contents.cards if card.digest.startswith(which)]
+            starts += [one for one in contents.damaged if one.path.name.startswith(which)]
+        found = [*named, *starts]
+        if len(found) == 1:
+            return found[0]
+        shown, here = printable(which[:80]), printable(str(self.path))
         if found:
-            raise BankError(f"{which} is the start of {len(found)} digests; give more of it")
+            raise BankError(f"{shown} is the start of {len(found)} digests; give more of it")
         import difflib
 
-        near = difflib.get_close_matches(which, names, 3)
-        raise BankError(f"{self.path} has no adapter {which!r}" + (f"; it has {', '.join(near)}" if near else ""))
+        near = difflib.get_close_matches(which, [card.name for card in contents.cards], 3)
+        raise BankError(f"{here} has no adapter {shown!r}" + (f"; it has {', '.join(near)}" if near else ""))
 
     def name_of(self, folder: Path) -> str | None:
         """What an adapter of this content is called here."""
@@ -118,26 +145,44 @@ class Bank:
 
     def of_data(self, base_digest: str, data_digest: str) -> list[Card]:
         """Adapters that were trained on this very data."""
-        with self._index() as index:
-            asked = "SELECT card FROM adapters WHERE base = ? AND data = ? ORDER BY rowid"
-            return [_card(text) for (text,) in index.execute(asked, (base_digest, data_digest))]
+        return [card for card in self.cards(base_digest) if card.data_digest == data_digest]
 
     def folder(self, digest: str) -> Path:
-        return self.path / "objects" / digest[:2] / digest
+        """Where an adapter lies.  Raises BankError for a text that is no digest, such as a path."""
+        if not is_digest(digest):
+            raise BankError(f"{printable(digest[:80])!r} is no digest: 64 hex digits")
+        return self._objects / digest[:2] / digest
 
     def adapter(self, card: Card) -> Adapter:
-        """Raises BankError where its folder is lost, Unusable where it is broken."""
+        """Its bytes compared with its digest.  Raises BankError where they changed, Unusable where it is broken."""
         folder = self.folder(card.digest)
         if not folder.is_dir():
-            raise BankError(f"{card.name} is in the index, and its folder is gone: `orchestrator bank verify --repair`")
+            raise BankError(f"{card.name}: its folder {folder} is gone")
+        check_bytes(folder, card)
         return Adapter(folder)
 
     def evidence(self, card: Card) -> Evidence | None:
         """What is known of its data; None where nothing is.  Raises BankError for a broken file."""
         file = self.folder(card.digest) / EVIDENCE
-        if not card.evidence_digest or not file.exists():
-            return None
-        return _read_evidence(file, card)
+        return read_evidence(file, card) if card.evidence_digest else None
+
+    def verify(self, repair: bool = False) -> list[Damaged]:
+        """What is wrong, every byte read again: changed bytes, cards that lie, folders that are no adapter.
+
+        `repair` puts that aside into BANK/broken.
+        """
+        contents = self.contents()
+        wrong = list(contents.damaged)
+        for card in contents.cards:
+            try:
+                check(self.folder(card.digest))
+            except (Unusable, BankError) as error:
+                wrong.append(Damaged(self.folder(card.digest), str(error), card.name))
+        if repair and wrong:
+            with self.writing():
+                for one in wrong:
+                    self._put_aside(one.path)
+        return wrong
 
     # Writing.
 
@@ -145,254 +190,162 @@ class Bank:
         """Take in an adapter folder; the card as it stands then.
 
         The same content twice is one adapter, of which all is known that was told either time, the later first.
-        Raises Unusable for what is not a finite LoRA adapter, BankError for a name that another one bears, or shapes
-        other than those of this base's adapters.
+        Raises Unusable for what is not a finite LoRA adapter, BankError for a name that another one bears or that is
+        none, or shapes other than those of this base's adapters.
         """
-        from safetensors.numpy import save_file
-
         adapter = Adapter(source)
         adapter.corrections()
-        card = self._complete(card, adapter, digest_of(source), evidence)
+        card = _complete(card, adapter, digest_of(source), evidence)
+        if wrong := mistakes(card):
+            raise BankError(f"{'; '.join(wrong)}. --name gives another name")
+        with self.writing():
+            return self.place(adapter, card, evidence, self.cards())
+
+    def place(self, adapter: Adapter, card: Card, evidence: Evidence | None, others: list[Card]) -> Card:
+        """The last part of `add`, for whoever holds the lock and knows the cards there.  Raises BankError, Unusable."""
         if known := self._known(card.digest):
-            told = {key: value for key, value in asdict(card).items() if value not in (None, [], {}, "")}
-            card = Card(**{**asdict(known), **told, "added": known.added})
-        self._fits(adapter, card)
-
-        def write(folder: Path) -> None:
-            folder.mkdir(parents=True)
-            for name in _PAYLOAD:
-                shutil.copyfile(source / name, folder / name)
-            if evidence is not None:
-                save_file(evidence.arrays(), folder / EVIDENCE)
-            (folder / CARD).write_text(json.dumps(asdict(card), indent=1, ensure_ascii=False), encoding="utf-8")
-
-        self._place(card, write)
+            told = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
+            card = card_of({**known.as_dict(), **told, "added": known.added})
+        if any(one.name == card.name and one.digest != card.digest for one in others):
+            raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
+        self._fits(adapter, card, others)
+        temporary, folder = self.path / f".new-{uuid.uuid4().hex[:8]}", self.folder(card.digest)
+        try:
+            write(temporary, adapter.folder, card, evidence)
+            self._settle(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
         return card
 
-    def remove(self, card: Card) -> None:
-        folder, trash = self.folder(card.digest), self.path / f".removed-{uuid.uuid4().hex[:8]}"
-        with self._index(to_write=True) as index:
-            index.execute("DELETE FROM adapters WHERE digest = ?", (card.digest,))
-            if folder.is_dir():
-                folder.rename(trash)
-        shutil.rmtree(trash, ignore_errors=True)
+    def remove(self, which: Card | Damaged) -> None:
+        """Nothing outside the bank goes: of a link the link alone."""
+        folder = which.path if isinstance(which, Damaged) else self.folder(which.digest)
+        with self.writing():
+            if os.path.lexists(folder):
+                os.rename(self._inside(folder), trash := self.path / f".removed-{uuid.uuid4().hex[:8]}")
+                delete(trash)
 
-    def verify(self, repair: bool = False) -> list[str]:
-        """What is wrong: changed bytes, cards that lie, folders without an entry, entries without a folder.
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Hold the bank, which nobody else writes to meanwhile; what a killed writer left is cleared away.
 
-        `repair` puts what is broken aside into BANK/broken and makes the index again.
+        Raises BankError where another writer holds it for a minute.
         """
-        wrong: list[str] = []
-        known = {card.digest: card for card in self.cards()}
-        for folder in self._folders():
-            try:
-                self._check(folder)
-                if folder.name not in known:
-                    wrong.append(f"{folder.name[:12]} is not in the index")
-            except (Unusable, BankError) as error:
-                wrong.append(f"{known[folder.name].name if folder.name in known else folder.name[:12]}: {error}")
-                if repair:
-                    (self.path / "broken").mkdir(exist_ok=True)
-                    folder.rename(self.path / "broken" / f"{folder.name}-{uuid.uuid4().hex[:4]}")
-            known.pop(folder.name, None)
-        wrong += [f"{card.name} is in the index, and its folder is gone" for card in known.values()]
-        if repair and wrong:
-            self.index_again()
-        return wrong
-
-    def index_again(self) -> int:
-        """The index from the folders; how many there are."""
-        with self._index(to_write=True) as index:
-            return self._enter_folders(index)
-
-    def export(self, file: Path, cards: Iterable[Card]) -> int:
-        """A tar of adapters for another bank; it appears whole or not at all.  How many are in it."""
-        temporary, count = file.with_name(f".{file.name}.tmp-{uuid.uuid4().hex[:8]}"), 0
+        self._objects.mkdir(parents=True, exist_ok=True)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         try:
-            with tarfile.open(temporary, "w") as tar:
-                for card in cards:
-                    self.adapter(card)
-                    tar.add(self.folder(card.digest), card.digest)
-                    count += 1
-            temporary.replace(file)
-        finally:
-            temporary.unlink(missing_ok=True)
-        return count
-
-    def import_(self, file: Path) -> list[Card]:
-        """Take in a tar that `export` made; each adapter is checked against its digest.  Raises BankError."""
-        work, taken = self.path / f".import-{uuid.uuid4().hex[:8]}", []
+            descriptor = os.open(self.path / ".lock", flags, 0o644)
+        except OSError as error:
+            raise BankError(f"{self.path / '.lock'} cannot be opened: {error.strerror}") from None
         try:
-            with tarfile.open(file) as tar:
-                tar.extractall(work, filter="data")
-            for folder in sorted(work.iterdir()):
-                card = self._check(folder)
-                evidence = _read_evidence(folder / EVIDENCE, card) if card.evidence_digest else None
-                taken.append(self.add(folder, card, evidence))
-        except (OSError, tarfile.TarError) as error:
-            raise BankError(f"{file} is no export of a bank: {error}") from None
+            _lock(descriptor, self.path)
+            for left_over in self.path.iterdir():
+                if left_over.name.startswith(_UNDER_WAY):
+                    delete(left_over)
+            yield
         finally:
-            shutil.rmtree(work, ignore_errors=True)
-        return taken
+            os.close(descriptor)
 
     # Inside.
 
-    def _complete(self, card: Card, adapter: Adapter, digest: str, evidence: Evidence | None) -> Card:
-        told = {
-            **asdict(card),
-            "ranks": adapter.ranks,
-            "targets": sorted({name.rsplit(".", 1)[-1] for name in adapter.targets}),
-            "num_parameters": adapter.num_parameters,
-            "digest": digest,
-            "added": card.added or datetime.now(UTC).isoformat(),  # cards are ordered by it
-        }
-        if evidence is not None:
-            told |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
-        return Card(**told)
+    def _folders(self) -> Iterator[Path]:
+        """What lies where adapters do; names with a leading dot are a file system's own."""
+        try:
+            if not self._objects.exists():
+                return
+            for shard in _visible(self._objects):
+                is_shard = len(shard.name) == 2 and shard.is_dir() and not shard.is_symlink()
+                yield from _visible(shard) if is_shard else (shard,)
+        except OSError as error:
+            raise BankError(f"{self._objects} cannot be read: {error.strerror}") from None
 
     def _known(self, digest: str) -> Card | None:
-        if not (self.path / "objects").is_dir():
-            return None
-        with self._index() as index:
-            found = index.execute("SELECT card FROM adapters WHERE digest = ?", (digest,)).fetchone()
-        return _card(found[0]) if found else None
+        folder = self.folder(digest)
+        try:
+            return _card_at(folder) if folder.is_dir() else None
+        except BankError:
+            return None  # it is damaged: what comes in takes its place
 
-    def _fits(self, adapter: Adapter, card: Card) -> None:
-        """Against one adapter of the same base: adapters of one model fit each other."""
-        with self._index() as index:
-            found = index.execute("SELECT card FROM adapters WHERE base = ? LIMIT 1", (card.base_digest,)).fetchone()
-        if not found or _card(found[0]).digest == card.digest:
-            return
+    def _fits(self, adapter: Adapter, card: Card, cards: list[Card]) -> None:
+        """Against one adapter of the same base: adapters of one model fit each other.  Raises Unusable."""
         from strategies.adapter_bank.generation import same_shapes
 
-        try:
-            same_shapes([self.adapter(_card(found[0])), adapter])
-        except ValueError as error:
-            raise BankError(str(error)) from None
+        for other in cards:
+            if other.base_digest == card.base_digest and other.digest != card.digest:
+                try:
+                    known = self.adapter(other)
+                except (BankError, Unusable):
+                    continue  # a damaged one says nothing
+                same_shapes([known, adapter])
+                break
 
-    def _place(self, card: Card, write: Any) -> None:
-        """The folder and its entry, both or none.  Raises BankError for a name that another adapter bears."""
-        folder, temporary = self.folder(card.digest), self.path / f".new-{uuid.uuid4().hex[:8]}"
-        try:
-            write(temporary)
-            with self._index(to_write=True) as index:
-                taken = index.execute("SELECT digest FROM adapters WHERE name = ?", (card.name,)).fetchone()
-                if taken and taken[0] != card.digest:
-                    raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
-                folder.parent.mkdir(exist_ok=True)
-                if folder.is_dir():  # the same content: the card may be newer
-                    for name in (EVIDENCE, CARD):
-                        if (temporary / name).exists():
-                            os.replace(temporary / name, folder / name)
-                else:
-                    os.replace(temporary, folder)
-                _enter(index, [card])
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
-
-    def _enter_folders(self, index: sqlite3.Connection) -> int:
-        cards = []
-        for folder in self._folders():
+    def _settle(self, temporary: Path, folder: Path) -> None:
+        """Move a written folder to its place; the same content keeps its bytes and gets the newer card."""
+        self._inside(folder).parent.mkdir(exist_ok=True)
+        if os.path.lexists(folder):
             try:
-                cards.append(_card((folder / CARD).read_text(encoding="utf-8")))
-            except (OSError, BankError):
-                continue  # verify names it
-        index.execute("DELETE FROM adapters")
-        _enter(index, sorted(cards, key=lambda card: card.added))
-        return len(cards)
+                check(folder)
+            except (BankError, Unusable):
+                self._put_aside(folder)
+        if not folder.exists():
+            os.replace(temporary, folder)
+        for name in (EVIDENCE, CARD):
+            if (temporary / name).exists():
+                os.replace(temporary / name, folder / name)
+        sync(folder)
+        sync(folder.parent)
 
-    def _check(self, folder: Path) -> Card:
-        """An adapter's folder against its digests.  Raises BankError or Unusable."""
+    def _put_aside(self, path: Path) -> None:
+        broken = self.path / "broken"
+        if broken.is_symlink():
+            raise BankError(f"{broken} is a link; make it a folder")
+        broken.mkdir(exist_ok=True)
+        if os.path.lexists(path):
+            os.rename(self._inside(path), broken / f"{path.name[:200]}-{uuid.uuid4().hex[:4]}")
+
+    def _inside(self, path: Path) -> Path:
+        """The path, which lies in this bank itself and not through a link.  Raises BankError."""
+        if path.parent.resolve() not in (self._objects, self._objects / path.name[:2]):
+            raise BankError(f"{printable(str(path))} does not lie in the bank")
+        return path
+
+
+def _card_at(folder: Path) -> Card:
+    """The card of an adapter in its place.  Raises BankError for anything else that may lie there."""
+    if is_digest(folder.name) and folder.parent.name != folder.name[:2]:
+        raise BankError(f"lies in {printable(folder.parent.name)} and not in {folder.name[:2]}")
+    return card_in(folder)
+
+
+def _complete(card: Card, adapter: Adapter, digest: str, evidence: Evidence | None) -> Card:
+    """The card with what the adapter and the evidence themselves say."""
+    told = {
+        **asdict(card),
+        "ranks": adapter.ranks,
+        "targets": sorted({name.rsplit(".", 1)[-1] for name in adapter.targets}),
+        "num_parameters": adapter.num_parameters,
+        "digest": digest,
+        "added": card.added or datetime.now(UTC).isoformat(),  # cards are ordered by it
+    }
+    if evidence is not None:
+        told |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
+    return Card(**told)
+
+
+def _lock(descriptor: int, path: Path) -> None:
+    deadline = time.monotonic() + _BUSY_S
+    while True:
         try:
-            card = _card((folder / CARD).read_text(encoding="utf-8"))
-        except OSError as error:
-            raise BankError(f"its card cannot be read: {error}") from None
-        if digest_of(folder) != card.digest:
-            raise BankError("its bytes are not those that were added; import it again or remove it")
-        Adapter(folder)
-        if card.evidence_digest:
-            _read_evidence(folder / EVIDENCE, card)
-        return card
-
-    def _folders(self) -> Iterator[Path]:
-        yield from (folder for folder in sorted((self.path / "objects").glob("??/*")) if folder.is_dir())
-
-    @contextmanager
-    def _index(self, to_write: bool = False) -> Iterator[sqlite3.Connection]:
-        """The index; whoever writes has it alone until the end."""
-        (self.path / "objects").mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(self.path / "index.sqlite", timeout=_BUSY_S)
-        try:
-            with connection:
-                if to_write or _is_empty(connection):
-                    connection.execute("BEGIN IMMEDIATE")
-                if _is_empty(connection):  # still, now that nobody else can be making it
-                    for statement in _SCHEMA:
-                        connection.execute(statement)
-                    self._enter_folders(connection)
-                yield connection
-        except sqlite3.DatabaseError as error:
-            raise BankError(
-                f"{self.path}/index.sqlite cannot be used ({error}); delete it, and it is made again"
-            ) from None
-        finally:
-            connection.close()
+            return fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                raise BankError(f"{path}: another process has been writing to it for {_BUSY_S:.0f} s") from None
+            time.sleep(_LOOK_S)
 
 
-def _is_empty(index: sqlite3.Connection) -> bool:
-    return index.execute("SELECT 1 FROM sqlite_master").fetchone() is None
+def _visible(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _enter(index: sqlite3.Connection, cards: Iterable[Card]) -> None:
-    rows = [(c.digest, c.name, c.base_digest, c.data_digest, json.dumps(asdict(c), ensure_ascii=False)) for c in cards]
-    index.executemany("INSERT OR REPLACE INTO adapters VALUES (?, ?, ?, ?, ?)", rows)
-
-
-def digest_of(folder: Path) -> str:
-    """Of an adapter: its configuration and its weights.  Raises Unusable where one is missing."""
-    whole = hashlib.sha256()
-    for name in _PAYLOAD:
-        try:
-            with (folder / name).open("rb") as stream:
-                whole.update(hashlib.file_digest(stream, "sha256").digest())
-        except OSError as error:
-            raise Unusable(f"{folder / name} cannot be read: {error.strerror}") from None
-    return whole.hexdigest()
-
-
-def base_digest(folder: Path) -> str:
-    """Of a base model's weights: the name, size, header and a sample of each file, so that it takes no second."""
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
-    if not files:
-        raise BankError(f"{folder} holds no model weights to know the base by")
-    whole = hashlib.sha256()
-    for file in files:
-        size = file.stat().st_size
-        whole.update(f"{file.name} {size}".encode())
-        with file.open("rb") as stream:
-            for part in range(16):
-                stream.seek(part * size // 16)
-                whole.update(stream.read(1 << 16))
-    return whole.hexdigest()
-
-
-def _card(text: str) -> Card:
-    try:
-        return Card(**json.loads(text))
-    except (ValueError, TypeError) as error:
-        raise BankError(f"its card is broken: {error}") from None
-
-
-def _read_evidence(file: Path, card: Card) -> Evidence:
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
-    from strategies.adapter_bank.evidence import Evidence
-
-    try:
-        evidence = Evidence.from_arrays(load_file(file))
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise BankError(f"what is known of the data of {card.name} cannot be read: {error}") from None
-    if evidence.digest != card.evidence_digest:
-        raise BankError(f"what is known of the data of {card.name} has changed; add the adapter again")
-    return evidence
+def _shown(path: Path) -> str:
+    return path.name[:12] if is_digest(path.name) else printable(path.name[:80])

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bank.py generate --shapes 135m --adapters 100       target: 5 s
     python tests/benchmarks/bank.py generate --shapes 7b --adapters 500         target: 60 s; needs 10 GB of disk
-    python tests/benchmarks/bank.py index --adapters 10000
+    python tests/benchmarks/bank.py cards --adapters 10000
 
 Quality is `orchestrator bank evaluate`, over a bank that `bank build` made.
 """
@@ -10,6 +10,7 @@ Quality is `orchestrator bank evaluate`, over a bank that `bank build` made.
 from __future__ import annotations
 
 import argparse
+import json
 import resource
 import tempfile
 import time
@@ -19,10 +20,11 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from strategies.adapter_bank import coefficients, store
+from strategies.adapter_bank import coefficients
 from strategies.adapter_bank.adapter import CONFIG, Adapter
+from strategies.adapter_bank.card import CARD, Card
 from strategies.adapter_bank.generation import generate
-from strategies.adapter_bank.store import Bank, Card
+from strategies.adapter_bank.store import Bank
 
 _SMALL = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}
 _SMALL |= {"gate": (576, 1536), "up": (576, 1536), "down": (1536, 576)}
@@ -61,23 +63,17 @@ def generation(work: Path, shapes: str, count: int) -> None:
     )
 
 
-def enter(bank: Bank, cards: list[Card]) -> None:
-    with bank._index(to_write=True) as index:
-        store._enter(index, cards)
-
-
-def index(work: Path, count: int) -> None:
+def cards(work: Path, count: int) -> None:
     """Cards alone: what listing and finding cost does not depend on the weights."""
-    bank = Bank(work / "bank", create=True)
-    cards = [
-        Card(f"task-{n}", "tiny", "b" * 64, [8], ["q_proj"], 1000, f"{n:064d}", digest=f"{n * 7919:064x}"[::-1])
-        for n in range(count)
-    ]
+    bank, digests = Bank(work / "bank", create=True), [f"{n * 7919:064x}"[::-1] for n in range(count)]
+    for n, digest in enumerate(digests):
+        card = Card(f"task-{n}", "tiny", "b" * 64, [8], ["q_proj"], 1000, f"{n:064d}", digest=digest)
+        bank.folder(digest).mkdir(parents=True)
+        (bank.folder(digest) / CARD).write_text(json.dumps(card.as_dict(), indent=1))
     for what, do in {
-        "enter": lambda: enter(bank, cards),
         "list": lambda: bank.cards(),
         "find by name": lambda: bank.find(f"task-{count // 2}"),
-        "find by digest": lambda: bank.find(cards[count // 3].digest[:12]),
+        "find by digest": lambda: bank.find(digests[count // 3][:12]),
         "by data": lambda: bank.of_data("b" * 64, f"{count // 2:064d}"),
     }.items():
         began = time.perf_counter()
@@ -87,12 +83,12 @@ def index(work: Path, count: int) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["generate", "index"])
+    parser.add_argument("what", choices=["generate", "cards"])
     parser.add_argument("--shapes", choices=list(SHAPES), default="135m")
     parser.add_argument("--adapters", type=int, default=100)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if asked.what == "index":
-            index(Path(folder), asked.adapters)
+        if asked.what == "cards":
+            cards(Path(folder), asked.adapters)
         else:
             generation(Path(folder), asked.shapes, asked.adapters)

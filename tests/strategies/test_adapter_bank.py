@@ -15,11 +15,13 @@ import torch
 from strategies.adapter_bank import algebra, coefficients
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base, write
 from strategies.adapter_bank.algebra import Factors
+from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
+from strategies.adapter_bank.exchange import export, import_
 from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.selection import forward_selection
-from strategies.adapter_bank.store import Bank, BankError, Card
+from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
 from strategies.lora import go_on_from
 
@@ -315,6 +317,8 @@ def test_a_square_map_that_lies_transposed_is_corrected_as_peft_does(tmp_path):
     ("config", "shape", "said"),
     [
         ([], (2, 20), "it is no JSON object"),
+        ({"peft_type": "LORA"}, (2, 20), "q_proj has rank 2, and its adapter_config.json says 8"),
+        ({"peft_type": "LORA", "r": 2, "target_modules": ["k_proj"]}, (2, 20), "is not in target_modules"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, (2, 20), "init_lora_weights: pissa_niter_4"),
         ({"peft_type": "LORA", "use_dora": True}, (2, 20), "use_dora"),
         ({"peft_type": "LORA"}, (2, 20, 1, 1), "no factors of a linear map"),
@@ -380,19 +384,31 @@ def test_a_flipped_byte_is_found_and_put_aside(bank):
     content[-3] ^= 1
     file.write_bytes(content)
 
-    assert [line.split(":")[0] for line in bank.verify()] == ["task-1"]
+    assert [one.name for one in bank.verify()] == ["task-1"]
     bank.verify(repair=True)
     assert bank.verify() == []
     assert [card.name for card in bank.cards()] == ["task-0", "task-2"]
 
 
-def test_a_broken_card_and_a_lost_folder_are_named(bank):
-    (bank.folder(bank.find("task-0").digest) / "card.json").write_text("{")
-    os.rename(bank.folder(bank.find("task-2").digest), bank.path / "elsewhere")
+def test_a_broken_card_is_named_by_its_digest_and_stops_nothing(bank):
+    digest = bank.find("task-0").digest
+    (bank.folder(digest) / "card.json").write_text("{")
 
-    wrong = " ".join(bank.verify())
+    (wrong,) = bank.verify()
 
-    assert "task-0: its card is broken" in wrong and "task-2 is in the index, and its folder is gone" in wrong
+    assert wrong.name == digest[:12] and "card.json: is not JSON" in wrong.reason
+    assert [card.name for card in bank.cards()] == ["task-1", "task-2"]
+    with pytest.raises(BankError, match=r"is not JSON.*verify --repair"):
+        bank.find(digest[:8])
+
+
+def test_a_folder_that_is_gone_is_no_adapter_of_the_bank(bank):
+    card = bank.find("task-2")
+    os.rename(bank.folder(card.digest), bank.path / "elsewhere")
+
+    assert [card.name for card in bank.cards()] == ["task-0", "task-1"] and bank.verify() == []
+    with pytest.raises(BankError, match="is gone"):
+        bank.adapter(card)
 
 
 def test_weights_that_were_cut_short_are_named(bank):
@@ -400,15 +416,10 @@ def test_weights_that_were_cut_short_are_named(bank):
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
 
-    with pytest.raises(Unusable, match=r"adapter_model\.safetensors cannot be read"):
-        bank.adapter(bank.find("task-1")).corrections()
-
-
-def test_a_lost_index_is_made_again(bank):
-    before = bank.cards()
-    (bank.path / "index.sqlite").unlink()
-
-    assert Bank(bank.path).cards() == before
+    with pytest.raises(BankError, match="task-1: its bytes are not those that were added"):
+        bank.adapter(bank.find("task-1"))
+    with pytest.raises(Unusable, match=r"adapter_model\.safetensors: is cut"):
+        Adapter(folder)
 
 
 def test_several_writers_lose_nothing(tmp_path):
@@ -473,17 +484,18 @@ def test_a_refused_adapter_makes_no_bank(tmp_path):
     with pytest.raises(Unusable):
         Bank(tmp_path / "bank", create=True).add(tmp_path / "cut", a_card("cut"))
     with pytest.raises(BankError, match="is no export of a bank"):
-        Bank(tmp_path / "bank", create=True).import_(tmp_path / "cut" / "adapter_model.safetensors")
+        import_(Bank(tmp_path / "bank", create=True), tmp_path / "cut" / "adapter_model.safetensors")
 
     assert not (tmp_path / "bank").exists()
 
 
 def test_an_export_comes_in_whole(bank, tmp_path):
-    bank.export(tmp_path / "some.tar", bank.cards()[:2])
+    export(bank, tmp_path / "some.tar", bank.cards()[:2])
 
-    taken = Bank(tmp_path / "other", create=True).import_(tmp_path / "some.tar")
+    taken = import_(Bank(tmp_path / "other", create=True), tmp_path / "some.tar")
 
-    assert {card.digest for card in taken} == {card.digest for card in bank.cards()[:2]}
+    assert len(taken.cards) == 2 and taken.refused == []
+    assert Bank(tmp_path / "other").cards() == bank.cards()[:2]
 
 
 def test_what_does_not_belong_is_refused_and_nothing_is_written(bank, tmp_path):
@@ -495,7 +507,7 @@ def test_what_does_not_belong_is_refused_and_nothing_is_written(bank, tmp_path):
     file = tmp_path / "sick" / "adapter_model.safetensors"
     save_file({name: tensor.fill_(float("nan")) for name, tensor in load_file(file).items()}, file)
 
-    with pytest.raises(BankError, match=r"12 x 24 .* were trained on different models"):
+    with pytest.raises(Unusable, match=r"12 x 24 .* were trained on different models"):
         bank.add(tmp_path / "wide", a_card("wide"))
     with pytest.raises(Unusable, match="not finite"):
         bank.add(tmp_path / "sick", a_card("sick"))
