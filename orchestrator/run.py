@@ -23,7 +23,9 @@ from orchestrator.aside import Aside
 from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
+from orchestrator.job import model_check
 from orchestrator.job.secrets import secret_names
+from orchestrator.job.weights import has_weights
 from orchestrator.jobfile import Job, changed_keys, read_run_job
 from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
@@ -138,11 +140,7 @@ def prepare(
 
     model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     config = models.read_config(model_folder)
-    shape = workload.model_shape(config)
-    if shape.family.encoder:
-        raise JobError(
-            f"model.model_name_or_path: {shape.model_type} is an encoder; it can be planned, not trained here"
-        )
+    shape = workload.trainable_shape(config)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     capability = declared or _reached(job, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
@@ -154,6 +152,9 @@ def prepare(
             say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     lengths, learnt = train.lengths.tolist(), int(train.num_supervised.sum())
     plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)
+    if declared is None or has_weights(model_folder):  # for other machines a config.json and a tokenizer are enough
+        for notice in model_check.check_model(model_folder, job.spec.methods(), job.spec.model.trust_remote_code):
+            say(notice)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
 

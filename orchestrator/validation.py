@@ -12,6 +12,7 @@ from orchestrator.data.formats import read_example
 from orchestrator.data.row import BadRow
 from orchestrator.data.sources import sources_of
 from orchestrator.errors import JobError
+from orchestrator.job import model_check
 from orchestrator.jobfile import Job
 from orchestrator.spec import HeldOut
 
@@ -35,24 +36,27 @@ def check(job: Job) -> dict[str, Any]:
             mistakes += error.mistakes
     if data.chat_template != "tokenizer" and not job.path(data.chat_template).is_file():
         mistakes.append(f"data.chat_template: {job.path(data.chat_template)} does not exist")
+    notices = list(job.notices)
     try:
-        _check_model(job)
+        notices += _check_model(job)
     except JobError as error:
         mistakes += error.mistakes
     if mistakes:
         raise JobError(mistakes)
-    return {"valid": True, "name": job.spec.name, "formats": formats, "notices": job.notices}
+    return {"valid": True, "name": job.spec.name, "formats": formats, "notices": notices}
 
 
-def _check_model(job: Job) -> None:
-    """What can be said of the model without loading or downloading it."""
+def _check_model(job: Job) -> list[str]:
+    """Notices about the model, without loading or downloading it.  Raises JobError."""
     spec = job.spec
     planner.resolve_workers(spec, look_at_this_node())
     folder = models.local_folder(spec.model.model_name_or_path, job.folder)
-    if folder is not None:
-        config = models.read_config(folder)
-        workload.model_shape(config)
-        planner.resolve_max_length(spec, config)
+    if folder is None:
+        return ["the model is not on this machine yet: its files, targets and tokenizer are checked by `submit`"]
+    config = models.read_config(folder)
+    workload.trainable_shape(config)
+    planner.resolve_max_length(spec, config)
+    return model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
 
 
 def _format_of(file: Any, wanted: str, instruction: str) -> str:

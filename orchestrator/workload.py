@@ -28,6 +28,16 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         ) from None
 
 
+def trainable_shape(config: dict[str, Any]) -> ModelShape:
+    """The sizes of a model that can be trained here.  Raises JobError, also for an encoder, which is only planned."""
+    shape = model_shape(config)
+    if shape.family.encoder:
+        raise JobError(
+            f"model.model_name_or_path: {shape.model_type} is an encoder; it can be planned, not trained here"
+        )
+    return shape
+
+
 def describe(
     spec: JobSpec, shape: ModelShape, lengths: list[int], num_supervised_tokens: int, num_workers: int
 ) -> tuple[Workload, Order, str | None]:

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
+from strategies import targets
+from strategies.architecture import Architecture, architecture_of
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     Dtype,
@@ -56,6 +58,16 @@ class Lora:
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
 
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have."""
+        return targets.mistakes(
+            architecture,
+            "lora_target_modules",
+            self.lora_target_modules,
+            self.layers_to_transform,
+            self.modules_to_save,
+        )
+
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
@@ -64,17 +76,17 @@ class Lora:
 
     def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        targets = shape.targeted(self.lora_target_modules)
+        chosen = shape.targeted(self.lora_target_modules)
         layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
-        per_layer = sum(self.lora_r * (linear.inputs + linear.outputs) for linear in targets)
+        per_layer = sum(self.lora_r * (linear.inputs + linear.outputs) for linear in chosen)
         if self.use_dora:
-            per_layer += sum(linear.outputs for linear in targets)
+            per_layer += sum(linear.outputs for linear in chosen)
         num_trainable = layers * per_layer
         # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
         # that read one tensor share it.
         engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
         cast = g < 4 and not engine
-        inputs = sum(linear.inputs for linear in targets) if cast else shape.distinct_inputs(targets)
+        inputs = sum(linear.inputs for linear in chosen) if cast else shape.distinct_inputs(chosen)
         trained = g if engine else 4.0
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + trained * num_trainable,
@@ -82,18 +94,18 @@ class Lora:
             trained_bytes=trained,
             master_bytes=4.0 if engine else 0.0,
             stream_bytes=g,
-            inputs_per_token=g * (inputs + self.lora_r * len(targets)) * layers / shape.num_layers,
-            output_is_kept=any(linear.reads == "attended" for linear in targets),
-            product_is_kept=any(linear.reads == "product" for linear in targets),
+            inputs_per_token=g * (inputs + self.lora_r * len(chosen)) * layers / shape.num_layers,
+            output_is_kept=any(linear.reads == "attended" for linear in chosen),
+            product_is_kept=any(linear.reads == "product" for linear in chosen),
             first_layer=min(self.layers_to_transform or [0]),
         )
         work = Work(
             trains_weights=False,
             adapter_parameters=num_trainable,
-            adapter_inputs=sum(linear.inputs + linear.outputs for linear in targets),
-            num_adapters=len(targets),
+            adapter_inputs=sum(linear.inputs + linear.outputs for linear in chosen),
+            num_adapters=len(chosen),
             num_trainable=num_trainable,
-            num_tensors=2 * layers * len(targets),
+            num_tensors=2 * layers * len(chosen),
             first_layer=min(self.layers_to_transform or [0]),
         )
         return footprint, work
@@ -156,14 +168,14 @@ class Lora:
         return TrainSetup(peft_model, optimizer, parameters, export, export_name="adapter")
 
     def _targets(self, model: Any) -> str | list[str]:
-        """The targets in a form that PEFT accepts together with a choice of layers: names instead of `all-linear`."""
-        if self.layers_to_transform is None or self.lora_target_modules != "all-linear":
+        """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""
+        if self.layers_to_transform is None or isinstance(self.lora_target_modules, list):
             return self.lora_target_modules
-        import torch
-
-        output = model.get_output_embeddings()
-        linear = [name for name, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not output]
-        return sorted({name.rsplit(".", 1)[-1] for name in linear})
+        built = architecture_of(model)
+        if self.lora_target_modules == targets.ALL:
+            return sorted(built.last_names(built.linear_maps))
+        found = targets.meant(self.lora_target_modules, tuple(built.modules), built.linear_maps)
+        return [name for name in found if built.layer_of(name) in self.layers_to_transform]
 
 
 def go_on_from(peft_model: Any, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from clusters.capability import DeviceCapability
+from strategies.architecture import Architecture
 from strategies.contract import Method, Techniques
 from strategies.shape import ModelShape
 from strategies.techniques import attention
@@ -90,6 +91,11 @@ def conflict(
         ),
     )
     return next((reason for holds, reason in rules if holds), None)
+
+
+def misfits(method: Method, architecture: Architecture) -> list[str]:
+    """Which of a method's knobs name modules or layers that the model does not have; empty where all fit."""
+    return method.misfits(architecture) if hasattr(method, "misfits") else []
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
+from strategies import targets
+from strategies.architecture import Architecture
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     Dtype,
@@ -60,10 +62,10 @@ class Shira:
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
         if shape.model_type == "gpt2":
             return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
-        targets = shape.targeted(self.shira_target_modules)
-        if not targets:
+        chosen = shape.targeted(self.shira_target_modules)
+        if not chosen:
             return f"shira_target_modules {self.shira_target_modules!r} is no linear map of this model"
-        for linear in targets:
+        for linear in chosen:
             inputs, outputs = linear.inputs, linear.outputs
             if self.shira_r * (inputs + outputs) > inputs * outputs:
                 most = inputs * outputs // (inputs + outputs)
@@ -72,29 +74,35 @@ class Shira:
                 return f"blocks of {self.block_size} do not divide shira_r or {linear.name} ({outputs} x {inputs})"
         return None
 
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have."""
+        return targets.mistakes(
+            architecture, "shira_target_modules", self.shira_target_modules, self.layers_to_transform
+        )
+
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
-        targets, first_layer = shape.targeted(self.shira_target_modules), min(self.layers_to_transform or [0])
+        chosen, first_layer = shape.targeted(self.shira_target_modules), min(self.layers_to_transform or [0])
         layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
-        num_trainable = layers * sum(self.shira_r * (one.inputs + one.outputs) for one in targets)
-        num_adapted = layers * sum(one.inputs * one.outputs for one in targets)
+        num_trainable = layers * sum(self.shira_r * (one.inputs + one.outputs) for one in chosen)
+        num_adapted = layers * sum(one.inputs * one.outputs for one in chosen)
         sums_bytes = float(g * num_adapted) if self.mask == "sensitivity" else 0.0  # lie in host memory
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + 8.0 * num_trainable,  # values and places
             num_trainable=num_trainable,
             stream_bytes=g,
-            inputs_per_token=g * shape.distinct_inputs(targets) * layers / shape.num_layers,
-            output_is_kept=any(linear.reads == "attended" for linear in targets),
-            product_is_kept=any(linear.reads == "product" for linear in targets),
-            dequantised_bytes=float(g * max((one.inputs * one.outputs for one in targets), default=0)),
+            inputs_per_token=g * shape.distinct_inputs(chosen) * layers / shape.num_layers,
+            output_is_kept=any(linear.reads == "attended" for linear in chosen),
+            product_is_kept=any(linear.reads == "product" for linear in chosen),
+            dequantised_bytes=float(g * max((one.inputs * one.outputs for one in chosen), default=0)),
             first_layer=first_layer,
         )
         work = Work(
             trains_weights=True,
             num_trainable=num_trainable,
-            num_tensors=layers * len(targets),
+            num_tensors=layers * len(chosen),
             first_layer=first_layer,
             # The corrected weight is written twice a micro-batch and read from the frozen one, its gradient once.
             cast_parameters=round(num_adapted * 5 * g / (4 + g)),

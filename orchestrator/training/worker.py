@@ -34,6 +34,7 @@ from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss,
 from orchestrator.training.metrics import how_compared, score
 from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
+from strategies.architecture import LoadReport, faults
 from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainState
 from strategies.sharding import shard
 from strategies.state import gather
@@ -312,17 +313,21 @@ def load_model(
     document_attention.register()
     model: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model, info = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
             trust_remote_code=job.spec.model.trust_remote_code,
+            output_loading_info=True,
             **(arguments or {}),
         )
-    except (ValueError, OSError, ImportError, KeyError) as error:
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         raise JobError(
             f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
+    report = LoadReport.from_loading_info(info)
+    if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
+        raise JobError(f"model.model_name_or_path: {location}: {wrong}")
     return model if getattr(model, "is_quantized", False) else model.to(device)
 
 

@@ -1,0 +1,61 @@
+"""A model checked before anything starts, without a weight being read: its files, its parts, its adapter's targets.
+
+Start with `check_model`; `check_tokens` needs no library, the others need transformers and say so where it is absent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from clusters.safe_input import printable
+from orchestrator.errors import JobError
+from orchestrator.job.weights import stored_tensors
+from strategies import architecture
+from strategies.architecture import Architecture, CannotBuild, LoadReport
+from strategies.rules import misfits
+
+_KEY = "model.model_name_or_path"
+
+
+def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = False) -> list[str]:
+    """What is worth saying of a model that can be trained from these files by one of the methods.
+
+    Raises JobError for files that are missing, cut or of another model, and for targets that every method refuses.
+    """
+    stored = stored_tensors(folder)
+    try:
+        built, report = _looked_at(folder, _signature(folder), trust_remote_code)
+    except ModuleNotFoundError as error:
+        return [f"weights and targets were not compared with the model: {error.name} is not installed here"]
+    except CannotBuild as error:
+        raise JobError(f"{_KEY}: {folder} cannot be loaded: {printable(str(error))}") from None
+    if wrong := architecture.faults(report, built.parameters, stored):
+        raise JobError(f"{_KEY}: {folder}: {printable(wrong)}")
+    check_targets(methods, built)
+    unused = architecture.unused(report, built.parameters)
+    if not unused:
+        return []
+    return [f"{len(unused)} tensors of the files are not part of the model and stay unused: {printable(unused[0])} ..."]
+
+
+@lru_cache(8)
+def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport]:
+    model = architecture.build(folder, trust_remote_code)
+    stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
+    return architecture.architecture_of(model), architecture.load_report(model, stored)
+
+
+def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files: the same ones need no second look."""
+    states = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return tuple((name, state.st_size, state.st_mtime_ns) for name, state in states)
+
+
+def check_targets(methods: Sequence[Any], built: Architecture) -> None:
+    """Raises JobError with the mistakes of the knobs that choose modules."""
+    mistakes = [misfits(method, built) for method in methods]
+    if mistakes and all(mistakes):
+        raise JobError(mistakes[0])
