@@ -73,7 +73,7 @@ def too_large(folder):
 MISTAKES = {
     "a misspelt key": (swap("max_length", "max_lenght"), 2, ["line 8", "did you mean data.max_length?"]),
     "a wrong value": (swap("lora_r: 4", "lora_r: four"), 2, ["method.lora_r", "'four'", "integer"]),
-    "data that is not there": (no_data, 2, ["train.jsonl does not exist", "relative to the job file"]),
+    "data that is not there": (no_data, 2, ["train.jsonl does not exist", "Relative paths start at"]),
     "a broken row": (broken_row, 2, ["train.jsonl:6", "'completion' is missing", "strict: false"]),
     "a model that is not there": (swap("model_name_or_path: ", "model_name_or_path: ./none"), 2, ["is not a folder"]),
     "a template that cannot be masked": (chat_without_marks, 2, ["data.chat_template", "{% generation %}"]),

@@ -1,0 +1,104 @@
+"""Rows of parquet and Arrow files and of hub data sets: null, NaN and "" stay apart; no value ends in a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from orchestrator.data.row import Row
+from orchestrator.errors import JobError
+
+_ROWS = 1024
+_ARROW_FILE = b"ARROW1"
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A value that Python has no type for, such as a date of the year 300000."""
+
+    arrow_type: str
+
+
+def read_parquet(stream: BinaryIO, file: str) -> Iterator[Row]:
+    """The rows of a parquet file.  Raises JobError."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        yield from _rows(pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS), file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise JobError(f"{file}: is not a parquet file: {_first_line(error)}") from None
+
+
+def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
+    """The rows of an Arrow file, in the file or the stream format.  Raises JobError."""
+    import pyarrow
+
+    is_file = stream.read(len(_ARROW_FILE)) == _ARROW_FILE
+    stream.seek(0)
+    try:
+        if is_file:
+            opened = pyarrow.ipc.open_file(stream)
+            yield from _rows((opened.get_batch(number) for number in range(opened.num_record_batches)), file)
+        else:
+            yield from _rows(pyarrow.ipc.open_stream(stream), file)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise JobError(f"{file}: is not an Arrow file: {_first_line(error)}") from None
+
+
+def read_hub_rows(name: str, split: str) -> Iterator[Row]:
+    """The rows of a hub data set's split, through the `datasets` library."""
+    import datasets
+
+    try:
+        data = datasets.load_dataset(name, split=split).with_format("arrow")
+        tables = data.iter(batch_size=_ROWS)
+        yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
+    except Exception as error:  # the library raises dozens of types for hub trouble
+        raise JobError(
+            f"data: {name} is neither a local file nor a dataset the hub gives: {_first_line(error)}"
+        ) from None
+
+
+def _rows(batches: Iterable[Any], file: str) -> Iterator[Row]:
+    number = 0
+    for batch in batches:
+        names = batch.schema.names
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise JobError(f"{file}: names the column {', '.join(map(repr, repeated))} twice. Rename or remove one")
+        columns = [_values(column) for column in batch.columns]
+        for row in zip(*columns, strict=True) if columns else ():
+            number += 1
+            yield Row(dict(zip(names, row, strict=True)), file, number)
+
+
+def _values(column: Any) -> list[Any]:
+    """Python values of a column.  Nulls within a struct are fields that a row does not have."""
+    import pyarrow
+
+    try:
+        values = column.to_pylist()
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError):
+        values = [_value(scalar) for scalar in column]
+    return [_without_nulls(value) for value in values] if pyarrow.types.is_nested(column.type) else values
+
+
+def _value(scalar: Any) -> Any:
+    import pyarrow
+
+    try:
+        return scalar.as_py()
+    except (pyarrow.ArrowException, ValueError, OverflowError, TypeError):
+        return Unreadable(str(scalar.type))
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _without_nulls(part) for name, part in value.items() if part is not None}
+    return [_without_nulls(part) for part in value] if isinstance(value, list) else value
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

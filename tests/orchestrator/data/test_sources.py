@@ -1,0 +1,248 @@
+import json
+import os
+
+import pytest
+
+from orchestrator.data.sources import digest_of, looks_like_hub_name, rows_of, skipped_of, sources_of
+from orchestrator.errors import JobError
+from orchestrator.jobfile import read_job
+
+
+@pytest.fixture
+def source(tmp_path):
+    """`source("train: data")`: a job whose data section reads so, with every file of `files` written below it."""
+
+    def make(data, files=()):
+        for name in files:
+            file = tmp_path / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"text": name}) + "\n")
+        (tmp_path / "job.yaml").write_text(f"model: {{model_name_or_path: some/model}}\ndata: {{{data}}}\n")
+        return read_job(tmp_path / "job.yaml")
+
+    return make
+
+
+def texts(job, key="train"):
+    value = getattr(job.spec.data, key)
+    return [row.values["text"] for found in sources_of(job, value, f"data.{key}") for row in rows_of(*found)]
+
+
+FOREIGN = [
+    "data/.ipynb_checkpoints/train-checkpoint.jsonl",
+    "data/._train.jsonl",
+    "data/__MACOSX/._train.jsonl",
+    "data/.hidden.jsonl",
+    "data/.git/train.jsonl",
+    "data/_delta_log/0000.json",
+    "data/_temporary/train.jsonl",
+    "data/dataset_info.json",
+    "data/state.json",
+    "data/README.md",
+    "data/notes.txt",
+    "data/train.jsonl~",
+    "data/train.jsonl.bak",
+    "data/cache-0f3a.arrow",
+]
+
+
+def test_of_a_folder_only_its_data_files_are_read_and_the_others_are_named(source):
+    job = source("train: data", ["data/train.jsonl", "data/more/b.JSONL", *FOREIGN])
+
+    assert texts(job) == ["data/more/b.JSONL", "data/train.jsonl"]
+    told = "\n".join(skipped_of(job, "data", "data.train"))
+    for reason in ("2 hidden files", "5 hidden folders", "files about the data", "files of other kinds (notes.txt"):
+        assert reason in told, told
+
+
+@pytest.mark.parametrize(
+    ("name", "split"),
+    [
+        ("train.jsonl", "train"),
+        ("test.jsonl", "test"),
+        ("validation.jsonl", "validation"),
+        ("dev.jsonl", "validation"),
+        ("my-val.jsonl", "validation"),
+        ("val_2024.jsonl", "validation"),
+        ("eval.jsonl", "test"),
+        ("TEST.JSONL", "test"),
+        ("test-00000-of-00002.jsonl", "test"),
+        ("test/part-0.jsonl", "test"),
+        ("dev/train/part-0.jsonl", "train"),
+        ("train/test_cases.jsonl", "test"),
+        ("latest.jsonl", None),
+        ("contest.jsonl", None),
+        ("all.jsonl", None),
+        ("train_test.jsonl", None),
+    ],
+)
+def test_files_belong_to_the_split_that_their_names_tell(source, name, split):
+    job = source("train: data, eval: {path: data, split: test}", ["data/train.jsonl", f"data/{name}"])
+
+    assert (f"data/{name}" in texts(job)) == (split in (None, "train"))
+    assert split != "test" or texts(job, "eval") == [f"data/{name}"]
+
+
+def test_held_out_rows_come_from_the_validation_or_test_files_of_a_folder(source):
+    files = ["data/train.jsonl", "data/test.jsonl", "data/validation.jsonl"]
+
+    assert texts(source("train: data, eval: data", files), "eval") == ["data/validation.jsonl"]
+    assert texts(source("train: data, eval: {path: data, split: test}"), "eval") == ["data/test.jsonl"]
+    assert texts(source("train: {path: data, split: validation}")) == ["data/validation.jsonl"]
+    assert texts(source("train: data, eval: own", ["own/a.jsonl"]), "eval") == ["own/a.jsonl"]
+
+
+def test_a_split_of_ones_own_name_is_found(source):
+    files = ["data/train_sft-00000-of-00001.jsonl", "data/train_gen.jsonl", "data/train_sft_2.jsonl"]
+
+    assert texts(source("train: {path: data, split: train_sft}", files)) == ["data/train_sft-00000-of-00001.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("data", "files", "told"),
+    [
+        ("train: data", ["data/test.jsonl"], "nothing of the split train; it has: test"),
+        ("train: {path: data, split: dev}", ["data/train.jsonl"], "nothing of the split validation; it has: train"),
+        ("train: {path: data.jsonl, split: test}", ["data.jsonl"], "a file has no splits"),
+        ("train: {path: data.jsonl, split: 'train[:10]'}", ["data.jsonl"], "a file has no splits"),
+        ("train: data", ["data/.x.jsonl"], "holds no .*not read: 1 hidden files"),
+        ("train: trian.txt", ["train.txt"], "does not exist. Did you mean train.txt?"),
+        ("train: tarin.jsonl", ["train.jsonl"], "Did you mean train.jsonl?"),
+        ("train: tarin", ["train.jsonl"], "Did you mean train.jsonl?"),
+        ("train: data/trian.jsonl", ["data/train.jsonl"], "Did you mean data/train.jsonl?"),
+        ("train: data/other", ["data/train.jsonl"], "does not exist"),
+        ("train: none.jsonl", [], "does not exist"),
+        ("train: none.json.gz", [], "does not exist"),
+        ("train: a/b/c", [], "does not exist"),
+        ("train: 'data.jsonl[:10%]'", ["data.jsonl"], r"head -n 1000 data.jsonl > part.jsonl"),
+        ("train: 'imdb[train]'", [], "in brackets"),
+        ("train: 'data/*.jsonl'", ["data/a.jsonl"], "patterns are not expanded"),
+        ("train: 's3://bucket/train.jsonl'", [], r"is an address; .* aws s3 cp s3://bucket/train.jsonl \."),
+        ("train: 'https://example.org/train.jsonl'", [], "curl -LO https://example.org/train.jsonl"),
+        ("train: 'gs://bucket/x'", [], "gcloud storage cp"),
+        ("train: 'ftp://host/x.csv'", [], "Fetch it first, and give"),
+        ("train: 'hf://datasets/me/x/train.jsonl'", [], "Give the data set's name alone: me/x"),
+        ("train: 'file:///data/x.jsonl'", [], "Give the path alone: /data/x.jsonl"),
+        ("train: []", [], "empty list"),
+        ("train: [{path: data, split: train}, none.jsonl]", ["data/train.jsonl"], "none.jsonl does not exist"),
+        ("train: data.txt", ["data.txt"], "one row a line: python -c"),
+        ("train: data.jsonl.zst", ["data.jsonl.zst"], "zstd -d data.jsonl.zst"),
+        ("train: data.parquet.gz", ["data.parquet.gz"], "gunzip -k data.parquet.gz"),
+        ("train: data.tar.gz", ["data.tar.gz"], "tar -xzf data.tar.gz"),
+        ("train: data.xlsx", ["data.xlsx"], "Save the sheet as csv"),
+        ("train: '~nobody-there/x.jsonl'", [], "data.train"),
+        (r'train: "a\0b.jsonl"', [], "NUL"),
+        ("train: job.yaml", [], "a data file ends in"),
+        ("eval: me/x, train: data.jsonl", ["data.jsonl"], "Name the split to hold out"),
+    ],
+)
+def test_sources_that_cannot_be_read_say_what_to_do(source, data, files, told):
+    job = source(data, files)
+
+    with pytest.raises(JobError, match=told):
+        for key in ("train", "eval"):
+            if getattr(job.spec.data, key) is not None:
+                sources_of(job, getattr(job.spec.data, key), f"data.{key}")
+
+
+def test_the_command_for_a_text_file_makes_rows(source, tmp_path):
+    import subprocess
+
+    job = source("train: my.txt")
+    (tmp_path / "my.txt").write_text("one\n\ntwo\n")
+    with pytest.raises(JobError) as caught:
+        texts(job)
+
+    subprocess.run(["bash", "-c", str(caught.value).partition("a line: ")[2]], cwd=tmp_path, check=True)
+
+    assert texts(source("train: my.jsonl")) == ["one", "two"]
+
+
+def test_what_is_no_file_is_refused_or_named(source, tmp_path):
+    job = source("train: data", ["data/a.jsonl"])
+    os.mkfifo(tmp_path / "data" / "b.jsonl")
+
+    assert texts(job) == ["data/a.jsonl"]
+    assert "that are no files (b.jsonl)" in skipped_of(job, "data", "data.train")[0]
+    with pytest.raises(JobError, match="is a FIFO"):
+        texts(source("train: data/b.jsonl"))
+    with pytest.raises(JobError, match="device"):
+        texts(source("train: /dev/zero"))
+    (tmp_path / "data" / "c.jsonl").symlink_to("gone")
+    with pytest.raises(JobError, match="a link to a file that is not there"):
+        texts(job)
+
+
+def test_links_of_a_cache_are_read_by_their_name_and_without_one_by_their_content(source, tmp_path):
+    job = source("train: snapshot", ["blobs/0f3a", "blobs/1f3a"])
+    (tmp_path / "snapshot").mkdir()
+    (tmp_path / "snapshot" / "train.jsonl").symlink_to("../blobs/0f3a")
+    (tmp_path / "snapshot" / "more").symlink_to("../blobs/1f3a")
+
+    assert texts(job) == ["blobs/1f3a", "blobs/0f3a"]
+    assert texts(source("train: snapshot/train.jsonl")) == ["blobs/0f3a"]
+    assert texts(source("train: blobs/0f3a")) == ["blobs/0f3a"]
+
+
+def test_the_digest_is_of_the_files_that_are_read(source, tmp_path):
+    job = source("train: data", ["data/train.jsonl", "data/test.jsonl"])
+    before = digest_of(job, "data", "data.train")
+
+    (tmp_path / "data" / "test.jsonl").write_text("changed")
+    (tmp_path / "data" / ".train.jsonl").write_text("changed")
+
+    assert digest_of(job, "data", "data.train") == before
+    (tmp_path / "data" / "train.jsonl").write_text("changed")
+    assert digest_of(job, "data", "data.train") != before
+
+
+def test_hub_names_are_told_from_paths(tmp_path):
+    (tmp_path / "data").mkdir()
+    for name in ("org/name", "imdb", "org/name-v1.5", "wikitext-2.0"):
+        assert looks_like_hub_name(name, tmp_path), name
+    for name in ("./name", "rows.jsonl", "a/b/c", "data/name", "dat", "org/name.csv.gz", "a b", "org/", "~x", "x.TXT"):
+        assert not looks_like_hub_name(name, tmp_path), name
+
+
+# --- what `datasets` saves
+
+
+@pytest.fixture
+def saved(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"text": f"row {number}"} for number in range(30)])
+    rows.save_to_disk(tmp_path / "saved", num_shards=3)
+    splits = {"train": rows, "test": rows.select(range(5)), "extra": rows.select([7])}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path / "saved_dict")
+    (tmp_path / "saved" / "cache-0f3a.arrow").write_bytes(b"left by a map")
+    return tmp_path
+
+
+def test_what_datasets_saved_is_read_split_by_split(source, saved):
+    assert texts(source("train: saved")) == [f"row {number}" for number in range(30)]
+    job = source("train: saved_dict, eval: saved_dict")
+    assert len(texts(job)) == 30 and len(texts(job, "eval")) == 5
+    assert skipped_of(job, "saved_dict", "data.train") == [
+        "data.train: saved_dict: not read: 2 other splits (test, extra)"
+    ]
+    assert texts(source("train: {path: saved_dict, split: extra}")) == ["row 7"]
+    with pytest.raises(JobError, match="has no split validation; it has: train, test, extra"):
+        texts(source("train: {path: saved_dict, split: validation}"))
+
+
+@pytest.mark.parametrize(
+    "state",
+    [
+        "",
+        "[]",
+        "{}",
+        '{"_data_files": 3}',
+        '{"_data_files": [{"filename": "../x"}]}',
+        '{"_data_files": [{"filename": "x"}]}',
+    ],
+)
+def test_a_damaged_saved_data_set_is_refused(source, saved, state):
+    (saved / "saved" / "state.json").write_text(state)
+
+    with pytest.raises(JobError, match=r"state\.json"):
+        texts(source("train: saved"))
