@@ -1,12 +1,20 @@
-"""Ways to reach a Ray cluster: embedded on this machine, or one that runs already."""
+"""Ways to reach a Ray cluster: embedded on this machine, or one that runs already.
+
+An embedded one is this user's alone: it listens on loopback, wants a token of its own, and its folder with the token,
+sockets and logs can be entered by nobody else.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import secrets
+import shutil
 import signal
 import socket
+import stat
+import tempfile
 import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +24,9 @@ from typing import Any
 SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
+_LOOPBACK = "127.0.0.1"
+_GLOO = "GLOO_SOCKET_IFNAME"  # else the interface that this machine's name leads to
+_LONGEST_FOLDER = 30  # a socket's path has 107 characters, of which Ray's own names in the folder take 77
 
 
 class CannotConnect(Exception):
@@ -49,7 +60,7 @@ def _refuse_unreachable(address: str) -> None:
         return
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
-    except (OSError, OverflowError) as error:
+    except (OSError, OverflowError, ValueError, TypeError) as error:
         raise CannotConnect(f"no Ray cluster at {address!r}: {error}") from error
 
 
@@ -110,7 +121,70 @@ def refusal(address: str) -> str:
 def has_token() -> bool:
     """Whether this machine has a token to show."""
     stated = "RAY_AUTH_TOKEN" in os.environ or "RAY_AUTH_TOKEN_PATH" in os.environ
-    return stated or (Path.home() / ".ray" / "auth_token").is_file()
+    return stated or own_token().is_file()
+
+
+def own_token() -> Path:
+    """Where Ray keeps the token of this user, and looks for the one of a cluster."""
+    return Path.home() / ".ray" / "auth_token"
+
+
+def close_own_token() -> None:
+    """Nobody else may read this user's token: Ray and scp leave it readable by everyone."""
+    with contextlib.suppress(OSError):  # there is none; a mounted secret has the mode its owner gave it
+        if stat.S_IMODE(own_token().stat().st_mode) & 0o077:
+            own_token().chmod(0o600)
+
+
+def write_token(path: Path) -> None:
+    """A new token that only its owner can read, at no moment anybody else."""
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
+        os.fchmod(stream.fileno(), 0o600)  # an empty file that was there keeps its own mode
+        stream.write(secrets.token_hex(32))
+
+
+@contextlib.contextmanager
+def _private_folder() -> Iterator[Path]:
+    """A folder for an embedded cluster that others cannot enter; it stays, with Ray's logs, where the block fails."""
+    base = tempfile.gettempdir()
+    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= _LONGEST_FOLDER else "/tmp"))
+    write_token(folder / "auth_token")
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _token_of(file: Path) -> Iterator[None]:
+    """Inside the block Ray wants and shows the token in the file, and workers talk to each other on loopback."""
+    from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
+
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", _GLOO)
+    before = {name: os.environ.pop(name, None) for name in names}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), _GLOO: before[_GLOO] or "lo"}
+    Config.initialize("")  # Ray reads the mode and the token once; so it does itself when it changes them
+    AuthenticationTokenLoader.instance().reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+        Config.initialize("")
+        AuthenticationTokenLoader.instance().reset_cache()
+
+
+@contextlib.contextmanager
+def _on_loopback() -> Iterator[None]:
+    """A cluster that is started inside the block listens on loopback, as Ray's do on Windows and macOS by default."""
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 def _keep_quiet() -> None:
@@ -143,25 +217,21 @@ def connect(
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
     if environment:
         quiet["runtime_env"] = {"env_vars": dict(environment)}
-    address = _resolved(address)
-    _refuse_unreachable(address)
+    close_own_token()
     # Ray takes SIGTERM for itself and would end a driver that wants to save first.
     is_main = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
-    with _token_as_asked(address):
+    with contextlib.ExitStack() as until_the_end:
+        if address == "local":
+            begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots)
+        else:
+            address = _resolved(address)
+            _refuse_unreachable(address)
+            until_the_end.enter_context(_token_as_asked(address))
+            begin = {"address": address}
         try:
-            if address == "local":
-                ray.init(
-                    address="local",
-                    num_cpus=num_slots * cores_per_slot,
-                    num_gpus=0,
-                    resources={SLOT: num_slots},
-                    object_store_memory=_OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    **quiet,
-                )
-            else:
-                ray.init(address=address, **quiet)
+            with _on_loopback() if address == "local" else contextlib.nullcontext():
+                ray.init(**begin, **quiet)
         except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
             reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
@@ -173,3 +243,19 @@ def connect(
             yield Connection(slots or {"CPU": float(cores_per_slot)})
         finally:
             ray.shutdown()
+
+
+def _embedded(until_the_end: contextlib.ExitStack, num_cpus: int, num_slots: int) -> dict[str, Any]:
+    """What starts a cluster here, with a token and a folder that last as long as it."""
+    folder = until_the_end.enter_context(_private_folder())
+    until_the_end.enter_context(_token_of(folder / "auth_token"))
+    return {
+        "address": "local",
+        "num_cpus": num_cpus,
+        "num_gpus": 0,
+        "resources": {SLOT: num_slots},
+        "object_store_memory": _OBJECT_STORE_BYTES,
+        "include_dashboard": False,
+        "_temp_dir": str(folder / "r"),  # Ray opens it to everyone, in a folder that lets nobody through
+        "_node_ip_address": _LOOPBACK,
+    }

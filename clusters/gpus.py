@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import logging
+import math
 import os
 import shutil
 import subprocess
@@ -14,9 +14,11 @@ from typing import Any
 
 from clusters.capability import DeviceCapability, Kind, Source
 from clusters.commands import run_within
+from clusters.safe_input import load_json, printable
 from clusters.units import MIB
 
 TIMEOUT_S = 15.0  # the first call after a boot initialises every card: seconds each
+_LONGEST_NAME = 120
 _FIELDS = ("index", "uuid", "name", "memory.free", "memory.total", "power.limit", "driver_version", "compute_cap")
 _log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ def nvidia_gpu(row: Mapping[str, str]) -> DeviceCapability:
         None if free_mib is None else int(free_mib) * MIB,
         None if total_mib is None else int(total_mib) * MIB,
         _number(row["power.limit"]),
-        (int(major), int(minor)) if major.isdigit() and minor.isdigit() else None,
+        (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
     )
 
 
@@ -57,7 +59,9 @@ def _gpu(
     sources: dict[str, Source] = {name: "measured" for name, value in figures.items() if value is not None}
     if power_w is not None:
         sources["power_w"] = "datasheet"  # the limit the board is set to; under load it may draw less
-    return DeviceCapability(kind, name, **figures, compute_capability=compute_capability, sources=sources)
+    return DeviceCapability(
+        kind, printable(name[:_LONGEST_NAME]), **figures, compute_capability=compute_capability, sources=sources
+    )
 
 
 def _nvidia_rows() -> list[dict[str, str]]:
@@ -67,7 +71,11 @@ def _nvidia_rows() -> list[dict[str, str]]:
             break
         if text:
             rows = csv.reader(io.StringIO(text), skipinitialspace=True)
-            return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+            try:
+                return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+            except csv.Error as error:
+                _log.warning("nvidia-smi was not understood (%s): its GPUs are left out", error)
+                break
     return []
 
 
@@ -87,15 +95,15 @@ def _visible(rows: list[dict[str, str]], names: str | None) -> list[dict[str, st
 def _amd_gpus() -> tuple[DeviceCapability, ...]:
     text = _answer("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--showmaxpower", "--json")
     try:
-        cards = json.loads(text) if text else {}
+        cards = load_json(text, "its answer") if text else {}
         return tuple(_amd_gpu(values) for key, values in cards.items() if key.startswith("card"))
     except (ValueError, AttributeError) as error:  # releases differ in what they print beside the JSON
         _log.warning("rocm-smi was not understood (%s): its GPUs are left out", error)
         return ()
 
 
-def _amd_gpu(values: Mapping[str, str]) -> DeviceCapability:
-    known = {key.lower(): value for key, value in values.items()}  # `Card series` became `Card Series`
+def _amd_gpu(values: Mapping[str, Any]) -> DeviceCapability:
+    known = {key.lower(): str(value) for key, value in values.items()}  # `Card series` became `Card Series`
     total, used = _number(known.get("vram total memory (b)")), _number(known.get("vram total used memory (b)"))
     return _gpu(
         "rocm",
@@ -125,7 +133,9 @@ def _first_line(lines: Iterable[str]) -> str:
 
 
 def _number(text: str | None) -> float | None:
+    """None for what is no amount."""
     try:
-        return float(text or "")
+        number = float(text or "")
     except ValueError:
         return None
+    return number if math.isfinite(number) and number >= 0 else None

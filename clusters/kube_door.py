@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import json
 import os
 import time
 import uuid
@@ -17,7 +16,17 @@ from typing import Any
 
 from clusters.connect import CannotConnect
 from clusters.door import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
-from clusters.kube_words import Trouble, answer_told, event_trouble, is_ended, job_seen, pod_troubles
+from clusters.kube_words import (
+    Trouble,
+    answer_told,
+    event_trouble,
+    is_ended,
+    job_seen,
+    mapping,
+    object_of,
+    objects_of,
+    pod_troubles,
+)
 from clusters.kuberay import HEAD, SUBMITTER, helper_pod
 
 _RAYJOBS = ("ray.io", "v1")
@@ -59,7 +68,7 @@ class KubeDoor:
         """Every node as the server describes it.  Raises CannotConnect where it may not be asked."""
         with self._line("list nodes"):
             listed = self._core.list_node(_request_timeout=_TIMEOUT_S, _preload_content=False)
-            return json.loads(listed.data)["items"]
+            return objects_of(listed.data, "the list of nodes")
 
     def rehearse(self, job: Mapping[str, Any], config: Mapping[str, Any] | None) -> None:
         """Let the server judge what is to be created, and create nothing.  Raises CannotConnect."""
@@ -78,11 +87,11 @@ class KubeDoor:
                 made = self._create_job(job)
         except JobLost:  # whether it arrived is not known: the mark tells
             made = self._get(name)
-            if made["metadata"].get("annotations", {}).get(_SUBMISSION) != mark:
+            if made["metadata"]["annotations"].get(_SUBMISSION) != mark:
                 raise
         if config is None:
             return
-        owner = {"apiVersion": made["apiVersion"], "kind": "RayJob", "name": name, "uid": made["metadata"]["uid"]}
+        owner = {"apiVersion": job["apiVersion"], "kind": "RayJob", "name": name, "uid": made["metadata"]["uid"]}
         owned = {**config, "metadata": {**config["metadata"], "ownerReferences": [owner]}}
         try:
             with self._line(f"create the ConfigMap {name}"):
@@ -189,9 +198,10 @@ class KubeDoor:
         )
 
     def _create_job(self, job: Mapping[str, Any], **options: Any) -> dict[str, Any]:
-        return self._custom.create_namespaced_custom_object(
+        made = self._custom.create_namespaced_custom_object(
             *_RAYJOBS, self.namespace, "rayjobs", job, field_validation="Strict", _request_timeout=_TIMEOUT_S, **options
         )
+        return object_of(made, "the RayJob")
 
     def _create_config(self, config: Mapping[str, Any], **options: Any) -> None:
         self._core.create_namespaced_config_map(
@@ -202,9 +212,10 @@ class KubeDoor:
 
         with self._line(f"look at the RayJob {name}"):
             try:
-                return self._custom.get_namespaced_custom_object(
+                found = self._custom.get_namespaced_custom_object(
                     *_RAYJOBS, self.namespace, "rayjobs", name, _request_timeout=_TIMEOUT_S
                 )
+                return object_of(found, f"the RayJob {name}")
             except self._kube.client.ApiException as error:
                 if error.status == 404:
                     raise JobGone(f"there is no RayJob {name} in {self.namespace}: somebody deleted it") from error
@@ -230,7 +241,7 @@ class KubeDoor:
                     if event["type"] == "DELETED":
                         raise JobGone(f"the RayJob {name} was deleted")
                     if event["type"] != "BOOKMARK":
-                        yield event["object"]
+                        yield object_of(event["object"], f"the RayJob {name}")
             except self._kube.client.ApiException as error:
                 if error.status != 410:
                     raise
@@ -240,8 +251,8 @@ class KubeDoor:
             listed = self._core.list_namespaced_pod(
                 self.namespace, label_selector=selector, _request_timeout=_TIMEOUT_S, _preload_content=False
             )
-            pods = json.loads(listed.data)["items"]
-        return sorted(pods, key=lambda pod: pod["metadata"].get("creationTimestamp") or "")
+            pods = objects_of(listed.data, "the list of pods")
+        return sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"])
 
     def _submitters(self, name: str) -> list[dict[str, Any]]:
         return self._pods(f"job-name={name}")
@@ -277,14 +288,14 @@ class KubeDoor:
                     raise
 
     def _troubles(self, name: str) -> list[Trouble]:
-        cluster = (self._get(name).get("status") or {}).get("rayClusterName")
+        cluster = self._get(name)["status"].get("rayClusterName")
         pods = [*(self._pods(f"ray.io/cluster={cluster}") if cluster else []), *self._submitters(name)]
         found = [trouble for pod in pods for trouble in pod_troubles(pod)]
         with self._line("list events"):
             listed = self._core.list_namespaced_event(
                 self.namespace, field_selector="type=Warning", _request_timeout=_TIMEOUT_S, _preload_content=False
             )
-            events = json.loads(listed.data)["items"]
+            events = objects_of(listed.data, "the list of events")
         about = {name, cluster, *(pod["metadata"]["name"] for pod in pods)}
         return [*found, *(event_trouble(event) for event in events if event["involvedObject"].get("name") in about)]
 
@@ -294,7 +305,8 @@ class KubeDoor:
         if head := self._head(name, job):
             yield head, HEAD
             return
-        pod = helper_pod(job or self._get(name), f"{name}-{uuid.uuid4().hex[:5]}")
+        with self._line(f"read the RayJob {name}"):
+            pod = helper_pod(job or self._get(name), f"{name}-{uuid.uuid4().hex[:5]}")
         helper = pod["metadata"]["name"]
         with self._line(f"create the pod {helper}"):
             self._core.create_namespaced_pod(
@@ -312,11 +324,11 @@ class KubeDoor:
         with contextlib.suppress(JobGone):
             job = self._get(name)
         job = job or {}
-        cluster = (job.get("status") or {}).get("rayClusterName")
-        cluster = cluster or (job.get("spec", {}).get("clusterSelector") or {}).get("ray.io/cluster")
+        cluster = mapping(job, "status").get("rayClusterName")
+        cluster = cluster or mapping(mapping(job, "spec"), "clusterSelector").get("ray.io/cluster")
         heads = self._pods(f"ray.io/cluster={cluster},ray.io/node-type=head") if cluster else []
         running = [pod["metadata"]["name"] for pod in heads if pod["status"].get("phase") == "Running"]
-        if not running and "clusterSelector" in job.get("spec", {}):
+        if not running and "clusterSelector" in mapping(job, "spec"):
             raise CannotConnect(
                 f"no head of the RayCluster {cluster} runs in {self.namespace}: kubectl get rayclusters"
             )
@@ -325,7 +337,9 @@ class KubeDoor:
     def _wait_running(self, name: str) -> None:
         until = time.monotonic() + _HELPER_S
         while time.monotonic() < until:
-            (pod,) = [one for one in self._pods("orchestrator/helper") if one["metadata"]["name"] == name]
+            pod = next((one for one in self._pods("orchestrator/helper") if one["metadata"]["name"] == name), None)
+            if pod is None:
+                raise CannotConnect(f"the pod {name} was deleted before it ran")
             if pod["status"].get("phase") == "Running":
                 return
             if hopeless := [trouble.text for trouble in pod_troubles(pod) if trouble.hopeless]:
@@ -393,6 +407,8 @@ class KubeDoor:
         except (urllib3.exceptions.HTTPError, OSError) as error:
             text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
             raise JobLost(f"the line to {self.address} broke: {text}") from error
+        except (ValueError, TypeError, LookupError, AttributeError) as error:  # what it sent is not what a server sends
+            raise JobLost(f"cannot {doing}: {self.address} answers what is not understood ({error})") from error
 
 
 def _kubernetes() -> Any:

@@ -21,7 +21,7 @@ HEAD, SUBMITTER = "ray-head", "ray-job-submitter"  # names of containers
 CLUSTER, POOL = "ray.io/cluster", "orchestrator/pool"  # labels
 _JOB_FOLDER = "/etc/orchestrator"
 _MODES = ("K8sJobMode", "HTTPMode", "SidecarMode", "InteractiveMode")
-_NAME = re.compile(r"^[a-z]([-a-z0-9]*[a-z0-9])?$")  # DNS-1035
+_NAME = re.compile(r"[a-z]([-a-z0-9]*[a-z0-9])?")  # DNS-1035
 _LONGEST = {"RayJob": 47, "RayCluster": 53}
 _HEAD_CPU, _HEAD_BYTES = 2, 8 * GIB
 _SHARED_MEMORY_BYTES = 2 * GIB
@@ -319,7 +319,7 @@ def _name_mistakes(kind: str, metadata: Mapping[str, Any]) -> list[str]:
     found = []
     if len(name) > longest:
         found.append(f"metadata.name: {name} has {len(name)} characters, a {kind} may have {longest}")
-    if not _NAME.match(name):
+    if not _NAME.fullmatch(name):
         found.append(f"metadata.name: {name} must be small letters, digits and hyphens, and begin with a letter")
     return found
 

@@ -18,10 +18,11 @@ from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 
-from clusters.capability import DeviceCapability, NodeCapability, node_from_dict
+from clusters.capability import DeviceCapability, NodeCapability
 from clusters.commands import run_within
 from clusters.measure import LIMIT_S, cache_folder
 from clusters.probe import look_at_this_node
+from clusters.safe_input import load_json, read_json, record
 
 _SEEN = ("memory_bytes", "memory_total_bytes", "power_w")  # what a look tells, and better than an old file
 _log = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCap
     for line in lines:
         _log.info("%s", line)
     try:
-        known = _join(node, json.loads(answer.stdout.strip().splitlines()[-1]))
+        known = _join(node, load_json(answer.stdout.strip().splitlines()[-1], "the figures"))
     except (ValueError, IndexError):
         _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no word")
         return node
@@ -74,17 +75,24 @@ def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCap
 
 def _join(node: NodeCapability, measured: object) -> NodeCapability:
     """What is seen now, with the figures of a measured node.  Raises ValueError where they are not of this machine."""
-    try:
-        old = node_from_dict(measured)  # type: ignore[arg-type]  # a file may hold anything; the next line finds out
-        pairs = [(now, then) for now, then in zip(node.devices, old.devices, strict=True)]
-        devices = tuple(_join_device(now, then) for now, then in pairs)
-        written = old.disk_write_bytes_per_s
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not a node: {error}") from error
+    old = record(NodeCapability, measured, "the figures")
+    pairs = list(zip(node.devices, old.devices, strict=True))
+    devices = tuple(_join_device(now, then) for now, then in pairs)
+    written = old.disk_write_bytes_per_s
+    if wrong := [name for device in old.devices for name, figure in _figures(device) if figure <= 0]:
+        raise ValueError(f"{wrong[0]} is no amount")
     if any((now.kind, now.name) != (then.kind, then.name) for now, then in pairs):
         raise ValueError("other devices")
     sources = {**old.sources, **node.sources}
     return replace(node, devices=devices, disk_write_bytes_per_s=written, sources=sources)
+
+
+def _figures(device: DeviceCapability) -> Iterator[tuple[str, float]]:
+    """What was measured of a device."""
+    rates = {f"flops_per_s.{name}": value for name, value in device.flops_per_s.items()}
+    for name in ("memory_bytes_per_s", "op_overhead_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s"):
+        rates[name] = getattr(device, name)
+    yield from ((name, value) for name, value in rates.items() if value is not None)
 
 
 def _join_device(now: DeviceCapability, then: DeviceCapability) -> DeviceCapability:
@@ -98,7 +106,7 @@ def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapabilit
     try:
         if file.stat().st_mtime < since:
             return None
-        return _join(node, json.loads(file.read_text()))
+        return _join(node, read_json(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:

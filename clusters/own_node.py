@@ -7,12 +7,10 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
-import secrets
 import signal
 import socket
 import struct
@@ -25,7 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.capability import NodeCapability
-from clusters.connect import SLOT
+from clusters.connect import SLOT, close_own_token, own_token, write_token
+from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
 
 PORT = 6379
@@ -35,6 +34,7 @@ _SYSTEM_BYTES = 1 * GIB  # of a machine's memory: Ray itself and what else runs 
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
 _END_S = 10.0
+_LONGEST_TOKEN = 64 * 2**10  # bytes
 _INTERFACE_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 # Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
 _HEALTH = {
@@ -72,21 +72,25 @@ def _dashboard(own: OwnNode) -> list[str]:
 
 def token_file(path: Path | None, make: bool) -> Path:
     """The file with the cluster's token, readable by its owner only; made where `make` allows.  Raises CannotServe."""
-    own = Path.home() / ".ray" / "auth_token"
-    path = path or own
-    if path.is_file() and path.read_text().strip():
-        if path == own:
-            with contextlib.suppress(OSError):  # a mounted secret has the mode its owner gave it
-                path.chmod(0o600)  # Ray and scp leave it readable by everyone
-        return path
+    own = own_token()
+    try:
+        path = checked_path(path) if path else own
+        kind = kind_of(path)
+        if kind is not None and read_text(path, _LONGEST_TOKEN).strip():
+            if path == own:
+                close_own_token()
+            return path
+    except BadInput as error:
+        raise CannotServe(f"--token-file: {error}") from None
     if not make:
         raise CannotServe(
             f"there is no token in {path}. Copy the head's there (the head prints where it is), or give --token-file"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as stream:
-        os.fchmod(stream.fileno(), 0o600)  # an empty file that was there keeps its own mode
-        stream.write(secrets.token_hex(32))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_token(path)
+    except OSError as error:
+        raise CannotServe(f"--token-file: {path} cannot be written: {error.strerror}") from None
     return path
 
 
@@ -97,9 +101,11 @@ def address_of(interface: str) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             told = fcntl.ioctl(probe.fileno(), _INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
-        except OSError:
+        except (OSError, UnicodeError):
             known = ", ".join(name for _, name in socket.if_nameindex())
-            raise CannotServe(f"--interface {interface}: has no IPv4 address here; interfaces: {known}") from None
+            raise CannotServe(
+                f"--interface {printable(interface)}: has no IPv4 address here; interfaces: {known}"
+            ) from None
     return socket.inet_ntoa(told[20:24])
 
 
@@ -108,23 +114,44 @@ def address_towards(host: str = _ELSEWHERE) -> str:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect((host, 9))
-        except OSError as error:
-            raise CannotServe(f"{host} cannot be reached: {error}") from None
+        except (OSError, UnicodeError, TypeError) as error:
+            raise CannotServe(f"{printable(host)} cannot be reached: {error}") from None
         return probe.getsockname()[0]
 
 
-def check_place(address: str, port: int = 0) -> None:
-    """Raises CannotServe where the address is not this machine's or the port is taken: Ray would try without end."""
+def check_address(address: str) -> None:
+    """Raises CannotServe where the address is not this machine's: Ray would try without end."""
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended head left does not count
         try:
-            probe.bind((address, port))
-        except OSError as error:
-            if error.errno == errno.EADDRINUSE:
-                raise CannotServe(
-                    f"port {port} is in use: is a head running here already? --port takes another"
-                ) from None
-            raise CannotServe(f"--address {address}: is not an IPv4 address of this machine ({error})") from None
+            probe.bind((address, 0))
+        except (OSError, UnicodeError, TypeError) as error:
+            reason = f"is not an IPv4 address of this machine ({error})"
+            raise CannotServe(f"--address {printable(address)}: {reason}") from None
+
+
+def check_port(port: int, option: str) -> None:
+    """Raises CannotServe where a port cannot be had on every address, as Ray's servers take it."""
+    for family, anywhere in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            probe = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # a machine without IPv6
+            continue
+        with probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # what an ended head left does not count
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind((anywhere, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    reason = f"port {port} is in use: is a head running here already? {option} takes another"
+                elif error.errno == errno.EACCES:
+                    reason = f"port {port} is for root alone: give {option} one of 1024 or more"
+                elif family == socket.AF_INET6:  # switched off
+                    continue
+                else:
+                    reason = f"port {port} cannot be taken: {error.strerror}"
+                raise CannotServe(reason) from None
 
 
 def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
@@ -170,7 +197,7 @@ def knock(head: str, timeout_s: float = 3.0) -> str | None:
     host, _, port = head.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=timeout_s).close()
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError, OverflowError, TypeError) as error:
         return str(error)
     return None
 

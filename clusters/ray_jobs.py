@@ -19,6 +19,7 @@ from clusters.door import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
 
 _POLL_S = 1.0
 _VERB_S = 180.0  # that a verb may take on the cluster
+_PATIENCE_S = (5.0, 120.0)  # to connect, between two bytes: Ray itself would wait without end
 
 
 class JobsDoor:
@@ -32,10 +33,8 @@ class JobsDoor:
         self.address, self._folder = address, folder
         self._printed: dict[str, int] = {}  # characters by job
         with _shown_as_asked(address):
-            from ray.job_submission import JobSubmissionClient
-
             try:
-                self._client: Any = JobSubmissionClient(address)  # takes the token with it
+                self._client: Any = _client(address)  # takes the token with it
             except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ... by Ray's mood
                 if "uthentication" in type(error).__name__ + str(error):
                     raise RefusesToken(refusal(address)) from error
@@ -53,12 +52,15 @@ class JobsDoor:
     def look(self, name: str) -> RemoteJob:
         with _line(self.address):
             found = self._client.get_job_info(name)
-        return RemoteJob(str(found.status.value), found.message or "")
+            return RemoteJob(str(found.status.value), str(found.message or ""))
 
     def logs(self, name: str) -> str:
         """Everything the job printed so far."""
         with _line(self.address):
-            return self._client.get_job_logs(name)
+            text = self._client.get_job_logs(name)
+            if not isinstance(text, str):
+                raise TypeError("the log is no text")
+            return text
 
     def follow(self, name: str, notice: Callable[[str], None]) -> Iterator[str]:
         while True:
@@ -94,6 +96,17 @@ class JobsDoor:
         return False
 
 
+def _client(address: str) -> Any:
+    """Ray's client, whose every request ends."""
+    from ray.job_submission import JobSubmissionClient
+
+    class Patient(JobSubmissionClient):
+        def _do_request(self, *arguments: Any, **options: Any) -> Any:
+            return super()._do_request(*arguments, **{"timeout": _PATIENCE_S, **options})
+
+    return Patient(address)
+
+
 @contextlib.contextmanager
 def _shown_as_asked(address: str) -> Iterator[None]:
     """A token is shown only to a cluster that asks for one: it is not everybody's business."""
@@ -125,7 +138,9 @@ def _line(address: str) -> Iterator[None]:
             raise JobGone(_first_line(error)) from error
         if "size" in text.lower() and "exceed" in text.lower():
             raise CannotConnect(_first_line(error)) from error
-        raise
+        raise JobLost(f"{address} answers: {_first_line(error)}") from error
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # not what a dashboard sends
+        raise JobLost(f"{address} answers what is not understood: {_first_line(error)}") from error
 
 
 def _asks_for_token(address: str) -> bool:
@@ -134,7 +149,7 @@ def _asks_for_token(address: str) -> bool:
 
     try:
         answer = requests.get(f"{address.rstrip('/')}/api/version", timeout=5)
-    except requests.exceptions.RequestException as error:
+    except (requests.exceptions.RequestException, ValueError) as error:
         raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
     if answer.status_code in (401, 403):
         if not has_token():

@@ -37,7 +37,10 @@ def head(
     slots: SlotsOption = None,
     token_file: TokenOption = None,
     dashboard_port: Annotated[
-        int | None, typer.Option("--dashboard-port", help="take jobs over HTTP here: submit --cluster http://HOST:PORT")
+        int | None,
+        typer.Option(
+            "--dashboard-port", min=1, max=65535, help="take jobs over HTTP here: submit --cluster http://HOST:PORT"
+        ),
     ] = None,
 ) -> None:
     """Make this machine the head of a cluster, and stay until Ctrl-C.  Nobody without its token gets in.
@@ -47,13 +50,24 @@ def head(
     Examples: orchestrator head --interface eth0
               orchestrator head --address 192.168.1.10 --slots 0
     """
-    from clusters.own_node import CannotServe, OwnNode, address_of, address_towards, check_place, keep_running
+    from clusters.own_node import (
+        CannotServe,
+        OwnNode,
+        address_of,
+        address_towards,
+        check_address,
+        check_port,
+        keep_running,
+    )
     from clusters.own_node import token_file as token_of
 
     _refuse_mistakes(interface, address, name)
     try:
         own_address = address_of(interface) if interface else address or address_towards()
-        check_place(own_address, port)
+        check_address(own_address)
+        check_port(port, "--port")
+        if dashboard_port is not None:
+            check_port(dashboard_port, "--dashboard-port")
         token = token_of(token_file, make=True)
         capability = _look()
         own = OwnNode(
@@ -87,14 +101,14 @@ def join(
 
     Example: orchestrator join 192.168.1.10
     """
-    from clusters.own_node import PORT, CannotServe, OwnNode, address_of, address_towards, check_place, keep_running
+    from clusters.own_node import PORT, CannotServe, OwnNode, address_of, address_towards, check_address, keep_running
     from clusters.own_node import token_file as token_of
 
     _refuse_mistakes(interface, address, name)
     host, port = _host_and_port(head, PORT)
     try:
         own_address = address_of(interface) if interface else address or address_towards(host)
-        check_place(own_address)
+        check_address(own_address)
         token = token_of(token_file, make=False)
         capability = _look()
         own = OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, _slots(slots, capability))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +17,7 @@ from clusters.capability import ClusterCapability
 from clusters.kuberay import MOST_CONFIG_BYTES, Group, Wishes, config_map, mistakes, rayjob, rayjob_on
 from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
+from orchestrator.job.secrets import refuse_written_out, secret_names
 from orchestrator.jobfile import Job
 from orchestrator.package import document_with, packed_files, refuse_too_large, size_of
 from orchestrator.plan import NodePlan, Plan
@@ -22,6 +25,7 @@ from orchestrator.plan import NodePlan, Plan
 _LEAST_POD_BYTES = 4 * GIB
 _BESIDE_BYTES = 2 * GIB  # Ray and the libraries of a pod whose plan counts its device's memory
 _JOB_FOLDER = "/etc/orchestrator"
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,9 @@ def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str
 
 def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
     """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
+    wishes = _wishes(job, namespace)
+    if not _LABEL.fullmatch(cluster):
+        raise JobError(f"--attach {cluster}: is no name of a RayCluster (small letters, digits and hyphens)")
     storage = job.spec.cluster.storage
     if not storage.startswith("/"):
         raise JobError(
@@ -82,21 +89,23 @@ def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
     refuse_too_large(files)
     folder = folder_of(storage, name)
     there = {source: f"{folder}/{place}" for source, place in files.items()}
-    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), _wishes(job, namespace))
+    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), wishes)
     document = document_with(job, there, f"{storage}/runs")
     return _checked(Objects(made, None, storage, files, {"job.yaml": document}))
 
 
 def _checked(objects: Objects) -> Objects:
+    refuse_written_out(objects.job, "the RayJob, which others of the cluster may read,")
     if wrong := mistakes(objects.job):
         raise JobError([f"KubeRay would refuse it: {text}" for text in wrong])
     return objects
 
 
 def _wishes(job: Job, namespace: str) -> Wishes:
-    if job.spec.cluster.secrets and not job.spec.kubernetes.secret:
+    refuse_written_out(yaml.safe_load(job.text), "the ConfigMap, which others of the cluster may read,")
+    if (names := secret_names(job.spec)) and not job.spec.kubernetes.secret:
         raise JobError(
-            "cluster.secrets: on Kubernetes secrets lie in a Secret; name it in kubernetes.secret (kubectl create"
+            f"{', '.join(names)}: on Kubernetes secrets lie in a Secret; name it in kubernetes.secret (kubectl create"
             " secret generic tokens --from-literal=HF_TOKEN=...)"
         )
     asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
@@ -150,8 +159,14 @@ def _pod_bytes(part: NodePlan) -> float:
 
 
 def object_name(name: str) -> str:
-    """A job's name as Kubernetes takes it: small letters, digits, hyphens, a letter first, 47 characters at most."""
-    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    """A job's name as Kubernetes takes it: small letters, digits, hyphens, a letter first, 47 characters at most.
+
+    Names that differ in other letters alone (日本, 中国) stay different: a digest of them is a part of it.
+    """
+    known = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^a-z0-9]+", "-", known.lower()).strip("-")
+    if not name.isascii():
+        plain = f"{plain[:36].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
     return (plain if plain[:1].isalpha() else f"job-{plain}")[:47].rstrip("-")
 
 

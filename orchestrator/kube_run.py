@@ -4,25 +4,56 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from clusters import datasheet
 from clusters.capability import ClusterCapability
 from clusters.hardware_file import ImpossibleHardware, hardware_of
+from clusters.kube_words import mapping
+from clusters.safe_input import BadInput, load_yaml, printable, read_text, record
 from clusters.units import GIB, MIB, format_bytes
 from orchestrator import kube, machines, package, remote
-from orchestrator.errors import JobError
+from orchestrator.errors import ClusterError, JobError
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
 from orchestrator.spec import KubernetesSection
 
 _Say = Callable[[str], None]
 _OTHERS_CORES, _OTHERS_FRACTION = 1, 0.1  # of a node, for what runs on every node
-_UNITS = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "m": 1e-3}
+_BINARY = {f"{name}i": 2.0 ** (10 * power) for power, name in enumerate("KMGTPE", 1)}
+_UNITS = {**_BINARY, "n": 1e-9, "u": 1e-6, "m": 1e-3, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15, "E": 1e18}
+_QUANTITY = re.compile(r"(\d{1,20}(?:\.\d{0,20})?|\.\d{1,20})(?:[eE]([+-]?\d{1,2}))?([A-Za-z]{0,2})", re.ASCII)
+
+
+@dataclass(frozen=True)
+class _Taint:
+    key: str
+    effect: str
+    value: str | None = None
+
+
+@dataclass(frozen=True)
+class _Spec:
+    unschedulable: bool | None = None
+    taints: list[_Taint] | None = None
+
+
+@dataclass(frozen=True)
+class _Status:
+    allocatable: dict[str, str]
+
+
+@dataclass(frozen=True)
+class _Node:
+    """What is read of a node."""
+
+    name: str
+    labels: dict[str, str]
+    spec: _Spec
+    status: _Status
 
 
 def submit(
@@ -80,12 +111,23 @@ def _send(door: Any, objects: kube.Objects, say: _Say) -> None:
 
 def create_again(door: Any, run: RunFolder) -> str:
     """The objects of a run once more, in place of those that ended."""
-    objects = list(yaml.safe_load_all((run.path / "kube.yaml").read_text(encoding="utf-8")))
-    job, config = objects[0], objects[1] if len(objects) > 1 else None
+    job, config = _objects_of(run.path / "kube.yaml")
     door.tidy(run.run_id)
     door.wait_gone(run.run_id)
     door.start(run.run_id, job, config)
     return run.run_id
+
+
+def _objects_of(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The RayJob and the ConfigMap that a run was sent as.  Raises JobError."""
+    try:
+        objects = [load_yaml(part, str(file)) for part in read_text(file).split("\n---\n")]
+    except BadInput as error:
+        raise JobError(f"{error}. Submit the job again, under another --run-id") from None
+    kinds = [one.get("kind") if isinstance(one, dict) else None for one in objects]
+    if kinds not in (["RayJob"], ["RayJob", "ConfigMap"]):
+        raise JobError(f"{file}: holds no RayJob and its ConfigMap. Submit the job again, under another --run-id")
+    return objects[0], objects[1] if len(objects) > 1 else None
 
 
 def objects_for(
@@ -108,24 +150,19 @@ def nodes_of(listed: list[dict[str, Any]], asked: KubernetesSection) -> ClusterC
     GPUs are known by the labels of NVIDIA's feature discovery.  Raises JobError where no node is left.
     """
     declared, unknown = [], []
-    for node in listed:
-        spec, status, labels = node.get("spec") or {}, node["status"], node["metadata"].get("labels") or {}
-        if spec.get("unschedulable") or any(labels.get(key) != value for key, value in asked.node_selector.items()):
+    for node in map(_node, listed):
+        spec, labels, allocatable = node.spec, node.labels, node.status.allocatable
+        if spec.unschedulable or any(labels.get(key) != value for key, value in asked.node_selector.items()):
             continue
-        if any(_keeps_off(taint, asked.tolerations) for taint in spec.get("taints") or []):
+        if any(_keeps_off(taint, asked.tolerations) for taint in spec.taints or []):
             continue
-        allocatable = status["allocatable"]
-        cores = int(_amount(allocatable["cpu"])) - _OTHERS_CORES
-        memory_gib = _amount(allocatable["memory"]) * (1 - _OTHERS_FRACTION) / GIB
-        entry: dict[str, Any] = {
-            "name": node["metadata"]["name"],
-            "cores": max(1, cores),
-            "memory_gib": round(memory_gib, 2),
-        }
+        cores = int(_amount(allocatable.get("cpu", "0"))) - _OTHERS_CORES
+        memory_gib = _amount(allocatable.get("memory", "0")) * (1 - _OTHERS_FRACTION) / GIB
+        entry: dict[str, Any] = {"name": node.name, "cores": max(1, cores), "memory_gib": round(memory_gib, 2)}
         count = int(_amount(allocatable.get("nvidia.com/gpu", "0")))
         if count:
             product = labels.get("nvidia.com/gpu.product", "").replace("-", " ")
-            memory = float(labels.get("nvidia.com/gpu.memory", 0)) * MIB
+            memory = _amount(labels.get("nvidia.com/gpu.memory", "0")) * MIB
             card = datasheet.find(product, int(memory) or None) if product else None
             if card is None:
                 unknown.append(f"{entry['name']} ({product or 'no nvidia.com/gpu.product label'})")
@@ -141,27 +178,36 @@ def nodes_of(listed: list[dict[str, Any]], asked: KubernetesSection) -> ClusterC
         raise JobError(f"the cluster's nodes cannot be planned for: {error}. --hardware FILE declares them") from None
 
 
-def _keeps_off(taint: dict[str, Any], tolerations: list[dict[str, Any]]) -> bool:
+def _node(values: dict[str, Any]) -> _Node:
+    metadata = mapping(values, "metadata")
+    known = {"name": metadata.get("name"), "labels": metadata.get("labels") or {}, "spec": values.get("spec") or {}}
+    try:
+        return record(_Node, {**known, "status": values.get("status")}, f"the node {metadata.get('name')}")
+    except BadInput as error:
+        raise ClusterError(f"{error}, says the API server. --hardware FILE declares the nodes instead") from None
+
+
+def _keeps_off(taint: _Taint, tolerations: list[dict[str, Any]]) -> bool:
     """https://kubernetes.io/docs/concepts/scheduling-eviction/taint-and-toleration/; every GPU pod bears NVIDIA's."""
 
     def bears(toleration: dict[str, Any]) -> bool:
-        if toleration.get("effect") not in (None, taint.get("effect")):
+        if toleration.get("effect") not in (None, taint.effect):
             return False
         if toleration.get("operator") == "Exists":
-            return toleration.get("key") in (None, taint.get("key"))
-        return (toleration.get("key"), toleration.get("value")) == (taint.get("key"), taint.get("value"))
+            return toleration.get("key") in (None, taint.key)
+        return (toleration.get("key"), toleration.get("value")) == (taint.key, taint.value)
 
-    if taint.get("effect") not in ("NoSchedule", "NoExecute") or taint.get("key") == "nvidia.com/gpu":
+    if taint.effect not in ("NoSchedule", "NoExecute") or taint.key == "nvidia.com/gpu":
         return False
     return not any(bears(toleration) for toleration in tolerations)
 
 
 def _amount(quantity: str) -> float:
-    """A Kubernetes quantity: 16, 500m, 65Gi."""
-    match = re.fullmatch(r"([0-9.]+)([A-Za-z]*)", str(quantity))
-    if match is None or (match[2] and match[2] not in _UNITS):
-        raise JobError(f"{quantity!r} is no quantity of Kubernetes")
-    return float(match[1]) * _UNITS.get(match[2], 1)
+    """A Kubernetes quantity: 16, 500m, 65Gi, 1e3."""
+    match = _QUANTITY.fullmatch(quantity)
+    if match is None or (match[3] and match[3] not in _UNITS):
+        raise ClusterError(f"the API server says {printable(quantity[:40])!r}, which is no quantity of Kubernetes")
+    return float(match[1]) * 10.0 ** int(match[2] or 0) * _UNITS.get(match[3], 1)
 
 
 def new_name(job: Job) -> str:

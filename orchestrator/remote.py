@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import shlex
 import shutil
 import time
@@ -18,12 +19,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from clusters.connect import CannotConnect
 from clusters.door import ENDED, Door, JobGone, JobLost, RemoteJob, VerbFailed
 from clusters.ray_jobs import JobsDoor
+from clusters.safe_input import BadInput, read_json, record
 from clusters.units import format_bytes
 from orchestrator import package
 from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
+from orchestrator.job.secrets import refuse_written_out
 from orchestrator.jobfile import Job, read_run_job
 from orchestrator.rundir import RunFolder
 
@@ -45,10 +50,16 @@ class Remote:
 
     @classmethod
     def of(cls, run: RunFolder) -> Remote | None:
-        values = run.read_json("remote.json")
-        if values is None:
+        path = run.path / "remote.json"
+        if not path.exists():
             return None
-        return cls(**{**values, "attempts": tuple(values["attempts"])})
+        try:
+            found = record(cls, read_json(path), str(path))
+            if not found.attempts and not found.is_closed:
+                raise BadInput(f"{path}: names no attempt")
+        except BadInput as error:
+            raise JobError(f"{error}. Delete the folder; what runs on the cluster is not touched by that") from None
+        return found
 
     def keep(self, run: RunFolder) -> Remote:
         run.write("remote.json", json.dumps(asdict(self), indent=1))
@@ -61,6 +72,7 @@ def submit(job: Job, address: str, output_dir: Path, say: _Say, follow: bool = T
     Raises JobError for what cannot be sent, ClusterError where nobody answers, RunFailed when the job fails there.
     Ctrl-C detaches: the job goes on.
     """
+    refuse_written_out(yaml.safe_load(job.text), "the package, which others of the cluster may read,")
     run = RunFolder.create(output_dir, job.spec.name)
     with begun(run, job):
         with in_our_words(address):
@@ -246,10 +258,8 @@ def _start(door: Any, run: RunFolder, remote: Remote) -> Remote:
     else:
         name = f"{run.run_id}-{len(remote.attempts) + 1}"
         command = shlex.join(["python", "-m", "orchestrator", "submit", "job.yaml", "--run-id", run.run_id])
-        try:
+        with in_our_words(remote.address):
             door.start(name, command)
-        except RuntimeError as error:
-            raise ClusterError(f"{door.address}: the job could not be started: {str(error).splitlines()[0]}") from error
     return replace(remote, attempts=(*remote.attempts, name), is_closed=False).keep(run)
 
 
@@ -259,8 +269,10 @@ def is_kuberay(address: str) -> bool:
 
 
 def place_of(address: str) -> tuple[str | None, str | None]:
-    """Context and namespace of kuberay[:[CONTEXT/]NAMESPACE]; None = the current one."""
+    """Context and namespace of kuberay[:[CONTEXT/]NAMESPACE]; None = the current one.  Raises JobError."""
     context, _, namespace = address.partition(":")[2].rpartition("/")  # a context's name may hold slashes
+    if namespace and not re.fullmatch(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?", namespace):
+        raise JobError(f"--cluster {address}: {namespace!r} is no namespace (small letters, digits and hyphens)")
     return context or None, namespace or None
 
 

@@ -209,7 +209,7 @@ class _Store:
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it at the same moment
                     raise
-                experiment = self.client.get_experiment_by_name(name)
+                return self._experiment()
         self._check(experiment)
         return experiment.experiment_id
 

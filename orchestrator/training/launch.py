@@ -102,20 +102,20 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
 
     Ray's ranks change with every restart and its local ranks count by address, which nodes of one machine share; sums
     are bit-equal only in the same order.  The group made here is also as impatient as training needs: Ray's waited for
-    the slowest machine to start.
+    the slowest machine to start.  Its store listens on the address the machines know this one by, where Ray's listens
+    on all.
     """
     import torch
     import torch.distributed as dist
 
     if size == 1:
+        dist.destroy_process_group()
         return 0, 0
     backend = dist.get_backend()
     if backend == "nccl":  # objects travel through a GPU, which must be one's own
         torch.cuda.set_device(ray.train.get_context().get_local_rank())
-    with socket.socket() as free:
-        free.bind(("", 0))
-        port = free.getsockname()[1]
-    me = (ray.train.get_context().get_world_rank(), node, ray.util.get_node_ip_address(), port)
+    listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+    me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())
     told: list[Any] = [None] * size
     dist.all_gather_object(told, me)
     places = [(part.node, index) for index, part in enumerate(plan.nodes)]
@@ -130,13 +130,11 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
         places.remove((plan.nodes[left[0]].node, left[0]))
     first = next(entry for entry in told if ranks[entry[0]] == 0)
     dist.destroy_process_group()
-    dist.init_process_group(
-        backend,
-        init_method=f"tcp://{first[2]}:{first[3]}",
-        rank=ranks[me[0]],
-        world_size=size,
-        timeout=timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s)),
-    )
+    patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
+    with listener:
+        own = listener.detach() if me == first else None
+    store = dist.TCPStore(first[2], first[3], size, me == first, patience, master_listen_fd=own)
+    dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=patience)
     return ranks[me[0]], slots[me[0]]
 
 

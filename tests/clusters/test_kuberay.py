@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,8 +11,11 @@ import pytest
 import yaml
 
 from clusters.kuberay import Group, Wishes, config_map, helper_pod, mistakes, rayjob, rayjob_on
+from clusters.masking import holds_secret
 from clusters.units import GIB
-from orchestrator.kube import object_name
+from orchestrator.errors import JobError
+from orchestrator.jobfile import parse_job
+from orchestrator.kube import object_name, rendered_on
 from tests.conftest import rows, write_jsonl
 from tests.kube_schema import SHARED, documents, verdict
 
@@ -139,7 +143,7 @@ def test_every_shipped_manifest_is_taken():
                 _core_kinds_hold(document)
 
     print(f"{count} objects in {len(files)} files")
-    assert len(files) == 8 and count == 15
+    assert len(files) == 8 and count == 17
 
 
 def test_every_kustomization_names_files_that_are_there():
@@ -178,7 +182,48 @@ def test_names_become_kubernetes_names():
     assert object_name("Qwen3_4B.Support") == "qwen3-4b-support"
     assert object_name("3rd try") == "job-3rd-try"
     assert len(object_name("x" * 80)) == 47
+    assert object_name("Café au lait") == f"cafe-au-lait-{object_name('Café au lait')[-8:]}"
     assert mistakes({"kind": "RayJob", "metadata": {"name": "Big_Name"}, "spec": {"clusterSelector": {"a": "b"}}})
+
+
+@pytest.mark.parametrize("name", ["日本", "中国", "é" * 63, "١٢", "x" * 46 + "é", "_", "ß.-", "-.日", "a" * 47 + "日"])
+def test_a_name_in_any_letters_becomes_one_of_its_own(name):
+    made = object_name(name)
+
+    assert mistakes({"kind": "RayJob", "metadata": {"name": made}, "spec": {"clusterSelector": {"a": "b"}}}) == []
+    assert made != object_name(name + "é")  # which a shortened name alone would not tell apart
+
+
+@pytest.mark.parametrize("name", ["a\n", "a\0", "A", "-a", "a-", "a.b", "a" * 48, "日本"])
+def test_what_is_no_name_of_an_object_is_refused(name):
+    assert mistakes({"kind": "RayJob", "metadata": {"name": name}, "spec": {"clusterSelector": {"a": "b"}}})
+
+
+def test_mlflow_and_its_database_answer_nobody_else():
+    text = (ROOT / "k8s" / "base" / "networkpolicy.yaml").read_text()
+    policies = {one["metadata"]["name"]: one["spec"] for one in documents(text)}
+    pods = {
+        one["metadata"]["name"]: one["spec"]["template"]["metadata"]["labels"]
+        for one in documents((ROOT / "k8s" / "base" / "mlflow.yaml").read_text())
+        if one["kind"] == "Deployment"
+    }
+
+    assert {name: policies[name]["podSelector"]["matchLabels"] for name in pods} == pods
+    assert [one["from"] for one in policies["mlflow-db"]["ingress"]] == [
+        [{"podSelector": {"matchLabels": pods["mlflow"]}}]
+    ]
+    assert "egress" not in policies["mlflow-db"] and "Egress" in policies["mlflow-db"]["policyTypes"]
+    (asked,) = policies["mlflow"]["ingress"]
+    assert asked["from"][0]["podSelector"]["matchExpressions"] == [{"key": "ray.io/cluster", "operator": "Exists"}]
+
+
+def test_an_image_is_made_of_what_is_copied_into_it_and_of_nothing_else():
+    copied = re.findall(r"^COPY (.+) \S+$", (ROOT / "k8s" / "Dockerfile").read_text(), re.MULTILINE)
+    rules = (ROOT / ".dockerignore").read_text().splitlines()
+
+    assert rules[1] == "*" and {name for line in copied for name in line.split()} == {
+        rule.removeprefix("!") for rule in rules if rule.startswith("!")
+    }
 
 
 def test_data_beyond_a_config_map_is_said():
@@ -212,6 +257,55 @@ def render(job, *arguments):
 
 
 @needs_schemas
+def texts_in(value):
+    """Every text in an object, keys too."""
+    if isinstance(value, dict):
+        return [text for pair in value.items() for one in pair for text in texts_in(one)]
+    if isinstance(value, list):
+        return [text for one in value for text in texts_in(one)]
+    return [value] if isinstance(value, str) else []
+
+
+def test_no_object_that_is_shipped_or_rendered_holds_a_secret():
+    shipped = [one for file in (ROOT / "k8s").rglob("*.yaml") for one in documents(file.read_text())]
+    wishes = Wishes(claim="runs", secret="tokens")
+    made = [rayjob("a", "c", "2.60.0", GROUPS, wishes), config_map("a", "b", {"job.yaml": "a: 1"})]
+    environment = [container for one in made + shipped for container in _containers(one)]
+
+    assert len(environment) > 8
+    assert not [text for one in made + shipped for text in texts_in(one) if holds_secret(text)]
+    assert {kind for one in made + shipped for kind in [one.get("kind")] if kind == "Secret"} == set()
+    for container in environment:
+        for one in container.get("env") or []:
+            assert "valueFrom" in one or one["name"] in ("POSTGRES_DB", "POSTGRES_USER", "PGDATA"), one
+
+
+def _containers(value):
+    if isinstance(value, dict):
+        found = value["containers"] if isinstance(value.get("containers"), list) else []
+        return found + [one for inner in value.values() for one in _containers(inner)]
+    return [one for inner in value for one in _containers(inner)] if isinstance(value, list) else []
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"tracking": {"mlflow_uri": "postgresql://ann:pa55@db/x"}}, "tracking.mlflow_uri holds a password"),
+        ({"tracking": {"mlflow_uri": "http://mlflow:5000?token=pa55"}}, "tracking.mlflow_uri holds a password"),
+        ({"kubernetes": {"image": "https://ann:pa55@registry/x"}}, "kubernetes.image holds a password"),
+        ({"tracking": {"mlflow_uri": "http://ann:${MLFLOW_PASSWORD}@db"}}, "MLFLOW_PASSWORD: on Kubernetes secrets"),
+        ({"cluster": {"secrets": ["HF_TOKEN"]}}, "HF_TOKEN: on Kubernetes secrets lie in a Secret"),
+    ],
+)
+def test_a_job_with_a_secret_in_it_is_refused_before_it_is_rendered(job, change, named):
+    values = yaml.safe_load((job / "job.yaml").read_text())
+    asked = parse_job(yaml.safe_dump({**values, **change}), job)
+
+    with pytest.raises(JobError) as refused:
+        rendered_on("finetune", asked, "team", "a")
+    assert named in str(refused.value) and "pa55" not in str(refused.value)
+
+
 def test_submit_renders_a_job_that_is_taken(job):
     done = render(job, "--hardware", "nodes.yaml", "--render", "out.yaml")
 

@@ -18,7 +18,8 @@ from clusters.own_node import (
     CannotServe,
     OwnNode,
     address_of,
-    check_place,
+    check_address,
+    check_port,
     environment,
     keep_running,
     knock,
@@ -110,14 +111,37 @@ def test_a_silent_head_has_a_reason():
     assert knock("nowhere:port")
 
 
-def test_a_place_that_ray_could_never_take_is_refused_at_once():
-    check_place("127.0.0.1")
-    with socket.create_server(("127.0.0.1", 0)) as taken:
+@pytest.mark.parametrize("where", ["127.0.0.1", "0.0.0.0", "127.0.0.5", "::1"])
+def test_a_port_that_is_taken_on_any_address_is_refused_at_once(where):
+    family = socket.AF_INET6 if ":" in where else socket.AF_INET
+    try:
+        taken = socket.create_server((where, 0), family=family)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with taken:
         port = taken.getsockname()[1]
-        with pytest.raises(CannotServe, match=f"port {port} is in use"):
-            check_place("127.0.0.1", port)
-    with pytest.raises(CannotServe, match="is not an IPv4 address of this machine"):
-        check_place("203.0.113.7")
+        with pytest.raises(CannotServe, match=f"port {port} is in use.*--dashboard-port takes another"):
+            check_port(port, "--dashboard-port")
+    check_port(port, "--port")
+
+
+@pytest.mark.parametrize("address", ["203.0.113.7", "nowhere.invalid", "a" * 300, "..", "::1", "\ud800", "1.2.3.4\x1b"])
+def test_an_address_that_is_not_this_machines_is_refused_at_once(address):
+    check_address("127.0.0.1")
+    with pytest.raises(CannotServe, match="is not an IPv4 address of this machine") as refused:
+        check_address(address)
+    assert "\x1b" not in str(refused.value)
+
+
+def test_a_token_file_that_is_no_file_is_named(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "bytes").write_bytes(b"\xff\xfe")
+    for path in (tmp_path, tmp_path / "fifo", Path("/dev/zero"), tmp_path / "bytes", Path("a\0b")):
+        for make in (True, False):
+            with pytest.raises(CannotServe, match="--token-file: "):
+                token_file(path, make)
+    with pytest.raises(CannotServe, match="cannot be written: File exists"):
+        token_file(tmp_path / "bytes" / "token", make=True)
 
 
 class Clock:

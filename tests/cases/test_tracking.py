@@ -1,0 +1,107 @@
+"""Runs whose MLflow experiment was deleted, and runs whose store has a password: by the case, and by the commands."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from orchestrator import tracking
+from orchestrator.jobfile import read_job
+from orchestrator.machines import declared
+from orchestrator.rundir import RunFolder
+from orchestrator.runs.mirror_state import Sent, TrackingFailed
+
+ROOT = Path(__file__).resolve().parents[2]
+PASSWORD = "pa55w0rd"
+
+
+def with_deleted_experiment(folder):
+    """The store that the case's job names, in which its experiment was deleted; its client and the experiment's id."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    number = client.create_experiment("shop", artifact_location=(folder / "kept").as_uri())
+    client.delete_experiment(number)
+    return client, number
+
+
+def test_a_run_of_a_deleted_experiment_says_what_to_do_and_both_ways_work(case, monkeypatch):
+    from orchestrator.run import plan_without_data
+
+    folder = case("49")
+    monkeypatch.chdir(folder)  # the job's store is a relative file
+    client, number = with_deleted_experiment(folder)
+    job = read_job(folder / "job.yaml")
+    run = RunFolder.create(folder / "runs", "job")
+    run.write("plan.json", plan_without_data(job, declared(Path("home-lab")), lambda text: None).plan.to_json())
+    run.write("job.yaml", job.text)
+    run.record("state", state="finished")
+
+    with pytest.raises(TrackingFailed) as failed:
+        tracking.sync(run, job)
+    assert "'shop' was deleted there" in str(failed.value) and "sends it later" not in str(failed.value)
+    assert f"mlflow experiments restore -x {number}" in str(failed.value)
+    assert f"sync {run.run_id} --experiment NAME" in str(failed.value)
+
+    tracking.sync(run, job, "shop-2")
+    assert client.get_run(Sent.of(run).mlflow_run_id).info.status == "FINISHED"
+    client.restore_experiment(number)
+    (run.path / "tracking.json").unlink()
+    tracking.sync(run, job)
+    (restored,) = client.search_runs([number])
+    assert restored.info.status == "FINISHED"
+
+
+def orchestrator(folder, *arguments, code=0):
+    """What a command printed on both channels, in a home of its own."""
+    (folder / "t").mkdir(exist_ok=True)
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "t"), "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
+    done = subprocess.run(
+        [sys.executable, "-m", "orchestrator", *arguments],
+        capture_output=True, text=True, cwd=folder, env={**os.environ, **own}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == code, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_deleted_experiment(case):
+    folder = case("49")
+    client, number = with_deleted_experiment(folder)
+
+    said = " ".join(orchestrator(folder, "submit", "job.yaml", "--run-id", "first").split())
+    assert f"mlflow experiments restore -x {number}" in said and "sync first --experiment NAME" in said
+    assert "was deleted there" in orchestrator(folder, "sync", "first", code=4)
+    orchestrator(folder, "sync", "first", "--experiment", "shop-2")
+
+    run = client.get_run(Sent.of(RunFolder(folder / "runs" / "first")).mlflow_run_id)
+    assert run.info.status == "FINISHED" and len(client.get_metric_history(run.info.run_id, "loss")) == 2
+
+
+@pytest.mark.slow
+def test_a_password_stands_in_the_job_alone_whatever_is_asked_of_its_run(case):
+    """Everything that the verbs print, and every file that a run leaves: of the project, of Ray, of the home."""
+    folder = case("49")
+    uri = f"http://ann:{PASSWORD}@127.0.0.1:9/x?access_token={PASSWORD}"
+    set_uri = ("-s", f"tracking.mlflow_uri={json.dumps(uri)}")
+
+    said = orchestrator(folder, "submit", "job.yaml", "--run-id", "first", *set_uri)
+    assert "tracking.mlflow_uri holds a password" in said and "http://***@127.0.0.1:9" in said
+    said += orchestrator(folder, "validate", "job.yaml", *set_uri)
+    said += orchestrator(folder, "plan", "job.yaml", "--json", *set_uri)
+    said += orchestrator(folder, "sync", "first", code=4)
+    said += orchestrator(folder, "submit", "job.yaml", "--run-id", "first", "-s", f"tracking.mlflow_uri={uri}2", code=2)
+    said += orchestrator(folder, "submit", "job.yaml", "--cluster", "http://127.0.0.1:9", *set_uri, code=2)
+    for verb in (["status"], ["status", "--json"], ["logs"], ["logs", "--json"], ["list", "--json"], ["report"]):
+        said += orchestrator(folder, verb[0], *([] if verb[0] == "list" else ["first"]), *verb[1:])
+
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    holding = [file for file in files if PASSWORD.encode() in file.read_bytes()]
+    assert PASSWORD not in said and len(files) > 20
+    assert holding == [folder / "runs" / "first" / "job.yaml"]
+    assert stat.S_IMODE(holding[0].stat().st_mode) == 0o600
+    assert not (folder / "home" / ".ray").exists()
