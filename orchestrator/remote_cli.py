@@ -52,7 +52,7 @@ def submit(
         run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
     if detach:
         if as_json:
-            print_json({"run": run.run_id, "path": str(run.path)})
+            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(remote.SENT)})
         else:
             out.print(f"{run.run_id} runs on {address}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
     return run
