@@ -8,6 +8,7 @@ refuses what is no regular file, is too large, nested too deeply or of the wrong
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import stat
@@ -28,6 +29,7 @@ MAX_ALIASED_NODES = 10_000  # values that a YAML file has through its aliases al
 NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
 NAME_PATTERN = r"^\w[\w.-]{0,62}$"
 _MAX_PATTERN = 1000
+_MAX_DIGITS = 300  # of a whole number; a float has no more
 _MAX_NAME_BYTES = 200  # of UTF-8: a file name has 255, and a moment or an ending is added
 
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
@@ -201,15 +203,25 @@ def _check_events(text: str, label: str) -> None:
 
 
 def load_json(text: str | bytes, label: str = "the text", allow_nan: bool = False) -> Any:
-    """The values of a JSON text.  Raises BadInput: no JSON, nested beyond MAX_DEPTH, NaN or Infinity unless allowed."""
+    """The values of a JSON text.
+
+    Raises BadInput: no JSON, nested beyond MAX_DEPTH, NaN or Infinity unless allowed, numbers beyond a float's range.
+    """
 
     def constant(name: str) -> float:
         if not allow_nan:
             raise ValueError(f"{name} is no number")
         return float(name.replace("Infinity", "inf"))
 
+    def number(digits: str) -> int | float:
+        whole = digits.lstrip("-").isdigit()
+        if (whole and len(digits) > _MAX_DIGITS) or (not whole and math.isinf(float(digits))):
+            raise ValueError(f"{digits[:20]}... is larger than any number here")
+        return int(digits) if whole else float(digits)
+
     try:
-        values = json.loads(text if isinstance(text, str) else text.decode("utf-8-sig"), parse_constant=constant)
+        content = text if isinstance(text, str) else text.decode("utf-8-sig")
+        values = json.loads(content, parse_constant=constant, parse_int=number, parse_float=number)
     except UnicodeDecodeError:
         raise BadInput(f"{label}: is not UTF-8 text") from None
     except RecursionError:
@@ -281,15 +293,18 @@ def matches(pattern: str, text: str, label: str, seconds: float = 1.0) -> bool:
     try:
         if len(pattern) > _MAX_PATTERN:
             raise ValueError(f"it has {len(pattern)} characters, more than {_MAX_PATTERN}")
+        re.compile(pattern)  # regex allows more than re, by which others read the same pattern
         return regex.fullmatch(pattern, text, timeout=max(seconds, 1e-9)) is not None
     except TimeoutError:
         raise BadInput(f"{label}: the pattern {printable(pattern[:80])!r} takes too long to match") from None
-    except (regex.error, ValueError, RecursionError, OverflowError, MemoryError, TypeError, IndexError) as error:
+    except (re.error, regex.error, ValueError, ArithmeticError, RuntimeError, LookupError, TypeError) as error:
         raise BadInput(f"{label}: the pattern {printable(pattern[:80])!r} cannot be used: {error}") from None
 
 
 def printable(text: str) -> str:
     """The text with control characters, line breaks and half surrogate pairs written as escapes: one safe line."""
+    if text.isascii() and text.isprintable():
+        return text
     return "".join(
         _escaped(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI else c for c in text
     )

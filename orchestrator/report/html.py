@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from jinja2 import Environment
+from jinja2.sandbox import SandboxedEnvironment
 
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -39,7 +39,7 @@ def report_of(folder: RunFolder, job: Job, lang: str) -> Report:
 
 def html(report: Report) -> str:
     """The whole page as text."""
-    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     return _unique_ids(
         environment.from_string(_PAGE.read_text(encoding="utf-8")).render(report=report, w=words(report.lang))
     )

@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # listing a bank must not load torch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors; whoever reads it runs its code
 _KEY = re.compile(r"base_model\.model\.((?:[\w-]+\.)*[\w-]+)\.lora_([AB])\.weight")
-_PATTERNS_S = 5.0  # for all patterns of a configuration
+_PATTERNS_S = 1.0  # for all patterns of a configuration
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES_BASE = re.compile(r"(pissa|corda).*|olora|loftq|lora_ga")  # ways to begin that take a part of W away
 

@@ -19,7 +19,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -206,6 +206,11 @@ class Bank:
         if known := self._known(card.digest):
             told = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
             card = card_of({**known.as_dict(), **told, "added": known.added})
+            if evidence is None and card.evidence_digest:
+                try:
+                    evidence = read_evidence(self.folder(card.digest) / EVIDENCE, card)
+                except BankError:
+                    card = replace(card, evidence_digest=None, num_rows=None)
         if any(one.name == card.name and one.digest != card.digest for one in others):
             raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
         self._fits(adapter, card, others)
