@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -53,7 +54,16 @@ def read_example(
     row_format = known or (wanted if wanted != "auto" else detect(row.values))
     if row_format is None:
         raise unknown_format(row.values)
-    example = convert(row.values, row_format, instruction)
+    try:
+        example = convert(row.values, row_format, instruction)
+    except BadRow as error:
+        own = detect(row.values)
+        if known is None or own in (None, known):
+            raise
+        raise BadRow(
+            f"{error.reason}: the file's first row is read as {known}, this one would be {own}. Put them into files of"
+            " their own"
+        ) from None
     if detected is not None:
         detected[row.file] = row_format
     return row_format, example
@@ -84,7 +94,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
     names = sorted(map(str, values))
     if {"chosen", "rejected"} & set(names):
         refusal = contract.refusals("messages")["chosen"]
-        return BadRow(f"fields {names} are a preference: {refusal.lost}. {refusal.way}")
+        return BadRow(f"fields {names} are a preference; lost would be {refusal.lost}. {refusal.way}")
     if "input_ids" in names:
         return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
     near = {name: plain for name in names if (plain := name.strip().lower()) != name and plain in _KNOWN_NAMES}
@@ -108,7 +118,7 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
         if contract.holds(name, values[name]):
             refusal = contract.refusals(row_format)[name]
             raise BadRow(
-                f"field {name!r} is not used in {row_format} rows, and {refusal.lost} would be lost. {refusal.way}"
+                f"field {name!r} is not used in {row_format} rows; lost would be {refusal.lost}. {refusal.way}"
             )
     ignored = tuple(name for name in sorted_columns.ignored if not missing(values[name]))
     if row_format == "text":
@@ -126,7 +136,7 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
 def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[str, ...]) -> Example:
     key = contract.first(contract.TEXT_KEYS, values) or "text"
     label = values.get("label")
-    if missing(label) or not isinstance(label, str | int | float):
+    if missing(label) or not isinstance(label, str | int | float) or label in (math.inf, -math.inf):
         raise BadRow(f"field 'label' is {label!r:.80}; it must be a word or a number", "field 'label' is no label")
     text = _string(values, key)
     readings = ()
@@ -146,7 +156,7 @@ def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) 
     reading = turns.Reading(prompt_key, ("", ""))
     if (prompt_key, answer_key) not in (("prompt", "completion"), ("instruction", "output")) or input_key == "context":
         read_as = "instruction, input and output" if alpaca else "prompt and completion"
-        names = " and ".join(repr(key) for key in (prompt_key, input_key, answer_key) if key)
+        names = ", ".join(repr(key) for key in (prompt_key, input_key, answer_key) if key)
         reading.note(f"fields {names} are read as {read_as}")
     if isinstance(values.get(prompt_key), list) or isinstance(values.get(answer_key), list):
         messages = turns.read_prompt_and_answer(values, prompt_key, answer_key, reading)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator import models
-from orchestrator.data.formats import read_example
+from orchestrator.data.formats import Example, read_example
 from orchestrator.data.row import BadRow
 from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.errors import JobError
@@ -39,9 +40,7 @@ def rough_lengths(job: Job, max_length: int, key: str = "train") -> tuple[list[i
             total += 1
             if len(lengths) >= _ROWS_COUNTED:
                 continue
-            turns = [(m["role"], count(m["content"]) + _TOKENS_PER_TURN) for m in example.messages]
-            length = sum(tokens for _, tokens in turns) if turns else count(example.text or "")
-            answer = sum(tokens for role, tokens in turns if role == "assistant") if turns else length
+            length, answer = _tokens(example, count)
             lengths.append(max(1, min(length, max_length)))
             supervised += min(answer, lengths[-1])
     if not lengths:
@@ -50,6 +49,19 @@ def rough_lengths(job: Job, max_length: int, key: str = "train") -> tuple[list[i
     counted = len(lengths)
     lengths += draw.choices(lengths[:counted], k=total - counted)
     return lengths, max(1, round(supervised * total / counted))
+
+
+def _tokens(example: Example, count: Callable[[str], int]) -> tuple[int, int]:
+    """Tokens of an example and how many of them an assistant wrote to be learnt."""
+    if example.text is not None:
+        return count(example.text), count(example.text)
+    length, answer = count(json.dumps(example.tools)) if example.tools else 0, 0
+    for message in example.messages:
+        calls = json.dumps(message["tool_calls"]) if "tool_calls" in message else ""
+        tokens = count(message.get("reasoning_content", "") + message["content"] + calls) + _TOKENS_PER_TURN
+        length += tokens
+        answer += tokens if message["role"] == "assistant" and message.get("train", True) else 0
+    return length, answer
 
 
 def _counter(job: Job) -> Callable[[str], int]:

@@ -169,7 +169,7 @@ def _refuse(turn: dict[str, Any], names: tuple[str, ...], number: int, role: str
         wrong.append("name")
     if wrong:
         refusal = contract.turn_refusal(wrong[0])
-        raise _bad(number, f"({role}) has the field {wrong[0]!r}: {refusal.lost} would be lost. {refusal.way}")
+        raise _bad(number, f"({role}) has the field {wrong[0]!r}; lost would be {refusal.lost}. {refusal.way}")
     for name in sorted_fields.ignored:
         if not missing(turn[name]):
             reading.ignore(name)
