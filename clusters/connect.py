@@ -14,6 +14,7 @@ import shutil
 import signal
 import socket
 import stat
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
@@ -24,7 +25,7 @@ from typing import Any
 SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
-_LOOPBACK = "127.0.0.1"
+_LOOPBACK, _LOOPBACK_DEVICE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
 _GLOO = "GLOO_SOCKET_IFNAME"  # else the interface that this machine's name leads to
 _LONGEST_FOLDER = 30  # a socket's path has 107 characters, of which Ray's own names in the folder take 77
 
@@ -160,7 +161,7 @@ def _token_of(file: Path) -> Iterator[None]:
 
     names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", _GLOO)
     before = {name: os.environ.pop(name, None) for name in names}
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), _GLOO: before[_GLOO] or "lo"}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), _GLOO: before[_GLOO] or _LOOPBACK_DEVICE}
     Config.initialize("")  # Ray reads the mode and the token once; so it does itself when it changes them
     AuthenticationTokenLoader.instance().reset_cache()
     try:

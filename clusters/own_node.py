@@ -7,18 +7,20 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import socket
+import stat
 import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -245,6 +247,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
             told = [*told[-40:], line.rstrip()]
             if "Ray runtime started" in line:
                 was_up = True
+                close_sessions(_folders(own))
                 say(f"{own.name} is up at {own.address}")
         child.wait()
         if child.stdout:
@@ -267,6 +270,21 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
         _sleep(pause_s, lambda: is_over)
     if child:
         _end_group(child.pid)
+
+
+def close_sessions(folders: Iterable[Path]) -> None:
+    """Keep other users of the machine out of this user's logs and sockets: Ray lets everybody in, and write."""
+    for session in {found for folder in folders for found in folder.glob("session_2*")}:
+        with contextlib.suppress(OSError):  # it was removed meanwhile
+            known = session.lstat()
+            if stat.S_ISDIR(known.st_mode) and known.st_uid == os.getuid():
+                session.chmod(0o700)
+
+
+def _folders(own: OwnNode) -> list[Path]:
+    """Where the sessions of a node may lie: where its Ray puts them, and where its head's does."""
+    named = own.temp_dir or Path(os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp") / "ray"
+    return [Path(named), Path("/tmp/ray")]
 
 
 def _sleep(seconds: float, is_over: Callable[[], bool]) -> None:

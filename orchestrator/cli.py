@@ -303,6 +303,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     from orchestrator.explain import result_view, run_row
 
     if search := search_cli.found(run, runs):
+        _mend_mirror(search)
         search_cli.show(search, json_)
         return
     found = RunFolder.find(run, runs)
@@ -333,7 +334,7 @@ def _mend_mirror(run: RunFolder) -> None:
         if not remote_cli.is_remote(run) and is_left_running(run):
             from orchestrator.tracking import complete
 
-            if address := complete(run, read_run_job(run.path)):
+            if address := complete(run, read_run_job(run.path, run.marker)):
                 say(f"MLflow at {address} now says how {run.run_id} ended")
     except OrchestratorError as error:
         say(str(error))

@@ -9,6 +9,7 @@ from pathlib import Path
 import typer
 
 from clusters.door import ENDED
+from clusters.masking import masked
 from orchestrator import package, remote
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job
@@ -54,7 +55,8 @@ def submit(
         if as_json:
             print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(remote.SENT)})
         else:
-            out.print(f"{run.run_id} runs on {address}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
+            place = masked(address)
+            out.print(f"{run.run_id} runs on {place}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
     return run
 
 
@@ -121,7 +123,7 @@ def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
 
 
 def _listener(as_json: bool) -> Callable[[str], None]:
-    return say if as_json else lambda text: out.print(text, markup=False, highlight=False, soft_wrap=True)
+    return say if as_json else lambda text: out.print(masked(text), markup=False, highlight=False, soft_wrap=True)
 
 
 def register(app: typer.Typer) -> None:

@@ -111,6 +111,8 @@ def complete(run: RunFolder, job: Job) -> str | None:
     """
     if not job.spec.tracking.report_to or (state := run.state()) == "running":
         return None
+    if isinstance(run, SearchFolder):
+        return sync_search(run, job)
     sent = Sent.of(run)
     if sent and sent.state == state and sent.asked_uri == asked_uri(job):
         left = [event for event in run.events(sent.offset)[0] if event.get("event") != "tracking"]

@@ -131,11 +131,18 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
     first = next(entry for entry in told if ranks[entry[0]] == 0)
     dist.destroy_process_group()
     patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
-    with listener:
-        own = listener.detach() if me == first else None
-    store = dist.TCPStore(first[2], first[3], size, me == first, patience, master_listen_fd=own)
+    store = store_at(first[2], first[3], size, patience, listener if me == first else None)
+    listener.close()
     dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=patience)
     return ranks[me[0]], slots[me[0]]
+
+
+def store_at(address: str, port: int, size: int, patience: timedelta, listener: socket.socket | None = None) -> Any:
+    """Where `size` workers meet; who has the `listener` at that address serves it, there and on no other address."""
+    import torch.distributed as dist
+
+    own = listener.detach() if listener else None
+    return dist.TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
 
 
 def _said(error: BaseException) -> str:

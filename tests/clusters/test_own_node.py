@@ -144,6 +144,20 @@ def test_a_token_file_that_is_no_file_is_named(tmp_path):
         token_file(tmp_path / "bytes" / "token", make=True)
 
 
+def test_sessions_that_ray_opened_to_everyone_are_closed_and_no_link_is_followed(tmp_path):
+    session, other = tmp_path / "session_2026-01-01_00-00-00_1_2", tmp_path / "other"
+    session.mkdir()
+    other.mkdir()
+    for path in (session, other):
+        path.chmod(0o777)
+    (tmp_path / "session_latest").symlink_to(session)
+    (tmp_path / "session_2026-link").symlink_to(other)
+
+    own_node.close_sessions([tmp_path, tmp_path / "nowhere"])
+
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (session, other)] == [0o700, 0o777]
+
+
 class Clock:
     """Stands in for the time module: sleeping passes its time at once, and something may happen at a moment."""
 

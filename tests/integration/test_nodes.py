@@ -58,6 +58,18 @@ def test_a_mistake_ends_with_its_code_and_leaves_nothing(tmp_path, arguments, ex
     assert not (tmp_path / ".ray").exists()
 
 
+@pytest.mark.parametrize("option", ["--port", "--dashboard-port"])
+def test_a_head_on_a_port_that_is_taken_ends_at_once(tmp_path, option):
+    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
+        port, free = taken.getsockname()[1], other.getsockname()[1]
+        other.close()
+        code, _, told = said(tmp_path, "head", "--address", "127.0.0.1", "--port", str(free), option, str(port))
+
+    assert code == 4
+    assert f"port {port} is in use" in told and f"{option} takes another" in told and "Traceback" not in told
+    assert not (tmp_path / ".ray").exists()
+
+
 def test_nodes_of_no_cluster_say_how_to_have_one(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
