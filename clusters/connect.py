@@ -146,10 +146,16 @@ def write_token(path: Path) -> None:
 
 @contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
-    """A folder for an embedded cluster that others cannot enter; it stays, with Ray's logs, where the block fails."""
-    base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= _LONGEST_FOLDER else "/tmp"))
-    write_token(folder / "auth_token")
+    """A folder for an embedded cluster that others cannot enter; it stays, with Ray's logs, where the block fails.
+
+    Raises CannotConnect where none can be made.
+    """
+    try:
+        base = tempfile.gettempdir()
+        folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= _LONGEST_FOLDER else "/tmp"))
+        write_token(folder / "auth_token")
+    except OSError as error:
+        raise CannotConnect(f"there is no room for Ray's own files ({error}); TMPDIR names another folder") from error
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

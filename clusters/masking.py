@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -27,6 +28,13 @@ def masked(text: str) -> str:
         return text
     text = _USER_INFO.sub(lambda found: f"{found[1]}{found[2] if _names_password(found[2]) else _MASK + '@'}", text)
     return _PARAMETER.sub(lambda found: f"{found[1]}{_MASK if _written_out(found[2]) else found[2]}", text)
+
+
+class MaskedFormatter(logging.Formatter):
+    """Lines of a log, masked."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 def masked_values(value: Any) -> Any:

@@ -460,6 +460,9 @@ def sync(
     from orchestrator.tracking import sync as send
     from orchestrator.tracking import sync_search
 
+    if experiment is not None and not experiment.strip():
+        raise JobError("--experiment: is empty; give the name of an experiment in MLflow")
+
     if search := search_cli.found(run, runs):
         address = sync_search(search, read_run_job(search.path, search.marker), experiment)
         out.print(f"{search.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)

@@ -17,6 +17,7 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
+from clusters.masking import MaskedFormatter
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
@@ -156,7 +157,7 @@ def _said(error: BaseException) -> str:
 def _log_to(file: Path) -> None:
     file.parent.mkdir(exist_ok=True)
     handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     logger = logging.getLogger()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)

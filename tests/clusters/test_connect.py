@@ -12,7 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clusters.connect import connect
+from clusters.connect import CannotConnect, connect
 from clusters.own_node import CannotServe, address_towards
 
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME")
@@ -147,3 +147,10 @@ def test_a_folder_for_temporary_files_that_is_too_deep_for_sockets_is_not_used(t
     with _private_folder() as folder:
         assert folder.parent == Path("/tmp")
     assert not folder.exists()
+
+
+def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", "/proc")
+
+    with pytest.raises(CannotConnect, match=r"no room for Ray's own files .*TMPDIR"), connect("local", 1, 1):
+        pytest.fail("it started")
