@@ -82,12 +82,12 @@ _KNOWN: dict[str, Refusal] = {
     **dict.fromkeys(SYSTEM_KEYS, _SYSTEM),
     "history": _DIALOGUE,
     **dict.fromkeys((*TOOL_KEYS, *CALL_KEYS), _FUNCTIONS),
-    **dict.fromkeys(("chosen", "rejected"), _PREFERENCE),
+    **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
     **dict.fromkeys(("label", "kto_tag"), _LABEL),
     "labels": Refusal("what the text is labelled with", f"Give one label a row as 'label', {_REMOVE}"),
     **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight"), _WEIGHTS),
     **dict.fromkeys(("train", "loss", "mask", "loss_mask", "train_mask"), _MASK),
-    **dict.fromkeys(("image", "images", "audio", "audios", "video", "videos"), _PICTURES),
+    **dict.fromkeys(("image", "images", "image_path", "image_url", "audio", "audios", "video", "videos"), _PICTURES),
     **dict.fromkeys(REASONING_KEYS, _THOUGHTS),
     **dict.fromkeys(("documents", "chat_template_kwargs"), _TEMPLATE),
     **dict.fromkeys(("text_pair", "sentence1", "sentence2"), _INPUT),
@@ -153,7 +153,7 @@ def holds(name: str, value: Any) -> bool:
     if missing(value):
         return False
     if name in ("weight", "weights", "sample_weight", "loss_weight", "train", "loss"):
-        return value not in (1, True)
+        return value not in (1, True, "1", "1.0", "true", "True")
     if name == "label":  # a word beside a question and its answer is a note; yes and no are a judgement
         return not isinstance(value, str) or value.strip().lower() in _JUDGEMENTS
     return True

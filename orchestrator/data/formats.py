@@ -66,7 +66,13 @@ def read_example(
         ) from None
     if detected is not None:
         detected[row.file] = row_format
-    return row_format, example
+    used = contract.columns(row_format, tuple(row.values)).used
+    words = tuple(
+        f"field {name!r} is the word {value!r}, as a missing value becomes in some tools"
+        for name in used
+        if isinstance(value := row.values[name], str) and value in _MISSING_WORDS
+    )
+    return row_format, replace(example, readings=example.readings + words) if words else example
 
 
 def detect(values: Mapping[str, Any]) -> str | None:
@@ -102,6 +108,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
     return BadRow(f"fields {names} fit no known format; known: {DETECTABLE}{hint or '. Rename the fields to these'}")
 
 
+_MISSING_WORDS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
 _KNOWN_NAMES = {
     *contract.TURN_KEYS,
     *contract.PROMPT_KEYS,

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe_input import BadInput, checked_path, printable
-from orchestrator.data.files import SUFFIXES, check_kind, digest, read_rows
+from orchestrator.data.files import SUFFIXES, check_kind, digest, kind_of_name, read_rows
 from orchestrator.data.folders import Listing, check_split_of_file, list_folder
 from orchestrator.data.readers.columnar import read_hub_rows
 from orchestrator.data.row import Row
@@ -160,10 +160,14 @@ def _no_such_syntax(text: str, key: str) -> str:
 
 
 def _near(text: str, folder: Path) -> str | None:
-    """The file or folder beside a path that is not there whose name is most like it."""
+    """The data file or folder beside a path that is not there whose name is most like it."""
     path = folder / Path(text).expanduser()
     try:
-        names = sorted(entry.name for entry in path.parent.iterdir() if not entry.name.startswith("."))
+        names = sorted(
+            entry.name
+            for entry in path.parent.iterdir()
+            if not entry.name.startswith(".") and (kind_of_name(entry.name) or entry.suffix == ".txt" or entry.is_dir())
+        )
     except OSError:
         return None
     plain = {name.lower(): name for name in names} | {Path(name).stem.lower(): name for name in names}

@@ -46,6 +46,9 @@ class Reading:
 
 def read_turns(turns: Any, reading: Reading) -> list[Message]:
     """The messages of a conversation with at least one answer to learn.  Raises BadRow."""
+    if isinstance(turns, str) and turns.strip():  # the only way in a csv file
+        turns = _from_json(turns, f"field {reading.key!r}")
+        reading.note(f"field {reading.key!r} is read as turns in JSON")
     if not isinstance(turns, list) or not turns:
         raise BadRow(f"field {reading.key!r}: the conversation is {'empty' if turns == [] else 'not a list of turns'}")
     messages = [_message(turn, number, reading) for number, turn in enumerate(turns, start=1)]
@@ -77,8 +80,7 @@ def read_prompt_and_answer(
 
 def history(value: Any) -> list[Message]:
     """Alpaca's earlier turns, pairs of question and answer.  Raises BadRow."""
-    if missing(value):
-        return []
+    value = [] if missing(value) else _from_json(value, "field 'history'")
     messages: list[Message] = []
     pairs = value if isinstance(value, list) else [None]
     for number, pair in enumerate(pairs, start=1):
@@ -89,7 +91,8 @@ def history(value: Any) -> list[Message]:
                 "field 'history' holds no pairs [question, answer]",
             )
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
-    _check_answers(messages)
+    if messages:
+        _check_answers(messages)
     return messages
 
 

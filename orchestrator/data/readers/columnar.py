@@ -27,7 +27,7 @@ def read_parquet(stream: BinaryIO, file: str) -> Iterator[Row]:
 
     try:
         yield from _rows(pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS), file)
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         raise JobError(f"{file}: is not a parquet file: {_first_line(error)}") from None
 
 
@@ -40,10 +40,11 @@ def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
     try:
         if is_file:
             opened = pyarrow.ipc.open_file(stream)
-            yield from _rows((opened.get_batch(number) for number in range(opened.num_record_batches)), file)
+            batches: Iterable[Any] = (opened.get_batch(number) for number in range(opened.num_record_batches))
         else:
-            yield from _rows(pyarrow.ipc.open_stream(stream), file)
-    except (pyarrow.ArrowException, OSError) as error:
+            batches = pyarrow.ipc.open_stream(stream)
+        yield from _rows(_validated(batches), file)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         raise JobError(f"{file}: is not an Arrow file: {_first_line(error)}") from None
 
 
@@ -59,6 +60,13 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
         raise JobError(
             f"data: {name} is neither a local file nor a dataset the hub gives: {_first_line(error)}"
         ) from None
+
+
+def _validated(batches: Iterable[Any]) -> Iterator[Any]:
+    """Batches whose buffers were checked: Arrow reads a damaged file's memory as it stands, past its end."""
+    for batch in batches:
+        batch.validate(full=True)
+        yield batch
 
 
 def _rows(batches: Iterable[Any], file: str) -> Iterator[Row]:

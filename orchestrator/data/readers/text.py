@@ -255,6 +255,9 @@ def _csv_fault(error: csv.Error) -> BadRow:
 
 def _header(cells: list[str], file: str, delimiter: str) -> list[str]:
     """The names of the columns.  Raises JobError for another separator and for names that occur twice."""
+    if cells and re.fullmatch("sep=.?", cells[0].lower()):
+        source, target = shlex.quote(file), shlex.quote(str(Path(file).with_name(f"{Path(file).stem}-plain.csv")))
+        raise JobError(f"{file}:1: is Excel's line 'sep='. Remove it: tail -n +2 {source} > {target}")
     if detect(dict.fromkeys(cells)) is None:
         for other, shown in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
             names = delimiter.join(cells).split(other)

@@ -14,6 +14,7 @@ TABLE = [
     ("messages", "id messages prompt text", "messages", "", "id prompt text"),
     ("messages", "messages functions parallel_tool_calls", "messages functions", "", "parallel_tool_calls"),
     ("messages", "messages chosen rejected score", "messages", "chosen rejected", "score"),
+    ("messages", "messages rejected_response channel", "messages", "rejected_response", "channel"),
     ("messages", "messages label weight images", "messages", "label weight images", ""),
     ("messages", "messages history chat_template_kwargs", "messages", "history chat_template_kwargs", ""),
     ("sharegpt", "conversations system tools", "conversations system tools", "", ""),
@@ -97,8 +98,8 @@ def test_nothing_is_missing_and_zero_is_not(nothing):
     [
         ("label", (True, False, 0, 1, "true", "0", "bad", [1]), True),
         ("label", (None, float("nan"), "", "billing"), False),
-        ("weight", (0, 0.5, 2, "1"), True),
-        ("weight", (1, 1.0, None), False),
+        ("weight", (0, 0.5, 2, "0", [1]), True),
+        ("weight", (1, 1.0, None, "1"), False),
         ("train", (False, 0), True),
         ("train", (True, 1), False),
         ("images", (["a.png"], "a.png", {"bytes": b""}), True),

@@ -357,7 +357,7 @@ def test_null_nan_empty_and_zero_stay_apart(tmp_path):
 def test_values_that_python_has_no_type_for_are_read_as_unreadable(tmp_path):
     import pyarrow
 
-    far, ends = 2**62, pyarrow.py_buffer(struct.pack("<3i", 0, 2, 3))
+    far = 2**62
     columns = {
         "date": pyarrow.array([far, 0], pyarrow.timestamp("s")),
         "duration": pyarrow.array([far, 0], pyarrow.duration("s")),
@@ -367,7 +367,6 @@ def test_values_that_python_has_no_type_for_are_read_as_unreadable(tmp_path):
         "bytes": pyarrow.array([b"\xff", b""], pyarrow.binary()),
         "big": pyarrow.array([2**64 - 1, 0], pyarrow.uint64()),
         "months": pyarrow.array([(1, 2, 3), None], pyarrow.month_day_nano_interval()),
-        "invalid": pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, pyarrow.py_buffer(b"\xff\xfea")]),
         "text": ["a", "b"],
     }
     file = written(tmp_path / "a.arrow", arrow_table(pyarrow.table(columns)))
@@ -375,8 +374,37 @@ def test_values_that_python_has_no_type_for_are_read_as_unreadable(tmp_path):
     rows = [row.values for row in read_rows(file)]
 
     assert [row["text"] for row in rows] == ["a", "b"]
-    assert "timestamp" in rows[0]["date"].arrow_type and rows[1]["invalid"] == "a"
+    assert "timestamp" in rows[0]["date"].arrow_type
     assert rows[0]["decimal"] == 10**70 and rows[0]["big"] == 2**64 - 1
+
+
+def strings(ends, content):
+    import pyarrow
+
+    ends = pyarrow.py_buffer(struct.pack(f"<{len(ends)}i", *ends))
+    return pyarrow.Array.from_buffers(pyarrow.string(), 2, [None, ends, pyarrow.py_buffer(content)])
+
+
+def test_texts_of_parquet_and_arrow_that_are_no_utf8_are_no_texts(tmp_path):
+    import pyarrow
+
+    table = pyarrow.table({"text": strings([0, 2, 3], b"\xff\xfea")})
+
+    rows = list(read_rows(parquet(tmp_path / "a.parquet", table)))
+    assert rows[0].values["text"].arrow_type == "string" and rows[1].values["text"] == "a"
+    with pytest.raises(JobError, match="UTF8"):
+        list(read_rows(written(tmp_path / "a.arrow", arrow_table(table))))
+
+
+def test_an_arrow_file_that_points_past_its_end_is_refused(tmp_path):
+    import pyarrow
+
+    content = arrow_table(pyarrow.table({"text": strings([0, 1, 3], b"abc")}))
+    damaged = content.replace(struct.pack("<3i", 0, 1, 3), struct.pack("<3i", 0, 2**30, 3))
+
+    assert damaged != content
+    with pytest.raises(JobError, match="is not an Arrow file"):
+        list(read_rows(written(tmp_path / "a.arrow", damaged)))
 
 
 def arrow_table(table):

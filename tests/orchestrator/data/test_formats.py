@@ -47,7 +47,8 @@ def test_classification_puts_the_instruction_first():
     ("row", "name", "reason"),
     [
         ({"messages": []}, "messages", "empty"),
-        ({"messages": "hi"}, "messages", "not a list"),
+        ({"messages": "hi"}, "messages", "a text that is not JSON"),
+        ({"messages": 3}, "messages", "not a list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "robot"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "no text"),
         ({"messages": CHAT[:1]}, "messages", "nothing to learn"),
@@ -151,6 +152,7 @@ PLAIN = [("user", "q"), ("assistant", "a")]
         ),
         ({"conversations": asks(ASK, TELL)["messages"]}, PLAIN, "'role' and 'content' under 'conversations'"),
         (asks(("user", [{"type": "text", "text": "q"}, ""], {}), TELL), PLAIN, "in parts"),
+        ({"messages": json.dumps(asks(ASK, TELL)["messages"])}, PLAIN, "field 'messages' is read as turns in JSON"),
         ({"question": "q", "answer": "a"}, PLAIN, "'question', 'answer' are read as prompt and completion"),
         ({"query": "q", "response": "a"}, PLAIN, "'query', 'response'"),
         (
@@ -210,7 +212,7 @@ NAN = float("nan")
         (asks(ASK, TELL) | {"chosen": "x", "rejected": "y"}, "which answer is the better one"),
         ({"prompt": "q", "completion": "a", "images": ["x.png"]}, "only text is trained"),
         ({"prompt": "q", "completion": "a", "weight": 0.5}, "how much it counts"),
-        ({"instruction": "q", "output": "a", "history": "old"}, "is not a pair"),
+        ({"instruction": "q", "output": "a", "history": "old"}, "not JSON"),
         ({"instruction": "q", "output": "a", "history": [["a"]]}, "item 1 is not a pair"),
         (asks(ASK, TELL) | {"history": [["a", "b"]]}, "the turns before"),
         (asks(ASK, TELL) | {"tools": "no json"}, "field 'tools' is a text that is not JSON"),
@@ -270,6 +272,17 @@ def test_zero_is_a_label_and_whole_numbers_of_pandas_are_whole():
     assert convert({"text": "t", "label": False}, "classification").reference == "False"
     assert convert({"text": "t", "label": 1.0}, "classification").reference == "1"
     assert convert({"instruction": "q", "input": NAN, "output": "a"}, "alpaca").messages[0]["content"] == "q"
+
+
+def test_words_for_missing_values_are_counted():
+    example = read_example(Row({"instruction": "q", "input": "nan", "output": "a"}, "file", 1), "auto")[1]
+
+    assert example.readings == ("field 'input' is the word 'nan', as a missing value becomes in some tools",)
+
+
+def test_an_empty_history_is_none_also_in_a_csv_file():
+    for nothing in ("", "[]", [], None):
+        assert turns(convert({"instruction": "q", "output": "a", "history": nothing}, "alpaca")) == PLAIN
 
 
 def test_columns_that_are_not_used_are_named_where_they_hold_something():

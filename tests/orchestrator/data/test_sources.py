@@ -198,6 +198,7 @@ def test_the_digest_is_of_the_files_that_are_read(source, tmp_path):
 
 def test_hub_names_are_told_from_paths(tmp_path):
     (tmp_path / "data").mkdir()
+    (tmp_path / "imdb.yaml").touch()
     for name in ("org/name", "imdb", "org/name-v1.5", "wikitext-2.0"):
         assert looks_like_hub_name(name, tmp_path), name
     for name in ("./name", "rows.jsonl", "a/b/c", "data/name", "dat", "org/name.csv.gz", "a b", "org/", "~x", "x.TXT"):
