@@ -12,6 +12,7 @@ import typer
 
 from clusters.safe_input import BadInput, checked_path, kind_of, printable
 from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
 from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
@@ -83,6 +84,7 @@ def add(
     from orchestrator.banking import add_folder, add_run
 
     if folder := adapter_folder(what):
+        data = data and resolve_path(data, "--data")
         card = add_folder(Bank(bank, create=True), folder, model, data, name, licence)
     else:
         found = RunFolder.find(what, runs)
@@ -160,7 +162,6 @@ def export(
 
     Example: orchestrator bank export ours.tar sst2 imdb
     """
-    from orchestrator.job.paths import resolve_path
     from strategies.adapter_bank.exchange import export as write_tar
 
     path = resolve_path(file, "bank export", kind="new")
@@ -184,7 +185,6 @@ def import_(
 
     One that is damaged stops no other.  Exit code 2 where one was refused.
     """
-    from orchestrator.job.paths import resolve_path
     from strategies.adapter_bank.exchange import import_ as take_in
 
     done = take_in(Bank(bank, create=True), resolve_path(file, "bank import", kind="file"))
@@ -223,6 +223,7 @@ def merge(
     """
     from orchestrator.merging import merged, merged_sparse
 
+    output = resolve_path(output, "bank merge", kind="new")
     folders = [folder for folder in map(adapter_folder, which) if folder]
     if folders and len(folders) == len(which):
         if rank:
@@ -250,6 +251,7 @@ def build(
     """
     from orchestrator.banking import build as build_bank
 
+    folder = resolve_path(folder, "bank build", kind="folder")
     cards = build_bank(folder, lambda overrides: asked_job(job, [*set_, *overrides]), say)
     if json_:
         print_json([card.as_dict() for card in cards])
@@ -274,7 +276,8 @@ def evaluate(
     from orchestrator.leave_one_out import gains, leave_one_out, table
     from orchestrator.report.plots import heat_map
 
-    found = leave_one_out(asked_job(job, set_), runs, rows, say)
+    output = resolve_path(output, "--output", kind="new")
+    found = leave_one_out(asked_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
     output.mkdir(parents=True, exist_ok=True)
     (output / "leave-one-out.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
     drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
@@ -314,7 +317,7 @@ def adapt(
     if against and not then_train:
         raise JobError("--against belongs to --then-train")
     asked = asked_job(job, set_)
-    found = adapted(asked, output, say)
+    found = adapted(asked, output and resolve_path(output, "--output", kind="new"), say)
     if then_train:
         found |= {"then_train": train_on(asked, found, against, runs, say)}
     _print_made(found, json_)

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import torch
 
-from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of
+from clusters.safe_input import printable
+from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of, header_of
 from strategies.adapter_bank.algebra import Merge, by_entries
 from strategies.adapter_bank.generation import into
 
@@ -97,23 +98,39 @@ def read(folder: Path) -> dict[str, Sparse]:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    rank = config_of(folder).get("r")
+    if type(rank) is not int or not 0 < rank < 2**31:
+        raise Unusable(f"{folder}: r is {printable(str(rank)[:80])}; a SHiRA adapter has a whole number from 1 on")
     try:
-        tensors, rank = load_file(folder / WEIGHTS), int(config_of(folder)["r"])
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        header_of(folder)
+        tensors = load_file(folder / WEIGHTS)
+    except (OSError, SafetensorError) as error:
         raise Unusable(f"{folder} is no readable SHiRA adapter: {error}") from None
     found = {}
     for key in sorted(key for key in tensors if key.endswith(_VALUES)):
         name = key.removeprefix(_PREFIX).removesuffix(_VALUES)
-        values, places = tensors[key].float(), tensors.get(key.removesuffix(_VALUES) + _PLACES)
-        if places is None or places.shape != (2, len(values)) or not torch.isfinite(values.sum()):
-            raise Unusable(f"{folder}: {name} has values without places, or some that are not finite")
-        side = len(values) // rank
-        flat = places[0].long() * side + places[1].long()
-        order = flat.argsort()
-        found[name] = Sparse(flat[order], values[order], (side, side))
+        places = tensors.get(key.removesuffix(_VALUES) + _PLACES)
+        try:
+            found[name] = _entries(tensors[key], places, rank)
+        except ValueError as error:
+            raise Unusable(f"{folder}: {printable(name[:120])}: {error}") from None
     if not found:
         raise Unusable(f"{folder} holds no entries of a SHiRA adapter")
     return found
+
+
+def _entries(values: torch.Tensor, places: torch.Tensor | None, rank: int) -> Sparse:
+    """Values and their rows and columns, 2 x N, by place.  Raises ValueError for what cannot be that."""
+    if values.ndim != 1 or not values.is_floating_point() or not torch.isfinite(values).all():
+        raise ValueError("its values are no list of finite numbers")
+    if places is None or places.shape != (2, len(values)) or places.is_floating_point() or places.is_complex():
+        raise ValueError("it has values without places")
+    side = len(values) // rank
+    if not side or side * rank != len(values) or not (int(places.min()) >= 0 and int(places.max()) < side):
+        raise ValueError(f"{len(values)} values at rank {rank} lie elsewhere than its places say")
+    flat = places[0].long() * side + places[1].long()
+    order = flat.argsort()
+    return Sparse(flat[order], values.float()[order], (side, side))
 
 
 def merge(
