@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from clusters.connect import SLOT
@@ -51,6 +51,42 @@ def answering(names: dict[str, str], timeout_s: float = 8.0) -> set[str]:
         except RayError:  # lost between the question and the answer
             continue
     return answered
+
+
+def shortage(wanted: Mapping[str, Mapping[str, float]]) -> str | None:
+    """What is not free of what nodes (by Ray's id) are to give now, and who has it; None where all of it is free.
+
+    What a node does not have at all is none of this function's business: it would be waited for without end.
+    """
+    import ray
+    from ray._private import state  # the public one asks the dashboard, which may be off
+
+    free, nodes = state.available_resources_per_node(), {node["NodeID"]: node for node in ray.nodes()}
+    lacking = []
+    for name, node_id in present().items():
+        total, left = nodes[node_id]["Resources"], free.get(node_id, {})
+        for kind, amount in wanted.get(node_id, {}).items():
+            if left.get(kind, 0.0) < amount <= total.get(kind, 0.0):
+                lacking.append(
+                    f"{amount:g} {kind} of {name}, where {left.get(kind, 0.0):g} of {total[kind]:g} are free"
+                )
+    if not lacking:
+        return None
+    holders = _other_drivers()
+    return "; ".join(lacking) + (f". Also connected: {', '.join(holders)}" if holders else "")
+
+
+def _other_drivers() -> list[str]:
+    """Programs beside this one that are connected to the cluster, each with where it runs."""
+    import ray
+    from ray._private import state
+
+    mine = ray.get_runtime_context().get_job_id()
+    return [
+        f"{job.get('Entrypoint') or 'a driver'} on {job.get('DriverIPAddress', 'an unknown machine')}"
+        for job in state.jobs()
+        if not job.get("IsDead") and job.get("JobID") != mine and "dashboard" not in str(job.get("Entrypoint"))
+    ]
 
 
 class CallOn:

@@ -161,8 +161,10 @@ class Tried:
     """What came of looking at every combination: those that fit, and why the others do not."""
 
     fitting: list[Candidate] = field(default_factory=list)
+    other_groups: list[Candidate] = field(default_factory=list)  # would fit, but with more or fewer workers than asked
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> reason, one combination for each reason
-    least: dict[str, StrategyPlan] = field(default_factory=dict)  # slot's name -> the leanest that was tried there
+    least: dict[str, tuple[StrategyPlan, str]] = field(default_factory=dict)  # slot's name -> the leanest that does
+    # not fit there, and why
     _looked: dict[Any, list[StrategyPlan]] = field(default_factory=dict)
 
     def reject(self, label: str, reason: str) -> None:
@@ -334,25 +336,35 @@ def _all_on(
     where = f"{slot.node.name} ({slot.device.name})"
     host_room = (slot.node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES
     fitting: list[StrategyPlan] = []
-    nearest: StrategyPlan | None = None
+    nearest: tuple[StrategyPlan, str] | None = None
     for techniques in _settings(workload, slot, method, division, switches, tried):
         plan = method.estimate(workload, slot.device, slot.node, techniques)
-        needs, host = plan.memory.total_bytes, plan.memory.host_bytes
-        if where not in tried.least or needs < tried.least[where].memory.total_bytes:
-            tried.least[where] = plan
-        if host > host_room:
-            tried.reject(_label(method, techniques, where), f"needs {format_bytes(host)} of the node's own memory")
-        elif needs <= slot.memory_bytes and _cautious(plan) <= _OVER * slot.memory_bytes:
+        needs = plan.memory.total_bytes
+        why = _why_too_much(plan, slot.memory_bytes, host_room)
+        if why is None:
             fitting.append(plan)
-        elif nearest is None or needs < nearest.memory.total_bytes:
-            nearest = plan
+            continue
+        if where not in tried.least or needs < tried.least[where][0].memory.total_bytes:
+            tried.least[where] = (plan, why)
+        if plan.memory.host_bytes > host_room:
+            tried.reject(_label(method, techniques, where), why)
+        elif nearest is None or needs < nearest[0].memory.total_bytes:
+            nearest = (plan, why)
     if not fitting and nearest is not None:
-        needs, room = nearest.memory.total_bytes, slot.memory_bytes
-        so = f"needs {format_bytes(needs)}, has {format_bytes(room)} usable"
-        if needs <= room:
-            so = f"may need {format_bytes(nearest.memory.high_bytes)} at worst, has {format_bytes(room)} usable"
-        tried.reject(_label(method, nearest.techniques, where), so)
+        tried.reject(_label(method, nearest[0].techniques, where), nearest[1])
     return fitting
+
+
+def _why_too_much(plan: StrategyPlan, room: float, host_room: float) -> str | None:
+    """Which memory a plan does not fit into; None where it fits."""
+    needs, host = plan.memory.total_bytes, plan.memory.host_bytes
+    if host > host_room:
+        return f"needs {format_bytes(host)}, has {format_bytes(max(0.0, host_room))} usable of the node's own memory"
+    if needs > room:
+        return f"needs {format_bytes(needs)}, has {format_bytes(room)} usable"
+    if _cautious(plan) > _OVER * room:
+        return f"may need {format_bytes(plan.memory.high_bytes)} at worst, has {format_bytes(room)} usable"
+    return None
 
 
 def _cautious(plan: StrategyPlan) -> float:

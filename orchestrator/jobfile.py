@@ -16,12 +16,13 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from orchestrator.aliases import ALIASES, NOT_YET
+from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
 from orchestrator.errors import JobError
 from orchestrator.job import secrets
 from orchestrator.spec import METHOD_SECTIONS, SECTIONS, JobSpec
 
 KeyPath = tuple[str | int, ...]
+_ALIKE = 0.75  # of two keys, so that one may be the other misspelt
 
 
 @dataclass
@@ -89,6 +90,7 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
     mistakes: list[str] = []
     _apply_overrides(document, overrides, mistakes)
     notices = _sort_into_sections(document, mistakes)
+    notices += plain_values(document.values, document.where)
     try:
         spec = JobSpec.model_validate(document.values)
     except ValidationError as error:
@@ -381,13 +383,17 @@ def _nearest(path: KeyPath) -> str:
     name = str(path[-1])
     if name in NOT_YET:
         return f" yet: {NOT_YET[name]}"
+    if name in NOT_NEEDED:
+        return f": {NOT_NEEDED[name]}"
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
     everywhere = {f"{section}.{key}": key for section in _section_names() for key in sorted(_known_keys(section))}
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=0.6)
+    close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)
     if close:
         return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close[0]])}?"
     elsewhere = [
-        dotted for dotted, key in everywhere.items() if key in difflib.get_close_matches(name, everywhere.values(), n=1)
+        dotted
+        for dotted, key in everywhere.items()
+        if key in difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=_ALIKE)
     ]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"

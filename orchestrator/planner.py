@@ -17,12 +17,15 @@ from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_
 from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut, eval_steps, max_new_tokens, metrics
+from orchestrator.job.model_check import check_targets
 from orchestrator.money import price_of
 from orchestrator.plan import NodePlan, Plan, Sync
 from orchestrator.reasons import alternatives, explain_choice, left_out, why_nothing_fits
 from orchestrator.spec import JobSpec
+from orchestrator.workload import grows_with_workers, max_positions
 from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, Workload
 from strategies.rules import conflict, refuses_local_steps
+from strategies.targets import architecture_of_shape
 from strategies.techniques.sharding import refused_keys
 
 _LONGEST_AUTO = 2048
@@ -54,7 +57,7 @@ def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) 
 
 def resolve_max_length(spec: JobSpec, config: dict[str, Any]) -> tuple[int, str | None]:
     """Longest sample in tokens, and why where it was open."""
-    positions = config.get("max_position_embeddings") or config.get("n_positions")
+    positions = max_positions(config)
     asked = spec.data.max_length
     if isinstance(asked, int):
         if positions and asked > positions:
@@ -139,6 +142,7 @@ def make_plan(
 
     def plans(work: Workload) -> tuple[Tried, Candidate | None]:
         tried = enumerate_candidates(work, slots, cluster, methods, switches)
+        tried.other_groups = [found for found in tried.fitting if not _as_asked(spec, found, len(slots))]
         tried.fitting = [found for found in tried.fitting if _as_asked(spec, found, len(slots))]
         return tried, _choose(spec, tried.fitting) if tried.fitting else None
 
@@ -266,7 +270,8 @@ def _larger_steps(
     """More samples a step where a group would otherwise wait for its network: fewer sums for the same samples."""
     best: tuple[Workload, Candidate | None, Tried | None] = (workload, None, None)
     best_s = first.total_s
-    if spec.train.global_batch_size != "auto" or spec.train.max_steps > 0 or spec.strategy.local_steps:
+    is_stated = spec.train.global_batch_size != "auto" or grows_with_workers(spec)
+    if is_stated or spec.train.max_steps > 0 or spec.strategy.local_steps:
         return best
     for factor in _MORE_SAMPLES:
         size = factor * workload.global_batch_size
@@ -313,6 +318,7 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
             raise JobError(f"model.attn_implementation: {attention} needs a GPU; set it to auto")
         if spec.strategy.offload not in ("auto", "none"):
             raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto")
+    check_targets(spec.methods(), architecture_of_shape(workload.shape))
     method = spec.methods()[0]
     if spec.goal.full_rank and not method.full_rank:
         raise JobError(

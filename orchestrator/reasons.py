@@ -177,12 +177,18 @@ def why_nothing_fits(
             reason = next((why for what, why in tried.rejected.items() if what.endswith(where)), "nothing was possible")
             line = f"{spec.method.type} on {where}: {reason}"
         else:
-            line = (
-                f"{least.method} on {where}: needs {format_bytes(least.memory.total_bytes)}, has"
-                f" {format_bytes(slot.memory_bytes)} usable"
-            )
+            plan, why = least
+            line = f"{plan.method} on {where}: {why}"
+            if plan.techniques.offload != "none":
+                line = f"{plan.method} with {plan.techniques.offload} offload on {where}: {why}"
         if line not in lines:
             lines.append(line)
+    if tried.other_groups:
+        other = min(tried.other_groups, key=lambda candidate: candidate.total_s)
+        lines.append(
+            f"{describe_candidate(other)} would fit, with {len(other.placed)} workers; the job asks for"
+            f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
+        )
     found = remedies(workload, slots, cluster, methods, switches)
     if found:
         lines.append("It would fit with: " + "; or ".join(found))

@@ -24,6 +24,9 @@ _TRIES_WITHOUT_A_STEP = 3
 _LESS_MEMORY = 0.6
 _MOST_SHRINKS = 4
 _POLL_S = 3.0
+_FREE_POLL_S = 0.5
+_SILENT_S = 3.0  # what ends in this time was on its way out
+_SAID_EVERY_S = 60.0
 _SEEN_FOR_S = 10.0  # before a machine that came is counted on
 _RESTART_S = 45.0  # what a new start costs, about
 _GAIN = 1.1  # a machine that joins must make steps so much faster
@@ -70,6 +73,29 @@ class Recovery:
         if missing:
             raise RunFailed(f"{', '.join(missing)} left the cluster before training started")
         return {part.node: present[part.node] for part in self.plan.nodes}
+
+    def wait_until_free(self, slot: dict[str, float], node_ids: dict[str, str]) -> bool:
+        """Until the nodes can give what the plan's workers take; says what is waited for.  False when asked to stop."""
+        if self.is_local:
+            return True
+        from clusters import roster
+
+        wanted: dict[str, dict[str, float]] = {}
+        for part in self.plan.nodes:
+            of_node = wanted.setdefault(node_ids[part.node], {})
+            for kind, amount in slot.items():
+                of_node[kind] = of_node.get(kind, 0.0) + amount
+        began, said = time.monotonic(), -math.inf
+        while lacking := roster.shortage(wanted):
+            now = time.monotonic()
+            if now - began >= _SILENT_S and now - said >= _SAID_EVERY_S:
+                self.say(f"waiting for {lacking}. Ctrl-C ends this")
+                said = now
+            if self.run.stop_file.exists():
+                self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
+                return False
+            time.sleep(_FREE_POLL_S)
+        return True
 
     def at_start(self) -> Plan:
         """The plan to begin with: another one where a resumed run finds other machines than it left."""
@@ -258,9 +284,11 @@ def _with_less_memory(node: NodeCapability) -> NodeCapability:
 
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
+    size, rows = plan.local_batch_size or plan.global_batch_size, job.spec.train.per_device_train_batch_size
     train = job.spec.train.model_copy(
         update={
-            "global_batch_size": plan.local_batch_size or plan.global_batch_size,
+            "global_batch_size": size,
+            "per_device_train_batch_size": min(rows, size) if isinstance(rows, int) else rows,
             "optim": plan.optim,
             "gradient_accumulation_steps": "auto",
         }

@@ -25,12 +25,14 @@ from orchestrator.errors import ClusterError, JobError, NothingFits, Orchestrato
 from orchestrator.evaluating import HeldOut
 from orchestrator.job import model_check
 from orchestrator.job.secrets import secret_names
+from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
-from orchestrator.jobfile import Job, changed_keys, read_run_job
+from orchestrator.jobfile import Job, changed_keys, read_run_job, spec_with
 from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.rundir import RunFolder
 from orchestrator.spec import HeldOut as SplitOff
+from orchestrator.spec import JobSpec
 from orchestrator.tracking import Mirror
 from strategies.contract import Workload
 from strategies.shape import ModelShape
@@ -138,9 +140,15 @@ def prepare(
     """
     from orchestrator.data.prepare import prepare_data
 
-    model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
+    asked = job.spec.model
+    model_folder = models.locate(
+        asked.model_name_or_path, job.folder, asked.model_revision, say, asked.trust_remote_code
+    )
     config = models.read_config(model_folder)
+    for notice in workload.step_notices(job.spec):
+        say(notice)
     shape = workload.trainable_shape(config)
+    check_tokens(model_folder, shape.vocab_size)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     capability = declared or _reached(job, say, refresh)
     data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
@@ -189,6 +197,8 @@ def plan_without_data(
     from orchestrator.data.sizes import rough_lengths
 
     config = models.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    for notice in workload.step_notices(job.spec):
+        say(notice)
     shape = workload.model_shape(config)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     lengths, learnt = rough_lengths(job, max_length)
@@ -227,20 +237,40 @@ def _plan(
     num_supervised: int,
     counts: HeldOut | None,
 ) -> tuple[Plan, Workload]:
-    spec = job.spec
-    max_length, why_length = planner.resolve_max_length(spec, config)
-    num_workers = len(planner.slots_of(spec, capability))
-    why_workers = planner.resolve_workers(spec, capability.nodes[0])[1] if len(capability.nodes) == 1 else None
-    work, _, why_batch = workload.describe(spec, shape, lengths, num_supervised, num_workers)
-    reasons = {"cluster.num_workers": why_workers, "data.max_length": why_length, "train.global_batch_size": why_batch}
-    known = {key: why for key, why in reasons.items() if why}
-    capability = money.priced(spec, calibration.calibrated(capability, output_dir(job)))
+    max_length, why_length = planner.resolve_max_length(job.spec, config)
+    priced = money.priced(job.spec, calibration.calibrated(capability, output_dir(job)))
     in_bank = _in_bank(job)
-    try:
-        plan = planner.make_plan(spec, work, capability, max_length, counts, known)
-    except NothingFits as error:
-        raise (NothingFits(f"{error}\n{in_bank_sentence(in_bank)}") if in_bank else error) from None
-    return replace(plan, in_bank=in_bank), work
+
+    def planned(spec: JobSpec, num_workers: int, why_workers: str | None) -> tuple[Plan, Workload]:
+        work, _, why_batch = workload.describe(spec, shape, lengths, num_supervised, num_workers)
+        if mistakes := workload.step_mistakes(spec, work.num_steps):
+            raise JobError(mistakes)
+        reasons = {
+            "cluster.num_workers": why_workers,
+            "data.max_length": why_length,
+            "train.global_batch_size": why_batch,
+            "train.num_train_epochs": next(iter(workload.step_notices(spec)), None),
+        }
+        known = {key: why for key, why in reasons.items() if why}
+        try:
+            plan = planner.make_plan(spec, work, priced, max_length, counts, known)
+        except NothingFits as error:
+            raise (NothingFits(f"{error}\n{in_bank_sentence(in_bank)}") if in_bank else error) from None
+        return replace(plan, in_bank=in_bank), work
+
+    num_slots = len(planner.slots_of(job.spec, capability))
+    fixed = workload.workers_of_the_batch(job.spec, num_slots)
+    if fixed not in (None, num_slots):
+        return planned(spec_with(job.spec, {"cluster.num_workers": fixed}), fixed, "the stated parts of a step fix it")
+    why = planner.resolve_workers(job.spec, capability.nodes[0])[1] if len(capability.nodes) == 1 else None
+    plan, work = planned(job.spec, num_slots, why)
+    if (
+        workload.grows_with_workers(job.spec) and plan.num_workers != num_slots
+    ):  # a step is so much a worker that trains
+        fewer = spec_with(job.spec, {"cluster.num_workers": plan.num_workers})
+        why = plan.reasons.get("cluster.num_workers", "the devices that together are best by the goal")
+        return planned(fewer, plan.num_workers, why)
+    return plan, work
 
 
 def _in_bank(job: Job) -> tuple[InBank, ...]:
@@ -344,7 +374,9 @@ def _train_on_ray(
 def _attempt(
     launch: Callable[..., None], run: RunFolder, plan: Plan, slot: dict[str, float], recovery: Recovery
 ) -> None:
-    launch(run, plan, slot, recovery.node_ids())
+    node_ids = recovery.node_ids()
+    if recovery.wait_until_free(slot, node_ids):
+        launch(run, plan, slot, node_ids)
 
 
 def _watch(

@@ -12,9 +12,11 @@ from orchestrator.data.formats import read_example
 from orchestrator.data.row import BadRow
 from orchestrator.data.sources import sources_of
 from orchestrator.errors import JobError
-from orchestrator.job import model_check
+from orchestrator.job import hub, model_check
+from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.jobfile import Job
 from orchestrator.spec import HeldOut
+from strategies.targets import architecture_of_shape
 
 _ROWS_LOOKED_AT = 20
 
@@ -49,14 +51,24 @@ def check(job: Job) -> dict[str, Any]:
 def _check_model(job: Job) -> list[str]:
     """Notices about the model, without loading or downloading it.  Raises JobError."""
     spec = job.spec
-    planner.resolve_workers(spec, look_at_this_node())
+    num_workers, _ = planner.resolve_workers(spec, look_at_this_node())
+    workload.check_batch(spec, num_workers if spec.cluster.address == "local" else None)
+    if mistakes := workload.step_mistakes(spec):
+        raise JobError(mistakes)
+    notices = workload.step_notices(spec)
     folder = models.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is None:
-        return ["the model is not on this machine yet: its files, targets and tokenizer are checked by `submit`"]
+        hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
+        if models.is_packaged(spec.model.model_name_or_path):
+            return notices
+        later = "the model is not on this machine yet: its files, targets and tokenizer are checked by `submit`"
+        return [*notices, later]
     config = models.read_config(folder)
-    workload.trainable_shape(config)
+    shape = workload.trainable_shape(config)
     planner.resolve_max_length(spec, config)
-    return model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
+    check_tokens(folder, shape.vocab_size)
+    model_check.check_targets(spec.methods(), architecture_of_shape(shape))
+    return notices + model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
 
 
 def _format_of(file: Any, wanted: str, instruction: str) -> str:

@@ -52,6 +52,7 @@ class Architecture:
     num_layers: int
     output: str | None  # the output matrix's module
     num_parameters: int
+    is_whole: bool = True  # False: only maps are named, norms are not
 
     @property
     def linear_maps(self) -> tuple[str, ...]:
@@ -221,6 +222,7 @@ _MARKS: tuple[tuple[tuple[str, ...], str], ...] = (
         "The names are those of the authors' own format: give the model's version for Hugging Face",
     ),
 )
+_OUTPUTS = ("lm_head.", "embed_out.", "output.")
 _PREFIXES = {
     "base_model.model.": "as PEFT names them: call merge_and_unload() before save_pretrained()",
     "_orig_mod.": "as torch.compile names them: save the model it was made from (model._orig_mod)",
@@ -241,6 +243,11 @@ def usual_cause(report: LoadReport, stored: Iterable[str]) -> str:
             return f"Names hold {prefix!r}, {cause}"
     if extra := _foreign_prefix(report):
         return f"Names in the files begin with {extra!r}, which the model's do not: rename them, or save the model anew"
+    if report.missing and not report.unexpected and all(name.startswith(_OUTPUTS) for name in report.missing):
+        return (
+            "Its output matrix was not saved: where it is the embedding's, set tie_word_embeddings: true in"
+            " config.json; else save the whole model, not a part of it"
+        )
     if report.mismatched and not report.missing and not report.unexpected:
         return "config.json is of another model or was edited: give the one that belongs to the weights"
     if len(report.missing) > len(stored):

@@ -76,37 +76,38 @@ class Lora:
 
     def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        chosen = shape.targeted(self.lora_target_modules)
-        layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
-        per_layer = sum(self.lora_r * (linear.inputs + linear.outputs) for linear in chosen)
-        if self.use_dora:
-            per_layer += sum(linear.outputs for linear in chosen)
-        num_trainable = layers * per_layer
+        chosen = targets.adapted(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
+        in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)
+        num_trainable = in_adapters + chosen.num_saved
         # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
         # that read one tensor share it.
         engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
         cast = g < 4 and not engine
-        inputs = sum(linear.inputs for linear in chosen) if cast else shape.distinct_inputs(chosen)
+        inputs = chosen.inputs if cast else chosen.distinct_inputs
         trained = g if engine else 4.0
+        head = chosen.saves("last")
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + trained * num_trainable,
             num_trainable=num_trainable,
             trained_bytes=trained,
             master_bytes=4.0 if engine else 0.0,
-            stream_bytes=g,
-            inputs_per_token=g * (inputs + self.lora_r * len(chosen)) * layers / shape.num_layers,
-            output_is_kept=any(linear.reads == "attended" for linear in chosen),
-            product_is_kept=any(linear.reads == "product" for linear in chosen),
-            first_layer=min(self.layers_to_transform or [0]),
+            stream_bytes=trained if chosen.saves("tokens") else g,
+            inputs_per_token=g * (inputs + self.lora_r * len(chosen.maps)) / shape.num_layers,
+            output_is_kept=chosen.reads("attended"),
+            product_is_kept=chosen.reads("product"),
+            cast_bytes=g * chosen.num_cast if cast else 0.0,
+            first_layer=chosen.first_layer,
         )
         work = Work(
             trains_weights=False,
-            adapter_parameters=num_trainable,
-            adapter_inputs=sum(linear.inputs + linear.outputs for linear in chosen),
-            num_adapters=len(chosen),
+            trains_output=head,
+            adapter_parameters=in_adapters,
+            adapter_inputs=chosen.sides // chosen.layers,
+            num_adapters=len(chosen.maps) // chosen.layers,
             num_trainable=num_trainable,
-            num_tensors=2 * layers * len(chosen),
-            first_layer=min(self.layers_to_transform or [0]),
+            num_tensors=2 * len(chosen.maps) + len(chosen.saved),
+            first_layer=chosen.first_layer,
+            cast_parameters=chosen.num_cast if cast else 0,
         )
         return footprint, work
 
@@ -148,6 +149,8 @@ class Lora:
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         peft_model = get_peft_model(model, config)
+        if not settings.techniques.uses_engine:
+            _saved_in_fp32(peft_model)
         if self.init_adapter:
             go_on_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -176,6 +179,15 @@ class Lora:
             return sorted(built.last_names(built.linear_maps))
         found = targets.meant(self.lora_target_modules, tuple(built.modules), built.linear_maps)
         return [name for name in found if built.layer_of(name) in self.layers_to_transform]
+
+
+def _saved_in_fp32(peft_model: Any) -> None:
+    """Modules trained in full have fp32 weights, as adapters have: in 16 bits small updates would be lost."""
+    from peft.utils.other import ModulesToSaveWrapper
+
+    for module in peft_model.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
 
 
 def go_on_from(peft_model: Any, folder: Path) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
+from strategies import targets
+from strategies.architecture import Architecture
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     QualityPrior,
@@ -36,14 +38,24 @@ class QLora(Lora):
 
     name: ClassVar[str] = "qlora"
 
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have, or that 4 bits cannot train."""
+        quantised = {name for name in architecture.linear_maps if architecture.layer_of(name) is not None}
+        return super().misfits(architecture) + [
+            f"method.modules_to_save: {name!r} is kept in few bits, which cannot be trained: only modules outside the"
+            " layers can, such as lm_head and embed_tokens"
+            for name in self.modules_to_save or ()
+            if any(targets.is_in(module, name) for module in quantised)
+        ]
+
     def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
         footprint, work = super()._costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        quantised = sum(linear.inputs * linear.outputs for linear in shape.linears) * shape.num_layers
+        every = targets.adapted(shape, targets.ALL)
+        quantised = every.elements
         saved = quantised * (g - self._bytes)
-        largest = max(linear.inputs * linear.outputs for linear in shape.linears)
         footprint = replace(
-            footprint, weights_bytes=footprint.weights_bytes - saved, dequantised_bytes=float(g * largest)
+            footprint, weights_bytes=footprint.weights_bytes - saved, dequantised_bytes=float(g * every.largest)
         )
         # A pass reads the codes and writes the expanded weight, which the product reads again.
         work = replace(work, dequantised_parameters=quantised, dequantise_bytes_per_parameter=self._bytes + 2 * g)

@@ -62,10 +62,10 @@ class Shira:
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
         if shape.model_type == "gpt2":
             return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
-        chosen = shape.targeted(self.shira_target_modules)
-        if not chosen:
+        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        if not chosen.maps:
             return f"shira_target_modules {self.shira_target_modules!r} is no linear map of this model"
-        for linear in chosen:
+        for linear in dict.fromkeys(linear for _, linear in chosen.maps):
             inputs, outputs = linear.inputs, linear.outputs
             if self.shira_r * (inputs + outputs) > inputs * outputs:
                 most = inputs * outputs // (inputs + outputs)
@@ -84,26 +84,24 @@ class Shira:
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
-        chosen, first_layer = shape.targeted(self.shira_target_modules), min(self.layers_to_transform or [0])
-        layers = shape.num_layers if self.layers_to_transform is None else len(self.layers_to_transform)
-        num_trainable = layers * sum(self.shira_r * (one.inputs + one.outputs) for one in chosen)
-        num_adapted = layers * sum(one.inputs * one.outputs for one in chosen)
+        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        num_trainable, num_adapted = self.shira_r * chosen.sides, chosen.elements
         sums_bytes = float(g * num_adapted) if self.mask == "sensitivity" else 0.0  # lie in host memory
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + 8.0 * num_trainable,  # values and places
             num_trainable=num_trainable,
             stream_bytes=g,
-            inputs_per_token=g * shape.distinct_inputs(chosen) * layers / shape.num_layers,
-            output_is_kept=any(linear.reads == "attended" for linear in chosen),
-            product_is_kept=any(linear.reads == "product" for linear in chosen),
-            dequantised_bytes=float(g * max((one.inputs * one.outputs for one in chosen), default=0)),
-            first_layer=first_layer,
+            inputs_per_token=g * chosen.distinct_inputs / shape.num_layers,
+            output_is_kept=chosen.reads("attended"),
+            product_is_kept=chosen.reads("product"),
+            dequantised_bytes=float(g * chosen.largest),
+            first_layer=chosen.first_layer,
         )
         work = Work(
             trains_weights=True,
             num_trainable=num_trainable,
-            num_tensors=layers * len(chosen),
-            first_layer=first_layer,
+            num_tensors=len(chosen.maps),
+            first_layer=chosen.first_layer,
             # The corrected weight is written twice a micro-batch and read from the frozen one, its gradient once.
             cast_parameters=round(num_adapted * 5 * g / (4 + g)),
         )

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 from clusters.safe_input import BadInput, matches, printable
 from strategies.architecture import Architecture
+from strategies.shape import Linear, ModelShape
 
 ALL = "all-linear"
 _PATTERN_S = 5.0  # for all names of a model
@@ -33,6 +35,104 @@ def meant(targets: str | Sequence[str], names: Sequence[str], all_linear: Sequen
     return tuple(name for name in names if any(ends_with(name, target) for target in targets))
 
 
+@dataclass(frozen=True)
+class Adapted:
+    """The linear maps that adapters correct, all layers together, and what trains in full beside them."""
+
+    maps: tuple[tuple[int | None, Linear], ...]  # with the layer of each; None outside the layers
+    saved: tuple[tuple[int | None, Linear], ...] = ()
+
+    @cached_property
+    def layers(self) -> int:
+        """How many decoder layers hold one of them, at least 1."""
+        return len({layer for layer, _ in self.maps if layer is not None}) or 1
+
+    @cached_property
+    def first_layer(self) -> int:
+        """Below it nothing trains."""
+        found = [layer for layer, _ in (*self.maps, *(one for one in self.saved if one[1].reads != "last"))]
+        return min((layer or 0 for layer in found), default=0)
+
+    @cached_property
+    def sides(self) -> int:
+        """Sum of their inputs and outputs: what a correction of rank 1 has."""
+        return sum(linear.inputs + linear.outputs for _, linear in self.maps)
+
+    @cached_property
+    def inputs(self) -> int:
+        return sum(linear.inputs for _, linear in self.maps)
+
+    @cached_property
+    def outputs(self) -> int:
+        return sum(linear.outputs for _, linear in self.maps)
+
+    @cached_property
+    def elements(self) -> int:
+        """Weights of the maps themselves."""
+        return sum(linear.inputs * linear.outputs for _, linear in self.maps)
+
+    @cached_property
+    def distinct_inputs(self) -> int:
+        """Widths of the different tensors that they read."""
+        return sum({(layer, linear.reads): linear.inputs for layer, linear in self.maps}.values())
+
+    @cached_property
+    def largest(self) -> int:
+        return max((linear.inputs * linear.outputs for _, linear in self.maps), default=0)
+
+    @cached_property
+    def num_saved(self) -> int:
+        return sum(linear.num_parameters for _, linear in self.saved)
+
+    @cached_property
+    def num_cast(self) -> int:
+        """Of those trained in full the weights of products, which 16-bit training casts; an embedding is looked up."""
+        return sum(linear.num_parameters for _, linear in self.saved if linear.reads != "tokens")
+
+    def reads(self, tensor: str) -> bool:
+        return any(linear.reads == tensor for _, linear in self.maps)
+
+    def saves(self, tensor: str) -> bool:
+        """Whether what trains in full reads this: `tokens` = the embedding, `last` = the output matrix."""
+        return any(linear.reads == tensor for _, linear in self.saved)
+
+
+def adapted(
+    shape: ModelShape,
+    targets: str | Sequence[str],
+    layers: Sequence[int] | None = None,
+    modules_to_save: Sequence[str] | None = None,
+) -> Adapted:
+    """What an adapter's knobs mean on a model of this shape.  Raises ValueError for what means nothing."""
+    return _adapted(
+        shape,
+        targets if isinstance(targets, str) else tuple(targets),
+        None if layers is None else tuple(layers),
+        tuple(modules_to_save or ()),
+    )
+
+
+@lru_cache(256)
+def _adapted(
+    shape: ModelShape, targets: str | tuple[str, ...], layers: tuple[int, ...] | None, modules_to_save: tuple[str, ...]
+) -> Adapted:
+    maps = shape.named_maps
+    inside = [name for name, (layer, _) in maps.items() if layer is not None]
+    saved = [name for name in maps if any(is_in(name, module) for module in modules_to_save)]
+    chosen = [
+        name
+        for name in meant(targets, tuple(maps), inside)
+        if name not in saved and (layers is None or maps[name][0] in layers)
+    ]
+    return Adapted(tuple(maps[name] for name in chosen), tuple(maps[name] for name in saved))
+
+
+def is_in(name: str, module: str) -> bool:
+    """Whether a map is this module or lies in it."""
+    parts = name.split(".")
+    return any(ends_with(".".join(parts[: end + 1]), module) for end in range(len(parts)))
+
+
 @lru_cache(256)
 def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     until = time.monotonic() + _PATTERN_S
@@ -42,6 +142,29 @@ def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
 def ends_with(name: str, target: str) -> bool:
     """Whether a module name is the target or ends with it, part by part."""
     return name == target or name.endswith(f".{target}")
+
+
+@lru_cache(16)
+def architecture_of_shape(shape: ModelShape) -> Architecture:
+    """The maps of a model and what holds them by name, from its config.json alone; norms are not among them."""
+    maps = shape.named_maps
+    modules: dict[str, str] = {}
+    for name, (layer, _) in maps.items():
+        parts = name.split(".")
+        modules |= {".".join(parts[:end]): "Module" for end in range(1, len(parts))}
+        modules[name] = "Embedding" if name == shape.family.embedding else "Linear"
+        if layer is not None and shape.model_type == "gpt2":
+            modules[name] = "Conv1D"
+    return Architecture(
+        shape.model_type,
+        modules,
+        {f"{name}.weight": (linear.outputs, linear.inputs) for name, (_, linear) in maps.items()},
+        shape.family.layers,
+        shape.num_layers,
+        shape.family.output,
+        shape.num_parameters,
+        is_whole=False,
+    )
 
 
 def mistakes(
@@ -123,6 +246,8 @@ def _wrong_layers(architecture: Architecture, layers: Sequence[int] | None) -> l
 
 
 def _wrong_saved(architecture: Architecture, saved: Sequence[str]) -> list[str]:
+    if not architecture.is_whole:
+        return []
     outside = [name for name in architecture.modules if architecture.layer_of(name) is None]
     return [
         f"method.modules_to_save: {printable(name)!r} is no module of this model; outside its layers it has"

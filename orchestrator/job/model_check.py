@@ -1,6 +1,6 @@
 """A model checked before anything starts, without a weight being read: its files, its parts, its adapter's targets.
 
-Start with `check_model`; `check_tokens` needs no library, the others need transformers and say so where it is absent.
+Start with `check_model`.  What needs transformers says so where that is absent.
 """
 
 from __future__ import annotations
@@ -32,6 +32,11 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
         return [f"weights and targets were not compared with the model: {error.name} is not installed here"]
     except CannotBuild as error:
         raise JobError(f"{_KEY}: {folder} cannot be loaded: {printable(str(error))}") from None
+    if isinstance(report, str):
+        check_targets(methods, built)
+        return [
+            f"weights were not compared with the model ({printable(report)}); the workers do it when they load them"
+        ]
     if wrong := architecture.faults(report, built.parameters, stored):
         raise JobError(f"{_KEY}: {folder}: {printable(wrong)}")
     check_targets(methods, built)
@@ -42,10 +47,14 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 
 
 @lru_cache(8)
-def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport]:
+def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
+    """The model's parts, and what loading would report or why that cannot be told."""
     model = architecture.build(folder, trust_remote_code)
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
-    return architecture.architecture_of(model), architecture.load_report(model, stored)
+    try:
+        return architecture.architecture_of(model), architecture.load_report(model, stored)
+    except CannotBuild as error:
+        return architecture.architecture_of(model), str(error)
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:

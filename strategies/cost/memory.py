@@ -187,7 +187,7 @@ def saved_per_token(
 ) -> float:
     """What one layer keeps for its backward pass, per token; `attended` is how many tokens a token may look at."""
     g, e = BYTES_PER_ELEMENT[techniques.dtype], footprint.stream_bytes
-    h, f = shape.hidden_size, shape.intermediate_size
+    h, f = shape.hidden_size, shape.mlp_width
     q, k, heads = shape.query_size, shape.key_value_size, shape.num_heads
     family = shape.family
     is_eager = techniques.attn_implementation == "eager" or shape.softcap
@@ -211,7 +211,7 @@ def saved_per_token(
     if techniques.attn_implementation == "document" and batches_short and attended <= SHORT and g < 4:
         attention += heads * attended * (4 + 2 * g) + g * (q + 2 * k)  # short documents share a product: scores, copies
     if shape.num_experts:
-        mlp = shape.num_experts_per_token * (3 * f + 2 * h) * g
+        mlp = (3 * f + shape.num_experts_per_token * 2 * h) * g
     elif shape.gated_mlp:
         mlp = 3 * g * f
     elif shape.activation == "gelu_new":  # in plain operations: each keeps its result
@@ -240,7 +240,7 @@ def activation_bytes(
     g = BYTES_PER_ELEMENT[techniques.dtype]
     plain = g == 4 and not footprint.norms_train  # frozen maps in fp32: no weight gradients, no casts
     widths = _GRADIENTS_OF_F_PLAIN if plain else _GRADIENTS_OF_F
-    transient = tokens * widths * g * shape.intermediate_size + footprint.dequantised_bytes
+    transient = tokens * widths * g * shape.mlp_width + footprint.dequantised_bytes
     if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast
         transient = max(transient, tokens * shape.num_heads * attended * (4 + g) + footprint.dequantised_bytes)
     if techniques.gradient_checkpointing:

@@ -184,7 +184,7 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     casts and the sum with the frozen map's output.
     """
     g = BYTES_PER_ELEMENT[techniques.dtype]
-    h, f = shape.hidden_size, shape.intermediate_size
+    h, f = shape.hidden_size, shape.mlp_width
     norms = shape.family.norms * (9 * g * h if shape.family.norm_bias else 120 * h)
     mlp = (14 if shape.gated_mlp else 8) * g * f
     attention = 24 * g * (shape.query_size + shape.key_value_size)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from strategies.contract import Method, TrainSettings, TrainSetup
+from strategies.shape import ModelShape
 from strategies.step import Update, forward_backward, update
 from strategies.techniques import checkpointing, document_attention
 from strategies.techniques.precision import gradient_scaler
@@ -119,21 +120,17 @@ class Lengths:
 def trace(config: dict[str, Any], method: Method, settings: TrainSettings, lengths: Lengths) -> Traced:
     """Peak memory of a step of the whole model from steps of 2 and 4 of its layers.
 
-    Raises what the model or the method raises; NotImplementedError for an operation without a fake version.
+    Where only chosen layers train, layers are not alike and all of them are run.  Raises what the model or the method
+    raises; NotImplementedError for an operation without a fake version.
     """
-    num_layers = _get_layers(config)
+    num_layers = ModelShape.from_config(config).num_layers
     near, far = (2, 4) if num_layers > 4 else (max(1, num_layers - 1), num_layers)
+    if getattr(method, "layers_to_transform", None) is not None:
+        near = far = num_layers
     shallow = _trace_layers(config, near, method, settings, lengths)
     if near == far:
         return shallow
     return shallow.line(_trace_layers(config, far, method, settings, lengths), near, far, num_layers)
-
-
-_LAYER_KEYS = ("num_hidden_layers", "n_layer")
-
-
-def _get_layers(config: dict[str, Any]) -> int:
-    return next(int(config[key]) for key in _LAYER_KEYS if config.get(key))
 
 
 def _trace_layers(

@@ -1,5 +1,6 @@
 """Every `auto` is resolved with a reason, from what the machines report."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,19 @@ def test_what_fits_nowhere_says_how_much_is_missing():
 
     with pytest.raises(NothingFits, match=r"needs \d+\.\d GiB, has \d+\.\d GiB usable"):
         plan("", AMPERE, shape=huge)
+
+
+def test_the_reason_that_is_given_is_the_one_that_decided():
+    huge = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False)
+
+    with pytest.raises(NothingFits) as caught:
+        plan("method: {type: lora}\n", AMPERE, shape=huge)
+
+    told = str(caught.value)
+    assert "lora with parameters offload on here (RTX 3090): needs" in told
+    assert "has 22.0 GiB usable of the node's own memory" in told
+    for needs, has in re.findall(r"needs ([\d.]+) GiB, has ([\d.]+) GiB", told):
+        assert float(needs) > float(has), told
 
 
 def test_micro_batches_halve_until_they_fit():

@@ -5,7 +5,9 @@ import json
 import pytest
 
 from strategies.architecture import Architecture, CannotBuild, LoadReport, architecture_of, build, faults, load_report
+from strategies.families import FAMILIES
 from strategies.targets import mistakes
+from tests.strategies.test_shape import OWN_NAMES, SMALL
 
 MODULES = {
     "model.embed_tokens": "Embedding",
@@ -55,6 +57,7 @@ def test_every_name_of_an_adapter_must_match_a_module(targets, layers, saved, wo
         ((), (), None),
         ((), ("score.weight", "model.vision_tower.layers.0.weight"), None),
         (("lm_head.weight",), (), "1 tensor is missing in the files and would start from random values"),
+        (("lm_head.weight",), (), "Its output matrix was not saved: where it is the embedding's, set tie_word_emb"),
         ((), ("lm_head.bias",), "1 tensor is in the files alone and would be dropped (lm_head.bias)"),
         ((), ("model.layers.2.mlp.down_proj.weight",), "would be dropped (model.layers.2.mlp"),
         (("lm_head.weight",), ("_orig_mod.lm_head.weight",), "as torch.compile names them"),
@@ -104,3 +107,19 @@ def test_what_the_library_cannot_build_is_a_reason(tmp_path):
 
     with pytest.raises(CannotBuild, match="hidden_size"):
         build(tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if not family.encoder))
+def test_what_the_library_saves_of_every_family_is_found_whole(name, tmp_path):
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from orchestrator.job.weights import stored_tensors
+
+    sizes = OWN_NAMES.get(name, {**SMALL, "num_key_value_heads": 2})
+    AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).save_pretrained(tmp_path)
+    stored = {tensor: (one.shape, one.dtype) for tensor, one in stored_tensors(tmp_path).items()}
+
+    report = load_report(build(tmp_path), stored)
+
+    assert report == LoadReport((), (), ())

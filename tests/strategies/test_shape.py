@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from strategies.shape import FAMILIES, ModelShape, UnknownArchitecture
+from strategies.families import FAMILIES
+from strategies.shape import ModelShape, UnknownArchitecture
 from tests.conftest import SHARED
 
 SMALL = {
@@ -24,7 +25,27 @@ OWN_NAMES = {
     "gpt_neox": SMALL,
     "falcon": {k: v for k, v in SMALL.items() if k != "intermediate_size"},
     "mixtral": {**SMALL, "num_key_value_heads": 2, "num_local_experts": 4},
-    "qwen3_moe": {**SMALL, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 96, "head_dim": 16},
+    "qwen3_moe": {**SMALL, "num_key_value_heads": 2, "num_experts": 4, "moe_intermediate_size": 24, "head_dim": 16},
+    "qwen2_moe": {
+        **SMALL,
+        "num_key_value_heads": 2,
+        "num_experts": 4,
+        "moe_intermediate_size": 24,
+        "shared_expert_intermediate_size": 40,
+        "decoder_sparse_step": 2,
+    },
+    "olmoe": {**SMALL, "num_key_value_heads": 2, "num_experts": 8, "pad_token_id": 0},
+    "glm4_moe": {
+        **SMALL,
+        "num_key_value_heads": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "head_dim": 16,
+        "pad_token_id": 0,
+    },
 }
 
 
@@ -89,6 +110,27 @@ def test_experts_count_as_weights_and_only_some_are_active():
 
     assert moe.num_expert_parameters == 3 * 8 * (3 * 64 * 96 + 64)
     assert moe.num_active_parameters < dense.num_parameters * 2 < moe.num_parameters
+
+
+MIXED = {**OWN_NAMES["qwen3_moe"], "num_experts_per_tok": 2, "mlp_only_layers": [1], "decoder_sparse_step": 1}
+
+
+def test_layers_without_experts_are_counted_and_adapted_as_what_they_are():
+    config = {"model_type": "qwen3_moe", **MIXED}
+    shape, model = ModelShape.from_config(config), built(config)
+    maps = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+    assert shape.num_parameters == sum(p.numel() for p in model.parameters())
+    assert set(shape.named_maps) - {shape.family.embedding} == maps
+
+
+@pytest.mark.parametrize("name", sorted(name for name, family in FAMILIES.items() if not family.encoder))
+def test_maps_carry_the_names_of_the_modules_that_transformers_builds(name):
+    config = {"model_type": name, **OWN_NAMES.get(name, {**SMALL, "num_key_value_heads": 2})}
+    model = built(config)
+    shape = ModelShape.from_config({**model.config.to_dict(), **config})
+
+    assert set(shape.named_maps) <= {module for module, _ in model.named_modules()}
 
 
 def test_an_unknown_architecture_is_named_with_the_known_ones():

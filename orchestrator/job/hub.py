@@ -1,0 +1,133 @@
+"""Models of the Hugging Face hub: which of a repository's files a model needs, and fetching those.
+
+`wanted_files` is a pure function of a listing; the hub's client is asked only by `fetch_model` and `fetch_config`, and
+only where it can be reached: its own retries would take half a minute to say that it cannot.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from clusters.safe_input import printable
+from orchestrator.errors import JobError
+
+T = TypeVar("T")
+_KEY = "model.model_name_or_path"
+_REACH_S = 5.0
+_MOVING = ("main", "master", "head", "refs/heads/main")  # branches: what they name changes
+_SMALL = (  # configuration, tokenizers of every kind, templates
+    *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
+    *("additional_chat_templates/*.jinja", "tokenizer*"),
+)
+_NOT_NEEDED = ("*.index.*.json", "onnx*", "*trainer_state.json", "flax_model*", "tf_model*", "rust_model*")
+_SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
+
+
+def wanted_files(listing: Sequence[str], with_code: bool = False) -> list[str]:
+    """`needed_files` of a repository.  Raises JobError for one without weights that can be trained."""
+    if any(_SAFETENSORS.fullmatch(name) or _BIN.fullmatch(name) for name in listing):
+        return needed_files(listing, with_code)
+    kinds = sorted({Path(name).suffix for name in listing if name.endswith((".gguf", ".safetensors", ".bin", ".pth"))})
+    held = f"it holds only {', '.join(kinds)} files of other kinds" if kinds else "it holds no weights"
+    raise JobError(
+        f"{_KEY}: {held}; a model with model.safetensors or pytorch_model.bin is needed (adapters and GGUF files"
+        " have a base model: give that one)"
+    )
+
+
+def needed_files(listing: Sequence[str], with_code: bool = False) -> list[str]:
+    """Those of a model's files that training needs: one kind of weights, safetensors where there are some.
+
+    Python files are among them only where the job trusts them.
+    """
+    weights = [name for name in listing if _SAFETENSORS.fullmatch(name)]
+    other_index = "pytorch_model.bin.index.json"
+    if not weights:
+        weights = [name for name in listing if _BIN.fullmatch(name)]
+        other_index = "model.safetensors.index.json"
+    small = [
+        name
+        for name in listing
+        if any(fnmatch.fnmatch(name, pattern) for pattern in _SMALL if "/" in pattern or "/" not in name)
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in _NOT_NEEDED)
+        and not name.endswith((".safetensors", ".bin"))
+        and name != other_index
+    ]
+    code = [name for name in listing if name.endswith(".py")] if with_code else []
+    return sorted({*weights, *small, *code})
+
+
+def check_trust(name: str, revision: str | None, trust_remote_code: bool) -> None:
+    """Raises JobError where code of a repository would run that may be another tomorrow."""
+    if trust_remote_code and (revision is None or revision.lower() in _MOVING):
+        raise JobError(
+            f"model.trust_remote_code runs Python code of {printable(name)}, which its owner can change at any time:"
+            " state the commit that you have read as model.model_revision"
+        )
+
+
+def fetch_model(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
+    """The folder of a hub model in the hub's cache, fetched where it is not there.  Raises JobError."""
+    check_trust(name, revision, trust_remote_code)
+
+    def online() -> Path:
+        from huggingface_hub import HfApi, snapshot_download
+
+        listing = HfApi().list_repo_files(name, revision=revision)
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted_files(listing, trust_remote_code)))
+
+    def cached() -> Path:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(name, revision=revision, local_files_only=True))
+
+    return _asked(name, online, cached)
+
+
+def fetch_config(name: str, revision: str | None) -> Path:
+    """The folder that holds a hub model's config.json, that one file alone.  Raises JobError."""
+
+    def fetched(local: bool) -> Path:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local)).parent
+
+    return _asked(name, lambda: fetched(False), lambda: fetched(True))
+
+
+def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
+    trouble = _cannot_reach()
+    try:
+        return cached() if trouble else online()
+    except JobError:
+        raise
+    except Exception as error:  # the hub's client raises many types; each ends in this one sentence
+        reason = trouble or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+        raise JobError(
+            f"{_KEY}: {printable(name)!r} is neither a folder here nor a model the hub gives ({printable(reason)})"
+        ) from None
+
+
+def _cannot_reach() -> str | None:
+    """Why the hub cannot be asked; None where it may be."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
+    if any(os.environ.get(key) for key in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")):
+        return None  # who is behind a proxy reaches nothing directly
+    url = urlsplit(constants.ENDPOINT)
+    address: Any = (url.hostname, url.port or (80 if url.scheme == "http" else 443))
+    try:
+        socket.create_connection(address, _REACH_S).close()
+    except OSError as error:
+        return f"{url.hostname} cannot be reached: {error.strerror or error}"
+    return None

@@ -1,0 +1,72 @@
+"""Keys and values of other tools: the same setting is read, what has no key here is named with what to write."""
+
+from pathlib import Path
+
+import pytest
+
+from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, targets_of
+from orchestrator.errors import JobError
+from orchestrator.jobfile import parse_job
+
+JOB = "model: {model_name_or_path: m}\ndata: {train: t.jsonl}\n"
+
+
+@pytest.mark.parametrize(
+    ("asked", "read"),
+    [
+        ("all", "all-linear"),
+        (["all"], "all-linear"),
+        (True, "all-linear"),
+        ("q_proj,v_proj", ["q_proj", "v_proj"]),
+        (" q_proj, v_proj ,", ["q_proj", "v_proj"]),
+        ("q_proj v_proj", ["q_proj", "v_proj"]),
+        ("q_proj", ["q_proj"]),
+        ("self_attn.q_proj", ["self_attn.q_proj"]),
+        (r".*\.(q|v)_proj", r".*\.(q|v)_proj"),
+        (["q_proj"], ["q_proj"]),
+        ("", ""),
+        (7, 7),
+        (None, None),
+    ],
+)
+def test_targets_are_read_as_peft_takes_them(asked, read):
+    assert targets_of(asked) == read
+
+
+def test_a_comma_list_is_split_with_a_notice():
+    job = parse_job(JOB + "lora_target: q_proj,v_proj\n", Path())
+
+    assert job.spec.method.lora_target_modules == ["q_proj", "v_proj"]
+    assert "line 3: method.lora_target_modules 'q_proj,v_proj' is read as ['q_proj', 'v_proj']" in job.notices
+
+
+def test_axolotl_s_linear_targets_are_all_linear_maps():
+    assert parse_job(JOB + "lora_target_linear: true\n", Path()).spec.method.lora_target_modules == "all-linear"
+
+
+@pytest.mark.parametrize("name", ["logging_steps", "val_set_size", "load_in_8bit", "bf16", "exclude_modules"])
+def test_a_key_of_another_tool_says_what_to_write_instead_of_a_key_that_looks_alike(name):
+    for text in (f"{name}: 1\n", f"train: {{{name}: 1}}\n"):
+        with pytest.raises(JobError) as caught:
+            parse_job(JOB + text, Path())
+
+        assert {**NOT_YET, **NOT_NEEDED}[name] in str(caught.value)
+        assert "did you mean" not in str(caught.value)
+
+
+def test_a_misspelt_key_of_the_same_meaning_is_still_found():
+    with pytest.raises(JobError, match=r"did you mean train.learning_rate\?"):
+        parse_job(JOB + "train: {learning_rat: 1}\n", Path())
+
+
+@pytest.mark.parametrize("name", ["eval_delay", "torch_empty_cache_steps", "num_proc", "save_on_each_node"])
+def test_an_unknown_key_is_not_guessed_to_be_one_of_another_meaning(name):
+    with pytest.raises(JobError) as caught:
+        parse_job(JOB + f"{name}: 1\n", Path())
+
+    assert "did you mean" not in str(caught.value)
+
+
+def test_no_name_stands_in_two_lists():
+    assert not (ALIASES.keys() & NOT_YET.keys()) | (ALIASES.keys() & NOT_NEEDED.keys())
+    assert not NOT_YET.keys() & NOT_NEEDED.keys()
