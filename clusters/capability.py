@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 Source = Literal["measured", "datasheet", "declared"]
@@ -103,7 +104,11 @@ class ClusterCapability:
 
     def link(self, first: str, second: str) -> Link | None:
         """The link between two nodes; None = never measured nor declared."""
-        return next((link for link in self.links if set(link.between) == {first, second}), None)
+        return self._by_pair.get(frozenset((first, second)))
+
+    @cached_property
+    def _by_pair(self) -> dict[frozenset[str], Link]:
+        return {frozenset(link.between): link for link in reversed(self.links)}
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -42,6 +42,7 @@ import yaml
 
 from clusters import datasheet
 from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeCapability, Source
+from clusters.safe_input import BadInput, compose_yaml, printable, read_text, yaml_value
 from clusters.units import GIB
 
 _TOP = ("nodes", "network", "links")
@@ -64,6 +65,10 @@ _CPU_FIGURES = {
 }
 _MOST_GIB = 64 * 1024
 _MOST = 1e12  # of anything, in any unit of the file
+_LEAST = 1e-3  # of any rate, in its unit: a millionth of what is slow would take longer than a life
+_MOST_MS = 1e6  # of a round trip
+_MOST_VALUES = 50_000  # of a file
+_LONGEST_TEXT = 100
 
 
 class ImpossibleHardware(Exception):
@@ -121,7 +126,7 @@ class _Section:
             if not self.has(key):
                 self.wrong(key, "is missing")
 
-    def number(self, key: str, above: float = 0, at_most: float = _MOST) -> float | None:
+    def number(self, key: str, above: float = 0, at_most: float = _MOST, at_least: float = 0) -> float | None:
         value = self.values.get(key)
         if value is None:
             return None
@@ -129,6 +134,8 @@ class _Section:
             self.wrong(key, f"{_shown(value)} is not a number")
         elif value <= above:
             self.wrong(key, f"{_shown(value)} is not above {above:g}")
+        elif value < at_least:
+            self.wrong(key, f"{_shown(value)} is below {at_least:g}, less than any machine has")
         elif value > at_most:
             self.wrong(key, f"{_shown(value)} is above {at_most:g}, more than any machine has")
         else:
@@ -144,7 +151,9 @@ class _Section:
     def text(self, key: str) -> str | None:
         value = self.values.get(key)
         if isinstance(value, str) and value.strip():
-            return value.strip()
+            if len(value) > _LONGEST_TEXT:
+                self.wrong(key, f"has {len(value)} characters, more than {_LONGEST_TEXT}")
+            return value.strip()[:_LONGEST_TEXT]
         if value is not None:
             self.wrong(key, f"{_shown(value)} is not a text")
         return None
@@ -200,7 +209,7 @@ def _nodes(top: _Section) -> dict[str, tuple[NodeCapability, ...]]:
 def _node(section: _Section) -> NodeCapability:
     """A machine without its name."""
     section.need("name", "cores", "memory_gib")
-    gib, disk = section.number("memory_gib", at_most=_MOST_GIB), section.number("disk_write_mb_per_s")
+    gib, disk = section.number("memory_gib", at_most=_MOST_GIB), section.number("disk_write_mb_per_s", at_least=_LEAST)
     power, price = section.section("power_w", ("idle", "load")), _price(section)
     figures: dict[str, Any] = {
         "num_cores": section.whole("cores", at_most=65536) or 1,
@@ -208,7 +217,7 @@ def _node(section: _Section) -> NodeCapability:
         "disk_write_bytes_per_s": disk and disk * 1e6,
         "idle_w": power.number("idle"),
         "load_w": power.number("load"),
-        **{field: price.number(key) for key, field in _PRICE.items()},
+        **{field: price.number(key, at_least=_LEAST if key == "years" else 0) for key, field in _PRICE.items()},
     }
     if figures["idle_w"] and figures["load_w"] and figures["idle_w"] > figures["load_w"]:
         power.wrong("idle", f"{figures['idle_w']:g} is above load, {figures['load_w']:g}")
@@ -287,7 +296,7 @@ def _figures(section: _Section, units: Mapping[str, tuple[float, tuple[str, ...]
     found: dict[str, Any] = {}
     for key, (unit, figures) in units.items():
         if key in section.values:
-            value = section.number(key)
+            value = section.number(key, at_least=_LEAST)
             found |= dict.fromkeys(figures, value and value * unit)
     return found
 
@@ -326,7 +335,8 @@ def _links(top: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> t
 
 def _speed(section: _Section) -> tuple[float | None, float | None]:
     """Bytes per second and round trip in seconds."""
-    mbit, milliseconds = section.number("mbit_per_s"), section.number("round_trip_ms")
+    mbit = section.number("mbit_per_s", at_least=_LEAST)
+    milliseconds = section.number("round_trip_ms", at_most=_MOST_MS)
     return mbit and mbit * 1e6 / 8, milliseconds and milliseconds / 1e3
 
 
@@ -349,36 +359,35 @@ def _pairs(link: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> 
     return sorted((pair for pair in pairs if len(pair) == 2), key=sorted)
 
 
-class _Loader(yaml.SafeLoader):
-    """Refuses a key that is written twice, of which YAML would silently keep the last."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for i, key in enumerate(keys):
-            if key.value in (earlier.value for earlier in keys[:i]):
-                raise yaml.MarkedYAMLError(problem=f"{key.value} is written twice", problem_mark=key.start_mark)
-        return super().construct_mapping(node, deep)
-
-
 def _load(path: Path) -> dict[Any, Any]:
+    """The file's mapping.  A key that is written twice is refused, of which YAML would silently keep the last."""
     try:
-        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
-        if isinstance(values, dict):
-            return values
-        wrong = f"{'is empty' if values is None else f'holds {_shown(values)}'}; give a mapping with {', '.join(_TOP)}"
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        wrong = f"line {line}: is not YAML: {error.problem or error.context}"
-    except yaml.YAMLError as error:
-        wrong = f"is not YAML: {str(error).splitlines()[0]}"
-    except OSError as error:
-        wrong = f"cannot be read: {error.strerror or error}"
-    except RecursionError:
-        wrong = "is nested too deeply"
-    except ValueError as error:  # not UTF-8, or a date that is none
-        wrong = f"holds a value that cannot be read: {error}"
-    raise ImpossibleHardware([f"{path}: {wrong}"])
+        node = compose_yaml(read_text(path), str(path), _MOST_VALUES)
+        _refuse_doubles(node, str(path))
+        values = None if node is None else yaml_value(node, str(path))
+    except BadInput as error:
+        raise ImpossibleHardware([str(error)]) from None
+    if isinstance(values, dict):
+        return values
+    seen = "is empty" if values is None else f"holds {_shown(values)}"
+    raise ImpossibleHardware([f"{path}: {seen}; give a mapping with {', '.join(_TOP)}"])
+
+
+def _refuse_doubles(node: yaml.Node | None, label: str) -> None:
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                nodes.append(value)
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise BadInput(f"{label}: line {line}: is not YAML: {printable(key.value)} is written twice")
+                seen.add(str(key.value))
 
 
 def _shown(value: Any) -> str:
-    return reprlib.repr(value)
+    return printable(reprlib.repr(value))

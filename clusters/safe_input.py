@@ -25,14 +25,16 @@ MAX_BYTES = 16 * 2**20  # of a text file: job, card, configuration, template, in
 MAX_DEPTH = 100
 MAX_NODES = 500_000  # values of a YAML file; more take minutes to read and are no job
 MAX_ALIASED_NODES = 10_000  # values that a YAML file has through its aliases alone
+MAX_DIGITS = 300  # of a whole number; what is longer overflows a float, and Python refuses to print it
+_MAX_PATH_BYTES, _MAX_PART_BYTES = 4096, 255  # PATH_MAX and NAME_MAX of Linux
 
 NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
 NAME_PATTERN = r"^\w[\w.-]{0,62}$"
 _MAX_PATTERN = 1000
-_MAX_DIGITS = 300  # of a whole number; a float has no more
 _MAX_NAME_BYTES = 200  # of UTF-8: a file name has 255, and a moment or an ending is added
 
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 T = TypeVar("T")
 _Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
@@ -56,13 +58,16 @@ def checked_path(value: str | os.PathLike[str], folder: Path = Path()) -> Path:
         raise BadInput(f"{printable(text)}: a path holds no NUL character")
     try:
         text.encode("utf-8")
-        return (folder / Path(text).expanduser()).resolve()
+        path = (folder / Path(text).expanduser()).resolve()
     except UnicodeEncodeError:
         raise BadInput(f"{printable(text)}: is no UTF-8 text (half a surrogate pair), so it names no file") from None
     except RuntimeError as error:  # expanduser: no such user; resolve: a loop of links
         raise BadInput(f"{printable(text)}: {_lower_first(str(error))}") from None
     except OSError as error:
         raise BadInput(f"{printable(text[:80])}: {_reason(error)}") from None
+    if len(os.fsencode(path)) >= _MAX_PATH_BYTES or any(len(os.fsencode(p)) > _MAX_PART_BYTES for p in path.parts):
+        raise BadInput(f"{printable(text[:80])}...: is too long for a path")
+    return path
 
 
 def kind_of(path: Path) -> str | None:
@@ -117,16 +122,16 @@ def read_text(path: Path, max_bytes: int = MAX_BYTES) -> str:
 # --- YAML
 
 
-def compose_yaml(text: str, label: str = "the text") -> yaml.Node | None:
+def compose_yaml(text: str, label: str = "the text", max_nodes: int = MAX_NODES) -> yaml.Node | None:
     """The node tree of one YAML document, None for an empty one.
 
-    Raises BadInput beyond MAX_BYTES, MAX_DEPTH, MAX_NODES and MAX_ALIASED_NODES, for tags other than those of plain
+    Raises BadInput beyond MAX_BYTES, MAX_DEPTH, `max_nodes` and MAX_ALIASED_NODES, for tags other than those of plain
     values, and for text that is not YAML.
     """
     if len(text) > MAX_BYTES:
         raise BadInput(f"{label}: is larger than {MAX_BYTES / 2**20:.0f} MiB")
     try:
-        _check_events(text, label)
+        _check_events(text, label, max_nodes)
         return yaml.compose(text, Loader=_Loader)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
@@ -159,7 +164,12 @@ class _Values(yaml.SafeLoader):
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
         try:
-            return super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            if node.tag in _NUMBERS and len(node.value) > MAX_DIGITS:  # parts of 1:59:59 are multiplied one by one
+                raise ValueError
+            value = super().construct_object(node, deep)  # type: ignore[no-untyped-call]
+            if type(value) is str and not value.isascii():
+                value.encode("utf-8")  # raises for half a surrogate pair
+            return value
         except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
             kind = node.tag.rpartition(":")[2]
             shown = printable(node.value[:40]) if isinstance(node, yaml.ScalarNode) else f"of {len(node.value)} parts"
@@ -167,7 +177,7 @@ class _Values(yaml.SafeLoader):
             raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from error
 
 
-def _check_events(text: str, label: str) -> None:
+def _check_events(text: str, label: str, max_nodes: int) -> None:
     """Sizes by the parser's events alone, before a single value is built."""
     count, aliased = 0, 0
     sizes: dict[str, int] = {}  # anchor -> values below it, aliases expanded
@@ -182,8 +192,8 @@ def _check_events(text: str, label: str) -> None:
                 raise BadInput(f"{where}: its aliases stand for more than {MAX_ALIASED_NODES:,} values")
         elif isinstance(event, yaml.NodeEvent):
             count += 1
-            if count > MAX_NODES:
-                raise BadInput(f"{where}: holds more than {MAX_NODES:,} values")
+            if count > max_nodes:
+                raise BadInput(f"{where}: holds more than {max_nodes:,} values")
             tag = getattr(event, "tag", None)
             if tag is not None and tag not in _TAGS:
                 raise BadInput(f"{where}: the tag {printable(tag)} is not known; plain values need none")
@@ -215,7 +225,7 @@ def load_json(text: str | bytes, label: str = "the text", allow_nan: bool = Fals
 
     def number(digits: str) -> int | float:
         whole = digits.lstrip("-").isdigit()
-        if (whole and len(digits) > _MAX_DIGITS) or (not whole and math.isinf(float(digits))):
+        if (whole and len(digits) > MAX_DIGITS) or (not whole and math.isinf(float(digits))):
             raise ValueError(f"{digits[:20]}... is larger than any number here")
         return int(digits) if whole else float(digits)
 
@@ -303,11 +313,18 @@ def matches(pattern: str, text: str, label: str, seconds: float = 1.0) -> bool:
 
 def printable(text: str) -> str:
     """The text with control characters, line breaks and half surrogate pairs written as escapes: one safe line."""
-    if text.isascii() and text.isprintable():
+    if text.isprintable():  # the usual case, at once
         return text
     return "".join(
         _escaped(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI else c for c in text
     )
+
+
+def printable_lines(text: str) -> str:
+    """`printable` of each line; line breaks and tabs stay."""
+    if text.isprintable():
+        return text
+    return "\n".join("\t".join(map(printable, line.split("\t"))) for line in text.split("\n"))
 
 
 _BIDI = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # turn around the order of what is shown

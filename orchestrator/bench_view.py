@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,22 +10,71 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from clusters.safe_input import BadInput, read_json, record
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
 
 _BAR = 40
 
 
+@dataclass(frozen=True)
+class _Timed:
+    """What is read of a result of a training step."""
+
+    model: str
+    device: str
+    threads: int
+    torch: str
+    transformers: str
+    step_s: float
+    throughput: dict[str, float]
+    phases: dict[str, float]
+    parts: dict[str, float]
+    memory: dict[str, float]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """One measurement of a model that generates."""
+
+    model: str
+    batch_size: int
+    prompt_tokens: int
+    first_token_s: float
+    next_token_s: float
+    tokens_per_s: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True)
+class _Generated:
+    """What is read of a result of a model that generates."""
+
+    model: str
+    device: str
+    threads: int
+    torch: str
+    transformers: str
+    rows: list[_Row]
+
+
+_KINDS = {"train": _Timed, "generate": _Generated}
+
+
 def read(file: Path) -> dict[str, Any]:
     """A result of `bench`.  Raises JobError for any other file."""
+    path = resolve_path(file, "--compare", kind="file")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise JobError(f"{file}: no such file; `orchestrator bench JOB` writes one into the folder of runs") from None
-    except (OSError, ValueError) as error:
-        raise JobError(f"{file}: cannot be read: {error}") from None
-    if not isinstance(found, dict) or found.get("kind") not in ("train", "generate"):
-        raise JobError(f"{file}: is not a result of `orchestrator bench`")
+        found = read_json(path)
+        kind = _KINDS.get(str(found.get("kind"))) if isinstance(found, dict) else None
+        if kind is None:
+            raise BadInput(f"{path}: is not a result of `orchestrator bench`")
+        record(kind, found, str(path))
+        if kind is _Timed and "peak" not in found["memory"]:
+            raise BadInput(f"{path}: memory.peak is missing")
+    except BadInput as error:
+        raise JobError(f"--compare: {error}. `orchestrator bench JOB` writes such files") from None
     return found
 
 

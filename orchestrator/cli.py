@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import signal
@@ -17,6 +18,7 @@ import typer
 
 from orchestrator import __version__, bank_cli, cluster_cli, remote_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
+from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
 from orchestrator.verbs import (
@@ -33,7 +35,9 @@ from orchestrator.verbs import (
     out,
     print_json,
     say,
+    show,
 )
+from orchestrator.views.screen import Screen, accept_every_character, write
 
 app = typer.Typer(
     name="orchestrator",
@@ -63,14 +67,14 @@ def init(
     """
     from orchestrator.schema import starter
 
-    if path.exists() and not force:
+    file = resolve_path(path, "init", kind="new file")
+    if file.exists() and not force:
         raise JobError(f"{path} exists already; --force overwrites it")
-    text = _recipe_text(recipe) if recipe else starter(model, train)
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"{path}: cannot be written: {error.strerror}") from None
-    out.print(f"wrote {path}. Next: orchestrator validate {path}", markup=False, highlight=False, soft_wrap=True)
+    for option, value in (("--model", model), ("--train", train)):
+        if value.encode("utf-8", "replace").decode() != value:
+            raise JobError(f"{option} is not UTF-8 text")
+    write_text_file(file, _recipe_text(recipe) if recipe else starter(model, train), "init")
+    show(f"wrote {path}. Next: orchestrator validate {path}")
 
 
 @app.command()
@@ -86,9 +90,9 @@ def validate(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) 
         print_json(found)
         return
     for line in found["notices"]:
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        show(line)
     formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
-    out.print(f"{job} is valid ({formats})", markup=False, highlight=False, soft_wrap=True)
+    show(f"{job} is valid ({formats})")
 
 
 @app.command()
@@ -134,8 +138,9 @@ def techniques(
     from orchestrator.catalogue import catalogue, catalogue_view, measured_view
     from orchestrator.machines import declared, reached
 
+    asked = asked_job(job, set_) if job else None  # before anything is measured
     cluster = declared(hardware) if hardware else reached("local", say, refresh)
-    rows = catalogue(cluster, asked_job(job, set_) if job else None, measure, say)
+    rows = catalogue(cluster, asked, measure, say)
     if json_:
         print_json(rows)
     else:
@@ -188,7 +193,7 @@ def plan(
     out.print(plan_view(asked, ready.plan, ready.statistics))
     for name, found in checks.items():
         out.print()
-        out.print(f"{name}: {found['text']}", markup=False, highlight=False)
+        show(f"{name}: {found['text']}")
 
 
 @app.command()
@@ -293,7 +298,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     elif rows:
         out.print(runs_table(rows))
     else:
-        out.print(f"no runs in {runs}", markup=False, highlight=False)
+        show(f"no runs in {runs}")
 
 
 @app.command()
@@ -317,7 +322,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         return
     for key, value in row.items():
         if value is not None:
-            out.print(f"{key:<14}{value}", markup=False, highlight=False, soft_wrap=True)
+            show(f"{key:<14}{value}")
     if by_worker:
         out.print()
         out.print(workers.view(by_worker))
@@ -355,15 +360,20 @@ def logs(
         return
     if workers:
         for file in sorted(found.logs.glob("*.log")):
-            out.print(f"== {file.name}", markup=False, highlight=False)
-            sys.stdout.write(file.read_text(encoding="utf-8", errors="replace"))
+            show(f"== {file.name}")
+            with file.open(encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    show(line.rstrip("\n"))
         return
     offset = 0
     while True:
         alive = found.is_locked()
         events, offset = found.events(offset)
         for event in events:
-            print(json.dumps(event) if json_ else _event_line(event), flush=True)
+            if json_:
+                write(json.dumps(event))
+            else:
+                show(_event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)
@@ -379,9 +389,7 @@ def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     if not found.is_locked():
         raise JobError(f"{found.run_id} is not running (it is {found.state()})")
     found.stop_file.touch()
-    out.print(
-        f"{found.run_id} stops after its current step; `orchestrator resume {found.run_id}` goes on", soft_wrap=True
-    )
+    show(f"{found.run_id} stops after its current step; `orchestrator resume {found.run_id}` goes on")
 
 
 @app.command()
@@ -402,7 +410,7 @@ def evaluate(
     job = read_run_job(found.path)
     from orchestrator.training.finished import evaluate as measure
 
-    quality = measure(found, job, held_out_of(found, job, data, err.print))
+    quality = measure(found, job, held_out_of(found, job, data, say))
     if json_:
         print_json(quality)
     else:
@@ -423,7 +431,7 @@ def merge(
     from orchestrator.training.finished import merge as write
 
     write(found, read_run_job(found.path), output)
-    out.print(f"wrote {output}", markup=False, highlight=False, soft_wrap=True)
+    show(f"wrote {output}")
 
 
 @app.command()
@@ -465,11 +473,11 @@ def sync(
 
     if search := search_cli.found(run, runs):
         address = sync_search(search, read_run_job(search.path, search.marker), experiment)
-        out.print(f"{search.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)
+        show(f"{search.run_id} is in {address}")
         return
     found = RunFolder.find(run, runs)
     address = send(found, read_run_job(found.path), experiment)
-    out.print(f"{found.run_id} is in {address}", markup=False, highlight=False, soft_wrap=True)
+    show(f"{found.run_id} is in {address}")
 
 
 @app.command()
@@ -488,13 +496,13 @@ def schema(
             print_json(found)
             return
         default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
-        print(f"{found['key']}: {found['type']} ({default})\n  {found['description']}")
+        show(f"{found['key']}: {found['type']} ({default})\n  {found['description']}")
     elif json_:
-        print(keys.json_schema())
+        write(keys.json_schema())
     else:
         for key, found in keys.all_fields().items():
             default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
-            print(f"{key}: {found['type']} ({default})\n  {found['description']}")
+            show(f"{key}: {found['type']} ({default})\n  {found['description']}")
 
 
 @app.command()
@@ -505,20 +513,20 @@ def recipes(
     from orchestrator.schema import recipes as all_recipes
 
     if name is not None:
-        sys.stdout.write(_recipe_text(name))
+        write(_recipe_text(name))
         return
     found = all_recipes()
     if json_:
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        print(f"{key:<20}{about}")
-    print("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
+        show(f"{key:<20}{about}")
+    show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 
 def _version(wanted: bool) -> None:
     if wanted:
-        print(__version__)
+        show(__version__)
         raise typer.Exit
 
 
@@ -543,13 +551,20 @@ _keep_lines_of_examples()
 
 
 def main() -> None:
-    """Run the command line; every OrchestratorError becomes its message and its exit code."""
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    """Run the command line; every OrchestratorError, and a disk's or a file's, becomes a message and an exit code."""
+    for name in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores the second, and means it
+            signal.signal(name, _as_interrupt)
     _hush_libraries()
+    accept_every_character()
     try:
         app(prog_name="orchestrator")
     except OrchestratorError as error:
         sys.exit(_fail(error))
+    except OSError as error:
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        sys.exit(_fail(_of_the_machine(error)))
     except ModuleNotFoundError as error:
         package = (error.name or "").split(".")[0]
         if package not in EXTRAS:
@@ -557,8 +572,12 @@ def main() -> None:
         sys.exit(_fail(MissingExtra(package)))
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:
-        sys.exit(0)
+
+
+def _of_the_machine(error: OSError) -> JobError:
+    """A file that vanished, a full disk, a folder that is read-only: nothing that a traceback would explain."""
+    what = "Free some space" if error.errno == errno.ENOSPC else "See whether it is there and may be read and written"
+    return JobError(f"{error.filename or 'the disk'}: {(error.strerror or str(error)).lower()}. {what}, then try again")
 
 
 def _hush_libraries() -> None:
@@ -572,7 +591,7 @@ def _fail(error: OrchestratorError) -> int:
     if "--json" in sys.argv:
         print_json({"error": str(error), "exit_code": error.exit_code})
     else:
-        err.print(str(error), markup=False, highlight=False, soft_wrap=True, style="red")
+        err.print(str(error), soft_wrap=True, style="red")
     return error.exit_code
 
 
@@ -594,10 +613,12 @@ def _watcher(as_json: bool) -> Iterator[Any]:
     from orchestrator.progress import Lines, Live, Quiet
 
     watcher = Quiet() if as_json else Live(out) if out.is_terminal else Lines(out)
+    Screen.outlives_reader = True
     try:
         yield watcher
     finally:
         watcher.close()
+        Screen.outlives_reader = False
 
 
 def _print_result(run: RunFolder, as_json: bool) -> None:
@@ -610,7 +631,7 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
         return
     out.print()
     out.print(result_view(run))
-    out.print(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}", soft_wrap=True)
+    show(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}")
 
 
 def _event_line(event: dict[str, Any]) -> str:

@@ -7,7 +7,7 @@ notice, before validation.
 from __future__ import annotations
 
 import difflib
-import json
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,12 +16,26 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from clusters.safe_input import (
+    BadInput,
+    checked_path,
+    kind_of,
+    load_yaml,
+    name_mistake,
+    printable,
+    read_json,
+    read_text,
+    record,
+)
 from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
 from orchestrator.errors import JobError
 from orchestrator.job import secrets
+from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
+from orchestrator.job.paths import read_text_file
 from orchestrator.spec import METHOD_SECTIONS, SECTIONS, JobSpec
 
-KeyPath = tuple[str | int, ...]
+_MOST_MISTAKES = 50  # that are listed
+_LONGEST_NAME = 60  # of a key for which a near one is looked for
 _ALIKE = 0.75  # of two keys, so that one may be the other misspelt
 
 
@@ -35,22 +49,18 @@ class Job:
     notices: list[str] = field(default_factory=list)
 
     def path(self, value: str) -> Path:
-        """A path of the job file, relative to the file's folder."""
-        return (self.folder / Path(value).expanduser()).resolve()
+        """A path of the job file, relative to the file's folder.  Raises JobError for text that names no path."""
+        try:
+            return checked_path(value, self.folder)
+        except BadInput as error:
+            raise JobError(str(error)) from None
 
 
-@dataclass
-class _Document:
-    """Plain values with the source line of each key path."""
+@dataclass(frozen=True)
+class _Origin:
+    """origin.json: where the relative paths of a run's job start."""
 
-    values: dict[str, Any]
-    lines: dict[KeyPath, int | str]
-
-    def where(self, path: KeyPath) -> str:
-        while path and path not in self.lines:
-            path = path[:-1]
-        line = self.lines.get(path, 1)
-        return f"line {line}" if isinstance(line, int) else line
+    folder: str
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -59,36 +69,31 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     Raises JobError with every mistake found.
     """
     try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise JobError(
-            f"{path}: no such file. `orchestrator init {path}` writes a starter, `recipes` lists examples"
-        ) from None
-    except IsADirectoryError:
-        raise JobError(f"{path}: is a folder; give a job file (YAML)") from None
-    except UnicodeDecodeError:
-        raise JobError(f"{path}: is not UTF-8 text; give a job file (YAML)") from None
-    except OSError as error:
-        raise JobError(f"{path}: cannot be read: {error.strerror or error}") from None
-    return parse_job(text, path.parent.resolve(), str(path), overrides)
+        text = read_text_file(path, "the job file")
+    except JobError as error:
+        hint = "`orchestrator init FILE` writes a job file (YAML), `orchestrator recipes` lists examples"
+        raise JobError(f"{error}. {hint}") from None
+    return parse_job(text, path.parent.resolve(), printable(str(path)), overrides)
 
 
 def read_run_job(run_path: Path, name: str = "job.yaml") -> Job:
     """The job of a run folder, its relative paths starting where they did when it was submitted."""
-    origin = run_path / "origin.json"
-    folder = Path(json.loads(origin.read_text())["folder"]) if origin.exists() else run_path
+    origin, file = run_path / "origin.json", run_path / name
     try:
-        text = (run_path / name).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise JobError(f"{run_path} is not a run folder: it has no {name}") from None
-    return parse_job(text, folder, str(run_path / name))
+        if kind_of(file) is None:
+            raise JobError(f"{printable(str(run_path))} is not a run folder: it has no {name}")
+        text = read_text(file)
+        began = record(_Origin, read_json(origin), str(origin)).folder if kind_of(origin) else str(run_path)
+        return parse_job(text, checked_path(began), str(file))
+    except BadInput as error:
+        raise JobError(str(error)) from None
 
 
 def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[str] = ()) -> Job:
     """Validate the text of a job file; see `read_job`."""
-    document = _load(text, label)
+    document = load_document(text, label)
     mistakes: list[str] = []
-    _apply_overrides(document, overrides, mistakes)
+    apply_overrides(document, overrides, mistakes)
     notices = _sort_into_sections(document, mistakes)
     notices += plain_values(document.values, document.where)
     try:
@@ -99,8 +104,9 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
     except RecursionError:
         mistakes.append("is nested too deeply")
         spec = None
-    if spec and (mistake := secrets.uri_mistake(spec.tracking.mlflow_uri)):
-        mistakes.append(mistake)
+    if spec:
+        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri))
+        mistakes += [mistake for mistake in found if mistake]
     if spec is None or mistakes:
         raise JobError([f"{label}: {mistake}" for mistake in mistakes])
     rewritten = bool(overrides or notices)
@@ -129,14 +135,14 @@ def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
         kind = type(old)
         stated = {key: getattr(old, key) for key in old.model_fields_set}
         if section == "method":
-            kind = METHOD_SECTIONS.get(new.get("type", old.type), kind)
+            kind = METHOD_SECTIONS.get(str(new.get("type", old.type)), kind)
             stated = {key: value for key, value in stated.items() if key in kind.model_fields}
         try:
             changed[section] = kind.model_validate({**stated, **new})
         except ValidationError as error:
             wrong = error.errors(include_url=False)[0]
             key = str(wrong["loc"][0])
-            raise JobError(f"{section}.{key} is {_shown(new.get(key))}; it should {_wanted(wrong)}") from None
+            raise JobError(f"{section}.{key} is {shown(new.get(key))}; it should {_wanted(wrong)}") from None
     return spec.model_copy(update=changed)
 
 
@@ -169,12 +175,12 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
 
     `spec_with` as text.  Comments are lost.
     """
-    document = yaml.safe_load(job.text)
+    document = load_yaml(job.text, "the job")
     path_values(document, lambda value: str(job.path(value)) if job.path(value).exists() else value)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
-    kind = METHOD_SECTIONS.get(values.get("method.type", ""))
+    kind = METHOD_SECTIONS.get(str(values.get("method.type", "")))
     if kind is not None:
         document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
@@ -202,77 +208,7 @@ def path_values(document: dict[str, Any], change: Callable[[str], str] = lambda 
     return found
 
 
-def _load(text: str, label: str) -> _Document:
-    try:
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        lines: dict[KeyPath, int | str] = {}
-        values = _construct(node, (), lines, ()) if node is not None else None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise JobError(f"{label}: line {line}: is not YAML: {error.problem or error.context}") from None
-    except yaml.YAMLError as error:
-        raise JobError(f"{label}: is not YAML: {str(error).splitlines()[0]}") from None
-    except (ValueError, OverflowError, TypeError) as error:
-        raise JobError(f"{label}: holds a value that cannot be read: {error}") from None
-    except RecursionError:
-        raise JobError(f"{label}: is nested too deeply") from None
-    if not isinstance(values, dict):
-        seen = "is empty" if values is None else f"holds {_shown(values)}"
-        raise JobError(
-            f"{label}: {seen}; a job file is a mapping with `model:` and `data:`. `orchestrator init` writes one"
-        )
-    return _Document(values, lines)
-
-
-def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int | str], above: tuple[int, ...]) -> Any:
-    """Build plain values from YAML nodes, noting the line of each key and refusing duplicate keys."""
-    lines.setdefault(path, node.start_mark.line + 1)
-    if id(node) in above:
-        raise yaml.MarkedYAMLError(problem="an anchor that contains itself", problem_mark=node.start_mark)
-    above = (*above, id(node))
-    if isinstance(node, yaml.SequenceNode):
-        return [_construct(child, (*path, i), lines, above) for i, child in enumerate(node.value)]
-    if isinstance(node, yaml.MappingNode):
-        mapping: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            if not isinstance(key_node, yaml.ScalarNode):
-                raise yaml.MarkedYAMLError(problem="a key that is not a plain word", problem_mark=key_node.start_mark)
-            key = str(key_node.value)
-            if key in mapping:
-                problem = f"the key {key!r} stands twice in one mapping"
-                raise yaml.MarkedYAMLError(problem=problem, problem_mark=key_node.start_mark)
-            lines[(*path, key)] = key_node.start_mark.line + 1
-            mapping[key] = _construct(value_node, (*path, key), lines, above)
-        return mapping
-    return yaml.SafeLoader("").construct_object(node)
-
-
-def _apply_overrides(document: _Document, overrides: Sequence[str], mistakes: list[str]) -> None:
-    for override in overrides:
-        dotted, equals, value = override.partition("=")
-        path = tuple(dotted.strip().split("."))
-        if not equals or not all(path):
-            mistakes.append(f"--set {override}: write it as section.key=value, e.g. --set train.learning_rate=1e-4")
-            continue
-        try:
-            parsed = yaml.safe_load(value)
-        except (yaml.YAMLError, ValueError):
-            parsed = value
-        target: Any = document.values
-        for step, key in enumerate(path[:-1]):
-            inner = target.setdefault(key, {})
-            if inner is None:
-                inner = target[key] = {}
-            if not isinstance(inner, dict):
-                mistakes.append(f"--set {override}: {'.'.join(path[: step + 1])} is {_shown(inner)}, not a section")
-                break
-            target = inner
-        else:
-            target[path[-1]] = parsed
-            document.lines[path] = f"--set {override}"
-
-
-def _sort_into_sections(document: _Document, mistakes: list[str]) -> list[str]:
+def _sort_into_sections(document: Document, mistakes: list[str]) -> list[str]:
     """Move flat keys into their sections and other tools' names onto ours; returns a notice for each."""
     notices = []
     for path in list(_keys(document.values)):
@@ -327,19 +263,17 @@ def _known_keys(section: str) -> set[str]:
     return set(SECTIONS[section].model_fields) if section in SECTIONS else set()
 
 
-def _explain(error: ValidationError, document: _Document) -> list[str]:
+def _explain(error: ValidationError, document: Document) -> list[str]:
     """One sentence a wrong key, however many branches of a union Pydantic tried for it."""
     by_path: dict[KeyPath, list[Any]] = {}
     for detail in error.errors(include_url=False, include_context=True):
         missing = detail["type"] == "missing"
         path = _path_in_file(detail["loc"][:-1] if missing else detail["loc"], document.values)
         by_path.setdefault((*path, detail["loc"][-1]) if missing else path, []).append(detail)
-    by_path = {
-        p: d
-        for p, d in by_path.items()
-        if not any(q[: len(p)] == p and q != p for q in by_path) or d[0]["type"] == "missing"
-    }
-    return [_sentence(path, details, document) for path, details in by_path.items()]
+    above = {path[:length] for path in by_path for length in range(len(path))}
+    by_path = {p: d for p, d in by_path.items() if p not in above or d[0]["type"] == "missing"}
+    found = [_sentence(*each, document) for each in itertools.islice(by_path.items(), _MOST_MISTAKES)]
+    return found + ([f"and {len(by_path) - len(found)} more mistakes"] if len(by_path) > len(found) else [])
 
 
 def _path_in_file(location: Sequence[Any], values: Any) -> KeyPath:
@@ -356,7 +290,7 @@ def _path_in_file(location: Sequence[Any], values: Any) -> KeyPath:
     return tuple(path)
 
 
-def _sentence(path: KeyPath, details: list[Any], document: _Document) -> str:
+def _sentence(path: KeyPath, details: list[Any], document: Document) -> str:
     dotted = ".".join(str(step) for step in path) or "the job"
     start = f"{document.where(path)}: {dotted}"
     kinds = {detail["type"] for detail in details}
@@ -364,7 +298,7 @@ def _sentence(path: KeyPath, details: list[Any], document: _Document) -> str:
         return f"{start} is missing; add it"
     if "extra_forbidden" in kinds:
         return f"{start}: there is no such key{_nearest(path)}"
-    value = _shown(_value_at(path, document.values))
+    value = shown(_value_at(path, document.values))
     if "union_tag_invalid" in kinds:
         return f"{start}: {value}: type must be one of {', '.join(METHOD_SECTIONS)}"
     wanted = [_wanted(detail) for detail in details]
@@ -385,16 +319,15 @@ def _nearest(path: KeyPath) -> str:
         return f" yet: {NOT_YET[name]}"
     if name in NOT_NEEDED:
         return f": {NOT_NEEDED[name]}"
+    if len(name) > _LONGEST_NAME:
+        return ""
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
     everywhere = {f"{section}.{key}": key for section in _section_names() for key in sorted(_known_keys(section))}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)
     if close:
         return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close[0]])}?"
-    elsewhere = [
-        dotted
-        for dotted, key in everywhere.items()
-        if key in difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=_ALIKE)
-    ]
+    near = difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=_ALIKE)
+    elsewhere = [dotted for dotted, key in everywhere.items() if key in near]
     if elsewhere:
         return f"; did you mean {elsewhere[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
@@ -404,8 +337,3 @@ def _value_at(path: KeyPath, values: Any) -> Any:
     for step in path:
         values = values[step]
     return values
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

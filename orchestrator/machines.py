@@ -11,6 +11,7 @@ from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.connect import CannotConnect
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError
+from orchestrator.job.paths import resolve_path
 
 SHIPPED = Path(__file__).parent / "recipes" / "hardware"
 
@@ -19,12 +20,13 @@ def declared(file: Path) -> ClusterCapability:
     """The machines of a hardware file, or of a shipped one by its name.  Raises JobError with every mistake."""
     from clusters.hardware_file import ImpossibleHardware, read_hardware
 
-    if not file.exists() and (SHIPPED / f"{file}.yaml").exists():
-        file = SHIPPED / f"{file}.yaml"
+    shipped = {each.stem: each for each in SHIPPED.glob("*.yaml")}
+    is_shipped = str(file) in shipped and not file.exists()
+    path = resolve_path(shipped[str(file)] if is_shipped else file, "--hardware", kind="file")
     try:
-        return read_hardware(file)
+        return read_hardware(path)
     except ImpossibleHardware as error:
-        raise JobError([f"--hardware {file}: {line}" for line in str(error).splitlines()]) from None
+        raise JobError([f"--hardware {file}: {mistake}" for mistake in error.mistakes]) from None
 
 
 def reached(

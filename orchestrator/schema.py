@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import PydanticUndefined
 
 from orchestrator.errors import JobError
-from orchestrator.spec import DEFAULT_METHOD, METHOD_SECTIONS, SECTIONS, JobSpec, Section
+from orchestrator.spec import DEFAULT_METHOD, METHOD_SECTIONS, MOST, SECTIONS, JobSpec, Section
 
 RECIPES = Path(__file__).parent / "recipes"
 
@@ -118,7 +118,7 @@ def _type(schema: dict[str, Any], definitions: dict[str, Any]) -> str:
     if "enum" in schema:
         return " | ".join(map(str, schema["enum"]))
     limits = {"minimum": ">=", "exclusiveMinimum": ">", "maximum": "<=", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {schema[word]}" for word, sign in limits.items() if word in schema]
+    bounds = [f"{sign} {schema[word]}" for word, sign in limits.items() if schema.get(word, MOST) != MOST]
     name = schema.get("type", "any")
     if name == "array":
         name = f"list of {_type(schema['items'], definitions)}" if "items" in schema else "list"

@@ -7,22 +7,39 @@ says why.
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag, create_model
 
+from clusters.safe_input import NAME_PATTERN
 from strategies import METHODS
 
 Auto = Literal["auto"]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+MOST = 10**9  # of anything that is counted
+Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
+Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
 Metric = Literal["exact_match", "accuracy", "macro_f1", "rouge_l", "bleu", "chrf"]
 
 
-class Section(BaseModel):
-    """A section of the job file: unknown keys are errors, values are never changed after validation."""
+def _has_finite_numbers(value: Any) -> Any:
+    """For values of any type: refuses NaN and infinities at any depth."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError("should hold finite numbers only")
+    for part in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        _has_finite_numbers(part)
+    return value
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+Anything = Annotated[Any, AfterValidator(_has_finite_numbers)]
+
+
+class Section(BaseModel):
+    """A section of the job file: unknown keys and numbers that are not finite are errors, values are never changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 def _key(default: Any, doc: str, **limits: Any) -> Any:
@@ -68,7 +85,7 @@ class DataSection(Section):
     instruction: str = _key("", "classification: text put before each row's text")
     assistant_only_loss: bool = _key(True, "conversations: train on the assistant's words only")
     completion_only_loss: bool = _key(True, "prompt/completion rows: train on the completion only")
-    max_length: Auto | Annotated[int, Field(ge=8)] = _key("auto", "longest sample in tokens")
+    max_length: Auto | Annotated[int, Field(ge=8, le=MOST)] = _key("auto", "longest sample in tokens")
     overlong: Literal["truncate", "drop", "split"] = _key("truncate", "what happens to longer samples")
     packing: Auto | bool = _key("auto", "lay documents end to end instead of padding; never lets one see another")
     packing_strategy: Literal["bfd"] = _key("bfd", "best-fit decreasing")
@@ -78,15 +95,15 @@ class DataSection(Section):
 class TrainSection(Section):
     """How the model is optimised."""
 
-    global_batch_size: Auto | Annotated[int, Field(ge=1)] = _key("auto", "samples a step, over all workers")
-    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1)] = _key("auto", "rows of a micro-batch")
-    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1)] = _key("auto", "micro-batches a step")
-    num_train_epochs: float = _key(3.0, "passes over the data", gt=0)
-    max_steps: int = _key(-1, "stop after so many steps; -1 = by epochs", ge=-1)
-    learning_rate: Annotated[float, Field(gt=0)] = _key(2e-4, "peak learning rate")
+    global_batch_size: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "samples a step, over all workers")
+    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "rows of a micro-batch")
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "micro-batches a step")
+    num_train_epochs: float = _key(3.0, "passes over the data", gt=0, le=100_000)
+    max_steps: int = _key(-1, "stop after so many steps; -1 = by epochs", ge=-1, le=MOST)
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = _key(2e-4, "peak learning rate")
     lr_scheduler_type: Scheduler = _key("cosine", "shape of the learning rate over time")
     warmup_ratio: float = _key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
-    warmup_steps: int = _key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0)
+    warmup_steps: int = _key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0, le=MOST)
     optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"] = _key(
         "auto", "optimizer"
     )
@@ -94,12 +111,12 @@ class TrainSection(Section):
         "auto", "chunked_nll never holds all logits at once: less memory, the output matrix applied twice"
     )
     torch_compile: bool = _key(False, "compile the model: faster steps after a minute or more; not with packing")
-    weight_decay: float = _key(0.0, "decoupled weight decay", ge=0)
+    weight_decay: float = _key(0.0, "decoupled weight decay", ge=0, le=1000)
     adam_beta1: float = _key(0.9, "Adam's first decay", ge=0, lt=1)
     adam_beta2: float = _key(0.999, "Adam's second decay", ge=0, lt=1)
-    adam_epsilon: float = _key(1e-8, "Adam's epsilon", gt=0)
-    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 = never", ge=0)
-    seed: int = _key(42, "order of samples, adapter initialisation, dropout", ge=0)
+    adam_epsilon: float = _key(1e-8, "Adam's epsilon", gt=0, le=1)
+    max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 = never", ge=0, le=1e12)
+    seed: int = _key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = _key("auto", "recompute activations to save memory")
 
 
@@ -118,12 +135,12 @@ class StrategySection(Section):
         "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"
     )
     local_steps: int | None = _key(
-        None, "train so many steps apart, then average (DiLoCo): for slow networks; another computation", ge=2
+        None, "train so many steps apart, then average (DiLoCo): for slow networks; another computation", ge=2, le=MOST
     )
     sync_dtype: Literal["float32", "bfloat16"] = _key(
         "float32", "gradients between workers; bfloat16 halves what is sent"
     )
-    deepspeed: dict[str, Any] | None = _key(
+    deepspeed: dict[str, Anything] | None = _key(
         None, "DeepSpeed keys laid over the configuration that the plan makes; {} = DeepSpeed's equal parts for zero1"
     )
     nvme_path: str | None = _key(None, "offload to this folder on a fast disk instead of host memory (ZeRO-3)")
@@ -136,8 +153,8 @@ class GoalSection(Section):
 
     prefer: Literal["time", "memory", "cost", "quality"] = _key("time", "what the plan makes best among what fits")
     full_rank: bool = _key(False, "only methods that may change weights beyond a low rank: what adapters cannot learn")
-    max_hours: float | None = _key(None, "longest training time in hours", gt=0)
-    max_cost: float | None = _key(None, "most the run may cost, in cost.currency", gt=0)
+    max_hours: float | None = _key(None, "longest training time in hours", gt=0, le=1e6)
+    max_cost: float | None = _key(None, "most the run may cost, in cost.currency", gt=0, le=1e12)
     max_memory_fraction: float | None = _key(None, "most of a device's memory the plan may use", gt=0, le=1)
     min_quality: float | None = _key(None, "least expected score (a prior from published runs, 0 to 1)", ge=0, le=1)
 
@@ -145,24 +162,28 @@ class GoalSection(Section):
 class NodePrice(Section):
     """What one machine costs and draws."""
 
-    purchase: float | None = _key(None, "price it was bought for", gt=0)
-    years: float = _key(3.0, "over which the purchase is written off", gt=0)
-    per_hour: float | None = _key(None, "rate of a rented machine", gt=0)
-    idle_w: float | None = _key(None, "draw doing nothing, in watts", ge=0)
-    load_w: float | None = _key(None, "draw while training, in watts", gt=0)
+    purchase: float | None = _key(None, "price it was bought for", gt=0, le=1e12)
+    years: float = _key(3.0, "over which the purchase is written off", gt=0, le=100)
+    per_hour: float | None = _key(None, "rate of a rented machine", gt=0, le=1e9)
+    idle_w: float | None = _key(None, "draw doing nothing, in watts", ge=0, le=1e7)
+    load_w: float | None = _key(None, "draw while training, in watts", gt=0, le=1e7)
 
 
 class CostSection(Section):
     """What machines and electricity cost, for the plan's price."""
 
     currency: str = _key("EUR", "name of the currency")
-    electricity_per_kwh: float = _key(0.30, "price of a kilowatt-hour", ge=0)
-    hours_per_year: float = _key(2000.0, "hours a year that an owned machine works, to write off its price", gt=0)
-    power_w: float | None = _key(None, "draw of this machine under load in watts, where nobody measured it", gt=0)
+    electricity_per_kwh: float = _key(0.30, "price of a kilowatt-hour", ge=0, le=1e6)
+    hours_per_year: float = _key(
+        2000.0, "hours a year that an owned machine works, to write off its price", gt=0, le=8784
+    )
+    power_w: float | None = _key(
+        None, "draw of this machine under load in watts, where nobody measured it", gt=0, le=1e7
+    )
     nodes: dict[str, NodePrice] = _key(
         {}, "prices by machine: {NAME: {purchase: 1900, load_w: 480}}; the name * stands for every machine"
     )
-    retrainings_per_year: float = _key(12.0, "how often the job is run, for the cost of a year", gt=0)
+    retrainings_per_year: float = _key(12.0, "how often the job is run, for the cost of a year", gt=0, le=1e6)
     alternatives: str | None = _key(
         None, "a hardware file whose machines are compared with these, each alone: buy a card, rent one"
     )
@@ -172,8 +193,8 @@ class ClusterSection(Section):
     """Where it runs."""
 
     address: str = _key("local", "local = embedded Ray; auto or HOST:PORT = a running cluster")
-    num_workers: Auto | Annotated[int, Field(ge=1)] = _key("auto", "training processes")
-    max_failures: Auto | Annotated[int, Field(ge=0)] = _key(
+    num_workers: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "training processes")
+    max_failures: Auto | Annotated[int, Field(ge=0, le=MOST)] = _key(
         "auto",
         "restarts from the last checkpoint after a worker dies; auto = as long as steps are made, on one machine 0",
     )
@@ -184,12 +205,17 @@ class ClusterSection(Section):
         [], "folders that every node of the cluster sees at the same place: what lies there is not sent"
     )
     wait_for_slots: int | None = _key(
-        None, "slots to train on that must have joined before planning; an autoscaler is asked for them", ge=1
+        None,
+        "slots to train on that must have joined before planning; an autoscaler is asked for them",
+        ge=1,
+        le=100_000,
     )
     secrets: list[str] = _key(
         [], "names of environment variables that must be set where the job runs, e.g. HF_TOKEN; values never travel"
     )
-    wait_for_nodes_s: float = _key(20.0, "how long a lost machine is waited for before going on without it", ge=0)
+    wait_for_nodes_s: float = _key(
+        20.0, "how long a lost machine is waited for before going on without it", ge=0, le=1e7
+    )
 
 
 class KubernetesSection(Section):
@@ -202,35 +228,41 @@ class KubernetesSection(Section):
     secret: str | None = _key(None, "a Secret whose keys become the pods' environment, e.g. HF_TOKEN")
     pull_secret: str | None = _key(None, "a Secret with the login of the images' registry")
     node_selector: dict[str, str] = _key({}, "labels of the nodes that pods may run on")
-    tolerations: list[dict[str, Any]] = _key([], "taints that pods bear, as Kubernetes writes them")
+    tolerations: list[dict[str, Anything]] = _key([], "taints that pods bear, as Kubernetes writes them")
     runtime_class: str | None = _key(None, "RuntimeClass of pods with a GPU, e.g. nvidia")
     autoscale: bool = _key(False, "workers come when the job asks for them (Ray's autoscaler v2)")
-    retries: int = _key(1, "new clusters after a lost head or a failed job; each goes on from the checkpoint", ge=0)
-    keep_s: int = _key(600, "seconds that the finished job's pods stay", ge=0)
-    keep_failed_s: int | None = _key(None, "seconds that a failed job's pods stay, where not keep_s", ge=0)
+    retries: int = _key(
+        1, "new clusters after a lost head or a failed job; each goes on from the checkpoint", ge=0, le=1000
+    )
+    keep_s: int = _key(600, "seconds that the finished job's pods stay", ge=0, le=2**31 - 1)
+    keep_failed_s: int | None = _key(
+        None, "seconds that a failed job's pods stay, where not keep_s", ge=0, le=2**31 - 1
+    )
 
 
 class CheckpointSection(Section):
     """What is kept on disk."""
 
     output_dir: str = _key("runs", "folder that holds one folder a run")
-    save_steps: Auto | Annotated[int, Field(ge=1)] = _key("auto", "steps between checkpoints")
-    save_total_limit: int = _key(2, "checkpoints kept, beside the best", ge=2)
+    save_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "steps between checkpoints")
+    save_total_limit: int = _key(2, "checkpoints kept, beside the best", ge=2, le=MOST)
     load_best_model_at_end: Auto | bool = _key("auto", "hand back the weights with the lowest held-out loss")
 
 
 class EvalSection(Section):
     """How quality is measured on the held-out rows."""
 
-    eval_steps: Auto | Annotated[int, Field(ge=1)] | None = _key(
+    eval_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] | None = _key(
         "auto", "steps between held-out losses; null = end only"
     )
     metrics: Auto | list[Metric] = _key("auto", "metrics of generated answers; [] = loss only")
-    max_new_tokens: Auto | Annotated[int, Field(ge=1)] = _key("auto", "longest generated answer in tokens")
-    max_rows: int = _key(200, "most held-out rows that answers are generated for", ge=1)
+    max_new_tokens: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "longest generated answer in tokens")
+    max_rows: int = _key(200, "most held-out rows that answers are generated for", ge=1, le=MOST)
     before: bool = _key(True, "measure the untuned model too")
-    num_samples: int = _key(3, "sample outputs kept", ge=0)
-    early_stopping_patience: int | None = _key(None, "stop after so many evaluations without a better loss", ge=1)
+    num_samples: int = _key(3, "sample outputs kept", ge=0, le=MOST)
+    early_stopping_patience: int | None = _key(
+        None, "stop after so many evaluations without a better loss", ge=1, le=MOST
+    )
 
 
 class BankSection(Section):
@@ -246,7 +278,7 @@ class BankSection(Section):
         "normalised", "how distances become shares: softmin, of standardised rows, or of a trained score"
     )
     temperature: float | None = _key(
-        None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0
+        None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0, le=1e6
     )
     rule: Literal["auto", "delta", "factorwise"] = _key(
         "auto",
@@ -254,38 +286,43 @@ class BankSection(Section):
         " the one that labelled rows like better",
     )
     selection_rows: int = _key(
-        8, "labelled rows to train on by which the shares are moved on, step by step; 0 = as distances say", ge=0
+        8,
+        "labelled rows to train on by which the shares are moved on, step by step; 0 = as distances say",
+        ge=0,
+        le=MOST,
     )
-    probe_rows: int = _key(32, "labelled rows on which base, nearest, average and generated adapter are compared", ge=1)
+    probe_rows: int = _key(
+        32, "labelled rows on which base, nearest, average and generated adapter are compared", ge=1, le=MOST
+    )
 
 
 class Uniform(Section):
     """Any number between two, each as likely."""
 
-    uniform: tuple[float, float]
+    uniform: tuple[Finite, Finite]
 
 
 class LogUniform(Section):
     """Any number between two, each order of magnitude as likely."""
 
-    loguniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
+    loguniform: tuple[Annotated[Finite, Field(gt=0)], Annotated[Finite, Field(gt=0)]]
 
 
 class RandInt(Section):
     """Any whole number from the first to the last."""
 
-    randint: tuple[int, int]
+    randint: tuple[Whole, Whole]
 
 
-Choices = Annotated[list[Any], Field(min_length=1)] | Uniform | LogUniform | RandInt
+Choices = Annotated[list[Anything], Field(min_length=1)] | Uniform | LogUniform | RandInt
 
 
 class Budget(Section):
     """What a search may spend; it ends with the first that is used up."""
 
-    trials: int = _key(16, "combinations that are tried", ge=1)
-    minutes: float | None = _key(None, "wall-clock time", gt=0)
-    node_hours: float | None = _key(None, "hours of all machines together", gt=0)
+    trials: int = _key(16, "combinations that are tried", ge=1, le=100_000)
+    minutes: float | None = _key(None, "wall-clock time", gt=0, le=1e7)
+    node_hours: float | None = _key(None, "hours of all machines together", gt=0, le=1e9)
 
 
 class SearchSection(Section):
@@ -300,9 +337,9 @@ class SearchSection(Section):
     )
     scheduler: Literal["asha", "median", "none"] = _key("asha", "stops trials whose held-out loss lags behind")
     metric: Literal["eval_loss"] | Metric = _key("eval_loss", "quality of a trial, on the held-out rows")
-    trial_steps: int = _key(8, "optimizer steps of a trial", ge=1)
-    eval_rows: int = _key(40, "held-out rows that a trial is measured on", ge=1)
-    quality_tolerance: float = _key(0.02, "a quality this close to the best, relatively, is as good", ge=0)
+    trial_steps: int = _key(8, "optimizer steps of a trial", ge=1, le=MOST)
+    eval_rows: int = _key(40, "held-out rows that a trial is measured on", ge=1, le=MOST)
+    quality_tolerance: float = _key(0.02, "a quality this close to the best, relatively, is as good", ge=0, le=1000)
     nodes: Literal["all", "idle"] = _key("all", "idle = only machines that the job itself would leave out")
 
 
@@ -325,7 +362,10 @@ def _method_section(name: str, method: type[Any]) -> type[Section]:
         limits.pop("tried", None)
         factory = knob.default_factory
         default = factory() if factory is not dataclasses.MISSING else knob.default
-        kind, limits = _limited(_resolved_type(method, knob.name), limits)
+        kind = _resolved_type(method, knob.name)
+        if {int, float} & {kind, *get_args(kind)} and not {"le", "lt"} & set(limits):
+            limits["le"] = MOST
+        kind, limits = _limited(kind, limits)
         fields[knob.name] = (kind, Field(default, description=doc, **limits))
     return create_model(f"{method.__name__}Method", __base__=Section, __doc__=method.__doc__, **fields)
 
@@ -371,7 +411,7 @@ class JobSpec(Section):
     """What the user wants."""
 
     version: Literal[1] = _key(1, "version of this format")
-    name: str = _key("job", "name of the job; run folders start with it", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,62}$")
+    name: str = _key("job", "name of the job; run folders start with it", pattern=NAME_PATTERN)
     model: ModelSection
     data: DataSection
     method: _AnyMethod = Field(  # type: ignore[valid-type]

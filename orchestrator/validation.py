@@ -15,6 +15,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.jobfile import Job
+from orchestrator.search.space import stated_space
 from orchestrator.spec import HeldOut
 from strategies.targets import architecture_of_shape
 
@@ -41,6 +42,10 @@ def check(job: Job) -> dict[str, Any]:
     notices = list(job.notices)
     try:
         notices += _check_model(job)
+    except JobError as error:
+        mistakes += error.mistakes
+    try:
+        stated_space(job.spec)
     except JobError as error:
         mistakes += error.mistakes
     if mistakes:

@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from clusters.masking import masked, masked_values
 from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
 from orchestrator.jobfile import Job, read_job
 from orchestrator.rundir import RunFolder
-
-out, err = Console(), Console(stderr=True)
+from orchestrator.views.screen import err, out, write
 
 
 def complete_job(incomplete: str) -> list[str]:
@@ -52,7 +51,14 @@ SetOption = Annotated[
     typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=complete_key),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
-RunsOption = Annotated[Path, typer.Option("--runs", help="the folder that holds the runs")]
+RunsOption = Annotated[
+    Path,
+    typer.Option(
+        "--runs",
+        help="the folder that holds the runs",
+        callback=lambda runs: resolve_path(runs, "--runs", kind="new folder") and runs,
+    ),
+]
 HardwareOption = Annotated[
     Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
 ]
@@ -63,13 +69,11 @@ def asked_job(name: str, overrides: list[str]) -> Job:
     """A job file, or a recipe by its name; what was read otherwise than written is said."""
     from orchestrator.schema import recipes
 
-    path = Path(name)
     known = recipes()
-    if not path.is_file() and name in known:  # a folder of that name is no job
-        path = known[name][0]
-    job = read_job(path, overrides)
+    is_recipe = name in known and not Path(name).is_file()  # a folder of that name is no job
+    job = read_job(known[name][0] if is_recipe else Path(name), overrides)
     for notice in job.notices:
-        err.print(notice, markup=False, highlight=False, soft_wrap=True)
+        say(notice)
     return job
 
 
@@ -85,8 +89,15 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def say(text: str) -> None:
-    err.print(masked(text), markup=False, highlight=False, soft_wrap=True)
+    """A sentence about what goes on, beside the output."""
+    err.print(masked(text), soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """Lines of output, as long as they are."""
+    out.print(masked(text), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    print(json.dumps(masked_values(value), indent=1, default=str))
+    """One JSON document, in ASCII: what is no ASCII is an escape."""
+    write(json.dumps(masked_values(value), indent=1, default=str).replace("\x7f", "\\u007f"))

@@ -48,7 +48,9 @@ class Shira:
     mask: Literal["sensitivity", "random"] = knob(
         "sensitivity", "sensitivity = the entries that the loss depends on most; random = any"
     )
-    block_size: int = knob(1, "entries are chosen in squares of this side; must divide shira_r and the weights' sides")
+    block_size: int = knob(
+        1, "entries are chosen in squares of this side; must divide shira_r and the weights' sides", ge=1
+    )
     calibration_rows: int = knob(16, "samples whose gradients choose the entries", ge=1)
 
     name: ClassVar[str] = "experimental_shira"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 from typing import Literal
@@ -9,28 +10,42 @@ from typing import Literal
 from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_text
 from orchestrator.errors import JobError
 
-Kind = Literal["file", "folder", "any", "new"]
+Kind = Literal["file", "folder", "any", "new file", "new folder"]
 
 
 def resolve_path(value: str | os.PathLike[str], key: str, folder: Path = Path(), kind: Kind = "any") -> Path:
     """The absolute path of what `key` (a job-file key or an option) names, relative to `folder`.
 
-    `kind` is what must lie there; `new` is a file or folder that may be written and so need not exist; `any` is a file
-    or a folder.  Raises JobError for what is not there, of another kind (a FIFO, a device), or not to be read.
+    `kind` is what must lie there; a new file or folder may be written and so need not exist; `any` is a file or a
+    folder.  Raises JobError for what is not there, of another kind (a FIFO, a device), or not to be read.
     """
+    new, wanted = kind.startswith("new "), kind.removeprefix("new ")
     try:
         path = checked_path(value, folder)
         found = kind_of(path)
     except BadInput as error:
         raise JobError(f"{key}: {error}") from None
-    if found is None and kind != "new":
+    if found is None and not new:
         raise JobError(f"{key}: {printable(str(path))} does not exist. Relative paths start at {folder.resolve()}")
-    if found not in (None, "file", "folder") or (kind in ("file", "folder") and found != kind):
-        wanted = kind if kind in ("file", "folder") else "file or a folder"
-        raise JobError(f"{key}: {printable(str(path))} is a {found}; give a {wanted}")
+    if found is not None and found not in (("file", "folder") if kind == "any" else (wanted,)):
+        give = "file or a folder" if kind == "any" else wanted
+        raise JobError(f"{key}: {printable(str(path))} is a {found}; give a {give}")
     if found and not os.access(path, os.R_OK | (os.X_OK if found == "folder" else 0)):
         raise JobError(f"{key}: {printable(str(path))} cannot be read: permission denied")
     return path
+
+
+def write_text_file(path: Path, text: str, key: str) -> None:
+    """Write a file whole or not at all, in the place of one that is there.  Raises JobError."""
+    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise JobError(f"{key}: {printable(str(path))} cannot be written: {error.strerror or error}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def read_text_file(value: str | os.PathLike[str], key: str, folder: Path = Path()) -> str:

@@ -54,24 +54,32 @@ def space_of(spec: JobSpec, slots: list[Slot], global_batch_size: int) -> Space:
     """The job's own space, or what it leaves open.  Raises JobError for keys and values that cannot be."""
     if not spec.search.space:
         return Space(_open_choices(spec, [slot.device for slot in slots], global_batch_size))
-    choices: dict[str, tuple[Any, ...]] = {}
-    ranges: dict[str, Range] = {}
+    return stated_space(spec)
+
+
+def stated_space(spec: JobSpec) -> Space:
+    """What search.space says.  Raises JobError for keys and values that cannot be, and for too many combinations."""
     mistakes = []
     for key, values in spec.search.space.items():
         try:
             _check(spec, key, values)
         except JobError as error:
             mistakes += [f"search.space.{mistake}" for mistake in error.mistakes]
-        if isinstance(values, list):
-            choices[key] = tuple(dict.fromkeys(values)) if all(map(_hashable, values)) else tuple(values)
-        else:
-            ranges[key] = values
     if mistakes:
         raise JobError(mistakes)
-    space = Space(choices, ranges)
+    listed = {key: values for key, values in spec.search.space.items() if isinstance(values, list)}
+    ranges: dict[str, Range] = {
+        key: values for key, values in spec.search.space.items() if not isinstance(values, list)
+    }
+    space = Space({key: _distinct(values) for key, values in listed.items()}, ranges)
     if len(space) > _MOST_POINTS:
         raise JobError(f"search.space has {len(space)} combinations, more than {_MOST_POINTS}; list fewer values")
     return space
+
+
+def _distinct(values: list[Any]) -> tuple[Any, ...]:
+    """Each value once; 1, 1.0 and true are three values, and lists are values too."""
+    return tuple({json.dumps(value, sort_keys=True, default=str): value for value in reversed(values)}.values())[::-1]
 
 
 def _check(spec: JobSpec, key: str, values: Choices) -> None:
@@ -110,7 +118,7 @@ def _check_knob(spec: JobSpec, key: str, value: Any) -> None:
 def _methods(spec: JobSpec) -> list[str]:
     listed = spec.search.space.get("method.type")
     if isinstance(listed, list):
-        return [name for name in listed if name in METHODS]
+        return [name for name in listed if isinstance(name, str) and name in METHODS]
     return [method.name for method in spec.methods()]
 
 
@@ -150,7 +158,8 @@ def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_s
 
 def canonical(point: Mapping[str, Any]) -> Point:
     """The point without knobs that its method does not have."""
-    method = METHODS.get(point.get("method.type", ""))
+    named = point.get("method.type")
+    method = METHODS.get(named) if isinstance(named, str) else None
     if method is None:
         return dict(point)
     known = {f"method.{knob.name}" for knob in _knobs(method)} | {"method.type"}
@@ -159,7 +168,7 @@ def canonical(point: Mapping[str, Any]) -> Point:
 
 def key_of(point: Mapping[str, Any]) -> str:
     """A name for a point: equal points have one."""
-    return json.dumps(canonical(point), sort_keys=True)
+    return json.dumps(canonical(point), sort_keys=True, default=str)
 
 
 _SHORT = {"train.per_device_train_batch_size": "micro-batch", "train.gradient_checkpointing": "checkpointing"}
@@ -184,7 +193,3 @@ def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> 
 def _knobs(method: Any) -> tuple[dataclasses.Field[Any], ...]:
     """The fields of a method's dataclass."""
     return dataclasses.fields(method)
-
-
-def _hashable(value: Any) -> bool:
-    return isinstance(value, str | int | float | bool | None)

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from clusters.safe_input import BadInput, load_yaml
 from orchestrator.errors import JobError
+from orchestrator.job.paths import read_text_file
 from orchestrator.jobfile import spec_with
 from orchestrator.search.space import Point, canonical
 from orchestrator.spec import JobSpec
@@ -23,29 +23,37 @@ _PARTS = ("baseline", "one_factor", "combinations")
 
 def read_study(name: str, spec: JobSpec, lengths: Sequence[int]) -> list[tuple[str, Point]]:
     """(name, point) of each combination, for each length where some are given.  Raises JobError."""
-    file = SHIPPED / f"{name}.yaml" if (SHIPPED / f"{name}.yaml").exists() else Path(name)
+    shipped = {path.stem: path for path in SHIPPED.glob("*.yaml")}
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        known = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
-        raise JobError(f"--study {name}: no such study or file; shipped: {known}") from None
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise JobError(f"--study {file}: cannot be read: {str(error).splitlines()[0]}") from None
-    if not isinstance(values, dict) or not values.get("baseline") or set(values) - set(_PARTS):
-        raise JobError(f"--study {file}: it needs `baseline`, and may have `one_factor` and `combinations`")
-    named: list[tuple[str, Point]] = [("baseline", values["baseline"])]
-    for part in _PARTS[1:]:
-        named += [(name, {**values["baseline"], **changes}) for name, changes in (values.get(part) or {}).items()]
-    named = [(name, canonical(point)) for name, point in named]
-    for _, point in named:
-        _check(file, spec, point)
+        text = read_text_file(shipped.get(name, name), f"--study {name}")
+    except JobError as error:
+        raise JobError(f"{error}; no such study is shipped either: {', '.join(sorted(shipped))}") from None
+    try:
+        named = _points(load_yaml(text, "it"))
+        named = [(name, canonical(point)) for name, point in named]
+        for _, point in named:
+            spec_with(spec, point)
+    except (BadInput, JobError) as error:
+        raise JobError([f"--study {name}: {mistake}" for mistake in str(error).splitlines()]) from None
     if not lengths:
         return named
     return [(f"{name} @{length}", {**point, "data.max_length": length}) for length in lengths for name, point in named]
 
 
-def _check(file: Path, spec: JobSpec, point: Any) -> None:
-    try:
-        spec_with(spec, point)
-    except JobError as error:
-        raise JobError([f"--study {file}: {mistake}" for mistake in error.mistakes]) from None
+def _points(values: Any) -> list[tuple[str, Point]]:
+    """The named points of a study's values, those of its parts laid over the baseline.  Raises BadInput."""
+    if not isinstance(values, dict) or set(values) - set(_PARTS) or not _is_point(values.get("baseline")):
+        raise BadInput("it needs `baseline`, keys of the job file, and may have `one_factor` and `combinations`")
+    named = [("baseline", dict(values["baseline"]))]
+    for part in _PARTS[1:]:
+        changes = values.get(part) or {}
+        if not isinstance(changes, dict) or not all(isinstance(name, str) for name in changes):
+            raise BadInput(f"`{part}` needs names, each with keys of the job file")
+        if wrong := [name for name, point in changes.items() if not _is_point(point)]:
+            raise BadInput(f"{part}.{wrong[0]}: give keys of the job file with values, e.g. train.learning_rate: 1e-4")
+        named += [(name, {**values["baseline"], **point}) for name, point in changes.items()]
+    return named
+
+
+def _is_point(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(key, str) for key in value)

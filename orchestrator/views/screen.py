@@ -1,0 +1,87 @@
+"""The two consoles that everything is printed on.
+
+A name, a path or a model's answer is text: `[red]` stays as it is written, control characters come out as escapes, and
+what the terminal's encoding does not have does not end the program.  Nothing else in the project makes a Console.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
+from rich.text import Text
+
+from clusters.safe_input import printable_lines
+
+_READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
+
+
+class Screen(Console):
+    """A console without markup on which control characters are escaped.
+
+    Where its reader is gone (`status | head -1`) the program ends quietly, unless it `outlives_reader`: a run does not
+    end because nobody reads what it prints.
+    """
+
+    outlives_reader = False
+
+    def __init__(self, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        try:
+            super().print(*objects, **options)
+        except OSError as error:
+            if error.errno not in _READER_GONE:
+                raise
+            self.on_broken_pipe()
+
+    def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
+        return super().render_str(printable_lines(text), **options)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            if segment.control or segment.text.isprintable():
+                yield segment
+            else:
+                yield Segment(printable_lines(segment.text), segment.style)
+
+    def on_broken_pipe(self) -> None:
+        silence(self.file)
+        if not Screen.outlives_reader:
+            raise SystemExit(0)
+
+
+out, err = Screen(), Screen(stderr=True)
+
+
+def write(text: str) -> None:
+    """Write a text that is a document (JSON, a recipe) as it stands."""
+    try:
+        sys.stdout.write(text if text.endswith("\n") else text + "\n")
+        sys.stdout.flush()
+    except OSError as error:
+        if error.errno not in _READER_GONE:
+            raise
+        out.on_broken_pipe()
+
+
+def silence(stream: Any) -> None:
+    """Lead a standard stream into nothing: what is left in its buffer would complain again at exit."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+def accept_every_character() -> None:
+    """What the terminal's encoding does not have is written as an escape."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
