@@ -63,7 +63,7 @@ class ModelSection(Section):
 class Source(Section):
     """One data source: a file, a folder or a hub dataset."""
 
-    path: str = Field(description="jsonl, json, csv, tsv, parquet or arrow, a folder of them, or a Hugging Face dataset name")
+    path: str = Field(description="jsonl, json, csv, tsv, parquet, arrow, a folder of them, or a Hugging Face dataset")
     format: Format = _key("auto", "how a row is read; auto looks at the first row of each file")
     split: str = _key("train", "which split: of a hub dataset, or of a folder by the names of its files")
 
