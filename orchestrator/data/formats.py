@@ -108,6 +108,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
     return BadRow(f"fields {names} fit no known format; known: {DETECTABLE}{hint or '. Rename the fields to these'}")
 
 
+_FILL = "Fill it or remove the row"
 _MISSING_WORDS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
 _KNOWN_NAMES = {
     *contract.TURN_KEYS,
@@ -201,11 +202,11 @@ def _one_turn(question: str, answer: str) -> tuple[Message, ...]:
 def _string(values: Mapping[str, Any], key: str) -> str:
     value = values.get(key)
     if isinstance(value, float) and missing(value):
-        raise BadRow(f"field {key!r} is NaN, a missing value")
+        raise BadRow(f"field {key!r} is NaN, a missing value. {_FILL}")
     if not isinstance(value, str):
         if key not in values or value is None:
-            raise BadRow(f"field {key!r} {'is missing' if key not in values else 'is null, a missing value'}")
+            raise BadRow(f"field {key!r} {'is missing' if key not in values else 'is null, a missing value'}. {_FILL}")
         raise BadRow(f"field {key!r} is a {type(value).__name__}, not text. Write it as text")
     if not value.strip():
-        raise BadRow(f"field {key!r} is empty")
+        raise BadRow(f"field {key!r} is empty. {_FILL}")
     return value

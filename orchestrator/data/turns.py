@@ -73,7 +73,7 @@ def read_prompt_and_answer(
                 messages.append(message | {"train": False} if read_only else message)
             reading.tools = part.tools
         else:
-            raise BadRow(f"field {key!r} is neither text nor a list of turns")
+            raise BadRow(f"field {key!r} is neither text nor a list of turns. Write it as one of them")
     _check_answers(messages)
     return messages
 
@@ -150,7 +150,7 @@ def _message(turn: Any, number: int, reading: Reading) -> Message:
     if calls:
         message |= {"content": message["content"] or "", "tool_calls": calls}
     if message["content"] is None:
-        raise _bad(number, f"({role}) has no text in {text_key or 'content'!r}")
+        raise _bad(number, f"({role}) has no text in {text_key or 'content'!r}. Fill it or remove the turn")
     return message | _extras(turn, number, role, reading)
 
 
@@ -227,7 +227,7 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments", function.get("parameters"))
         arguments = {} if missing(arguments) else _from_json(arguments, f"turn {number}: the arguments of a tool call")
         if not isinstance(arguments, dict):
-            raise _bad(number, "has a tool call whose arguments are no object with named values")
+            raise _bad(number, "has a tool call whose arguments are no object with named values. Name them")
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return calls
@@ -254,7 +254,10 @@ def _learnt(turn: dict[str, Any], number: int, role: str) -> bool:
     flags = [(key, turn[key]) for key in contract.TRAIN_KEYS if not missing(turn.get(key))]
     for key, value in flags:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
-            raise _bad(number, f"({role}) has {key} {value!r:.40}: a turn is learnt (1) or not (0), not by a share")
+            raise _bad(
+                number,
+                f"({role}) has {key} {value!r:.40}: a turn is learnt (1) or not (0), not by a share. Write 0 or 1",
+            )
         if value and role not in ("assistant", _CALL):
             raise _bad(
                 number,
@@ -269,7 +272,7 @@ def _check_answers(messages: list[Message]) -> None:
     learnt = [(number, turn) for number, turn in answers if turn.get("train", True)]
     if not any(turn["content"].strip() or "tool_calls" in turn for _, turn in learnt):
         why = "no assistant turn is to be learnt" if answers and not learnt else "no assistant turn with text"
-        raise BadRow(f"{why}: there is nothing to learn")
+        raise BadRow(f"{why}: there is nothing to learn. Add an answer or remove the row")
     for number, turn in learnt:
         if not turn["content"].strip() and "tool_calls" not in turn:
             raise _bad(number, "(assistant) is empty: the model would learn to say nothing. Remove or fill it")

@@ -19,6 +19,7 @@ from orchestrator.errors import JobError
 
 MAX_ROW_BYTES = 16 * 2**20  # 4 million tokens; the values of a longer line may take 100 times its size
 _CHUNK = 2**20
+_AS_OBJECT = 'Write it as {"prompt": "...", "completion": "..."}'
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOO_LONG = (
@@ -86,9 +87,11 @@ def read_csv(stream: BinaryIO, file: str, delimiter: str = ",") -> Iterator[Row]
 def checked(values: Any, text: str, file: str, line: int) -> Row:
     """The row of a JSON value whose source is `text`."""
     if not isinstance(values, dict):
-        return Row({}, file, line, BadRow(f"is a {type(values).__name__}, not an object with named fields"))
+        return Row(
+            {}, file, line, BadRow(f"is a {type(values).__name__}, not an object with named fields. {_AS_OBJECT}")
+        )
     if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(values) > MAX_DEPTH:
-        return Row({}, file, line, BadRow(f"is nested too deeply (more than {MAX_DEPTH} levels)"))
+        return Row({}, file, line, BadRow(f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it"))
     field = next((name for name in values if _has_surrogate([name, values[name]])), None) if "\\u" in text else None
     if field is not None:
         fault = "holds half a surrogate pair, as a text cut within an emoji does: no text that can be tokenised"
@@ -117,7 +120,9 @@ def _parsed(line: bytes, file: str, number: int) -> Row:
     try:
         return checked(_DECODER.decode(text), text, file, number)
     except RecursionError:
-        return Row({}, file, number, BadRow("is nested too deeply"))
+        return Row(
+            {}, file, number, BadRow(f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it")
+        )
     except ValueError as error:
         return Row({}, file, number, BadRow(f"is not JSON: {_json_fault(error)}. Mend the line", "is not JSON"))
 
