@@ -11,6 +11,7 @@ from typing import Any
 
 from clusters.safe_input import BadInput, read_json
 from orchestrator.data.files import SUFFIXES, kind_of_content, kind_of_name
+from orchestrator.data.formats import detect
 from orchestrator.errors import JobError
 
 # As the Hugging Face hub tells them apart.
@@ -19,6 +20,7 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
 }
+_DESCRIPTION_BYTES = 2**20
 _ABOUT_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|metadata|config|package)\.json|cache-[\w-]+\.arrow|readme.*|license.*", re.I
 )
@@ -41,7 +43,7 @@ class _Seen:
 
     def sentences(self) -> tuple[str, ...]:
         return tuple(
-            f"not read: {len(names)} {reason} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            f"not read: {_counted(names, reason)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
             for reason, names in sorted(self.skipped.items())
         )
 
@@ -95,9 +97,9 @@ def _walk(folder: Path, key: str, split: str | None) -> _Seen:
         root = Path(place)
         for name in sorted(folders):
             if _hidden(name):
-                seen.skipped["hidden folders"].append(_shown(root / name, folder))
+                seen.skipped["hidden folder"].append(_shown(root / name, folder))
             elif (root / name).is_symlink():
-                seen.skipped["links to folders"].append(_shown(root / name, folder))
+                seen.skipped["link to a folder"].append(_shown(root / name, folder))
         folders[:] = sorted(name for name in folders if not _hidden(name))
         for name in sorted(names):
             file = root / name
@@ -114,16 +116,16 @@ def _walk(folder: Path, key: str, split: str | None) -> _Seen:
 
 def _reason_to_skip(file: Path, key: str) -> str | None:
     if _hidden(file.name):
-        return "hidden files"
+        return "hidden file"
     if not file.exists():
         raise JobError(f"{key}: {file} is a link to a file that is not there. Fetch the file or remove the link")
     if not file.is_file():
-        return "that are no files"
-    if _ABOUT_DATA.fullmatch(file.name):
-        return "files about the data"
+        return "entry that is no file"
+    if _ABOUT_DATA.fullmatch(file.name) or _is_description(file):
+        return "file about the data"
     if kind_of_name(file.name) or (not file.suffix and kind_of_content(file) not in (None, "csv", "tsv")):
         return None
-    return "files of other kinds"
+    return "file of another kind"
 
 
 def _chosen(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
@@ -136,7 +138,7 @@ def _chosen(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
     files = [file for file, label in seen.data if wanted is None or label in allowed]
     for file, label in seen.data:
         if file not in files:
-            seen.skipped[f"files of the split {label}" if label else "files of no split"].append(_shown(file, folder))
+            seen.skipped[f"file of the split {label}" if label else "file of no split"].append(_shown(file, folder))
     if not files:
         found = ", ".join(sorted(label or "files of no split" for label in labels))
         raise JobError(
@@ -165,7 +167,7 @@ def _saved_dict(folder: Path, key: str, split: str | None) -> Listing:
             f" {{path: {folder.name}, split: {names[0] if names else '...'}}}"
         )
     others = [other for other in names if other != name]
-    skipped = (f"not read: {len(others)} other splits ({', '.join(others)})",) if others else ()
+    skipped = (f"not read: {_counted(others, 'other split')} ({', '.join(others)})",) if others else ()
     return Listing(_saved(folder / name, key).files, skipped)
 
 
@@ -190,6 +192,25 @@ def _field(values: Any, name: str, file: Path) -> list[str]:
     if not isinstance(found, list) or not all(isinstance(item, str) and Path(item).name == item for item in found):
         raise BadInput(f"{file}: names no {name}")
     return found
+
+
+def _is_description(file: Path) -> bool:
+    """Whether a JSON file is a small object that is no row and holds no rows: statistics, settings, a licence."""
+    if kind_of_name(file.name) != "json" or file.suffix == ".gz" or file.stat().st_size > _DESCRIPTION_BYTES:
+        return False
+    try:
+        values = read_json(file, allow_nan=True)
+    except BadInput:
+        return False  # its reader says what is wrong
+    if not isinstance(values, dict) or detect(values):
+        return False
+    return not any(isinstance(part, dict) for value in values.values() if isinstance(value, list) for part in value)
+
+
+def _counted(things: list[str], noun: str) -> str:
+    """`3 hidden files`: the first word that names a thing gets its plural."""
+    plural = re.sub(r"file|folder|link|split", r"\g<0>s", noun, count=1).replace("entry that is", "entries that are")
+    return f"{len(things)} {noun if len(things) == 1 else plural}"
 
 
 def _hidden(name: str) -> bool:

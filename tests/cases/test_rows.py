@@ -165,7 +165,7 @@ def test_what_datasets_saved_is_read(rows_case, monkeypatch):
     for name in ("job.yaml", "dict.yaml"):
         found = read(folder, name)
         assert [example.reference for _, example in found] == [f"Floor {number // 10}" for number in range(30)]
-    assert "1 other splits (test)" in skipped(folder, "dict.yaml")
+    assert "1 other split (test)" in skipped(folder, "dict.yaml")
 
 
 def pairs(*numbers):
@@ -214,4 +214,4 @@ def test_hidden_copies_are_not_trained_twice(rows_case):
         shutil.copy(folder / "data/train.jsonl", folder / "data" / copy)
 
     assert [row.values for row, _ in read(folder)] == [row.values for row, _ in read(folder, "clean.yaml")]
-    assert "hidden folders" in skipped(folder) and "hidden files (._train.jsonl)" in skipped(folder)
+    assert "hidden folders" in skipped(folder) and "1 hidden file (._train.jsonl)" in skipped(folder)

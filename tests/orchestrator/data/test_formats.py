@@ -311,7 +311,7 @@ used = {name for groups in contract._USED.values() for group in groups for name 
 fields = st.sampled_from(sorted(used | set(contract.refusals("prompt_completion"))))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(st.dictionaries(fields, values))
 def test_junk_rows_are_bad_rows_never_tracebacks(row):
     try:

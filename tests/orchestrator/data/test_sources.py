@@ -51,7 +51,7 @@ def test_of_a_folder_only_its_data_files_are_read_and_the_others_are_named(sourc
 
     assert texts(job) == ["data/more/b.JSONL", "data/train.jsonl"]
     told = "\n".join(skipped_of(job, "data", "data.train"))
-    for reason in ("2 hidden files", "5 hidden folders", "files about the data", "files of other kinds (notes.txt"):
+    for reason in ("2 hidden files", "5 hidden folders", "files about the data", "files of another kind (notes.txt"):
         assert reason in told, told
 
 
@@ -105,7 +105,7 @@ def test_a_split_of_ones_own_name_is_found(source):
         ("train: {path: data, split: dev}", ["data/train.jsonl"], "nothing of the split validation; it has: train"),
         ("train: {path: data.jsonl, split: test}", ["data.jsonl"], "a file has no splits"),
         ("train: {path: data.jsonl, split: 'train[:10]'}", ["data.jsonl"], "a file has no splits"),
-        ("train: data", ["data/.x.jsonl"], "holds no .*not read: 1 hidden files"),
+        ("train: data", ["data/.x.jsonl"], "holds no .*not read: 1 hidden file "),
         ("train: trian.txt", ["train.txt"], "does not exist. Did you mean train.txt?"),
         ("train: tarin.jsonl", ["train.jsonl"], "Did you mean train.jsonl?"),
         ("train: tarin", ["train.jsonl"], "Did you mean train.jsonl?"),
@@ -163,7 +163,7 @@ def test_what_is_no_file_is_refused_or_named(source, tmp_path):
     os.mkfifo(tmp_path / "data" / "b.jsonl")
 
     assert texts(job) == ["data/a.jsonl"]
-    assert "that are no files (b.jsonl)" in skipped_of(job, "data", "data.train")[0]
+    assert "1 entry that is no file (b.jsonl)" in skipped_of(job, "data", "data.train")[0]
     with pytest.raises(JobError, match="is a FIFO"):
         texts(source("train: data/b.jsonl"))
     with pytest.raises(JobError, match="device"):
@@ -182,6 +182,18 @@ def test_links_of_a_cache_are_read_by_their_name_and_without_one_by_their_conten
     assert texts(job) == ["blobs/1f3a", "blobs/0f3a"]
     assert texts(source("train: snapshot/train.jsonl")) == ["blobs/0f3a"]
     assert texts(source("train: blobs/0f3a")) == ["blobs/0f3a"]
+
+
+def test_a_json_object_that_is_no_row_is_a_file_about_the_data(source, tmp_path):
+    job = source("train: data", ["data/train.jsonl"])
+    for name, values in {"stats": {"rows": 3}, "empty": {}, "row": {"text": "row"}}.items():
+        (tmp_path / "data" / f"{name}.json").write_text(json.dumps(values, indent=1))
+
+    assert texts(job) == ["row", "data/train.jsonl"]
+    assert "2 files about the data (empty.json, stats.json)" in skipped_of(job, "data", "data.train")[0]
+    (tmp_path / "data" / "rows.json").write_text(json.dumps({"rows": [{"text": "a"}]}))
+    with pytest.raises(JobError, match="jq -c"):
+        texts(job)
 
 
 def test_the_digest_is_of_the_files_that_are_read(source, tmp_path):
