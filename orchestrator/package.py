@@ -117,9 +117,9 @@ def packed_files(job: Job) -> Packed:
         name = Path(value).name if Path(value).name not in ("", ".", "..") else source.name
         place = packed.places.setdefault(source, f"{len(packed.places)}-{name}")
         for file in listed(source):
-            inner = place if file == source else f"{place}/{file.relative_to(source).as_posix()}"
+            inner = f"{place}/{file.relative_to(source).as_posix()}" if source.is_dir() else place
             packed.files[inner] = _regular(file)
-            written = job.folder / Path(value).expanduser() if file == source else file
+            written = file if source.is_dir() else job.folder / Path(value).expanduser()
             if written.is_symlink() or packed.files[inner] != file:
                 packed.links[inner] = packed.files[inner]
     _refuse_too_large(packed)

@@ -91,6 +91,18 @@ def test_links_travel_as_files_are_counted_and_named(folder, tmp_path, monkeypat
         packed(folder)
 
 
+def test_a_data_file_that_is_a_link_keeps_its_name(folder):
+    (folder / "blobs").mkdir()
+    write_jsonl(folder / "blobs" / "0f3a", rows(3))
+    (folder / "train.jsonl").symlink_to("blobs/0f3a")
+    (folder / "job.yaml").write_text("model: {model_name_or_path: model}\ndata: {train: train.jsonl}\n")
+
+    found = packed(folder)
+
+    assert found.files["1-train.jsonl"] == folder / "blobs" / "0f3a"
+    assert found.links == {"1-train.jsonl": folder / "blobs" / "0f3a"}
+
+
 def test_a_package_for_a_dashboard_holds_no_link(folder):
     (folder / "data" / "link.jsonl").symlink_to(folder / "data" / "a.jsonl")
 
