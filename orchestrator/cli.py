@@ -78,18 +78,24 @@ def init(
 
 
 @app.command()
-def validate(job: JobArgument, set_: SetOption = [], json_: JsonOption = False) -> None:
-    """Check a job file, its data files and its first rows; starts nothing and downloads nothing.
+def validate(
+    job: JobArgument,
+    set_: SetOption = [],
+    exact: Annotated[bool, typer.Option("--exact", help="look at every row, not at the first 1,000")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Check a job file, its model, and its first rows as the model will see them; starts and downloads nothing.
 
-    Example: orchestrator validate job.yaml --set method.lora_r=32
+    Examples: orchestrator validate job.yaml --set method.lora_r=32
+              orchestrator validate job.yaml --exact
     """
     from orchestrator.validation import check
 
-    found = check(asked_job(job, set_))
+    found = check(asked_job(job, set_), exact)
     if json_:
         print_json(found)
         return
-    for line in found["notices"]:
+    for line in [*found["notices"], *(f"not checked: {what}" for what in found["unchecked"])]:
         show(line)
     formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
     show(f"{job} is valid ({formats})")
@@ -453,7 +459,7 @@ def inspect(
     if json_:
         print_json(seen)
     else:
-        out.print(view(seen))
+        out.print(view(seen, out.is_terminal and not out.no_color), soft_wrap=not out.is_terminal)
 
 
 @app.command()

@@ -9,11 +9,10 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from orchestrator.data.dataset import Statistics, samples_of
+from clusters.safe_input import printable
 from orchestrator.data.packing import best_fit_decreasing, padded_tokens
-from orchestrator.data.prepare import options_for, renderer_for
-from orchestrator.data.row import BadRow
-from orchestrator.data.sources import rows_of, sources_of
+from orchestrator.data.samples import renderer_for
+from orchestrator.data.survey import survey
 from orchestrator.jobfile import Job
 from orchestrator.plan_view import data_sentence
 
@@ -21,59 +20,48 @@ _PADDED_ROWS = 8
 
 
 def look(job: Job, model_folder: Path, max_length: int, first: int, num_rows: int) -> dict[str, Any]:
-    """Render every row of data.train; keeps the samples of `num_rows` rows from number `first` (1 = the first) on.
+    """Render every row; keeps the samples of `num_rows` rows of data.train from number `first` (1 = the first) on.
 
     Broken rows are counted with their reasons, whatever data.strict says: this verb is for finding them.
     """
     renderer = renderer_for(job, model_folder)
-    statistics, shown, lengths = Statistics(), [], []
-    formats: dict[str, int] = {}
-    broken: list[str] = []
-    detected: dict[str, str] = {}
-    for source, files in sources_of(job, job.spec.data.train, "data.train"):
-        options = options_for(job, source, max_length)
-        for row in rows_of(source, files):
-            statistics.rows += 1
-            try:
-                row_format, samples = samples_of(row, renderer, options, statistics, detected)
-            except BadRow as reason:
-                statistics.rejected += 1
-                broken.append(f"{row.where}: {reason}")
-                continue
-            formats[row_format] = formats.get(row_format, 0) + 1
-            lengths += [len(sample["input_ids"]) for sample in samples]
-            if first <= statistics.rows < first + num_rows:
-                shown += [{**sample, "text": _pieces(renderer.tokenizer, sample)} for sample in samples]
-    statistics.formats = formats
+    shown: list[dict[str, Any]] = []
+
+    def keep(number: int, samples: list[dict[str, Any]]) -> None:
+        if first <= number < first + num_rows:
+            shown.extend({**sample, "text": _pieces(renderer.tokenizer, sample)} for sample in samples)
+
+    found = survey(job, renderer, max_length, keep=keep)
+    train = found.train
     return {
-        "statistics": asdict(statistics),
-        "packing": _packing(lengths, max_length) if lengths else {},
+        "statistics": asdict(train.counts.statistics),
+        "packing": _packing(train.lengths, max_length) if train.lengths else {},
         "samples": shown,
-        "broken": broken[:20],
+        "check": found.lines(with_skipped=False),
+        "broken": [line for key in found.keys.values() for line in key.counts.broken.lines(20)],
     }
 
 
-def view(seen: dict[str, Any]) -> RenderableType:
-    """The same, coloured: green is trained, grey is only read."""
+def view(seen: dict[str, Any], in_colour: bool = True) -> RenderableType:
+    """The same for people: what is trained is green, or between ⟦ and ⟧ where there are no colours."""
     parts: list[RenderableType] = []
     for sample in seen["samples"]:
-        text = Text(
-            f"{sample['source']}  ({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)\n",
-            style="bold",
-        )
+        title = f"{sample['source']}  ({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)"
+        text = Text(f"{printable(title)}\n", style="bold")
         for piece, supervised in sample["text"]:
-            text.append(piece, style="black on green" if supervised else "dim")
+            shown = "\n".join(printable(line) for line in piece.split("\n"))
+            marked = f"⟦{shown}⟧" if supervised and not in_colour else shown
+            text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
         text.append("\n")
         parts.append(text)
     legend = Text.assemble(("supervised", "black on green"), "  ", ("read only", "dim"))
+    parts.append(legend if in_colour else Text("⟦supervised⟧  read only"))
     statistics, packing = seen["statistics"], seen["packing"]
-    parts += [legend, Text(data_sentence(statistics))]
-    parts.append(
-        Text(", ".join(f"{statistics[key]} {key}" for key in ("rows", "samples", "truncated", "dropped", "rejected")))
-    )
+    parts.append(Text(data_sentence({"train": statistics})))
+    parts += [Text(printable(line)) for line in seen["check"]]
     if packing:
         parts.append(Text(_packing_sentence(packing)))
-    parts += [Text(f"broken: {line}", style="red") for line in seen["broken"]]
+    parts += [Text(f"broken: {printable(line)}", style="red") for line in seen["broken"]]
     return Group(*parts)
 
 

@@ -201,7 +201,7 @@ def plan_without_data(
         say(notice)
     shape = workload.model_shape(config)
     max_length, _ = planner.resolve_max_length(job.spec, config)
-    lengths, learnt = rough_lengths(job, max_length)
+    lengths, learnt = rough_lengths(job, max_length, say=say)
     counts, lengths, learnt = _rough_held_out(job, max_length, lengths, learnt)
     capability = declared or _reached(job, say, refresh)
     plan, work = _plan(job, config, shape, capability, lengths, learnt, counts)

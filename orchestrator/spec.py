@@ -86,7 +86,10 @@ class DataSection(Section):
     assistant_only_loss: bool = _key(True, "conversations: train on the assistant's words only")
     completion_only_loss: bool = _key(True, "prompt/completion rows: train on the completion only")
     max_length: Auto | Annotated[int, Field(ge=8, le=MOST)] = _key("auto", "longest sample in tokens")
-    overlong: Literal["truncate", "drop", "split"] = _key("truncate", "what happens to longer samples")
+    overlong: Literal["auto", "truncate", "drop", "split"] = _key(
+        "auto", "what happens to longer samples; auto = conversations are cut, plain text is split"
+    )
+    truncate: bool = _key(False, "go on where more than 20 % of the tokens or rows are cut or dropped")
     packing: Auto | bool = _key("auto", "lay documents end to end instead of padding; never lets one see another")
     packing_strategy: Literal["bfd"] = _key("bfd", "best-fit decreasing")
     strict: bool = _key(True, "a broken row is an error; false counts it and writes it to rejected.jsonl")

@@ -1,60 +1,109 @@
-"""A job checked without starting it: its data files, their first rows, its model, and the plan's contradictions."""
+"""A job checked without starting it: its data files, their rows as the model would see them, its model, its search."""
 
 from __future__ import annotations
 
-from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from clusters.probe import look_at_this_node
 from orchestrator import models, planner, workload
-from orchestrator.data.files import read_rows
-from orchestrator.data.formats import read_example
-from orchestrator.data.row import BadRow
 from orchestrator.data.sources import sources_of
+from orchestrator.data.survey import Survey, can_render, survey
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check
+from orchestrator.job.paths import read_text_file
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.jobfile import Job
 from orchestrator.search.space import stated_space
 from orchestrator.spec import HeldOut
 from strategies.targets import architecture_of_shape
 
-_ROWS_LOOKED_AT = 20
+_ROWS_LOOKED_AT = 1000  # of each data key, unless all are asked for
 
 
-def check(job: Job) -> dict[str, Any]:
-    """Formats by path and notices.  Raises JobError with every mistake found."""
+def check(job: Job, exact: bool = False) -> dict[str, Any]:
+    """Formats by path, counts, notices, and which checks could not run here; `exact` looks at every row.
+
+    Raises JobError with every mistake found.  Nothing is downloaded and no weight is read.
+    """
     mistakes: list[str] = []
-    formats: dict[str, str] = {}
+    notices = list(job.notices)
+    folder, max_length = None, None
+    try:
+        _check_paths(job)
+    except JobError as error:
+        mistakes += error.mistakes
+    data_is_there = not mistakes
+    try:
+        stated_space(job.spec)
+    except JobError as error:
+        mistakes += error.mistakes
+    try:
+        folder, max_length, said = _check_model(job)
+        notices += said
+    except JobError as error:
+        mistakes += error.mistakes
+    unchecked = _unchecked(job, folder)
+    found: Survey | None = None
+    if data_is_there:
+        try:
+            found = _look(job, folder if not mistakes and can_render() else None, max_length, exact)
+            mistakes += found.mistakes()
+        except JobError as error:
+            mistakes += error.mistakes
+    if mistakes or found is None:
+        raise JobError(mistakes)
+    return {
+        "valid": True,
+        "name": job.spec.name,
+        "formats": found.formats(),
+        "notices": notices + found.lines(),
+        "statistics": found.statistics(),
+        "unchecked": unchecked + found.unchecked(),
+    }
+
+
+def _look(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
+    renderer = None
+    if folder is not None:
+        from orchestrator.data.samples import renderer_for
+
+        renderer = renderer_for(job, folder)
+    return survey(job, renderer, max_length, None if exact else _ROWS_LOOKED_AT)
+
+
+def _unchecked(job: Job, folder: Path | None) -> list[str]:
+    """Checks that cannot run on this machine, each with the reason."""
+    if folder is None:
+        name = job.spec.model.model_name_or_path
+        return [f"the files of {name}, its targets, and the rows as it sees them: it is not on this machine yet"]
+    if not can_render():
+        return ["the rows as the model sees them: this needs transformers, which is not installed here"]
+    return []
+
+
+def _check_paths(job: Job) -> None:
+    """Raises JobError for data files and a chat template that are not there."""
+    mistakes: list[str] = []
     data = job.spec.data
     for key, value in (("data.train", data.train), ("data.eval", data.eval)):
         if value is None or isinstance(value, HeldOut):
             continue
         try:
-            for source, files in sources_of(job, value, key):
-                wanted = source.format if source.format != "auto" else data.format
-                for file in files:
-                    formats[source.path if len(files) == 1 else str(file)] = _format_of(file, wanted, data.instruction)
+            sources_of(job, value, key)
         except JobError as error:
             mistakes += error.mistakes
-    if data.chat_template != "tokenizer" and not job.path(data.chat_template).is_file():
-        mistakes.append(f"data.chat_template: {job.path(data.chat_template)} does not exist")
-    notices = list(job.notices)
-    try:
-        notices += _check_model(job)
-    except JobError as error:
-        mistakes += error.mistakes
-    try:
-        stated_space(job.spec)
-    except JobError as error:
-        mistakes += error.mistakes
+    if data.chat_template != "tokenizer":
+        try:
+            read_text_file(data.chat_template, "data.chat_template", job.folder)
+        except JobError as error:
+            mistakes += error.mistakes
     if mistakes:
         raise JobError(mistakes)
-    return {"valid": True, "name": job.spec.name, "formats": formats, "notices": notices}
 
 
-def _check_model(job: Job) -> list[str]:
-    """Notices about the model, without loading or downloading it.  Raises JobError."""
+def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
+    """The model's folder and the longest sample where it is on this machine, and notices.  Raises JobError."""
     spec = job.spec
     num_workers, _ = planner.resolve_workers(spec, look_at_this_node())
     workload.check_batch(spec, num_workers if spec.cluster.address == "local" else None)
@@ -64,27 +113,11 @@ def _check_model(job: Job) -> list[str]:
     folder = models.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is None:
         hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
-        if models.is_packaged(spec.model.model_name_or_path):
-            return notices
-        later = "the model is not on this machine yet: its files, targets and tokenizer are checked by `submit`"
-        return [*notices, later]
+        return None, None, notices
     config = models.read_config(folder)
     shape = workload.trainable_shape(config)
-    planner.resolve_max_length(spec, config)
+    max_length, _ = planner.resolve_max_length(spec, config)
     check_tokens(folder, shape.vocab_size)
     model_check.check_targets(spec.methods(), architecture_of_shape(shape))
-    return notices + model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
-
-
-def _format_of(file: Any, wanted: str, instruction: str) -> str:
-    found: str | None = None
-    detected: dict[str, str] = {}
-    for row in islice(read_rows(file), _ROWS_LOOKED_AT):
-        try:
-            row_format, _ = read_example(row, wanted, instruction, detected)
-        except BadRow as reason:
-            raise JobError(f"{row.where}: {reason}") from None
-        found = found or row_format
-    if found is None:
-        raise JobError(f"{file}: holds no row")
-    return found
+    notices += model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
+    return folder, max_length, notices

@@ -1,9 +1,9 @@
 """Files of rows -> tokens with a loss mask -> micro-batches.
 
-Start at sources.py: the data keys of a job -> files -> rows.  folders.py says which files of a folder belong to a
-split, files.py opens one and readers/ reads it, row.py is what they give.  contract.py says what becomes of each
-column, formats.py makes an example of a row, turns.py reads conversations.  template.py renders and masks examples,
-dataset.py tokenises them once into a memory-mapped Arrow file, prepare.py does both for a job and sizes.py guesses
-their lengths without either.  order.py says which samples a step sees, packing.py lays them into rows without padding,
-batches.py makes tensors of them.
+Rows:     sources.py (the job's data keys; start here) folders.py files.py readers/ row.py
+Meaning:  contract.py (what becomes of each column) formats.py turns.py
+Tokens:   chat.py (what the chat template writes, where each answer is) supervision.py (what it lost: pure)
+          template.py (a row's samples) samples.py (cut to length, counted) counts.py (what is said of them: pure)
+Kept:     prepare.py dataset.py (tokenised once into a memory-mapped Arrow file); survey.py looks and keeps nothing
+Steps:    order.py (which samples a step sees) packing.py (rows without padding) batches.py sizes.py (for a rough plan)
 """

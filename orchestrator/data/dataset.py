@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +18,10 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from orchestrator.data.formats import read_example
+from orchestrator.data.counts import Counts, Statistics
 from orchestrator.data.row import BadRow, Row
-from orchestrator.data.template import Renderer, Tokens
+from orchestrator.data.samples import Options, tokenised
+from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import manifest
 
@@ -31,13 +31,14 @@ _SCHEMA = pyarrow.schema(
         ("input_ids", pyarrow.list_(pyarrow.int32())),
         ("supervised", pyarrow.list_(pyarrow.bool_())),
         ("num_supervised", pyarrow.int32()),
+        ("fingerprint", pyarrow.int64()),  # of the token ids: equal samples have equal ones
         ("prompt_length", pyarrow.int32()),
         ("reference", pyarrow.string()),
         ("source", pyarrow.string()),
     ]
 )
 _ROWS_A_BATCH = 1000
-_VERSION = 3  # raise it when the same inputs would give other tokens
+_VERSION = 4  # raise it when the same inputs would give other tokens
 
 
 class DamagedCache(RunFailed):
@@ -54,32 +55,6 @@ class DamagedCache(RunFailed):
         return type(self), (self.folder, self.damage)
 
 
-@dataclass(frozen=True)
-class Options:
-    """What decides how one row becomes tokens, beside the renderer."""
-
-    format: str
-    instruction: str
-    max_length: int | None  # None = keep every token
-    overlong: str
-    strict: bool
-
-
-@dataclass
-class Statistics:
-    """What happened to the rows."""
-
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    supervised_tokens: int = 0
-    longest: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    rejected: int = 0
-    formats: dict[str, int] = field(default_factory=dict)
-
-
 class Dataset:
     """Samples by number.  Lengths are in memory, tokens in the mapped file; a subset is a list of row numbers."""
 
@@ -92,6 +67,7 @@ class Dataset:
             "list_value_length", [table["input_ids"]]
         ).to_numpy()[self._rows]
         self.num_supervised: numpy.ndarray = table["num_supervised"].to_numpy()[self._rows]
+        self.fingerprints: numpy.ndarray = table["fingerprint"].to_numpy()[self._rows]
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -130,17 +106,16 @@ class Dataset:
         return self._table["source"][int(self._rows[index])].as_py()
 
     def select(self, indices: Sequence[int]) -> Dataset:
-        """The samples at `indices`, over the same mapped file; statistics counted anew."""
+        """The samples at `indices`, over the same mapped file, their tokens counted anew; counts of rows stay."""
         chosen = self._rows[numpy.asarray(indices, dtype=numpy.int64)]
         fingerprint = hashlib.sha256(chosen.tobytes()).hexdigest()[:8]
         subset = Dataset(self._table, self.statistics, f"{self.digest}-{fingerprint}", chosen)
-        subset.statistics = Statistics(
-            rows=len(subset),
+        subset.statistics = replace(
+            self.statistics,
             samples=len(subset),
             tokens=int(subset.lengths.sum()),
             supervised_tokens=int(subset.num_supervised.sum()),
             longest=int(subset.lengths.max(initial=0)),
-            formats=self.statistics.formats,
         )
         return subset
 
@@ -148,18 +123,24 @@ class Dataset:
         """(kept, held out) by a permutation of `seed`; at least one sample on each side."""
         if len(self) < 2:
             raise JobError("data.eval.split: one row cannot be split; give data.eval a file of its own")
-        num_held = min(max(1, round(len(self) * fraction)), len(self) - 1)
-        shuffled = numpy.random.Generator(numpy.random.Philox(key=[seed, 2**32])).permutation(len(self))
-        return self.select(numpy.sort(shuffled[num_held:]).tolist()), self.select(
-            numpy.sort(shuffled[:num_held]).tolist()
-        )
+        kept, held = split_rows(len(self), fraction, seed)
+        return self.select(kept), self.select(held)
 
     def overlap(self, other: Dataset) -> int:
-        """How many samples of `other` occur here too, token by token; looks only at samples of equal lengths."""
-        theirs = {other.tokens(index)[0].tobytes() for index in range(len(other))}
-        candidates = numpy.flatnonzero(numpy.isin(self.lengths, other.lengths))
-        ours = {content for index in candidates.tolist() if (content := self.tokens(index)[0].tobytes()) in theirs}
-        return sum(other.tokens(index)[0].tobytes() in ours for index in range(len(other)))
+        """How many samples of `other` occur here too, token by token."""
+        return int(numpy.isin(other.fingerprints, self.fingerprints).sum())
+
+    def num_repeated(self) -> int:
+        """How many samples are equal to another one."""
+        _, counts = numpy.unique(self.fingerprints, return_counts=True)
+        return int(counts[counts > 1].sum())
+
+
+def split_rows(count: int, fraction: float, seed: int) -> tuple[list[int], list[int]]:
+    """(kept, held out) numbers of `count` samples, by a permutation of `seed`; at least one on each side."""
+    num_held = min(max(1, round(count * fraction)), count - 1)
+    shuffled = numpy.random.Generator(numpy.random.Philox(key=[seed, 2**32])).permutation(count)
+    return numpy.sort(shuffled[num_held:]).tolist(), numpy.sort(shuffled[:num_held]).tolist()
 
 
 def cache_key(*parts: Any) -> str:
@@ -194,90 +175,25 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
 
 
 def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Path) -> None:
-    statistics, formats, broken = Statistics(), Counter[str](), list[str]()
-    detected: dict[str, str] = {}
+    counts = Counts()
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
         pyarrow.ipc.new_file(sink, _SCHEMA) as writer,
         (folder / "rejected.jsonl").open("w") as rejected,
     ):
+
+        def reject(row: Row, reason: BadRow) -> None:
+            entry = {"where": row.where, "reason": reason.reason, "row": row.values}
+            rejected.write(json.dumps(entry, default=str) + "\n")
+
         waiting: list[dict[str, Any]] = []
-        for row in rows:
-            statistics.rows += 1
-            try:
-                row_format, samples = samples_of(row, renderer, options, statistics, detected)
-            except BadRow as reason:
-                statistics.rejected += 1
-                broken.append(f"{row.where}: {reason}")
-                rejected.write(
-                    json.dumps({"where": row.where, "reason": str(reason), "row": row.values}, default=str) + "\n"
-                )
-                continue
-            formats[row_format] += 1
+        for _, samples in tokenised(rows, renderer, options, counts, reject):
             waiting += samples
             if len(waiting) >= _ROWS_A_BATCH:
                 writer.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema=_SCHEMA))
                 waiting = []
         if waiting:
             writer.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema=_SCHEMA))
-    if broken and options.strict:
-        more = [f"... and {len(broken) - 10} more"] if len(broken) > 10 else []
-        raise JobError([*broken[:10], *more, "Mend these rows, or set data.strict: false to skip and count them"])
-    statistics.formats = dict(formats)
-    if statistics.samples == 0:
-        raise JobError(
-            f"data: no sample is left of {statistics.rows} rows ({statistics.rejected} rejected, {statistics.dropped}"
-            " dropped as too long or without a supervised token); raise data.max_length or look with `inspect`"
-        )
-    (folder / "statistics.json").write_text(json.dumps(asdict(statistics), indent=1))
-
-
-def samples_of(
-    row: Row, renderer: Renderer, options: Options, statistics: Statistics, detected: dict[str, str]
-) -> tuple[str, list[dict[str, Any]]]:
-    """The format of a row and its samples (none when dropped, several when split), counted into `statistics`.
-
-    Where the format is open, the first row of a file that has one decides for the file; `detected` remembers it.
-    """
-    row_format, example = read_example(row, options.format, options.instruction, detected)
-    tokens = renderer.render(example)
-    pieces = _fit(tokens, options, statistics)
-    samples = []
-    for piece in pieces:
-        whole = len(pieces) == 1 and len(piece.input_ids) == len(tokens.input_ids)
-        num_supervised = sum(piece.supervised)
-        if num_supervised == 0:
-            statistics.dropped += 1
-            continue
-        statistics.samples += 1
-        statistics.tokens += len(piece.input_ids)
-        statistics.supervised_tokens += num_supervised
-        statistics.longest = max(statistics.longest, len(piece.input_ids))
-        samples.append(
-            {
-                "input_ids": piece.input_ids,
-                "supervised": piece.supervised,
-                "num_supervised": num_supervised,
-                "prompt_length": piece.prompt_length,
-                "reference": example.reference if whole else None,
-                "source": row.where,
-            }
-        )
-    return row_format, samples
-
-
-def _fit(tokens: Tokens, options: Options, statistics: Statistics) -> list[Tokens]:
-    limit = options.max_length
-    if limit is None or len(tokens.input_ids) <= limit:
-        return [tokens]
-    statistics.truncated += 1
-    if options.overlong == "drop":
-        statistics.dropped += 1
-        return []
-    starts = range(0, len(tokens.input_ids), limit) if options.overlong == "split" else [0]
-    return [_piece(tokens, start, limit) for start in starts]
-
-
-def _piece(tokens: Tokens, start: int, limit: int) -> Tokens:
-    ids, mask = tokens.input_ids[start : start + limit], tokens.supervised[start : start + limit]
-    return Tokens(ids, [False, *mask[1:]], 0)
+    if mistake := counts.mistake("data", options.strict):
+        raise mistake
+    (folder / "statistics.json").write_text(json.dumps(asdict(counts.statistics), indent=1))

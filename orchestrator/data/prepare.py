@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.dataset import DamagedCache, Dataset, Options, build, cache_key
+from orchestrator.data.counts import loss_notice, loss_refusal, reading_notices
+from orchestrator.data.dataset import DamagedCache, Dataset, build, cache_key
 from orchestrator.data.files import digest
-from orchestrator.data.sources import digest_of, rows_of, sources_of
-from orchestrator.data.template import Renderer, chat_template_of
+from orchestrator.data.samples import options_for, renderer_for, template_text
+from orchestrator.data.sources import digest_of, rows_of, skipped_of, sources_of
+from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.jobfile import Job
@@ -40,6 +42,7 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     maker = _Maker(job, model_folder, max_length, cache, say)
     train_folder = maker.make(data.train, "data.train")
     train = Dataset.load(train_folder)
+    _report(job, train, "data.train", say)
     files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)} | digests(job)
     held_out = None
     if isinstance(data.eval, HeldOut):
@@ -49,7 +52,23 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
         eval_folder = maker.make(data.eval, "data.eval")
         files["eval"] = str(eval_folder)
         held_out = Dataset.load(eval_folder)
+        _report(job, held_out, "data.eval", say)
+    train.statistics.repeated = train.num_repeated()
+    if held_out is not None:
+        train.statistics.held_out = held_out.overlap(train)
+        held_out.statistics.repeated = held_out.num_repeated()
     return Prepared(train, held_out, files, maker.num_made == 0)
+
+
+def _report(job: Job, data: Dataset, key: str, say: Callable[[str], None]) -> None:
+    """Say what of the rows and files is not used.  Raises JobError where that is more than a job loses unasked."""
+    statistics = asdict(data.statistics)
+    if not job.spec.data.truncate and (refusal := loss_refusal(statistics, key)):
+        raise JobError(refusal)
+    notice = loss_notice(statistics, key)
+    skipped = skipped_of(job, getattr(job.spec.data, key.removeprefix("data.")), key)
+    for line in ([notice] if notice else []) + reading_notices(statistics, key) + skipped:
+        say(line)
 
 
 def digests(job: Job) -> dict[str, str | None]:
@@ -70,29 +89,6 @@ def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
     return data, Dataset.load(Path(where["eval"])) if where.get("eval") else None
 
 
-def renderer_for(job: Job, model_folder: Path) -> Renderer:
-    """The renderer of a job: its tokenizer with its chat template."""
-    from transformers import AutoTokenizer
-
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
-    except (ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise JobError(
-            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {reason}"
-        ) from None
-    data = job.spec.data
-    template = chat_template_of(tokenizer, data.chat_template, lambda path: _template_file(job, path))
-    return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
-
-
-def options_for(job: Job, source: Source, max_length: int | None) -> Options:
-    """How the rows of a source become tokens."""
-    data = job.spec.data
-    row_format = source.format if source.format != "auto" else data.format
-    return Options(row_format, data.instruction, max_length, data.overlong, data.strict)
-
-
 class _Maker:
     """Makes datasets for one job; the tokenizer is loaded only when something must be tokenised."""
 
@@ -104,7 +100,7 @@ class _Maker:
     def make(self, value: Any, key: str) -> Path:
         """The folder of the tokenised samples of one data key."""
         sources = sources_of(self.job, value, key)
-        folder = self.cache / self._name(sources)
+        folder = self.cache / self._name(sources, key)
         if folder.exists() or folder.is_symlink():
             try:
                 Dataset.load(folder)
@@ -113,32 +109,19 @@ class _Maker:
                 self.say(f"{key}: the tokenised rows in {folder} are damaged ({error.damage}); they are made again")
         self._renderer = self._renderer or renderer_for(self.job, self.model_folder)
         self.say(f"tokenising {key} ...")
-        # Options differ between sources by their format alone, which each row's own fields decide or the source states.
-        formats = {options_for(self.job, source, self.max_length) for source, _ in sources}
-        if len(formats) > 1:
-            raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
+        options = options_for(self.job, [source for source, _ in sources], self.max_length, key)
         rows = (row for source, files in sources for row in rows_of(source, files))
-        build(rows, self._renderer, formats.pop(), folder)
+        build(rows, self._renderer, options, folder)
         self.num_made += 1
         return folder
 
-    def _name(self, sources: list[tuple[Source, list[Path]]]) -> str:
+    def _name(self, sources: list[tuple[Source, list[Path]]], key: str) -> str:
         data = self.job.spec.data
         tokenizer = sorted({file for pattern in _TOKENIZER_FILES for file in self.model_folder.glob(pattern)})
-        template = None if data.chat_template == "tokenizer" else _template_file(self.job, data.chat_template)
+        template = template_text(self.job)
         return cache_key(
             [(source.model_dump(), [digest(file) for file in files]) for source, files in sources],
             [(file.name, digest(file)) for file in tokenizer if file.is_file()],
             [template, data.system_prompt, data.assistant_only_loss, data.completion_only_loss],
-            [asdict(options_for(self.job, source, self.max_length)) for source, _ in sources],
+            asdict(options_for(self.job, [source for source, _ in sources], self.max_length, key)),
         )
-
-
-def _template_file(job: Job, setting: str) -> str:
-    path = job.path(setting)
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError):
-        raise JobError(
-            f"data.chat_template: {path} cannot be read; give `tokenizer` or the path of a .jinja file"
-        ) from None

@@ -6,9 +6,11 @@ import importlib.util
 import json
 import random
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 from orchestrator import models
+from orchestrator.data.counts import Statistics, loss_notice
 from orchestrator.data.formats import Example, read_example
 from orchestrator.data.row import BadRow
 from orchestrator.data.sources import rows_of, sources_of
@@ -20,15 +22,20 @@ _BYTES_PER_TOKEN = 4.0  # of UTF-8: English words, and Japanese at three bytes a
 _TOKENS_PER_TURN = 4  # what a chat template puts around one
 
 
-def rough_lengths(job: Job, max_length: int, key: str = "train") -> tuple[list[int], int]:
-    """Tokens of each row of `data.KEY`, cut at `max_length`, and how many of all are supervised.
+def rough_lengths(
+    job: Job, max_length: int, key: str = "train", say: Callable[[str], None] = lambda text: None
+) -> tuple[list[int], int]:
+    """Tokens of each sample of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
+
+    What would be cut or dropped is said through `say`, as far as it can be told without the chat template.
 
     Counted with the model's own tokenizer.json where the `tokenizers` package is installed, else from bytes; beyond the
     first rows drawn from them.  Raises JobError for rows that fit no format.
     """
     count = _counter(job)
     lengths: list[int] = []
-    supervised, total = 0, 0
+    supervised, total, looked_at = 0, 0, 0
+    lost = Statistics()
     detected: dict[str, str] = {}
     for source, files in sources_of(job, getattr(job.spec.data, key), f"data.{key}"):
         wanted = source.format if source.format != "auto" else job.spec.data.format
@@ -38,17 +45,39 @@ def rough_lengths(job: Job, max_length: int, key: str = "train") -> tuple[list[i
             except BadRow:
                 continue
             total += 1
-            if len(lengths) >= _ROWS_COUNTED:
+            if looked_at >= _ROWS_COUNTED:
                 continue
-            length, answer = _tokens(example, count)
-            lengths.append(max(1, min(length, max_length)))
-            supervised += min(answer, lengths[-1])
+            looked_at += 1
+            answer, pieces = _row_sizes(example, count, max_length, job.spec.data.overlong, lost)
+            lengths += pieces
+            supervised += min(answer, sum(pieces))
     if not lengths:
         raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` says why")
     draw = random.Random(0)
     counted = len(lengths)
-    lengths += draw.choices(lengths[:counted], k=total - counted)
-    return lengths, max(1, round(supervised * total / counted))
+    lengths += draw.choices(lengths[:counted], k=round((total - looked_at) * counted / looked_at))
+    lost.rows, lost.samples, lost.tokens = looked_at, counted, sum(lengths[:counted])
+    if notice := loss_notice(asdict(lost), f"data.{key}"):
+        say(f"{notice} (counted roughly, of the first {looked_at:,} rows)")
+    return lengths, max(1, round(supervised * len(lengths) / counted))
+
+
+def _row_sizes(
+    example: Example, count: Callable[[str], int], max_length: int, overlong: str, lost: Statistics
+) -> tuple[int, list[int]]:
+    """Tokens of a row's answers, and those of each of its samples; what is lost is counted into `lost`."""
+    length, answer = _tokens(example, count)
+    if length <= max_length:
+        return answer, [max(1, length)]
+    if overlong == "split" or (overlong == "auto" and example.text is not None):
+        return answer, [min(max_length, length - start) for start in range(0, length, max_length)]
+    lost.truncated += 1
+    # A single answer behind a prompt that is too long is lost whole.
+    if overlong == "drop" or (len(example.messages) == 2 and length - answer >= max_length):
+        lost.dropped, lost.dropped_tokens = lost.dropped + 1, lost.dropped_tokens + length
+        return 0, []
+    lost.cut_tokens += length - max_length
+    return answer, [max_length]
 
 
 def _tokens(example: Example, count: Callable[[str], int]) -> tuple[int, int]:

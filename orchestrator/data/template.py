@@ -1,23 +1,23 @@
-"""Examples -> token ids and the mask of supervised tokens, through the tokenizer's chat template.
+"""Examples -> token ids and the mask of supervised tokens.
 
-Two ways to know which tokens the assistant wrote.  A template with `{% generation %}` says so itself.  Any other is
-rendered turn by turn: the assistant's words are what a longer prefix of the conversation adds after the generation
-prompt.  A template under which neither works, or whose mask is all zero or all one, is refused: a silently wrong mask
-trains the wrong thing and shows only as a strange loss.
+Where later turns change how the chat template writes earlier ones (thoughts are cut, say) each answer becomes a sample
+of its own, after the very prompt that inference would give it.  A row whose words the template loses, whose answer is
+empty or has no end is a broken row: a wrong mask trains the wrong thing and shows only as a strange loss.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+from orchestrator.data.chat import ChatTemplate, Conversation
 from orchestrator.data.formats import Example
+from orchestrator.data.row import BadRow
+from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
 from orchestrator.errors import JobError
-
-_MEND = (
-    "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and"
-    " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
-)
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,11 @@ class Tokens:
 
     input_ids: list[int]
     supervised: list[bool]
-    prompt_length: int  # tokens before the last supervised run; what a generated answer starts from
+    prompt_length: int  # tokens before the last answer; what a generated one starts from
+    answer: str | None = None  # the text of the last answer
+    bos_doubled: bool = False  # a second beginning-of-text token was taken out
+    ended: bool = True  # the last answer's or text's end is supervised
+    num_repeated: int = 0  # tokens at the front that end the piece before, of a text that was split
 
 
 class Renderer:
@@ -40,111 +44,142 @@ class Renderer:
         completion_only: bool = True,
         system_prompt: str | None = None,
     ) -> None:
-        self.tokenizer, self.chat_template = tokenizer, chat_template
+        self.tokenizer = tokenizer
+        self.eos, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
+        self.template = None if chat_template is None else ChatTemplate(tokenizer, chat_template)
         self.assistant_only, self.completion_only = assistant_only, completion_only
         self.system_prompt = system_prompt
-        self._marks_generation = chat_template is not None and "{% generation" in chat_template.replace("{%-", "{%")
 
-    def render(self, example: Example) -> Tokens:
-        """Tokens of one example.  Raises JobError when the template cannot give a usable mask."""
+    def render(self, example: Example) -> list[Tokens]:
+        """The samples of one example: one, or one an answer where the template writes earlier answers differently.
+
+        Raises BadRow where the template loses words or an answer is empty or has no end, JobError where no row can be
+        rendered.
+        """
         if example.text is not None:
-            return self._plain("", example.text, only_answer=False)
+            return [self._plain("", example.text, only_answer=False)]
         answer_only = self.completion_only if example.prompt_completion else self.assistant_only
-        if self.chat_template is None:
-            if not example.prompt_completion:
-                raise JobError(
-                    "data: these rows are conversations and the model's tokenizer has no chat template."
-                    " Set data.chat_template to a .jinja file, or give prompt/completion rows"
+        talk = self._conversation(example)
+        for number in talk.answers():
+            if talk.is_trained(number) and is_empty(talk.turns[number]):
+                raise BadRow(
+                    f"{talk.name(number)} is empty: there is nothing to learn. Remove the turn or the row",
+                    "an answer is empty",
                 )
-            question, answer = example.messages
-            return self._plain(question["content"], answer["content"], answer_only)
-        messages = list(example.messages)
-        if self.system_prompt and messages[0]["role"] != "system":
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return self._conversation(messages, answer_only)
+        trained = [number for number in talk.answers() if talk.is_trained(number)]
+        if not trained:
+            raise BadRow("no turn of the assistant is to be learnt")
+        if self.template is None:
+            return [self._without_template(talk, example.prompt_completion, answer_only)]
+        if not answer_only:
+            return [self._all_of(talk, self.template)]
+        text, spans = self.template.answers(talk)
+        if spans is None:
+            return [self._one_turn(talk.through(number), self.template) for number in trained]
+        learnt = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
+        return [self._encoded(text, learnt, learnt[-1][0], talk.content(trained[-1]))]
+
+    def _conversation(self, example: Example) -> Conversation:
+        turns = tuple(example.messages)
+        added = bool(self.system_prompt) and turns[0]["role"] != "system"
+        if added and self.template is None:
+            raise JobError("data.system_prompt: the model's tokenizer has no chat template to write it with; set one")
+        if added:
+            turns = ({"role": "system", "content": self.system_prompt or ""}, *turns)
+        return Conversation(turns, example.tools, int(added))
+
+    def _without_template(self, talk: Conversation, prompt_completion: bool, answer_only: bool) -> Tokens:
+        if not prompt_completion or len(talk.turns) != 2:
+            raise JobError(
+                "data: these rows are conversations and the model's tokenizer has no chat template."
+                " Set data.chat_template to a .jinja file, or give prompt/completion rows"
+            )
+        tokens = self._plain(talk.content(0), talk.content(1), answer_only)
+        if not tokens.ended:
+            raise NoEnd("the tokenizer has no end-of-text token (eos_token), so the model would never learn to stop")
+        return tokens
 
     def _plain(self, prompt: str, text: str, only_answer: bool) -> Tokens:
-        """Prompt and text end to end, then the end-of-text token; special tokens as the tokenizer adds them."""
+        """Prompt and text end to end between one beginning-of-text and one end-of-text token, where there are such."""
+        eos_id = self.eos_id
+        if self.eos and text.rstrip().endswith(self.eos):
+            text = text.rstrip()
         # Apart, as they are when an answer is generated: no token may straddle the border.
-        question = list(self.tokenizer(prompt)["input_ids"]) if prompt else []
-        answer = list(self.tokenizer(text, add_special_tokens=not prompt)["input_ids"])
-        ids = question + answer
-        supervised = [not only_answer] * len(question) + [True] * len(answer)
-        eos = self.tokenizer.eos_token_id
-        if eos is not None and (not ids or ids[-1] != eos):
-            ids.append(eos)
+        question = [*self._opening, *(self._ids(prompt) if prompt else [])]
+        ids = question + self._ids(text)
+        supervised = [not only_answer] * len(question) + [True] * (len(ids) - len(question))
+        if eos_id is not None and (not ids or ids[-1] != eos_id):
+            ids.append(eos_id)
             supervised.append(True)
-        return _tokens(ids, supervised)
+        answer = text if prompt else None
+        return self._finished(ids, supervised, len(question) if prompt else 1, answer, ended=eos_id is not None)
 
-    def _conversation(self, messages: list[dict[str, str]], answer_only: bool) -> Tokens:
-        if self._marks_generation and answer_only:
-            rendered = self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=True,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-            ids, supervised = list(rendered["input_ids"]), [bool(x) for x in rendered["assistant_masks"]]
-        else:
-            text = self._text(messages)
-            encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
-            ids = list(encoded["input_ids"])
-            spans = self._answer_spans(messages, text) if answer_only else [(0, len(text))]
-            supervised = [any(a <= start < b for a, b in spans) for start, _ in encoded["offset_mapping"]]
-        if answer_only and not any(supervised):
-            raise JobError(f"data.chat_template: the template marks no token as the assistant's. {_MEND}")
-        if answer_only and all(supervised):
-            raise JobError(f"data.chat_template: the template marks every token as the assistant's. {_MEND}")
-        return _tokens(ids, supervised)
+    def _ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def _text(self, messages: list[dict[str, str]], add_generation_prompt: bool = False) -> str:
-        try:
-            return self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.chat_template,
-                tokenize=False,
-                add_generation_prompt=add_generation_prompt,
-            )
-        except Exception as error:  # Jinja raises its own tree, templates raise what they like
-            raise JobError(f"data.chat_template: the template refuses a conversation: {error}") from None
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before every text: its beginning-of-text token or nothing."""
+        whole, bare = list(self.tokenizer("a")["input_ids"]), self._ids("a")
+        places = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
+        return whole[: places[0]] if places else []
 
-    def _answer_spans(self, messages: list[dict[str, str]], text: str) -> list[tuple[int, int]]:
-        """Character ranges of the assistant's words, each up to and with the end-of-turn token."""
-        spans = []
-        for index, message in enumerate(messages):
-            if message["role"] != "assistant":
-                continue
-            before = self._text(messages[:index], add_generation_prompt=True) if index else ""
-            through = self._text(messages[: index + 1])
-            if not through.startswith(before) or not text.startswith(through):
-                raise JobError(
-                    "data.chat_template: the template writes earlier turns differently when later ones follow, so the"
-                    f" assistant's words cannot be told apart. {_MEND}"
+    def _all_of(self, talk: Conversation, template: ChatTemplate) -> Tokens:
+        """Every token of a conversation supervised."""
+        text, last = template.text(talk), len(talk.turns) - 1
+        template.refuse_lost(talk, text, [])
+        content = talk.content(last)
+        if talk.turns[last]["role"] != "assistant":
+            return self._encoded(text, [(0, len(text))], 1, None)
+        start, _ = find_text(content, text, max(0, text.rfind(content.strip()))) or (0, len(text))
+        if answer_end(text[start:], content, self.eos) is None:
+            raise template.no_end(talk, last)
+        return self._encoded(text, [(0, len(text))], start, content)
+
+    def _one_turn(self, talk: Conversation, template: ChatTemplate) -> Tokens:
+        text, span = template.last_answer(talk)
+        return self._encoded(text, [span], span[0], talk.content(len(talk.turns) - 1))
+
+    def _encoded(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Tokens:
+        """Tokens of a rendered text, supervised inside the spans; no token straddles the start or the end of one."""
+        ids, offsets = self._ids_at(text, 0, len(text))
+        borders = sorted({place for span in spans for place in span if 0 < place < len(text)})
+        cuts = [place for place in borders if _straddles(offsets, place)]
+        if cuts:
+            whole = self.tokenizer.decode(ids)
+            pieces = [self._ids_at(text, a, b) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
+            ids, offsets = [i for piece, _ in pieces for i in piece], [o for _, piece in pieces for o in piece]
+            if self.tokenizer.decode(ids) != whole:
+                raise BadRow(
+                    "data.chat_template: the tokenizer joins an answer and what the template writes beside it in one"
+                    " token. End the template's prompt with a line break or a special token"
                 )
-            end = len(through)
-            eos = self.tokenizer.eos_token
-            if eos and eos in through[len(before) :]:
-                end = through.rindex(eos) + len(eos)
-            spans.append((len(before), end))
-        return spans
+        starts = [start for start, _ in offsets]
+        supervised = [False] * len(ids)
+        for a, b in spans:
+            first, end = bisect.bisect_left(starts, a), bisect.bisect_left(starts, b)
+            supervised[first:end] = [True] * (end - first)
+        return self._finished(ids, supervised, bisect.bisect_left(starts, answer_at), answer)
+
+    def _ids_at(self, text: str, a: int, b: int) -> tuple[list[int], list[Span]]:
+        encoded = self.tokenizer(text[a:b], add_special_tokens=False, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        return list(encoded["input_ids"]), [(x + a, y + a) for x, y in offsets] if a else offsets
+
+    def _finished(
+        self, ids: list[int], supervised: list[bool], prompt_length: int, answer: str | None, ended: bool = True
+    ) -> Tokens:
+        """With one beginning-of-text token at most, and the first token never supervised: nothing predicts it."""
+        bos, extra = self.bos_id, 0
+        while bos is not None and ids[extra : extra + 2] == [bos, bos]:
+            extra += 1
+        ids, supervised = ids[extra:], supervised[extra:]
+        if supervised:
+            supervised[0] = False
+        return Tokens(ids, supervised, max(prompt_length - extra, 0), answer, bool(extra), ended)
 
 
-def _tokens(ids: list[int], supervised: list[bool]) -> Tokens:
-    if supervised:
-        supervised[0] = False  # nothing comes before a first token that could predict it
-    last = len(supervised) - 1
-    while last >= 0 and not supervised[last]:
-        last -= 1
-    start = last
-    while start > 0 and supervised[start - 1]:
-        start -= 1
-    return Tokens(ids, supervised, max(start, 0))
-
-
-def chat_template_of(tokenizer: Any, setting: str, read: Any) -> str | None:
-    """The Jinja text that `data.chat_template` names; `read(setting)` gives a file's text."""
-    if setting == "tokenizer":
-        template = getattr(tokenizer, "chat_template", None)
-        return template.get("default") if isinstance(template, dict) else template
-    return read(setting)
+def _straddles(offsets: Sequence[Span], border: int) -> bool:
+    """Whether a token holds characters of both sides of `border`; offsets may leave out a token's leading space."""
+    at = bisect.bisect_left(offsets, border, key=lambda offset: offset[0])
+    return at > 0 and offsets[at - 1][1] != border

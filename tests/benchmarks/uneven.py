@@ -152,7 +152,8 @@ def samples(count: int) -> Any:
     """Equal sequences: what is measured is the division of work, not of lengths."""
     import pyarrow
 
-    from orchestrator.data.dataset import _SCHEMA, Dataset, Statistics
+    from orchestrator.data.counts import Statistics
+    from orchestrator.data.dataset import _SCHEMA, Dataset
 
     rows = [[(7 * row + place) % 128 for place in range(TOKENS)] for row in range(count)]
     table = pyarrow.table(
@@ -160,6 +161,7 @@ def samples(count: int) -> Any:
             "input_ids": rows,
             "supervised": [[False] + [True] * (TOKENS - 1)] * count,
             "num_supervised": [TOKENS - 1] * count,
+            "fingerprint": list(range(count)),
             "prompt_length": [1] * count,
             "reference": [None] * count,
             "source": ["made here"] * count,

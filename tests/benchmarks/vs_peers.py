@@ -140,7 +140,7 @@ def samples(count: int, file: str = "train.jsonl") -> list[tuple[list[int], list
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     renderer = Renderer(tokenizer, tokenizer.chat_template)
     lines = (DATA / file).read_text().splitlines()[:count]
-    rendered = [renderer.render(convert(json.loads(line), "messages")) for line in lines]
+    rendered = [tokens for line in lines for tokens in renderer.render(convert(json.loads(line), "messages"))]
     return [(tokens.input_ids, tokens.supervised) for tokens in rendered]
 
 

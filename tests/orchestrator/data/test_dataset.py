@@ -72,7 +72,8 @@ def test_long_samples_are_cut_dropped_or_split_and_counted(tmp_path, renderer, t
     drop = make(tmp_path / "c", renderer, [*long, {"text": "red"}], overlong="drop")
 
     assert (len(cut), cut.statistics.truncated, cut.statistics.longest) == (1, 1, 64)
-    assert len(split) == -(-whole // 64) and split.statistics.tokens == whole
+    assert len(split) == -(-(whole - 1) // 63) and split.statistics.cut_tokens == 0
+    assert split.statistics.supervised_tokens == whole - 1, "every token but the first is predicted once"
     assert (len(drop), drop.statistics.dropped) == (1, 1)
 
 

@@ -2,8 +2,10 @@
 
 import pytest
 
+from orchestrator.data.chat import template_of
 from orchestrator.data.formats import convert
-from orchestrator.data.template import Renderer, chat_template_of
+from orchestrator.data.row import BadRow
+from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE
 
@@ -28,7 +30,7 @@ def supervised_text(tokenizer, tokens):
 
 @pytest.mark.parametrize("template", [CHAT_TEMPLATE, MARKED])
 def test_only_the_assistants_words_and_their_ends_are_supervised(tokenizer, template):
-    tokens = Renderer(tokenizer, template).render(convert(TALK, "messages"))
+    [tokens] = Renderer(tokenizer, template).render(convert(TALK, "messages"))
 
     assert supervised_text(tokenizer, tokens) == "blue dog<|im_end|>two<|im_end|>"
     prompt = tokenizer.decode(tokens.input_ids[: tokens.prompt_length])
@@ -37,7 +39,7 @@ def test_only_the_assistants_words_and_their_ends_are_supervised(tokenizer, temp
 
 
 def test_every_token_but_the_first_when_asked(tokenizer):
-    tokens = Renderer(tokenizer, CHAT_TEMPLATE, assistant_only=False).render(convert(TALK, "messages"))
+    [tokens] = Renderer(tokenizer, CHAT_TEMPLATE, assistant_only=False).render(convert(TALK, "messages"))
 
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
 
@@ -45,13 +47,13 @@ def test_every_token_but_the_first_when_asked(tokenizer):
 def test_a_system_prompt_is_put_first_unless_there_is_one(tokenizer):
     renderer = Renderer(tokenizer, CHAT_TEMPLATE, system_prompt="small large")
 
-    text = tokenizer.decode(renderer.render(convert(TALK, "messages")).input_ids)
+    text = tokenizer.decode(renderer.render(convert(TALK, "messages"))[0].input_ids)
 
     assert text.startswith("<|im_start|>system\nsmall large<|im_end|>")
 
 
 def test_without_a_template_prompt_and_completion_are_laid_end_to_end(tokenizer):
-    tokens = Renderer(tokenizer, None).render(convert({"prompt": "red ", "completion": "cat"}, "prompt_completion"))
+    [tokens] = Renderer(tokenizer, None).render(convert({"prompt": "red ", "completion": "cat"}, "prompt_completion"))
 
     assert supervised_text(tokenizer, tokens) == "cat<|im_end|>"
     with pytest.raises(JobError, match="no chat template"):
@@ -59,7 +61,7 @@ def test_without_a_template_prompt_and_completion_are_laid_end_to_end(tokenizer)
 
 
 def test_text_is_supervised_throughout_and_ends(tokenizer):
-    tokens = Renderer(tokenizer, None).render(convert({"text": "the cat"}, "text"))
+    [tokens] = Renderer(tokenizer, None).render(convert({"text": "the cat"}, "text"))
 
     assert tokens.input_ids[-1] == tokenizer.eos_token_id
     assert tokens.supervised == [False] + [True] * (len(tokens.input_ids) - 1)
@@ -81,10 +83,13 @@ def test_text_is_supervised_throughout_and_ends(tokenizer):
     ],
 )
 def test_a_template_that_gives_a_wrong_mask_is_refused_with_the_remedy(tokenizer, template, words):
-    with pytest.raises(JobError, match=words):
+    with pytest.raises(BadRow, match=words):
         Renderer(tokenizer, template).render(convert(TALK, "messages"))
 
 
-def test_the_template_of_the_tokenizer_or_of_a_file(tokenizer):
-    assert chat_template_of(tokenizer, "tokenizer", None) == CHAT_TEMPLATE
-    assert chat_template_of(tokenizer, "mine.jinja", lambda name: f"from {name}") == "from mine.jinja"
+def test_the_template_of_a_tokenizer_with_several_is_its_default(tokenizer, monkeypatch):
+    assert template_of(tokenizer) == CHAT_TEMPLATE
+
+    monkeypatch.setattr(tokenizer, "chat_template", {"default": "a", "tool_use": "b"})
+
+    assert template_of(tokenizer) == "a"

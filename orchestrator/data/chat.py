@@ -1,0 +1,267 @@
+"""A conversation as the chat template writes it: the text, and which characters of it each answer is.
+
+Two ways to know what the assistant wrote.  A template with `{% generation %}` says so itself.  Any other is rendered
+turn by turn: an answer is what a longer prefix of the conversation adds after the generation prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+from clusters.safe_input import printable
+from orchestrator.data.row import BadRow
+from orchestrator.data.supervision import (
+    LostTurns,
+    NoEnd,
+    Span,
+    answer_end,
+    find_text,
+    lost_turns,
+    lost_words,
+    missing_tools,
+    outside,
+)
+
+_MEND = (
+    "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and"
+    " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
+)
+_MEND_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after the assistant's words"
+_MEND_LOSS = "Set data.chat_template to a .jinja file that writes them, or take them out of the rows"
+_OWN_KEYS = ("train",)  # of a turn, for us and not for the template
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Turns, the functions that they may call, and how many turns at the front are the job's and not the row's."""
+
+    turns: tuple[dict[str, Any], ...]
+    tools: tuple[dict[str, Any], ...] = ()
+    num_added: int = 0
+
+    def answers(self) -> list[int]:
+        """Numbers (from 0) of the assistant's turns."""
+        return [number for number, turn in enumerate(self.turns) if turn["role"] == "assistant"]
+
+    def is_trained(self, number: int) -> bool:
+        """Whether an assistant's turn is learnt: all are, unless the row says otherwise."""
+        return bool(self.turns[number].get("train", True))
+
+    def content(self, number: int) -> str:
+        """What a turn says; nothing where it only calls functions."""
+        return str(self.turns[number].get("content") or "")
+
+    def name(self, number: int) -> str:
+        """How a message calls a turn."""
+        if number < self.num_added:
+            return "data.system_prompt"
+        return f"turn {number - self.num_added + 1} ({self.turns[number]['role']})"
+
+    def shown(self) -> list[dict[str, Any]]:
+        """The turns as a template takes them."""
+        return [{key: value for key, value in turn.items() if key not in _OWN_KEYS} for turn in self.turns]
+
+    def through(self, number: int) -> Conversation:
+        """The turns up to and with one."""
+        return replace(self, turns=self.turns[: number + 1])
+
+
+class ChatTemplate:
+    """The Jinja text `source` with the tokenizer whose special tokens it writes."""
+
+    def __init__(self, tokenizer: Any, source: str) -> None:
+        self.tokenizer, self.source = tokenizer, source
+        self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        self._marks_generation = "{% generation" in source.replace("{%-", "{%")
+
+    def text(self, talk: Conversation, add_generation_prompt: bool = False) -> str:
+        """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
+        try:
+            return self.tokenizer.apply_chat_template(
+                talk.shown(),
+                tools=list(talk.tools) or None,
+                chat_template=self.source,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+            )
+        except Exception as error:  # Jinja raises its own tree, templates raise what they like
+            raise _refused(error) from None
+
+    def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
+        """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
+
+        Raises BadRow: the assistant's words cannot be told apart, words are lost, or an answer has no end.
+        """
+        if self._marks_generation:
+            text, spans = self._marked(talk)
+        else:
+            text = self.text(talk)
+            spans = self._by_prefix(talk, text)
+        if spans is not None:
+            self.refuse_lost(talk, text, spans)
+        return text, spans
+
+    def last_answer(self, talk: Conversation) -> tuple[str, Span]:
+        """The text of a conversation that ends with an answer, as inference sees it, and that answer.  Raises BadRow.
+
+        Thoughts of answers before may be gone, as they are when the next answer is generated.
+        """
+        text = self.text(talk)
+        span = self._answer_span(talk, text)
+        last = len(talk.turns) - 1
+        kept = tuple(turn for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant")
+        self.refuse_lost(replace(talk, turns=kept), text, [span])
+        return text, span
+
+    def refuse_lost(self, talk: Conversation, text: str, answers: Sequence[Span]) -> None:
+        """Raises LostTurns for words that the template leaves out, BadRow for a beginning of text inside a turn."""
+        if lost := lost_turns(talk.turns, text, answers):
+            words = lost_words(talk.turns[lost[0]], text)
+            more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
+            raise LostTurns(
+                f"{talk.name(lost[0])}: the chat template leaves out words of it{more}: {words!r}. {_MEND_LOSS}",
+                f"the chat template leaves out words of a turn of {talk.turns[lost[0]]['role']}",
+                len(lost),
+            )
+        if missing := missing_tools(talk.tools, text):
+            raise LostTurns(
+                f"the chat template leaves out the tool {missing[0]!r}. {_MEND_LOSS}",
+                "the chat template leaves out tools",
+            )
+        bos = self.bos
+        if bos and bos in text:
+            inside = [number for number in range(len(talk.turns)) if bos in talk.content(number)]
+            if inside and text.count(bos) > sum(talk.content(number).count(bos) for number in inside):
+                raise BadRow(
+                    f"{talk.name(inside[0])} holds {bos!r}, with which the chat template begins a text itself: the row"
+                    " was rendered already. Give it as `text`, or take the template's tokens out of it",
+                    "a turn holds what begins a text",
+                )
+
+    def no_end(self, talk: Conversation, number: int) -> NoEnd:
+        """The fault of an answer without an end."""
+        return NoEnd(
+            f"{talk.name(number)}: the chat template supervises no end after the answer, so the model would never learn"
+            f" to stop. {_MEND_END}",
+            "the chat template supervises no end after an answer",
+        )
+
+    def _by_prefix(self, talk: Conversation, text: str) -> list[Span] | None:
+        spans = []
+        for number in talk.answers():
+            through = text if number == len(talk.turns) - 1 else self.text(talk.through(number))
+            span = self._answer_span(talk.through(number), through)
+            if not text.startswith(through[: span[1]]):
+                return None
+            spans.append(span)
+        return spans
+
+    def _answer_span(self, talk: Conversation, text: str) -> Span:
+        """Characters of the last turn of `talk`, the assistant's, in `text`."""
+        last = len(talk.turns) - 1
+        start = self._answer_start(talk, text)
+        end = answer_end(text[start:], talk.content(last), self.eos)
+        if end is None and find_text(talk.content(last), text, start):  # words that are lost are another fault
+            raise self.no_end(talk, last)
+        return start, start + end if end is not None else len(text)
+
+    def _answer_start(self, talk: Conversation, text: str) -> int:
+        last = len(talk.turns) - 1
+        if any(turn["role"] not in ("system", "assistant") for turn in talk.turns[:last]):
+            before = self.text(talk.through(last - 1), add_generation_prompt=True)
+            if not text.startswith(before):
+                raise _other_prompt(talk.name(last), before, text)
+            return len(before)
+        at = 0  # the assistant speaks first: what the template writes before its words, it wrote by itself
+        for number in range(last):
+            at = (find_text(talk.content(number), text, at) or (at, at))[1]
+        opening = text.find(self._generation_prompt, at) if self._generation_prompt else -1
+        if opening >= 0:
+            return opening + len(self._generation_prompt)
+        return (find_text(talk.content(last), text, at) or (at, at))[0]
+
+    @cached_property
+    def _generation_prompt(self) -> str:
+        """What the template writes to make the assistant speak."""
+        probe = Conversation(({"role": "user", "content": "a"},))
+        try:
+            asked, whole = self.text(probe, add_generation_prompt=True), self.text(probe)
+        except BadRow:
+            return ""
+        return asked[len(whole) :] if asked.startswith(whole) else ""
+
+    def _marked(self, talk: Conversation) -> tuple[str, list[Span]]:
+        """The text and each answer in it, by the template's own marks."""
+        from transformers.utils.chat_template_utils import render_jinja_template
+
+        try:
+            texts, marks = render_jinja_template(
+                [talk.shown()],
+                tools=list(talk.tools) or None,
+                chat_template=self.source,
+                return_assistant_tokens_mask=True,
+                **self.tokenizer.special_tokens_map,
+            )
+        except Exception as error:  # as in `text`
+            raise _refused(error) from None
+        text, spans, numbers = texts[0], _merged(marks[0]), talk.answers()
+        _refuse_marks(text, spans, len(numbers))
+        for number, (a, b) in zip(numbers, spans, strict=True):
+            content = talk.content(number)
+            if find_text(content, text[a:b]) and answer_end(text[a:b], content, self.eos) is None:
+                raise self.no_end(talk, number)
+        return text, spans
+
+
+def _other_prompt(name: str, before: str, text: str) -> BadRow:
+    """The fault of a template whose prompt for an answer is not what stands before it in the conversation."""
+    pairs = enumerate(zip(before, text, strict=False))
+    same = next((at for at, (one, other) in pairs if one != other), min(len(before), len(text)))
+    asked, written = printable(before[same:][-40:]), printable(text[same:][:40])
+    return BadRow(
+        f"{name}: data.chat_template: the prompt that the template writes for an answer goes on with '{asked}', the"
+        f" conversation with '{written}', so the assistant's words cannot be"
+        f" told apart. Begin the answers as the prompt ends, or: {_MEND}",
+        "the template's prompt for an answer is not how it writes the conversation",
+    )
+
+
+def _refuse_marks(text: str, spans: Sequence[Span], num_answers: int) -> None:
+    if not spans:
+        raise BadRow(f"data.chat_template: the template marks no token as the assistant's. {_MEND}")
+    if not "".join(text[a:b] for a, b in outside(text, spans)).strip():
+        raise BadRow(f"data.chat_template: the template marks every token as the assistant's. {_MEND}")
+    if len(spans) != num_answers:
+        raise BadRow(
+            f"data.chat_template: the template marks {len(spans)} places in a conversation with {num_answers} turns of"
+            " the assistant. Put each of these, with its end, between one {% generation %} and {% endgeneration %}",
+            "the template marks another number of places than there are turns of the assistant",
+        )
+
+
+def _merged(spans: Sequence[Span]) -> list[Span]:
+    """Spans that touch as one, empty ones left out."""
+    merged: list[Span] = []
+    for a, b in spans:
+        if merged and a == merged[-1][1]:
+            merged[-1] = merged[-1][0], b
+        elif a < b:
+            merged.append((a, b))
+    return merged
+
+
+def _refused(error: Exception) -> BadRow:
+    reason = (str(error).splitlines() or [type(error).__name__])[0]
+    return BadRow(
+        f"data.chat_template: the template refuses the conversation: {printable(reason)}. Mend the row, or set"
+        " data.chat_template to a .jinja file that takes it"
+    )
+
+
+def template_of(tokenizer: Any) -> str | None:
+    """The Jinja text that a tokenizer brings, its default one where it has several."""
+    template = getattr(tokenizer, "chat_template", None)
+    return template.get("default") if isinstance(template, dict) else template

@@ -1,0 +1,164 @@
+"""Rows -> samples: read, rendered, cut to length, and everything that happens to them counted."""
+
+from __future__ import annotations
+
+import array
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusters.safe_input import printable
+from orchestrator.data.chat import template_of
+from orchestrator.data.counts import Counts
+from orchestrator.data.formats import read_example
+from orchestrator.data.row import BadRow, Row
+from orchestrator.data.template import Renderer, Tokens
+from orchestrator.errors import JobError
+from orchestrator.job.paths import read_text_file
+from orchestrator.jobfile import Job
+from orchestrator.spec import Source
+
+
+@dataclass(frozen=True)
+class Options:
+    """What decides how one row becomes tokens, beside the renderer."""
+
+    format: str
+    instruction: str
+    max_length: int | None  # None = keep every token
+    overlong: str
+    strict: bool
+
+
+def renderer_for(job: Job, model_folder: Path) -> Renderer:
+    """The renderer of a job: its tokenizer with its chat template."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
+    except Exception as error:  # tokenizers raises plain Exceptions, transformers a dozen types
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise JobError(
+            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {reason}"
+        ) from None
+    data = job.spec.data
+    for key, text in (("system_prompt", data.system_prompt), ("instruction", data.instruction)):
+        if text and any("\ud800" <= character <= "\udfff" for character in text):
+            raise JobError(f"data.{key}: {printable(text[:60])!r} holds half a surrogate pair: no text for a tokenizer")
+    own = template_text(job)
+    template = template_of(tokenizer) if own is None else own
+    return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
+
+
+def template_text(job: Job) -> str | None:
+    """The chat template that the job brings; None where it takes the tokenizer's.  Raises JobError."""
+    setting = job.spec.data.chat_template
+    return None if setting == "tokenizer" else read_text_file(setting, "data.chat_template", job.folder)
+
+
+def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key: str) -> Options:
+    """How the rows of the sources of a data key become tokens.  Raises JobError where they state different formats."""
+    data = job.spec.data
+    # Sources differ by their format alone, which each row's own fields decide or the source states.
+    formats = {source.format if source.format != "auto" else data.format for source in sources}
+    if len(formats) > 1:
+        raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
+    return Options(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
+
+
+def tokenised(
+    rows: Iterable[Row],
+    renderer: Renderer,
+    options: Options,
+    counts: Counts,
+    reject: Callable[[Row, BadRow], None] = lambda row, reason: None,
+) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
+    """Each good row with its samples (none when dropped, several when split), all rows counted.
+
+    A broken row goes to `reject` with the reason.  Raises JobError where no row can be rendered.
+    """
+    for row in rows:
+        counts.statistics.rows += 1
+        try:
+            samples = _samples_of(row, renderer, options, counts)
+        except BadRow as reason:
+            counts.reject(row, reason)
+            reject(row, reason)
+        else:
+            yield row, samples
+
+
+def read_only(rows: Iterable[Row], options: Options, counts: Counts) -> None:
+    """Count rows that are read and not rendered: for machines without a tokenizer."""
+    for row in rows:
+        counts.statistics.rows += 1
+        try:
+            row_format, example = read_example(row, options.format, options.instruction, counts.formats)
+            counts.read(row_format, example)
+        except BadRow as reason:
+            counts.reject(row, reason)
+
+
+def _samples_of(row: Row, renderer: Renderer, options: Options, counts: Counts) -> list[dict[str, Any]]:
+    row_format, example = read_example(row, options.format, options.instruction, counts.formats)
+    rendered, statistics = renderer.render(example), counts.statistics
+    counts.read(row_format, example)
+    pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
+    pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]
+    samples = [_sample(tokens, piece, row.where) for tokens, piece in pieces]
+    given = sum(len(tokens.input_ids) for tokens in rendered)
+    kept = sum(len(piece.input_ids) - piece.num_repeated for _, piece in pieces)
+    if not samples:
+        statistics.dropped += 1
+        statistics.dropped_tokens += given
+        return []
+    statistics.samples += len(samples)
+    statistics.tokens += sum(len(sample["input_ids"]) for sample in samples)
+    statistics.cut_tokens += given - kept
+    statistics.supervised_tokens += sum(sample["num_supervised"] for sample in samples)
+    statistics.longest = max(statistics.longest, *(len(sample["input_ids"]) for sample in samples))
+    statistics.truncated += len(pieces) != len(rendered) or kept != given
+    statistics.per_turn += len(rendered) > 1
+    statistics.bos_doubled += any(tokens.bos_doubled for tokens in rendered)
+    statistics.unended += sum(not tokens.ended or _is_cut(tokens, piece) for tokens, piece in pieces)
+    return samples
+
+
+def _sample(tokens: Tokens, piece: Tokens, source: str) -> dict[str, Any]:
+    ids = piece.input_ids
+    return {
+        "input_ids": ids,
+        "supervised": piece.supervised,
+        "num_supervised": sum(piece.supervised),
+        "fingerprint": int.from_bytes(
+            hashlib.blake2b(array.array("i", ids).tobytes(), digest_size=8).digest(), "little", signed=True
+        ),
+        "prompt_length": piece.prompt_length,
+        "reference": tokens.answer if len(ids) == len(tokens.input_ids) else None,
+        "source": source,
+    }
+
+
+def _is_cut(tokens: Tokens, piece: Tokens) -> bool:
+    """Whether a piece ends within an answer; a piece of plain text ends where the next one begins."""
+    length = len(piece.input_ids)
+    return tokens.answer is not None and length < len(tokens.input_ids) and any(tokens.supervised[length:])
+
+
+def _fit(tokens: Tokens, options: Options, is_text: bool) -> list[Tokens]:
+    limit = options.max_length
+    if limit is None or len(tokens.input_ids) <= limit:
+        return [tokens]
+    if options.overlong == "drop":
+        return []
+    if options.overlong == "split" or (options.overlong == "auto" and is_text):
+        # Each piece begins with the last token of the one before, so that every token is predicted once.
+        return [_piece(tokens, start, limit) for start in range(0, len(tokens.input_ids) - 1, limit - 1)]
+    return [_piece(tokens, 0, limit)]
+
+
+def _piece(tokens: Tokens, start: int, limit: int) -> Tokens:
+    ids, mask = tokens.input_ids[start : start + limit], tokens.supervised[start : start + limit]
+    return Tokens(ids, [False, *mask[1:]], 0, num_repeated=int(start > 0))
