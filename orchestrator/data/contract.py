@@ -92,7 +92,14 @@ _KNOWN: dict[str, Refusal] = {
     **dict.fromkeys(("documents", "chat_template_kwargs"), _TEMPLATE),
     **dict.fromkeys(("text_pair", "sentence1", "sentence2"), _INPUT),
 }
-_KNOWN_IN_PAIRS = dict.fromkeys(INPUT_KEYS, _INPUT)
+# Parts of the question where they stand beside another one.
+_KNOWN_IN: dict[str, dict[str, Refusal]] = {
+    "prompt_completion": dict.fromkeys((*INPUT_KEYS, "instruction"), _INPUT),
+    "alpaca": dict.fromkeys(INPUT_KEYS, _INPUT),
+    "classification": dict.fromkeys((*INPUT_KEYS, *PROMPT_KEYS), _INPUT),
+    "messages": {"context": _INPUT},
+    "sharegpt": {"context": _INPUT},
+}
 _KNOWN_IN_TURNS: dict[str, Refusal] = {
     **dict.fromkeys(("image", "images", "image_url", "audio", "audios", "video", "videos"), _PICTURES),
     **dict.fromkeys(("mask", "loss_mask", "train_detail", "training_detail", "weights", "loss_weight"), _MASK),
@@ -129,7 +136,7 @@ def refusals(row_format: str) -> dict[str, Refusal]:
     """What is lost with each known column, and the way out, for rows of `row_format`; used ones included."""
     if row_format == "text":  # rows with text and label are read so only where the job says so
         return {name: refusal for name, refusal in _KNOWN.items() if refusal is not _LABEL}
-    return _KNOWN | (_KNOWN_IN_PAIRS if row_format == "prompt_completion" else {})
+    return _KNOWN | _KNOWN_IN.get(row_format, {})
 
 
 def turn_refusal(name: str) -> Refusal:

@@ -208,9 +208,12 @@ def _text(value: Any, number: int, role: str, reading: Reading) -> str | None:
 
 
 def _calls_of(turn: dict[str, Any], number: int, role: str) -> list[dict[str, Any]]:
-    key = next((key for key in contract.CALL_KEYS if not missing(turn.get(key))), None)
-    if key is None:
+    keys = [key for key in contract.CALL_KEYS if not missing(turn.get(key))]
+    if not keys:
         return []
+    if len(keys) > 1:
+        raise _bad(number, f"({role}) has both {keys[0]!r} and {keys[1]!r}. Remove one")
+    key = keys[0]
     if role != "assistant":
         raise _bad(number, f"({role}) has the field {key!r}; only an assistant calls. Move it to an assistant's turn")
     return _calls(turn[key], number)
@@ -235,8 +238,11 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _extras(turn: dict[str, Any], number: int, role: str, reading: Reading) -> Message:
     extras: Message = {}
-    key = next((key for key in contract.REASONING_KEYS if not missing(turn.get(key))), None)
-    if key:
+    keys = [key for key in contract.REASONING_KEYS if not missing(turn.get(key))]
+    if keys:
+        key = keys[0]
+        if any(turn[other] != turn[key] for other in keys):
+            raise _bad(number, f"({role}) has different thoughts in {' and '.join(map(repr, keys))}. Remove one")
         if role != "assistant" or not isinstance(turn[key], str):
             raise _bad(number, f"({role}) has the field {key!r}; thoughts are text in an assistant's turn. Remove it")
         if key != contract.REASONING_KEYS[0]:

@@ -238,6 +238,8 @@ NAN = float("nan")
             "no object with named values",
         ),
         (asks(("user", "q", {"thinking": "hm"}), TELL), "thoughts are text in an assistant's turn"),
+        (asks(ASK, ("assistant", "a", {"thinking": "x", "reasoning": "y"})), "different thoughts"),
+        (asks(ASK, ("assistant", "", {"tool_calls": [CALL], "function_call": CALL})), "both 'tool_calls' and"),
         ({"messages": [{"speaker": "Ann", "text": "q"}]}, "has no role; its fields are"),
         ({"conversations": [{"from": "function_call", "value": "run it"}]}, "not JSON"),
     ],
