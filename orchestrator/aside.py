@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from orchestrator.errors import JobError
 from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 
@@ -16,7 +17,7 @@ class Aside:
     def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
         self._run, self._call = run, None
         (run.path / "before-failed.json").unlink(missing_ok=True)  # of an earlier try
-        if plan.helper is None or (run.path / "before.json").exists():
+        if plan.helper is None or _is_measured(run):
             return
         if plan.helper.node not in node_ids:
             run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not there"}))
@@ -30,7 +31,7 @@ class Aside:
         """Tell, once, what came of it."""
         if self._call is None or not self._call.has_ended():
             return
-        reason, found = self._call.error(), self._run.read_json("before.json")
+        reason, found = self._call.error(), self._run.before()
         self._call = None
         if reason or found is None:
             reason = reason or "it ended without a word"
@@ -38,3 +39,13 @@ class Aside:
             self._run.record("note", text=f"the untuned model could not be measured aside: {reason}")
         else:
             self._run.record("quality", when="before", **{k: v for k, v in found.items() if isinstance(v, int | float)})
+
+
+def _is_measured(run: RunFolder) -> bool:
+    """Whether an earlier try measured it; what cannot be read is measured again."""
+    try:
+        return run.before() is not None
+    except JobError as error:
+        run.record("note", text=f"{error}; it is measured again")
+        (run.path / "before.json").unlink()
+        return False

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput, record
+from clusters.safe_input import BadInput
 from orchestrator import models
 from orchestrator.data.sources import digest_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
-from orchestrator.jobfile import Job, parse_job, read_run_job
+from orchestrator.jobfile import Job, parse_job
 from orchestrator.plan import InBank, Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.runs.condition import require_finished
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
 from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.evidence import Evidence, gather
@@ -93,57 +94,27 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     """
     from orchestrator.data.prepare import datasets
 
-    if (state := run.state_by_events()) != "finished":
-        raise JobError(f"{run.run_id} is {state}; the bank takes finished runs")
-    exported, facts, result = run.exported(), _facts(run), _result(run)
-    if exported is None:
-        raise JobError(f"{run.run_id} is finished, and the adapter that it handed back is gone: nothing to add")
-    job = read_run_job(run.path)
+    finished = require_finished(run)
+    exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
     if exported.name != "adapter":
         raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which makes no adapter")
-    folder = Path(facts.model)
+    folder = Path(files["model"])
     base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
     adapter = Adapter(exported)
     fits_base(adapter, base.folder)
-    data, _ = datasets(asdict(facts))
+    data, _ = datasets(files)
     scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.get(when)))}
     card = Card(
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
-        data_digest=facts.train_digest,  # as they were: the files may have changed since
+        data_digest=files.get("train_digest"),  # as they were: the files may have changed since
         scores=scores,
         licence=licence or job.spec.bank.licence,
         method=job.spec.method.type,
         run_id=run.run_id,
     )
     return bank.add(exported, card, evidence_of(data, base))
-
-
-@dataclass(frozen=True)
-class _Facts:
-    """What of data.json the bank needs."""
-
-    model: str
-    train: str
-    eval: str | None = None
-    split: float | None = None
-    seed: int | None = None
-    train_digest: str | None = None  # of the files as they were: they may have changed since
-
-
-def _facts(run: RunFolder) -> _Facts:
-    try:
-        return record(_Facts, run.read_json("data.json"), str(run.path / "data.json"))
-    except BadInput as error:
-        raise JobError(str(error)) from None
-
-
-def _result(run: RunFolder) -> dict[str, Any]:
-    found = run.read_json("result.json")
-    if not isinstance(found, dict):
-        raise JobError(f"{run.path / 'result.json'}: is gone or holds no result; the bank takes what was measured")
-    return found
 
 
 def add_folder(
@@ -217,11 +188,11 @@ class Quiet:
 
 
 def add_when_asked(run: RunFolder, job: Job) -> str:
-    """What `bank.add` asks for at the end of a run, and what came of it: a run is not lost for a bank."""
+    """What `bank.add` asks for at the end of a run, and what came of it.  Raises JobError where it cannot be."""
     try:
         card = add_run(bank_of(job, create=True), run)
     except (OrchestratorError, BankError, Unusable, OSError) as error:
-        return f"bank.add: {error}"
+        raise JobError(f"bank.add: {error}") from error
     return f"bank.add: {card.name} is in {job.spec.bank.path}"
 
 

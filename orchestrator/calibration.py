@@ -6,7 +6,7 @@ while there are few: one run may have been disturbed.
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from clusters.capability import ClusterCapability, DeviceCapability
+from clusters.safe_input import BadInput, load_json, read_bytes, record
+from orchestrator.runs.files import StepTimes, finite
 
 _PRIOR_RUNS = 1.0  # weight of "the formulas are right", in runs
 _BELIEVABLE = (0.1, 10.0)  # beyond it something else went wrong
@@ -32,13 +34,15 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
     """(device name, number format) -> measured over predicted step time, as the uncalibrated formulas predicted it."""
     logs: dict[tuple[str, str], list[float]] = {}
     for result in results:
-        times = result.get("time") or {}
-        predicted, measured = times.get("formula_step_s"), times.get("measured_step_s")
-        if not predicted or not measured:
+        try:
+            times = record(StepTimes, result.get("time") or {}, "time")
+        except (BadInput, AttributeError):  # a damaged one: it teaches nothing
             continue
-        ratio = measured / predicted
+        if not times.formula_step_s or not times.measured_step_s or not times.device or not times.dtype:
+            continue
+        ratio = times.measured_step_s / times.formula_step_s
         if _BELIEVABLE[0] <= ratio <= _BELIEVABLE[1]:
-            logs.setdefault((times["device"], times["dtype"]), []).append(math.log(ratio))
+            logs.setdefault((times.device, times.dtype), []).append(math.log(ratio))
     return {key: math.exp(sum(values) / (len(values) + _PRIOR_RUNS)) for key, values in logs.items()}
 
 
@@ -50,8 +54,8 @@ def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -
 def _results(runs: Path) -> Iterable[Mapping[str, Any]]:
     """What runs and the trials of searches measured."""
     for file in sorted([*runs.glob("*/result.json"), *runs.glob("*/trials.jsonl")]):
-        try:
-            text = file.read_text(encoding="utf-8")
-            yield from map(json.loads, text.splitlines() if file.suffix == ".jsonl" else [text])
-        except (OSError, ValueError):  # one being written, or a damaged one: it teaches nothing
-            continue
+        with contextlib.suppress(BadInput):  # one being written, or a damaged one: it teaches nothing
+            content = read_bytes(file)
+            for text in content.split(b"\n") if file.suffix == ".jsonl" else [content]:
+                with contextlib.suppress(BadInput):
+                    yield finite(load_json(text, allow_nan=True))

@@ -8,10 +8,10 @@ from orchestrator.rundir import RunFolder
 
 def write_card(run: RunFolder, job: Job) -> None:
     """Write README.md into the exported folder: base, data, method, and the measured quality."""
-    folder, result = run.exported(), run.read_json("result.json")
+    folder, result = run.exported(), run.result()
     if folder is None or result is None:
         return
-    planned = (run.read_json("plan.json") or {}).get("method", {})
+    planned = run.plan().method
     method = ", ".join(f"{key}={value}" for key, value in planned.items() if value is not None)
     lines = [
         "---",
@@ -27,6 +27,13 @@ def write_card(run: RunFolder, job: Job) -> None:
         f"- Steps: {result['steps']}, supervised tokens: {result['supervised_tokens']}, plan `{result['plan_hash']}`",
         "",
     ]
+    handed = result.get("handed_back") or {}
+    if handed.get("reason"):
+        lines[-1:] = [
+            f"- Weights: of step {handed['step']}, the next best; {handed['instead_of']}, which had the lowest held-out"
+            f" loss, could not be used ({handed['reason']})",
+            "",
+        ]
     before, after = result.get("before") or {}, result.get("after") or {}
     if after:
         lines += ["| held-out rows | before | after |", "|---|---|---|"]

@@ -19,7 +19,6 @@ import typer
 from orchestrator import __version__, bank_cli, cluster_cli, remote_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
 from orchestrator.job.paths import resolve_path, write_text_file
-from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder, utc
 from orchestrator.verbs import (
     HardwareOption,
@@ -275,6 +274,7 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
 
     Example: orchestrator resume latest
     """
+    from orchestrator.run import is_complete
     from orchestrator.run import resume as run_on
 
     if search := search_cli.found(run, runs):
@@ -285,26 +285,39 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
         remote_cli.resume(found, json_)
         _print_result(found, json_)
         return
-    if found.state() == "finished":
+    if not found.differences() and is_complete(found, found.job()):
         _mend_mirror(found)
         raise JobError(f"{found.run_id} is finished; there is nothing to resume")
     with _watcher(json_) as watcher:
-        run_on(found, read_run_job(found.path), watcher)
+        run_on(found, watcher)
     _print_result(found, json_)
 
 
 @app.command(name="list")
 def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """List the runs in a folder, oldest first."""
-    from orchestrator.explain import run_row, runs_table
+    from orchestrator.explain import damaged_row, run_row, runs_table
+    from orchestrator.runs.condition import damage
+    from orchestrator.search.trials import SearchFolder
 
-    rows = [run_row(run) for run in RunFolder.all(runs)]
+    rows, searches = [], SearchFolder.all(runs)
+    for run in RunFolder.all(runs):
+        wrong = [] if run.is_locked() else damage(run)  # who holds it may be writing
+        try:
+            rows.append(damaged_row(run, wrong) if wrong else run_row(run))
+        except JobError as error:
+            rows.append(damaged_row(run, error.mistakes))
+    wrong_searches = {search: wrong for search in searches if (wrong := damage(search))}
+    rows += [damaged_row(search, wrong) for search, wrong in wrong_searches.items()]
     if json_:
         print_json(rows)
     elif rows:
         out.print(runs_table(rows))
     else:
         show(f"no runs in {runs}")
+    for row in rows:
+        for line in row.get("damage", ()):
+            say(f"{row['run']} is damaged: {line}")
 
 
 @app.command()
@@ -312,6 +325,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     """Say how far a run is, and how good its result is."""
     from orchestrator import workers
     from orchestrator.explain import result_view, run_row
+    from orchestrator.runs.condition import damage, passed_over
 
     if search := search_cli.found(run, runs):
         _mend_mirror(search)
@@ -321,6 +335,10 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if remote_cli.is_remote(found) and not remote_cli.is_closed(found):
         remote_cli.status(found, json_)
         return
+    if not found.is_locked() and (wrong := damage(found)):
+        raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
+    if text := passed_over(found):
+        say(text)
     _mend_mirror(found)
     row, by_worker = run_row(found), workers.of_run(found.events()[0])
     if json_:
@@ -345,7 +363,7 @@ def _mend_mirror(run: RunFolder) -> None:
         if not remote_cli.is_remote(run) and is_left_running(run):
             from orchestrator.tracking import complete
 
-            if address := complete(run, read_run_job(run.path, run.marker)):
+            if address := complete(run, run.job()):
                 say(f"MLflow at {address} now says how {run.run_id} ended")
     except OrchestratorError as error:
         say(str(error))
@@ -413,7 +431,7 @@ def evaluate(
     from orchestrator.run import held_out_of
 
     found = RunFolder.find(run, runs)
-    job = read_run_job(found.path)
+    job = found.job()
     from orchestrator.training.finished import evaluate as measure
 
     quality = measure(found, job, held_out_of(found, job, data, say))
@@ -436,7 +454,7 @@ def merge(
     found = RunFolder.find(run, runs)
     from orchestrator.training.finished import merge as write
 
-    write(found, read_run_job(found.path), output)
+    write(found, found.job(), output)
     show(f"wrote {output}")
 
 
@@ -478,11 +496,11 @@ def sync(
         raise JobError("--experiment: is empty; give the name of an experiment in MLflow")
 
     if search := search_cli.found(run, runs):
-        address = sync_search(search, read_run_job(search.path, search.marker), experiment)
+        address = sync_search(search, search.job(), experiment)
         show(f"{search.run_id} is in {address}")
         return
     found = RunFolder.find(run, runs)
-    address = send(found, read_run_job(found.path), experiment)
+    address = send(found, found.job(), experiment)
     show(f"{found.run_id} is in {address}")
 
 
@@ -632,7 +650,7 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
 
     if as_json:
         exported = run.exported()
-        result = run.read_json("result.json")
+        result = run.result()
         print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
         return
     out.print()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -10,11 +11,12 @@ from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.rundir import RunFolder, utc
+from orchestrator.runs.checkpoints import Choice
 
 
 def result_view(run: RunFolder) -> RenderableType:
     """Quality before and after, sample outputs, cost, and where things are."""
-    result = run.read_json("result.json") or {}
+    result = run.result() or {}
     before, after = result.get("before") or {}, result.get("after") or {}
     parts: list[RenderableType] = []
     if after:
@@ -28,11 +30,20 @@ def result_view(run: RunFolder) -> RenderableType:
         old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
         for sample in after.get("samples", []):
             parts.append(_sample(sample, old.get(sample["prompt"])))
+    if text := handed_back_text(result):
+        parts.append(Text(text, style="yellow"))
     parts.append(Text(_cost_sentence(result)))
     exported = run.exported()
     if exported:
         parts.append(Text(f"{exported.name}: {exported}"))
     return Group(*parts)
+
+
+def handed_back_text(result: dict[str, Any]) -> str | None:
+    """Why not the best weights were handed back; None where they were."""
+    handed = result.get("handed_back") or {}
+    choice = Choice(*(handed.get(key) for key in ("step", "eval_loss", "instead_of", "reason")))
+    return choice.text if choice.reason else None
 
 
 def _cost_sentence(result: dict[str, Any]) -> str:
@@ -76,10 +87,17 @@ def score(key: str, value: float | None) -> str:
     return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
 
 
+def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:
+    """A run whose files cannot be relied on: what is wrong with them, in place of what they say."""
+    row = dict.fromkeys(("step", "num_steps", "loss", "tokens_per_s", "started"))
+    return {"run": run.run_id, "state": "damaged", **row, "path": str(run.path), "damage": list(wrong)}
+
+
 def run_row(run: RunFolder) -> dict[str, Any]:
     """The state of a run in one flat record."""
     steps = run.steps()
-    plan, result = run.read_json("plan.json") or {}, run.read_json("result.json") or {}
+    num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
+    result = run.result() or {}
     last = steps[max(steps)] if steps else {}
     events = run.events()[0]
     errors = [event["text"] for event in events if event["event"] in ("error", "state") and event.get("text")]
@@ -88,14 +106,14 @@ def run_row(run: RunFolder) -> dict[str, Any]:
         "run": run.run_id,
         "state": state,
         "step": last.get("step", 0),
-        "num_steps": plan.get("num_steps"),
+        "num_steps": num_steps,
         "loss": last.get("loss"),
         "tokens_per_s": last.get("tokens_per_s"),
         "started": utc(events[0]["time"]) if events else None,
         "path": str(run.path),
     }
-    if state == "running" and last:
-        row["eta_s"] = round((plan["num_steps"] - last["step"]) * last["seconds"])
+    if state == "running" and last and num_steps:
+        row["eta_s"] = round((num_steps - last["step"]) * last["seconds"])
     after = result.get("after") or {}
     row |= {key: after[key] for key in after if isinstance(after[key], float) and key != "seconds"}
     if state == "failed" and errors:
@@ -113,5 +131,6 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         table.add_column(column)
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        table.add_row(row["run"], row["state"], f"{row['step']}/{row['num_steps']}", loss, row["started"] or "")
+        steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
+        table.add_row(*(Text(cell) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
     return table

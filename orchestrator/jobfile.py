@@ -19,13 +19,9 @@ from pydantic import ValidationError
 from clusters.safe_input import (
     BadInput,
     checked_path,
-    kind_of,
     load_yaml,
     name_mistake,
     printable,
-    read_json,
-    read_text,
-    record,
 )
 from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
 from orchestrator.errors import JobError
@@ -56,13 +52,6 @@ class Job:
             raise JobError(str(error)) from None
 
 
-@dataclass(frozen=True)
-class _Origin:
-    """origin.json: where the relative paths of a run's job start."""
-
-    folder: str
-
-
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     """Read and validate a job file; `overrides` are `section.key=value` strings.
 
@@ -74,19 +63,6 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         hint = "`orchestrator init FILE` writes a job file (YAML), `orchestrator recipes` lists examples"
         raise JobError(f"{error}. {hint}") from None
     return parse_job(text, path.parent.resolve(), printable(str(path)), overrides)
-
-
-def read_run_job(run_path: Path, name: str = "job.yaml") -> Job:
-    """The job of a run folder, its relative paths starting where they did when it was submitted."""
-    origin, file = run_path / "origin.json", run_path / name
-    try:
-        if kind_of(file) is None:
-            raise JobError(f"{printable(str(run_path))} is not a run folder: it has no {name}")
-        text = read_text(file)
-        began = record(_Origin, read_json(origin), str(origin)).folder if kind_of(origin) else str(run_path)
-        return parse_job(text, checked_path(began), str(file))
-    except BadInput as error:
-        raise JobError(str(error)) from None
 
 
 def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[str] = ()) -> Job:

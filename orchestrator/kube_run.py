@@ -74,22 +74,29 @@ def submit(
     name = run_id or new_name(job)
     kube.check_name(name)
     known = RunFolder(output_dir / name)
-    if (known.path / known.marker).is_file():
+    if known.is_begun:
         return _go_on(known, say, follow)
     with remote.in_our_words(address):
         door = remote.opened_at(address)
         objects = objects_for(job, name, door, hardware, cluster, say)
-        run = RunFolder.create(output_dir, job.spec.name, name)
-        with remote.begun(run, job):
-            run.write("kube.yaml", kube.as_yaml(objects.job, *([objects.config] if objects.config else [])))
-            uploads = objects.folder if objects.uploads or objects.texts else None
-            remote.say_sent(run, objects.sent, say)
-            _send(door, objects, say)
-            remote.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
+        with RunFolder.take(output_dir, job.spec.name, name) as run:
+            if run.is_begun:
+                raise JobError(f"{name} was begun by another process meanwhile; the same command goes on with it")
+            with remote.begun(run, job):
+                _send_new(run, door, objects, name, address, say)
     say(f"run {name} in {door.namespace}")
     if follow:
         remote.attach(run, say)
     return run
+
+
+def _send_new(run: RunFolder, door: Any, objects: kube.Objects, name: str, address: str, say: _Say) -> None:
+    """Create the objects of a run that is taken, and keep where they are."""
+    run.write("kube.yaml", kube.as_yaml(objects.job, *([objects.config] if objects.config else [])))
+    uploads = objects.folder if objects.uploads or objects.texts else None
+    remote.say_sent(run, objects.sent, say)
+    _send(door, objects, say)
+    remote.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
 
 
 def _go_on(run: RunFolder, say: _Say, follow: bool) -> RunFolder:

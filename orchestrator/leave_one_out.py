@@ -32,7 +32,8 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     near = neighbours(bank_of(job), base, say)
     labelled, held_out = {}, {}
     for card in near.cards:
-        files = RunFolder(runs / (card.run_id or "-")).read_json("data.json")
+        run = RunFolder(runs / (card.run_id or "-"))
+        files = run.data() if run.is_begun else None
         train, there = datasets(files) if files and files.get("eval") else (None, None)
         if train is not None and there is not None:
             labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clusters.safe_input import BadInput, load_json, printable, record
 from clusters.units import format_s
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.money import Price
@@ -154,34 +155,26 @@ class Plan:
         return json.dumps({**asdict(self), "total_s": self.total_s, "hash": self.hash}, indent=1)
 
     @classmethod
-    def from_json(cls, text: str) -> Plan:
-        """Read plan.json.  Raises JobError when another version wrote it."""
-        values = json.loads(text)
-        for derived in ("hash", "total_s"):
-            values.pop(derived, None)
-        if values.get("version") != VERSION:
-            raise JobError(
-                f"plan.json has version {values.get('version')}, this program writes {VERSION}; submit the job anew"
-            )
-        values["nodes"] = tuple(_node_plan(part) for part in values["nodes"])
-        values["helper"] = _node_plan(values["helper"]) if values["helper"] else None
-        values["price"] = Price(**values["price"])
-        values["sync"] = Sync(**values["sync"])
-        values["metrics"] = tuple(values["metrics"])
-        values["alternatives"] = tuple(Alternative(**entry) for entry in values["alternatives"])
-        values["in_bank"] = tuple(
-            InBank(**{**entry, "held_out_loss": tuple(entry["held_out_loss"])}) for entry in values.get("in_bank", ())
-        )
-        return cls(**values)
-
-
-def _node_plan(values: Mapping[str, Any]) -> NodePlan:
-    typed = {
-        "techniques": Techniques(**values["techniques"]),
-        "memory": MemoryEstimate(**values["memory"]),
-        "time": TimeEstimate(**values["time"]),
-    }
-    return NodePlan(**{**values, **typed})
+    def from_json(cls, text: str, label: str = "plan.json") -> Plan:
+        """Read plan.json.  Raises JobError with file and fault: another version, a wrong type, an edited plan."""
+        try:
+            values = load_json(text, label)
+            if isinstance(values, dict) and values.get("version") != VERSION:
+                raise JobError(
+                    f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
+                    " submit the job anew"
+                )
+            plan = record(cls, values, label)
+            plan.build_method()
+        except BadInput as error:
+            raise JobError(str(error)) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise JobError(f"{label}: method: {printable(str(error))}") from None
+        if not plan.nodes:
+            raise JobError(f"{label}: nodes is empty")
+        if (written := values.get("hash")) is not None and written != plan.hash:
+            raise JobError(f"{label}: was edited: its values have the hash {plan.hash}, and it says {written}")
+        return plan
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

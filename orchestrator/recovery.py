@@ -155,8 +155,8 @@ class Recovery:
     def _go_on_with(self, plan: Plan, began: float) -> Plan:
         before = {part.node for part in self.plan.nodes}
         after = {part.node for part in plan.nodes}
-        self.run.write("plan.json", plan.to_json())
-        self.run.write("capability.json", json.dumps(self.capability.as_dict(), indent=1))
+        self.run.keep("plan.json", plan.to_json())
+        self.run.keep("capability.json", json.dumps(self.capability.as_dict(), indent=1))
         self.run.record(
             "replanned",
             plan=plan.hash,

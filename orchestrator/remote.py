@@ -29,7 +29,7 @@ from clusters.units import format_bytes
 from orchestrator import package
 from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
 from orchestrator.job.secrets import refuse_written_out
-from orchestrator.jobfile import Job, read_run_job
+from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
 
 KUBERAY = "kuberay"
@@ -74,8 +74,7 @@ def submit(job: Job, address: str, output_dir: Path, say: _Say, follow: bool = T
     Ctrl-C detaches: the job goes on.
     """
     refuse_written_out(yaml.safe_load(job.text), "the package, which others of the cluster may read,")
-    run = RunFolder.create(output_dir, job.spec.name)
-    with begun(run, job):
+    with RunFolder.take(output_dir, job.spec.name) as run, begun(run, job):
         with in_our_words(address):
             door = JobsDoor(address, run.path / "package")
         say_sent(run, package.pack(job, run.path / "package"), say)
@@ -103,8 +102,7 @@ def begun(run: RunFolder, job: Job) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(run.path, ignore_errors=True)
         raise
-    run.write("origin.json", json.dumps({"folder": str(job.folder)}))
-    run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
+    run.begin({"origin.json": json.dumps({"folder": str(job.folder)}), "job.yaml": job.text})
 
 
 def attach(run: RunFolder, say: _Say) -> None:
@@ -159,7 +157,7 @@ def _bring_home(run: RunFolder, remote: Remote, door: Door, found: RemoteJob, sa
             if found.state == "SUCCEEDED":
                 raise RunFailed(f"the result could not be fetched: {error}") from error
             say(f"nothing could be fetched: {error}")
-        if found.state == "FAILED" and read_run_job(run.path).spec.kubernetes.keep_failed_s is not None:
+        if found.state == "FAILED" and run.job().spec.kubernetes.keep_failed_s is not None:
             return
         if remote.uploads and run.state_by_events() == "finished":
             door.remove(remote.attempts[-1], remote.uploads)

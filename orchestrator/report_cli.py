@@ -10,7 +10,6 @@ import typer
 
 from orchestrator import search_cli
 from orchestrator.errors import JobError
-from orchestrator.jobfile import read_run_job
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import (
     HardwareOption,
@@ -76,7 +75,7 @@ def bench(
     if generate:
         run = RunFolder.find(what, runs)
         sizes, lengths = numbers("--batch-sizes", batch_sizes), numbers("--prompt-lengths", prompt_lengths)
-        result = benchmarks.bench_generation(run, read_run_job(run.path), sizes, lengths, new_tokens, say)
+        result = benchmarks.bench_generation(run, run.job(), sizes, lengths, new_tokens, say)
     else:
         asked = asked_job(what, ["cluster.num_workers=1", *set_])
         result = benchmarks.bench_training(asked, prepare(asked, say), steps, say, timeline, bus * 1e9 if bus else None)
@@ -115,7 +114,7 @@ def report(
     if lang not in LANGUAGES:
         raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
     folder = search_cli.found(name, runs) or RunFolder.find(name, runs)
-    job = read_run_job(folder.path, folder.marker)
+    job = folder.job()
     if markdown:
         file = output or folder.path / "report.md"
         write_markdown(report_of(folder, job, lang), file)

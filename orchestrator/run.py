@@ -18,19 +18,23 @@ from typing import Any, Protocol
 
 from clusters.capability import ClusterCapability
 from clusters.connect import CannotConnect, connect
+from clusters.safe_input import BadInput
 from orchestrator import calibration, machines, models, money, planner, workload
 from orchestrator.aside import Aside
-from orchestrator.card import write_card
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
 from orchestrator.job import model_check
 from orchestrator.job.secrets import secret_names
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
-from orchestrator.jobfile import Job, changed_keys, read_run_job, spec_with
+from orchestrator.jobfile import Job, spec_with
+from orchestrator.lifecycle import ending
+from orchestrator.lifecycle.verification import check_same_job, is_handed_back, verified_files
 from orchestrator.plan import InBank, Plan, in_bank_sentence
 from orchestrator.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.rundir import RunFolder
+from orchestrator.runs import checkpoints
+from orchestrator.runs.condition import exported_damage, model_digests
 from orchestrator.spec import HeldOut as SplitOff
 from orchestrator.spec import JobSpec
 from orchestrator.tracking import Mirror
@@ -66,66 +70,74 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None) -> RunFolder:
     """Run a job from its file to its evaluated result.  Raises OrchestratorError; see errors.py for the exit codes.
 
     A `run_id` that exists goes on where it stands: the same command after a crash loses nothing.  JobError where that
-    run is of other settings or other data.
+    run is of other settings or other data, or where another process holds it.
     """
+    _must_have_secrets(job)
+    known = RunFolder(output_dir(job) / run_id) if run_id else None
+    if known is None or not known.is_begun:
+        if run_id:
+            RunFolder.check_free(output_dir(job), run_id)  # before the work of preparing; `take` decides
+        ready = prepare(job, watcher.say)
+        with RunFolder.take(output_dir(job), job.spec.name, run_id) as run:
+            if not run.is_begun:
+                _begin(run, ready, watcher.say)
+                watcher.planned(run, job, ready.plan, ready.statistics)
+                execute(run, job, ready.plan, ready.capability, watcher)
+                return run
+        known = run  # another process was faster
+    return resume(known, watcher, job)
+
+
+def resume(run: RunFolder, watcher: Watcher, job: Job | None = None) -> RunFolder:
+    """Go on from the newest checkpoint that verifies, with the plan the run was started with; or finish its end.
+
+    `job` is what is asked for, by default the run's own.  Raises JobError where it is another one, or where what the
+    run began with was changed.
+    """
+    with run.lock():
+        run.restore(watcher.say)
+        if job:
+            check_same_job(run, job)
+        job = job or run.job()
+        for key in run.free_changes():
+            watcher.say(f"{key} was changed since the run began; it is used as it is now")
+        if is_handed_back(run, watcher.say):
+            ending.finish(run, job, watcher.event)
+        else:
+            files, plan = verified_files(run, job, watcher.say), run.plan()
+            watcher.planned(run, job, plan, files.get("statistics") or {})
+            execute(run, job, plan, run.capability(), watcher)
+    return run
+
+
+def is_complete(run: RunFolder, job: Job) -> bool:
+    """Whether nothing is left to do: trained, handed back as it lies here, and its end done."""
+    result = run.result()
+    done = run.state() == "finished" and result is not None
+    return done and not run.differences() and not exported_damage(run, result or {}) and not ending.pending(run, job)
+
+
+def _must_have_secrets(job: Job) -> None:
     if missing := [name for name in secret_names(job.spec) if not os.environ.get(name)]:
         raise JobError(
             f"secrets of the job: {', '.join(missing)} is not set where the job runs. Export it before `orchestrator"
             " head` (or before `submit` on one machine); on Kubernetes kubernetes.secret brings it"
         )
-    known = RunFolder(output_dir(job) / run_id) if run_id else None
-    if known and (known.path / known.marker).is_file():
-        _must_be_of(known, job)
-        return known if known.state() == "finished" else resume(known, job, watcher)
-    ready = prepare(job, watcher.say)
-    run = RunFolder.create(output_dir(job), job.spec.name, run_id)
-    run.write("origin.json", json.dumps({"folder": str(job.folder)}))
-    run.write("capability.json", json.dumps(ready.capability.as_dict(), indent=1))
-    run.write("plan.json", ready.plan.to_json())
-    run.write("data.json", json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1))
-    run.write("job.yaml", job.text)  # last: a folder with a job.yaml is a run
-    watcher.planned(run, job, ready.plan, ready.statistics)
-    execute(run, job, ready.plan, ready.capability, watcher)
-    return run
 
 
-def resume(run: RunFolder, job: Job, watcher: Watcher) -> RunFolder:
-    """Go on from the newest checkpoint that verifies, with the plan the run was started with."""
-    plan = Plan.from_json((run.path / "plan.json").read_text())
-    capability = ClusterCapability.from_dict(run.read_json("capability.json") or {"nodes": []})
-    files = run.read_json("data.json") or {}
-    if not all(Path(files[key]).is_dir() for key in ("train", "eval", "model") if files.get(key)):
-        _must_have_data_of(run, job)
-        run.write("data.json", json.dumps(prepare(job, watcher.say).data_files, indent=1))  # caches were cleared
-    watcher.planned(run, job, plan, files.get("statistics", {}))
-    execute(run, job, plan, capability, watcher)
-    return run
-
-
-def _must_be_of(run: RunFolder, job: Job) -> None:
-    """Raises JobError where a run is not what this job would be: its result would be taken for this job's."""
-    if changed := changed_keys(read_run_job(run.path).spec, job.spec):
-        raise JobError(
-            f"{run.run_id} exists and is of another job ({_few(changed)}). `orchestrator resume {run.run_id}` goes"
-            f" on with that one; for this one choose another run id, or delete {run.path}"
-        )
-    _must_have_data_of(run, job)
-
-
-def _few(changed: list[str]) -> str:
-    return "; ".join(changed[:3]) + (f"; and {len(changed) - 3} more" if len(changed) > 3 else "")
-
-
-def _must_have_data_of(run: RunFolder, job: Job) -> None:
-    """Raises JobError where the job's files are not as they were when the run began."""
-    from orchestrator.data.prepare import digests
-
-    known = run.read_json("data.json") or {}
-    if changed := [name for name, digest in digests(job).items() if known.get(name) not in (None, digest)]:
-        raise JobError(
-            f"{', '.join('data.' + name.removesuffix('_digest') for name in changed)}: the files have changed since"
-            f" {run.run_id} began. Put them back to go on, or submit a new run; to use its name again delete {run.path}"
-        )
+def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
+    """Write down what the run begins with; whoever calls it holds the run."""
+    texts = {
+        "origin.json": json.dumps({"folder": str(ready.job.folder)}),
+        "capability.json": json.dumps(ready.capability.as_dict(), indent=1),
+        "plan.json": ready.plan.to_json(),
+        "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1),
+        "job.yaml": ready.job.text,
+    }
+    try:
+        run.begin(texts, model_digests(Path(ready.data_files["model"]), say))
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
 
 
 def prepare(
@@ -284,16 +296,14 @@ def _in_bank(job: Job) -> tuple[InBank, ...]:
 
 def held_out_of(run: RunFolder, job: Job, other: Path | None, say: Callable[[str], None]) -> Any:
     """The held-out samples of a run, or those of another file read as the job reads its own."""
-    from orchestrator.data.prepare import prepare_data
-    from orchestrator.training.worker import load_data
+    from orchestrator.data.prepare import datasets, prepare_data
 
     if other is None:
-        held_out = load_data(run)[1]
+        held_out = datasets(verified_files(run, job, say))[1]
         if held_out is None:
             raise JobError(f"{run.run_id} has no held-out rows; give some with --data FILE")
         return held_out
-    model_folder = Path((run.read_json("data.json") or {})["model"])
-    plan = Plan.from_json((run.path / "plan.json").read_text())
+    model_folder, plan = Path(run.data()["model"]), run.plan()
     asked = job.spec.model_copy(
         update={"data": job.spec.data.model_copy(update={"train": str(other.absolute()), "eval": None})}
     )
@@ -312,37 +322,29 @@ def look_at_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
 
 
 def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability, watcher: Watcher) -> None:
-    """Start the workers, pass on what happens, mirror it, and judge the end.
+    """Start the workers, pass on what happens, mirror it, judge the end and do what follows it.
 
-    Raises RunFailed when the workers failed, were stopped, or did nothing; ClusterError when Ray cannot be reached.
+    Who calls it holds the run.  Raises RunFailed when the workers failed, were stopped, or did nothing; ClusterError
+    when Ray cannot be reached.
     """
-    with run.lock():
-        run.stop_file.unlink(missing_ok=True)
-        run.replan_file.unlink(missing_ok=True)
-        _, offset = run.events()
-        run.record("state", state="running", pid=os.getpid())
-        mirror = Mirror(run, job)
-        try:
-            _train_on_ray(run, job, plan, capability, watcher, mirror, offset)
-            _judge(run)
-            if job.spec.bank.add:
-                from orchestrator.banking import add_when_asked
-
-                told = add_when_asked(run, job)
-                watcher.say(told)
-                run.record("note", text=told)
-        except OrchestratorError as error:
-            stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
-            if not stopped:
-                run.record("state", state="failed", text=str(error))
-            raise
-        finally:
-            if run.exported():
-                write_card(run, job)
-            mirror.finish()
-            for event in run.events(mirror.offset_at_start)[0]:
-                if event["event"] == "tracking":
-                    watcher.event(event)
+    run.stop_file.unlink(missing_ok=True)
+    run.replan_file.unlink(missing_ok=True)
+    _, offset = run.events()
+    run.record("state", state="running", pid=os.getpid())
+    mirror = Mirror(run, job)
+    try:
+        _train_on_ray(run, job, plan, capability, watcher, mirror, offset)
+        _judge(run)
+    except BaseException as error:
+        stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(offset)[0])
+        if isinstance(error, OrchestratorError) and not stopped:
+            run.record("state", state="failed", text=str(error))
+        mirror.finish()
+        for event in run.events(mirror.offset_at_start)[0]:
+            if event["event"] == "tracking":
+                watcher.event(event)
+        raise
+    ending.finish(run, job, watcher.event)
 
 
 def _train_on_ray(
@@ -413,8 +415,7 @@ def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability)
     from orchestrator.spec import METHOD_SECTIONS
     from orchestrator.training.worker import load_data
 
-    files = run.read_json("data.json") or {}
-    config = models.read_config(Path(files["model"]))
+    config = models.read_config(Path(run.data()["model"]))
     data, held_out = load_data(run)
     again, _ = _plan(
         fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], len(planner.slots_of(job.spec, there))),
@@ -458,14 +459,16 @@ def _pass_on(run: RunFolder, watcher: Watcher, offset: int) -> int:
 
 
 def _judge(run: RunFolder) -> None:
-    """A run that trained no step or saved no checkpoint has failed, whatever Ray says."""
-    state = run.state_by_events()
+    """A run that trained no step, saved no checkpoint or handed nothing back has failed, whatever Ray says."""
+    state, result = run.state_by_events(), run.result()
     if state == "stopped":
         raise Stopped(f"stopped as asked. `orchestrator resume {run.run_id}` goes on from the last checkpoint")
-    if not run.steps():
+    if result is None and not run.steps():
         raise RunFailed(f"no step was trained; `orchestrator logs {run.run_id}` shows what the workers said")
-    if not any(run.checkpoints.glob("step-????????")) or run.exported() is None or state != "finished":
+    if not checkpoints.complete(run.checkpoints) or result is None or state != "finished":
         raise RunFailed(f"the workers ended without a result; `orchestrator logs {run.run_id}` shows what they said")
+    if damage := exported_damage(run, result):
+        raise RunFailed(f"{damage}. `orchestrator resume {run.run_id}` exports it again")
 
 
 def output_dir(job: Job) -> Path:

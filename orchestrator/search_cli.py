@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from orchestrator.errors import JobError
-from orchestrator.jobfile import Job, parse_job, read_run_job
+from orchestrator.jobfile import Job, parse_job
 from orchestrator.search.trials import SearchFolder
 from orchestrator.verbs import (
     JobArgument,
@@ -79,9 +79,9 @@ def found(name: str, runs: Path) -> SearchFolder | None:
     if name == "latest":
         return None
     known = [folder for folder in SearchFolder.all(runs) if folder.run_id.startswith(name)]
-    by_path = [Path(name)] if (Path(name) / SearchFolder.marker).is_file() else []
-    paths = by_path or [folder.path for folder in known]
-    return SearchFolder(paths[0].resolve()) if len(paths) == 1 else None
+    by_path = [here] if (here := SearchFolder.at(name)) else []
+    found = by_path or known
+    return found[0] if len(found) == 1 else None
 
 
 def go_on(folder: SearchFolder, as_json: bool) -> None:
@@ -90,7 +90,11 @@ def go_on(folder: SearchFolder, as_json: bool) -> None:
     from orchestrator.search.view import Watching
 
     if folder.state() == "finished":
-        raise JobError(f"{folder.run_id} is finished; a larger search.budget needs a new search")
+        if not folder.differences():
+            raise JobError(f"{folder.run_id} is finished; a larger search.budget needs a new search")
+        with folder.lock():
+            folder.restore(say)
+        return
     resume(folder, Watching(err if as_json else out))
     _conclude(folder)
     show(folder, as_json)
@@ -101,7 +105,7 @@ def _conclude(folder: SearchFolder) -> None:
     from orchestrator.report.html import write
     from orchestrator.tracking import TrackingFailed, sync_search
 
-    job = read_run_job(folder.path, folder.marker)
+    job = folder.job()
     say(f"report: {write(folder, job, 'en', None)}")
     if not job.spec.tracking.report_to:
         return
@@ -113,11 +117,14 @@ def _conclude(folder: SearchFolder) -> None:
 
 def show(folder: SearchFolder, as_json: bool) -> None:
     """The table of a search and what to do next."""
+    from orchestrator.runs.condition import damage
     from orchestrator.search.preparing import planning_in
     from orchestrator.search.recommend import outcomes
     from orchestrator.search.view import recommendation_text, trials_table
 
-    trials, summary = folder.trials(), folder.read_json("summary.json") or {}
+    if wrong := damage(folder):
+        raise JobError([f"{folder.run_id} is damaged: {line}" for line in wrong])
+    trials, summary = folder.trials(), folder.summary()
     if as_json:
         state = folder.state()
         print_json(
@@ -130,7 +137,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
             }
         )
         return
-    job = read_run_job(folder.path, folder.marker)
+    job = folder.job()
     planning = planning_in(folder, job)
     done = outcomes(trials, planning.real, job.spec.search.metric)
     recommended = (summary.get("recommended") or {}).get("trial")

@@ -20,7 +20,7 @@ from orchestrator import workers
 from orchestrator.errors import OrchestratorError
 from orchestrator.job.secrets import SecretMissing, secret_names
 from orchestrator.jobfile import Job, flat
-from orchestrator.plan import Plan, settings_of
+from orchestrator.plan import settings_of
 from orchestrator.rundir import RunFolder
 from orchestrator.runs.mirror_state import Sent, TrackingFailed, address_of, asked_uri, knock
 from orchestrator.search.trials import SearchFolder, Trial, read_trials
@@ -86,13 +86,13 @@ class Mirror:
                 self._run.record("tracking", ok=True, text=address)
 
 
-def sync(run: RunFolder, job: Job, experiment: str | None = None) -> str:
+def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | None = None) -> str:
     """Bring MLflow to where a run stands: metrics, artifacts, state; returns the store's address without its password.
 
     Sends only what it has not sent yet; a run that goes on stays RUNNING there.  `experiment` is used instead of the
-    job's, now and later.  Raises TrackingFailed.
+    job's, now and later; `state` is told by a driver that holds the run.  Raises TrackingFailed.
     """
-    state = run.state()
+    state = state or run.state()
     return _sent(run, job, lambda uri: _Sender(run, job, uri, experiment).send(state))
 
 
@@ -104,12 +104,13 @@ def sync_search(folder: SearchFolder, job: Job, experiment: str | None = None) -
     return _sent(folder, job, lambda uri: _SearchSender(folder, job, uri, experiment).send())
 
 
-def complete(run: RunFolder, job: Job) -> str | None:
+def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     """`sync` for a run that has ended, where something is left to send; None where MLflow has it all or is not wanted.
 
     Cheap where nothing is left, and right to call twice.  Raises TrackingFailed.
     """
-    if not job.spec.tracking.report_to or (state := run.state()) == "running":
+    state = state or run.state()
+    if not job.spec.tracking.report_to or state == "running":
         return None
     if isinstance(run, SearchFolder):
         return sync_search(run, job)
@@ -118,7 +119,7 @@ def complete(run: RunFolder, job: Job) -> str | None:
         left = [event for event in run.events(sent.offset)[0] if event.get("event") != "tracking"]
         if not left:
             return None
-    return sync(run, job)
+    return sync(run, job, state=state)
 
 
 def _sent(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
@@ -243,7 +244,7 @@ class _Store:
 
 class _SearchSender(_Store):
     def send(self) -> None:
-        summary = self.run.read_json("summary.json") or {}
+        summary = SearchFolder(self.run.path).summary()
         chosen = summary.get("recommended") or {}
         parent = self.open({"kind": "search"})
         outcomes = {outcome["trial"]: outcome for outcome in summary.get("outcomes", [])}
@@ -308,7 +309,7 @@ class _Sender(_Store):
     def _send_params(self, run_id: str) -> None:
         from mlflow.entities import Param
 
-        plan = Plan.from_json((self.run.path / "plan.json").read_text())
+        plan = self.run.plan()
         params = flat(self.job.spec.model_dump()) | {f"plan.{k}": v for k, v in settings_of(plan).items()}
         params["plan.hash"] = plan.hash
         entities = [Param(key, masked(str(value))[:6000]) for key, value in params.items()]

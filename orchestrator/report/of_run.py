@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from clusters.capability import ClusterCapability
 from clusters.masking import masked
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator import money, workers
@@ -27,8 +26,8 @@ Word = Callable[[str], str]
 def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     """What was asked, chosen, reached, and what it cost.  What is not there yet is left out."""
     w = words(lang)
-    plan = Plan.from_json((run.path / "plan.json").read_text())
-    result, events = run.read_json("result.json") or {}, run.events()[0]
+    plan = run.plan()
+    result, events = run.result() or {}, run.events()[0]
     steps = [event for _, event in sorted(run.steps().items())]
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
     report.section(w("Result"), _facts(w, run, plan, result, steps))
@@ -200,7 +199,7 @@ def _costs(
     if not result or not result["tokens"]:
         return []
     spec, tokens = job.spec, result["tokens"]
-    capability = ClusterCapability.from_dict(run.read_json("capability.json") or {"nodes": []})
+    capability = run.capability()
     trained_s, again_s = trained_seconds(events)
     cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
     sittings = sum(event["event"] == "ready" for event in events)
@@ -209,7 +208,7 @@ def _costs(
         cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
     others = []
     if spec.cost.alternatives:
-        others = alternatives_of(job, plan, run.read_json("data.json") or {}, tokens)
+        others = alternatives_of(job, plan, run.data(), tokens)
     blocks: list[Block] = [cost_table(w, spec.cost.currency, [cost, *others])]
     facts = _points(w, spec.cost.currency, cost, result)
     if again_s and cost.per_run is not None:

@@ -8,7 +8,6 @@ from typing import Any
 from clusters.masking import masked
 from clusters.units import format_bytes, format_s
 from orchestrator.jobfile import Job
-from orchestrator.plan import Plan
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import money_text, notes_on_cost, place
@@ -23,12 +22,12 @@ Word = Callable[[str], str]
 def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     """What was tried, what came of it, and what to submit."""
     w = words(lang)
-    summary, trials = folder.read_json("summary.json") or {}, folder.trials()
+    summary, trials = folder.summary(), folder.trials()
     outcomes: list[dict[str, Any]] = summary.get("outcomes", [])
     by_number = {trial.number: trial for trial in trials}
     report = Report(job.spec.name, f"{w('Search report')} · {folder.run_id}", lang)
     report.section(w("Recommendation"), *_recommended(w, folder, summary))
-    report.section(w("Before the trials"), _before(w, folder.read_json("advice.json"), trials))
+    report.section(w("Before the trials"), _before(w, folder.advice(), trials))
     report.section(w("Trials"), _table(w, summary, outcomes, by_number), *_figures(w, summary, outcomes, trials))
     report.section(w("Cost"), *_cost(w, job, folder, summary))
     command = f"python -m orchestrator search {place(folder)}/search.yaml"
@@ -163,7 +162,7 @@ def _figures(w: Word, summary: dict[str, Any], outcomes: list[dict[str, Any]], t
 def _cost(w: Word, job: Job, folder: SearchFolder, summary: dict[str, Any]) -> list[Block]:
     chosen = summary.get("recommended")
     facts = [(w("time"), format_s(summary.get("trial_seconds", 0.0)))]
-    plan = Plan.from_json((folder.path / "plan.json").read_text())
+    plan = folder.plan()
     if plan.price.total is not None and plan.total_s:
         rate = plan.price.total / plan.total_s  # of the machines the job would use
         currency = plan.price.currency

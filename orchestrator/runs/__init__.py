@@ -1,4 +1,12 @@
-"""What is on disk of a run.
+"""What a run, a search or a bank leaves on disk, and what of it may be trusted.
 
-mirror_state.py    how far MLflow mirrors a run, and the address of the store
+recorded.py     start here: recorded.json, what a folder was begun with, so that a changed file is known and named
+folder.py       a folder whose deciding files are recorded: read as they were written, or refused by name
+locks.py        who holds a folder; asking takes nothing
+events.py       the lines of events.jsonl, their types checked
+files.py        plan.json, data.json, result.json ...: each parsed once, or refused by name
+checkpoints.py  which checkpoints are whole, and which of them is handed back
+digests.py      SHA-256 of model files and of what is handed back
+mirror_state.py how far MLflow mirrors a run, and the address of the store
+condition.py    whether a run is whole and finished, and what is wrong with it
 """

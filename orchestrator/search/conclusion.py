@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from clusters.units import format_bytes, format_s
-from orchestrator.jobfile import Job, read_run_job, text_with
+from orchestrator.jobfile import Job, text_with
 from orchestrator.search.advice import Planning
 from orchestrator.search.recommend import Outcome, front, outcomes, recommend
 from orchestrator.search.space import phrase
@@ -28,7 +28,7 @@ def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:
         "trial_seconds": sum(trial.seconds for trial in trials),
         "wasted_seconds": sum(trial.seconds for trial in trials if not trial.measured),
     }
-    folder.write("summary.json", json.dumps(summary, indent=1))
+    folder.keep("summary.json", json.dumps(summary, indent=1))
     if chosen is None:
         return
     point = {**chosen.trial.point, "train.global_batch_size": planning.global_batch_size}
@@ -38,7 +38,7 @@ def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:
         f" {format_bytes(chosen.peak_bytes)}"
         + (f", {chosen.cost:.3g} {chosen.plan.price.currency}.\n" if chosen.cost is not None else ".\n")
     )
-    folder.write("recommended.yaml", comment + text_with(read_run_job(folder.path, "asked.yaml"), point))
+    folder.write("recommended.yaml", comment + text_with(folder.job("asked.yaml"), point))
 
 
 def _of_outcome(outcome: Outcome, planning: Planning) -> dict[str, Any]:

@@ -23,9 +23,7 @@ _SET_UP_S = 3.0  # of a trial beside its steps: loading the model
 
 def planning_in(folder: SearchFolder, job: Job) -> Planning:
     """The planner with a search's machines and data."""
-    capability = ClusterCapability.from_dict(folder.read_json("capability.json") or {"nodes": []})
-    base = Plan.from_json((folder.path / "plan.json").read_text())
-    return planning_of(job, folder.read_json("data.json") or {}, capability, base.global_batch_size)
+    return planning_of(job, folder.data(), folder.capability(), folder.plan().global_batch_size)
 
 
 def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, global_batch_size: int) -> Planning:

@@ -16,7 +16,7 @@ from clusters.capability import NodeCapability
 from clusters.connect import CannotConnect, connect
 from orchestrator import calibration, money, planner
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed
-from orchestrator.jobfile import Job, read_run_job, value_of
+from orchestrator.jobfile import Job, value_of
 from orchestrator.plan import Plan
 from orchestrator.run import InBackground, Ready, output_dir, prepare
 from orchestrator.search.advice import Advised, Planning, advise, told
@@ -176,17 +176,19 @@ def search(
     planning = planning_of(job, files, capability, _batch(ready))
     nodes = nodes_of(job.spec, capability, ready.plan)
     advised = None if study else _advised(planning, space, nodes, watching.say)
-    folder = SearchFolder.create(output_dir(job), f"search-{job.spec.name}")
-    folder.write("origin.json", json.dumps({"folder": str(job.folder)}))
-    folder.write("capability.json", json.dumps(capability.as_dict(), indent=1))
-    folder.write("data.json", json.dumps(files, indent=1))
-    folder.write("plan.json", ready.plan.to_json())
-    folder.write("study.json", json.dumps(named))
-    if advised:
-        folder.write("advice.json", json.dumps(told(space, advised), indent=1))
-    folder.write("asked.yaml", asked.text)
-    folder.write("search.yaml", job.text)  # last: a folder with it is a search
-    return _go_on(_Search(folder, job, planning, space, nodes, watching, _sampler(planning, space, advised), named))
+    texts = {
+        "origin.json": json.dumps({"folder": str(job.folder)}),
+        "capability.json": json.dumps(capability.as_dict(), indent=1),
+        "data.json": json.dumps(files, indent=1),
+        "plan.json": ready.plan.to_json(),
+        "study.json": json.dumps(named),
+        **({"advice.json": json.dumps(told(space, advised), indent=1)} if advised else {}),
+        "asked.yaml": asked.text,
+        "search.yaml": job.text,
+    }
+    with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:
+        folder.begin(texts)
+        return _go_on(_Search(folder, job, planning, space, nodes, watching, _sampler(planning, space, advised), named))
 
 
 def _batch(ready: Ready) -> int:
@@ -205,30 +207,37 @@ def predict(job: Job, say: Callable[[str], None]) -> tuple[Space, Advised]:
 
 def resume(folder: SearchFolder, watching: Watching) -> SearchFolder:
     """Go on with a search that was stopped or killed, with what its trials taught."""
-    job = read_run_job(folder.path, folder.marker)
+    with folder.lock():
+        folder.restore(watching.say)
+        return _go_on(_as_left(folder, watching))
+
+
+def _as_left(folder: SearchFolder, watching: Watching) -> _Search:
+    """A search as its files tell of it."""
+    job = folder.job()
     planning = planning_in(folder, job)
-    base = Plan.from_json((folder.path / "plan.json").read_text())
-    named = [(name, point) for name, point in folder.read_json("study.json") or []]
+    base = folder.plan()
+    named = [(name, point) for name, point in folder.study()]
     slots = planner.slots_of(job.spec, planning.capability)
     space = Space({}) if named else space_of(job.spec, slots, planning.global_batch_size)
     nodes = nodes_of(job.spec, planning.capability, base)
     advised = None if named else _advised(planning, space, nodes, watching.say)
     sampler = None if named else _sampler(planning, space, advised)
-    return _go_on(_Search(folder, job, planning, space, nodes, watching, sampler, named))
+    return _Search(folder, job, planning, space, nodes, watching, sampler, named)
 
 
 def _go_on(going: _Search) -> SearchFolder:
+    """Try what is left; who calls it holds the folder."""
     folder, job = going.folder, going.job
-    with folder.lock():
-        folder.stop_file.unlink(missing_ok=True)
-        folder.record("state", state="running", pid=os.getpid())
-        try:
-            _tune(going)
-        except OrchestratorError as error:
-            folder.record("state", state="failed", text=str(error))
-            raise
-        conclude(folder, job, going.planning)
-        folder.record("state", state="stopped" if going.stopped else "finished")
+    folder.stop_file.unlink(missing_ok=True)
+    folder.record("state", state="running", pid=os.getpid())
+    try:
+        _tune(going)
+    except OrchestratorError as error:
+        folder.record("state", state="failed", text=str(error))
+        raise
+    conclude(folder, job, going.planning)
+    folder.record("state", state="stopped" if going.stopped else "finished")
     if going.stopped:
         raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` goes on with the trials that are left")
     return folder

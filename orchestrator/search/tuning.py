@@ -7,7 +7,6 @@ a trial, is most of what keeps Tune cheap here (numbers in LOG.md).
 from __future__ import annotations
 
 import gc
-import json
 import logging
 import math
 import os
@@ -24,7 +23,7 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import Job, read_run_job, spec_with
+from orchestrator.jobfile import Job, spec_with
 from orchestrator.plan import Plan
 from orchestrator.search.space import Point
 from orchestrator.search.trials import SearchFolder, Trial
@@ -233,7 +232,7 @@ class _Runner(tune.Trainable):
         from orchestrator.training.experiment import Experiment
 
         folder = Path(self._now["folder"])
-        job = read_run_job(folder, SearchFolder.marker)
+        job = SearchFolder(folder).job()
         self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
         plan = Plan.from_json(self._now["plans"][self._node()])
         files = _data_of(folder, plan.techniques.max_length)
@@ -286,4 +285,4 @@ def _rounded(loss: float, tolerance: float) -> float:
 
 
 def _data_of(folder: Path, max_length: int) -> dict[str, Any]:
-    return json.loads((folder / "data.json").read_text(encoding="utf-8"))[str(max_length)]
+    return SearchFolder(folder).data()[str(max_length)]

@@ -90,7 +90,7 @@ def trials_table(
 
 def recommendation_text(folder: SearchFolder) -> str:
     """What to do next."""
-    summary = folder.read_json("summary.json") or {}
+    summary = folder.summary()
     chosen = summary.get("recommended")
     if not chosen:
         return summary.get("why", "nothing was tried")

@@ -155,7 +155,7 @@ def bench_generation(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Time to the first token, time per further token, throughput and memory: base, adapter and merged side by side."""
-    plan = Plan.from_json((run.path / "plan.json").read_text())
+    plan = run.plan()
     location = finished.model_of(run)
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)

@@ -9,6 +9,7 @@ for an adapter method.  safetensors and JSON, never pickle.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,14 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from orchestrator.job import manifest
+from orchestrator.runs.checkpoints import complete, verify
 from strategies.contract import TrainSetup, TrainState
 from strategies.state import restore
-
-_FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,8 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
         moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
         save_file(moments, temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
+        _must_be(temporary / "weights.safetensors", held.weights)
+        _must_be(temporary / "optimizer.safetensors", moments)
         manifest.write(temporary, step=state["step"])
         if final.exists():  # the same step, saved by the run that was interrupted after it
             shutil.rmtree(final)
@@ -81,7 +83,7 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose every byte verifies; damaged ones are named through `warn` and passed over."""
-    for path in sorted(folder.glob("step-????????"), reverse=True):
+    for path in reversed(complete(folder)):
         checkpoint = read(path, warn)
         if checkpoint:
             return checkpoint
@@ -97,14 +99,21 @@ def read(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     return Checkpoint(path, json.loads((path / "state.json").read_text()))
 
 
-def verify(path: Path) -> str | None:
-    """What is wrong with a checkpoint, None when every file has its size and SHA-256."""
-    return manifest.damage(path, _FILES)
-
-
 def prune(folder: Path, keep: int, best: str | None) -> None:
     """Delete all but the newest `keep` checkpoints and the one named `best`, and whatever a crash left half-written."""
-    complete = sorted(folder.glob("step-????????"))
-    for path in [*complete[:-keep], *folder.glob("*.tmp-*")]:
+    for path in [*complete(folder)[:-keep], *folder.glob("*.tmp-*")]:
         if path.name != best:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _must_be(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Read back what was written: a digest of bytes that the disk got wrong would vouch for them."""
+    with safe_open(file, framework="pt") as written:
+        for name, tensor in tensors.items():
+            if not torch.equal(_bytes(written.get_tensor(name)), _bytes(tensor)):
+                raise OSError(errno.EIO, f"{file.name} is not on the disk as it was written ({name})")
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """Bits, so that a NaN equals itself."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)

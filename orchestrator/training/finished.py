@@ -13,8 +13,8 @@ import torch
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
-from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.runs.condition import check_model, exported_whole
 from orchestrator.training.parallel import Group
 from orchestrator.training.worker import load_model, load_tokenizer, measure, prepare
 from strategies.contract import TrainSetup
@@ -22,8 +22,7 @@ from strategies.contract import TrainSetup
 
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
-    plan = Plan.from_json((run.path / "plan.json").read_text())
-    location = model_of(run)
+    plan, location = run.plan(), model_of(run)
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
     # The run's own set-up decides kernels and packing; its exported weights then take the place of the fresh ones.
@@ -52,6 +51,8 @@ def merge(run: RunFolder, job: Job, output: Path) -> Path:
         model.save_pretrained(temporary)
         load_tokenizer(model_of(run), job).save_pretrained(temporary)
         temporary.rename(output)
+    except OSError as error:
+        raise JobError(f"--output {output} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return output
@@ -59,11 +60,7 @@ def merge(run: RunFolder, job: Job, output: Path) -> Path:
 
 def _exported_model(run: RunFolder, job: Job, device: torch.device) -> Any:
     """The tuned model in fp32: exported weights alone, or the base with the exported adapter on it."""
-    exported = run.exported()
-    if exported is None:
-        raise JobError(
-            f"{run.run_id} has handed nothing back yet; `orchestrator status {run.run_id}` says how far it is"
-        )
+    exported = exported_whole(run)
     if not (exported / "adapter_config.json").exists():
         return load_model(str(exported), job, "float32", device, "sdpa")
     from peft import PeftModel
@@ -84,8 +81,6 @@ def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[s
 
 
 def model_of(run: RunFolder) -> str:
-    """Where the model lies that a run started from."""
-    files = run.read_json("data.json")
-    if files is None:
-        raise JobError(f"{run.run_id} was interrupted before it had a model; submit the job anew")
-    return files["model"]
+    """Where the model lies that a run started from.  Raises JobError where it is no longer that one."""
+    check_model(run)
+    return run.data()["model"]

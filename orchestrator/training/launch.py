@@ -77,7 +77,7 @@ def _on_worker(config: dict[str, Any]) -> None:
 
     run, context = RunFolder(Path(config["run"])), ray.train.get_context()
     node = config["names"].get(ray.get_runtime_context().get_node_id(), "")
-    plan = Plan.from_json((run.path / "plan.json").read_text())
+    plan = run.plan()
     rank, slot = _in_plan_order(plan, node, context.get_world_size())
     _log_to(run.logs / f"worker-{rank}.log")
     try:

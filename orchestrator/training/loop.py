@@ -58,6 +58,7 @@ class Progress:
     supervised_tokens: int = 0
     best_loss: float | None = None
     best_checkpoint: str | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)  # step -> held-out loss, in nats a token
     evaluations_without_gain: int = 0
     loss_scale: dict[str, Any] = field(default_factory=dict)
     stopped: str | None = None  # why it ended before the last step: "early", or what Hooks.should_stop said
@@ -226,6 +227,7 @@ def train(
         if held_out and schedule.eval_steps and (progress.step % schedule.eval_steps == 0 or last):
             eval_loss = evaluate_loss(setup, held_out, techniques, group, shares.shares)
             hooks.record("eval", step=progress.step, eval_loss=eval_loss)
+            progress.eval_losses[str(progress.step)] = eval_loss
             improved = progress.best_loss is None or eval_loss < progress.best_loss
             if improved:
                 progress.best_loss, progress.evaluations_without_gain = eval_loss, 0

@@ -7,8 +7,6 @@ from pathlib import Path
 
 import torch
 
-from orchestrator.jobfile import read_run_job
-from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training import worker
 from orchestrator.training.parallel import Group
@@ -17,13 +15,13 @@ from orchestrator.training.parallel import Group
 def measure(folder: str) -> None:
     """Measure the run's model on its held-out rows, with what the plan says of `helper`, and write before.json."""
     run = RunFolder(Path(folder))
-    job, plan = read_run_job(run.path), Plan.from_json((run.path / "plan.json").read_text())
+    job, plan = run.job(), run.plan()
     part = plan.helper
     held_out = worker.load_data(run)[1]
     if part is None or held_out is None:
         return
     torch.set_num_threads(part.threads)
-    location = (run.read_json("data.json") or {})["model"]
+    location = run.data()["model"]
     setup, techniques = worker.prepare(job, plan, part, location, torch.device(part.torch_device), _ignore)
     tokenizer = worker.load_tokenizer(location, job)
     quality = worker.measure(job, plan, setup, tokenizer, held_out, techniques, Group())

@@ -12,7 +12,6 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -25,9 +24,11 @@ from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, RunFailed
-from orchestrator.jobfile import Job, read_run_job
+from orchestrator.jobfile import Job
 from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.runs import checkpoints, digests
+from orchestrator.runs.condition import check_model
 from orchestrator.training import checkpoint, preflight
 from orchestrator.training.evaluate import Answer, generate_answers, num_without_room
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
@@ -47,6 +48,7 @@ log = logging.getLogger("orchestrator.worker")
 T = TypeVar("T")
 
 _STEPS_A_TRIM = 10
+_OF_TRAINING = ("train_seconds", "time", "energy", "memory", "before")  # in result.json
 _HELPER_S = 120.0  # that a finished training waits for the helper
 _ROUNDING = {
     "float32": 1e-3,
@@ -60,7 +62,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
 
     Raises OrchestratorError for what the user can mend.
     """
-    job, plan = read_run_job(run.path), Plan.from_json((run.path / "plan.json").read_text())
+    job, plan = run.job(), run.plan()
     part = plan.part_of(node, slot)
     device = torch.device("cpu" if part.torch_device == "cpu" else f"cuda:{slot}")
     torch.set_num_threads(part.threads)
@@ -69,7 +71,9 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     began = time.perf_counter()
     libraries_bytes = resident_bytes(device)
     data, held_out = load_data(run)
-    location = (run.read_json("data.json") or {})["model"]
+    if slot == 0:
+        check_model(run)
+    location = run.data()["model"]
     setup, techniques = prepare(job, plan, part, location, device, record, group)
     record("ready", seconds=round(time.perf_counter() - began, 2), trainable=plan.num_trainable_parameters)
     tokenizer = load_tokenizer(location, job)
@@ -81,10 +85,11 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         saved.restore(setup)
         names = {name for name in Progress.__dataclass_fields__ if name in saved.state}
         progress = Progress(**{name: saved.state[name] for name in names})
-        progress.stopped = None
+        progress.stopped = "early" if progress.stopped == "early" else None  # it had ended; others go on
         record("note", text=f"resumed from checkpoint {saved.path.name}")
     else:
         progress = Progress()
+    first_step = progress.step
 
     if progress.step == 0 and job.spec.strategy.preflight:
         checked = preflight.check(
@@ -139,19 +144,20 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     started = time.perf_counter()
     try:
         with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
-            progress = train(
-                setup,
-                data,
-                held_out,
-                order,
-                schedule_of(job, plan),
-                techniques,
-                group,
-                progress,
-                hooks,
-                shares,
-                plan.local_batch_size,
-            )
+            if not progress.stopped:
+                progress = train(
+                    setup,
+                    data,
+                    held_out,
+                    order,
+                    schedule_of(job, plan),
+                    techniques,
+                    group,
+                    progress,
+                    hooks,
+                    shares,
+                    plan.local_batch_size,
+                )
     except FloatingPointError as error:
         raise RunFailed(
             f"{error}. Lower train.learning_rate or train.max_grad_norm, or set model.dtype: float32; `orchestrator"
@@ -163,17 +169,14 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     if progress.stopped in ("asked", "replan"):
         record("state", state="stopped" if progress.stopped == "asked" else "replanning", step=progress.step)
         return
-    if plan.load_best_model_at_end and progress.best_checkpoint:
-        best = checkpoint.read(run.checkpoints / progress.best_checkpoint, lambda text: record("note", text=text))
-        if best and best.step != progress.step:
-            best.restore(setup, with_optimizer=False)
-            record("note", text=f"handing back step {best.step}, which has the lowest held-out loss")
+    choice = best_weights(run, plan, progress, setup, group, record)
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
     held = gather(setup) if setup.sharding else None
     if rank == 0:
         progress.before = progress.before or (_of_helper(run, record) if plan.helper else None)
         _hand_back(run, job, setup, tokenizer, held)
         result = _result(plan, progress, after, train_s, data)
+        result["handed_back"] = handed_back(run, choice)
         result["time"] = step_times(plan, [event["seconds"] for _, event in sorted(run.steps().items())])
         result["energy"] = energy
         result["versions"] = versions()
@@ -184,7 +187,9 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
             "measured_peak_bytes": train_peak_bytes,
             "libraries_bytes": libraries_bytes,
         }
-        run.write("result.json", json.dumps(result, indent=1))
+        if progress.step == first_step and (earlier := run.result()):  # exported again: what training took stands there
+            result |= {key: earlier[key] for key in _OF_TRAINING if key in earlier}
+        run.keep("result.json", json.dumps(result, indent=1))
         if result["time"]["measured_step_s"]:
             record(
                 "prediction",
@@ -196,6 +201,31 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         if after:
             record("quality", when="after", **_numbers(after))
         record("state", state="finished", step=progress.step)
+
+
+def best_weights(
+    run: RunFolder, plan: Plan, progress: Progress, setup: TrainSetup, group: Group, record: Any
+) -> checkpoints.Choice:
+    """Bring the weights of the lowest held-out loss into the model, of those that verify; the same on every worker."""
+    losses = {int(step): loss for step, loss in progress.eval_losses.items()} if plan.load_best_model_at_end else {}
+    mine = checkpoints.choose(run.checkpoints, losses, progress.step) if group.rank == 0 else None
+    choice = group.gather(mine)[0]
+    if choice.step != progress.step:
+        best = checkpoint.read(run.checkpoints / f"step-{choice.step:08d}", lambda text: record("note", text=text))
+        if best is None:
+            raise RunFailed(f"the checkpoint of step {choice.step} verifies on one machine and not on another")
+        best.restore(setup, with_optimizer=False)
+    if choice.text and (choice.reason or choice.step != progress.step):
+        record("note", text=choice.text)
+    return choice
+
+
+def handed_back(run: RunFolder, choice: checkpoints.Choice) -> dict[str, Any]:
+    """What result.json says of the exported files: whose weights they are, and their digests."""
+    exported = run.exported()
+    assert exported is not None  # it has just been written
+    files = {name: dataclasses.asdict(digest) for name, digest in digests.of_folder(exported).items()}
+    return {"folder": exported.name, **dataclasses.asdict(choice), "files": files}
 
 
 def group_of(rank: int, size: int, plan: Plan) -> Group:
@@ -228,7 +258,7 @@ def agree(
     """Every worker measures itself on its part of the next step and tells the others; shares follow from that."""
     if group.size == 1:
         return Shares([1.0])
-    sample_ids = order.sample_ids(step)
+    sample_ids = order.sample_ids(min(step, order.num_steps - 1))  # a run that only hands back has no next step
     mine = {
         "node": part.node,
         "device": part.device,
@@ -276,19 +306,8 @@ def measured_pace(
 
 
 def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples that data.json names."""
-    where = run.read_json("data.json")
-    if where is None:
-        raise RunFailed(
-            f"{run.path} has no data.json: it was interrupted before its data was ready. Submit the job anew"
-        )
-    folders = [Path(where[key]) for key in ("train", "eval") if where.get(key)]
-    missing = [str(folder) for folder in folders if not folder.is_dir()]
-    if missing:
-        raise RunFailed(
-            f"the tokenised data of this run is gone ({', '.join(missing)}). `orchestrator resume` makes it again"
-        )
-    return datasets(where)
+    """Training and held-out samples that data.json names.  Raises DamagedCache, JobError."""
+    return datasets(run.data())
 
 
 def load_tokenizer(location: str, job: Job) -> Any:
@@ -473,7 +492,7 @@ def _numbers(quality: dict[str, Any]) -> dict[str, Any]:
 def _of_helper(run: RunFolder, record: Any) -> dict[str, Any] | None:
     """What the machine that did not train measured; it has had the whole training for it."""
     until = time.monotonic() + _HELPER_S
-    while (found := run.read_json("before.json")) is None and time.monotonic() < until:
+    while (found := run.before()) is None and time.monotonic() < until:
         if run.read_json("before-failed.json") is not None:
             break
         time.sleep(0.5)

@@ -328,3 +328,20 @@ def test_weights_divided_by_zero_3_train_and_are_handed_back_whole(finished, pla
     assert run.read_json("result.json")["after"]["eval_loss"] == pytest.approx(
         reference.read_json("result.json")["after"]["eval_loss"], rel=1e-3
     )
+
+
+@pytest.mark.slow  # of the taking itself, tests/orchestrator/runs/test_locks.py proves it many times
+def test_of_two_jobs_that_are_submitted_under_one_name_at_once_one_is_refused_and_the_other_trains_its_own(place):
+    short = ("-s", "train.max_steps=4", "-s", "eval.eval_steps=null", "-s", "tracking.report_to=[]")
+    for number in range(3):
+        names = ("submit", "job.yaml", "--run-id", f"both-{number}", *short)
+        both = {rank: start(*names, "-s", f"method.lora_r={rank}", cwd=place) for rank in (2, 6)}
+        said = {rank: process.communicate(timeout=280)[0] for rank, process in both.items()}
+
+        codes = {rank: process.returncode for rank, process in both.items()}
+        assert sorted(codes.values()) == [0, 2], said
+        (trained,) = (rank for rank, code in codes.items() if code == 0)
+        run = RunFolder.find(f"both-{number}", place / "runs")
+        config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
+        assert config["r"] == run.job().spec.method.lora_r == run.plan().method["lora_r"] == trained
+        assert f"both-{number}" in said[8 - trained]

@@ -10,7 +10,7 @@ import pytest
 from orchestrator import tracking
 from orchestrator.cli import status
 from orchestrator.errors import JobError
-from orchestrator.jobfile import parse_job, read_run_job
+from orchestrator.jobfile import parse_job
 from orchestrator.machines import declared
 from orchestrator.rundir import RunFolder
 from orchestrator.runs.mirror_state import Sent, TrackingFailed, address_of, is_left_running
@@ -29,15 +29,6 @@ CONFIG = {
     "max_position_embeddings": 256,
     "tie_word_embeddings": True,
 }
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory):
-    """A store whose tables are there: making them takes seconds."""
-    from mlflow.tracking import MlflowClient
-
-    uri = f"sqlite:///{tmp_path_factory.mktemp('store') / 'mlflow.db'}"
-    return MlflowClient(uri), uri
 
 
 @pytest.fixture
@@ -66,7 +57,7 @@ def run_of(tmp_path):
 
 
 def report(run, step):
-    run.record("step", step=step, **dict.fromkeys(tracking._METRIC_FIELDS["step"], 1.0))
+    run.record("step", step=step, seconds=1.0, **dict.fromkeys(tracking._METRIC_FIELDS["step"], 1.0))
 
 
 def steps_of(client, run):
@@ -274,4 +265,4 @@ def test_a_run_that_is_read_again_knows_its_own_store(store, run_of):
     _, uri = store
     run, _ = run_of(uri)
 
-    assert tracking.sync(run, read_run_job(run.path)) == uri
+    assert tracking.sync(run, run.job()) == uri

@@ -1,0 +1,129 @@
+"""Whether a run is whole and finished, and what is wrong with it.
+
+`require_finished` is the one question of whoever takes a run's result: it answers with everything, verified, or refuses
+with the file and its fault.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusters.safe_input import BadInput
+from orchestrator import models
+from orchestrator.errors import JobError
+from orchestrator.jobfile import Job
+from orchestrator.plan import Plan
+from orchestrator.rundir import RunFolder
+from orchestrator.runs import digests, recorded
+from orchestrator.runs.digests import FileDigest
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that trained to its end and lies here as it was handed back."""
+
+    run: RunFolder
+    job: Job
+    plan: Plan
+    data: dict[str, Any]  # files.DataFiles
+    result: dict[str, Any]  # files.Result
+    exported: Path
+
+
+def require_finished(run: RunFolder) -> Finished:
+    """A finished run with its files, its adapter and its model verified.  Raises JobError with file and fault."""
+    state = run.state_by_events()  # the bank is added to by the driver, which holds the run
+    job, plan, data, result = run.job(), run.plan(), run.data(), run.result()
+    if state != "finished" or result is None:
+        raise JobError(f"{run.run_id} is {run.state()}, not finished; `orchestrator resume {run.run_id}` goes on")
+    exported = exported_whole(run)
+    check_model(run)
+    return Finished(run, job, plan, data, result, exported)
+
+
+def exported_damage(run: RunFolder, result: dict[str, Any], by_size: bool = False) -> str | None:
+    """What is wrong with what a run handed back; None where every file is as it was, or none was recorded.
+
+    `by_size` reads no file: for tables of many runs.
+    """
+    handed = result.get("handed_back")
+    folder = run.path / handed["folder"] if handed else run.exported()
+    if folder is None or not folder.is_dir():
+        return f"{folder or run.path / 'adapter'} is gone"
+    for name, expected in (handed or {}).get("files", {}).items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is gone"
+        is_same = file.stat().st_size == expected["bytes"]
+        if not is_same or not (by_size or digests.of_file(file).sha256 == expected["sha256"]):
+            return f"{file} has changed since it was handed back"
+    return None
+
+
+def exported_whole(run: RunFolder) -> Path:
+    """What a run handed back, every file of it verified.  Raises JobError."""
+    result, exported = run.result(), run.exported()
+    if result is None:
+        raise JobError(
+            f"{run.run_id} has handed nothing back yet; `orchestrator status {run.run_id}` says how far it is"
+        )
+    if damage := exported_damage(run, result):
+        raise JobError(f"{damage}. `orchestrator resume {run.run_id}` exports it again from its best checkpoint")
+    assert exported is not None  # exported_damage would have said so
+    return exported
+
+
+def check_model(run: RunFolder) -> None:
+    """Raises JobError where the model's files are not those that the run began with."""
+    found = recorded.read(run.path)
+    if found is None or not found.model:
+        return
+    folder = Path(run.data()["model"])
+    try:
+        changed = digests.changed(found.model, model_digests(folder))
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    if changed:
+        raise JobError(
+            f"model.model_name_or_path: {folder} is not the model that {run.run_id} began with"
+            f" ({recorded.few(changed)}). Put it back to go on, or submit a new run"
+        )
+
+
+def model_digests(folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, FileDigest]:
+    """Digests of a model's files, remembered between runs.  Raises BadInput."""
+    return digests.of_model(folder, models.cache_folder() / "digests.json", say)
+
+
+def damage(run: RunFolder) -> list[str]:
+    """What can be seen to be wrong with a run's files, each named, without reading its model or checkpoints."""
+    wrong: list[str] = []
+
+    def look(read: Callable[[], Any]) -> Any:
+        try:
+            return read()
+        except (JobError, BadInput) as error:
+            wrong.extend(str(error).splitlines())
+            return None
+
+    wrong += [one.text for one in look(run.differences) or []]
+    if wrong:
+        return wrong
+    for read in run.readers():
+        look(read)
+    result = look(run.result)
+    if result and (damaged := look(lambda: exported_damage(run, result, by_size=True))):
+        wrong.append(damaged)
+    if result and not wrong and look(run.state_by_events) == "interrupted":
+        wrong.append(f"{run.path / 'events.jsonl'}: the end of the run is not in it")
+    look(run.event_faults)
+    return wrong
+
+
+def passed_over(run: RunFolder) -> str | None:
+    """Lines of events.jsonl that were cut by a power loss or damaged since; the rest of the file is read."""
+    faults = run.event_faults()
+    return f"{run.path / 'events.jsonl'}: {recorded.few(faults)}; passed over" if faults else None

@@ -1,0 +1,69 @@
+"""Who holds a folder: a lock of the kernel on its `.lock` file, gone however its holder ends.
+
+A reader asks with F_OFD_GETLK, which takes nothing: no reader ever makes a driver's attempt fail.  Locks of the open
+file description, not of the process: a driver may ask about its own folder without losing it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+
+NAME = ".lock"
+_FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
+_ASK, _TAKE = getattr(fcntl, "F_OFD_GETLK", None), getattr(fcntl, "F_OFD_SETLK", None)
+
+
+class Held(OSError):
+    """Another process holds the folder; the text says which."""
+
+
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Hold `folder` inside the block.  Raises Held at once where another does, OSError where it cannot be written."""
+    with os.fdopen(os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+") as stream:
+        try:
+            if _TAKE is None:  # no Linux: readers take the lock for a moment there
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            else:
+                fcntl.fcntl(stream, _TAKE, _flock(fcntl.F_WRLCK))
+        except (BlockingIOError, PermissionError) as error:
+            raise Held(holder(folder)) from error
+        stream.truncate()
+        stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
+        stream.flush()
+        yield
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a process holds `folder`."""
+    try:
+        with (folder / NAME).open("rb") as stream:
+            if _ASK is None:
+                fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                return False
+            answer = fcntl.fcntl(stream, _ASK, _flock(fcntl.F_RDLCK))
+    except BlockingIOError:
+        return True
+    except OSError:  # no lock file, or a file system without locks: nobody could have taken one
+        return False
+    return struct.unpack(_FLOCK, answer)[0] != fcntl.F_UNLCK
+
+
+def holder(folder: Path) -> str:
+    """Who wrote itself into the lock last, for a message."""
+    try:
+        values = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        return f"process {int(values['pid'])} on {values['host']}"
+    except (OSError, ValueError, TypeError, KeyError):
+        return "another process"
+
+
+def _flock(kind: int) -> bytes:
+    return struct.pack(_FLOCK, kind, os.SEEK_SET, 0, 0, 0)
