@@ -173,6 +173,7 @@ def plan(
               orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
               orchestrator plan job.yaml --trace && orchestrator submit job.yaml
     """
+    from orchestrator.data.counts import check_line
     from orchestrator.machines import declared
     from orchestrator.plan_view import plan_view
     from orchestrator.run import plan_without_data, prepare
@@ -196,6 +197,8 @@ def plan(
         print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
         return
     out.print(plan_view(asked, ready.plan, ready.statistics))
+    if ready.statistics["train"]:
+        show(check_line(ready.statistics["train"]))
     for name, found in checks.items():
         out.print()
         show(f"{name}: {found['text']}")

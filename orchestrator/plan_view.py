@@ -10,7 +10,6 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
-from orchestrator.data.counts import check_line
 from orchestrator.jobfile import Job
 from orchestrator.plan import NodePlan, Plan, in_bank_sentence, settings_of
 
@@ -24,7 +23,6 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
     parts: list[RenderableType] = [
         _head(job, plan),
         Text(data_sentence(statistics)),
-        *([Text(check_line(statistics["train"]), no_wrap=True, overflow="ignore")] if statistics.get("train") else []),
         *([Text(in_bank_sentence(plan.in_bank), "green")] if plan.in_bank else []),
         Text(),
         _nodes_table(plan),

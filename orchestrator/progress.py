@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from clusters.units import format_bytes
+from orchestrator.data.counts import check_line
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
 from orchestrator.plan_view import plan_view
@@ -38,6 +39,8 @@ class Lines(Quiet):
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
         self._num_steps = plan.num_steps
         self.console.print(plan_view(job, plan, statistics, full=False))
+        if statistics.get("train"):
+            self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
         self.say(f"run {run.run_id}")
 
     def event(self, event: dict[str, Any]) -> None:
