@@ -16,6 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
+from clusters.safe_input import name_mistake
 from orchestrator import __version__, bank_cli, cluster_cli, remote_cli, report_cli, search_cli
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
 from orchestrator.job.paths import resolve_path, write_text_file
@@ -241,6 +242,8 @@ def submit(
               orchestrator submit job.yaml --cluster http://192.168.1.10:8265
               orchestrator submit job.yaml --cluster kuberay:team --detach
     """
+    if run_id is not None and (wrong := name_mistake(run_id)):
+        raise JobError(f"--run-id {wrong}")
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
-import re
 import socket
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
+from clusters.safe_input import name_mistake
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError
-
-out, err = Console(), Console(stderr=True)
+from orchestrator.verbs import print_json, say
+from orchestrator.views.screen import out
 
 InterfaceOption = Annotated[
     str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
@@ -79,12 +77,12 @@ def head(
             port,
             dashboard_port=dashboard_port,
         )
-        _say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
-        _say(f"    orchestrator join {own_address}:{port}")
-        _say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
+        say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
+        say(f"    orchestrator join {own_address}:{port}")
+        say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
         if dashboard_port:
-            _say(f"or from anywhere: orchestrator submit job.yaml --cluster http://{own_address}:{dashboard_port}")
-        keep_running(own, capability, _say)
+            say(f"or from anywhere: orchestrator submit job.yaml --cluster http://{own_address}:{dashboard_port}")
+        keep_running(own, capability, say)
     except CannotServe as error:
         raise ClusterError(str(error)) from None
 
@@ -112,7 +110,7 @@ def join(
         token = token_of(token_file, make=False)
         capability = _look()
         own = OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, _slots(slots, capability))
-        keep_running(own, capability, _say)
+        keep_running(own, capability, say)
     except CannotServe as error:
         raise ClusterError(str(error)) from None
 
@@ -139,7 +137,7 @@ def nodes(
     except CannotConnect as error:
         raise ClusterError(f"{error}. Start one with `orchestrator head`, or name one with --cluster") from None
     if json_:
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("node", "address", "state", "cores", "memory", "device", "slots", "does"):
@@ -173,8 +171,8 @@ def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _refuse_mistakes(interface: str | None, address: str | None, name: str | None) -> None:
     if interface and address:
         raise JobError("--interface and --address say the same thing twice: give one of them")
-    if name is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
-        raise JobError(f"--name {name!r}: letters, digits, dots, - and _ only: plans are keyed by it")
+    if name is not None and (wrong := name_mistake(name)):
+        raise JobError(f"--name {wrong}: plans are keyed by it")
 
 
 def _host_and_port(head: str, default_port: int) -> tuple[str, int]:
@@ -193,7 +191,3 @@ def _look() -> Any:
 
 def _slots(asked: int | None, capability: Any) -> int:
     return len(capability.gpus) or 1 if asked is None else asked
-
-
-def _say(text: str) -> None:
-    err.print(text, markup=False, highlight=False, soft_wrap=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.remote import is_kuberay
 from orchestrator.rundir import RunFolder
-from orchestrator.verbs import RunArgument, RunsOption, out, print_json, say
+from orchestrator.verbs import RunArgument, RunsOption, out, print_json, say, show
+from orchestrator.views.screen import write
 
 
 def is_remote(run: RunFolder) -> bool:
@@ -70,7 +70,8 @@ def status(run: RunFolder, as_json: bool) -> None:
     found = remote.look(run)
     if found.state != "PENDING":
         try:
-            sys.stdout.write(remote.verb(run, "status", run.run_id, *(["--json"] if as_json else [])))
+            shown = remote.verb(run, "status", run.run_id, *(["--json"] if as_json else []))
+            (write if as_json else show)(shown.rstrip("\n"))
             return
         except RunFailed:
             if found.state not in ENDED:
@@ -88,12 +89,12 @@ def logs(run: RunFolder, follow: bool) -> None:
     if follow and not is_closed(run):
         remote.attach(run, _listener(False))
     else:
-        sys.stdout.write(remote.printed(run))
+        show(remote.printed(run).rstrip("\n"))
 
 
 def stop(run: RunFolder) -> None:
     """Ask the job there to save and stop."""
-    sys.stdout.write(remote.stop(run))
+    show(remote.stop(run).rstrip("\n"))
 
 
 def render(job: Job, cluster: str, hardware: Path | None, attach: str | None, run_id: str | None, file: Path) -> None:
@@ -119,7 +120,7 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
 
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     """The other side of `fetch`, on the cluster."""
-    sys.stdout.write(package.send(RunFolder.find(run, runs)) + "\n")
+    write(package.send(RunFolder.find(run, runs)))
 
 
 def _listener(as_json: bool) -> Callable[[str], None]:

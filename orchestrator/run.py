@@ -24,6 +24,7 @@ from orchestrator.aside import Aside
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
 from orchestrator.evaluating import HeldOut
 from orchestrator.job import model_check
+from orchestrator.job.paths import resolve_path
 from orchestrator.job.secrets import secret_names
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
@@ -473,4 +474,4 @@ def _judge(run: RunFolder) -> None:
 
 def output_dir(job: Job) -> Path:
     """The folder of runs: beside the caller, not beside the job file, so that a recipe's runs land where one works."""
-    return Path(job.spec.checkpoint.output_dir).expanduser().absolute()
+    return resolve_path(job.spec.checkpoint.output_dir, "checkpoint.output_dir", kind="new folder")

@@ -11,7 +11,7 @@ from orchestrator.data.sources import sources_of
 from orchestrator.data.survey import Survey, can_render, survey
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check
-from orchestrator.job.paths import read_text_file
+from orchestrator.job.paths import read_text_file, resolve_path
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.jobfile import Job
 from orchestrator.search.space import stated_space
@@ -83,7 +83,7 @@ def _unchecked(job: Job, folder: Path | None) -> list[str]:
 
 
 def _check_paths(job: Job) -> None:
-    """Raises JobError for data files and a chat template that are not there."""
+    """Raises JobError for data files and a chat template that are not there, folders that can be none."""
     mistakes: list[str] = []
     data = job.spec.data
     for key, value in (("data.train", data.train), ("data.eval", data.eval)):
@@ -96,6 +96,16 @@ def _check_paths(job: Job) -> None:
     if data.chat_template != "tokenizer":
         try:
             read_text_file(data.chat_template, "data.chat_template", job.folder)
+        except JobError as error:
+            mistakes += error.mistakes
+    written = (
+        ("checkpoint.output_dir", job.spec.checkpoint.output_dir, Path()),
+        ("bank.path", job.spec.bank.path, job.folder),
+        ("strategy.nvme_path", job.spec.strategy.nvme_path or ".", job.folder),
+    )
+    for key, place, folder in written:
+        try:
+            resolve_path(place, key, folder, "new folder")
         except JobError as error:
             mistakes += error.mistakes
     if mistakes:

@@ -22,7 +22,8 @@ import typer
 from tests.fuzz.case import Case, lay_out
 from tests.fuzz.values import ESCAPES
 
-COMPUTE_S, WAIT_S = 10, 20  # of the processor, and of the clock: others may use the machine at the same time
+COMPUTE_S, WAIT_S = 10, 10  # of the processor, and of the clock where it computes nothing
+WAITING_S = 0.1  # of the processor in WAIT_S: less is waiting, more is a busy machine
 MEMORY_BYTES = 2**30  # beyond what the process holds before
 GOOD_CODES = (0, 2, 3, 4, 5)
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
@@ -120,8 +121,13 @@ def _listing(folder: Path) -> set[str]:
 def _limits() -> Iterator[None]:
     """An alarm after COMPUTE_S of the processor or WAIT_S of the clock, and a ceiling for memory."""
 
-    def alarm(*_: Any) -> None:
-        raise Hang
+    computed_s = time.process_time()
+
+    def alarm(number: int, _: Any) -> None:
+        nonlocal computed_s
+        was, computed_s = computed_s, time.process_time()
+        if number == signal.SIGPROF or computed_s - was < WAITING_S:  # else others use the machine
+            raise Hang
 
     status = Path("/proc/self/status")
     held = re.search(r"VmData:\s+(\d+)", status.read_text()) if status.exists() else None
@@ -131,7 +137,7 @@ def _limits() -> Iterator[None]:
         if held:
             resource.setrlimit(resource.RLIMIT_DATA, (int(held[1]) * 1024 + MEMORY_BYTES, old[1]))
         signal.setitimer(signal.ITIMER_PROF, COMPUTE_S, 1)
-        signal.setitimer(signal.ITIMER_REAL, WAIT_S, 1)  # again: one that is swallowed is not the last
+        signal.setitimer(signal.ITIMER_REAL, WAIT_S, WAIT_S)  # again: one that is swallowed is not the last
         yield
     finally:
         for timer in (signal.ITIMER_REAL, signal.ITIMER_PROF):
