@@ -1,11 +1,8 @@
 """An embedded cluster is its user's alone: tried from another address, without its token, and as another user."""
 
-import json
 import os
 import socket
 import stat
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,39 +11,9 @@ import pytest
 
 from clusters.connect import CannotConnect, connect
 from clusters.own_node import CannotServe, address_towards
+from tests.clusters.stranger import tries
 
 NAMES = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "GLOO_SOCKET_IFNAME")
-# What somebody else tries: to read what lies in the cluster's folder, and to speak with it.
-STRANGER = """
-import json, os, sys
-from pathlib import Path
-from ray._raylet import Config, GcsClient
-from ray.exceptions import AuthenticationError
-
-folder, address, user, token = sys.argv[1:]
-if user != "same":
-    os.setgroups([]); os.setgid(int(user)); os.setuid(int(user))
-tried = {}
-for name in ("", "auth_token", "r", "r/session_latest/sockets/raylet", "r/session_latest/logs"):
-    path = Path(folder, name)
-    try:
-        path.read_bytes() if name == "auth_token" else os.listdir(path)
-        tried[name] = "open"
-    except PermissionError:
-        tried[name] = "closed"
-    except OSError as error:
-        tried[name] = type(error).__name__
-os.environ["RAY_AUTH_MODE"] = "token" if token else "disabled"
-if token:
-    os.environ["RAY_AUTH_TOKEN"] = token
-Config.initialize("")
-try:
-    GcsClient(address=address)
-    tried["cluster"] = "open"
-except AuthenticationError:
-    tried["cluster"] = "closed"
-print(json.dumps(tried))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -91,17 +58,6 @@ def embedded(home):
         assert after == before and not folder.exists()
 
 
-def stranger(embedded, user="same", token=""):
-    """What a process without the cluster's environment gets; it imports before it becomes somebody else."""
-    bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    arguments = [str(embedded.folder), embedded.address, user, token]
-    done = subprocess.run(
-        [sys.executable, "-c", STRANGER, *arguments], capture_output=True, text=True, timeout=60, env=bare
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
 def test_it_listens_on_loopback_alone(embedded):
     assert len(embedded.listening) >= 5 and embedded.inside == "127.0.0.1"
     assert {address.removeprefix("::ffff:") for _, address, _ in embedded.listening} == {"127.0.0.1"}
@@ -122,14 +78,14 @@ def test_who_comes_from_another_address_of_the_machine_is_refused(embedded):
 
 @pytest.mark.parametrize("token", ["", "0" * 64])
 def test_nobody_comes_in_without_its_token(embedded, token):
-    assert stranger(embedded, token=token)["cluster"] == "closed"
+    assert tries(embedded.folder, embedded.address, token=token)["cluster"] == "closed"
 
 
 def test_another_user_finds_every_door_closed(embedded):
     if os.getuid() != 0:
         pytest.skip("only root can try as another user")
 
-    assert set(stranger(embedded, user="65534").values()) == {"closed"}
+    assert set(tries(embedded.folder, embedded.address, user="65534").values()) == {"closed"}
 
 
 def test_the_token_is_its_own_and_only_its_owner_reads_it(embedded, home):

@@ -27,6 +27,7 @@ from clusters.own_node import (
     token_file,
 )
 from clusters.units import GIB
+from tests.clusters.stranger import tries
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = DeviceCapability("cpu", "AMD EPYC 9754 (Zen 4c)", 16 * GIB)
@@ -295,6 +296,11 @@ def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
             ("first", "alive", 1.0),
             ("second", "alive", 2.0),
         }
+        session = Path("/tmp/ray/session_latest").resolve()
+        assert stat.S_IMODE(session.stat().st_mode) == 0o700
+        if os.getuid() == 0:
+            found = tries(session, where, user="65534")
+            assert (found["logs"], found["cluster"]) == ("closed", "closed")
         none = started(stranger, "join", where)
         assert "there is no token" in none.communicate(timeout=60)[0] and none.returncode == 4
         token_file(stranger / ".ray" / "auth_token", make=True)
