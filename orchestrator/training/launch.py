@@ -140,10 +140,10 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
 
 def store_at(address: str, port: int, size: int, patience: timedelta, listener: socket.socket | None = None) -> Any:
     """Where `size` workers meet; who has the `listener` at that address serves it, there and on no other address."""
-    import torch.distributed as dist
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     own = listener.detach() if listener else None
-    return dist.TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
+    return TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
 
 
 def _said(error: BaseException) -> str:
