@@ -27,18 +27,21 @@ class Held(OSError):
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Hold `folder` inside the block.  Raises Held at once where another does, OSError where it cannot be written."""
-    with os.fdopen(os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644), "r+") as stream:
+    descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
         try:
             if _TAKE is None:  # no Linux: readers take the lock for a moment there
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             else:
-                fcntl.fcntl(stream, _TAKE, _flock(fcntl.F_WRLCK))
+                fcntl.fcntl(descriptor, _TAKE, _flock(fcntl.F_WRLCK))
         except (BlockingIOError, PermissionError) as error:
             raise Held(holder(folder)) from error
-        stream.truncate()
-        stream.write(json.dumps({"pid": os.getpid(), "host": socket.gethostname()}))
-        stream.flush()
+        with contextlib.suppress(OSError):  # a full disk: it is held all the same
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)
         yield
+    finally:
+        os.close(descriptor)
 
 
 def is_held(folder: Path) -> bool:
