@@ -69,7 +69,7 @@ def import_(bank: Bank, file: Path) -> Taken:
     bounds = _checked_bounds(file)
     taken, refused = [], []
     with bank.writing():
-        work, others = bank.path / f".import-{uuid.uuid4().hex[:8]}", bank.cards()
+        work, others = bank.under_way("import"), bank.cards()
         try:
             with open_regular(file) as stream:
                 unpack(stream, work, bounds)

@@ -118,9 +118,16 @@ def write(folder: Path, source: Path, card: Card, evidence: Evidence | None) -> 
         raise BankError(f"{source} was changed while it was read; add it again")
     if evidence is not None:
         save_file(evidence.arrays(), folder / EVIDENCE)
-    (folder / CARD).write_text(json.dumps(card.as_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    write_card(folder, card)
     for file in folder.iterdir():
         sync(file)
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Whole or not at all."""
+    temporary = folder / f".{CARD}"
+    temporary.write_text(json.dumps(card.as_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(temporary, folder / CARD)
 
 
 def sync(path: Path) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import shutil
 import time
 import uuid
 from collections.abc import Iterator
@@ -37,13 +36,14 @@ from strategies.adapter_bank.folders import (
     read_evidence,
     sync,
     write,
+    write_card,
 )
 
 if TYPE_CHECKING:  # numpy waits until a data set is looked at
     from strategies.adapter_bank.evidence import Evidence
 
 _BUSY_S, _LOOK_S = 60.0, 0.05
-_UNDER_WAY = (".new-", ".removed-", ".import-")  # folders of a writer; without one they are left over
+_UNDER_WAY = ".under-way-"
 
 
 @dataclass(frozen=True)
@@ -177,7 +177,8 @@ class Bank:
             try:
                 check(self.folder(card.digest))
             except (Unusable, BankError) as error:
-                wrong.append(Damaged(self.folder(card.digest), str(error), card.name))
+                if self.folder(card.digest).exists():  # else it was removed meanwhile
+                    wrong.append(Damaged(self.folder(card.digest), str(error), card.name))
         if repair and wrong:
             with self.writing():
                 for one in wrong:
@@ -214,12 +215,12 @@ class Bank:
         if any(one.name == card.name and one.digest != card.digest for one in others):
             raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
         self._fits(adapter, card, others)
-        temporary, folder = self.path / f".new-{uuid.uuid4().hex[:8]}", self.folder(card.digest)
+        temporary = self.under_way("new")
         try:
             write(temporary, adapter.folder, card, evidence)
-            self._settle(temporary, folder)
+            self._settle(temporary, card)
         finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+            delete(temporary)
         return card
 
     def remove(self, which: Card | Damaged) -> None:
@@ -227,7 +228,7 @@ class Bank:
         folder = which.path if isinstance(which, Damaged) else self.folder(which.digest)
         with self.writing():
             if os.path.lexists(folder):
-                os.rename(self._inside(folder), trash := self.path / f".removed-{uuid.uuid4().hex[:8]}")
+                os.rename(self._inside(folder), trash := self.under_way("removed"))
                 delete(trash)
 
     @contextmanager
@@ -244,12 +245,15 @@ class Bank:
             raise BankError(f"{self.path / '.lock'} cannot be opened: {error.strerror}") from None
         try:
             _lock(descriptor, self.path)
-            for left_over in self.path.iterdir():
-                if left_over.name.startswith(_UNDER_WAY):
-                    delete(left_over)
+            for left_over in self._objects.glob(f"{_UNDER_WAY}*"):
+                delete(left_over)
             yield
         finally:
             os.close(descriptor)
+
+    def under_way(self, what: str) -> Path:
+        """A new name for a folder of whoever holds the lock; without one it is left over."""
+        return self._objects / f"{_UNDER_WAY}{what}-{uuid.uuid4().hex[:8]}"
 
     # Inside.
 
@@ -284,19 +288,22 @@ class Bank:
                 same_shapes([known, adapter])
                 break
 
-    def _settle(self, temporary: Path, folder: Path) -> None:
+    def _settle(self, temporary: Path, card: Card) -> None:
         """Move a written folder to its place; the same content keeps its bytes and gets the newer card."""
+        folder = self.folder(card.digest)
         self._inside(folder).parent.mkdir(exist_ok=True)
-        if os.path.lexists(folder):
-            try:
-                check(folder)
-            except (BankError, Unusable):
-                self._put_aside(folder)
-        if not folder.exists():
+        try:
+            known = check(folder) if os.path.lexists(folder) else None
+        except (BankError, Unusable):
+            known = self._put_aside(folder)
+        if known is None:
             os.replace(temporary, folder)
-        for name in (EVIDENCE, CARD):
-            if (temporary / name).exists():
-                os.replace(temporary / name, folder / name)
+        elif known.evidence_digest == card.evidence_digest:
+            os.replace(temporary / CARD, folder / CARD)
+        else:  # at no moment is there a card of other evidence
+            write_card(folder, replace(card, evidence_digest=None))
+            os.replace(temporary / EVIDENCE, folder / EVIDENCE)
+            os.replace(temporary / CARD, folder / CARD)
         sync(folder)
         sync(folder.parent)
 
@@ -310,7 +317,7 @@ class Bank:
 
     def _inside(self, path: Path) -> Path:
         """The path, which lies in this bank itself and not through a link.  Raises BankError."""
-        if path.parent.resolve() not in (self._objects, self._objects / path.name[:2]):
+        if path.parent.resolve() != path.parent or self._objects not in (path.parent, path.parent.parent):
             raise BankError(f"{printable(str(path))} does not lie in the bank")
         return path
 

@@ -517,7 +517,7 @@ def test_what_does_not_belong_is_refused_and_nothing_is_written(bank, tmp_path):
         bank.find("task-9")
     with pytest.raises(Unusable, match=r"no readable adapter_config\.json"):
         bank.add(tmp_path, a_card("nothing"))
-    assert len(bank.cards()) == 3 and bank.verify() == [] and not list(bank.path.glob(".new*"))
+    assert len(bank.cards()) == 3 and bank.verify() == [] and not list((bank.path / "objects").glob(".*"))
 
 
 def test_a_sum_that_is_refused_leaves_no_folder(tmp_path):
