@@ -112,13 +112,16 @@ class ChatTemplate:
         text = self.text(talk)
         span = self._answer_span(talk, text)
         last = len(talk.turns) - 1
-        kept = tuple(turn for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant")
-        self.refuse_lost(replace(talk, turns=kept), text, [span])
+        kept = [number for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant"]
+        self.refuse_lost(talk, text, [span], kept)
         return text, span
 
-    def refuse_lost(self, talk: Conversation, text: str, answers: Sequence[Span]) -> None:
-        """Raises LostTurns for words that the template leaves out, BadRow for a beginning of text inside a turn."""
-        if lost := lost_turns(talk.turns, text, answers):
+    def refuse_lost(
+        self, talk: Conversation, text: str, answers: Sequence[Span], among: Sequence[int] | None = None
+    ) -> None:
+        """Raises LostTurns for words of these turns that the template leaves out, BadRow for a beginning inside one."""
+        numbers = range(len(talk.turns)) if among is None else among
+        if lost := [numbers[k] for k in lost_turns([talk.turns[n] for n in numbers], text, answers)]:
             words = lost_words(talk.turns[lost[0]], text)
             more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
             raise LostTurns(

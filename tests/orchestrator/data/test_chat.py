@@ -141,6 +141,29 @@ def test_a_row_that_a_template_spoils_is_broken_and_says_so(with_bos, name):
     assert words in str(caught.value) and ("data.chat_template" in str(caught.value) or "`text`" in str(caught.value))
 
 
+CUT = "{{ m.content.split('</think>')[-1] if m.role == 'assistant' and not loop.last else m.content }}<|im_end|>"
+
+
+def test_thoughts_of_earlier_answers_are_learnt_before_the_template_cuts_them(tokenizer):
+    template = _TURN.replace("{{ CONTENT }}<|im_end|>", CUT) + _PROMPT
+    turns = say("red", "<think>small</think>blue", "one", "<think>large</think>two")
+
+    samples = Renderer(tokenizer, template).render(convert({"messages": turns}, "messages"))
+
+    ends = [f"{turn['content']}<|im_end|>" for turn in turns[1::2]]
+    assert [supervised(tokenizer, tokens) for tokens in samples] == ends
+    assert "small" not in tokenizer.decode(samples[1].input_ids)
+
+
+def test_a_turn_lost_in_one_of_several_samples_is_named_by_its_number_in_the_row(tokenizer):
+    spoilt = CUT.replace("m.content }}", "m.content | replace('one', 'o') }}")
+    template = _TURN.replace("{{ CONTENT }}<|im_end|>", spoilt)
+    turns = say("red", "<think>x</think>blue", "one", "two")
+
+    with pytest.raises(BadRow, match=r"turn 3 \(user\): the chat template leaves out words of it: 'one'"):
+        Renderer(tokenizer, template + _PROMPT).render(convert({"messages": turns}, "messages"))
+
+
 def test_a_template_that_does_not_know_tools_breaks_rows_that_have_them(tokenizer):
     tools = [{"type": "function", "function": {"name": "find", "description": "", "parameters": {}}}]
     row = convert({"messages": ONE, "tools": tools}, "messages")
