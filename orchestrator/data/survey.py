@@ -115,7 +115,7 @@ def survey(
                 key.is_whole = False
                 key.formats[source.path] = _NOT_FETCHED
                 continue
-            limit = None if most_rows is None else max(20, most_rows // max(1, len(files) * len(sources)))
+            limit = None if most_rows is None else max(1, most_rows // max(1, len(files) * len(sources)))
             for file in [[file] for file in files] or [[]]:
                 rows = _limited(rows_of(source, file), limit, key)
                 _look(rows, renderer, options, key, keep if name == "data.train" else None)
@@ -152,7 +152,9 @@ def _look(rows: Iterable[Row], renderer: Renderer | None, options: Options, key:
 
 def _format(key: _Key, path: str, file: list[Path]) -> str:
     names = key.counts.formats
-    return names.get(str(file[0]) if file else path, "unknown") if names else "unknown"
+    if file:
+        return names.get(str(file[0]), "unknown")
+    return next((name for where, name in names.items() if where.startswith(f"{path}[")), "unknown")  # of the hub
 
 
 def _compare(found: Survey) -> None:
