@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 
+from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings
+from strategies.contract import Techniques, TrainSettings, Workload
 from strategies.cost import trace
+from strategies.shape import ModelShape
 
 CONFIG = {
     "model_type": "llama",
@@ -76,6 +78,41 @@ def test_two_and_four_layers_tell_what_six_take():
 
     assert line.peak_bytes == pytest.approx(whole.peak_bytes, rel=0.002)
     assert line.weights_bytes == whole.weights_bytes
+
+
+CHOSEN = {
+    "some layers": {"layers_to_transform": [1, 4]},
+    "the last layer": {"layers_to_transform": [5]},
+    "the output matrix": {"modules_to_save": ["lm_head"]},
+    "the embedding": {"modules_to_save": ["embed_tokens"]},
+    "both and some maps": {"modules_to_save": ["lm_head", "embed_tokens"], "lora_target_modules": ["q_proj"]},
+    "a whole MLP": {"modules_to_save": ["layers.2.mlp"], "lora_target_modules": ["q_proj"]},
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("some layers", "bfloat16"),
+        ("the embedding", "bfloat16"),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in itertools.product(CHOSEN, ("float32", "bfloat16"))),
+    ],
+)
+def test_what_is_adapted_and_what_is_trained_in_full_is_planned_as_it_is_traced(name, dtype):
+    method, asked, lengths = METHODS["lora"](**CHOSEN[name]), settings(dtype, False), trace.even(4, 200, 0.5)
+    config = {**CONFIG, "tie_word_embeddings": False}
+    shape = ModelShape.from_config(config)
+
+    traced = trace.trace(config, method, asked, lengths)
+
+    work = Workload(shape, 4, 800, 400, 200, 4, 1, 4, mean_square_length=200.0**2)
+    planned = method.estimate(
+        work, DeviceCapability("cpu", "c", 2**34), NodeCapability("n", 1, 2**34, ()), asked.techniques
+    )
+    setup = trace.build(config, 6, method, asked, "meta")
+    assert planned.num_trainable_parameters == sum(p.numel() for p in setup.parameters.values())
+    assert planned.memory.weights_bytes == pytest.approx(traced.weights_bytes, rel=0.01)
+    assert planned.memory.tensors_bytes == pytest.approx(traced.peak_bytes, rel=0.15)
 
 
 def test_padded_rows_can_be_traced_too():
