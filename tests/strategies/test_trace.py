@@ -86,7 +86,6 @@ CHOSEN = {
     "the output matrix": {"modules_to_save": ["lm_head"]},
     "the embedding": {"modules_to_save": ["embed_tokens"]},
     "both and some maps": {"modules_to_save": ["lm_head", "embed_tokens"], "lora_target_modules": ["q_proj"]},
-    "a whole MLP": {"modules_to_save": ["layers.2.mlp"], "lora_target_modules": ["q_proj"]},
 }
 
 
