@@ -15,8 +15,9 @@ import stat
 import unicodedata
 from collections.abc import Hashable
 from functools import cache
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import TypeAdapter, ValidationError
@@ -82,7 +83,7 @@ def kind_of(path: Path) -> str | None:
     return next((name for test, name in kinds if test(mode)), "device")
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> BufferedReader:
     """Open a regular file for reading, without ever waiting for a FIFO or reading a device.  Raises BadInput."""
     kind = kind_of(path)
     if kind is None:

@@ -164,9 +164,7 @@ def export(
     """
     from strategies.adapter_bank.exchange import export as write_tar
 
-    path = resolve_path(file, "bank export", kind="new")
-    if path.is_dir():
-        raise JobError(f"bank export: {file} is a folder; name the .tar to write")
+    path = resolve_path(file, "bank export", kind="new file")
     there = Bank(bank)
     found = there.contents()
     done = write_tar(there, path, [there.find(name) for name in which] if which else found.cards)
@@ -223,7 +221,7 @@ def merge(
     """
     from orchestrator.merging import merged, merged_sparse
 
-    output = resolve_path(output, "bank merge", kind="new")
+    output = resolve_path(output, "bank merge", kind="new folder")
     folders = [folder for folder in map(adapter_folder, which) if folder]
     if folders and len(folders) == len(which):
         if rank:
@@ -276,7 +274,7 @@ def evaluate(
     from orchestrator.leave_one_out import gains, leave_one_out, table
     from orchestrator.report.plots import heat_map
 
-    output = resolve_path(output, "--output", kind="new")
+    output = resolve_path(output, "--output", kind="new folder")
     found = leave_one_out(asked_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
     output.mkdir(parents=True, exist_ok=True)
     (output / "leave-one-out.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
@@ -317,7 +315,7 @@ def adapt(
     if against and not then_train:
         raise JobError("--against belongs to --then-train")
     asked = asked_job(job, set_)
-    found = adapted(asked, output and resolve_path(output, "--output", kind="new"), say)
+    found = adapted(asked, output and resolve_path(output, "--output", kind="new folder"), say)
     if then_train:
         found |= {"then_train": train_on(asked, found, against, runs, say)}
     _print_made(found, json_)

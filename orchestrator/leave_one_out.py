@@ -10,6 +10,7 @@ import numpy
 
 from orchestrator.adapting import Neighbours, chosen_shares, neighbours, weights_of
 from orchestrator.banking import bank_of, base_of
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -32,9 +33,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     near = neighbours(bank_of(job), base, say)
     labelled, held_out = {}, {}
     for card in near.cards:
-        run = RunFolder(runs / (card.run_id or "-"))
-        files = run.data() if run.is_begun else None
-        train, there = datasets(files) if files and files.get("eval") else (None, None)
+        train, there = _data_of(RunFolder(runs / (card.run_id or "-")), say)
         if train is not None and there is not None:
             labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))
             held_out[card.name] = there.select(range(min(rows, len(there))))
@@ -66,6 +65,16 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
         tasks[card.name] = losses
         say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
     return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
+
+
+def _data_of(run: RunFolder, say: Callable[[str], None]) -> tuple[Dataset | None, Dataset | None]:
+    """Training and held-out samples of a run; none of one without held-out files, or whose files are damaged: said."""
+    try:
+        files = run.data() if run.is_begun else {}
+        return datasets(files) if files.get("eval") else (None, None)
+    except JobError as error:
+        say(f"not a task: {error}")
+        return None, None
 
 
 def table(found: dict[str, Any]) -> Any:
