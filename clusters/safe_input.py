@@ -13,7 +13,6 @@ import os
 import re
 import stat
 import unicodedata
-from collections.abc import Hashable
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
@@ -278,7 +277,7 @@ def record(kind: type[T], values: Any, label: str) -> T:
 
 
 @cache
-def _adapter(kind: Hashable) -> TypeAdapter[Any]:
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
     return TypeAdapter(kind)
 
 
