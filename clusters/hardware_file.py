@@ -69,6 +69,8 @@ _LEAST = 1e-3  # of any rate, in its unit: a millionth of what is slow would tak
 _MOST_MS = 1e6  # of a round trip
 _MOST_VALUES = 50_000  # of a file
 _LONGEST_TEXT = 100
+_MOST_NODES = 1000
+_MOST_DEVICES = 64  # GPUs, and machines without one: planning looks at every number of them, about 10 s for 64
 
 
 class ImpossibleHardware(Exception):
@@ -81,7 +83,11 @@ class ImpossibleHardware(Exception):
 
 def read_hardware(path: Path) -> ClusterCapability:
     """The machines that the file declares.  Raises ImpossibleHardware with every mistake found."""
-    return hardware_of(_load(path))
+    found = hardware_of(_load(path))
+    if (count := sum(len(node.gpus) or 1 for node in found.nodes)) > _MOST_DEVICES:
+        said = f"{count} devices are declared; a plan takes at most {_MOST_DEVICES}. Declare a part of them"
+        raise ImpossibleHardware([f"nodes: {said}"])
+    return found
 
 
 def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
@@ -195,6 +201,9 @@ def _nodes(top: _Section) -> dict[str, tuple[NodeCapability, ...]]:
         node, count, name = _node(section), section.whole("count", at_most=1000) or 1, section.text("name")
         if name is None:
             continue
+        if sum(map(len, groups.values())) + count > _MOST_NODES:
+            section.wrong("count", f"more than {_MOST_NODES} machines are declared")
+            break
         names = [name] if count == 1 else [f"{name}-{i + 1}" for i in range(count)]
         for taken in dict.fromkeys([name, *names]):
             if taken in owners:

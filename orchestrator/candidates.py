@@ -166,6 +166,17 @@ class Tried:
     least: dict[str, tuple[StrategyPlan, str]] = field(default_factory=dict)  # slot's name -> the leanest that does
     # not fit there, and why
     _looked: dict[Any, list[StrategyPlan]] = field(default_factory=dict)
+    _chosen: dict[Any, StrategyPlan | None] = field(default_factory=dict)
+    _twins: dict[str, str] = field(default_factory=dict)
+    _kinds: dict[str, NodeCapability] = field(default_factory=dict)
+
+    def twin_of(self, slot: Slot) -> str:
+        """The name of the first node that is like this slot's but for its name: what fits the one fits the other."""
+        if slot.node.name not in self._twins:
+            plain = replace(slot.node, name="")
+            self._kinds.setdefault(slot.node.name, plain)
+            self._twins[slot.node.name] = next(name for name, other in self._kinds.items() if other == plain)
+        return self._twins[slot.node.name]
 
     def reject(self, label: str, reason: str) -> None:
         if reason not in self.rejected.values():
@@ -182,6 +193,7 @@ def enumerate_candidates(
     for offloads in (plain, moved):
         if offloads and not tried.fitting:
             tried._looked.clear()
+            tried._chosen.clear()
             _collect(workload, slots, cluster, methods, replace(switches, offloads=offloads), tried)
     return tried
 
@@ -270,9 +282,13 @@ def _place(
     shares = [1.0 / count] * count
     best: list[StrategyPlan] = []
     for _ in range(1 if count == 1 or by_deepspeed else 3):  # a share decides the micro-batch, which decides the speed
-        best = []
+        best, alike = [], {}
         for slot, share, division in zip(slots, shares, divisions, strict=True):
-            found = _best_on(replace(workload, share=share), slot, method, division, switches, prefer, tried)
+            key = (slot.node.name, slot.device.name, share, division)
+            if key not in alike:  # cards of one node are often of one kind
+                one = replace(workload, share=share)
+                alike[key] = _best_on(one, slot, method, division, switches, prefer, tried)
+            found = alike[key]
             if found is None:
                 return None
             best.append(found)
@@ -312,10 +328,18 @@ def _best_on(
 ) -> StrategyPlan | None:
     """The fastest (or leanest) settings that fit one slot; of equals the plainest, which are listed first."""
     share, optim = round(workload.share, 3), switches.optims[0]
-    key = (slot.node.name, slot.device.name, method.name, division, share, optim)
+    twin, where = tried.twin_of(slot), f"{slot.node.name} ({slot.device.name})"
+    key = (twin, slot.device.name, method.name, division, share, optim)
     if key not in tried._looked:
         tried._looked[key] = _all_on(workload, slot, method, division, switches, tried)
-    fitting = tried._looked[key]
+    elif (least := tried.least.get(f"{twin} ({slot.device.name})")) is not None:
+        tried.least.setdefault(where, least)
+    if (key, prefer) not in tried._chosen:
+        tried._chosen[key, prefer] = _preferred(tried._looked[key], prefer)
+    return tried._chosen[key, prefer]
+
+
+def _preferred(fitting: Sequence[StrategyPlan], prefer: Prefer) -> StrategyPlan | None:
     if not fitting:
         return None
     if prefer == "memory":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
@@ -128,7 +129,7 @@ class MemoryEstimate:
         """What the tensors take: everything but `framework_bytes`."""
         return self.total_bytes - self.framework_bytes
 
-    @property
+    @cached_property
     def total_bytes(self) -> float:
         return sum(self.parts.values())
 
@@ -153,7 +154,7 @@ class TimeEstimate:
         names = ("compute", "memory", "overhead", "update", "transfer", "sync")
         return {name: getattr(self, f"{name}_s") for name in names}
 
-    @property
+    @cached_property
     def step_s(self) -> float:
         return sum(self.parts.values())
 

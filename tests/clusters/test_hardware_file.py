@@ -268,3 +268,36 @@ def test_a_file_that_cannot_be_read_says_why(tmp_path):
     for path, why in (("none.yaml", "does not exist"), ("", "is a folder"), ("binary.yaml", "not UTF-8")):
         with pytest.raises(ImpossibleHardware, match=why):
             read_hardware(tmp_path / path)
+
+
+@pytest.mark.parametrize(
+    ("keys", "mistake"),
+    [
+        ("disk_write_mb_per_s: 1.0e-12", "is below 0.001"),
+        ("gpus: [{name: RTX 3090, bf16_tflops: 1.0e-300}]", "is below 0.001"),
+        ("cpu: {fp32_gflops: .nan}", "is not a number"),
+        ("cpu: {fp32_gflops: .inf}", "more than any machine has"),
+        ("price: {purchase: 100, years: 1.0e-9}", "is below 0.001"),
+    ],
+)
+def test_rates_of_nothing_and_numbers_that_are_none_are_refused(mistakes, keys, mistake):
+    assert any(mistake in line for line in mistakes(node(keys)))
+
+
+def test_more_devices_than_planning_takes_are_refused_with_the_limit(mistakes):
+    many = "nodes: [{name: a, count: 100, cores: 4, memory_gib: 16, gpus: [{name: RTX 3090, count: 64}]}]"
+
+    assert mistakes(many) == ["nodes: 6400 devices are declared; a plan takes at most 64. Declare a part of them"]
+
+
+def test_yaml_that_stands_for_too_much_is_refused_at_once(mistakes):
+    bomb = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{name}: &{name} [{','.join([f'*{before}'] * 9)}]\n" for before, name in zip("abcdef", "bcdefg", strict=True)
+    )
+    for text in (
+        bomb,
+        "nodes: !!bool maybe",
+        "nodes: !!python/name:os.system ''",
+        "network: {mbit_per_s: " + "9" * 5000 + "}",
+    ):
+        assert len(mistakes(text)) == 1
