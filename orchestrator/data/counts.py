@@ -123,7 +123,7 @@ class Counts:
 def check_line(statistics: Mapping[str, Any]) -> str:
     """What is supervised of the rendered rows, in one line."""
     count = {name: value for name, value in statistics.items() if isinstance(value, int)}
-    of = max(1, count["samples"])
+    of = max(1, count.get("samples", 0))
     counted = (
         ("cut_tokens", "tokens cut"),
         ("dropped", "rows dropped"),
@@ -134,7 +134,7 @@ def check_line(statistics: Mapping[str, Any]) -> str:
     )
     per_turn = count.get("per_turn", 0)
     return (
-        f"supervision: {count['supervised_tokens']:,} of {count['tokens']:,} tokens; "
+        f"supervision: {count.get('supervised_tokens', 0):,} of {count.get('tokens', 0):,} tokens; "
         + ", ".join(f"{count.get(name, 0):,} {what}" for name, what in counted)
         + f"; {count.get('repeated', 0) / of:.1%} of the samples equal another, {count.get('held_out', 0) / of:.1%} a"
         " held-out one" + (f"; {per_turn:,} conversations as one sample a turn" if per_turn else "")
