@@ -64,7 +64,7 @@ def shortage(wanted: Mapping[str, Mapping[str, float]]) -> str | None:
     free, nodes = state.available_resources_per_node(), {node["NodeID"]: node for node in ray.nodes()}
     lacking = []
     for name, node_id in present().items():
-        total, left = nodes[node_id]["Resources"], free.get(node_id, {})
+        total, left = nodes.get(node_id, {}).get("Resources", {}), free.get(node_id, {})  # it may have joined just now
         for kind, amount in wanted.get(node_id, {}).items():
             if left.get(kind, 0.0) < amount <= total.get(kind, 0.0):
                 lacking.append(
