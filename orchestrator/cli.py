@@ -460,7 +460,8 @@ def merge(
     found = RunFolder.find(run, runs)
     from orchestrator.training.finished import merge as write
 
-    write(found, found.job(), output)
+    agreement = write(found, found.job(), output)
+    show(agreement.text)
     show(f"wrote {output}")
 
 
@@ -653,9 +654,10 @@ def _watcher(as_json: bool) -> Iterator[Any]:
 
 def _print_result(run: RunFolder, as_json: bool) -> None:
     from orchestrator.explain import result_view
+    from orchestrator.runs.condition import exported_whole
 
+    exported = exported_whole(run)
     if as_json:
-        exported = run.exported()
         result = run.result()
         print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
         return

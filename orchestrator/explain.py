@@ -9,9 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from clusters.safe_input import printable
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.rundir import RunFolder, utc
 from orchestrator.runs.checkpoints import Choice
+from orchestrator.runs.condition import exported_damage
 
 
 def result_view(run: RunFolder) -> RenderableType:
@@ -25,17 +27,22 @@ def result_view(run: RunFolder) -> RenderableType:
             table.add_column(column)
         for key, value in after.items():
             if isinstance(value, float) and key != "seconds":
-                table.add_row(key, score(key, before.get(key)), score(key, value))
+                table.add_row(_text(key), score(key, before.get(key)), score(key, value))
         parts += [table, Text()]
         old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
         for sample in after.get("samples", []):
             parts.append(_sample(sample, old.get(sample["prompt"])))
+    parts += _how_compared(after)
     if text := handed_back_text(result):
         parts.append(Text(text, style="yellow"))
     parts.append(Text(_cost_sentence(result)))
     exported = run.exported()
     if exported:
-        parts.append(Text(f"{exported.name}: {exported}"))
+        parts.append(_text(f"{exported.name}: {exported}"))
+    if damage := exported_damage(run, result):
+        parts.append(Text(printable(f"damaged: {damage}"), style="red"))
+    elif check := (result.get("handed_back") or {}).get("check"):
+        parts.append(_text(f"checked: {check['text']}"))
     return Group(*parts)
 
 
@@ -63,21 +70,39 @@ def _cost_sentence(result: dict[str, Any]) -> str:
 def scores_view(quality: dict[str, Any]) -> RenderableType:
     """The numbers of one evaluation and its samples."""
     scores = {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
-    lines = [Text(f"{key:<14}{score(key, value)}") for key, value in scores.items()]
-    return Group(*lines, Text(), *(_sample(sample, None) for sample in quality.get("samples", [])))
+    lines = [_text(f"{key:<14}{score(key, value)}") for key, value in scores.items()]
+    samples = (_sample(sample, None) for sample in quality.get("samples", []))
+    return Group(*lines, *_how_compared(quality), Text(), *samples)
+
+
+def _how_compared(quality: dict[str, Any]) -> list[RenderableType]:
+    """What each metric took for a unit of text, and how many prompts left no room for an answer."""
+    told = [f"{key}: {how}" for key, how in (quality.get("compared") or {}).items()]
+    if count := quality.get("without_room"):
+        told.append(f"{count} prompts fill the model's context: their answers are empty")
+    return [Text(printable("; ".join(told)), style="dim")] if told else []
+
+
+def _text(text: str) -> Text:
+    """One line as it is: no markup, no control characters."""
+    return Text(printable(text))
 
 
 def _sample(sample: dict[str, str], old: str | None) -> RenderableType:
-    prompt = " ".join(sample["prompt"].split())
+    prompt = printable(" ".join(sample["prompt"].split()))
     right = sample["generated"].strip() == sample["reference"].strip()
     lines = Text()
     lines.append(f"prompt  …{prompt[-150:]}\n" if len(prompt) > 150 else f"prompt  {prompt}\n", style="dim")
     if old is not None:
-        lines.append(f"before  {' '.join(old.split())[:150]}\n")
-    lines.append(f"after   {' '.join(sample['generated'].split())[:150]}\n", style="green" if right else "yellow")
+        lines.append(f"before  {_start(old)}\n")
+    lines.append(f"after   {_start(sample['generated'])}\n", style="green" if right else "yellow")
     if not right:
-        lines.append(f"wanted  {' '.join(sample['reference'].split())[:150]}\n", style="dim")
+        lines.append(f"wanted  {_start(sample['reference'])}\n", style="dim")
     return lines
+
+
+def _start(text: str) -> str:
+    return printable(" ".join(text.split()))[:150]
 
 
 def score(key: str, value: float | None) -> str:
@@ -132,5 +157,5 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
-        table.add_row(*(Text(cell) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
+        table.add_row(*(_text(str(cell)) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
     return table

@@ -22,6 +22,7 @@ from clusters.safe_input import (
     load_yaml,
     name_mistake,
     printable,
+    read_json,
 )
 from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
 from orchestrator.errors import JobError
@@ -62,7 +63,17 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     except JobError as error:
         hint = "`orchestrator init FILE` writes a job file (YAML), `orchestrator recipes` lists examples"
         raise JobError(f"{error}. {hint}") from None
-    return parse_job(text, path.parent.resolve(), printable(str(path)), overrides)
+    return parse_job(text, _begun_in(path.parent) or path.parent.resolve(), printable(str(path)), overrides)
+
+
+def _begun_in(folder: Path) -> Path | None:
+    """Where the relative paths of a run's or a search's own job file start; None for any other folder."""
+    try:
+        origin = read_json(folder / "origin.json")
+    except BadInput:
+        return None
+    is_origin = isinstance(origin, dict) and list(origin) == ["folder"] and isinstance(origin["folder"], str)
+    return Path(origin["folder"]) if is_origin else None
 
 
 def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[str] = ()) -> Job:

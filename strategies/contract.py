@@ -308,6 +308,13 @@ class TrainSetup:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
 
+    def release(self) -> None:
+        """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
+        nothing: Any = None
+        self.model = self.optimizer = self.export = nothing
+        self.sharding = self.engine = self.streaming = self.learner = None
+        self.parameters, self.buffers = {}, {}
+
     @property
     def summed(self) -> list[torch.nn.Parameter]:
         """Whose gradients workers add up and the update clips."""

@@ -47,9 +47,7 @@ class Lora:
     bias: Literal["none", "all", "lora_only"] = knob("none", "which biases train")
     use_dora: bool = knob(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
     use_rslora: bool = knob(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
-    init_lora_weights: bool | _INIT | str = knob(
-        True, "how A and B start: true, gaussian, pissa, pissa_niter_4, olora, ..."
-    )
+    init_lora_weights: bool | _INIT | str = knob(True, "how A and B start: true, gaussian, pissa, olora, ...")
     init_adapter: str | None = knob(
         None, "a folder with an adapter of this model to go on from, e.g. what `adapt` made"
     )
@@ -57,6 +55,18 @@ class Lora:
 
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
+
+    def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
+        """Why it cannot be combined so; None where it can."""
+        start = str(self.init_lora_weights)
+        if start.startswith("pissa_niter"):
+            return (
+                f"init_lora_weights: {start} changes the base by random numbers that nobody who loads the adapter draws"
+                " again: it would not be what was trained. Use pissa"
+            )
+        if start in ("loftq", "corda"):
+            return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
+        return None
 
     def misfits(self, architecture: Architecture) -> list[str]:
         """Knobs that name modules or layers which the model does not have."""
@@ -131,7 +141,7 @@ class Lora:
         config = LoraConfig(
             fan_in_fan_out=is_transposed,
             r=self.lora_r,
-            lora_alpha=self.lora_alpha,  # type: ignore[arg-type]  # PEFT computes with it; a float is as good
+            lora_alpha=whole_if_possible(self.lora_alpha),  # type: ignore[arg-type]  # PEFT computes with any number
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(model),
             layers_to_transform=self.layers_to_transform,
@@ -188,6 +198,11 @@ def _saved_in_fp32(peft_model: Any) -> None:
     for module in peft_model.modules():
         if isinstance(module, ModulesToSaveWrapper):
             module.modules_to_save.float()
+
+
+def whole_if_possible(value: float) -> float:
+    """32 for 32.0: other readers of adapter_config.json, e.g. Ollama's, take whole numbers alone."""
+    return int(value) if float(value).is_integer() else value
 
 
 def go_on_from(peft_model: Any, folder: Path) -> None:

@@ -44,6 +44,7 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     train = Dataset.load(train_folder)
     _report(job, train, "data.train", say)
     files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)} | digests(job)
+    files["chat_template"] = template_text(job)
     held_out = None
     if isinstance(data.eval, HeldOut):
         files |= {"split": data.eval.split, "seed": job.spec.train.seed}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,6 @@ def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple
     return costs, cost_table(w, job.spec.cost.currency, costs)
 
 
-def place(folder: RunFolder) -> str:
-    """A folder as it is typed where it was made."""
-    return f"{folder.path.parent.name}/{folder.path.name}"
+def command(verb: str, folder: RunFolder, file: str) -> str:
+    """What is typed, in any folder of this machine, to do the same again."""
+    return f"python -m orchestrator {verb} {shlex.quote(str(folder.path.absolute() / file))}"

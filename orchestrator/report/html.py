@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 
@@ -14,6 +15,7 @@ from orchestrator.report.of_run import report_of_run
 from orchestrator.report.of_search import report_of_search
 from orchestrator.report.words import words
 from orchestrator.rundir import RunFolder
+from orchestrator.runs.markdown import printable_lines
 from orchestrator.search.trials import SearchFolder
 
 _PAGE = Path(__file__).parent / "page.html"
@@ -39,10 +41,17 @@ def report_of(folder: RunFolder, job: Job, lang: str) -> Report:
 
 def html(report: Report) -> str:
     """The whole page as text."""
-    environment = SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment = SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     return _unique_ids(
-        environment.from_string(_PAGE.read_text(encoding="utf-8")).render(report=report, w=words(report.lang))
+        environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
+            report=report, w=words(report.lang), kind_of=lambda block: type(block).__name__
+        )
     )
+
+
+def _shown(value: Any) -> Any:
+    """Text without control characters; figures, which are marked as safe, as they are."""
+    return printable_lines(value) if type(value) is str else value
 
 
 def _unique_ids(page: str) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from orchestrator.errors import JobError
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.words import words
+from orchestrator.runs.markdown import code_block, plain
 
 
 def write_markdown(report: Report, file: Path) -> None:
@@ -19,9 +22,9 @@ def write_markdown(report: Report, file: Path) -> None:
 
 def _write(report: Report, file: Path) -> None:
     figures = file.with_name(f"{file.stem}_figures")
-    lines = [f"# {report.title}", "", report.subtitle, ""]
+    lines = [f"# {plain(report.title)}", "", plain(report.subtitle), ""]
     for section in report.sections:
-        lines += [f"## {section.title}", ""]
+        lines += [f"## {plain(section.title)}", ""]
         for block in section.blocks:
             if isinstance(block, Figure):
                 figures.mkdir(parents=True, exist_ok=True)
@@ -33,23 +36,24 @@ def _write(report: Report, file: Path) -> None:
 def _lines(block: Block, figures: str, lang: str) -> list[str]:
     w = words(lang)
     if isinstance(block, Paragraph):
-        return [block.text]
+        return [plain(block.text)]
     if isinstance(block, Facts):
-        return [f"- {name}: **{value}**" for name, value in block.facts]
+        return [f"- {plain(name)}: **{plain(value)}**" for name, value in block.facts]
     if isinstance(block, Code):
-        return ["```", block.text, "```"]
+        return code_block(block.text)
     if isinstance(block, Figure):
-        return [f"![{block.caption}]({figures}/{block.name}.svg)", "", block.caption]
+        caption = plain(block.caption)
+        return [f"![{caption}]({quote(figures)}/{block.name}.svg)", "", caption]
     if isinstance(block, Table):
-        rows = [_row(block.head), _row(["---"] * len(block.head))]
+        rows = [_row(block.head), "|" + " --- |" * len(block.head)]
         for place, row in enumerate(block.rows):
-            rows.append(_row([f"**{cell}**" if cell and place in block.marked else cell for cell in row]))
+            rows.append(_row(row, bold=place in block.marked))
         return rows
     assert isinstance(block, Answer)
     said = {"prompt": block.prompt, "before": block.before, "after": block.after, "wanted": block.wanted}
-    return [f"> **{w(name)}**: {' '.join(text.split())}  " for name, text in said.items() if text is not None]
+    return [f"> **{w(name)}**: {plain(text)}  " for name, text in said.items() if text is not None]
 
 
-def _row(cells: object) -> str:
-    assert isinstance(cells, list | tuple)
-    return "| " + " | ".join(str(cell).replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+def _row(cells: Sequence[str], bold: bool = False) -> str:
+    shown = (plain(str(cell)) for cell in cells)
+    return "| " + " | ".join(f"**{cell}**" if bold and cell else cell for cell in shown) + " |"

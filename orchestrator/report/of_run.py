@@ -14,7 +14,7 @@ from orchestrator.plan import Plan, settings_of
 from orchestrator.plan_view import shown
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
-from orchestrator.report.costs import alternatives_of, cost_table, notes_on_cost, place
+from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
 from orchestrator.report.words import words
 from orchestrator.rundir import RunFolder, utc
 
@@ -30,7 +30,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     result, events = run.result() or {}, run.events()[0]
     steps = [event for _, event in sorted(run.steps().items())]
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
-    report.section(w("Result"), _facts(w, run, plan, result, steps))
+    report.section(w("Result"), _facts(w, run, plan, result, steps), _checked(result))
     report.section(w("What was asked"), _asked(w, job))
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
@@ -58,6 +58,12 @@ def _facts(w: Word, run: RunFolder, plan: Plan, result: dict[str, Any], steps: l
             (w("peak memory"), format_bytes(result["memory"]["measured_peak_bytes"])),
         ]
     return Facts(facts)
+
+
+def _checked(result: dict[str, Any]) -> Block | None:
+    """How what was handed back was held against what was trained."""
+    check = (result.get("handed_back") or {}).get("check")
+    return Paragraph(check["text"]) if check else None
 
 
 def _asked(w: Word, job: Job) -> Block:
@@ -93,6 +99,8 @@ def _quality(w: Word, result: dict[str, Any]) -> list[Block]:
     names = [key for key, value in after.items() if isinstance(value, float) and key != "seconds"]
     rows = [(key, score(key, before.get(key)), score(key, after[key])) for key in names]
     blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
+    if compared := after.get("compared"):
+        blocks.append(Paragraph("; ".join(f"{key}: {how}" for key, how in compared.items())))
     scores = [key for key in names if key != "eval_loss"]
     drawn = scores or names
     groups = {
@@ -253,10 +261,9 @@ def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, 
         (w("tokens"), format_count(result["tokens"]) if result else "-"),
         *((package, version) for package, version in (result.get("versions") or {}).items()),
     ]
-    command = f"python -m orchestrator submit {place(run)}/job.yaml"
     return [
         Paragraph(w("The same data, plan and versions give the same numbers on the same machine.")),
-        Code(command),
+        Code(command("submit", run, run.document)),
         Table(("", w("version")), rows),
         Code(masked(job.text.strip())),
     ]

@@ -10,7 +10,7 @@ from clusters.units import format_bytes, format_s
 from orchestrator.jobfile import Job
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
-from orchestrator.report.costs import money_text, notes_on_cost, place
+from orchestrator.report.costs import command, money_text, notes_on_cost
 from orchestrator.report.words import words
 from orchestrator.search.space import phrase
 from orchestrator.search.trials import SearchFolder, Trial
@@ -30,8 +30,7 @@ def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     report.section(w("Before the trials"), _before(w, folder.advice(), trials))
     report.section(w("Trials"), _table(w, summary, outcomes, by_number), *_figures(w, summary, outcomes, trials))
     report.section(w("Cost"), *_cost(w, job, folder, summary))
-    command = f"python -m orchestrator search {place(folder)}/search.yaml"
-    report.section(w("Reproduce"), Code(command), Code(masked(job.text.strip())))
+    report.section(w("Reproduce"), Code(command("search", folder, folder.document)), Code(masked(job.text.strip())))
     return report
 
 
@@ -50,7 +49,7 @@ def _recommended(w: Word, folder: SearchFolder, summary: dict[str, Any]) -> list
         Facts(facts),
         Paragraph(summary["why"]),
         Table((w("setting"), w("value")), rows),
-        Code(f"python -m orchestrator submit {place(folder)}/recommended.yaml"),
+        Code(command("submit", folder, "recommended.yaml")),
     ]
 
 

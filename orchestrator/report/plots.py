@@ -9,12 +9,17 @@ import io
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import matplotlib
 
 matplotlib.use("svg")
 from matplotlib import pyplot
+from matplotlib.ticker import LogFormatter
+
+from clusters.safe_input import printable
+
+T = TypeVar("T")
 
 _COLOURS = ("#2f7ed8", "#d9730d", "#2a9d6f", "#b4459c", "#8a7a00", "#d1495b", "#6c757d")
 _INK = "#010203"  # stands for the page's text colour
@@ -34,7 +39,20 @@ _STYLE: dict[Any, Any] = {
     "grid.alpha": 0.25,
     "legend.frameon": False,
     "svg.hashsalt": "report",
+    "text.parse_math": False,  # a name may hold a dollar sign
 }
+
+
+class _PlainLog(LogFormatter):
+    """0.01, 0.1, 1 at the places that matplotlib labels."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
+
+
+def _named(values: Mapping[str, T]) -> dict[str, T]:
+    """The values by names that can be drawn: control characters, which no SVG may hold, as escapes."""
+    return {printable(name): value for name, value in values.items()}
 
 
 def _drawn(draw: Callable[[Any, Any], None], width: float = 7.2, height: float = 3.2) -> str:
@@ -43,6 +61,8 @@ def _drawn(draw: Callable[[Any, Any], None], width: float = 7.2, height: float =
         warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks: the browser has them
         figure, axes = pyplot.subplots(figsize=(width, height))
         draw(figure, axes)
+        for drawn in figure.axes:
+            drawn.set(xlabel=printable(drawn.get_xlabel()), ylabel=printable(drawn.get_ylabel()))
         out = io.StringIO()
         figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
         pyplot.close(figure)
@@ -60,6 +80,7 @@ def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, dots: Sequence[str] = (), log: bool = False
 ) -> str:
     """Lines of (x, y); those named in `dots` as dots."""
+    series, dots = _named(series), [printable(name) for name in dots]
 
     def draw(figure: Any, axes: Any) -> None:
         for (name, points), colour in zip(series.items(), _COLOURS * 3, strict=False):
@@ -71,6 +92,8 @@ def curves(
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter(_PlainLog())  # matplotlib's own write formulas
+            axes.yaxis.set_minor_formatter(_PlainLog(minor_thresholds=(1.5, 0.5)))
         if len(series) > 1:
             axes.legend()
 
@@ -79,6 +102,7 @@ def curves(
 
 def stacked(rows: Mapping[str, Mapping[str, float]], x: str, mark: Mapping[str, float] | None = None) -> str:
     """A horizontal bar a row, of its parts; `mark` draws a line across a row, e.g. what was measured."""
+    rows, mark = {name: _named(own) for name, own in _named(rows).items()}, _named(mark or {})
     parts = list(dict.fromkeys(part for values in rows.values() for part in values))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -106,6 +130,7 @@ def stacked(rows: Mapping[str, Mapping[str, float]], x: str, mark: Mapping[str, 
 
 def bars(groups: Mapping[str, Mapping[str, float]], y: str, percent: bool = False) -> str:
     """A group of bars for each name, e.g. a metric before and after."""
+    groups = {name: _named(own) for name, own in _named(groups).items()}
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -141,6 +166,7 @@ def scatter(
 ) -> str:
     """Points (x, y, label) by series; `line` joins some, e.g. a Pareto front; `diagonal` is where x equals y."""
     marks = ("o", "^", "s", "D", "x")
+    points = {name: [(px, py, printable(text)) for px, py, text in own] for name, own in _named(points).items()}
 
     def draw(figure: Any, axes: Any) -> None:
         for (name, series), colour, mark in zip(points.items(), _COLOURS, marks, strict=False):
@@ -167,6 +193,7 @@ def scatter(
 
 def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, high: float) -> str:
     """A value for each row and column, coloured between two limits; beyond them the colour stays."""
+    rows = {name: _named(own) for name, own in _named(rows).items()}
     columns = list(next(iter(rows.values())))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -185,6 +212,8 @@ def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]
     from matplotlib import colormaps
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
+
+    rows = _named(rows)
 
     def draw(figure: Any, axes: Any) -> None:
         layers = [layer for kinds in rows.values() for spans in kinds.values() for *_, layer in spans]

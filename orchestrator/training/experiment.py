@@ -13,6 +13,7 @@ import torch
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
+from orchestrator.data.samples import template_text
 from orchestrator.errors import NothingFits
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
@@ -65,7 +66,7 @@ class Experiment:
 
     def quality(self) -> dict[str, float]:
         """Held-out loss and the metrics of generated answers."""
-        tokenizer = worker.load_tokenizer(self.location, self.job)
+        tokenizer = worker.load_tokenizer(self.location, self.job, template_text(self.job))
         measured = worker.measure(self.job, self.plan, self.setup, tokenizer, self.held_out, self.techniques, Group())
         return {key: value for key, value in measured.items() if isinstance(value, float) and key != "seconds"}
 

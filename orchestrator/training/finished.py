@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -10,58 +12,95 @@ from typing import Any
 
 import torch
 
+from orchestrator.card import write_merged_card
 from orchestrator.data.dataset import Dataset
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.rundir import RunFolder
 from orchestrator.runs.condition import check_model, exported_whole
+from orchestrator.training import agreement, export
+from orchestrator.training.agreement import Agreement
 from orchestrator.training.parallel import Group
-from orchestrator.training.worker import load_model, load_tokenizer, measure, prepare
+from orchestrator.training.tied import merged_model
+from orchestrator.training.worker import load_data, load_exported, load_model, load_tokenizer, measure, prepare
 from strategies.contract import TrainSetup
+
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
-    plan, location = run.plan(), model_of(run)
+    exported, plan, location = exported_whole(run), run.plan(), model_of(run)
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    # The run's own set-up decides kernels and packing; its exported weights then take the place of the fresh ones.
-    setup, techniques = prepare(job, plan, plan.nodes[0], location, device, lambda *_, **__: None)
-    setup = TrainSetup(
-        _exported_model(run, job, device), setup.optimizer, setup.parameters, setup.export, setup.export_name
-    )
-    inner: Any = setup.model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    inner.set_attn_implementation(techniques.attn_implementation)
-    return measure(job, plan, setup, load_tokenizer(location, job), held_out, techniques, Group())
+    # The run's own set-up decides kernels and packing; what was handed back then takes the place of the fresh model.
+    fresh, techniques = prepare(job, plan, plan.nodes[0], location, device, lambda *_, **__: None)
+    fresh.release()
+    gc.collect()
+    model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)
+    nothing: Any = None
+    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
+    return measure(job, plan, setup, load_tokenizer(str(exported), job), held_out, techniques, Group())
 
 
-def merge(run: RunFolder, job: Job, output: Path) -> Path:
-    """Write base + adapter as a plain transformers model into `output`; it appears whole or not at all.
+def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
+    """Write base + adapter as a plain transformers model into `output`, in the base's precision; whole or not at all.
 
-    Raises JobError when there is nothing to merge or `output` exists.
+    Returns how far the written model's logits are from those of base and adapter on one batch.  Raises JobError when
+    there is nothing to merge or `output` exists, RunFailed where the two differ by more than the precision explains.
     """
-    if output.exists():
+    if output.exists() or output.is_symlink():
         raise JobError(f"--output {output} exists already; choose a new folder")
-    model = _exported_model(run, job, torch.device("cpu"))
-    if hasattr(model, "merge_and_unload"):
-        model = model.merge_and_unload(safe_merge=True)
+    exported, base = exported_whole(run), Path(model_of(run))
+    dtype = stored_dtype(base)
     temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        model.save_pretrained(temporary)
-        load_tokenizer(model_of(run), job).save_pretrained(temporary)
+        ids_BT, tuned_BTV = _write_merged(run, job, exported, base, dtype, temporary)
+        gc.collect()
+        found = load_model(str(temporary), job, "float32", torch.device("cpu"), "sdpa")
+        merged_BTV = agreement.logits_of(found, ids_BT, "sdpa", "float32")
+        result = agreement.judge(tuned_BTV, merged_BTV, dtype, "the merged model", rounded=dtype != "float32")
+        write_merged_card(run, job, temporary, output, result.text)
         temporary.rename(output)
     except OSError as error:
-        raise JobError(f"--output {output} cannot be written: {error.strerror or error}") from error
+        raise JobError(f"--output {output}: cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return output
+    return result
+
+
+def _write_merged(
+    run: RunFolder, job: Job, exported: Path, base: Path, dtype: str, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge in fp32, write in `dtype`; the batch that is compared, and what base and adapter say to it."""
+    model = _exported_model(run, job, torch.device("cpu"))
+    data = None
+    with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
+        data = load_data(run)[0]
+    ids_BT = agreement.probe(data, model.get_input_embeddings().weight.shape[0])
+    tuned_BTV = agreement.logits_of(model, ids_BT, "sdpa", "float32")
+    model = merged_model(model).to(_STORED[dtype])
+    tokenizer = load_tokenizer(str(exported), job)
+    with export.plain_generation(model):
+        model.save_pretrained(folder)
+    export.write_beside(folder, model, tokenizer, exported)
+    export.make_readable(folder)
+    return ids_BT, tuned_BTV
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision that a model's weights are stored in: of most of their bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for _, tensor in agreement.tensors_in(folder):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+    return next((name for name, kind in _STORED.items() if kind == most), "bfloat16")
 
 
 def _exported_model(run: RunFolder, job: Job, device: torch.device) -> Any:
     """The tuned model in fp32: exported weights alone, or the base with the exported adapter on it."""
     exported = exported_whole(run)
-    if not (exported / "adapter_config.json").exists():
+    if not export.is_adapter(exported):
         return load_model(str(exported), job, "float32", device, "sdpa")
     from peft import PeftModel
 
@@ -77,7 +116,7 @@ def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[s
         yield "tuned", tuned
         return
     yield "adapter", tuned
-    yield "merged", tuned.merge_and_unload(safe_merge=True)
+    yield "merged", merged_model(tuned)
 
 
 def model_of(run: RunFolder) -> str:

@@ -121,7 +121,7 @@ def _chrf(generated: list[str], wanted: list[str]) -> float:
     return min(1.0, sacrebleu.corpus_chrf(generated, [wanted]).score / 100)
 
 
-_WHOLE = "whole answers, without outer white space"
+_WHOLE = "whole answers (NFC) without outer white space"
 _METRICS: dict[str, tuple[Callable[[list[str], list[str]], float], str]] = {
     "exact_match": (_exact_match, _WHOLE),
     "accuracy": (_exact_match, f"{_WHOLE}, as labels"),

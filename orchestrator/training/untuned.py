@@ -23,7 +23,7 @@ def measure(folder: str) -> None:
     torch.set_num_threads(part.threads)
     location = run.data()["model"]
     setup, techniques = worker.prepare(job, plan, part, location, torch.device(part.torch_device), _ignore)
-    tokenizer = worker.load_tokenizer(location, job)
+    tokenizer = worker.tokenizer_of(run, job)
     quality = worker.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
     run.write("before.json", json.dumps({**quality, "node": part.node}))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
@@ -12,6 +13,8 @@ import shutil
 import statistics
 import time
 from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -29,7 +32,8 @@ from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.runs import checkpoints, digests
 from orchestrator.runs.condition import check_model
-from orchestrator.training import checkpoint, preflight
+from orchestrator.training import agreement, checkpoint, export, preflight
+from orchestrator.training.agreement import Portrait
 from orchestrator.training.evaluate import Answer, generate_answers, num_without_room
 from orchestrator.training.loop import Hooks, Progress, Schedule, evaluate_loss, peak_bytes, resident_bytes, train
 from orchestrator.training.metrics import how_compared, score
@@ -76,7 +80,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     location = run.data()["model"]
     setup, techniques = prepare(job, plan, part, location, device, record, group)
     record("ready", seconds=round(time.perf_counter() - began, 2), trainable=plan.num_trainable_parameters)
-    tokenizer = load_tokenizer(location, job)
+    tokenizer = tokenizer_of(run, job)
 
     saved = checkpoint.newest(run.checkpoints, lambda text: record("note", text=text))
     if setup.engine and (saved or not job.spec.strategy.preflight):
@@ -172,11 +176,17 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     choice = best_weights(run, plan, progress, setup, group, record)
     after = measure(job, plan, setup, tokenizer, held_out, techniques, group) if held_out else None
     held = gather(setup) if setup.sharding else None
-    if rank == 0:
+    portrait = None
+    if setup.streaming:
+        setup.streaming.settle()
+    if rank == 0 or setup.engine:  # an engine's workers compute together
+        trained = held.weights if held else {} if setup.engine else setup.parameters
+        portrait = agreement.portrait_of(setup.model, trained, agreement.probe(data, len(tokenizer)), techniques.dtype)
+    if rank == 0 and portrait:
         progress.before = progress.before or (_of_helper(run, record) if plan.helper else None)
-        _hand_back(run, job, setup, tokenizer, held)
+        check = _hand_back(run, job, plan, setup, techniques, tokenizer, held, portrait, device, record)
         result = _result(plan, progress, after, train_s, data)
-        result["handed_back"] = handed_back(run, choice)
+        result["handed_back"] = handed_back(run, choice) | {"check": check}
         result["time"] = step_times(plan, [event["seconds"] for _, event in sorted(run.steps().items())])
         result["energy"] = energy
         result["versions"] = versions()
@@ -310,10 +320,20 @@ def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
     return datasets(run.data())
 
 
-def load_tokenizer(location: str, job: Job) -> Any:
+def tokenizer_of(run: RunFolder, job: Job) -> Any:
+    """The tokenizer of a run with the chat template that its samples were rendered with."""
+    files = run.data()
+    return load_tokenizer(files["model"], job, files.get("chat_template"))
+
+
+def load_tokenizer(location: str, job: Job, chat_template: str | None = None) -> Any:
+    """The tokenizer of a model; `chat_template` takes the place of its own."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
 
 
 def load_model(
@@ -501,15 +521,64 @@ def _of_helper(run: RunFolder, record: Any) -> dict[str, Any] | None:
     return found
 
 
-def _hand_back(run: RunFolder, job: Job, setup: TrainSetup, tokenizer: Any, held: TrainState | None) -> None:
-    """Export beside the final place, then rename: a folder of that name is always whole."""
+def _hand_back(
+    run: RunFolder,
+    job: Job,
+    plan: Plan,
+    setup: TrainSetup,
+    techniques: Techniques,
+    tokenizer: Any,
+    held: TrainState | None,
+    portrait: Portrait,
+    device: torch.device,
+    record: Any,
+) -> dict[str, Any]:
+    """Export beside the final place, check what was written against what was trained, then rename; what came of it.
+
+    The trained model is let go of for the check.  Raises RunFailed where the two differ.
+    """
     temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
     for leftover in (temporary, final):
         if leftover.exists():
             shutil.rmtree(leftover)
-    setup.export(temporary, held.weights if held else None)
-    tokenizer.save_pretrained(temporary)
+    location = run.data()["model"]
+    export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(location))
+    is_engine, what = bool(setup.engine), f"the {setup.export_name}"
+    setup.release()
+    _free(device)
+    load = partial(load_exported, temporary, location, job, plan, techniques, device)
+    reason = agreement.no_room(portrait.bytes, device)
+    try:
+        found = None if reason else agreement.compare(portrait, temporary, load, what, is_engine)
+    except (torch.OutOfMemoryError, MemoryError):
+        found, reason = None, f"it does not fit on {device} beside what is there"
+    found = found or agreement.without_logits(portrait, temporary, what, str(reason))
     temporary.rename(final)
+    record("handed_back", text=found.text)
+    return found.as_dict()
+
+
+def load_exported(
+    folder: Path, location: str, job: Job, plan: Plan, techniques: Techniques, device: torch.device, attention: str
+) -> Any:
+    """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
+    method = plan.build_method()
+    dtype = method.load_dtype(techniques)
+    if not export.is_adapter(folder):
+        return load_model(str(folder), job, dtype, device, attention)
+    from peft import PeftModel
+
+    base = load_model(location, job, dtype, device, attention, method.load_arguments(techniques))
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+def _free(device: torch.device) -> None:
+    """Give back what nobody refers to any more."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    else:
+        host_memory.trim()
 
 
 def _result(plan: Plan, progress: Progress, after: Any, train_s: float, data: Dataset) -> dict[str, Any]:

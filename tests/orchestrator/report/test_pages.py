@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from clusters.safe_input import printable
 from orchestrator.report import plots
 from orchestrator.report.blocks import Answer, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.html import html
@@ -118,3 +119,79 @@ def test_a_browser_shows_it_without_complaints(tmp_path, width):
     assert "CONSOLE" not in shown.stderr
     title = re.search(r"<title>([^<]*)</title>", shown.stdout)
     assert title and title[1] == f"{len(FIGURES)},true,true"
+
+
+HOSTILE = [
+    "[bold]name[/bold] [/nope]",
+    "$x_1$ costs $5",
+    "\x1b[31mred\x1b[0m\x07",
+    "a|b `code` *x* _y_ <img src=x onerror=alert(1)>",
+    "line one\nline two\r\n# title\n- item",
+    "]( javascript:alert(1) )![x](y)",
+    "\u202eright to left",
+    "--- \ufeff&amp; \\",
+    "1. one",
+]
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_names_and_outputs_are_shown_in_markdown_as_they_are(text, tmp_path):
+    from markdown_it import MarkdownIt
+
+    report = Report(text, text, "en")
+    report.section(
+        "Everything",
+        Facts([("name", text)]),
+        Paragraph(text),
+        Table(("a", text), [("1", text)], (0,)),
+        Code(f"{text}\n```\nmore"),
+        Answer(text, text, text, text),
+    )
+
+    write_markdown(report, tmp_path / "report.md")
+
+    page = (tmp_path / "report.md").read_text()
+    assert not any(ord(c) < 32 and c != "\n" for c in page) and "\u202e" not in page
+    tokens = MarkdownIt("commonmark", {"html": True}).enable("table").parse(page)
+    inside = [child for token in tokens for child in token.children or []]
+    kinds = {token.type for token in [*tokens, *inside]}
+    assert not kinds & {"html_inline", "html_block", "link_open", "image", "em_open", "code_inline", "hr"}
+    assert sum(token.type == "heading_open" for token in tokens) == 2
+    assert sum(token.type == "fence" for token in tokens) == 1
+    assert sum(token.type == "td_open" for token in tokens) == 2
+    shown = "".join(child.content for token in tokens for child in token.children or [] if child.type == "text")
+    plain = printable(" ".join(text.split()))
+    assert shown.count(plain) >= 8
+
+
+def test_names_and_outputs_reach_no_page_and_no_picture_as_markup():
+    groups, first = {text: {"before\x1b": 1.0, "after$": 2.0} for text in HOSTILE}, HOSTILE[0]
+    figures = [
+        plots.bars(groups, first),
+        plots.stacked(groups, first, dict.fromkeys(HOSTILE, 1.5)),
+        plots.curves({text: [(1, 2.0), (2, 0.01)] for text in HOSTILE}, first, first, HOSTILE, log=True),
+        plots.scatter({"x": [(1.0, 2.0, text) for text in HOSTILE], "b": []}, "\x1b", first),
+    ]
+    report = Report(first, first, "en")
+    for text in HOSTILE:
+        report.section(text, Table((text,), [(text,)]), Code(text), Facts([(text, text)]), Answer(*[text] * 4))
+    report.section("Figures", *(Figure("f", svg, text) for svg, text in zip(figures, HOSTILE, strict=False)))
+
+    page = html(report)
+
+    assert not any(ord(c) < 32 and c != "\n" for c in page) and "\u202e" not in page
+    assert "<img" not in page and "mathdefault" not in page
+    for svg in figures:
+        drawn = " ".join(words_in(svg))
+        assert all(printable(text).strip() in drawn for text in HOSTILE)
+
+
+def words_in(svg):
+    elements = xml.dom.minidom.parseString(svg).getElementsByTagName("text")
+    return [element.firstChild.data for element in elements if element.firstChild]
+
+
+def test_a_log_axis_is_labelled_in_plain_numbers():
+    svg = plots.curves({"a": [(1, 20.0), (2, 0.01)]}, "step", "loss", log=True)
+
+    assert {"0.01", "0.1", "1", "10"} <= set(words_in(svg))

@@ -1,0 +1,39 @@
+"""A job trained to its end in this process: what `submit` does, without Ray around it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from orchestrator.card import write_card
+from orchestrator.jobfile import Job, read_job
+from orchestrator.run import prepare
+from orchestrator.rundir import RunFolder
+from orchestrator.training.worker import work
+
+_QUICK = ("strategy.preflight=false", "cluster.num_workers=1", "tracking.report_to=[]", "eval.before=false")
+
+
+def begun(job_file: Path, *overrides: str, name: str = "run") -> tuple[RunFolder, Job, str]:
+    """A run folder with all that a worker reads, its job, and the node that trains."""
+    runs = job_file.parent / "runs"
+    job = read_job(job_file, [f"checkpoint.output_dir={json.dumps(str(runs))}", *_QUICK, *overrides])
+    ready = prepare(job, lambda text: None)
+    texts = {
+        "origin.json": json.dumps({"folder": str(job.folder)}),
+        "capability.json": json.dumps(ready.capability.as_dict()),
+        "plan.json": ready.plan.to_json(),
+        "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}),
+        "job.yaml": job.text,
+    }
+    with RunFolder.take(runs, job.spec.name, name) as run:
+        run.begin(texts)
+    return run, job, ready.plan.nodes[0].node
+
+
+def trained(job_file: Path, *overrides: str, name: str = "run") -> tuple[RunFolder, Job]:
+    """A finished run of a job file, and its job."""
+    run, job, node = begun(job_file, *overrides, name=name)
+    work(run, 0, 1, node, 0)
+    write_card(run, job)
+    return run, job
