@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from clusters.safe_input import name_mistake
+from clusters.safe_input import name_mistake, printable
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.verbs import print_json, say
@@ -171,6 +171,9 @@ def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def _refuse_mistakes(interface: str | None, address: str | None, name: str | None) -> None:
     if interface and address:
         raise JobError("--interface and --address say the same thing twice: give one of them")
+    for option, text in (("--interface", interface), ("--address", address)):
+        if text is not None and not (text.isascii() and text.isprintable() and 0 < len(text) <= 253):
+            raise JobError(f"{option} {printable(text[:80])!r}: is no name or address of the network")
     if name is not None and (wrong := name_mistake(name)):
         raise JobError(f"--name {wrong}: plans are keyed by it")
 

@@ -10,6 +10,7 @@ import typer
 
 from orchestrator import search_cli
 from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import (
     HardwareOption,
@@ -113,6 +114,8 @@ def report(
 
     if lang not in LANGUAGES:
         raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
+    if output is not None:
+        output = resolve_path(output, "--output", kind="new file")
     folder = search_cli.found(name, runs) or RunFolder.find(name, runs)
     job = folder.job()
     if markdown:
