@@ -62,7 +62,7 @@ def read_prompt_and_answer(
     """A prompt of turns and an answer of turns, either of which may be plain text; only the answer is learnt."""
     messages: list[Message] = []
     for key, role in ((prompt_key, "user"), (answer_key, "assistant")):
-        value = values[key]
+        value = values.get(key)
         if isinstance(value, str) and not missing(value):
             messages.append({"role": role, "content": value})
         elif isinstance(value, list) and value:
