@@ -110,6 +110,11 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
             f"model.model_name_or_path: {printable(str(local))} is not a folder. Paths are relative to the job file's"
             " folder"
         )
+    if name.endswith((".gguf", ".safetensors", ".bin")):
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)} is a file's name; give the folder of a Hugging Face model"
+            " (config.json, weights and tokenizer), or its name on the hub"
+        )
     if not _HUB_NAME.fullmatch(name):
         raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here, and no name that the hub has")
     check_name(name, job_folder)

@@ -21,6 +21,7 @@ PROMPT_KEYS = ("prompt", "question", "query", "input", "instruction")
 ANSWER_KEYS = ("completion", "output", "response", "answer")
 ALPACA_ANSWER_KEYS = ("output", "response", "answer", "completion")
 INPUT_KEYS = ("input", "context")
+CHOICE_KEYS = ("choices", "options")  # of a question with several answers to choose from
 
 # In a turn of a conversation.
 ROLE_KEYS = ("role", "from")
@@ -83,7 +84,8 @@ _KNOWN: dict[str, Refusal] = {
     "history": _DIALOGUE,
     **dict.fromkeys((*TOOL_KEYS, *CALL_KEYS), _FUNCTIONS),
     **dict.fromkeys(("chosen", "rejected", "rejected_response", "rejected_messages"), _PREFERENCE),
-    **dict.fromkeys(("label", "kto_tag"), _LABEL),
+    **dict.fromkeys(("preferred_output", "non_preferred_output", "rejected_answer", "chosen_answer"), _PREFERENCE),
+    **dict.fromkeys(("label", "kto_tag", "desirable"), _LABEL),
     "labels": Refusal("what the text is labelled with", f"Give one label a row as 'label', {_REMOVE}"),
     **dict.fromkeys(("weight", "weights", "sample_weight", "loss_weight"), _WEIGHTS),
     **dict.fromkeys(("train", "loss", "mask", "loss_mask", "train_mask"), _MASK),
@@ -94,15 +96,17 @@ _KNOWN: dict[str, Refusal] = {
 }
 # Parts of the question where they stand beside another one.
 _KNOWN_IN: dict[str, dict[str, Refusal]] = {
-    "prompt_completion": dict.fromkeys((*INPUT_KEYS, "instruction"), _INPUT),
-    "alpaca": dict.fromkeys(INPUT_KEYS, _INPUT),
+    "prompt_completion": dict.fromkeys((*INPUT_KEYS, "instruction", *CHOICE_KEYS), _INPUT),
+    "alpaca": dict.fromkeys((*INPUT_KEYS, *CHOICE_KEYS), _INPUT),
     "classification": dict.fromkeys((*INPUT_KEYS, *PROMPT_KEYS), _INPUT),
     "messages": {"context": _INPUT},
     "sharegpt": {"context": _INPUT},
 }
 _KNOWN_IN_TURNS: dict[str, Refusal] = {
     **dict.fromkeys(("image", "images", "image_url", "audio", "audios", "video", "videos"), _PICTURES),
-    **dict.fromkeys(("mask", "loss_mask", "train_detail", "training_detail", "weights", "loss_weight"), _MASK),
+    **dict.fromkeys(
+        ("mask", "masked", "loss_mask", "train_detail", "training_detail", "weights", "loss_weight"), _MASK
+    ),
     "refusal": _REFUSED_ANSWER,
     "label": _LABEL,
 }

@@ -32,6 +32,9 @@ class Options:
     strict: bool
 
 
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
+
+
 def renderer_for(job: Job, model_folder: Path) -> Renderer:
     """The renderer of a job: its tokenizer with its chat template."""
     from transformers import AutoTokenizer
@@ -40,8 +43,11 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
         tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions, transformers a dozen types
         reason = (str(error).splitlines() or [type(error).__name__])[0]
+        if not any((model_folder / name).exists() for name in _TOKENIZER_FILES):
+            reason = f"none of its files is there ({', '.join(_TOKENIZER_FILES)})"
         raise JobError(
-            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {reason}"
+            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {printable(reason.strip())}."
+            " Fetch or copy its files again (tokenizer.json and tokenizer_config.json of the model it belongs to)"
         ) from None
     data = job.spec.data
     for key, text in (("system_prompt", data.system_prompt), ("instruction", data.instruction)):

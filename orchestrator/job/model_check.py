@@ -18,6 +18,7 @@ from strategies.architecture import Architecture, CannotBuild, LoadReport
 from strategies.rules import misfits
 
 _KEY = "model.model_name_or_path"
+_WHOLE = ("I8", "U8", "I16", "I32", "I64")  # as safetensors spells types
 
 
 def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = False) -> list[str]:
@@ -39,6 +40,11 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
         ]
     if wrong := architecture.faults(report, built.parameters, stored):
         raise JobError(f"{_KEY}: {folder}: {printable(wrong)}")
+    if whole := [name for name in built.parameters if name in stored and stored[name].dtype in _WHOLE]:
+        raise JobError(
+            f"{_KEY}: {folder}: {printable(whole[0])} holds whole numbers ({stored[whole[0]].dtype}): the weights were"
+            " quantised, and without their scales they mean nothing. Give the model they were made from"
+        )
     check_targets(methods, built)
     unused = architecture.unused(report, built.parameters)
     if not unused:

@@ -28,6 +28,10 @@ TABLE = [
     ("prompt_completion", "question answer id", "question answer", "", "id"),
     ("prompt_completion", "input output category", "input output", "", "category"),
     ("prompt_completion", "system_prompt question response", "system_prompt question response", "", ""),
+    ("prompt_completion", "question choices answer", "question answer", "choices", ""),
+    ("prompt_completion", "prompt completion desirable", "prompt completion", "desirable", ""),
+    ("prompt_completion", "prompt response non_preferred_output", "prompt response", "non_preferred_output", ""),
+    ("alpaca", "instruction options output", "instruction output", "options", ""),
     ("alpaca", "instruction input output", "instruction input output", "", ""),
     ("alpaca", "instruction input output system history", "instruction input output system history", "", ""),
     ("alpaca", "instruction context response category", "instruction context response", "", "category"),
@@ -66,6 +70,7 @@ def test_each_column_is_used_refused_or_ignored(row_format, names, used, refused
         ("role content id timestamp model", "role content", "", "id timestamp model"),
         ("role content text", "role content", "", "text"),
         ("role content images refusal training_detail", "role content", "images refusal training_detail", ""),
+        ("from value masked", "from value", "masked", ""),
     ],
 )
 def test_each_field_of_a_turn_is_used_refused_or_ignored(names, used, refused, ignored):

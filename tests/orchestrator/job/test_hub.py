@@ -84,6 +84,7 @@ def folder_of_models(tmp_path):
         ("models/llama-chatlm", "did you mean models/llama-chatml?"),
         ("./models/none", "is not a folder. Paths are relative to"),
         ("a/b/c", "is not a folder"),
+        ("llama.Q4_K_M.gguf", "is a file's name; give the folder"),
         ("s3://bucket/model", "is an address"),
         ("models", "holds no config.json"),
         ("my model!", "no name that the hub has"),

@@ -2,12 +2,16 @@
 
 import json
 import random
+import shutil
 import struct
 
 import pytest
 
+from orchestrator.data.samples import renderer_for
 from orchestrator.errors import JobError
+from orchestrator.job.model_check import check_model
 from orchestrator.job.weights import stored_tensors
+from orchestrator.jobfile import read_job
 
 TENSORS = {"model.a.weight": ("F32", [2, 3]), "model.b.weight": ("BF16", [4])}
 
@@ -144,3 +148,29 @@ def test_a_cut_pytorch_file_is_refused(tmp_path):
     (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "whole").read_bytes()[:300])
 
     assert "is cut or of PyTorch before 1.6" in refusal(tmp_path)
+
+
+def test_weights_of_whole_numbers_without_their_scales_are_refused(model_folder, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model_folder, tmp_path / "model")
+    file = tmp_path / "model" / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors = load_file(file)
+    save_file(tensors | {name: (tensors[name] * 100).to(torch.int8)}, file, metadata={"format": "pt"})
+
+    with pytest.raises(JobError, match=r"model\.layers\.0\.mlp\.up_proj\.weight holds whole numbers \(I8\)"):
+        check_model(tmp_path / "model", ())
+
+
+def test_a_model_without_its_tokenizer_says_which_files_to_fetch(model_folder, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(model_folder / name, tmp_path / name)
+    (tmp_path / "job.yaml").write_text("model: {model_name_or_path: .}\ndata: {train: rows.jsonl}\n")
+
+    with pytest.raises(JobError) as caught:
+        renderer_for(read_job(tmp_path / "job.yaml"), tmp_path)
+
+    assert "none of its files is there (tokenizer.json" in str(caught.value)
+    assert "Fetch or copy its files again" in str(caught.value)
