@@ -10,6 +10,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from clusters.safe_input import printable
 from orchestrator.data.counts import Counts, check_line, loss_notice, loss_refusal, reading_notices
 from orchestrator.data.row import Row
 from orchestrator.data.samples import Options, options_for, read_only, tokenised
@@ -81,7 +82,8 @@ class Survey:
         for key, found in self.keys.items():
             statistics = found.counts.statistics
             if found.is_whole and not statistics.rows:
-                mistakes.append(f"{key}: holds no row")
+                names = ", ".join(map(printable, list(found.formats)[:3])) or "it"
+                mistakes.append(f"{key}: {names} holds no row. Fill it, or name another file")
             elif mistake := found.counts.mistake(key, data.strict, self.is_rendered and found.is_whole):
                 mistakes += mistake.mistakes
             elif self.is_rendered and found.is_whole and not data.truncate:

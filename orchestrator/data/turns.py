@@ -125,8 +125,10 @@ def _from_json(value: Any, label: str) -> Any:
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
+        is_python = value.lstrip().startswith(("{'", "[{'"))  # what str() makes of a list, as pandas' to_csv does
+        way = " (these are Python's quotes: in pandas .map(json.dumps) before to_csv)" if is_python else ""
         raise BadRow(
-            f"{label} is a text that is not JSON. Write it as a list or as JSON", f"{label} is no JSON"
+            f"{label} is a text that is not JSON. Write it as a list or as JSON{way}", f"{label} is no JSON"
         ) from None
 
 

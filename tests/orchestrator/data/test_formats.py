@@ -216,6 +216,7 @@ NAN = float("nan")
         ({"instruction": "q", "output": "a", "history": [["a"]]}, "item 1 is not a pair"),
         (asks(ASK, TELL) | {"history": [["a", "b"]]}, "the turns before"),
         (asks(ASK, TELL) | {"tools": "no json"}, "field 'tools' is a text that is not JSON"),
+        ({"messages": str([{"role": "user", "content": "q"}])}, "these are Python's quotes: in pandas"),
         (asks(ASK, TELL) | {"tools": [{"type": "x"}]}, "no function with a 'name'"),
         (asks(("system", "other", {}), ASK, TELL) | {"system": "s"}, "two different system prompts"),
         ({"text": "t", "system": "s"}, "the system prompt"),

@@ -106,6 +106,13 @@ def test_what_only_preparing_could_refuse_is_refused_by_a_look(job_of, renderer,
         prepare_data(job, tokenizer_folder, 64, tmp_path / "cache", lambda text: None)
 
 
+def test_a_file_without_a_row_is_named(job_of, renderer):
+    mistakes = survey(job_of([]), renderer, 64).mistakes()
+
+    assert len(mistakes) == 1
+    assert "train.jsonl holds no row. Fill it" in mistakes[0]
+
+
 def test_a_data_set_of_the_hub_is_not_fetched_to_be_looked_at(job_of, renderer):
     job = job_of(rows(3), train=["train.jsonl", "somebody/somewhere"])
 
