@@ -82,9 +82,12 @@ class Diverged(RunFailed):
     def __init__(self, step: int, sample_ids: Sequence[int]) -> None:
         self.step, self.sample_ids = step, list(sample_ids)
         shown = ", ".join(str(sample) for sample in self.sample_ids[:20])
+        way = "Lower train.learning_rate or train.max_grad_norm, or set model.dtype: float32"
+        if step == 0:
+            way = "Nothing was trained before it: the weights hold no finite numbers, or the type is too narrow. Fetch"
+            way += " the model again, or set model.dtype: float32"
         super().__init__(
-            f"the loss of step {step} is not a number (samples {shown}). Lower train.learning_rate or"
-            " train.max_grad_norm, or set model.dtype: float32; `inspect --row N` shows a sample"
+            f"the loss of step {step} is not a number (samples {shown}). {way}; `inspect --row N` shows a sample"
         )
 
     def __reduce__(self) -> tuple[type, tuple[int, list[int]]]:  # crosses process borders with its fields

@@ -308,6 +308,9 @@ def _nearest(path: KeyPath) -> str:
         return f": {NOT_NEEDED[name]}"
     if len(name) > _LONGEST_NAME:
         return ""
+    if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
+        owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
+        return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
     everywhere = {f"{section}.{key}": key for section in _section_names() for key in sorted(_known_keys(section))}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)

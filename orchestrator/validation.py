@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.probe import look_at_this_node
+from clusters.safe_input import printable
 from orchestrator import models, planner, workload
 from orchestrator.data.sources import sources_of
 from orchestrator.data.survey import Survey, can_render, survey
@@ -82,6 +83,16 @@ def _unchecked(job: Job, folder: Path | None) -> list[str]:
     return []
 
 
+def _check_start(job: Job) -> None:
+    """Raises JobError where the adapter to start from is not there; a relative path means nothing to the workers."""
+    key = "method.init_adapter"
+    start = getattr(job.spec.method, key.removeprefix("method."), None)
+    if start and not start.startswith("/"):
+        raise JobError(f"{key}: {printable(start)} is a relative path; give the whole one, from / on")
+    if start:
+        resolve_path(f"{start}/adapter_config.json", key, kind="file")
+
+
 def _check_paths(job: Job) -> None:
     """Raises JobError for data files and a chat template that are not there, folders that can be none."""
     mistakes: list[str] = []
@@ -98,6 +109,10 @@ def _check_paths(job: Job) -> None:
             read_text_file(data.chat_template, "data.chat_template", job.folder)
         except JobError as error:
             mistakes += error.mistakes
+    try:
+        _check_start(job)
+    except JobError as error:
+        mistakes += error.mistakes
     written = (
         ("checkpoint.output_dir", job.spec.checkpoint.output_dir, Path()),
         ("bank.path", job.spec.bank.path, job.folder),

@@ -6,8 +6,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.errors import JobError
-from orchestrator.jobfile import parse_job
+from orchestrator.errors import Diverged, JobError
+from orchestrator.jobfile import parse_job, read_job
+from orchestrator.validation import check
+from tests.conftest import write_jsonl
 
 HERE = Path("/jobs")
 GOOD = "model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n"
@@ -61,6 +63,7 @@ def test_all_mistakes_come_at_once_each_with_its_line():
         (GOOD.replace("train: a.jsonl", ""), ["data.train is missing"]),
         (GOOD + "method: {type: lorra}\n", ["lora, full"]),
         (GOOD + "method: {load_in_4bit: true}\n", ["no such key yet", "type: qlora"]),
+        (GOOD + "method: {type: full, lora_r: 8}\n", ["use a type that has it: lora"]),
         (GOOD + "lora_r: 4\nmethod: {lora_r: 8}\n", ["same setting", "keep one"]),
         (GOOD + "train: {optim: adam}\n", ["'adam'", "adamw_torch"]),
         (GOOD + "checkpoint: {save_total_limit: 1}\n", ["greater than or equal to 2"]),
@@ -148,3 +151,21 @@ def test_any_override_is_an_error_or_a_job(overrides):
         parse_job(GOOD, HERE, overrides=overrides)
     except JobError as error:
         assert error.mistakes
+
+
+@pytest.mark.parametrize(
+    ("start", "told"),
+    [("adapters/a", "is a relative path"), ("/no/such/folder", "does not exist"), ("/tmp/" + "x" * 300, "too long")],
+)
+def test_an_adapter_to_start_from_that_is_not_there_is_refused_at_once(tmp_path, start, told):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}])
+    text = "model: {model_name_or_path: a/b}\ndata: {train: a.jsonl}\n"
+    (tmp_path / "job.yaml").write_text(f"{text}method: {{type: lora, init_adapter: {start}}}\n")
+
+    with pytest.raises(JobError, match=f"method.init_adapter: .*{told}"):
+        check(read_job(tmp_path / "job.yaml"))
+
+
+def test_a_loss_that_is_no_number_at_once_is_not_blamed_on_the_learning_rate():
+    assert "Nothing was trained before it" in str(Diverged(0, [3])) and "learning_rate" not in str(Diverged(0, [3]))
+    assert "Lower train.learning_rate" in str(Diverged(4, [3]))
