@@ -18,6 +18,8 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
         raise JobError(
             "model.model_name_or_path: this is an encoder-decoder model; decoder-only language models are tuned here"
         )
+    more = isinstance(config.get("text_config"), dict)
+    way = ". It is of a model that reads more than text (text_config): give its text-only model" if more else ""
     try:
         if stored := stored_quantised(config):
             raise JobError(
@@ -27,10 +29,10 @@ def model_shape(config: dict[str, Any]) -> ModelShape:
             )
         return ModelShape.from_config(config)
     except UnknownArchitecture as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
+        raise JobError(f"model.model_name_or_path: {error}{way}") from None
     except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
         raise JobError(
-            f"model.model_name_or_path: config.json does not describe a decoder-only language model: {error}"
+            f"model.model_name_or_path: config.json does not describe a decoder-only language model: {error}{way}"
         ) from None
 
 

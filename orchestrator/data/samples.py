@@ -32,6 +32,13 @@ class Options:
     strict: bool
 
 
+def _no_tokenizer(folder: Path, reason: str) -> JobError:
+    return JobError(
+        f"model.model_name_or_path: the tokenizer in {folder} cannot be loaded: {printable(reason.strip())}."
+        " Fetch or copy its files again (tokenizer.json and tokenizer_config.json of the model it belongs to)"
+    )
+
+
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tokenizer_config.json")
 
 
@@ -45,10 +52,9 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         if not any((model_folder / name).exists() for name in _TOKENIZER_FILES):
             reason = f"none of its files is there ({', '.join(_TOKENIZER_FILES)})"
-        raise JobError(
-            f"model.model_name_or_path: the tokenizer in {model_folder} cannot be loaded: {printable(reason.strip())}."
-            " Fetch or copy its files again (tokenizer.json and tokenizer_config.json of the model it belongs to)"
-        ) from None
+        raise _no_tokenizer(model_folder, reason) from None
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # made from config.json alone by some families
+        raise _no_tokenizer(model_folder, "it holds no words")
     data = job.spec.data
     for key, text in (("system_prompt", data.system_prompt), ("instruction", data.instruction)):
         if text and any("\ud800" <= character <= "\udfff" for character in text):

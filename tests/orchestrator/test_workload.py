@@ -146,3 +146,8 @@ def test_an_unknown_family_is_refused_with_its_name():
     for named in ("deepseek_v3", "mamba", None, 7):
         with pytest.raises(JobError, match=str(named)):
             workload.model_shape({**LLAMA, "model_type": named})
+
+
+def test_a_model_that_reads_pictures_too_is_refused_with_the_way_out():
+    with pytest.raises(JobError, match=r"reads more than text .* give its text-only model"):
+        workload.model_shape({"model_type": "gemma3", "text_config": {"hidden_size": 2560}, "vision_config": {}})

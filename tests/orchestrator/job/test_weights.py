@@ -174,3 +174,11 @@ def test_a_model_without_its_tokenizer_says_which_files_to_fetch(model_folder, t
 
     assert "none of its files is there (tokenizer.json" in str(caught.value)
     assert "Fetch or copy its files again" in str(caught.value)
+
+
+def test_a_tokenizer_that_is_made_from_the_config_alone_is_none(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "olmoe"}))
+    (tmp_path / "job.yaml").write_text("model: {model_name_or_path: .}\ndata: {train: rows.jsonl}\n")
+
+    with pytest.raises(JobError, match="cannot be loaded"):
+        renderer_for(read_job(tmp_path / "job.yaml"), tmp_path)
