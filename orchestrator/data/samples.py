@@ -5,7 +5,7 @@ from __future__ import annotations
 import array
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,9 @@ def read_only(rows: Iterable[Row], options: Options, counts: Counts) -> None:
 def _samples_of(row: Row, renderer: Renderer, options: Options, counts: Counts) -> list[dict[str, Any]]:
     row_format, example = read_example(row, options.format, options.instruction, counts.formats)
     rendered, statistics = renderer.render(example), counts.statistics
+    if example.text is not None and (marks := renderer.foreign_marks(example.text)):
+        reading = f"the text holds {', '.join(marks[:3])}, no token of this model's: it is trained letter by letter"
+        example = replace(example, readings=(*example.readings, reading))
     counts.read(row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
     pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]

@@ -8,6 +8,7 @@ empty or has no end is a broken row: a wrong mask trains the wrong thing and sho
 from __future__ import annotations
 
 import bisect
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,8 @@ from orchestrator.data.formats import Example
 from orchestrator.data.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
 from orchestrator.errors import JobError
+
+_MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,7 @@ class Renderer:
         self.template = None if chat_template is None else ChatTemplate(tokenizer, chat_template)
         self.assistant_only, self.completion_only = assistant_only, completion_only
         self.system_prompt = system_prompt
+        self._marks: dict[str, bool] = {}
 
     def render(self, example: Example) -> list[Tokens]:
         """The samples of one example: one, or one an answer where the template writes earlier answers differently.
@@ -113,6 +117,16 @@ class Renderer:
             supervised.append(True)
         answer = text if prompt else None
         return self._finished(ids, supervised, len(question) if prompt else 1, answer, ended=eos_id is not None)
+
+    def foreign_marks(self, text: str) -> list[str]:
+        """Marks of chat templates in a plain text that are no token here: the text was rendered for another model."""
+        marks = dict.fromkeys(_MARK.findall(text)) if "<" in text else {}
+        return [mark for mark in marks if not self._is_token(mark)]
+
+    def _is_token(self, mark: str) -> bool:
+        if mark not in self._marks:
+            self._marks[mark] = len(self._ids(mark)) == 1
+        return self._marks[mark]
 
     def _ids(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

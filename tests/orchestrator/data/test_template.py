@@ -87,6 +87,13 @@ def test_a_template_that_gives_a_wrong_mask_is_refused_with_the_remedy(tokenizer
         Renderer(tokenizer, template).render(convert(TALK, "messages"))
 
 
+def test_marks_of_another_models_template_are_found(tokenizer):
+    renderer = Renderer(tokenizer, None)
+
+    assert renderer.foreign_marks("<|im_start|>user\nred <b>cat</b> a <| b<|im_end|>") == []
+    assert renderer.foreign_marks("<s>[INST] red [/INST] cat</s><|eot_id|>") == ["<s>", "</s>", "<|eot_id|>"]
+
+
 def test_the_template_of_a_tokenizer_with_several_is_its_default(tokenizer, monkeypatch):
     assert template_of(tokenizer) == CHAT_TEMPLATE
 
