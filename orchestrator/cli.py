@@ -658,8 +658,8 @@ def _print_result(run: RunFolder, as_json: bool) -> None:
 
     exported = exported_whole(run)
     if as_json:
-        result = run.result()
-        print_json({"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": result})
+        told = {"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": run.result()}
+        print_json({**told, "data": run.data().get("statistics")})
         return
     out.print()
     out.print(result_view(run))

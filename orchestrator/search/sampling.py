@@ -188,6 +188,7 @@ class Sampler:
 
 
 def _sampler(kind: str, seed: int) -> Any:
+    seed %= 2**32  # what numpy's generators take; a job's seed may be larger
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return optuna.samplers.RandomSampler(seed) if kind == "random" else optuna.samplers.TPESampler(seed=seed)

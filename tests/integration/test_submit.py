@@ -258,6 +258,18 @@ def resumed(finished, place):
     return run
 
 
+@pytest.mark.parametrize("name", ["SIGHUP", "SIGTERM", "SIGINT"])
+def test_a_terminal_that_closes_interrupts_as_ctrl_c_does(finished, place, name):
+    run, _ = finished
+    with run.lock():  # so that `logs --follow` waits for more
+        process = start("logs", run.run_id, "--follow", cwd=place)
+        process.stdout.readline()
+        process.send_signal(getattr(signal, name))
+        said = process.communicate(timeout=60)[0]
+
+    assert process.returncode == 130 and "Traceback" not in said
+
+
 def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(finished, resumed):
     (reference, _), run = finished, resumed
 
