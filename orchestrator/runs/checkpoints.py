@@ -1,6 +1,6 @@
 """Which checkpoints of a run are whole, told without torch, and which of them is handed back.
 
-    step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest.json (size and SHA-256 of each)
+step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest.json (size and SHA-256 of each)
 """
 
 from __future__ import annotations
