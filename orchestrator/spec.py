@@ -103,7 +103,7 @@ class TrainSection(Section):
     gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "micro-batches a step")
     num_train_epochs: float = _key(3.0, "passes over the data", gt=0, le=100_000)
     max_steps: int = _key(-1, "stop after so many steps; -1 = by epochs", ge=-1, le=MOST)
-    learning_rate: Annotated[float, Field(gt=0, le=1000)] = _key(2e-4, "peak learning rate")
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = _key(2e-4, "peak learning rate")
     lr_scheduler_type: Scheduler = _key("cosine", "shape of the learning rate over time")
     warmup_ratio: float = _key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
     warmup_steps: int = _key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0, le=MOST)

@@ -196,7 +196,7 @@ def test_bench_dissects_a_step_and_compares_with_itself(place):
     done = orchestrator("bench", "--compare", first["file"], first["file"], cwd=place, check=0)
     assert "x1.00" in done.stdout
     wrong = orchestrator("bench", "--compare", "job.yaml", first["file"], cwd=place)
-    assert wrong.returncode == 2 and "cannot be read" in wrong.stderr
+    assert wrong.returncode == 2 and "is not JSON" in wrong.stderr
 
 
 @pytest.mark.slow
