@@ -34,7 +34,7 @@ def place(model_folder, tmp_path_factory):
         a_set(folder, name, start)
     write_jsonl(folder / "train.jsonl", rows(20, start=60))
     write_jsonl(folder / "eval.jsonl", rows(8, start=120))
-    write_jsonl(folder / "other.jsonl", [{"text": "銀行に似たものはない" * 4}] * 16)
+    write_jsonl(folder / "other.jsonl", [{"text": "銀行に似たものはない" * 40}] * 16)
     (folder / "job.yaml").write_text(
         f"""\
 name: new
