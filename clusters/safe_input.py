@@ -170,7 +170,7 @@ class _Values(yaml.SafeLoader):
             if type(value) is str and not value.isascii():
                 value.encode("utf-8")  # raises for half a surrogate pair
             return value
-        except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, OverflowError, TypeError, LookupError, AttributeError) as error:
             kind = node.tag.rpartition(":")[2]
             shown = printable(node.value[:40]) if isinstance(node, yaml.ScalarNode) else f"of {len(node.value)} parts"
             problem = f"{shown!r} cannot be read as {kind}" if shown else f"an empty {kind}"
