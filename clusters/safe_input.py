@@ -103,7 +103,7 @@ def read_bytes(path: Path, max_bytes: int = MAX_BYTES) -> bytes:
     """All of a regular file of at most `max_bytes`.  Raises BadInput."""
     with open_regular(path) as stream:
         try:
-            content = stream.read(max_bytes + 1)
+            content = stream.read(max_bytes + 1) or b""  # None where the kernel has nothing to say yet, as in /proc
         except OSError as error:
             raise BadInput(f"{_short(path)}: cannot be read: {_reason(error)}") from None
     if len(content) > max_bytes:

@@ -7,6 +7,7 @@ template and the options.  Samples are read from the mapping, so a dataset may b
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
@@ -154,8 +155,9 @@ def build(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pat
 
     Raises JobError listing the broken rows (the first ten) when `options.strict`, else writes them to rejected.jsonl.
     """
+    first = list(itertools.islice(rows, 1))  # data that cannot be read at all leave no folder behind
     with manifest.temporary_folder(folder) as temporary:
-        _write(rows, renderer, options, temporary)
+        _write(itertools.chain(first, rows), renderer, options, temporary)
         manifest.publish(temporary, folder, _FILES)
     return Dataset.load(folder)
 

@@ -149,7 +149,7 @@ def _opened(file: Path) -> Iterator[BinaryIO]:
 
 def _head(file: Path) -> bytes:
     with _opened(file) as stream:
-        return stream.read(_HEAD_BYTES)
+        return stream.read(_HEAD_BYTES) or b""  # None where the kernel has nothing to say yet, as in /proc
 
 
 def _check_text(head: bytes, file: Path) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "400"  # before the consoles are made: wide tables fold nothing
 
+from clusters.node_probe import probe_node
 from tests.fuzz.case import Case
 from tests.fuzz.judge import Ended, empty, judge
 from tests.fuzz.kinds import KINDS, case_of
@@ -38,6 +39,7 @@ class Session:
         warnings.simplefilter("ignore")
         for library in ("datasets", "transformers"):  # their first import is no fault of the input that meets it
             importlib.import_module(library)
+        probe_node()  # a machine is measured once, which takes longer than an input may
 
     def case(self, kind: str, seed: int, number: int) -> Case:
         return case_of(kind, seed, number, self.world)
