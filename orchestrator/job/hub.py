@@ -104,7 +104,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
 
 
 def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
-    trouble = _cannot_reach()
+    trouble = cannot_reach()
     try:
         return cached() if trouble else online()
     except JobError:
@@ -116,8 +116,11 @@ def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
         ) from None
 
 
-def _cannot_reach() -> str | None:
-    """Why the hub cannot be asked; None where it may be."""
+def cannot_reach() -> str | None:
+    """Why the hub cannot be asked; None where it can.
+
+    The hub's client repeats a request to an address that it cannot reach for half a minute.
+    """
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

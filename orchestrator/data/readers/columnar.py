@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from orchestrator.data.row import Row
 from orchestrator.errors import JobError
+from orchestrator.job.hub import cannot_reach
 
 _ROWS = 1024
 _ARROW_FILE = b"ARROW1"
@@ -52,14 +54,30 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
     """The rows of a hub data set's split, through the `datasets` library."""
     import datasets
 
+    trouble = cannot_reach()
     try:
-        data = datasets.load_dataset(name, split=split).with_format("arrow")
+        with _offline() if trouble else contextlib.nullcontext():
+            data = datasets.load_dataset(name, split=split).with_format("arrow")
         tables = data.iter(batch_size=_ROWS)
         yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
     except Exception as error:  # the library raises dozens of types for hub trouble
         raise JobError(
-            f"data: {name} is neither a local file nor a dataset the hub gives: {_first_line(error)}"
+            f"data: {name} is neither a local file nor a dataset the hub gives: {trouble or _first_line(error)}"
         ) from None
+
+
+@contextlib.contextmanager
+def _offline() -> Iterator[None]:
+    """`datasets` looks into its cache only; it reads the environment's HF_HUB_OFFLINE once, when it is imported."""
+    import datasets
+    from huggingface_hub import constants
+
+    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept
 
 
 def _validated(batches: Iterable[Any]) -> Iterator[Any]:

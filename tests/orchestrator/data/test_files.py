@@ -6,6 +6,7 @@ import os
 import struct
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -435,3 +436,21 @@ def test_hub_data_sets_are_read_as_parquet_is(tmp_path):
     assert [row.values for row in rows] == [{"text": "a", "label": None}, {"text": "b", "label": 0}]
     with pytest.raises(JobError, match="neither a local file"):
         list(read_hub_rows(str(tmp_path / "none"), "train"))
+
+
+def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
+    import datasets
+    from huggingface_hub import constants
+
+    from orchestrator.data.readers.columnar import read_hub_rows
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    began = time.monotonic()
+
+    with pytest.raises(JobError, match=r"neither a local file nor .*127\.0\.0\.1 cannot be reached"):
+        list(read_hub_rows("someone/rows", "train"))
+
+    assert time.monotonic() - began < 5
+    assert not constants.HF_HUB_OFFLINE
