@@ -12,7 +12,7 @@ import typer
 
 from clusters.safe_input import BadInput, checked_path, kind_of, printable
 from orchestrator.errors import JobError
-from orchestrator.job.paths import resolve_path
+from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.rundir import RunFolder
 from orchestrator.verbs import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
 from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
@@ -277,9 +277,9 @@ def evaluate(
     output = resolve_path(output, "--output", kind="new folder")
     found = leave_one_out(asked_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
     output.mkdir(parents=True, exist_ok=True)
-    (output / "leave-one-out.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
+    write_text_file(output / "leave-one-out.json", json.dumps(found, indent=1), "--output")
     drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
-    (output / "leave-one-out.svg").write_text(drawn, encoding="utf-8")
+    write_text_file(output / "leave-one-out.svg", drawn, "--output")
     say(f"wrote {output}/leave-one-out.json and leave-one-out.svg")
     if json_:
         print_json(found)

@@ -460,6 +460,7 @@ def merge(
     found = RunFolder.find(run, runs)
     from orchestrator.training.finished import merge as write
 
+    output = resolve_path(output, "merge", kind="new folder")
     agreement = write(found, found.job(), output)
     show(agreement.text)
     show(f"wrote {output}")

@@ -24,7 +24,7 @@ import yaml
 from clusters.connect import CannotConnect
 from clusters.door import ENDED, Door, JobGone, JobLost, RemoteJob, VerbFailed
 from clusters.ray_jobs import JobsDoor
-from clusters.safe_input import BadInput, read_json, record
+from clusters.safe_input import BadInput, printable, read_json, record
 from clusters.units import format_bytes
 from orchestrator import package
 from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
@@ -58,6 +58,9 @@ class Remote:
             found = record(cls, read_json(path), str(path))
             if not found.attempts and not found.is_closed:
                 raise BadInput(f"{path}: names no attempt")
+            own = f"{found.storage.removesuffix('/runs')}/jobs/{run.run_id}"
+            if found.uploads not in (None, own):  # it is deleted at the end
+                raise BadInput(f"{path}: uploads: {printable(found.uploads or '')} is not {printable(own)}")
         except BadInput as error:
             raise JobError(f"{error}. Delete the folder; what runs on the cluster is not touched by that") from None
         return found

@@ -68,6 +68,7 @@ def bench(
         else:
             out.print(comparison_view(first, second))
         return
+    output = resolve_path(output, "--output", kind="new file") if output else None
     if what is None:
         raise JobError("bench what? Give a job file, a recipe, or a run with --generate")
     from orchestrator.run import prepare

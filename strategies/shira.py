@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from strategies.cost.plan import plan_of
 from strategies.cost.time import Work
 from strategies.knobs import knob
 from strategies.shape import ModelShape
+from strategies.targets import meant
 
 
 @dataclass(frozen=True)
@@ -153,11 +153,10 @@ class Shira:
         """The maps by their whole names: PEFT's SHiRA cannot choose layers."""
         from strategies.lsp_offload.method import linear_maps
 
-        wanted, layers = self.shira_target_modules, self.layers_to_transform
-        return [
-            name
-            for name, layer in ((weight.removesuffix(".weight"), at) for weight, (at, _) in linear_maps(model).items())
-            if layers is None or layer in layers
-            if wanted == "all-linear"
-            or (name.rsplit(".", 1)[-1] in wanted if isinstance(wanted, list) else re.fullmatch(wanted, name))
+        found = linear_maps(model)
+        maps = [
+            weight.removesuffix(".weight")
+            for weight, (layer, _) in found.items()
+            if self.layers_to_transform is None or layer in self.layers_to_transform
         ]
+        return list(meant(self.shira_target_modules, maps, maps))

@@ -12,6 +12,7 @@ from typing import Any
 
 from clusters.safe_input import printable
 from orchestrator.errors import JobError
+from orchestrator.job import remembered
 from orchestrator.job.weights import stored_tensors
 from strategies import architecture
 from strategies.architecture import Architecture, CannotBuild, LoadReport
@@ -55,12 +56,19 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 @lru_cache(8)
 def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
     """The model's parts, and what loading would report or why that cannot be told."""
-    model = architecture.build(folder, trust_remote_code)
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
+    entry = None if trust_remote_code else remembered.entry_of(folder, stored)  # code of others may read anything
+    if entry and (known := remembered.recall(entry)):
+        return known.built, known.report
+    model = architecture.build(folder, trust_remote_code)
+    built = architecture.architecture_of(model)
     try:
-        return architecture.architecture_of(model), architecture.load_report(model, stored)
+        report = architecture.load_report(model, stored)
     except CannotBuild as error:
-        return architecture.architecture_of(model), str(error)
+        return built, str(error)
+    if entry:
+        remembered.keep(entry, remembered.LookedAt(built, report))
+    return built, report
 
 
 def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:

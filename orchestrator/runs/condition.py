@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput
+from clusters.safe_input import BadInput, printable
 from orchestrator import models
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
@@ -49,10 +49,9 @@ def exported_damage(run: RunFolder, result: dict[str, Any], by_size: bool = Fals
 
     `by_size` reads no file: for tables of many runs.
     """
-    handed = result.get("handed_back")
-    folder = run.path / handed["folder"] if handed else run.exported()
-    if folder is None or not folder.is_dir():
-        return f"{folder or run.path / 'adapter'} is gone"
+    handed, folder = result.get("handed_back"), run.exported()
+    if folder is None or (handed and folder.name != handed["folder"]):
+        return f"{run.path / printable(handed['folder'] if handed else 'adapter')} is gone"
     for name, expected in (handed or {}).get("files", {}).items():
         file = folder / name
         if not file.is_file():

@@ -21,6 +21,7 @@ from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
+from orchestrator.job.paths import write_text_file
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
@@ -217,7 +218,7 @@ def save(result: dict[str, Any], folder: Path, file: Path | None) -> Path:
     file = file or folder / f"bench-{result['name']}-{result['kind']}-{stamp}.json"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(result, indent=1), encoding="utf-8")
     except OSError as error:
         raise JobError(f"--output {file}: cannot be written: {error.strerror}") from None
+    write_text_file(file, json.dumps(result, indent=1), "--output")
     return file

@@ -148,10 +148,18 @@ def test_a_damaged_record_of_where_a_run_was_sent_is_named(tmp_path, text):
 
 
 def test_a_record_of_where_a_run_was_sent_comes_back(tmp_path):
-    remote = Remote("http://a:1", "/storage", ("a-1", "a-2"), "/up", True)
+    remote = Remote("http://a:1", "/storage/runs", ("a-1", "a-2"), f"/storage/jobs/{tmp_path.name}", True)
 
     assert Remote.of(RunFolder(tmp_path)) is None
     assert Remote.of(remote.keep(RunFolder(tmp_path)) and RunFolder(tmp_path)) == remote
+
+
+@pytest.mark.parametrize("folder", ["/", "/storage", "/storage/jobs", "/storage/jobs/other", "/storage/jobs/..", ""])
+def test_no_other_folder_than_the_run_s_own_is_deleted_on_the_cluster(tmp_path, folder):
+    Remote("kuberay", "/storage/runs", ("a-1",), folder).keep(RunFolder(tmp_path))
+
+    with pytest.raises(JobError, match=r"remote\.json: uploads: .* is not /storage/jobs/"):
+        Remote.of(RunFolder(tmp_path))
 
 
 NVIDIA = "0, GPU-1, {name}, {free}, {total}, {power}, 550, {compute}"

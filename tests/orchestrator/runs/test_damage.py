@@ -16,7 +16,7 @@ from orchestrator.explain import handed_back_text
 from orchestrator.jobfile import read_job
 from orchestrator.report_cli import report
 from orchestrator.runs import checkpoints, recorded
-from orchestrator.runs.condition import check_model, require_finished
+from orchestrator.runs.condition import check_model, exported_whole, require_finished
 from tests.orchestrator.conftest import Listener, stopped, train_here
 
 WAYS = {
@@ -307,6 +307,15 @@ def test_an_adapter_is_not_exported_again_from_nothing(finished, put_back, witho
 
     with pytest.raises(JobError, match=r"adapter_config.json is gone, and no whole checkpoint is left"):
         path_of_a_job.resume(finished, Listener())
+
+
+@pytest.mark.parametrize("folder", ["../adapter", "/tmp", "checkpoints", ""])
+def test_no_other_folder_passes_for_what_was_handed_back(finished, put_back, folder):
+    result = finished.read_json("result.json")
+    finished.write("result.json", json.dumps({**result, "handed_back": {**result["handed_back"], "folder": folder}}))
+
+    with pytest.raises(JobError, match=r"is gone|result\.json"):
+        exported_whole(finished)
 
 
 def test_a_damaged_run_is_listed_as_damaged_beside_the_others(finished, interrupted, put_back, capsys):
