@@ -42,6 +42,11 @@ CHAT_TEMPLATE = (
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(items):
+    """The longest files first: a long one that begins last would keep one process busy and the other idle."""
+    items.sort(key=lambda item: "integration" not in item.path.parts)
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A byte-level BPE tokenizer with a ChatML template."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import re
 import resource
@@ -17,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import typer
-
+from tests.cli import as_program
 from tests.fuzz.case import Case, lay_out
 from tests.fuzz.values import ESCAPES
 
@@ -53,31 +51,20 @@ def call(arguments: tuple[str, ...]) -> Ended:
     """The program's main with these arguments; its files are those of the current folder."""
     import orchestrator.cli as cli
 
-    if isinstance(cli.app, typer.Typer):
-        cli.app = typer.main.get_command(cli.app)  # as each call of the program builds it, once for all
-    modes = "strict", "backslashreplace"  # as Python opens them
-    out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True) for mode in modes)
-    kept = sys.argv, sys.stdout, sys.stderr
-    sys.argv, sys.stdout, sys.stderr = ["orchestrator", *arguments], out, err
     code, fault, begun = 0, None, time.monotonic()
-    handlers = {name: signal.getsignal(name) for name in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGPIPE)}
-    try:
-        with _limits():
-            cli.main()
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
-    except Hang:
-        code, fault = 1, f"hang beyond {COMPUTE_S} s at {_place(sys.exc_info()[2])}"
-    except MemoryError:
-        code, fault = 1, f"memory beyond 1 GiB at {_place(sys.exc_info()[2])}"
-    except BaseException as error:
-        code, fault = 1, f"traceback: {type(error).__name__} at {_place(error.__traceback__)}: {str(error)[:120]!r}"
-    finally:
-        sys.argv, sys.stdout, sys.stderr = kept
-        for name, handler in handlers.items():
-            signal.signal(name, handler)
-    shown = [stream.buffer.getvalue().decode("utf-8", "replace") for stream in (out, err)]  # type: ignore[attr-defined]
-    return Ended(code, *shown, fault, time.monotonic() - begun)
+    with as_program(arguments) as streams:
+        try:
+            with _limits():
+                cli.main()
+        except SystemExit as error:
+            code = error.code if isinstance(error.code, int) else 0 if error.code is None else 1
+        except Hang:
+            code, fault = 1, f"hang beyond {COMPUTE_S} s at {_place(sys.exc_info()[2])}"
+        except MemoryError:
+            code, fault = 1, f"memory beyond 1 GiB at {_place(sys.exc_info()[2])}"
+        except BaseException as error:
+            code, fault = 1, f"traceback: {type(error).__name__} at {_place(error.__traceback__)}: {str(error)[:120]!r}"
+    return Ended(code, *streams.texts(), fault, time.monotonic() - begun)
 
 
 def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:

@@ -11,6 +11,7 @@ from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, combined
 from strategies.adapter_bank.store import Bank
+from tests.cli import called
 from tests.conftest import SHARED, rows, write_jsonl
 from tests.integration.test_submit import orchestrator
 
@@ -52,7 +53,7 @@ bank: {{path: {folder / "bank"}, licence: Apache-2.0}}
 
 
 def test_each_data_set_is_an_adapter_with_its_scores(place):
-    cards = json.loads(orchestrator("bank", "list", "--bank", "bank", "--json", cwd=place, check=0).stdout)
+    cards = json.loads(called("bank", "list", "--bank", "bank", "--json", cwd=place, check=0).stdout)
 
     assert [card["name"] for card in cards] == ["first", "second"]
     for card in cards:
@@ -63,7 +64,7 @@ def test_each_data_set_is_an_adapter_with_its_scores(place):
 def test_what_was_built_is_not_built_again(place):
     runs = sorted((place / "runs").iterdir())
 
-    orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=0)
+    called("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=0)
 
     assert sorted((place / "runs").iterdir()) == runs
 
@@ -72,21 +73,21 @@ def test_what_was_built_of_other_rows_is_not_taken_for_that_of_these(place):
     """Neither by `build` nor by a run that is added after its file has changed."""
     file = place / "sets" / "first" / "train.jsonl"
     cards = ("bank", "show", "first", "--bank", "bank", "--json")
-    kept, known = file.read_bytes(), json.loads(orchestrator(*cards, cwd=place, check=0).stdout)
+    kept, known = file.read_bytes(), json.loads(called(*cards, cwd=place, check=0).stdout)
     try:
         write_jsonl(file, rows(50))
-        done = orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=2)
-        orchestrator("bank", "add", "bank-first", "--bank", "bank", cwd=place, check=0)
+        done = called("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=2)
+        called("bank", "add", "bank-first", "--bank", "bank", cwd=place, check=0)
     finally:
         file.write_bytes(kept)
 
     assert "first: data.train: the files have changed since bank-first began" in joined(done.stdout + done.stderr)
     assert "1 of 2 failed (first)" in joined(done.stderr)
-    assert json.loads(orchestrator(*cards, cwd=place, check=0).stdout)["data_digest"] == known["data_digest"]
+    assert json.loads(called(*cards, cwd=place, check=0).stdout)["data_digest"] == known["data_digest"]
 
 
 def test_an_adapter_is_made_and_judged(place, tmp_path):
-    done = orchestrator("adapt", "job.yaml", "--output", tmp_path / "made", "--json", cwd=place, check=0)
+    done = called("adapt", "job.yaml", "--output", tmp_path / "made", "--json", cwd=place, check=0)
     found = json.loads(done.stdout)
 
     assert sum(part["share"] for part in found["made_from"]) + found["base_share"] == pytest.approx(1)
@@ -106,7 +107,7 @@ def test_an_adapter_is_made_and_judged(place, tmp_path):
 def test_data_that_the_bank_knows_is_said(place, tmp_path):
     known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
 
-    done = orchestrator("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
+    done = called("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
 
     assert "the bank already has an adapter of this very data: second" in joined(done.stdout)
 
@@ -114,9 +115,9 @@ def test_data_that_the_bank_knows_is_said(place, tmp_path):
 def test_a_plan_says_that_nothing_need_be_computed_where_the_bank_has_it(place):
     known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
 
-    of_known = orchestrator("plan", "job.yaml", *known, cwd=place, check=0).stdout
-    (found,) = json.loads(orchestrator("plan", "job.yaml", *known, "--json", cwd=place, check=0).stdout)["in_bank"]
-    of_others = orchestrator("plan", "job.yaml", cwd=place, check=0).stdout
+    of_known = called("plan", "job.yaml", *known, cwd=place, check=0).stdout
+    (found,) = json.loads(called("plan", "job.yaml", *known, "--json", cwd=place, check=0).stdout)["in_bank"]
+    of_others = called("plan", "job.yaml", cwd=place, check=0).stdout
 
     assert "already in the bank, trained on this very data, so nothing need be computed: second" in joined(of_known)
     assert found["name"] == "second" and Adapter(Path(found["path"])).ranks == [4]
@@ -127,12 +128,12 @@ def test_a_plan_says_that_nothing_need_be_computed_where_the_bank_has_it(place):
 def test_nothing_better_than_the_base_is_not_recommended(place, tmp_path):
     """An adapter that takes away what was learnt."""
     harm = ("first", "second", "--weights", "-1,-1", "--bank", "bank")
-    orchestrator("bank", "merge", tmp_path / "harm", *harm, cwd=place, check=0)
+    called("bank", "merge", tmp_path / "harm", *harm, cwd=place, check=0)
     added = ("--data", "sets/first/train.jsonl", "--bank", tmp_path / "bad")
-    orchestrator("bank", "add", tmp_path / "harm", *added, cwd=place, check=0)
+    called("bank", "add", tmp_path / "harm", *added, cwd=place, check=0)
 
     bank = ["--set", f"bank.path={tmp_path}/bad"]
-    done = orchestrator("adapt", "job.yaml", *bank, "--output", tmp_path / "made", cwd=place, check=0)
+    done = called("adapt", "job.yaml", *bank, "--output", tmp_path / "made", cwd=place, check=0)
 
     assert "not recommended: none is better than the base model" in done.stdout
     assert not (tmp_path / "made" / "adapter").exists()
@@ -140,10 +141,10 @@ def test_nothing_better_than_the_base_is_not_recommended(place, tmp_path):
 
 def test_merge_export_import_and_verify(place, tmp_path):
     bank = ("--bank", "bank")
-    orchestrator("bank", "merge", tmp_path / "both", "first", "second", "--how", "cat", *bank, cwd=place, check=0)
-    orchestrator("bank", "export", tmp_path / "all.tar", *bank, cwd=place, check=0)
-    orchestrator("bank", "import", tmp_path / "all.tar", "--bank", tmp_path / "copy", cwd=place, check=0)
-    done = orchestrator("bank", "verify", "--bank", tmp_path / "copy", cwd=place, check=0)
+    called("bank", "merge", tmp_path / "both", "first", "second", "--how", "cat", *bank, cwd=place, check=0)
+    called("bank", "export", tmp_path / "all.tar", *bank, cwd=place, check=0)
+    called("bank", "import", tmp_path / "all.tar", "--bank", tmp_path / "copy", cwd=place, check=0)
+    done = called("bank", "verify", "--bank", tmp_path / "copy", cwd=place, check=0)
 
     assert "2 adapters, nothing wrong" in done.stderr
     runs = [Adapter(place / "runs" / f"bank-{name}" / "adapter") for name in ("first", "second")]
@@ -177,7 +178,7 @@ def test_merge_export_import_and_verify(place, tmp_path):
 def test_mistakes_name_the_fix_and_write_nothing(place, arguments, said):
     before = sorted(place.iterdir())
 
-    done = orchestrator(*arguments, cwd=place, check=2)
+    done = called(*arguments, cwd=place, check=2)
 
     assert re.search(re.escape(said), joined(done.stdout + done.stderr))
     assert sorted(place.iterdir()) == before
@@ -201,7 +202,7 @@ def test_an_adapter_of_a_model_of_the_same_shapes_is_refused_by_its_name(tmp_pat
     """SmolLM and SmolLM2 have the same shapes: the weights alone would not tell."""
     adapter = SHARED / "assets" / "adapters" / "smollm135m-medflash-final"
 
-    done = orchestrator(
+    done = called(
         "bank", "add", adapter, "--model", "smollm2-135m-instruct", "--bank", "b", cwd=tmp_path, check=2
     )
 
@@ -222,8 +223,8 @@ def test_sparse_experts_are_trained_merged_and_not_mistaken_for_lora(place, tmp_
     assert told["result"]["after"]["eval_loss"] < told["result"]["before"]["eval_loss"]
     assert "the bank keeps LoRA" in (Path(told["path"]) / "events.jsonl").read_text()
     both = [str(tmp_path / "both"), str(adapter), str(adapter)]
-    assert orchestrator("bank", "merge", *both, "--how", "cat", cwd=place).returncode == 2
-    orchestrator("bank", "merge", *both, cwd=place, check=0)
+    assert called("bank", "merge", *both, "--how", "cat", cwd=place).returncode == 2
+    called("bank", "merge", *both, cwd=place, check=0)
     once, twice = (
         PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(model_folder), str(folder)).eval()
         for folder in (adapter, tmp_path / "both")

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli import called
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,20 +16,7 @@ CACHE = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # what th
 
 
 def run(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={
-            "PYTHONPATH": str(ROOT),
-            "PATH": "/usr/bin:/bin",
-            "HOME": str(cwd),
-            "HF_HUB_OFFLINE": "1",
-            "XDG_CACHE_HOME": CACHE,
-        },
-        timeout=120,
-    )
+    return called(*arguments, cwd=cwd, HOME=str(cwd), XDG_CACHE_HOME=CACHE)
 
 
 def swap(old, new):

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.cli import called
+
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow")
 
 
 def orchestrator(*words, cwd, code=0):
-    command = [sys.executable, "-m", "orchestrator", *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=300)
-    assert done.returncode == code, done.stdout + done.stderr
+    done = called(*words, cwd=cwd, check=code)
     return done.stdout, done.stderr
 
 

@@ -15,6 +15,7 @@ import pytest
 
 from orchestrator.rundir import RunFolder
 from orchestrator.search.trials import SearchFolder
+from tests.cli import called
 from tests.conftest import rows, write_jsonl
 from tests.integration.test_submit import ROOT, orchestrator
 
@@ -75,7 +76,7 @@ def test_the_recommended_job_validates_and_is_what_was_found(searched):
     folder, told = searched
 
     chosen = told["recommended"]
-    done = orchestrator("plan", folder.path / "recommended.yaml", "--json", cwd=folder.path.parent, check=0)
+    done = called("plan", folder.path / "recommended.yaml", "--json", cwd=folder.path.parent, check=0)
 
     planned = json.loads(done.stdout)
     assert planned["method"]["lora_r"] == chosen["point"]["method.lora_r"]
@@ -104,7 +105,7 @@ def test_mlflow_has_a_run_with_a_nested_run_a_trial(searched):
 def test_the_report_has_all_its_parts(searched, lang):
     folder, _ = searched
 
-    done = orchestrator("report", folder.run_id, "--lang", lang, "--json", cwd=folder.path.parent.parent, check=0)
+    done = called("report", folder.run_id, "--lang", lang, "--json", cwd=folder.path.parent.parent, check=0)
 
     page = Path(json.loads(done.stdout)["report"]).read_text()
     assert page.count("<figure") == 4
@@ -114,7 +115,7 @@ def test_the_report_has_all_its_parts(searched, lang):
 def test_status_and_list_know_a_search(searched):
     folder, _ = searched
 
-    shown = orchestrator("status", folder.run_id, cwd=folder.path.parent.parent, check=0).stdout
+    shown = called("status", folder.run_id, cwd=folder.path.parent.parent, check=0).stdout
 
     assert "recommended" in shown and "in every trial" in shown
     assert RunFolder.all(folder.path.parent) == []  # a search is not a run
@@ -180,7 +181,7 @@ def test_a_search_that_cannot_be_says_why_before_anything_starts(place, override
     began = set(SearchFolder.all(place / "runs"))
 
     arguments = [part for override in overrides for part in ("--set", override)]
-    done = orchestrator("search", "job.yaml", *arguments, cwd=place)
+    done = called("search", "job.yaml", *arguments, cwd=place)
 
     assert done.returncode == code and says in done.stderr, done.stdout + done.stderr
     assert "starting Ray" not in done.stdout
@@ -193,9 +194,9 @@ def test_bench_dissects_a_step_and_compares_with_itself(place):
     assert first["throughput"]["tokens_per_s"] > 0
     assert sum(first["phases"].values()) == pytest.approx(first["step_s"], rel=0.9)
     assert {"attention", "matrix products", "lora"} <= set(first["parts"])
-    done = orchestrator("bench", "--compare", first["file"], first["file"], cwd=place, check=0)
+    done = called("bench", "--compare", first["file"], first["file"], cwd=place, check=0)
     assert "x1.00" in done.stdout
-    wrong = orchestrator("bench", "--compare", "job.yaml", first["file"], cwd=place)
+    wrong = called("bench", "--compare", "job.yaml", first["file"], cwd=place)
     assert wrong.returncode == 2 and "is not JSON" in wrong.stderr
 
 

@@ -12,6 +12,7 @@ import pytest
 from safetensors.torch import load_file
 
 from orchestrator.rundir import RunFolder
+from tests.cli import called
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,8 @@ model: {{model_name_or_path: {model_folder}, dtype: float32}}
 data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
 train: {{global_batch_size: 8, max_steps: {NUM_STEPS}, learning_rate: 3e-3}}
-checkpoint: {{save_steps: 20}}
-eval: {{max_new_tokens: 8, eval_steps: 60}}
+checkpoint: {{save_steps: 30}}
+eval: {{max_new_tokens: 8, eval_steps: 100}}
 """
     )
     return folder
@@ -107,7 +108,7 @@ def test_the_merged_model_says_what_base_and_adapter_say(finished, place, model_
 
     run, _ = finished
 
-    orchestrator("merge", "merged", run.run_id, cwd=place, check=0)
+    called("merge", "merged", run.run_id, cwd=place, check=0)
 
     merged = AutoModelForCausalLM.from_pretrained(place / "merged").eval()
     both = PeftModel.from_pretrained(
@@ -118,13 +119,13 @@ def test_the_merged_model_says_what_base_and_adapter_say(finished, place, model_
         difference = (merged(ids).logits - both(ids).logits).abs().max().item()
         moved = (merged(ids).logits - both.unload()(ids).logits).abs().max().item()
     assert difference < 1e-4 < moved
-    assert orchestrator("merge", "merged", run.run_id, cwd=place).returncode == 2
+    assert called("merge", "merged", run.run_id, cwd=place).returncode == 2
 
 
 def test_evaluating_again_gives_the_same_numbers(finished, place):
     run, told = finished
 
-    again = json.loads(orchestrator("evaluate", run.run_id, "--json", cwd=place, check=0).stdout)
+    again = json.loads(called("evaluate", run.run_id, "--json", cwd=place, check=0).stdout)
 
     assert again["eval_loss"] == pytest.approx(told["result"]["after"]["eval_loss"], rel=1e-5)
     assert again["exact_match"] == told["result"]["after"]["exact_match"]
@@ -152,23 +153,23 @@ def test_mlflow_mirrors_the_run(finished, place):
     assert mirrored.data.metrics["after.eval_loss"] == told["result"]["after"]["eval_loss"]
     artifacts = {item.path for item in client.list_artifacts(mirrored.info.run_id)}
     assert {"adapter", "plan.json", "result.json", "events.jsonl"} <= artifacts
-    orchestrator("sync", run.run_id, cwd=place, check=0)
+    called("sync", run.run_id, cwd=place, check=0)
     assert len(client.get_metric_history(mirrored.info.run_id, "loss")) == NUM_STEPS  # nothing is sent twice
 
 
 def test_list_status_and_logs_tell_it(finished, place):
     run, _ = finished
 
-    listed = json.loads(orchestrator("list", "--json", cwd=place, check=0).stdout)
-    row = json.loads(orchestrator("status", run.run_id, "--json", cwd=place, check=0).stdout)
-    log = orchestrator("logs", run.run_id, cwd=place, check=0).stdout
+    listed = json.loads(called("list", "--json", cwd=place, check=0).stdout)
+    row = json.loads(called("status", run.run_id, "--json", cwd=place, check=0).stdout)
+    log = called("logs", run.run_id, cwd=place, check=0).stdout
 
     assert run.run_id in {row["run"] for row in listed}
     assert (row["state"], row["step"]) == ("finished", NUM_STEPS)
     assert f"step={NUM_STEPS}" in log
-    assert "finished" in orchestrator("status", run.run_id, cwd=place, check=0).stdout
-    assert orchestrator("stop", run.run_id, cwd=place).returncode == 2
-    assert orchestrator("resume", run.run_id, cwd=place).returncode == 2
+    assert "finished" in called("status", run.run_id, cwd=place, check=0).stdout
+    assert called("stop", run.run_id, cwd=place).returncode == 2
+    assert called("resume", run.run_id, cwd=place).returncode == 2
 
 
 def test_a_run_goes_on_for_its_own_job_and_data_alone(finished, place):
@@ -177,11 +178,11 @@ def test_a_run_goes_on_for_its_own_job_and_data_alone(finished, place):
     before = (run.path / "events.jsonl").read_bytes()
     rows_before = (place / "train.jsonl").read_bytes()
 
-    same = orchestrator(*names, "--json", cwd=place, check=0)
-    other = orchestrator(*names, "-s", "train.learning_rate=1e-4", cwd=place, check=2)
+    same = called(*names, "--json", cwd=place, check=0)
+    other = called(*names, "-s", "train.learning_rate=1e-4", cwd=place, check=2)
     try:
         write_jsonl(place / "train.jsonl", rows(41))
-        changed = orchestrator(*names, cwd=place, check=2)
+        changed = called(*names, cwd=place, check=2)
     finally:
         (place / "train.jsonl").write_bytes(rows_before)
 
@@ -238,7 +239,7 @@ def resumed(finished, place):
         return next((run for run in RunFolder.all(place / "runs") if run.run_id not in before), None)
 
     process = start("submit", "job.yaml", "-s", f"tracking.mlflow_uri={DOWN}", cwd=place)
-    run = wait_for_step(newest, 30, process)
+    run = wait_for_step(newest, 40, process)
     kill_tree(process)
     reached = max(run.steps())
     assert reached < NUM_STEPS and run.state() == "interrupted"
@@ -299,11 +300,11 @@ def test_a_run_whose_server_was_down_is_sent_later(resumed, place):
     failures = [event for event in events[began:] if event["event"] == "tracking"]
     assert len(failures) in (1, 2)  # at the end, and once before where the run took longer than a minute
     assert all(not failure["ok"] and "orchestrator sync" in failure["text"] for failure in failures)
-    assert orchestrator("sync", run.run_id, cwd=place).returncode == 4
+    assert called("sync", run.run_id, cwd=place).returncode == 4
 
     job = run.path / "job.yaml"
     job.write_text(job.read_text().replace(DOWN, f"sqlite:///{place / 'later.db'}"))
-    orchestrator("sync", run.run_id, cwd=place, check=0)
+    called("sync", run.run_id, cwd=place, check=0)
 
     from mlflow.tracking import MlflowClient
 

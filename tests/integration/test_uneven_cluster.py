@@ -25,7 +25,7 @@ name: uneven
 model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: train.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
-train: {{global_batch_size: 8, max_steps: 120, learning_rate: 1e-4}}
+train: {{global_batch_size: 8, max_steps: 60, learning_rate: 1e-4}}
 strategy: {{shares: {shares}}}
 cluster: {{address: "{address}", num_workers: 2, wait_for_nodes_s: 5}}
 checkpoint: {{save_steps: 10}}
