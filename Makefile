@@ -21,7 +21,7 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not gpu and not cluster and not k8s"
+	@$(PY) -m pytest -n 2 --no-loadscope-reorder -m "not slow and not gpu and not cluster and not k8s"
 
 test-slow: $(VENV)/.installed
 	@$(PY) -m pytest -m slow

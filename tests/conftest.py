@@ -42,9 +42,29 @@ CHAT_TEMPLATE = (
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+_WITH_RAY = ("test_submit", "test_bank", "test_search", "test_uneven_cluster", "test_jobs_door", "test_nodes")
+
+
+def _needs_ray(path):
+    return "integration/" in path and Path(path).stem in _WITH_RAY
+
+
 def pytest_collection_modifyitems(items):
     """The longest files first: a long one that begins last would keep one process busy and the other idle."""
-    items.sort(key=lambda item: "integration" not in item.path.parts)
+    items.sort(key=lambda item: not _needs_ray(item.nodeid.split("::")[0]))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """A file in one process, as its fixtures are costly; one Ray cluster at a time, as each keeps two cores busy."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class OneClusterAtATime(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            return "ray" if _needs_ray(path) else path
+
+    return OneClusterAtATime(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,9 @@ only where it can be reached: its own retries would take half a minute to say th
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
+import importlib.util
 import os
 import re
 import socket
@@ -21,6 +23,7 @@ from orchestrator.errors import JobError
 T = TypeVar("T")
 _KEY = "model.model_name_or_path"
 _REACH_S = 5.0
+_ALIKE = 0.9  # of two names, so that one may be the other misspelt
 _MOVING = ("main", "master", "head", "refs/heads/main")  # branches: what they name changes
 _SMALL = (  # configuration, tokenizers of every kind, templates
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
@@ -103,6 +106,20 @@ def fetch_config(name: str, revision: str | None) -> Path:
     return _asked(name, lambda: fetched(False), lambda: fetched(True))
 
 
+def nearly(name: str) -> str | None:
+    """A model of the hub's cache on this machine whose name is spelt almost like this one, its numbers the same."""
+    if importlib.util.find_spec("huggingface_hub") is None:
+        return None
+    from huggingface_hub import constants
+
+    cache = Path(constants.HF_HUB_CACHE)
+    if not cache.is_dir() or not os.access(cache, os.R_OK):
+        return None
+    cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in cache.glob("models--*")]
+    alike = [one for one in cached if one != name and re.findall(r"\d+", one) == re.findall(r"\d+", name)]
+    return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=_ALIKE)), None)
+
+
 def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
     trouble = cannot_reach()
     try:
@@ -111,8 +128,10 @@ def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
         raise
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence
         reason = trouble or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+        near = nearly(name)
         raise JobError(
             f"{_KEY}: {printable(name)!r} is neither a folder here nor a model the hub gives ({printable(reason)})"
+            + (f"; did you mean {printable(near)}, which is in the hub's cache?" if near else "")
         ) from None
 
 

@@ -232,7 +232,7 @@ def wait_for_step(run_folder, step, process):
 
 @pytest.fixture(scope="module")
 def resumed(finished, place):
-    """A run that was killed, then interrupted, then resumed to its end, while MLflow's server was down."""
+    """A run that was killed, then hung up on, then resumed to its end, while MLflow's server was down."""
     before = {run.run_id for run in RunFolder.all(place / "runs")}
 
     def newest():
@@ -246,7 +246,7 @@ def resumed(finished, place):
 
     process = start("resume", run.run_id, cwd=place)
     wait_for_step(lambda: run, reached + 20, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGHUP)  # as a terminal that is closed; it ends as by Ctrl-C and SIGTERM
     said = process.communicate(timeout=120)[0]
     process.stdout.close()
     assert process.returncode == 5, said

@@ -107,6 +107,24 @@ def test_a_name_of_the_hub_is_left_to_the_hub(tmp_path, name):
     assert models.local_folder(name, folder_of_models(tmp_path)) is None
 
 
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("Qwen/Qwen2.5-0.5B-Instuct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("qwen/Qwen2.5-0.5B-Instruct", "Qwen/Qwen2.5-0.5B-Instruct"),
+        ("Qwen/Qwen2.5-1.5B-Instruct", None),  # another size
+        ("Qwen/Qwen2.5-0.5B", None),
+        ("Qwen/Qwen2.5-0.5B-Instruct", None),
+        ("google/gemma", None),
+    ],
+)
+def test_a_name_that_is_almost_one_of_the_cache_is_said(tmp_path, monkeypatch, name, near):
+    (tmp_path / "models--Qwen--Qwen2.5-0.5B-Instruct").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+
+    assert hub.nearly(name) == near
+
+
 @pytest.mark.parametrize("content", ["[]", "7", "{", "[" * 200 + "]" * 200, '"x"', "\x00"])
 def test_a_config_file_of_anything_is_a_mistake(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
