@@ -24,6 +24,8 @@ class DeviceCapability:
     name: str
     memory_bytes: int | None  # usable by a job: cgroup limits respected, what others hold on a GPU taken off
     memory_total_bytes: int | None = None  # nominal
+    uuid: str | None = None  # of a GPU, as its driver writes it and CUDA_VISIBLE_DEVICES takes it: GPU-2f0c...
+    pci_bus_id: str | None = None  # of a GPU: domain:bus:device.function; a node lists its GPUs in this order
     compute_capability: tuple[int, int] | None = None  # CUDA only
     instruction_sets: tuple[str, ...] = ()  # CPU only, as /proc/cpuinfo spells them
     flops_per_s: Mapping[str, float | None] = field(default_factory=dict)  # dense matrix products by number format

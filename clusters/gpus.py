@@ -19,12 +19,13 @@ from clusters.units import MIB
 
 TIMEOUT_S = 15.0  # the first call after a boot initialises every card: seconds each
 _LONGEST_NAME = 120
-_FIELDS = ("index", "uuid", "name", "memory.free", "memory.total", "power.limit", "driver_version", "compute_cap")
+_BASIC = ("index", "uuid", "name", "memory.free", "memory.total", "power.limit", "driver_version")
+_QUERIES = ((*_BASIC, "compute_cap", "pci.bus_id"), (*_BASIC, "compute_cap"), _BASIC)  # older drivers know less
 _log = logging.getLogger(__name__)
 
 
 def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
-    """The GPUs, in the order their tool lists them, and the versions of their drivers.
+    """The GPUs, those of a kind in the order of their PCI addresses, and the versions of their drivers.
 
     `memory_bytes` is what is free now: memory held by other programs is the difference to `memory_total_bytes`.
     """
@@ -43,36 +44,32 @@ def nvidia_gpu(row: Mapping[str, str]) -> DeviceCapability:
         None if free_mib is None else int(free_mib) * MIB,
         None if total_mib is None else int(total_mib) * MIB,
         _number(row["power.limit"]),
-        (int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
+        compute_capability=(int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
+        uuid=_known(row.get("uuid")),
+        pci_bus_id=_known(row.get("pci.bus_id")),
     )
 
 
 def _gpu(
-    kind: Kind,
-    name: str,
-    free_bytes: int | None,
-    total_bytes: int | None,
-    power_w: float | None,
-    compute_capability: tuple[int, int] | None = None,
+    kind: Kind, name: str, free_bytes: int | None, total_bytes: int | None, power_w: float | None, **identity: Any
 ) -> DeviceCapability:
     figures: dict[str, Any] = {"memory_bytes": free_bytes, "memory_total_bytes": total_bytes, "power_w": power_w}
     sources: dict[str, Source] = {name: "measured" for name, value in figures.items() if value is not None}
     if power_w is not None:
         sources["power_w"] = "datasheet"  # the limit the board is set to; under load it may draw less
-    return DeviceCapability(
-        kind, printable(name[:_LONGEST_NAME]), **figures, compute_capability=compute_capability, sources=sources
-    )
+    return DeviceCapability(kind, printable(name[:_LONGEST_NAME]), **figures, **identity, sources=sources)
 
 
 def _nvidia_rows() -> list[dict[str, str]]:
-    for fields in (_FIELDS, _FIELDS[:-1]):  # drivers before 2021 do not know compute_cap
+    for fields in _QUERIES:
         text = _answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
         if text is None:  # asking again would hang again
             break
         if text:
             rows = csv.reader(io.StringIO(text), skipinitialspace=True)
             try:
-                return [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+                found = [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
+                return sorted(found, key=lambda row: row.get("pci.bus_id", ""))
             except csv.Error as error:
                 _log.warning("nvidia-smi was not understood (%s): its GPUs are left out", error)
                 break
@@ -93,10 +90,12 @@ def _visible(rows: list[dict[str, str]], names: str | None) -> list[dict[str, st
 
 
 def _amd_gpus() -> tuple[DeviceCapability, ...]:
-    text = _answer("rocm-smi", "--showproductname", "--showmeminfo", "vram", "--showmaxpower", "--json")
+    asked = ("--showproductname", "--showmeminfo", "vram", "--showmaxpower", "--showuniqueid", "--showbus", "--json")
+    text = _answer("rocm-smi", *asked)
     try:
         cards = load_json(text, "its answer") if text else {}
-        return tuple(_amd_gpu(values) for key, values in cards.items() if key.startswith("card"))
+        found = [_amd_gpu(values) for key, values in cards.items() if key.startswith("card")]
+        return tuple(sorted(found, key=lambda gpu: gpu.pci_bus_id or ""))
     except (ValueError, AttributeError) as error:  # releases differ in what they print beside the JSON
         _log.warning("rocm-smi was not understood (%s): its GPUs are left out", error)
         return ()
@@ -105,12 +104,15 @@ def _amd_gpus() -> tuple[DeviceCapability, ...]:
 def _amd_gpu(values: Mapping[str, Any]) -> DeviceCapability:
     known = {key.lower(): str(value) for key, value in values.items()}  # `Card series` became `Card Series`
     total, used = _number(known.get("vram total memory (b)")), _number(known.get("vram total used memory (b)"))
+    unique = known.get("unique id", "")
     return _gpu(
         "rocm",
         known.get("card series") or known.get("card model") or "AMD GPU",
         None if total is None or used is None else int(total - used),
         None if total is None else int(total),
         _number(known.get("max graphics package power (w)")),
+        uuid=f"GPU-{unique[2:]}" if unique.startswith("0x") else None,  # as ROCR_VISIBLE_DEVICES takes it
+        pci_bus_id=_known(known.get("pci bus")),
     )
 
 
@@ -130,6 +132,11 @@ def _answer(*command: str) -> str | None:
 
 def _first_line(lines: Iterable[str]) -> str:
     return next((line for line in lines if line.strip()), "failed without a word")
+
+
+def _known(text: str | None) -> str | None:
+    """None for what the tool writes in place of a value: empty, or in brackets as `[N/A]`."""
+    return printable(text[:_LONGEST_NAME]) if text and not text.startswith("[") else None
 
 
 def _number(text: str | None) -> float | None:

@@ -156,6 +156,16 @@ def test_two_gpus_come_before_the_cpu(nvidia_smi):
     assert node.devices[-1] == node.cpu
 
 
+def test_gpus_are_listed_in_pci_order_with_their_uuids(nvidia_smi):
+    late = TWO_CARDS.replace('"8.6"', '"8.6", "pci.bus_id": "00000000:41:00.0"')
+    nvidia_smi(late.replace('"6.1"', '"6.1", "pci.bus_id": "00000000:01:00.0"'))
+    gpus = look_at_this_node().gpus
+
+    assert [gpu.name[-4:] for gpu in gpus] == ["1080", "3060"]
+    assert [gpu.uuid for gpu in gpus] == ["GPU-bbbb", "GPU-aaaa"]
+    assert gpus[0].pci_bus_id == "00000000:01:00.0"
+
+
 def test_memory_that_others_hold_on_a_gpu_is_not_ours(nvidia_smi):
     nvidia_smi()
     used = look_at_this_node().gpus[1]
@@ -225,13 +235,15 @@ def test_an_amd_card_is_read_from_rocm_smi(tool):
         "rocm-smi",
         """#!/bin/sh
 echo '{"card0": {"VRAM Total Memory (B)": "17163091968", "VRAM Total Used Memory (B)": "163091968",'
-echo ' "Card Series": "Radeon RX 6800 XT", "Max Graphics Package Power (W)": "255.0"}, "system": {"Driver": "6"}}'
+echo ' "Card Series": "Radeon RX 6800 XT", "Max Graphics Package Power (W)": "255.0",'
+echo ' "Unique ID": "0x61a2", "PCI Bus": "0000:03:00.0"}, "system": {"Driver": "6"}}'
 """,
     )
     gpu = look_at_this_node().gpus[0]
 
     assert (gpu.kind, gpu.name, gpu.power_w) == ("rocm", "Radeon RX 6800 XT", 255.0)
     assert (gpu.memory_bytes, gpu.memory_total_bytes) == (17_000_000_000, 17_163_091_968)
+    assert (gpu.uuid, gpu.pci_bus_id) == ("GPU-61a2", "0000:03:00.0")
 
 
 def test_another_gpu_is_other_hardware(nvidia_smi):
