@@ -25,6 +25,7 @@ class DeviceCapability:
     memory_bytes: int | None  # usable by a job: cgroup limits respected, what others hold on a GPU taken off
     memory_total_bytes: int | None = None  # nominal
     uuid: str | None = None  # of a GPU, as its driver writes it and CUDA_VISIBLE_DEVICES takes it: GPU-2f0c...
+    driver_version: str | None = None  # of a GPU
     pci_bus_id: str | None = None  # of a GPU: domain:bus:device.function; a node lists its GPUs in this order
     compute_capability: tuple[int, int] | None = None  # CUDA only
     instruction_sets: tuple[str, ...] = ()  # CPU only, as /proc/cpuinfo spells them
@@ -36,6 +37,8 @@ class DeviceCapability:
     flash_attn: bool | None = None  # whether flash-attn runs here
     bitsandbytes: bool | None = None
     power_w: float | None = None  # under load
+    problem: str | None = None  # why nothing can be trained on a GPU, and what to do: one sentence
+    doubt: str | None = None  # why the figures may be wrong: they are taken again by the next probe
     calibration: Mapping[str, float] = field(default_factory=dict)  # number format -> measured / predicted step time
     sources: Mapping[str, Source] = field(default_factory=dict)
 
@@ -75,11 +78,18 @@ class NodeCapability:
     purchase_price: float | None = None  # owned, in the job's currency
     years: float | None = None  # over which the purchase is written off
     hardware_hash: str | None = None
+    problems: tuple[str, ...] = ()  # why GPUs may be missing from `devices`, a sentence each
     sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
     def gpus(self) -> tuple[DeviceCapability, ...]:
-        return tuple(device for device in self.devices if device.kind != "cpu")
+        """Those that can be trained on."""
+        return tuple(device for device in self.devices if device.kind != "cpu" and device.problem is None)
+
+    @property
+    def unusable(self) -> tuple[DeviceCapability, ...]:
+        """GPUs that are there and cannot be trained on; each says why."""
+        return tuple(device for device in self.devices if device.problem is not None)
 
     @property
     def cpu(self) -> DeviceCapability | None:
@@ -125,7 +135,8 @@ class ClusterCapability:
 
 def node_from_dict(values: Mapping[str, Any]) -> NodeCapability:
     """A node as `asdict` and JSON leave it."""
-    return NodeCapability(**{**values, "devices": tuple(_device(device) for device in values["devices"])})
+    devices = tuple(_device(device) for device in values["devices"])
+    return NodeCapability(**{**values, "devices": devices, "problems": tuple(values.get("problems", ()))})
 
 
 def _device(values: Mapping[str, Any]) -> DeviceCapability:

@@ -20,18 +20,30 @@ from clusters.units import MIB
 TIMEOUT_S = 15.0  # the first call after a boot initialises every card: seconds each
 _LONGEST_NAME = 120
 _BASIC = ("index", "uuid", "name", "memory.free", "memory.total", "power.limit", "driver_version")
-_QUERIES = ((*_BASIC, "compute_cap", "pci.bus_id"), (*_BASIC, "compute_cap"), _BASIC)  # older drivers know less
+_QUERIES = (  # older drivers know less
+    (*_BASIC, "compute_cap", "pci.bus_id", "mig.mode.current"),
+    (*_BASIC, "compute_cap"),
+    _BASIC,
+)
+_NO_CARD = ("no devices were found", "amdgpu not found")  # a driver's tool where there is nothing for it
+_FALLEN = ("unknown error", "gpu is lost", "gpu requires reset", "err!")  # in place of a value
+_MIG = "MIG's parts are not supported: turn it off with `sudo nvidia-smi -mig 0`"
 _log = logging.getLogger(__name__)
 
 
 def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
-    """The GPUs, those of a kind in the order of their PCI addresses, and the versions of their drivers.
+    """The GPUs, those of a kind in the order of their PCI addresses, and a sentence for each tool that told of none.
 
     `memory_bytes` is what is free now: memory held by other programs is the difference to `memory_total_bytes`.
     """
-    rows = _visible(_nvidia_rows(), os.environ.get("CUDA_VISIBLE_DEVICES"))
-    drivers = sorted({row["driver_version"] for row in rows})
-    return (*(nvidia_gpu(row) for row in rows), *_amd_gpus()), tuple(drivers)
+    rows, problem = _nvidia_rows()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    shown = _visible(rows, visible)
+    problems = [problem] if problem else []
+    if rows and not shown and "MIG-" in (visible or ""):
+        problems.append(f"CUDA_VISIBLE_DEVICES={visible} names a part of a card, and {_MIG}")
+    amd, problem = _amd_gpus()
+    return (*(nvidia_gpu(row) for row in shown), *amd), (*problems, *([problem] if problem else []))
 
 
 def nvidia_gpu(row: Mapping[str, str]) -> DeviceCapability:
@@ -46,8 +58,20 @@ def nvidia_gpu(row: Mapping[str, str]) -> DeviceCapability:
         _number(row["power.limit"]),
         compute_capability=(int(major), int(minor)) if major.isdecimal() and minor.isdecimal() else None,
         uuid=_known(row.get("uuid")),
+        driver_version=_known(row.get("driver_version")),
         pci_bus_id=_known(row.get("pci.bus_id")),
+        problem=_problem(row),
     )
+
+
+def _problem(row: Mapping[str, str]) -> str | None:
+    """What the tool's own answer says against a card."""
+    if row.get("mig.mode.current") == "Enabled":
+        return f"it is divided, and {_MIG}"
+    fallen = [row[name] for name in ("memory.total", "memory.free") if row[name].strip("[]").lower() in _FALLEN]
+    if fallen:
+        return f"nvidia-smi reads {fallen[0]}: the card fell off the bus; restart the machine"
+    return None
 
 
 def _gpu(
@@ -60,20 +84,20 @@ def _gpu(
     return DeviceCapability(kind, printable(name[:_LONGEST_NAME]), **figures, **identity, sources=sources)
 
 
-def _nvidia_rows() -> list[dict[str, str]]:
+def _nvidia_rows() -> tuple[list[dict[str, str]], str | None]:
+    problem = None
     for fields in _QUERIES:
-        text = _answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
+        text, problem = _answer("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits")
         if text is None:  # asking again would hang again
             break
         if text:
             rows = csv.reader(io.StringIO(text), skipinitialspace=True)
             try:
                 found = [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
-                return sorted(found, key=lambda row: row.get("pci.bus_id", ""))
             except csv.Error as error:
-                _log.warning("nvidia-smi was not understood (%s): its GPUs are left out", error)
-                break
-    return []
+                return [], f"nvidia-smi was not understood ({error}): its GPUs are not used"
+            return sorted(found, key=lambda row: row.get("pci.bus_id", "")), None
+    return [], problem
 
 
 def _visible(rows: list[dict[str, str]], names: str | None) -> list[dict[str, str]]:
@@ -89,16 +113,15 @@ def _visible(rows: list[dict[str, str]], names: str | None) -> list[dict[str, st
     return chosen
 
 
-def _amd_gpus() -> tuple[DeviceCapability, ...]:
+def _amd_gpus() -> tuple[tuple[DeviceCapability, ...], str | None]:
     asked = ("--showproductname", "--showmeminfo", "vram", "--showmaxpower", "--showuniqueid", "--showbus", "--json")
-    text = _answer("rocm-smi", *asked)
+    text, problem = _answer("rocm-smi", *asked)
     try:
         cards = load_json(text, "its answer") if text else {}
         found = [_amd_gpu(values) for key, values in cards.items() if key.startswith("card")]
-        return tuple(sorted(found, key=lambda gpu: gpu.pci_bus_id or ""))
     except (ValueError, AttributeError) as error:  # releases differ in what they print beside the JSON
-        _log.warning("rocm-smi was not understood (%s): its GPUs are left out", error)
-        return ()
+        return (), f"rocm-smi was not understood ({printable(str(error))}): its GPUs are not used"
+    return tuple(sorted(found, key=lambda gpu: gpu.pci_bus_id or "")), problem
 
 
 def _amd_gpu(values: Mapping[str, Any]) -> DeviceCapability:
@@ -116,18 +139,24 @@ def _amd_gpu(values: Mapping[str, Any]) -> DeviceCapability:
     )
 
 
-def _answer(*command: str) -> str | None:
-    """What a driver's tool prints; empty where it fails (a driver without a card), None where it is absent or hangs."""
-    if shutil.which(command[0]) is None:
-        return None
+def _answer(*command: str) -> tuple[str | None, str | None]:
+    """What a driver's tool prints, and a sentence where it has nothing to say of cards that may be there.
+
+    Empty where it fails, None where it is absent or hangs.
+    """
+    tool = command[0]
+    if shutil.which(tool) is None:
+        return None, None
     try:
         answer = run_within(command, TIMEOUT_S)
     except (subprocess.TimeoutExpired, OSError) as error:
-        _log.warning("%s gave no answer, its GPUs are left out: %s", command[0], error)
-        return None
-    if answer.returncode:
-        _log.info("%s: %s", command[0], _first_line(answer.stderr.splitlines() + answer.stdout.splitlines()))
-    return "" if answer.returncode else answer.stdout
+        return None, f"{tool} gave no answer, its GPUs are not used: {printable(str(error))}"
+    if answer.returncode == 0:
+        return answer.stdout, None
+    line = printable(_first_line(answer.stderr.splitlines() + answer.stdout.splitlines()))
+    is_empty = any(words in line.lower() for words in _NO_CARD)
+    _log.info("%s: %s", tool, line)
+    return "", None if is_empty else f"{tool} failed, its GPUs are not used: {line[:200]}"
 
 
 def _first_line(lines: Iterable[str]) -> str:

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.probe import look_at_this_node
+from clusters.torch_gpus import index_of, judged, seen_by_torch
 
 LIMIT_S = 180  # with the import of torch on a busy machine; whoever hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
@@ -44,17 +45,18 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
     threads = torch.get_num_threads()
     torch.set_num_threads(node.num_cores)
     try:
-        places = [(device, _torch_index(device, node)) for device in node.devices]
-        measured = [
-            (device if index is None else measure_speed(device, index, seconds * _share(device)), index)
+        places = _places(node)
+        devices = [
+            device if index is None else measure_speed(device, index, seconds * _share(device))
             for device, index in places
         ]
-        devices = tuple(device if index is None else try_libraries(device, index) for device, index in measured)
+        pairs = zip(devices, places, strict=True)
+        devices = [device if index is None else try_libraries(device, index) for device, (_, index) in pairs]
     finally:
         torch.set_num_threads(threads)
     written = disk_write_bytes_per_s(folder, seconds * _DISK_SHARE)
     sources = node.sources if written is None else {**node.sources, "disk_write_bytes_per_s": "measured"}
-    return replace(node, devices=devices, disk_write_bytes_per_s=written, sources=sources)
+    return replace(node, devices=tuple(devices), disk_write_bytes_per_s=written, sources=sources)
 
 
 def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None:
@@ -86,26 +88,18 @@ def _share(device: DeviceCapability) -> float:
     return _CPU_SHARE if device.kind == "cpu" else _GPU_SHARE
 
 
-def _torch_index(device: DeviceCapability, node: NodeCapability) -> int | None:
-    """PyTorch's number of a device: GPUs are counted as nvidia-smi lists them (CUDA_DEVICE_ORDER=PCI_BUS_ID).
-
-    None where PyTorch has no such device: a build for CPUs, a driver too old, an order that does not agree.
-    """
-    import torch
-
-    if device.kind == "cpu":
-        return 0
-    alike = [other for other in node.devices if other.kind == device.kind]
-    index = next(index for index, other in enumerate(alike) if other is device)
-    built_for = "rocm" if torch.version.hip else "cuda"
-    if built_for != device.kind or not torch.cuda.is_available() or torch.cuda.device_count() != len(alike):
-        _log.info("%s: not measured: torch %s does not see it", device.name, torch.__version__)
-        return None
-    name = torch.cuda.get_device_name(index)
-    if device.kind == "cuda" and name != device.name:
-        _log.info("%s: not measured: torch calls GPU %d %s", device.name, index, name)
-        return None
-    return index
+def _places(node: NodeCapability) -> list[tuple[DeviceCapability, int | None]]:
+    """Each device, judged, with PyTorch's number of it; None where nothing can be measured."""
+    seen = seen_by_torch()
+    places: list[tuple[DeviceCapability, int | None]] = []
+    for device in node.devices:
+        alike = [other for other in node.devices if other.kind == device.kind]
+        index = 0 if device.kind == "cpu" else index_of(device, alike, seen.gpus)
+        device = judged(device, index, seen)
+        places.append((device, index if device.problem is None else None))
+        if device.problem is not None:
+            _log.info("%s: not measured: %s", device.name, device.problem)
+    return places
 
 
 def main() -> None:

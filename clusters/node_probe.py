@@ -23,8 +23,10 @@ from clusters.commands import run_within
 from clusters.measure import LIMIT_S, cache_folder
 from clusters.probe import look_at_this_node
 from clusters.safe_input import load_json, read_json, record
+from clusters.torch_build import installed_build, why_unusable
 
-_SEEN = ("memory_bytes", "memory_total_bytes", "power_w")  # what a look tells, and better than an old file
+# What a look tells, and better than an old file.
+_SEEN = ("memory_bytes", "memory_total_bytes", "power_w", "uuid", "pci_bus_id", "driver_version")
 _log = logging.getLogger(__name__)
 
 
@@ -34,6 +36,10 @@ def probe_node(refresh: bool = False, seconds: float = 5.0) -> NodeCapability:
     Where nothing can be measured - torch is not installed, the measuring crashed or took longer than LIMIT_S - the
     figures are None and the log (WARNING) says why.
     """
+    return _judged(_probed(refresh, seconds))
+
+
+def _probed(refresh: bool, seconds: float) -> NodeCapability:
     asked_at = time.time()
     node = look_at_this_node()
     try:
@@ -47,6 +53,21 @@ def probe_node(refresh: bool = False, seconds: float = 5.0) -> NodeCapability:
     with _one_at_a_time(file):  # two nodes of a cluster may be one machine; measured together, each would seem slow
         known = _read(file, node, since=asked_at)
         return known or _measure(node, file, seconds)
+
+
+def _judged(node: NodeCapability) -> NodeCapability:
+    """GPUs that must not be planned with say so, also where nothing could be measured."""
+    build = installed_build()
+
+    def judged(device: DeviceCapability) -> DeviceCapability:
+        if device.kind == "cpu" or device.problem is not None:
+            return device
+        problem = why_unusable(device, build) if build and not device.is_measured else None
+        if problem is None and device.memory_bytes is None:
+            problem = "its memory is unknown: neither its driver's tool nor torch tells it"
+        return replace(device, problem=problem)
+
+    return replace(node, devices=tuple(judged(device) for device in node.devices))
 
 
 def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCapability:
@@ -96,9 +117,9 @@ def _figures(device: DeviceCapability) -> Iterator[tuple[str, float]]:
 
 
 def _join_device(now: DeviceCapability, then: DeviceCapability) -> DeviceCapability:
-    sources = {name: source for name, source in then.sources.items() if name not in _SEEN} | dict(now.sources)
-    seen = {name: getattr(now, name) for name in _SEEN}
-    return replace(then, **seen, sources=sources)
+    sources = {**then.sources, **now.sources}
+    seen = {name: getattr(now, name) for name in _SEEN if getattr(now, name) is not None}
+    return replace(then, **seen, problem=now.problem or then.problem, sources=sources)
 
 
 def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapability | None:
@@ -106,12 +127,16 @@ def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapabilit
     try:
         if file.stat().st_mtime < since:
             return None
-        return _join(node, read_json(file))
+        known = _join(node, read_json(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         _log.warning("%s is measured again: %s", file, error)
         return None
+    doubts = [f"{device.name}: {device.doubt}" for device in known.devices if device.doubt and not since]
+    for doubt in doubts:
+        _log.info("measured again: %s", doubt)
+    return None if doubts else known
 
 
 def _write(file: Path, node: NodeCapability) -> None:

@@ -13,7 +13,7 @@ from clusters.gpus import look_at_gpus
 from clusters.limits import num_cores, usable_memory_bytes
 from clusters.units import GIB
 
-_METHOD = 1  # of measuring; a new number makes figures measured the old way be measured again
+_METHOD = 2  # of measuring; a new number makes figures measured the old way be measured again
 _X86_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
 _ARM_FLAGS = ("asimd", "bf16", "sve")
 _LIBRARIES = ("torch", "bitsandbytes", "flash-attn")  # what is measured depends on their versions
@@ -31,14 +31,19 @@ def look_at_this_node() -> NodeCapability:
         instruction_sets=_instruction_sets(),
         sources=known if usable and physical else {},
     )
-    gpus, drivers = look_at_gpus()
+    gpus, problems = look_at_gpus()
     node = NodeCapability(
-        platform.node(), num_cores(), usable, (*gpus, cpu), sources={"memory_bytes": "measured"} if usable else {}
+        platform.node(),
+        num_cores(),
+        usable,
+        (*gpus, cpu),
+        problems=problems,
+        sources={"memory_bytes": "measured"} if usable else {},
     )
-    return replace(node, hardware_hash=_hash(node, drivers))
+    return replace(node, hardware_hash=_hash(node))
 
 
-def _hash(node: NodeCapability, drivers: tuple[str, ...]) -> str:
+def _hash(node: NodeCapability) -> str:
     """SHA-256 over all that the measured figures depend on, and nothing that changes while the machine is used."""
     seen = {
         "method": _METHOD,
@@ -50,11 +55,12 @@ def _hash(node: NodeCapability, drivers: tuple[str, ...]) -> str:
                 device.name,
                 device.compute_capability,
                 device.instruction_sets,
+                device.problem,  # a card that fell off the bus is not measured
                 None if device.kind == "cpu" else round((device.memory_total_bytes or 0) / GIB),
             )
             for device in node.devices
         ],
-        "drivers": drivers,
+        "drivers": sorted({device.driver_version for device in node.devices if device.driver_version}),
         "libraries": [_version(library) for library in _LIBRARIES],
     }
     return hashlib.sha256(json.dumps(seen, sort_keys=True).encode()).hexdigest()

@@ -41,8 +41,13 @@ class Slot:
 
     node: NodeCapability
     device: DeviceCapability
-    memory_bytes: float  # usable, the safety margin taken off; inf where unknown
+    memory_bytes: float  # usable, the safety margin taken off
     threads: int
+
+    @property
+    def kind(self) -> tuple[str, float]:
+        """Slots of one node that are equal in this are equal; a display takes memory from one of two like cards."""
+        return self.device.name, self.memory_bytes
 
 
 @dataclass(frozen=True)
@@ -108,7 +113,7 @@ class Candidate:
 
     @cached_property
     def memory_fraction(self) -> float:
-        """Of the fullest device's memory; 0 where none is known."""
+        """Of the fullest device's memory."""
         return max(part.plan.memory.total_bytes / part.slot.memory_bytes for part in self.placed)
 
     @cached_property
@@ -173,7 +178,8 @@ class Tried:
     def twin_of(self, slot: Slot) -> str:
         """The name of the first node that is like this slot's but for its name: what fits the one fits the other."""
         if slot.node.name not in self._twins:
-            plain = replace(slot.node, name="")
+            unnamed = tuple(replace(device, uuid=None, pci_bus_id=None) for device in slot.node.devices)
+            plain = replace(slot.node, name="", devices=unnamed)
             self._kinds.setdefault(slot.node.name, plain)
             self._twins[slot.node.name] = next(name for name, other in self._kinds.items() if other == plain)
         return self._twins[slot.node.name]
@@ -234,8 +240,8 @@ def _groups(
         seen = set()
         for found in fits:
             slot = found.placed[0].slot
-            if (slot.node.name, slot.device.name) not in seen:  # two like cards alone are one way
-                seen.add((slot.node.name, slot.device.name))
+            if (slot.node.name, slot.kind) not in seen:  # two like cards alone are one way
+                seen.add((slot.node.name, slot.kind))
                 yield found
         order = [found.placed[0].slot for found in fits]
     else:
@@ -284,7 +290,7 @@ def _place(
     for _ in range(1 if count == 1 or by_deepspeed else 3):  # a share decides the micro-batch, which decides the speed
         best, alike = [], {}
         for slot, share, division in zip(slots, shares, divisions, strict=True):
-            key = (slot.node.name, slot.device.name, share, division)
+            key = (slot.node.name, slot.kind, share, division)
             if key not in alike:  # cards of one node are often of one kind
                 one = replace(workload, share=share)
                 alike[key] = _best_on(one, slot, method, division, switches, prefer, tried)
@@ -305,8 +311,6 @@ def _state_shares(
     workload: Workload, slots: Sequence[Slot], method: Method, switches: Switches, tried: Tried
 ) -> list[float] | None:
     """The optimizer's state by what memory is free beside everything else; None where there is no room at all."""
-    if any(math.isinf(slot.memory_bytes) for slot in slots):
-        return [1.0 / len(slots)] * len(slots)
     free = []
     for slot in slots:
         share = replace(workload, share=1.0 / len(slots))
@@ -329,7 +333,7 @@ def _best_on(
     """The fastest (or leanest) settings that fit one slot; of equals the plainest, which are listed first."""
     share, optim = round(workload.share, 3), switches.optims[0]
     twin, where = tried.twin_of(slot), f"{slot.node.name} ({slot.device.name})"
-    key = (twin, slot.device.name, method.name, division, share, optim)
+    key = (twin, slot.kind, method.name, division, share, optim)
     if key not in tried._looked:
         tried._looked[key] = _all_on(workload, slot, method, division, switches, tried)
     elif (least := tried.least.get(f"{twin} ({slot.device.name})")) is not None:
@@ -358,7 +362,7 @@ def _all_on(
 ) -> list[StrategyPlan]:
     """Every setting that fits one slot."""
     where = f"{slot.node.name} ({slot.device.name})"
-    host_room = (slot.node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES
+    host_room = max(0.0, (slot.node.memory_bytes or 0) - _HOST_RESERVE_BYTES)  # unknown memory is none
     fitting: list[StrategyPlan] = []
     nearest: tuple[StrategyPlan, str] | None = None
     for techniques in _settings(workload, slot, method, division, switches, tried):
@@ -383,7 +387,7 @@ def _why_too_much(plan: StrategyPlan, room: float, host_room: float) -> str | No
     """Which memory a plan does not fit into; None where it fits."""
     needs, host = plan.memory.total_bytes, plan.memory.host_bytes
     if host > host_room:
-        return f"needs {format_bytes(host)}, has {format_bytes(max(0.0, host_room))} usable of the node's own memory"
+        return f"needs {format_bytes(host)}, has {format_bytes(host_room)} usable of the node's own memory"
     if needs > room:
         return f"needs {format_bytes(needs)}, has {format_bytes(room)} usable"
     if _cautious(plan) > _OVER * room:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import format_bytes
+from orchestrator.reasons import unusable
 
 _MARK = {"measured": "", "datasheet": "d", "declared": "D"}
 
@@ -28,6 +29,7 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
             trip = "unknown" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
             table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
         parts += [table, Text()]
+    parts += [Text(f"{name}: {why}", style="yellow") for name, why in unusable(cluster).items()]
     parts += [Text(f"{node}: could not be looked at: {reason}", style="red") for node, reason in cluster.failed.items()]
     parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))
     return Group(*parts)

@@ -60,6 +60,8 @@ def notes(cluster: ClusterCapability) -> list[str]:
     """What a user should know before a plan is read: nodes left out, cards that others use."""
     said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
+        said += [f"{node.name}: {problem}" for problem in node.problems]
+        said += [f"{device.name} on {node.name} is not used: {device.problem}" for device in node.unusable]
         for device in node.gpus:
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:
@@ -70,7 +72,8 @@ def notes(cluster: ClusterCapability) -> list[str]:
 
 def _known(device: DeviceCapability) -> DeviceCapability:
     """What nobody measured on a known card, from its datasheet (on a machine without torch, everything)."""
-    card = datasheet.find(device.name, device.memory_total_bytes) if device.kind != "cpu" else None
+    is_planned = device.kind != "cpu" and device.problem is None
+    card = datasheet.find(device.name, device.memory_total_bytes) if is_planned else None
     if card is None:
         return device
     published = datasheet.device(card)

@@ -91,7 +91,7 @@ class Plan:
     reasons: dict[str, str]  # key of the job file -> why it was resolved so
     alternatives: tuple[Alternative, ...] = ()
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
-    left_out: dict[str, str] = field(default_factory=dict)  # node -> why it does not train, what it does instead
+    left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it does not train, and what then
     helper: NodePlan | None = None  # a node that is left out: it measures the untuned model while the others train
     in_bank: tuple[InBank, ...] = ()
     version: int = VERSION

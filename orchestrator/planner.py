@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from clusters.capability import ClusterCapability, NodeCapability
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import format_bytes, format_s
 from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_candidates
 from orchestrator.data.order import Order
@@ -20,10 +20,11 @@ from orchestrator.evaluating import HeldOut, eval_steps, max_new_tokens, metrics
 from orchestrator.job.model_check import check_targets
 from orchestrator.money import price_of
 from orchestrator.plan import NodePlan, Plan, Sync
-from orchestrator.reasons import alternatives, explain_choice, left_out, why_nothing_fits
+from orchestrator.reasons import alternatives, explain_choice, left_out, unusable, why_nothing_fits
 from orchestrator.spec import JobSpec
 from orchestrator.workload import grows_with_workers, max_positions
 from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, Workload
+from strategies.cost.time import product_rate
 from strategies.rules import conflict, refuses_local_steps
 from strategies.targets import architecture_of_shape
 from strategies.techniques.sharding import refused_keys
@@ -69,21 +70,36 @@ def resolve_max_length(spec: JobSpec, config: dict[str, Any]) -> tuple[int, str 
 
 
 def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
-    """The devices that may train.  A single node obeys `cluster.num_workers`; of several, every device is offered."""
+    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are asked.
+
+    A device of unknown memory is none of them.
+    """
     free = min(1 - spec.strategy.memory_safety, spec.goal.max_memory_fraction or 1.0)
     slots: list[Slot] = []
     for node in cluster.nodes:
         count, _ = resolve_workers(spec, node, several=len(cluster.nodes) > 1)
         if node.num_slots is not None:
             count = min(count, node.num_slots)
-        trains = [*node.gpus[:count]] if node.gpus else [node.cpu] * count
+        trains = _offered(node) if node.gpus else [node.cpu] * count
+        together = max(1, min(count, len(trains)))
         for device in trains:
-            if device is None:
+            if device is None or device.memory_bytes is None:
                 continue
-            shared_by = count if device.kind == "cpu" else 1
-            room = math.inf if device.memory_bytes is None else device.memory_bytes * free / shared_by
-            slots.append(Slot(node, device, room, max(1, node.num_cores // len(trains))))
+            room = device.memory_bytes * free / (count if device.kind == "cpu" else 1)
+            slots.append(Slot(node, device, room, max(1, node.num_cores // together)))
     return slots
+
+
+def _offered(node: NodeCapability) -> list[DeviceCapability]:
+    """A node's GPUs; where it gives fewer to training, the fastest."""
+    if node.num_slots is None or node.num_slots >= len(node.gpus):
+        return list(node.gpus)
+
+    def rate(device: DeviceCapability) -> float:
+        return max(product_rate(device, node, dtype)[0] for dtype in BYTES_PER_ELEMENT)
+
+    fastest = sorted(node.gpus, key=rate, reverse=True)[: node.num_slots]
+    return [device for device in node.gpus if device in fastest]
 
 
 def switches_of(spec: JobSpec, max_length: int) -> Switches:
@@ -135,7 +151,8 @@ def make_plan(
     reasons = dict(reasons)
     slots = slots_of(spec, cluster)
     if not slots:
-        raise NothingFits("no machine has a device that could train; declare one with --hardware FILE")
+        lines = ["no machine has a device that could train; declare one with --hardware FILE"]
+        raise NothingFits("\n".join([*lines, *(f"{device}: {why}" for device, why in unusable(cluster).items())]))
     switches = switches_of(spec, max_length)
     _refuse_contradictions(spec, workload, slots, switches)
     methods = spec.methods()
@@ -195,7 +212,7 @@ def make_plan(
         reasons=reasons,
         alternatives=alternatives(spec, chosen, tried.fitting),
         rejected=tried.rejected,
-        left_out=left_out(chosen, tried, slots, helper.node if helper else None),
+        left_out=left_out(chosen, tried, slots, helper.node if helper else None) | unusable(cluster),
         helper=helper,
     )
 
@@ -216,7 +233,7 @@ def _node_plan_of(part: Any) -> NodePlan:
         node=slot.node.name,
         device=slot.device.name,
         torch_device=slot.device.torch_device,
-        memory_usable_bytes=None if math.isinf(slot.memory_bytes) else slot.memory_bytes,
+        memory_usable_bytes=slot.memory_bytes,
         threads=slot.threads,
         techniques=plan.techniques,
         memory=plan.memory,
@@ -297,9 +314,9 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
         raise JobError(
             [f"strategy.deepspeed.{key}: the plan decides it; say it by {where}" for key, where in decided.items()]
         )
-    if strategy.mode.startswith("zero") and len(slots) < 2:
+    if strategy.mode.startswith("zero") and (len(slots) < 2 or spec.cluster.num_workers == 1):
         raise JobError(
-            f"strategy.mode: {strategy.mode} divides among devices, and here is one; set it to auto, or"
+            f"strategy.mode: {strategy.mode} divides among devices, and here is one worker; set it to auto, or"
             " cluster.num_workers to at least 2"
         )
     if strategy.local_steps and strategy.mode.startswith("zero"):

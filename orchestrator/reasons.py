@@ -66,6 +66,20 @@ def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str
     return found
 
 
+def unusable(cluster: ClusterCapability) -> dict[str, str]:
+    """Device and node -> why nobody can train on it, for all devices that no plan looks at."""
+    found: dict[str, str] = {}
+    for node in cluster.nodes:
+        for number, why in enumerate(node.problems):
+            found[f"GPU ({node.name})" if not number else f"GPU {number + 1} ({node.name})"] = why
+        for device in node.devices:
+            why = device.problem or ("its memory is unknown" if device.memory_bytes is None else None)
+            if why is not None:
+                name = f"{device.name} ({node.name})"
+                found[name if name not in found else f"{name}, {device.uuid or device.pci_bus_id}"] = why
+    return found
+
+
 def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
     """The front, and the best of each other method or group: what a reader would ask about."""
     front = sorted(pareto(fitting, lambda candidate: candidate.costs), key=lambda candidate: candidate.total_s)
@@ -189,6 +203,7 @@ def why_nothing_fits(
             f"{describe_candidate(other)} would fit, with {len(other.placed)} workers; the job asks for"
             f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
         )
+    lines += [f"{device} is left out: {why}" for device, why in unusable(cluster).items()]
     found = remedies(workload, slots, cluster, methods, switches)
     if found:
         lines.append("It would fit with: " + "; or ".join(found))

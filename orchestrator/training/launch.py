@@ -43,7 +43,6 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    on_gpu = all(part.torch_device == "cuda" for part in plan.nodes)
     chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = TorchTrainer(
         _on_worker,
@@ -59,7 +58,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.nodes[0].torch_device == "cpu" else None,
         ),
-        torch_config=TorchConfig(backend="nccl" if on_gpu else "gloo", timeout_s=_START_TIMEOUT_S),
+        torch_config=TorchConfig(backend=collective_backend(plan), timeout_s=_START_TIMEOUT_S),
     )
     try:
         trainer.fit()
@@ -69,6 +68,12 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
         raise RunFailed(_last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
+
+
+def collective_backend(plan: Plan) -> str:
+    """Who carries tensors between workers: NCCL between GPUs alone; one worker sends nothing and needs no NCCL."""
+    on_gpus = all(part.torch_device == "cuda" for part in plan.nodes)
+    return "nccl" if on_gpus and plan.num_workers > 1 else "gloo"
 
 
 def _on_worker(config: dict[str, Any]) -> None:

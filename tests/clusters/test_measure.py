@@ -62,11 +62,13 @@ def test_figures_are_remembered_and_free_memory_is_fresh(measured, tmp_path, mon
     assert node.disk_write_bytes_per_s == measured.node.disk_write_bytes_per_s
 
 
-def test_a_gpu_that_torch_cannot_reach_keeps_its_unknowns_and_threads_are_as_before(tmp_path):
+def test_a_gpu_that_torch_cannot_use_says_why_and_threads_are_as_before(tmp_path):
     threads = torch.get_num_threads()
     node = measure_node(replace(look_at_this_node(), devices=(GPU,), num_cores=threads + 1), 0.1, tmp_path)
 
-    assert node.gpus == (GPU,)
+    (gpu,) = node.unusable
+    assert node.gpus == () and replace(gpu, problem=None) == GPU
+    assert f"torch {torch.__version__} is built for CPUs: pip install torch==" in gpu.problem
     assert torch.get_num_threads() == threads
 
 

@@ -157,8 +157,8 @@ def test_two_gpus_come_before_the_cpu(nvidia_smi):
 
 
 def test_gpus_are_listed_in_pci_order_with_their_uuids(nvidia_smi):
-    late = TWO_CARDS.replace('"8.6"', '"8.6", "pci.bus_id": "00000000:41:00.0"')
-    nvidia_smi(late.replace('"6.1"', '"6.1", "pci.bus_id": "00000000:01:00.0"'))
+    late = TWO_CARDS.replace('"8.6"', '"8.6", "mig.mode.current": "[N/A]", "pci.bus_id": "00000000:41:00.0"')
+    nvidia_smi(late.replace('"6.1"', '"6.1", "mig.mode.current": "[N/A]", "pci.bus_id": "00000000:01:00.0"'))
     gpus = look_at_this_node().gpus
 
     assert [gpu.name[-4:] for gpu in gpus] == ["1080", "3060"]

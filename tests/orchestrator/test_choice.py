@@ -325,6 +325,38 @@ def test_a_machine_gives_as_many_devices_as_it_offers():
     assert sorted(part.node for part in made.nodes) == ["a", "a", "b"]
 
 
+@pytest.mark.parametrize("asked", ["strategy: {mode: single}\n", "cluster: {num_workers: 1}\n"])
+def test_one_worker_takes_the_fastest_card_that_fits_not_the_first_listed(asked):
+    fast, roomy = (plan(shape, machine("a", "RTX 3060 12GB", "RTX 3090", "RTX 4070 Super"), text=asked)
+                   for shape in (SMALL, MIDDLE))  # fmt: skip
+
+    assert [part.device for part in fast.nodes] == ["RTX 3090"]
+    assert [part.device for part in roomy.nodes] == ["RTX 3090"]
+    assert fast.nodes[0].threads == 16  # all of the machine's
+
+
+def test_of_two_like_cards_the_one_that_drives_no_display_is_taken():
+    import dataclasses
+
+    node = machine("a", "RTX 3090", "RTX 3090")
+    display, free, cpu = node.devices
+    node = dataclasses.replace(node, devices=(dataclasses.replace(display, memory_bytes=6 * GIB), free, cpu))
+    made = plan(MIDDLE, node, text="cluster: {num_workers: 1}\nmethod: {type: lora}\n")
+
+    assert made.nodes[0].memory_usable_bytes > 20 * GIB
+
+
+def test_a_device_of_unknown_memory_is_not_planned_with_and_is_named():
+    import dataclasses
+
+    known = machine("a", "RTX 3060 12GB")
+    gpu = dataclasses.replace(known.gpus[0], memory_bytes=None)
+    made = plan(SMALL, dataclasses.replace(known, devices=(*known.devices, gpu)))
+
+    assert made.nodes[0].memory_usable_bytes < 12 * GIB and len(made.nodes) == 1
+    assert made.left_out == {"RTX 3060 12GB (a)": "its memory is unknown"}
+
+
 def test_all_workers_have_one_optimizer():
     """Replicas stay equal only if all make the same update."""
     made = plan(MIDDLE, machine("a", "RTX 4090"), machine("b", "RTX 3060 12GB"), link_bytes_per_s=1e10, samples=6400,
