@@ -176,6 +176,7 @@ class ChatTemplate:
         if any(turn["role"] not in ("system", "assistant") for turn in talk.turns[:last]):
             before = self.text(talk.through(last - 1), add_generation_prompt=True)
             if not text.startswith(before):
+                self.refuse_lost(talk, text, [])  # words that the template writes into the prompt alone
                 raise _other_prompt(talk.name(last), before, text)
             return len(before)
         at = 0  # the assistant speaks first: what the template writes before its words, it wrote by itself

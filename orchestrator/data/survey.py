@@ -119,10 +119,13 @@ def survey(
                 continue
             limit = None if most_rows is None else max(1, most_rows // max(1, len(files) * len(sources)))
             for file in [[file] for file in files] or [[]]:
+                counts = key.counts
+                before = counts.statistics.rows + counts.statistics.rejected
                 rows = _limited(rows_of(source, file), limit, key)
                 _look(rows, renderer, options, key, keep if name == "data.train" else None)
                 shown = source.path if len(files) == 1 else str(file[0]) if file else source.path
-                key.formats[shown] = _format(key, source.path, file)
+                is_empty = counts.statistics.rows + counts.statistics.rejected == before
+                key.formats[shown] = "no rows" if is_empty else _format(key, source.path, file)
     _compare(found)
     return found
 

@@ -104,7 +104,16 @@ BROKEN = {
     "escaped": (each("m.content | e"), say("a < b", "c"), "turn 1 (user): the chat template leaves out"),
     "cut short": (each("m.content[:5]"), say("red", "blue dog"), "turn 2 (assistant): the chat template leaves out"),
     "lines joined": (each("m.content | replace('\n', ' ')"), say("a\nb", "c"), "turn 1 (user): the chat template"),
-    "the last turns alone": (each("m.content").replace("in messages", "in messages[-2:]"), TWO, "cannot be told apart"),
+    "the last turns alone": (
+        each("m.content").replace("in messages", "in messages[-2:]"),
+        TWO,
+        "turn 1 (user): the chat template leaves out",
+    ),
+    "a system turn in the prompt alone": (  # as Mistral-7B-Instruct-v0.3 writes it
+        SYSTEM_FIRST.replace("loop.index0 == 1", "loop.last"),
+        say("red cat", "blue dog", system="small"),
+        "turn 1 (system): the chat template leaves out",
+    ),
     "thoughts begun by the prompt": (CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>{%"), ONE, "<think>"),
     "a count of turns": ("{{ messages | length }}" + CHAT_TEMPLATE, ONE, "cannot be told apart"),
     "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), ONE, "would never learn to stop"),

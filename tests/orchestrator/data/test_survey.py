@@ -113,6 +113,16 @@ def test_a_file_without_a_row_is_named(job_of, renderer):
     assert "train.jsonl holds no row. Fill it" in mistakes[0]
 
 
+def test_an_empty_file_among_others_is_said_to_have_no_rows(job_of, renderer, tmp_path):
+    write_jsonl(tmp_path / "empty.jsonl", [])
+    write_jsonl(tmp_path / "broken.jsonl", [{"prompt": "red"}])
+    job = job_of(rows(3), train=["train.jsonl", "empty.jsonl", "broken.jsonl"], strict=False)
+
+    formats = survey(job, renderer, 64).formats()
+
+    assert list(formats.values()) == ["prompt_completion", "no rows", "unknown"]
+
+
 def test_a_data_set_of_the_hub_is_not_fetched_to_be_looked_at(job_of, renderer):
     job = job_of(rows(3), train=["train.jsonl", "somebody/somewhere"])
 
