@@ -66,6 +66,8 @@ def test_all_mistakes_come_at_once_each_with_its_line():
         (GOOD + "method: {type: full, lora_r: 8}\n", ["use a type that has it: lora"]),
         (GOOD + "lora_r: 4\nmethod: {lora_r: 8}\n", ["same setting", "keep one"]),
         (GOOD + "train: {optim: adam}\n", ["'adam'", "adamw_torch"]),
+        (GOOD + "train: {num_train_epochs: .inf}\n", ["train.num_train_epochs is inf", "finite number"]),
+        (GOOD + f"train: {{seed: {2**64}}}\n", ["train.seed", f"less than or equal to {2**64 - 1}"]),
         (GOOD + "checkpoint: {save_total_limit: 1}\n", ["greater than or equal to 2"]),
         (GOOD + "name: 'a/b'\n", ["name", "'a/b'"]),
     ],
