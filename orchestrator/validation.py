@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from orchestrator.data.survey import Survey, can_render, survey
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check
 from orchestrator.job.paths import read_text_file, resolve_path
+from orchestrator.job.secrets import secret_names
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.jobfile import Job
 from orchestrator.search.space import stated_space
@@ -75,12 +77,14 @@ def _look(job: Job, folder: Path | None, max_length: int | None, exact: bool) ->
 
 def _unchecked(job: Job, folder: Path | None) -> list[str]:
     """Checks that cannot run on this machine, each with the reason."""
+    unset = [name for name in secret_names(job.spec) if not os.environ.get(name)]
+    found = [f"the secret {name}: it is not set here, and must be where the job runs" for name in unset]
     if folder is None:
         name = job.spec.model.model_name_or_path
-        return [f"the files of {name}, its targets, and the rows as it sees them: it is not on this machine yet"]
+        return [*found, f"the files of {name}, its targets, and the rows as it sees them: it is not on this machine yet"]
     if not can_render():
-        return ["the rows as the model sees them: this needs transformers, which is not installed here"]
-    return []
+        return [*found, "the rows as the model sees them: this needs transformers, which is not installed here"]
+    return found
 
 
 def _check_start(job: Job) -> None:

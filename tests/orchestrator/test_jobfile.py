@@ -168,6 +168,17 @@ def test_an_adapter_to_start_from_that_is_not_there_is_refused_at_once(tmp_path,
         check(read_job(tmp_path / "job.yaml"))
 
 
+def test_a_secret_that_is_not_set_here_is_said(tmp_path, monkeypatch):
+    write_jsonl(tmp_path / "a.jsonl", [{"prompt": "q", "completion": "a"}])
+    text = "model: {model_name_or_path: a/b}\ndata: {train: a.jsonl}\ncluster: {secrets: [ONE, TWO]}\n"
+    (tmp_path / "job.yaml").write_text(text + 'tracking: {mlflow_uri: "http://me:${THREE}@127.0.0.1:9"}\n')
+    monkeypatch.setenv("TWO", "x")
+
+    unchecked = check(read_job(tmp_path / "job.yaml"))["unchecked"]
+
+    assert [line.split(":")[0] for line in unchecked[:-1]] == ["the secret ONE", "the secret THREE"]
+
+
 def test_a_loss_that_is_no_number_at_once_is_not_blamed_on_the_learning_rate():
     assert "Nothing was trained before it" in str(Diverged(0, [3])) and "learning_rate" not in str(Diverged(0, [3]))
     assert "Lower train.learning_rate" in str(Diverged(4, [3]))
