@@ -81,7 +81,7 @@ def _unchecked(job: Job, folder: Path | None) -> list[str]:
     found = [f"the secret {name}: it is not set here, and must be where the job runs" for name in unset]
     if folder is None:
         name = job.spec.model.model_name_or_path
-        return [*found, f"the files of {name}, its targets, and the rows as it sees them: it is not on this machine yet"]
+        return [*found, f"the files, targets and rendered rows of {name}: it is not on this machine yet"]
     if not can_render():
         return [*found, "the rows as the model sees them: this needs transformers, which is not installed here"]
     return found
