@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import os
 import signal
 import sys
 import time
@@ -38,6 +39,7 @@ from orchestrator.verbs import (
     show,
 )
 from orchestrator.views.screen import Screen, accept_every_character, write
+from strategies.techniques import thread_waits
 
 app = typer.Typer(
     name="orchestrator",
@@ -587,6 +589,7 @@ def main() -> None:
     for name in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores the second, and means it
             signal.signal(name, _as_interrupt)
+    os.environ |= thread_waits.environment()  # of this process and all that it starts
     _hush_libraries()
     accept_every_character()
     try:

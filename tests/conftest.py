@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, settings
 
 # Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

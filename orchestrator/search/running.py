@@ -27,7 +27,7 @@ from orchestrator.search.sampling import Sampler
 from orchestrator.search.space import Point, Space, canonical, space_of
 from orchestrator.search.trials import SearchFolder, Trial
 from orchestrator.search.view import Watching, advised_text, common
-from strategies.techniques import host_memory
+from strategies.techniques import host_memory, thread_waits
 
 _POLL_S = 0.2
 
@@ -280,7 +280,7 @@ def _tune(going: _Search) -> None:
     places = [slot for slot in planner.slots_of(spec, going.planning.capability) if slot.node.name in names]
     num_slots, threads = len(places), max(slot.threads for slot in places)
     try:
-        with connect(address, num_slots, threads, host_memory.ENVIRONMENT) as cluster:
+        with connect(address, num_slots, threads, host_memory.ENVIRONMENT | thread_waits.environment()) as cluster:
             node_ids = _node_ids(address, names)
 
             def run() -> None:

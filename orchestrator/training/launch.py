@@ -21,7 +21,7 @@ from clusters.masking import MaskedFormatter
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
-from strategies.techniques import host_memory
+from strategies.techniques import host_memory, thread_waits
 
 _LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
@@ -43,6 +43,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    of_cpu = {"env_vars": host_memory.ENVIRONMENT | thread_waits.environment()}
     chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = TorchTrainer(
         _on_worker,
@@ -56,7 +57,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
             name=run.run_id,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
-            worker_runtime_env={"env_vars": host_memory.ENVIRONMENT} if plan.nodes[0].torch_device == "cpu" else None,
+            worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
         ),
         torch_config=TorchConfig(backend=collective_backend(plan), timeout_s=_START_TIMEOUT_S),
     )

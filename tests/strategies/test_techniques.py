@@ -1,6 +1,9 @@
 """The catalogue: verdicts follow the device's figures, and every rule of what goes together says why."""
 
 import dataclasses
+import os
+import subprocess
+import sys
 
 import pytest
 
@@ -10,6 +13,7 @@ from strategies import METHODS, TECHNIQUES
 from strategies.contract import Techniques, Workload
 from strategies.rules import conflict
 from strategies.shape import ModelShape
+from strategies.techniques import thread_waits
 from strategies.techniques.room import Choice, judge
 
 GIB = 2**30
@@ -175,3 +179,24 @@ def test_bitsandbytes_that_does_not_run_rules_out_what_needs_it():
 
 def test_what_goes_together_has_no_conflict():
     assert conflict(METHODS["lora"](), SWITCHES, cpu(26), SHAPE) is None
+
+
+def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    ours = thread_waits.environment()
+    monkeypatch.setenv("OMP_WAIT_POLICY", "active")
+    theirs = thread_waits.environment()
+
+    assert (ours, theirs) == ({"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "active"})
+
+
+def test_the_program_sets_it_before_torch_is_loaded():
+    code = (
+        "import os, sys; from orchestrator import cli; cli.app = lambda **_: None; cli.main();"
+        " print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+
+    said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+
+    assert said.stdout.split() == ["passive", "False"]

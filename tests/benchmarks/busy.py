@@ -1,0 +1,76 @@
+"""What a training step takes while other programs use the machine, by how waiting threads wait.
+
+python tests/benchmarks/busy.py [--seconds 6]: a small and a middling Llama in fp32 on all cores; none, one and two
+programs that never rest beside it.  Each row starts a process, since OpenMP reads its policy once.
+"""
+
+import argparse
+import contextlib
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+
+MODELS = {"tiny": (64, 128, 2, 8, 32), "middling": (576, 1536, 6, 4, 128)}  # width, MLP, layers, samples, tokens
+
+
+def step_ms(name: str, seconds: float) -> float:
+    """The median of a step's milliseconds in this process."""
+    import statistics
+
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    width, mlp, layers, samples, tokens = MODELS[name]
+    config = LlamaConfig(
+        vocab_size=4000, hidden_size=width, intermediate_size=mlp, num_hidden_layers=layers,
+        num_attention_heads=width // 64, num_key_value_heads=width // 64,
+    )  # fmt: skip
+    model, ids_BT = LlamaForCausalLM(config), torch.randint(0, 4000, (samples, tokens))
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+    while len(taken) < 3 or time.perf_counter() < until:
+        began = time.perf_counter()
+        model(ids_BT, labels=ids_BT).loss.backward()
+        taken.append(time.perf_counter() - began)
+    return 1e3 * statistics.median(taken[1:])
+
+
+@contextlib.contextmanager
+def busy(count: int) -> Iterator[None]:
+    """Programs that never rest, for the length of the block."""
+    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(count)]
+    try:
+        yield
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=6.0)
+    parser.add_argument("--one", choices=MODELS, help=argparse.SUPPRESS)
+    asked = parser.parse_args()
+    if asked.one:
+        print(step_ms(asked.one, asked.seconds))
+        return
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
+    print("model     others  spinning  sleeping  ms a step")
+    for name in MODELS:
+        for others in (0, 1, 2):
+            with busy(others):
+                taken = []
+                for policy in ({}, {"OMP_WAIT_POLICY": "passive"}):
+                    command = [sys.executable, __file__, "--one", name, "--seconds", str(asked.seconds)]
+                    done = subprocess.run(
+                        command, env={**environment, **policy}, check=True, capture_output=True, text=True
+                    )
+                    taken.append(float(done.stdout))
+            print(f"{name:9} {others:6}  {taken[0]:8.1f}  {taken[1]:8.1f}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
