@@ -48,8 +48,10 @@ def result_view(run: RunFolder) -> RenderableType:
 
 def handed_back_text(result: dict[str, Any]) -> str | None:
     """Why not the best weights were handed back; None where they were."""
-    handed = result.get("handed_back") or {}
-    choice = Choice(*(handed.get(key) for key in ("step", "eval_loss", "instead_of", "reason")))
+    handed = result.get("handed_back")
+    if not handed:
+        return None
+    choice = Choice(handed["step"], *(handed.get(key) for key in ("eval_loss", "instead_of", "reason")))
     return choice.text if choice.reason else None
 
 

@@ -95,7 +95,8 @@ def conflict(
 
 def misfits(method: Method, architecture: Architecture) -> list[str]:
     """Which of a method's knobs name modules or layers that the model does not have; empty where all fit."""
-    return method.misfits(architecture) if hasattr(method, "misfits") else []
+    check = getattr(method, "misfits", None)
+    return check(architecture) if check else []
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -180,7 +180,7 @@ def _saved(folder: Path, key: str) -> Listing:
         raise JobError(f"{key}: {folder / 'state.json'} names no data files; save the data set again with save_to_disk")
     if state.get("_indices_data_files"):
         raise JobError(f"{key}: {folder} keeps its rows by an index; save it again: data.flatten_indices()")
-    files = tuple(folder / name for name in names)
+    files = tuple(folder / str(name) for name in names)
     gone = [file.name for file in files if not file.is_file()]
     if gone:
         raise JobError(f"{key}: {folder} lacks {', '.join(gone)}, which its state.json names; save the data set again")

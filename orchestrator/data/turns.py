@@ -82,7 +82,7 @@ def history(value: Any) -> list[Message]:
     """Alpaca's earlier turns, pairs of question and answer.  Raises BadRow."""
     value = [] if missing(value) else _from_json(value, "field 'history'")
     messages: list[Message] = []
-    pairs = value if isinstance(value, list) else [None]
+    pairs: list[Any] = value if isinstance(value, list) else [None]
     for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow(

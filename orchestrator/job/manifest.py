@@ -137,7 +137,7 @@ def _lock(file: BinaryIO, wait: bool) -> bool:
 
 def _measure(file: Path, sync: bool = False) -> dict[str, Any]:
     with open_regular(file) as stream:
-        measured = {"bytes": os.fstat(stream.fileno()).st_size}
+        measured: dict[str, Any] = {"bytes": os.fstat(stream.fileno()).st_size}
         measured["sha256"] = hashlib.file_digest(stream, "sha256").hexdigest()
         if sync:
             os.fsync(stream.fileno())

@@ -137,7 +137,7 @@ def _names_in_bin(path: Path) -> list[str]:
                 operations = list(pickletools.genops(archive.read(inside)))
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
             raise BadInput(f"{path} is damaged: {printable(str(error)[:200])}; download it again") from None
-    words = [value for operation, value, _ in operations if operation.name.endswith("BINUNICODE")]
+    words = [str(value) for operation, value, _ in operations if operation.name.endswith("BINUNICODE")]
     return [word for word in words if "." in word and not word.startswith("torch.")]
 
 
