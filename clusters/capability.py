@@ -9,7 +9,16 @@ from typing import Any, Literal
 
 Source = Literal["measured", "datasheet", "declared"]
 Kind = Literal["cpu", "cuda", "rocm"]
+LibraryState = Literal["absent", "broken", "runs"]
 NUMBER_FORMATS = ("float32", "bfloat16", "float16", "int8")
+
+
+@dataclass(frozen=True)
+class Library:
+    """An optional library on a device."""
+
+    state: LibraryState
+    error: str = ""  # of a broken one: its own words
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,7 @@ class DeviceCapability:
     op_overhead_s: float | None = None  # time of one operation on an almost empty tensor
     host_to_device_bytes_per_s: float | None = None  # GPU: pinned memory
     device_to_host_bytes_per_s: float | None = None
-    flash_attn: bool | None = None  # whether flash-attn runs here
-    bitsandbytes: bool | None = None
+    libraries: Mapping[str, Library] = field(default_factory=dict)  # by module; one that nobody tried has no entry
     power_w: float | None = None  # under load
     problem: str | None = None  # why nothing can be trained on a GPU, and what to do: one sentence
     doubt: str | None = None  # why the figures may be wrong: they are taken again by the next probe
@@ -144,5 +152,6 @@ def _device(values: Mapping[str, Any]) -> DeviceCapability:
     changed = {
         "compute_capability": tuple(capability) if capability else None,
         "instruction_sets": tuple(values.get("instruction_sets", ())),
+        "libraries": {name: Library(**found) for name, found in values.get("libraries", {}).items()},
     }
     return DeviceCapability(**{**values, **changed})

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.util
 import logging
 import statistics
 import sys
@@ -17,7 +18,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from clusters.capability import NUMBER_FORMATS, DeviceCapability, Source
+from clusters.capability import NUMBER_FORMATS, DeviceCapability, Library, Source
+from clusters.safe_input import printable
 
 # Tokens x inputs x outputs of a layer: a device climbs as far as one product fits its time.
 _CPU_PRODUCTS = ((64, 512, 512), (128, 1024, 1024), (512, 2048, 2048))
@@ -84,10 +86,19 @@ def _best(name: str, values: list[float | None]) -> float | None:
 def try_libraries(device: DeviceCapability, index: int) -> DeviceCapability:
     """Which optional libraries run on the device.  After all speeds: a kernel that fails may take CUDA along."""
     place = torch.device("cpu") if device.kind == "cpu" else torch.device("cuda", index)
-    found = {"bitsandbytes": _runs("bitsandbytes", lambda: _four_bit_linear(place))}
+    calls: dict[str, Callable[[], torch.Tensor | None]] = {
+        "bitsandbytes": lambda: _four_bit_linear(place),
+        "deepspeed": lambda: _imported("deepspeed"),
+    }
     if place.type == "cuda":
-        found["flash_attn"] = _runs("flash_attn", lambda: _flash_attention(place))
-    return replace(device, **found, sources={**device.sources, **_measured(found)})
+        calls["flash_attn"] = lambda: _flash_attention(place)
+    found = {name: _tried(name, call) for name, call in calls.items()}
+    return replace(device, libraries={name: library for name, library in found.items() if library is not None})
+
+
+def _imported(name: str) -> None:
+    """It asks for a compiler or a CUDA toolkit when it is loaded, and not only then; the rest shows in training."""
+    importlib.import_module(name)
 
 
 def _measured(figures: Mapping[str, float | None]) -> dict[str, Source]:
@@ -176,15 +187,21 @@ def _try(what: str, measure: Callable[[], float]) -> float | None:
         return None
 
 
-def _runs(library: str, call: Callable[[], torch.Tensor]) -> bool | None:
-    """Whether it is installed and computes something finite; None where the device had no memory left to try."""
+def _tried(library: str, call: Callable[[], torch.Tensor | None]) -> Library | None:
+    """Whether it is installed, loads and computes something finite; None where there was no memory left to try."""
+    if importlib.util.find_spec(library) is None:
+        return Library("absent")
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(sys.stderr):  # stdout is for the figures
             warnings.simplefilter("ignore")
-            return bool(call().isfinite().all())
+            result = call()
+        if result is not None and not result.isfinite().all():
+            raise ArithmeticError("it computes what is no number")
+        return Library("runs")
     except torch.OutOfMemoryError as error:
         _log.info("%s: not tried: %s", library, error)
         return None
     except Exception as error:  # as above: it does not run here, and that is the finding
         _log.info("%s does not run: %s: %s", library, type(error).__name__, error)
-        return False
+        said = str(error).strip().splitlines()
+        return Library("broken", printable(f"{type(error).__name__}: {said[0] if said else 'no word'}"[:200]))

@@ -414,6 +414,7 @@ def _settings(
     for packing, offload, optim in itertools.product(switches.packings, switches.offloads, switches.optims):
         for dtype in dtypes:
             allowed: Techniques | None = None
+            refused: list[tuple[str, str]] = []
             for attention in _kernels(switches.attentions, slot.device, packing):
                 techniques = Techniques(
                     dtype=dtype,
@@ -434,9 +435,12 @@ def _settings(
                 if reason is None:
                     allowed = techniques
                     break
-                tried.reject(_label(method, techniques, where), reason)
-            if allowed is None:
+                refused.append((_label(method, techniques, where), reason))
+            if allowed is None:  # what stands against the plainest kernel is what must be mended
+                tried.reject(*refused[-1])
                 continue
+            for label, reason in refused:
+                tried.reject(label, reason)
             rows = _row_counts(workload, slot, switches, packing)
             for checkpointing, loss, count in itertools.product(switches.checkpointings, switches.losses, rows):
                 full = replace(

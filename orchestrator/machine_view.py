@@ -11,6 +11,7 @@ from rich.text import Text
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import format_bytes
 from orchestrator.reasons import unusable
+from strategies.techniques.libraries import lacks
 
 _MARK = {"measured": "", "datasheet": "d", "declared": "D"}
 
@@ -30,9 +31,17 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
             table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
         parts += [table, Text()]
     parts += [Text(f"{name}: {why}", style="yellow") for name, why in unusable(cluster).items()]
+    parts += [Text(text, style="dim") for text in _missing(cluster)]
     parts += [Text(f"{node}: could not be looked at: {reason}", style="red") for node, reason in cluster.failed.items()]
     parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))
     return Group(*parts)
+
+
+def _missing(cluster: ClusterCapability) -> list[str]:
+    """What optional libraries lack, each once."""
+    devices = [device for node in cluster.nodes for device in node.devices]
+    found = [lacks(device, name) for device in devices for name in device.libraries]
+    return list(dict.fromkeys(text for text in found if text is not None))
 
 
 def _node(node: NodeCapability) -> Text:
@@ -76,6 +85,5 @@ def _abilities(device: DeviceCapability) -> list[str]:
     known = list(device.instruction_sets)
     if device.compute_capability:
         known.append("compute capability {}.{}".format(*device.compute_capability))
-    known += [name for name in ("flash_attn", "bitsandbytes") if getattr(device, name)]
-    known += [f"no {name}" for name in ("flash_attn", "bitsandbytes") if getattr(device, name) is False]
-    return known
+    marks = {"runs": "{}", "absent": "no {}", "broken": "{} broken"}
+    return known + [marks[library.state].format(name) for name, library in device.libraries.items()]

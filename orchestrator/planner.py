@@ -6,6 +6,7 @@ costs; here the job's goal chooses among it.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -343,22 +344,40 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
         )
     if strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")
-    stated = {
+    _refuse_what_never_goes_together(spec, workload, slots, switches)
+
+
+def _refuse_what_never_goes_together(
+    spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches
+) -> None:
+    """Raises JobError where the method and the switches that the job states can be on none of the devices."""
+    attention, packing = spec.model.attn_implementation, spec.data.packing
+    stated: dict[str, Any] = {
         "attn_implementation": attention if attention != "auto" else "sdpa",
-        "dtype": spec.model.dtype if spec.model.dtype != "auto" else "bfloat16",
         "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
         "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
         "packing": packing if packing != "auto" else attention == "document",
         "gradient_checkpointing": spec.train.gradient_checkpointing is True,
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
-        "zero_stage": min(switches.zero_stages),
     }
-    techniques = Techniques(per_device_train_batch_size=1, max_length=8, **stated)  # type: ignore[arg-type]
-    if spec.model.dtype == "auto":  # bf16 may be what is in the way, and nobody asked for it
-        return
-    reasons = [conflict(method, techniques, slot.device, workload.shape, max(2, len(slots))) for slot in slots]
+    devices = {slot.kind: slot.device for slot in slots}.values()
+    reasons = []
+    for method, device, dtype, stage in itertools.product(
+        spec.methods(), devices, switches.dtypes, switches.zero_stages
+    ):
+        by_memory = stage == 1 and not switches.deepspeed
+        techniques = Techniques(
+            dtype,
+            per_device_train_batch_size=1,
+            max_length=8,
+            zero_stage=stage,
+            state_share=0.5 if by_memory else None,
+            **stated,
+        )
+        for count in (2,) if stage else (1, 2):
+            reasons.append(conflict(method, techniques, device, workload.shape, count))
     if reasons and all(reasons):
-        raise JobError(f"the job's settings do not go together: {reasons[0]}")
+        raise JobError(f"the job's settings do not go together: {max(reasons, key=reasons.count)}")
 
 
 def _keep_best(spec: JobSpec, workload: Workload, when: int | None, reasons: dict[str, str]) -> bool:

@@ -9,6 +9,7 @@ from strategies.shape import ModelShape
 from strategies.techniques import attention
 from strategies.techniques.adapters import no_bitsandbytes
 from strategies.techniques.compiling import no_compiler
+from strategies.techniques.libraries import lacks
 from strategies.techniques.loss import caps_logits
 from strategies.techniques.offload import on_the_host
 from strategies.techniques.precision import no_bf16
@@ -38,6 +39,8 @@ def conflict(
             (is_quantised or t.optim.startswith("adamw_bnb")) and no_bitsandbytes(device, shape) is not None,
             no_bitsandbytes(device, shape) or "",
         ),
+        (t.offload != "none" and on_the_host(device, shape) is not None, on_the_host(device, shape) or ""),
+        (t.uses_engine and lacks(device, "deepspeed") is not None, lacks(device, "deepspeed") or ""),
         (is_quantised and shape.num_experts > 0, "experts are stacked tensors, which bitsandbytes does not quantise"),
         (t.zero_stage > 0 and num_devices < 2, "ZeRO divides work among devices, and here is one"),
         (
@@ -67,7 +70,6 @@ def conflict(
             t.zero_stage > 0 and t.optim.startswith("adamw_bnb"),
             "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut",
         ),
-        (t.offload != "none" and on_the_host(device, shape) is not None, on_the_host(device, shape) or ""),
         (
             t.offload in ("optimizer", "parameters") and t.optim.startswith("adamw_bnb"),
             "an offloaded optimizer runs on the CPU in fp32",

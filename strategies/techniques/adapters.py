@@ -9,13 +9,16 @@ from strategies.full import Full
 from strategies.lora import Lora
 from strategies.qlora import QLora
 from strategies.shape import ModelShape
+from strategies.techniques.libraries import lacks
 from strategies.techniques.room import Technique
 
 
 def no_bitsandbytes(device: DeviceCapability, shape: ModelShape) -> str | None:
     """Quantised weights and optimizer states need a library that runs on this device."""
-    if device.bitsandbytes is False:
-        return f"bitsandbytes does not run on {device.name}"
+    if (reason := lacks(device, "bitsandbytes")) is not None:
+        return reason
+    if device.kind == "rocm" and "bitsandbytes" not in device.libraries:
+        return "bitsandbytes is not known to run on this Radeon; measure it there"
     if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
         return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
     return None

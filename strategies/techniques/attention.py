@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from clusters.capability import DeviceCapability
 from strategies.shape import ModelShape
+from strategies.techniques.libraries import lacks
 from strategies.techniques.room import Choice, Technique
 
 
@@ -22,11 +23,11 @@ def refuses(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | N
     if kernel == "flash_attention_2":
         if device.kind == "cpu":
             return "flash-attn is a GPU library"
-        if device.flash_attn is False:
-            return f"flash-attn does not run on {device.name}"
+        if (reason := lacks(device, "flash_attn")) is not None:
+            return reason
         if device.kind == "cuda" and device.compute_capability and device.compute_capability < (8, 0):
             return f"flash-attn 2 needs Ampere or newer, {device.name} has {device.compute_capability}"
-        if device.kind == "rocm" and device.flash_attn is None:
+        if device.kind == "rocm" and "flash_attn" not in device.libraries:
             return "not known to run on this Radeon; measure it there"
         if shape.head_dim > 256:
             return f"flash-attn 2 ends at heads of 256, these have {shape.head_dim}"

@@ -9,11 +9,17 @@ from typing import Any
 from clusters.capability import DeviceCapability
 from strategies.contract import Offload
 from strategies.shape import ModelShape
+from strategies.techniques.libraries import lacks
 from strategies.techniques.room import Choice, Technique
 
 
 def on_the_host(device: DeviceCapability, shape: ModelShape) -> str | None:
     return "the device's memory is the host's already" if device.kind == "cpu" else None
+
+
+def by_deepspeed(device: DeviceCapability, shape: ModelShape) -> str | None:
+    """Optimizer and weights wait on the host in DeepSpeed's care."""
+    return on_the_host(device, shape) or lacks(device, "deepspeed")
 
 
 def saved_on_host(offload: Offload, device_type: str) -> contextlib.AbstractContextManager[Any]:
@@ -36,7 +42,7 @@ def _room(what: Offload, about: str) -> Technique:
         switch=f"strategy.offload: {what}",
         on=_to(what),
         off=_to("none"),
-        impossible=on_the_host,
+        impossible=on_the_host if what == "activations" else by_deepspeed,
         saves_first="memory",
     )
 

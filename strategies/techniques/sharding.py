@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from strategies.techniques.libraries import lacks
 from strategies.techniques.room import Choice, Technique
 
 DECIDED = {  # what the plan decides, and where a job says it instead
@@ -33,6 +34,7 @@ def _room(stage: int, about: str) -> Technique:
         switch=f"strategy.mode: zero{stage}",
         on=_stage(stage),
         off=lambda choice: choice.with_(zero_stage=0),
+        impossible=(lambda device, shape: lacks(device, "deepspeed")) if stage > 1 else (lambda device, shape: None),
         needs_devices=2,
         saves_first="memory",
     )

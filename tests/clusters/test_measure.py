@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from clusters import measure
-from clusters.capability import DeviceCapability
+from clusters.capability import DeviceCapability, Library
 from clusters.measure import measure_node
 from clusters.node_probe import probe_node
 from clusters.probe import look_at_this_node
@@ -30,6 +30,28 @@ def test_speeds_are_plausible(measured):
     assert 1e6 < measured.node.disk_write_bytes_per_s < 1e11
 
 
+def test_optional_libraries_run_or_say_why_not(measured):
+    found = measured.node.cpu.libraries
+
+    assert found == {"bitsandbytes": Library("runs"), "deepspeed": Library("runs")}
+
+
+@pytest.mark.parametrize(
+    ("text", "state"),
+    [(None, "absent"), ("", "runs"), ("raise OSError('libcudart.so.13: cannot open\\nmore')", "broken")],
+)
+def test_a_library_is_absent_broken_with_its_words_or_runs(tmp_path, monkeypatch, text, state):
+    from clusters.measure_device import _imported, _tried
+
+    if text is not None:
+        (tmp_path / "some_library.py").write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "some_library", raising=False)
+    found = _tried("some_library", lambda: _imported("some_library"))
+
+    assert found == Library(state, "OSError: libcudart.so.13: cannot open" if state == "broken" else "")
+
+
 def test_refresh_measures_again_what_is_remembered(measured):
     flops_per_s = measured.node.cpu.flops_per_s
 
@@ -42,9 +64,9 @@ def test_every_figure_says_that_it_was_measured_and_unknown_ones_say_nothing(mea
     cpu = measured.node.cpu
     formats = {f"flops_per_s.{dtype}" for dtype, value in cpu.flops_per_s.items() if value is not None}
 
-    assert formats | {"memory_bytes_per_s", "op_overhead_s", "memory_bytes", "bitsandbytes"} <= set(cpu.sources)
+    assert formats | {"memory_bytes_per_s", "op_overhead_s", "memory_bytes"} <= set(cpu.sources)
     assert set(cpu.sources.values()) == {"measured"}
-    assert "host_to_device_bytes_per_s" not in cpu.sources and "flash_attn" not in cpu.sources
+    assert "host_to_device_bytes_per_s" not in cpu.sources
     assert measured.node.sources["disk_write_bytes_per_s"] == "measured"
 
 

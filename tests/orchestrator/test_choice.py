@@ -50,7 +50,8 @@ def machine(name, *cards, cores=16, memory_gib=64, **costs):
 
 
 def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600):
-    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 2048}\n" + text, Path()).spec
+    model = "" if "\nmodel:" in text else "model: {model_name_or_path: m}\n"
+    spec = parse_job(f"{model}data: {{train: a.jsonl, max_length: 2048}}\n{text}", Path()).spec
     names = [node.name for node in nodes]
     links = tuple(
         Link((a, b), link_bytes_per_s, 3e-4) for i, a in enumerate(names) for b in names[i + 1 :] if link_bytes_per_s
@@ -363,3 +364,43 @@ def test_all_workers_have_one_optimizer():
                 text="cluster: {num_workers: 2}\n")  # fmt: skip
 
     assert len({part.techniques.optim for part in made.nodes}) == 1
+
+
+def lacking(node, **libraries):
+    import dataclasses
+
+    from clusters.capability import Library
+
+    found = {name: Library(state) for name, state in libraries.items()}
+    return dataclasses.replace(node, devices=tuple(dataclasses.replace(d, libraries=found) for d in node.devices))
+
+
+def test_offload_without_deepspeed_is_refused_at_plan_time_with_the_remedy():
+    node = lacking(machine("a", "RTX 3060 12GB"), deepspeed="absent")
+
+    with pytest.raises(JobError, match=r"deepspeed is not installed: pip install -e '\.\[zero\]'"):
+        plan(MIDDLE, node, text="strategy: {offload: optimizer}\n")
+
+
+def test_offload_stated_with_the_number_format_goes_on_one_card():
+    text = "strategy: {offload: optimizer}\nmodel: {model_name_or_path: m, dtype: bfloat16}\nmethod: {type: lora}\n"
+    made = plan(SMALL, machine("a", "RTX 3060 12GB"), text=text)
+
+    assert made.techniques.offload == "optimizer"
+
+
+def test_a_refusal_names_what_stands_against_the_last_kernel_that_was_tried():
+    node = lacking(machine("a", "RTX 3060 12GB"), flash_attn="absent", bitsandbytes="absent")
+
+    with pytest.raises(JobError) as caught:
+        plan(MIDDLE, node, text="method: {type: qlora}\n")
+    assert "bitsandbytes is not installed: pip install -e '.[quant]'" in str(caught.value)
+    assert "flash-attn" not in str(caught.value)
+
+
+def test_without_optional_libraries_a_plan_takes_what_is_there():
+    node = lacking(machine("a", "RTX 3090"), flash_attn="absent", bitsandbytes="absent", deepspeed="absent")
+    made = plan(MIDDLE, node)
+
+    assert made.techniques.attn_implementation == "document" and made.method["type"] != "qlora"
+    assert "flash_attention_2 attention: flash-attn is not installed" in made.rejected.values()

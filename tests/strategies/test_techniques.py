@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from clusters import datasheet
-from clusters.capability import DeviceCapability, NodeCapability
+from clusters.capability import DeviceCapability, Library, NodeCapability
 from strategies import METHODS, TECHNIQUES
 from strategies.contract import Techniques, Workload
 from strategies.rules import conflict
@@ -169,12 +169,31 @@ def test_conflicts_with_a_model():
     assert "experts" in conflict(METHODS["qlora"](), SWITCHES, device, MOE)
 
 
-def test_bitsandbytes_that_does_not_run_rules_out_what_needs_it():
-    broken = dataclasses.replace(card("RTX 3090"), bitsandbytes=False)
+LACKING = {
+    "absent": (Library("absent"), "bitsandbytes is not installed: pip install -e '.[quant]'"),
+    "broken": (Library("broken", "OSError: no libcudart"), "is installed and does not run on RTX 3090: OSError: no"),
+}
 
-    assert "does not run" in conflict(METHODS["qlora"](), SWITCHES, broken, SHAPE)
+
+@pytest.mark.parametrize("state", LACKING)
+def test_a_library_that_is_absent_or_broken_rules_out_what_needs_it_and_says_which_it_is(state):
+    library, says = LACKING[state]
+    device = dataclasses.replace(card("RTX 3090"), libraries={"bitsandbytes": library})
+
+    assert says in conflict(METHODS["qlora"](), SWITCHES, device, SHAPE)
     eight = dataclasses.replace(SWITCHES, optim="adamw_bnb_8bit")
-    assert "does not run" in conflict(METHODS["full"](), eight, broken, SHAPE)
+    assert says in conflict(METHODS["full"](), eight, device, SHAPE)
+
+
+@pytest.mark.parametrize("changes", [{"offload": "optimizer"}, {"offload": "parameters"}, {"zero_stage": 3}])
+def test_what_deepspeed_does_is_refused_where_it_is_absent(changes):
+    device = dataclasses.replace(card("RTX 3090"), libraries={"deepspeed": Library("absent")})
+    count = 2 if "zero_stage" in changes else 1
+    techniques = dataclasses.replace(SWITCHES, num_shards=count, **changes)
+
+    assert conflict(METHODS["lora"](), techniques, card("RTX 3090"), SHAPE, count) is None
+    says = conflict(METHODS["lora"](), techniques, device, SHAPE, count)
+    assert says == "deepspeed is not installed: pip install -e '.[zero]'"
 
 
 def test_what_goes_together_has_no_conflict():
@@ -200,3 +219,20 @@ def test_the_program_sets_it_before_torch_is_loaded():
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
     assert said.stdout.split() == ["passive", "False"]
+
+
+def test_the_extra_that_brings_a_library_is_the_one_that_pyproject_declares():
+    import tomllib
+    from pathlib import Path
+
+    from orchestrator.errors import EXTRAS as of_imports
+    from strategies.techniques.libraries import EXTRAS
+
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
+    extras = declared["optional-dependencies"]
+
+    assert EXTRAS
+    for library, extra in EXTRAS.items():
+        assert any(requirement.startswith(library) for requirement in extras[extra])
+        assert of_imports[library] == extra
+    assert any(requirement.startswith("nvidia-ml-py") for requirement in extras["train"])
