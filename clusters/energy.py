@@ -26,14 +26,15 @@ class Energy:
 class Meter:
     """Counts from when it is made.  `read` may be asked often: a counter that wraps must not do so twice unseen."""
 
-    def __init__(self, gpus: tuple[int, ...] = (), powercap: Path | None = POWERCAP) -> None:
-        """`gpus` are NVML's numbers of the cards that are used; without `powercap` the CPU is somebody else's."""
-        self._counters = [*(_packages(powercap) if powercap else ()), *_cards(gpus)]
+    def __init__(self, gpus: tuple[str, ...] = (), powercap: Path | None = POWERCAP) -> None:
+        """`gpus` are UUIDs: NVML counts otherwise than CUDA.  Without `powercap` the CPU is somebody else's."""
+        cards = list(_cards(gpus))
+        self._counters = [*(_packages(powercap) if powercap else ()), *cards] if len(cards) == len(gpus) else []
         self._last = [counter.read() for counter in self._counters]
         self._joules = 0.0
 
     def read(self) -> Energy | None:
-        """Energy since the start; None where nothing counts it, or where a counter has failed since."""
+        """Energy since the start; None where nothing counts it, a GPU is not counted, or a counter has failed since."""
         try:
             values = [counter.read() for counter in self._counters]
         except Exception:  # files taken away, a driver that fell: unknown from here on, and no reason to end a training
@@ -73,7 +74,7 @@ def _joules(file: Path) -> float:
     return int(file.read_text()) / 1e6
 
 
-def _cards(gpus: tuple[int, ...]) -> Iterator[_Counter]:
+def _cards(gpus: tuple[str, ...]) -> Iterator[_Counter]:
     if not gpus:
         return
     try:
@@ -82,9 +83,9 @@ def _cards(gpus: tuple[int, ...]) -> Iterator[_Counter]:
         pynvml.nvmlInit()
     except Exception:  # not installed, or no driver: the figure is unknown
         return
-    for index in gpus:
+    for uuid in gpus:
         try:
-            handle: Any = pynvml.nvmlDeviceGetHandleByIndex(index)
+            handle: Any = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
         except Exception:  # an older card
             continue

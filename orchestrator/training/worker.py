@@ -144,7 +144,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
 
     hooks = Hooks(reported, save, wish)
     # The first worker of a node counts its CPUs, each worker its own card.
-    meter = Meter((slot,) if device.type == "cuda" else (), POWERCAP if slot == 0 else None)
+    meter = Meter(_uuids(device), POWERCAP if slot == 0 else None)
     started = time.perf_counter()
     try:
         with host_memory.kept() if device.type == "cpu" else contextlib.nullcontext():
@@ -570,6 +570,11 @@ def load_exported(
 
     base = load_model(location, job, dtype, device, attention, method.load_arguments(techniques))
     return PeftModel.from_pretrained(base, str(folder))
+
+
+def _uuids(device: torch.device) -> tuple[str, ...]:
+    """Of the card that really trains, as its driver writes it; none for a CPU."""
+    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",) if device.type == "cuda" else ()
 
 
 def _free(device: torch.device) -> None:
