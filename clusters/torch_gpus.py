@@ -79,6 +79,10 @@ def judged(device: DeviceCapability, index: int | None, seen: Seen) -> DeviceCap
     problem = why_unusable(device, seen.build)
     if problem is not None:
         return replace(device, problem=problem)
+    if index is None and seen.gpus:  # a processor's own graphics, which ROCm does not count
+        others = f"{len(seen.gpus)} GPU{'s' if len(seen.gpus) > 1 else ''}"
+        problem = f"torch {seen.build.version} sees {others} and not this one: it is hidden or not supported"
+        return replace(device, problem=problem)
     if index is None:
         said = f" ({seen.error})" if seen.error else ""
         problem = f"torch {seen.build.version} does not see it{said}: {_RESTART}"

@@ -493,6 +493,8 @@ def _label(method: Method, techniques: Techniques, where: str) -> str:
     parts = [method.name, techniques.dtype, techniques.attn_implementation]
     if techniques.gradient_checkpointing:
         parts.append("checkpointing")
+    if techniques.optim.startswith("adamw_bnb"):
+        parts.append("8-bit optimizer")
     if techniques.offload != "none":
         parts.append(f"{techniques.offload} offload")
     if techniques.zero_stage:

@@ -60,8 +60,6 @@ def notes(cluster: ClusterCapability) -> list[str]:
     """What a user should know before a plan is read: nodes left out, cards that others use."""
     said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
-        said += [f"{node.name}: {problem}" for problem in node.problems]
-        said += [f"{device.name} on {node.name} is not used: {device.problem}" for device in node.unusable]
         for device in node.gpus:
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:

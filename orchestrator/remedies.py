@@ -9,6 +9,7 @@ from clusters.capability import ClusterCapability
 from orchestrator.candidates import Slot, Switches, enumerate_candidates
 from strategies import METHODS
 from strategies.contract import Method, Workload
+from strategies.techniques.libraries import EXTRAS, lacks
 
 _SHORTEST = 128
 
@@ -40,6 +41,11 @@ def remedies(
         dtypes=("bfloat16", "float16", "float32"),
         optims=("adamw_torch_fused", "adamw_bnb_8bit"),
     )
+    missing = [lacks(slot.device, library) for slot in slots for library in EXTRAS]
+    if any(missing):
+        equipped = [replace(slot, device=replace(slot.device, libraries={})) for slot in slots]
+        if fits(workload, equipped, methods, switches):
+            found += dict.fromkeys(text.rpartition(": ")[2] for text in missing if text)
     named, full_rank = {method.name for method in methods}, all(method.full_rank for method in methods)
     # Who asked for full rank wants that first.
     for name, method in sorted(METHODS.items(), key=lambda item: full_rank and not item[1].full_rank):
