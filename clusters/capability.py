@@ -61,8 +61,8 @@ class DeviceCapability:
         if self.kind == "cuda":
             return None if self.compute_capability is None else self.compute_capability >= (8, 0)
         if self.kind == "rocm":
-            known = self.flops_per_s.get("bfloat16")
-            return None if known is None else known > 0
+            half, brain = (self.flops_per_s.get(name) or 0.0 for name in ("float16", "bfloat16"))
+            return brain > half / 2 if half or brain else None  # RDNA 2 emulates it: measured, and slow
         return "amx_bf16" in self.instruction_sets or "avx512_bf16" in self.instruction_sets
 
     @property

@@ -230,6 +230,21 @@ def find(name: str, memory_bytes: int | None = None) -> Card | None:
     return next(fitting, None)
 
 
+def part_reached(device: DeviceCapability) -> tuple[str, float] | None:
+    """The number format in which a device's measured products come closest to its datasheet, and how close.
+
+    None where the card is not listed, or nothing of it is measured.
+    """
+    card = find(device.name, device.memory_total_bytes) if device.kind != "cpu" else None
+    parts = {
+        name: rate / peak
+        for name, peak in (card.flops_per_s.items() if card else ())
+        if peak and (rate := device.flops_per_s.get(name)) and device.sources.get(f"flops_per_s.{name}") == "measured"
+    }
+    best = max(parts, key=lambda name: parts[name], default=None)
+    return None if best is None else (best, parts[best])
+
+
 def nearest(name: str) -> list[str]:
     """Up to three names of the table most like `name`, the likest first; for error messages."""
     names = {key: card.name for card in reversed(CARDS) for key in _keys(card)}

@@ -7,6 +7,7 @@ import io
 import logging
 import math
 import os
+import platform
 import shutil
 import subprocess
 from collections.abc import Iterable, Mapping
@@ -43,7 +44,10 @@ def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
     if rows and not shown and "MIG-" in (visible or ""):
         problems.append(f"CUDA_VISIBLE_DEVICES={visible} names a part of a card, and {_MIG}")
     amd, problem = _amd_gpus()
-    return (*(nvidia_gpu(row) for row in shown), *amd), (*problems, *([problem] if problem else []))
+    problems += [problem] if problem else []
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        problems.append("Apple's GPU (MPS) is not supported: this Mac trains on its CPU alone")
+    return (*(nvidia_gpu(row) for row in shown), *amd), tuple(problems)
 
 
 def nvidia_gpu(row: Mapping[str, str]) -> DeviceCapability:

@@ -17,11 +17,13 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
+from clusters.datasheet import part_reached
 from clusters.probe import look_at_this_node
 from clusters.torch_gpus import index_of, judged, seen_by_torch
 
 LIMIT_S = 180  # with the import of torch on a busy machine; whoever hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
+_PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
 _log = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
         ]
         pairs = zip(devices, places, strict=True)
         devices = [device if index is None else try_libraries(device, index) for device, (_, index) in pairs]
+        devices = [replace(device, doubt=device.doubt or doubt_of(device)) for device in devices]
     finally:
         torch.set_num_threads(threads)
     written = disk_write_bytes_per_s(folder, seconds * _DISK_SHARE)
@@ -86,6 +89,15 @@ def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None
 
 def _share(device: DeviceCapability) -> float:
     return _CPU_SHARE if device.kind == "cpu" else _GPU_SHARE
+
+
+def doubt_of(device: DeviceCapability) -> str | None:
+    """Why what was measured of a card may say more about the moment than about the card."""
+    found = part_reached(device)
+    if found is None or found[1] >= _PLAUSIBLE:
+        return None
+    number_format, part = found
+    return f"its products reached {part:.0%} of the datasheet ({number_format}): was it busy, hot or on battery?"
 
 
 def _places(node: NodeCapability) -> list[tuple[DeviceCapability, int | None]]:

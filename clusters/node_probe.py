@@ -27,6 +27,7 @@ from clusters.torch_build import installed_build, why_unusable
 
 # What a look tells, and better than an old file.
 _SEEN = ("memory_bytes", "memory_total_bytes", "power_w", "uuid", "pci_bus_id", "driver_version")
+_SAME = 0.8  # times this close are one speed
 _log = logging.getLogger(__name__)
 
 
@@ -47,12 +48,12 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
     except RuntimeError as error:
         _log.warning("figures are not remembered: %s", error)
         return _measure(node, None, seconds)
-    known = None if refresh else _read(file, node)
-    if known:
-        return known
+    before = _read(file, node)
+    if before and not refresh and not any(device.doubt for device in before.devices):
+        return before
     with _one_at_a_time(file):  # two nodes of a cluster may be one machine; measured together, each would seem slow
         known = _read(file, node, since=asked_at)
-        return known or _measure(node, file, seconds)
+        return known or _measure(node, file, seconds, before)
 
 
 def _judged(node: NodeCapability) -> NodeCapability:
@@ -70,7 +71,9 @@ def _judged(node: NodeCapability) -> NodeCapability:
     return replace(node, devices=tuple(judged(device) for device in node.devices))
 
 
-def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCapability:
+def _measure(
+    node: NodeCapability, file: Path | None, seconds: float, before: NodeCapability | None = None
+) -> NodeCapability:
     if importlib.util.find_spec("torch") is None:
         _log.warning("torch is not installed (pip install 'finetune-orchestrator[train]'): nothing was measured")
         return node
@@ -89,9 +92,24 @@ def _measure(node: NodeCapability, file: Path | None, seconds: float) -> NodeCap
     except (ValueError, IndexError):
         _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no word")
         return node
+    known = _settled(known, before) if before else known
     if file:
         _write(file, known)
     return known
+
+
+def _settled(node: NodeCapability, before: NodeCapability) -> NodeCapability:
+    """A card that is twice as slow as the other time is not in doubt again: it is so."""
+
+    def is_as_before(now: DeviceCapability, then: DeviceCapability) -> bool:
+        rates = [(rate, then.flops_per_s.get(name)) for name, rate in now.flops_per_s.items() if rate]
+        return bool(rates) and all(old and _SAME < rate / old < 1 / _SAME for rate, old in rates)
+
+    pairs = zip(node.devices, before.devices, strict=True)
+    settled = (
+        replace(now, doubt=None) if now.doubt and then.doubt and is_as_before(now, then) else now for now, then in pairs
+    )
+    return replace(node, devices=tuple(settled))
 
 
 def _join(node: NodeCapability, measured: object) -> NodeCapability:
@@ -127,16 +145,12 @@ def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapabilit
     try:
         if file.stat().st_mtime < since:
             return None
-        known = _join(node, read_json(file))
+        return _join(node, read_json(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         _log.warning("%s is measured again: %s", file, error)
         return None
-    doubts = [f"{device.name}: {device.doubt}" for device in known.devices if device.doubt and not since]
-    for doubt in doubts:
-        _log.info("measured again: %s", doubt)
-    return None if doubts else known
 
 
 def _write(file: Path, node: NodeCapability) -> None:

@@ -61,6 +61,8 @@ def notes(cluster: ClusterCapability) -> list[str]:
     said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
         for device in node.gpus:
+            if device.doubt:
+                said.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:
                 held = format_bytes(total - usable)

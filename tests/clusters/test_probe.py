@@ -1,6 +1,7 @@
 """What is known of a machine by reading.  Fakes are a /proc, a /sys/fs/cgroup and a vendor's tool, never our code."""
 
 import os
+import platform
 import subprocess
 import sys
 import time
@@ -244,6 +245,24 @@ echo ' "Unique ID": "0x61a2", "PCI Bus": "0000:03:00.0"}, "system": {"Driver": "
     assert (gpu.kind, gpu.name, gpu.power_w) == ("rocm", "Radeon RX 6800 XT", 255.0)
     assert (gpu.memory_bytes, gpu.memory_total_bytes) == (17_000_000_000, 17_163_091_968)
     assert (gpu.uuid, gpu.pci_bus_id) == ("GPU-61a2", "0000:03:00.0")
+
+
+def test_the_gpu_of_a_mac_is_refused_in_a_sentence_and_not_passed_over(monkeypatch):
+    monkeypatch.setattr(platform, "system", lambda: "Darwin")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    node = look_at_this_node()
+
+    assert node.gpus == () and "MPS" in node.problems[0] and "CPU alone" in node.problems[0]
+
+
+def test_a_driver_that_fails_is_said_in_its_own_words(tool):
+    tool("nvidia-smi", "#!/bin/sh\necho 'Failed to initialize NVML: Driver/library version mismatch'\nexit 18\n")
+
+    (problem,) = look_at_this_node().problems
+    assert (
+        problem
+        == "nvidia-smi failed, its GPUs are not used: Failed to initialize NVML: Driver/library version mismatch"
+    )
 
 
 def test_another_gpu_is_other_hardware(nvidia_smi):

@@ -185,6 +185,29 @@ def test_a_library_that_is_absent_or_broken_rules_out_what_needs_it_and_says_whi
     assert says in conflict(METHODS["full"](), eight, device, SHAPE)
 
 
+RADEON, OLD_RADEON = card("RX 7900 XTX"), card("RX 6800 XT")
+
+
+@pytest.mark.parametrize(
+    ("method", "changes", "device", "says"),
+    [
+        ("lora", {"attn_implementation": "sdpa"}, RADEON, None),
+        ("lora", {"dtype": "float16"}, OLD_RADEON, None),
+        ("lora", {"dtype": "bfloat16"}, OLD_RADEON, "no bf16 units"),
+        ("lora", {"attn_implementation": "flash_attention_2"}, RADEON, "not known to run on this Radeon"),
+        ("qlora", {}, RADEON, "bitsandbytes is not known to run on this Radeon"),
+        ("full", {"optim": "adamw_bnb_8bit"}, RADEON, "bitsandbytes is not known to run on this Radeon"),
+        ("qlora", {}, dataclasses.replace(RADEON, libraries={"bitsandbytes": Library("runs")}), None),
+    ],
+)
+def test_an_amd_card_has_16_bits_and_torchs_kernels_and_4_bits_only_where_they_were_seen_to_run(
+    method, changes, device, says
+):
+    found = conflict(METHODS[method](), dataclasses.replace(SWITCHES, **changes), device, SHAPE)
+
+    assert (found is None) if says is None else (says in found)
+
+
 @pytest.mark.parametrize("changes", [{"offload": "optimizer"}, {"offload": "parameters"}, {"zero_stage": 3}])
 def test_what_deepspeed_does_is_refused_where_it_is_absent(changes):
     device = dataclasses.replace(card("RTX 3090"), libraries={"deepspeed": Library("absent")})
