@@ -14,6 +14,7 @@ from clusters.capability import ClusterCapability, DeviceCapability, NodeCapabil
 from orchestrator import models, planner, workload
 from orchestrator.data.sizes import rough_lengths
 from orchestrator.jobfile import Job
+from orchestrator.reasons import unusable
 from strategies import METHODS, TECHNIQUES
 from strategies.contract import Dtype, Techniques, Workload
 from strategies.cost.time import product_rate
@@ -95,6 +96,8 @@ def catalogue(
 ) -> list[dict[str, Any]]:
     """A row for each technique and kind of device."""
     rows = []
+    for what, why in unusable(cluster).items():
+        say(f"{what} is not judged: {why}")
     for node, device in _kinds(cluster):
         model, work = _of_job(job) if job else _reference(device)
         max_length = min(2048, work.longest_sample)
@@ -113,11 +116,11 @@ def catalogue(
 
 
 def _kinds(cluster: ClusterCapability) -> Iterator[tuple[NodeCapability, DeviceCapability]]:
-    """Every different device once."""
+    """Every different device once, of those that can be trained on."""
     seen = set()
     for node in cluster.nodes:
         for device in node.devices:
-            if (device.kind, device.name) not in seen:
+            if (device.kind, device.name) not in seen and device.problem is None:
                 seen.add((device.kind, device.name))
                 yield node, device
 

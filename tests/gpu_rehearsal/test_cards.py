@@ -200,3 +200,17 @@ def test_a_user_of_the_command_line_reads_what_is_wrong_with_the_card(name, word
 
     shown = called("probe", cwd=tmp_path, check=0)
     assert words in " ".join((shown.stdout + shown.stderr).split())
+
+
+def test_techniques_are_judged_on_cards_that_can_be_trained_on_and_say_what_to_install(standing_in):
+    from orchestrator.catalogue import catalogue
+
+    told: list[str] = []
+    standing_in("rtx 3090 and gtx 1080", "extras absent")
+    rows = catalogue(machines.reached("local", told.append), None, False, told.append)
+    reasons = {row["technique"]: row["reason"] for row in rows if row["device"].endswith("3090")}
+
+    assert "pip install -e '.[quant]'" in reasons["QLoRA nf4"] and "'.[quant]'" in reasons["8-bit optimizer"]
+    assert "pip install -e '.[zero]'" in reasons["optimizer offload"] and "'.[zero]'" in reasons["ZeRO-3"]
+    assert not [row for row in rows if row["device"].endswith("1080")]
+    assert "GTX 1080" in " ".join(told) and "has no kernels for compute capability 6.1" in " ".join(told)
