@@ -199,6 +199,15 @@ def test_gpus_hidden_from_cuda_are_not_ours(nvidia_smi, monkeypatch, visible, sh
     assert [device.name[-4:] for device in look_at_this_node().gpus] == shown
 
 
+def test_a_part_of_a_card_that_is_named_is_refused_in_a_sentence(nvidia_smi, monkeypatch):
+    nvidia_smi()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "MIG-2f0c")
+    node = look_at_this_node()
+
+    assert node.gpus == ()
+    assert "CUDA_VISIBLE_DEVICES=MIG-2f0c names a part of a card" in node.problems[0]
+
+
 def test_a_driver_without_a_card_is_no_gpu(tool):
     tool("nvidia-smi", "#!/bin/sh\necho 'No devices were found'\nexit 6\n")
 
