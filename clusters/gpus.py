@@ -99,7 +99,7 @@ def _nvidia_rows() -> tuple[list[dict[str, str]], str | None]:
             try:
                 found = [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
             except csv.Error as error:
-                return [], f"nvidia-smi was not understood ({error}): its GPUs are not used"
+                return [], f"nvidia-smi was not understood ({printable(str(error))}): its GPUs are not used"
             return sorted(found, key=lambda row: row.get("pci.bus_id", "")), None
     return [], problem
 

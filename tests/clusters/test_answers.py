@@ -179,13 +179,15 @@ def test_a_driver_that_says_no_amount_says_nothing(amount):
     "answer", ["[]", "{", "[" * 9999, '{"card0": 1}', '{"card0": []}', '{"card0": {"Card series": {}}}']
 )
 def test_an_amd_tool_that_answers_anything_hides_its_cards_alone(monkeypatch, answer):
-    monkeypatch.setattr(
-        gpus, "_answer", lambda *command: answer if command[0] == "rocm-smi" else "0, a\0b, " + "x" * 200_000
-    )
+    answers = {"rocm-smi": answer, "nvidia-smi": "0, a\0b, " + "x" * 200_000}
+    monkeypatch.setattr(gpus, "_answer", lambda tool, *arguments: (answers[tool], None))
 
-    found, drivers = gpus.look_at_gpus()
+    found, problems = gpus.look_at_gpus()
 
-    assert len(found) <= 1 and drivers == ()
+    assert len(found) <= 1
+    said = ["nvidia-smi was not understood", *([] if found else ["rocm-smi was not understood"])]
+    assert [problem.split(" (")[0] for problem in problems] == said
+    assert all(problem.isprintable() for problem in problems)
 
 
 @pytest.mark.parametrize(
