@@ -73,7 +73,7 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
     before, there = Path.cwd(), _listing(folder)
     os.chdir(folder)
     try:
-        with _Watch(folder) as watch:
+        with _Watch(folder) as watch, _no_cluster():
             ended = call(case.arguments)
     finally:
         os.chdir(before)
@@ -83,6 +83,22 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
     if fault is None and ended.code and not case.writes and (left := _listing(folder) - there):
         fault = f"left behind: {min(left)}"
     return ended, fault
+
+
+@contextlib.contextmanager
+def _no_cluster() -> Iterator[None]:
+    """An input that is good enough to be trained ends where Ray would start."""
+    from orchestrator import run
+    from orchestrator.errors import ClusterError
+
+    def refuse(*_: Any) -> None:
+        raise ClusterError("no cluster is started for an input")
+
+    kept, run._train_on_ray = run._train_on_ray, refuse
+    try:
+        yield
+    finally:
+        run._train_on_ray = kept
 
 
 def _fault_of(ended: Ended) -> str | None:
