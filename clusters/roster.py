@@ -90,15 +90,14 @@ def _other_drivers() -> list[str]:
 
 
 class CallOn:
-    """A call that runs on one node beside whatever else happens; it asks for no resources but GPUs."""
+    """A call that runs on one node beside whatever else happens; it asks for no resources."""
 
-    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any, num_gpus: int = 0) -> None:
+    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_retries": 0, "scheduling_strategy": pinned}
-        self._task = ray.remote(call).options(**options).remote(*arguments)
+        self._task = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*arguments)
 
     def has_ended(self) -> bool:
         import ray
