@@ -62,8 +62,8 @@ def written_out(document: Any) -> list[str]:
 def notices(document: Any) -> list[str]:
     """What to say of each of them."""
     return [
-        f"{key} holds a password or a token: it is masked in what is shown and sent, but stays in the run's job.yaml,"
-        f" which only you can read. {_way_out(key)}"
+        f"{key} holds a password or a token: it is masked in what is shown and sent, but stays in the run's job.yaml"
+        f" and recorded.json, which only you can read. {_way_out(key)}"
         for key in written_out(document)
     ]
 

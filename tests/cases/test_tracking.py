@@ -102,6 +102,7 @@ def test_a_password_stands_in_the_job_alone_whatever_is_asked_of_its_run(case):
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     holding = [file for file in files if PASSWORD.encode() in file.read_bytes()]
     assert PASSWORD not in said and len(files) > 20
-    assert holding == [folder / "runs" / "first" / "job.yaml"]
-    assert stat.S_IMODE(holding[0].stat().st_mode) == 0o600
+    run = folder / "runs" / "first"
+    assert sorted(holding) == [run / "job.yaml", run / "recorded.json"]  # the job as it was written, twice
+    assert [stat.S_IMODE(file.stat().st_mode) for file in holding] == [0o600, 0o600]
     assert not (folder / "home" / ".ray").exists()

@@ -69,7 +69,9 @@ def test_what_is_waited_for_and_who_holds_it_is_said(job_text, tmp_path, cluster
             job.kill()
             free.touch()
             hog.wait(30)
+            hog.stdout.close()
 
+    waiting = " ".join(waiting.split())
     assert re.search(r"waiting for .* CPU of .*, where 0 of 2 are free\. Also connected: .*hog\.py", waiting), waiting
     assert job.returncode == 0, log.read_text()
     assert Path(tmp_path / "runs").exists()
