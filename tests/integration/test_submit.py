@@ -27,7 +27,7 @@ def orchestrator(*arguments, cwd, check=None):
         text=True,
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=280,
+        timeout=600,
     )
     if check is not None:
         assert done.returncode == check, done.stdout + done.stderr
@@ -220,7 +220,7 @@ def kill_tree(process):
 
 def wait_for_step(run_folder, step, process):
     """Block until `run_folder()` has a step report of at least `step`."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while time.monotonic() < deadline:
         run = run_folder()
         if run and max(run.steps(), default=0) >= step:

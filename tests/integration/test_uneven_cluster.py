@@ -83,7 +83,7 @@ def begun(place):
     pytest.fail("".join(process.communicate()))
 
 
-def reached(run, step, process, limit_s=120):
+def reached(run, step, process, limit_s=300):
     until = time.monotonic() + limit_s
     while max(run.steps(), default=0) < step:
         assert process.poll() is None, "".join(process.communicate())
@@ -92,7 +92,7 @@ def reached(run, step, process, limit_s=120):
 
 
 def ended(process, code=0):
-    told, said = process.communicate(timeout=150)
+    told, said = process.communicate(timeout=400)
     assert process.returncode == code, told + said
     return json.loads(told), said
 
