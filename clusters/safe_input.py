@@ -31,6 +31,8 @@ _MAX_PATH_BYTES, _MAX_PART_BYTES = 4096, 255  # PATH_MAX and NAME_MAX of Linux
 NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
 NAME_PATTERN = r"^\w[\w.-]{0,62}$"
 _MAX_PATTERN = 1000
+_MAX_REPEATS = 10_000  # of a pattern: the product of its counts {n} and {n,m}
+_COUNTED = re.compile(r"\{\d*,?\d*\}")
 _MAX_NAME_BYTES = 200  # of UTF-8: a file name has 255, and a moment or an ending is added
 
 _TAGS = {f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map")} | {"!"}
@@ -294,7 +296,8 @@ def name_mistake(name: str) -> str | None:
 def matches(pattern: str, text: str, label: str, seconds: float = 1.0) -> bool:
     """Whether a pattern from a file fits the whole text, as `re.fullmatch` would say.
 
-    Raises BadInput for a pattern that does not compile, has more than 1,000 characters or takes longer than `seconds`.
+    Raises BadInput for a pattern that does not compile, has more than 1,000 characters, repeats a part more than 10,000
+    times or takes longer than `seconds`.
     """
     if re.fullmatch(r"[\w-]*", pattern):
         return pattern == text
@@ -303,6 +306,9 @@ def matches(pattern: str, text: str, label: str, seconds: float = 1.0) -> bool:
     try:
         if len(pattern) > _MAX_PATTERN:
             raise ValueError(f"it has {len(pattern)} characters, more than {_MAX_PATTERN}")
+        counts = [int(digits[:9]) for digits in re.findall(r"\d+", "".join(_COUNTED.findall(pattern)))]
+        if math.prod(count for count in counts if count) > _MAX_REPEATS:  # they are written out, in memory
+            raise ValueError(f"it repeats a part more than {_MAX_REPEATS:,} times")
         re.compile(pattern)  # regex allows more than re, by which others read the same pattern
         return regex.fullmatch(pattern, text, timeout=max(seconds, 1e-9)) is not None
     except TimeoutError:

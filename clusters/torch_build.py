@@ -22,7 +22,8 @@ _WHEELS = (  # published builds, the newest first
     ("12.9", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")),
     ("12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90")),
 )
-_ROCM = "install the ROCm build of torch (https://pytorch.org/get-started/locally/)"
+_PAGE = "https://pytorch.org/get-started/locally/"
+_ROCM = f"install the ROCm build of torch ({_PAGE})"
 
 
 @dataclass(frozen=True)
@@ -101,9 +102,7 @@ def _remedy(device: DeviceCapability, build: TorchBuild) -> str:
     newer = f"update the driver to {_needed_driver(fitting[0])} or newer"
     if not runnable:
         return newer
-    tag = f"cu{runnable[0].replace('.', '')}"
-    base = build.version.partition("+")[0]
-    install = f"pip install torch=={base}+{tag} --index-url https://download.pytorch.org/whl/{tag}"
+    install = f"install torch {build.version.partition('+')[0]} for CUDA {runnable[0]} ({_PAGE})"
     is_old = build.cuda is not None and driver is not None and driver < _needed_driver(build.cuda)
     return f"{newer}, or {install}" if is_old and build.cuda in fitting else install
 

@@ -27,7 +27,7 @@ _TOO_SLOW = 8.0  # times longer than without
 _COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
 
 # What a device is judged with where no job is given: the largest of these whose 16-bit weights fill at most half of it.
-_REFERENCES: tuple[tuple[str, dict[str, Any]], ...] = (
+REFERENCES: tuple[tuple[str, dict[str, Any]], ...] = (
     (
         "SmolLM2-135M",
         {
@@ -162,7 +162,7 @@ def _reference(device: DeviceCapability) -> tuple[str, Workload]:
     room = (device.memory_bytes or 8 * 2**30) / (2 if device.kind != "cpu" else 16)
     fitting = [
         (name, ModelShape.from_config({"model_type": "llama", **config}))
-        for name, config in _REFERENCES
+        for name, config in REFERENCES
         if 2 * ModelShape.from_config({"model_type": "llama", **config}).num_parameters <= room
     ]
     name, shape = fitting[-1] if fitting else ("SmolLM2-135M", _smallest())
@@ -182,7 +182,7 @@ def _reference(device: DeviceCapability) -> tuple[str, Workload]:
 
 
 def _smallest() -> ModelShape:
-    return ModelShape.from_config({"model_type": "llama", **_REFERENCES[0][1]})
+    return ModelShape.from_config({"model_type": "llama", **REFERENCES[0][1]})
 
 
 def _of_job(job: Job) -> tuple[str, Workload]:

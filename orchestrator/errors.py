@@ -16,6 +16,7 @@ do.
 from collections.abc import Sequence
 
 from clusters.masking import masked
+from strategies.techniques import libraries
 
 # Which extra of pyproject.toml brings a package that is loaded late.
 EXTRAS = {
@@ -23,8 +24,7 @@ EXTRAS = {
     **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn", "regex"), "train"),
     **dict.fromkeys(("optuna", "matplotlib", "jinja2"), "train"),
     "gguf": "quickstart",
-    "bitsandbytes": "quant",
-    "deepspeed": "zero",
+    **libraries.EXTRAS,
     "kubernetes": "k8s",
 }
 

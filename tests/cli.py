@@ -31,11 +31,15 @@ class Streams:
     """What a call has printed so far."""
 
     def __init__(self) -> None:
+        self._bytes = io.BytesIO(), io.BytesIO()
         modes = "strict", "backslashreplace"  # as Python opens them
-        self.out, self.err = (io.TextIOWrapper(io.BytesIO(), "utf-8", mode, write_through=True) for mode in modes)
+        self.out, self.err = (
+            io.TextIOWrapper(kept, "utf-8", mode, write_through=True)
+            for kept, mode in zip(self._bytes, modes, strict=True)
+        )
 
     def texts(self) -> tuple[str, str]:
-        out, err = (stream.buffer.getvalue().decode("utf-8", "replace") for stream in (self.out, self.err))  # type: ignore[attr-defined]
+        out, err = (kept.getvalue().decode("utf-8", "replace") for kept in self._bytes)
         return out, err
 
 

@@ -12,6 +12,7 @@ from clusters.safe_input import (
     depth_of,
     load_json,
     load_yaml,
+    matches,
     name_mistake,
     printable,
     read_text,
@@ -122,3 +123,13 @@ def test_names_allow_letters_of_any_script_and_no_paths():
 
 def test_what_is_printed_is_one_line_without_control_characters():
     assert printable("a\x1b[31m\n\ud800\u202eb契") == "a\\x1b[31m\\n\\ud800\\u202eb契"
+
+
+@pytest.mark.parametrize("pattern", ["a{999999999}", "((a{1000}){1000}){1000}", "a{0,99999999999999999999}"])
+def test_a_pattern_that_would_fill_the_memory_is_refused_before_it_is_read(pattern):
+    with pytest.raises(BadInput, match="repeats a part more than 10,000 times"):
+        matches(pattern, "model.layers.10.q_proj", "target_modules")
+
+
+def test_counts_of_patterns_that_people_write_are_matched():
+    assert matches(r"model\.layers\.\d{1,2}\.q_proj", "model.layers.10.q_proj", "target_modules")

@@ -10,8 +10,8 @@ ARCHES_130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_1
 CUDA_130 = TorchBuild("2.13.0+cu130", "13.0", None, ARCHES_130)
 CPU = TorchBuild("2.13.0+cpu")
 ROCM = TorchBuild("2.13.0+rocm7.1", None, "7.1", ("gfx1100", "gfx942"))
-CU126 = "pip install torch==2.13.0+cu126 --index-url https://download.pytorch.org/whl/cu126"
-CU129, CU130 = CU126.replace("cu126", "cu129"), CU126.replace("cu126", "cu130")
+CU126 = "install torch 2.13.0 for CUDA 12.6 (https://pytorch.org/get-started/locally/)"
+CU129, CU130 = (CU126.replace("12.6", cuda) for cuda in ("12.9", "13.0"))
 
 
 def card(capability=(8, 6), driver="580.95.05", kind="cuda", **more):

@@ -6,7 +6,6 @@ A machine is what nvidia-smi prints for each card (or how it fails), and what ro
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -71,7 +70,7 @@ class Machine:
 
 def _program(file: Path, text: str) -> None:
     file.write_text(text)
-    os.chmod(file, 0o755)  # noqa: PTH101
+    file.chmod(0o755)
 
 
 RTX_3060 = card("NVIDIA GeForce RTX 3060", 12288, 11700, "170.00", "8.6")
