@@ -43,6 +43,17 @@ _FIELDS: dict[str, dict[str, Any]] = {
         "peak_bytes": _NUMBER,
     },
 }
+# Of every event, where it has them.
+_OPTIONAL: dict[str, Any] = {
+    "step": int,
+    "eval_loss": _NUMBER,
+    "text": str,
+    "node": (str, type(None)),
+    "again": bool,
+    "lane_s": dict,
+    "bus_down_bytes": _NUMBER,
+    "bus_up_bytes": _NUMBER,
+}
 _OF_WORKERS = {
     "worker_tokens": list,
     "worker_s": list,
@@ -79,12 +90,14 @@ def _fault(event: Any) -> str | None:
         return "is no event"
     if not _is(event.get("time"), _NUMBER):
         return "its time is no number"
-    wanted = _FIELDS.get(event["event"], {})
+    wanted = {name: kind for name, kind in _OPTIONAL.items() if name in event} | _FIELDS.get(event["event"], {})
     if event["event"] == "step" and "worker_s" in event:
         wanted = wanted | _OF_WORKERS
     for name, kind in wanted.items():
         if name not in event or not _is(event[name], kind):
             return f"{event['event']}: {name} is {json.dumps(event.get(name))[:40]}"
+    if not all(_is(seconds, _NUMBER) for seconds in event.get("lane_s", {}).values()):
+        return f"{event['event']}: lane_s is {json.dumps(event['lane_s'])[:40]}"
     members = event.get("members", ())
     if not all(isinstance(one, dict) and isinstance(one.get("node"), str) and "device" in one for one in members):
         return "group: a member without node and device"

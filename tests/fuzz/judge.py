@@ -73,7 +73,7 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
     before, there = Path.cwd(), _listing(folder)
     os.chdir(folder)
     try:
-        with _Watch(folder) as watch, _no_cluster():
+        with _Watch(folder) as watch, _no_training():
             ended = call(case.arguments)
     finally:
         os.chdir(before)
@@ -86,19 +86,20 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
 
 
 @contextlib.contextmanager
-def _no_cluster() -> Iterator[None]:
-    """An input that is good enough to be trained ends where Ray would start."""
-    from orchestrator import run
+def _no_training() -> Iterator[None]:
+    """An input that is good enough to be trained ends where Ray would start, or the packaged model be converted."""
+    from orchestrator import models, run
     from orchestrator.errors import ClusterError
 
     def refuse(*_: Any) -> None:
-        raise ClusterError("no cluster is started for an input")
+        raise ClusterError("nothing is trained for an input")
 
-    kept, run._train_on_ray = run._train_on_ray, refuse
+    kept = run._train_on_ray, models._convert
+    run._train_on_ray = models._convert = refuse
     try:
         yield
     finally:
-        run._train_on_ray = kept
+        run._train_on_ray, models._convert = kept
 
 
 def _fault_of(ended: Ended) -> str | None:
