@@ -17,16 +17,19 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from clusters.capability import DeviceCapability
+from clusters.gpu_reservation import by_uuid
+from clusters.interfaces import GLOO
 
 SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
 _LOOPBACK, _LOOPBACK_DEVICE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
-_GLOO = "GLOO_SOCKET_IFNAME"  # else the interface that this machine's name leads to
 _LONGEST_FOLDER = 30  # a socket's path has 107 characters, of which Ray's own names in the folder take 77
 
 
@@ -165,9 +168,9 @@ def _token_of(file: Path) -> Iterator[None]:
     """Inside the block Ray wants and shows the token in the file, and workers talk to each other on loopback."""
     from ray._raylet import AuthenticationTokenLoader, Config  # pyright: ignore[reportAttributeAccessIssue]
 
-    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", _GLOO)
+    names = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", GLOO)
     before = {name: os.environ.pop(name, None) for name in names}
-    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), _GLOO: before[_GLOO] or _LOOPBACK_DEVICE}
+    os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(file), GLOO: before[GLOO] or _LOOPBACK_DEVICE}
     Config.initialize("")  # Ray reads the mode and the token once; so it does itself when it changes them
     AuthenticationTokenLoader.instance().reset_cache()
     try:
@@ -207,9 +210,13 @@ def _keep_quiet() -> None:
 
 @contextlib.contextmanager
 def connect(
-    address: str, num_slots: int, cores_per_slot: int, environment: Mapping[str, str] | None = None
+    address: str,
+    num_slots: int,
+    cores_per_slot: int,
+    environment: Mapping[str, str] | None = None,
+    gpus: Sequence[DeviceCapability] = (),
 ) -> Iterator[Connection]:
-    """Connect for the length of the block; `local` starts Ray here and ends it after.
+    """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after.
 
     `environment` is what every worker process starts with.  Raises CannotConnect.
     """
@@ -217,7 +224,7 @@ def connect(
 
     # Ray reads this when it starts its processes: nothing of a user's cluster is reported anywhere.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    # Workers learn their device from the plan; Ray must not hide GPUs from a worker that asked for a slot.
+    # Workers learn their GPU from the plan; Ray must not hide it from who asked for a slot and for none of Ray's GPUs.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the work is seen
@@ -230,7 +237,8 @@ def connect(
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as until_the_end:
         if address == "local":
-            begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots)
+            begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots, len(gpus))
+            until_the_end.enter_context(_environment(by_uuid(gpus)))
         else:
             address = _resolved(address)
             _refuse_unreachable(address)
@@ -252,14 +260,28 @@ def connect(
             ray.shutdown()
 
 
-def _embedded(until_the_end: contextlib.ExitStack, num_cpus: int, num_slots: int) -> dict[str, Any]:
+@contextlib.contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """Processes that are started inside the block have these variables."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def _embedded(until_the_end: contextlib.ExitStack, num_cpus: int, num_slots: int, num_gpus: int) -> dict[str, Any]:
     """What starts a cluster here, with a token and a folder that last as long as it."""
     folder = until_the_end.enter_context(_private_folder())
     until_the_end.enter_context(_token_of(folder / "auth_token"))
     return {
         "address": "local",
         "num_cpus": num_cpus,
-        "num_gpus": 0,
+        "num_gpus": num_gpus,
         "resources": {SLOT: num_slots},
         "object_store_memory": _OBJECT_STORE_BYTES,
         "include_dashboard": False,

@@ -15,7 +15,6 @@ import re
 import signal
 import socket
 import stat
-import struct
 import subprocess
 import sys
 import threading
@@ -24,8 +23,10 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.capability import NodeCapability
+from clusters import interfaces
+from clusters.capability import DeviceCapability, NodeCapability
 from clusters.connect import SLOT, close_own_token, own_token, write_token
+from clusters.gpu_reservation import by_uuid
 from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
 
@@ -37,7 +38,6 @@ _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
 _END_S = 10.0
 _LONGEST_TOKEN = 64 * 2**10  # bytes
-_INTERFACE_ADDRESS = 0x8915  # Linux's SIOCGIFADDR
 # Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "3000",
@@ -98,17 +98,11 @@ def token_file(path: Path | None, make: bool) -> Path:
 
 def address_of(interface: str) -> str:
     """The IPv4 address of a network interface.  Raises CannotServe with the names there are."""
-    import fcntl
-
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            told = fcntl.ioctl(probe.fileno(), _INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
-        except (OSError, UnicodeError):
-            known = ", ".join(name for _, name in socket.if_nameindex())
-            raise CannotServe(
-                f"--interface {printable(interface)}: has no IPv4 address here; interfaces: {known}"
-            ) from None
-    return socket.inet_ntoa(told[20:24])
+    address = interfaces.address_of(interface)
+    if address is None:
+        known = ", ".join(interfaces.names())
+        raise CannotServe(f"--interface {printable(interface)}: has no IPv4 address here; interfaces: {known}")
+    return address
 
 
 def address_towards(host: str = _ELSEWHERE) -> str:
@@ -174,7 +168,7 @@ def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
             "--log-color=false",
         ),
         *(f"--node-ip-address={own.address}", f"--node-name={own.name}"),
-        *(f"--num-cpus={capability.num_cores}", "--num-gpus=0"),
+        *(f"--num-cpus={capability.num_cores}", f"--num-gpus={len(offered_gpus(own, capability))}"),
         f"--resources={json.dumps({SLOT: own.num_slots} if own.num_slots else {})}",
         f"--object-store-memory={_OBJECT_STORE_BYTES}",
         f"--labels={','.join(f'{key}={value}' for key, value in labels.items())}",
@@ -184,6 +178,15 @@ def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
     if own.temp_dir and not own.head:
         command.append(f"--temp-dir={own.temp_dir}")
     return command
+
+
+def offered_gpus(own: OwnNode, capability: NodeCapability) -> tuple[DeviceCapability, ...]:
+    """The GPUs that Ray hands out: those of one maker, since Ray counts no others together.
+
+    All of them, though fewer slots may be given: how many train at a time is the slots' to say, which ones the plan's.
+    """
+    kinds = [gpu.kind for gpu in capability.gpus]
+    return tuple(gpu for gpu in capability.gpus if own.num_slots and gpu.kind == kinds[0])
 
 
 def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
@@ -235,7 +238,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
         began, told, was_up = time.monotonic(), [], False
         child = subprocess.Popen(
             ray_arguments(own, capability),
-            env=environment(own.token_file, os.environ),
+            env={**environment(own.token_file, os.environ), **by_uuid(offered_gpus(own, capability))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

@@ -90,14 +90,15 @@ def _other_drivers() -> list[str]:
 
 
 class CallOn:
-    """A call that runs on one node beside whatever else happens; it asks for no resources."""
+    """A call that runs on one node beside whatever else happens; it asks for no resources but GPUs."""
 
-    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any) -> None:
+    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any, num_gpus: int = 0) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
-        self._task = ray.remote(call).options(num_cpus=0, max_retries=0, scheduling_strategy=pinned).remote(*arguments)
+        options = {"num_cpus": 0, "num_gpus": num_gpus, "max_retries": 0, "scheduling_strategy": pinned}
+        self._task = ray.remote(call).options(**options).remote(*arguments)
 
     def has_ended(self) -> bool:
         import ray

@@ -22,10 +22,13 @@ class Aside:
         if plan.helper.node not in node_ids:
             run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not there"}))
             return
+        from clusters import gpu_reservation
         from clusters.roster import CallOn
         from orchestrator.training.untuned import measure
 
-        self._call: Any = CallOn(node_ids[plan.helper.node], measure, str(run.path))
+        node_id = node_ids[plan.helper.node]
+        num_gpus = int(plan.helper.torch_device != "cpu" and gpu_reservation.offers_gpus(node_id))
+        self._call: Any = CallOn(node_id, measure, str(run.path), num_gpus=num_gpus)
 
     def hear(self) -> None:
         """Tell, once, what came of it."""

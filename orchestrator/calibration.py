@@ -31,7 +31,7 @@ def calibrated(cluster: ClusterCapability, runs: Path) -> ClusterCapability:
 
 
 def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
-    """(device name, number format) -> measured over predicted step time, as the uncalibrated formulas predicted it."""
+    """(device name or UUID, number format) -> measured over predicted step time, as the formulas alone predicted it."""
     logs: dict[tuple[str, str], list[float]] = {}
     for result in results:
         try:
@@ -42,13 +42,17 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
             continue
         ratio = times.measured_step_s / times.formula_step_s
         if _BELIEVABLE[0] <= ratio <= _BELIEVABLE[1]:
-            logs.setdefault((times.device, times.dtype), []).append(math.log(ratio))
+            for device in filter(None, (times.device, times.uuid)):
+                logs.setdefault((device, times.dtype), []).append(math.log(ratio))
     return {key: math.exp(sum(values) / (len(values) + _PRIOR_RUNS)) for key, values in logs.items()}
 
 
 def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -> DeviceCapability:
-    own = {dtype: ratio for (name, dtype), ratio in learnt.items() if name == device.name}
-    return replace(device, calibration=own) if own else device
+    """What was learnt on this very card; what on others of its name, where it has run nothing of that format."""
+    known = {
+        dtype: ratio for label in (device.name, device.uuid) for (name, dtype), ratio in learnt.items() if name == label
+    }
+    return replace(device, calibration=known) if known else device
 
 
 def _results(runs: Path) -> Iterable[Mapping[str, Any]]:

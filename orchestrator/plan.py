@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from clusters.capability import Kind
 from clusters.safe_input import BadInput, load_json, printable, record
 from clusters.units import format_s
 from orchestrator.errors import JobError, RunFailed
@@ -40,6 +41,8 @@ class NodePlan:
     memory: MemoryEstimate
     time: TimeEstimate
     share: float  # of each step's samples
+    kind: Kind = "cpu"  # whose device it is
+    uuid: str | None = None  # of the GPU; None = its driver tells none
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,13 @@ class Plan:
         if slot >= len(parts):
             raise RunFailed(f"the plan has {len(parts)} workers for {node or 'this machine'}, and this is one more")
         return parts[slot]
+
+    @property
+    def backend(self) -> str:
+        """How workers talk: nccl among GPUs of one maker (RCCL answers to that name), gloo where they differ or one
+        has none.  A worker alone talks to nobody."""
+        kinds = {part.kind for part in self.nodes}
+        return "nccl" if len(self.nodes) > 1 and len(kinds) == 1 and "cpu" not in kinds else "gloo"
 
     @property
     def memory(self) -> MemoryEstimate:

@@ -240,6 +240,8 @@ def _node_plan_of(part: Any) -> NodePlan:
         memory=plan.memory,
         time=plan.time,
         share=part.share,
+        kind=slot.device.kind,
+        uuid=slot.device.uuid,
     )
 
 

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from clusters.capability import ClusterCapability
+from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.connect import CannotConnect, connect
 from clusters.safe_input import BadInput
 from orchestrator import calibration, machines, models, money, planner, workload
@@ -360,7 +360,8 @@ def _train_on_ray(
         run, job, plan, capability, lambda first, there: _plan_again(run, job, first, there), watcher.say
     )
     try:
-        with connect(address, plan.num_workers, plan.threads_per_worker) as cluster:
+        gpus = planned_gpus(plan, capability) if address == "local" else ()
+        with connect(address, plan.num_workers, plan.threads_per_worker, gpus=gpus) as cluster:
             if job.spec.cluster.wait_for_slots and address != "local":
                 wait_for_slots(job.spec.cluster.wait_for_slots)  # a run that goes on may meet a cluster that is young
             going: Plan | None = recovery.at_start()
@@ -372,6 +373,13 @@ def _train_on_ray(
                 offset = _pass_on(run, watcher, offset)
     except CannotConnect as error:
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+def planned_gpus(plan: Plan, capability: ClusterCapability) -> list[DeviceCapability]:
+    """The GPUs of a single machine that a plan trains on."""
+    named = {part.uuid for part in plan.nodes if part.torch_device != "cpu"}
+    gpus = [gpu for node in capability.nodes for gpu in node.gpus]
+    return [gpu for gpu in gpus if gpu.uuid in named] if named - {None} else gpus[: len(plan.nodes) * bool(named)]
 
 
 def _attempt(

@@ -107,7 +107,9 @@ def test_each_heavy_library_has_one_owner():
     assert owners["mlflow"] == {"orchestrator/tracking.py"}
     assert owners["kubernetes"] == {"clusters/kube_door.py"}
     doors = {"orchestrator/training/launch.py", "orchestrator/search/tuning.py"}
-    own = {f"clusters/{name}.py" for name in ("connect", "elsewhere", "ray_probe", "ray_jobs", "roster")} | doors
+    own = {
+        f"clusters/{name}.py" for name in ("connect", "elsewhere", "gpu_reservation", "ray_probe", "ray_jobs", "roster")
+    } | doors
     assert owners["ray"] == own
 
 

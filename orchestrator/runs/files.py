@@ -74,6 +74,7 @@ class StepTimes:
     formula_step_s: float | None = None
     measured_step_s: float | None = None
     device: str | None = None
+    uuid: str | None = None  # of a GPU
     dtype: str | None = None
 
 

@@ -280,7 +280,9 @@ def _tune(going: _Search) -> None:
     places = [slot for slot in planner.slots_of(spec, going.planning.capability) if slot.node.name in names]
     num_slots, threads = len(places), max(slot.threads for slot in places)
     try:
-        with connect(address, num_slots, threads, host_memory.ENVIRONMENT | thread_waits.environment()) as cluster:
+        gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
+        environment = host_memory.ENVIRONMENT | thread_waits.environment()
+        with connect(address, num_slots, threads, environment, gpus) as cluster:
             node_ids = _node_ids(address, names)
 
             def run() -> None:

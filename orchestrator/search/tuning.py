@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,7 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
+from clusters import gpu_reservation
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job, spec_with
 from orchestrator.plan import Plan
@@ -78,11 +79,16 @@ def tune_trials(
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what went wrong is said by us, a line a trial
     storage = folder / ".ray" / uuid.uuid4().hex[:8]
 
+    def offers_gpus(name: str) -> bool:
+        return gpu_reservation.offers_gpus(node_ids[name] if node_ids else gpu_reservation.own_node_id())
+
     def resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
+        plans = {name: Plan.from_json(text) for name, text in config["plans"].items()}
+        bundle, nodes = place_of(plans, slot_resources, {name for name in plans if offers_gpus(name)})
         if not node_ids:
-            return tune.PlacementGroupFactory([slot_resources])
-        where = ",".join(sorted(node_ids[node] for node in config["plans"]))
-        return tune.PlacementGroupFactory([slot_resources], bundle_label_selector=[{"ray.io/node-id": f"in({where})"}])
+            return tune.PlacementGroupFactory([bundle])
+        where = ",".join(sorted(node_ids[node] for node in nodes))
+        return tune.PlacementGroupFactory([bundle], bundle_label_selector=[{"ray.io/node-id": f"in({where})"}])
 
     tuner = tune.Tuner(
         tune.with_resources(_Runner, resources),
@@ -107,6 +113,17 @@ def tune_trials(
         tuner.fit()
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
+
+
+def place_of(
+    plans: Mapping[str, Plan], slot_resources: Mapping[str, float], offering: Set[str]
+) -> tuple[dict[str, float], set[str]]:
+    """What a trial asks of Ray, and the nodes where it may run: those with GPUs where its plan is for one.
+
+    Ray then shows its process that GPU and no other.  Nodes `offering` none to Ray give what was planned unreserved.
+    """
+    on_gpus = {name for name, plan in plans.items() if plan.nodes[0].torch_device != "cpu"} & offering
+    return ({**slot_resources, gpu_reservation.GPU: 1.0}, on_gpus) if on_gpus else (dict(slot_resources), set(plans))
 
 
 def rungs(num_steps: int) -> list[int]:

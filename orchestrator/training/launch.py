@@ -1,4 +1,8 @@
-"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder and its node's name."""
+"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder and its node's name.
+
+GPUs are not Ray Train's to give: it hands out any, the same amount to every worker, and a plan names one for some.
+They are reserved beside it (clusters/gpu_reservation.py), and each worker sees its own before PyTorch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import shutil
 import socket
 import traceback
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,10 +21,15 @@ from typing import Any
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
 
+from clusters import gpu_reservation
+from clusters.capability import ClusterCapability
+from clusters.gpu_reservation import Reservation, Wanted
+from clusters.interfaces import gloo_talks_at
 from clusters.masking import MaskedFormatter
 from orchestrator.errors import OrchestratorError, RunFailed
-from orchestrator.plan import Plan
+from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
 from strategies.techniques import host_memory, thread_waits
 
@@ -34,12 +44,113 @@ _ENVIRONMENT = {
 
 
 def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_ids: Mapping[str, str]) -> None:
-    """Run the planned workers to their end.  Raises RunFailed when one of them fails.
+    """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails.
 
     `node_ids` names the plan's nodes as Ray knows them; empty where there is one machine.  Restarts are the caller's:
-    it plans again with the machines that are left (recovery.py).  Ray's own bookkeeping goes into a throw-away folder:
-    what a restart needs is our checkpoint, which verifies.
+    it plans again with the machines that are left (recovery.py).
     """
+    wanted = [wanted_gpu(part, run.capability(), _ray_node(part, node_ids)) for part in _on_gpus(plan)]
+    is_over = run.stop_file.exists
+    reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
+    if reservation is None:
+        run.record("state", state="stopped", step=max(run.steps(), default=0))
+        return
+    for text in notices(plan, reservation):
+        run.record("note", text=text)
+    try:
+        _train(run, plan, slot_resources, node_ids, environments(plan, reservation, node_ids))
+    finally:
+        reservation.release()
+
+
+def _on_gpus(plan: Plan) -> list[NodePlan]:
+    return [part for part in plan.nodes if part.torch_device != "cpu"]
+
+
+def _ray_node(part: NodePlan, node_ids: Mapping[str, str]) -> str:
+    """Ray's id of the node of a part; of the only one where they have no names."""
+    return node_ids[part.node] if node_ids else gpu_reservation.own_node_id()
+
+
+def wanted_gpu(part: NodePlan, cluster: ClusterCapability, node_id: str) -> Wanted:
+    """The GPU that was planned, and those that are as good: of the same name, with room for what was planned."""
+    gpus = next((node.gpus for node in cluster.nodes if node.name == part.node), ())
+    alike = [gpu for gpu in gpus if gpu.name == part.device and gpu.uuid not in (None, part.uuid)]
+    needed = part.memory.total_bytes
+    others = [str(gpu.uuid) for gpu in alike if gpu.memory_bytes is None or gpu.memory_bytes >= needed]
+    return Wanted(node_id, (part.uuid, *others) if part.uuid else ())
+
+
+def notices(plan: Plan, reservation: Reservation) -> list[str]:
+    """What the user should know of GPUs that are not, or not only, the planned ones."""
+    texts = []
+    for part, held in zip(_on_gpus(plan), reservation.held, strict=True):
+        if held is None:
+            texts.append(f"Ray hands out no GPUs of {part.node}: nothing keeps its other users from {part.device}")
+        elif part.uuid and held.id != part.uuid:
+            texts.append(
+                f"{held.id} of {part.node} trains in place of {part.uuid}: it is like it, and Ray gave it first"
+            )
+    return texts
+
+
+def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """What each worker's process must see, by Ray's id of its node ("" where there is one) and in the plan's order.
+
+    Where Ray has no GPUs to give, the planned one is used: nothing keeps others from it.
+    """
+    held = iter(reservation.held)
+    found: dict[str, list[dict[str, str]]] = {}
+    for part in plan.nodes:
+        own = next(held) if part.torch_device != "cpu" else None
+        gpu = own.id if own else part.uuid
+        found.setdefault(node_ids.get(part.node, ""), []).append(gpu_reservation.visible(part.kind, gpu))
+    return found
+
+
+@dataclass
+class _Places(TorchConfig):
+    """How workers meet, and what each of them sees of its node."""
+
+    environments: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Before PyTorch starts in the workers: each sees its own GPU, and talks where its node's address leads."""
+        nodes = worker_group.execute(gpu_reservation.own_node_id)
+        for index, own in enumerate(in_order(nodes, backend_config.environments)):
+            worker_group.execute_single(index, gpu_reservation.see, own)
+        worker_group.execute(_talk_as_the_cluster_knows_us)
+        super().on_start(worker_group, backend_config)
+
+
+def _talk_as_the_cluster_knows_us() -> None:
+    gloo_talks_at(ray.util.get_node_ip_address())
+
+
+def in_order(nodes: Sequence[str], environments: Mapping[str, Sequence[dict[str, str]]]) -> list[dict[str, str]]:
+    """The environment of each worker: those of a node go to its workers in the order of Ray's ranks.
+
+    `_in_plan_order` gives out the plan's parts in the same order.
+    """
+    left = {node_id: list(own) for node_id, own in environments.items()}
+    of_nodes = (left.get(node_id, left.get("", [])) for node_id in nodes)
+    return [own.pop(0) if own else {} for own in of_nodes]  # a worker too many is refused there
+
+
+def _train(
+    run: RunFolder,
+    plan: Plan,
+    slot_resources: dict[str, float],
+    node_ids: Mapping[str, str],
+    environments: dict[str, list[dict[str, str]]],
+) -> None:
+    """Ray's own bookkeeping goes into a throw-away folder: what a restart needs is our checkpoint, which verifies."""
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -59,7 +170,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
         ),
-        torch_config=TorchConfig(backend=collective_backend(plan), timeout_s=_START_TIMEOUT_S),
+        torch_config=_Places(backend=plan.backend, timeout_s=_START_TIMEOUT_S, environments=environments),
     )
     try:
         trainer.fit()
@@ -69,12 +180,6 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
         raise RunFailed(_last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
-
-
-def collective_backend(plan: Plan) -> str:
-    """Who carries tensors between workers: NCCL between GPUs alone; one worker sends nothing and needs no NCCL."""
-    on_gpus = all(part.torch_device == "cuda" for part in plan.nodes)
-    return "nccl" if on_gpus and plan.num_workers > 1 else "gloo"
 
 
 def _on_worker(config: dict[str, Any]) -> None:
@@ -120,7 +225,7 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
         return 0, 0
     backend = dist.get_backend()
     if backend == "nccl":  # objects travel through a GPU, which must be one's own
-        torch.cuda.set_device(ray.train.get_context().get_local_rank())
+        torch.cuda.set_device(0)
     listener = socket.create_server((ray.util.get_node_ip_address(), 0))
     me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())
     told: list[Any] = [None] * size

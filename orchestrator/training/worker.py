@@ -68,7 +68,9 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     """
     job, plan = run.job(), run.plan()
     part = plan.part_of(node, slot)
-    device = torch.device("cpu" if part.torch_device == "cpu" else f"cuda:{slot}")
+    device = torch.device("cpu" if part.torch_device == "cpu" else "cuda:0")  # it sees its own GPU and no other
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     torch.set_num_threads(part.threads)
     group = group_of(rank, size, plan)
     record = run.record if rank == 0 else _ignore
@@ -188,6 +190,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         result = _result(plan, progress, after, train_s, data)
         result["handed_back"] = handed_back(run, choice) | {"check": check}
         result["time"] = step_times(plan, [event["seconds"] for _, event in sorted(run.steps().items())])
+        result["time"]["uuid"] = next(iter(_uuids(device)), None)
         result["energy"] = energy
         result["versions"] = versions()
         result["memory"] = {
@@ -242,11 +245,10 @@ def group_of(rank: int, size: int, plan: Plan) -> Group:
     """This worker's place in the group, and how sums travel in it."""
     if size == 1:
         return Group()
-    on_gpu = all(part.torch_device == "cuda" for part in plan.nodes)
     return Group(
         rank=rank,
         size=size,
-        wire=torch.device("cuda" if on_gpu else "cpu"),
+        wire=torch.device("cuda" if plan.backend == "nccl" else "cpu"),
         sync_dtype=getattr(torch, plan.sync.dtype),
         bucket_bytes=plan.sync.bucket_bytes,
         alike=len({(part.device, part.techniques.dtype) for part in plan.nodes}) == 1,
@@ -613,6 +615,7 @@ def step_times(plan: Plan, seconds: Sequence[float]) -> dict[str, Any]:
         "formula_step_s": plan.step_s / plan.calibration,  # before what earlier runs taught
         "measured_step_s": statistics.median(steady(seconds)) if seconds else None,
         "device": plan.nodes[0].device,
+        "uuid": plan.nodes[0].uuid,
         "dtype": plan.techniques.dtype,
     }
 

