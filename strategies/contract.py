@@ -278,6 +278,10 @@ class Streaming(Protocol):
         """Settle, and have all that a checkpoint needs in the optimizer's `state`."""
         ...
 
+    def home(self, parameter: torch.nn.Parameter, key: str) -> torch.device:
+        """Where it keeps a part of a weight's state: what a checkpoint brings back belongs there at once."""
+        ...
+
     def report(self) -> dict[str, Any]:
         """Bytes and seconds since the last report."""
         ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -33,12 +33,29 @@ def restore(setup: TrainSetup, state: TrainState) -> None:
     with torch.no_grad():
         for name, held in _held(setup).items():
             held.copy_(state.weights[name])
+    home = setup.streaming.home if setup.streaming else homes(setup.optimizer)
     for name, parameter in setup.parameters.items():
         if held := state.moments.get(name):
             setup.optimizer.state[parameter] = {
-                key: value if key == "step" and parameter.device.type == "cpu" else value.to(parameter.device)
-                for key, value in held.items()
+                key: as_kept(value, home(parameter, key)) for key, value in held.items()
             }
+
+
+def homes(optimizer: torch.optim.Optimizer) -> Callable[[torch.nn.Parameter, str], torch.device]:
+    """Where an optimizer's own step keeps each part of a weight's state.
+
+    Steps are counted on the host unless the update's kernel reads the number itself (`fused`, `capturable`); a fused
+    one refuses a number on the host, and the others wait for the device at every weight to read one from there.
+    """
+    groups = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
+    on_device = {parameter for group in groups for parameter in group["params"]}
+    host = torch.device("cpu")
+    return lambda parameter, key: host if key == "step" and parameter not in on_device else parameter.device
+
+
+def as_kept(value: torch.Tensor, home: torch.device) -> torch.Tensor | int:
+    """What an optimizer keeps for a gathered value: bitsandbytes counts steps in Python, torch in fp32 tensors."""
+    return int(value) if value.dtype == torch.int64 and not value.dim() else value.to(home)
 
 
 def _held(setup: TrainSetup) -> dict[str, torch.Tensor]:

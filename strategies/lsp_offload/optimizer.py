@@ -30,6 +30,7 @@ from strategies.lsp_offload.schedule import LANES, Lanes
 from strategies.lsp_offload.transport import EmulatedBus, Transport
 
 Moments = Literal["reset", "project"]
+_ON_HOST = frozenset(("step", "exp_avg", "exp_avg_sq", "num_learnt", "bias"))
 
 
 class LaneFailed(FloatingPointError):
@@ -178,6 +179,10 @@ class LspAdamW(torch.optim.Optimizer):
         away = [one for one in self.weights if "exp_avg" not in self.state.get(one.weight, {"exp_avg": None})]
         for one, moments in zip(away, self._cpu_side.hand_over([self._place[o.weight] for o in away]), strict=True):
             self.state[one.weight] |= moments
+
+    def home(self, parameter: torch.nn.Parameter, key: str) -> torch.device:
+        """The host for moments and numbers of what crosses the bus, the device for projectors and all else."""
+        return torch.device("cpu") if parameter in self._place and key in _ON_HOST else parameter.device
 
     def report(self) -> dict[str, Any]:
         """Bytes over the bus and seconds of each lane since the last report."""
@@ -340,15 +345,13 @@ class LspAdamW(torch.optim.Optimizer):
     # Projectors and moments.
 
     def _state_of(self, one: Projected) -> dict[str, torch.Tensor]:
-        """The moments on the host and the projectors on the device; drawn or moved there when first asked for."""
+        """The moments on the host and the projectors on the device; drawn when first asked for."""
         state = self.state[one.weight]
         if "step" not in state:
             if one.size is not None:
                 state |= self._drawn(one, 0).state()
                 state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
             state |= no_moments(self._image_shape(one), torch.device("cpu"))
-        elif state["step"].device.type != "cpu":  # restored
-            state |= {key: state[key].cpu() for key in ("exp_avg", "exp_avg_sq", "step")}
         return state
 
     def _space_of(self, one: Projected) -> Subspace | Whole:

@@ -137,7 +137,7 @@ class DeepSpeedZero:
                     self._put(parameter, value, key)
         steps = [found["step"] for found in state.moments.values() if "step" in found]
         for held in self._states if steps else []:
-            held["step"] = steps[0].clone() if torch.is_tensor(held["step"]) else int(steps[0])
+            held["step"] = steps[0].clone().to(held["step"]) if torch.is_tensor(held["step"]) else int(steps[0])
 
     def forget(self) -> None:
         zero(self._states)

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from strategies.contract import TrainSetup, TrainState
-from strategies.state import to_cpu, zero
+from strategies.state import homes, to_cpu, zero
 
 _SENT_BYTES = 25 * 2**20  # that travel together
 
@@ -124,10 +124,11 @@ class UnevenZero1:
     def restore(self, state: TrainState) -> None:
         for piece in _first_of_each(self._pieces):
             piece.parameter.copy_(state.weights[piece.name])
+        home = homes(self._inner)
         for piece, part in self._mine:
             if found := state.moments.get(piece.name):
                 self._inner.state[part] = {
-                    key: value.clone() if key == "step" else piece.of(value.contiguous()).to(part.device, copy=True)
+                    key: (value if key == "step" else piece.of(value.contiguous())).to(home(part, key), copy=True)
                     for key, value in found.items()
                 }
 
