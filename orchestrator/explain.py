@@ -136,6 +136,7 @@ def run_row(run: RunFolder) -> dict[str, Any]:
         "num_steps": num_steps,
         "loss": last.get("loss"),
         "tokens_per_s": last.get("tokens_per_s"),
+        **({"loss_scale": last["loss_scale"]} if "loss_scale" in last else {}),
         "started": utc(events[0]["time"]) if events else None,
         "path": str(run.path),
     }

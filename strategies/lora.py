@@ -135,6 +135,7 @@ class Lora:
         from peft import LoraConfig, get_peft_model
 
         from strategies.optimizer import build_optimizer
+        from strategies.techniques.precision import train_in_fp32
 
         model.requires_grad_(False)
         is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
@@ -160,7 +161,7 @@ class Lora:
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         peft_model = get_peft_model(model, config)
         if not settings.techniques.uses_engine:
-            _saved_in_fp32(peft_model)
+            train_in_fp32(peft_model)
         if self.init_adapter:
             go_on_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -189,15 +190,6 @@ class Lora:
             return sorted(built.last_names(built.linear_maps))
         found = targets.meant(self.lora_target_modules, tuple(built.modules), built.linear_maps)
         return [name for name in found if built.layer_of(name) in self.layers_to_transform]
-
-
-def _saved_in_fp32(peft_model: Any) -> None:
-    """Modules trained in full have fp32 weights, as adapters have: in 16 bits small updates would be lost."""
-    from peft.utils.other import ModulesToSaveWrapper
-
-    for module in peft_model.modules():
-        if isinstance(module, ModulesToSaveWrapper):
-            module.modules_to_save.float()
 
 
 def whole_if_possible(value: float) -> float:

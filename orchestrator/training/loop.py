@@ -26,6 +26,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order, hash_ids
 from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import Diverged, NothingFits
+from orchestrator.training.feed import Feed
 from orchestrator.training.leaner import is_out_of_memory, leaner
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.parallel import GradientSum, Group, even_passes
@@ -106,6 +107,8 @@ def train(
     scaler = gradient_scaler(device.type, "float16" if any_fp16 else techniques.dtype)
     if progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
+    progress.loss_scale = scaler.state_dict()
+    feed = Feed(data, techniques.packing, device)
     model.train()
 
     def sent() -> int:
@@ -141,7 +144,7 @@ def train(
                 for number, members in enumerate(batches, start=1):
                     # A pass without samples takes any and counts for nothing.
                     taken = [sample_ids[local[i]] for i in members] or sample_ids[:1]
-                    batch = collate(data, taken, techniques.packing).to(device)
+                    batch = feed.take(taken)
                     torch.manual_seed(_dropout_seed(schedule.seed, step, batch.sample_ids))
                     if number == len(batches) and not apart:
                         gradients.arm()
@@ -151,6 +154,10 @@ def train(
                     loss += part * (counted / num_supervised)
                 if apart:
                     update(setup, scaler, numbers)
+                    if too_large := _rescaled(progress, scaler, step, sample_ids):
+                        hooks.record("note", text=f"{too_large}; the local step is skipped")
+            if step + 1 < order.num_steps:
+                feed.prepare(_first_of(order.sample_ids(step + 1), data, shares, group, techniques))
             part = loss.item()
         except (RuntimeError, MemoryError) as error:
             if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
@@ -187,12 +194,14 @@ def train(
             grad_norm = apart.meet()
         else:
             grad_norm = update(setup, scaler, numbers).item()
+            if too_large := _rescaled(progress, scaler, step, sample_ids):
+                hooks.record("note", text=f"{too_large}; the step is repeated")
+                continue
 
         # What happened.
         progress.step = step + 1
         progress.tokens += sum(lengths)
         progress.supervised_tokens += num_supervised
-        progress.loss_scale = scaler.state_dict()
         seconds = time.perf_counter() - began
         worker_tokens = [sum(lengths[i] for i in part_ids) for part_ids in dealt]
         together = {} if group.size == 1 else {
@@ -215,6 +224,7 @@ def train(
             tokens_per_s=round(sum(lengths) / seconds, 1),
             peak_bytes=peak_bytes(device),
             samples=hash_ids(sample_ids),
+            **({"loss_scale": progress.loss_scale["scale"]} if scaler.is_enabled() else {}),
             **together,
             **(setup.streaming.report() if setup.streaming else {}),
         )
@@ -273,6 +283,33 @@ def _learn(
         batch = collate(data, [ids[i] for i in members], packing).to(device)
         forward_backward(setup, batch, max(1, batch.targets_S.numel()), techniques, scaler)
     return {**setup.learner.end_learning(), "seconds": round(time.perf_counter() - began, 2)}
+
+
+def _first_of(
+    sample_ids: Sequence[int], data: Dataset, shares: Shares, group: Group, techniques: Techniques
+) -> list[int]:
+    """The samples of this worker's first micro-batch of a step, should shares and techniques stay as they are."""
+    lengths = data.lengths[list(sample_ids)].tolist()
+    mine = split_by_share(lengths, shares.shares)[group.rank]
+    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    batches = micro_batches([lengths[i] for i in mine], rows, max_length, packing)
+    return [sample_ids[mine[i]] for i in batches[0]] if batches else list(sample_ids[:1])
+
+
+def _rescaled(progress: Progress, scaler: torch.amp.GradScaler, step: int, sample_ids: Sequence[int]) -> str | None:
+    """Note the loss scale after an update; what happened where a gradient was not finite and nothing has moved.
+
+    Raises Diverged where the loss as it is, unscaled, has no finite gradients either.
+    """
+    before, progress.loss_scale = progress.loss_scale, scaler.state_dict()
+    if not scaler.is_enabled() or progress.loss_scale["scale"] >= before["scale"]:
+        return None
+    if before["scale"] <= 1.0:
+        raise Diverged(step, sample_ids)
+    return (
+        f"step {step}: a gradient left fp16's range at a loss scale of {before['scale']:g}, now"
+        f" {progress.loss_scale['scale']:g}"
+    )
 
 
 WISHES = ("asked", "replan")  # to save and end after this step; the first that anybody has counts

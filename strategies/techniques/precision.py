@@ -48,6 +48,15 @@ def autocast(device_type: str, dtype: Dtype) -> contextlib.AbstractContextManage
     return torch.autocast(device_type, dtype=getattr(torch, dtype))
 
 
+def train_in_fp32(model: torch.nn.Module) -> None:
+    """Give whatever trains fp32 weights: in 16 bits small updates would be lost, and loss scaling refuses fp16's."""
+    import torch
+
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype in (torch.float16, torch.bfloat16):
+            parameter.data = parameter.data.float()
+
+
 def gradient_scaler(device_type: str, dtype: Dtype) -> torch.amp.GradScaler:
     """Loss scaling, which fp16 needs (Micikevicius et al., arXiv 1710.03740); a pass-through for the others."""
     import torch

@@ -1,0 +1,33 @@
+"""Micro-batches on the device; the next step's first one is made while the card still computes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from orchestrator.data.batches import collate
+from orchestrator.data.dataset import Dataset
+from strategies.techniques.supervised_logits import Batch
+
+
+class Feed:
+    """Makes batches of samples, at most one of them ahead of time."""
+
+    def __init__(self, data: Dataset, packing: bool, device: torch.device) -> None:
+        self._data, self._packing, self._device = data, packing, device
+        self._ahead: tuple[list[int], Batch] | None = None
+
+    def take(self, sample_ids: Sequence[int]) -> Batch:
+        """The batch of these samples: the one made ahead where it is that one, else a new one."""
+        ahead, self._ahead = self._ahead, None
+        if ahead and ahead[0] == list(sample_ids):
+            return ahead[1]
+        return self._made(sample_ids)
+
+    def prepare(self, sample_ids: Sequence[int]) -> None:
+        """Make a batch and begin to send it; called before the host waits for the card, it costs no time."""
+        self._ahead = list(sample_ids), self._made(sample_ids)
+
+    def _made(self, sample_ids: Sequence[int]) -> Batch:
+        return collate(self._data, list(sample_ids), self._packing).to(self._device)

@@ -1,0 +1,78 @@
+"""fp16: a step whose gradients left its range is repeated at a smaller scale and said, never lost."""
+
+import math
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.order import Order
+from orchestrator.errors import Diverged
+from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.parallel import Group
+from strategies.contract import Techniques, TrainSettings
+from strategies.lora import Lora
+from strategies.techniques import document_attention
+
+FP16 = Techniques("float16", "sdpa", False, False, 8, 64)
+STEPS = 2
+
+
+def trained(model_folder, data_folder, scale, before=lambda setup: None):
+    """(step events, notes, trained weights as one vector)"""
+    document_attention.register()
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float16, attn_implementation="sdpa")
+    settings = TrainSettings(1e-2, 0.0, "sgd", 0.9, 0.999, 1e-8, FP16, 3)
+    setup = Lora(lora_r=4, bias="all").setup(model, settings)
+    before(setup)
+    steps, notes = [], []
+
+    def record(event, **fields):
+        (steps if event == "step" else notes).append(fields)
+
+    held = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
+    train(
+        setup,
+        (data := Dataset.load(data_folder)),
+        None,
+        Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=STEPS),
+        Schedule(lambda step: 1.0, 1.0, 0, 100, None, None),
+        FP16,
+        Group(),
+        Progress(loss_scale=held),
+        Hooks(record, lambda now: None, lambda: None),
+    )
+    return steps, notes, torch.cat([p.detach().flatten() for p in setup.parameters.values()])
+
+
+def test_a_step_whose_gradients_overflow_is_repeated_and_said(model_folder, data_folder):
+    _, _, wanted = trained(model_folder, data_folder, 2.0**8)
+
+    steps, notes, weights = trained(model_folder, data_folder, 2.0**40)
+
+    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    assert (weights - wanted).norm() <= 0.01 * wanted.norm()
+    assert all(math.isfinite(event["grad_norm"]) for event in steps)
+    assert steps[0]["loss_scale"] == 2.0 ** (40 - sum("repeated" in note.get("text", "") for note in notes)) < 2.0**40
+
+
+def test_gradients_that_overflow_at_any_scale_end_the_run(model_folder, data_folder):
+    def broken(setup):
+        next(iter(setup.parameters.values())).register_hook(lambda gradient: gradient * math.inf)
+
+    with pytest.raises(Diverged, match="step 0"):
+        trained(model_folder, data_folder, 4.0, broken)
+
+
+def test_biases_trained_beside_adapters_are_fp32(model_folder):
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(model_folder, attention_bias=True)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float16)
+    settings = TrainSettings(1e-2, 0.0, "sgd", 0.9, 0.999, 1e-8, FP16, 3)
+
+    setup = Lora(lora_r=4, bias="all").setup(model, settings)
+
+    biases = {name: p.dtype for name, p in setup.parameters.items() if name.endswith("bias")}
+    assert biases and set(biases.values()) == {torch.float32}
