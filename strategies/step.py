@@ -31,10 +31,10 @@ def forward_backward(
 
 def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques) -> torch.Tensor:
     """A micro-batch's part of the step's loss, with what its backward pass needs."""
-    kind = batch.input_ids_BT.device.type
+    device = batch.input_ids_BT.device
     if setup.engine:  # its weights are in the compute precision already
         return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
-    with autocast(kind, techniques.dtype), saved_on_host(techniques.offload, kind):
+    with autocast(device.type, techniques.dtype), saved_on_host(techniques.offload, setup.model, device):
         return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
 
 

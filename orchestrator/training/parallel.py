@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from strategies.techniques.side_stream import SideStream
 
 BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip
 
@@ -95,7 +98,9 @@ class GradientSum:
         self._place = {parameter: at for at, bucket in enumerate(self._buckets) for parameter in bucket}
         self._armed = False
         self._missing: list[int] = []
+        self._leaving: deque[tuple[torch.Tensor, torch.Event]] = deque()  # on the way from the device to the wire
         self._sent: list[tuple[torch.Tensor, Any]] = []
+        self._copies: dict[torch.device, SideStream] = {}
         self.bytes_sent = 0
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in self._place]
 
@@ -107,8 +112,9 @@ class GradientSum:
     def flush(self) -> None:
         """Send what has not left yet."""
         self._armed = False
-        while len(self._sent) < len(self._buckets):
+        while self._num_left < len(self._buckets):
             self._send()
+        self._reduce(wait=True)
 
     def finish(self) -> None:
         """Wait for all sums and put them in place."""
@@ -116,8 +122,7 @@ class GradientSum:
         for bucket, (flat, work) in zip(self._buckets, self._sent, strict=True):
             work.wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
-                summed = part.view_as(parameter).to(parameter)
-                parameter.grad = summed
+                parameter.grad = part.view_as(parameter).to(parameter.device, parameter.dtype, non_blocking=True)
         self._sent = []
 
     def close(self) -> None:
@@ -128,15 +133,32 @@ class GradientSum:
         if not self._armed:
             return
         self._missing[self._place[parameter]] -= 1
-        while len(self._sent) < len(self._buckets) and self._missing[len(self._sent)] == 0:
+        while self._num_left < len(self._buckets) and self._missing[self._num_left] == 0:
             self._send()
 
+    @property
+    def _num_left(self) -> int:
+        return len(self._sent) + len(self._leaving)
+
     def _send(self) -> None:
-        bucket, group = self._buckets[len(self._sent)], self._group
+        bucket, group = self._buckets[self._num_left], self._group
         parts = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in bucket]
-        flat = torch.cat(parts).to(group.wire, group.sync_dtype)
-        self.bytes_sent += flat.numel() * flat.element_size()
-        self._sent.append((flat, group._all_reduce(flat)))
+        flat = torch.cat(parts)
+        self.bytes_sent += flat.numel() * group.sync_dtype.itemsize
+        if flat.device.type == group.wire.type:
+            flat = flat.to(group.sync_dtype)
+            self._sent.append((flat, group._all_reduce(flat)))
+            return
+        copies = self._copies.setdefault(flat.device, SideStream(flat.device))
+        self._leaving.append(copies.down(flat, group.sync_dtype))
+        self._reduce(wait=False)
+
+    def _reduce(self, wait: bool) -> None:
+        """Begin the sums of buckets that have reached the wire, in order; without `wait` only of those."""
+        while self._leaving and (wait or self._leaving[0][1].query()):
+            flat, arrived = self._leaving.popleft()
+            arrived.synchronize()
+            self._sent.append((flat, self._group._all_reduce(flat)))
 
 
 def _buckets(parameters: list[torch.nn.Parameter], size_bytes: int) -> list[list[torch.nn.Parameter]]:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
 
 from clusters.capability import DeviceCapability
 from strategies.contract import Offload
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import lacks
 from strategies.techniques.room import Choice, Technique
+
+if TYPE_CHECKING:
+    import torch
 
 
 def on_the_host(device: DeviceCapability, shape: ModelShape) -> str | None:
@@ -22,13 +26,13 @@ def by_deepspeed(device: DeviceCapability, shape: ModelShape) -> str | None:
     return on_the_host(device, shape) or lacks(device, "deepspeed")
 
 
-def saved_on_host(offload: Offload, device_type: str) -> contextlib.AbstractContextManager[Any]:
+def saved_on_host(offload: Offload, model: torch.nn.Module, device: torch.device) -> AbstractContextManager[Any]:
     """Keep what the backward pass needs in pinned host memory inside the block (`activations` on a GPU)."""
-    import torch
-
-    if offload != "activations" or device_type == "cpu":
+    if offload != "activations" or device.type == "cpu":
         return contextlib.nullcontext()
-    return torch.autograd.graph.save_on_cpu(pin_memory=True)
+    from strategies.techniques.activations_on_host import activations_on_host
+
+    return activations_on_host(model.parameters(), device)
 
 
 def _to(what: Offload) -> Callable[[Choice], Choice]:

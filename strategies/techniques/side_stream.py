@@ -1,0 +1,35 @@
+"""Copies between a GPU and pinned host memory beside the computation: on a stream of their own, and nobody waits."""
+
+from __future__ import annotations
+
+import torch
+
+
+class SideStream:
+    """One device's stream for copies; they run in the order in which they were asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._stream = device, torch.Stream(device)
+
+    def down(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Event]:
+        """A copy in pinned memory, and the event after which it can be read; what the device was told before counts."""
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
+            there = tensor if dtype is None else tensor.to(dtype)
+            host = torch.empty_like(there, device="cpu", pin_memory=True)
+            host.copy_(there, non_blocking=True)
+        tensor.record_stream(self._stream)  # the allocator must not hand it out before it is read
+        return host, self._stream.record_event()
+
+    def up(self, host: torch.Tensor) -> tuple[torch.Tensor, torch.Event]:
+        """A copy on the device, for `arrived`."""
+        with self._stream:
+            tensor = host.to(self._device, non_blocking=True)
+        return tensor, self._stream.record_event()
+
+    def arrived(self, tensor: torch.Tensor, event: torch.Event) -> torch.Tensor:
+        """What `up` brought, for the stream that computes now, which waits for it; the host does not."""
+        now = torch.accelerator.current_stream(self._device)
+        now.wait_event(event)
+        tensor.record_stream(now)
+        return tensor
