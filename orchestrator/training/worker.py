@@ -44,8 +44,8 @@ from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainStat
 from strategies.sharding import shard
 from strategies.state import gather
 from strategies.step import forward_backward
-from strategies.techniques import checkpointing, document_attention, host_memory
-from strategies.techniques.precision import gradient_scaler
+from strategies.techniques import checkpointing, device_memory, document_attention, host_memory
+from strategies.techniques.precision import autocast, gradient_scaler
 from strategies.techniques.supervised_logits import can_chunk
 
 log = logging.getLogger("orchestrator.worker")
@@ -72,6 +72,7 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
     if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.set_num_threads(part.threads)
+    device_memory.limit(device, part.memory_usable_bytes)
     group = group_of(rank, size, plan)
     record = run.record if rank == 0 else _ignore
     began = time.perf_counter()
@@ -382,7 +383,7 @@ def prepare(
     first = torch.device("cpu") if techniques.uses_engine else device
     model = load_model(location, job, method.load_dtype(techniques), first, techniques.attn_implementation, arguments)
     if techniques.packing:
-        techniques = _without_leaks(model, job, techniques, record)
+        techniques = _without_leaks(model, job, techniques, device, record)
     train = job.spec.train
     settings = TrainSettings(
         learning_rate=train.learning_rate,
@@ -428,14 +429,16 @@ def _divided(
         raise JobError(str(error)) from error
 
 
-def _without_leaks(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:
-    """Check on the model itself that packed documents stay apart; fall back to what does keep them apart."""
+def _without_leaks(model: Any, job: Job, techniques: Techniques, device: torch.device, record: Any) -> Techniques:
+    """Check that packed documents stay apart, as they will be trained; fall back to what does keep them apart."""
     asked = job.spec.model.attn_implementation
+    checked = model if model.device.type == device.type else document_attention.first_layers(model, device)
     for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if asked == "auto" else ())]):
-        model.set_attn_implementation(name)
-        model.eval()
-        with contextlib.suppress(ValueError, TypeError, RuntimeError):
-            if document_attention.packing_error(model) < _ROUNDING[str(model.dtype).removeprefix("torch.")]:
+        checked.set_attn_implementation(name)
+        checked.eval()
+        with contextlib.suppress(ValueError, TypeError, RuntimeError), autocast(device.type, techniques.dtype):
+            if document_attention.packing_error(checked) < _ROUNDING[techniques.dtype]:
+                model.set_attn_implementation(name)
                 if name != techniques.attn_implementation:
                     record(
                         "note",

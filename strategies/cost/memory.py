@@ -14,6 +14,7 @@ from clusters.capability import DeviceCapability
 from clusters.units import GIB
 from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, Workload
 from strategies.shape import ModelShape
+from strategies.techniques.attention import copies_keys
 
 CHUNK = 256  # positions of chunked_nll, as in techniques/supervised_logits.py
 LIVE_PARAMETERS = 100_000_000  # that ZeRO-3 may hold gathered
@@ -83,7 +84,7 @@ def estimate(
     The peak is the larger of two moments: the end of the forward pass (everything saved, the logits) and the end of
     the backward pass (all gradients, the optimizer's temporaries).
     """
-    stack = stack or Stack()
+    stack = stack or Stack(repeats_keys=copies_keys(device, workload.shape, techniques))
     tokens = _tokens(workload, techniques)
     shards = techniques.num_shards
     weights = footprint.weights_bytes / (shards if techniques.zero_stage >= 3 else 1)

@@ -1,23 +1,28 @@
 """Attention over documents laid end to end in one row, each seeing only itself.
 
 Padding costs as much as real tokens; a row without padding needs an attention that stops at document borders.  Here the
-borders arrive as `document_lengths` and every document runs through a causal kernel of its own; short ones in bf16 on a
-CPU share one batched product, because there the kernel's backward pass takes 2 ms for 70 tokens (a step of SmolLM2-135M
-falls to 0.78 of its time; in fp32 it would grow to 1.04).  Nothing of quadratic size in the row is ever built, and no
-document can see another: their keys are never in the same product.
+borders arrive as `document_lengths` and every document runs through a causal kernel of its own, where torch's varlen
+kernel runs through a single launch (attention.py decides); short ones in bf16 on a CPU share one batched product,
+because there the kernel's backward pass takes 2 ms for 70 tokens (a step of SmolLM2-135M falls to 0.78 of its time; in
+fp32 it would grow to 1.04).  Nothing of quadratic size in the row is ever built, and no document can see another: their
+keys are never in the same product.
 
 Legend: B documents, H query heads, K key-value heads, G = H / K, T tokens of the row, L longest document, D head width.
 """
 
 from __future__ import annotations
 
+import copy
 import functools
 import itertools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+
+from strategies.contract import Dtype
+from strategies.techniques.attention import Heads, Sharing, sharing
 
 NAME = "document"
 _SHORT = 128  # tokens; longer documents would save more scores for the backward pass than they win
@@ -32,6 +37,7 @@ def document_attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     document_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: torch.Tensor | None = None,
     sliding_window: int | None = None,
     **unused: Any,
 ) -> tuple[torch.Tensor, None]:
@@ -44,6 +50,13 @@ def document_attention(
         raise ValueError("document attention needs document_lengths; this model does not pass them on")
     if unused.get("softcap") is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
         raise ValueError("document attention does not compute soft-capped, biased or sink scores; use eager")
+    longest = max(document_lengths)
+    window = sliding_window if sliding_window is not None and longest > sliding_window else None
+    way = _sharing_of(query_1HTD, key_1KTD, window is not None, dropout > 0)
+    if way == "packed" and cu_seq_lens_q is not None:
+        return _packed(query_1HTD, key_1KTD, value_1KTD, cu_seq_lens_q, longest, scaling, window), None
+    if way == "expanded":
+        key_1KTD, value_1KTD = expanded(key_1KTD, query_1HTD), expanded(value_1KTD, query_1HTD)
     together = _short(document_lengths, query_1HTD)
     short: dict[int, torch.Tensor] = {}
     if together:
@@ -59,6 +72,56 @@ def document_attention(
             outputs_tHD.append(_alone(*part, scaling, dropout, sliding_window))
         start = stop
     return torch.cat(outputs_tHD)[None], None
+
+
+def _sharing_of(query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, is_windowed: bool, drops_out: bool) -> Sharing:
+    heads = Heads(query_1HTD.shape[1], key_1KTD.shape[1], query_1HTD.shape[3], is_windowed, drops_out)
+    kind, capability = _card(query_1HTD.device)
+    dtype = cast(Dtype, str(_computed_in(query_1HTD)).removeprefix("torch."))
+    return sharing(kind, capability, dtype, heads, _TORCH)
+
+
+_TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
+
+
+def _card(device: torch.device) -> Any:
+    """(kind, compute capability) as the policy wants them."""
+    if device.type != "cuda":
+        return "cpu", None
+    return ("rocm", None) if torch.version.hip else ("cuda", torch.cuda.get_device_capability(device))
+
+
+def _computed_in(tensor: torch.Tensor) -> torch.dtype:
+    """The precision a product with `tensor` has here; autocast knows torch's own operations only."""
+    kind = tensor.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
+
+
+def expanded(x_BKTD: torch.Tensor, query_BHTD: torch.Tensor) -> torch.Tensor:
+    """Keys or values copied to every query head, (B, H, T, D)."""
+    return x_BKTD.repeat_interleave(query_BHTD.shape[1] // x_BKTD.shape[1], dim=1)
+
+
+def _packed(
+    query_1HTD: torch.Tensor,
+    key_1KTD: torch.Tensor,
+    value_1KTD: torch.Tensor,
+    borders: torch.Tensor,
+    longest: int,
+    scaling: float | None,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """All documents in one kernel, (1, T, H, D); `borders` (documents + 1, int32) lie where the row does."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype = _computed_in(query_1HTD)
+    query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1KTD, value_1KTD))
+    output_THD = varlen_attn(
+        query, key, value, borders, borders, longest, longest,
+        scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )  # fmt: skip
+    return cast(torch.Tensor, output_THD)[None]
 
 
 def _alone(
@@ -144,6 +207,26 @@ def register() -> None:
     from transformers import AttentionInterface
 
     AttentionInterface.register(NAME, document_attention)
+    AttentionInterface.register("sdpa", _sdpa)
+
+
+def _sdpa(
+    module: torch.nn.Module,
+    query_BHTD: torch.Tensor,
+    key_BKTD: torch.Tensor,
+    value_BKTD: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **others: Any,
+) -> tuple[torch.Tensor, None]:
+    """transformers' own, which asks for shared keys and values wherever there is no mask."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    is_grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
+    if is_grouped and attention_mask is None and query_BHTD.shape[2] > 1:
+        drops_out = bool(others.get("dropout"))
+        if _sharing_of(query_BHTD, key_BKTD, False, drops_out) == "expanded":
+            key_BKTD, value_BKTD = expanded(key_BKTD, query_BHTD), expanded(value_BKTD, query_BHTD)
+    return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **others)
 
 
 def packing_error(model: Any) -> float:
@@ -164,7 +247,38 @@ def packing_error(model: Any) -> float:
     return ((packed - torch.cat(alone)).float().square().mean().sqrt() / packed.float().std()).item()
 
 
-def packed_arguments(lengths: Sequence[int], device: torch.device) -> dict[str, Any]:
-    """The forward arguments that tell a model where documents of `lengths` begin in one row."""
-    positions = torch.cat([torch.arange(length, device=device) for length in lengths])
-    return {"position_ids": positions[None], "document_lengths": tuple(lengths)}
+def packed_arguments(
+    lengths: Sequence[int], device: torch.device, at: tuple[torch.Tensor, torch.Tensor] | None = None
+) -> dict[str, Any]:
+    """The forward arguments that tell a model where documents of `lengths` begin in one row.
+
+    Positions, borders and the longest length are all handed over: a kernel that has to find them out waits for the
+    device in every layer.  `at` is what `borders` made of the same lengths, on `device` already.
+    """
+    positions_1T, borders_D = (tensor.to(device) for tensor in at or borders(lengths))
+    return {
+        "position_ids": positions_1T,
+        "document_lengths": tuple(lengths),
+        **dict.fromkeys(("cu_seq_lens_q", "cu_seq_lens_k"), borders_D),
+        **dict.fromkeys(("max_length_q", "max_length_k"), max(lengths)),
+    }
+
+
+def borders(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """(1, T) positions inside documents laid end to end; (documents + 1) where each begins and the last ends, int32."""
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return positions[None], torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
+
+
+def first_layers(model: Any, device: torch.device) -> Any:
+    """A copy on `device` of a model's first layers, one of each kind: enough to see whether documents leak."""
+    kinds = getattr(model.config, "layer_types", None) or [None]
+    num_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
+    lists = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
+    name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
+    left_out = {id(layer): torch.nn.Identity() for layer in layers[num_layers:]}
+    copied = copy.deepcopy(model, left_out)
+    copied.config.num_hidden_layers = num_layers
+    parent, _, own_name = name.rpartition(".")
+    setattr(copied.get_submodule(parent), own_name, copied.get_submodule(name)[:num_layers])
+    return copied.to(device)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from strategies.contract import LossType
-from strategies.techniques.document_attention import packed_arguments
+from strategies.techniques.document_attention import borders, packed_arguments
 
 CHUNK = 256  # positions
 
@@ -40,6 +40,8 @@ class Batch:
     targets_S: torch.Tensor = field(init=False)  # the supervised tokens
     columns_C: torch.Tensor = field(init=False)  # positions that predict one of them in any row
     picked_S: torch.Tensor | None = field(init=False)  # their places among B x C; None = all, in order
+    positions_BT: torch.Tensor | None = field(init=False, default=None)  # in the document, of a packed row
+    borders_D: torch.Tensor | None = field(init=False, default=None)  # where its documents begin, and the end; int32
 
     def __post_init__(self) -> None:
         predicted_BT = self.supervised_BT[:, 1:]  # position t predicts token t + 1
@@ -47,12 +49,16 @@ class Batch:
         self.columns_C = predicted_BT.any(dim=0).nonzero()[:, 0]
         one_row = predicted_BT.shape[0] == 1
         self.picked_S = None if one_row else predicted_BT[:, self.columns_C].flatten().nonzero()[:, 0]
+        if self.document_lengths is not None:
+            self.positions_BT, self.borders_D = borders(self.document_lengths)
 
     def to(self, device: torch.device) -> Batch:
-        moved = copy.copy(self)
+        """The same on `device`; to a GPU it travels from pinned memory while the one before is computed."""
+        moved, is_sent = copy.copy(self), device.type == "cuda"
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                setattr(moved, name, value.to(device))
+                held = value.pin_memory() if is_sent and value.device.type == "cpu" else value
+                setattr(moved, name, held.to(device, non_blocking=is_sent))
         return moved
 
 
@@ -72,7 +78,9 @@ def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits (S, V) that predict `batch.targets_S`."""
     arguments: dict[str, Any] = {"use_cache": False}
     if batch.document_lengths is not None:
-        arguments |= packed_arguments(batch.document_lengths, batch.input_ids_BT.device)
+        assert batch.positions_BT is not None and batch.borders_D is not None
+        at = batch.positions_BT, batch.borders_D
+        arguments |= packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)
     else:
         arguments |= {"attention_mask": batch.attention_mask_BT}
     if _can_select(model):

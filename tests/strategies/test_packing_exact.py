@@ -155,6 +155,40 @@ def test_a_family_that_leaks_with_ordinary_kernels_is_found_out():
     assert document_attention.packing_error(model) > 0.05
 
 
+@pytest.mark.parametrize(("family", "leaks"), [("llama", False), ("opt", True)])
+def test_a_copy_of_the_first_layers_leaks_as_the_whole_model_does(family, leaks):
+    model = tiny(family, **FAMILIES[family])
+    num_parameters = sum(p.numel() for p in model.parameters())
+
+    first = document_attention.first_layers(model, torch.device("cpu"))
+    first.set_attn_implementation("sdpa")
+
+    assert sum(p.numel() for p in first.parameters()) < num_parameters == sum(p.numel() for p in model.parameters())
+    assert model.config.num_hidden_layers == 2
+    assert (document_attention.packing_error(first) > 0.05) == leaks
+    assert document_attention.packing_error(model) < 1e-4
+
+
+def test_borders_are_handed_over_so_that_no_kernel_has_to_find_them_out():
+    arguments = document_attention.packed_arguments((3, 1, 2), torch.device("cpu"))
+
+    assert arguments["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1]]
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 4, 6] and arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["cu_seq_lens_k"] is arguments["cu_seq_lens_q"]
+    assert (arguments["max_length_q"], arguments["max_length_k"]) == (3, 3)
+
+
+@pytest.mark.parametrize("window", [None, 4])
+def test_copied_keys_give_what_shared_ones_give(window):
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
+
+    shared = document_attention._alone(query, key, value, None, 0.0, window)
+    copied = [document_attention.expanded(x, query) for x in (key, value)]
+
+    assert torch.allclose(document_attention._alone(query, *copied, None, 0.0, window), shared, atol=1e-6)
+
+
 def test_padded_rows_give_the_same_loss_as_packed_rows():
     model = tiny("llama")
     docs = documents(9, 3, 14)
