@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import GIB, format_bytes
-from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan, Techniques, Workload
+from strategies.contract import BYTES_PER_ELEMENT, Dtype, LossType, Method, Offload, StrategyPlan, Techniques, Workload
 from strategies.cost.network import Network
 from strategies.cost.time import product_rate
 from strategies.rules import conflict
@@ -304,7 +304,37 @@ def _place(
     network, assumed = _network(slots, cluster)
     wait_s = _wait_s(network, best) if network else 0.0
     placed = tuple(Placed(slot, plan, share) for slot, plan, share in zip(slots, best, shares, strict=True))
+    if crowded := _crowded_host(placed, workload.shape.num_parameters, method):
+        last = f"{slots[-1].node.name} ({slots[-1].device.name})"
+        tried.reject(f"{count} x {_label(method, best[-1].techniques, last)}", crowded)
+        tried.least.setdefault(last, (best[-1], crowded))
+        return None
     return Candidate(method, placed, wait_s, workload.num_steps, workload.tokens_per_step, network, assumed)
+
+
+def _crowded_host(placed: Sequence[Placed], num_parameters: float, method: Method) -> str | None:
+    """Which node's memory its workers overflow together; None where all fit.
+
+    Each worker's part of the host counts, and the whole model where DeepSpeed divides it: every worker then loads it
+    there before the first byte is on a device.  Without DeepSpeed weights go straight to the device.
+    """
+    needs: dict[str, float] = {}
+    for part in placed:
+        if part.slot.device.kind != "cpu":
+            techniques = part.plan.techniques
+            bytes_loaded = num_parameters * BYTES_PER_ELEMENT[method.load_dtype(techniques)]
+            loading = bytes_loaded if techniques.uses_engine else 0.0
+            name = part.slot.node.name
+            needs[name] = needs.get(name, 0.0) + max(part.plan.memory.host_bytes, loading)
+    for node in {part.slot.node.name: part.slot.node for part in placed}.values():
+        room, need = (node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES, needs.get(node.name, 0.0)
+        if need > room:
+            workers = sum(part.slot.node.name == node.name for part in placed)
+            return (
+                f"the {workers} workers on {node.name} need {format_bytes(need)} of the node's own memory together, has"
+                f" {format_bytes(max(0.0, room))} usable"
+            )
+    return None
 
 
 def _state_shares(

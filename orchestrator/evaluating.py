@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from clusters.units import format_bytes
 from orchestrator.errors import JobError
+from orchestrator.plan import NodePlan
 from orchestrator.spec import JobSpec
-from strategies.contract import Workload
+from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Workload
+from strategies.shape import ModelShape
+
+_CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
 
 
 @dataclass(frozen=True)
@@ -68,3 +74,39 @@ def metrics(spec: JobSpec, held_out: HeldOut | None, reasons: dict[str, str]) ->
         chosen, why = ("rouge_l",), "the answers are long texts"
     reasons["eval.metrics"] = why
     return chosen
+
+
+def cache_bytes_per_token(shape: ModelShape, bytes_per_element: int) -> int:
+    """Keys and values of one token in every layer."""
+    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_per_element
+
+
+def cache_room_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> float:
+    """What keys and values may take while answers are generated: gradients, activations and logits are not there then.
+
+    At most 1 GiB, beyond which more prompts at a time gain nothing.
+    """
+    free = (usable_bytes or memory.total_bytes) - memory.weights_bytes - memory.framework_bytes
+    return max(0.0, min(_CACHE_BYTES, free))
+
+
+def explain_generation(nodes: Sequence[NodePlan], workload: Workload, new_tokens: int, reasons: dict[str, str]) -> None:
+    """Add to the plan's reasons what memory generating answers takes, on the device with least room for it.
+
+    What the job states has no reason, unless not even one answer surely fits.
+    """
+    room = min(cache_room_bytes(part.memory, part.memory_usable_bytes) for part in nodes)
+    tokens = workload.longest_sample + new_tokens
+    one = tokens * cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[nodes[0].techniques.dtype])
+    if count := int(min(MOST_PROMPTS, room // one)):
+        why = f"up to {count} prompts at a time: their keys and values take {format_bytes(count * one)} at most"
+    else:
+        why = (
+            f"keys and values of {tokens} tokens take {format_bytes(one)}, and {format_bytes(room)} are free beside the"
+            " weights: an answer that does not fit is not scored"
+        )
+    known = [key for key in ("eval.max_new_tokens", "eval.metrics") if key in reasons]
+    if known:
+        reasons[known[0]] += f"; {why}"
+    elif not count:
+        reasons["eval.max_new_tokens"] = why

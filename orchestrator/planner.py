@@ -17,7 +17,7 @@ from clusters.units import format_bytes, format_s
 from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_candidates
 from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.evaluating import HeldOut, eval_steps, max_new_tokens, metrics
+from orchestrator.evaluating import HeldOut, eval_steps, explain_generation, max_new_tokens, metrics
 from orchestrator.job.model_check import check_targets
 from orchestrator.money import price_of
 from orchestrator.plan import NodePlan, Plan, Sync
@@ -188,9 +188,13 @@ def make_plan(
         save_steps = max(1, math.ceil(workload.num_steps / 5))
         reasons["checkpoint.save_steps"] = f"five checkpoints of {format_bytes(first.checkpoint_bytes)} over the run"
     prior = chosen.method.quality_prior()
+    nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
+    new_tokens, scores = max_new_tokens(spec, held_out, reasons), metrics(spec, held_out, reasons)
+    if scores:
+        explain_generation(nodes, workload, new_tokens, reasons)
     return Plan(
         method={"type": chosen.method.name, **asdict(chosen.method), **_resolved(chosen, reasons)},  # type: ignore[call-overload]
-        nodes=tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share)),
+        nodes=nodes,
         sync=_sync_of(spec, chosen),
         sync_s=chosen.sync_s,
         step_s=chosen.step_s,
@@ -208,8 +212,8 @@ def make_plan(
         save_steps=save_steps,
         eval_steps=when,
         load_best_model_at_end=keep_best,
-        max_new_tokens=max_new_tokens(spec, held_out, reasons),
-        metrics=metrics(spec, held_out, reasons),
+        max_new_tokens=new_tokens,
+        metrics=scores,
         reasons=reasons,
         alternatives=alternatives(spec, chosen, tried.fitting),
         rejected=tried.rejected,

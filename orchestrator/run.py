@@ -422,7 +422,7 @@ def _watch(
 def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability) -> Plan:
     """The run's plan for other machines: the same method and steps, other hands."""
     from orchestrator.spec import METHOD_SECTIONS
-    from orchestrator.training.worker import load_data
+    from orchestrator.training.loading import load_data
 
     config = models.read_config(Path(run.data()["model"]))
     data, held_out = load_data(run)

@@ -121,6 +121,9 @@ class TrainSection(Section):
     max_grad_norm: float = _key(1.0, "clip the gradient to this norm; 0 = never", ge=0, le=1e12)
     seed: int = _key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = _key("auto", "recompute activations to save memory")
+    deterministic: bool = _key(
+        False, "the same bits in every run on one GPU, also after a resume: kernels that add in a fixed order, slower"
+    )
 
 
 class StrategySection(Section):

@@ -54,6 +54,12 @@ class Folder:
             self._write_record(found.with_files({name: text}))
         self.write(name, text)
 
+    def take_back(self, name: str) -> None:
+        """Delete a file that was kept, and its record: it decides nothing any more."""
+        if found := recorded.read(self.path):
+            self._write_record(found.without(name))
+        (self.path / name).unlink(missing_ok=True)
+
     def write(self, name: str, text: str) -> None:
         """Write a file so that it is there whole or not at all; one that holds a password is its owner's alone.
 

@@ -46,6 +46,13 @@ class Recorded:
         before = {name: _sha256(self.files[name]) for name in texts if name in self.files}
         return replace(self, files={**self.files, **texts}, before={**self.before, **before})
 
+    def without(self, name: str) -> Recorded:
+        """The same without a file."""
+        files, before = dict(self.files), dict(self.before)
+        files.pop(name, None)
+        before.pop(name, None)
+        return replace(self, files=files, before=before)
+
 
 @dataclass(frozen=True)
 class Difference:

@@ -14,11 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from clusters.limits import PROC, read, usable_memory_bytes
 from clusters.units import format_bytes
 from orchestrator.errors import RunFailed
 from orchestrator.training.loop import resident_bytes
+from orchestrator.training.out_of_memory import first_line, is_out_of_memory
 from strategies.techniques import document_attention
 from strategies.techniques.precision import autocast
 
@@ -116,9 +118,9 @@ def compare(
     """
     try:
         model = load(portrait.attention)
-    except (torch.OutOfMemoryError, MemoryError):
-        raise  # says nothing of what was written
     except Exception as error:  # transformers, PEFT and safetensors raise what they like
+        if is_out_of_memory(error):
+            raise  # says nothing of what was written
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise RunFailed(f"{what} cannot be loaded again: {reason}") from error
     loaded = missing(portrait, model.named_parameters())
@@ -167,6 +169,21 @@ def judge(
         raise RunFailed(f"{what} does not give the logits of what was trained: {text}; {allowed}")
     return Agreement(f"{what} gives the logits of what was trained ({text}; {allowed})", dtype, difference, largest,
                      tolerance * largest, num_weights)  # fmt: skip
+
+
+def on_disk(portrait: Portrait, folder: Path, what: str) -> Agreement:
+    """How many trained weights are in the files bit by bit; what the others are, loading the model again shows.
+
+    Raises RunFailed for files that cannot be read.
+    """
+    total = len(portrait.weights)
+    try:
+        held = total - len(missing(portrait, _by_own_names(portrait, folder)))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise RunFailed(f"{what} cannot be loaded again: {first_line(error)}") from error
+    reason = "it is loaded again after the last evaluation"
+    text = f"{what} holds {held} of the {total} weights as they were trained; logits not compared: {reason}"
+    return Agreement(text, portrait.dtype, num_weights=held, reason=reason)
 
 
 def without_logits(portrait: Portrait, folder: Path, what: str, reason: str) -> Agreement:

@@ -81,7 +81,7 @@ def bench_training(
     if with_timeline:
         say("two steps for the timeline ...")
         spans = [vars(span) for span in timeline.recorded(setup, makers, learnt, techniques, 2)]
-    heaviest = preflight.fullest(setup, data, techniques, plan.global_batch_size)
+    heaviest = preflight.heaviest(setup, data, techniques, plan.global_batch_size)[0]
     memory = dissect.memory_by_part(setup, heaviest, heaviest.targets_S.numel(), techniques)
     seconds = sum(one.step_s for one in timed[steady])
     achieved = plan.flops_per_token * sum(tokens[steady]) / seconds

@@ -65,7 +65,7 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
     try:
         save_file(held.weights, temporary / "weights.safetensors")
         moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
-        save_file(moments, temporary / "optimizer.safetensors")
+        save_file(_apart(moments), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
         _must_be(temporary / "weights.safetensors", held.weights)
         _must_be(temporary / "optimizer.safetensors", moments)
@@ -104,6 +104,20 @@ def prune(folder: Path, keep: int, best: str | None) -> None:
     for path in [*complete(folder)[:-keep], *folder.glob("*.tmp-*")]:
         if path.name != best:
             shutil.rmtree(path, ignore_errors=True)
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same, a copy wherever two are one piece of memory: safetensors writes no such pair.
+
+    An 8-bit optimizer keeps one table of its code for all weights.
+    """
+    seen: set[int] = set()
+    found = {}
+    for name, tensor in tensors.items():
+        place = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if place and place in seen else tensor
+        seen.add(place)
+    return found
 
 
 def _must_be(file: Path, tensors: dict[str, torch.Tensor]) -> None:

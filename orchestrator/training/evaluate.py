@@ -1,4 +1,4 @@
-"""Answers generated for held-out prompts."""
+"""Held-out rows: the loss of their supervised tokens, and answers generated for their prompts."""
 
 from __future__ import annotations
 
@@ -9,13 +9,20 @@ from typing import Any
 
 import torch
 
+from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
+from orchestrator.data.packing import micro_batches, split_by_share
+from orchestrator.errors import NothingFits
+from orchestrator.evaluating import MOST_PROMPTS, cache_bytes_per_token
+from orchestrator.training.out_of_memory import in_halves
 from orchestrator.training.parallel import Group, even_passes
 from orchestrator.training.stops import Stops, stops_of
+from strategies.contract import Techniques, TrainSetup
 from strategies.shape import ModelShape
 from strategies.techniques.precision import autocast
+from strategies.techniques.supervised_logits import loss_sum
 
-_CACHE_BYTES, _MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
+_CACHE_BYTES = 2**30  # that keys and values of a batch of prompts may take where no plan says
 
 
 @dataclass(frozen=True)
@@ -36,6 +43,51 @@ class _Prompt:
 
 
 @torch.no_grad()
+def evaluate_loss(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: Group, shares: Sequence[float] | None = None
+) -> float:
+    """Mean loss of the supervised tokens of `data`, in nats a token.
+
+    A batch that runs out of memory is halved.  Raises NothingFits, on every worker, where one row does not fit on one
+    of them.
+    """
+    shares = shares or [1.0 / group.size] * group.size
+    was_training = setup.model.training
+    setup.model.eval()
+    lengths = data.lengths.tolist()
+    mine = split_by_share(lengths, shares)[group.rank]
+    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    batches = micro_batches([lengths[i] for i in mine], rows, max_length, packing)
+    losses: list[float] = []
+
+    def run(members: list[int]) -> None:
+        losses.append(_loss_of(setup, data, [mine[i] for i in members], techniques))
+
+    lacking = None
+    if setup.engine:
+        for members in even_passes(group, batches):
+            run(members)
+    else:
+        unfit, reason = in_halves(batches, run)
+        lacking = reason if unfit else None
+    setup.model.train(was_training)
+    total, failed = group.sum([sum(losses), lacking is not None])
+    if failed:
+        reason = next(reason for reason in group.gather(lacking) if reason)
+        raise NothingFits(f"not even one held-out row at a time fits: {reason}")
+    return total / int(data.num_supervised.sum())
+
+
+def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
+    """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
+    device = next(iter(setup.parameters.values())).device
+    batch = collate(data, sample_ids or [0], techniques.packing).to(device)
+    with contextlib.nullcontext() if setup.engine else autocast(device.type, techniques.dtype):
+        loss = loss_sum(setup.model, batch, techniques.loss_type).item()
+    return loss if sample_ids else 0.0
+
+
+@torch.no_grad()
 def generate_answers(
     model: Any,
     tokenizer: Any,
@@ -44,32 +96,49 @@ def generate_answers(
     max_new_tokens: int,
     dtype: Any,
     together: Group | None = None,
+    cache_bytes: float = _CACHE_BYTES,
 ) -> list[Answer]:
     """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 
-    An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  Workers
-    that divide the weights must generate `together`: as many passes everywhere.
+    An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  A batch
+    that runs out of memory is halved; a prompt that does not fit even alone has no answer.  Workers that divide the
+    weights must generate `together`: as many passes everywhere, and none can be repeated.  `cache_bytes` is what keys
+    and values may take.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     prompts = _prompts(inner, tokenizer, data, indices, max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
-    batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], max_new_tokens)
-    listed = [prompt for batch in batches for prompt in batch]
-    places = iter(range(len(listed)))
-    numbers = [[next(places) for _ in batch] for batch in batches]
+    batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], max_new_tokens, cache_bytes)
+    unfit: list[_Prompt] = []
     with _generating(model, inner):
-        for members in even_passes(together, numbers) if together else numbers:
-            batch = [listed[place] for place in members]
+
+        def answer(batch: Sequence[_Prompt]) -> None:
             asked = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
             new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
             with autocast(model.device.type, dtype):
                 answered = _generate(model, tokenizer, asked, new_tokens, stops, together is not None)
-            texts |= {prompt.index: text for prompt, text in zip(batch, answered, strict=False)}
+            texts.update({prompt.index: text for prompt, text in zip(batch, answered, strict=False)})
+
+        if together:
+            for batch in _even(together, batches):
+                answer(batch)
+        else:
+            unfit, _ = in_halves(batches, answer)
+    failed = {prompt.index for prompt in unfit}
     return [
         Answer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])
         for prompt in sorted(prompts, key=lambda prompt: prompt.index)
+        if prompt.index not in failed
     ]
+
+
+def _even(group: Group, batches: Sequence[list[_Prompt]]) -> list[list[_Prompt]]:
+    """As many batches as the worker with most has, some of them empty."""
+    listed = [prompt for batch in batches for prompt in batch]
+    places = iter(range(len(listed)))
+    numbers = [[next(places) for _ in batch] for batch in batches]
+    return [[listed[place] for place in members] for members in even_passes(group, numbers)]
 
 
 def num_without_room(model: Any, data: Dataset, indices: Sequence[int]) -> int:
@@ -99,10 +168,10 @@ def _prompts(model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], 
     return sorted(found, key=lambda prompt: len(prompt.ids))
 
 
-def _batches(model: Any, prompts: list[_Prompt], max_new_tokens: int) -> list[list[_Prompt]]:
+def _batches(model: Any, prompts: list[_Prompt], max_new_tokens: int, cache_bytes: float) -> list[list[_Prompt]]:
     """Prompts that are generated in one go: as many as the cache may hold, all with as much room for their answers."""
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_new_tokens
-    rows = max(1, min(_MOST_PROMPTS, _CACHE_BYTES // (longest * _cache_bytes_per_token(model))))
+    rows = max(1, int(min(MOST_PROMPTS, cache_bytes // (longest * _cache_bytes_per_token(model)))))
     roomy = [prompt for prompt in prompts if prompt.new_tokens == max_new_tokens]
     whole = [roomy[start : start + rows] for start in range(0, len(roomy), rows)]
     return [*whole, *([prompt] for prompt in prompts if prompt.new_tokens < max_new_tokens)]
@@ -161,6 +230,4 @@ def _generate(
 
 
 def _cache_bytes_per_token(model: Any) -> int:
-    """Keys and values of one token in every layer."""
-    shape = ModelShape.from_config(model.config.to_dict())
-    return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+    return cache_bytes_per_token(ModelShape.from_config(model.config.to_dict()), model.dtype.itemsize)

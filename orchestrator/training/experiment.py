@@ -17,15 +17,13 @@ from orchestrator.data.samples import template_text
 from orchestrator.errors import NothingFits
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
-from orchestrator.training import preflight, worker
-from orchestrator.training.loop import Hooks, Progress, evaluate_loss, train
+from orchestrator.training import hand_back, loading, preflight, quality, worker
+from orchestrator.training.evaluate import evaluate_loss
+from orchestrator.training.loop import Hooks, Progress, train
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSetup
 from strategies.cost.trace import LiveStorages, tensors_of
-from strategies.state import forget
-from strategies.step import Update, update
 from strategies.techniques import host_memory
-from strategies.techniques.precision import gradient_scaler
 
 
 class Experiment:
@@ -66,18 +64,18 @@ class Experiment:
 
     def quality(self) -> dict[str, float]:
         """Held-out loss and the metrics of generated answers."""
-        tokenizer = worker.load_tokenizer(self.location, self.job, template_text(self.job))
-        measured = worker.measure(self.job, self.plan, self.setup, tokenizer, self.held_out, self.techniques, Group())
+        tokenizer = loading.load_tokenizer(self.location, self.job, template_text(self.job))
+        measured = quality.measure(self.job, self.plan, self.setup, tokenizer, self.held_out, self.techniques, Group())
         return {key: value for key, value in measured.items() if isinstance(value, float) and key != "seconds"}
 
     def times(self) -> dict[str, Any]:
         """Predicted beside measured, as a run's result.json has it."""
-        return worker.step_times(self.plan, [seconds for seconds, _ in self._steps])
+        return hand_back.step_times(self.plan, [seconds for seconds, _ in self._steps])
 
     @property
     def tokens_per_s(self) -> float | None:
         """Of the steady steps."""
-        counted = worker.steady(self._steps)
+        counted = hand_back.steady(self._steps)
         seconds = sum(seconds for seconds, _ in counted)
         return sum(tokens for _, tokens in counted) / seconds if seconds else None
 
@@ -88,23 +86,16 @@ class Experiment:
             raise NothingFits(fields["text"])  # a leaner way is another combination
 
 
-def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, global_batch_size: int) -> float:
+def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> float:
     """Most bytes that tensors take in the heaviest step of `data`, weights and optimizer included; nothing moves."""
-    scaler = gradient_scaler(next(iter(setup.parameters.values())).device.type, techniques.dtype)
-    for parameter in setup.parameters.values():
-        parameter.grad = torch.zeros_like(parameter)
-    update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=0.0))  # the optimizer's state, without a pass
-    batch = preflight.fullest(setup, data, techniques, global_batch_size)
-    if batch.input_ids_BT.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        preflight.step_in_place(setup, batch, techniques)
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        live = LiveStorages()
-        for tensor in tensors_of(setup):
-            live.watch(tensor)
-        with live:
-            preflight.step_in_place(setup, batch, techniques)
-        peak = live.take_peak()
-    forget(setup)
-    return float(peak)
+    device = next(iter(setup.parameters.values())).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        preflight.longest_batch(setup, data, techniques, num_samples)
+        return float(torch.cuda.max_memory_allocated(device))
+    live = LiveStorages()
+    for tensor in tensors_of(setup):
+        live.watch(tensor)
+    with live:
+        preflight.longest_batch(setup, data, techniques, num_samples)
+    return float(live.take_peak())

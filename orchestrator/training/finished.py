@@ -20,9 +20,11 @@ from orchestrator.rundir import RunFolder
 from orchestrator.runs.condition import check_model, exported_whole
 from orchestrator.training import agreement, export
 from orchestrator.training.agreement import Agreement
+from orchestrator.training.kernels import with_loss_that_runs, without_leaks
+from orchestrator.training.loading import load_data, load_exported, load_model, load_tokenizer
 from orchestrator.training.parallel import Group
+from orchestrator.training.quality import measure
 from orchestrator.training.tied import merged_model
-from orchestrator.training.worker import load_data, load_exported, load_model, load_tokenizer, measure, prepare
 from strategies.contract import TrainSetup
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -33,11 +35,11 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     exported, plan, location = exported_whole(run), run.plan(), model_of(run)
     device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    # The run's own set-up decides kernels and packing; what was handed back then takes the place of the fresh model.
-    fresh, techniques = prepare(job, plan, plan.nodes[0], location, device, lambda *_, **__: None)
-    fresh.release()
-    gc.collect()
+    techniques = plan.nodes[0].techniques
     model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)
+    if techniques.packing:
+        techniques = without_leaks(_plain(model), job, techniques, _ignore)
+    techniques = with_loss_that_runs(model, job, techniques, _ignore)
     nothing: Any = None
     setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
     return measure(job, plan, setup, load_tokenizer(str(exported), job), held_out, techniques, Group())
@@ -57,7 +59,7 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
     try:
         ids_BT, tuned_BTV = _write_merged(run, job, exported, base, dtype, temporary)
         gc.collect()
-        found = load_model(str(temporary), job, "float32", torch.device("cpu"), "sdpa")
+        found = load_model(str(temporary), job, dtype, torch.device("cpu"), "sdpa")
         merged_BTV = agreement.logits_of(found, ids_BT, "sdpa", "float32")
         result = agreement.judge(tuned_BTV, merged_BTV, dtype, "the merged model", rounded=dtype != "float32")
         write_merged_card(run, job, temporary, output, result.text)
@@ -72,8 +74,8 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
 def _write_merged(
     run: RunFolder, job: Job, exported: Path, base: Path, dtype: str, folder: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge in fp32, write in `dtype`; the batch that is compared, and what base and adapter say to it."""
-    model = _exported_model(run, job, torch.device("cpu"))
+    """Merge and write in `dtype`; the batch that is compared, and what base and adapter say to it."""
+    model = _tuned_model(run, job, exported, dtype)
     data = None
     with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
         data = load_data(run)[0]
@@ -88,6 +90,19 @@ def _write_merged(
     return ids_BT, tuned_BTV
 
 
+def _tuned_model(run: RunFolder, job: Job, exported: Path, dtype: str) -> Any:
+    """Exported weights alone, or the base with the exported adapter on it, on the CPU.
+
+    In `dtype`, without quantisation: what is merged into is the model that is written.
+    """
+    if not export.is_adapter(exported):
+        return load_model(str(exported), job, dtype, torch.device("cpu"), "sdpa")
+    from peft import PeftModel
+
+    base = load_model(model_of(run), job, dtype, torch.device("cpu"), "sdpa")
+    return PeftModel.from_pretrained(base, str(exported))
+
+
 def stored_dtype(folder: Path) -> str:
     """The precision that a model's weights are stored in: of most of their bytes."""
     sizes: dict[torch.dtype, int] = {}
@@ -97,26 +112,33 @@ def stored_dtype(folder: Path) -> str:
     return next((name for name, kind in _STORED.items() if kind == most), "bfloat16")
 
 
-def _exported_model(run: RunFolder, job: Job, device: torch.device) -> Any:
-    """The tuned model in fp32: exported weights alone, or the base with the exported adapter on it."""
-    exported = exported_whole(run)
-    if not export.is_adapter(exported):
-        return load_model(str(exported), job, "float32", device, "sdpa")
-    from peft import PeftModel
-
-    base = load_model(model_of(run), job, "float32", device, "sdpa")
-    return PeftModel.from_pretrained(base, str(exported))
-
-
 def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[str, Any]]:
-    """The model before, with its adapter, and merged; or before and after where all weights were trained."""
-    yield "base", load_model(model_of(run), job, "float32", device, "sdpa")
-    tuned = _exported_model(run, job, device)
+    """The model before, with its adapter, and merged; or before and after where all weights were trained.
+
+    Each in the precision and the quantisation that the run trained in, one after the other: none is held while the next
+    one is loaded.  A quantised base is not merged into: what `merge` writes is a model without quantisation.
+    """
+    plan, location, exported = run.plan(), model_of(run), exported_whole(run)
+    techniques, method = plan.techniques, plan.build_method()
+    arguments = method.load_arguments(techniques)
+    yield "base", load_model(location, job, method.load_dtype(techniques), device, "sdpa", arguments)
+    gc.collect()
+    tuned = load_exported(exported, location, job, plan, techniques, device, "sdpa")
     if not hasattr(tuned, "merge_and_unload"):
         yield "tuned", tuned
         return
     yield "adapter", tuned
-    yield "merged", merged_model(tuned)
+    if not getattr(_plain(tuned), "is_quantized", False):
+        yield "merged", merged_model(tuned)
+
+
+def _plain(model: Any) -> Any:
+    """A model without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Notes on kernels stand in the run's own events."""
 
 
 def model_of(run: RunFolder) -> str:

@@ -31,6 +31,7 @@ from clusters.masking import MaskedFormatter
 from orchestrator.errors import OrchestratorError, RunFailed
 from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.training.failures import describe
 from strategies.techniques import host_memory, thread_waits
 
 _LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
@@ -200,7 +201,7 @@ def _on_worker(config: dict[str, Any]) -> None:
         logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
         run.record(
             "error",
-            text=_said(error),
+            text=describe(error),
             traceback=traceback.format_exc(),
             exit_code=5,
             again=True,
@@ -255,14 +256,6 @@ def store_at(address: str, port: int, size: int, patience: timedelta, listener: 
 
     own = listener.detach() if listener else None
     return TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
-
-
-def _said(error: BaseException) -> str:
-    """What went wrong; the network library's own words help nobody."""
-    text = str(error)
-    if "gloo" in text or "NCCL" in text or "store" in text.lower():
-        return "another worker stopped answering"
-    return f"{type(error).__name__}: {text}"
 
 
 def _log_to(file: Path) -> None:

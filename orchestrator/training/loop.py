@@ -8,7 +8,6 @@ workers and the share of each change the speed and nothing else.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import resource
 import sys
@@ -26,16 +25,17 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order, hash_ids
 from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import Diverged, NothingFits
+from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.feed import Feed
-from orchestrator.training.leaner import is_out_of_memory, leaner
 from orchestrator.training.local_steps import LocalSteps
+from orchestrator.training.out_of_memory import fallback, first_line, is_out_of_memory, release_cache
 from orchestrator.training.parallel import GradientSum, Group, even_passes
+from orchestrator.training.repair import agree_on_update, can_repair
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
 from strategies.step import Update, forward_backward, last_pass, update
 from strategies.techniques import checkpointing
-from strategies.techniques.precision import autocast, gradient_scaler
-from strategies.techniques.supervised_logits import loss_sum
+from strategies.techniques.precision import gradient_scaler
 
 
 @dataclass(frozen=True)
@@ -67,6 +67,18 @@ class Progress:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def take(self, eval_loss: float, patience: int | None) -> bool:
+        """Take in the held-out loss after this step; whether it is the lowest so far."""
+        self.eval_losses[str(self.step)] = eval_loss
+        improved = self.best_loss is None or eval_loss < self.best_loss
+        if improved:
+            self.best_loss, self.evaluations_without_gain = eval_loss, 0
+        else:
+            self.evaluations_without_gain += 1
+        if patience and self.evaluations_without_gain >= patience:
+            self.stopped = "early"
+        return improved
 
 
 @dataclass(frozen=True)
@@ -104,12 +116,16 @@ def train(
     apart = LocalSteps(setup, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
-    scaler = gradient_scaler(device.type, "float16" if any_fp16 else techniques.dtype)
+    scaled = "float16" if any_fp16 else techniques.dtype
+    scaler = gradient_scaler(device.type, scaled)
     if progress.loss_scale:
         scaler.load_state_dict(progress.loss_scale)
     progress.loss_scale = scaler.state_dict()
     feed = Feed(data, techniques.packing, device)
     model.train()
+
+    def note(text: str) -> None:
+        hooks.record("note", text=text)
 
     def sent() -> int:
         return gradients.bytes_sent + getattr(optimizer, "bytes_sent", 0)
@@ -129,11 +145,7 @@ def train(
         numbers = Update(schedule.lr_factor(step), schedule.max_grad_norm)
         try:
             if setup.learner and setup.learner.is_due(step):
-                learnt = _learn(setup, data, sample_ids, techniques, scaler)
-                hooks.record("learnt", step=step, **learnt)
-                hooks.record("note", text=learnt["text"])
-                if not group.alike:
-                    group.broadcast(_replicated(setup), 0)
+                techniques = _learn(setup, data, sample_ids, step, techniques, scaler, group, hooks)
             for local in apart.parts(mine) if apart else (mine,):
                 own = [lengths[i] for i in local]
                 rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
@@ -155,48 +167,57 @@ def train(
                 if apart:
                     update(setup, scaler, numbers)
                     if too_large := _rescaled(progress, scaler, step, sample_ids):
-                        hooks.record("note", text=f"{too_large}; the local step is skipped")
+                        note(f"{too_large}; the local step is skipped")
             if step + 1 < order.num_steps:
                 feed.prepare(_first_of(order.sample_ids(step + 1), data, shares, group, techniques))
             part = loss.item()
-        except (RuntimeError, MemoryError) as error:
+            if apart:
+                apart.leave(sum(lengths[i] for i in mine) / sum(lengths))
+            gradients.flush()
+        except Exception as error:
             if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
                 raise
-            lacking, part, batch = str(error).splitlines()[0], 0.0, None
+            lacking, part, batch = first_line(error), 0.0, None
+        if lacking is not None:
+            gradients.abandon()
         own_s = time.perf_counter() - began
 
         # Over all workers: the loss of the step, who wants to stop or needs it again, how long each took; gradients.
         wish = hooks.should_stop()
         wishes = [float(wish == known) for known in WISHES]
         own = [*_at(group, own_s), *_at(group, peak_bytes(device))]
-        if apart:
-            apart.leave(sum(lengths[i] for i in mine) / sum(lengths))
-        gradients.flush()
-        told = group.start_sum([part, lacking is not None, *wishes, *own])
-        gradients.finish()
-        total, again, *rest = told()
+        total, again, *rest = group.sum([part, lacking is not None, *wishes, *own])
         stop = next((known for known, count in zip(WISHES, rest, strict=False) if count), None)
         worker_s, worker_peak = rest[len(WISHES) :][: group.size], rest[len(WISHES) + group.size :]
         if again:
             # Memory ran out somewhere: there less at a time, and the same step again, everywhere.
+            gradients.discard()
             optimizer.zero_grad(set_to_none=True)
             if apart:
                 apart.begin_again()
             if lacking is not None:
-                techniques = _leaner(setup, techniques, int(data.lengths.max()), lacking, hooks)
+                techniques = _with_less(setup, techniques, int(data.lengths.max()), lacking, hooks)
             continue
         if not math.isfinite(total):
             suspects = group.gather([] if math.isfinite(part) else [sample_ids[i] for i in mine])
             raise Diverged(step, [sample for part_ids in suspects for sample in part_ids])
 
         # The update.
-        if apart:
-            grad_norm = apart.meet()
-        else:
-            grad_norm = update(setup, scaler, numbers).item()
-            if too_large := _rescaled(progress, scaler, step, sample_ids):
-                hooks.record("note", text=f"{too_large}; the step is repeated")
-                continue
+        try:
+            gradients.finish()
+            grad_norm = apart.meet() if apart else update(setup, scaler, numbers).item()
+        except Exception as error:
+            if not can_repair(setup, group, bool(apart)) or not is_out_of_memory(error):
+                raise
+            lacking, grad_norm = first_line(error), math.nan
+        if can_repair(setup, group, bool(apart)):
+            grad_norm, scale = agree_on_update(setup, group, lacking, scaler.state_dict(), grad_norm, note)
+            if scale is not None:
+                scaler = gradient_scaler(device.type, scaled)
+                scaler.load_state_dict(scale)
+        if not apart and (too_large := _rescaled(progress, scaler, step, sample_ids)):
+            note(f"{too_large}; the step is repeated")
+            continue
 
         # What happened.
         progress.step = step + 1
@@ -235,17 +256,13 @@ def train(
         last = progress.step == order.num_steps
         improved = False
         if held_out and schedule.eval_steps and (progress.step % schedule.eval_steps == 0 or last):
-            eval_loss = evaluate_loss(setup, held_out, techniques, group, shares.shares)
-            hooks.record("eval", step=progress.step, eval_loss=eval_loss)
-            progress.eval_losses[str(progress.step)] = eval_loss
-            improved = progress.best_loss is None or eval_loss < progress.best_loss
-            if improved:
-                progress.best_loss, progress.evaluations_without_gain = eval_loss, 0
+            try:
+                eval_loss = evaluate_loss(setup, held_out, techniques, group, shares.shares)
+            except NothingFits as error:
+                note(f"the held-out rows were not measured after step {progress.step}: {error}")
             else:
-                progress.evaluations_without_gain += 1
-            patience = schedule.early_stopping_patience
-            if patience and progress.evaluations_without_gain >= patience:
-                progress.stopped = "early"
+                hooks.record("eval", step=progress.step, eval_loss=eval_loss)
+                improved = progress.take(eval_loss, schedule.early_stopping_patience)
         if stop and not last:
             progress.stopped = stop
 
@@ -268,11 +285,43 @@ def train(
 
 
 def _learn(
-    setup: TrainSetup, data: Dataset, sample_ids: Sequence[int], techniques: Techniques, scaler: Any
-) -> dict[str, Any]:
-    """Let the method learn from gradients of the step's first samples, the same on every worker."""
+    setup: TrainSetup,
+    data: Dataset,
+    sample_ids: Sequence[int],
+    step: int,
+    techniques: Techniques,
+    scaler: Any,
+    group: Group,
+    hooks: Hooks,
+) -> Techniques:
+    """Let the method learn from gradients of the step's first samples, then take over what the first worker learnt.
+
+    Two devices of one kind differ in the last bits of a gradient, and so may choose other entries.  A worker whose
+    memory runs out learns again in less; returns the techniques that fit.
+    """
     assert setup.learner
-    began, ids = time.perf_counter(), sample_ids[: setup.learner.rows]
+    learnt: dict[str, Any] | None = None
+    while learnt is None:
+        lacking = ""
+        try:
+            learnt = _learn_once(setup, data, sample_ids[: setup.learner.rows], techniques, scaler)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            lacking = first_line(error)
+        if learnt is None:
+            techniques = _with_less(setup, techniques, int(data.lengths.max()), lacking, hooks)
+    hooks.record("learnt", step=step, **learnt)
+    hooks.record("note", text=learnt["text"])
+    group.broadcast(_replicated(setup), 0)
+    return techniques
+
+
+def _learn_once(
+    setup: TrainSetup, data: Dataset, ids: Sequence[int], techniques: Techniques, scaler: Any
+) -> dict[str, Any]:
+    assert setup.learner
+    began = time.perf_counter()
     device = next(iter(setup.parameters.values())).device
     rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     batches = micro_batches(data.lengths[list(ids)].tolist(), rows, max_length, packing)
@@ -320,15 +369,15 @@ def _at(group: Group, value: float) -> list[float]:
     return [value if rank == group.rank else 0.0 for rank in range(group.size)]
 
 
-def _leaner(setup: TrainSetup, techniques: Techniques, longest: int, lacking: str, hooks: Hooks) -> Techniques:
-    """Switch this worker to the next leaner way.  Raises NothingFits where there is none."""
-    less = leaner(techniques, longest)
+def _with_less(setup: TrainSetup, techniques: Techniques, longest: int, lacking: str, hooks: Hooks) -> Techniques:
+    """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none."""
+    less = fallback(techniques, longest)
     if less is None:
         raise NothingFits(f"not even one sample at a time fits: {lacking}. Lower data.max_length, or add a device")
     if less.gradient_checkpointing and not techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    setup.optimizer.zero_grad(set_to_none=True)
+    release_cache()
     hooks.record(
         "note",
         text=f"out of memory; the step is repeated with micro-batches of {less.per_device_train_batch_size} x"
@@ -344,30 +393,6 @@ def _replicated(setup: TrainSetup) -> list[torch.Tensor]:
         state = setup.optimizer.state.get(parameter, {})
         tensors += [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]
     return tensors
-
-
-@torch.no_grad()
-def evaluate_loss(
-    setup: TrainSetup, data: Dataset, techniques: Techniques, group: Group, shares: Sequence[float] | None = None
-) -> float:
-    """Mean loss of the supervised tokens of `data`, in nats a token."""
-    model = setup.model
-    device = next(iter(setup.parameters.values())).device
-    shares = shares or [1.0 / group.size] * group.size
-    was_training = model.training
-    model.eval()
-    lengths = data.lengths.tolist()
-    mine = split_by_share(lengths, shares)[group.rank]
-    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
-    total = 0.0
-    batches = micro_batches([lengths[i] for i in mine], rows, max_length, packing)
-    for members in even_passes(group, batches) if setup.engine else batches:
-        batch = collate(data, [mine[i] for i in members] or [0], packing).to(device)
-        with contextlib.nullcontext() if setup.engine else autocast(device.type, techniques.dtype):
-            part = loss_sum(model, batch, techniques.loss_type).item()
-        total += part if members else 0.0
-    model.train(was_training)
-    return group.sum([total])[0] / int(data.num_supervised.sum())
 
 
 def peak_bytes(device: torch.device) -> int:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from strategies.techniques.side_stream import SideStream
 
+_PATIENCE = timedelta(hours=1)
 BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip
 
 
@@ -28,6 +30,11 @@ class Group:
     sync_dtype: torch.dtype = torch.float32  # of gradients on the wire
     bucket_bytes: int = BUCKET_BYTES
     alike: bool = True  # the same kind of device everywhere: equal sums move equal weights equally
+    process_group: Any = None  # of torch.distributed; None = its default one
+
+    def patient(self) -> Group:
+        """The same workers, who wait an hour for each other.  Collective."""
+        return self if self.size == 1 else replace(self, process_group=dist.new_group(timeout=_PATIENCE))
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
         """Begin to add up numbers over the workers, in fp64; the returned call waits for the sums."""
@@ -51,7 +58,7 @@ class Group:
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.process_group)
         return values
 
     def broadcast(self, tensors: Iterable[torch.Tensor], source: int) -> None:
@@ -60,11 +67,11 @@ class Group:
             return
         for tensor in tensors:
             sent = tensor.detach().to(self.wire)
-            dist.broadcast(sent, source)
+            dist.broadcast(sent, source, group=self.process_group)
             tensor.detach().copy_(sent)
 
     def _all_reduce(self, tensor: torch.Tensor) -> Any:
-        return dist.all_reduce(tensor, async_op=True)
+        return dist.all_reduce(tensor, async_op=True, group=self.process_group)
 
 
 def even_passes(group: Group, batches: Sequence[list[int]]) -> list[list[int]]:
@@ -116,6 +123,17 @@ class GradientSum:
             self._send()
         self._reduce(wait=True)
 
+    def abandon(self) -> None:
+        """Memory ran out here: the others wait for all buckets, so zeros leave for those that have not."""
+        self._armed = False
+        for bucket in self._buckets:
+            for parameter in bucket:
+                parameter.grad = None
+        self._leaving.clear()
+        while len(self._sent) < len(self._buckets):
+            size = sum(parameter.numel() for parameter in self._buckets[len(self._sent)])
+            self._start_sum(torch.zeros(size, dtype=self._group.sync_dtype, device=self._group.wire))
+
     def finish(self) -> None:
         """Wait for all sums and put them in place."""
         self.flush()
@@ -123,6 +141,12 @@ class GradientSum:
             work.wait()
             for parameter, part in zip(bucket, flat.split([p.numel() for p in bucket]), strict=True):
                 parameter.grad = part.view_as(parameter).to(parameter.device, parameter.dtype, non_blocking=True)
+        self._sent = []
+
+    def discard(self) -> None:
+        """Wait for all sums and forget them: the step is repeated."""
+        for _, work in self._sent:
+            work.wait()
         self._sent = []
 
     def close(self) -> None:
@@ -144,10 +168,8 @@ class GradientSum:
         bucket, group = self._buckets[self._num_left], self._group
         parts = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in bucket]
         flat = torch.cat(parts)
-        self.bytes_sent += flat.numel() * group.sync_dtype.itemsize
         if flat.device.type == group.wire.type:
-            flat = flat.to(group.sync_dtype)
-            self._sent.append((flat, group._all_reduce(flat)))
+            self._start_sum(flat.to(group.sync_dtype))
             return
         copies = self._copies.setdefault(flat.device, SideStream(flat.device))
         self._leaving.append(copies.down(flat, group.sync_dtype))
@@ -158,7 +180,11 @@ class GradientSum:
         while self._leaving and (wait or self._leaving[0][1].query()):
             flat, arrived = self._leaving.popleft()
             arrived.synchronize()
-            self._sent.append((flat, self._group._all_reduce(flat)))
+            self._start_sum(flat)
+
+    def _start_sum(self, flat: torch.Tensor) -> None:
+        self.bytes_sent += flat.numel() * flat.element_size()
+        self._sent.append((flat, self._group._all_reduce(flat)))
 
 
 def _buckets(parameters: list[torch.nn.Parameter], size_bytes: int) -> list[list[torch.nn.Parameter]]:

@@ -9,9 +9,9 @@ import torch
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.jobfile import Job
-from orchestrator.training.loop import evaluate_loss
+from orchestrator.training.evaluate import evaluate_loss
+from orchestrator.training.loading import load_model
 from orchestrator.training.parallel import Group
-from orchestrator.training.worker import load_model
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.trial import Below, corrected

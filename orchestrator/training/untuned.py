@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from orchestrator.rundir import RunFolder
-from orchestrator.training import worker
+from orchestrator.training import loading, quality, worker
 from orchestrator.training.parallel import Group
 
 
@@ -17,15 +17,15 @@ def measure(folder: str) -> None:
     run = RunFolder(Path(folder))
     job, plan = run.job(), run.plan()
     part = plan.helper
-    held_out = worker.load_data(run)[1]
+    held_out = loading.load_data(run)[1]
     if part is None or held_out is None:
         return
     torch.set_num_threads(part.threads)
     location = run.data()["model"]
     setup, techniques = worker.prepare(job, plan, part, location, torch.device(part.torch_device), _ignore)
-    tokenizer = worker.tokenizer_of(run, job)
-    quality = worker.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
-    run.write("before.json", json.dumps({**quality, "node": part.node}))
+    tokenizer = loading.tokenizer_of(run, job)
+    measured = quality.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
+    run.write("before.json", json.dumps({**measured, "node": part.node}))
 
 
 def _ignore(*_: object, **__: object) -> None:

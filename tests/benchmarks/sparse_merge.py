@@ -22,7 +22,7 @@ from rich.table import Table
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
-from orchestrator.training.loop import evaluate_loss
+from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.parallel import Group
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter

@@ -360,7 +360,7 @@ def evaluate(arguments) -> dict:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    from orchestrator.training.loop import evaluate_loss
+    from orchestrator.training.evaluate import evaluate_loss
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques, TrainSetup
     from strategies.techniques import document_attention

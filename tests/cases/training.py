@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.card import write_card
 from orchestrator.jobfile import Job, read_job
+from orchestrator.plan import Plan
 from orchestrator.run import prepare
 from orchestrator.rundir import RunFolder
 from orchestrator.training.worker import work
@@ -14,15 +16,17 @@ from orchestrator.training.worker import work
 _QUICK = ("strategy.preflight=false", "cluster.num_workers=1", "tracking.report_to=[]", "eval.before=false")
 
 
-def begun(job_file: Path, *overrides: str, name: str = "run") -> tuple[RunFolder, Job, str]:
-    """A run folder with all that a worker reads, its job, and the node that trains."""
+def begun(
+    job_file: Path, *overrides: str, name: str = "run", divide: Callable[[Plan], Plan] = lambda plan: plan
+) -> tuple[RunFolder, Job, str]:
+    """A run folder with all that a worker reads, its job, and the node that trains; `divide` makes a plan for more."""
     runs = job_file.parent / "runs"
     job = read_job(job_file, [f"checkpoint.output_dir={json.dumps(str(runs))}", *_QUICK, *overrides])
     ready = prepare(job, lambda text: None)
     texts = {
         "origin.json": json.dumps({"folder": str(job.folder)}),
         "capability.json": json.dumps(ready.capability.as_dict()),
-        "plan.json": ready.plan.to_json(),
+        "plan.json": divide(ready.plan).to_json(),
         "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}),
         "job.yaml": job.text,
     }

@@ -72,6 +72,26 @@ def test_checkpointing_is_turned_on_only_when_it_must_be():
     assert plan(lora, AMPERE, shape=llama, lengths=(2000,) * 100).techniques.gradient_checkpointing
 
 
+def test_the_plan_says_what_keys_and_values_of_generated_answers_take():
+    roomy, stated = plan("", AMPERE), plan("eval: {max_new_tokens: 64, metrics: [exact_match]}\n", AMPERE)
+    long = plan("eval: {max_new_tokens: 60000, metrics: [rouge_l]}\n", AMPERE)
+
+    said = r"up to 128 prompts at a time: their keys and values take \d+"
+    assert re.search(said, roomy.reasons["eval.max_new_tokens"])
+    assert "eval.max_new_tokens" not in stated.reasons
+    assert "an answer that does not fit is not scored" in long.reasons["eval.max_new_tokens"]
+
+
+def test_the_workers_of_a_node_share_its_memory():
+    """DeepSpeed divides a model that every worker has loaded on the host first: one does that here, four cannot."""
+    llama = ModelShape(4096, 32, 32, 32, 128, 11008, 32000, False)
+    job = "method: {type: lora}\ntrain: {optim: adamw_torch_fused}\nstrategy: {offload: parameters, mode: %s}\n"
+
+    assert plan(job % "single", AMPERE, shape=llama).num_workers == 1
+    with pytest.raises(NothingFits, match=r"the \d workers on here need .* GiB of the node's own memory together"):
+        plan(job % "zero3", *[AMPERE] * 4, shape=llama)
+
+
 def test_what_fits_nowhere_says_how_much_is_missing():
     huge = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False)
 

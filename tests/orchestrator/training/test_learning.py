@@ -59,13 +59,13 @@ def worker(rank, model_folder, data_folder, out, port):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     techniques = dataclasses.replace(ONE_BY_ONE, dtype=("float32", "bfloat16")[rank])
     setup = prepared(model_folder, techniques, METHOD)
-    found = losses(run(setup, data_folder, 3, techniques, group=Group(rank, 2, alike=False)))
+    found = losses(run(setup, data_folder, 3, techniques, group=Group(rank, 2)))
     torch.save((found, places(setup), weights(setup)), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_unlike_workers_train_the_same_entries(model_folder, data_folder, tmp_path):
-    """One in fp32, one in bf16, which would choose others: the first one's count."""
+def test_workers_train_the_same_entries_also_where_their_gradients_differ(model_folder, data_folder, tmp_path):
+    """One in fp32, one in bf16, which would choose others: the first one's count, on devices of one kind too."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -10,8 +10,8 @@ import torch.distributed as dist
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.training.leaner import is_out_of_memory, leaner
 from orchestrator.training.loop import Hooks, Progress, train
+from orchestrator.training.out_of_memory import fallback, is_out_of_memory
 from orchestrator.training.parallel import GradientSum, Group, _buckets
 from orchestrator.training.shares import Shares
 from strategies import METHODS
@@ -128,9 +128,9 @@ def test_half_the_bytes_cost_half_the_digits(tmp_path):
     assert 0 < ((gradient - whole).norm() / whole.norm()).item() < 0.01
 
 
-def test_the_leaner_ways_are_tried_one_after_the_other():
+def test_ways_that_take_less_memory_are_tried_one_after_the_other():
     tried, now = [], dataclasses.replace(PACKED, max_length=512)
-    while now := leaner(now, longest=100):
+    while now := fallback(now, longest=100):
         tried.append((now.per_device_train_batch_size, now.max_length, now.gradient_checkpointing))
 
     assert tried == [(2, 512, False), (1, 512, False), (1, 256, False), (1, 128, False), (1, 100, False),

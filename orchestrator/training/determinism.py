@@ -1,0 +1,48 @@
+"""The same bits in every run of a plan, also where one was interrupted.
+
+On a CPU that holds as it is: every sum has its order.  On CUDA some kernels add in the order in which threads arrive
+(the backward passes of attention and of embeddings, cuBLAS with several streams), so a run and its repetition differ in
+last bits, and so do a run and its resumed twin.  `train.deterministic` chooses kernels that do not; they are slower,
+and an operation that has none ends the run with its name.  https://docs.pytorch.org/docs/stable/notes/randomness.html
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+# What cuBLAS and transformers' flash attention read; set for as long as the block lasts.
+_ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+
+
+@contextlib.contextmanager
+def deterministic(is_asked: bool) -> Iterator[None]:
+    """Kernels that add in a fixed order, where asked for; afterwards as it was."""
+    if not is_asked:
+        yield
+        return
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
+    os.environ.update(_ENVIRONMENT)
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def resume_note(is_asked: bool, device: torch.device) -> str:
+    """What a resumed run is to the one that was never interrupted."""
+    if is_asked or device.type == "cpu":
+        return "bit-equal to a run that never stopped"
+    return f"on {device} equal up to rounding; train.deterministic: true makes it bit-equal"

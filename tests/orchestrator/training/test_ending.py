@@ -1,0 +1,172 @@
+"""The end of a run: handed back before it is measured, measured in what it was trained in, one model at a time."""
+
+import contextlib
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.data.prepare import datasets
+from orchestrator.runs.condition import exported_whole
+from orchestrator.training import finished
+from orchestrator.training.determinism import resume_note
+from orchestrator.training.loading import straight_to
+from orchestrator.training.quality import num_cut_short
+from orchestrator.training.worker import work
+from tests.cases.training import begun, trained
+from tests.conftest import rows, write_jsonl
+
+
+@pytest.fixture(scope="module")
+def job_file(model_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("jobs")
+    write_jsonl(folder / "train.jsonl", rows(20))
+    (folder / "job.yaml").write_text(
+        f"model: {{model_name_or_path: {model_folder}, dtype: bfloat16}}\n"
+        "method: {type: lora, lora_r: 4}\n"
+        "data: {train: train.jsonl, eval: {split: 0.2}}\n"
+        "train: {max_steps: 2, global_batch_size: 4, learning_rate: 3e-2}\n"
+        "eval: {max_new_tokens: 4, metrics: [exact_match]}\n"
+    )
+    return folder / "job.yaml"
+
+
+@pytest.fixture(scope="module")
+def finished_run(job_file):
+    return trained(job_file, name="finished")
+
+
+class Killed(BaseException):
+    """The end of a process, as far as its own code can see it."""
+
+
+@contextlib.contextmanager
+def at_every_layer(do):
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    hook = register_module_forward_pre_hook(lambda module, _: do(module))
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def killed_in_the_last_evaluation(run, node):
+    def kill(module):
+        events = run.events()[0] if type(module).__name__ == "LlamaMLP" else []
+        if events and events[-1]["event"] == "last_evaluation":
+            raise Killed
+
+    with at_every_layer(kill), pytest.raises(Killed):
+        work(run, 0, 1, node, 0)
+
+
+def test_a_run_that_is_killed_in_its_last_evaluation_has_handed_its_result_back(job_file):
+    run, job, node = begun(job_file, name="killed")
+
+    killed_in_the_last_evaluation(run, node)
+
+    held_out = datasets(run.data())[1]
+    assert exported_whole(run).name == "adapter" and run.state_by_events() != "finished"
+    assert run.result()["after"] is None and run.result()["steps"] == 2
+    assert "28 of the 28 weights" in run.result()["handed_back"]["check"]["text"]
+    assert finished.evaluate(run, job, held_out)["answers"] == len(held_out)
+
+    work(run, 0, 1, node, 0)
+
+    assert run.state_by_events() == "finished" and run.result()["after"]["answers"] == len(held_out)
+    assert run.result()["handed_back"]["check"]["largest_difference"] == 0.0
+
+
+def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(job_file):
+    run, _, node = begun(job_file, name="killed-thrice")
+    for _ in range(3):
+        killed_in_the_last_evaluation(run, node)
+
+    work(run, 0, 1, node, 0)
+
+    notes = [event["text"] for event in run.events()[0] if event["event"] == "note"]
+    assert run.state_by_events() == "finished" and run.result()["after"] is None
+    assert "the last evaluation ended the process 3 times and is not tried again; `orchestrator evaluate" in notes[-1]
+
+
+BEGUN, FINISHED = {"event": "last_evaluation"}, {"event": "state", "state": "finished"}
+
+
+@pytest.mark.parametrize(
+    ("events", "count"),
+    [([], 0), ([BEGUN], 1), ([BEGUN, BEGUN], 2), ([BEGUN, FINISHED], 0), ([BEGUN, BEGUN, FINISHED, BEGUN], 1)],
+)
+def test_evaluations_that_were_cut_short_are_counted_since_the_run_finished(events, count):
+    assert num_cut_short(events) == count
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """The dtypes of the models that transformers loads from now on."""
+    dtypes, load = [], AutoModelForCausalLM.from_pretrained
+
+    def counted(*arguments, **keywords):
+        dtypes.append(keywords["dtype"])
+        return load(*arguments, **keywords)
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", counted)
+    return dtypes
+
+
+def test_evaluate_loads_one_model_in_the_runs_precision_and_finds_what_the_run_found(finished_run, loaded):
+    run, job = finished_run
+
+    found = finished.evaluate(run, job, datasets(run.data())[1])
+
+    assert loaded == [torch.bfloat16]
+    after = run.result()["after"]
+    assert (found["eval_loss"], found["exact_match"]) == (after["eval_loss"], after["exact_match"])
+
+
+def test_merge_loads_no_model_in_more_precision_than_it_writes(finished_run, loaded, model_folder, tmp_path):
+    run, job = finished_run
+
+    result = finished.merge(run, job, tmp_path / "merged")
+
+    stored = finished.stored_dtype(model_folder)
+    assert loaded == [getattr(torch, stored)] * 2 and result.largest_difference <= result.tolerance
+
+
+def test_generation_is_timed_in_the_precision_that_was_trained(finished_run, loaded):
+    run, job = finished_run
+
+    names = [name for name, _ in finished.variants(run, job, torch.device("cpu"))]
+
+    assert names == ["base", "adapter", "merged"] and loaded == [torch.bfloat16] * 2
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_kernels_are_chosen_for_the_run_that_asks_for_them_and_for_no_other(job_file, asked):
+    seen = set()
+
+    with at_every_layer(lambda module: seen.add(torch.are_deterministic_algorithms_enabled())):
+        trained(job_file, f"train.deterministic={str(asked).lower()}", name=f"deterministic-{asked}")
+
+    assert seen == {asked}
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "promised"), [(False, "cpu", True), (True, "cuda:0", True), (False, "cuda:0", False)]
+)
+def test_a_bit_equal_resume_is_promised_where_it_holds(asked, device, promised):
+    assert resume_note(asked, torch.device(device)).startswith("bit-equal") == promised
+
+
+@pytest.mark.parametrize(
+    ("device", "arguments"), [("cuda:1", {"device_map": {"": torch.device("cuda:1")}}), ("cpu", {})]
+)
+def test_weights_go_from_their_file_straight_to_a_gpu(device, arguments):
+    assert straight_to(torch.device(device)) == arguments
+
+
+def test_transformers_takes_a_device_for_all_weights(model_folder):
+    model = AutoModelForCausalLM.from_pretrained(model_folder, device_map={"": torch.device("meta")})
+
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
