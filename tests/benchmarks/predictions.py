@@ -3,6 +3,7 @@
     python tests/benchmarks/predictions.py published [--table FILE.csv] [--worst 20]
     python tests/benchmarks/predictions.py traced          the tracer against real allocations on this CPU
     python tests/benchmarks/predictions.py cpu             time and memory of a grid of real runs on this CPU
+    python tests/benchmarks/predictions.py card FILE.json  what tests/first_contact.py measured on a card
 
 Published rows come from other trainers; what those do differently is put into the footprint and the work (stacks.py),
 the formulas are the planner's own.
@@ -231,6 +232,28 @@ def traced() -> None:
     print(f"{len(errors)} steps: mean |error| {statistics.mean(sizes):.2%}, largest {max(sizes):.2%}")
 
 
+def card(file: Path) -> None:
+    """What a card took beside what was predicted for it."""
+    from tests.first_contact_parts.checks import read as read_checks
+
+    about, checks = read_checks(file)
+    small = ", a dry run: its sizes say nothing of cost" if about["small"] else ""
+    print(f"{about['card']}, torch {about['torch']} for {about['built_for']}{small}")
+    found = []
+    for check in checks:
+        if {"predicted_step_s", "measured_step_s", "predicted_bytes", "measured_bytes"} <= check.figures.keys():
+            predicted_s, measured_s = check.figures["predicted_step_s"], check.figures["measured_step_s"]
+            predicted, measured = check.figures["predicted_bytes"], check.figures["measured_bytes"]
+            found.append((check.name, predicted_s, measured_s, measured_s, predicted, measured))
+            print(
+                f"{check.name:<40} {predicted_s:8.4f} s predicted {measured_s:8.4f} measured"
+                f" | {predicted / GIB:6.2f} GiB predicted {measured / GIB:6.2f} measured"
+            )
+    if not found:
+        sys.exit(f"{file} holds no prediction beside a measurement: run the part `memory`")
+    judge(found)
+
+
 def judge(found) -> None:
     """Mean errors, and how well the predicted order agrees with the measured one."""
     from scipy.stats import kendalltau
@@ -247,7 +270,8 @@ def judge(found) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["published", "traced", "cpu"])
+    parser.add_argument("what", choices=["published", "traced", "cpu", "card"])
+    parser.add_argument("file", type=Path, nargs="?", help="card: what tests/first_contact.py wrote")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--worst", type=int, default=20)
     parser.add_argument("--out", type=Path, help="cpu: write every run as JSON")
@@ -256,6 +280,10 @@ def main() -> None:
         traced()
     if asked.what == "cpu":
         cpu(asked.out)
+    if asked.what == "card":
+        if asked.file is None:
+            parser.error("card: give the file that tests/first_contact.py wrote")
+        card(asked.file)
     if asked.what == "published":
         if not asked.table and not (SHARED / "tables").is_dir():
             sys.exit("the published tables are not on this machine; give --table FILE.csv")

@@ -1,10 +1,12 @@
 """Ray told of four GPUs that are not there: workers, jobs, trials and others get distinct ones.  No kernel runs."""
 
 import dataclasses
+import json
 import os
 import socket
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -115,6 +117,91 @@ def test_a_job_waits_for_its_gpu_says_so_and_holds_nothing_meanwhile(cluster):
     assert len(said) == 1 and UUIDS[3] in said[0]
     assert free_gpus() == 3
     first.release()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own settings, where a trainer is made
+def test_two_workers_see_one_planned_gpu_each_before_pytorch_is_loaded(cluster, on_two_gpus, tmp_path):
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from clusters.connect import SLOT
+    from orchestrator.training.launch import _Places, environments
+
+    def worker(config):
+        import ray.train
+        import torch
+
+        loaded = list(sys.modules)
+        told = {
+            "sees": os.environ["CUDA_VISIBLE_DEVICES"],
+            "order": os.environ["CUDA_DEVICE_ORDER"],
+            "gloo": os.environ["GLOO_SOCKET_IFNAME"],
+            "in_time": loaded.index("clusters.gpu_reservation") < loaded.index("torch"),
+            "started": torch.cuda.is_initialized(),
+        }
+        rank = ray.train.get_context().get_world_rank()
+        Path(f"{config['folder']}/{rank}.json").write_text(json.dumps(told))
+
+    reservation = reserve(wanting(cluster, 1, 2), print)
+    own = environments(on_two_gpus.plan, reservation, {})
+    TorchTrainer(
+        worker,
+        train_loop_config={"folder": str(tmp_path)},
+        scaling_config=ScalingConfig(num_workers=2, resources_per_worker={SLOT: 1}),
+        run_config=RunConfig(name="two", storage_path=str(tmp_path / "ray")),
+        torch_config=_Places(backend="gloo", environments=own),
+    ).fit()
+    reservation.release()
+
+    told = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert [one["sees"] for one in told] == [UUIDS[1], UUIDS[2]]
+    assert all(one["order"] == "PCI_BUS_ID" and one["gloo"] == "lo" for one in told)
+    assert all(one["in_time"] and not one["started"] for one in told)
+
+
+def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monkeypatch):
+    from clusters.connect import SLOT
+    from orchestrator.search import tuning
+    from orchestrator.search.trials import Trial
+
+    class Looks(tuning._Runner):
+        """A worker that says what it sees in place of training."""
+
+        def step(self):
+            (tmp_path / str(self._now["number"])).touch()
+            until = time.monotonic() + 60
+            while not all((tmp_path / number).exists() for number in ("0", "1")) and time.monotonic() < until:
+                time.sleep(0.1)
+            trial = Trial(self._now["number"], {}, "finished", reason=os.environ["CUDA_VISIBLE_DEVICES"], steps=1)
+            return {"step": 1, "judged": 0.0, "trial": dataclasses.asdict(trial), "done": True}
+
+    class Search:
+        """Two trials of one plan."""
+
+        def __init__(self):
+            self.waiting, self.trials = [0, 1], []
+
+        def next_trial(self):
+            return (self.waiting.pop(0), {}, {"a": on_two_gpus.plan}) if self.waiting else None
+
+        def started(self, number): ...
+
+        def ended(self, trial):
+            self.trials.append(trial)
+
+        def failed(self, number, reason):
+            raise AssertionError(reason)
+
+        def enough(self):
+            return False
+
+    monkeypatch.setattr(tuning, "_Runner", Looks)
+    search = Search()
+    tuning.tune_trials(tmp_path, search, "none", 2, 1, 2, {SLOT: 1.0}, {})
+
+    assert len(search.trials) == 2
+    seen = {trial.reason for trial in search.trials}
+    assert len(seen) == 2 and seen <= set(UUIDS)
 
 
 @pytest.mark.parametrize(
