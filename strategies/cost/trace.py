@@ -152,24 +152,35 @@ def _materialised(setup: TrainSetup) -> TrainSetup:
 
     Not built under FakeTensorMode itself: there `Module.to`, which PEFT calls, cannot swap parameters (torch 2.13).
     """
-    memo: dict[int, torch.Tensor] = {}
-
-    def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
-        if id(tensor) not in memo:
-            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
-            is_parameter = isinstance(tensor, torch.nn.Parameter)
-            memo[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
-        return memo[id(tensor)]
-
-    for module in setup.model.modules():
-        for tensors in (module._parameters, module._buffers, vars(module)):
-            for name, tensor in tensors.items():
-                if isinstance(tensor, torch.Tensor):
-                    tensors[name] = on_cpu(tensor)  # type: ignore[assignment]
+    on_cpu = filler("cpu")
+    fill(setup.model, on_cpu)
     for group in setup.optimizer.param_groups:
         group["params"] = [on_cpu(parameter) for parameter in group["params"]]
     parameters = {name: on_cpu(parameter) for name, parameter in setup.parameters.items()}
     return dataclasses.replace(setup, parameters=parameters)
+
+
+def filler(device: str) -> Callable[[torch.Tensor], Any]:
+    """Gives every tensor one of its size on `device`, always the same one, and a parameter for a parameter."""
+    memo: dict[int, torch.Tensor] = {}
+
+    def filled(tensor: torch.Tensor) -> torch.Tensor:
+        if id(tensor) not in memo:
+            empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+            is_parameter = isinstance(tensor, torch.nn.Parameter)
+            memo[id(tensor)] = torch.nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return memo[id(tensor)]
+
+    return filled
+
+
+def fill(model: torch.nn.Module, filled: Callable[[torch.Tensor], Any]) -> None:
+    """Put what `filled` gives in the place of every tensor that a model's modules hold."""
+    for module in model.modules():
+        for tensors in (module._parameters, module._buffers, vars(module)):
+            for name, tensor in tensors.items():
+                if isinstance(tensor, torch.Tensor):
+                    tensors[name] = filled(tensor)
 
 
 def run(make: Callable[[], TrainSetup], batch: Batch, num_supervised: int, settings: TrainSettings) -> Traced:

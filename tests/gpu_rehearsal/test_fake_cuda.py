@@ -1,0 +1,104 @@
+"""The product's own set-up, step, checkpoint and restore on fake tensors of two cards: no GPU, and no shortcut."""
+
+import pytest
+
+from tests.gpu_rehearsal import fake_cuda
+from tests.gpu_rehearsal.cases import CASES, pairs, possible
+
+# An optimizer whose kernels do not know of loss scaling is asked to step only when the host has read that it may.
+WAITS: dict[tuple[str, str], list[str]] = {}
+
+
+@pytest.fixture(scope="module")
+def stubs(request, tmp_path_factory):
+    if fake_cuda.compiler() is None:
+        pytest.skip("no C++ compiler (c++, g++, clang++): the stubs that make torch take fake cuda tensors need one")
+    kept = getattr(request.config, "cache", None)  # absent under -p no:cacheprovider
+    return kept.mkdir("gpu_rehearsal") if kept else tmp_path_factory.mktemp("gpu_rehearsal")
+
+
+@pytest.fixture(scope="module")
+def rehearsed(stubs):
+    return {line["name"]: line for line in fake_cuda.run("tests.gpu_rehearsal.rehearsal", stubs)}
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request, rehearsed):
+    found = rehearsed[str(request.param)]
+    assert "error" not in found, found.get("trace")
+    return request.param, found
+
+
+def test_every_pair_that_the_rules_allow_is_rehearsed():
+    assert set().union(*map(pairs, CASES)) == set().union(*map(pairs, possible()))
+    assert len(CASES) < 30
+
+
+def test_autocast_and_loss_scaling_are_on(rehearsed):
+    found = rehearsed["mixed precision"]
+
+    assert (found["product"], found["scaler"], found["scale"]) == ("torch.float16", True, "cuda:0")
+
+
+def test_everything_lies_on_the_card_and_is_gathered_on_the_host(case):
+    case, found = case
+
+    assert (found["on"], found["gathered on"]) == ([case.device], ["cpu"])
+
+
+def test_everything_trained_is_fp32(case):
+    assert case[1]["trained"] == ["torch.float32"]
+
+
+def test_restored_state_lies_where_a_fresh_step_puts_it(case):
+    assert case[1]["fresh"]
+
+    assert case[1]["restored"] == case[1]["fresh"]
+
+
+def test_a_step_waits_for_the_card_only_where_it_is_listed(case):
+    case, found = case
+
+    assert found["waits"] == WAITS.get((case.technique, case.dtype), [])
+
+
+def test_keys_are_shared_only_where_the_flash_kernel_runs(case):
+    case, found = case
+    flash = case.device == "cuda:0" and case.dtype != "float32"
+    wanted = {"document": [f"varlen, torch.{case.dtype}"] if flash else ["sdpa"], "eager": []}
+
+    assert "sdpa, shared" not in found["attention"] or flash
+    assert found["attention"] == wanted.get(case.attention, found["attention"])
+
+
+def test_activation_offload_sends_no_weight(case):
+    case, found = case
+
+    assert (found["sent"] > 0) == (case.technique == "activation offload")
+    assert found["sent weights"] == 0
+
+
+def test_gradients_travel_over_the_host_while_the_backward_pass_runs(rehearsed):
+    found = rehearsed["buckets"]
+
+    assert "error" not in found, found.get("trace")
+    assert found["waits"] == []
+    assert 1 < found["sent in the backward pass"] <= found["sent"]
+    assert (found["sent from"], found["gradients on"]) == (["cpu"], ["cuda:0"])
+
+
+def test_a_batch_goes_to_the_card_without_waiting(rehearsed):
+    found = rehearsed["batches"]
+
+    assert "error" not in found, found.get("trace")
+    assert (found["waits"], found["on"]) == ([], ["cuda:1"])
+    assert found["tensors"] >= 5
+
+
+@pytest.mark.parametrize("name", ["divided optimizer", "streaming optimizer"])
+def test_state_that_is_divided_or_on_the_host_comes_back_to_its_place(rehearsed, name):
+    found = rehearsed[name]
+
+    assert "error" not in found, found.get("trace")
+    assert found["fresh"]
+    assert found["restored"] == found["fresh"]
