@@ -38,7 +38,7 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     techniques = plan.nodes[0].techniques
     model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)
     if techniques.packing:
-        techniques = without_leaks(_plain(model), job, techniques, _ignore)
+        techniques = without_leaks(_plain(model), job, techniques, device, _ignore)
     techniques = with_loss_that_runs(model, job, techniques, _ignore)
     nothing: Any = None
     setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
