@@ -52,9 +52,13 @@ def at_every_layer(do):
 
 
 def killed_in_the_last_evaluation(run, node):
+    def begun_evaluations():
+        return sum(event["event"] == "last_evaluation" for event in run.events()[0])
+
+    before = begun_evaluations()
+
     def kill(module):
-        events = run.events()[0] if type(module).__name__ == "LlamaMLP" else []
-        if events and events[-1]["event"] == "last_evaluation":
+        if type(module).__name__ == "LlamaMLP" and begun_evaluations() > before:
             raise Killed
 
     with at_every_layer(kill), pytest.raises(Killed):
