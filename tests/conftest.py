@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+# A run that is hung up on is tested; under nohup, of which processes inherit that it is ignored, it would wait for ever.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A slow machine is no failure of the code.
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])

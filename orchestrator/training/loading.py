@@ -59,9 +59,8 @@ def load_model(
 
     hf_logging.disable_progress_bar()
     document_attention.register()
-    model: Any
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             location,
             dtype=getattr(torch, dtype),
             attn_implementation=attn_implementation,
@@ -76,6 +75,7 @@ def load_model(
         raise JobError(
             f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
         ) from error
+    model, info = loaded
     report = LoadReport.from_loading_info(info)
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
         raise JobError(f"model.model_name_or_path: {location}: {wrong}")
