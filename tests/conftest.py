@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-# A run that is hung up on is tested; under nohup, of which processes inherit that it is ignored, it would wait for ever.
+# A hang-up is tested, and processes inherit from nohup that it is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A slow machine is no failure of the code.
