@@ -189,6 +189,16 @@ class Tried:
             self.rejected[label] = reason
 
 
+def at_once(slots: Iterable[Slot]) -> list[Slot]:
+    """In this order as many of each node as it gives to training."""
+    taken: list[Slot] = []
+    for slot in slots:
+        limit = slot.node.num_slots
+        if limit is None or sum(other.node.name == slot.node.name for other in taken) < limit:
+            taken.append(slot)
+    return taken
+
+
 def enumerate_candidates(
     workload: Workload, slots: Sequence[Slot], cluster: ClusterCapability, methods: Iterable[Method], switches: Switches
 ) -> Tried:
@@ -247,6 +257,7 @@ def _groups(
     else:
         order = sorted((s for s in slots if s.device.kind != "cpu"), key=lambda s: -s.memory_bytes)
         order += sorted((s for s in slots if s.device.kind == "cpu"), key=lambda s: -s.memory_bytes)
+    order = at_once(order)
     for count in range(2, len(order) + 1):
         together = _place(workload, order[:count], cluster, method, stage, switches, prefer, tried)
         if together:
@@ -327,12 +338,14 @@ def _crowded_host(placed: Sequence[Placed], num_parameters: float, method: Metho
             name = part.slot.node.name
             needs[name] = needs.get(name, 0.0) + max(part.plan.memory.host_bytes, loading)
     for node in {part.slot.node.name: part.slot.node for part in placed}.values():
-        room, need = (node.memory_bytes or math.inf) - _HOST_RESERVE_BYTES, needs.get(node.name, 0.0)
+        room, need = _host_room(node), needs.get(node.name, 0.0)
+        if need > room and node.memory_bytes is None:
+            return f"loading needs {format_bytes(need)} of {node.name}'s own memory, whose size is unknown"
         if need > room:
             workers = sum(part.slot.node.name == node.name for part in placed)
             return (
                 f"the {workers} workers on {node.name} need {format_bytes(need)} of the node's own memory together, has"
-                f" {format_bytes(max(0.0, room))} usable"
+                f" {format_bytes(room)} usable"
             )
     return None
 
@@ -392,13 +405,13 @@ def _all_on(
 ) -> list[StrategyPlan]:
     """Every setting that fits one slot."""
     where = f"{slot.node.name} ({slot.device.name})"
-    host_room = max(0.0, (slot.node.memory_bytes or 0) - _HOST_RESERVE_BYTES)  # unknown memory is none
+    host_room = _host_room(slot.node)
     fitting: list[StrategyPlan] = []
     nearest: tuple[StrategyPlan, str] | None = None
     for techniques in _settings(workload, slot, method, division, switches, tried):
         plan = method.estimate(workload, slot.device, slot.node, techniques)
         needs = plan.memory.total_bytes
-        why = _why_too_much(plan, slot.memory_bytes, host_room)
+        why = _why_too_much(plan, slot, host_room)
         if why is None:
             fitting.append(plan)
             continue
@@ -413,9 +426,16 @@ def _all_on(
     return fitting
 
 
-def _why_too_much(plan: StrategyPlan, room: float, host_room: float) -> str | None:
+def _host_room(node: NodeCapability) -> float:
+    """What a node's own memory leaves to training; unknown memory is none."""
+    return max(0.0, (node.memory_bytes or 0) - _HOST_RESERVE_BYTES)
+
+
+def _why_too_much(plan: StrategyPlan, slot: Slot, host_room: float) -> str | None:
     """Which memory a plan does not fit into; None where it fits."""
-    needs, host = plan.memory.total_bytes, plan.memory.host_bytes
+    needs, host, room = plan.memory.total_bytes, plan.memory.host_bytes, slot.memory_bytes
+    if host > host_room and slot.node.memory_bytes is None:
+        return f"needs {format_bytes(host)} of the node's own memory, whose size is unknown"
     if host > host_room:
         return f"needs {format_bytes(host)}, has {format_bytes(host_room)} usable of the node's own memory"
     if needs > room:

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from clusters.capability import ClusterCapability, NodeCapability
 from clusters.units import format_bytes, format_s
-from orchestrator.candidates import Candidate, Slot, Switches, Tried, enumerate_candidates
+from orchestrator.candidates import Candidate, Slot, Switches, Tried, at_once, enumerate_candidates
 from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut, eval_steps, explain_generation, max_new_tokens, metrics
@@ -71,7 +71,19 @@ def resolve_max_length(spec: JobSpec, config: dict[str, Any]) -> tuple[int, str 
 
 
 def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
-    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are asked.
+    """The devices that may train at once; of a machine that gives fewer to training than it has, the fastest."""
+
+    def rate(slot: Slot) -> float:
+        return max(product_rate(slot.device, slot.node, dtype)[0] for dtype in BYTES_PER_ELEMENT)
+
+    offered = offered_slots(spec, cluster)
+    chosen = {id(slot) for slot in at_once(sorted(offered, key=rate, reverse=True))}
+    return [slot for slot in offered if id(slot) in chosen]
+
+
+def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
+    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are asked
+    and as the machine gives.
 
     A device of unknown memory is none of them.
     """
@@ -81,7 +93,7 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
         count, _ = resolve_workers(spec, node, several=len(cluster.nodes) > 1)
         if node.num_slots is not None:
             count = min(count, node.num_slots)
-        trains = _offered(node) if node.gpus else [node.cpu] * count
+        trains = (node.gpus if count else ()) if node.gpus else [node.cpu] * count
         together = max(1, min(count, len(trains)))
         for device in trains:
             if device is None or device.memory_bytes is None:
@@ -89,18 +101,6 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
             room = device.memory_bytes * free / (count if device.kind == "cpu" else 1)
             slots.append(Slot(node, device, room, max(1, node.num_cores // together)))
     return slots
-
-
-def _offered(node: NodeCapability) -> list[DeviceCapability]:
-    """A node's GPUs; where it gives fewer to training, the fastest."""
-    if node.num_slots is None or node.num_slots >= len(node.gpus):
-        return list(node.gpus)
-
-    def rate(device: DeviceCapability) -> float:
-        return max(product_rate(device, node, dtype)[0] for dtype in BYTES_PER_ELEMENT)
-
-    fastest = sorted(node.gpus, key=rate, reverse=True)[: node.num_slots]
-    return [device for device in node.gpus if device in fastest]
 
 
 def switches_of(spec: JobSpec, max_length: int) -> Switches:
@@ -150,7 +150,7 @@ def make_plan(
 ) -> Plan:
     """Resolve what is left open.  Raises NothingFits when nothing fits or keeps the goal, JobError for mistakes."""
     reasons = dict(reasons)
-    slots = slots_of(spec, cluster)
+    slots, num_slots = offered_slots(spec, cluster), len(slots_of(spec, cluster))
     if not slots:
         lines = ["no machine has a device that could train; declare one with --hardware FILE"]
         raise NothingFits("\n".join([*lines, *(f"{device}: {why}" for device, why in unusable(cluster).items())]))
@@ -160,8 +160,8 @@ def make_plan(
 
     def plans(work: Workload) -> tuple[Tried, Candidate | None]:
         tried = enumerate_candidates(work, slots, cluster, methods, switches)
-        tried.other_groups = [found for found in tried.fitting if not _as_asked(spec, found, len(slots))]
-        tried.fitting = [found for found in tried.fitting if _as_asked(spec, found, len(slots))]
+        tried.other_groups = [found for found in tried.fitting if not _as_asked(spec, found, num_slots)]
+        tried.fitting = [found for found in tried.fitting if _as_asked(spec, found, num_slots)]
         return tried, _choose(spec, tried.fitting) if tried.fitting else None
 
     tried, chosen = plans(workload)
@@ -321,7 +321,7 @@ def _refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Sl
         raise JobError(
             [f"strategy.deepspeed.{key}: the plan decides it; say it by {where}" for key, where in decided.items()]
         )
-    if strategy.mode.startswith("zero") and (len(slots) < 2 or spec.cluster.num_workers == 1):
+    if strategy.mode.startswith("zero") and (len(at_once(slots)) < 2 or spec.cluster.num_workers == 1):
         raise JobError(
             f"strategy.mode: {strategy.mode} divides among devices, and here is one worker; set it to auto, or"
             " cluster.num_workers to at least 2"

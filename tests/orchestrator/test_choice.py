@@ -326,6 +326,30 @@ def test_a_machine_gives_as_many_devices_as_it_offers():
     assert sorted(part.node for part in made.nodes) == ["a", "a", "b"]
 
 
+def test_of_a_machine_that_gives_one_device_the_one_that_fits_is_taken():
+    import dataclasses
+
+    node = machine("a", "RTX 3090", "RTX 3060 12GB")
+    full, free, cpu = node.devices
+    node = dataclasses.replace(node, num_slots=1, devices=(dataclasses.replace(full, memory_bytes=GIB), free, cpu))
+    made = plan(SMALL, node, samples=6400)
+
+    assert [part.device for part in made.nodes] == ["RTX 3060 12GB"]
+
+
+@pytest.mark.parametrize("others", [(), ("RTX 3090",)])
+def test_of_like_cards_without_uuid_no_more_are_taken_than_the_machine_gives(others):
+    import dataclasses
+
+    node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), num_slots=1)
+    beside = [machine("b", *others)] if others else []
+    made = plan(SMALL, node, *beside, link_bytes_per_s=1e10, samples=6400)
+    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n", Path()).spec
+
+    assert sorted(part.node for part in made.nodes) == ["a", *("b" for _ in others)]
+    assert len(planner.slots_of(spec, ClusterCapability((node,)))) == 1
+
+
 @pytest.mark.parametrize("asked", ["strategy: {mode: single}\n", "cluster: {num_workers: 1}\n"])
 def test_one_worker_takes_the_fastest_card_that_fits_not_the_first_listed(asked):
     fast, roomy = (plan(shape, machine("a", "RTX 3060 12GB", "RTX 3090", "RTX 4070 Super"), text=asked)
@@ -404,3 +428,15 @@ def test_without_optional_libraries_a_plan_takes_what_is_there():
 
     assert made.techniques.attn_implementation == "document" and made.method["type"] != "qlora"
     assert "flash_attention_2 attention: flash-attn is not installed" in made.rejected.values()
+
+
+def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted():
+    import dataclasses
+
+    node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), memory_bytes=None)
+    with pytest.raises(NothingFits, match="loading needs .* of a's own memory, whose size is unknown"):
+        plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {per_device_train_batch_size: 1}\n")
+    with pytest.raises(NothingFits, match="needs .* of the node's own memory, whose size is unknown"):
+        plan(SMALL, node, text="strategy: {mode: zero3, offload: parameters}\n")
+
+    assert len(plan(SMALL, node, samples=6400).nodes) == 2  # straight onto the device
