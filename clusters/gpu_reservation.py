@@ -41,9 +41,17 @@ class Held:
     holder: Any
 
 
+class CannotReserve(Exception):
+    """A wanted GPU whose node is lost, which no waiting brings back."""
+
+
+class GpuGone(CannotReserve):
+    """A wanted GPU that is no longer in its node, and what is."""
+
+
 @dataclass
 class Reservation:
-    """What is held for each wanted GPU, in their order; None where Ray has no GPUs to give on that node."""
+    """What is held for each wanted GPU, in their order; None where Ray does not hand it out on that node."""
 
     held: list[Held | None] = field(default_factory=list)
 
@@ -57,12 +65,22 @@ def visible(kind: Kind, gpu: str | None) -> dict[str, str]:
     """The environment in which a process sees one GPU and no other; before CUDA or HIP starts in it.
 
     NVIDIA: a UUID or a number, https://docs.nvidia.com/cuda/cuda-programming-guide (CUDA_VISIBLE_DEVICES).  AMD: a
-    UUID goes to the runtime below HIP (ROCR_VISIBLE_DEVICES), which takes no part of one; Ray's numbers are HIP's.
+    UUID goes to the runtime below HIP (ROCR_VISIBLE_DEVICES), which takes no part of one and leaves HIP a single card
+    to count; Ray's numbers are HIP's.
     """
-    if kind == "cpu" or gpu is None:
+    if kind == "cpu" or (kind == "rocm" and gpu is None):
         return {}
+    if gpu is None:  # in the order of the driver's tool
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
     if kind == "rocm":
-        return {"HIP_VISIBLE_DEVICES" if gpu.isdecimal() else "ROCR_VISIBLE_DEVICES": gpu}
+        return (
+            {"HIP_VISIBLE_DEVICES": gpu}
+            if gpu.isdecimal()
+            else {
+                "ROCR_VISIBLE_DEVICES": gpu,
+                "HIP_VISIBLE_DEVICES": "0",
+            }
+        )
     return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu}
 
 
@@ -110,7 +128,7 @@ def reserve(
 ) -> Reservation | None:
     """Hold every wanted GPU of the connected cluster, all or none; waits for those that others have.
 
-    Says once a minute what is waited for.  None when `is_over` becomes true first.
+    Says once a minute what is waited for.  None when `is_over` becomes true first.  Raises CannotReserve, GpuGone.
     """
     said = -_SAID_EVERY_S
     while (found := _try(wanted)) is None:
@@ -125,47 +143,80 @@ def reserve(
 
 def _try(wanted: Sequence[Wanted]) -> Reservation | None:
     reservation = Reservation([None] * len(wanted))
-    for node_id in sorted({one.node_id for one in wanted}):  # everybody in the same order
-        if not offers_gpus(node_id):
-            continue
-        places = [place for place, one in enumerate(wanted) if one.node_id == node_id]
-        held = _hold(node_id, [wanted[place] for place in places])
-        if held is None:
-            reservation.release()
-            return None
-        for place, one in zip(places, held, strict=True):
-            reservation.held[place] = one
+    try:
+        for node_id in sorted({one.node_id for one in wanted}):  # everybody in the same order
+            places = [place for place, one in enumerate(wanted) if one.node_id == node_id]
+            held = _hold(node_id, [wanted[place] for place in places])
+            if held is None:
+                reservation.release()
+                return None
+            for place, one in zip(places, held, strict=True):
+                reservation.held[place] = one
+    except CannotReserve:
+        reservation.release()
+        raise
     return reservation
 
 
-def _hold(node_id: str, wanted: Sequence[Wanted]) -> list[Held] | None:
-    """The wanted GPUs of one node; None, and nothing held, where they are not free."""
+def _hold(node_id: str, wanted: Sequence[Wanted]) -> list[Held | None] | None:
+    """The wanted GPUs of one node, None for those that Ray does not hand out; None, and nothing held, where others
+    have them."""
     held: list[Held] = []
-    while len(found := matched(wanted, [one.id for one in held])) < len(wanted):
-        new = _start(node_id, len(wanted) - len(found)) if _is_free(node_id, len(wanted) - len(found)) else None
-        if new is None:
+    found: dict[int, int] = {}
+    num_gpus = _num_gpus(node_id)
+    while len(found) < len(wanted) and not _is_hopeless(wanted, held, num_gpus):
+        count = min(len(wanted) - len(found), num_gpus - len(held))
+        new = _start(node_id, count) if _is_free(node_id, count) else None
+        held += new or []
+        missing = _missing(wanted, new[0].holder) if new else None
+        if new is None or missing:
             _release(held)
+            if missing:
+                raise GpuGone(missing)
             return None
-        held += new
+        found = matched(wanted, [one.id for one in held])
     _release(one for place, one in enumerate(held) if place not in found.values())
-    return [held[found[index]] for index in range(len(wanted))]
+    return [held[found[index]] if index in found else None for index in range(len(wanted))]
+
+
+def _is_hopeless(wanted: Sequence[Wanted], held: Sequence[Held], num_gpus: int) -> bool:
+    """Whether holding more finds no wanted GPU: all are held, or the node's are known by number and not by UUID."""
+    by_number = bool(held) and all(one.id.isdecimal() for one in held) and all(one.uuids for one in wanted)
+    return len(held) == num_gpus or by_number
+
+
+def _missing(wanted: Sequence[Wanted], holder: Any) -> str | None:
+    """What to say of a wanted GPU that the driver of a holder's node does not list; None where it lists one that will
+    do for each, or where nobody can tell."""
+    import ray
+    from ray.exceptions import RayError
+
+    try:
+        there = ray.get(holder.uuids.remote(), timeout=_HOLDER_S)
+    except RayError:  # the holder was lost meanwhile; what follows notices
+        return None
+    gone = sorted({one.uuids[0] for one in wanted if one.uuids and not set(one.uuids) & {*there}})
+    if not there or not gone:
+        return None
+    return f"{', '.join(gone)}, which the plan is for, is no longer in its node: there is {', '.join(there)}"
 
 
 def _start(node_id: str, count: int) -> list[Held] | None:
-    """So many more GPUs of a node; None where Ray did not give them in time."""
+    """So many more GPUs of a node; None where Ray did not give them in time, or a holder was lost."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     pinned = NodeAffinitySchedulingStrategy(node_id, soft=False)
     options: dict[str, Any] = {"num_cpus": 0, "num_gpus": 1, "max_restarts": 0, "scheduling_strategy": pinned}
     holders: list[Any] = [ray.remote(_Holder).options(**options).remote() for _ in range(count)]
     answers = [holder.gpu.remote() for holder in holders]
-    done, _ = ray.wait(answers, num_returns=count, timeout=_HOLDER_S)
-    if len(done) < count:
-        for holder in holders:
-            ray.kill(holder)
+    try:
+        names = ray.get(answers, timeout=_HOLDER_S)
+    except RayError:  # too late, killed, or with its node: the next try sees whether that is there
+        _release(Held("", holder) for holder in holders)
         return None
-    return [Held(name, holder) for name, holder in zip(ray.get(answers), holders, strict=True)]
+    return [Held(name, holder) for name, holder in zip(names, holders, strict=True)]
 
 
 class _Holder:
@@ -176,8 +227,15 @@ class _Holder:
         import ray
 
         known = str(ray.get_runtime_context().get_accelerator_ids()[GPU][0])
-        seen, _ = look_at_gpus()  # Ray shows this process no other
+        kind = "rocm" if "HIP_VISIBLE_DEVICES" in os.environ else "cuda"  # Ray hands out those of one maker
+        seen = [gpu for gpu in look_at_gpus()[0] if gpu.kind == kind]  # Ray shows this process no other
         return seen[0].uuid or known if len(seen) == 1 else known
+
+    def uuids(self) -> list[str]:
+        """Of all GPUs of its node, as far as their drivers tell."""
+        for variable in ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):
+            os.environ.pop(variable, None)
+        return [gpu.uuid for gpu in look_at_gpus()[0] if gpu.uuid]
 
 
 def _is_free(node_id: str, count: int) -> bool:
@@ -195,7 +253,18 @@ def offers_gpus(node_id: str) -> bool:
     """Whether Ray has GPUs of a node to hand out: where none were declared, who asks for one waits without end."""
     import ray
 
-    return any(node["NodeID"] == node_id and node["Resources"].get(GPU) for node in ray.nodes())
+    nodes = (node for node in ray.nodes() if node["Alive"])
+    return any(node["NodeID"] == node_id and node["Resources"].get(GPU) for node in nodes)
+
+
+def _num_gpus(node_id: str) -> int:
+    """How many GPUs Ray has of a node.  Raises CannotReserve for one that is lost."""
+    import ray
+
+    for node in ray.nodes():
+        if node["NodeID"] == node_id and node["Alive"]:
+            return int(node["Resources"].get(GPU, 0))
+    raise CannotReserve("the node of a planned GPU left the cluster before training started")
 
 
 def _release(held: Iterable[Held]) -> None:

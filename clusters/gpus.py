@@ -10,8 +10,8 @@ import os
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from clusters.capability import DeviceCapability, Kind, Source
 from clusters.commands import run_within
@@ -30,6 +30,7 @@ _NO_CARD = ("no devices were found", "amdgpu not found")  # a driver's tool wher
 _FALLEN = ("unknown error", "gpu is lost", "gpu requires reset", "err!")  # in place of a value
 _MIG = "MIG's parts are not supported: turn it off with `sudo nvidia-smi -mig 0`"
 _log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
@@ -39,7 +40,7 @@ def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
     """
     rows, problem = _nvidia_rows()
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    shown = _visible(rows, visible)
+    shown = _visible([(row["index"], row["uuid"], row) for row in rows], visible)
     problems = [problem] if problem else []
     if rows and not shown and "MIG-" in (visible or ""):
         problems.append(f"CUDA_VISIBLE_DEVICES={visible} names a part of a card, and {_MIG}")
@@ -104,13 +105,15 @@ def _nvidia_rows() -> tuple[list[dict[str, str]], str | None]:
     return [], problem
 
 
-def _visible(rows: list[dict[str, str]], names: str | None) -> list[dict[str, str]]:
-    """The GPUs that CUDA shows this process: by index or start of UUID, in the order named, up to the first unknown."""
+def _visible(cards: Sequence[tuple[str, str | None, T]], names: str | None) -> list[T]:
+    """The cards (index, UUID, card) that a process is shown: by index or start of UUID, in the order named, up to the
+    first unknown."""
     if names is None:
-        return rows
+        return [card for _, _, card in cards]
     chosen = []
     for name in (name.strip() for name in names.split(",")):
-        found = [row for row in rows if row["index"] == name or (name[:4] == "GPU-" and row["uuid"].startswith(name))]
+        by_uuid = name[:4] == "GPU-"
+        found = [card for index, uuid, card in cards if index == name or (by_uuid and (uuid or "").startswith(name))]
         if not found:
             break
         chosen.append(found[0])
@@ -125,7 +128,11 @@ def _amd_gpus() -> tuple[tuple[DeviceCapability, ...], str | None]:
         found = [_amd_gpu(values) for key, values in cards.items() if key.startswith("card")]
     except (ValueError, AttributeError) as error:  # releases differ in what they print beside the JSON
         return (), f"rocm-smi was not understood ({printable(str(error))}): its GPUs are not used"
-    return tuple(sorted(found, key=lambda gpu: gpu.pci_bus_id or "")), problem
+    found.sort(key=lambda gpu: gpu.pci_bus_id or "")
+    for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # HIP counts what the runtime below it shows
+        numbered = [(str(place), gpu.uuid, gpu) for place, gpu in enumerate(found)]
+        found = _visible(numbered, os.environ.get(variable))
+    return tuple(found), problem
 
 
 def _amd_gpu(values: Mapping[str, Any]) -> DeviceCapability:

@@ -7,6 +7,7 @@
     ├── ClusterError             4   Ray or a machine: cannot connect, cannot start
     └── RunFailed                5   training started and failed; `resume` goes on from the last checkpoint
         ├── Diverged             5   the loss stopped being a number
+        ├── HardwareChanged      5   a machine is not as it was planned for
         └── Stopped              5   it was asked to stop, and saved
 
 Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to
@@ -74,6 +75,10 @@ class RunFailed(OrchestratorError):
 
 class Stopped(RunFailed):
     """Not a failure of anything: somebody asked."""
+
+
+class HardwareChanged(RunFailed):
+    """A machine is not the one the plan was made for: it is looked at and planned again."""
 
 
 class Diverged(RunFailed):

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
 from clusters.units import format_bytes, format_s
-from orchestrator.errors import NothingFits, RunFailed
+from orchestrator.errors import HardwareChanged, NothingFits, RunFailed
 from orchestrator.jobfile import Job
 from orchestrator.plan import Plan
 from orchestrator.rundir import RunFolder
@@ -97,6 +97,21 @@ class Recovery:
             time.sleep(_FREE_POLL_S)
         return True
 
+    def on_this_machine(self) -> Plan:
+        """The plan to begin with where Ray is started here: another one where a planned GPU is no longer there."""
+        from clusters.gpus import look_at_gpus
+
+        planned = {part.uuid for part in self.plan.nodes if part.uuid}
+        gone = planned - {gpu.uuid for gpu in look_at_gpus()[0]} if planned else set()
+        if not gone:
+            return self.plan
+        from orchestrator import machines
+
+        began = time.monotonic()
+        self.say(f"{', '.join(sorted(gone))}, which the plan is for, is no longer in this machine: planning again")
+        self.capability = machines.reached("local", self.say)
+        return self._go_on_with(self._planned_on(self.capability), began)
+
     def at_start(self) -> Plan:
         """The plan to begin with: another one where a resumed run finds other machines than it left."""
         if self.is_local:
@@ -148,6 +163,8 @@ class Recovery:
             if not isinstance(error, RunFailed):
                 raise error
             self._count(error)
+            if isinstance(error, HardwareChanged):
+                self._look_at_planned_nodes()
         self.run.replan_file.unlink(missing_ok=True)
         plan = self.plan if self.is_local else self._plan_with_those_there(error is not None)
         return self._go_on_with(plan, began)
@@ -222,6 +239,13 @@ class Recovery:
             self._shrunk, self._tries = self._shrunk + 1, 0
         return is_leaner
 
+    def _look_at_planned_nodes(self) -> None:
+        """Plan with the GPUs that are there now; where they are the same as before, the failures go on counting."""
+        seen = {node.name: node for node in self._looked_at_again({part.node for part in self.plan.nodes})}
+        nodes = tuple(seen.get(node.name, node) for node in self.capability.nodes)
+        if _uuids(nodes) != _uuids(self.capability.nodes):
+            self.capability, self._tries = replace(self.capability, nodes=nodes), 0
+
     def _looked_at_again(self, names: set[str]) -> tuple[NodeCapability, ...]:
         """The named nodes as they are now, as far as they answer."""
         from clusters.ray_probe import probe_connected
@@ -272,6 +296,10 @@ class Recovery:
                 raise
             smallest = min(there.nodes, key=lambda node: node.memory_bytes or math.inf)
             return self._planned_on(replace(there, nodes=tuple(node for node in there.nodes if node is not smallest)))
+
+
+def _uuids(nodes: Sequence[NodeCapability]) -> set[str | None]:
+    return {gpu.uuid for node in nodes for gpu in node.gpus}
 
 
 def _with_less_memory(node: NodeCapability) -> NodeCapability:

@@ -360,7 +360,8 @@ def _train_on_ray(
         run, job, plan, capability, lambda first, there: _plan_again(run, job, first, there), watcher.say
     )
     try:
-        gpus = planned_gpus(plan, capability) if address == "local" else ()
+        plan = recovery.on_this_machine() if address == "local" else plan
+        gpus = planned_gpus(plan, recovery.capability) if address == "local" else ()
         with connect(address, plan.num_workers, plan.threads_per_worker, gpus=gpus) as cluster:
             if job.spec.cluster.wait_for_slots and address != "local":
                 wait_for_slots(job.spec.cluster.wait_for_slots)  # a run that goes on may meet a cluster that is young

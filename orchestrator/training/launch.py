@@ -25,10 +25,10 @@ from ray.train.torch.config import _TorchBackend
 
 from clusters import gpu_reservation
 from clusters.capability import ClusterCapability
-from clusters.gpu_reservation import Reservation, Wanted
+from clusters.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
 from clusters.interfaces import gloo_talks_at
 from clusters.masking import MaskedFormatter
-from orchestrator.errors import OrchestratorError, RunFailed
+from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
 from orchestrator.training.failures import describe
@@ -45,14 +45,20 @@ _ENVIRONMENT = {
 
 
 def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_ids: Mapping[str, str]) -> None:
-    """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails.
+    """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails, its node is
+    lost before, or a planned GPU is no longer there.
 
     `node_ids` names the plan's nodes as Ray knows them; empty where there is one machine.  Restarts are the caller's:
     it plans again with the machines that are left (recovery.py).
     """
     wanted = [wanted_gpu(part, run.capability(), _ray_node(part, node_ids)) for part in _on_gpus(plan)]
     is_over = run.stop_file.exists
-    reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
+    try:
+        reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
+    except GpuGone as error:
+        raise HardwareChanged(str(error)) from error
+    except CannotReserve as error:
+        raise RunFailed(str(error)) from error
     if reservation is None:
         run.record("state", state="stopped", step=max(run.steps(), default=0))
         return
@@ -87,7 +93,7 @@ def notices(plan: Plan, reservation: Reservation) -> list[str]:
     texts = []
     for part, held in zip(_on_gpus(plan), reservation.held, strict=True):
         if held is None:
-            texts.append(f"Ray hands out no GPUs of {part.node}: nothing keeps its other users from {part.device}")
+            texts.append(f"Ray does not hand out {part.device} of {part.node}: nothing keeps its other users from it")
         elif part.uuid and held.id != part.uuid:
             texts.append(
                 f"{held.id} of {part.node} trains in place of {part.uuid}: it is like it, and Ray gave it first"
@@ -98,7 +104,7 @@ def notices(plan: Plan, reservation: Reservation) -> list[str]:
 def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
     """What each worker's process must see, by Ray's id of its node ("" where there is one) and in the plan's order.
 
-    Where Ray has no GPUs to give, the planned one is used: nothing keeps others from it.
+    Where Ray does not hand it out, the planned one is used: nothing keeps others from it.
     """
     held = iter(reservation.held)
     found: dict[str, list[dict[str, str]]] = {}
@@ -226,6 +232,9 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
         return 0, 0
     backend = dist.get_backend()
     if backend == "nccl":  # objects travel through a GPU, which must be one's own
+        from strategies.techniques import device_memory
+
+        device_memory.grow_segments()
         torch.cuda.set_device(0)
     listener = socket.create_server((ray.util.get_node_ip_address(), 0))
     me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())

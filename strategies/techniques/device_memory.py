@@ -7,6 +7,7 @@ through the bus, many times slower, and nobody would learn that memory was short
 
 from __future__ import annotations
 
+import logging
 import os
 
 import torch
@@ -14,7 +15,23 @@ import torch
 from clusters.units import GIB
 
 CONTEXT_BYTES = 0.7 * GIB  # what a process holds on a card outside torch's allocator
-_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # a user's own, which stand
+# A user's own, which stand: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage
+_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+_GROWING = "expandable_segments:True"
+_log = logging.getLogger(__name__)
+
+
+def grow_segments() -> None:
+    """Let the GPU allocator's segments grow; before the first tensor of this process on a GPU.
+
+    The allocator reads its environment when it is first used; after that it is said that nothing was changed.
+    """
+    if any(name in os.environ for name in _SETTINGS):
+        return
+    if torch.cuda.is_initialized():
+        _log.warning("CUDA has started already: its allocator's segments stay as they are, and may fall to pieces")
+        return
+    os.environ[_SETTINGS[0]] = _GROWING
 
 
 def limit(device: torch.device, usable_bytes: float | None) -> float | None:
@@ -24,8 +41,7 @@ def limit(device: torch.device, usable_bytes: float | None) -> float | None:
     """
     if device.type != "cuda":
         return None
-    if not any(name in os.environ for name in _SETTINGS):
-        torch._C._accelerator_setAllocatorSettings("expandable_segments:True")
+    grow_segments()
     fraction = share_of(usable_bytes, torch.cuda.get_device_properties(device).total_memory)
     if fraction is not None:
         torch.cuda.set_per_process_memory_fraction(fraction, device)

@@ -13,7 +13,18 @@ import pytest
 
 from clusters.capability import DeviceCapability
 from clusters.connect import connect
-from clusters.gpu_reservation import Held, Reservation, Wanted, by_uuid, matched, reserve, see, visible
+from clusters.gpu_reservation import (
+    CannotReserve,
+    GpuGone,
+    Held,
+    Reservation,
+    Wanted,
+    by_uuid,
+    matched,
+    reserve,
+    see,
+    visible,
+)
 from clusters.interfaces import gloo_talks_at, interface_at
 from clusters.units import GIB
 from tests.orchestrator.test_choice import SMALL, machine, plan
@@ -117,6 +128,27 @@ def test_a_job_waits_for_its_gpu_says_so_and_holds_nothing_meanwhile(cluster):
     assert len(said) == 1 and UUIDS[3] in said[0]
     assert free_gpus() == 3
     first.release()
+
+
+def test_a_gpu_that_was_taken_out_of_its_machine_is_not_waited_for(cluster):
+    with pytest.raises(GpuGone, match=f"GPU-old, which the plan is for, is no longer in its node: .*{UUIDS[3]}"):
+        reserve([Wanted(cluster.node, ("GPU-old",))], print, is_over=lambda: True)
+    assert free_gpus() == 4
+
+
+def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(cluster, on_two_gpus, tmp_path):
+    from clusters.capability import ClusterCapability
+    from orchestrator.errors import RunFailed
+    from orchestrator.rundir import RunFolder
+    from orchestrator.training.launch import launch
+
+    (tmp_path / "capability.json").write_text(json.dumps(ClusterCapability((on_two_gpus.node,)).as_dict()))
+
+    with pytest.raises(CannotReserve, match="left the cluster"):
+        reserve([Wanted("f" * 56, (UUIDS[0],))], print, is_over=lambda: True)
+    with pytest.raises(RunFailed, match="left the cluster"):
+        launch(RunFolder(tmp_path), on_two_gpus.plan, {}, {"a": "f" * 56})
+    assert free_gpus() == 4
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own settings, where a trainer is made
@@ -241,7 +273,7 @@ def test_where_ray_has_no_gpus_the_planned_one_is_used(on_two_gpus):
     own = environments(on_two_gpus.plan, reservation, {"a": "id"})
     unreserved, exchanged = notices(on_two_gpus.plan, reservation)
 
-    assert "hands out no GPUs of a" in unreserved and UUIDS[2] in exchanged
+    assert "does not hand out" in unreserved and "of a:" in unreserved and UUIDS[2] in exchanged
     assert [one["CUDA_VISIBLE_DEVICES"] for one in in_order(["id", "id"], own)] == [UUIDS[1], "3"]
 
 
@@ -249,7 +281,7 @@ def test_each_maker_has_its_own_variable():
     nvidia = [DeviceCapability("cuda", "Card", 1, uuid=uuid) for uuid in UUIDS[:2]]
 
     assert visible("cuda", "GPU-1") == {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": "GPU-1"}
-    assert visible("rocm", "GPU-1") == {"ROCR_VISIBLE_DEVICES": "GPU-1"}
+    assert visible("rocm", "GPU-1") == {"ROCR_VISIBLE_DEVICES": "GPU-1", "HIP_VISIBLE_DEVICES": "0"}
     assert visible("rocm", "1") == {"HIP_VISIBLE_DEVICES": "1"}
     assert visible("cpu", None) == {}
     assert by_uuid(nvidia)["CUDA_VISIBLE_DEVICES"] == f"{UUIDS[0]},{UUIDS[1]}"
