@@ -26,6 +26,7 @@ from orchestrator.jobfile import Job
 from orchestrator.plan import Plan, settings_of
 from orchestrator.rundir import RunFolder
 from orchestrator.training import finished, preflight, worker
+from orchestrator.training.devices import device_like, planned_device
 from orchestrator.training.loop import peak_bytes
 from strategies import dissect, timeline
 from strategies.cost.trace import LiveStorages
@@ -50,7 +51,7 @@ def bench_training(
     part, location = plan.nodes[0], ready.data_files["model"]
     if part.techniques.uses_engine:
         raise JobError("bench runs one device: set strategy.mode: single and strategy.offload: none")
-    device = torch.device(part.torch_device)
+    device = planned_device(part)
     torch.set_num_threads(part.threads)
     data, _ = datasets(ready.data_files)
     say(f"loading the model, then {_WARM_UP + num_steps} steps ...")
@@ -158,7 +159,7 @@ def bench_generation(
     """Time to the first token, time per further token, throughput and memory: base, adapter and merged side by side."""
     plan = run.plan()
     location = finished.model_of(run)
-    device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
+    device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
     rows = []
     for name, model in finished.variants(run, job, device):

@@ -16,8 +16,9 @@ from orchestrator.data.order import Order
 from orchestrator.data.samples import template_text
 from orchestrator.errors import NothingFits
 from orchestrator.jobfile import Job
-from orchestrator.plan import Plan
+from orchestrator.plan import NodePlan, Plan
 from orchestrator.training import hand_back, loading, preflight, quality, worker
+from orchestrator.training.devices import card_in_use, device_like
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import Hooks, Progress, train
 from orchestrator.training.parallel import Group
@@ -33,7 +34,8 @@ class Experiment:
         """Raises OrchestratorError where the combination cannot be set up."""
         self.job, self.plan, self.location, self.data, self.held_out = job, plan, location, data, held_out
         part = plan.nodes[0]
-        self.device = torch.device(part.torch_device)
+        self.device = device_like(part)
+        self.card = card_in_use(part, self.device)  # name and UUID
         torch.set_num_threads(part.threads)
         self.setup, self.techniques = worker.prepare(job, plan, part, location, self.device, self._heard)
         self.tensors_bytes = tensors_peak_bytes(self.setup, data, self.techniques, plan.global_batch_size)
@@ -69,8 +71,12 @@ class Experiment:
         return {key: value for key, value in measured.items() if isinstance(value, float) and key != "seconds"}
 
     def times(self) -> dict[str, Any]:
-        """Predicted beside measured, as a run's result.json has it."""
-        return hand_back.step_times(self.plan, [seconds for seconds, _ in self._steps])
+        """Predicted beside measured, as a run's result.json has it, and the GPU that was measured.
+
+        Ray gives any GPU of a node: on one of another name than the planned the prediction says nothing of it.
+        """
+        found = hand_back.step_times(self.plan, [seconds for seconds, _ in self._steps])
+        return found | measured_on(self.plan.nodes[0], *self.card)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -84,6 +90,13 @@ class Experiment:
             self._steps.append((fields["seconds"], fields["tokens"]))
         elif event == "note" and "out of memory" in fields["text"]:
             raise NothingFits(fields["text"])  # a leaner way is another combination
+
+
+def measured_on(part: NodePlan, name: str, uuid: str | None) -> dict[str, Any]:
+    """What the times of a part say of the device that ran it; no prediction where it is of another name."""
+    if name == part.device:
+        return {"uuid": uuid}
+    return {"device": name, "uuid": uuid, "predicted_step_s": None, "formula_step_s": None}
 
 
 def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> float:

@@ -20,6 +20,7 @@ from orchestrator.rundir import RunFolder
 from orchestrator.runs.condition import check_model, exported_whole
 from orchestrator.training import agreement, export
 from orchestrator.training.agreement import Agreement
+from orchestrator.training.devices import device_like
 from orchestrator.training.kernels import with_loss_that_runs, without_leaks
 from orchestrator.training.loading import load_data, load_exported, load_model, load_tokenizer
 from orchestrator.training.parallel import Group
@@ -33,7 +34,7 @@ _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
     exported, plan, location = exported_whole(run), run.plan(), model_of(run)
-    device = torch.device(plan.device if plan.device == "cpu" or torch.cuda.is_available() else "cpu")
+    device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
     techniques = plan.nodes[0].techniques
     model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)

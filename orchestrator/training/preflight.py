@@ -179,10 +179,11 @@ def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
 def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """`plan --preflight`: the same in this process, on this machine, without a run folder."""
     from orchestrator.training import worker
+    from orchestrator.training.devices import planned_device
 
     plan = ready.plan
     say("preflight: loading the model ...")
-    device = torch.device(plan.device)
+    device = planned_device(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker)
     data, held_out = datasets(ready.data_files)
     part, location = plan.nodes[0], ready.data_files["model"]

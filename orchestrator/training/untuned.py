@@ -9,6 +9,7 @@ import torch
 
 from orchestrator.rundir import RunFolder
 from orchestrator.training import loading, quality, worker
+from orchestrator.training.devices import device_like
 from orchestrator.training.parallel import Group
 
 
@@ -22,7 +23,7 @@ def measure(folder: str) -> None:
         return
     torch.set_num_threads(part.threads)
     location = run.data()["model"]
-    setup, techniques = worker.prepare(job, plan, part, location, torch.device(part.torch_device), _ignore)
+    setup, techniques = worker.prepare(job, plan, part, location, device_like(part), _ignore)
     tokenizer = loading.tokenizer_of(run, job)
     measured = quality.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
     run.write("before.json", json.dumps({**measured, "node": part.node}))

@@ -197,6 +197,9 @@ def handed_over(
     if techniques.offload in ("optimizer", "parameters"):
         optimizer = host_optimizer(setup.optimizer, settings, note)
     if not dist.is_initialized():  # one worker is a group, too
+        # It talks to nobody, and yet DeepSpeed sums and scatters its gradients on the device (its
+        # coalesced_collectives.py), which gloo does not do for a GPU's tensors, or by way of the host:
+        # https://docs.pytorch.org/docs/stable/distributed.html#backends
         backend, store = "nccl" if device.type == "cuda" else "gloo", distributed_c10d.HashStore()  # pyright: ignore[reportAttributeAccessIssue]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
     with quiet():

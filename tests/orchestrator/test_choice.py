@@ -434,9 +434,9 @@ def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted
     import dataclasses
 
     node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), memory_bytes=None)
-    with pytest.raises(NothingFits, match="loading needs .* of a's own memory, whose size is unknown"):
+    with pytest.raises(NothingFits, match=r"loading needs .* of a's own memory, whose size is unknown"):
         plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {per_device_train_batch_size: 1}\n")
-    with pytest.raises(NothingFits, match="needs .* of the node's own memory, whose size is unknown"):
+    with pytest.raises(NothingFits, match=r"needs .* of the node's own memory, whose size is unknown"):
         plan(SMALL, node, text="strategy: {mode: zero3, offload: parameters}\n")
 
     assert len(plan(SMALL, node, samples=6400).nodes) == 2  # straight onto the device
