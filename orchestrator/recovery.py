@@ -6,6 +6,7 @@ number of steps, optimizer) stays as the first plan has it; only who does it, an
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import time
@@ -111,6 +112,20 @@ class Recovery:
         self.say(f"{', '.join(sorted(gone))}, which the plan is for, is no longer in this machine: planning again")
         self.capability = machines.reached("local", self.say)
         return self._go_on_with(self._planned_on(self.capability), began)
+
+    def hold_cards(self, until_the_end: contextlib.ExitStack) -> bool:
+        """Hold the plan's GPUs of this machine, or others as good, against other jobs of this user; False when asked to
+        stop meanwhile."""
+        from orchestrator.runs.gpu_locks import own_cards
+
+        self.on_this_machine()
+        is_over = self.run.stop_file.exists
+        held = until_the_end.enter_context(own_cards(self.plan, self.capability, self.say, is_over))
+        if held is None:
+            self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
+            return False
+        self.plan = held
+        return True
 
     def at_start(self) -> Plan:
         """The plan to begin with: another one where a resumed run finds other machines than it left."""

@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import threading
@@ -360,9 +361,13 @@ def _train_on_ray(
         run, job, plan, capability, lambda first, there: _plan_again(run, job, first, there), watcher.say
     )
     try:
-        plan = recovery.on_this_machine() if address == "local" else plan
-        gpus = planned_gpus(plan, recovery.capability) if address == "local" else ()
-        with connect(address, plan.num_workers, plan.threads_per_worker, gpus=gpus) as cluster:
+        with contextlib.ExitStack() as until_the_end:
+            if recovery.is_local and not recovery.hold_cards(until_the_end):
+                return
+            plan = recovery.plan
+            gpus = planned_gpus(plan, recovery.capability) if recovery.is_local else ()
+            connection = connect(address, plan.num_workers, plan.threads_per_worker, gpus=gpus)
+            cluster = until_the_end.enter_context(connection)
             if job.spec.cluster.wait_for_slots and address != "local":
                 wait_for_slots(job.spec.cluster.wait_for_slots)  # a run that goes on may meet a cluster that is young
             going: Plan | None = recovery.at_start()

@@ -3,6 +3,7 @@
 recorded.py     start here: recorded.json, what a folder was begun with, so that a changed file is known and named
 folder.py       a folder whose deciding files are recorded: read as they were written, or refused by name
 locks.py        who holds a folder; asking takes nothing
+gpu_locks.py    which job of a user has which card of this machine
 events.py       the lines of events.jsonl, their types checked
 files.py        plan.json, data.json, result.json ...: each parsed once, or refused by name
 checkpoints.py  which checkpoints are whole, and which of them is handed back

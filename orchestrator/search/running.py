@@ -19,6 +19,7 @@ from orchestrator.errors import ClusterError, JobError, NothingFits, Orchestrato
 from orchestrator.jobfile import Job, value_of
 from orchestrator.plan import Plan
 from orchestrator.run import InBackground, Ready, output_dir, prepare
+from orchestrator.runs.gpu_locks import one_each
 from orchestrator.search.advice import Advised, Planning, advise, told
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.preparing import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
@@ -282,22 +283,27 @@ def _tune(going: _Search) -> None:
     try:
         gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
         environment = host_memory.ENVIRONMENT | thread_waits.environment()
-        with connect(address, num_slots, threads, environment, gpus) as cluster:
-            node_ids = _node_ids(address, names)
+        cards = [[gpu.uuid] for gpu in gpus if gpu.uuid]
+        with one_each(cards, going.watching.say, going.folder.stop_file.exists) as held:
+            if held is None:
+                going.stopped = True
+                return
+            with connect(address, num_slots, threads, environment, gpus) as cluster:
+                node_ids = _node_ids(address, names)
 
-            def run() -> None:
-                tune_trials(
-                    going.folder.path,
-                    going,
-                    spec.search.scheduler if going.sampler is not None else "none",
-                    budget,
-                    spec.search.trial_steps,
-                    num_slots,
-                    cluster.slot_resources,
-                    node_ids,
-                )
+                def run() -> None:
+                    tune_trials(
+                        going.folder.path,
+                        going,
+                        spec.search.scheduler if going.sampler is not None else "none",
+                        budget,
+                        spec.search.trial_steps,
+                        num_slots,
+                        cluster.slot_resources,
+                        node_ids,
+                    )
 
-            _wait(InBackground(run), going)
+                _wait(InBackground(run), going)
     except CannotConnect as error:
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
 

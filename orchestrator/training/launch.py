@@ -31,6 +31,7 @@ from clusters.masking import MaskedFormatter
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.plan import NodePlan, Plan
 from orchestrator.rundir import RunFolder
+from orchestrator.runs.gpu_locks import as_good
 from orchestrator.training.failures import describe
 from strategies.techniques import host_memory, thread_waits
 
@@ -81,11 +82,7 @@ def _ray_node(part: NodePlan, node_ids: Mapping[str, str]) -> str:
 
 def wanted_gpu(part: NodePlan, cluster: ClusterCapability, node_id: str) -> Wanted:
     """The GPU that was planned, and those that are as good: of the same name, with room for what was planned."""
-    gpus = next((node.gpus for node in cluster.nodes if node.name == part.node), ())
-    alike = [gpu for gpu in gpus if gpu.name == part.device and gpu.uuid not in (None, part.uuid)]
-    needed = part.memory.total_bytes
-    others = [str(gpu.uuid) for gpu in alike if gpu.memory_bytes is None or gpu.memory_bytes >= needed]
-    return Wanted(node_id, (part.uuid, *others) if part.uuid else ())
+    return Wanted(node_id, as_good(part, cluster))
 
 
 def notices(plan: Plan, reservation: Reservation) -> list[str]:
