@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from clusters.capability import ClusterCapability, NodeCapability
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.evaluating import HeldOut
@@ -155,6 +155,23 @@ class Planning:
             slots = len(planner.slots_of(spec, cluster))
             self._works[key] = workload.describe(spec, self.shape, list(cut.lengths), cut.num_supervised, slots)[0]
         return planner.make_plan(spec, self._works[key], cluster, max_length, sizes.held_out, {})
+
+
+def by_kind(node: NodeCapability) -> list[NodeCapability]:
+    """The node with one kind of its GPUs after the other: a trial runs on whichever Ray gives."""
+    names = dict.fromkeys(gpu.name for gpu in node.gpus)
+    if len(names) < 2:
+        return [node]
+    return [
+        replace(node, devices=tuple(one for one in node.devices if one.kind == "cpu" or one.name == name))
+        for name in names
+    ]
+
+
+def plan_for(plans: Sequence[Plan], shown: Sequence[DeviceCapability]) -> Plan:
+    """The plan of a trial in a process that is shown these GPUs; the first where none of them was planned with."""
+    names = {gpu.name for gpu in shown}
+    return next((plan for plan in plans if plan.nodes[0].device in names), plans[0])
 
 
 def advise(planning: Planning, space: Space) -> Advised:

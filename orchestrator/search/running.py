@@ -5,6 +5,7 @@ job -> space -> advice (what cannot run, what cannot win, where to start) -> tri
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import time
@@ -20,9 +21,16 @@ from orchestrator.jobfile import Job, value_of
 from orchestrator.plan import Plan
 from orchestrator.run import InBackground, Ready, output_dir, prepare
 from orchestrator.runs.gpu_locks import one_each
-from orchestrator.search.advice import Advised, Planning, advise, told
+from orchestrator.search.advice import Advised, Planning, advise, by_kind, told
 from orchestrator.search.conclusion import conclude
-from orchestrator.search.preparing import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
+from orchestrator.search.preparing import (
+    check_budget,
+    files_of,
+    nodes_of,
+    planning_in,
+    planning_of,
+    with_held_out_rows,
+)
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampling import Sampler
 from orchestrator.search.space import Point, Space, canonical, space_of
@@ -57,8 +65,8 @@ class _Search:
         for trial in self.done:
             self._learn(trial)
 
-    def next_trial(self) -> tuple[int, Point, Mapping[str, Plan]] | None:
-        """The next point that some node can run, with its plan there."""
+    def next_trial(self) -> tuple[int, Point, Mapping[str, Sequence[Plan]]] | None:
+        """The next point that some node can run, with its plans there, one for each kind of its devices."""
         while self.sampler is None or len(self.done) + len(self.running) < self.job.spec.search.budget.trials:
             name, point = self._next_point()
             if point is None:
@@ -77,14 +85,15 @@ class _Search:
             return "", None if point is None else canonical(point)
         return self.named.pop(0) if self.named else ("", None)
 
-    def _plans(self, point: Point) -> tuple[dict[str, Plan], str]:
-        plans, reason = {}, "no machine may take trials"
-        for node in self.nodes:
+    def _plans(self, point: Point) -> tuple[dict[str, list[Plan]], str]:
+        plans: dict[str, list[Plan]] = {}
+        reason = "no machine may take trials"
+        for node in itertools.chain.from_iterable(map(by_kind, self.nodes)):
             try:
-                plans[node.name] = self.planning.trial(point, node)
+                plans.setdefault(node.name, []).append(self.planning.trial(point, node))
             except (JobError, NothingFits) as error:
                 reason = str(error).splitlines()[0]
-        return plans, reason
+        return {name: found for name, found in plans.items() if found}, reason
 
     def ended(self, trial: Trial) -> None:
         """A trial came to its end, in Tune; one that was cut off by a user's stop is left for `resume`."""

@@ -13,7 +13,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,9 +23,11 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from clusters import gpu_reservation
+from clusters.gpus import look_at_gpus
 from orchestrator.errors import OrchestratorError
 from orchestrator.jobfile import Job, spec_with
 from orchestrator.plan import Plan
+from orchestrator.search.advice import plan_for
 from orchestrator.search.space import Point
 from orchestrator.search.trials import SearchFolder, Trial
 from strategies.techniques import host_memory
@@ -44,8 +46,9 @@ _WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, 
 class Searching(Protocol):
     """What Tune asks of a search, and tells it."""
 
-    def next_trial(self) -> tuple[int, Point, Mapping[str, Plan]] | None:
-        """A number, the point and its plan on each node that could run it; None where all is tried."""
+    def next_trial(self) -> tuple[int, Point, Mapping[str, Sequence[Plan]]] | None:
+        """A number, the point and, for each node that could run it, a plan for each kind of its devices; None where all
+        is tried."""
         ...
 
     def started(self, number: int) -> None: ...
@@ -83,7 +86,7 @@ def tune_trials(
         return gpu_reservation.offers_gpus(node_ids[name] if node_ids else gpu_reservation.own_node_id())
 
     def resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
-        plans = {name: Plan.from_json(text) for name, text in config["plans"].items()}
+        plans = {name: Plan.from_json(texts[0]) for name, texts in config["plans"].items()}
         bundle, nodes = place_of(plans, slot_resources, {name for name in plans if offers_gpus(name)})
         if not node_ids:
             return tune.PlacementGroupFactory([bundle])
@@ -161,7 +164,8 @@ class _Adapter(_Here, Searcher):
         if wanted is None:
             return Searcher.FINISHED
         number, point, plans = wanted
-        return {"number": number, "point": point, "plans": {node: plan.to_json() for node, plan in plans.items()}}
+        texts = {node: [plan.to_json() for plan in found] for node, found in plans.items()}
+        return {"number": number, "point": point, "plans": texts}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Heard by `_Watch`, which knows why a trial failed."""
@@ -251,7 +255,7 @@ class _Runner(tune.Trainable):
         folder = Path(self._now["folder"])
         job = SearchFolder(folder).job()
         self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
-        plan = Plan.from_json(self._now["plans"][self._node()])
+        plan = plan_for([Plan.from_json(text) for text in self._now["plans"][self._node()]], look_at_gpus()[0])
         files = _data_of(folder, plan.techniques.max_length)
         data, held_out = datasets(files)
         assert held_out is not None  # the search made sure

@@ -212,7 +212,7 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
             self.waiting, self.trials = [0, 1], []
 
         def next_trial(self):
-            return (self.waiting.pop(0), {}, {"a": on_two_gpus.plan}) if self.waiting else None
+            return (self.waiting.pop(0), {}, {"a": [on_two_gpus.plan]}) if self.waiting else None
 
         def started(self, number): ...
 

@@ -9,7 +9,7 @@ from clusters.capability import ClusterCapability
 from orchestrator import planner
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.jobfile import parse_job, spec_with, text_with
-from orchestrator.search.advice import Planning, Sizes, advise
+from orchestrator.search.advice import Planning, Sizes, advise, by_kind, plan_for
 from orchestrator.search.sample import representative
 from orchestrator.search.space import canonical, key_of, phrase, space_of
 from orchestrator.search.study import read_study
@@ -129,6 +129,18 @@ def test_a_trial_is_planned_on_one_device_with_the_real_batch():
 
     assert plan.num_workers == 1
     assert (plan.num_steps, plan.global_batch_size) == (spec.search.trial_steps, 16)
+
+
+def test_a_trial_has_a_plan_for_whichever_kind_of_card_it_is_given():
+    node = machine("two", "RTX 3060 12GB", "RTX 3090")
+    spec, space = space_for("", node)
+    plans = [planning(spec, SMALL, node).trial(next(space.points()), one) for one in by_kind(node)]
+    like = machine("like", "RTX 3090", "RTX 3090")
+
+    assert [plan_for(plans, [gpu]).nodes[0].device for gpu in node.gpus] == ["RTX 3060 12GB", "RTX 3090"]
+    assert plans[0].step_s > plans[1].step_s  # each is held against its own prediction
+    assert plan_for(plans, []) is plans[0]
+    assert by_kind(like) == [like]
 
 
 def test_a_sample_has_the_lengths_of_the_whole():
