@@ -125,10 +125,14 @@ class _Places(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Before PyTorch starts in the workers: each sees its own GPU, and talks where its node's address leads."""
+        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, and talks where its node's
+        address leads."""
+        from strategies.techniques import device_memory
+
         nodes = worker_group.execute(gpu_reservation.own_node_id)
         for index, own in enumerate(in_order(nodes, backend_config.environments)):
             worker_group.execute_single(index, gpu_reservation.see, own)
+        worker_group.execute(device_memory.grow_segments)  # a group's first words are tensors of nccl
         worker_group.execute(_talk_as_the_cluster_knows_us)
         super().on_start(worker_group, backend_config)
 
@@ -229,9 +233,6 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
         return 0, 0
     backend = dist.get_backend()
     if backend == "nccl":  # objects travel through a GPU, which must be one's own
-        from strategies.techniques import device_memory
-
-        device_memory.grow_segments()
         torch.cuda.set_device(0)
     listener = socket.create_server((ray.util.get_node_ip_address(), 0))
     me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())

@@ -57,7 +57,6 @@ def _work(run: RunFolder, job: Job, plan: Plan, rank: int, size: int, node: str,
     part = plan.part_of(node, slot)
     device = torch.device("cpu" if part.torch_device == "cpu" else "cuda:0")  # it sees its own GPU and no other
     if device.type == "cuda":
-        device_memory.grow_segments()
         torch.cuda.set_device(device)
     torch.set_num_threads(part.threads)
     device_memory.limit(device, part.memory_usable_bytes)

@@ -1,10 +1,12 @@
 """A process takes no more of a card than its plan has, its context included."""
 
+import os
+
 import pytest
 import torch
 
 from clusters.units import GIB
-from strategies.techniques.device_memory import limit, share_of
+from strategies.techniques.device_memory import _SETTINGS, grow_segments, limit, share_of
 
 
 @pytest.mark.parametrize(
@@ -22,3 +24,12 @@ def test_the_share_leaves_room_for_the_context(usable, total, share):
 
 def test_a_cpu_has_no_end():
     assert limit(torch.device("cpu"), 1.0) is None
+
+
+def test_an_allocator_that_works_already_is_left_alone_and_that_is_said(monkeypatch, caplog):
+    for name in _SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    grow_segments()
+
+    assert "CUDA has started already" in caplog.text and not {*_SETTINGS} & {*os.environ}

@@ -19,6 +19,7 @@ from clusters.gpu_reservation import (
     Held,
     Reservation,
     Wanted,
+    _start,
     by_uuid,
     matched,
     reserve,
@@ -144,6 +145,7 @@ def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(c
 
     (tmp_path / "capability.json").write_text(json.dumps(ClusterCapability((on_two_gpus.node,)).as_dict()))
 
+    assert _start("f" * 56, 1) is None  # lost between the question and the answer
     with pytest.raises(CannotReserve, match="left the cluster"):
         reserve([Wanted("f" * 56, (UUIDS[0],))], print, is_over=lambda: True)
     with pytest.raises(RunFailed, match="left the cluster"):
@@ -167,6 +169,7 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
             "sees": os.environ["CUDA_VISIBLE_DEVICES"],
             "order": os.environ["CUDA_DEVICE_ORDER"],
             "gloo": os.environ["GLOO_SOCKET_IFNAME"],
+            "allocator": os.environ["PYTORCH_ALLOC_CONF"],
             "started": torch.cuda.is_initialized(),
         }
         rank = ray.train.get_context().get_world_rank()
@@ -187,6 +190,7 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
     assert [one["sees"] for one in told] == [UUIDS[1], UUIDS[2]]
     assert all(one["order"] == "PCI_BUS_ID" and one["gloo"] == "lo" for one in told)
     assert not any(one["started"] for one in told)
+    assert all(one["allocator"] == "expandable_segments:True" for one in told)
 
 
 def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monkeypatch):
