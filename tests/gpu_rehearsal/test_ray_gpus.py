@@ -31,6 +31,7 @@ from clusters.units import GIB
 from tests.orchestrator.test_choice import SMALL, machine, plan
 
 UUIDS = tuple(f"GPU-{index}aaaaaaa-0000-1111-2222-333333333333" for index in range(4))
+LOST = "ab" * 28  # the id of a node that is in no cluster
 SMI = f"""#!{sys.executable}
 import sys
 query = next(a.split("=", 1)[1].split(",") for a in sys.argv if a.startswith("--query-gpu="))
@@ -145,11 +146,11 @@ def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(c
 
     (tmp_path / "capability.json").write_text(json.dumps(ClusterCapability((on_two_gpus.node,)).as_dict()))
 
-    assert _start("f" * 56, 1) is None  # lost between the question and the answer
+    assert _start(LOST, 1) is None  # lost between the question and the answer
     with pytest.raises(CannotReserve, match="left the cluster"):
-        reserve([Wanted("f" * 56, (UUIDS[0],))], print, is_over=lambda: True)
+        reserve([Wanted(LOST, (UUIDS[0],))], print, is_over=lambda: True)
     with pytest.raises(RunFailed, match="left the cluster"):
-        launch(RunFolder(tmp_path), on_two_gpus.plan, {}, {"a": "f" * 56})
+        launch(RunFolder(tmp_path), on_two_gpus.plan, {}, {"a": LOST})
     assert free_gpus() == 4
 
 
