@@ -122,7 +122,9 @@ class TrainSection(Section):
     seed: int = _key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = _key("auto", "recompute activations to save memory")
     deterministic: bool = _key(
-        False, "the same bits in every run on one GPU, also after a resume: kernels that add in a fixed order, slower"
+        False,
+        "the same bits in every run on one GPU, also after a resume; costs time: kernels that add in a fixed order (how"
+        " much was not measured). One CPU worker repeats itself anyway",
     )
 
 

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
+
+from orchestrator.errors import JobError
 
 # What cuBLAS and transformers' flash attention read; set for as long as the block lasts.
 _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
@@ -20,7 +22,10 @@ _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINI
 
 @contextlib.contextmanager
 def deterministic(is_asked: bool) -> Iterator[None]:
-    """Kernels that add in a fixed order, where asked for; afterwards as it was."""
+    """Kernels that add in a fixed order, where asked for; afterwards as it was.
+
+    Raises JobError for an operation that has none.
+    """
     if not is_asked:
         yield
         return
@@ -31,6 +36,13 @@ def deterministic(is_asked: bool) -> Iterator[None]:
     torch.backends.cudnn.benchmark = False
     try:
         yield
+    except RuntimeError as error:
+        if "deterministic implementation" not in str(error):
+            raise
+        reason = str(error).split(",")[0]
+        raise JobError(
+            f"train.deterministic: {reason}. Set it to false, or choose another model.attn_implementation"
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         torch.backends.cudnn.benchmark = before[1]
@@ -41,8 +53,15 @@ def deterministic(is_asked: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def resume_note(is_asked: bool, device: torch.device) -> str:
-    """What a resumed run is to the one that was never interrupted."""
-    if is_asked or device.type == "cpu":
+def resume_note(devices: Sequence[str], is_asked: bool, shares_stay: bool) -> str:
+    """What a resumed run is to the one that was never interrupted, by the kinds of its workers' devices.
+
+    Shares that follow the workers' pace divide rows by what was measured, so sums have other parts each time.
+    """
+    if all(device == "cpu" for device in devices) and (len(devices) == 1 or shares_stay):
         return "bit-equal to a run that never stopped"
-    return f"on {device} equal up to rounding; train.deterministic: true makes it bit-equal"
+    if len(devices) == 1:
+        one = "bit-equal to a run that never stopped"
+        return one if is_asked else "equal up to rounding; train.deterministic: true makes it bit-equal"
+    way = "; strategy.shares: planned makes it bit-equal" if set(devices) == {"cpu"} else ""
+    return f"equal up to rounding{way}"

@@ -79,11 +79,11 @@ def write(
 ) -> Agreement:
     """Export beside the final place, then rename; how many trained weights are on the disk as they were trained."""
     temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
-    for leftover in (temporary, final):
-        if leftover.exists():
-            shutil.rmtree(leftover)
+    shutil.rmtree(temporary, ignore_errors=True)
     export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(run.data()["model"]))
     found = agreement.on_disk(portrait, temporary, f"the {final.name}")
+    if final.exists():  # of a sitting that ended before it was measured
+        shutil.rmtree(final)
     temporary.rename(final)
     return found
 

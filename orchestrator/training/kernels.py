@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from typing import Any
 
@@ -10,6 +9,7 @@ import torch
 
 from orchestrator.errors import JobError
 from orchestrator.jobfile import Job
+from orchestrator.training.out_of_memory import first_line, is_out_of_memory
 from strategies.contract import Techniques
 from strategies.techniques import document_attention
 from strategies.techniques.precision import autocast
@@ -20,27 +20,42 @@ _ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
 def without_leaks(model: Any, job: Job, techniques: Techniques, device: torch.device, record: Any) -> Techniques:
-    """Check that packed documents stay apart, as they will be trained; fall back to what does keep them apart."""
+    """Check that packed documents stay apart, as they will be trained; fall back to what does keep them apart.
+
+    Raises JobError where packing is asked for and nothing does, and what out of memory is as it is.
+    """
     asked = job.spec.model.attn_implementation
     checked = model if model.device.type == device.type else document_attention.first_layers(model, device)
+    faults: dict[str, str] = {}
     for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if asked == "auto" else ())]):
-        checked.set_attn_implementation(name)
-        checked.eval()
-        with contextlib.suppress(ValueError, TypeError, RuntimeError), autocast(device.type, techniques.dtype):
-            if document_attention.packing_error(checked) < _ROUNDING[techniques.dtype]:
-                model.set_attn_implementation(name)
-                if name != techniques.attn_implementation:
-                    record(
-                        "note",
-                        text=f"this model does not run with {techniques.attn_implementation} attention; using {name}",
-                    )
-                return dataclasses.replace(techniques, attn_implementation=name)
+        fault = _fault_of(checked, name, device, techniques)
+        if fault is None:
+            model.set_attn_implementation(name)
+            for other, why in faults.items():
+                record("note", text=f"{other} attention: {why}; using {name}")
+            return dataclasses.replace(techniques, attn_implementation=name)
+        faults[name] = fault
+    told = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
     if job.spec.data.packing is True:
-        raise JobError("data.packing: this model lets packed documents see each other; set data.packing: false")
-    record("note", text="this model lets packed documents see each other; rows are padded instead")
+        raise JobError(f"data.packing: {told}. Set data.packing: false")
+    record("note", text=f"{told}; rows are padded instead")
     model.set_attn_implementation("sdpa" if asked in ("auto", "document") else asked)
     rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
     return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
+
+
+def _fault_of(model: Any, name: str, device: torch.device, techniques: Techniques) -> str | None:
+    """Why an attention cannot be used for packed rows of this model; None where it can."""
+    try:
+        model.set_attn_implementation(name)
+        model.eval()
+        with autocast(device.type, techniques.dtype):
+            error = document_attention.packing_error(model)
+    except (ValueError, TypeError, RuntimeError) as refusal:
+        if is_out_of_memory(refusal):
+            raise
+        return f"this model does not run with it ({first_line(refusal)})"
+    return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
 
 
 def with_loss_that_runs(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:

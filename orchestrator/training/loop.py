@@ -30,7 +30,7 @@ from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.out_of_memory import fallback, first_line, is_out_of_memory, release_cache
 from orchestrator.training.parallel import GradientSum, Group, even_passes
-from orchestrator.training.repair import agree_on_update, can_repair
+from orchestrator.training.repair import UpdateFailed, Updates, update_does_not_fit
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
 from strategies.step import Update, forward_backward, last_pass, update
@@ -112,7 +112,6 @@ def train(
     model, optimizer = setup.model, setup.optimizer
     device = next(iter(setup.parameters.values())).device
     shares = shares or Shares([1.0 / group.size] * group.size)
-    gradients = GradientSum(group, [] if setup.engine else setup.summed)
     apart = LocalSteps(setup, local_batch_size) if local_batch_size else None
     # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
     any_fp16 = group.sum([techniques.dtype == "float16"])[0] > 0
@@ -126,6 +125,9 @@ def train(
 
     def note(text: str) -> None:
         hooks.record("note", text=text)
+
+    updates = Updates(setup, group, bool(apart), note)
+    gradients = GradientSum(group, [] if setup.engine else setup.summed, updates.check)
 
     def sent() -> int:
         return gradients.bytes_sent + getattr(optimizer, "bytes_sent", 0)
@@ -141,11 +143,11 @@ def train(
         mine = dealt[group.rank]
 
         # Forward and backward, one micro-batch after the other; gradients add up.
-        loss, lacking = torch.zeros((), device=device), None
+        loss, own_loss, lacking = torch.zeros((), device=device), 0.0, None
         numbers = Update(schedule.lr_factor(step), schedule.max_grad_norm)
+        if setup.learner and setup.learner.is_due(step):
+            techniques = _learn(setup, data, sample_ids, step, techniques, scaler, group, hooks)
         try:
-            if setup.learner and setup.learner.is_due(step):
-                techniques = _learn(setup, data, sample_ids, step, techniques, scaler, group, hooks)
             for local in apart.parts(mine) if apart else (mine,):
                 own = [lengths[i] for i in local]
                 rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
@@ -170,14 +172,21 @@ def train(
                         note(f"{too_large}; the local step is skipped")
             if step + 1 < order.num_steps:
                 feed.prepare(_first_of(order.sample_ids(step + 1), data, shares, group, techniques))
-            part = loss.item()
+            own_loss = loss.item()
             if apart:
                 apart.leave(sum(lengths[i] for i in mine) / sum(lengths))
             gradients.flush()
+        except UpdateFailed:
+            pass
         except Exception as error:
             if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
                 raise
-            lacking, part, batch = first_line(error), 0.0, None
+            lacking, batch = first_line(error), None
+        if not updates.went_through():
+            # This worker's last update did, so it hands its state over, and computes these gradients again.
+            updates.repair(scaler.state_dict(), 0.0)
+            optimizer.zero_grad(set_to_none=True)
+            continue
         if lacking is not None:
             gradients.abandon()
         own_s = time.perf_counter() - began
@@ -186,7 +195,7 @@ def train(
         wish = hooks.should_stop()
         wishes = [float(wish == known) for known in WISHES]
         own = [*_at(group, own_s), *_at(group, peak_bytes(device))]
-        total, again, *rest = group.sum([part, lacking is not None, *wishes, *own])
+        total, again, *rest = group.sum([own_loss, lacking is not None, *wishes, *own])
         stop = next((known for known, count in zip(WISHES, rest, strict=False) if count), None)
         worker_s, worker_peak = rest[len(WISHES) :][: group.size], rest[len(WISHES) + group.size :]
         if again:
@@ -199,7 +208,7 @@ def train(
                 techniques = _with_less(setup, techniques, int(data.lengths.max()), lacking, hooks)
             continue
         if not math.isfinite(total):
-            suspects = group.gather([] if math.isfinite(part) else [sample_ids[i] for i in mine])
+            suspects = group.gather([] if math.isfinite(own_loss) else [sample_ids[i] for i in mine])
             raise Diverged(step, [sample for part_ids in suspects for sample in part_ids])
 
         # The update.
@@ -207,11 +216,18 @@ def train(
             gradients.finish()
             grad_norm = apart.meet() if apart else update(setup, scaler, numbers).item()
         except Exception as error:
-            if not can_repair(setup, group, bool(apart)) or not is_out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
+            if not updates.can_repair:
+                raise update_does_not_fit(first_line(error)) from error
+            gradients.discard()
             lacking, grad_norm = first_line(error), math.nan
-        if can_repair(setup, group, bool(apart)):
-            grad_norm, scale = agree_on_update(setup, group, lacking, scaler.state_dict(), grad_norm, note)
+        last = step + 1 == order.num_steps
+        evaluates = held_out and schedule.eval_steps and ((step + 1) % schedule.eval_steps == 0 or last)
+        saves = (step + 1) % schedule.save_steps == 0 or last or stop is not None
+        updates.begin(lacking)
+        if (lacking is not None or evaluates or saves or setup.learner) and not updates.went_through():
+            scale, grad_norm = updates.repair(scaler.state_dict(), grad_norm)
             if scale is not None:
                 scaler = gradient_scaler(device.type, scaled)
                 scaler.load_state_dict(scale)
@@ -253,9 +269,8 @@ def train(
             hooks.record("shares", step=progress.step, shares=[round(share, 4) for share in shares.shares])
 
         # Held-out loss, best checkpoint, early stopping: the same numbers on every worker, so the same decisions.
-        last = progress.step == order.num_steps
         improved = False
-        if held_out and schedule.eval_steps and (progress.step % schedule.eval_steps == 0 or last):
+        if held_out and evaluates:
             try:
                 eval_loss = evaluate_loss(setup, held_out, techniques, group, shares.shares)
             except NothingFits as error:
@@ -267,8 +282,7 @@ def train(
             progress.stopped = stop
 
         # Checkpoint: on schedule, at the best loss so far, and at the end however it comes.
-        due = progress.step % schedule.save_steps == 0 or last or progress.stopped is not None
-        if due or improved:
+        if saves or improved or progress.stopped is not None:
             if improved:
                 progress.best_checkpoint = f"step-{progress.step:08d}"
             # Unlike devices round differently, and workers apart have moments of their own; from here on all go on

@@ -9,15 +9,24 @@ from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from safetensors import SafetensorError
 
 from strategies.contract import Techniques
 
 T = TypeVar("T")
 
 # Allocators of CUDA, HIP, XPU and MPS, Triton and NCCL say "out of memory"; CUDA's and AMD's libraries name a status of
-# their own (cuBLAS, cuSOLVER, cuDNN 8 and 9, hipBLAS, rocBLAS); the rest are allocators of the host.
+# their own (cuBLAS, cuSOLVER, cuDNN 8 and 9, hipBLAS, rocBLAS, MIOpen), and cuBLAS and cuDNN, for whose workspace there
+# was no room, that they are not initialized; the rest are NCCL's buffers and allocators of the host.
 _TEXTS = (
     "out of memory",
+    "error_out_of_memory",
+    "hiperroroutofmemory",
+    "miopenstatusallocfailed",
+    "cublas_status_not_initialized",
+    "cudnn_status_not_initialized",
+    "failed to cuda calloc",
+    "failed to cuda host alloc",
     "_status_alloc_failed",
     "_allocation_failed",
     "rocblas_status_memory_error",
@@ -36,9 +45,9 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         return True
     if isinstance(error, OSError) and error.errno == errno.ENOMEM:
         return True
-    if isinstance(error, RuntimeError) and any(text in str(error).lower() for text in _TEXTS):
+    if isinstance(error, RuntimeError | SafetensorError) and any(text in str(error).lower() for text in _TEXTS):
         return True
-    return is_out_of_memory(error.__cause__)
+    return is_out_of_memory(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
 
 
 def first_line(error: BaseException) -> str:

@@ -97,10 +97,14 @@ class GradientSum:
     Gradients travel in buckets, in the order in which the backward pass finishes them.  A bucket leaves when it and all
     before it are ready, so the number and order of collectives is the same on every worker, whatever share it has: what
     has no gradient counts as zero.  Bucketing and overlap as in PyTorch DDP (Li et al., arXiv 2006.15704).
+
+    `first` is called before a step's first bucket leaves; what it raises ends the pass, and nothing has left.
     """
 
-    def __init__(self, group: Group, parameters: Iterable[torch.nn.Parameter]) -> None:
-        self._group = group
+    def __init__(
+        self, group: Group, parameters: Iterable[torch.nn.Parameter], first: Callable[[], None] = lambda: None
+    ) -> None:
+        self._group, self._first = group, first
         self._buckets = _buckets(list(parameters)[::-1], group.bucket_bytes) if group.size > 1 else []
         self._place = {parameter: at for at, bucket in enumerate(self._buckets) for parameter in bucket}
         self._armed = False
@@ -165,6 +169,8 @@ class GradientSum:
         return len(self._sent) + len(self._leaving)
 
     def _send(self) -> None:
+        if not self._num_left:
+            self._first()
         bucket, group = self._buckets[self._num_left], self._group
         parts = [p.grad.reshape(-1) if p.grad is not None else p.new_zeros(p.numel()) for p in bucket]
         flat = torch.cat(parts)

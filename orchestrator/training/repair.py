@@ -18,50 +18,72 @@ from strategies.contract import TrainSetup, TrainState
 from strategies.state import gather, restore
 
 
-def can_repair(setup: TrainSetup, group: Group, apart: bool) -> bool:
-    """Whether another worker has the same state, and no worker waits for another inside the update."""
-    return group.size > 1 and not (setup.engine or setup.sharding or setup.streaming or apart)
+class UpdateFailed(Exception):
+    """The last update did not go through on some worker; nothing of this step has left yet."""
 
 
-def agree_on_update(
-    setup: TrainSetup,
-    group: Group,
-    lacking: str | None,
-    scale: dict[str, Any],
-    norm: float,
-    note: Callable[[str], None],
-) -> tuple[float, dict[str, Any] | None]:
-    """Bring workers whose update failed (`lacking` says why) to the state of the first one that has it.
+class Updates:
+    """Whether each update went through everywhere; workers learn it while they compute the next step's gradients."""
 
-    Collective.  Returns the gradients' norm and, on a worker that was repaired, the state of the loss scale for a new
-    scaler.  Raises NothingFits on all workers where none has it, or where it does not fit on one of them even so.
-    """
-    failed = group.sum([float(lacking is not None and rank == group.rank) for rank in range(group.size)])
-    if not any(failed):
-        return norm, None
-    reasons = {rank: reason for rank, reason in enumerate(group.gather(lacking)) if reason is not None}
-    told = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
-    if all(failed):
-        raise _nothing_fits(told)
-    source = failed.index(0.0)
-    if lacking is not None:
-        _forget(setup)
-    norm, scale, state = _state_of(setup, group, source, scale, norm)
-    again = None
-    if lacking is not None:
-        try:
-            restore(setup, state)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            again = first_line(error)
-    if again_told := [reason for reason in group.gather(again) if reason is not None]:
-        raise _nothing_fits("; ".join(again_told))
-    note(f"out of memory in the update; its result was taken from worker {source} ({told})")
-    return norm, scale if lacking is not None else None
+    def __init__(self, setup: TrainSetup, group: Group, apart: bool, note: Callable[[str], None]) -> None:
+        self._setup, self._group, self._note = setup, group, note
+        # Another worker has the same state, and none waits for another inside the update.
+        own_state = setup.engine or setup.sharding or setup.streaming or apart
+        self.can_repair = group.size > 1 and not own_state
+        self._lacking: str | None = None
+        self._told: Callable[[], list[float]] | None = None
+        self._failed: list[float] = []
+
+    def begin(self, lacking: str | None) -> None:
+        """Tell the others how this worker's update went: `lacking` says why it failed.  Nobody waits for it."""
+        if self.can_repair:
+            ranks = range(self._group.size)
+            flags = [float(lacking is not None and rank == self._group.rank) for rank in ranks]
+            self._lacking, self._told = lacking, self._group.start_sum(flags)
+
+    def went_through(self) -> bool:
+        """Whether it did on every worker; waits for what they tell."""
+        if self._told:
+            self._failed, self._told = self._told(), None
+        return not any(self._failed)
+
+    def check(self) -> None:
+        """Raises UpdateFailed where it did not."""
+        if not self.went_through():
+            raise UpdateFailed
+
+    def repair(self, scale: dict[str, Any], norm: float) -> tuple[dict[str, Any] | None, float]:
+        """Bring workers whose update failed to the state of the first one that has it.
+
+        Collective.  Returns, on a worker that was repaired, the state of the loss scale for a new scaler, and the
+        gradients' norm.  Raises NothingFits on all workers where none has it, or where it does not fit even so.
+        """
+        lacking, failed = self._lacking, self._failed
+        reasons = {rank: reason for rank, reason in enumerate(self._group.gather(lacking)) if reason is not None}
+        told = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
+        if all(failed):
+            raise update_does_not_fit(told)
+        source = failed.index(0.0)
+        if lacking is not None:
+            _forget(self._setup)
+        norm, scale, state = _state_of(self._setup, self._group, source, scale, norm)
+        again = None
+        if lacking is not None:
+            try:
+                restore(self._setup, state)
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                again = first_line(error)
+        if again_told := [reason for reason in self._group.gather(again) if reason is not None]:
+            raise update_does_not_fit("; ".join(again_told))
+        self._note(f"out of memory in the update; its result was taken from worker {source} ({told})")
+        self._lacking, self._failed = None, []
+        return scale if lacking is not None else None, norm
 
 
-def _nothing_fits(told: str) -> NothingFits:
+def update_does_not_fit(told: str) -> NothingFits:
+    """What is raised of an update for which there is no room, and none to take it from."""
     return NothingFits(
         f"the optimizer's update does not fit: {told}. Choose a train.optim with less state, or strategy.offload:"
         " optimizer"

@@ -72,6 +72,7 @@ def _work(run: RunFolder, job: Job, plan: Plan, rank: int, size: int, node: str,
     record("ready", seconds=round(time.perf_counter() - began, 2), trainable=plan.num_trainable_parameters)
     tokenizer = tokenizer_of(run, job)
 
+    stay = job.spec.strategy.shares == "planned" or job.spec.train.deterministic or techniques.uses_engine
     samples = preflight.num_samples_of(plan, part)
     saved = checkpoint.newest(run.checkpoints, lambda text: record("note", text=text))
     if setup.engine and (saved or not job.spec.strategy.preflight):
@@ -81,7 +82,7 @@ def _work(run: RunFolder, job: Job, plan: Plan, rank: int, size: int, node: str,
         names = {name for name in Progress.__dataclass_fields__ if name in saved.state}
         progress = Progress(**{name: saved.state[name] for name in names})
         progress.stopped = "early" if progress.stopped == "early" else None  # it had ended; others go on
-        equal = resume_note(job.spec.train.deterministic, device)
+        equal = resume_note([node.torch_device for node in plan.nodes], job.spec.train.deterministic, stay)
         record("note", text=f"resumed from checkpoint {saved.path.name} ({equal})")
     else:
         progress = Progress()
@@ -98,7 +99,6 @@ def _work(run: RunFolder, job: Job, plan: Plan, rank: int, size: int, node: str,
         job.spec.train.num_train_epochs,
         job.spec.train.max_steps,
     )
-    stay = job.spec.strategy.shares == "planned" or job.spec.train.deterministic or techniques.uses_engine
     shares = agree(group, plan, part, setup, data, order, techniques, progress.step, record, stay)
 
     if progress.before is None and progress.step == 0 and held_out and job.spec.eval.before and not plan.helper:

@@ -12,6 +12,7 @@ from orchestrator.errors import NothingFits
 from orchestrator.rundir import RunFolder
 from orchestrator.runs.condition import exported_whole
 from orchestrator.training import worker
+from orchestrator.training.parallel import GradientSum
 from tests.cases.training import begun
 from tests.conftest import rows, write_jsonl
 
@@ -86,10 +87,30 @@ def bucket_refused(number):
     torch.cat = cat
 
 
+@contextlib.contextmanager
+def sum_refused(number):
+    """The sums of the `number`-th step find no room on the device."""
+    finish, calls = GradientSum.finish, []
+
+    def refuse(self):
+        calls.append(1)
+        if len(calls) != number:
+            return finish(self)
+        self.flush()
+        for _, work in self._sent:
+            work.wait()
+        raise WIDE
+
+    GradientSum.finish = refuse
+    yield
+    GradientSum.finish = finish
+
+
 CASES = {
     "nowhere": contextlib.nullcontext,
     "forward": lambda: rows_refused(1, training=True),
     "bucket": lambda: bucket_refused(5),
+    "sums": lambda: sum_refused(1),
     "first_update": lambda: update_broken_off(1),
     "later_update": lambda: update_broken_off(2),
     "evaluation": lambda: rows_refused(1, training=False),
@@ -150,7 +171,9 @@ def notes(run):
     return [event["text"] for event in run.events()[0] if event["event"] == "note"]
 
 
-@pytest.mark.parametrize("name", ["forward", "bucket", "first_update", "later_update", "evaluation", "generation"])
+@pytest.mark.parametrize(
+    "name", ["forward", "bucket", "sums", "first_update", "later_update", "evaluation", "generation"]
+)
 def test_memory_that_runs_out_on_one_worker_changes_neither_the_losses_nor_the_result(runs, name):
     run, plain = runs[name], runs["nowhere"]
 
@@ -161,7 +184,7 @@ def test_memory_that_runs_out_on_one_worker_changes_neither_the_losses_nor_the_r
     assert ours["answers"] == theirs["answers"] and "out_of_memory" not in ours
 
 
-@pytest.mark.parametrize("name", ["first_update", "later_update"])
+@pytest.mark.parametrize("name", ["sums", "first_update", "later_update"])
 def test_an_update_that_broke_off_is_taken_from_another_worker_and_said(runs, name):
     assert any(f"out of memory in the update; its result was taken from worker 0 (worker {STRUCK}" in note
                for note in notes(runs[name]))  # fmt: skip

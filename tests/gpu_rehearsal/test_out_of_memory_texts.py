@@ -4,6 +4,7 @@ import errno
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from orchestrator.training.failures import describe
 from orchestrator.training.out_of_memory import in_halves, is_out_of_memory
@@ -19,6 +20,12 @@ def accelerator_error(text):
 def raised_from(cause):
     error = ValueError("the model cannot be loaded")
     error.__cause__ = cause
+    return error
+
+
+def raised_while_handling(context):
+    error = ValueError("the model cannot be loaded")
+    error.__context__ = context
     return error
 
 
@@ -38,6 +45,15 @@ FULL = [
     RuntimeError("MPS backend out of memory (MPS allocated: 8.98 GiB, max allowed: 9.07 GiB)"),
     RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried"),
     RuntimeError("unable to mmap 4976698672 bytes from file <model.safetensors>: Cannot allocate memory (12)"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_INITIALIZED"),
+    RuntimeError("CUDA driver error: CUDA_ERROR_OUT_OF_MEMORY"),
+    RuntimeError("hipErrorOutOfMemory"),
+    RuntimeError("miopenStatusAllocFailed"),
+    RuntimeError("NCCL error: Failed to CUDA calloc 4194304 bytes"),
+    RuntimeError("NCCL WARN Failed to CUDA host alloc 65536 bytes"),
+    SafetensorError("Error while deserializing header: Cannot allocate memory (os error 12)"),
+    raised_while_handling(torch.OutOfMemoryError("CUDA out of memory")),
     RuntimeError("std::bad_alloc"),
     MemoryError(),
     OSError(errno.ENOMEM, "Cannot allocate memory"),

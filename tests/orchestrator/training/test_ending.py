@@ -7,9 +7,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.data.prepare import datasets
+from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
 from orchestrator.training import finished
-from orchestrator.training.determinism import resume_note
+from orchestrator.training.determinism import deterministic, resume_note
 from orchestrator.training.loading import straight_to
 from orchestrator.training.quality import num_cut_short
 from orchestrator.training.worker import work
@@ -157,10 +158,26 @@ def test_deterministic_kernels_are_chosen_for_the_run_that_asks_for_them_and_for
 
 
 @pytest.mark.parametrize(
-    ("asked", "device", "promised"), [(False, "cpu", True), (True, "cuda:0", True), (False, "cuda:0", False)]
+    ("devices", "asked", "stay", "promised"),
+    [
+        (["cpu"], False, False, True),
+        (["cuda"], False, False, False),
+        (["cuda"], True, True, True),
+        (["cpu", "cpu"], False, True, True),
+        (["cpu", "cpu"], False, False, False),  # shares that are measured anew
+        (["cpu", "cuda"], False, True, False),
+        (["cuda", "cuda"], True, True, False),
+    ],
 )
-def test_a_bit_equal_resume_is_promised_where_it_holds(asked, device, promised):
-    assert resume_note(asked, torch.device(device)).startswith("bit-equal") == promised
+def test_a_bit_equal_resume_is_promised_where_it_holds(devices, asked, stay, promised):
+    assert resume_note(devices, asked, stay).startswith("bit-equal") == promised
+
+
+def test_an_operation_without_a_deterministic_kernel_is_named_with_the_way_out():
+    with pytest.raises(JobError, match=r"train.deterministic: put_.*Set it to false"), deterministic(True):
+        torch.zeros(3).put_(torch.tensor([0]), torch.tensor([1.0]))
+
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize(
