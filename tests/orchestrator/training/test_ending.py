@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
-from orchestrator.training import finished
+from orchestrator.training import finished, quality
 from orchestrator.training.determinism import deterministic, resume_note
 from orchestrator.training.loading import straight_to
 from orchestrator.training.quality import num_cut_short
@@ -93,6 +93,21 @@ def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(jo
     notes = [event["text"] for event in run.events()[0] if event["event"] == "note"]
     assert run.state_by_events() == "finished" and run.result()["after"] is None
     assert "the last evaluation ended the process 3 times and is not tried again; `orchestrator evaluate" in notes[-1]
+
+
+def test_the_optimizer_is_let_go_of_before_the_result_is_measured(job_file, monkeypatch):
+    """What it holds on a card is the room that an evaluation needs."""
+    seen, measure = [], quality.measure_last
+
+    def looked_at(run, job, plan, setup, *rest):
+        gradients = [parameter.grad for parameter in setup.parameters.values() if parameter.grad is not None]
+        seen.append((len(setup.parameters), len(setup.optimizer.state), len(gradients)))
+        return measure(run, job, plan, setup, *rest)
+
+    monkeypatch.setattr(quality, "measure_last", looked_at)
+    trained(job_file, name="let-go")
+
+    assert seen == [(28, 0, 0)]
 
 
 BEGUN, FINISHED = {"event": "last_evaluation"}, {"event": "state", "state": "finished"}

@@ -1,0 +1,80 @@
+"""The check that packed documents stay apart: made as training computes, with a reason for what is not used."""
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from orchestrator.errors import JobError
+from orchestrator.jobfile import parse_job
+from orchestrator.training.kernels import without_leaks
+from strategies.contract import Techniques
+from strategies.techniques import document_attention
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def model(model_folder):
+    document_attention.register()
+    return AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+
+
+def job(folder, model_folder, packing="auto"):
+    return parse_job(
+        f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl, packing: {packing}}}\n", folder
+    )
+
+
+def checked(model, job, dtype="float32"):
+    """(techniques that keep documents apart, notes)"""
+    notes = []
+    asked = Techniques(dtype, "document", True, False, 1, 64)
+    return without_leaks(model, job, asked, CPU, lambda event, text: notes.append(text)), notes
+
+
+def refuses(model, attention, error):
+    """Every layer of the model raises `error` under an attention."""
+
+    def refuse(module, *_):
+        if model.config._attn_implementation == attention or attention == "any":
+            raise error
+
+    model.model.layers[0].register_forward_pre_hook(refuse)
+
+
+def test_the_check_computes_as_training_does(model, model_folder, tmp_path):
+    seen = set()
+    model.model.layers[0].mlp.down_proj.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))
+
+    found, notes = checked(model, job(tmp_path, model_folder), "bfloat16")
+
+    assert (seen, notes) == ({torch.bfloat16}, [])
+    assert (found.attn_implementation, found.packing) == ("document", True)
+
+
+def test_a_kernel_that_refuses_is_named_with_its_words_and_another_is_used(model, model_folder, tmp_path):
+    refuses(model, "document", RuntimeError("no kernel image is available\nfor this device"))
+
+    found, notes = checked(model, job(tmp_path, model_folder))
+
+    assert found.packing and found.attn_implementation == model.config._attn_implementation == "sdpa"
+    assert notes == ["document attention: this model does not run with it (no kernel image is available); using sdpa"]
+
+
+def test_memory_that_runs_out_is_no_leak(model, model_folder, tmp_path):
+    refuses(model, "any", torch.OutOfMemoryError("CUDA out of memory"))
+
+    with pytest.raises(torch.OutOfMemoryError):
+        checked(model, job(tmp_path, model_folder))
+
+
+def test_where_nothing_keeps_documents_apart_rows_are_padded_or_the_job_that_asks_for_packing_is_refused(
+    model, model_folder, tmp_path
+):
+    refuses(model, "any", TypeError("unexpected argument"))
+
+    found, notes = checked(model, job(tmp_path, model_folder))
+
+    assert not found.packing and "unexpected argument" in notes[-1] and notes[-1].endswith("rows are padded instead")
+    with pytest.raises(JobError, match=r"data.packing: document attention: .* Set data.packing: false"):
+        checked(model, job(tmp_path, model_folder, packing="true"))
