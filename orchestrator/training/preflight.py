@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -35,6 +35,8 @@ from strategies.state import forget, gather
 from strategies.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.supervised_logits import Batch
+
+T = TypeVar("T")
 
 
 def check(
@@ -87,7 +89,7 @@ def longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, num_
     """Train on the heaviest micro-batches of a step as its second step would; no weight moves.  Tokens of the first."""
     batches = heaviest(setup, data, techniques, num_samples)
     make_state(setup, data, techniques)
-    for batch in batches:
+    for batch in as_many_everywhere(batches) if setup.sharding else batches:
         step_in_place(setup, batch, techniques, num_passes(data, techniques, num_samples))
     forget(setup)
     return batches[0].input_ids_BT.numel()
@@ -102,6 +104,14 @@ def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_sampl
     layout = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     chosen = heaviest_samples(data.lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
     return [collate(data, members, techniques.packing).to(device) for members in chosen]
+
+
+def as_many_everywhere(batches: Sequence[T]) -> list[T]:
+    """Two of the one or two heaviest batches: workers that divide an optimizer update together, as often as the others.
+
+    Unequal shares have unequal heaviest batches, on one worker the same one twice and on another two.
+    """
+    return [*batches, *batches][:2]
 
 
 def heaviest_samples(

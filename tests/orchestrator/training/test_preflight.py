@@ -87,3 +87,15 @@ def test_every_form_of_out_of_memory_in_preflight_is_an_answer(model_folder, dat
 
     with pytest.raises(NothingFits, match="the longest batch does not fit on cpu: CUDA error: CUBLAS"):
         preflight.check(setup, Dataset.load(data_folder), None, TWO_ROWS, 4, tmp_path / "preflight")
+
+
+def test_workers_that_divide_an_optimizer_update_equally_often():
+    """Of these rows the share of one worker has two heaviest micro-batches, that of the other a single one."""
+    lengths, supervised = [16, 12, 8, 8], [1, 12, 2, 2]
+    chosen = [
+        preflight.heaviest_samples(lengths, supervised, num_samples, rows, 16, False)
+        for num_samples, rows in ((4, 1), (4, 4))
+    ]
+
+    assert [len(batches) for batches in chosen] == [2, 1]
+    assert [len(preflight.as_many_everywhere(batches)) for batches in chosen] == [2, 2]
