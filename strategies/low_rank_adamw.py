@@ -79,8 +79,9 @@ class LowRankAdamW(torch.optim.Optimizer):
         norm = change_LS.norm()
         if "change_norm" in state:
             limit = _GROWTH * state["change_norm"].to(norm.device)
-            if norm > limit:
-                change_LS, norm = change_LS * (limit / norm), limit
+            is_over = norm > limit  # stays on the device: asking would wait for it, once a weight
+            change_LS *= torch.where(is_over, limit / norm, 1.0)
+            norm = torch.where(is_over, limit, norm)
         state["change_norm"] = norm
         return change_LS
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 _STUBS = Path(__file__).parent / "stubs"
 _ROOT = Path(__file__).resolve().parents[2]
-_TIMEOUT_S = 240
+_TIMEOUT_S = 600
 
 
 def compiler() -> str | None:
@@ -54,7 +54,7 @@ def run(module: str, cache: Path, *arguments: str) -> list[dict]:
     preload = " ".join(str(library) for library in libraries(cache))
     environment = {**os.environ, "LD_PRELOAD": preload, "OMP_NUM_THREADS": "1"}
     shown = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", module, *arguments],
+        [sys.executable, "-X", "faulthandler", "-W", "ignore", "-m", module, *arguments],
         env=environment, cwd=_ROOT, stdout=subprocess.PIPE, text=True, check=True, timeout=_TIMEOUT_S,
     )  # fmt: skip
     return [json.loads(line) for line in shown.stdout.splitlines() if line.startswith("{")]

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
+
+from strategies.cost.trace import LiveStorages
 
 CAPABILITIES = {"cuda:0": (8, 6), "cuda:1": (7, 5)}  # RTX 3090, RTX 2080 Ti
-_READS = (torch.ops.aten._local_scalar_dense.default, torch.ops.aten.is_nonzero.default)
-_SIZES = (torch.ops.aten.nonzero.default, torch.ops.aten.masked_select.default, torch.ops.aten._unique2.default)
-_COPIES = (torch.ops.aten._to_copy.default, torch.ops.aten.copy_.default)
+_PRODUCT = tuple(str(Path(__file__).resolve().parents[2] / part) + os.sep for part in ("strategies", "orchestrator"))
+_aten = torch.ops.aten
+# What waits to know a size raises by itself: fake tensors have no content.
+_READS = (_aten._local_scalar_dense.default, _aten.is_nonzero.default)
+_COPIES = (_aten._to_copy.default, _aten.copy_.default)
+_PRODUCTS = (_aten.mm.default, _aten.addmm.default)
+_FULL, _UNSCALE = _aten.full.default, _aten._amp_foreach_non_finite_check_and_unscale_.default
 
 
 def pretend() -> None:
@@ -23,27 +32,28 @@ def pretend() -> None:
     torch.cuda.get_device_capability = lambda device=None: CAPABILITIES[str(torch.device(device or "cuda:0"))]
     torch.cuda.Stream = torch.Stream
     torch.Tensor.pin_memory = _pinned
-    torch.Tensor.record_stream = lambda self, stream: None
+    torch.Tensor.record_stream = lambda self, s: None
     torch.nn.Module._apply = _apply
-    FakeTensorMode.__deepcopy__ = lambda self, memo: self
+    # Else a copied tensor is of another mode, which does not mix with this one (and a mode's caches are no small copy).
+    FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     torch.nn.functional.scaled_dot_product_attention = _scaled_dot_product_attention
 
 
 FAKE = FakeTensorMode()  # one for all: what a library caches of a model would not mix with another's
-ASKED: set[str] = set()  # attention kernels that a step asks for
-PINNED: set[int] = set()  # storages on the host that a card reads without the host's help
-_REAL = torch.nn.functional.scaled_dot_product_attention
+_SDPA = torch.nn.functional.scaled_dot_product_attention
+_watches: list[Watch] = []
 
 
 def _pinned(self: torch.Tensor, device: Any = None) -> torch.Tensor:
     copied = self.clone()
-    PINNED.add(_storage(copied))
+    _marks(copied).is_pinned = True
     return copied
 
 
 def _scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-    ASKED.add("sdpa, shared" if query.shape[1] != key.shape[1] else "sdpa")
-    return _REAL(query, key, *args, **kwargs)
+    for watch in _watches:
+        watch.attention.add("sdpa, shared" if query.shape[1] != key.shape[1] else "sdpa")
+    return _SDPA(query, key, *args, **kwargs)
 
 
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:
@@ -58,61 +68,111 @@ def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Mod
     return self
 
 
-class Watch(TorchDispatchMode):
-    """What a step asks of a card beyond computing: `waits` names what stops the host until the card has caught up.
+class Watch(LiveStorages):
+    """What is asked of a card beyond computing, and the most bytes it holds at a time.
 
-    `sent` counts bytes that go to the host in the background, `sent_weights` those among them that are a parameter's
-    or a cast of one.  A number read from a fake tensor is 1 on the host (steps) and 0 on a card (an overflow).
+    `waits` names what stops the host until the card has caught up, and the product's function that asked.  `sent`
+    counts bytes that go to the host in the background, `sent_weights` those among them that are a parameter's or a cast
+    of one.  A number read from a card is what its tensor was filled with, else 0; one from the host (steps) is 1.
     """
 
-    def __init__(self, parameters: Any = ()) -> None:
+    def __init__(self) -> None:
         super().__init__()
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget what was seen."""
         self.waits: list[str] = []
+        self.attention: set[str] = set()  # kernels asked for
+        self.products: set[str] = set()  # number formats of matrix products
+        self.is_unscaled = False
         self.sent = self.sent_weights = 0
-        self._weights = {_storage(parameter) for parameter in parameters}
-        self._kept: list[torch.Tensor] = []  # casts: their storages must not be given to others
+        self.take_peak()
+
+    def seen(self) -> dict[str, Any]:
+        """Since `begin`."""
+        return {
+            "waits": list(self.waits),
+            "attention": sorted(self.attention),
+            "products": sorted(self.products),
+            "is_unscaled": self.is_unscaled,
+            "sent": self.sent,
+            "sent_weights": self.sent_weights,
+            "peak": self.take_peak(),
+        }
+
+    def know(self, parameters: Iterable[torch.Tensor]) -> None:
+        """What must not be sent to the host."""
+        for parameter in parameters:
+            _marks(parameter).is_weight = True
+
+    def watch(self, tensor: torch.Tensor) -> None:
+        if tensor.device.type == "cuda":
+            super().watch(tensor)
+
+    def __enter__(self) -> Watch:
+        _watches.append(self)
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        _watches.remove(self)
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _READS:
-            self._note(func, args[0])
-            dtype = args[0].dtype
-            value = int(args[0].device.type == "cpu")
-            return bool(value) if dtype is torch.bool else float(value) if dtype.is_floating_point else value
-        if "_varlen_attn.default" in str(func):
-            ASKED.add(f"varlen, {args[0].dtype}")
-        made = func(*args, **kwargs)
-        if func in _SIZES:
-            self._note(func, args[0])
-        if kwargs.get("pin_memory"):
-            PINNED.add(_storage(made))
-        if func in _COPIES:
+            return self._read(args[0])
+        made = super().__torch_dispatch__(func, types, args, kwargs)
+        if func in _PRODUCTS:
+            self.products.add(str(made.dtype))
+        elif func in _COPIES:
             self._copied(func, args, kwargs, made)
+        elif func is _FULL:
+            _marks(made).filled = args[1]
+        elif func is _UNSCALE:
+            self.is_unscaled = True
+        elif "_varlen_attn.default" in str(func):
+            self.attention.add(f"varlen, {args[0].dtype}")
+        if kwargs.get("pin_memory"):
+            _marks(made).is_pinned = True
         return made
 
-    def _note(self, func: Any, tensor: torch.Tensor) -> None:
-        if tensor.device.type == "cuda":
-            self.waits.append(str(func))
+    def _read(self, tensor: torch.Tensor) -> Any:
+        on_card = tensor.device.type == "cuda"
+        if on_card:
+            self.waits.append(f"a number is read in {_asked_by()}")
+        value = getattr(_marks(tensor), "filled", 0 if on_card else 1)
+        kind = bool if tensor.dtype is torch.bool else float if tensor.dtype.is_floating_point else int
+        return kind(value)
 
     def _copied(self, func: Any, args: Any, kwargs: Any, made: torch.Tensor) -> None:
         source, target = (args[1], args[0]) if func is torch.ops.aten.copy_.default else (args[0], made)
+        is_weight = getattr(_marks(source), "is_weight", False)
         if source.device == target.device:
-            if _storage(source) in self._weights and source.dtype != target.dtype:
-                self._weights.add(_storage(target))
-                self._kept.append(target)
+            if is_weight and source.dtype != target.dtype:
+                _marks(target).is_weight = True
             return
         in_background = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
         on_host = source if source.device.type == "cpu" else target
-        if not in_background or _storage(on_host) not in PINNED:
-            self.waits.append(f"{func} {source.device.type} to {target.device.type}")
+        if not in_background or not getattr(_marks(on_host), "is_pinned", False):
+            self.waits.append(f"{source.device.type} to {target.device.type} in {_asked_by()}")
         elif target.device.type == "cpu":
             size = source.numel() * source.element_size()
             self.sent += size
-            self.sent_weights += size * (_storage(source) in self._weights)
+            self.sent_weights += size * is_weight
 
 
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+def _marks(tensor: torch.Tensor) -> Any:
+    """What holds notes about a tensor's memory: the same object for every view, gone with the last."""
+    return tensor.untyped_storage()
+
+
+def _asked_by() -> str:
+    """The product's innermost function that runs now."""
+    frame: Any = sys._getframe(1)
+    while frame and not frame.f_code.co_filename.startswith(_PRODUCT):
+        frame = frame.f_back
+    return frame.f_code.co_name if frame else "a thread of the backward pass"
 
 
 def places(states: Any) -> list[dict[str, str]]:

@@ -9,14 +9,13 @@ import torch.distributed as dist
 
 from orchestrator.training.parallel import GradientSum, Group
 from strategies.contract import TrainSetup, TrainState
-from strategies.cost import trace
 from strategies.lsp_offload.method import LspOffload
 from strategies.state import gather, restore
 from strategies.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.supervised_logits import Batch
 from strategies.techniques.uneven_zero import divided
-from tests.gpu_rehearsal import cases, fake_device
+from tests.gpu_rehearsal import fake_device, inputs
 from tests.gpu_rehearsal.cases import Case
 
 PLAIN = Case("lora", "plain", "bfloat16", "document", "cuda:0")
@@ -37,10 +36,10 @@ class _Wire(Group):
 sent: list[torch.Tensor] = []
 
 
-def buckets(set_up: Any, batch_of: Any) -> dict[str, Any]:
+def buckets() -> dict[str, Any]:
     """Gradients of a card that travel over the host: what waits in the backward pass, and where they end."""
     with fake_device.FAKE:
-        setup, batch = set_up(PLAIN), batch_of(PLAIN).to(torch.device(PLAIN.device))
+        setup, batch = inputs.set_up(PLAIN), inputs.batch_of(PLAIN).to(torch.device(PLAIN.device))
         sums = GradientSum(_Wire(rank=0, size=2, bucket_bytes=1024), setup.summed)
         sums.arm()
         with fake_device.Watch() as watch:
@@ -52,29 +51,29 @@ def buckets(set_up: Any, batch_of: Any) -> dict[str, Any]:
             "sent in the backward pass": in_backward,
             "sent": len(sent),
             "sent from": sorted({str(tensor.device) for tensor in sent}),
-            "gradients on": sorted({str(parameter.grad.device) for parameter in setup.summed}),
+            "gradients on": sorted({str(p.grad.device) for p in setup.summed if p.grad is not None}),
         }
 
 
-def batches(batch_of: Any) -> dict[str, Any]:
+def batches() -> dict[str, Any]:
     """A micro-batch on its way to the card."""
     with fake_device.FAKE:
-        batch: Batch = batch_of(PLAIN)
+        batch = inputs.batch_of(PLAIN)
         with fake_device.Watch() as watch:
             moved = batch.to(torch.device("cuda:1"))
         tensors = [value for value in vars(moved).values() if isinstance(value, torch.Tensor)]
         return {"waits": watch.waits, "on": sorted({str(tensor.device) for tensor in tensors}), "tensors": len(tensors)}
 
 
-def divided_optimizer(set_up: Any, batch_of: Any) -> dict[str, Any]:
+def divided_optimizer() -> dict[str, Any]:
     """ZeRO-1 by memory: the state after a step, and after a resume."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     dist.init_process_group("fake", rank=0, world_size=1, store=FakeStore())
     try:
         with fake_device.FAKE:
-            batch = batch_of(PLAIN).to(torch.device(PLAIN.device))
-            setup = divided(set_up(PLAIN), [1.0], torch.device(PLAIN.device))
+            batch = inputs.batch_of(PLAIN).to(torch.device(PLAIN.device))
+            setup = divided(inputs.set_up(PLAIN), [1.0], torch.device(PLAIN.device))
             return _there_and_back(setup, batch)
     finally:
         dist.destroy_process_group()
@@ -101,13 +100,9 @@ def streaming_optimizer() -> dict[str, Any]:
     """LSP-Offload: where a checkpoint's moments lie the moment they are back."""
     techniques = PLAIN.techniques()
     method = LspOffload(subspace_size=16, nonzeros_per_row=4, projection="learned")
-    from tests.gpu_rehearsal.rehearsal import settings_of
-
-    settings = settings_of(techniques)
+    settings = inputs.settings_of(techniques)
     with fake_device.FAKE, fake_device.Watch():
-        model = trace.plain_model(cases.CONFIG, 2, method, settings, "meta")
-        trace.fill(model, trace.filler("cuda:0"))
-        setup = method.setup(model, settings)
+        setup = method.setup(inputs.model_on("cuda:0", method, settings, num_layers=2), settings)
         optimizer: Any = setup.optimizer
         for one in optimizer.weights:
             optimizer._state_of(one)
@@ -117,3 +112,6 @@ def streaming_optimizer() -> dict[str, Any]:
         optimizer.state.clear()
         restore(setup, held)
         return {"fresh": fresh, "restored": fake_device.places(optimizer.state.values())}
+
+
+PIECES = (buckets, batches, divided_optimizer, streaming_optimizer)

@@ -1,96 +1,89 @@
-"""Under the stubs (fake_cuda.run): the product's set-up, step, checkpoint and restore of every case, a line each."""
+"""Under the stubs (fake_cuda.run): every case's set-up, preflight, step, checkpoint and resume, a line of JSON each."""
 
 from __future__ import annotations
 
-import copy
+import gc
 import json
 import sys
 import traceback
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from strategies.contract import Techniques, TrainSettings, TrainSetup
-from strategies.cost import trace
+from orchestrator.data.order import Order
+from orchestrator.training import evaluate, feed, preflight
+from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.parallel import Group
+from strategies.contract import Techniques, TrainSetup, TrainState
 from strategies.state import forget, gather, restore
-from strategies.step import Update, forward_backward, update
-from strategies.techniques import checkpointing
 from strategies.techniques.precision import autocast, gradient_scaler
-from strategies.techniques.supervised_logits import Batch, loss_sum
-from tests.gpu_rehearsal import cases, fake_device, pieces
+from tests.gpu_rehearsal import cases, fake_device, inputs, pieces
 from tests.gpu_rehearsal.cases import Case
+from tests.gpu_rehearsal.fake_device import Watch
 
-LENGTHS = trace.Lengths((7, 5, 9), (3, 2, 4))
-_REAL = {packing: LENGTHS.batch(packing) for packing in (True, False)}  # where the losses are is read off its content
-
-
-def settings_of(techniques: Techniques) -> TrainSettings:
-    return TrainSettings(1e-4, 0.01, techniques.optim, 0.9, 0.999, 1e-8, techniques, seed=1)
-
-
-def set_up(case: Case) -> TrainSetup:
-    """A case's model on its card; under fake_device.FAKE."""
-    method, settings = cases.METHODS[case.method], settings_of(case.techniques())
-    model = trace.plain_model(cases.CONFIG, cases.CONFIG["num_hidden_layers"], method, settings, "meta")
-    trace.fill(model, trace.filler(case.device))
-    with torch.device(case.device):
-        setup = method.setup(model, settings)
-    if settings.techniques.gradient_checkpointing:
-        checkpointing.enable(setup.model)
-    setup.model.train()
-    return setup
+ORDER = Order(num_samples=len(inputs.SAMPLES), global_batch_size=len(inputs.SAMPLES), seed=1, num_train_epochs=2)
+SCHEDULE = Schedule(
+    lambda step: 1.0, max_grad_norm=1.0, seed=1, save_steps=1, eval_steps=2, early_stopping_patience=None
+)
 
 
-def batch_of(case: Case) -> Batch:
-    """A micro-batch as the loop makes it, on the host."""
-    batch = copy.copy(_REAL[case.techniques().packing])
-    for name, value in vars(batch).items():
-        if isinstance(value, torch.Tensor):
-            setattr(batch, name, fake_device.FAKE.from_tensor(value))
-    return batch
+class Run:
+    """The product's loop over two steps, stopped after the first; `steps` says what each asked of the card."""
+
+    def __init__(self, setup: TrainSetup, techniques: Techniques, watch: Watch) -> None:
+        self.steps: list[dict[str, Any]] = []
+        self.held: TrainState | None = None
+        self._setup, self._techniques, self._watch, self._data = setup, techniques, watch, inputs.samples()
+
+    def go_on(self, progress: Progress) -> Progress:
+        self._watch.begin()
+        hooks = Hooks(self._record, self._save, lambda: None if self.steps else "asked")
+        held_out = self._data.select([3])
+        return train(self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, Group(), progress, hooks)
+
+    def _record(self, event: str, **fields: Any) -> None:
+        assert event != "note", fields  # nothing is repeated or left out here
+        if event == "step":
+            self.steps.append(self._watch.seen())
+
+    def _save(self, progress: Progress) -> str:
+        self.held = gather(self._setup)
+        return "checkpoint"
 
 
 def rehearse(case: Case) -> dict[str, Any]:
-    """Two steps of two micro-batches, an evaluation's loss, a checkpoint there and back, one more step."""
-    techniques, num_supervised = case.techniques(), sum(LENGTHS.supervised)
-    with fake_device.FAKE:
-        on_host, setup = batch_of(case), set_up(case)
-        batch = on_host.to(torch.device(case.device))
-        scaler = gradient_scaler("cuda", techniques.dtype)
-
-        def step() -> torch.Tensor:
-            for _ in range(2):
-                part = forward_backward(setup, batch, num_supervised, techniques, scaler)
-            update(setup, scaler, Update(1.0, 1.0))
-            return part
-
-        with fake_device.Watch(setup.model.parameters()) as watch:
-            step()
-            watch.waits.clear()
-            fake_device.ASKED.clear()
-            loss = step()
-            waits, asked = list(watch.waits), sorted(fake_device.ASKED)
-            with torch.no_grad(), autocast("cuda", techniques.dtype):
-                evaluated = loss_sum(setup.model, batch, techniques.loss_type)
-            fresh = fake_device.places(setup.optimizer.state[p] for p in setup.parameters.values())
-            held = gather(setup)
-            assert held is not None
-            forget(setup)
-            restore(setup, held)
-            restored = fake_device.places(setup.optimizer.state[p] for p in setup.parameters.values())
-            step()
+    """Preflight, a step, a checkpoint there and back, the second step and an evaluation."""
+    techniques, data = case.techniques(), inputs.samples()
+    gc.collect()  # what an earlier case left would count as this one's
+    with fake_device.FAKE, Watch() as watch:
+        setup = inputs.set_up(case)
+        watch.know(setup.model.parameters())
+        watch.begin()
+        preflight.longest_batch(setup, data, techniques, len(data))
+        foreseen = watch.seen()["peak"]
+        run = Run(setup, techniques, watch)
+        progress = run.go_on(Progress())
+        fresh, held = _places(setup), run.held
+        assert held is not None
+        forget(setup)
+        restore(setup, held)
+        restored = _places(setup)
+        run.go_on(replace(progress, stopped=None))
         return {
             "trained": sorted({str(parameter.dtype) for parameter in setup.parameters.values()}),
-            "on": _devices([batch.input_ids_BT, loss, evaluated, *setup.parameters.values()]),
+            "on": _devices(setup.parameters.values()),
             "gathered on": _devices([*held.weights.values(), *(v for s in held.moments.values() for v in s.values())]),
             "fresh": fresh,
             "restored": restored,
-            "waits": waits,
-            "attention": asked,
-            "sent": watch.sent,
-            "sent weights": watch.sent_weights,
+            "foreseen": foreseen,
+            "steps": run.steps,
         }
+
+
+def _places(setup: TrainSetup) -> list[dict[str, str]]:
+    return fake_device.places(setup.optimizer.state[parameter] for parameter in setup.parameters.values())
 
 
 def _devices(tensors: Iterable[torch.Tensor]) -> list[str]:
@@ -112,19 +105,18 @@ def told(name: str, run: Any) -> None:
     try:
         found = run()
     except Exception as error:
-        place = traceback.format_exception(error, limit=-4)
-        found = {"error": f"{type(error).__name__}: {str(error).splitlines()[0][:300]}", "trace": "".join(place)}
+        found = {"error": "".join(traceback.format_exception(error, limit=-6))}
     print(json.dumps({"name": name, **found}), flush=True)
 
 
 if __name__ == "__main__":
     fake_device.pretend()
-    told("mixed precision", mixed_precision)
-    told("buckets", lambda: pieces.buckets(set_up, batch_of))
-    told("batches", lambda: pieces.batches(batch_of))
-    told("divided optimizer", lambda: pieces.divided_optimizer(set_up, batch_of))
-    told("streaming optimizer", pieces.streaming_optimizer)
+    for module in (evaluate, feed, preflight):
+        module.collate = inputs.collate  # type: ignore[attr-defined]
     only = sys.argv[1] if len(sys.argv) > 1 else ""
+    for part in (mixed_precision, *pieces.PIECES):
+        if only in part.__name__:
+            told(part.__name__, part)
     for case in cases.CASES:
         if only in str(case):
             told(str(case), lambda case=case: rehearse(case))

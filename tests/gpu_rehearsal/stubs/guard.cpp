@@ -1,5 +1,6 @@
 // A build of torch without CUDA has no such accelerator, yet autograd asks for its guard and hooks even on fake tensors.
 // These do nothing for two cards, so fake cuda tensors go through forward, backward and update.
+#include <ATen/CPUGeneratorImpl.h>
 #include <ATen/detail/CUDAHooksInterface.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 
@@ -13,6 +14,7 @@ struct CUDAHooks : CUDAHooksInterface {
   void init() const override {}
   DeviceIndex deviceCount() const override { return 2; }
   DeviceIndex getCurrentDevice() const override { return 0; }
+  Generator getNewGenerator(DeviceIndex) const override { return detail::createCPUGenerator(); }  // nothing is drawn
 };
 REGISTER_CUDA_HOOKS(CUDAHooks);
 } // namespace at
