@@ -46,7 +46,7 @@ _watches: list[Watch] = []
 
 def _pinned(self: torch.Tensor, device: Any = None) -> torch.Tensor:
     copied = self.clone()
-    _marks(copied).is_pinned = True
+    _marks(copied).reads_in_background = True
     return copied
 
 
@@ -134,7 +134,7 @@ class Watch(LiveStorages):
         elif "_varlen_attn.default" in str(func):
             self.attention.add(f"varlen, {args[0].dtype}")
         if kwargs.get("pin_memory"):
-            _marks(made).is_pinned = True
+            _marks(made).reads_in_background = True
         return made
 
     def _read(self, tensor: torch.Tensor) -> Any:
@@ -154,7 +154,7 @@ class Watch(LiveStorages):
             return
         in_background = kwargs.get("non_blocking") or (len(args) > 2 and args[2] is True)
         on_host = source if source.device.type == "cpu" else target
-        if not in_background or not getattr(_marks(on_host), "is_pinned", False):
+        if not in_background or not getattr(_marks(on_host), "reads_in_background", False):
             self.waits.append(f"{source.device.type} to {target.device.type} in {_asked_by()}")
         elif target.device.type == "cpu":
             size = source.numel() * source.element_size()
