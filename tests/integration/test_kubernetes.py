@@ -20,7 +20,7 @@ from tests.integration.test_jobs_door import JOB
 from tests.kube_api import KubeApi
 from tests.kube_operator import Operator
 
-pytestmark = [pytest.mark.k8s, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.k8s, pytest.mark.timeout(1900)]
 ROOT = Path(__file__).resolve().parents[2]
 REAL = os.environ.get("KUBECONFIG")
 
@@ -95,7 +95,7 @@ def command(place, api, *arguments):
 
 
 def verb(place, api, *arguments, code=0):
-    done = subprocess.run(**command(place, api, *arguments), capture_output=True, timeout=500)
+    done = subprocess.run(**command(place, api, *arguments), capture_output=True, timeout=1800)
     assert done.returncode == code, done.stdout + done.stderr
     return done.stdout + done.stderr
 
