@@ -11,6 +11,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
+
+from strategies.techniques import thread_waits
 
 MODELS = {"tiny": (64, 128, 2, 8, 32), "middling": (576, 1536, 6, 4, 128)}  # width, MLP, layers, samples, tokens
 
@@ -57,19 +62,19 @@ def main() -> None:
     if asked.one:
         print(step_ms(asked.one, asked.seconds))
         return
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("OMP_", "GOMP_"))}
-    print("model     others  spinning  sleeping  ms a step")
+    for name in [name for name in os.environ if name.startswith(("OMP_", "GOMP_"))]:
+        del os.environ[name]
+    print("model     others  spinning   spins a little  sleeping  ms a step")
     for name in MODELS:
         for others in (0, 1, 2):
             with busy(others):
                 taken = []
-                for policy in ({}, {"OMP_WAIT_POLICY": "passive"}):
+                for policy in ({}, thread_waits.environment(), {"OMP_WAIT_POLICY": "passive"}):
                     command = [sys.executable, __file__, "--one", name, "--seconds", str(asked.seconds)]
-                    done = subprocess.run(
-                        command, env={**environment, **policy}, check=True, capture_output=True, text=True
-                    )
+                    environment = {**os.environ, **policy}
+                    done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
                     taken.append(float(done.stdout))
-            print(f"{name:9} {others:6}  {taken[0]:8.1f}  {taken[1]:8.1f}", flush=True)
+            print(f"{name:9} {others:6}  {taken[0]:8.1f}  {taken[1]:15.1f}  {taken[2]:8.1f}", flush=True)
 
 
 if __name__ == "__main__":

@@ -98,7 +98,7 @@ def child(name: str, steps: int, seed: int, scratch: str) -> dict:
         "TOKENIZERS_PARALLELISM": "false",
     }
     if name.startswith(("ours", "loop")):
-        environment |= {"MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive"}  # as our launcher sets them
+        environment |= {"MALLOC_ARENA_MAX": "1", "GOMP_SPINCOUNT": "1000"}  # as our launcher sets them
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         raise SystemExit(f"{name} failed:\n{done.stderr[-3000:]}")

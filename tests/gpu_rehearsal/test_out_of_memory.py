@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import socket
 import sys
 
 import pytest
@@ -15,6 +14,7 @@ from orchestrator.training import worker
 from orchestrator.training.parallel import GradientSum
 from tests.cases.training import begun
 from tests.conftest import rows, write_jsonl
+from tests.processes import spawned
 
 SIZE, STRUCK = 3, 1  # workers, and the one whose memory runs out
 WIDE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -120,15 +120,15 @@ CASES = {
 }
 
 
-def member(rank, folders, port):
+def member(rank, size, port, folders):
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=SIZE)
+    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     for name, folder in folders.items():
         run = RunFolder(folder)
         strikes = CASES[name] if rank == STRUCK or name == "everywhere" else contextlib.nullcontext
         with strikes():
             try:
-                worker.work(run, rank, SIZE, f"n{rank}", 0)
+                worker.work(run, rank, size, f"n{rank}", 0)
             except NothingFits as error:
                 (run.path / f"does-not-fit-{rank}").write_text(str(error))
         torch.distributed.barrier()
@@ -154,11 +154,8 @@ def runs(model_folder, tmp_path_factory):
         "strategy: {shares: planned}\n"
     )
     begun_runs = {name: begun(folder / "job.yaml", name=name, divide=among_three)[0] for name in CASES}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
 
-    torch.multiprocessing.spawn(member, ({name: run.path for name, run in begun_runs.items()}, port), nprocs=SIZE)
+    spawned(member, SIZE, {name: run.path for name, run in begun_runs.items()})
 
     return begun_runs
 

@@ -19,7 +19,7 @@ from strategies.techniques import deepspeed_zero
 from strategies.techniques.deepspeed_zero import CannotOffload, Options, config_of, missing_piece
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.sharding import refused_keys
-from tests.orchestrator.training.test_uneven import spawned
+from tests.processes import spawned
 
 pytest.importorskip("deepspeed")
 

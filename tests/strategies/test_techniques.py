@@ -224,24 +224,26 @@ def test_what_goes_together_has_no_conflict():
 
 
 def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch):
-    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
     ours = thread_waits.environment()
     monkeypatch.setenv("OMP_WAIT_POLICY", "active")
     theirs = thread_waits.environment()
 
-    assert (ours, theirs) == ({"OMP_WAIT_POLICY": "passive"}, {"OMP_WAIT_POLICY": "active"})
+    assert (ours, theirs) == ({"GOMP_SPINCOUNT": "1000"}, {"OMP_WAIT_POLICY": "active"})
 
 
 def test_the_program_sets_it_before_torch_is_loaded():
     code = (
         "import os, sys; from orchestrator import cli; cli.app = lambda **_: None; cli.main();"
-        " print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules)"
+        " print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     )
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    theirs = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in theirs}
 
     said = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
 
-    assert said.stdout.split() == ["passive", "False"]
+    assert said.stdout.split() == ["1000", "False"]
 
 
 def test_the_extra_that_brings_a_library_is_the_one_that_pyproject_declares():

@@ -1,7 +1,6 @@
 """A method that looks at gradients before it trains (SHiRA) through the loop: restarts and workers change nothing."""
 
 import dataclasses
-import socket
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from orchestrator.training.parallel import Group
 from strategies.shira import Shira
 from strategies.state import gather
 from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights
+from tests.processes import spawned
 
 METHOD = Shira(shira_r=4, calibration_rows=4)
 
@@ -52,11 +52,11 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
     assert torch.equal(places(again), places(whole)) and torch.equal(weights(again), weights(whole))
 
 
-def worker(rank, model_folder, data_folder, out, port):
+def worker(rank, size, port, model_folder, data_folder, out):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     techniques = dataclasses.replace(ONE_BY_ONE, dtype=("float32", "bfloat16")[rank])
     setup = prepared(model_folder, techniques, METHOD)
     found = losses(run(setup, data_folder, 3, techniques, group=Group(rank, 2)))
@@ -66,13 +66,10 @@ def worker(rank, model_folder, data_folder, out, port):
 
 def test_workers_train_the_same_entries_also_where_their_gradients_differ(model_folder, data_folder, tmp_path):
     """One in fp32, one in bf16, which would choose others: the first one's count, on devices of one kind too."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     alone = prepared(model_folder, method=METHOD)
     expected = losses(run(alone, data_folder, 3))
 
-    torch.multiprocessing.spawn(worker, (str(model_folder), data_folder, str(tmp_path), port), nprocs=2)
+    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first[0] == second[0] == pytest.approx(expected, rel=0.02)

@@ -16,7 +16,8 @@ from strategies import METHODS
 from strategies.contract import TrainSettings, TrainSetup
 from strategies.state import gather, restore
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE
-from tests.orchestrator.training.test_uneven import joined, spawned
+from tests.orchestrator.training.test_uneven import joined
+from tests.processes import spawned
 
 
 def bare(parameter):

@@ -17,6 +17,7 @@ from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
 from strategies.state import gather
 from strategies.techniques import checkpointing, document_attention
+from tests.processes import spawned
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 SCHEDULE = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
@@ -96,24 +97,19 @@ def test_full_training_is_as_independent_of_layout(model_folder, data_folder):
     )
 
 
-def worker(rank, model_folder, data_folder, out, port):
+def worker(rank, size, port, model_folder, data_folder, out):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     losses, gradients, _ = run(model_folder, data_folder, ONE_BY_ONE, Group(rank, 2))
     torch.save((losses, gradients), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
 def test_two_workers_are_one(reference, model_folder, data_folder, tmp_path):
-    import socket
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-
-    torch.multiprocessing.spawn(worker, (str(model_folder), data_folder, str(tmp_path), port), nprocs=2)
+    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     close(results[0], reference)

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import math
-import socket
 
 import pytest
 import torch
@@ -18,6 +17,7 @@ from strategies.contract import Techniques, TrainSettings
 from strategies.lsp_offload.method import LspOffload
 from strategies.state import gather
 from strategies.techniques import checkpointing, document_attention
+from tests.processes import spawned
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 PACKED = Techniques("float32", "document", True, False, 8, 64)
@@ -236,11 +236,11 @@ def test_weights_shorter_than_an_image_travel_whole_and_it_is_said(model_folder)
     assert any("stay frozen" in note for note in setup.notes)
 
 
-def worker(rank, model_folder, data_folder, out, port):
+def worker(rank, size, port, model_folder, data_folder, out):
     import torch.distributed as dist
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     setup = prepared(model_folder)
     events = run(setup, data_folder, 3, group=Group(rank, 2))
     sent = [step["step_bytes_sent"] for step in events["step"]]
@@ -249,12 +249,9 @@ def worker(rank, model_folder, data_folder, out, port):
 
 
 def test_two_workers_are_one_and_send_images(model_folder, data_folder, tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     alone = losses(run(prepared(model_folder), data_folder, 3))
 
-    torch.multiprocessing.spawn(worker, (str(model_folder), data_folder, str(tmp_path), port), nprocs=2)
+    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0][0] == results[1][0] == pytest.approx(alone, rel=1e-4)

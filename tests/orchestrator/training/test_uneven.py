@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import socket
 
 import pytest
 import torch
@@ -18,17 +17,10 @@ from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
 from strategies.techniques import checkpointing, document_attention
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE, close, run
+from tests.processes import spawned
 
 PACKED = Techniques("float32", "document", True, False, 4, 64)
 CHECKPOINTED = Techniques("float32", "sdpa", False, True, 2, 64)
-
-
-def spawned(work, size, *arguments):
-    """Run `work(rank, port, *arguments)` in `size` processes."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    torch.multiprocessing.spawn(work, (size, port, *arguments), nprocs=size)
 
 
 def joined(rank, size, port, **wire):
