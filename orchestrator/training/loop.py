@@ -148,7 +148,9 @@ def train(
         if setup.learner and setup.learner.is_due(step):
             techniques = _learn(setup, data, sample_ids, step, techniques, scaler, group, hooks)
         try:
-            for local in apart.parts(mine) if apart else (mine,):
+            waiting = list(apart.parts(mine)) if apart else [mine]
+            while waiting:
+                local, loss_here = waiting[0], torch.zeros((), device=device)
                 own = [lengths[i] for i in local]
                 rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
                 batches = micro_batches(own, rows, max_length, techniques.packing)
@@ -165,11 +167,14 @@ def train(
                         if group.size == 1:
                             last_pass(setup, numbers)
                     part = forward_backward(setup, batch, counted if members else math.inf, techniques, scaler)
-                    loss += part * (counted / num_supervised)
+                    loss_here += part * (counted / num_supervised)
                 if apart:
                     update(setup, scaler, numbers)
                     if too_large := _rescaled(progress, scaler, step, sample_ids):
-                        note(f"{too_large}; the local step is skipped")
+                        note(f"{too_large}; the local step is repeated")
+                        continue
+                loss += loss_here
+                del waiting[0]
             if step + 1 < order.num_steps:
                 feed.prepare(_first_of(order.sample_ids(step + 1), data, shares, group, techniques))
             own_loss = loss.item()

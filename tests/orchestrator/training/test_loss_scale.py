@@ -19,7 +19,7 @@ FP16 = Techniques("float16", "sdpa", False, False, 8, 64)
 STEPS = 2
 
 
-def trained(model_folder, data_folder, scale, before=lambda setup: None):
+def trained(model_folder, data_folder, scale, before=lambda setup: None, local_batch_size=None):
     """(step events, notes, trained weights as one vector)"""
     document_attention.register()
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float16, attn_implementation="sdpa")
@@ -42,6 +42,7 @@ def trained(model_folder, data_folder, scale, before=lambda setup: None):
         Group(),
         Progress(loss_scale=held),
         Hooks(record, lambda now: None, lambda: None),
+        local_batch_size=local_batch_size,
     )
     return steps, notes, torch.cat([p.detach().flatten() for p in setup.parameters.values()])
 
@@ -54,6 +55,16 @@ def test_a_step_whose_gradients_overflow_is_repeated_and_said(model_folder, data
     assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
     assert (weights - wanted).norm() <= 0.01 * wanted.norm()
     assert all(math.isfinite(event["grad_norm"]) for event in steps)
+    assert steps[0]["loss_scale"] == 2.0 ** (40 - sum("repeated" in note.get("text", "") for note in notes)) < 2.0**40
+
+
+def test_a_local_step_whose_gradients_overflow_is_repeated_too(model_folder, data_folder):
+    wanted_steps, _, wanted = trained(model_folder, data_folder, 2.0**8, local_batch_size=4)
+
+    steps, notes, weights = trained(model_folder, data_folder, 2.0**40, local_batch_size=4)
+
+    assert (weights - wanted).norm() <= 0.01 * wanted.norm()
+    assert [event["loss"] for event in steps] == pytest.approx([event["loss"] for event in wanted_steps], rel=1e-2)
     assert steps[0]["loss_scale"] == 2.0 ** (40 - sum("repeated" in note.get("text", "") for note in notes)) < 2.0**40
 
 
