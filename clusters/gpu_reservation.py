@@ -68,20 +68,14 @@ def visible(kind: Kind, gpu: str | None) -> dict[str, str]:
     UUID goes to the runtime below HIP (ROCR_VISIBLE_DEVICES), which takes no part of one and leaves HIP a single card
     to count; Ray's numbers are HIP's.
     """
-    if kind == "cpu" or (kind == "rocm" and gpu is None):
+    if kind == "cuda":
+        shown = {} if gpu is None else {"CUDA_VISIBLE_DEVICES": gpu}
+        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", **shown}  # in the order of the driver's tool
+    if kind == "cpu" or gpu is None:
         return {}
-    if gpu is None:  # in the order of the driver's tool
-        return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
-    if kind == "rocm":
-        return (
-            {"HIP_VISIBLE_DEVICES": gpu}
-            if gpu.isdecimal()
-            else {
-                "ROCR_VISIBLE_DEVICES": gpu,
-                "HIP_VISIBLE_DEVICES": "0",
-            }
-        )
-    return {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": gpu}
+    if gpu.isdecimal():
+        return {"HIP_VISIBLE_DEVICES": gpu}
+    return {"ROCR_VISIBLE_DEVICES": gpu, "HIP_VISIBLE_DEVICES": "0"}
 
 
 def by_uuid(gpus: Sequence[DeviceCapability]) -> dict[str, str]:

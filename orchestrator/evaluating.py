@@ -13,7 +13,7 @@ from orchestrator.spec import JobSpec
 from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Workload
 from strategies.shape import ModelShape
 
-_CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
+CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def cache_room_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> floa
     At most 1 GiB, beyond which more prompts at a time gain nothing.
     """
     free = (usable_bytes or memory.total_bytes) - memory.weights_bytes - memory.framework_bytes
-    return max(0.0, min(_CACHE_BYTES, free))
+    return max(0.0, min(CACHE_BYTES, free))
 
 
 def explain_generation(nodes: Sequence[NodePlan], workload: Workload, new_tokens: int, reasons: dict[str, str]) -> None:

@@ -23,14 +23,7 @@ from orchestrator.run import InBackground, Ready, output_dir, prepare
 from orchestrator.runs.gpu_locks import one_each
 from orchestrator.search.advice import Advised, Planning, advise, by_kind, told
 from orchestrator.search.conclusion import conclude
-from orchestrator.search.preparing import (
-    check_budget,
-    files_of,
-    nodes_of,
-    planning_in,
-    planning_of,
-    with_held_out_rows,
-)
+from orchestrator.search.preparing import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampling import Sampler
 from orchestrator.search.space import Point, Space, canonical, space_of
@@ -90,10 +83,12 @@ class _Search:
         reason = "no machine may take trials"
         for node in itertools.chain.from_iterable(map(by_kind, self.nodes)):
             try:
-                plans.setdefault(node.name, []).append(self.planning.trial(point, node))
+                plan = self.planning.trial(point, node)
             except (JobError, NothingFits) as error:
                 reason = str(error).splitlines()[0]
-        return {name: found for name, found in plans.items() if found}, reason
+            else:
+                plans.setdefault(node.name, []).append(plan)
+        return plans, reason
 
     def ended(self, trial: Trial) -> None:
         """A trial came to its end, in Tune; one that was cut off by a user's stop is left for `resume`."""

@@ -13,7 +13,7 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import NothingFits
-from orchestrator.evaluating import MOST_PROMPTS, cache_bytes_per_token
+from orchestrator.evaluating import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
 from orchestrator.training.out_of_memory import in_halves
 from orchestrator.training.parallel import Group, even_passes
 from orchestrator.training.stops import Stops, stops_of
@@ -21,8 +21,6 @@ from strategies.contract import Techniques, TrainSetup
 from strategies.shape import ModelShape
 from strategies.techniques.precision import autocast
 from strategies.techniques.supervised_logits import loss_sum
-
-_CACHE_BYTES = 2**30  # that keys and values of a batch of prompts may take where no plan says
 
 
 @dataclass(frozen=True)
@@ -96,7 +94,7 @@ def generate_answers(
     max_new_tokens: int,
     dtype: Any,
     together: Group | None = None,
-    cache_bytes: float = _CACHE_BYTES,
+    cache_bytes: float = CACHE_BYTES,
 ) -> list[Answer]:
     """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 

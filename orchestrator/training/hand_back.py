@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import gc
 import json
 import shutil
 import statistics
@@ -32,7 +31,6 @@ from orchestrator.training.loop import Progress
 from orchestrator.training.out_of_memory import is_out_of_memory, release_cache
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSetup, TrainState
-from strategies.techniques import host_memory
 
 T = TypeVar("T")
 _OF_TRAINING = ("train_seconds", "time", "energy", "memory", "before")  # in result.json
@@ -104,7 +102,7 @@ def check(
     folder, is_engine = run.path / setup.export_name, bool(setup.engine)
     what, location = f"the {folder.name}", run.data()["model"]
     setup.release()
-    _free(device)
+    release_cache()
     load = partial(load_exported, folder, location, job, plan, techniques, device)
     reason = agreement.no_room(portrait.bytes, device)
     try:
@@ -133,15 +131,6 @@ def keep_result(run: RunFolder, result: dict[str, Any], trained_now: bool) -> No
     if not trained_now and (earlier := run.result()):
         result |= {key: earlier[key] for key in _OF_TRAINING if key in earlier}
     run.keep("result.json", json.dumps(result, indent=1))
-
-
-def _free(device: torch.device) -> None:
-    """Give back what nobody refers to any more."""
-    gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-    else:
-        host_memory.trim()
 
 
 def result_of(plan: Plan, progress: Progress, train_s: float, data: Dataset) -> dict[str, Any]:

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from strategies.contract import Techniques
+from strategies.techniques import host_memory
 
 T = TypeVar("T")
 
@@ -56,8 +57,9 @@ def first_line(error: BaseException) -> str:
 
 
 def release_cache() -> None:
-    """Give what nobody refers to any more back to the device: another size of block may be needed next."""
+    """Give what nobody refers to any more back to the device and the host: another size of block may be needed next."""
     gc.collect()
+    host_memory.trim()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from clusters.capability import DeviceCapability, NodeCapability
+from orchestrator.catalogue import REFERENCES
 from strategies.contract import Method, Techniques
 from strategies.measuring import Side
 from strategies.shape import ModelShape
@@ -32,15 +33,7 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LLAMA_1B: dict[str, Any] = {
-    **TINY,
-    "hidden_size": 2048,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "intermediate_size": 8192,
-    "vocab_size": 128256,
-}  # the sizes of Llama-3.2-1B
+LLAMA_1B: dict[str, Any] = {**TINY, **dict(REFERENCES)["Llama-3.2-1B"]}
 _OF_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 
