@@ -16,7 +16,7 @@ do.
 
 from collections.abc import Sequence
 
-from clusters.masking import masked
+from clusters.safe.masking import masked
 from strategies.techniques import libraries
 
 # Which extra of pyproject.toml brings a package that is loaded late.

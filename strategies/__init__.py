@@ -5,13 +5,13 @@ technique is one line in `TECHNIQUES`, and appears in the catalogue and its meas
 """
 
 from strategies.contract import Method
-from strategies.full import Full
-from strategies.lora import Lora
-from strategies.low_rank_gradients import Apollo, Galore
 from strategies.lsp_offload.method import LspOffload
-from strategies.qlora import QLora
-from strategies.shira import Shira
-from strategies.techniques.adapters import LORA, QLORA_INT8, QLORA_NF4
+from strategies.methods.as_techniques import LORA, QLORA_INT8, QLORA_NF4
+from strategies.methods.full import Full
+from strategies.methods.lora import Lora
+from strategies.methods.low_rank_gradients import Apollo, Galore
+from strategies.methods.qlora import QLora
+from strategies.methods.shira import Shira
 from strategies.techniques.attention import EAGER, FLASH, FLEX, SDPA
 from strategies.techniques.batching import ACCUMULATION, LENGTH_GROUPING, MICRO_BATCH
 from strategies.techniques.checkpointing import CHECKPOINTING
@@ -21,8 +21,8 @@ from strategies.techniques.loss import CHUNKED_LOSS
 from strategies.techniques.offload import ACTIVATION_OFFLOAD, OPTIMIZER_OFFLOAD, PARAMETER_OFFLOAD
 from strategies.techniques.optimizers import EIGHT_BIT_OPTIMIZER
 from strategies.techniques.precision import BF16, FP16
-from strategies.techniques.room import Technique
 from strategies.techniques.sharding import ZERO_1, ZERO_2, ZERO_3
+from strategies.techniques.technique import Technique
 
 METHODS: dict[str, type[Method]] = {
     "lora": Lora,

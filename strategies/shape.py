@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from strategies.families import FAMILIES, Family
 
 _MOST = 2**27  # of any side of a weight: a size beyond it is a mistake in config.json

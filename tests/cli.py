@@ -46,7 +46,7 @@ class Streams:
 @contextlib.contextmanager
 def as_program(arguments: tuple[str, ...]) -> Iterator[Streams]:
     """Inside the block arguments and streams are the call's; signal handlers are put back after it."""
-    import orchestrator.cli as cli
+    import orchestrator.cli.app as cli
 
     if isinstance(cli.app, typer.Typer):
         cli.app = typer.main.get_command(cli.app)  # as each call of the program builds it, once for all
@@ -67,7 +67,7 @@ def called(*arguments: object, cwd: os.PathLike[str] | str, check: int | None = 
 
     For verbs that start no cluster: Ray and a worker want a process of their own.
     """
-    import orchestrator.cli as cli
+    import orchestrator.cli.app as cli
 
     before, variables, level = Path.cwd(), dict(os.environ), logging.getLogger().level
     os.environ |= environment

@@ -26,8 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # run as a file
 import torch
 
 from clusters.capability import DeviceCapability, NodeCapability
-from clusters.node_probe import probe_node
-from clusters.torch_gpus import index_of, seen_by_torch
+from clusters.hardware.torch_gpus import index_of, seen_by_torch
+from clusters.probe.node import probe_node
 from tests.first_contact_parts import costs, facts, limits, numbers, whole
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, raised, table, write

@@ -8,7 +8,7 @@ import socket
 
 import torch
 
-_LOADED = ["torch", "transformers", "peft", "orchestrator.training.worker", "strategies"]
+_LOADED = ["torch", "transformers", "peft", "orchestrator.training.workers.worker", "strategies"]
 
 
 def spawned(work, size, *arguments):

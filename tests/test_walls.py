@@ -43,7 +43,7 @@ def test_strategies_use_only_capability_units_and_safe_readers_of_clusters():
     for path in (ROOT / "strategies").rglob("*.py"):
         from_clusters = {name for name in imports(path) if name.startswith("clusters")}
 
-        allowed = {f"clusters.{name}" for name in ("capability", "units", "safe_input", "safe_archive")}
+        allowed = {f"clusters.{name}" for name in ("capability", "units", "safe", "safe.reading", "safe.archives")}
         assert from_clusters <= allowed, path
 
 
@@ -54,9 +54,11 @@ def test_strategies_never_import_ray():
 
 def test_planning_path_loads_nothing_heavy():
     code = (
-        "import sys, orchestrator.cli, orchestrator.jobfile, orchestrator.planner, orchestrator.workload\n"
-        "import orchestrator.run, orchestrator.schema, orchestrator.validation, strategies\n"
-        "import clusters.capability, clusters.probe, clusters.connect, clusters.node_probe, clusters.ray_probe\n"
+        "import sys, orchestrator.cli.app, orchestrator.job.job_file, orchestrator.job.schema, strategies\n"
+        "import orchestrator.planning.planner, orchestrator.planning.workload\n"
+        "import orchestrator.lifecycle.run, orchestrator.lifecycle.validate\n"
+        "import clusters.capability, clusters.probe.machine, clusters.probe.node\n"
+        "import clusters.ray.connect, clusters.ray.probe\n"
         f"print([name for name in {HEAVY} if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
@@ -69,7 +71,12 @@ def test_pydantic_stays_at_the_edge():
         path.relative_to(ROOT).as_posix() for path in modules() if any("pydantic" in name for name in imports(path))
     }
 
-    edge = {"orchestrator/spec.py", "orchestrator/jobfile.py", "orchestrator/schema.py", "clusters/safe_input.py"}
+    edge = {
+        "orchestrator/job/spec.py",
+        "orchestrator/job/job_file.py",
+        "orchestrator/job/schema.py",
+        "clusters/safe/reading.py",
+    }
     assert owners == edge
 
 
@@ -100,15 +107,15 @@ def test_each_heavy_library_has_one_owner():
                 if name == library or name.startswith(f"{library}."):
                     found.add(path.relative_to(ROOT).as_posix())
 
-    assert owners["ray.train"] == {"orchestrator/training/launch.py"}
+    assert owners["ray.train"] == {"orchestrator/training/workers/launch.py"}
     assert owners["ray.tune"] == {"orchestrator/search/tuning.py"}
-    assert owners["optuna"] == {"orchestrator/search/sampling.py"}
+    assert owners["optuna"] == {"orchestrator/search/sampler.py"}
     assert owners["matplotlib"] == {"orchestrator/report/plots.py"}
-    assert owners["mlflow"] == {"orchestrator/tracking.py"}
-    assert owners["kubernetes"] == {"clusters/kube_door.py"}
-    doors = {"orchestrator/training/launch.py", "orchestrator/search/tuning.py"}
+    assert owners["mlflow"] == {"orchestrator/runs/mirror/tracking.py"}
+    assert owners["kubernetes"] == {"clusters/kubernetes/client.py"}
+    doors = {"orchestrator/training/workers/launch.py", "orchestrator/search/tuning.py"}
     own = {
-        f"clusters/{name}.py" for name in ("connect", "elsewhere", "gpu_reservation", "ray_probe", "ray_jobs", "roster")
+        f"clusters/ray/{name}.py" for name in ("connect", "remote_objects", "gpu_reservation", "probe", "jobs", "nodes")
     } | doors
     assert owners["ray"] == own
 
@@ -215,7 +222,7 @@ def test_only_the_command_line_imports_the_report():
     }
 
     assert {path for path in users if not path.startswith("orchestrator/report/")} == {
-        "orchestrator/bank_cli.py",
-        "orchestrator/report_cli.py",
-        "orchestrator/search_cli.py",
+        "orchestrator/cli/bank.py",
+        "orchestrator/cli/report.py",
+        "orchestrator/cli/search.py",
     }

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from orchestrator.data.dataset import Dataset
-from strategies.techniques.supervised_logits import Batch
+from strategies.step.supervised_logits import Batch
 
 
 def collate(dataset: Dataset, sample_ids: Sequence[int], packing: bool) -> Batch:

@@ -11,8 +11,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from clusters.safe_input import printable
-from orchestrator.data.row import BadRow
+from clusters.safe.reading import printable
+from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import (
     LostTurns,
     NoEnd,

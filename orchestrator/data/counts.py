@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.data.formats import Example
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows.formats import Example
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
 

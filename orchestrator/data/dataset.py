@@ -20,7 +20,7 @@ import pyarrow
 import pyarrow.compute
 
 from orchestrator.data.counts import Counts, Statistics
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import Options, tokenised
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError, RunFailed

@@ -9,14 +9,14 @@ from typing import Any
 
 from orchestrator.data.counts import loss_notice, loss_refusal, reading_notices
 from orchestrator.data.dataset import DamagedCache, Dataset, build, cache_key
-from orchestrator.data.files import digest
+from orchestrator.data.readers.files import digest
+from orchestrator.data.readers.sources import digest_of, rows_of, skipped_of, sources_of
 from orchestrator.data.samples import options_for, renderer_for, template_text
-from orchestrator.data.sources import digest_of, rows_of, skipped_of, sources_of
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
-from orchestrator.jobfile import Job
-from orchestrator.spec import HeldOut, Source
+from orchestrator.job.job_file import Job
+from orchestrator.job.spec import HeldOut, Source
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 

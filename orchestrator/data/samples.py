@@ -9,16 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import Counts
-from orchestrator.data.formats import read_example
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows.formats import read_example
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
-from orchestrator.jobfile import Job
-from orchestrator.spec import Source
+from orchestrator.job.spec import Source
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from orchestrator import models
 from orchestrator.data.counts import Statistics, loss_notice
-from orchestrator.data.formats import Example, read_example
-from orchestrator.data.row import BadRow
-from orchestrator.data.sources import rows_of, sources_of
+from orchestrator.data.readers.sources import rows_of, sources_of
+from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
-from orchestrator.jobfile import Job
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job
 
 _ROWS_COUNTED = 2000  # their lengths stand for the rest
 _BYTES_PER_TOKEN = 4.0  # of UTF-8: English words, and Japanese at three bytes a character

@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
-from clusters.safe_input import printable
-from orchestrator.data.row import BadRow
+from clusters.safe.reading import printable
+from orchestrator.data.rows.row import BadRow
 
 Span = tuple[int, int]  # of characters: first, and the one after the last
 _BETWEEN = "\0"  # stands between pieces that are searched as one text; no piece holds it

@@ -10,14 +10,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from orchestrator.data.counts import Counts, check_line, loss_notice, loss_refusal, reading_notices
-from orchestrator.data.row import Row
+from orchestrator.data.readers.sources import rows_of, skipped_of, sources_of
+from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import Options, options_for, read_only, tokenised
-from orchestrator.data.sources import rows_of, skipped_of, sources_of
 from orchestrator.data.template import Renderer
-from orchestrator.jobfile import Job
-from orchestrator.spec import HeldOut
+from orchestrator.job.job_file import Job
+from orchestrator.job.spec import HeldOut
 
 _NOT_FETCHED = "a data set of the hub"
 Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.train, from 1, and its samples

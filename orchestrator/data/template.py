@@ -15,8 +15,8 @@ from functools import cached_property
 from typing import Any
 
 from orchestrator.data.chat import ChatTemplate, Conversation
-from orchestrator.data.formats import Example
-from orchestrator.data.row import BadRow
+from orchestrator.data.rows.formats import Example
+from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
 from orchestrator.errors import JobError
 

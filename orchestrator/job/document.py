@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from clusters.safe_input import BadInput, compose_yaml, load_yaml, printable, yaml_value
+from clusters.safe.reading import BadInput, compose_yaml, load_yaml, printable, yaml_value
 from orchestrator.errors import JobError
 
 KeyPath = tuple[str | int, ...]

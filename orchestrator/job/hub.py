@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from orchestrator.errors import JobError
 
 T = TypeVar("T")

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clusters.safe_input import BadInput, open_regular, read_json
+from clusters.safe.reading import BadInput, open_regular, read_json
 
 NAME = "manifest.json"
 _WRITING = ".writing"  # locked by the process that fills a temporary folder, as long as it lives

@@ -10,13 +10,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from orchestrator.errors import JobError
-from orchestrator.job import remembered
+from orchestrator.job import architecture_cache as remembered
 from orchestrator.job.weights import stored_tensors
-from strategies import architecture
-from strategies.architecture import Architecture, CannotBuild, LoadReport
-from strategies.rules import misfits
+from strategies.compatibility import misfits
+from strategies.model import architecture
+from strategies.model.architecture import Architecture, CannotBuild, LoadReport
 
 _KEY = "model.model_name_or_path"
 _WHOLE = ("I8", "U8", "I16", "I32", "I64")  # as safetensors spells types

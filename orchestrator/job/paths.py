@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from clusters.safe_input import BadInput, checked_path, kind_of, printable, read_text
+from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
 from orchestrator.errors import JobError
 
 Kind = Literal["file", "folder", "any", "new file", "new folder"]

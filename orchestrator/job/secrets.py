@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote
 
-from clusters.masking import holds_secret
+from clusters.safe.masking import holds_secret
 from orchestrator.errors import JobError
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
 
 _URI = "tracking.mlflow_uri"
 _NAMED = re.compile(r"\$\{([A-Za-z_]\w*)\}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput, kind_of, printable, read_json
+from clusters.safe.reading import BadInput, kind_of, printable, read_json
 from orchestrator.errors import JobError
 
 _MAX_BYTES = 256 * 2**20  # of a tokenizer.json; that of Gemma 3 has 33 MB

@@ -14,9 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.safe_input import BadInput, open_regular, printable, read_json, record
+from clusters.safe.reading import BadInput, open_regular, printable, read_json, record
 from orchestrator.errors import JobError
-from strategies.tensor_file import TensorEntry, read_header
+from strategies.model.tensor_file import TensorEntry, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 BIN, BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

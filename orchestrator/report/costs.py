@@ -8,17 +8,18 @@ from pathlib import Path
 from typing import Any
 
 from clusters.units import format_s
-from orchestrator import models, workload
 from orchestrator.data.prepare import datasets
-from orchestrator.jobfile import Job, spec_with
-from orchestrator.machines import declared
-from orchestrator.plan import Plan
-from orchestrator.planner import make_plan
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job, spec_with
+from orchestrator.lifecycle.machines import declared
+from orchestrator.lifecycle.run import Ready
+from orchestrator.planning import workload
+from orchestrator.planning.plan import Plan
+from orchestrator.planning.planner import make_plan
 from orchestrator.report import tco
 from orchestrator.report.blocks import Table
-from orchestrator.report.words import words
-from orchestrator.run import Ready
-from orchestrator.rundir import RunFolder
+from orchestrator.report.translations import words
+from orchestrator.runs.run_folder import RunFolder
 from strategies.contract import Workload
 
 Word = Callable[[str], str]

@@ -9,14 +9,14 @@ from typing import Any
 from jinja2.sandbox import SandboxedEnvironment
 
 from orchestrator.errors import JobError
-from orchestrator.jobfile import Job
+from orchestrator.job.job_file import Job
 from orchestrator.report.blocks import Report
-from orchestrator.report.of_run import report_of_run
-from orchestrator.report.of_search import report_of_search
-from orchestrator.report.words import words
-from orchestrator.rundir import RunFolder
+from orchestrator.report.run import report_of_run
+from orchestrator.report.search import report_of_search
+from orchestrator.report.translations import words
 from orchestrator.runs.markdown import printable_lines
-from orchestrator.search.trials import SearchFolder
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.search_folder import SearchFolder
 
 _PAGE = Path(__file__).parent / "page.html"
 

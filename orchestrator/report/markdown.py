@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 from orchestrator.errors import JobError
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
-from orchestrator.report.words import words
+from orchestrator.report.translations import words
 from orchestrator.runs.markdown import code_block, plain
 
 

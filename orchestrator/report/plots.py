@@ -17,7 +17,7 @@ matplotlib.use("svg")
 from matplotlib import pyplot
 from matplotlib.ticker import LogFormatter
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 
 T = TypeVar("T")
 

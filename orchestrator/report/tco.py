@@ -11,8 +11,8 @@ from dataclasses import dataclass, field, replace
 
 from clusters.capability import ClusterCapability
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.plan import Plan
-from orchestrator.spec import JobSpec
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.plan import Plan
 
 
 @dataclass(frozen=True)

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput, printable
-from orchestrator import models
+from clusters.safe.reading import BadInput, printable
 from orchestrator.errors import JobError
-from orchestrator.jobfile import Job
-from orchestrator.plan import Plan
-from orchestrator.rundir import RunFolder
-from orchestrator.runs import digests, recorded
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import Plan
+from orchestrator.runs import digests
+from orchestrator.runs import record as recorded
 from orchestrator.runs.digests import FileDigest
+from orchestrator.runs.run_folder import RunFolder
 
 
 @dataclass(frozen=True)

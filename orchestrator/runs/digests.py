@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from clusters.safe_input import BadInput, open_regular, read_json, record
+from clusters.safe.reading import BadInput, open_regular, read_json, record
 from clusters.units import format_bytes
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".py", ".tiktoken")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 
 _SIGNS = re.compile(r"([\\`*\[\]|$~])")
 _UNDERSCORE = re.compile(r"(?<![^\W_])_|_(?![^\W_])")  # inside a word it is no markup

@@ -15,14 +15,14 @@ from functools import cached_property
 from typing import Any
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
-from orchestrator import planner, workload
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.evaluating import HeldOut
-from orchestrator.jobfile import spec_with
-from orchestrator.pareto import pareto
-from orchestrator.plan import Plan
+from orchestrator.job.job_file import spec_with
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning import planner, workload
+from orchestrator.planning.evaluation import HeldOut
+from orchestrator.planning.pareto import pareto
+from orchestrator.planning.plan import Plan
 from orchestrator.search.space import Point, Space, key_of
-from orchestrator.spec import JobSpec
 from strategies.shape import ModelShape
 
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are

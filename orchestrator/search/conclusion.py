@@ -6,11 +6,11 @@ import json
 from typing import Any
 
 from clusters.units import format_bytes, format_s
-from orchestrator.jobfile import Job, text_with
+from orchestrator.job.job_file import Job, text_with
+from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.search.advice import Planning
 from orchestrator.search.recommend import Outcome, front, outcomes, recommend
 from orchestrator.search.space import phrase
-from orchestrator.search.trials import SearchFolder
 
 
 def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:

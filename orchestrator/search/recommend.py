@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.pareto import pareto
-from orchestrator.plan import Plan
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.pareto import pareto
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.search_folder import Trial
 from orchestrator.search.space import Point
-from orchestrator.search.trials import Trial
-from orchestrator.spec import JobSpec
 
 
 @dataclass(frozen=True)

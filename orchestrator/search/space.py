@@ -11,9 +11,9 @@ from typing import Any
 
 from clusters.capability import DeviceCapability
 from orchestrator.errors import JobError
-from orchestrator.jobfile import spec_with
-from orchestrator.planner import Slot
-from orchestrator.spec import Choices, JobSpec, LogUniform, RandInt, Uniform
+from orchestrator.job.job_file import spec_with
+from orchestrator.job.spec import Choices, JobSpec, LogUniform, RandInt, Uniform
+from orchestrator.planning.planner import Slot
 from strategies import METHODS
 
 Point = dict[str, Any]  # job-file key -> value

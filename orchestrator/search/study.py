@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput, load_yaml
+from clusters.safe.reading import BadInput, load_yaml
 from orchestrator.errors import JobError
+from orchestrator.job.job_file import spec_with
 from orchestrator.job.paths import read_text_file
-from orchestrator.jobfile import spec_with
+from orchestrator.job.spec import JobSpec
 from orchestrator.search.space import Point, canonical
-from orchestrator.spec import JobSpec
 
 SHIPPED = Path(__file__).parent.parent / "recipes" / "studies"
 _PARTS = ("baseline", "one_factor", "combinations")

@@ -22,15 +22,15 @@ from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
-from clusters import gpu_reservation
-from clusters.gpus import look_at_gpus
+from clusters.hardware.gpus import look_at_gpus
+from clusters.ray import gpu_reservation
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import Job, spec_with
-from orchestrator.plan import Plan
+from orchestrator.job.job_file import Job, spec_with
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import plan_for
 from orchestrator.search.space import Point
-from orchestrator.search.trials import SearchFolder, Trial
-from strategies.techniques import host_memory
+from strategies.step import host_memory
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -250,7 +250,7 @@ class _Runner(tune.Trainable):
 
     def _made(self) -> Any:
         from orchestrator.data.prepare import datasets
-        from orchestrator.training.experiment import Experiment
+        from orchestrator.training.workers.experiment import Experiment
 
         folder = Path(self._now["folder"])
         job = SearchFolder(folder).job()

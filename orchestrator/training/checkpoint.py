@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save_file
 from orchestrator.job import manifest
 from orchestrator.runs.checkpoints import complete, verify
 from strategies.contract import TrainSetup, TrainState
-from strategies.state import restore
+from strategies.step.state import restore
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches, split_by_share
 from orchestrator.errors import NothingFits
-from orchestrator.evaluating import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
+from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
 from orchestrator.training.out_of_memory import in_halves
 from orchestrator.training.parallel import Group, even_passes
 from orchestrator.training.stops import Stops, stops_of
 from strategies.contract import Techniques, TrainSetup
 from strategies.shape import ModelShape
+from strategies.step.supervised_logits import loss_sum
 from strategies.techniques.precision import autocast
-from strategies.techniques.supervised_logits import loss_sum
 
 
 @dataclass(frozen=True)

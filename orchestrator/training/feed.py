@@ -8,7 +8,7 @@ import torch
 
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
-from strategies.techniques.supervised_logits import Batch
+from strategies.step.supervised_logits import Batch
 
 
 class Feed:

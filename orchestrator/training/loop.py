@@ -33,7 +33,7 @@ from orchestrator.training.parallel import GradientSum, Group, even_passes
 from orchestrator.training.repair import UpdateFailed, Updates, update_does_not_fit
 from orchestrator.training.shares import Shares
 from strategies.contract import Techniques, TrainSetup
-from strategies.step import Update, forward_backward, last_pass, update
+from strategies.step.step import Update, forward_backward, last_pass, update
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 

@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from strategies.contract import Techniques
-from strategies.techniques import host_memory
+from strategies.step import host_memory
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from strategies.techniques.side_stream import SideStream
+from strategies.step.side_stream import SideStream
 
 _PATIENCE = timedelta(hours=1)
 BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip

@@ -15,7 +15,7 @@ from orchestrator.errors import NothingFits
 from orchestrator.training.out_of_memory import first_line, is_out_of_memory, release_cache
 from orchestrator.training.parallel import Group
 from strategies.contract import TrainSetup, TrainState
-from strategies.state import gather, restore
+from strategies.step.state import gather, restore
 
 
 class UpdateFailed(Exception):

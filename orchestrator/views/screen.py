@@ -18,7 +18,7 @@ from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.text import Text
 
-from clusters.safe_input import printable_lines
+from clusters.safe.reading import printable_lines
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
 

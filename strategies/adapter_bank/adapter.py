@@ -15,8 +15,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from clusters.safe_input import BadInput, kind_of, matches, printable, read_json, record
-from strategies.tensor_file import TensorEntry, read_header
+from clusters.safe.reading import BadInput, kind_of, matches, printable, read_json, record
+from strategies.model.tensor_file import TensorEntry, read_header
 
 if TYPE_CHECKING:  # listing a bank must not load torch
     from strategies.adapter_bank.algebra import Factors

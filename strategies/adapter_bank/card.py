@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from clusters.safe_input import BadInput, name_mistake, printable, read_json, record
+from clusters.safe.reading import BadInput, name_mistake, printable, read_json, record
 
 CARD = "card.json"
 _MAX_BYTES = 2**20

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from clusters.safe_archive import Bounds, names_in, unpack
-from clusters.safe_input import BadInput, open_regular, printable
+from clusters.safe.archives import Bounds, names_in, unpack
+from clusters.safe.reading import BadInput, open_regular, printable
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card
 from strategies.adapter_bank.folders import EVIDENCE, check, delete, read_evidence, sync

@@ -12,10 +12,10 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clusters.safe_input import BadInput, open_regular, printable
+from clusters.safe.reading import BadInput, open_regular, printable
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, is_digest, read_card
-from strategies.tensor_file import read_header
+from strategies.model.tensor_file import read_header
 
 if TYPE_CHECKING:  # numpy waits until a data set is looked at
     from strategies.adapter_bank.evidence import Evidence

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of, header_of
 from strategies.adapter_bank.algebra import Merge, by_entries
 from strategies.adapter_bank.generation import into

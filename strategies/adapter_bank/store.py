@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from clusters.safe_input import BadInput, checked_path, kind_of, printable
+from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from strategies.adapter_bank.adapter import Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, card_of, is_digest, mistakes
 from strategies.adapter_bank.folders import (

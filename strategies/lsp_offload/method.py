@@ -190,11 +190,11 @@ class LspOffload:
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         """Raises ValueError where no weight has both sides longer than an image's."""
         from strategies.lsp_offload.adam import AdamNumbers
-        from strategies.lsp_offload.elsewhere import Adam
         from strategies.lsp_offload.optimizer import Learning, LspAdamW, Projected
+        from strategies.lsp_offload.remote_update import Adam
         from strategies.lsp_offload.schedule import Lanes
         from strategies.lsp_offload.transport import bus_of
-        from strategies.timeline import LAYER
+        from strategies.measure.timeline import LAYER
 
         model.requires_grad_(False)
         layers = linear_maps(model)
@@ -282,7 +282,7 @@ def linear_maps(model: Any) -> dict[str, tuple[int, Any]]:
     """The weights of the decoder layers' linear maps by name, with the depth of their layer."""
     import torch
 
-    from strategies.timeline import LAYER
+    from strategies.measure.timeline import LAYER
 
     found = {}
     for name, module in model.named_modules():

@@ -24,8 +24,8 @@ from typing import Any, Literal
 import torch
 
 from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
-from strategies.lsp_offload.elsewhere import CpuSide, taken
 from strategies.lsp_offload.projector import Subspace, Whole
+from strategies.lsp_offload.remote_update import CpuSide, taken
 from strategies.lsp_offload.schedule import LANES, Lanes
 from strategies.lsp_offload.transport import EmulatedBus, Transport
 

@@ -10,7 +10,7 @@ from clusters.capability import DeviceCapability, Kind
 from strategies.contract import Dtype, Techniques
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import lacks
-from strategies.techniques.room import Choice, Technique
+from strategies.techniques.technique import Choice, Technique
 
 
 def refuses(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | None:

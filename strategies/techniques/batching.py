@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from strategies.techniques.room import Choice, Technique
+from strategies.techniques.technique import Choice, Technique
 
 
 def _rows(choice: Choice) -> int:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from strategies.techniques.room import Technique
+from strategies.techniques.technique import Technique
 
 CHECKPOINTING = Technique(
     name="gradient checkpointing",

@@ -2,7 +2,7 @@
 
 from clusters.capability import DeviceCapability
 from strategies.shape import ModelShape
-from strategies.techniques.room import Technique
+from strategies.techniques.technique import Technique
 
 
 def caps_logits(device: DeviceCapability, shape: ModelShape) -> str | None:

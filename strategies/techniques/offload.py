@@ -11,7 +11,7 @@ from clusters.capability import DeviceCapability
 from strategies.contract import Offload
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import lacks
-from strategies.techniques.room import Choice, Technique
+from strategies.techniques.technique import Choice, Technique
 
 if TYPE_CHECKING:
     import torch
@@ -30,7 +30,7 @@ def saved_on_host(offload: Offload, model: torch.nn.Module, device: torch.device
     """Keep what the backward pass needs in pinned host memory inside the block (`activations` on a GPU)."""
     if offload != "activations" or device.type == "cpu":
         return contextlib.nullcontext()
-    from strategies.techniques.activations_on_host import activations_on_host
+    from strategies.step.activations_on_host import activations_on_host
 
     return activations_on_host(model.parameters(), device)
 

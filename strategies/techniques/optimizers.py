@@ -1,7 +1,7 @@
 """Smaller optimizer states."""
 
-from strategies.techniques.adapters import no_bitsandbytes
-from strategies.techniques.room import Technique
+from strategies.methods.as_techniques import no_bitsandbytes
+from strategies.techniques.technique import Technique
 
 EIGHT_BIT_OPTIMIZER = Technique(
     name="8-bit optimizer",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from clusters.capability import DeviceCapability
 from strategies.contract import Dtype
 from strategies.shape import ModelShape
-from strategies.techniques.room import Technique
+from strategies.techniques.technique import Technique
 
 if TYPE_CHECKING:
     import torch

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from strategies.techniques.libraries import lacks
-from strategies.techniques.room import Choice, Technique
+from strategies.techniques.technique import Choice, Technique
 
 DECIDED = {  # what the plan decides, and where a job says it instead
     "train_batch_size": "train.global_batch_size",

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
-from strategies.techniques import thread_waits
+from strategies.step import thread_waits
 
 MODELS = {"tiny": (64, 128, 2, 8, 32), "middling": (576, 1536, 6, 4, 128)}  # width, MLP, layers, samples, tokens
 

@@ -20,7 +20,7 @@ from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 from strategies.lsp_offload.transport import EmulatedBus
-from strategies.techniques import host_memory
+from strategies.step import host_memory
 
 FORWARD_S, BACKWARD_S, LAYER_WEIGHTS, BUS_BYTES_PER_S = 12.2e-3, 28.1e-3, 202e6, 10e9
 

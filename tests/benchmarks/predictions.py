@@ -147,7 +147,7 @@ def grid():
 
 
 def workload_of(lengths, shape: ModelShape) -> Workload:
-    from orchestrator.workload import _padded_ratios
+    from orchestrator.planning.workload import _padded_ratios
 
     return Workload(
         shape=shape,
@@ -167,10 +167,10 @@ def workload_of(lengths, shape: ModelShape) -> Workload:
 def cpu(out: Path | None, steps: int = 4) -> None:
     import torch
 
-    from clusters.node_probe import probe_node
-    from strategies.measuring import Side
-    from strategies.techniques import host_memory
-    from strategies.techniques.room import Choice
+    from clusters.probe.node import probe_node
+    from strategies.measure.techniques import Side
+    from strategies.step import host_memory
+    from strategies.techniques.technique import Choice
 
     node = probe_node()
     device = node.cpu
@@ -212,7 +212,7 @@ def traced() -> None:
     """The tracer beside what PyTorch's CPU allocator hands out for the same step, over 24 ways to train."""
     from strategies import METHODS
     from strategies.contract import TrainSettings
-    from strategies.cost import trace
+    from strategies.measure import trace
     from tests.strategies.test_trace import CONFIG, allocated_peak
 
     errors = []

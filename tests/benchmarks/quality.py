@@ -23,11 +23,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from strategies.contract import Techniques, TrainSettings, TrainSetup
-from strategies.full import Full
-from strategies.lora import Lora
-from strategies.low_rank_gradients import Apollo, Galore
 from strategies.lsp_offload.method import LspOffload, linear_maps
-from strategies.step import Update, last_pass, update
+from strategies.methods.full import Full
+from strategies.methods.lora import Lora
+from strategies.methods.low_rank_gradients import Apollo, Galore
+from strategies.step.step import Update, last_pass, update
 from strategies.techniques.precision import gradient_scaler
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared/assets"

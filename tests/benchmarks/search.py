@@ -39,8 +39,8 @@ def job_in(folder: Path, prefer: str = "time", **search):
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from orchestrator.jobfile import parse_job
-    from strategies.measuring import SMALL_MODEL
+    from orchestrator.job.job_file import parse_job
+    from strategies.measure.techniques import SMALL_MODEL
     from tests.conftest import WORDS
 
     model = folder / "model"
@@ -90,9 +90,9 @@ def _bytes() -> dict[str, int]:
 def grid(out: Path) -> None:
     """Train every combination of the space that can run, one after the other in this process."""
     from orchestrator.data.prepare import datasets
-    from orchestrator.jobfile import Job, spec_with
-    from orchestrator.search.trials import Trial
-    from orchestrator.training.experiment import Experiment
+    from orchestrator.job.job_file import Job, spec_with
+    from orchestrator.runs.search_folder import Trial
+    from orchestrator.training.workers.experiment import Experiment
 
     with tempfile.TemporaryDirectory() as where:
         job, files, planning, space = _set_up(Path(where))
@@ -134,12 +134,12 @@ def grid(out: Path) -> None:
 
 
 def _set_up(folder: Path, prefer: str = "time"):
-    from orchestrator import planner
     from orchestrator.data.prepare import datasets
-    from orchestrator.run import prepare
-    from orchestrator.search.preparing import planning_of
-    from orchestrator.search.sample import representative
+    from orchestrator.lifecycle.run import prepare
+    from orchestrator.planning import planner
+    from orchestrator.search.prepare import planning_of
     from orchestrator.search.space import space_of
+    from orchestrator.search.subset import representative
 
     job = job_in(folder, prefer)
     ready = prepare(job, print)
@@ -156,10 +156,10 @@ def _set_up(folder: Path, prefer: str = "time"):
 
 def judge(file: Path) -> None:
     """Compute until found, and what was found with a tenth of the grid's compute: three samplers, ten seeds."""
+    from orchestrator.runs.search_folder import Trial
     from orchestrator.search.advice import advise
     from orchestrator.search.recommend import outcomes, wanted
-    from orchestrator.search.sampling import Sampler
-    from orchestrator.search.trials import Trial
+    from orchestrator.search.sampler import Sampler
 
     trials = [Trial(**values) for values in json.loads(file.read_text())]
     whole_s = sum(trial.seconds for trial in trials)
@@ -226,8 +226,8 @@ def _key(point) -> str:
 def overhead() -> None:
     """Wall-clock between the ends of two trials beside the seconds the second took inside its process."""
     import orchestrator.search.tuning as tuning
-    from orchestrator.search.running import search
-    from orchestrator.search.view import Watching
+    from orchestrator.search.run import search
+    from orchestrator.views.search import Watching
 
     class Stamps(Watching):
         def __init__(self) -> None:

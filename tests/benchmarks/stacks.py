@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from clusters import datasheet
 from clusters.capability import DeviceCapability, NodeCapability
+from clusters.hardware import datasheet
 from clusters.units import GIB
 from strategies.contract import Techniques, Workload
 from strategies.cost import memory, time

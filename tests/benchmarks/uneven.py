@@ -197,7 +197,7 @@ def measure(link: str, modes: list[str], steps: int, home: Path) -> dict[str, An
 
 def picked(found: dict[str, Any]) -> str:
     """What the planner takes where nobody stated the samples of a step: its own rule, on the predicted seconds."""
-    from orchestrator import planner
+    from orchestrator.planning import planner
 
     best = "by speed"
     for factor in planner._MORE_SAMPLES:

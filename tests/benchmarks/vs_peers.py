@@ -106,7 +106,7 @@ def child(name: str, steps: int, seed: int, scratch: str) -> dict:
 
 
 def cores() -> int:
-    from clusters.probe import num_cores
+    from clusters.probe.machine import num_cores
 
     return num_cores()
 
@@ -119,7 +119,7 @@ def rows(count: int) -> list[dict]:
 
 
 def model_folder() -> Path:
-    from orchestrator.models import locate
+    from orchestrator.job.model_files import locate
 
     return locate("smollm2-135m-instruct", ROOT)
 
@@ -134,7 +134,7 @@ def samples(count: int, file: str = "train.jsonl") -> list[tuple[list[int], list
     """Token ids and masks by our renderer, which every contestant's own must equal in number."""
     from transformers import AutoTokenizer
 
-    from orchestrator.data.formats import convert
+    from orchestrator.data.rows.formats import convert
     from orchestrator.data.template import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
@@ -161,7 +161,7 @@ def report(step_s: list[float], step_tokens: list[int], supervised: int, dtype: 
 
 def useful_flops_per_token() -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
-    from orchestrator.models import read_config
+    from orchestrator.job.model_files import read_config
     from strategies.contract import Techniques, Workload
     from strategies.cost.time import Work, flops_per_token
     from strategies.shape import ModelShape
@@ -184,12 +184,12 @@ def ours(arguments) -> dict:
     """Our loop on the planner's techniques, without Ray around it."""
     import torch
 
-    from clusters.probe import look_at_this_node
+    from clusters.probe.machine import look_at_this_node
     from orchestrator.data.order import Order
     from orchestrator.training.loop import Hooks, Progress, Schedule, train
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques
-    from strategies.techniques import host_memory
+    from strategies.step import host_memory
 
     in_half = look_at_this_node().cpu.has_bf16_units and not arguments.only.endswith("fp32")
     dtype = "bfloat16" if in_half else "float32"
@@ -219,7 +219,7 @@ def our_setup(techniques, seed=0):
 
     from strategies import METHODS
     from strategies.contract import TrainSettings
-    from strategies.techniques import document_attention
+    from strategies.step import document_attention
 
     document_attention.register()
     method = METHODS["lora"](lora_r=16, lora_alpha=32)
@@ -236,7 +236,7 @@ def our_dataset(count: int, file: str = "train.jsonl"):
     from transformers import AutoTokenizer
 
     from orchestrator.data.dataset import Options, build
-    from orchestrator.data.files import read_rows
+    from orchestrator.data.readers.files import read_rows
     from orchestrator.data.template import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
@@ -363,7 +363,7 @@ def evaluate(arguments) -> dict:
     from orchestrator.training.evaluate import evaluate_loss
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques, TrainSetup
-    from strategies.techniques import document_attention
+    from strategies.step import document_attention
 
     document_attention.register()
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="document")
@@ -400,7 +400,7 @@ def loop(arguments) -> dict:
     from orchestrator.training.loop import Hooks, Progress, Schedule, train
     from orchestrator.training.parallel import Group
     from strategies.contract import Techniques
-    from strategies.techniques.supervised_logits import loss_sum
+    from strategies.step.supervised_logits import loss_sum
 
     techniques = Techniques("float32", "sdpa", False, False, ROWS_A_STEP, 1024)
     setup, data = our_setup(techniques), our_dataset(8 * ROWS_A_STEP)

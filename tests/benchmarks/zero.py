@@ -3,7 +3,7 @@
     python tests/benchmarks/zero.py            two workers on this machine, each stage, full and LoRA
     python tests/benchmarks/zero.py --workers 4
 
-What is counted is what tensors take at the peak of a step whose optimizer state exists (strategies/cost/trace.py), in
+What is counted is what tensors take at the peak of a step whose optimizer state exists (measure/trace.py), in
 each worker by itself: libraries and the heap's gaps are the same with and without sharding.
 """
 
@@ -53,7 +53,7 @@ def techniques_of(dtype: str, stage: int, shares: Any, rank: int, size: int) -> 
 
 
 def predicted(method: str, techniques: Any, size: int) -> Any:
-    from clusters.node_probe import look_at_this_node
+    from clusters.probe.node import look_at_this_node
     from strategies import METHODS
     from strategies.contract import Workload
     from strategies.shape import ModelShape
@@ -106,9 +106,9 @@ def peak_of(method: str, techniques: Any, shares: Any) -> int:
 
     from strategies import METHODS
     from strategies.contract import TrainSettings
-    from strategies.cost.trace import Lengths, LiveStorages
-    from strategies.sharding import shard
-    from strategies.step import Update, forward_backward, update
+    from strategies.engines.shard import shard
+    from strategies.measure.trace import Lengths, LiveStorages
+    from strategies.step.step import Update, forward_backward, update
     from strategies.techniques.precision import gradient_scaler
 
     way = METHODS[method]()

@@ -16,7 +16,7 @@ CASES = SHARED / "cases"
 def case_models(tmp_path_factory) -> CaseModels:
     """`case_models.build("llama-chatml")` is a model's folder; nothing is built before it is asked for."""
     from orchestrator.errors import JobError
-    from orchestrator.models import locate
+    from orchestrator.job.model_files import locate
 
     try:
         source = locate("smollm2-135m-instruct", Path())

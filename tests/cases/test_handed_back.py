@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orchestrator.training import finished
+from orchestrator.training.workers import finished
 from tests.cases.training import trained
 
 IDS = torch.arange(40, 72)[None]
@@ -89,7 +89,7 @@ def code_blocks(folder, language):
 
 
 def test_the_cards_commands_run_as_they_stand(chat, capsys, tmp_path, monkeypatch):
-    from orchestrator.cli import app
+    from orchestrator.cli.app import app
 
     run, *_ = chat
     monkeypatch.chdir(tmp_path)

@@ -9,9 +9,9 @@ import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.jobfile import read_job
-from orchestrator.run import plan_without_data
-from orchestrator.validation import check
+from orchestrator.job.job_file import read_job
+from orchestrator.lifecycle.run import plan_without_data
+from orchestrator.lifecycle.validate import check
 from strategies.contract import TrainSettings
 from tests.cases.models import TEMPLATES
 from tests.conftest import SHARED
@@ -94,7 +94,7 @@ def test_33_a_tokenizer_larger_than_the_embedding_is_refused_with_both_sizes(cas
 
 
 def test_36_gpt_2_s_transposed_maps_are_adapted_also_in_chosen_layers(case):
-    from strategies.cost.trace import build
+    from strategies.measure.trace import build
 
     folder = case("36")
     for job, trained in (("job.yaml", 2 * 8 * 512), ("layers.yaml", 8 * 512)):

@@ -5,12 +5,12 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
+from orchestrator.cli.app import app
 from orchestrator.data.prepare import prepare_data
 from orchestrator.data.samples import renderer_for
 from orchestrator.data.survey import survey
 from orchestrator.errors import JobError
-from orchestrator.jobfile import read_job
+from orchestrator.job.job_file import read_job
 from tests.conftest import SHARED, write_jsonl
 
 

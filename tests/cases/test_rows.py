@@ -7,11 +7,11 @@ import subprocess
 
 import pytest
 
-from orchestrator.data.formats import read_example
-from orchestrator.data.row import BadRow
-from orchestrator.data.sources import rows_of, skipped_of, sources_of
+from orchestrator.data.readers.sources import rows_of, skipped_of, sources_of
+from orchestrator.data.rows.formats import read_example
+from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
-from orchestrator.jobfile import read_job
+from orchestrator.job.job_file import read_job
 
 
 def read(folder, name="job.yaml", key="train"):

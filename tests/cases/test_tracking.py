@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import tracking
-from orchestrator.jobfile import read_job
-from orchestrator.machines import declared
-from orchestrator.rundir import RunFolder
-from orchestrator.runs.mirror_state import Sent, TrackingFailed
+from orchestrator.job.job_file import read_job
+from orchestrator.lifecycle.machines import declared
+from orchestrator.runs.mirror import tracking
+from orchestrator.runs.mirror.state import Sent, TrackingFailed
+from orchestrator.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "pa55w0rd"
@@ -30,7 +30,7 @@ def with_deleted_experiment(folder):
 
 
 def test_a_run_of_a_deleted_experiment_says_what_to_do_and_both_ways_work(case, monkeypatch):
-    from orchestrator.run import plan_without_data
+    from orchestrator.lifecycle.run import plan_without_data
 
     folder = case("49")
     monkeypatch.chdir(folder)  # the job's store is a relative file

@@ -6,12 +6,12 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from orchestrator.card import write_card
-from orchestrator.jobfile import Job, read_job
-from orchestrator.plan import Plan
-from orchestrator.run import prepare
-from orchestrator.rundir import RunFolder
-from orchestrator.training.worker import work
+from orchestrator.job.job_file import Job, read_job
+from orchestrator.lifecycle.run import prepare
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.model_card import write_card
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.workers.worker import work
 
 _QUICK = ("strategy.preflight=false", "cluster.num_workers=1", "tracking.report_to=[]", "eval.before=false")
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from tests.cluster.emulator import EmulatedCluster, Machine, unavailable
 from tests.conftest import rows, write_jsonl
 

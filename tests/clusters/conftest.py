@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import NodeCapability
-from clusters.measure import cache_folder
-from clusters.node_probe import probe_node
-from clusters.probe import look_at_this_node
+from clusters.probe.machine import look_at_this_node
+from clusters.probe.measure import cache_folder
+from clusters.probe.node import probe_node
 
 BRIEF_S = 0.3
 

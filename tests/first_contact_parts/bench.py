@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from clusters.capability import DeviceCapability, NodeCapability
-from orchestrator.catalogue import REFERENCES
+from orchestrator.lifecycle.technique_report import REFERENCES
 from strategies.contract import Method, Techniques
-from strategies.measuring import Side
+from strategies.measure.techniques import Side
 from strategies.shape import ModelShape
-from strategies.techniques.room import Choice
+from strategies.techniques.technique import Choice
 from tests.benchmarks.predictions import workload_of
 
 TINY: dict[str, Any] = {

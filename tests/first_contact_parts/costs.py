@@ -15,7 +15,7 @@ import torch
 from clusters.units import GIB, MIB
 from strategies import METHODS
 from strategies.contract import Method, Techniques
-from strategies.techniques import document_attention
+from strategies.step import document_attention
 from strategies.techniques.libraries import lacks
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run, raised

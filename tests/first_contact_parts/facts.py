@@ -7,9 +7,9 @@ import importlib
 import torch
 
 from clusters.capability import DeviceCapability
-from clusters.gpus import look_at_gpus
-from clusters.torch_build import covers
-from clusters.torch_gpus import index_of, seen_by_torch
+from clusters.hardware.gpus import look_at_gpus
+from clusters.hardware.torch_build import covers
+from clusters.hardware.torch_gpus import index_of, seen_by_torch
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run
 

@@ -11,8 +11,8 @@ from clusters.units import MIB
 from orchestrator.training.out_of_memory import is_out_of_memory
 from strategies import METHODS
 from strategies.contract import Method, Techniques
-from strategies.cost.trace import Lengths
-from strategies.step import Update, forward_backward, update
+from strategies.measure.trace import Lengths
+from strategies.step.step import Update, forward_backward, update
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run, raised
 

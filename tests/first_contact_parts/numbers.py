@@ -11,11 +11,11 @@ import torch
 from orchestrator.training import checkpoint
 from strategies import METHODS
 from strategies.contract import Method, Techniques
-from strategies.measuring import Side
-from strategies.state import gather, restore
-from strategies.step import Update, forward_backward, last_pass, update
+from strategies.engines.uneven_zero import divided as divide
+from strategies.measure.techniques import Side
+from strategies.step.state import gather, restore
+from strategies.step.step import Update, forward_backward, last_pass, update
 from strategies.techniques.libraries import lacks
-from strategies.techniques.uneven_zero import divided as divide
 from tests.first_contact_parts.bench import Bench, largest_difference, weights_of
 from tests.first_contact_parts.checks import Check, judged, not_run, raised
 

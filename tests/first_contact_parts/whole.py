@@ -18,9 +18,9 @@ import torch.distributed as dist
 from orchestrator.training.parallel import GradientSum, Group
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, TrainSetup
-from strategies.cost import trace
-from strategies.cost.trace import Lengths
-from strategies.step import Update, forward_backward, update
+from strategies.measure import trace
+from strategies.measure.trace import Lengths
+from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from tests.first_contact_parts.bench import TINY, Bench, largest_difference
 from tests.first_contact_parts.checks import Check, judged, not_run

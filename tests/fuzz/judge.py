@@ -49,7 +49,7 @@ class Ended:
 
 def call(arguments: tuple[str, ...]) -> Ended:
     """The program's main with these arguments; its files are those of the current folder."""
-    import orchestrator.cli as cli
+    import orchestrator.cli.app as cli
 
     code, fault, begun = 0, None, time.monotonic()
     with as_program(arguments) as streams:
@@ -88,8 +88,9 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
 @contextlib.contextmanager
 def _no_training() -> Iterator[None]:
     """An input that is good enough to be trained ends where Ray would start, or the packaged model be converted."""
-    from orchestrator import models, run
     from orchestrator.errors import ClusterError
+    from orchestrator.job import model_files as models
+    from orchestrator.lifecycle import run
 
     def refuse(*_: Any) -> None:
         raise ClusterError("nothing is trained for an input")

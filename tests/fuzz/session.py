@@ -10,7 +10,7 @@ from pathlib import Path
 
 os.environ["COLUMNS"] = "400"  # before the consoles are made: wide tables fold nothing
 
-from clusters.node_probe import probe_node
+from clusters.probe.node import probe_node
 from tests.fuzz.case import Case
 from tests.fuzz.judge import Ended, empty, judge
 from tests.fuzz.kinds import KINDS, case_of

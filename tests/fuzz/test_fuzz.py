@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from orchestrator.errors import JobError
-from orchestrator.jobfile import parse_job
+from orchestrator.job.job_file import parse_job
 from tests.fuzz.session import Session
 from tests.fuzz.values import as_yaml
 

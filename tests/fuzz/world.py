@@ -140,9 +140,9 @@ class World:
     @cached_property
     def prepared(self) -> tuple[dict[str, Any], dict[str, Any]]:
         """plan.json and data.json of the job, its rows tokenised."""
-        from orchestrator.jobfile import read_job
-        from orchestrator.machines import declared
-        from orchestrator.run import prepare
+        from orchestrator.job.job_file import read_job
+        from orchestrator.lifecycle.machines import declared
+        from orchestrator.lifecycle.run import prepare
 
         place = self.folder / "planned"
         place.mkdir()

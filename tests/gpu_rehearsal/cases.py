@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from clusters.capability import DeviceCapability
-from strategies import rules
+from strategies import compatibility as rules
 from strategies.contract import Method, Techniques
-from strategies.full import Full
-from strategies.lora import Lora
-from strategies.low_rank_gradients import Apollo, Galore
+from strategies.methods.full import Full
+from strategies.methods.lora import Lora
+from strategies.methods.low_rank_gradients import Apollo, Galore
+from strategies.methods.shira import Shira
 from strategies.shape import ModelShape
-from strategies.shira import Shira
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",  # its biases make `bias: all` train something

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from strategies.cost.trace import LiveStorages
+from strategies.measure.trace import LiveStorages
 
 CAPABILITIES = {"cuda:0": (8, 6), "cuda:1": (7, 5)}  # RTX 3090, RTX 2080 Ti
 _PRODUCT = tuple(str(Path(__file__).resolve().parents[2] / part) + os.sep for part in ("strategies", "orchestrator"))

@@ -13,9 +13,9 @@ from orchestrator.data import batches
 from orchestrator.data.counts import Statistics
 from orchestrator.data.dataset import Dataset
 from strategies.contract import Method, Techniques, TrainSettings, TrainSetup
-from strategies.cost import trace
+from strategies.measure import trace
+from strategies.step.supervised_logits import Batch
 from strategies.techniques import checkpointing
-from strategies.techniques.supervised_logits import Batch
 from tests.gpu_rehearsal import cases, fake_device
 from tests.gpu_rehearsal.cases import Case
 

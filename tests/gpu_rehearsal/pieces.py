@@ -9,12 +9,12 @@ import torch.distributed as dist
 
 from orchestrator.training.parallel import GradientSum, Group
 from strategies.contract import TrainSetup, TrainState
+from strategies.engines.uneven_zero import divided
 from strategies.lsp_offload.method import LspOffload
-from strategies.state import gather, restore
-from strategies.step import Update, forward_backward, update
+from strategies.step.state import gather, restore
+from strategies.step.step import Update, forward_backward, update
+from strategies.step.supervised_logits import Batch
 from strategies.techniques.precision import gradient_scaler
-from strategies.techniques.supervised_logits import Batch
-from strategies.techniques.uneven_zero import divided
 from tests.gpu_rehearsal import fake_device, inputs
 from tests.gpu_rehearsal.cases import Case
 

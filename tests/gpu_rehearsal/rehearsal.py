@@ -13,11 +13,12 @@ from typing import Any
 import torch
 
 from orchestrator.data.order import Order
-from orchestrator.training import evaluate, feed, preflight
+from orchestrator.training import evaluate, feed
 from orchestrator.training.loop import Hooks, Progress, Schedule, train
 from orchestrator.training.parallel import Group
+from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSetup, TrainState
-from strategies.state import forget, gather, restore
+from strategies.step.state import forget, gather, restore
 from strategies.techniques.precision import autocast, gradient_scaler
 from tests.gpu_rehearsal import cases, fake_device, inputs, pieces
 from tests.gpu_rehearsal.cases import Case

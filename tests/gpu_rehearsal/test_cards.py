@@ -16,18 +16,20 @@ from pathlib import Path
 
 import pytest
 
-from clusters import datasheet, node_probe
 from clusters.capability import ClusterCapability, DeviceCapability, Library, NodeCapability
-from clusters.measure import cache_folder
-from clusters.probe import look_at_this_node
-from clusters.torch_build import TorchBuild
-from clusters.torch_gpus import Seen, SeenGpu, index_of, judged
+from clusters.hardware import datasheet
+from clusters.hardware.torch_build import TorchBuild
+from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judged
+from clusters.probe import node as node_probe
+from clusters.probe.machine import look_at_this_node
+from clusters.probe.measure import cache_folder
 from clusters.units import GIB, format_bytes
-from orchestrator import machines, planner, workload
-from orchestrator.catalogue import REFERENCES
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import parse_job
-from orchestrator.plan import Plan
+from orchestrator.job.job_file import parse_job
+from orchestrator.lifecycle import machines
+from orchestrator.lifecycle.technique_report import REFERENCES
+from orchestrator.planning import planner, workload
+from orchestrator.planning.plan import Plan
 from strategies.shape import ModelShape
 from tests.cli import called
 from tests.gpu_rehearsal.cards import MACHINES, Machine
@@ -193,7 +195,7 @@ def test_a_user_of_the_command_line_reads_what_is_wrong_with_the_card(name, word
 
 
 def test_techniques_are_judged_on_cards_that_can_be_trained_on_and_say_what_to_install(standing_in):
-    from orchestrator.catalogue import catalogue
+    from orchestrator.lifecycle.technique_report import catalogue
 
     told: list[str] = []
     standing_in("rtx 3090 and gtx 1080", "extras absent")

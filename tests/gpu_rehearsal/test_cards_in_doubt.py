@@ -10,13 +10,14 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from clusters import datasheet, node_probe
 from clusters.capability import ClusterCapability
-from clusters.measure import doubt_of
-from clusters.node_probe import probe_node
-from clusters.probe import look_at_this_node
-from clusters.torch_build import TorchBuild
-from orchestrator.machines import notes
+from clusters.hardware import datasheet
+from clusters.hardware.torch_build import TorchBuild
+from clusters.probe import node as node_probe
+from clusters.probe.machine import look_at_this_node
+from clusters.probe.measure import doubt_of
+from clusters.probe.node import probe_node
+from orchestrator.lifecycle.machines import notes
 from tests.gpu_rehearsal.cards import MACHINES
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from clusters.units import GIB
-from strategies.techniques.device_memory import _SETTINGS, grow_segments, limit, share_of
+from strategies.step.device_memory import _SETTINGS, grow_segments, limit, share_of
 
 
 @pytest.mark.parametrize(

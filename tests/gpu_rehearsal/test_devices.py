@@ -7,14 +7,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orchestrator import calibration
 from orchestrator.errors import JobError
-from orchestrator.training import bench, finished, preflight, untuned
-from orchestrator.training.devices import card_in_use, device_like, planned_device
-from orchestrator.training.experiment import measured_on
-from strategies.techniques import device_memory
+from orchestrator.lifecycle import calibration
+from orchestrator.training.model.devices import card_in_use, device_like, planned_device
+from orchestrator.training.workers import baseline as untuned
+from orchestrator.training.workers import bench, finished, preflight
+from orchestrator.training.workers.experiment import measured_on
+from strategies.step import device_memory
 from tests.gpu_rehearsal.cards import RTX_3060, RTX_3090, Machine
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 UUIDS = ("GPU-00000000", "GPU-00000001")  # as the stand-in numbers its cards
 VARIABLES = ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", *device_memory._SETTINGS)

@@ -7,13 +7,13 @@ import os
 import pytest
 
 from clusters.capability import ClusterCapability
-from orchestrator.jobfile import parse_job
-from orchestrator.recovery import Recovery
-from orchestrator.rundir import RunFolder
-from orchestrator.runs import gpu_locks
-from orchestrator.runs.gpu_locks import one_each, own_cards
+from orchestrator.job.job_file import parse_job
+from orchestrator.lifecycle.recovery import Recovery
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.workers import gpu_locks
+from orchestrator.training.workers.gpu_locks import one_each, own_cards
 from tests.gpu_rehearsal.cards import RTX_3090, Machine
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 FIRST, SECOND = "GPU-00000000", "GPU-00000001"  # as the stand-in numbers its cards
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import ClusterCapability
-from clusters.gpus import look_at_gpus
-from orchestrator import machines
-from orchestrator.jobfile import parse_job
-from orchestrator.recovery import Recovery
-from orchestrator.run import planned_gpus
-from orchestrator.rundir import RunFolder
+from clusters.hardware.gpus import look_at_gpus
+from orchestrator.job.job_file import parse_job
+from orchestrator.lifecycle import machines
+from orchestrator.lifecycle.recovery import Recovery
+from orchestrator.lifecycle.run import planned_gpus
+from orchestrator.runs.run_folder import RunFolder
 from tests.gpu_rehearsal.cards import RTX_3090, RX_7900_XTX, RYZEN_GRAPHICS, Machine
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 
 @pytest.fixture

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from orchestrator.errors import NothingFits
-from orchestrator.rundir import RunFolder
 from orchestrator.runs.condition import exported_whole
-from orchestrator.training import worker
+from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.parallel import GradientSum
+from orchestrator.training.workers import worker
 from tests.cases.training import begun
 from tests.conftest import rows, write_jsonl
 from tests.processes import spawned

@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from orchestrator.training.failures import describe
 from orchestrator.training.out_of_memory import in_halves, is_out_of_memory
+from orchestrator.training.workers.failures import describe
 
 
 def accelerator_error(text):

@@ -12,8 +12,9 @@ from types import SimpleNamespace
 import pytest
 
 from clusters.capability import DeviceCapability
-from clusters.connect import connect
-from clusters.gpu_reservation import (
+from clusters.hardware.interfaces import gloo_talks_at, interface_at
+from clusters.ray.connect import connect
+from clusters.ray.gpu_reservation import (
     CannotReserve,
     GpuGone,
     Held,
@@ -26,9 +27,8 @@ from clusters.gpu_reservation import (
     see,
     visible,
 )
-from clusters.interfaces import gloo_talks_at, interface_at
 from clusters.units import GIB
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 UUIDS = tuple(f"GPU-{index}aaaaaaa-0000-1111-2222-333333333333" for index in range(4))
 LOST = "ab" * 28  # the id of a node that is in no cluster
@@ -141,8 +141,8 @@ def test_a_gpu_that_was_taken_out_of_its_machine_is_not_waited_for(cluster):
 def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(cluster, on_two_gpus, tmp_path):
     from clusters.capability import ClusterCapability
     from orchestrator.errors import RunFailed
-    from orchestrator.rundir import RunFolder
-    from orchestrator.training.launch import launch
+    from orchestrator.runs.run_folder import RunFolder
+    from orchestrator.training.workers.launch import launch
 
     (tmp_path / "capability.json").write_text(json.dumps(ClusterCapability((on_two_gpus.node,)).as_dict()))
 
@@ -159,8 +159,8 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    from clusters.connect import SLOT
-    from orchestrator.training.launch import _Places, environments
+    from clusters.ray.connect import SLOT
+    from orchestrator.training.workers.launch import _Places, environments
 
     def worker(config):
         import ray.train
@@ -195,9 +195,9 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
 
 
 def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monkeypatch):
-    from clusters.connect import SLOT
+    from clusters.ray.connect import SLOT
+    from orchestrator.runs.search_folder import Trial
     from orchestrator.search import tuning
-    from orchestrator.search.trials import Trial
 
     class Looks(tuning._Runner):
         """A worker that says what it sees in place of training."""
@@ -256,7 +256,7 @@ def test_who_gets_which_of_the_held_gpus(wanted, held, found):
 
 def test_a_gpu_is_as_good_as_the_planned_one_with_its_name_and_with_room(on_two_gpus):
     from clusters.capability import ClusterCapability
-    from orchestrator.training.launch import wanted_gpu
+    from orchestrator.training.workers.launch import wanted_gpu
 
     planned, alike = on_two_gpus.node.gpus
     full = dataclasses.replace(alike, memory_bytes=1 * GIB)
@@ -272,7 +272,7 @@ def test_a_gpu_is_as_good_as_the_planned_one_with_its_name_and_with_room(on_two_
 
 
 def test_where_ray_has_no_gpus_the_planned_one_is_used(on_two_gpus):
-    from orchestrator.training.launch import environments, in_order, notices
+    from orchestrator.training.workers.launch import environments, in_order, notices
 
     reservation = Reservation([None, Held("3", None)])
     own = environments(on_two_gpus.plan, reservation, {"a": "id"})

@@ -8,16 +8,16 @@ from types import SimpleNamespace
 import pytest
 
 from clusters.capability import DeviceCapability
-from clusters.connect import connect
-from clusters.gpu_reservation import Wanted, _Holder, reserve
-from clusters.gpus import look_at_gpus
+from clusters.hardware.gpus import look_at_gpus
+from clusters.ray.connect import connect
+from clusters.ray.gpu_reservation import Wanted, _Holder, reserve
 from clusters.units import GIB
 from tests.gpu_rehearsal.cards import RTX_3090, RX_7900_XTX, Machine, radeon
 
 OTHER_DRIVER = """
 import sys
 import ray
-from clusters.gpu_reservation import Wanted, reserve
+from clusters.ray.gpu_reservation import Wanted, reserve
 node, *uuids = sys.argv[1:]
 ray.init(address="auto", log_to_driver=False, logging_level="error")
 reservation = reserve([Wanted(node, tuple(uuids))], print)

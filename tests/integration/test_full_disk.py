@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from tests.conftest import rows, write_jsonl
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
 from tests.integration.test_submit import ROOT
 from tests.kube_api import free_port

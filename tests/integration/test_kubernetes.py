@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
 from tests.integration.test_jobs_door import JOB
 from tests.kube_api import KubeApi

@@ -124,7 +124,7 @@ def test_a_missing_extra_says_which_line_to_type(job_text, tmp_path):
         "        if name.split('.')[0] in ('torch', 'ray', 'transformers', 'peft', 'pyarrow', 'numpy', 'mlflow'):\n"
         "            raise ModuleNotFoundError(f'No module named {name!r}', name=name)\n"
         "sys.meta_path.insert(0, Absent())\n"
-        "from orchestrator.cli import main\n"
+        "from orchestrator.cli.app import main\n"
         "main()\n"
     )
     for verb in ("submit", "inspect"):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cluster_cli import _latest
+from orchestrator.cli.cluster import _latest
 
 ROOT = Path(__file__).resolve().parents[2]
 

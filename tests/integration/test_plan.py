@@ -43,7 +43,7 @@ def test_plan_says_what_why_how_long_and_how_much(job, tmp_path):
 
 
 def test_plan_as_json_is_the_plan_file(job, tmp_path):
-    from orchestrator.plan import Plan
+    from orchestrator.planning.plan import Plan
 
     shown, _ = orchestrator("plan", job, "--hardware", "home-lab", "--json", cwd=tmp_path)
 
@@ -170,7 +170,7 @@ def test_a_dry_run_is_the_plan_and_starts_nothing(job, tmp_path):
 
 def test_a_card_in_use_by_others_and_a_node_that_failed_are_told():
     from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
-    from orchestrator.machines import notes
+    from orchestrator.lifecycle.machines import notes
 
     card = DeviceCapability("cuda", "RTX 3090", 9 * 2**30, 24 * 2**30)
     cluster = ClusterCapability((NodeCapability("a", 8, None, (card,)),), failed={"b": "no answer in 60 s"})

@@ -22,7 +22,7 @@ TEXTS = (
 def folder(tmp_path_factory):
     from pathlib import Path
 
-    from orchestrator.models import locate
+    from orchestrator.job.model_files import locate
 
     return locate("smollm2-135m-instruct", Path())
 
@@ -30,8 +30,8 @@ def folder(tmp_path_factory):
 def test_packed_loss_is_that_of_separate_documents(folder):
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from strategies.techniques import document_attention
-    from strategies.techniques.supervised_logits import loss_sum
+    from strategies.step import document_attention
+    from strategies.step.supervised_logits import loss_sum
     from tests.strategies.test_packing_exact import as_batch
 
     document_attention.register()

@@ -13,8 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from orchestrator.rundir import RunFolder
-from orchestrator.search.trials import SearchFolder
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.search_folder import SearchFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
 from tests.integration.test_submit import ROOT, orchestrator
@@ -321,8 +321,8 @@ def test_a_search_is_sent_to_an_mlflow_server(searched, tmp_path):
 
     from mlflow.tracking import MlflowClient
 
-    from orchestrator.jobfile import parse_job
-    from orchestrator.tracking import sync_search
+    from orchestrator.job.job_file import parse_job
+    from orchestrator.runs.mirror.tracking import sync_search
 
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
 
@@ -132,7 +132,7 @@ def test_evaluating_again_gives_the_same_numbers(finished, place):
 
 
 def told_plan(run):
-    from orchestrator.plan import Plan
+    from orchestrator.planning.plan import Plan
 
     return Plan.from_json((run.path / "plan.json").read_text())
 

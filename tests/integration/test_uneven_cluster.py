@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from clusters.own_node import token_file
-from orchestrator.rundir import RunFolder
+from clusters.ray.node_daemon import token_file
+from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]

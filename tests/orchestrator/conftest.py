@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 
 import pytest
 
-from orchestrator import run as path_of_a_job
 from orchestrator.errors import OrchestratorError
-from orchestrator.jobfile import read_job
-from orchestrator.rundir import RunFolder
+from orchestrator.job.job_file import read_job
+from orchestrator.lifecycle import run as path_of_a_job
+from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
 
 JOB = """\
@@ -42,7 +42,7 @@ class Listener:
 
 def train_here(run, job, plan, capability, watcher, mirror, offset):
     """In place of Ray: the one worker, in this process."""
-    from orchestrator.training.worker import work
+    from orchestrator.training.workers.worker import work
 
     work(run, 0, 1, "", 0)
     for event in run.events(offset)[0]:
@@ -86,7 +86,7 @@ def stopped(job, run_id):
     """A run that is asked to stop when its second step is saved, and so ends after its third."""
 
     def stop_after_two(run, *rest):
-        from orchestrator.training import worker
+        from orchestrator.training.workers import worker
 
         save = worker.checkpoint.save
 

@@ -6,10 +6,10 @@ import shutil
 
 import pytest
 
-from orchestrator.jobfile import parse_job, read_job
-from orchestrator.schema import RECIPES, all_fields, json_schema, one_field, recipes, starter
-from orchestrator.validation import check
-from orchestrator.verbs import asked_job
+from orchestrator.cli.options import asked_job
+from orchestrator.job.job_file import parse_job, read_job
+from orchestrator.job.schema import RECIPES, all_fields, json_schema, one_field, recipes, starter
+from orchestrator.lifecycle.validate import check
 
 
 def test_the_recipes_are_found():

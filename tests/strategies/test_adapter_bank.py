@@ -23,7 +23,7 @@ from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.selection import forward_selection
 from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
-from strategies.lora import go_on_from
+from strategies.methods.lora import go_on_from
 
 MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
 VOCABULARY = 50

@@ -17,14 +17,14 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from clusters.safe_input import BadInput
+from clusters.safe.reading import BadInput
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, card_of
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.exchange import export, import_
 from strategies.adapter_bank.folders import EVIDENCE
 from strategies.adapter_bank.store import Bank
-from strategies.tensor_file import read_header
+from strategies.model.tensor_file import read_header
 from tests.conftest import SHARED
 
 ROOT = Path(__file__).resolve().parents[2]

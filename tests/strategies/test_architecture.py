@@ -4,9 +4,17 @@ import json
 
 import pytest
 
-from strategies.architecture import Architecture, CannotBuild, LoadReport, architecture_of, build, faults, load_report
 from strategies.families import FAMILIES
-from strategies.targets import mistakes
+from strategies.model.architecture import (
+    Architecture,
+    CannotBuild,
+    LoadReport,
+    architecture_of,
+    build,
+    faults,
+    load_report,
+)
+from strategies.model.targets import mistakes
 from tests.strategies.test_shape import OWN_NAMES, SMALL
 
 MODULES = {

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from strategies import METHODS, dissect
+from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.cost import trace
+from strategies.measure import dissect, trace
 from tests.strategies.test_trace import CONFIG
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from strategies.lora import Lora
+from strategies.methods.lora import Lora
 from tests.strategies.test_contract import settings
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from strategies.contract import Techniques, TrainSettings
-from strategies.low_rank_adamw import LowRankAdamW, Window
-from strategies.low_rank_gradients import Galore
+from strategies.methods.low_rank_adamw import LowRankAdamW, Window
+from strategies.methods.low_rank_gradients import Galore
 from strategies.shape import ModelShape
 from tests.strategies.test_contract import CPU, NODE, settings, techniques, workload
 

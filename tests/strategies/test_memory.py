@@ -8,8 +8,9 @@ import pytest
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, Workload
-from strategies.cost import memory, trace
+from strategies.cost import memory
 from strategies.cost.memory import Footprint, Stack
+from strategies.measure import trace
 from strategies.shape import ModelShape
 
 GIB = 2**30

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from strategies.techniques import document_attention
-from strategies.techniques.supervised_logits import Batch, loss_sum
+from strategies.step import document_attention
+from strategies.step.supervised_logits import Batch, loss_sum
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},

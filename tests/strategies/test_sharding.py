@@ -11,12 +11,12 @@ import torch.distributed as dist
 
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.cost.trace import Lengths
-from strategies.sharding import shard
-from strategies.state import forget, gather, restore
-from strategies.step import Update, forward_backward, update
-from strategies.techniques import deepspeed_zero
-from strategies.techniques.deepspeed_zero import CannotOffload, Options, config_of, missing_piece
+from strategies.engines import deepspeed_zero
+from strategies.engines.deepspeed_zero import CannotOffload, Options, config_of, missing_piece
+from strategies.engines.shard import shard
+from strategies.measure.trace import Lengths
+from strategies.step.state import forget, gather, restore
+from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.sharding import refused_keys
 from tests.processes import spawned

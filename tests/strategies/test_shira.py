@@ -8,12 +8,12 @@ import torch
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.generation import generate
-from strategies.cost import trace
-from strategies.lora import Lora
+from strategies.measure import trace
+from strategies.methods.lora import Lora
+from strategies.methods.shira import Shira
+from strategies.methods.sparse_entries import scattered
 from strategies.shape import ModelShape
-from strategies.shira import Shira
-from strategies.sparse_entries import scattered
-from strategies.state import gather, restore
+from strategies.step.state import gather, restore
 from tests.strategies.test_contract import CPU, NODE, base_model, settings, techniques
 from tests.strategies.test_memory import LLAMA, workload
 

@@ -7,14 +7,14 @@ import sys
 
 import pytest
 
-from clusters import datasheet
 from clusters.capability import DeviceCapability, Library, NodeCapability
+from clusters.hardware import datasheet
 from strategies import METHODS, TECHNIQUES
+from strategies.compatibility import conflict
 from strategies.contract import Techniques, Workload
-from strategies.rules import conflict
 from strategies.shape import ModelShape
-from strategies.techniques import thread_waits
-from strategies.techniques.room import Choice, judge
+from strategies.step import thread_waits
+from strategies.techniques.technique import Choice, judge
 
 GIB = 2**30
 SIZES = {

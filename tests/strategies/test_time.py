@@ -4,8 +4,8 @@ import dataclasses
 
 import pytest
 
-from clusters import datasheet
 from clusters.capability import DeviceCapability, NodeCapability
+from clusters.hardware import datasheet
 from strategies import METHODS
 from strategies.contract import Techniques, Workload
 from strategies.cost import time

@@ -8,7 +8,7 @@ import torch
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, Workload
-from strategies.cost import trace
+from strategies.measure import trace
 from strategies.shape import ModelShape
 
 CONFIG = {
@@ -34,7 +34,7 @@ def allocated_peak(method, asked, lengths):
     """Peak bytes that PyTorch's CPU allocator handed out in a second step, by its own profiler; weights included."""
     from torch.profiler import ProfilerActivity, profile
 
-    from strategies.step import Update, forward_backward, update
+    from strategies.step.step import Update, forward_backward, update
     from strategies.techniques.precision import gradient_scaler
 
     setup = trace.build(CONFIG, CONFIG["num_hidden_layers"], method, asked, "cpu")

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-from orchestrator.data.row import Row
+from orchestrator.data.rows.row import Row
 from orchestrator.errors import JobError
 from orchestrator.job.hub import cannot_reach
 

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from clusters.safe_input import MAX_DEPTH, depth_of
-from orchestrator.data.formats import detect
+from clusters.safe.reading import MAX_DEPTH, depth_of
 from orchestrator.data.readers.encoding import conversion, guess
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows.formats import detect
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.errors import JobError
 
 MAX_ROW_BYTES = 16 * 2**20  # 4 million tokens; the values of a longer line may take 100 times its size

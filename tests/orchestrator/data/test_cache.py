@@ -13,7 +13,7 @@ import pytest
 from orchestrator.data.dataset import DamagedCache, Dataset
 from orchestrator.data.prepare import prepare_data
 from orchestrator.job import manifest
-from orchestrator.jobfile import read_job
+from orchestrator.job.job_file import read_job
 from tests.conftest import rows, write_jsonl
 
 ROOT = Path(__file__).resolve().parents[3]

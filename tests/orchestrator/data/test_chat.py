@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from orchestrator.data.formats import convert
-from orchestrator.data.row import BadRow
+from orchestrator.data.rows.formats import convert
+from orchestrator.data.rows.row import BadRow
 from orchestrator.data.template import Renderer
 from tests.conftest import CHAT_TEMPLATE
 

@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from orchestrator.data import contract
-from orchestrator.data.contract import columns, holds, missing, turn_fields
+from orchestrator.data.rows import columns as contract
+from orchestrator.data.rows.columns import columns, holds, missing, turn_fields
 
 FORMATS = ("messages", "sharegpt", "prompt_completion", "alpaca", "classification", "text")
 

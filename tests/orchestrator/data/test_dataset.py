@@ -3,7 +3,7 @@ import json
 import pytest
 
 from orchestrator.data.dataset import Dataset, Options, build, cache_key
-from orchestrator.data.files import read_rows
+from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl

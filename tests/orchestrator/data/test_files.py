@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from orchestrator.data.files import read_rows
+from orchestrator.data.readers.files import read_rows
 from orchestrator.errors import JobError
 
 ITEMS = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(3)]
@@ -185,7 +185,7 @@ def test_a_line_of_hundreds_of_megabytes_is_a_broken_row_and_takes_little_memory
             stream.write(b"x" * 2**20)
         stream.write(b'"}\n{"text": "ok"}\n')
     code = (
-        "import sys; from pathlib import Path; from orchestrator.data.files import read_rows\n"
+        "import sys; from pathlib import Path; from orchestrator.data.readers.files import read_rows\n"
         "rows = list(read_rows(Path(sys.argv[1])))\n"
         "peak = next(line for line in open('/proc/self/status') if line.startswith('VmHWM'))\n"
         "print(len(rows), rows[0].broken, int(peak.split()[1]) // 1024)"

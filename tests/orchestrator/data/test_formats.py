@@ -4,9 +4,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data import contract
-from orchestrator.data.formats import convert, detect, read_example
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows import columns as contract
+from orchestrator.data.rows.formats import convert, detect, read_example
+from orchestrator.data.rows.row import BadRow, Row
 
 CHAT = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]
 

@@ -4,10 +4,10 @@ import shutil
 import pytest
 
 from orchestrator.data.dataset import Options, build
+from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.sizes import rough_lengths
-from orchestrator.data.sources import rows_of, sources_of
 from orchestrator.data.template import Renderer
-from orchestrator.jobfile import read_job
+from orchestrator.job.job_file import read_job
 from tests.conftest import CHAT_TEMPLATE
 
 GOOD = {"prompt": "red green", "completion": "blue"}

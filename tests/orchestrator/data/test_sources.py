@@ -3,9 +3,9 @@ import os
 
 import pytest
 
-from orchestrator.data.sources import digest_of, looks_like_hub_name, rows_of, skipped_of, sources_of
+from orchestrator.data.readers.sources import digest_of, looks_like_hub_name, rows_of, skipped_of, sources_of
 from orchestrator.errors import JobError
-from orchestrator.jobfile import read_job
+from orchestrator.job.job_file import read_job
 
 
 @pytest.fixture

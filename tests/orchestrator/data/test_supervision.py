@@ -3,7 +3,7 @@
 import pytest
 
 from orchestrator.data.counts import Counts, Statistics, check_line, loss_notice, loss_refusal
-from orchestrator.data.row import BadRow, Row
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import answer_end, find_text, lost_turns, missing_tools
 
 

@@ -3,8 +3,8 @@
 import pytest
 
 from orchestrator.data.chat import template_of
-from orchestrator.data.formats import convert
-from orchestrator.data.row import BadRow
+from orchestrator.data.rows.formats import convert
+from orchestrator.data.rows.row import BadRow
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE

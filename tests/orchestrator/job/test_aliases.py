@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.aliases import ALIASES, NOT_NEEDED, NOT_YET, targets_of
 from orchestrator.errors import JobError
-from orchestrator.jobfile import parse_job
+from orchestrator.job.aliases import ALIASES, NOT_NEEDED, NOT_YET, targets_of
+from orchestrator.job.job_file import parse_job
 
 JOB = "model: {model_name_or_path: m}\ndata: {train: t.jsonl}\n"
 

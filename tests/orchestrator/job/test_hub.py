@@ -5,9 +5,9 @@ import time
 
 import pytest
 
-from orchestrator import models
 from orchestrator.errors import JobError
 from orchestrator.job import hub
+from orchestrator.job import model_files as models
 from orchestrator.job.tokenizer_size import check_tokens, tokens_from
 
 CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]

@@ -9,9 +9,9 @@ import pytest
 
 from orchestrator.data.samples import renderer_for
 from orchestrator.errors import JobError
+from orchestrator.job.job_file import read_job
 from orchestrator.job.model_check import check_model
 from orchestrator.job.weights import stored_tensors
-from orchestrator.jobfile import read_job
 
 TENSORS = {"model.a.weight": ("F32", [2, 3]), "model.b.weight": ("BF16", [4])}
 

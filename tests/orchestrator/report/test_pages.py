@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
-from clusters.safe_input import printable
+from clusters.safe.reading import printable
 from orchestrator.report import plots
 from orchestrator.report.blocks import Answer, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.html import html
 from orchestrator.report.markdown import write_markdown
-from orchestrator.report.words import JAPANESE, words
+from orchestrator.report.translations import JAPANESE, words
 
 FOLDER = Path(__file__).resolve().parents[3] / "orchestrator" / "report"
 FIGURES = {

@@ -9,11 +9,11 @@ import sys
 import pytest
 from typer.testing import CliRunner
 
-from orchestrator.cli import app
-from orchestrator.jobfile import read_job
+from orchestrator.cli.app import app
+from orchestrator.job.job_file import read_job
 from orchestrator.report.blocks import Code
 from orchestrator.report.html import html, report_of
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 from tests.cases.training import begun
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 
@@ -53,7 +53,7 @@ def test_the_printed_command_names_a_job_that_is_valid_from_any_folder(planned, 
 
 
 def test_the_job_of_a_recipe_by_name_starts_its_paths_in_the_recipe(planned, tmp_path):
-    from orchestrator.schema import recipes
+    from orchestrator.job.schema import recipes
 
     name, (recipe, *_) = next(iter(recipes().items()))
     run = RunFolder(tmp_path / "run")

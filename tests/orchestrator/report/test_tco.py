@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import ClusterCapability
-from orchestrator import money
 from orchestrator.errors import NothingFits
-from orchestrator.jobfile import parse_job
+from orchestrator.job.job_file import parse_job
+from orchestrator.planning import price as money
 from orchestrator.report import tco
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 TEXT = "cost: {currency: JPY, electricity_per_kwh: 30, hours_per_year: 1000, retrainings_per_year: 4}\n"
 

@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator import run as path_of_a_job
-from orchestrator.cli import list_runs, status
+from orchestrator.cli.app import list_runs, status
+from orchestrator.cli.report import report
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, OrchestratorError
-from orchestrator.explain import handed_back_text
-from orchestrator.jobfile import read_job
-from orchestrator.report_cli import report
-from orchestrator.runs import checkpoints, recorded
+from orchestrator.job.job_file import read_job
+from orchestrator.lifecycle import run as path_of_a_job
+from orchestrator.runs import checkpoints
+from orchestrator.runs import record as recorded
 from orchestrator.runs.condition import check_model, exported_whole, require_finished
+from orchestrator.views.result import handed_back_text
 from tests.orchestrator.conftest import Listener, stopped, train_here
 
 WAYS = {

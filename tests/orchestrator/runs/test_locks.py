@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import JobError
-from orchestrator.rundir import RunFolder
 from orchestrator.runs import locks
+from orchestrator.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = "name: {name}\nmodel: {{model_name_or_path: a}}\ndata: {{train: b.jsonl}}\n"
@@ -90,7 +90,7 @@ TAKER = """
 import sys, json
 from pathlib import Path
 from orchestrator.errors import JobError
-from orchestrator.rundir import RunFolder
+from orchestrator.runs.run_folder import RunFolder
 for line in sys.stdin:
     name, text = json.loads(line)
     try:

@@ -6,11 +6,13 @@ import pytest
 
 from clusters.capability import ClusterCapability
 from orchestrator.errors import JobError
-from orchestrator.runs import digests, events, files, recorded
+from orchestrator.runs import digests, events
+from orchestrator.runs import json_files as files
+from orchestrator.runs import record as recorded
 from orchestrator.runs.condition import damage
-from orchestrator.runs.folder import Folder
-from orchestrator.runs.recorded import Recorded, difference
-from orchestrator.search.trials import SearchFolder
+from orchestrator.runs.record import Recorded, difference
+from orchestrator.runs.recorded_folder import Folder
+from orchestrator.runs.search_folder import SearchFolder
 
 TEXT = json.dumps({"steps": 4, "rate": 0.1, "list": [1, 2], "name": "a"}, indent=1)
 

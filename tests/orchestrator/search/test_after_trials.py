@@ -7,12 +7,12 @@ from dataclasses import asdict, replace
 import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
-from orchestrator.calibration import calibrated
+from orchestrator.lifecycle.calibration import calibrated
+from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import advise
 from orchestrator.search.recommend import front, outcome_of, outcomes, recommend
-from orchestrator.search.sampling import Corrections, Sampler
+from orchestrator.search.sampler import Corrections, Sampler
 from orchestrator.search.space import key_of
-from orchestrator.search.trials import SearchFolder, Trial
 from tests.orchestrator.search.test_before_trials import planning, space_for
 
 TEXT = (

@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import ClusterCapability
-from orchestrator import planner
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.jobfile import parse_job, spec_with, text_with
+from orchestrator.job.job_file import parse_job, spec_with, text_with
+from orchestrator.planning import planner
 from orchestrator.search.advice import Planning, Sizes, advise, by_kind, plan_for
-from orchestrator.search.sample import representative
 from orchestrator.search.space import canonical, key_of, phrase, space_of
 from orchestrator.search.study import read_study
-from tests.orchestrator.test_choice import MIDDLE, SMALL, machine
+from orchestrator.search.subset import representative
+from tests.orchestrator.planning.test_choice import MIDDLE, SMALL, machine
 
 CONFIG = {"max_position_embeddings": 4096}
 

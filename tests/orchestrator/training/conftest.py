@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from orchestrator.data.dataset import Options, build
-from orchestrator.data.files import read_rows
+from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 

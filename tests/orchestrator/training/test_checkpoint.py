@@ -11,7 +11,7 @@ import torch
 from orchestrator.job import manifest
 from orchestrator.training import checkpoint
 from strategies.contract import TrainSetup
-from strategies.state import gather
+from strategies.step.state import gather
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
-from orchestrator.training import finished, quality
 from orchestrator.training.determinism import deterministic, resume_note
-from orchestrator.training.loading import straight_to
-from orchestrator.training.quality import num_cut_short
-from orchestrator.training.worker import work
+from orchestrator.training.model.loading import straight_to
+from orchestrator.training.workers import finished, quality
+from orchestrator.training.workers.quality import num_cut_short
+from orchestrator.training.workers.worker import work
 from tests.cases.training import begun, trained
 from tests.conftest import rows, write_jsonl
 

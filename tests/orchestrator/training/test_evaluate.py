@@ -4,7 +4,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data.dataset import Dataset, Options, build
-from orchestrator.data.files import read_rows
+from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from orchestrator.training.evaluate import context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from orchestrator.errors import JobError, RunFailed
-from orchestrator.training import agreement, export, finished
+from orchestrator.training.model import agreement, export
+from orchestrator.training.workers import finished
 from tests.cases.training import trained
 from tests.conftest import rows, write_jsonl
 

@@ -5,10 +5,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import JobError
-from orchestrator.jobfile import parse_job
-from orchestrator.training.kernels import without_leaks
+from orchestrator.job.job_file import parse_job
+from orchestrator.training.model.kernels import without_leaks
 from strategies.contract import Techniques
-from strategies.techniques import document_attention
+from strategies.step import document_attention
 
 CPU = torch.device("cpu")
 

@@ -6,8 +6,8 @@ from datetime import timedelta
 
 import pytest
 
-from orchestrator.training.launch import store_at
-from tests.orchestrator.test_choice import SMALL, machine, plan
+from orchestrator.training.workers.launch import store_at
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ import torch
 from orchestrator.training import checkpoint
 from orchestrator.training.loop import Progress
 from orchestrator.training.parallel import Group
-from strategies.shira import Shira
-from strategies.state import gather
+from strategies.methods.shira import Shira
+from strategies.step.state import gather
 from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights
 from tests.processes import spawned
 

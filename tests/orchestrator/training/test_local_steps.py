@@ -14,7 +14,7 @@ from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
 from strategies import METHODS
 from strategies.contract import TrainSettings, TrainSetup
-from strategies.state import gather, restore
+from strategies.step.state import gather, restore
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE
 from tests.orchestrator.training.test_uneven import joined
 from tests.processes import spawned

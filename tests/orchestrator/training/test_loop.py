@@ -9,14 +9,15 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged, RunFailed
-from orchestrator.training import preflight
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import Hooks, Progress, Schedule, train
 from orchestrator.training.parallel import Group
+from orchestrator.training.workers import preflight
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.state import gather
-from strategies.techniques import checkpointing, document_attention
+from strategies.step import document_attention
+from strategies.step.state import gather
+from strategies.techniques import checkpointing
 from tests.processes import spawned
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
@@ -156,7 +157,7 @@ def train_away(setup):
 
 def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
     """Random numbers follow from the step and its samples, not from what ran before."""
-    from strategies.lora import Lora
+    from strategies.methods.lora import Lora
 
     losses = []
     for consumed in (0, 1000):

@@ -12,8 +12,8 @@ from orchestrator.errors import Diverged
 from orchestrator.training.loop import Hooks, Progress, Schedule, train
 from orchestrator.training.parallel import Group
 from strategies.contract import Techniques, TrainSettings
-from strategies.lora import Lora
-from strategies.techniques import document_attention
+from strategies.methods.lora import Lora
+from strategies.step import document_attention
 
 FP16 = Techniques("float16", "sdpa", False, False, 8, 64)
 STEPS = 2

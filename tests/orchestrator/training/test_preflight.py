@@ -8,11 +8,11 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches
 from orchestrator.errors import NothingFits
-from orchestrator.training import preflight
+from orchestrator.training.workers import preflight
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.cost.trace import LiveStorages, tensors_of
-from strategies.step import Update, forward_backward, update
+from strategies.measure.trace import LiveStorages, tensors_of
+from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 
 TWO_ROWS = Techniques("float32", "sdpa", False, False, 2, 64)

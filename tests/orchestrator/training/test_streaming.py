@@ -10,13 +10,15 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.training import checkpoint, preflight
+from orchestrator.training import checkpoint
 from orchestrator.training.loop import Hooks, Progress, Schedule, train
 from orchestrator.training.parallel import Group
+from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSettings
 from strategies.lsp_offload.method import LspOffload
-from strategies.state import gather
-from strategies.techniques import checkpointing, document_attention
+from strategies.step import document_attention
+from strategies.step.state import gather
+from strategies.techniques import checkpointing
 from tests.processes import spawned
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)

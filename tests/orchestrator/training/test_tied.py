@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from orchestrator.training.tied import merged_model
+from orchestrator.training.model.tied import merged_model
 
 ADAPTED = {
     "output matrix in full": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},

@@ -15,7 +15,8 @@ from orchestrator.training.parallel import GradientSum, Group, _buckets
 from orchestrator.training.shares import Shares
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
-from strategies.techniques import checkpointing, document_attention
+from strategies.step import document_attention
+from strategies.techniques import checkpointing
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE, close, run
 from tests.processes import spawned
 

@@ -1,0 +1,402 @@
+"""A YAML file that declares machines which are not here -> ClusterCapability, so that a purchase can be planned.
+
+    nodes:
+      - name: workstation                 # unique
+        cores: 16
+        memory_gib: 64
+        gpus: [RTX 3090, RTX 3090]        # names of clusters/hardware/datasheet.py, each is one device
+        cpu: {name: Ryzen 9 5950X, fp32_gflops: 900, memory_gb_per_s: 45, instruction_sets: [avx2]}
+        disk_write_mb_per_s: 1500
+        power_w: {idle: 60, load: 820}    # of the whole machine
+        price: {purchase: 3400, years: 3} # written off over so many years; in the job's currency
+      - name: rented
+        count: 2                          # alike: rented-1 and rented-2
+        cores: 32
+        memory_gib: 128
+        gpus:                             # any figure replaces that of the datasheet; null takes it away
+          - {name: RTX 4090, count: 4, memory_gib: 48, bf16_tflops: 150, power_w: 400}
+          - {name: Wonder 1, memory_gib: 32, bf16_tflops: 90, kind: rocm}  # not in the datasheet
+        price: {per_hour: 1.90}
+    network: {mbit_per_s: 1000, round_trip_ms: 0.3}     # between every two machines
+    links:                                              # exceptions; `rented` stands for rented-1 and rented-2
+      - {between: [workstation, rented], mbit_per_s: 100, round_trip_ms: 25}
+
+Only `nodes` with `name`, `cores` and `memory_gib` are needed.  Every machine has a CPU that can train; what nobody
+declares of it stays unknown.  A GPU may further declare fp32_tflops, fp16_tflops, int8_tops, memory_gb_per_s,
+host_link_gb_per_s and compute_capability; a CPU fp16_gflops, bf16_gflops and int8_gops.  A GPU's memory is the one on
+its box, of which a job gets a little less; one that is not in the datasheet is `kind: cuda` unless the file says rocm.
+"""
+
+from __future__ import annotations
+
+import difflib
+import itertools
+import re
+import reprlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeCapability, Source
+from clusters.hardware import datasheet
+from clusters.safe.reading import BadInput, compose_yaml, printable, read_text, yaml_value
+from clusters.units import GIB
+
+_TOP = ("nodes", "network", "links")
+_NODE = ("name", "count", "cores", "memory_gib", "gpus", "cpu", "disk_write_mb_per_s", "power_w", "price")
+_PRICE = {"purchase": "purchase_price", "years": "years", "per_hour": "price_per_hour"}
+_LINK = ("mbit_per_s", "round_trip_ms")
+_PEAKS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+# Key in the file -> what one unit of it is, and the figures of DeviceCapability that it sets.
+_GPU_FIGURES = {
+    **{f"{short}_tflops": (1e12, (f"flops_per_s.{name}",)) for short, name in _PEAKS.items()},
+    "int8_tops": (1e12, ("flops_per_s.int8",)),
+    "memory_gb_per_s": (1e9, ("memory_bytes_per_s",)),
+    "host_link_gb_per_s": (1e9, ("host_to_device_bytes_per_s", "device_to_host_bytes_per_s")),
+    "power_w": (1.0, ("power_w",)),
+}
+_CPU_FIGURES = {
+    **{f"{short}_gflops": (1e9, (f"flops_per_s.{name}",)) for short, name in _PEAKS.items()},
+    "int8_gops": (1e9, ("flops_per_s.int8",)),
+    "memory_gb_per_s": (1e9, ("memory_bytes_per_s",)),
+}
+_MOST_GIB = 64 * 1024
+_MOST = 1e12  # of anything, in any unit of the file
+_LEAST = 1e-3  # of any rate, in its unit: a millionth of what is slow would take longer than a life
+_MOST_MS = 1e6  # of a round trip
+_MOST_VALUES = 50_000  # of a file
+_LONGEST_TEXT = 100
+_MOST_NODES = 1000
+_MOST_DEVICES = 64  # GPUs, and machines without one: planning looks at every number of them, about 10 s for 64
+
+
+class ImpossibleHardware(Exception):
+    """The mistakes of a hardware file; all that were found, one a line."""
+
+    def __init__(self, mistakes: Sequence[str]) -> None:
+        self.mistakes = list(mistakes)
+        super().__init__("\n".join(self.mistakes))
+
+
+def read_hardware(path: Path) -> ClusterCapability:
+    """The machines that the file declares.  Raises ImpossibleHardware with every mistake found."""
+    found = hardware_of(_load(path))
+    if (count := sum(len(node.gpus) or 1 for node in found.nodes)) > _MOST_DEVICES:
+        said = f"{count} devices are declared; a plan takes at most {_MOST_DEVICES}. Declare a part of them"
+        raise ImpossibleHardware([f"nodes: {said}"])
+    return found
+
+
+def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
+    """The machines that a mapping declares, as a file would.  Raises ImpossibleHardware."""
+    top = _Section("", values, _TOP, [])
+    groups = _nodes(top)
+    nodes = tuple(itertools.chain.from_iterable(groups.values()))
+    links = _links(top, groups)
+    if top.mistakes:
+        raise ImpossibleHardware(top.mistakes)
+    return ClusterCapability(nodes, links)
+
+
+class _Section:
+    """One mapping of the file: hands out its values and notes each mistake with where it is.
+
+    A value that is wrong comes out as None, so that reading goes on to the next mistake.
+    """
+
+    def __init__(self, where: str, values: Any, known: Sequence[str], mistakes: list[str]) -> None:
+        self.where, self.mistakes = where, mistakes
+        self.values: dict[Any, Any] = values if isinstance(values, dict) else {}
+        if not isinstance(values, dict):
+            self.wrong("", f"{_shown(values)} is not a mapping with {', '.join(known)}")
+        for key in self.values:
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+                self.wrong(key, f"there is no such key; {hint}")
+
+    def path(self, key: Any) -> str:
+        return ".".join(part for part in (self.where, str(key)) if part)
+
+    def wrong(self, key: Any, what: str) -> None:
+        self.mistakes.append(f"{self.path(key)}: {what}")
+
+    def has(self, key: str) -> bool:
+        return self.values.get(key) is not None
+
+    def need(self, *keys: str) -> None:
+        for key in keys:
+            if not self.has(key):
+                self.wrong(key, "is missing")
+
+    def number(self, key: str, above: float = 0, at_most: float = _MOST, at_least: float = 0) -> float | None:
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+            self.wrong(key, f"{_shown(value)} is not a number")
+        elif value <= above:
+            self.wrong(key, f"{_shown(value)} is not above {above:g}")
+        elif value < at_least:
+            self.wrong(key, f"{_shown(value)} is below {at_least:g}, less than any machine has")
+        elif value > at_most:
+            self.wrong(key, f"{_shown(value)} is above {at_most:g}, more than any machine has")
+        else:
+            return float(value)
+        return None
+
+    def whole(self, key: str, at_most: int) -> int | None:
+        value = self.number(key, at_most=at_most)
+        if value is not None and not value.is_integer():
+            self.wrong(key, f"{value:g} is not a whole number")
+        return None if value is None else int(value)
+
+    def text(self, key: str) -> str | None:
+        value = self.values.get(key)
+        if isinstance(value, str) and value.strip():
+            if len(value) > _LONGEST_TEXT:
+                self.wrong(key, f"has {len(value)} characters, more than {_LONGEST_TEXT}")
+            return value.strip()[:_LONGEST_TEXT]
+        if value is not None:
+            self.wrong(key, f"{_shown(value)} is not a text")
+        return None
+
+    def items(self, key: str) -> list[tuple[str, Any]]:
+        """The entries of a list, each with where it is."""
+        value = self.values.get(key)
+        if value is not None and not isinstance(value, list):
+            self.wrong(key, f"{_shown(value)} is not a list")
+        return [(f"{self.path(key)}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else []
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        found = []
+        for where, item in self.items(key):
+            if isinstance(item, str) and item.strip():
+                found.append(item.strip())
+            else:
+                self.mistakes.append(f"{where}: {_shown(item)} is not a text")
+        return tuple(found)
+
+    def section(self, key: str, known: Sequence[str]) -> _Section:
+        """The mapping at `key`, empty where the file has none."""
+        return _Section(self.path(key), self.values[key] if self.has(key) else {}, known, self.mistakes)
+
+    def sections(self, key: str, known: Sequence[str]) -> Iterator[_Section]:
+        """The mappings of a list; where they have a name, a plain text stands for one with nothing else."""
+        for where, item in self.items(key):
+            values = {"name": item} if isinstance(item, str) and "name" in known else item
+            section = _Section(where, values, known, self.mistakes)
+            if isinstance(values, dict):
+                yield section
+
+
+def _nodes(top: _Section) -> dict[str, tuple[NodeCapability, ...]]:
+    """Each name of the file -> its machines."""
+    groups: dict[str, tuple[NodeCapability, ...]] = {}
+    owners: dict[str, str] = {}
+    for section in top.sections("nodes", _NODE):
+        node, count, name = _node(section), section.whole("count", at_most=1000) or 1, section.text("name")
+        if name is None:
+            continue
+        if sum(map(len, groups.values())) + count > _MOST_NODES:
+            section.wrong("count", f"more than {_MOST_NODES} machines are declared")
+            break
+        names = [name] if count == 1 else [f"{name}-{i + 1}" for i in range(count)]
+        for taken in dict.fromkeys([name, *names]):
+            if taken in owners:
+                section.wrong("name", f"{taken!r} is already the name of {owners[taken]}")
+            owners.setdefault(taken, section.where)
+        groups[name] = tuple(replace(node, name=each) for each in names)
+    if top.values.get("nodes") in (None, []):
+        top.wrong("nodes", "is empty; declare at least one machine with name, cores and memory_gib")
+    return groups
+
+
+def _node(section: _Section) -> NodeCapability:
+    """A machine without its name."""
+    section.need("name", "cores", "memory_gib")
+    gib, disk = section.number("memory_gib", at_most=_MOST_GIB), section.number("disk_write_mb_per_s", at_least=_LEAST)
+    power, price = section.section("power_w", ("idle", "load")), _price(section)
+    figures: dict[str, Any] = {
+        "num_cores": section.whole("cores", at_most=65536) or 1,
+        "memory_bytes": _bytes(gib),
+        "disk_write_bytes_per_s": disk and disk * 1e6,
+        "idle_w": power.number("idle"),
+        "load_w": power.number("load"),
+        **{field: price.number(key, at_least=_LEAST if key == "years" else 0) for key, field in _PRICE.items()},
+    }
+    if figures["idle_w"] and figures["load_w"] and figures["idle_w"] > figures["load_w"]:
+        power.wrong("idle", f"{figures['idle_w']:g} is above load, {figures['load_w']:g}")
+    devices = (*_gpus(section), _cpu(section, figures["memory_bytes"]))
+    return NodeCapability("", devices=devices, sources=_declared(figures), **figures)
+
+
+def _price(node: _Section) -> _Section:
+    price = node.section("price", tuple(_PRICE))
+    given = {key for key in _PRICE if price.has(key)}
+    if given not in (set(), {"purchase", "years"}, {"per_hour"}):
+        price.wrong("", f"has {' and '.join(sorted(given))}; give purchase with years, or per_hour")
+    return price
+
+
+def _cpu(node: _Section, memory_bytes: int | None) -> DeviceCapability:
+    cpu = node.section("cpu", ("name", "instruction_sets", *_CPU_FIGURES))
+    sets = tuple(each.lower() for each in cpu.texts("instruction_sets"))
+    figures = {"memory_bytes": memory_bytes, "memory_total_bytes": memory_bytes, **_figures(cpu, _CPU_FIGURES)}
+    if sets:
+        figures["instruction_sets"] = sets
+    return _declare(DeviceCapability("cpu", cpu.text("name") or "CPU", None), figures)
+
+
+def _gpus(node: _Section) -> Iterator[DeviceCapability]:
+    for gpu in node.sections("gpus", ("name", "count", "memory_gib", "kind", "compute_capability", *_GPU_FIGURES)):
+        device = _gpu(gpu)
+        yield from [device] * (gpu.whole("count", at_most=64) or 1) if device else []
+
+
+def _gpu(gpu: _Section) -> DeviceCapability | None:
+    """The card of the datasheet with the figures that the file has of it; None = not enough is known."""
+    gpu.need("name")
+    name, kind, capability = gpu.text("name"), gpu.text("kind"), _compute_capability(gpu)
+    gib = gpu.number("memory_gib", above=datasheet.RESERVED_BYTES / GIB, at_most=_MOST_GIB)
+    figures = _figures(gpu, _GPU_FIGURES)
+    if kind not in (None, "cuda", "rocm"):
+        gpu.wrong("kind", f"{kind!r} is neither cuda nor rocm")
+    if name is None:
+        return None
+    nominal_bytes = _bytes(gib)
+    card = datasheet.find(name, nominal_bytes) or datasheet.find(name)
+    if card is None:
+        if not (gpu.has("memory_gib") and any(gpu.has(f"{short}_tflops") for short in _PEAKS)):
+            near = ", ".join(datasheet.nearest(name)) or "none"
+            needed = "declare its memory_gib and one of " + ", ".join(f"{short}_tflops" for short in _PEAKS)
+            gpu.wrong("", f"{name!r} is not in the datasheet; nearest: {near}. Or {needed}")
+            return None
+        card = datasheet.Card(name, (), "rocm" if kind == "rocm" else "cuda", nominal_bytes or 0, {})
+    elif kind not in (None, card.kind):
+        gpu.wrong("kind", f"{card.name} is {card.kind}, not {kind!r}")
+    if nominal_bytes:
+        card = replace(card, memory_bytes=nominal_bytes)
+        figures |= {"memory_bytes": card.usable_bytes, "memory_total_bytes": nominal_bytes}
+    if capability:
+        figures["compute_capability"] = capability
+    return _declare(datasheet.device(card), figures)
+
+
+def _compute_capability(gpu: _Section) -> tuple[int, int] | None:
+    if not gpu.has("compute_capability"):
+        return None
+    match = re.fullmatch(r"(\d{1,2})\.(\d)", str(gpu.values["compute_capability"]))
+    if match is None:
+        gpu.wrong("compute_capability", f"{_shown(gpu.values['compute_capability'])} is not like 8.6")
+        return None
+    return int(match[1]), int(match[2])
+
+
+def _bytes(gib: float | None) -> int | None:
+    return None if gib is None else round(gib * GIB)
+
+
+def _figures(section: _Section, units: Mapping[str, tuple[float, tuple[str, ...]]]) -> dict[str, Any]:
+    """The figures that a section mentions, by their name in DeviceCapability; None where it says null."""
+    found: dict[str, Any] = {}
+    for key, (unit, figures) in units.items():
+        if key in section.values:
+            value = section.number(key, at_least=_LEAST)
+            found |= dict.fromkeys(figures, value and value * unit)
+    return found
+
+
+def _declare(device: DeviceCapability, figures: Mapping[str, Any]) -> DeviceCapability:
+    """`device` with the figures of the file in place of its own; None takes one away."""
+    peaks = {name.partition(".")[2]: value for name, value in figures.items() if "." in name}
+    fields = {name: value for name, value in figures.items() if "." not in name}
+    kept = {name: source for name, source in device.sources.items() if name not in figures}
+    flops = {**device.flops_per_s, **peaks}
+    return replace(device, flops_per_s=flops, sources={**kept, **_declared(figures)}, **fields)
+
+
+def _declared(figures: Mapping[str, Any]) -> dict[str, Source]:
+    return {name: "declared" for name, value in figures.items() if value is not None}
+
+
+def _links(top: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> tuple[Link, ...]:
+    """The network between every two machines, exceptions applied; none where nobody declared one."""
+    network = top.section("network", _LINK)
+    if network.values:
+        network.need("mbit_per_s")
+    usual = _speed(network)
+    exceptions: dict[frozenset[str], tuple[float | None, float | None]] = {}
+    for section in top.sections("links", ("between", *_LINK)):
+        section.need("between", "mbit_per_s")
+        bytes_per_s, round_trip_s = _speed(section)
+        for pair in _pairs(section, groups):
+            if pair in exceptions:
+                section.wrong("between", f"{' - '.join(sorted(pair))} is declared twice")
+            exceptions[pair] = bytes_per_s, round_trip_s or usual[1]
+    names = [node.name for nodes in groups.values() for node in nodes]
+    speeds = {pair: exceptions.get(frozenset(pair), usual) for pair in itertools.combinations(names, 2)}
+    return tuple(Link(pair, *speed, source="declared") for pair, speed in speeds.items() if speed != (None, None))
+
+
+def _speed(section: _Section) -> tuple[float | None, float | None]:
+    """Bytes per second and round trip in seconds."""
+    mbit = section.number("mbit_per_s", at_least=_LEAST)
+    milliseconds = section.number("round_trip_ms", at_most=_MOST_MS)
+    return mbit and mbit * 1e6 / 8, milliseconds and milliseconds / 1e3
+
+
+def _pairs(link: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> list[frozenset[str]]:
+    """The machines that a link joins, two and two."""
+    machines = {node.name: (node.name,) for nodes in groups.values() for node in nodes}
+    machines |= {name: tuple(node.name for node in nodes) for name, nodes in groups.items()}
+    ends = link.values.get("between") or []
+    two_texts = isinstance(ends, list) and [type(end) for end in ends] == [str, str]
+    if link.has("between") and not two_texts:
+        link.wrong("between", f"{_shown(ends)} is not a list of two machines")
+        return []
+    for end in ends:
+        if end not in machines:
+            near = ", ".join(difflib.get_close_matches(end, machines)) or ", ".join(itertools.islice(machines, 5))
+            link.wrong("between", f"there is no machine {end!r}; nearest: {near or 'none'}")
+    pairs = {frozenset(pair) for pair in itertools.product(*(machines.get(end, ()) for end in ends))}
+    if pairs and max(map(len, pairs)) == 1:
+        link.wrong("between", f"{ends[0]!r} is linked to itself")
+    return sorted((pair for pair in pairs if len(pair) == 2), key=sorted)
+
+
+def _load(path: Path) -> dict[Any, Any]:
+    """The file's mapping.  A key that is written twice is refused, of which YAML would silently keep the last."""
+    try:
+        node = compose_yaml(read_text(path), str(path), _MOST_VALUES)
+        _refuse_doubles(node, str(path))
+        values = None if node is None else yaml_value(node, str(path))
+    except BadInput as error:
+        raise ImpossibleHardware([str(error)]) from None
+    if isinstance(values, dict):
+        return values
+    seen = "is empty" if values is None else f"holds {_shown(values)}"
+    raise ImpossibleHardware([f"{path}: {seen}; give a mapping with {', '.join(_TOP)}"])
+
+
+def _refuse_doubles(node: yaml.Node | None, label: str) -> None:
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, yaml.SequenceNode):
+            nodes += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen = set()
+            for key, value in node.value:
+                nodes.append(value)
+                if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                    line = key.start_mark.line + 1
+                    raise BadInput(f"{label}: line {line}: is not YAML: {printable(key.value)} is written twice")
+                seen.add(str(key.value))
+
+
+def _shown(value: Any) -> str:
+    return printable(reprlib.repr(value))

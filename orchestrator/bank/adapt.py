@@ -1,0 +1,247 @@
+"""`adapt`: an adapter for a job's data out of the bank, judged on labelled rows; nothing is trained."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from orchestrator.bank.adapter_trial import Trial
+from orchestrator.bank.library import Base, bank_of, base_of, evidence_of, train_digest
+from orchestrator.data.prepare import prepare_data
+from orchestrator.errors import JobError
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job
+from orchestrator.job.spec import BankSection
+from orchestrator.lifecycle.run import output_dir
+from orchestrator.planning import planner
+from strategies.adapter_bank import coefficients as shares
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.distances import DISTANCES
+from strategies.adapter_bank.evidence import Evidence
+from strategies.adapter_bank.generation import RULES, Generated, Rule, bank_gram, combined, generate, into, mixed
+from strategies.adapter_bank.selection import Selected, forward_selection
+from strategies.adapter_bank.store import Bank
+
+_NOTHING_SHARED = 0.98  # of ln 2, the largest divergence of token densities
+_MOST_FOR_SCORER = 256  # adapters that a neural scorer is trained on
+_NEAREST = 10  # towards which shares may be moved
+CARD = "adapt.json"
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The bank's adapters for one base with what is known of their data."""
+
+    cards: list[Card]
+    evidence: list[Evidence]
+    adapters: list[Adapter]
+
+    def at(self, places: Iterable[int]) -> Neighbours:
+        """Some of them."""
+        places = list(places)
+        return Neighbours(
+            [self.cards[place] for place in places],
+            [self.evidence[place] for place in places],
+            [self.adapters[place] for place in places],
+        )
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """How the bank's adapters are added up."""
+
+    shares: numpy.ndarray  # what is missing to 1 is the base model's
+    rule: Rule
+    selected: Selected | None = None  # by labelled rows; None where there were none
+
+
+def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
+    """Make, judge and write an adapter; what the verb prints.
+
+    Raises JobError where the bank has nothing for this base or this data.
+    """
+    asked = job.spec.bank
+    base = base_of(job.spec.model.model_name_or_path, job.folder, say)
+    bank = bank_of(job)
+    near = neighbours(bank, base, say)
+    max_length, _ = planner.resolve_max_length(job.spec, models.read_config(base.folder))
+    data = prepare_data(job, base.folder, max_length, output_dir(job) / ".cache" / "data", say)
+    began = time.perf_counter()
+    query = evidence_of(data.train, base)
+    distances = DISTANCES[asked.distance](query, near.evidence)
+    _must_share(query, near, job)
+    weights = weights_of(asked, distances, near)
+    labelled, probe = _labelled(data, asked)
+    trial = Trial(job, base.folder, max_length, near.adapters)
+    chosen = chosen_shares(trial, labelled, near, weights, distances, asked, say)
+    output = (output or output_dir(job) / f"{job.spec.name}-adapted-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    count, nearest, found = len(near.cards), int(distances.argmin()), {}
+    wanted = {"generated": chosen.shares, "nearest": numpy.eye(count)[nearest], "average": numpy.full(count, 1 / count)}
+
+    def write(folder: Path) -> None:
+        folder.mkdir(parents=True)
+        made, judged = _judged(job, base.name, near, wanted, chosen.rule, trial, probe, folder, say)
+        own = train_digest(job)
+        found.update(
+            method="meta_generated",
+            base={"name": base.name, "digest": base.digest},
+            data={"digest": own, "evidence_digest": query.digest, "num_rows": query.num_rows},
+            settings={
+                **{key: getattr(asked, key) for key in ("distance", "coefficients", "temperature")},
+                "rule": chosen.rule,
+            },
+            made_from=[
+                {"name": c.name, "digest": c.digest, "share": share, "distance": float(distances[i])}
+                for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
+                for c in [near.cards[i]]
+            ],
+            base_share=max(0.0, 1 - sum(share for _, share in made.coefficients)),
+            selection=_told_of(chosen.selected, labelled),
+            rank=made.rank,
+            relative_error=made.relative_error,
+            generation_s=made.seconds,
+            seconds=time.perf_counter() - began,
+            peak_bytes=made.peak_bytes,
+            already=[card.name for card in bank.of_data(base.digest, own)] if own else [],
+            nearest=near.cards[nearest].name,
+            **judged,
+        )
+        (folder / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
+
+    into(output, write)
+    return {**found, "path": str(output)}
+
+
+def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text: None) -> Neighbours:
+    """Those of the bank for this base whose data is known, their bytes checked; what is damaged is said and not used.
+
+    Raises JobError where there are none.
+    """
+    contents, near, damaged = bank.contents(), [], [str(one) for one in bank.contents().damaged]
+    for card in contents.cards:
+        if card.base_digest == base.digest and card.evidence_digest:
+            try:
+                near.append((card, bank.evidence(card), _of_base(bank.adapter(card), base)))
+            except (BankError, Unusable) as error:
+                damaged.append(f"{card.name}: {error}")
+    near = [one for one in near if one[1].is_like(near[0][1])]
+    if damaged:
+        say("\n".join([*damaged, f"{len(damaged)} damaged are not used; `orchestrator bank verify --repair`"]))
+    if not near:
+        bases = ", ".join(sorted({card.base_name for card in contents.cards}))
+        have = f"its {len(contents.cards)} adapters are for {bases}" if bases else "it is empty"
+        raise JobError(
+            f"{bank.path} has no adapter of {base.name} whose data is known: {have}. `bank add RUN` after a run, or"
+            " bank.add: true in its job"
+        )
+    return Neighbours([card for card, _, _ in near], [one for _, one, _ in near], [one for _, _, one in near])
+
+
+def _of_base(adapter: Adapter, base: Base) -> Adapter:
+    fits_base(adapter, base.folder)
+    return adapter
+
+
+def weights_of(asked: BankSection, distances: numpy.ndarray, near: Neighbours) -> numpy.ndarray:
+    """Coefficients as the job asks for them."""
+    if asked.coefficients == "attentional":
+        return shares.attentional(distances, asked.temperature)
+    if asked.coefficients == "normalised":
+        return shares.normalised(distances, asked.temperature)
+    if len(near.cards) < 3:
+        raise JobError("bank.coefficients: a neural scorer needs at least 3 adapters to learn from")
+    step = -(-len(near.cards) // _MOST_FOR_SCORER)
+    evidence = near.evidence[::step]
+    between = numpy.stack([DISTANCES[asked.distance](one, evidence) for one in evidence])
+    return shares.Scorer(between, bank_gram(near.adapters[::step]))(distances, asked.temperature)
+
+
+def _must_share(query: Evidence, near: Neighbours, job: Job) -> None:
+    nearest = float(DISTANCES["js"](query, near.evidence).min())
+    if nearest > _NOTHING_SHARED * numpy.log(2):
+        raise JobError(
+            f"{job.spec.data.train}: shares next to no token with any data set of the bank (Jensen-Shannon divergence"
+            f" {nearest:.3f} of at most 0.693): nothing there could help; train with `submit`"
+        )
+
+
+def chosen_shares(
+    trial: Trial,
+    labelled: Any,
+    near: Neighbours,
+    shares: numpy.ndarray,
+    distances: numpy.ndarray,
+    asked: BankSection,
+    say: Callable[[str], None] = lambda text: None,
+) -> Chosen:
+    """The rule and the shares that labelled rows like best, beginning with those that follow from the distances."""
+    rules = RULES if asked.rule == "auto" else (asked.rule,)
+    if not len(labelled):
+        return Chosen(shares, rules[0])
+    say(f"moving shares of {len(near.cards)} adapters by {len(labelled)} labelled rows ...")
+    starts = {rule: combined(near.adapters, shares, rule) for rule in rules}
+    rule = min(rules, key=lambda rule: trial.loss(labelled, starts[rule]))
+    nearest = numpy.argsort(distances, kind="stable")[:_NEAREST]
+    parts = [starts[rule], *(one.corrections() for one in near.at(nearest).adapters)]
+    found = forward_selection(len(nearest), lambda weights: trial.loss(labelled, mixed(parts, weights, rule)))
+    moved = found.weights[0] * shares
+    moved[nearest] += found.weights[1:]
+    return Chosen(moved, rule, found)
+
+
+def _told_of(selected: Selected | None, labelled: Any) -> dict[str, Any] | None:
+    if selected is None:
+        return None
+    return {"rows": len(labelled), "losses": list(selected.losses), "trials": selected.num_trials}
+
+
+def _labelled(data: Any, asked: BankSection) -> tuple[Any, Any]:
+    """Rows to choose shares by, of those to train on, and others to judge the result by: held-out ones if there are."""
+    count = min(asked.selection_rows, len(data.train))
+    choose, rest = data.train.select(range(count)), data.train.select(range(count, len(data.train)))
+    judge = next((rows for rows in (data.held_out, rest) if rows is not None and len(rows)), data.train)
+    return choose, judge.select(range(min(asked.probe_rows, len(judge))))
+
+
+def _judged(
+    job: Job,
+    base_name: str,
+    near: Neighbours,
+    wanted: dict[str, numpy.ndarray],
+    rule: Rule,
+    trial: Trial,
+    probe: Any,
+    folder: Path,
+    say: Callable[[str], None],
+) -> tuple[Generated, dict[str, Any]]:
+    """What was made of the bank, and the loss of all that is wanted on the labelled rows, beside the base's.
+
+    The best of them becomes `folder`/adapter and is what is returned; where that is the base, none becomes it and
+    what was generated is returned.
+    """
+    rank = getattr(job.spec.method, "lora_r", None)
+    made = {
+        name: generate(near.adapters, shares, folder / name, rule, rank, base_name) for name, shares in wanted.items()
+    }
+    say(f"trying base, {', '.join(wanted)} on {len(probe)} labelled rows ...")
+    losses = {"base": trial.loss(probe)} | {name: trial.loss(probe, Adapter(folder / name)) for name in wanted}
+    best = min(losses, key=lambda name: losses[name])
+    for name in wanted:
+        if name == best:
+            (folder / name).rename(folder / "adapter")
+        else:
+            shutil.rmtree(folder / name)
+    recommended = None if best == "base" else best
+    return made[recommended or "generated"], {
+        "probe_rows": len(probe),
+        "probe_loss": losses,
+        "recommended": recommended,
+    }

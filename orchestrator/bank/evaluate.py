@@ -1,0 +1,162 @@
+"""How good a bank is at tasks it has not seen: each of its adapters left out in turn, and made of the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy
+
+from orchestrator.bank.adapt import Neighbours, chosen_shares, neighbours, weights_of
+from orchestrator.bank.adapter_trial import Trial
+from orchestrator.bank.library import bank_of, base_of
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.prepare import datasets
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job
+from orchestrator.runs.run_folder import RunFolder
+from strategies.adapter_bank import coefficients
+from strategies.adapter_bank.distances import DISTANCES
+from strategies.adapter_bank.generation import RULES, bank_gram, combined
+
+FIRST = ("base", "own", "nearest", "uniform", "adapt")
+PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
+
+
+def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -> dict[str, Any]:
+    """Held-out loss of every task under every setting, under the baselines, and of what `adapt` makes for this job.
+
+    Tasks are adapters of the job's bank and base whose run, with its held-out data, is in `runs`.
+    """
+    base = base_of(job.spec.model.model_name_or_path, job.folder, say)
+    near = neighbours(bank_of(job), base, say)
+    labelled, held_out = {}, {}
+    for card in near.cards:
+        train, there = _data_of(RunFolder(runs / (card.run_id or "-")), say)
+        if train is not None and there is not None:
+            labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))
+            held_out[card.name] = there.select(range(min(rows, len(there))))
+    if len(held_out) < 3:
+        raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
+    weights = dict(_settings(near))
+    longest = max(int(data.lengths.max()) for data in (*labelled.values(), *held_out.values()))
+    trial = Trial(job, base.folder, longest, near.adapters)
+    tasks: dict[str, dict[str, float]] = {}
+    for place, card in enumerate(near.cards):
+        if card.name not in held_out:
+            continue
+        others = near.at(other for other in range(len(near.cards)) if other != place)
+        distances = DISTANCES[job.spec.bank.distance](near.evidence[place], others.evidence)
+        shares = weights_of(job.spec.bank, distances, others)
+        chosen = chosen_shares(trial, labelled[card.name], others, shares, distances, job.spec.bank)
+        data, tried = held_out[card.name], {}
+        losses = {
+            "base": trial.loss(data),
+            "own": trial.loss(data, near.adapters[place]),
+            "adapt": trial.loss(data, combined(others.adapters, chosen.shares, chosen.rule)),
+        }
+        for name, (rule, rows_of) in weights.items():
+            own = rows_of[place]
+            known = (rule, own.round(4).tobytes())  # settings that agree on all shares are one trial
+            if known not in tried:
+                tried[known] = trial.loss(data, combined(near.adapters, own, rule))
+            losses[name] = tried[known]
+        tasks[card.name] = losses
+        say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
+    return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
+
+
+def _data_of(run: RunFolder, say: Callable[[str], None]) -> tuple[Dataset | None, Dataset | None]:
+    """Training and held-out samples of a run; none of one without held-out files, or whose files are damaged: said."""
+    try:
+        files = run.data() if run.is_begun else {}
+        return datasets(files) if files.get("eval") else (None, None)
+    except JobError as error:
+        say(f"not a task: {error}")
+        return None, None
+
+
+def table(found: dict[str, Any]) -> Any:
+    """Settings, best first."""
+    from rich.table import Table
+
+    legend = (
+        "gap: of the mean loss, closed. gain: mean of each task's share of its own adapter's gain. > base, > nearest:"
+        " on how many tasks it is better"
+    )
+    shown = Table(box=None, caption=legend, caption_justify="left")
+    shown.add_column("setting", overflow="fold")
+    for column in ("loss", "gap", "gain", "median", "> base", "> nearest"):
+        shown.add_column(column, justify="right", no_wrap=True)
+    for name, row in sorted(found["settings"].items(), key=lambda pair: -pair[1]["gain"]):
+        shown.add_row(
+            name,
+            f"{row['loss']:.3f}",
+            f"{row['gap_closed']:.0%}",
+            f"{row['gain']:.0%}",
+            f"{row['median_gain']:.0%}",
+            f"{row['better_than_base']:.0%}",
+            f"{row['better_than_nearest']:.0%}",
+        )
+    return shown
+
+
+def gains(found: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Setting -> task -> share of what the task's own adapter gains; the best setting first."""
+    order = sorted(found["settings"], key=lambda name: -found["settings"][name]["gain"])
+    return {name: {task: _gain(row, name) for task, row in found["tasks"].items()} for name in order if name != "own"}
+
+
+def _settings(near: Neighbours) -> Iterator[tuple[str, tuple[Any, numpy.ndarray]]]:
+    """Name -> rule, and for each adapter its shares of the others."""
+    count = len(near.cards)
+    itself = numpy.eye(count, dtype=bool)
+    gram = bank_gram(near.adapters)
+    yield "uniform", ("delta", numpy.where(itself, 0, 1 / (count - 1)))
+    for distance, measure in DISTANCES.items():
+        between = numpy.stack([measure(one, near.evidence) for one in near.evidence])
+        between = numpy.where(itself, numpy.inf, between)
+        if distance == next(iter(DISTANCES)):
+            yield "nearest", ("delta", numpy.eye(count)[between.argmin(1)])
+        ways = {
+            "attentional": coefficients.attentional(between),
+            "attentional, t = 1": coefficients.attentional(between, PUBLISHED_TEMPERATURE),
+            "normalised": coefficients.normalised(between),
+            "neural": _neural(between, gram),
+        }
+        for way, rows in ways.items():
+            for rule in RULES:
+                yield f"{distance} | {way} | {rule}", (rule, rows)
+
+
+def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
+    """Each row by a scorer that was trained without that adapter."""
+    rows = []
+    for place in range(len(between)):
+        others = numpy.delete(numpy.arange(len(between)), place)
+        rows.append(
+            coefficients.Scorer(between[numpy.ix_(others, others)], gram[numpy.ix_(others, others)])(between[place])
+        )
+    return numpy.stack(rows)
+
+
+def _summary(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """`gap_closed` is of the mean losses, as published systems give it; `gain` the mean of every task's own share."""
+    found = {}
+    means = {name: float(numpy.mean([row[name] for row in tasks.values()])) for name in next(iter(tasks.values()))}
+    for name, loss in means.items():
+        gains = [_gain(row, name) for row in tasks.values()]
+        found[name] = {
+            "loss": loss,
+            "gap_closed": _gain(means, name),
+            "gain": float(numpy.mean(gains)),
+            "median_gain": float(numpy.median(gains)),
+            "better_than_base": float(numpy.mean([row[name] < row["base"] for row in tasks.values()])),
+            "better_than_nearest": float(numpy.mean([row[name] < row["nearest"] for row in tasks.values()])),
+        }
+    return found
+
+
+def _gain(row: dict[str, float], name: str) -> float:
+    return (row["base"] - row[name]) / (row["base"] - row["own"])

@@ -1,0 +1,217 @@
+"""Between runs and the bank: what is known of a job's base and data, and adapters on their way in."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusters.safe.reading import BadInput
+from orchestrator.data.readers.sources import digest_of
+from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job, parse_job
+from orchestrator.planning.plan import InBank, Plan
+from orchestrator.runs.condition import require_finished
+from orchestrator.runs.run_folder import RunFolder
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.evidence import Evidence, gather
+from strategies.adapter_bank.folders import base_digest
+from strategies.adapter_bank.store import Bank
+from strategies.model.tensor_file import read_header
+
+_EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_embeddings.weight")
+
+
+@dataclass(frozen=True)
+class Base:
+    """The model that a bank's adapters belong to."""
+
+    name: str
+    folder: Path
+    digest: str
+
+
+def base_of(name: str, job_folder: Path, say: Callable[[str], None] = lambda text: None) -> Base:
+    """Raises JobError where the model is not to be had."""
+    folder = models.locate(name, job_folder, None, say)
+    return Base(name, folder, base_digest(folder))
+
+
+def bank_of(job: Job, create: bool = False) -> Bank:
+    """The bank that a job names.  Raises BankError where there is none."""
+    return Bank(job.path(job.spec.bank.path), create)
+
+
+def train_digest(job: Job) -> str | None:
+    """Of the bytes of the training files, as they are now."""
+    return digest_of(job, job.spec.data.train, "data.train")
+
+
+def in_bank(job: Job) -> tuple[InBank, ...]:
+    """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model.
+
+    Their bytes are not read again: the plan names them, and whoever uses one checks it.
+    """
+    folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
+    if folder is None or own is None:
+        return ()
+    try:
+        bank = bank_of(job)
+        cards = bank.of_data(base_digest(folder), own)
+    except BankError:  # a model without weights here, no bank there
+        return ()
+    return tuple(InBank(card.name, str(bank.folder(card.digest)), card.held_out_loss) for card in cards)
+
+
+def evidence_of(data: Any, base: Base) -> Evidence:
+    """What the bank keeps of a tokenised data set."""
+    return gather((data.tokens(row) for row in range(len(data))), embeddings(base.folder))
+
+
+def embeddings(folder: Path) -> Any:
+    """The base model's token embeddings, V x H in fp32.  Raises JobError where they are not found."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        for file in sorted(folder.glob("*.safetensors")):
+            if name := next((name for name in read_header(file) if name.endswith(_EMBEDDINGS)), None):
+                with safe_open(file, framework="pt") as tensors:
+                    return tensors.get_tensor(name).float().numpy()
+    except (BadInput, SafetensorError) as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    raise JobError(f"model.model_name_or_path: {folder} has no token embeddings under a known name")
+
+
+def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | None = None) -> Card:
+    """A finished run's adapter, with its data and its scores.
+
+    Raises JobError for a run that is not finished or whose files are damaged or gone, BankError, Unusable.
+    """
+    from orchestrator.data.prepare import datasets
+
+    finished = require_finished(run)
+    exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
+    if exported.name != "adapter":
+        raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which makes no adapter")
+    folder = Path(files["model"])
+    base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
+    adapter = Adapter(exported)
+    fits_base(adapter, base.folder)
+    data, _ = datasets(files)
+    scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.get(when)))}
+    card = Card(
+        name=name or bank.name_of(exported) or run.run_id,
+        base_name=base.name,
+        base_digest=base.digest,
+        data_digest=files.get("train_digest"),  # as they were: the files may have changed since
+        scores=scores,
+        licence=licence or job.spec.bank.licence,
+        method=job.spec.method.type,
+        run_id=run.run_id,
+    )
+    return bank.add(exported, card, evidence_of(data, base))
+
+
+def add_folder(
+    bank: Bank, folder: Path, model: str | None, data: Path | None, name: str | None, licence: str | None
+) -> Card:
+    """An adapter that was trained elsewhere.  Without its `data` it can be merged, not found by likeness."""
+    adapter = Adapter(folder)
+    asked = model or adapter.base_name
+    if not asked:
+        raise JobError(f"{folder} does not say which model it belongs to; give --model")
+    if model and adapter.base_name and _last(model) != _last(adapter.base_name):
+        raise JobError(
+            f"{folder} was trained on {adapter.base_name}, not on {model}: on another base its corrections mean nothing"
+        )
+    base = base_of(asked, Path())
+    fits_base(adapter, base.folder)
+    evidence = evidence_of(_tokenised(asked, data), base) if data else None
+    name = name or bank.name_of(folder) or folder.name
+    card = Card(name=name, base_name=asked, base_digest=base.digest, licence=licence)
+    return bank.add(folder, card, evidence)
+
+
+def build(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[Card]:
+    """An adapter in the bank for each FOLDER/NAME that holds train.jsonl; those that are done are passed over.
+
+    One that fails does not stop the others.  Raises JobError for a folder without data sets, and in the end where some
+    failed.
+    """
+    from orchestrator.lifecycle.run import submit
+
+    found = sorted(one for one in folder.glob("*/") if (one / "train.jsonl").is_file()) if folder.is_dir() else []
+    if not found:
+        raise JobError(f"{folder} holds no NAME/train.jsonl; each data set is a folder of its own")
+    cards, failed = [], []
+    for number, one in enumerate(found, 1):
+        held_out = f"data.eval={json.dumps(str((one / 'eval.jsonl').absolute()))}"
+        job = job_with(
+            [
+                f"data.train={json.dumps(str((one / 'train.jsonl').absolute()))}",
+                *([held_out] if (one / "eval.jsonl").is_file() else []),
+                f"name={json.dumps(one.name)}",
+            ]
+        )
+        say(f"{number}/{len(found)} {one.name}")
+        try:
+            run = submit(job, Quiet(), f"bank-{one.name}")
+            cards.append(card := add_run(bank_of(job, create=True), run, one.name))
+            if told := card.losses_told:
+                say(f"{one.name}: held-out loss {told}")
+        except (Stopped, ClusterError):
+            raise
+        except (OrchestratorError, BankError, Unusable) as error:
+            failed.append(one.name)
+            say(f"{one.name}: {error}")
+    if failed:
+        raise JobError(f"{len(failed)} of {len(found)} failed ({', '.join(failed)}); the same command tries them again")
+    return cards
+
+
+class Quiet:
+    """A watcher who looks away."""
+
+    def say(self, text: str) -> None:
+        pass
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        pass
+
+    def event(self, event: dict[str, Any]) -> None:
+        pass
+
+
+def add_when_asked(run: RunFolder, job: Job) -> str:
+    """What `bank.add` asks for at the end of a run, and what came of it.  Raises JobError where it cannot be."""
+    try:
+        card = add_run(bank_of(job, create=True), run)
+    except (OrchestratorError, BankError, Unusable, OSError) as error:
+        raise JobError(f"bank.add: {error}") from error
+    return f"bank.add: {card.name} is in {job.spec.bank.path}"
+
+
+def _tokenised(model: str, data: Path) -> Any:
+    from orchestrator.data.prepare import prepare_data
+    from orchestrator.planning.planner import resolve_max_length
+
+    asked = {"model": {"model_name_or_path": model}, "data": {"train": str(data.absolute())}}
+    job = parse_job(json.dumps(asked), Path())
+    folder = models.locate(model, Path())
+    max_length, _ = resolve_max_length(job.spec, models.read_config(folder))
+    return prepare_data(job, folder, max_length, models.cache_folder() / "data", lambda text: None).train
+
+
+def _numbers(quality: Any) -> dict[str, float]:
+    """The finite numbers of a quality."""
+    values = quality.items() if isinstance(quality, dict) else ()
+    return {key: value for key, value in values if type(value) in (int, float) and math.isfinite(value)}
+
+
+def _last(name: str) -> str:
+    return name.rstrip("/").rsplit("/", 1)[-1].lower()

@@ -1,0 +1,352 @@
+"""The verbs `bank ...` and `adapt`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clusters.safe.reading import BadInput, checked_path, kind_of, printable
+from orchestrator.cli.options import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
+from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.runs.run_folder import RunFolder
+from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
+from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.store import Bank, Contents, Damaged
+
+DEFAULT_BANK = Path("~/orchestrator-bank")
+bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep adapters that were trained, and make others of them.")
+
+
+def register(app: typer.Typer) -> None:
+    app.add_typer(bank)
+    app.command()(adapt)
+
+
+def complete_adapter(incomplete: str) -> list[str]:
+    try:
+        return [card.name for card in Bank(DEFAULT_BANK).cards() if card.name.startswith(incomplete)]
+    except BankError:
+        return []
+
+
+BankOption = Annotated[Path, typer.Option("--bank", help="folder of the bank")]
+NamesArgument = Annotated[
+    list[str], typer.Argument(help="names, or starts of digests", autocompletion=complete_adapter)
+]
+NameOption = Annotated[str | None, typer.Option("--name", help="its name in the bank; default: that of the run")]
+LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apache-2.0")]
+
+
+@contextmanager
+def told() -> Iterator[None]:
+    """What the bank or its disk refuses, in the words of the command line's error tree."""
+    try:
+        yield
+    except (BankError, Unusable, BadInput, FileExistsError) as error:
+        raise JobError(str(error)) from None
+    except OSError as error:
+        raise JobError(f"{printable(str(error.filename or 'the bank'))}: {error.strerror or error}") from None
+
+
+def adapter_folder(value: str) -> Path | None:
+    """The folder that an argument names, where it holds an adapter of PEFT's; None for another name."""
+    path = checked_path(value)
+    is_one = any(kind_of(path / name) for name in (CONFIG, WEIGHTS, PICKLED)) if kind_of(path) == "folder" else False
+    return path if is_one else None
+
+
+@bank.command()
+@told()
+def add(
+    what: Annotated[str, typer.Argument(help="a finished run, or a folder with a PEFT adapter")],
+    model: Annotated[str | None, typer.Option("--model", help="of a folder: the model it was trained on")] = None,
+    data: Annotated[Path | None, typer.Option("--data", help="of a folder: what it was trained on")] = None,
+    name: NameOption = None,
+    licence: LicenceOption = None,
+    bank: BankOption = DEFAULT_BANK,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Take in the adapter of a finished run, or one that was trained elsewhere.
+
+    Of a folder's data the bank keeps token counts and a sketch, never the rows; without --data it can be merged, and
+    `adapt` passes over it.
+
+    Examples: orchestrator bank add latest
+              orchestrator bank add ./my-adapter --model smollm2-135m-instruct --data train.jsonl
+    """
+    from orchestrator.bank.library import add_folder, add_run
+
+    if folder := adapter_folder(what):
+        data = data and resolve_path(data, "--data")
+        card = add_folder(Bank(bank, create=True), folder, model, data, name, licence)
+    else:
+        found = RunFolder.find(what, runs)
+        card = add_run(Bank(bank, create=True), found, name, licence)
+    _print_card(card, json_)
+
+
+@bank.command(name="list")
+@told()
+def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
+    """Show what the bank holds, oldest first, and what of it is damaged."""
+    from orchestrator.views.bank import table
+
+    found = Bank(bank).contents()
+    if json_:
+        print_json([*(card.as_dict() for card in found.cards), *map(_damage, found.damaged)])
+        return
+    out.print(table(found.cards))
+    _say_damaged(found)
+
+
+@bank.command()
+@told()
+def show(which: NamesArgument, bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
+    """Show the cards of adapters."""
+    there = Bank(bank)
+    for name in which:
+        _print_card(there.find(name), json_)
+
+
+@bank.command()
+@told()
+def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
+    """Remove adapters, also damaged ones by their digest."""
+    there = Bank(bank)
+    for found in [there.find_all(name) for name in which]:  # all are known before one goes
+        there.remove(found)
+        say(f"removed {found.name}")
+
+
+@bank.command()
+@told()
+def verify(
+    repair: Annotated[bool, typer.Option("--repair", help="put damaged ones aside, into BANK/broken")] = False,
+    bank: BankOption = DEFAULT_BANK,
+    json_: JsonOption = False,
+) -> None:
+    """Read every byte again and compare it with the digests.  Exit code 2 where something is wrong."""
+    there = Bank(bank)
+    wrong = there.verify(repair)
+    lines, left = [str(one) for one in wrong], len(there.contents().cards)
+    if json_:
+        print_json({"wrong": lines, "repaired": repair, "adapters": left, "damaged": [_damage(one) for one in wrong]})
+    if not wrong:
+        say(f"{left} adapters, nothing wrong")
+    elif repair:
+        say("\n".join([*lines, f"{len(wrong)} are in {there.path / 'broken'} now; {left} adapters are left"]))
+    elif json_:
+        raise typer.Exit(JobError.exit_code)
+    else:
+        count = f"{len(wrong)} of {len(wrong) + left} damaged"
+        raise JobError("\n".join([*lines, f"{count}; `orchestrator bank verify --repair` puts them aside"]))
+
+
+@bank.command()
+@told()
+def export(
+    file: Annotated[Path, typer.Argument(help="the tar to write")],
+    which: Annotated[
+        list[str] | None, typer.Argument(help="names; default: all", autocompletion=complete_adapter)
+    ] = None,
+    bank: BankOption = DEFAULT_BANK,
+) -> None:
+    """Write adapters, their cards and what is known of their data into one file.
+
+    Example: orchestrator bank export ours.tar sst2 imdb
+    """
+    from strategies.adapter_bank.exchange import export as write_tar
+
+    path = resolve_path(file, "bank export", kind="new file")
+    there = Bank(bank)
+    found = there.contents()
+    done = write_tar(there, path, [there.find(name) for name in which] if which else found.cards)
+    damaged = [*done.refused, *([] if which else found.damaged)]
+    left_out = f"; {len(damaged)} damaged are not in it" if damaged else ""
+    say("\n".join([*map(str, damaged), f"wrote {len(done.cards)} adapters to {file}{left_out}"]))
+
+
+@bank.command(name="import")
+@told()
+def import_(
+    file: Annotated[Path, typer.Argument(help="what `bank export` wrote")],
+    bank: BankOption = DEFAULT_BANK,
+) -> None:
+    """Take in what another bank exported; each adapter is checked against its digest.
+
+    One that is damaged stops no other.  Exit code 2 where one was refused.
+    """
+    from strategies.adapter_bank.exchange import import_ as take_in
+
+    done = take_in(Bank(bank, create=True), resolve_path(file, "bank import", kind="file"))
+    told = f"took in {len(done.cards)}: {', '.join(card.name for card in done.cards)}"
+    if done.refused:
+        raise JobError([*map(str, done.refused), f"{told}; refused {len(done.refused)}"])
+    say(told)
+
+
+@bank.command()
+@told()
+def merge(
+    output: Annotated[Path, typer.Argument(help="the folder to write")],
+    which: NamesArgument,
+    how: Annotated[
+        str | None,
+        typer.Option("--how", help="linear (default), cat, factorwise, ties, dare_linear, dare_ties, magnitude_prune"),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="one for each, e.g. 1,-0.5 (negative ones take away); default 1/N")
+    ] = None,
+    rank: Annotated[int | None, typer.Option("--rank", min=1, help="of the result; default: the largest")] = None,
+    density: Annotated[float, typer.Option("--density", min=0.01, max=1, help="of ties, dare, magnitude_prune")] = 0.5,
+    bank: BankOption = DEFAULT_BANK,
+    json_: JsonOption = False,
+) -> None:
+    """Make one adapter of some, exactly: as corrections dW = B A, then truncated to a rank.
+
+    `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.  Folders of sparse adapters (PEFT's
+    SHiRA) merge entry by entry: what several have is averaged, the rest stays as it was; or by a rule without factors.
+
+    Examples: orchestrator bank merge both sst2 imdb
+              orchestrator bank merge less-of-it sst2 sms-spam --weights 1,-0.5
+              orchestrator bank merge mixed sst2 imdb yelp --how ties --density 0.3
+              orchestrator bank merge experts ./shira-sst2 ./shira-imdb
+    """
+    from orchestrator.bank.merge import merged, merged_sparse
+
+    output = resolve_path(output, "bank merge", kind="new folder")
+    folders = [folder for folder in map(adapter_folder, which) if folder]
+    if folders and len(folders) == len(which):
+        if rank:
+            raise JobError("sparse adapters have no rank: leave out --rank")
+        _print_made(merged_sparse(folders, output, how, weights, density), json_)
+        return
+    there = Bank(bank)
+    cards = [there.find(name) for name in which]
+    _print_made(merged(there, cards, output, how or "linear", weights, rank, density), json_)
+
+
+@bank.command()
+@told()
+def build(
+    folder: Annotated[Path, typer.Argument(help="holds NAME/train.jsonl and NAME/eval.jsonl of each data set")],
+    job: Annotated[str, typer.Option("--job", help="how each of them is trained")] = "bank",
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Train an adapter for each data set of a folder and put it into the bank; again = goes on where it stands.
+
+    A data set whose rows or settings have changed since is named; to train it again, delete its run and `bank rm` it.
+
+    Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
+    """
+    from orchestrator.bank.library import build as build_bank
+
+    folder = resolve_path(folder, "bank build", kind="folder")
+    cards = build_bank(folder, lambda overrides: asked_job(job, [*set_, *overrides]), say)
+    if json_:
+        print_json([card.as_dict() for card in cards])
+
+
+@bank.command()
+@told()
+def evaluate(
+    job: Annotated[str, typer.Option("--job", help="how the bank's adapters were trained")] = "bank",
+    set_: SetOption = [],
+    rows: Annotated[int, typer.Option("--rows", min=1, help="held-out rows of each task")] = 16,
+    output: Annotated[Path, typer.Option("--output", help="folder of the table and the picture")] = Path("runs"),
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Leave each task out in turn and make its adapter of the others: every distance x coefficients x rule.
+
+    Tasks are the bank's adapters whose run is in --runs.  Gains are shares of what the task's own adapter gains.
+
+    Example: orchestrator bank evaluate --rows 16
+    """
+    from orchestrator.bank.evaluate import gains, leave_one_out, table
+    from orchestrator.report.plots import heat_map
+
+    output = resolve_path(output, "--output", kind="new folder")
+    found = leave_one_out(asked_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
+    output.mkdir(parents=True, exist_ok=True)
+    write_text_file(output / "leave-one-out.json", json.dumps(found, indent=1), "--output")
+    drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
+    write_text_file(output / "leave-one-out.svg", drawn, "--output")
+    say(f"wrote {output}/leave-one-out.json and leave-one-out.svg")
+    if json_:
+        print_json(found)
+    else:
+        out.print(table(found))
+
+
+@told()
+def adapt(
+    job: JobArgument,
+    set_: SetOption = [],
+    output: Annotated[Path | None, typer.Option("--output", help="the folder to write; default: beside runs")] = None,
+    then_train: Annotated[bool, typer.Option("--then-train", help="train on from it")] = False,
+    against: Annotated[
+        str | None,
+        typer.Option("--against", help="of --then-train: a run of the same job that began afresh, or `fresh`"),
+    ] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Make an adapter for a job's data out of the bank, in seconds and without training.
+
+    Labelled rows decide between the base model, the nearest adapter, the average of all and the one that was made; it
+    is recommended only where it beats the base.
+
+    Examples: orchestrator adapt job.yaml
+              orchestrator adapt job.yaml --set bank.distance=mmd --output my-adapter
+              orchestrator adapt job.yaml --then-train --against fresh
+    """
+    from orchestrator.bank.adapt import adapt as adapted
+    from orchestrator.bank.continue_training import then_train as train_on
+
+    if against and not then_train:
+        raise JobError("--against belongs to --then-train")
+    asked = asked_job(job, set_)
+    found = adapted(asked, output and resolve_path(output, "--output", kind="new folder"), say)
+    if then_train:
+        found |= {"then_train": train_on(asked, found, against, runs, say)}
+    _print_made(found, json_)
+
+
+def _print_card(card: Card, json_: bool) -> None:
+    if json_:
+        print_json(card.as_dict())
+        return
+    for key, value in card.as_dict().items():
+        if value not in (None, [], {}, ""):
+            out.print(printable(f"{key:16} {value}"), markup=False, highlight=False, soft_wrap=True)
+
+
+def _damage(one: Damaged) -> dict[str, str]:
+    return {"name": one.name, "path": str(one.path), "damaged": one.reason}
+
+
+def _say_damaged(found: Contents) -> None:
+    """Each with its reason, the counts in the last line."""
+    if found.damaged:
+        counts = f"{len(found.cards)} adapters, {len(found.damaged)} damaged"
+        way_out = "`orchestrator bank verify --repair` puts them aside, `bank rm DIGEST` removes one"
+        say("\n".join([*(f"damaged: {one}" for one in found.damaged), f"{counts}: {way_out}"]))
+
+
+def _print_made(found: dict[str, Any], json_: bool) -> None:
+    if json_:
+        print_json(found)
+        return
+    from orchestrator.views.bank import told as lines
+
+    for line in lines(found):
+        out.print(line, markup=False, highlight=False, soft_wrap=True)

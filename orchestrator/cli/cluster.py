@@ -1,0 +1,204 @@
+"""The verbs of a cluster of one's own machines: head, join, nodes."""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from clusters.safe.reading import name_mistake, printable
+from clusters.units import format_bytes
+from orchestrator.cli.options import print_json, say
+from orchestrator.errors import ClusterError, JobError
+from orchestrator.views.screen import out
+
+InterfaceOption = Annotated[
+    str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
+]
+AddressOption = Annotated[str | None, typer.Option("--address", help="or the address of this machine on it")]
+NameOption = Annotated[str | None, typer.Option("--name", help="the machine's name in plans; default: its host name")]
+SlotsOption = Annotated[
+    int | None, typer.Option("--slots", min=0, help="devices that may train; default: every GPU, else the CPU")
+]
+TokenOption = Annotated[Path | None, typer.Option("--token-file", help="default: ~/.ray/auth_token")]
+
+
+def head(
+    interface: InterfaceOption = None,
+    address: AddressOption = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="where the others join")] = 6379,
+    name: NameOption = None,
+    slots: SlotsOption = None,
+    token_file: TokenOption = None,
+    dashboard_port: Annotated[
+        int | None,
+        typer.Option(
+            "--dashboard-port", min=1, max=65535, help="take jobs over HTTP here: submit --cluster http://HOST:PORT"
+        ),
+    ] = None,
+) -> None:
+    """Make this machine the head of a cluster, and stay until Ctrl-C.  Nobody without its token gets in.
+
+    Ray listens on every interface; the token keeps others out, and a firewall can close what the machines do not need.
+
+    Examples: orchestrator head --interface eth0
+              orchestrator head --address 192.168.1.10 --slots 0
+    """
+    from clusters.ray.node_daemon import (
+        CannotServe,
+        OwnNode,
+        address_of,
+        address_towards,
+        check_address,
+        check_port,
+        keep_running,
+    )
+    from clusters.ray.node_daemon import token_file as token_of
+
+    _refuse_mistakes(interface, address, name)
+    try:
+        own_address = address_of(interface) if interface else address or address_towards()
+        check_address(own_address)
+        check_port(port, "--port")
+        if dashboard_port is not None:
+            check_port(dashboard_port, "--dashboard-port")
+        token = token_of(token_file, make=True)
+        capability = _look()
+        own = OwnNode(
+            name or socket.gethostname(),
+            own_address,
+            None,
+            token,
+            _slots(slots, capability),
+            port,
+            dashboard_port=dashboard_port,
+        )
+        say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
+        say(f"    orchestrator join {own_address}:{port}")
+        say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
+        if dashboard_port:
+            say(f"or from anywhere: orchestrator submit job.yaml --cluster http://{own_address}:{dashboard_port}")
+        keep_running(own, capability, say)
+    except CannotServe as error:
+        raise ClusterError(str(error)) from None
+
+
+def join(
+    head: Annotated[str, typer.Argument(help="HOST or HOST:PORT of the head")],
+    interface: InterfaceOption = None,
+    address: AddressOption = None,
+    name: NameOption = None,
+    slots: SlotsOption = None,
+    token_file: TokenOption = None,
+) -> None:
+    """Give this machine's devices to a head's cluster, and stay until Ctrl-C; comes back after any interruption.
+
+    Example: orchestrator join 192.168.1.10
+    """
+    from clusters.ray.node_daemon import (
+        PORT,
+        CannotServe,
+        OwnNode,
+        address_of,
+        address_towards,
+        check_address,
+        keep_running,
+    )
+    from clusters.ray.node_daemon import token_file as token_of
+
+    _refuse_mistakes(interface, address, name)
+    host, port = _host_and_port(head, PORT)
+    try:
+        own_address = address_of(interface) if interface else address or address_towards(host)
+        check_address(own_address)
+        token = token_of(token_file, make=False)
+        capability = _look()
+        own = OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, _slots(slots, capability))
+        keep_running(own, capability, say)
+    except CannotServe as error:
+        raise ClusterError(str(error)) from None
+
+
+def nodes(
+    cluster: Annotated[
+        str | None, typer.Option(help="HOST:PORT of a Ray cluster; default: the one of this machine")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="print one JSON document for machines")] = False,
+) -> None:
+    """Show who is in a cluster, what each machine can do and what it does now.
+
+    Example: orchestrator nodes --cluster 192.168.1.10:6379
+    """
+    from clusters.ray.connect import CannotConnect, RefusesToken, connect
+    from clusters.ray.nodes import inventory
+
+    where = cluster or os.environ.get("RAY_ADDRESS") or "auto"
+    try:
+        with connect(where, num_slots=1, cores_per_slot=1):
+            found = _latest(inventory())
+    except RefusesToken as error:
+        raise ClusterError(str(error)) from None
+    except CannotConnect as error:
+        raise ClusterError(f"{error}. Start one with `orchestrator head`, or name one with --cluster") from None
+    if json_:
+        print_json(found)
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("node", "address", "state", "cores", "memory", "device", "slots", "does"):
+        table.add_column(column, overflow="fold")
+    for node in found:
+        table.add_row(
+            node["name"],
+            node["address"],
+            node["state"],
+            f"{node['num_cores']:g}",
+            format_bytes(node["memory_bytes"]) if node["memory_bytes"] else "-",
+            node["device"],
+            f"{node['slots_in_use']:g} of {node['slots']:g} in use",
+            ", ".join(node["does"]) or "-",
+        )
+    out.print(table)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command line."""
+    for verb in (head, join, nodes):
+        app.command()(verb)
+
+
+def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row a name: Ray keeps every earlier life of a node that came back as a lost one."""
+    by_name = {node["name"]: node for node in sorted(found, key=lambda node: node["state"] == "alive")}
+    return [by_name[name] for name in sorted(by_name)]
+
+
+def _refuse_mistakes(interface: str | None, address: str | None, name: str | None) -> None:
+    if interface and address:
+        raise JobError("--interface and --address say the same thing twice: give one of them")
+    for option, text in (("--interface", interface), ("--address", address)):
+        if text is not None and not (text.isascii() and text.isprintable() and 0 < len(text) <= 253):
+            raise JobError(f"{option} {printable(text[:80])!r}: is no name or address of the network")
+    if name is not None and (wrong := name_mistake(name)):
+        raise JobError(f"--name {wrong}: plans are keyed by it")
+
+
+def _host_and_port(head: str, default_port: int) -> tuple[str, int]:
+    """Of HOST or HOST:PORT.  Raises JobError: knocking at what is no address would go on without end."""
+    host, _, port = head.partition(":")
+    if not host or (":" in head and not (port.isdecimal() and 0 < int(port) < 65536)):
+        raise JobError(f"{head!r} is not HOST or HOST:PORT, for example 192.168.1.10:{default_port}")
+    return host, int(port or default_port)
+
+
+def _look() -> Any:
+    from clusters.probe.machine import look_at_this_node
+
+    return look_at_this_node()
+
+
+def _slots(asked: int | None, capability: Any) -> int:
+    return len(capability.gpus) or 1 if asked is None else asked

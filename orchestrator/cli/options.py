@@ -1,0 +1,103 @@
+"""What the verbs share: arguments and options with their completion, reading a job, printing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clusters.safe.masking import masked, masked_values
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job, read_job
+from orchestrator.job.paths import resolve_path
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.views.screen import err, out, write
+
+
+def complete_job(incomplete: str) -> list[str]:
+    from orchestrator.job.schema import recipes
+
+    files = [str(path) for path in Path().glob(f"{incomplete}*") if path.suffix in (".yaml", ".yml") or path.is_dir()]
+    return files + [name for name in recipes() if name.startswith(incomplete)]
+
+
+def complete_run(incomplete: str) -> list[str]:
+    from orchestrator.runs.search_folder import SearchFolder
+
+    found = [*RunFolder.all(Path("runs")), *SearchFolder.all(Path("runs"))]
+    return [run.run_id for run in found if run.run_id.startswith(incomplete)]
+
+
+def complete_study(incomplete: str) -> list[str]:
+    from orchestrator.search.study import SHIPPED
+
+    return [file.stem for file in sorted(SHIPPED.glob("*.yaml")) if file.stem.startswith(incomplete)]
+
+
+def complete_key(incomplete: str) -> list[str]:
+    from orchestrator.job.schema import all_fields
+
+    return [f"{key}=" for key in all_fields() if key.startswith(incomplete)]
+
+
+JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)]
+RunArgument = Annotated[
+    str, typer.Argument(help="a run: its id, the start of it, its folder, or `latest`", autocompletion=complete_run)
+]
+SetOption = Annotated[
+    list[str],
+    typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=complete_key),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
+RunsOption = Annotated[
+    Path,
+    typer.Option(
+        "--runs",
+        help="the folder that holds the runs",
+        callback=lambda runs: resolve_path(runs, "--runs", kind="new folder") and runs,
+    ),
+]
+HardwareOption = Annotated[
+    Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
+]
+RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
+
+
+def asked_job(name: str, overrides: list[str]) -> Job:
+    """A job file, or a recipe by its name; what was read otherwise than written is said."""
+    from orchestrator.job.schema import recipes
+
+    known = recipes()
+    is_recipe = name in known and not Path(name).is_file()  # a folder of that name is no job
+    job = read_job(known[name][0] if is_recipe else Path(name), overrides)
+    for notice in job.notices:
+        say(notice)
+    return job
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0 with commas between them; none for an empty text.  Raises JobError."""
+    try:
+        found = [int(number) for number in text.split(",") if number.strip()]
+    except ValueError:
+        found = [0]
+    if any(number < 1 for number in found):
+        raise JobError(f"{option} {text}: write whole numbers above 0, e.g. 256,512")
+    return found
+
+
+def say(text: str) -> None:
+    """A sentence about what goes on, beside the output."""
+    err.print(masked(text), soft_wrap=True)
+
+
+def show(text: str) -> None:
+    """Lines of output, as long as they are."""
+    out.print(masked(text), soft_wrap=True)
+
+
+def print_json(value: Any) -> None:
+    """One JSON document, in ASCII: what is no ASCII is an escape."""
+    write(json.dumps(masked_values(value), indent=1, default=str).replace("\x7f", "\\u007f"))

@@ -1,0 +1,101 @@
+"""Who watches a run: a terminal with a live bar, a log with a few lines, or nobody."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from clusters.units import format_bytes
+from orchestrator.data.counts import check_line
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.views.plan import plan_view
+
+
+class Quiet:
+    """Says nothing; errors still come as exceptions."""
+
+    def say(self, text: str) -> None: ...
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None: ...
+
+    def event(self, event: dict[str, Any]) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Lines(Quiet):
+    """A line for each thing worth keeping in a log file: about ten for the training itself."""
+
+    def __init__(self, console: Console) -> None:
+        self.console, self._num_steps = console, 0
+
+    def say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False)
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        self._num_steps = plan.num_steps
+        self.console.print(plan_view(job, plan, statistics, full=False))
+        if statistics.get("train"):
+            self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
+        self.say(f"run {run.run_id}")
+
+    def event(self, event: dict[str, Any]) -> None:
+        kind = event["event"]
+        if kind == "step":
+            self._step(event)
+        elif kind == "ready":
+            self.say(f"model ready after {event['seconds']} s")
+        elif kind == "quality":
+            scores = {k: v for k, v in event.items() if isinstance(v, float) and k not in ("time", "seconds")}
+            self.say(f"{event['when']}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        elif kind == "preflight":
+            self.say(f"preflight: {event['text']}")
+        elif kind == "eval":
+            self.say(f"step {event['step']}: eval_loss {event['eval_loss']:.4f}")
+        elif kind == "note":
+            self.say(event["text"])
+        elif kind == "tracking":
+            self.say(f"tracked in {event['text']}" if event["ok"] else f"not tracked: {event['text']}")
+
+    def _step(self, event: dict[str, Any]) -> None:
+        every = max(1, self._num_steps // 10)
+        if event["step"] % every == 0 or event["step"] == 1:
+            self.say(f"step {event['step']}/{self._num_steps}: {_step_text(event)}")
+
+
+class Live(Lines):
+    """A bar with loss, speed, memory and time left; everything else scrolls above it."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bar = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=None),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TextColumn("{task.fields[detail]}", markup=False),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._task: TaskID | None = None
+
+    def _step(self, event: dict[str, Any]) -> None:
+        if self._task is None:
+            self._bar.start()
+            self._task = self._bar.add_task("training", total=self._num_steps, completed=event["step"] - 1, detail="")
+        self._bar.update(self._task, completed=event["step"], detail=_step_text(event))
+        if event["step"] >= self._num_steps:
+            self.close()
+
+    def close(self) -> None:
+        self._bar.stop()
+
+
+def _step_text(event: dict[str, Any]) -> str:
+    return f"loss {event['loss']:.4f}, {event['tokens_per_s']:.0f} tokens/s, {format_bytes(event['peak_bytes'])}"

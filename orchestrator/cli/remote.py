@@ -1,0 +1,134 @@
+"""What the verbs do for runs that live on a cluster behind a dashboard, and the verb `fetch`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import typer
+
+from clusters.job_backend import ENDED
+from clusters.safe.masking import masked
+from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, say, show
+from orchestrator.errors import JobError, RunFailed
+from orchestrator.job.job_file import Job
+from orchestrator.remote import jobs as remote
+from orchestrator.remote import package
+from orchestrator.remote.jobs import is_kuberay
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.views.screen import write
+
+
+def is_remote(run: RunFolder) -> bool:
+    """Whether a run was sent to a cluster from here."""
+    return remote.Remote.of(run) is not None
+
+
+def is_closed(run: RunFolder) -> bool:
+    """Whether everything of a run that was sent is here again."""
+    found = remote.Remote.of(run)
+    return found is not None and found.is_closed
+
+
+def submit(
+    job: Job,
+    address: str,
+    detach: bool,
+    as_json: bool,
+    hardware: Path | None = None,
+    cluster: str | None = None,
+    run_id: str | None = None,
+) -> RunFolder:
+    """Send a job; stay until it ends, unless detached."""
+    from orchestrator.lifecycle.run import output_dir
+
+    if is_kuberay(address):
+        from orchestrator.remote import kube_submit as kube_run
+
+        run = kube_run.submit(
+            job, address, output_dir(job), _listener(as_json), hardware, cluster, run_id, follow=not detach
+        )
+    elif run_id or cluster or hardware:
+        raise JobError("--run-id, --attach and --hardware belong to --cluster kuberay, not to a dashboard")
+    else:
+        run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
+    if detach:
+        if as_json:
+            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(remote.SENT)})
+        else:
+            place = masked(address)
+            out.print(f"{run.run_id} runs on {place}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
+    return run
+
+
+def resume(run: RunFolder, as_json: bool) -> None:
+    """Start it again where it runs."""
+    remote.resume(run, _listener(as_json))
+
+
+def status(run: RunFolder, as_json: bool) -> None:
+    """Ask the cluster; what has not begun, or ended before it had a folder, is known from the job alone."""
+    found = remote.look(run)
+    if found.state != "PENDING":
+        try:
+            shown = remote.verb(run, "status", run.run_id, *(["--json"] if as_json else []))
+            (write if as_json else show)(shown.rstrip("\n"))
+            return
+        except RunFailed:
+            if found.state not in ENDED:
+                raise
+    state = "waiting" if found.state == "PENDING" else found.state.lower()
+    row = {"run": run.run_id, "state": state, "message": found.message}
+    if as_json:
+        print_json(row)
+    else:
+        out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), markup=False, soft_wrap=True)
+
+
+def logs(run: RunFolder, follow: bool) -> None:
+    """What the job printed there."""
+    if follow and not is_closed(run):
+        remote.attach(run, _listener(False))
+    else:
+        show(remote.printed(run).rstrip("\n"))
+
+
+def stop(run: RunFolder) -> None:
+    """Ask the job there to save and stop."""
+    show(remote.stop(run).rstrip("\n"))
+
+
+def render(job: Job, cluster: str, hardware: Path | None, attach: str | None, run_id: str | None, file: Path) -> None:
+    """Plan for the declared node classes, or those of the cluster, and write the RayJob."""
+    from orchestrator.remote import kube_objects as kube
+    from orchestrator.remote import kube_submit as kube_run
+
+    _, namespace = remote.place_of(cluster)
+    name = run_id or kube_run.new_name(job)
+    kube.check_name(name)
+    door = None
+    if hardware is None and attach is None:
+        door = remote.opened_at(cluster)
+    kube.write(kube_run.objects_for(job, name, door, hardware, attach, say, namespace or "default"), file, say)
+
+
+def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
+    """Bring a run that was sent to a cluster here: its events, result and adapter."""
+    found = RunFolder.find(run, runs)
+    if not is_remote(found):
+        raise JobError(f"{found.run_id} ran on this machine; it is in {found.path}")
+    remote.fetch(found, say)
+
+
+def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
+    """The other side of `fetch`, on the cluster."""
+    write(package.send(RunFolder.find(run, runs)))
+
+
+def _listener(as_json: bool) -> Callable[[str], None]:
+    return say if as_json else lambda text: out.print(masked(text), markup=False, highlight=False, soft_wrap=True)
+
+
+def register(app: typer.Typer) -> None:
+    app.command()(fetch)
+    app.command(hidden=True)(send)

@@ -1,0 +1,170 @@
+"""The verbs `bench`, `report` and `tco`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from orchestrator.cli import search as search_cli
+from orchestrator.cli.options import (
+    HardwareOption,
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    SetOption,
+    asked_job,
+    complete_job,
+    numbers,
+    out,
+    print_json,
+    say,
+)
+from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
+from orchestrator.runs.run_folder import RunFolder
+
+LangOption = Annotated[str, typer.Option("--lang", help="en or ja")]
+
+
+def bench(
+    what: Annotated[
+        str | None, typer.Argument(help="a job file or recipe; with --generate a run", autocompletion=complete_job)
+    ] = None,
+    set_: SetOption = [],
+    steps: Annotated[int, typer.Option("--steps", min=1, help="steps that are timed")] = 5,
+    generate: Annotated[bool, typer.Option("--generate", help="time a run's tuned model as it generates")] = False,
+    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="of --generate")] = "1,4",
+    prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="of --generate, in tokens")] = "64,256",
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="of --generate")] = 32,
+    timeline: Annotated[
+        bool, typer.Option("--timeline", help="draw two steps: layers and the lanes beside them")
+    ] = False,
+    bus: Annotated[
+        float | None, typer.Option("--bus", min=0.001, help="GB/s of a bus to emulate, where the machine has none")
+    ] = None,
+    compare: Annotated[
+        tuple[Path, Path] | None, typer.Option("--compare", help="two earlier results, number by number")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", help="the result's file; default: beside the runs")] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Measure where the time and memory of training go, or how fast the tuned model answers, on this machine.
+
+    Examples: orchestrator bench quickstart
+              orchestrator bench latest --generate --batch-sizes 1,4,8
+              orchestrator bench job.yaml --timeline --bus 10
+              orchestrator bench --compare runs/bench-a.json runs/bench-b.json
+    """
+    from orchestrator.views.bench import bench_view, comparison_view, flat, read
+
+    if compare is not None:
+        first, second = map(read, compare)
+        if json_:
+            print_json({"a": flat(first), "b": flat(second)})
+        else:
+            out.print(comparison_view(first, second))
+        return
+    output = resolve_path(output, "--output", kind="new file") if output else None
+    if what is None:
+        raise JobError("bench what? Give a job file, a recipe, or a run with --generate")
+    from orchestrator.lifecycle.run import prepare
+    from orchestrator.training.workers import bench as benchmarks
+
+    if generate:
+        run = RunFolder.find(what, runs)
+        sizes, lengths = numbers("--batch-sizes", batch_sizes), numbers("--prompt-lengths", prompt_lengths)
+        result = benchmarks.bench_generation(run, run.job(), sizes, lengths, new_tokens, say)
+    else:
+        asked = asked_job(what, ["cluster.num_workers=1", *set_])
+        result = benchmarks.bench_training(asked, prepare(asked, say), steps, say, timeline, bus * 1e9 if bus else None)
+    file = benchmarks.save(result, runs, output)
+    picture = None
+    if "timeline" in result:
+        from orchestrator.report.bench import timeline_picture
+
+        picture = timeline_picture(result, file)
+    if json_:
+        print_json({**result, "file": str(file), **({"picture": str(picture)} if picture else {})})
+        return
+    out.print(bench_view(result))
+    if picture:
+        out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
+    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def report(
+    name: RunArgument = "latest",
+    lang: LangOption = "en",
+    output: Annotated[Path | None, typer.Option("--output", help="default: report.html in the run's folder")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="Markdown with SVG files instead of HTML")] = False,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Write one page about a run or a search: what was asked, chosen, reached, and what it cost.
+
+    Examples: orchestrator report latest
+              orchestrator report search-quickstart --lang ja --output report.html
+    """
+    from orchestrator.report.html import report_of, write
+    from orchestrator.report.markdown import write_markdown
+    from orchestrator.report.translations import LANGUAGES
+
+    if lang not in LANGUAGES:
+        raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
+    if output is not None:
+        output = resolve_path(output, "--output", kind="new file")
+    folder = search_cli.found(name, runs) or RunFolder.find(name, runs)
+    job = folder.job()
+    if markdown:
+        file = output or folder.path / "report.md"
+        write_markdown(report_of(folder, job, lang), file)
+    else:
+        file = write(folder, job, lang, output)
+    if json_:
+        print_json({"report": str(file)})
+    else:
+        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+
+
+def tco(
+    job: Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)],
+    set_: SetOption = [],
+    hardware: HardwareOption = None,
+    against: Annotated[
+        Path | None, typer.Option("--against", help="a hardware file: each of its machines alone, bought or rented")
+    ] = None,
+    lang: LangOption = "en",
+    json_: JsonOption = False,
+) -> None:
+    """Say what a job costs: machines, electricity, a run, a million tokens, a year; and on other machines.
+
+    Examples: orchestrator tco job.yaml --set cost.power_w=65
+              orchestrator tco job.yaml --hardware home-lab --against my_offers.yaml
+    """
+    from rich.table import Table
+
+    from orchestrator.lifecycle.machines import declared
+    from orchestrator.lifecycle.run import plan_without_data
+    from orchestrator.report.costs import tco_of_job
+
+    asked = asked_job(job, set_)
+    ready = plan_without_data(asked, declared(hardware) if hardware else None, say)
+    costs, shown = tco_of_job(asked, ready, against, lang)
+    if json_:
+        print_json({"currency": asked.spec.cost.currency, "ways": [{**asdict(c), "per_run": c.per_run} for c in costs]})
+        return
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in shown.head:
+        table.add_column(column, overflow="fold")
+    for place, row in enumerate(shown.rows):
+        table.add_row(*row, style="green" if place in shown.marked else None)
+    out.print(table)
+
+
+def register(app: typer.Typer) -> None:
+    for verb in (bench, report, tco):
+        app.command()(verb)

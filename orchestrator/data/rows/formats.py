@@ -1,0 +1,213 @@
+"""What a row is: conversation, prompt and completion, Alpaca, ShareGPT, label and text, or plain text."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from orchestrator.data.rows import columns as contract
+from orchestrator.data.rows import turns
+from orchestrator.data.rows.columns import missing
+from orchestrator.data.rows.row import BadRow, Message, Row
+
+DETECTABLE = (
+    "messages (messages), sharegpt (conversations), prompt_completion (prompt, completion), "
+    "alpaca (instruction, output), classification (label, text), text (text)"
+)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A row in one of two canonical forms: turns of a conversation, or raw text.
+
+    A message holds `role` (system, user, assistant, tool) and `content` (text, "" beside tool calls), and where the row
+    has them: `reasoning_content` (text), `tool_calls` ([{type, id, function: {name, arguments: {...}}}]), of a tool's
+    turn `name` and `tool_call_id`, and `train: False` for an assistant's turn that is read but not learnt (a key that
+    no chat template should see).
+    """
+
+    messages: tuple[Message, ...] = ()
+    text: str | None = None
+    prompt_completion: bool = False  # one question, one answer: may also be laid end to end without a template
+    tools: tuple[dict[str, Any], ...] = ()  # [{type: function, function: {name, description, parameters}}]
+    ignored: tuple[str, ...] = ()  # columns and fields of turns ("messages[].id") that hold something and are not used
+    readings: tuple[str, ...] = ()  # how what is unusual was read, without values of the row: to be counted and named
+
+    @property
+    def reference(self) -> str | None:
+        """The answer a generated text is compared with."""
+        ends_with_answer = bool(self.messages) and self.messages[-1]["role"] == "assistant"
+        return (self.messages[-1]["content"] or None) if ends_with_answer else None
+
+
+def read_example(
+    row: Row, wanted: str, instruction: str = "", detected: dict[str, str] | None = None
+) -> tuple[str, Example]:
+    """The format of a row and the row as an Example.  Raises BadRow.
+
+    Where `wanted` is auto, the first row of a file that has a format decides for the file; `detected` remembers it.
+    """
+    if row.broken:
+        raise row.broken
+    known = (detected or {}).get(row.file)
+    row_format = known or (wanted if wanted != "auto" else detect(row.values))
+    if row_format is None:
+        raise unknown_format(row.values)
+    try:
+        example = convert(row.values, row_format, instruction)
+    except BadRow as error:
+        own = detect(row.values)
+        if known is None or own in (None, known):
+            raise
+        raise BadRow(
+            f"{error.reason}: the file's first row is read as {known}, this one would be {own}. Put them into files of"
+            " their own"
+        ) from None
+    if detected is not None:
+        detected[row.file] = row_format
+    used = contract.columns(row_format, tuple(row.values)).used
+    words = tuple(
+        f"field {name!r} is the word {value!r}, as a missing value becomes in some tools"
+        for name in used
+        if isinstance(value := row.values[name], str) and value in _MISSING_WORDS
+    )
+    return row_format, replace(example, readings=example.readings + words) if words else example
+
+
+def detect(values: Mapping[str, Any]) -> str | None:
+    """The format of a row by its field names, None when no format fits."""
+    keys = set(values)
+    if "messages" in keys:
+        return "messages"
+    if keys & set(contract.SHAREGPT_KEYS):
+        return "sharegpt"
+    if {"prompt", "completion"} <= keys:
+        return "prompt_completion"
+    if "instruction" in keys and keys & set(contract.ALPACA_ANSWER_KEYS):
+        return "alpaca"
+    if "label" in keys and keys & set(contract.TEXT_KEYS):
+        return "classification"
+    if len(keys & set(contract.PROMPT_KEYS)) == len(keys & set(contract.ANSWER_KEYS)) == 1:
+        return "prompt_completion"
+    if keys & {"chosen", "rejected"}:  # not a text with two notes
+        return None
+    return "text" if "text" in keys else None
+
+
+def unknown_format(values: Mapping[str, Any]) -> BadRow:
+    """Says why the fields of a row fit no format, and what to do."""
+    names = sorted(map(str, values))
+    if {"chosen", "rejected"} & set(names):
+        refusal = contract.refusals("messages")["chosen"]
+        return BadRow(f"fields {names} are a preference; lost would be {refusal.lost}. {refusal.way}")
+    if "input_ids" in names:
+        return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
+    near = {name: plain for name in names if (plain := name.strip().lower()) != name and plain in _KNOWN_NAMES}
+    hint = "".join(f". Rename {name!r} to {plain!r}" for name, plain in near.items())
+    return BadRow(f"fields {names} fit no known format; known: {DETECTABLE}{hint or '. Rename the fields to these'}")
+
+
+_FILL = "Fill it or remove the row"
+_MISSING_WORDS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
+_KNOWN_NAMES = {
+    *contract.TURN_KEYS,
+    *contract.PROMPT_KEYS,
+    *contract.ANSWER_KEYS,
+    *contract.TEXT_KEYS,
+    "label",
+}
+
+
+def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -> Example:
+    """A row of the named format as an Example.  Raises BadRow with the reason."""
+    sorted_columns = contract.columns(row_format, tuple(values))
+    for name in sorted_columns.refused:
+        if contract.holds(name, values[name]):
+            refusal = contract.refusals(row_format)[name]
+            raise BadRow(
+                f"field {name!r} is not used in {row_format} rows; lost would be {refusal.lost}. {refusal.way}"
+            )
+    ignored = tuple(name for name in sorted_columns.ignored if not missing(values[name]))
+    if row_format == "text":
+        return Example(text=_string(values, "text"), ignored=ignored)
+    if row_format == "classification":
+        return _classification(values, instruction, ignored)
+    if row_format in ("messages", "sharegpt"):
+        keys = contract.TURN_KEYS if row_format == "messages" else contract.SHAREGPT_KEYS
+        key = contract.first(keys, values) or keys[0]
+        reading = turns.Reading(key, (key, "role" if key == "messages" else "from"))
+        return _conversation(values, turns.read_turns(values.get(key), reading), reading, ignored)
+    return _pair(values, row_format, ignored)
+
+
+def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[str, ...]) -> Example:
+    key = contract.first(contract.TEXT_KEYS, values) or "text"
+    label = values.get("label")
+    if missing(label) or not isinstance(label, str | int | float) or label in (math.inf, -math.inf):
+        raise BadRow(f"field 'label' is {label!r:.80}; it must be a word or a number", "field 'label' is no label")
+    text = _string(values, key)
+    readings = ()
+    if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside a missing one
+        label, readings = int(label), ("labels like 1.0 are read as 1",)
+    question = f"{instruction}\n{text}" if instruction else text
+    return Example(_one_turn(question, str(label)), None, True, (), ignored, readings)
+
+
+def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) -> Example:
+    """Prompt and completion or Alpaca, by whatever names; with a system prompt or a history it is a conversation."""
+    alpaca = row_format == "alpaca"
+    prompt_key = "instruction" if alpaca else contract.first(contract.PROMPT_KEYS, values) or "prompt"
+    answers = contract.ALPACA_ANSWER_KEYS if alpaca else contract.ANSWER_KEYS
+    answer_key = contract.first(answers, values) or answers[0]
+    input_key = contract.first(contract.INPUT_KEYS, values) if alpaca else None
+    reading = turns.Reading(prompt_key, ("", ""))
+    if (prompt_key, answer_key) not in (("prompt", "completion"), ("instruction", "output")) or input_key == "context":
+        read_as = "instruction, input and output" if alpaca else "prompt and completion"
+        names = ", ".join(repr(key) for key in (prompt_key, input_key, answer_key) if key)
+        reading.note(f"fields {names} are read as {read_as}")
+    if isinstance(values.get(prompt_key), list) or isinstance(values.get(answer_key), list):
+        messages = turns.read_prompt_and_answer(values, prompt_key, answer_key, reading)
+        return _conversation(values, messages, reading, ignored)
+    given = values.get(input_key) if input_key else None
+    question = _string(values, prompt_key) + ("" if missing(given) else f"\n\n{_string(values, str(input_key))}")
+    messages = [*turns.history(values.get("history")), *_one_turn(question, _string(values, answer_key))]
+    example = _conversation(values, messages, reading, ignored)
+    return replace(example, prompt_completion=len(example.messages) == 2 and not example.tools)
+
+
+def _conversation(
+    values: Mapping[str, Any], messages: list[Message], reading: turns.Reading, ignored: tuple[str, ...]
+) -> Example:
+    """Turns with the row's system prompt and tools."""
+    key = contract.first(contract.SYSTEM_KEYS, values)
+    if key and not missing(values[key]):
+        system = _string(values, key)
+        if any(message["role"] == "system" and message["content"].strip() != system.strip() for message in messages):
+            raise BadRow(f"field {key!r} and a system turn hold two different system prompts. Remove one")
+        if messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": system}, *messages]
+    key = contract.first(contract.TOOL_KEYS, values)
+    tools = turns.tools_of(values[key], f"field {key!r}") if key else ()
+    if tools and reading.tools:
+        raise BadRow(f"field {key!r} and a system turn both list tools. Remove one")
+    tools = tools or reading.tools
+    return Example(tuple(messages), None, False, tools, (*ignored, *reading.ignored), tuple(reading.notes))
+
+
+def _one_turn(question: str, answer: str) -> tuple[Message, ...]:
+    return {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+
+
+def _string(values: Mapping[str, Any], key: str) -> str:
+    value = values.get(key)
+    if isinstance(value, float) and missing(value):
+        raise BadRow(f"field {key!r} is NaN, a missing value. {_FILL}")
+    if not isinstance(value, str):
+        if key not in values or value is None:
+            raise BadRow(f"field {key!r} {'is missing' if key not in values else 'is null, a missing value'}. {_FILL}")
+        raise BadRow(f"field {key!r} is a {type(value).__name__}, not text. Write it as text")
+    if not value.strip():
+        raise BadRow(f"field {key!r} is empty. {_FILL}")
+    return value

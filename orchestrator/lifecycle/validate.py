@@ -1,0 +1,155 @@
+"""A job checked without starting it: its data files, their rows as the model would see them, its model, its search."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from clusters.probe.machine import look_at_this_node
+from clusters.safe.reading import printable
+from orchestrator.data.readers.sources import sources_of
+from orchestrator.data.survey import Survey, can_render, survey
+from orchestrator.errors import JobError
+from orchestrator.job import hub, model_check
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job
+from orchestrator.job.paths import read_text_file, resolve_path
+from orchestrator.job.secrets import secret_names
+from orchestrator.job.spec import HeldOut
+from orchestrator.job.tokenizer_size import check_tokens
+from orchestrator.planning import planner, workload
+from orchestrator.search.space import stated_space
+from strategies.model.targets import architecture_of_shape
+
+_ROWS_LOOKED_AT = 1000  # of each data key, unless all are asked for
+
+
+def check(job: Job, exact: bool = False) -> dict[str, Any]:
+    """Formats by path, counts, notices, and which checks could not run here; `exact` looks at every row.
+
+    Raises JobError with every mistake found.  Nothing is downloaded and no weight is read.
+    """
+    mistakes: list[str] = []
+    notices = list(job.notices)
+    folder, max_length = None, None
+    try:
+        _check_paths(job)
+    except JobError as error:
+        mistakes += error.mistakes
+    data_is_there = not mistakes
+    try:
+        stated_space(job.spec)
+    except JobError as error:
+        mistakes += error.mistakes
+    try:
+        folder, max_length, said = _check_model(job)
+        notices += said
+    except JobError as error:
+        mistakes += error.mistakes
+    unchecked = _unchecked(job, folder)
+    found: Survey | None = None
+    if data_is_there:
+        try:
+            found = _look(job, folder if not mistakes and can_render() else None, max_length, exact)
+            mistakes += found.mistakes()
+        except JobError as error:
+            mistakes += error.mistakes
+    if mistakes or found is None:
+        raise JobError(mistakes)
+    return {
+        "valid": True,
+        "name": job.spec.name,
+        "formats": found.formats(),
+        "notices": notices + found.lines(),
+        "statistics": found.statistics(),
+        "unchecked": unchecked + found.unchecked(),
+    }
+
+
+def _look(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
+    renderer = None
+    if folder is not None:
+        from orchestrator.data.samples import renderer_for
+
+        renderer = renderer_for(job, folder)
+    return survey(job, renderer, max_length, None if exact else _ROWS_LOOKED_AT)
+
+
+def _unchecked(job: Job, folder: Path | None) -> list[str]:
+    """Checks that cannot run on this machine, each with the reason."""
+    unset = [name for name in secret_names(job.spec) if not os.environ.get(name)]
+    found = [f"the secret {name}: it is not set here, and must be where the job runs" for name in unset]
+    if folder is None:
+        name = job.spec.model.model_name_or_path
+        return [*found, f"the files, targets and rendered rows of {name}: it is not on this machine yet"]
+    if not can_render():
+        return [*found, "the rows as the model sees them: this needs transformers, which is not installed here"]
+    return found
+
+
+def _check_start(job: Job) -> None:
+    """Raises JobError where the adapter to start from is not there; a relative path means nothing to the workers."""
+    key = "method.init_adapter"
+    start = getattr(job.spec.method, key.removeprefix("method."), None)
+    if start and not start.startswith("/"):
+        raise JobError(f"{key}: {printable(start)} is a relative path; give the whole one, from / on")
+    if start:
+        resolve_path(f"{start}/adapter_config.json", key, kind="file")
+
+
+def _check_paths(job: Job) -> None:
+    """Raises JobError for data files and a chat template that are not there, folders that can be none."""
+    mistakes: list[str] = []
+    data = job.spec.data
+    for key, value in (("data.train", data.train), ("data.eval", data.eval)):
+        if value is None or isinstance(value, HeldOut):
+            continue
+        try:
+            sources_of(job, value, key)
+        except JobError as error:
+            mistakes += error.mistakes
+    if data.chat_template != "tokenizer":
+        try:
+            read_text_file(data.chat_template, "data.chat_template", job.folder)
+        except JobError as error:
+            mistakes += error.mistakes
+    try:
+        _check_start(job)
+    except JobError as error:
+        mistakes += error.mistakes
+    written = (
+        ("checkpoint.output_dir", job.spec.checkpoint.output_dir, Path()),
+        ("bank.path", job.spec.bank.path, job.folder),
+        ("strategy.nvme_path", job.spec.strategy.nvme_path or ".", job.folder),
+    )
+    for key, place, folder in written:
+        try:
+            resolve_path(place, key, folder, "new folder")
+        except JobError as error:
+            mistakes += error.mistakes
+    if mistakes:
+        raise JobError(mistakes)
+
+
+def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
+    """The model's folder and the longest sample where it is on this machine, and notices.  Raises JobError."""
+    spec = job.spec
+    num_workers, _ = planner.resolve_workers(spec, look_at_this_node())
+    workload.check_batch(spec, num_workers if spec.cluster.address == "local" else None)
+    if mistakes := workload.step_mistakes(spec):
+        raise JobError(mistakes)
+    notices = workload.step_notices(spec)
+    folder = models.local_folder(spec.model.model_name_or_path, job.folder)
+    if folder is None:
+        hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
+        if near := hub.nearly(spec.model.model_name_or_path):
+            notices.append(f"the hub's cache here holds {printable(near)}, whose name is spelt almost like this one")
+        return None, None, notices
+    config = models.read_config(folder)
+    shape = workload.trainable_shape(config)
+    max_length, _ = planner.resolve_max_length(spec, config)
+    check_tokens(folder, shape.vocab_size)
+    model_check.check_targets(spec.methods(), architecture_of_shape(shape))
+    notices += model_check.check_model(folder, spec.methods(), spec.model.trust_remote_code)
+    return folder, max_length, notices

@@ -1,0 +1,212 @@
+"""Why a plan is as it is: a sentence for every choice, the runners-up, and what is missing where nothing fits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from clusters.capability import ClusterCapability
+from clusters.units import format_bytes, format_s
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Candidate, Slot, Switches, Tried
+from orchestrator.planning.pareto import pareto
+from orchestrator.planning.plan import Alternative
+from strategies import METHODS
+from strategies.contract import Method, Workload
+
+
+def describe_candidate(candidate: Candidate) -> str:
+    """A candidate in one phrase: method, what matters of its techniques, where."""
+    first = candidate.placed[0].plan.techniques
+    parts = [candidate.method.name, first.dtype]
+    if first.gradient_checkpointing:
+        parts.append("checkpointing")
+    if first.loss_type != "nll":
+        parts.append(first.loss_type)
+    if first.optim == "adamw_bnb_8bit":
+        parts.append("8-bit optimizer")
+    if first.offload != "none":
+        parts.append(f"{first.offload} offload")
+    if first.zero_stage:
+        parts.append(f"ZeRO-{first.zero_stage}")
+    names = [part.slot.device.name for part in candidate.placed]
+    where = " + ".join(
+        f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
+    )
+    return f"{', '.join(parts)} on {where}"
+
+
+def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str | None = None) -> dict[str, str]:
+    """Node -> why it does not train beside the others, and what it does or is good for instead."""
+    taking_part = {node.name for node in chosen.nodes}
+    found = {}
+    for slot in slots:
+        name = slot.node.name
+        if name in taking_part or name in found:
+            continue
+        wider = [
+            other
+            for other in tried.fitting
+            if other.method.name == chosen.method.name and {node.name for node in other.nodes} >= taking_part | {name}
+        ]
+        if wider:
+            best = min(wider, key=lambda other: other.step_s)
+            waits = (
+                f", {format_s(best.sync_s)} of it waiting for the network" if best.sync_s > 0.05 * best.step_s else ""
+            )
+            why = f"a step would take {format_s(best.step_s)} with it{waits}, {format_s(chosen.step_s)} without"
+        else:
+            where = f"on {name} ({slot.device.name})"
+            why = next(
+                (reason for what, reason in tried.rejected.items() if what.endswith(where)), "it does not fit there"
+            )
+        instead = "measures the untuned model meanwhile" if name == helper else "is free for other jobs"
+        found[name] = f"{why}. It {instead}"
+    return found
+
+
+def unusable(cluster: ClusterCapability) -> dict[str, str]:
+    """Device and node -> why nobody can train on it, for all devices that no plan looks at."""
+    found: dict[str, str] = {}
+    for node in cluster.nodes:
+        for number, why in enumerate(node.problems):
+            found[f"GPU ({node.name})" if not number else f"GPU {number + 1} ({node.name})"] = why
+        for device in node.devices:
+            why = device.problem or ("its memory is unknown" if device.memory_bytes is None else None)
+            if why is not None:
+                name = f"{device.name} ({node.name})"
+                found[name if name not in found else f"{name}, {device.uuid or device.pci_bus_id}"] = why
+    return found
+
+
+def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
+    """The front, and the best of each other method or group: what a reader would ask about."""
+    front = sorted(pareto(fitting, lambda candidate: candidate.costs), key=lambda candidate: candidate.total_s)
+    worth = [candidate for candidate in front if candidate is not chosen]
+    seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
+    for candidate in sorted(fitting, key=lambda c: c.total_s):
+        key = (candidate.method.name, candidate.zero_stage, len(candidate.placed))
+        if key not in seen:
+            seen.add(key)
+            if candidate not in worth:
+                worth.append(candidate)
+    described = (
+        Alternative(
+            what=describe_candidate(other),
+            total_s=other.total_s,
+            peak_bytes=other.peak_bytes,
+            quality=other.quality,
+            why_not=_why_not(spec, chosen, other),
+            on_front=other in front,
+        )
+        for other in worth
+    )
+    return tuple(described)
+
+
+def _why_not(spec: JobSpec, chosen: Candidate, other: Candidate) -> str:
+    slower = other.total_s / chosen.total_s
+    lighter = other.peak_bytes / chosen.peak_bytes
+    parts = [f"{slower:.2g}x the time" if slower > 1.005 else f"{1 / slower:.2g}x as fast"]
+    parts.append(f"{lighter:.2g}x the memory")
+    if other.quality is not None and chosen.quality is not None and other.quality != chosen.quality:
+        parts.append(f"expected score {other.quality:.3f} against {chosen.quality:.3f} (prior)")
+    if other.sync_s > 0.3 * other.step_s:
+        parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for the network")
+    return ", ".join(parts)
+
+
+def explain_choice(spec: JobSpec, workload: Workload, chosen: Candidate, tried: Tried, reasons: dict[str, str]) -> None:
+    """One sentence for every `auto` that the choice resolved."""
+    part = chosen.placed[0]
+    techniques, device = part.plan.techniques, part.slot.device
+    needs = format_bytes(part.plan.memory.total_bytes)
+    room = "unknown memory" if math.isinf(part.slot.memory_bytes) else f"{format_bytes(part.slot.memory_bytes)} usable"
+    if spec.method.type not in METHODS:
+        others = sorted({c.method.name for c in tried.fitting} - {chosen.method.name})
+        fits = f"; {', '.join(others)} would fit too" if others else "; no other method fits"
+        reasons["method.type"] = f"best by goal.prefer: {spec.goal.prefer}{fits}"
+    if spec.model.dtype == "auto":
+        reasons["model.dtype"] = _why_dtype(techniques.dtype, device)
+    if spec.data.packing == "auto":
+        reasons["data.packing"] = (
+            "no padding; documents stay apart, so the result is the same"
+            if techniques.packing
+            else "padding costs less here than separate kernels would, or the model's attention cannot be packed"
+        )
+    if spec.model.attn_implementation == "auto":
+        why = {"document": "one causal kernel a document", "flash_attention_2": "Ampere or newer"}
+        reasons["model.attn_implementation"] = why.get(techniques.attn_implementation, "the best this model can use")
+    if spec.train.per_device_train_batch_size == "auto":
+        reasons["train.per_device_train_batch_size"] = f"needs about {needs} of {room}"
+    if spec.train.gradient_checkpointing == "auto":
+        reasons["train.gradient_checkpointing"] = (
+            "does not fit without, or leaves room for what is faster"
+            if techniques.gradient_checkpointing
+            else f"fits without: about {needs} of {room}"
+        )
+    if spec.train.loss_type == "auto":
+        reasons["train.loss_type"] = "all supervised logits fit" if techniques.loss_type == "nll" else "saves logits"
+    if spec.train.optim == "auto":
+        reasons["train.optim"] = (
+            "AdamW with one kernel for all weights" if "8bit" not in techniques.optim else "fp32 moments do not fit"
+        )
+    if spec.strategy.offload == "auto":
+        reasons["strategy.offload"] = "fits without" if techniques.offload == "none" else "does not fit without"
+    if spec.cluster.num_workers == "auto":
+        reasons.setdefault("cluster.num_workers", "the devices that together are best by the goal")
+
+
+def _why_dtype(dtype: str, device: Any) -> str:
+    measured = device.flops_per_s.get(dtype), device.flops_per_s.get("float32")
+    if all(measured):
+        source = device.sources.get(f"flops_per_s.{dtype}", "declared")
+        return f"{measured[0] / 1e9:.0f} GFLOP/s against {measured[1] / 1e9:.0f} in fp32 ({source})"
+    if dtype == "float32":
+        return f"{device.name} has no bf16 or fp16 units that are known to be faster"
+    if dtype == "bfloat16":
+        by = f" ({', '.join(device.instruction_sets)})" if device.instruction_sets else ""
+        return f"{device.name} computes it in hardware{by}"
+    return f"{device.name} has fp16 but no bf16 units"
+
+
+def why_nothing_fits(
+    spec: JobSpec,
+    workload: Workload,
+    slots: Sequence[Slot],
+    tried: Tried,
+    cluster: ClusterCapability,
+    methods: Sequence[Method],
+    switches: Switches,
+) -> str:
+    """What is missing where, and the smallest changes that would help, each checked by planning again."""
+    from orchestrator.planning.remedies import remedies
+
+    lines = []
+    for slot in slots:
+        where = f"{slot.node.name} ({slot.device.name})"
+        least = tried.least.get(where)
+        if least is None:
+            reason = next((why for what, why in tried.rejected.items() if what.endswith(where)), "nothing was possible")
+            line = f"{spec.method.type} on {where}: {reason}"
+        else:
+            plan, why = least
+            line = f"{plan.method} on {where}: {why}"
+            if plan.techniques.offload != "none":
+                line = f"{plan.method} with {plan.techniques.offload} offload on {where}: {why}"
+        if line not in lines:
+            lines.append(line)
+    if tried.other_groups:
+        other = min(tried.other_groups, key=lambda candidate: candidate.total_s)
+        lines.append(
+            f"{describe_candidate(other)} would fit, with {len(other.placed)} workers; the job asks for"
+            f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
+        )
+    lines += [f"{device} is left out: {why}" for device, why in unusable(cluster).items()]
+    found = remedies(workload, slots, cluster, methods, switches)
+    if found:
+        lines.append("It would fit with: " + "; or ".join(found))
+    else:
+        lines.append("Choose a smaller model, lower data.max_length, or add a device")
+    return "\n".join(lines)

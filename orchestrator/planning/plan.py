@@ -1,0 +1,227 @@
+"""How a job will run: what the planner decided, as it is written down and read again.  No torch, no ray."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from clusters.capability import Kind
+from clusters.safe.reading import BadInput, load_json, printable, record
+from clusters.units import format_s
+from orchestrator.errors import JobError, RunFailed
+from orchestrator.planning.price import Price
+from strategies import METHODS
+from strategies.contract import MemoryEstimate, Method, Techniques, TimeEstimate
+
+VERSION = 4
+
+
+@dataclass(frozen=True)
+class Sync:
+    """How the workers' gradients are added up, and what each way was predicted to cost."""
+
+    dtype: str = "float32"  # on the wire
+    bucket_bytes: int = 4 * 2**20
+    options: dict[str, float] = field(default_factory=dict)  # way -> seconds a step waits for it
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What one device of one node does, and what that is predicted to cost."""
+
+    node: str
+    device: str  # its name
+    torch_device: str  # "cpu" or "cuda"
+    memory_usable_bytes: float | None
+    threads: int
+    techniques: Techniques
+    memory: MemoryEstimate
+    time: TimeEstimate
+    share: float  # of each step's samples
+    kind: Kind = "cpu"  # whose device it is
+    uuid: str | None = None  # of the GPU; None = its driver tells none
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """Another way the planner looked at: what it would cost, and why it was not taken."""
+
+    what: str
+    total_s: float
+    peak_bytes: float
+    quality: float | None
+    why_not: str
+    on_front: bool  # nothing beats it in time, memory and expected quality at once
+
+
+@dataclass(frozen=True)
+class InBank:
+    """An adapter that was trained before, for this model and on this very data: a plan without any computing."""
+
+    name: str
+    path: str  # its folder
+    held_out_loss: tuple[float | None, float | None]  # before and after its training
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a job will run: nothing in it is `auto`.  Written to plan.json; its hash goes into every checkpoint."""
+
+    method: dict[str, Any]  # {"type": name, knob: value ...}
+    nodes: tuple[NodePlan, ...]  # one for each device that trains, the fastest first
+    sync: Sync
+    sync_s: float  # of each step, waiting for the network
+    step_s: float
+    tokens_per_s: float
+    price: Price
+    calibration: float  # what earlier runs on the first device multiplied the predicted times by
+    is_guess: bool  # a figure of a machine was unknown and a typical one stood in
+    quality_prior: dict[str, Any] | None
+    num_trainable_parameters: int
+    flops_per_token: float
+    checkpoint_bytes: float
+    global_batch_size: int  # samples
+    local_batch_size: int | None  # samples of a local step; None = every step is everybody's
+    num_steps: int
+    save_steps: int
+    eval_steps: int | None
+    load_best_model_at_end: bool
+    max_new_tokens: int
+    metrics: tuple[str, ...]
+    reasons: dict[str, str]  # key of the job file -> why it was resolved so
+    alternatives: tuple[Alternative, ...] = ()
+    rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
+    left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it does not train, and what then
+    helper: NodePlan | None = None  # a node that is left out: it measures the untuned model while the others train
+    in_bank: tuple[InBank, ...] = ()
+    version: int = VERSION
+
+    @property
+    def techniques(self) -> Techniques:
+        """Those of the first device; the only ones where all devices are alike."""
+        return self.nodes[0].techniques
+
+    def part_of(self, node: str, slot: int) -> NodePlan:
+        """What the `slot`-th worker on a node does; on a single unnamed machine, that machine's."""
+        parts = [part for part in self.nodes if part.node == node or not node]
+        if slot >= len(parts):
+            raise RunFailed(f"the plan has {len(parts)} workers for {node or 'this machine'}, and this is one more")
+        return parts[slot]
+
+    @property
+    def backend(self) -> str:
+        """How workers talk: nccl among GPUs of one maker (RCCL answers to that name), gloo where they differ or one
+        has none.  A worker alone talks to nobody."""
+        kinds = {part.kind for part in self.nodes}
+        return "nccl" if len(self.nodes) > 1 and len(kinds) == 1 and "cpu" not in kinds else "gloo"
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        return self.nodes[0].memory
+
+    @property
+    def device(self) -> str:
+        return self.nodes[0].torch_device
+
+    @property
+    def num_workers(self) -> int:
+        return len(self.nodes)
+
+    @property
+    def threads_per_worker(self) -> int:
+        return self.nodes[0].threads
+
+    @property
+    def optim(self) -> str:
+        return self.techniques.optim
+
+    @property
+    def total_s(self) -> float:
+        """Of the training itself, without start and evaluation."""
+        return self.step_s * self.num_steps
+
+    def build_method(self) -> Method:
+        """The method's dataclass with the knobs of this plan."""
+        return METHODS[self.method["type"]](**{key: value for key, value in self.method.items() if key != "type"})
+
+    @property
+    def hash(self) -> str:
+        """What decides the numbers of a run: two plans with one hash give bit-equal losses on one machine."""
+        deciding = {
+            "version": self.version,
+            "method": self.method,
+            "nodes": [
+                (part.node, part.device, part.share, part.threads, asdict(part.techniques)) for part in self.nodes
+            ],
+            "sync": (self.sync.dtype, self.local_batch_size),
+            "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
+        }
+        return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_json(self) -> str:
+        return json.dumps({**asdict(self), "total_s": self.total_s, "hash": self.hash}, indent=1)
+
+    @classmethod
+    def from_json(cls, text: str, label: str = "plan.json") -> Plan:
+        """Read plan.json.  Raises JobError with file and fault: another version, a wrong type, an edited plan."""
+        try:
+            values = load_json(text, label)
+            if isinstance(values, dict) and values.get("version") != VERSION:
+                raise JobError(
+                    f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
+                    " submit the job anew"
+                )
+            plan = record(cls, values, label)
+            plan.build_method()
+        except BadInput as error:
+            raise JobError(str(error)) from None
+        except (KeyError, TypeError, ValueError) as error:
+            raise JobError(f"{label}: method: {printable(str(error))}") from None
+        if not plan.nodes:
+            raise JobError(f"{label}: nodes is empty")
+        if (written := values.get("hash")) is not None and written != plan.hash:
+            raise JobError(f"{label}: was edited: its values have the hash {plan.hash}, and it says {written}")
+        return plan
+
+
+def settings_of(plan: Plan) -> dict[str, Any]:
+    """The resolved values by job-file key, for printing and tracking."""
+    techniques = plan.techniques
+    return {
+        "method.type": plan.method["type"],
+        "cluster.num_workers": plan.num_workers,
+        "model.dtype": techniques.dtype,
+        "model.attn_implementation": techniques.attn_implementation,
+        "data.packing": techniques.packing,
+        "data.max_length": techniques.max_length,
+        "train.global_batch_size": plan.global_batch_size,
+        "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
+        "train.gradient_checkpointing": techniques.gradient_checkpointing,
+        "train.loss_type": techniques.loss_type,
+        "train.optim": plan.optim,
+        "strategy.offload": techniques.offload,
+        "checkpoint.save_steps": plan.save_steps,
+        "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
+        "eval.eval_steps": plan.eval_steps,
+        "eval.max_new_tokens": plan.max_new_tokens,
+        "eval.metrics": list(plan.metrics),
+    }
+
+
+def in_bank_sentence(found: Sequence[InBank]) -> str:
+    """What spares the whole run."""
+    names = []
+    for one in found:
+        before, after = one.held_out_loss
+        losses = f", held-out loss {before:.3f} -> {after:.3f}" if before is not None and after is not None else ""
+        names.append(f"{one.name} ({one.path}{losses})")
+    return f"already in the bank, trained on this very data, so nothing need be computed: {'; '.join(names)}"
+
+
+def summary(plan: Plan) -> str:
+    """The plan in one sentence."""
+    where = ", ".join(dict.fromkeys(f"{part.device} ({part.node})" for part in plan.nodes))
+    return f"{plan.method['type']} on {where}: {format_s(plan.total_s)}, {plan.tokens_per_s:.0f} tokens/s"

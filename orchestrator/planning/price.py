@@ -1,0 +1,84 @@
+"""What a plan costs: the machines' hours and the electricity.  Unknown prices stay unknown."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from clusters.capability import ClusterCapability, NodeCapability
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Candidate
+
+_REST_OF_MACHINE_W = 80.0  # board, memory, fans, supply: where only the GPU's own draw is known
+
+
+@dataclass(frozen=True)
+class Price:
+    """Money in `currency`; None where a machine's price or draw is unknown."""
+
+    currency: str
+    machines: float | None  # rent, or purchase written off over its hours
+    electricity: float | None
+    energy_wh: float | None
+
+    @property
+    def total(self) -> float | None:
+        """The sum of what is known; None where nothing is."""
+        known = [part for part in (self.machines, self.electricity) if part is not None]
+        return sum(known) if known else None
+
+
+def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
+    """The machines with the prices and draws that the job states; what a hardware file declared stays where it is."""
+    prices = spec.cost.nodes
+    if not prices:
+        return cluster
+
+    def one(node: NodeCapability) -> NodeCapability:
+        said = prices.get(node.name) or prices.get("*")
+        if said is None:
+            return node
+        return replace(
+            node,
+            purchase_price=said.purchase or node.purchase_price,
+            years=said.years if said.purchase else node.years,
+            price_per_hour=said.per_hour or node.price_per_hour,
+            idle_w=said.idle_w if said.idle_w is not None else node.idle_w,
+            load_w=said.load_w or node.load_w,
+        )
+
+    return replace(cluster, nodes=tuple(map(one, cluster.nodes)))
+
+
+def price_of(spec: JobSpec, candidate: Candidate) -> Price:
+    """Hours x (rent or write-off) and watt-hours x tariff, over the nodes that take part."""
+    hours = candidate.total_s / 3600
+    rates = [_per_hour(spec, node) for node in candidate.nodes]
+    rented = [node.price_per_hour is not None for node in candidate.nodes]
+    watts = [_watts(spec, node, candidate) for node in candidate.nodes]
+    energy_wh = None if None in watts else hours * sum(w for w in watts if w is not None)
+    own = [w for w, is_rented in zip(watts, rented, strict=True) if not is_rented]
+    own_wh = None if None in own else hours * sum(w for w in own if w is not None)
+    return Price(
+        currency=spec.cost.currency,
+        machines=None if None in rates else hours * sum(rate for rate in rates if rate is not None),
+        electricity=None if own_wh is None else own_wh / 1000 * spec.cost.electricity_per_kwh,
+        energy_wh=energy_wh,
+    )
+
+
+def _per_hour(spec: JobSpec, node: NodeCapability) -> float | None:
+    if node.price_per_hour is not None:
+        return node.price_per_hour
+    if node.purchase_price is None:
+        return None
+    return node.purchase_price / ((node.years or 3.0) * spec.cost.hours_per_year)
+
+
+def _watts(spec: JobSpec, node: NodeCapability, candidate: Candidate) -> float | None:
+    """Draw of a machine under load: declared, else its devices' and a typical rest."""
+    if node.load_w is not None:
+        return node.load_w
+    used = [part.slot.device.power_w for part in candidate.placed if part.slot.node.name == node.name]
+    if used and all(watt is not None for watt in used):
+        return sum(watt for watt in used if watt is not None) + (node.idle_w or _REST_OF_MACHINE_W)
+    return spec.cost.power_w

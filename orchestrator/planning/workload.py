@@ -1,0 +1,196 @@
+"""JobSpec + the model's config.json + counts of the data -> Workload."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from orchestrator.data.order import Order
+from orchestrator.data.packing import micro_batches, padded_tokens
+from orchestrator.errors import JobError
+from orchestrator.job.spec import JobSpec
+from strategies.contract import Workload
+from strategies.shape import ModelShape, UnknownArchitecture, longest_sequence, stored_quantised
+
+
+def model_shape(config: dict[str, Any]) -> ModelShape:
+    """The sizes in a config.json.  Raises JobError for a model that is not a decoder-only transformer."""
+    if config.get("is_encoder_decoder") is True:
+        raise JobError(
+            "model.model_name_or_path: this is an encoder-decoder model; decoder-only language models are tuned here"
+        )
+    more = isinstance(config.get("text_config"), dict)
+    way = ". It is of a model that reads more than text (text_config): give its text-only model" if more else ""
+    try:
+        if stored := stored_quantised(config):
+            raise JobError(
+                f"model.model_name_or_path: its weights are stored quantised ({stored}, by its config.json), and such"
+                " a model is not trained here. Give the model it was made from; method: {type: qlora} quantises that"
+                " one while it is loaded"
+            )
+        return ModelShape.from_config(config)
+    except UnknownArchitecture as error:
+        raise JobError(f"model.model_name_or_path: {error}{way}") from None
+    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
+        raise JobError(
+            f"model.model_name_or_path: config.json does not describe a decoder-only language model: {error}{way}"
+        ) from None
+
+
+def max_positions(config: dict[str, Any]) -> int | None:
+    """The longest sequence that a model has positions for; None where config.json does not say.  Raises JobError."""
+    try:
+        return longest_sequence(config)
+    except ValueError as error:
+        raise JobError(f"model.model_name_or_path: config.json does not describe a model: {error}") from None
+
+
+def trainable_shape(config: dict[str, Any]) -> ModelShape:
+    """The sizes of a model that can be trained here.  Raises JobError, also for an encoder, which is only planned."""
+    shape = model_shape(config)
+    if shape.family.encoder:
+        raise JobError(
+            f"model.model_name_or_path: {shape.model_type} is an encoder; it can be planned, not trained here"
+        )
+    return shape
+
+
+def describe(
+    spec: JobSpec, shape: ModelShape, lengths: list[int], num_supervised_tokens: int, num_workers: int
+) -> tuple[Workload, Order, str | None]:
+    """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
+    train = spec.train
+    global_batch_size, reason = _global_batch_size(spec, len(lengths), num_workers)
+    global_batch_size *= spec.strategy.local_steps or 1  # all of them are one step as the run counts
+    order = Order(len(lengths), global_batch_size, train.seed, train.num_train_epochs, train.max_steps)
+    per_epoch, rest = divmod(order.num_steps, order.steps_per_epoch)
+    workload = Workload(
+        shape=shape,
+        mean_square_length=sum(length * length for length in lengths) / len(lengths),
+        fullest_step_tokens=sum(sorted(lengths)[-global_batch_size:]),
+        padded_ratio=_padded_ratios(lengths, global_batch_size),
+        num_samples=len(lengths),
+        num_tokens=sum(lengths),
+        num_supervised_tokens=num_supervised_tokens,
+        longest_sample=max(lengths),
+        global_batch_size=global_batch_size,
+        num_steps=order.num_steps,
+        clips=train.max_grad_norm > 0,
+        num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
+    )
+    return workload, order, reason
+
+
+def _padded_ratios(lengths: list[int], global_batch_size: int) -> dict[int, float]:
+    """Processed over real tokens for each number of rows in a micro-batch, on the first steps of the data."""
+    steps = [lengths[start : start + global_batch_size] for start in range(0, len(lengths), global_batch_size)][:64]
+    real = sum(map(sum, steps))
+    ratios, rows = {}, 1
+    while rows <= global_batch_size:
+        padded = sum(padded_tokens(step, micro_batches(step, rows, 0, False), False) for step in steps)
+        ratios[rows] = padded / real
+        rows *= 2
+    return ratios
+
+
+_ROWS_OF_TRANSFORMERS = 8  # its default of per_device_train_batch_size
+_OPEN_SIZE = 16
+
+
+def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tuple[int, str | None]:
+    """Samples a step and why, where the job does not state them itself.
+
+    As in transformers rows x accumulation x workers is the step, whatever parts the workers then take of it; of the
+    two keys the one that is not stated is transformers' default.  Raises JobError for keys that contradict each other.
+    """
+    train = spec.train
+    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    if isinstance(train.global_batch_size, int):
+        _check_parts(train.global_batch_size, rows, steps, num_workers)
+        return train.global_batch_size, None
+    if rows == "auto" and steps == "auto":
+        size = max(1, min(_OPEN_SIZE, num_samples // 8))
+        few = "the data has few rows: at least 8 steps an epoch"
+        return size, "16 samples a step suit most adapters" if size == _OPEN_SIZE else few
+    a_device = rows if isinstance(rows, int) else _ROWS_OF_TRANSFORMERS
+    micro_batches = steps if isinstance(steps, int) else 1
+    product = a_device * micro_batches * num_workers
+    reason = (
+        f"per_device_train_batch_size {a_device} x gradient_accumulation_steps {micro_batches} x workers {num_workers}"
+    )
+    if rows == "auto":
+        reason += ", 8 rows a device where none are stated, as in transformers"
+    if product > num_samples:
+        return num_samples, f"{reason} is {product}, and the data has {num_samples} rows: each epoch is one step of all"
+    return product, reason
+
+
+def _check_parts(size: int, rows: int | str, steps: int | str, num_workers: int) -> None:
+    """Raises JobError where stated parts of a step do not make the stated step."""
+    if isinstance(rows, int) and isinstance(steps, int):
+        if rows * steps * num_workers != size:
+            raise JobError(
+                f"train.global_batch_size is {size}, but per_device_train_batch_size {rows} x"
+                f" gradient_accumulation_steps {steps} x {num_workers} workers is {rows * steps * num_workers}; leave"
+                " one of them auto"
+            )
+        return
+    for key, part in (("per_device_train_batch_size", rows), ("gradient_accumulation_steps", steps)):
+        if isinstance(part, int) and part > size:
+            raise JobError(
+                f"train.{key} is {part}, more than train.global_batch_size, which is {size}; leave one of them auto"
+            )
+
+
+def check_batch(spec: JobSpec, num_slots: int | None) -> None:
+    """Raises JobError for parts of a step that make the stated step with no number of workers.
+
+    `num_slots` is how many there can be, None where that is not known.
+    """
+    size = spec.train.global_batch_size
+    if isinstance(size, int):
+        rows, steps = spec.train.per_device_train_batch_size, spec.train.gradient_accumulation_steps
+        _check_parts(size, rows, steps, workers_of_the_batch(spec, num_slots or size) or num_slots or 1)
+
+
+def grows_with_workers(spec: JobSpec) -> bool:
+    """Whether the samples a step are stated as so many a worker."""
+    train = spec.train
+    parts = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    return train.global_batch_size == "auto" and any(isinstance(part, int) for part in parts)
+
+
+def workers_of_the_batch(spec: JobSpec, num_slots: int) -> int | None:
+    """How many workers the stated batch keys fix together; None where they leave that open."""
+    train = spec.train
+    parts = (train.global_batch_size, train.per_device_train_batch_size, train.gradient_accumulation_steps)
+    if not all(isinstance(part, int) for part in parts):
+        return None
+    size, rows, steps = parts
+    workers, rest = divmod(size, rows * steps)  # type: ignore[operator]
+    return workers if not rest and 1 <= workers <= num_slots else None
+
+
+def step_mistakes(spec: JobSpec, num_steps: int | None = None) -> list[str]:
+    """What is wrong with the number of steps, which is `num_steps` where it is known already."""
+    train = spec.train
+    if train.max_steps == 0:
+        return ["train.max_steps is 0: nothing would be trained; leave it out (-1) to train by num_train_epochs"]
+    steps = num_steps or (train.max_steps if train.max_steps > 0 else None)
+    if steps is not None and train.warmup_steps > steps:
+        return [
+            f"train.warmup_steps is {train.warmup_steps}, more than the {steps} steps of the training: the learning"
+            f" rate would never get beyond {steps / train.warmup_steps:.0%} of train.learning_rate; lower it, or use"
+            " train.warmup_ratio"
+        ]
+    return []
+
+
+def step_notices(spec: JobSpec) -> list[str]:
+    """What is worth saying of the number of steps."""
+    train = spec.train
+    if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
+        return [
+            f"train.max_steps: {train.max_steps} decides, as in transformers; train.num_train_epochs:"
+            f" {train.num_train_epochs:g} is not used"
+        ]
+    return []

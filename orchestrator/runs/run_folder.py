@@ -1,0 +1,300 @@
+"""The files of one run: their names, and how they are read and written.
+
+runs/<run_id>/
+  recorded.json      what it was begun with: the text of the files marked *, and digests of the model's files
+  job.yaml *         the job as submitted        origin.json *     folder its relative paths start from
+  capability.json *  the machines                plan.json *       every `auto` resolved, with reasons
+  data.json *        the tokenised samples       events.jsonl      what happened, one JSON object a line
+  result.json *      quality before and after    ending.json       what of the end is done: card, bank, tracking
+  rejected.jsonl     rows skipped under data.strict: false
+  checkpoints/  adapter/ (or model/)  logs/      stop, replan      ask a running job to save, and end or plan again
+
+A folder is a run by its recorded.json, which is written first and at once; whoever writes it holds it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Self
+
+from clusters.capability import ClusterCapability
+from clusters.safe.masking import masked_values
+from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable
+from orchestrator.errors import JobError
+from orchestrator.planning.plan import Plan
+from orchestrator.runs import events, locks
+from orchestrator.runs import json_files as files
+from orchestrator.runs import record as recorded
+from orchestrator.runs.recorded_folder import Folder
+
+_LEFTOVERS = ("logs", "package")  # of a start that was killed, beside hidden files
+
+
+class RunFolder(Folder):
+    """One run on disk.  Only rank 0 and the driver write events, each line in one write."""
+
+    kind = "run"
+    document = "job.yaml"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    @property
+    def stop_file(self) -> Path:
+        return self.path / "stop"
+
+    @property
+    def replan_file(self) -> Path:
+        return self.path / "replan"
+
+    def exported(self) -> Path | None:
+        """What the run hands back, once it is there."""
+        return next((self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()), None)
+
+    # Beginning and finding.
+
+    @property
+    def is_begun(self) -> bool:
+        """Whether this program began a run here; a folder with a job file of one's own is none."""
+        if _is_file(self.path / recorded.NAME):
+            with contextlib.suppress(JobError):
+                found = recorded.read(self.path)
+                return found is not None and found.kind == self.kind
+            is_search = _is_file(self.path / "search.yaml")  # the record is damaged
+            return is_search == (self.kind == "search")
+        return _is_file(self.path / self.document) and _is_file(self.path / "origin.json")  # an older version's
+
+    @classmethod
+    @contextlib.contextmanager
+    def take(cls, output_dir: Path, name: str, run_id: str | None = None) -> Iterator[Self]:
+        """Hold a folder named after the job and the moment, or as `run_id` says, inside the block.
+
+        It is new, or nothing was begun in it, or `is_begun`: somebody was faster.  Raises JobError where another
+        process holds it, or where it holds files that are no run's.
+        """
+        if run_id:
+            cls.check_free(output_dir, run_id)
+        run = cls(_made(output_dir, name, run_id))
+        with run.lock():
+            run._must_be_free()  # still, now that nobody else can begin it
+            run.logs.mkdir(exist_ok=True)
+            yield run
+
+    @classmethod
+    def create(cls, output_dir: Path, name: str, run_id: str | None = None) -> Self:
+        """A new folder that nobody holds; whoever writes into it takes it again."""
+        with cls.take(output_dir, name, run_id) as run:
+            return run
+
+    @classmethod
+    def check_free(cls, output_dir: Path, run_id: str) -> None:
+        """Raises JobError for a name that no new run can have, or under which files of one's own lie."""
+        if mistake := name_mistake(run_id):
+            raise JobError(f"--run-id {mistake}")
+        cls(output_dir / run_id)._must_be_free()
+
+    def _must_be_free(self) -> None:
+        """Raises JobError where a folder that is no run holds what a start that was killed does not leave."""
+        if self.is_begun or not self.path.is_dir():
+            return
+        listed = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
+        if foreign := [name for name in listed if name not in _LEFTOVERS]:
+            raise JobError(
+                f"{self.path} holds files that are no {self.kind}'s ({recorded.few(foreign)}): nothing is written"
+                " there. Choose another name"
+            )
+
+    @classmethod
+    def find(cls, name: str, output_dir: Path) -> Self:
+        """A run by path, by id, by the start of its id when that is unambiguous, or `latest`."""
+        if found := cls.at(name) or cls.at(name, output_dir):
+            return found
+        runs = cls.all(output_dir)
+        if name == "latest" and runs:
+            return runs[-1]
+        matching = [run for run in runs if run.run_id.startswith(name)]
+        if len(matching) == 1:
+            return matching[0]
+        if matching:
+            raise JobError(
+                f"{name}: {len(matching)} runs in {output_dir} start so: {', '.join(r.run_id for r in matching[:5])}"
+            )
+        known = ", ".join(run.run_id for run in runs[-5:]) or "none yet"
+        raise JobError(
+            f"{printable(name)}: no such run in {output_dir}. Runs there: {known}. --runs names another folder"
+        )
+
+    @classmethod
+    def at(cls, path: str | Path, folder: Path = Path()) -> Self | None:
+        """The run in a folder, None where there is none.  Raises JobError for what can be no path."""
+        try:
+            found = cls(checked_path(path, checked_path(folder)))
+            return found if kind_of(found.path) == "folder" and found.is_begun else None
+        except BadInput as error:
+            raise JobError(f"run {error}") from None
+
+    @classmethod
+    def all(cls, output_dir: Path) -> list[Self]:
+        """Every run in a folder, oldest first."""
+        output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
+        if not output_dir.is_dir():
+            return []
+        try:
+            listed = list(output_dir.iterdir())
+        except OSError as error:
+            raise JobError(f"{output_dir} cannot be read: {error.strerror}") from None
+        runs = []
+        for path in listed:
+            with contextlib.suppress(JobError):  # a loop of links is no run
+                runs += [run] if (run := cls.at(path)) else []
+        return sorted(runs, key=lambda run: (run._began_ns(), run.run_id))
+
+    def _began_ns(self) -> int:
+        for name in (self.document, recorded.NAME):  # the record is written again
+            with contextlib.suppress(OSError):
+                return (self.path / name).stat().st_mtime_ns
+        return 0
+
+    # Files that decide the run: read as they were recorded.
+
+    def plan(self) -> Plan:
+        """Raises JobError."""
+        return Plan.from_json(self._needed("plan.json"), str(self.path / "plan.json"))
+
+    def capability(self) -> ClusterCapability:
+        """The machines; none where none were looked at.  Raises JobError."""
+        text = self._text("capability.json")
+        return files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
+
+    def data(self) -> dict[str, Any]:
+        """Where model and samples lie (files.DataFiles).  Raises JobError."""
+        return files.parse(files.DataFiles, self._needed("data.json"), str(self.path / "data.json"))
+
+    def result(self) -> dict[str, Any] | None:
+        """What the run came to (files.Result), None while it has no result.  Raises JobError."""
+        text = self._text("result.json")
+        return None if text is None else files.parse(files.Result, text, str(self.path / "result.json"))
+
+    def before(self) -> dict[str, Any] | None:
+        """What a machine that does not train measured of the untuned model (files.Quality).  Raises JobError."""
+        text = self._text("before.json")
+        return None if text is None else files.parse(files.Quality, text, str(self.path / "before.json"))
+
+    def readers(self) -> list[Callable[[], Any]]:
+        """A call for each file that must be readable: a run that was sent elsewhere has not all of them here."""
+        here = {"plan.json": self.plan, "data.json": self.data}
+        there = [read for name, read in here.items() if os.path.lexists(self.path / name)]
+        return [self.job, self.capability, self.result, *there]
+
+    # Other files.
+
+    def record(self, event: str, **fields: Any) -> None:
+        """Append an event without passwords; `time` is seconds since the epoch.  Raises RunFailed: the disk is full."""
+        self.append("events.jsonl", {"event": event, "time": round(time.time(), 3), **masked_values(fields)})
+
+    def append(self, name: str, values: Mapping[str, Any]) -> None:
+        """Append one JSON object as a line, in one write.  Raises RunFailed where the disk is full."""
+        try:
+            with (self.path / name).open("ab+") as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(max(0, size - 1))
+                is_cut = size > 0 and stream.read(1) != b"\n"  # by a power loss: what follows is a line of its own
+                stream.write((b"\n" if is_cut else b"") + json.dumps(values).encode() + b"\n")
+        except OSError as error:
+            raise self._cannot_write(name, error) from error
+
+    def events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+        """Complete events from a byte offset on, and the offset after them."""
+        content = self._event_bytes(offset)
+        return events.parse_lines(content), offset + content.rfind(b"\n") + 1
+
+    def event_faults(self) -> list[str]:
+        """What is wrong with damaged lines of events.jsonl, as `line N: ...`."""
+        return events.faults(self._event_bytes())
+
+    def _event_bytes(self, offset: int = 0) -> bytes:
+        file = self.path / "events.jsonl"
+        try:
+            if kind_of(file) is None:
+                return b""
+            with open_regular(file) as stream:
+                stream.seek(offset)
+                return stream.read()
+        except (OSError, BadInput) as error:
+            raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+    def steps(self) -> dict[int, dict[str, Any]]:
+        """The last report of each step; a resumed run reports some steps twice."""
+        return {event["step"]: event for event in self.events()[0] if event["event"] == "step"}
+
+    # State.
+
+    def state(self) -> str:
+        """running | finished | stopped | failed | interrupted (the driver died)."""
+        if self.is_locked():
+            return "running"
+        state = self.state_by_events()
+        return state if state != "running" else "interrupted"
+
+    def state_by_events(self) -> str:
+        """The last state written down; a driver that died has written none."""
+        states = [event["state"] for event in self.events()[0] if event["event"] == "state"]
+        return states[-1] if states else "interrupted"
+
+    @contextlib.contextmanager
+    def lock(self) -> Iterator[None]:
+        """Held by the driver while a run is alive; the kernel lets go of it however the driver ends."""
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(locks.hold(self.path))
+            except locks.Held as holder:
+                raise JobError(
+                    f"{self.run_id} is running ({holder}); `orchestrator stop {self.run_id}` stops it first"
+                ) from None
+            except OSError as error:
+                raise JobError(f"{self.path} cannot be written: {error.strerror}") from None
+            yield
+
+    def is_locked(self) -> bool:
+        """Whether a driver is alive; asking takes nothing from it."""
+        return locks.is_held(self.path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return kind_of(path) == "file"
+    except BadInput:  # what cannot be looked into
+        return False
+
+
+def _made(output_dir: Path, name: str, run_id: str | None) -> Path:
+    """A folder for a new run; with `run_id` it may be there."""
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    names = [run_id] if run_id else [f"{name}-{stamp}{end}" for end in ("", *(f"-{n}" for n in range(2, 100)))]
+    for path in (output_dir / name for name in names):
+        try:
+            path.mkdir(parents=True, exist_ok=run_id is not None)
+        except FileExistsError:
+            if run_id:
+                raise JobError(f"{path} is a file; choose another name") from None
+            continue
+        except OSError as error:
+            raise JobError(f"checkpoint.output_dir: {output_dir} cannot be written: {error.strerror}") from None
+        return path
+    raise JobError(f"checkpoint.output_dir: {output_dir} holds a hundred runs of this second")
+
+
+def utc(seconds: float) -> str:
+    """Seconds since the epoch as local time to the second."""
+    return datetime.fromtimestamp(seconds, UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")

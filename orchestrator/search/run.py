@@ -1,0 +1,345 @@
+"""The whole path of a search: predict every combination, try few of them, recommend one.
+
+job -> space -> advice (what cannot run, what cannot win, where to start) -> trials -> recommended.yaml
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+
+from clusters.capability import NodeCapability
+from clusters.ray.connect import CannotConnect, connect
+from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed
+from orchestrator.job.job_file import Job, value_of
+from orchestrator.lifecycle import calibration
+from orchestrator.lifecycle.run import InBackground, Ready, output_dir, prepare
+from orchestrator.planning import planner
+from orchestrator.planning import price as money
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.search_folder import SearchFolder, Trial
+from orchestrator.search.advice import Advised, Planning, advise, by_kind, told
+from orchestrator.search.conclusion import conclude
+from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
+from orchestrator.search.recommend import outcomes, recommend
+from orchestrator.search.sampler import Sampler
+from orchestrator.search.space import Point, Space, canonical, space_of
+from orchestrator.training.workers.gpu_locks import one_each
+from orchestrator.views.search import Watching, advised_text, common
+from strategies.step import host_memory, thread_waits
+
+_POLL_S = 0.2
+
+
+@dataclass
+class _Search:
+    """A search in progress: what it knows, and the questions Tune asks of it."""
+
+    folder: SearchFolder
+    job: Job
+    planning: Planning
+    space: Space
+    nodes: Sequence[NodeCapability]
+    watching: Watching
+    sampler: Sampler | None
+    named: list[tuple[str, Point]]  # a study's list, in place of a sampler
+    stopped: bool = False
+
+    def __post_init__(self) -> None:
+        self.done = self.folder.trials()
+        self.next_number = max((trial.number for trial in self.done), default=0) + 1
+        self.began = time.monotonic()
+        self.running: dict[int, tuple[Point, str, float]] = {}
+        tried = {trial.name for trial in self.done}
+        self.named = [(name, point) for name, point in self.named if name not in tried]
+        for trial in self.done:
+            self._learn(trial)
+
+    def next_trial(self) -> tuple[int, Point, Mapping[str, Sequence[Plan]]] | None:
+        """The next point that some node can run, with its plans there, one for each kind of its devices."""
+        while self.sampler is None or len(self.done) + len(self.running) < self.job.spec.search.budget.trials:
+            name, point = self._next_point()
+            if point is None:
+                return None
+            number, self.next_number = self.next_number, self.next_number + 1
+            plans, reason = self._plans(point)
+            self.running[number] = (point, name, time.monotonic())
+            if plans:
+                return number, point, plans
+            self._ended(Trial(number, point, "failed", reason=reason, name=name))
+        return None
+
+    def _next_point(self) -> tuple[str, Point | None]:
+        if self.sampler is not None:
+            point = self.sampler.ask()
+            return "", None if point is None else canonical(point)
+        return self.named.pop(0) if self.named else ("", None)
+
+    def _plans(self, point: Point) -> tuple[dict[str, list[Plan]], str]:
+        plans: dict[str, list[Plan]] = {}
+        reason = "no machine may take trials"
+        for node in itertools.chain.from_iterable(map(by_kind, self.nodes)):
+            try:
+                plan = self.planning.trial(point, node)
+            except (JobError, NothingFits) as error:
+                reason = str(error).splitlines()[0]
+            else:
+                plans.setdefault(node.name, []).append(plan)
+        return plans, reason
+
+    def ended(self, trial: Trial) -> None:
+        """A trial came to its end, in Tune; one that was cut off by a user's stop is left for `resume`."""
+        point, name, _ = self.running[trial.number]
+        if self.stopped and trial.status == "stopped":
+            self.running.pop(trial.number)
+            return
+        self._ended(Trial(**{**asdict(trial), "point": point, "name": name, "curve": trial.curve}))
+
+    def failed(self, number: int, reason: str) -> None:
+        """A trial's process died or Tune could not start it."""
+        point, name, began = self.running[number]
+        seconds = round(time.monotonic() - began, 3)
+        self._ended(Trial(number, point, "failed", reason=reason, name=name, seconds=seconds))
+
+    def started(self, number: int) -> None:
+        point, name, _ = self.running[number]
+        self.running[number] = (point, name, time.monotonic())
+
+    def enough(self) -> bool:
+        """Whether the budget is spent or somebody asked to stop."""
+        budget = self.job.spec.search.budget
+        minutes = (time.monotonic() - self.began) / 60
+        over_time = budget.minutes is not None and minutes >= budget.minutes
+        return self.stopped or over_time or (budget.node_hours is not None and self.node_hours >= budget.node_hours)
+
+    @property
+    def node_hours(self) -> float:
+        now = time.monotonic()
+        return (sum(t.seconds for t in self.done) + sum(now - began for _, _, began in self.running.values())) / 3600
+
+    def _ended(self, trial: Trial) -> None:
+        self.running.pop(trial.number, None)
+        self.done.append(trial)
+        self.folder.add(trial)
+        self._learn(trial)
+        self.watching.ended(trial, common([t for t in self.done if not t.name]), self._progress())
+
+    def _learn(self, trial: Trial) -> None:
+        if self.sampler is None:
+            return
+        outcome = next(iter(outcomes([trial], self.planning.real, self.job.spec.search.metric)), None)
+        if outcome is None:
+            self.sampler.tell(trial.point, None)
+            return
+        priced = [] if outcome.cost is None else [outcome.cost]
+        self.sampler.tell(trial.point, [*outcome.costs, *priced])
+        assert trial.step_s and trial.predicted_step_s and trial.tensors_bytes and trial.predicted_tensors_bytes
+        self.sampler.learn(
+            trial.point,
+            (trial.step_s, trial.predicted_step_s),
+            (trial.tensors_bytes, trial.predicted_tensors_bytes),
+        )
+
+    def _progress(self) -> str:
+        """Best so far, what is left of the budget, and when that will be over."""
+        budget, spec = self.job.spec.search.budget, self.job.spec
+        found = outcomes(self.done, self.planning.real, spec.search.metric)
+        best, _ = recommend(spec, found)
+        left = len(self.named) if self.sampler is None else max(0, budget.trials - len(self.done))
+        parts = [f"best so far: trial {best.trial.number}" if best else "none finished yet", f"{left} trials left"]
+        seconds = (time.monotonic() - self.began) / max(1, len(self.done)) * left
+        if budget.minutes is not None:
+            left_s = max(0.0, budget.minutes * 60 - (time.monotonic() - self.began))
+            seconds = min(seconds, left_s)
+            parts.append(f"{left_s / 60:.1f} of {budget.minutes:g} minutes left")
+        if budget.node_hours is not None:
+            parts.append(
+                f"{max(0.0, budget.node_hours - self.node_hours):.2f} of {budget.node_hours:g} node-hours left"
+            )
+        return ", ".join([*parts, f"about {seconds:.0f} s to go"])
+
+
+def search(
+    job: Job,
+    watching: Watching,
+    study: Callable[[Job], list[tuple[str, Point]]] | None = None,
+) -> SearchFolder:
+    """Search for the best combination within the job's budget.  Raises OrchestratorError.
+
+    `study` gives a list to go through instead.  What cannot be is said before anything is written.
+    """
+    asked, job = job, with_held_out_rows(job, watching.say)
+    ready = prepare(job, watching.say)
+    named = study(job) if study else []
+    # As they are known now: they stay so for the whole search.
+    capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    space = Space({}) if study else space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
+    files = files_of(job, ready, space, named, watching.say)
+    planning = planning_of(job, files, capability, _batch(ready))
+    nodes = nodes_of(job.spec, capability, ready.plan)
+    advised = None if study else _advised(planning, space, nodes, watching.say)
+    texts = {
+        "origin.json": json.dumps({"folder": str(job.folder)}),
+        "capability.json": json.dumps(capability.as_dict(), indent=1),
+        "data.json": json.dumps(files, indent=1),
+        "plan.json": ready.plan.to_json(),
+        "study.json": json.dumps(named),
+        **({"advice.json": json.dumps(told(space, advised), indent=1)} if advised else {}),
+        "asked.yaml": asked.text,
+        "search.yaml": job.text,
+    }
+    with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:
+        folder.begin(texts)
+        return _go_on(_Search(folder, job, planning, space, nodes, watching, _sampler(planning, space, advised), named))
+
+
+def _batch(ready: Ready) -> int:
+    return ready.plan.global_batch_size
+
+
+def predict(job: Job, say: Callable[[str], None]) -> tuple[Space, Advised]:
+    """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
+    job = with_held_out_rows(job, say)
+    ready = prepare(job, say)
+    capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    space = space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
+    files = files_of(job, ready, space, [], say)
+    return space, advise(planning_of(job, files, capability, _batch(ready)), space)
+
+
+def resume(folder: SearchFolder, watching: Watching) -> SearchFolder:
+    """Go on with a search that was stopped or killed, with what its trials taught."""
+    with folder.lock():
+        folder.restore(watching.say)
+        return _go_on(_as_left(folder, watching))
+
+
+def _as_left(folder: SearchFolder, watching: Watching) -> _Search:
+    """A search as its files tell of it."""
+    job = folder.job()
+    planning = planning_in(folder, job)
+    base = folder.plan()
+    named = [(name, point) for name, point in folder.study()]
+    slots = planner.slots_of(job.spec, planning.capability)
+    space = Space({}) if named else space_of(job.spec, slots, planning.global_batch_size)
+    nodes = nodes_of(job.spec, planning.capability, base)
+    advised = None if named else _advised(planning, space, nodes, watching.say)
+    sampler = None if named else _sampler(planning, space, advised)
+    return _Search(folder, job, planning, space, nodes, watching, sampler, named)
+
+
+def _go_on(going: _Search) -> SearchFolder:
+    """Try what is left; who calls it holds the folder."""
+    folder, job = going.folder, going.job
+    folder.stop_file.unlink(missing_ok=True)
+    folder.record("state", state="running", pid=os.getpid())
+    try:
+        _tune(going)
+    except OrchestratorError as error:
+        folder.record("state", state="failed", text=str(error))
+        raise
+    conclude(folder, job, going.planning)
+    folder.record("state", state="stopped" if going.stopped else "finished")
+    if going.stopped:
+        raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` goes on with the trials that are left")
+    return folder
+
+
+def _advised(
+    planning: Planning, space: Space, nodes: Sequence[NodeCapability], say: Callable[[str], None]
+) -> Advised | None:
+    """The plan's advice, for samplers that take it; and that the budget holds at least one trial."""
+    advised = None
+    if planning.spec.search.sampler == "planned":
+        say(f"planning {len(space)} combinations ...")
+        advised = advise(planning, space)
+        say(advised_text(space, advised))
+    check_budget(planning, nodes, space, advised)
+    return advised
+
+
+def _sampler(planning: Planning, space: Space, advised: Advised | None) -> Sampler | None:
+    spec = planning.spec
+    if not space.choices and not space.ranges:
+        return None
+    is_priced = all(node.purchase_price or node.price_per_hour or node.load_w for node in planning.capability.nodes)
+    objectives = ["time", "memory", "quality", *(["cost"] if is_priced or spec.cost.power_w else [])]
+    kind, prefer, seed = spec.search.sampler, spec.goal.prefer, spec.train.seed
+    return Sampler(space, advised, kind, prefer, objectives, partial(value_of, spec), seed)
+
+
+def _tune(going: _Search) -> None:
+    """Run the trials, pass Ctrl-C on, and wait for the end."""
+    from orchestrator.search.tuning import tune_trials
+
+    spec = going.job.spec
+    budget = len(going.named) if going.sampler is None else spec.search.budget.trials - len(going.done)
+    if budget <= 0:
+        return
+    address = spec.cluster.address
+    going.watching.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
+    names = {node.name for node in going.nodes}
+    places = [slot for slot in planner.slots_of(spec, going.planning.capability) if slot.node.name in names]
+    num_slots, threads = len(places), max(slot.threads for slot in places)
+    try:
+        gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
+        environment = host_memory.ENVIRONMENT | thread_waits.environment()
+        cards = [[gpu.uuid] for gpu in gpus if gpu.uuid]
+        with one_each(cards, going.watching.say, going.folder.stop_file.exists) as held:
+            if held is None:
+                going.stopped = True
+                return
+            with connect(address, num_slots, threads, environment, gpus) as cluster:
+                node_ids = _node_ids(address, names)
+
+                def run() -> None:
+                    tune_trials(
+                        going.folder.path,
+                        going,
+                        spec.search.scheduler if going.sampler is not None else "none",
+                        budget,
+                        spec.search.trial_steps,
+                        num_slots,
+                        cluster.slot_resources,
+                        node_ids,
+                    )
+
+                _wait(InBackground(run), going)
+    except CannotConnect as error:
+        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+def _wait(outcome: InBackground, going: _Search) -> None:
+    while True:
+        try:
+            if outcome.wait(_POLL_S):
+                break
+            going.stopped = going.stopped or going.folder.stop_file.exists()
+        except KeyboardInterrupt:
+            if going.stopped:
+                raise RunFailed(
+                    f"killed. `orchestrator resume {going.folder.run_id}` goes on with the trials that are left"
+                ) from None
+            going.stopped = True
+            going.watching.say("stopping with the next report of a trial (Ctrl-C again kills)")
+    if outcome.error is not None:
+        if isinstance(outcome.error, OrchestratorError):
+            raise outcome.error
+        raise RunFailed(
+            f"Ray Tune ended with {type(outcome.error).__name__}: {str(outcome.error).splitlines()[0]}. `orchestrator"
+            f" resume {going.folder.run_id}` goes on"
+        ) from outcome.error
+
+
+def _node_ids(address: str, names: set[str]) -> dict[str, str]:
+    """Ray's id of each node by the name the plan knows; empty where there is one machine."""
+    if address == "local":
+        return {}
+    from clusters.ray.nodes import present
+
+    return {name: node_id for name, node_id in present().items() if name in names}

@@ -1,0 +1,225 @@
+"""Which combination is tried next.
+
+`planned` draws from two streams, two of the first for one of the second: what is predicted to be best by the goal,
+every prediction corrected by what the trials so far taught; and the rest of the plan's Pareto front, then Optuna's own
+suggestions among what could still win.  `optuna` and `random` know nothing of the plan: they are what it is compared
+with.  Ranges, of which a plan knows nothing, are always Optuna's.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy
+import optuna
+
+from orchestrator.job.spec import LogUniform, RandInt
+from orchestrator.search.advice import Advice, Advised
+from orchestrator.search.space import Point, Range, Space, key_of
+
+optuna.logging.set_verbosity(optuna.logging.ERROR)
+
+_TRIES = 30  # of Optuna to name something new
+_RIDGE = 1.0  # of the corrections: as if each had been seen once to be 1
+_STREAMS = (0, 0, 1)  # 0 = the best predicted, 1 = the front and Optuna
+
+
+class Corrections:
+    """What trials teach about predictions: a factor for each value of each key, drawn towards 1 while seen seldom.
+
+    Ridge regression of log(measured / predicted) on the values of the points.
+    """
+
+    def __init__(self) -> None:
+        self._seen: list[tuple[Point, float]] = []
+        self._weights: dict[str, float] | None = None
+
+    def learn(self, point: Point, measured: float, predicted: float) -> None:
+        self._seen.append((point, math.log(measured / predicted)))
+        self._weights = None
+
+    def factor(self, point: Point) -> float:
+        """Measured over predicted, as far as it is known."""
+        if self._weights is None:
+            self._weights = self._solved()
+        return math.exp(sum(self._weights.get(name, 0.0) for name in _features(point)))
+
+    def _solved(self) -> dict[str, float]:
+        if not self._seen:
+            return {}
+        names = sorted({name for point, _ in self._seen for name in _features(point)})
+        place = {name: index for index, name in enumerate(names)}
+        rows = numpy.zeros((len(self._seen), len(names)))
+        for row, (point, _) in enumerate(self._seen):
+            for name in _features(point):
+                rows[row, place[name]] = 1.0
+        wanted = numpy.array([value for _, value in self._seen])
+        weights = numpy.linalg.solve(rows.T @ rows + _RIDGE * numpy.eye(len(names)), rows.T @ wanted)
+        return dict(zip(names, weights.tolist(), strict=True))
+
+
+def _features(point: Point) -> list[str]:
+    return ["any", *(f"{key}={value}" for key, value in point.items())]
+
+
+class Sampler:
+    """Names points to try, each once, and is told what came of them."""
+
+    def __init__(
+        self,
+        space: Space,
+        advised: Advised | None,
+        kind: str,
+        prefer: str,
+        objectives: Sequence[str],
+        defaults: Callable[[str], Any],
+        seed: int,
+    ) -> None:
+        """`advised` is None for samplers that know no plan; `defaults` gives the job's own value of a range's key."""
+        self.space, self.advised, self.prefer = space, advised, prefer
+        self.corrections = {"time": Corrections(), "memory": Corrections()}
+        self._objectives, self._defaults = objectives, defaults
+        directions: list[Any] = ["minimize"] * len(objectives)
+        self._study = optuna.create_study(directions=directions, sampler=_sampler(kind, seed))
+        self._distributions: dict[str, Any] = {
+            key: optuna.distributions.CategoricalDistribution(_encoded(values)) for key, values in space.choices.items()
+        }
+        self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
+        self._open: dict[str, optuna.trial.Trial] = {}
+        self._tried: set[str] = set()
+        self._turn, self._draw = 0, random.Random(seed)
+
+    def ask(self) -> Point | None:
+        """The next point; None where nothing is left."""
+        if self.advised is None:
+            return self._by_optuna(lambda point: True)
+        stream = _STREAMS[self._turn % len(_STREAMS)]
+        self._turn += 1
+        known = self.advised.by_key
+        point = None
+        if stream == 1:
+            front = next((a.point for a in self.advised.worth[: self.advised.num_front] if self._is_new(a.point)), None)
+            point = (
+                self._opened(front) if front else self._by_optuna(lambda point: key_of(self._choices(point)) in known)
+            )
+        if point is None:
+            left = [advice for advice in self.advised.worth if self._is_new(advice.point)]
+            point = self._opened(min(left, key=self._expected).point) if left else None
+        if point is None and self.space.ranges:  # every choice was tried once: other numbers
+            point = self._by_optuna(lambda point: key_of(self._choices(point)) in known)
+        return point
+
+    def tell(self, point: Point, values: Sequence[float] | None) -> None:
+        """What came of a point; None where it failed."""
+        self._tried.add(self._name(point))
+        asked = self._open.pop(self._name(point), None)
+        told = None if values is None else [float(value) for value in values]
+        state = optuna.trial.TrialState.FAIL if told is None else optuna.trial.TrialState.COMPLETE
+        if asked is not None:
+            self._study.tell(asked, told, state=state)
+        elif told is not None:  # of an earlier sitting
+            params = {key: _code(self.space, key, value) for key, value in self._filled(point).items()}
+            self._study.add_trial(
+                optuna.trial.create_trial(params=params, distributions=self._distributions, values=told)
+            )
+
+    def learn(self, point: Point, time_s: tuple[float, float], memory_bytes: tuple[float, float]) -> None:
+        """Measured and predicted of a trial, for the predictions of those that are left."""
+        self.corrections["time"].learn(point, *time_s)
+        self.corrections["memory"].learn(point, *memory_bytes)
+
+    def _expected(self, advice: Advice) -> tuple[float, ...]:
+        """What the goal wants least of, corrected."""
+        seconds = advice.plan.total_s * self.corrections["time"].factor(advice.point)
+        peak = advice.plan.memory.total_bytes * self.corrections["memory"].factor(advice.point)
+        if self.prefer == "memory":
+            return peak, seconds
+        return (-advice.score, seconds) if self.prefer == "quality" else (seconds, peak)
+
+    def _by_optuna(self, allowed: Callable[[Point], bool]) -> Point | None:
+        for _ in range(_TRIES):
+            asked = self._asked()
+            point = {key: _value(self.space, key, asked.params[key]) for key in self._distributions}
+            if allowed(point) and self._is_new(point):
+                self._open[self._name(point)] = asked
+                self._tried.add(self._name(point))
+                return point
+            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
+        # Sure of what it knows, it names that again and again: any other one then.
+        left = [point for point in self.space.points() if allowed(point) and self._is_new(point)]
+        return self._opened(self._draw.choice(left)) if left else None
+
+    def _opened(self, choices: Point) -> Point:
+        """A point of the plan's, as a trial that Optuna learns from; ranges at the job's own values."""
+        point = self._filled(choices)
+        self._study.enqueue_trial({key: _code(self.space, key, value) for key, value in point.items()})
+        asked = self._asked()
+        final = {**choices, **{key: point[key] for key in self.space.ranges}}
+        self._open[self._name(final)] = asked
+        self._tried.add(self._name(final))
+        return final
+
+    def _asked(self) -> optuna.trial.Trial:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # experimental parts of Optuna, choices that are not strings
+            return self._study.ask(self._distributions)
+
+    def _filled(self, point: Point) -> Point:
+        """With a value for every key of the space: knobs of other methods at their first, ranges at the job's own."""
+        filled = {key: point.get(key, values[0]) for key, values in self.space.choices.items()}
+        for key, values in self.space.ranges.items():
+            filled[key] = point.get(key, _inside(values, self._defaults(key)))
+        return filled
+
+    def _choices(self, point: Point) -> Point:
+        return {key: value for key, value in point.items() if key not in self.space.ranges}
+
+    def _is_new(self, point: Point) -> bool:
+        if self.space.ranges and set(point) >= set(self.space.ranges):
+            return self._name(point) not in self._tried
+        return not any(name.startswith(key_of(self._choices(point)) + "|") for name in self._tried)
+
+    def _name(self, point: Point) -> str:
+        return f"{key_of(self._choices(point))}|{[point.get(key) for key in self.space.ranges]}"
+
+
+def _sampler(kind: str, seed: int) -> Any:
+    seed %= 2**32  # what numpy's generators take; a job's seed may be larger
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return optuna.samplers.RandomSampler(seed) if kind == "random" else optuna.samplers.TPESampler(seed=seed)
+
+
+def _encoded(values: Sequence[Any]) -> list[int]:
+    """Optuna's choices are places in the list: values may be lists, which it does not take."""
+    return list(range(len(values)))
+
+
+def _code(space: Space, key: str, value: Any) -> Any:
+    return space.choices[key].index(value) if key in space.choices else value
+
+
+def _value(space: Space, key: str, code: Any) -> Any:
+    return space.choices[key][code] if key in space.choices else code
+
+
+def _distribution(values: Range) -> Any:
+    if isinstance(values, RandInt):
+        return optuna.distributions.IntDistribution(*values.randint)
+    if isinstance(values, LogUniform):
+        return optuna.distributions.FloatDistribution(*values.loguniform, log=True)
+    return optuna.distributions.FloatDistribution(*values.uniform)
+
+
+def _inside(values: Range, own: Any) -> Any:
+    """The job's own value where it lies in the range, else its middle."""
+    low, high = next(iter(values.model_dump().values()))
+    if isinstance(own, int | float) and low <= own <= high:
+        return own
+    if isinstance(values, RandInt):
+        return (low + high) // 2
+    return math.sqrt(low * high) if isinstance(values, LogUniform) else (low + high) / 2

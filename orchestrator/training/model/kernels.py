@@ -1,0 +1,68 @@
+"""What a model on this machine really supports of the planned attention, packing and loss."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job
+from orchestrator.training.out_of_memory import first_line, is_out_of_memory
+from strategies.contract import Techniques
+from strategies.step import document_attention
+from strategies.step.supervised_logits import can_chunk
+from strategies.techniques.precision import autocast
+
+# packing_error of a model that does not leak stays below
+_ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
+
+
+def without_leaks(model: Any, job: Job, techniques: Techniques, device: torch.device, record: Any) -> Techniques:
+    """Check that packed documents stay apart, as they will be trained; fall back to what does keep them apart.
+
+    Raises JobError where packing is asked for and nothing does, and what out of memory is as it is.
+    """
+    asked = job.spec.model.attn_implementation
+    checked = model if model.device.type == device.type else document_attention.first_layers(model, device)
+    faults: dict[str, str] = {}
+    for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if asked == "auto" else ())]):
+        fault = _fault_of(checked, name, device, techniques)
+        if fault is None:
+            model.set_attn_implementation(name)
+            for other, why in faults.items():
+                record("note", text=f"{other} attention: {why}; using {name}")
+            return dataclasses.replace(techniques, attn_implementation=name)
+        faults[name] = fault
+    told = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
+    if job.spec.data.packing is True:
+        raise JobError(f"data.packing: {told}. Set data.packing: false")
+    record("note", text=f"{told}; rows are padded instead")
+    model.set_attn_implementation("sdpa" if asked in ("auto", "document") else asked)
+    rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
+    return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
+
+
+def _fault_of(model: Any, name: str, device: torch.device, techniques: Techniques) -> str | None:
+    """Why an attention cannot be used for packed rows of this model; None where it can."""
+    try:
+        model.set_attn_implementation(name)
+        model.eval()
+        with autocast(device.type, techniques.dtype):
+            error = document_attention.packing_error(model)
+    except (ValueError, TypeError, RuntimeError) as refusal:
+        if is_out_of_memory(refusal):
+            raise
+        return f"this model does not run with it ({first_line(refusal)})"
+    return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
+
+
+def with_loss_that_runs(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:
+    """Without the chunked loss where the model's logits are more than a matrix product.  Raises JobError if asked."""
+    if techniques.loss_type != "chunked_nll" or can_chunk(model):
+        return techniques
+    if job.spec.train.loss_type == "chunked_nll":
+        raise JobError("train.loss_type: this model does more to its logits than a matrix product; set it to nll")
+    record("note", text="this model does more to its logits than a matrix product; all are computed at once")
+    return dataclasses.replace(techniques, loss_type="nll")

@@ -1,0 +1,101 @@
+"""What a worker reads before it trains: samples, tokenizer, the pretrained model, or what a run handed back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.prepare import datasets
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.model import export
+from orchestrator.training.out_of_memory import is_out_of_memory
+from strategies.contract import Techniques
+from strategies.model.architecture import LoadReport, faults
+from strategies.step import document_attention
+
+
+def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples that data.json names.  Raises DamagedCache, JobError."""
+    return datasets(run.data())
+
+
+def tokenizer_of(run: RunFolder, job: Job) -> Any:
+    """The tokenizer of a run with the chat template that its samples were rendered with."""
+    files = run.data()
+    return load_tokenizer(files["model"], job, files.get("chat_template"))
+
+
+def load_tokenizer(location: str, job: Job, chat_template: str | None = None) -> Any:
+    """The tokenizer of a model; `chat_template` takes the place of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def load_model(
+    location: str,
+    job: Job,
+    dtype: str,
+    device: torch.device,
+    attn_implementation: str,
+    arguments: dict[str, Any] | None = None,
+) -> Any:
+    """The pretrained model, in `dtype` on `device`.
+
+    On a GPU each weight goes from its file straight to the device: the host never holds the model, whatever number of
+    workers load it.  Raises JobError, and what out of memory is as it is.
+    """
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.disable_progress_bar()
+    document_attention.register()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location,
+            dtype=getattr(torch, dtype),
+            attn_implementation=attn_implementation,
+            trust_remote_code=job.spec.model.trust_remote_code,
+            output_loading_info=True,
+            **straight_to(device),
+            **(arguments or {}),
+        )
+    except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        raise JobError(
+            f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
+        ) from error
+    model, info = loaded
+    report = LoadReport.from_loading_info(info)
+    if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
+        raise JobError(f"model.model_name_or_path: {location}: {wrong}")
+    return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def straight_to(device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that put each weight on `device` as it is read."""
+    return {"device_map": {"": device}} if device.type != "cpu" else {}
+
+
+def load_exported(
+    folder: Path, location: str, job: Job, plan: Plan, techniques: Techniques, device: torch.device, attention: str
+) -> Any:
+    """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
+    method = plan.build_method()
+    dtype = method.load_dtype(techniques)
+    if not export.is_adapter(folder):
+        return load_model(str(folder), job, dtype, device, attention)
+    from peft import PeftModel
+
+    base = load_model(location, job, dtype, device, attention, method.load_arguments(techniques))
+    return PeftModel.from_pretrained(base, str(folder))

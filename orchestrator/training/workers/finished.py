@@ -1,0 +1,148 @@
+"""What can be done with a finished run: measure it again, merge it into a plain model."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.errors import JobError, RunFailed
+from orchestrator.job.job_file import Job
+from orchestrator.runs.condition import check_model, exported_whole
+from orchestrator.runs.model_card import write_merged_card
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.model import agreement, export
+from orchestrator.training.model.agreement import Agreement
+from orchestrator.training.model.devices import device_like
+from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
+from orchestrator.training.model.loading import load_data, load_exported, load_model, load_tokenizer
+from orchestrator.training.model.tied import merged_model
+from orchestrator.training.parallel import Group
+from orchestrator.training.workers.quality import measure
+from strategies.contract import TrainSetup
+
+_STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
+    """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
+    exported, plan, location = exported_whole(run), run.plan(), model_of(run)
+    device = device_like(plan.nodes[0])
+    torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
+    techniques = plan.nodes[0].techniques
+    model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)
+    if techniques.packing:
+        techniques = without_leaks(_plain(model), job, techniques, device, _ignore)
+    techniques = with_loss_that_runs(model, job, techniques, _ignore)
+    nothing: Any = None
+    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
+    return measure(job, plan, setup, load_tokenizer(str(exported), job), held_out, techniques, Group())
+
+
+def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
+    """Write base + adapter as a plain transformers model into `output`, in the base's precision; whole or not at all.
+
+    Returns how far the written model's logits are from those of base and adapter on one batch.  Raises JobError when
+    there is nothing to merge or `output` exists, RunFailed where the two differ by more than the precision explains.
+    """
+    if output.exists() or output.is_symlink():
+        raise JobError(f"--output {output} exists already; choose a new folder")
+    exported, base = exported_whole(run), Path(model_of(run))
+    dtype = stored_dtype(base)
+    temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
+    try:
+        ids_BT, tuned_BTV = _write_merged(run, job, exported, base, dtype, temporary)
+        gc.collect()
+        found = load_model(str(temporary), job, dtype, torch.device("cpu"), "sdpa")
+        merged_BTV = agreement.logits_of(found, ids_BT, "sdpa", "float32")
+        result = agreement.judge(tuned_BTV, merged_BTV, dtype, "the merged model", rounded=dtype != "float32")
+        write_merged_card(run, job, temporary, output, result.text)
+        temporary.rename(output)
+    except OSError as error:
+        raise JobError(f"--output {output}: cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return result
+
+
+def _write_merged(
+    run: RunFolder, job: Job, exported: Path, base: Path, dtype: str, folder: Path
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge and write in `dtype`; the batch that is compared, and what base and adapter say to it."""
+    model = _tuned_model(run, job, exported, dtype)
+    data = None
+    with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
+        data = load_data(run)[0]
+    ids_BT = agreement.probe(data, model.get_input_embeddings().weight.shape[0])
+    tuned_BTV = agreement.logits_of(model, ids_BT, "sdpa", "float32")
+    model = merged_model(model).to(_STORED[dtype])
+    tokenizer = load_tokenizer(str(exported), job)
+    with export.plain_generation(model):
+        model.save_pretrained(folder)
+    export.write_beside(folder, model, tokenizer, exported)
+    export.make_readable(folder)
+    return ids_BT, tuned_BTV
+
+
+def _tuned_model(run: RunFolder, job: Job, exported: Path, dtype: str) -> Any:
+    """Exported weights alone, or the base with the exported adapter on it, on the CPU.
+
+    In `dtype`, without quantisation: what is merged into is the model that is written.
+    """
+    if not export.is_adapter(exported):
+        return load_model(str(exported), job, dtype, torch.device("cpu"), "sdpa")
+    from peft import PeftModel
+
+    base = load_model(model_of(run), job, dtype, torch.device("cpu"), "sdpa")
+    return PeftModel.from_pretrained(base, str(exported))
+
+
+def stored_dtype(folder: Path) -> str:
+    """The precision that a model's weights are stored in: of most of their bytes."""
+    sizes: dict[torch.dtype, int] = {}
+    for _, tensor in agreement.tensors_in(folder):
+        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
+    most = max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
+    return next((name for name, kind in _STORED.items() if kind == most), "bfloat16")
+
+
+def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[str, Any]]:
+    """The model before, with its adapter, and merged; or before and after where all weights were trained.
+
+    Each in the precision and the quantisation that the run trained in, one after the other: none is held while the next
+    one is loaded.  A quantised base is not merged into: what `merge` writes is a model without quantisation.
+    """
+    plan, location, exported = run.plan(), model_of(run), exported_whole(run)
+    techniques, method = plan.techniques, plan.build_method()
+    arguments = method.load_arguments(techniques)
+    yield "base", load_model(location, job, method.load_dtype(techniques), device, "sdpa", arguments)
+    gc.collect()
+    tuned = load_exported(exported, location, job, plan, techniques, device, "sdpa")
+    if not hasattr(tuned, "merge_and_unload"):
+        yield "tuned", tuned
+        return
+    yield "adapter", tuned
+    if not getattr(_plain(tuned), "is_quantized", False):
+        yield "merged", merged_model(tuned)
+
+
+def _plain(model: Any) -> Any:
+    """A model without the adapter around it."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _ignore(*_: object, **__: object) -> None:
+    """Notes on kernels stand in the run's own events."""
+
+
+def model_of(run: RunFolder) -> str:
+    """Where the model lies that a run started from.  Raises JobError where it is no longer that one."""
+    check_model(run)
+    return run.data()["model"]

@@ -1,0 +1,292 @@
+"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder and its node's name.
+
+GPUs are not Ray Train's to give: it hands out any, the same amount to every worker, and a plan names one for some.
+They are reserved beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before PyTorch is loaded.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import socket
+import traceback
+import uuid
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch.config import _TorchBackend
+
+from clusters.capability import ClusterCapability
+from clusters.hardware.interfaces import gloo_talks_at
+from clusters.ray import gpu_reservation
+from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
+from clusters.safe.masking import MaskedFormatter
+from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
+from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.workers.failures import describe
+from orchestrator.training.workers.gpu_locks import as_good
+from strategies.step import host_memory, thread_waits
+
+_LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
+_VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
+_START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
+# A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
+_ENVIRONMENT = {
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
+}
+
+
+def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_ids: Mapping[str, str]) -> None:
+    """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails, its node is
+    lost before, or a planned GPU is no longer there.
+
+    `node_ids` names the plan's nodes as Ray knows them; empty where there is one machine.  Restarts are the caller's:
+    it plans again with the machines that are left (recovery.py).
+    """
+    wanted = [wanted_gpu(part, run.capability(), _ray_node(part, node_ids)) for part in _on_gpus(plan)]
+    is_over = run.stop_file.exists
+    try:
+        reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
+    except GpuGone as error:
+        raise HardwareChanged(str(error)) from error
+    except CannotReserve as error:
+        raise RunFailed(str(error)) from error
+    if reservation is None:
+        run.record("state", state="stopped", step=max(run.steps(), default=0))
+        return
+    for text in notices(plan, reservation):
+        run.record("note", text=text)
+    try:
+        _train(run, plan, slot_resources, node_ids, environments(plan, reservation, node_ids))
+    finally:
+        reservation.release()
+
+
+def _on_gpus(plan: Plan) -> list[NodePlan]:
+    return [part for part in plan.nodes if part.torch_device != "cpu"]
+
+
+def _ray_node(part: NodePlan, node_ids: Mapping[str, str]) -> str:
+    """Ray's id of the node of a part; of the only one where they have no names."""
+    return node_ids[part.node] if node_ids else gpu_reservation.own_node_id()
+
+
+def wanted_gpu(part: NodePlan, cluster: ClusterCapability, node_id: str) -> Wanted:
+    """The GPU that was planned, and those that are as good: of the same name, with room for what was planned."""
+    return Wanted(node_id, as_good(part, cluster))
+
+
+def notices(plan: Plan, reservation: Reservation) -> list[str]:
+    """What the user should know of GPUs that are not, or not only, the planned ones."""
+    texts = []
+    for part, held in zip(_on_gpus(plan), reservation.held, strict=True):
+        if held is None:
+            texts.append(f"Ray does not hand out {part.device} of {part.node}: nothing keeps its other users from it")
+        elif part.uuid and held.id != part.uuid:
+            texts.append(
+                f"{held.id} of {part.node} trains in place of {part.uuid}: it is like it, and Ray gave it first"
+            )
+    return texts
+
+
+def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
+    """What each worker's process must see, by Ray's id of its node ("" where there is one) and in the plan's order.
+
+    Where Ray does not hand it out, the planned one is used: nothing keeps others from it.
+    """
+    held = iter(reservation.held)
+    found: dict[str, list[dict[str, str]]] = {}
+    for part in plan.nodes:
+        own = next(held) if part.torch_device != "cpu" else None
+        gpu = own.id if own else part.uuid
+        found.setdefault(node_ids.get(part.node, ""), []).append(gpu_reservation.visible(part.kind, gpu))
+    return found
+
+
+@dataclass
+class _Places(TorchConfig):
+    """How workers meet, and what each of them sees of its node."""
+
+    environments: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+
+    @property
+    def backend_cls(self) -> type[_TorchBackend]:
+        return _Backend
+
+
+class _Backend(_TorchBackend):
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, and talks where its node's
+        address leads."""
+        from strategies.step import device_memory
+
+        nodes = worker_group.execute(gpu_reservation.own_node_id)
+        for index, own in enumerate(in_order(nodes, backend_config.environments)):
+            worker_group.execute_single(index, gpu_reservation.see, own)
+        worker_group.execute(device_memory.grow_segments)  # a group's first words are tensors of nccl
+        worker_group.execute(_talk_as_the_cluster_knows_us)
+        super().on_start(worker_group, backend_config)
+
+
+def _talk_as_the_cluster_knows_us() -> None:
+    gloo_talks_at(ray.util.get_node_ip_address())
+
+
+def in_order(nodes: Sequence[str], environments: Mapping[str, Sequence[dict[str, str]]]) -> list[dict[str, str]]:
+    """The environment of each worker: those of a node go to its workers in the order of Ray's ranks.
+
+    `_in_plan_order` gives out the plan's parts in the same order.
+    """
+    left = {node_id: list(own) for node_id, own in environments.items()}
+    of_nodes = (left.get(node_id, left.get("", [])) for node_id in nodes)
+    return [own.pop(0) if own else {} for own in of_nodes]  # a worker too many is refused there
+
+
+def _train(
+    run: RunFolder,
+    plan: Plan,
+    slot_resources: dict[str, float],
+    node_ids: Mapping[str, str],
+    environments: dict[str, list[dict[str, str]]],
+) -> None:
+    """Ray's own bookkeeping goes into a throw-away folder: what a restart needs is our checkpoint, which verifies."""
+    storage = run.path / ".ray" / uuid.uuid4().hex[:8]
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    of_cpu = {"env_vars": host_memory.ENVIRONMENT | thread_waits.environment()}
+    chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
+    trainer = TorchTrainer(
+        _on_worker,
+        train_loop_config={"run": str(run.path), "names": {node_id: name for name, node_id in node_ids.items()}},
+        scaling_config=ScalingConfig(
+            num_workers=plan.num_workers,
+            resources_per_worker=slot_resources,
+            label_selector={"ray.io/node-id": f"in({','.join(chosen)})"} if chosen else None,
+        ),
+        run_config=RunConfig(
+            name=run.run_id,
+            storage_path=str(storage),
+            failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
+            worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
+        ),
+        torch_config=_Places(backend=plan.backend, timeout_s=_START_TIMEOUT_S, environments=environments),
+    )
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        for rank in _dead(error):
+            run.record("killed", rank=rank, node=plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank))
+        raise RunFailed(_last_line(error)) from error
+    finally:
+        shutil.rmtree(storage.parent, ignore_errors=True)
+
+
+def _on_worker(config: dict[str, Any]) -> None:
+    """Runs on each worker: set up logging, find out where it is, then hand over to `worker.work`."""
+    from orchestrator.training.workers.worker import work
+
+    run, context = RunFolder(Path(config["run"])), ray.train.get_context()
+    node = config["names"].get(ray.get_runtime_context().get_node_id(), "")
+    plan = run.plan()
+    rank, slot = _in_plan_order(plan, node, context.get_world_size())
+    _log_to(run.logs / f"worker-{rank}.log")
+    try:
+        work(run, rank, context.get_world_size(), node, slot)
+    except OrchestratorError as error:
+        run.record("error", text=str(error), exit_code=error.exit_code, again=error.again)
+        raise
+    except BaseException as error:
+        logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
+        run.record(
+            "error",
+            text=describe(error),
+            traceback=traceback.format_exc(),
+            exit_code=5,
+            again=True,
+            node=node,
+        )
+        raise
+
+
+def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
+    """Give the workers ranks in the order of the plan's nodes; this one's rank, and which of its node's it is.
+
+    Ray's ranks change with every restart and its local ranks count by address, which nodes of one machine share; sums
+    are bit-equal only in the same order.  The group made here is also as impatient as training needs: Ray's waited for
+    the slowest machine to start.  Its store listens on the address the machines know this one by, where Ray's listens
+    on all.
+    """
+    import torch
+    import torch.distributed as dist
+
+    if size == 1:
+        dist.destroy_process_group()
+        return 0, 0
+    backend = dist.get_backend()
+    if backend == "nccl":  # objects travel through a GPU, which must be one's own
+        torch.cuda.set_device(0)
+    listener = socket.create_server((ray.util.get_node_ip_address(), 0))
+    me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())
+    told: list[Any] = [None] * size
+    dist.all_gather_object(told, me)
+    places = [(part.node, index) for index, part in enumerate(plan.nodes)]
+    ranks: dict[int, int] = {}
+    slots: dict[int, int] = {}
+    for ray_rank, name, _, _ in sorted(told):
+        left = [index for own, index in places if own == name or not name]
+        if not left:
+            raise RunFailed(f"the plan has no more work for {name}, and a worker was started there")
+        ranks[ray_rank] = left[0]
+        slots[ray_rank] = sum(plan.nodes[index].node == plan.nodes[left[0]].node for index in range(left[0]))
+        places.remove((plan.nodes[left[0]].node, left[0]))
+    first = next(entry for entry in told if ranks[entry[0]] == 0)
+    dist.destroy_process_group()
+    patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
+    store = store_at(first[2], first[3], size, patience, listener if me == first else None)
+    listener.close()
+    dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=patience)
+    return ranks[me[0]], slots[me[0]]
+
+
+def store_at(address: str, port: int, size: int, patience: timedelta, listener: socket.socket | None = None) -> Any:
+    """Where `size` workers meet; who has the `listener` at that address serves it, there and on no other address."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    own = listener.detach() if listener else None
+    return TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
+
+
+def _log_to(file: Path) -> None:
+    file.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    logger = logging.getLogger()
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    logging.captureWarnings(True)
+
+
+def _dead(error: Exception) -> list[int]:
+    """Ranks of workers that vanished without a word: killed, or their machine is gone."""
+    failures = getattr(error, "worker_failures", {})
+    return [rank for rank, failure in failures.items() if type(failure).__name__ in _VANISHED]
+
+
+def _node(run: RunFolder, rank: int) -> str | None:
+    """Where a rank was, as the workers told each other."""
+    groups = [event for event in run.events()[0] if event["event"] == "group"]
+    members = groups[-1]["members"] if groups else []
+    return members[rank]["node"] if rank < len(members) else None
+
+
+def _last_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,0 +1,207 @@
+"""What would fail hours into a run, done first: the longest batch, an evaluation step, a checkpoint there and back.
+
+Nothing it does is left behind: no weight moves (the learning rate is 0), the optimizer's state is dropped, the
+checkpoint is deleted.  A run with it and one without give the same numbers, bit by bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from clusters.units import format_bytes, format_s
+from orchestrator.data.batches import collate
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.packing import micro_batches, padded_tokens
+from orchestrator.data.prepare import datasets
+from orchestrator.errors import NothingFits, RunFailed
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.training import checkpoint
+from orchestrator.training.evaluate import evaluate_loss
+from orchestrator.training.loop import peak_bytes
+from orchestrator.training.out_of_memory import first_line, is_out_of_memory
+from orchestrator.training.parallel import Group
+from strategies.contract import Techniques, TrainSetup
+from strategies.step.state import forget, gather
+from strategies.step.step import Update, forward_backward, update
+from strategies.step.supervised_logits import Batch
+from strategies.techniques.precision import gradient_scaler
+
+T = TypeVar("T")
+
+
+def check(
+    setup: TrainSetup,
+    data: Dataset,
+    held_out: Dataset | None,
+    techniques: Techniques,
+    num_samples: int,
+    folder: Path,
+) -> dict[str, Any]:
+    """Run the three; returns seconds of each and the peak.  Raises NothingFits and RunFailed.
+
+    `num_samples` is what this worker does of a step.
+    """
+    device = next(iter(setup.parameters.values())).device
+    began = time.perf_counter()
+    try:
+        tokens = longest_batch(setup, data, techniques, num_samples)
+        step_s = time.perf_counter() - began
+        _evaluation_step(setup, held_out, techniques)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise NothingFits(
+            f"preflight: the longest batch does not fit on {device}: {first_line(error)} Lower"
+            " train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true"
+        ) from error
+    saved_bytes = _checkpoint_and_back(setup, folder)
+    seconds, peak = time.perf_counter() - began, peak_bytes(device)
+    reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    held = f", of {format_bytes(reserved)} reserved" if reserved else ""
+    return {
+        "seconds": round(seconds, 2),
+        "longest_batch_s": round(step_s, 2),
+        "longest_batch_tokens": tokens,
+        "peak_bytes": peak,
+        "reserved_bytes": reserved,  # with what the allocator keeps between blocks; unknown on a CPU
+        "checkpoint_bytes": saved_bytes,
+        "text": f"the longest batch ({tokens} tokens, {format_s(step_s)}), an evaluation step and a checkpoint of"
+        f" {format_bytes(saved_bytes)} went through in {format_s(seconds)}; peak {format_bytes(peak)}{held}",
+    }
+
+
+def num_samples_of(plan: Plan, part: NodePlan) -> int:
+    """Samples of a step that fall to one worker, by its planned share."""
+    return max(1, math.ceil(part.share * plan.global_batch_size - 1e-9))
+
+
+def longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> int:
+    """Train on the heaviest micro-batches of a step as its second step would; no weight moves.  Tokens of the first."""
+    batches = heaviest(setup, data, techniques, num_samples)
+    make_state(setup, data, techniques)
+    for batch in as_many_everywhere(batches) if setup.sharding else batches:
+        step_in_place(setup, batch, techniques, num_passes(data, techniques, num_samples))
+    forget(setup)
+    return batches[0].input_ids_BT.numel()
+
+
+def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> list[Batch]:
+    """The micro-batch with most tokens, padding counted, and the one with most supervised positions, if it is another.
+
+    Of those that `num_samples` samples make which are the longest, or learn most: no step of this worker has heavier.
+    """
+    device = next(iter(setup.parameters.values())).device
+    layout = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    chosen = heaviest_samples(data.lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
+    return [collate(data, members, techniques.packing).to(device) for members in chosen]
+
+
+def as_many_everywhere(batches: Sequence[T]) -> list[T]:
+    """Two of the one or two heaviest batches: workers that divide an optimizer update together, as often as the others.
+
+    Unequal shares have unequal heaviest batches, on one worker the same one twice and on another two.
+    """
+    return [*batches, *batches][:2]
+
+
+def heaviest_samples(
+    lengths: Sequence[int], supervised: Sequence[int], num_samples: int, rows: int, max_length: int, packing: bool
+) -> list[list[int]]:
+    """Indices of the samples of the one or two heaviest micro-batches; see `heaviest`."""
+
+    def padded(members: Sequence[int]) -> int:
+        return padded_tokens(lengths, [members], False) if not packing else sum(lengths[i] for i in members)
+
+    def learnt(members: Sequence[int]) -> int:
+        return sum(supervised[i] for i in members)
+
+    chosen: list[list[int]] = []
+    for values, weight in ((lengths, padded), (supervised, learnt)):
+        largest = sorted(range(len(values)), key=lambda i, values=values: (-values[i], -lengths[i]))[:num_samples]
+        groups = micro_batches([lengths[i] for i in largest], rows, max_length, packing)
+        chosen.append(max(([largest[i] for i in group] for group in groups), key=weight))
+    return chosen[:1] if sorted(chosen[0]) == sorted(chosen[1]) else chosen
+
+
+def num_passes(data: Dataset, techniques: Techniques, num_samples: int) -> int:
+    """2 where gradients add up: a later micro-batch finds those of the one before; else 1."""
+    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
+    longest = sorted(data.lengths.tolist(), reverse=True)[:num_samples]
+    return min(2, len(micro_batches(longest, rows, max_length, packing)))
+
+
+def make_state(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
+    """The optimizer's state as every step but the first finds it: a step at rate 0 on the shortest sample."""
+    shortest = int(data.lengths.argmin())
+    device = next(iter(setup.parameters.values())).device
+    step_in_place(setup, collate(data, [shortest], techniques.packing).to(device), techniques)
+
+
+def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passes: int = 1) -> None:
+    """A step at learning rate 0: the optimizer's state is all that changes."""
+    # Without a loss scale, which would begin with gradients that overflow and so with an update that is skipped.
+    scaler = gradient_scaler(batch.input_ids_BT.device.type, "float32")
+    setup.model.train()
+    for _ in range(passes):
+        forward_backward(setup, batch, passes * max(1, batch.targets_S.numel()), techniques, scaler)
+    update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
+
+
+def _evaluation_step(setup: TrainSetup, held_out: Dataset | None, techniques: Techniques) -> None:
+    if held_out is not None:
+        longest = int(held_out.lengths.argmax())
+        evaluate_loss(setup, held_out.select([longest]), techniques, Group())
+
+
+def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
+    """Write a checkpoint, verify it, delete it; its bytes."""
+    place = folder / "checkpoint"
+    try:
+        held = gather(setup)
+        if held is None:  # another worker's business
+            return 0
+        path = checkpoint.save(place, held, {"step": 0})
+        damage = checkpoint.verify(path)
+        if damage:
+            raise RunFailed(f"preflight: a checkpoint in {folder} comes back damaged ({damage}); use another disk")
+        return sum(file.stat().st_size for file in path.iterdir())
+    except OSError as error:
+        raise RunFailed(
+            f"preflight: a checkpoint cannot be written to {folder}: {error.strerror}. Free some space or set"
+            " checkpoint.output_dir"
+        ) from error
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not empty: it is somebody's
+            folder.rmdir()
+
+
+def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any]:
+    """`plan --preflight`: the same in this process, on this machine, without a run folder."""
+    from orchestrator.training.model.devices import planned_device
+    from orchestrator.training.workers import worker
+
+    plan = ready.plan
+    say("preflight: loading the model ...")
+    device = planned_device(plan.nodes[0])
+    torch.set_num_threads(plan.threads_per_worker)
+    data, held_out = datasets(ready.data_files)
+    part, location = plan.nodes[0], ready.data_files["model"]
+    setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
+    with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
+        return check(setup, data, held_out, techniques, num_samples_of(plan, part), Path(folder) / "preflight")
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder above that exists: on the disk that will hold the checkpoints."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.is_dir())

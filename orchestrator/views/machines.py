@@ -1,0 +1,91 @@
+"""Machines as a person reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
+from clusters.units import format_bytes
+from orchestrator.planning.explain import unusable
+from strategies.techniques.libraries import lacks
+
+_MARK = {"measured": "", "datasheet": "d", "declared": "D"}
+
+
+def machines_view(cluster: ClusterCapability) -> RenderableType:
+    """Every node with its devices, then the links, then what could not be looked at."""
+    parts: list[RenderableType] = []
+    for node in cluster.nodes:
+        parts += [_node(node), _devices(node), Text()]
+    if cluster.links:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("link", "bandwidth", "round trip"):
+            table.add_column(column)
+        for link in cluster.links:
+            mark = _MARK[link.source]
+            trip = "unknown" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
+            table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
+        parts += [table, Text()]
+    parts += [Text(f"{name}: {why}", style="yellow") for name, why in unusable(cluster).items()]
+    parts += [Text(text, style="dim") for text in _missing(cluster)]
+    doubtful = [(node, device) for node in cluster.nodes for device in node.gpus if device.doubt]
+    parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]
+    parts += [Text(f"{node}: could not be looked at: {reason}", style="red") for node, reason in cluster.failed.items()]
+    parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))
+    return Group(*parts)
+
+
+def _missing(cluster: ClusterCapability) -> list[str]:
+    """What optional libraries lack, each once."""
+    devices = [device for node in cluster.nodes for device in node.devices]
+    found = [lacks(device, name) for device in devices for name in device.libraries]
+    return list(dict.fromkeys(text for text in found if text is not None))
+
+
+def _node(node: NodeCapability) -> Text:
+    memory = "unknown memory" if node.memory_bytes is None else format_bytes(node.memory_bytes)
+    disk = "" if node.disk_write_bytes_per_s is None else f", disk {node.disk_write_bytes_per_s / 1e6:.0f} MB/s"
+    return Text.assemble((node.name, "bold"), f": {node.num_cores} cores, {memory} usable{disk}")
+
+
+def _devices(node: NodeCapability) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("device", "memory", *(f"{name} FLOP/s" for name in NUMBER_FORMATS), "bandwidth", "bus", "can"):
+        table.add_column(column, overflow="fold")
+    for device in node.devices:
+        memory = "-" if device.memory_bytes is None else format_bytes(device.memory_bytes)
+        flops = (_flops(device, name) for name in NUMBER_FORMATS)
+        bandwidth = _rate(device.memory_bytes_per_s, _mark(device.sources, "memory_bytes_per_s"))
+        bus = _rate(device.host_to_device_bytes_per_s, _mark(device.sources, "host_to_device_bytes_per_s"))
+        table.add_row(device.name, memory, *flops, bandwidth, bus, ", ".join(_abilities(device)) or "-")
+    return table
+
+
+def _flops(device: DeviceCapability, name: str) -> str:
+    value = device.flops_per_s.get(name)
+    if value is None:
+        return "-"
+    text = f"{value / 1e12:.1f} T" if value >= 1e12 else f"{value / 1e9:.0f} G"
+    return text + _mark(device.sources, f"flops_per_s.{name}")
+
+
+def _rate(bytes_per_s: float | None, mark: str) -> str:
+    if bytes_per_s is None:
+        return "-"
+    return (f"{bytes_per_s / 1e9:.1f} GB/s" if bytes_per_s >= 1e9 else f"{bytes_per_s / 1e6:.0f} MB/s") + mark
+
+
+def _mark(sources: Mapping[str, str], name: str) -> str:
+    return _MARK.get(sources.get(name, "measured"), "")
+
+
+def _abilities(device: DeviceCapability) -> list[str]:
+    known = list(device.instruction_sets)
+    if device.compute_capability:
+        known.append("compute capability {}.{}".format(*device.compute_capability))
+    marks = {"runs": "{}", "absent": "no {}", "broken": "{} broken"}
+    return known + [marks[library.state].format(name) for name, library in device.libraries.items()]

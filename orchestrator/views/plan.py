@@ -1,0 +1,222 @@
+"""A plan as a person reads it: the choice for each device, where memory and time go, the price, the other ways."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from clusters.units import format_bytes, format_count, format_s
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import NodePlan, Plan, in_bank_sentence, settings_of
+
+_BAR = 30  # characters
+_COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
+_FILLS = "█▓▒░▞▚▄"  # parts stay apart without colour
+
+
+def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = True) -> RenderableType:
+    """Everything `plan` prints; `submit` prints it without the other ways."""
+    parts: list[RenderableType] = [
+        _head(job, plan),
+        Text(data_sentence(statistics)),
+        *([Text(in_bank_sentence(plan.in_bank), "green")] if plan.in_bank else []),
+        Text(),
+        _nodes_table(plan),
+        Text(),
+    ]
+    for part in _kinds(plan):
+        parts += [_bars(part, plan.sync_s), Text()]
+    parts += [_group(plan)] if plan.sync.options or plan.left_out else []
+    parts += [_totals(plan), Text(), settings_table(plan)]
+    if full and plan.alternatives:
+        parts += [Text(), alternatives_table(plan)]
+    if full and plan.rejected:
+        parts += [Text(), _rejections(plan)]
+    return Group(*parts)
+
+
+def _head(job: Job, plan: Plan) -> Text:
+    return Text.assemble(
+        (f"{plan.method['type']} on {job.spec.model.model_name_or_path}", "bold"),
+        f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
+        f" {plan.global_batch_size} samples",
+    )
+
+
+def data_sentence(statistics: Mapping[str, Any]) -> str:
+    """Counts of the training rows in one line."""
+    if statistics.get("rough"):
+        return f"data: {statistics['rough']} (counted roughly; `plan --exact` and `submit` prepare every row)"
+    train = statistics.get("train")
+    if not train:
+        return ""
+    formats = ", ".join(f"{name}: {count}" for name, count in train["formats"].items())
+    odd = [f"{train[key]} {key}" for key in ("truncated", "dropped", "rejected") if train[key]]
+    share = train["supervised_tokens"] / max(1, train["tokens"])
+    return (
+        f"data: {train['samples']} samples ({formats}), {format_count(train['tokens'])} tokens, {share:.0%} supervised,"
+        f" longest {train['longest']}" + (f"; {', '.join(odd)}" if odd else "")
+    )
+
+
+def _nodes_table(plan: Plan) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("node", "device", "share", "precision", "attention", "micro-batch", "extras", "memory", "step"):
+        table.add_column(column, overflow="fold")
+    for part in plan.nodes:
+        memory, room = format_bytes(part.memory.total_bytes), part.memory_usable_bytes
+        rows, length = part.techniques.per_device_train_batch_size, part.techniques.max_length
+        table.add_row(
+            part.node,
+            part.device,
+            f"{part.share:.0%}",
+            part.techniques.dtype,
+            part.techniques.attn_implementation,
+            f"{rows} x {length}",
+            ", ".join(_extras(part)) or "-",
+            memory if room is None else f"{memory} of {format_bytes(room)}",
+            format_s(part.time.step_s),
+        )
+    return table
+
+
+def _extras(part: NodePlan) -> list[str]:
+    t = part.techniques
+    named = {
+        "packing": t.packing,
+        "checkpointing": t.gradient_checkpointing,
+        t.loss_type: t.loss_type != "nll",
+        "8-bit optimizer": t.optim == "adamw_bnb_8bit",
+        f"{t.offload} offload": t.offload != "none",
+        f"ZeRO-{t.zero_stage}": t.zero_stage > 0,
+        "torch.compile": t.torch_compile,
+    }
+    return [name for name, is_on in named.items() if is_on]
+
+
+def _kinds(plan: Plan) -> list[NodePlan]:
+    """One part for each kind of device with its settings: like devices share their bars."""
+    return list({(part.node, part.device, part.techniques): part for part in plan.nodes}.values())
+
+
+def _bars(part: NodePlan, sync_s: float) -> RenderableType:
+    memory, room = part.memory, part.memory_usable_bytes
+    between = f"{format_bytes(memory.low_bytes)} .. {format_bytes(memory.high_bytes)}"
+    of = "" if room is None else f" of {format_bytes(room)} usable"
+    seconds = {**part.time.parts, "sync": sync_s}
+    total_s = sum(seconds.values())
+    lines = [
+        Text(f"{part.device} ({part.node})", style="bold"),
+        Text(f"memory  {format_bytes(memory.total_bytes)}{of}, likely {between}"),
+        _bar(memory.parts, room or memory.total_bytes, format_bytes),
+        Text(f"step    {format_s(total_s)}"),
+        _bar(seconds, total_s, format_s),
+    ]
+    if memory.host_bytes:
+        lines.append(Text(f"host    {format_bytes(memory.host_bytes)} of the node's memory"))
+    return Group(*lines)
+
+
+def _bar(parts: Mapping[str, float], whole: float, shown: Any) -> Text:
+    """A bar of the parts over the whole, and beside it what each is."""
+    line, words = Text("        "), []
+    used = 0
+    for (name, value), colour, fill in zip(parts.items(), _COLOURS, _FILLS, strict=False):
+        width = round(_BAR * value / whole) if whole else 0
+        used += width
+        line.append(fill * width, style=colour)
+        if value >= 0.005 * whole:
+            words.append((f"{fill} {name} {shown(value)}", colour))
+    line.append("·" * max(0, _BAR - used) + "  ")
+    for index, (word, colour) in enumerate(words):
+        line.append(("  " if index else "") + word, style=colour)
+    return line
+
+
+def _group(plan: Plan) -> Text:
+    """How the workers keep together, and who stays out."""
+    lines = []
+    if plan.sync.options:
+        ways = ", ".join(f"{way} {format_s(seconds)}" for way, seconds in plan.sync.options.items())
+        lines.append(f"sync    {plan.sync.dtype} gradients; a step waits: {ways}")
+    lines += [f"{node} is left out: {why}" for node, why in plan.left_out.items()]
+    return Text("\n".join(lines) + "\n")
+
+
+def _totals(plan: Plan) -> Text:
+    price = plan.price
+    text = Text.assemble(
+        ("training ", "bold"),
+        f"{format_s(plan.total_s)} at {plan.tokens_per_s:.0f} tokens/s",
+        f"; checkpoints of {format_bytes(plan.checkpoint_bytes)}",
+    )
+    if price.total is None:
+        text.append("; price unknown (state cost.power_w, or a hardware file with power and price)")
+    else:
+        energy = "" if price.energy_wh is None else f", {price.energy_wh / 1000:.2g} kWh"
+        text.append(f"; {price.total:.2f} {price.currency}{energy}")
+        if price.machines is None:
+            text.append(" (electricity only: the machine's price is unknown)")
+    if plan.is_guess:
+        text.append(
+            "\nA figure of these machines is unknown and a typical one stood in: times are rough.", style="yellow"
+        )
+    if plan.calibration != 1.0:
+        text.append(f"\nTimes are {plan.calibration:.2f}x what the formulas say, as finished runs here taught.")
+    prior = plan.quality_prior
+    if prior:
+        text.append(
+            f"\nexpected quality (a prior, not a prediction): {prior['score']:.3f} +- {prior['uncertainty']:.3f}"
+            f" ({prior['source']})",
+            style="dim",
+        )
+    return text
+
+
+def settings_table(plan: Plan) -> Table:
+    """What was decided and why; what the job itself stated has no reason to give."""
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    table.add_column("setting", no_wrap=True)
+    table.add_column("value", no_wrap=True)
+    table.add_column("why", overflow="fold")
+    for key, value in settings_of(plan).items():
+        table.add_row(key, shown(value), Text(plan.reasons.get(key, "as the job says"), style="dim"))
+    return table
+
+
+def alternatives_table(plan: Plan) -> Table:
+    """The other ways: those on the Pareto front are marked."""
+    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
+    for column in ("other ways (* on the Pareto front)", "time", "memory", "why not"):
+        table.add_column(column, overflow="fold")
+    for way in plan.alternatives:
+        mark = "* " if way.on_front else "  "
+        table.add_row(mark + way.what, format_s(way.total_s), format_bytes(way.peak_bytes), way.why_not)
+    return table
+
+
+def _rejections(plan: Plan) -> RenderableType:
+    """Why combinations cannot be, one line a reason."""
+    by_reason: dict[str, list[str]] = {}
+    for what, reason in plan.rejected.items():
+        by_reason.setdefault(reason, []).append(what)
+    lines = [Text("cannot be here", style="bold")]
+    for reason, which in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:12]:
+        more = f" and {len(which) - 1} more" if len(which) > 1 else ""
+        lines.append(Text(f"{which[0]}{more}: {reason}", style="dim"))
+    if len(by_reason) > 12:
+        lines.append(Text(f"... and {len(by_reason) - 12} other reasons (--json lists all)", style="dim"))
+    return Group(*lines)
+
+
+def shown(value: Any) -> str:
+    """A setting as a person writes it."""
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    if value is None or isinstance(value, bool):
+        return str(value).lower()
+    return str(value)

@@ -1,0 +1,164 @@
+"""Results and runs as a person reads them: tables and sentences, nothing else.  Plans are in plan_view.py."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from clusters.safe.reading import printable
+from clusters.units import format_bytes, format_count, format_s
+from orchestrator.runs.checkpoints import Choice
+from orchestrator.runs.condition import exported_damage
+from orchestrator.runs.run_folder import RunFolder, utc
+
+
+def result_view(run: RunFolder) -> RenderableType:
+    """Quality before and after, sample outputs, cost, and where things are."""
+    result = run.result() or {}
+    before, after = result.get("before") or {}, result.get("after") or {}
+    parts: list[RenderableType] = []
+    if after:
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for column in ("held-out", "before", "after"):
+            table.add_column(column)
+        for key, value in after.items():
+            if isinstance(value, float) and key != "seconds":
+                table.add_row(_text(key), score(key, before.get(key)), score(key, value))
+        parts += [table, Text()]
+        old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
+        for sample in after.get("samples", []):
+            parts.append(_sample(sample, old.get(sample["prompt"])))
+    parts += _how_compared(after)
+    if text := handed_back_text(result):
+        parts.append(Text(text, style="yellow"))
+    parts.append(Text(_cost_sentence(result)))
+    exported = run.exported()
+    if exported:
+        parts.append(_text(f"{exported.name}: {exported}"))
+    if damage := exported_damage(run, result):
+        parts.append(Text(printable(f"damaged: {damage}"), style="red"))
+    elif check := (result.get("handed_back") or {}).get("check"):
+        parts.append(_text(f"checked: {check['text']}"))
+    return Group(*parts)
+
+
+def handed_back_text(result: dict[str, Any]) -> str | None:
+    """Why not the best weights were handed back; None where they were."""
+    handed = result.get("handed_back")
+    if not handed:
+        return None
+    choice = Choice(handed["step"], *(handed.get(key) for key in ("eval_loss", "instead_of", "reason")))
+    return choice.text if choice.reason else None
+
+
+def _cost_sentence(result: dict[str, Any]) -> str:
+    """Work, time and memory, the predicted beside the measured."""
+    seconds, tokens, memory = max(result["train_seconds"], 1e-9), result["tokens"], result["memory"]
+    measured = memory["measured_peak_bytes"]
+    times = result.get("time") or {}
+    predicted_s, step_s = times.get("predicted_step_s"), times.get("measured_step_s")
+    step = f"; step {format_s(step_s)} (predicted {format_s(predicted_s)})" if predicted_s and step_s else ""
+    return (
+        f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
+        f" ({tokens / seconds:.0f} tokens/s){step}; memory {format_bytes(measured)} at its peak"
+        f" (predicted {format_bytes(memory['predicted_bytes'])})"
+    )
+
+
+def scores_view(quality: dict[str, Any]) -> RenderableType:
+    """The numbers of one evaluation and its samples."""
+    scores = {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
+    lines = [_text(f"{key:<14}{score(key, value)}") for key, value in scores.items()]
+    samples = (_sample(sample, None) for sample in quality.get("samples", []))
+    return Group(*lines, *_how_compared(quality), Text(), *samples)
+
+
+def _how_compared(quality: dict[str, Any]) -> list[RenderableType]:
+    """What each metric took for a unit of text, and how many prompts left no room for an answer."""
+    told = [f"{key}: {how}" for key, how in (quality.get("compared") or {}).items()]
+    if count := quality.get("without_room"):
+        told.append(f"{count} prompts fill the model's context: their answers are empty")
+    return [Text(printable("; ".join(told)), style="dim")] if told else []
+
+
+def _text(text: str) -> Text:
+    """One line as it is: no markup, no control characters."""
+    return Text(printable(text))
+
+
+def _sample(sample: dict[str, str], old: str | None) -> RenderableType:
+    prompt = printable(" ".join(sample["prompt"].split()))
+    right = sample["generated"].strip() == sample["reference"].strip()
+    lines = Text()
+    lines.append(f"prompt  …{prompt[-150:]}\n" if len(prompt) > 150 else f"prompt  {prompt}\n", style="dim")
+    if old is not None:
+        lines.append(f"before  {_start(old)}\n")
+    lines.append(f"after   {_start(sample['generated'])}\n", style="green" if right else "yellow")
+    if not right:
+        lines.append(f"wanted  {_start(sample['reference'])}\n", style="dim")
+    return lines
+
+
+def _start(text: str) -> str:
+    return printable(" ".join(text.split()))[:150]
+
+
+def score(key: str, value: float | None) -> str:
+    """A metric in percent, a loss as it is."""
+    if value is None:
+        return "not measured"
+    return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
+
+
+def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:
+    """A run whose files cannot be relied on: what is wrong with them, in place of what they say."""
+    row = dict.fromkeys(("step", "num_steps", "loss", "tokens_per_s", "started"))
+    return {"run": run.run_id, "state": "damaged", **row, "path": str(run.path), "damage": list(wrong)}
+
+
+def run_row(run: RunFolder) -> dict[str, Any]:
+    """The state of a run in one flat record."""
+    steps = run.steps()
+    num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
+    result = run.result() or {}
+    last = steps[max(steps)] if steps else {}
+    events = run.events()[0]
+    errors = [event["text"] for event in events if event["event"] in ("error", "state") and event.get("text")]
+    state = run.state()
+    row: dict[str, Any] = {
+        "run": run.run_id,
+        "state": state,
+        "step": last.get("step", 0),
+        "num_steps": num_steps,
+        "loss": last.get("loss"),
+        "tokens_per_s": last.get("tokens_per_s"),
+        **({"loss_scale": last["loss_scale"]} if "loss_scale" in last else {}),
+        "started": utc(events[0]["time"]) if events else None,
+        "path": str(run.path),
+    }
+    if state == "running" and last and num_steps:
+        row["eta_s"] = round((num_steps - last["step"]) * last["seconds"])
+    after = result.get("after") or {}
+    row |= {key: after[key] for key in after if isinstance(after[key], float) and key != "seconds"}
+    if state == "failed" and errors:
+        row["error"] = errors[-1]
+    exported = run.exported()
+    if exported:
+        row["exported"] = str(exported)
+    return row
+
+
+def runs_table(rows: list[dict[str, Any]]) -> Table:
+    """`list` for a person."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in ("run", "state", "step", "loss", "started"):
+        table.add_column(column)
+    for row in rows:
+        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+        steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
+        table.add_row(*(_text(str(cell)) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
+    return table

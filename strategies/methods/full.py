@@ -1,0 +1,87 @@
+"""Full fine-tuning: every weight trains, with fp32 master weights and AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.contract import (
+    BYTES_PER_ELEMENT,
+    Dtype,
+    QualityPrior,
+    StrategyPlan,
+    Techniques,
+    TrainSettings,
+    TrainSetup,
+    Workload,
+)
+from strategies.cost.memory import Footprint
+from strategies.cost.plan import plan_of
+from strategies.cost.time import Work
+
+
+@dataclass(frozen=True)
+class Full:
+    """Train all weights.  Cost: 16 bytes a parameter (fp32 weight, gradient, two Adam moments) and activations."""
+
+    name: ClassVar[str] = "full"
+    full_rank: ClassVar[bool] = True
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        footprint, work = self.costs(workload, techniques)
+        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+
+    def costs(self, workload: Workload, techniques: Techniques) -> tuple[Footprint, Work]:
+        shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
+        num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
+        engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
+        half = g < 4 and not engine  # autocast: each linear map keeps a copy of its input and of its weight in that
+        inputs = sum(linear.inputs for linear in shape.linears) if half else shape.distinct_inputs(shape.linears)
+        footprint = Footprint(
+            weights_bytes=(g if engine else 4.0) * num_parameters,
+            num_trainable=num_parameters,
+            trained_bytes=g if engine else 4.0,
+            master_bytes=4.0 if engine else 0.0,
+            stream_bytes=g if engine else 4.0,
+            inputs_per_token=g * inputs,
+            output_is_kept=True,
+            product_is_kept=True,
+            norms_train=True,
+            cast_bytes=g * (shape.num_linear_parameters + output) if half else 0.0,
+            embeddings_train=True,
+        )
+        num_tensors = shape.num_layers * (len(shape.linears) + shape.family.norms) + 3
+        work = Work(
+            trains_weights=True,
+            trains_output=True,
+            num_trainable=num_parameters,
+            num_tensors=num_tensors,
+            cast_parameters=shape.num_linear_parameters + output if half else 0,
+        )
+        return footprint, work
+
+    def quality_prior(self) -> QualityPrior | None:
+        return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
+
+    def load_dtype(self, techniques: Techniques) -> Dtype:
+        return "float32"  # master weights: autocast computes in the planned precision
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        return {}
+
+    def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
+        from strategies.step.optimizers import build_optimizer
+
+        model.requires_grad_(True)
+        parameters = dict(model.named_parameters())
+        optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
+
+        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+            model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
+
+        return TrainSetup(model, optimizer, parameters, export, export_name="model")

@@ -1,0 +1,224 @@
+"""LoRA: the weights stay frozen, each linear map gets a trained low-rank correction (Hu et al., arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.contract import (
+    BYTES_PER_ELEMENT,
+    Dtype,
+    QualityPrior,
+    StrategyPlan,
+    Techniques,
+    TrainSettings,
+    TrainSetup,
+    Workload,
+)
+from strategies.cost.memory import Footprint
+from strategies.cost.plan import plan_of
+from strategies.cost.time import Work
+from strategies.knobs import knob
+from strategies.model import targets
+from strategies.model.architecture import Architecture, architecture_of
+from strategies.shape import ModelShape
+
+_INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class Lora:
+    """y = W x + (alpha / r) B A x with W frozen, A (r, in) and B (out, r) trained; B starts at zero.
+
+    The knobs carry PEFT's meaning.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
+    """
+
+    lora_r: int = knob(16, "rank of the correction", tried=(8, 16, 64), ge=1)
+    lora_alpha: float = knob(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
+    lora_dropout: float = knob(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    lora_target_modules: str | list[str] = knob("all-linear", "which linear maps: all-linear, a regex, or module names")
+    layers_to_transform: list[int] | None = knob(
+        None, "only these decoder layers (0 = first); below them nothing trains"
+    )
+    modules_to_save: list[str] | None = knob(None, "modules trained in full beside the adapters")
+    bias: Literal["none", "all", "lora_only"] = knob("none", "which biases train")
+    use_dora: bool = knob(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
+    use_rslora: bool = knob(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
+    init_lora_weights: bool | _INIT | str = knob(True, "how A and B start: true, gaussian, pissa, olora, ...")
+    init_adapter: str | None = knob(
+        None, "a folder with an adapter of this model to go on from, e.g. what `adapt` made"
+    )
+    loraplus_lr_ratio: float | None = knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
+
+    name: ClassVar[str] = "lora"
+    full_rank: ClassVar[bool] = False
+
+    def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
+        """Why it cannot be combined so; None where it can."""
+        start = str(self.init_lora_weights)
+        if start.startswith("pissa_niter"):
+            return (
+                f"init_lora_weights: {start} changes the base by random numbers that nobody who loads the adapter draws"
+                " again: it would not be what was trained. Use pissa"
+            )
+        if start in ("loftq", "corda"):
+            return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
+        return None
+
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have."""
+        return targets.mistakes(
+            architecture,
+            "lora_target_modules",
+            self.lora_target_modules,
+            self.layers_to_transform,
+            self.modules_to_save,
+        )
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        footprint, work = self._costs(workload.shape, techniques)
+        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
+        g = BYTES_PER_ELEMENT[techniques.dtype]
+        chosen = targets.adapted(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
+        in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)
+        num_trainable = in_adapters + chosen.num_saved
+        # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
+        # that read one tensor share it.
+        engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
+        cast = g < 4 and not engine
+        inputs = chosen.inputs if cast else chosen.distinct_inputs
+        trained = g if engine else 4.0
+        head = chosen.saves("last")
+        footprint = Footprint(
+            weights_bytes=g * shape.num_parameters + trained * num_trainable,
+            num_trainable=num_trainable,
+            trained_bytes=trained,
+            master_bytes=4.0 if engine else 0.0,
+            stream_bytes=trained if chosen.saves("tokens") else g,
+            inputs_per_token=g * (inputs + self.lora_r * len(chosen.maps)) / shape.num_layers,
+            output_is_kept=chosen.reads("attended"),
+            product_is_kept=chosen.reads("product"),
+            cast_bytes=g * chosen.num_cast if cast else 0.0,
+            first_layer=chosen.first_layer,
+        )
+        work = Work(
+            trains_weights=False,
+            trains_output=head,
+            adapter_parameters=in_adapters,
+            adapter_inputs=chosen.sides // chosen.layers,
+            num_adapters=len(chosen.maps) // chosen.layers,
+            num_trainable=num_trainable,
+            num_tensors=2 * len(chosen.maps) + len(chosen.saved),
+            first_layer=chosen.first_layer,
+            cast_parameters=chosen.num_cast if cast else 0,
+        )
+        return footprint, work
+
+    def quality_prior(self) -> QualityPrior:
+        return QualityPrior(0.478, 0.014, "PEFT MetaMathQA: Llama-3.2-3B LoRA r32, GSM8K accuracy, one seed")
+
+    def load_dtype(self, techniques: Techniques) -> Dtype:
+        return techniques.dtype  # frozen weights need no master copy
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        return {}
+
+    def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
+        import torch
+        from peft import LoraConfig, get_peft_model
+
+        from strategies.step.optimizers import build_optimizer
+        from strategies.techniques.precision import train_in_fp32
+
+        model.requires_grad_(False)
+        is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
+        config = LoraConfig(
+            fan_in_fan_out=is_transposed,
+            r=self.lora_r,
+            lora_alpha=whole_if_possible(self.lora_alpha),  # type: ignore[arg-type]  # PEFT computes with any number
+            lora_dropout=self.lora_dropout,
+            target_modules=self._targets(model),
+            layers_to_transform=self.layers_to_transform,
+            modules_to_save=self.modules_to_save,
+            bias=self.bias,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
+            task_type="CAUSAL_LM",
+        )
+        if self.init_adapter and self.init_lora_weights not in (True, "gaussian"):
+            raise ValueError(
+                f"init_adapter takes the place of init_lora_weights: {self.init_lora_weights}, which may change the"
+                " base it belongs to; leave that one out"
+            )
+        torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
+        peft_model = get_peft_model(model, config)
+        if not settings.techniques.uses_engine:
+            train_in_fp32(peft_model)
+        if self.init_adapter:
+            go_on_from(peft_model, Path(self.init_adapter))
+        parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        fast = [p for name, p in parameters.items() if "lora_B" in name]
+        slow = [p for name, p in parameters.items() if "lora_B" not in name]
+        ratio = self.loraplus_lr_ratio or 1.0
+        optimizer = build_optimizer([{"params": slow}, {"params": fast, "lr_factor": ratio}], settings)
+
+        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+            # Asked to decide by itself, PEFT looks the base model up on the hub.
+            peft_model.save_pretrained(
+                str(folder),
+                safe_serialization=True,
+                save_embedding_layers=False,
+                state_dict=dict(weights) if weights else None,
+            )
+
+        return TrainSetup(peft_model, optimizer, parameters, export, export_name="adapter")
+
+    def _targets(self, model: Any) -> str | list[str]:
+        """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""
+        if self.layers_to_transform is None or isinstance(self.lora_target_modules, list):
+            return self.lora_target_modules
+        built = architecture_of(model)
+        if self.lora_target_modules == targets.ALL:
+            return sorted(built.last_names(built.linear_maps))
+        found = targets.meant(self.lora_target_modules, tuple(built.modules), built.linear_maps)
+        return [name for name in found if built.layer_of(name) in self.layers_to_transform]
+
+
+def whole_if_possible(value: float) -> float:
+    """32 for 32.0: other readers of adapter_config.json, e.g. Ollama's, take whole numbers alone."""
+    return int(value) if float(value).is_integer() else value
+
+
+def go_on_from(peft_model: Any, folder: Path) -> None:
+    """Let a fresh LoRA model start as another adapter: truncated to its rank, or filled up with what is fresh.
+
+    Raises ValueError where the adapter corrects maps that this LoRA leaves alone.
+    """
+    import torch
+
+    from strategies.adapter_bank.adapter import Adapter
+    from strategies.adapter_bank.algebra import truncated
+
+    if not folder.is_dir():
+        raise ValueError(f"init_adapter {folder} is not a folder; give its absolute path")
+    adapter = Adapter(folder)
+    own = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules() if hasattr(m, "lora_A")}
+    if left_alone := sorted(set(adapter.targets) - set(own)):
+        raise ValueError(
+            f"init_adapter corrects {len(left_alone)} maps that this LoRA leaves alone, e.g. {left_alone[0]}: widen"
+            " lora_target_modules or layers_to_transform"
+        )
+    with torch.no_grad():
+        for name in adapter.targets:
+            a_RI, b_OR = own[name].lora_A["default"].weight, own[name].lora_B["default"].weight
+            start, _, _ = truncated(adapter.factors(name), a_RI.shape[0])
+            a_RI[: start.rank] = start.a_RI.to(a_RI)
+            b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)

@@ -1,0 +1,92 @@
+"""QLoRA: LoRA over a base kept in 4 or 8 bits (Dettmers et al., arXiv 2305.14314 and 2208.07339)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from strategies.contract import (
+    BYTES_PER_ELEMENT,
+    QualityPrior,
+    Quantization,
+    Techniques,
+    TrainSettings,
+    TrainSetup,
+)
+from strategies.cost.memory import Footprint
+from strategies.cost.time import Work
+from strategies.knobs import knob
+from strategies.methods.lora import Lora
+from strategies.model import targets
+from strategies.model.architecture import Architecture
+from strategies.shape import ModelShape
+
+# Bytes of one quantised weight: half a byte and an fp32 scale a block of 64; with double quantisation the scales take
+# 8 bits and an fp32 scale a block of 256 of them.  int8: one byte, an fp32 scale a row is too little to count.
+_BYTES = {("nf4", False): 0.5 + 4 / 64, ("nf4", True): 0.5 + 1 / 64 + 4 / (64 * 256), ("int8", False): 1.0}
+
+
+@dataclass(frozen=True)
+class QLora(Lora):
+    """LoRA over a frozen base in 4 bits (nf4) or 8 (int8), expanded to the compute precision weight by weight.
+
+    Embeddings, norms and the output matrix stay in the compute precision.
+    """
+
+    bnb_quant_type: Quantization = knob("nf4", "nf4 = 4 bits, int8 = 8 bits with outliers apart")
+    bnb_4bit_use_double_quant: bool = knob(True, "quantise the scales too: saves 0.05 bytes a weight")
+
+    name: ClassVar[str] = "qlora"
+
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have, or that 4 bits cannot train."""
+        quantised = {name for name in architecture.linear_maps if architecture.layer_of(name) is not None}
+        return super().misfits(architecture) + [
+            f"method.modules_to_save: {name!r} is kept in few bits, which cannot be trained: only modules outside the"
+            " layers can, such as lm_head and embed_tokens"
+            for name in self.modules_to_save or ()
+            if any(targets.is_in(module, name) for module in quantised)
+        ]
+
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
+        footprint, work = super()._costs(shape, techniques)
+        g = BYTES_PER_ELEMENT[techniques.dtype]
+        every = targets.adapted(shape, targets.ALL)
+        quantised = every.elements
+        saved = quantised * (g - self._bytes)
+        footprint = replace(
+            footprint, weights_bytes=footprint.weights_bytes - saved, dequantised_bytes=float(g * every.largest)
+        )
+        # A pass reads the codes and writes the expanded weight, which the product reads again.
+        work = replace(work, dequantised_parameters=quantised, dequantise_bytes_per_parameter=self._bytes + 2 * g)
+        return footprint, work
+
+    @property
+    def _bytes(self) -> float:
+        return _BYTES[self.bnb_quant_type, self.bnb_4bit_use_double_quant and self.bnb_quant_type == "nf4"]
+
+    def quality_prior(self) -> QualityPrior:
+        source = "no 4-bit run in PEFT's MetaMathQA suite; QLoRA's paper finds it equal to 16 bits within its noise"
+        return QualityPrior(0.470, 0.02, f"{source}, so LoRA's with a wider margin")
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        import torch
+        from transformers import BitsAndBytesConfig
+
+        if self.bnb_quant_type == "int8":
+            return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True)}
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=self.bnb_4bit_use_double_quant,
+            bnb_4bit_compute_dtype=getattr(torch, techniques.dtype),
+        )
+        return {"quantization_config": config}
+
+    def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
+        if not getattr(model, "is_quantized", False):
+            raise ValueError(
+                "the model was loaded without quantisation; pass load_arguments() to the loader, and use a model"
+                " whose linear maps bitsandbytes knows"
+            )
+        return super().setup(model, settings)

@@ -1,0 +1,162 @@
+"""SHiRA: chosen entries of each linear map train, the others stay as they are (arXiv 2406.13175 and 2507.07140)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from clusters.capability import DeviceCapability, NodeCapability
+from strategies.contract import (
+    BYTES_PER_ELEMENT,
+    Dtype,
+    QualityPrior,
+    StrategyPlan,
+    Techniques,
+    TrainSettings,
+    TrainSetup,
+    Workload,
+)
+from strategies.cost.memory import Footprint
+from strategies.cost.plan import plan_of
+from strategies.cost.time import Work
+from strategies.knobs import knob
+from strategies.model import targets
+from strategies.model.architecture import Architecture
+from strategies.model.targets import meant
+from strategies.shape import ModelShape
+
+
+@dataclass(frozen=True)
+class Shira:
+    """y = (W + S) x with S zero but for r (in + out) entries, as many numbers as LoRA of rank r trains.
+
+    The entries are those that the loss depends on most, |W dL/dW| on a few samples before the first step (SNIP, arXiv
+    1810.02340).  S is of any rank, and experts on different data merge entry by entry (`bank merge`).  Memory: the
+    frozen weights in the compute precision, 20 bytes a trained entry.  Time: the arithmetic of full training, since a
+    map's gradient is computed whole before its entries are taken.
+    """
+
+    shira_r: int = knob(16, "r (in + out) entries of each map train", tried=(8, 16, 64), ge=1)
+    shira_target_modules: str | list[str] = knob(
+        "all-linear", "which linear maps: all-linear, a regex, or module names"
+    )
+    layers_to_transform: list[int] | None = knob(
+        None, "only these decoder layers (0 = first); below them nothing trains"
+    )
+    mask: Literal["sensitivity", "random"] = knob(
+        "sensitivity", "sensitivity = the entries that the loss depends on most; random = any"
+    )
+    block_size: int = knob(
+        1, "entries are chosen in squares of this side; must divide shira_r and the weights' sides", ge=1
+    )
+    calibration_rows: int = knob(16, "samples whose gradients choose the entries", ge=1)
+
+    name: ClassVar[str] = "experimental_shira"
+    full_rank: ClassVar[bool] = True
+
+    def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
+        """Why it cannot be combined so; None where it can."""
+        if techniques.zero_stage or techniques.offload in ("optimizer", "parameters"):
+            return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
+        if techniques.dtype == "float16" and self.mask == "sensitivity":
+            return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
+        if shape.model_type == "gpt2":
+            return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
+        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        if not chosen.maps:
+            return f"shira_target_modules {self.shira_target_modules!r} is no linear map of this model"
+        for linear in dict.fromkeys(linear for _, linear in chosen.maps):
+            inputs, outputs = linear.inputs, linear.outputs
+            if self.shira_r * (inputs + outputs) > inputs * outputs:
+                most = inputs * outputs // (inputs + outputs)
+                return f"{linear.name} has fewer than r (in + out) entries: set method.shira_r to {most} or less"
+            if any(number % self.block_size for number in (self.shira_r, inputs, outputs)):
+                return f"blocks of {self.block_size} do not divide shira_r or {linear.name} ({outputs} x {inputs})"
+        return None
+
+    def misfits(self, architecture: Architecture) -> list[str]:
+        """Knobs that name modules or layers which the model does not have."""
+        return targets.mistakes(
+            architecture, "shira_target_modules", self.shira_target_modules, self.layers_to_transform
+        )
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
+        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        num_trainable, num_adapted = self.shira_r * chosen.sides, chosen.elements
+        sums_bytes = float(g * num_adapted) if self.mask == "sensitivity" else 0.0  # lie in host memory
+        footprint = Footprint(
+            weights_bytes=g * shape.num_parameters + 8.0 * num_trainable,  # values and places
+            num_trainable=num_trainable,
+            stream_bytes=g,
+            inputs_per_token=g * chosen.distinct_inputs / shape.num_layers,
+            output_is_kept=chosen.reads("attended"),
+            product_is_kept=chosen.reads("product"),
+            dequantised_bytes=float(g * chosen.largest),
+            first_layer=chosen.first_layer,
+        )
+        work = Work(
+            trains_weights=True,
+            num_trainable=num_trainable,
+            num_tensors=len(chosen.maps),
+            first_layer=chosen.first_layer,
+            # The corrected weight is written twice a micro-batch and read from the frozen one, its gradient once.
+            cast_parameters=round(num_adapted * 5 * g / (4 + g)),
+        )
+        if device.kind == "cpu":
+            footprint = replace(footprint, weights_bytes=footprint.weights_bytes + sums_bytes)
+            sums_bytes = 0.0
+        plan = plan_of(self.name, workload, device, node, techniques, footprint, work)
+        return replace(plan, memory=replace(plan.memory, host_bytes=plan.memory.host_bytes + sums_bytes))
+
+    def quality_prior(self) -> QualityPrior | None:
+        return None
+
+    def load_dtype(self, techniques: Techniques) -> Dtype:
+        return techniques.dtype
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        return {}
+
+    def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
+        from peft import ShiraConfig, get_peft_model
+
+        from strategies.methods.sparse_entries import Sensitivity, entries_of
+        from strategies.step.optimizers import build_optimizer
+
+        model.requires_grad_(False)
+        config = ShiraConfig(r=self.shira_r, target_modules=self._names(model), task_type="CAUSAL_LM")
+        config.mask_fn = None  # entries are placed below, also on a model without weights
+        peft_model = get_peft_model(model, config)
+        entries = entries_of(peft_model, settings.seed)
+        parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
+        optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
+        learner = None
+        if self.mask == "sensitivity":
+            learner = Sensitivity(entries, self.calibration_rows, self.block_size)
+
+        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+            for one in entries:
+                one.tell_peft()
+            peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+
+        places = {f"{one.name}.places": one.places for one in entries}
+        return TrainSetup(
+            peft_model, optimizer, parameters, export, export_name="adapter", buffers=places, learner=learner
+        )
+
+    def _names(self, model: Any) -> list[str]:
+        """The maps by their whole names: PEFT's SHiRA cannot choose layers."""
+        from strategies.lsp_offload.method import linear_maps
+
+        found = linear_maps(model)
+        maps = [
+            weight.removesuffix(".weight")
+            for weight, (layer, _) in found.items()
+            if self.layers_to_transform is None or layer in self.layers_to_transform
+        ]
+        return list(meant(self.shira_target_modules, maps, maps))

@@ -1,0 +1,80 @@
+"""One optimizer step, in two halves: the only place where a loss is computed and a weight is changed.
+
+The training loop runs these on real tensors, the tracer on fake ones, `techniques --measure` on a clock.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from strategies.contract import Techniques, TrainSetup
+from strategies.step.supervised_logits import Batch, loss_sum
+from strategies.techniques.offload import saved_on_host
+from strategies.techniques.precision import autocast
+
+
+def forward_backward(
+    setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques, scaler: torch.amp.GradScaler
+) -> torch.Tensor:
+    """Add a micro-batch's part to the gradients; returns its part of the step's loss, detached.
+
+    `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes; infinity
+    makes a pass that counts for nothing.
+    """
+    part = forward(setup, batch, num_supervised, techniques)
+    backward(setup, part, scaler)
+    return part.detach()
+
+
+def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques) -> torch.Tensor:
+    """A micro-batch's part of the step's loss, with what its backward pass needs."""
+    device = batch.input_ids_BT.device
+    if setup.engine:  # its weights are in the compute precision already
+        return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
+    with autocast(device.type, techniques.dtype), saved_on_host(techniques.offload, setup.model, device):
+        return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+
+
+def backward(setup: TrainSetup, part: torch.Tensor, scaler: torch.amp.GradScaler) -> None:
+    """Add the gradients of a part of the loss."""
+    if setup.engine:
+        setup.engine.backward(part)
+    else:
+        scaler.scale(part).backward()
+
+
+@dataclass(frozen=True)
+class Update:
+    """The numbers of the update that are not the optimizer's own."""
+
+    lr_factor: float  # learning rate of this step over the peak
+    max_grad_norm: float  # 0 = never clip
+
+
+def last_pass(setup: TrainSetup, numbers: Update) -> None:
+    """The next backward pass is the step's last: an optimizer that works beside the computation may begin."""
+    if setup.streaming:
+        _set_rates(setup, numbers)
+        setup.streaming.last_pass(numbers.max_grad_norm)
+
+
+def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> torch.Tensor:
+    """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping."""
+    _set_rates(setup, numbers)
+    if setup.engine or setup.streaming:
+        return (setup.engine or setup.streaming).update(numbers.max_grad_norm)  # type: ignore[union-attr]
+    scaler.unscale_(setup.optimizer)
+    limit = numbers.max_grad_norm or math.inf
+    grad_norm = torch.nn.utils.clip_grad_norm_(list(setup.parameters.values()), limit)
+    scaler.step(setup.optimizer)
+    scaler.update()
+    setup.optimizer.zero_grad(set_to_none=True)
+    return grad_norm
+
+
+def _set_rates(setup: TrainSetup, numbers: Update) -> None:
+    for group in setup.optimizer.param_groups:
+        group["lr"] = group["base_lr"] * numbers.lr_factor

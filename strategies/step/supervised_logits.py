@@ -1,0 +1,127 @@
+"""The loss at supervised positions only.
+
+The output matrix is a fifth of a small model's weights and its fp32 logits are the largest tensor of a step, yet prompt
+tokens need none of it: hidden states are selected before the output matrix is applied.
+
+Legend: B rows, T tokens, C columns, S supervised tokens, P of them, H hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from strategies.contract import LossType
+from strategies.step.document_attention import borders, packed_arguments
+
+CHUNK = 256  # positions
+
+
+@dataclass
+class Batch:
+    """Token ids with, for each, whether predicting it is trained.
+
+    One row when `document_lengths` is set (documents end to end, no padding), else B rows padded on the right.  Where
+    the losses are is worked out when the batch is made, on the CPU: the step itself then never waits for a GPU to say
+    how many there are, and its shapes are known in advance.
+    """
+
+    input_ids_BT: torch.Tensor
+    supervised_BT: torch.Tensor  # bool; a document's first token is never supervised
+    document_lengths: tuple[int, ...] | None
+    attention_mask_BT: torch.Tensor | None
+    sample_ids: tuple[int, ...]
+    targets_S: torch.Tensor = field(init=False)  # the supervised tokens
+    columns_C: torch.Tensor = field(init=False)  # positions that predict one of them in any row
+    picked_S: torch.Tensor | None = field(init=False)  # their places among B x C; None = all, in order
+    positions_BT: torch.Tensor | None = field(init=False, default=None)  # in the document, of a packed row
+    borders_D: torch.Tensor | None = field(init=False, default=None)  # where its documents begin, and the end; int32
+
+    def __post_init__(self) -> None:
+        predicted_BT = self.supervised_BT[:, 1:]  # position t predicts token t + 1
+        self.targets_S = self.input_ids_BT[:, 1:][predicted_BT]
+        self.columns_C = predicted_BT.any(dim=0).nonzero()[:, 0]
+        one_row = predicted_BT.shape[0] == 1
+        self.picked_S = None if one_row else predicted_BT[:, self.columns_C].flatten().nonzero()[:, 0]
+        if self.document_lengths is not None:
+            self.positions_BT, self.borders_D = borders(self.document_lengths)
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on `device`; to a GPU it travels from pinned memory while the one before is computed."""
+        moved, is_sent = copy.copy(self), device.type == "cuda"
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                held = value.pin_memory() if is_sent and value.device.type == "cpu" else value
+                setattr(moved, name, held.to(device, non_blocking=is_sent))
+        return moved
+
+
+def loss_sum(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Tensor:
+    """Sum over supervised tokens of -log p(token | the document so far), a scalar in fp32.
+
+    `chunked_nll` computes the same without ever holding all logits: a few positions at a time, again in the backward
+    pass (as TRL's loss of that name; Wijmans et al., arXiv 2411.09009, fuse it further).
+    """
+    if loss_type == "chunked_nll":
+        return _chunked(model, batch)
+    logits_SV = supervised_logits(model, batch)
+    return F.cross_entropy(logits_SV.float(), batch.targets_S, reduction="sum")
+
+
+def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Logits (S, V) that predict `batch.targets_S`."""
+    arguments: dict[str, Any] = {"use_cache": False}
+    if batch.document_lengths is not None:
+        assert batch.positions_BT is not None and batch.borders_D is not None
+        at = batch.positions_BT, batch.borders_D
+        arguments |= packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)
+    else:
+        arguments |= {"attention_mask": batch.attention_mask_BT}
+    if _can_select(model):
+        logits_BCV = model(batch.input_ids_BT, logits_to_keep=batch.columns_C, **arguments).logits
+    else:
+        logits_BCV = model(batch.input_ids_BT, **arguments).logits[:, batch.columns_C]
+    if batch.picked_S is None:
+        return logits_BCV[0]
+    return logits_BCV.flatten(0, 1)[batch.picked_S]
+
+
+def _chunked(model: Any, batch: Batch) -> torch.Tensor:
+    """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
+    head = _inner(model).get_output_embeddings()
+    head.forward = lambda hidden: hidden  # the model then hands over what it would multiply with the output matrix
+    try:
+        hidden_SH = supervised_logits(model, batch)
+    finally:
+        del head.forward
+
+    def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="sum")
+
+    total = hidden_SH.new_zeros((), dtype=torch.float32)
+    for hidden_PH, targets_P in zip(hidden_SH.split(CHUNK), batch.targets_S.split(CHUNK), strict=True):
+        total = total + checkpoint(part, hidden_PH, targets_P, use_reentrant=False)
+    return total
+
+
+def can_chunk(model: Any) -> bool:
+    """Whether the logits are the output matrix times the hidden states and nothing more (Gemma 2 caps them)."""
+    config = _inner(model).config
+    plain = not any(getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
+    return plain and _inner(model).get_output_embeddings() is not None
+
+
+def _inner(model: Any) -> Any:
+    model = getattr(model, "module", model)  # an engine's
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _can_select(model: Any) -> bool:
+    """Whether the model computes logits only where asked (transformers' `logits_to_keep`)."""
+    return "logits_to_keep" in inspect.signature(_inner(model).forward).parameters

@@ -1,0 +1,442 @@
+"""What the planner chooses on declared machines: goals, limits, groups, remedies, golden plans."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeCapability
+from clusters.hardware import datasheet
+from orchestrator.errors import JobError, NothingFits
+from orchestrator.job.job_file import parse_job
+from orchestrator.planning import planner, workload
+from orchestrator.planning.plan import Plan, summary
+from strategies.shape import ModelShape
+
+GIB = 2**30
+
+
+def llama(hidden, layers, heads, kv, mlp, vocab=128256, tied=False):
+    return ModelShape.from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv,
+            "intermediate_size": mlp,
+            "vocab_size": vocab,
+            "tie_word_embeddings": tied,
+        }
+    )
+
+
+SMALL = llama(2048, 16, 32, 8, 8192, tied=True)  # 1.2 billion parameters
+MIDDLE = llama(4096, 32, 32, 8, 14336)  # 8 billion
+LARGE = llama(8192, 80, 64, 8, 28672)  # 70 billion
+
+
+def machine(name, *cards, cores=16, memory_gib=64, **costs):
+    cpu = DeviceCapability(
+        "cpu",
+        f"cpu of {name}",
+        memory_gib * GIB,
+        flops_per_s={"float32": 5e11},
+        memory_bytes_per_s=4e10,
+        sources={"flops_per_s.float32": "declared", "memory_bytes_per_s": "declared"},
+    )
+    devices = tuple(datasheet.device(datasheet.find(card)) for card in cards)
+    return NodeCapability(name, cores, memory_gib * GIB, (*devices, cpu), **costs)
+
+
+def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600):
+    model = "" if "\nmodel:" in text else "model: {model_name_or_path: m}\n"
+    spec = parse_job(f"{model}data: {{train: a.jsonl, max_length: 2048}}\n{text}", Path()).spec
+    names = [node.name for node in nodes]
+    links = tuple(
+        Link((a, b), link_bytes_per_s, 3e-4) for i, a in enumerate(names) for b in names[i + 1 :] if link_bytes_per_s
+    )
+    cluster = ClusterCapability(tuple(nodes), links)
+    work, _, _ = workload.describe(spec, shape, [length] * samples, samples * length // 2, 1)
+    return planner.make_plan(spec, work, cluster, 2048, None, {})
+
+
+def test_lora_is_chosen_first_on_one_card_that_holds_it():
+    made = plan(SMALL, machine("a", "RTX 3090"))
+
+    assert made.method["type"] == "lora"
+    assert not made.techniques.gradient_checkpointing
+    assert made.techniques.attn_implementation == "flash_attention_2"
+    assert made.techniques.dtype == "bfloat16"
+
+
+def test_a_turing_card_gets_fp16_and_no_flash():
+    made = plan(SMALL, machine("a", "RTX 2080 Ti"))
+
+    assert made.techniques.dtype == "float16"
+    assert made.techniques.attn_implementation == "document"
+
+
+def test_a_smaller_card_gets_checkpointing_or_four_bits():
+    made = plan(MIDDLE, machine("a", "RTX 3060 12GB"))
+
+    assert made.method["type"] == "qlora"
+    assert made.memory.total_bytes < 12 * GIB
+
+
+def test_memory_is_what_prefer_memory_saves():
+    fast, lean = (
+        plan(SMALL, machine("a", "RTX 3090"), text=f"goal: {{prefer: {what}}}\n") for what in ("time", "memory")
+    )
+
+    assert lean.memory.total_bytes < 0.7 * fast.memory.total_bytes
+    assert lean.total_s > fast.total_s
+
+
+def test_quality_prefers_what_published_runs_found_better():
+    made = plan(SMALL, machine("a", "RTX 3090"), text="goal: {prefer: quality}\n")
+
+    best = max(score for score in [made.quality_prior["score"], *(a.quality for a in made.alternatives)])
+    assert made.quality_prior["score"] == best
+
+
+def test_cost_prefers_the_cheaper_machine():
+    dear = machine("dear", "RTX 4090", price_per_hour=5.0)
+    cheap = machine("cheap", "RTX 3090", price_per_hour=0.2)
+
+    fast = plan(SMALL, dear, cheap)
+    saving = plan(SMALL, dear, cheap, text="goal: {prefer: cost}\n")
+
+    assert "RTX 4090" in summary(fast)
+    assert "RTX 4090" not in summary(saving)
+    assert saving.price.total < fast.price.total
+
+
+def test_the_price_is_hours_times_rent_or_write_off_and_power():
+    rented = plan(SMALL, machine("a", "RTX 3090", price_per_hour=1.5)).price
+    owned = plan(SMALL, machine("a", "RTX 3090", purchase_price=6000, years=3, load_w=400))
+
+    hours = owned.total_s / 3600
+    assert rented.total == pytest.approx(hours * 1.5)
+    assert owned.price.machines == pytest.approx(hours * 6000 / (3 * 2000))
+    assert owned.price.electricity == pytest.approx(hours * 0.4 * 0.30)
+
+
+def test_an_unknown_price_stays_unknown():
+    made = plan(SMALL, NodeCapability("a", 8, 64 * GIB, (DeviceCapability("cpu", "c", 64 * GIB),)))
+
+    assert made.price.total is None
+    assert made.is_guess
+
+
+def test_two_like_cards_in_one_machine_share_the_work_evenly():
+    made = plan(SMALL, machine("a", "RTX 3090", "RTX 3090"), samples=3200)
+
+    assert [part.share for part in made.nodes] == [0.5, 0.5]
+
+
+def test_unequal_cards_get_unequal_shares_on_a_fast_network():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("b", "RTX 3060"), link_bytes_per_s=1e10, samples=3200)
+
+    assert len(made.nodes) == 2
+    assert made.nodes[0].share > made.nodes[1].share > 0.05
+    assert sum(part.share for part in made.nodes) == pytest.approx(1)
+
+
+def test_a_slow_network_leaves_the_slow_machine_out_and_says_so():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("b", "RTX 3060"), link_bytes_per_s=1e6)
+
+    assert len(made.nodes) == 1
+    together = [way for way in made.alternatives if " + " in way.what]
+    assert together and "waits for the network" in together[0].why_not
+
+
+def test_zero_3_is_slower_than_plain_data_parallel_on_a_slow_link():
+    ways = plan(SMALL, machine("a", "RTX 3090"), machine("b", "RTX 3090"), link_bytes_per_s=1.2e8)
+
+    third = next(way for way in ways.alternatives if "ZeRO-3" in way.what)
+    assert third.total_s > 2 * ways.total_s
+
+
+def test_very_large_models_come_out_as_zero_3_with_lora_and_checkpointing():
+    eight = machine("server", *["A100 80GB"] * 4, memory_gib=1000)
+
+    made = plan(LARGE, eight, text="method: {type: lora}\n", length=2000)
+
+    assert made.techniques.zero_stage == 3
+    assert made.techniques.gradient_checkpointing
+    assert len(made.nodes) == 4
+
+
+def test_what_does_not_fit_names_the_smallest_changes():
+    with pytest.raises(NothingFits) as caught:
+        plan(MIDDLE, machine("a", "RTX 3060 12GB", memory_gib=16), text="method: {type: lora}\n")
+
+    assert "needs" in str(caught.value) and "usable" in str(caught.value)
+    assert "method: {type: qlora}" in str(caught.value)
+
+
+def test_checkpointing_that_was_forbidden_is_proposed():
+    text = "method: {type: lora}\ntrain: {gradient_checkpointing: false, per_device_train_batch_size: 1}\n"
+    text += "strategy: {offload: none}\n"
+    with pytest.raises(NothingFits, match=r"train.gradient_checkpointing: auto|per_device_train_batch_size: auto"):
+        plan(SMALL, machine("a", "RTX 2060 6GB", memory_gib=16), text=text, length=2000)
+
+
+@pytest.mark.parametrize(
+    ("goal", "error", "words"),
+    [
+        ("max_hours: 0.0001", NothingFits, "goal.max_hours is 0.0001, and the best that fits takes"),
+        ("min_quality: 0.9", NothingFits, "goal.min_quality is 0.9"),
+        ("max_cost: 1", JobError, "no machine's price or power is known"),
+    ],
+)
+def test_a_goal_that_cannot_be_kept_says_which(goal, error, words):
+    bare = NodeCapability("a", 8, 64 * GIB, (DeviceCapability("cpu", "c", 64 * GIB),))
+
+    with pytest.raises(error, match=words):
+        plan(SMALL, bare, text=f"goal: {{{goal}}}\n")
+
+
+def test_a_memory_limit_is_kept():
+    made = plan(SMALL, machine("a", "RTX 3090"), text="goal: {max_memory_fraction: 0.4}\n")
+
+    assert made.memory.total_bytes < 0.4 * 24 * GIB
+
+
+def test_alternatives_on_the_front_are_beaten_by_nobody():
+    made = plan(MIDDLE, machine("a", "RTX 3090"), machine("b", "RTX 3060"), link_bytes_per_s=1e8)
+
+    front = [way for way in made.alternatives if way.on_front]
+    assert front
+    for one in front:
+        for other in made.alternatives:
+            better = (other.total_s, other.peak_bytes, -other.quality) < (one.total_s, one.peak_bytes, -one.quality)
+            assert not (better and other.total_s <= one.total_s and other.peak_bytes <= one.peak_bytes
+                        and other.quality >= one.quality)  # fmt: skip
+
+
+def test_nothing_that_could_train_is_an_error_of_its_own():
+    with pytest.raises(NothingFits, match="no machine has a device"):
+        plan(SMALL, NodeCapability("a", 1, None, ()))
+
+
+def test_70b_on_four_machines_is_planned_in_two_seconds():
+    import time
+
+    nodes = [
+        machine("a", "A100 80GB", memory_gib=256),
+        machine("b", "RTX 4090"),
+        machine("c", "RTX 3060"),
+        machine("d"),
+    ]
+    began = time.perf_counter()
+
+    made = plan(LARGE, *nodes, link_bytes_per_s=1.2e8)
+
+    assert time.perf_counter() - began < 2
+    assert made.method["type"] == "qlora"
+
+
+GOLDEN = Path(__file__).parents[2] / "golden"
+CASES = {
+    "1b on a 24 GB card": (SMALL, ("RTX 3090",)),
+    "8b on a 24 GB card": (MIDDLE, ("RTX 3090",)),
+    "8b on a 12 GB card": (MIDDLE, ("RTX 3060 12GB",)),
+    "1b on a laptop of 4 GB": (SMALL, ("RTX 3050 Laptop",)),
+    "1b on a CPU": (SMALL, ()),
+    "8b on two 24 GB cards": (MIDDLE, ("RTX 3090", "RTX 3090")),
+    "70b on four A100": (LARGE, ("A100 80GB",) * 4),
+}
+
+
+def essence(made: Plan) -> dict:
+    t = made.techniques
+    return {
+        "method": made.method["type"],
+        "devices": len(made.nodes),
+        "dtype": t.dtype,
+        "attention": t.attn_implementation,
+        "packing": t.packing,
+        "checkpointing": t.gradient_checkpointing,
+        "loss": t.loss_type,
+        "optim": t.optim,
+        "offload": t.offload,
+        "zero": t.zero_stage,
+        "rows": t.per_device_train_batch_size,
+    }
+
+
+@pytest.mark.parametrize("name", sorted(CASES))
+def test_golden_plans(name):
+    """What was decided, reviewed by eye; a change here is a decision.  Written anew by deleting the file."""
+    shape, cards = CASES[name]
+    found = essence(plan(shape, machine("a", *cards)))
+    file = GOLDEN / f"{name.replace(' ', '-')}.json"
+    if not file.exists():
+        GOLDEN.mkdir(exist_ok=True)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+        pytest.fail(f"{file.name} did not exist and was written; look at it and run again")
+
+    assert found == json.loads(file.read_text())
+
+
+def test_more_samples_a_step_where_the_network_is_slow_and_only_where_nobody_said():
+    machines = machine("a", "RTX 3060"), machine("b", "RTX 3060")
+    made = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400)
+    stated = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400, text="train: {global_batch_size: 16}\n")
+
+    assert made.global_batch_size > 16 and len(made.nodes) == 2
+    assert "fewer sums over the network" in made.reasons["train.global_batch_size"]
+    assert made.num_steps * made.global_batch_size == pytest.approx(3 * 6400, rel=0.05)
+    assert stated.global_batch_size == 16
+    assert made.total_s < stated.total_s
+
+
+def test_every_way_to_keep_together_has_its_seconds():
+    made = plan(SMALL, machine("a", "RTX 3090"), machine("b", "RTX 3090"), link_bytes_per_s=1.2e8, samples=6400)
+
+    ways = made.sync.options
+    assert ways["all-reduce bfloat16"] < ways["all-reduce float32"]
+    assert ways["local steps"] < ways["all-reduce float32"]
+
+
+def test_who_would_make_it_slower_is_left_out_and_told_what_else_to_do():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("box", cores=4), link_bytes_per_s=1.2e7, samples=3200)
+
+    assert [part.node for part in made.nodes] == ["a"]
+    assert "a step would take" in made.left_out["box"] and "free for other jobs" in made.left_out["box"]
+
+
+def test_a_stated_number_of_workers_is_kept():
+    made = plan(SMALL, machine("a", "RTX 4090"), machine("b", "RTX 3060"), link_bytes_per_s=1e6,
+                text="cluster: {num_workers: 2}\n")  # fmt: skip
+
+    assert len(made.nodes) == 2
+
+
+def test_a_machine_gives_as_many_devices_as_it_offers():
+    import dataclasses
+
+    generous, shy = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090", "RTX 3090")
+    shy = dataclasses.replace(shy, num_slots=1)
+    made = plan(SMALL, generous, dataclasses.replace(shy), link_bytes_per_s=1e10, samples=6400,
+                text="cluster: {num_workers: 3}\n")  # fmt: skip
+
+    assert sorted(part.node for part in made.nodes) == ["a", "a", "b"]
+
+
+def test_of_a_machine_that_gives_one_device_the_one_that_fits_is_taken():
+    import dataclasses
+
+    node = machine("a", "RTX 3090", "RTX 3060 12GB")
+    full, free, cpu = node.devices
+    node = dataclasses.replace(node, num_slots=1, devices=(dataclasses.replace(full, memory_bytes=GIB), free, cpu))
+    made = plan(SMALL, node, samples=6400)
+
+    assert [part.device for part in made.nodes] == ["RTX 3060 12GB"]
+
+
+@pytest.mark.parametrize("others", [(), ("RTX 3090",)])
+def test_of_like_cards_without_uuid_no_more_are_taken_than_the_machine_gives(others):
+    import dataclasses
+
+    node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), num_slots=1)
+    beside = [machine("b", *others)] if others else []
+    made = plan(SMALL, node, *beside, link_bytes_per_s=1e10, samples=6400)
+    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n", Path()).spec
+
+    assert sorted(part.node for part in made.nodes) == ["a", *("b" for _ in others)]
+    assert len(planner.slots_of(spec, ClusterCapability((node,)))) == 1
+
+
+@pytest.mark.parametrize("asked", ["strategy: {mode: single}\n", "cluster: {num_workers: 1}\n"])
+def test_one_worker_takes_the_fastest_card_that_fits_not_the_first_listed(asked):
+    fast, roomy = (plan(shape, machine("a", "RTX 3060 12GB", "RTX 3090", "RTX 4070 Super"), text=asked)
+                   for shape in (SMALL, MIDDLE))  # fmt: skip
+
+    assert [part.device for part in fast.nodes] == ["RTX 3090"]
+    assert [part.device for part in roomy.nodes] == ["RTX 3090"]
+    assert fast.nodes[0].threads == 16  # all of the machine's
+
+
+def test_of_two_like_cards_the_one_that_drives_no_display_is_taken():
+    import dataclasses
+
+    node = machine("a", "RTX 3090", "RTX 3090")
+    display, free, cpu = node.devices
+    node = dataclasses.replace(node, devices=(dataclasses.replace(display, memory_bytes=6 * GIB), free, cpu))
+    made = plan(MIDDLE, node, text="cluster: {num_workers: 1}\nmethod: {type: lora}\n")
+
+    assert made.nodes[0].memory_usable_bytes > 20 * GIB
+
+
+def test_a_device_of_unknown_memory_is_not_planned_with_and_is_named():
+    import dataclasses
+
+    known = machine("a", "RTX 3060 12GB")
+    gpu = dataclasses.replace(known.gpus[0], memory_bytes=None)
+    made = plan(SMALL, dataclasses.replace(known, devices=(*known.devices, gpu)))
+
+    assert made.nodes[0].memory_usable_bytes < 12 * GIB and len(made.nodes) == 1
+    assert made.left_out == {"RTX 3060 12GB (a)": "its memory is unknown"}
+
+
+def test_all_workers_have_one_optimizer():
+    """Replicas stay equal only if all make the same update."""
+    made = plan(MIDDLE, machine("a", "RTX 4090"), machine("b", "RTX 3060 12GB"), link_bytes_per_s=1e10, samples=6400,
+                text="cluster: {num_workers: 2}\n")  # fmt: skip
+
+    assert len({part.techniques.optim for part in made.nodes}) == 1
+
+
+def lacking(node, **libraries):
+    import dataclasses
+
+    from clusters.capability import Library
+
+    found = {name: Library(state) for name, state in libraries.items()}
+    return dataclasses.replace(node, devices=tuple(dataclasses.replace(d, libraries=found) for d in node.devices))
+
+
+def test_offload_without_deepspeed_is_refused_at_plan_time_with_the_remedy():
+    node = lacking(machine("a", "RTX 3060 12GB"), deepspeed="absent")
+
+    with pytest.raises(JobError, match=r"deepspeed is not installed: pip install -e '\.\[zero\]'"):
+        plan(MIDDLE, node, text="strategy: {offload: optimizer}\n")
+
+
+def test_offload_stated_with_the_number_format_goes_on_one_card():
+    text = "strategy: {offload: optimizer}\nmodel: {model_name_or_path: m, dtype: bfloat16}\nmethod: {type: lora}\n"
+    made = plan(SMALL, machine("a", "RTX 3060 12GB"), text=text)
+
+    assert made.techniques.offload == "optimizer"
+
+
+def test_a_refusal_names_what_stands_against_the_last_kernel_that_was_tried():
+    node = lacking(machine("a", "RTX 3060 12GB"), flash_attn="absent", bitsandbytes="absent")
+
+    with pytest.raises(JobError) as caught:
+        plan(MIDDLE, node, text="method: {type: qlora}\n")
+    assert "bitsandbytes is not installed: pip install -e '.[quant]'" in str(caught.value)
+    assert "flash-attn" not in str(caught.value)
+
+
+def test_without_optional_libraries_a_plan_takes_what_is_there():
+    node = lacking(machine("a", "RTX 3090"), flash_attn="absent", bitsandbytes="absent", deepspeed="absent")
+    made = plan(MIDDLE, node)
+
+    assert made.techniques.attn_implementation == "document" and made.method["type"] != "qlora"
+    assert "flash_attention_2 attention: flash-attn is not installed" in made.rejected.values()
+
+
+def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted():
+    import dataclasses
+
+    node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), memory_bytes=None)
+    with pytest.raises(NothingFits, match=r"loading needs .* of a's own memory, whose size is unknown"):
+        plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {per_device_train_batch_size: 1}\n")
+    with pytest.raises(NothingFits, match=r"needs .* of the node's own memory, whose size is unknown"):
+        plan(SMALL, node, text="strategy: {mode: zero3, offload: parameters}\n")
+
+    assert len(plan(SMALL, node, samples=6400).nodes) == 2  # straight onto the device

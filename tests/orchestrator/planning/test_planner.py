@@ -1,0 +1,207 @@
+"""Every `auto` is resolved with a reason, from what the machines report."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from orchestrator.errors import JobError, NothingFits
+from orchestrator.job.job_file import parse_job
+from orchestrator.planning import planner, workload
+from orchestrator.planning.evaluation import HeldOut
+from orchestrator.planning.plan import VERSION, Plan
+from strategies.shape import ModelShape
+
+GIB = 2**30
+SMOL = ModelShape(576, 30, 9, 3, 64, 1536, 49152, True)
+OLD_CPU = DeviceCapability("cpu", "old", 24 * GIB)
+NEW_CPU = DeviceCapability("cpu", "new", 24 * GIB, instruction_sets=("avx512_bf16",))
+TURING = DeviceCapability("cuda", "RTX 2080", 8 * GIB, compute_capability=(7, 5))
+AMPERE = DeviceCapability("cuda", "RTX 3090", 24 * GIB, compute_capability=(8, 6))
+HELD_OUT = HeldOut(80, 5000, 40, 80, False)
+
+
+def plan(text="", *devices, shape=SMOL, held_out=HELD_OUT, lengths=(70,) * 800):
+    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n" + text, Path()).spec
+    node = NodeCapability("here", 4, 24 * GIB, (*devices, OLD_CPU) if devices else (OLD_CPU,))
+    if devices and devices[0].kind == "cpu":
+        node = NodeCapability("here", 4, devices[0].memory_bytes, devices)
+    num_workers, _ = planner.resolve_workers(spec, node)
+    max_length, _ = planner.resolve_max_length(spec, {"max_position_embeddings": 8192})
+    work, _, _ = workload.describe(spec, shape, list(lengths), len(lengths) * 30, num_workers)
+    return planner.make_plan(spec, work, ClusterCapability((node,)), max_length, held_out, {})
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "word"),
+    [
+        (OLD_CPU, "float32", "no bf16"),
+        (NEW_CPU, "bfloat16", "avx512_bf16"),
+        (TURING, "float16", "no bf16 units"),
+        (AMPERE, "bfloat16", "hardware"),
+    ],
+)
+def test_precision_follows_the_device(device, dtype, word):
+    made = plan("", device)
+
+    assert made.techniques.dtype == dtype
+    assert word in made.reasons["model.dtype"]
+
+
+def test_what_the_job_states_is_kept_and_has_no_reason():
+    made = plan("method: {lora_r: 8}\ntrain: {gradient_checkpointing: true}\n")
+
+    assert made.techniques.gradient_checkpointing
+    assert "train.gradient_checkpointing" not in made.reasons
+
+
+def test_one_cpu_is_one_worker_and_two_gpus_are_two():
+    assert plan().num_workers == 1
+    assert plan("", TURING, TURING).num_workers == 2
+    assert plan("strategy: {mode: single}\n", TURING, TURING).num_workers == 1
+    assert plan("cluster: {num_workers: 2}\n").threads_per_worker == 2
+
+
+def test_checkpointing_is_turned_on_only_when_it_must_be():
+    llama = ModelShape(4096, 32, 32, 32, 128, 11008, 32000, False)
+
+    lora = "method: {type: lora}\n"
+
+    assert not plan(lora, AMPERE).techniques.gradient_checkpointing
+    assert plan(lora, AMPERE, shape=llama, lengths=(2000,) * 100).techniques.gradient_checkpointing
+
+
+def test_the_plan_says_what_keys_and_values_of_generated_answers_take():
+    roomy, stated = plan("", AMPERE), plan("eval: {max_new_tokens: 64, metrics: [exact_match]}\n", AMPERE)
+    long = plan("eval: {max_new_tokens: 60000, metrics: [rouge_l]}\n", AMPERE)
+
+    said = r"up to 128 prompts at a time: their keys and values take \d+"
+    assert re.search(said, roomy.reasons["eval.max_new_tokens"])
+    assert "eval.max_new_tokens" not in stated.reasons
+    assert "an answer that does not fit is not scored" in long.reasons["eval.max_new_tokens"]
+
+
+def test_the_workers_of_a_node_share_its_memory():
+    """DeepSpeed divides a model that every worker has loaded on the host first: one does that here, four cannot."""
+    llama = ModelShape(4096, 32, 32, 32, 128, 11008, 32000, False)
+    job = "method: {type: lora}\ntrain: {optim: adamw_torch_fused}\nstrategy: {offload: parameters, mode: %s}\n"
+
+    assert plan(job % "single", AMPERE, shape=llama).num_workers == 1
+    with pytest.raises(NothingFits, match=r"the \d workers on here need .* GiB of the node's own memory together"):
+        plan(job % "zero3", *[AMPERE] * 4, shape=llama)
+
+
+def test_what_fits_nowhere_says_how_much_is_missing():
+    huge = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False)
+
+    with pytest.raises(NothingFits, match=r"needs \d+\.\d GiB, has \d+\.\d GiB usable"):
+        plan("", AMPERE, shape=huge)
+
+
+def test_the_reason_that_is_given_is_the_one_that_decided():
+    huge = ModelShape(8192, 80, 64, 8, 128, 28672, 128256, False)
+
+    with pytest.raises(NothingFits) as caught:
+        plan("method: {type: lora}\n", AMPERE, shape=huge)
+
+    told = str(caught.value)
+    assert "lora with parameters offload on here (RTX 3090): needs" in told
+    assert "has 22.0 GiB usable of the node's own memory" in told
+    for needs, has in re.findall(r"needs ([\d.]+) GiB, has ([\d.]+) GiB", told):
+        assert float(needs) > float(has), told
+
+
+def test_micro_batches_halve_until_they_fit():
+    small = DeviceCapability("cuda", "GTX 1060", 3 * GIB, compute_capability=(6, 1))
+
+    rows = [
+        plan("", device, lengths=(2000,) * 800).techniques.per_device_train_batch_size for device in (AMPERE, small)
+    ]
+
+    assert rows[0] > rows[1] >= 1
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("eval: {eval_steps: 5}\n", "eval.eval_steps needs held-out rows"),
+        ("eval: {metrics: [bleu]}\n", "eval.metrics needs held-out rows"),
+        ("eval: {early_stopping_patience: 2}\n", "early_stopping_patience needs"),
+        ("checkpoint: {load_best_model_at_end: true}\n", "load_best_model_at_end needs"),
+        ("model: {attn_implementation: flash_attention_2, model_name_or_path: m}\n", "needs a GPU"),
+        ("strategy: {mode: single}\ncluster: {num_workers: 2}\n", "set one of them to auto"),
+    ],
+)
+def test_contradictions_name_both_sides(text, words):
+    base = "" if text.startswith("model") else "model: {model_name_or_path: m}\n"
+    spec = parse_job(base + "data: {train: a.jsonl}\n" + text, Path()).spec
+    node = NodeCapability("here", 4, 24 * GIB, (OLD_CPU,))
+
+    with pytest.raises(JobError, match=words):
+        num_workers, _ = planner.resolve_workers(spec, node)
+        work, _, _ = workload.describe(spec, SMOL, [70] * 80, 2400, num_workers)
+        planner.make_plan(spec, work, ClusterCapability((node,)), 1024, None, {})
+
+
+def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows():
+    often = plan(held_out=HeldOut(8, 500, 40, 8, False))
+    never = plan(held_out=HeldOut(8000, 500_000, 40, 8, False))
+
+    assert often.eval_steps is not None and often.load_best_model_at_end
+    assert never.eval_steps is None and not never.load_best_model_at_end
+    assert plan(held_out=None).metrics == ()
+
+
+def test_metrics_follow_what_the_rows_are():
+    assert plan(held_out=HeldOut(8, 500, 3, 8, True)).metrics == ("accuracy", "macro_f1")
+    assert plan(held_out=HeldOut(8, 500, 30, 8, False)).metrics == ("exact_match",)
+    assert plan(held_out=HeldOut(8, 500, 300, 8, False)).metrics == ("rouge_l",)
+    assert plan(held_out=HeldOut(8, 500, 30, 0, False)).metrics == ()
+
+
+def test_a_plan_survives_its_file_and_its_hash_follows_its_content():
+    made = plan()
+
+    assert Plan.from_json(made.to_json()) == made
+    assert Plan.from_json(made.to_json()).hash == made.hash != plan("train: {optim: sgd}\n").hash
+    with pytest.raises(JobError, match="version"):
+        Plan.from_json(made.to_json().replace(f'"version": {VERSION}', '"version": 0'))
+
+
+LLAMA_3B = ModelShape(3072, 28, 24, 8, 128, 8192, 128256, True)
+
+
+def test_full_rank_leaves_adapters_out():
+    assert plan("", AMPERE).method["type"] == "lora"
+    assert plan("goal: {full_rank: true}\n", AMPERE).method["type"] == "full"
+    with pytest.raises(JobError, match=r"goal\.full_rank: lora changes weights by a low rank"):
+        plan("goal: {full_rank: true}\nmethod: {type: lora}\n", AMPERE)
+
+
+def test_where_full_training_does_not_fit_a_streamed_optimizer_is_proposed_first():
+    small = DeviceCapability("cuda", "card", 12 * GIB, compute_capability=(8, 6))
+    asked = "goal: {full_rank: true}\nstrategy: {offload: none}\n"
+
+    with pytest.raises(NothingFits, match=r"It would fit with: .*experimental_lsp_offload") as caught:
+        plan(asked, small, shape=LLAMA_3B)
+
+    assert "{type: lora}" not in str(caught.value).split("experimental_lsp_offload")[0]
+
+
+def test_an_automatic_image_is_sized_by_the_bus_and_says_so():
+    def size(bus):
+        card = DeviceCapability(
+            "cuda", "card", 24 * GIB, compute_capability=(8, 6), flops_per_s={"bfloat16": 70e12},
+            memory_bytes_per_s=900e9, host_to_device_bytes_per_s=bus, device_to_host_bytes_per_s=bus,
+        )  # fmt: skip
+        made = plan("method: {type: experimental_lsp_offload}\n", card, shape=LLAMA_3B)
+        return made.method["subspace_size"], made.reasons["method.subspace_size"], made
+
+    slow, why, made = size(0.2e9)
+    fast, _, _ = size(20e9)
+
+    assert 64 <= slow < fast <= 1536
+    assert "would not hide" in why
+    assert made.build_method().subspace_size == slow
+    assert made.nodes[0].memory.host_bytes > 8 * 28 * 7 * 64**2

@@ -1,0 +1,268 @@
+"""MLflow as a mirror: states, what was deleted there, kills between two calls, and passwords that never get there."""
+
+import json
+import sqlite3
+import stat
+from pathlib import Path
+
+import pytest
+
+from orchestrator.cli.app import status
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import parse_job
+from orchestrator.lifecycle.machines import declared
+from orchestrator.runs.mirror import tracking
+from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, is_left_running
+from orchestrator.runs.run_folder import RunFolder
+from tests.conftest import rows, write_jsonl
+
+PASSWORD = "pa55w0rd"
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 400,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "tie_word_embeddings": True,
+}
+
+
+@pytest.fixture
+def run_of(tmp_path):
+    """A run folder as `submit` leaves it, with the steps of a run that trained; no training is needed to mirror it."""
+    from orchestrator.lifecycle.run import plan_without_data
+
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    write_jsonl(tmp_path / "train.jsonl", rows(8))
+
+    def make(uri, experiment="shop", **tracked):
+        tracked = json.dumps({"mlflow_uri": uri, "experiment": experiment, **tracked})
+        text = f"model: {{model_name_or_path: model}}\ndata: {{train: train.jsonl}}\ntracking: {tracked}\n"
+        job = parse_job(text, tmp_path)
+        plan = plan_without_data(job, declared(Path("home-lab")), lambda text: None).plan
+        run = RunFolder.create(tmp_path / "runs", "tiny")
+        run.write("origin.json", json.dumps({"folder": str(tmp_path)}))
+        run.write("plan.json", plan.to_json())
+        run.write("job.yaml", job.text)
+        run.record("state", state="running", pid=1)
+        report(run, 1)
+        return run, job
+
+    return make
+
+
+def report(run, step):
+    run.record("step", step=step, seconds=1.0, **dict.fromkeys(tracking._METRIC_FIELDS["step"], 1.0))
+
+
+def steps_of(client, run):
+    return [metric.step for metric in client.get_metric_history(Sent.of(run).mlflow_run_id, "loss")]
+
+
+def status_of(client, run):
+    return client.get_run(Sent.of(run).mlflow_run_id).info.status
+
+
+@pytest.mark.parametrize(
+    ("state", "wanted"), [("finished", "FINISHED"), ("failed", "FAILED"), ("stopped", "KILLED"), (None, "KILLED")]
+)
+def test_how_a_run_ended_is_its_state_there(store, run_of, state, wanted):
+    client, uri = store
+    run, job = run_of(uri)
+    if state:
+        run.record("state", state=state)
+
+    tracking.sync(run, job)
+
+    assert status_of(client, run) == wanted and steps_of(client, run) == [1]
+
+
+def test_a_run_that_goes_on_stays_running_and_one_that_is_resumed_runs_again(store, run_of):
+    client, uri = store
+    run, job = run_of(uri)
+    with run.lock():
+        tracking.sync(run, job)
+        assert status_of(client, run) == "RUNNING"
+        assert tracking.complete(run, job) is None  # it goes on: nothing to complete
+    assert is_left_running(run)  # its driver is gone
+
+    assert tracking.complete(run, job) == uri
+    assert status_of(client, run) == "KILLED" and not is_left_running(run)
+    with run.lock():
+        report(run, 2)
+        tracking.sync(run, job)
+        assert status_of(client, run) == "RUNNING"
+    run.record("state", state="finished")
+    assert tracking.complete(run, job) == uri
+    assert tracking.complete(run, job) is None
+    assert status_of(client, run) == "FINISHED" and steps_of(client, run) == [1, 2]
+
+
+def test_the_verb_status_mends_what_a_killed_driver_left_running(store, run_of, capfd):
+    client, uri = store
+    run, job = run_of(uri)
+    with run.lock():  # which a driver that is killed lets go of
+        tracking.sync(run, job)
+
+    status(str(run.path))
+
+    assert status_of(client, run) == "KILLED"
+    assert f"now says how {run.run_id} ended" in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_deleted_experiment_is_restored_or_another_takes_the_run(store, run_of):
+    client, uri = store
+    number = client.create_experiment("gone", artifact_location=Path(uri.removeprefix("sqlite:///")).parent.as_uri())
+    client.delete_experiment(number)
+    run, job = run_of(uri, "gone")
+    run.record("state", state="finished")
+
+    with pytest.raises(TrackingFailed) as failed:
+        tracking.sync(run, job)
+    assert f"the experiment 'gone' was deleted there. Restore it (MLFLOW_TRACKING_URI={uri}" in str(failed.value)
+    assert f"mlflow experiments restore -x {number})" in str(failed.value)
+    assert f"orchestrator sync {run.run_id} --experiment NAME" in str(failed.value)
+
+    tracking.sync(run, job, "other")
+    assert client.get_run(Sent.of(run).mlflow_run_id).data.tags["run_folder"] == str(run.path)
+    assert tracking.sync(run, job) == uri  # it stays there
+
+    second, job = run_of(uri, "gone")
+    client.restore_experiment(number)
+    tracking.sync(second, job)
+    assert client.get_run(Sent.of(second).mlflow_run_id).info.experiment_id == number
+
+
+def test_an_experiment_that_is_deleted_after_its_run_began_is_named_too(store, run_of):
+    client, uri = store
+    run, job = run_of(uri, "later-gone")
+    tracking.sync(run, job)
+    client.delete_experiment(client.get_experiment_by_name("later-gone").experiment_id)
+    report(run, 2)
+
+    with pytest.raises(TrackingFailed, match="the experiment 'later-gone' was deleted there"):
+        tracking.sync(run, job)
+    tracking.sync(run, job, "kept")
+
+    assert steps_of(client, run) == [1, 2]  # all of them, in the other
+
+
+def test_a_deleted_run_is_named_and_one_that_was_thrown_away_is_sent_again(store, run_of):
+    client, uri = store
+    run, job = run_of(uri)
+    tracking.sync(run, job)
+    first = Sent.of(run).mlflow_run_id
+    client.delete_run(first)
+    with pytest.raises(TrackingFailed, match=f"the run {first} was deleted there.*mlflow runs restore -r {first}"):
+        tracking.sync(run, job)
+    with sqlite3.connect(uri.removeprefix("sqlite:///")) as database:  # as `mlflow gc` and a new server leave it
+        for table in ("latest_metrics", "metrics", "params", "tags", "runs"):
+            database.execute(f"DELETE FROM {table} WHERE run_uuid = ?", (first,))
+
+    tracking.sync(run, job)
+
+    assert Sent.of(run).mlflow_run_id != first and steps_of(client, run) == [1]
+    assert client.get_run(Sent.of(run).mlflow_run_id).data.params["tracking.experiment"] == "shop"
+
+
+@pytest.mark.parametrize("left", ["key", "id", "metrics"])
+def test_a_kill_between_two_calls_leaves_one_run_that_is_whole_after_the_next(store, run_of, left):
+    client, uri = store
+    run, job = run_of(uri, f"killed-{left}")
+    run.record("state", state="finished")
+    tracking.sync(run, job)
+    sent = json.loads((run.path / "tracking.json").read_text())
+    whole = {**client.get_run(sent["mlflow_run_id"]).data.params}
+    sent |= {"offset": 0, "has_params": False, "state": "running"}  # as it was when the calls had been made
+    sent |= {"mlflow_run_id": None} if left == "key" else {}
+    sent |= {"has_params": True} if left == "metrics" else {}
+    run.write("tracking.json", json.dumps(sent))
+
+    assert tracking.complete(run, job) == uri
+
+    (only,) = client.search_runs([client.get_experiment_by_name(f"killed-{left}").experiment_id])
+    assert only.info.status == "FINISHED" and only.data.params == whole and steps_of(client, run) == [1]
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", '{"uri": 1}', '{"uri": "x", "offset": "0"}', "\x00\xff", "null"])
+def test_a_damaged_record_of_the_mirror_is_named(run_of, text):
+    run, job = run_of("http://127.0.0.1:9")
+    (run.path / "tracking.json").write_text(text, encoding="latin-1")
+
+    with pytest.raises(TrackingFailed, match=r"tracking\.json: .*Delete it and `orchestrator sync"):
+        tracking.sync(run, job)
+
+
+def test_a_relative_file_stays_where_it_was_first_written(store, run_of, tmp_path, monkeypatch):
+    _, uri = store
+    folder = Path(uri.removeprefix("sqlite:///")).parent
+    monkeypatch.chdir(folder)
+    run, job = run_of("sqlite:///mlflow.db")
+    assert tracking.sync(run, job) == uri
+
+    monkeypatch.chdir(tmp_path)
+    assert tracking.sync(run, job) == uri and not (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.filterwarnings("ignore:Query string argument")
+def test_a_password_stands_in_no_file_but_the_job_and_is_shown_nowhere(store, run_of, capfd):
+    """A server that refuses, and a store that takes it: everything that is written or printed is looked through."""
+    client, uri = store
+    secret = f"http://ann:{PASSWORD}@127.0.0.1:9/x?token={PASSWORD}"
+    run, job = run_of(secret)
+    mirror = tracking.Mirror(run, job)
+    mirror.finish()
+    with pytest.raises(TrackingFailed) as failed:
+        tracking.sync(run, job)
+    (said,) = [event for event in run.events()[0] if event["event"] == "tracking"]
+    assert "http://***@127.0.0.1:9/x?token=***" in said["text"] and PASSWORD not in str(failed.value)
+    assert any(PASSWORD not in notice and "tracking.mlflow_uri holds a password" in notice for notice in job.notices)
+
+    # A query that SQLite ignores is the way to a store that works and has a secret in its address.
+    run, job = run_of(f"{uri}?password={PASSWORD}")
+    shown = tracking.sync(run, job)
+    sent = client.get_run(Sent.of(run).mlflow_run_id)
+    copied = Path(client.download_artifacts(sent.info.run_id, "job.yaml"))
+
+    assert shown == f"{uri}?password=***" == sent.data.params["tracking.mlflow_uri"]
+    assert "password=***" in copied.read_text() and PASSWORD not in copied.read_text()
+    files = [file for file in run.path.parent.rglob("*") if file.is_file()]
+    holding = {file.name for file in files if PASSWORD.encode() in file.read_bytes()}
+    assert holding == {"job.yaml"} and len(files) > 6
+    assert stat.S_IMODE((run.path / "job.yaml").stat().st_mode) == 0o600
+    assert PASSWORD not in "".join(capfd.readouterr())
+
+
+def test_a_secret_is_named_and_read_where_it_is_needed(run_of, monkeypatch):
+    run, job = run_of("postgresql://${DB_USER}:${DB_PASSWORD}@127.0.0.1:9/${DB}")
+    assert job.notices == []
+    with pytest.raises(TrackingFailed, match="names DB_USER, which is not set here"):
+        tracking.sync(run, job)
+    for name, value in {"DB_USER": "ann", "DB_PASSWORD": "p@ss/w:1", "DB": "mlflow"}.items():
+        monkeypatch.setenv(name, value)
+
+    assert address_of(run, job) == "postgresql://ann:p%40ss%2Fw%3A1@127.0.0.1:9/mlflow"
+    with pytest.raises(TrackingFailed, match=r"MLflow at postgresql://\*\*\*@127.0.0.1:9/mlflow: .*refused"):
+        tracking.sync(run, job)
+
+
+@pytest.mark.parametrize("uri", ["http://a:p w@host", 'http://a:p"w@host', "postgresql://a:\tpw@host/x"])
+def test_a_password_that_could_not_be_masked_is_refused_and_not_shown(uri):
+    tracked = json.dumps({"mlflow_uri": uri})
+    with pytest.raises(JobError) as refused:
+        parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: x}}\ntracking: {tracked}", Path())
+
+    assert "write it percent-encoded" in str(refused.value)
+    assert "pw" not in str(refused.value) and "p w" not in str(refused.value)
+
+
+def test_a_run_that_is_read_again_knows_its_own_store(store, run_of):
+    _, uri = store
+    run, _ = run_of(uri)
+
+    assert tracking.sync(run, run.job()) == uri

@@ -1,0 +1,38 @@
+"""Results on a terminal: names, prompts and answers are text, whatever they hold."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.views.result import result_view, runs_table, scores_view
+from tests.orchestrator.report.test_pages import HOSTILE
+
+
+def shown(view):
+    out = io.StringIO()
+    Console(file=out, width=400, force_terminal=False).print(view)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("text", HOSTILE)
+def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path):
+    sample = {"prompt": text, "generated": text, "reference": text + "!"}
+    after = {"eval_loss": 1.0, "rouge_l": 0.5, "samples": [sample], "compared": {"rouge_l": text}, "without_room": 2}
+    result = {
+        "steps": 1, "tokens": 10, "train_seconds": 1.0, "after": after,
+        "before": {"eval_loss": 2.0, "samples": [sample]},
+        "memory": {"measured_peak_bytes": 1, "predicted_bytes": 2},
+    }  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    (run.path / "adapter").mkdir(parents=True)
+    run.write("result.json", json.dumps(result))
+
+    row = {"run": text, "state": "finished", "step": 1, "num_steps": 1, "loss": None, "started": None}
+    seen = shown(result_view(run)) + shown(scores_view(after)) + shown(runs_table([row]))
+
+    assert not any(ord(character) < 32 and character != "\n" for character in seen) and "\u202e" not in seen
+    assert seen.count("[bold]name[/bold]") == ("[bold]" in text) * 10
+    assert "2 prompts fill the model's context" in seen
