@@ -1,1 +1,6 @@
-"""."""
+"""Kubernetes with KubeRay: its API, its messages, its RayJob.
+
+client    start here: a Kubernetes cluster with KubeRay, through its API server alone
+messages  what an API server, the operator and pods say, as what to do about it
+rayjob    a job as KubeRay's RayJob
+"""

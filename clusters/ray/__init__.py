@@ -1,1 +1,10 @@
-"""."""
+"""Connect to Ray, keep nodes running, start and watch work there.
+
+connect          start here: ways to reach a Ray cluster
+gpu_reservation  GPUs reserved with Ray by UUID, so that the one that was planned is the one that trains and nobody
+jobs             start work on a Ray cluster through its dashboard (Ray Jobs API)
+node_daemon      a Ray node of one's own
+nodes            which nodes of a connected Ray cluster are there now, and which of them answer
+probe            the capability of a whole Ray cluster
+remote_objects   objects that live on another node of the cluster this process is connected to
+"""

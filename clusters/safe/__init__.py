@@ -1,1 +1,7 @@
-"""."""
+"""Read, unpack, run and show what comes from outside without trusting it.
+
+reading   start here: reading what comes from outside
+archives  unpacking a tar that another person or program made
+commands  run a program that may hang
+masking   passwords and tokens in URLs, masked wherever a text is shown, sent or written down again
+"""

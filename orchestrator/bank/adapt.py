@@ -16,7 +16,7 @@ from orchestrator.bank.adapter_trial import Trial
 from orchestrator.bank.library import Base, bank_of, base_of, evidence_of, train_digest
 from orchestrator.data.prepare import prepare_data
 from orchestrator.errors import JobError
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.spec import BankSection
 from orchestrator.lifecycle.run import output_dir
@@ -72,7 +72,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     bank = bank_of(job)
     near = neighbours(bank, base, say)
-    max_length, _ = planner.resolve_max_length(job.spec, models.read_config(base.folder))
+    max_length, _ = planner.resolve_max_length(job.spec, model_files.read_config(base.folder))
     data = prepare_data(job, base.folder, max_length, output_dir(job) / ".cache" / "data", say)
     began = time.perf_counter()
     query = evidence_of(data.train, base)

@@ -12,7 +12,7 @@ from typing import Any
 from clusters.safe.reading import BadInput
 from orchestrator.data.readers.sources import digest_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job
 from orchestrator.planning.plan import InBank, Plan
 from orchestrator.runs.condition import require_finished
@@ -38,7 +38,7 @@ class Base:
 
 def base_of(name: str, job_folder: Path, say: Callable[[str], None] = lambda text: None) -> Base:
     """Raises JobError where the model is not to be had."""
-    folder = models.locate(name, job_folder, None, say)
+    folder = model_files.locate(name, job_folder, None, say)
     return Base(name, folder, base_digest(folder))
 
 
@@ -57,7 +57,7 @@ def in_bank(job: Job) -> tuple[InBank, ...]:
 
     Their bytes are not read again: the plan names them, and whoever uses one checks it.
     """
-    folder, own = models.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
+    folder, own = model_files.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
     if folder is None or own is None:
         return ()
     try:
@@ -202,9 +202,9 @@ def _tokenised(model: str, data: Path) -> Any:
 
     asked = {"model": {"model_name_or_path": model}, "data": {"train": str(data.absolute())}}
     job = parse_job(json.dumps(asked), Path())
-    folder = models.locate(model, Path())
-    max_length, _ = resolve_max_length(job.spec, models.read_config(folder))
-    return prepare_data(job, folder, max_length, models.cache_folder() / "data", lambda text: None).train
+    folder = model_files.locate(model, Path())
+    max_length, _ = resolve_max_length(job.spec, model_files.read_config(folder))
+    return prepare_data(job, folder, max_length, model_files.cache_folder() / "data", lambda text: None).train
 
 
 def _numbers(quality: Any) -> dict[str, float]:

@@ -19,10 +19,8 @@ import typer
 
 from clusters.safe.reading import name_mistake
 from orchestrator import __version__
-from orchestrator.cli import bank as bank_cli
+from orchestrator.cli import bank, remote, report
 from orchestrator.cli import cluster as cluster_cli
-from orchestrator.cli import remote as remote_cli
-from orchestrator.cli import report as report_cli
 from orchestrator.cli import search as search_cli
 from orchestrator.cli.options import (
     HardwareOption,
@@ -55,9 +53,9 @@ app = typer.Typer(
 )
 cluster_cli.register(app)
 search_cli.register(app)
-report_cli.register(app)
-remote_cli.register(app)
-bank_cli.register(app)
+report.register(app)
+remote.register(app)
+bank.register(app)
 
 
 @app.command()
@@ -256,16 +254,16 @@ def submit(
         return
     from orchestrator.lifecycle.run import submit as run_job
 
-    is_kuberay = remote_cli.is_kuberay(cluster or "")
+    is_kuberay = remote.is_kuberay(cluster or "")
     if cluster and is_kuberay and render:
-        remote_cli.render(asked_job(job, set_), cluster, hardware, attach, run_id, render)
+        remote.render(asked_job(job, set_), cluster, hardware, attach, run_id, render)
         return
     if not is_kuberay and (render or hardware or attach):
         raise JobError(
             "--render, --attach and --hardware belong to --cluster kuberay; `plan --hardware FILE` plans for others"
         )
     if cluster and (is_kuberay or "://" in cluster):
-        found = remote_cli.submit(asked_job(job, set_), cluster, detach, json_, hardware, attach, run_id)
+        found = remote.submit(asked_job(job, set_), cluster, detach, json_, hardware, attach, run_id)
         if not detach:
             _print_result(found, json_)
         return
@@ -294,8 +292,8 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
         search_cli.go_on(search, json_)
         return
     found = RunFolder.find(run, runs)
-    if remote_cli.is_remote(found):
-        remote_cli.resume(found, json_)
+    if remote.is_remote(found):
+        remote.resume(found, json_)
         _print_result(found, json_)
         return
     if not found.differences() and is_complete(found, found.job()):
@@ -345,8 +343,8 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         search_cli.show(search, json_)
         return
     found = RunFolder.find(run, runs)
-    if remote_cli.is_remote(found) and not remote_cli.is_closed(found):
-        remote_cli.status(found, json_)
+    if remote.is_remote(found) and not remote.is_closed(found):
+        remote.status(found, json_)
         return
     if not found.is_locked() and (wrong := damage(found)):
         raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
@@ -373,7 +371,7 @@ def _mend_mirror(run: RunFolder) -> None:
     from orchestrator.runs.mirror.state import is_left_running
 
     try:
-        if not remote_cli.is_remote(run) and is_left_running(run):
+        if not remote.is_remote(run) and is_left_running(run):
             from orchestrator.runs.mirror.tracking import complete
 
             if address := complete(run, run.job()):
@@ -392,8 +390,8 @@ def logs(
 ) -> None:
     """Print what happened in a run: its events, or its workers' log files."""
     found = RunFolder.find(run, runs)
-    if remote_cli.is_remote(found):
-        remote_cli.logs(found, follow)
+    if remote.is_remote(found):
+        remote.logs(found, follow)
         return
     if workers:
         for file in sorted(found.logs.glob("*.log")):
@@ -420,8 +418,8 @@ def logs(
 def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Ask a running job to save a checkpoint and stop after its current step."""
     found = search_cli.found(run, runs) or RunFolder.find(run, runs)
-    if remote_cli.is_remote(found):
-        remote_cli.stop(found)
+    if remote.is_remote(found):
+        remote.stop(found)
         return
     if not found.is_locked():
         raise JobError(f"{found.run_id} is not running (it is {found.state()})")

@@ -12,8 +12,7 @@ from clusters.safe.masking import masked
 from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, say, show
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
-from orchestrator.remote import jobs as remote
-from orchestrator.remote import package
+from orchestrator.remote import jobs, package
 from orchestrator.remote.jobs import is_kuberay
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
@@ -21,12 +20,12 @@ from orchestrator.views.screen import write
 
 def is_remote(run: RunFolder) -> bool:
     """Whether a run was sent to a cluster from here."""
-    return remote.Remote.of(run) is not None
+    return jobs.Remote.of(run) is not None
 
 
 def is_closed(run: RunFolder) -> bool:
     """Whether everything of a run that was sent is here again."""
-    found = remote.Remote.of(run)
+    found = jobs.Remote.of(run)
     return found is not None and found.is_closed
 
 
@@ -43,18 +42,18 @@ def submit(
     from orchestrator.lifecycle.run import output_dir
 
     if is_kuberay(address):
-        from orchestrator.remote import kube_submit as kube_run
+        from orchestrator.remote import kube_submit
 
-        run = kube_run.submit(
+        run = kube_submit.submit(
             job, address, output_dir(job), _listener(as_json), hardware, cluster, run_id, follow=not detach
         )
     elif run_id or cluster or hardware:
         raise JobError("--run-id, --attach and --hardware belong to --cluster kuberay, not to a dashboard")
     else:
-        run = remote.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
+        run = jobs.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
     if detach:
         if as_json:
-            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(remote.SENT)})
+            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(jobs.SENT)})
         else:
             place = masked(address)
             out.print(f"{run.run_id} runs on {place}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
@@ -63,15 +62,15 @@ def submit(
 
 def resume(run: RunFolder, as_json: bool) -> None:
     """Start it again where it runs."""
-    remote.resume(run, _listener(as_json))
+    jobs.resume(run, _listener(as_json))
 
 
 def status(run: RunFolder, as_json: bool) -> None:
     """Ask the cluster; what has not begun, or ended before it had a folder, is known from the job alone."""
-    found = remote.look(run)
+    found = jobs.look(run)
     if found.state != "PENDING":
         try:
-            shown = remote.verb(run, "status", run.run_id, *(["--json"] if as_json else []))
+            shown = jobs.verb(run, "status", run.run_id, *(["--json"] if as_json else []))
             (write if as_json else show)(shown.rstrip("\n"))
             return
         except RunFailed:
@@ -88,28 +87,29 @@ def status(run: RunFolder, as_json: bool) -> None:
 def logs(run: RunFolder, follow: bool) -> None:
     """What the job printed there."""
     if follow and not is_closed(run):
-        remote.attach(run, _listener(False))
+        jobs.attach(run, _listener(False))
     else:
-        show(remote.printed(run).rstrip("\n"))
+        show(jobs.printed(run).rstrip("\n"))
 
 
 def stop(run: RunFolder) -> None:
     """Ask the job there to save and stop."""
-    show(remote.stop(run).rstrip("\n"))
+    show(jobs.stop(run).rstrip("\n"))
 
 
 def render(job: Job, cluster: str, hardware: Path | None, attach: str | None, run_id: str | None, file: Path) -> None:
     """Plan for the declared node classes, or those of the cluster, and write the RayJob."""
-    from orchestrator.remote import kube_objects as kube
-    from orchestrator.remote import kube_submit as kube_run
+    from orchestrator.remote import kube_objects, kube_submit
 
-    _, namespace = remote.place_of(cluster)
-    name = run_id or kube_run.new_name(job)
-    kube.check_name(name)
+    _, namespace = jobs.place_of(cluster)
+    name = run_id or kube_submit.new_name(job)
+    kube_objects.check_name(name)
     door = None
     if hardware is None and attach is None:
-        door = remote.opened_at(cluster)
-    kube.write(kube_run.objects_for(job, name, door, hardware, attach, say, namespace or "default"), file, say)
+        door = jobs.opened_at(cluster)
+    kube_objects.write(
+        kube_submit.objects_for(job, name, door, hardware, attach, say, namespace or "default"), file, say
+    )
 
 
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
@@ -117,7 +117,7 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     found = RunFolder.find(run, runs)
     if not is_remote(found):
         raise JobError(f"{found.run_id} ran on this machine; it is in {found.path}")
-    remote.fetch(found, say)
+    jobs.fetch(found, say)
 
 
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.cli import search as search_cli
+from orchestrator.cli import search
 from orchestrator.cli.options import (
     HardwareOption,
     JsonOption,
@@ -117,7 +117,7 @@ def report(
         raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
     if output is not None:
         output = resolve_path(output, "--output", kind="new file")
-    folder = search_cli.found(name, runs) or RunFolder.find(name, runs)
+    folder = search.found(name, runs) or RunFolder.find(name, runs)
     job = folder.job()
     if markdown:
         file = output or folder.path / "report.md"

@@ -1,9 +1,17 @@
-"""Files of rows -> tokens with a loss mask -> micro-batches.
+"""Rows -> tokens with a loss mask -> micro-batches.
 
-Rows:     sources.py (the job's data keys; start here) folders.py files.py readers/ row.py
-Meaning:  contract.py (what becomes of each column) formats.py turns.py
-Tokens:   chat.py (what the chat template writes, where each answer is) supervision.py (what it lost: pure)
-          template.py (a row's samples) samples.py (cut to length, counted) counts.py (what is said of them: pure)
-Kept:     prepare.py dataset.py (tokenised once into a memory-mapped Arrow file); survey.py looks and keeps nothing
-Steps:    order.py (which samples a step sees) packing.py (rows without padding) batches.py sizes.py (for a rough plan)
+prepare      start here: the job's data section -> tokenised datasets on disk, made once and found again by content
+batches      samples -> the tensors of a micro-batch
+chat         a conversation as the chat template writes it
+counts       what happened to the rows, counted
+dataset      tokenised samples in one memory-mapped Arrow file, made once and found again by content
+order        which samples each step sees
+packing      which samples share a micro-batch
+samples      rows -> samples
+sizes        how long the rows are, without preparing them
+supervision  what of a row is supervised, as pure functions over text
+survey       one pass over a job's rows that keeps nothing
+template     examples -> token ids and the mask of supervised tokens
+readers      files and hub data sets -> rows
+rows         what a row is, whatever file it came from
 """

@@ -14,7 +14,7 @@ from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 
 _ROWS_COUNTED = 2000  # their lengths stand for the rest
@@ -94,7 +94,7 @@ def _tokens(example: Example, count: Callable[[str], int]) -> tuple[int, int]:
 
 
 def _counter(job: Job) -> Callable[[str], int]:
-    folder = models.local_folder(job.spec.model.model_name_or_path, job.folder)
+    folder = model_files.local_folder(job.spec.model.model_name_or_path, job.folder)
     file = (folder or Path()) / "tokenizer.json"
     if folder is not None and file.is_file() and importlib.util.find_spec("tokenizers"):
         from tokenizers import Tokenizer

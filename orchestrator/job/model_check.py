@@ -12,7 +12,7 @@ from typing import Any
 
 from clusters.safe.reading import printable
 from orchestrator.errors import JobError
-from orchestrator.job import architecture_cache as remembered
+from orchestrator.job import architecture_cache
 from orchestrator.job.weights import stored_tensors
 from strategies.compatibility import misfits
 from strategies.model import architecture
@@ -57,8 +57,10 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
     """The model's parts, and what loading would report or why that cannot be told."""
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
-    entry = None if trust_remote_code else remembered.entry_of(folder, stored)  # code of others may read anything
-    if entry and (known := remembered.recall(entry)):
+    entry = (
+        None if trust_remote_code else architecture_cache.entry_of(folder, stored)
+    )  # code of others may read anything
+    if entry and (known := architecture_cache.recall(entry)):
         return known.built, known.report
     model = architecture.build(folder, trust_remote_code)
     built = architecture.architecture_of(model)
@@ -67,7 +69,7 @@ def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tupl
     except CannotBuild as error:
         return built, str(error)
     if entry:
-        remembered.keep(entry, remembered.LookedAt(built, report))
+        architecture_cache.keep(entry, architecture_cache.LookedAt(built, report))
     return built, report
 
 

@@ -1,5 +1,14 @@
-"""How a job lives: from its start to its end, and on after a crash.
+"""How a job lives: prepared, run, recovered, finished; and what can be asked before it starts.
 
-verification.py    what a run may rely on when it goes on
-ending.py          what follows the training, step by step: the card, the bank, the tracking
+run               start here: the whole path of a job in one file
+baseline_helper   the machine that a plan leaves out, at work beside the others
+calibration       predicted against measured, over finished runs -> better predictions for the same device and numbe
+finish            the end of a run
+inspect_data      rows as the model will see them, and what packing makes of them
+machines          where a plan's machines come from
+recovery          what happens when machines are lost, return or join
+technique_report  every technique on every device
+trace_check       `plan --trace`
+validate          a job checked without starting it
+verify            what a run may rely on when it goes on
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestrator.errors import JobError, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job
-from orchestrator.runs import record as recorded
+from orchestrator.runs import record
 from orchestrator.runs.model_card import write_card
 from orchestrator.runs.run_folder import RunFolder
 
@@ -60,7 +60,7 @@ STEPS = (
 
 def pending(run: RunFolder, job: Job) -> list[Step]:
     """The steps that are still to be done; of a run of an earlier version, which kept no record, none is known."""
-    if recorded.read(run.path) is None:
+    if record.read(run.path) is None:
         return []
     done = _done(run)
     wanted = [(step, step.target(job)) for step in STEPS]

@@ -21,8 +21,7 @@ from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.ray.connect import CannotConnect, connect
 from clusters.safe.reading import BadInput
 from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed, Stopped
-from orchestrator.job import model_check
-from orchestrator.job import model_files as models
+from orchestrator.job import model_check, model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.job.paths import resolve_path
 from orchestrator.job.secrets import secret_names
@@ -30,13 +29,11 @@ from orchestrator.job.spec import HeldOut as SplitOff
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
-from orchestrator.lifecycle import calibration, machines
-from orchestrator.lifecycle import finish as ending
+from orchestrator.lifecycle import calibration, finish, machines
 from orchestrator.lifecycle.baseline_helper import Aside
 from orchestrator.lifecycle.recovery import Recovery, fixed_job, keep_numbers
 from orchestrator.lifecycle.verify import check_same_job, is_handed_back, verified_files
-from orchestrator.planning import planner, workload
-from orchestrator.planning import price as money
+from orchestrator.planning import planner, price, workload
 from orchestrator.planning.evaluation import HeldOut
 from orchestrator.planning.plan import InBank, Plan, in_bank_sentence
 from orchestrator.runs import checkpoints
@@ -107,7 +104,7 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None) -> RunFolde
         for key in run.free_changes():
             watcher.say(f"{key} was changed since the run began; it is used as it is now")
         if is_handed_back(run, watcher.say):
-            ending.finish(run, job, watcher.event)
+            finish.finish(run, job, watcher.event)
         else:
             files, plan = verified_files(run, job, watcher.say), run.plan()
             watcher.planned(run, job, plan, files.get("statistics") or {})
@@ -119,7 +116,7 @@ def is_complete(run: RunFolder, job: Job) -> bool:
     """Whether nothing is left to do: trained, handed back as it lies here, and its end done."""
     result = run.result()
     done = run.state() == "finished" and result is not None
-    return done and not run.differences() and not exported_damage(run, result or {}) and not ending.pending(run, job)
+    return done and not run.differences() and not exported_damage(run, result or {}) and not finish.pending(run, job)
 
 
 def _must_have_secrets(job: Job) -> None:
@@ -158,10 +155,10 @@ def prepare(
     from orchestrator.data.prepare import prepare_data
 
     asked = job.spec.model
-    model_folder = models.locate(
+    model_folder = model_files.locate(
         asked.model_name_or_path, job.folder, asked.model_revision, say, asked.trust_remote_code
     )
-    config = models.read_config(model_folder)
+    config = model_files.read_config(model_folder)
     for notice in workload.step_notices(job.spec):
         say(notice)
     shape = workload.trainable_shape(config)
@@ -213,7 +210,7 @@ def plan_without_data(
     """
     from orchestrator.data.sizes import rough_lengths
 
-    config = models.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
     for notice in workload.step_notices(job.spec):
         say(notice)
     shape = workload.model_shape(config)
@@ -255,7 +252,7 @@ def _plan(
     counts: HeldOut | None,
 ) -> tuple[Plan, Workload]:
     max_length, why_length = planner.resolve_max_length(job.spec, config)
-    priced = money.priced(job.spec, calibration.calibrated(capability, output_dir(job)))
+    priced = price.priced(job.spec, calibration.calibrated(capability, output_dir(job)))
     in_bank = _in_bank(job)
 
     def planned(spec: JobSpec, num_workers: int, why_workers: str | None) -> tuple[Plan, Workload]:
@@ -321,8 +318,8 @@ def look_at_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
     """What `inspect` shows."""
     from orchestrator.lifecycle.inspect_data import look
 
-    model_folder = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
-    max_length, _ = planner.resolve_max_length(job.spec, models.read_config(model_folder))
+    model_folder = model_files.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    max_length, _ = planner.resolve_max_length(job.spec, model_files.read_config(model_folder))
     return look(job, model_folder, max_length, first, num_rows)
 
 
@@ -349,7 +346,7 @@ def execute(run: RunFolder, job: Job, plan: Plan, capability: ClusterCapability,
             if event["event"] == "tracking":
                 watcher.event(event)
         raise
-    ending.finish(run, job, watcher.event)
+    finish.finish(run, job, watcher.event)
 
 
 def _train_on_ray(
@@ -433,7 +430,7 @@ def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability)
     from orchestrator.job.spec import METHOD_SECTIONS
     from orchestrator.training.model.loading import load_data
 
-    config = models.read_config(Path(run.data()["model"]))
+    config = model_files.read_config(Path(run.data()["model"]))
     data, held_out = load_data(run)
     again, _ = _plan(
         fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], len(planner.slots_of(job.spec, there))),

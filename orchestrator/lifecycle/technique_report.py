@@ -12,7 +12,7 @@ from rich.text import Text
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.data.sizes import rough_lengths
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning import planner, workload
 from orchestrator.planning.explain import unusable
@@ -187,7 +187,7 @@ def _smallest() -> ModelShape:
 
 
 def _of_job(job: Job) -> tuple[str, Workload]:
-    config = models.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     lengths, learnt = rough_lengths(job, max_length)
     work, _, _ = workload.describe(job.spec, workload.model_shape(config), lengths, learnt, 1)

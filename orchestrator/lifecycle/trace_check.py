@@ -7,7 +7,7 @@ from typing import Any
 from clusters.safe.reading import printable
 from clusters.units import format_bytes
 from orchestrator.errors import JobError
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from strategies.contract import TrainSettings, Workload
@@ -21,7 +21,7 @@ def trace_plan(job: Job, plan: Plan, workload: Workload) -> dict[str, Any]:
 
     if plan.device != "cpu" and plan.techniques.attn_implementation.startswith("flash"):
         return {"text": "flash-attn's kernels cannot be traced; set model.attn_implementation: sdpa to trace it"}
-    config = models.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
+    config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
     train, techniques = job.spec.train, plan.techniques
     settings = TrainSettings(
         train.learning_rate,

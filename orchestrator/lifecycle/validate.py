@@ -11,15 +11,14 @@ from clusters.safe.reading import printable
 from orchestrator.data.readers.sources import sources_of
 from orchestrator.data.survey import Survey, can_render, survey
 from orchestrator.errors import JobError
-from orchestrator.job import hub, model_check
-from orchestrator.job import model_files as models
+from orchestrator.job import hub, model_check, model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file, resolve_path
 from orchestrator.job.secrets import secret_names
 from orchestrator.job.spec import HeldOut
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.planning import planner, workload
-from orchestrator.search.space import stated_space
+from orchestrator.planning.space import stated_space
 from strategies.model.targets import architecture_of_shape
 
 _ROWS_LOOKED_AT = 1000  # of each data key, unless all are asked for
@@ -140,13 +139,13 @@ def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
     if mistakes := workload.step_mistakes(spec):
         raise JobError(mistakes)
     notices = workload.step_notices(spec)
-    folder = models.local_folder(spec.model.model_name_or_path, job.folder)
+    folder = model_files.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is None:
         hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
         if near := hub.nearly(spec.model.model_name_or_path):
             notices.append(f"the hub's cache here holds {printable(near)}, whose name is spelt almost like this one")
         return None, None, notices
-    config = models.read_config(folder)
+    config = model_files.read_config(folder)
     shape = workload.trainable_shape(config)
     max_length, _ = planner.resolve_max_length(spec, config)
     check_tokens(folder, shape.vocab_size)

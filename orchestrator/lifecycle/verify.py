@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.errors import JobError
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, changed_keys
 from orchestrator.runs import checkpoints
 from orchestrator.runs.condition import check_model, exported_damage
@@ -60,7 +60,7 @@ def _made_again(run: RunFolder, job: Job, old: dict[str, Any], say: Callable[[st
     """The model's folder and the samples once more.  Raises JobError where they would be others."""
     from orchestrator.data.prepare import prepare_data
 
-    model = models.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
+    model = model_files.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     cache = run.path.parent / ".cache" / "data"
     made = prepare_data(job, model, run.plan().techniques.max_length, cache, say).files
     for key in ("train", "eval"):

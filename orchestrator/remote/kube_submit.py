@@ -19,9 +19,7 @@ from orchestrator.errors import ClusterError, JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.spec import KubernetesSection
 from orchestrator.lifecycle import machines
-from orchestrator.remote import jobs as remote
-from orchestrator.remote import kube_objects as kube
-from orchestrator.remote import package
+from orchestrator.remote import jobs, kube_objects, package
 from orchestrator.runs.run_folder import RunFolder
 
 _Say = Callable[[str], None]
@@ -75,43 +73,43 @@ def submit(
     Raises JobError, NothingFits before anything is created, ClusterError, RunFailed.
     """
     name = run_id or new_name(job)
-    kube.check_name(name)
+    kube_objects.check_name(name)
     known = RunFolder(output_dir / name)
     if known.is_begun:
         return _go_on(known, say, follow)
-    with remote.in_our_words(address):
-        door = remote.opened_at(address)
+    with jobs.in_our_words(address):
+        door = jobs.opened_at(address)
         objects = objects_for(job, name, door, hardware, cluster, say)
         with RunFolder.take(output_dir, job.spec.name, name) as run:
             if run.is_begun:
                 raise JobError(f"{name} was begun by another process meanwhile; the same command goes on with it")
-            with remote.begun(run, job):
+            with jobs.begun(run, job):
                 _send_new(run, door, objects, name, address, say)
     say(f"run {name} in {door.namespace}")
     if follow:
-        remote.attach(run, say)
+        jobs.attach(run, say)
     return run
 
 
-def _send_new(run: RunFolder, door: Any, objects: kube.Objects, name: str, address: str, say: _Say) -> None:
+def _send_new(run: RunFolder, door: Any, objects: kube_objects.Objects, name: str, address: str, say: _Say) -> None:
     """Create the objects of a run that is taken, and keep where they are."""
-    run.write("kube.yaml", kube.as_yaml(objects.job, *([objects.config] if objects.config else [])))
+    run.write("kube.yaml", kube_objects.as_yaml(objects.job, *([objects.config] if objects.config else [])))
     uploads = objects.folder if objects.uploads or objects.texts else None
-    remote.say_sent(run, objects.sent, say)
+    jobs.say_sent(run, objects.sent, say)
     _send(door, objects, say)
-    remote.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
+    jobs.Remote(address, objects.runs, (name,), uploads=uploads).keep(run)
 
 
 def _go_on(run: RunFolder, say: _Say, follow: bool) -> RunFolder:
     """The same command again: start what ended, wait for what runs."""
     if run.state_by_events() != "finished":
-        remote.start_again(run)
+        jobs.start_again(run)
         if follow:
-            remote.attach(run, say)
+            jobs.attach(run, say)
     return run
 
 
-def _send(door: Any, objects: kube.Objects, say: _Say) -> None:
+def _send(door: Any, objects: kube_objects.Objects, say: _Say) -> None:
     door.rehearse(objects.job, objects.config)
     if objects.uploads or objects.texts:
         packed = package.archive(objects.uploads, objects.texts)
@@ -143,16 +141,16 @@ def _objects_of(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
 
 def objects_for(
     job: Job, name: str, door: Any, hardware: Path | None, cluster: str | None, say: _Say, namespace: str = "default"
-) -> kube.Objects:
+) -> kube_objects.Objects:
     """Plan and render.  Without a door, `hardware` must tell of the nodes."""
     from orchestrator.lifecycle.run import plan_without_data
 
     namespace = door.namespace if door else namespace
     if cluster:
-        return kube.rendered_on(cluster, job, namespace, name)
+        return kube_objects.rendered_on(cluster, job, namespace, name)
     capability = machines.declared(hardware) if hardware else nodes_of(door.nodes(), job.spec.kubernetes)
     ready = plan_without_data(job, capability, say)
-    return kube.rendered(job, ready.plan, capability, namespace, name)
+    return kube_objects.rendered(job, ready.plan, capability, namespace, name)
 
 
 def nodes_of(listed: list[dict[str, Any]], asked: KubernetesSection) -> ClusterCapability:
@@ -224,4 +222,4 @@ def _amount(quantity: str) -> float:
 def new_name(job: Job) -> str:
     """A name for a run that Kubernetes takes; the moment at its end stays whole however long the job's name."""
     stamp = f"{datetime.now():%m%d-%H%M%S}"
-    return f"{kube.object_name(job.spec.name)[: 46 - len(stamp)].rstrip('-')}-{stamp}"
+    return f"{kube_objects.object_name(job.spec.name)[: 46 - len(stamp)].rstrip('-')}-{stamp}"

@@ -21,7 +21,7 @@ from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from clusters.units import GIB, format_bytes
 from orchestrator.data.readers.sources import sources_of
 from orchestrator.errors import JobError, RunFailed
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
 from orchestrator.job.spec import Source
 from orchestrator.runs.run_folder import RunFolder
@@ -132,7 +132,7 @@ def _read_paths(job: Job) -> Iterator[tuple[str, Callable[[Path], list[Path]]]]:
     if spec.data.chat_template != "tokenizer":
         yield spec.data.chat_template, lambda path: [path]
     code = spec.model.trust_remote_code
-    yield spec.model.model_name_or_path, lambda path: models.files_of(path, code) if path.is_dir() else [path]
+    yield spec.model.model_name_or_path, lambda path: model_files.files_of(path, code) if path.is_dir() else [path]
     for key, value in (("data.train", spec.data.train), ("data.eval", spec.data.eval)):
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, str | Source):

@@ -1,9 +1,13 @@
-"""What a run or a search came to, for somebody who was not there: one HTML file, or Markdown.  Only the CLI imports it.
+"""Reports of runs and searches: one HTML file, or Markdown.
 
-blocks.py    what a report is made of
-of_run.py, of_search.py    run folder or search folder -> blocks
-plots.py     figures as SVG (the only module that knows matplotlib)
-tco.py       what it cost, and what other machines would
-html.py, markdown.py    blocks -> a file
-words.py     English and Japanese
+run           start here: a run folder -> the blocks of its report
+bench         a benchmark's timeline as a picture
+blocks        what a report is made of
+costs         costs as a table
+html          blocks -> one HTML file that needs nothing else
+markdown      blocks -> Markdown, the figures as SVG files in a folder beside it
+plots         figures as SVG without fonts or colours of their own
+search        a search folder -> the blocks of its report
+tco           what a job costs to own and to run, and what it would cost elsewhere
+translations  the report's own words in Japanese
 """

@@ -9,7 +9,7 @@ from typing import Any
 
 from clusters.units import format_s
 from orchestrator.data.prepare import datasets
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.lifecycle.machines import declared
 from orchestrator.lifecycle.run import Ready
@@ -29,7 +29,7 @@ def alternatives_of(job: Job, plan: Plan, files: dict[str, Any], num_tokens: flo
     """The same job on each machine of `cost.alternatives`, alone; none where the tokenised data is gone."""
     if not Path(files.get("train", "")).is_dir() or not Path(files["model"]).is_dir():
         return []
-    spec, config = job.spec, models.read_config(Path(files["model"]))
+    spec, config = job.spec, model_files.read_config(Path(files["model"]))
     data, _ = datasets(files)
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
     lengths, learnt = data.lengths.tolist(), int(data.num_supervised.sum())

@@ -8,13 +8,13 @@ from typing import Any
 from clusters.safe.masking import masked
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
-from orchestrator.planning import price as money
+from orchestrator.planning import price
 from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
 from orchestrator.report.translations import words
-from orchestrator.runs import worker_stats as workers
+from orchestrator.runs import worker_stats
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.plan import shown
 from orchestrator.views.result import score
@@ -152,7 +152,7 @@ def _step_time(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
 
 
 def _machines(w: Word, plan: Plan, events: list[dict[str, Any]]) -> list[Block]:
-    told = [row for row in workers.of_run(events) if "seconds" in row]
+    told = [row for row in worker_stats.of_run(events) if "seconds" in row]
     if not told:
         rows = [(part.node, part.device, f"{part.share:.0%}", "", "", "") for part in plan.nodes]
     else:
@@ -213,7 +213,7 @@ def _costs(
     cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
     sittings = sum(event["event"] == "ready" for event in events)
     if (energy := result.get("energy")) and sittings == 1:  # the counters saw the last sitting only
-        owned = all(node.price_per_hour is None for node in money.priced(spec, capability).nodes)
+        owned = all(node.price_per_hour is None for node in price.priced(spec, capability).nodes)
         cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
     others = []
     if spec.cost.alternatives:

@@ -13,11 +13,10 @@ from typing import Any
 
 from clusters.safe.reading import BadInput, printable
 from orchestrator.errors import JobError
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from orchestrator.runs import digests
-from orchestrator.runs import record as recorded
+from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.run_folder import RunFolder
 
@@ -78,7 +77,7 @@ def exported_whole(run: RunFolder) -> Path:
 
 def check_model(run: RunFolder) -> None:
     """Raises JobError where the model's files are not those that the run began with."""
-    found = recorded.read(run.path)
+    found = record.read(run.path)
     if found is None or not found.model:
         return
     folder = Path(run.data()["model"])
@@ -89,13 +88,13 @@ def check_model(run: RunFolder) -> None:
     if changed:
         raise JobError(
             f"model.model_name_or_path: {folder} is not the model that {run.run_id} began with"
-            f" ({recorded.few(changed)}). Put it back to go on, or submit a new run"
+            f" ({record.few(changed)}). Put it back to go on, or submit a new run"
         )
 
 
 def model_digests(folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, FileDigest]:
     """Digests of a model's files, remembered between runs.  Raises BadInput."""
-    return digests.of_model(folder, models.cache_folder() / "digests.json", say)
+    return digests.of_model(folder, model_files.cache_folder() / "digests.json", say)
 
 
 def damage(run: RunFolder) -> list[str]:
@@ -126,4 +125,4 @@ def damage(run: RunFolder) -> list[str]:
 def passed_over(run: RunFolder) -> str | None:
     """Lines of events.jsonl that were cut by a power loss or damaged since; the rest of the file is read."""
     faults = run.event_faults()
-    return f"{run.path / 'events.jsonl'}: {recorded.few(faults)}; passed over" if faults else None
+    return f"{run.path / 'events.jsonl'}: {record.few(faults)}; passed over" if faults else None

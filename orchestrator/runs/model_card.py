@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.runs.markdown import inline_code, plain
 from orchestrator.runs.run_folder import RunFolder
@@ -128,8 +128,8 @@ def _usage(job: Job, folder: Path, is_adapter: bool, has_template: bool) -> list
 def _base_code(job: Job, remote: str) -> list[str]:
     """The lines that load the base model: from the hub, from a folder, or out of the package it comes in."""
     name = job.spec.model.model_name_or_path
-    if name.lower() in models.PACKAGED:
-        requirement = models.PACKAGED[name.lower()][2]
+    if name.lower() in model_files.PACKAGED:
+        requirement = model_files.PACKAGED[name.lower()][2]
         return [
             "from pathlib import Path",
             "",

@@ -11,8 +11,7 @@ from clusters.safe.masking import holds_secret
 from clusters.safe.reading import BadInput, checked_path, read_json, read_text
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job, changed_keys, parse_job
-from orchestrator.runs import json_files as files
-from orchestrator.runs import record as recorded
+from orchestrator.runs import json_files, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.record import Difference, Recorded
 
@@ -50,14 +49,14 @@ class Folder:
 
     def keep(self, name: str, text: str) -> None:
         """Write a file that decides the run and record it; only who holds the run, or its rank 0, does so."""
-        found = recorded.read(self.path)
+        found = record.read(self.path)
         if found:
             self._write_record(found.with_files({name: text}))
         self.write(name, text)
 
     def take_back(self, name: str) -> None:
         """Delete a file that was kept, and its record: it decides nothing any more."""
-        if found := recorded.read(self.path):
+        if found := record.read(self.path):
             self._write_record(found.without(name))
         (self.path / name).unlink(missing_ok=True)
 
@@ -67,7 +66,7 @@ class Folder:
         Raises RunFailed where the disk is full.
         """
         try:
-            recorded.write_whole(self.path / name, text, 0o600 if holds_secret(text) else 0o666)
+            record.write_whole(self.path / name, text, 0o600 if holds_secret(text) else 0o666)
         except OSError as error:
             raise self._cannot_write(name, error) from error
 
@@ -84,13 +83,13 @@ class Folder:
 
     def differences(self) -> list[Difference]:
         """Recorded files that say something else now, or cannot be read.  Raises JobError for a damaged record."""
-        found = recorded.read(self.path)
+        found = record.read(self.path)
         compared = [self._difference(found, name) for name in found.files] if found else []
         return [one for one in compared if one]
 
     def restore(self, say: Callable[[str], None]) -> None:
         """Put back what was recorded where a file is damaged or gone.  Raises JobError where one was edited."""
-        found = recorded.read(self.path)
+        found = record.read(self.path)
         if found is None:
             say(f"{self.run_id} was begun by an earlier version: its files cannot be compared with what they were")
             return
@@ -103,7 +102,7 @@ class Folder:
 
     def free_changes(self) -> list[str]:
         """Keys of the job that were changed since it was recorded, and may be."""
-        found, text = recorded.read(self.path), self._text(self.document)
+        found, text = record.read(self.path), self._text(self.document)
         if found is None or text is None or text == found.files.get(self.document):
             return []
         return [line.split(" ")[0] for line in self._changed_keys(found.files[self.document], text)]
@@ -118,7 +117,7 @@ class Folder:
 
     def _text(self, name: str) -> str | None:
         """A file as it was recorded, None where there is none.  Raises JobError where it says something else."""
-        found = recorded.read(self.path)
+        found = record.read(self.path)
         if found and name in found.files:
             if wrong := self._difference(found, name):
                 raise JobError(
@@ -134,7 +133,7 @@ class Folder:
             raise JobError(str(error)) from None
 
     def _difference(self, found: Recorded, name: str) -> Difference | None:
-        return recorded.difference(self.path, name, found, self._unfree_keys if name == self.document else None)
+        return record.difference(self.path, name, found, self._unfree_keys if name == self.document else None)
 
     def _edited(self, wrong: Difference) -> str:
         return (
@@ -152,15 +151,17 @@ class Folder:
     def _origin(self) -> Path:
         text, label = self._text("origin.json"), str(self.path / "origin.json")
         try:
-            return self.path if text is None else checked_path(files.parse(files.Origin, text, label)["folder"])
+            return (
+                self.path if text is None else checked_path(json_files.parse(json_files.Origin, text, label)["folder"])
+            )
         except BadInput as error:
             raise JobError(f"{label}: folder: {error}") from None
 
     def _write_record(self, found: Recorded) -> None:
         try:
-            recorded.write(self.path, found)
+            record.write(self.path, found)
         except OSError as error:
-            raise self._cannot_write(recorded.NAME, error) from error
+            raise self._cannot_write(record.NAME, error) from error
 
     def _cannot_write(self, name: str, error: OSError) -> RunFailed:
         return RunFailed(

@@ -28,8 +28,7 @@ from clusters.safe.masking import masked_values
 from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable
 from orchestrator.errors import JobError
 from orchestrator.planning.plan import Plan
-from orchestrator.runs import events, locks
-from orchestrator.runs import json_files as files
+from orchestrator.runs import events, json_files, locks
 from orchestrator.runs import record as recorded
 from orchestrator.runs.recorded_folder import Folder
 
@@ -175,21 +174,21 @@ class RunFolder(Folder):
     def capability(self) -> ClusterCapability:
         """The machines; none where none were looked at.  Raises JobError."""
         text = self._text("capability.json")
-        return files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
+        return json_files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
 
     def data(self) -> dict[str, Any]:
         """Where model and samples lie (files.DataFiles).  Raises JobError."""
-        return files.parse(files.DataFiles, self._needed("data.json"), str(self.path / "data.json"))
+        return json_files.parse(json_files.DataFiles, self._needed("data.json"), str(self.path / "data.json"))
 
     def result(self) -> dict[str, Any] | None:
         """What the run came to (files.Result), None while it has no result.  Raises JobError."""
         text = self._text("result.json")
-        return None if text is None else files.parse(files.Result, text, str(self.path / "result.json"))
+        return None if text is None else json_files.parse(json_files.Result, text, str(self.path / "result.json"))
 
     def before(self) -> dict[str, Any] | None:
         """What a machine that does not train measured of the untuned model (files.Quality).  Raises JobError."""
         text = self._text("before.json")
-        return None if text is None else files.parse(files.Quality, text, str(self.path / "before.json"))
+        return None if text is None else json_files.parse(json_files.Quality, text, str(self.path / "before.json"))
 
     def readers(self) -> list[Callable[[], Any]]:
         """A call for each file that must be readable: a run that was sent elsewhere has not all of them here."""

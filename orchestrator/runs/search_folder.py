@@ -20,9 +20,9 @@ from typing import Any, Literal
 
 from clusters.safe.reading import BadInput, load_json, read_bytes, record
 from orchestrator.errors import JobError
+from orchestrator.planning.space import Point, key_of
 from orchestrator.runs.json_files import DataFiles, finite, parse
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.search.space import Point, key_of
 
 Status = Literal["finished", "stopped", "failed"]  # stopped: its quality lagged
 

@@ -22,7 +22,7 @@ from orchestrator.planning import planner, workload
 from orchestrator.planning.evaluation import HeldOut
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
-from orchestrator.search.space import Point, Space, key_of
+from orchestrator.planning.space import Point, Space, key_of
 from strategies.shape import ModelShape
 
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are

@@ -7,10 +7,10 @@ from typing import Any
 
 from clusters.units import format_bytes, format_s
 from orchestrator.job.job_file import Job, text_with
+from orchestrator.planning.space import phrase
 from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.search.advice import Planning
 from orchestrator.search.recommend import Outcome, front, outcomes, recommend
-from orchestrator.search.space import phrase
 
 
 def conclude(folder: SearchFolder, job: Job, planning: Planning) -> None:

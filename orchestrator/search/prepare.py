@@ -9,14 +9,14 @@ from typing import Any
 from clusters.capability import ClusterCapability, NodeCapability
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, NothingFits
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job, spec_with
 from orchestrator.lifecycle.run import Ready, counts_of, prepare
 from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import Point, Space
 from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.search.advice import Advised, Planning, Sizes
-from orchestrator.search.space import Point, Space
 from orchestrator.search.subset import representative
 
 _SET_UP_S = 3.0  # of a trial beside its steps: loading the model
@@ -31,7 +31,7 @@ def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, 
     """The planner for a search's points; sizes are those of the longest max_length, others are cut from it."""
     longest = files[max(files, key=int)]
     data, held_out = datasets(longest)
-    config = models.read_config(Path(longest["model"]))
+    config = model_files.read_config(Path(longest["model"]))
     whole = Sizes(data.lengths.tolist(), int(data.num_supervised.sum()), counts_of(held_out))
     rows = data.select(longest["train_rows"])
     held = held_out.select(longest["eval_rows"]) if held_out is not None else None

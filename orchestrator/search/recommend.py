@@ -10,8 +10,8 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import Point
 from orchestrator.runs.search_folder import Trial
-from orchestrator.search.space import Point
 
 
 @dataclass(frozen=True)

@@ -19,16 +19,15 @@ from orchestrator.errors import ClusterError, JobError, NothingFits, Orchestrato
 from orchestrator.job.job_file import Job, value_of
 from orchestrator.lifecycle import calibration
 from orchestrator.lifecycle.run import InBackground, Ready, output_dir, prepare
-from orchestrator.planning import planner
-from orchestrator.planning import price as money
+from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import Point, Space, canonical, space_of
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Advised, Planning, advise, by_kind, told
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampler import Sampler
-from orchestrator.search.space import Point, Space, canonical, space_of
 from orchestrator.training.workers.gpu_locks import one_each
 from orchestrator.views.search import Watching, advised_text, common
 from strategies.step import host_memory, thread_waits
@@ -177,7 +176,7 @@ def search(
     ready = prepare(job, watching.say)
     named = study(job) if study else []
     # As they are known now: they stay so for the whole search.
-    capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
     space = Space({}) if study else space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
     files = files_of(job, ready, space, named, watching.say)
     planning = planning_of(job, files, capability, _batch(ready))
@@ -206,7 +205,7 @@ def predict(job: Job, say: Callable[[str], None]) -> tuple[Space, Advised]:
     """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
     job = with_held_out_rows(job, say)
     ready = prepare(job, say)
-    capability = money.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
     space = space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
     files = files_of(job, ready, space, [], say)
     return space, advise(planning_of(job, files, capability, _batch(ready)), space)

@@ -18,8 +18,8 @@ import numpy
 import optuna
 
 from orchestrator.job.spec import LogUniform, RandInt
+from orchestrator.planning.space import Point, Range, Space, key_of
 from orchestrator.search.advice import Advice, Advised
-from orchestrator.search.space import Point, Range, Space, key_of
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 

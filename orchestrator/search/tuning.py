@@ -27,9 +27,9 @@ from clusters.ray import gpu_reservation
 from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.space import Point
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import plan_for
-from orchestrator.search.space import Point
 from strategies.step import host_memory
 
 _ENVIRONMENT = {

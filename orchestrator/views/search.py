@@ -10,10 +10,10 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.units import format_bytes, format_s
+from orchestrator.planning.space import Space, phrase
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Advised
 from orchestrator.search.recommend import Outcome, front
-from orchestrator.search.space import Space, phrase
 
 
 def advised_text(space: Space, advised: Advised) -> str:

@@ -137,8 +137,8 @@ def _set_up(folder: Path, prefer: str = "time"):
     from orchestrator.data.prepare import datasets
     from orchestrator.lifecycle.run import prepare
     from orchestrator.planning import planner
+    from orchestrator.planning.space import space_of
     from orchestrator.search.prepare import planning_of
-    from orchestrator.search.space import space_of
     from orchestrator.search.subset import representative
 
     job = job_in(folder, prefer)
@@ -218,7 +218,7 @@ def judge(file: Path) -> None:
 
 
 def _key(point) -> str:
-    from orchestrator.search.space import key_of
+    from orchestrator.planning.space import key_of
 
     return key_of(point)
 

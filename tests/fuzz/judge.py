@@ -89,18 +89,18 @@ def judge(case: Case, folder: Path) -> tuple[Ended, str | None]:
 def _no_training() -> Iterator[None]:
     """An input that is good enough to be trained ends where Ray would start, or the packaged model be converted."""
     from orchestrator.errors import ClusterError
-    from orchestrator.job import model_files as models
+    from orchestrator.job import model_files
     from orchestrator.lifecycle import run
 
     def refuse(*_: Any) -> None:
         raise ClusterError("nothing is trained for an input")
 
-    kept = run._train_on_ray, models._convert
-    run._train_on_ray = models._convert = refuse
+    kept = run._train_on_ray, model_files._convert
+    run._train_on_ray = model_files._convert = refuse
     try:
         yield
     finally:
-        run._train_on_ray, models._convert = kept
+        run._train_on_ray, model_files._convert = kept
 
 
 def _fault_of(ended: Ended) -> str | None:

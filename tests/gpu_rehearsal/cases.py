@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from clusters.capability import DeviceCapability
-from strategies import compatibility as rules
+from strategies import compatibility
 from strategies.contract import Method, Techniques
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
@@ -82,7 +82,7 @@ class Case:
 
     def is_possible(self) -> bool:
         shape = ModelShape.from_config(CONFIG)
-        return rules.conflict(METHODS[self.method], self.techniques(), CARDS[self.device], shape) is None
+        return compatibility.conflict(METHODS[self.method], self.techniques(), CARDS[self.device], shape) is None
 
 
 def possible() -> list[Case]:

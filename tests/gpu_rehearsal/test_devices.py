@@ -10,8 +10,7 @@ import torch
 from orchestrator.errors import JobError
 from orchestrator.lifecycle import calibration
 from orchestrator.training.model.devices import card_in_use, device_like, planned_device
-from orchestrator.training.workers import baseline as untuned
-from orchestrator.training.workers import bench, finished, preflight
+from orchestrator.training.workers import baseline, bench, finished, preflight
 from orchestrator.training.workers.experiment import measured_on
 from strategies.step import device_memory
 from tests.gpu_rehearsal.cards import RTX_3060, RTX_3090, Machine
@@ -90,10 +89,10 @@ def of_evaluate(made, monkeypatch):
 
 def of_helper(made, monkeypatch):
     run = SimpleNamespace(plan=lambda: replace(made, helper=made.nodes[0]), job=lambda: None, data=lambda: {"model": 0})
-    monkeypatch.setattr(untuned, "RunFolder", lambda _: run)
-    monkeypatch.setattr(untuned.loading, "load_data", lambda _: (None, [1]))
-    monkeypatch.setattr(untuned.worker, "prepare", _end)
-    untuned.measure("folder")
+    monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
+    monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))
+    monkeypatch.setattr(baseline.worker, "prepare", _end)
+    baseline.measure("folder")
 
 
 def _end(*_, **__):

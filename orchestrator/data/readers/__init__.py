@@ -1,5 +1,9 @@
-"""Open files -> rows.
+"""Files and hub data sets -> rows.
 
-text.py reads JSON lines, JSON and csv, columnar.py parquet, Arrow and hub data sets, encoding.py says what a file that
-is no UTF-8 text is.  Start at ../files.py, which opens a file and picks its reader.
+sources   start here: the data keys of a job -> files and rows
+columnar  rows of parquet and Arrow files and of hub data sets
+encoding  which encoding a text that is no UTF-8 is in, and the command that converts it
+files     rows of one data file
+folders   the data files of a folder
+text      rows of JSON lines, of JSON lists and of csv files, one at a time, whatever the file's size
 """

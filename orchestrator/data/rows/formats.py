@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data.rows import columns as contract
-from orchestrator.data.rows import turns
+from orchestrator.data.rows import columns, turns
 from orchestrator.data.rows.columns import missing
 from orchestrator.data.rows.row import BadRow, Message, Row
 
@@ -67,7 +66,7 @@ def read_example(
         ) from None
     if detected is not None:
         detected[row.file] = row_format
-    used = contract.columns(row_format, tuple(row.values)).used
+    used = columns.columns(row_format, tuple(row.values)).used
     words = tuple(
         f"field {name!r} is the word {value!r}, as a missing value becomes in some tools"
         for name in used
@@ -81,15 +80,15 @@ def detect(values: Mapping[str, Any]) -> str | None:
     keys = set(values)
     if "messages" in keys:
         return "messages"
-    if keys & set(contract.SHAREGPT_KEYS):
+    if keys & set(columns.SHAREGPT_KEYS):
         return "sharegpt"
     if {"prompt", "completion"} <= keys:
         return "prompt_completion"
-    if "instruction" in keys and keys & set(contract.ALPACA_ANSWER_KEYS):
+    if "instruction" in keys and keys & set(columns.ALPACA_ANSWER_KEYS):
         return "alpaca"
-    if "label" in keys and keys & set(contract.TEXT_KEYS):
+    if "label" in keys and keys & set(columns.TEXT_KEYS):
         return "classification"
-    if len(keys & set(contract.PROMPT_KEYS)) == len(keys & set(contract.ANSWER_KEYS)) == 1:
+    if len(keys & set(columns.PROMPT_KEYS)) == len(keys & set(columns.ANSWER_KEYS)) == 1:
         return "prompt_completion"
     if keys & {"chosen", "rejected"}:  # not a text with two notes
         return None
@@ -100,7 +99,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
     """Says why the fields of a row fit no format, and what to do."""
     names = sorted(map(str, values))
     if {"chosen", "rejected"} & set(names):
-        refusal = contract.refusals("messages")["chosen"]
+        refusal = columns.refusals("messages")["chosen"]
         return BadRow(f"fields {names} are a preference; lost would be {refusal.lost}. {refusal.way}")
     if "input_ids" in names:
         return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
@@ -112,20 +111,20 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
 _FILL = "Fill it or remove the row"
 _MISSING_WORDS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
 _KNOWN_NAMES = {
-    *contract.TURN_KEYS,
-    *contract.PROMPT_KEYS,
-    *contract.ANSWER_KEYS,
-    *contract.TEXT_KEYS,
+    *columns.TURN_KEYS,
+    *columns.PROMPT_KEYS,
+    *columns.ANSWER_KEYS,
+    *columns.TEXT_KEYS,
     "label",
 }
 
 
 def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -> Example:
     """A row of the named format as an Example.  Raises BadRow with the reason."""
-    sorted_columns = contract.columns(row_format, tuple(values))
+    sorted_columns = columns.columns(row_format, tuple(values))
     for name in sorted_columns.refused:
-        if contract.holds(name, values[name]):
-            refusal = contract.refusals(row_format)[name]
+        if columns.holds(name, values[name]):
+            refusal = columns.refusals(row_format)[name]
             raise BadRow(
                 f"field {name!r} is not used in {row_format} rows; lost would be {refusal.lost}. {refusal.way}"
             )
@@ -135,15 +134,15 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
     if row_format == "classification":
         return _classification(values, instruction, ignored)
     if row_format in ("messages", "sharegpt"):
-        keys = contract.TURN_KEYS if row_format == "messages" else contract.SHAREGPT_KEYS
-        key = contract.first(keys, values) or keys[0]
+        keys = columns.TURN_KEYS if row_format == "messages" else columns.SHAREGPT_KEYS
+        key = columns.first(keys, values) or keys[0]
         reading = turns.Reading(key, (key, "role" if key == "messages" else "from"))
         return _conversation(values, turns.read_turns(values.get(key), reading), reading, ignored)
     return _pair(values, row_format, ignored)
 
 
 def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[str, ...]) -> Example:
-    key = contract.first(contract.TEXT_KEYS, values) or "text"
+    key = columns.first(columns.TEXT_KEYS, values) or "text"
     label = values.get("label")
     if missing(label) or not isinstance(label, str | int | float) or label in (math.inf, -math.inf):
         raise BadRow(f"field 'label' is {label!r:.80}; it must be a word or a number", "field 'label' is no label")
@@ -158,10 +157,10 @@ def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[
 def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) -> Example:
     """Prompt and completion or Alpaca, by whatever names; with a system prompt or a history it is a conversation."""
     alpaca = row_format == "alpaca"
-    prompt_key = "instruction" if alpaca else contract.first(contract.PROMPT_KEYS, values) or "prompt"
-    answers = contract.ALPACA_ANSWER_KEYS if alpaca else contract.ANSWER_KEYS
-    answer_key = contract.first(answers, values) or answers[0]
-    input_key = contract.first(contract.INPUT_KEYS, values) if alpaca else None
+    prompt_key = "instruction" if alpaca else columns.first(columns.PROMPT_KEYS, values) or "prompt"
+    answers = columns.ALPACA_ANSWER_KEYS if alpaca else columns.ANSWER_KEYS
+    answer_key = columns.first(answers, values) or answers[0]
+    input_key = columns.first(columns.INPUT_KEYS, values) if alpaca else None
     reading = turns.Reading(prompt_key, ("", ""))
     if (prompt_key, answer_key) not in (("prompt", "completion"), ("instruction", "output")) or input_key == "context":
         read_as = "instruction, input and output" if alpaca else "prompt and completion"
@@ -181,14 +180,14 @@ def _conversation(
     values: Mapping[str, Any], messages: list[Message], reading: turns.Reading, ignored: tuple[str, ...]
 ) -> Example:
     """Turns with the row's system prompt and tools."""
-    key = contract.first(contract.SYSTEM_KEYS, values)
+    key = columns.first(columns.SYSTEM_KEYS, values)
     if key and not missing(values[key]):
         system = _string(values, key)
         if any(message["role"] == "system" and message["content"].strip() != system.strip() for message in messages):
             raise BadRow(f"field {key!r} and a system turn hold two different system prompts. Remove one")
         if messages[0]["role"] != "system":
             messages = [{"role": "system", "content": system}, *messages]
-    key = contract.first(contract.TOOL_KEYS, values)
+    key = columns.first(columns.TOOL_KEYS, values)
     tools = turns.tools_of(values[key], f"field {key!r}") if key else ()
     if tools and reading.tools:
         raise BadRow(f"field {key!r} and a system turn both list tools. Remove one")

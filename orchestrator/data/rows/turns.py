@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from orchestrator.data.rows import columns as contract
+from orchestrator.data.rows import columns
 from orchestrator.data.rows.columns import missing
 from orchestrator.data.rows.row import BadRow, Message
 
@@ -136,7 +136,7 @@ def _message(turn: Any, number: int, reading: Reading) -> Message:
     if not isinstance(turn, dict):
         raise _bad(number, f"is a {type(turn).__name__}, not an object with 'role' and 'content'")
     names = tuple(map(str, turn))
-    role_key, text_key = contract.first(contract.ROLE_KEYS, names), contract.first(contract.CONTENT_KEYS, names)
+    role_key, text_key = columns.first(columns.ROLE_KEYS, names), columns.first(columns.CONTENT_KEYS, names)
     if role_key is None:
         raise _bad(number, f"has no role; its fields are {sorted(names)}. Name them 'role' and 'content'")
     role = _role(turn[role_key], role_key, number, reading)
@@ -168,17 +168,17 @@ def _role(value: Any, key: str, number: int, reading: Reading) -> str:
 
 def _refuse(turn: dict[str, Any], names: tuple[str, ...], number: int, role: str, reading: Reading) -> None:
     """Raise BadRow for fields whose meaning would be lost, and note those that are ignored."""
-    sorted_fields = contract.turn_fields(names)
-    wrong = [name for name in sorted_fields.refused if contract.holds(name, turn[name])]
+    sorted_fields = columns.turn_fields(names)
+    wrong = [name for name in sorted_fields.refused if columns.holds(name, turn[name])]
     if role != "tool" and not missing(turn.get("name")):
         wrong.append("name")
     if wrong:
-        refusal = contract.turn_refusal(wrong[0])
+        refusal = columns.turn_refusal(wrong[0])
         raise _bad(number, f"({role}) has the field {wrong[0]!r}; lost would be {refusal.lost}. {refusal.way}")
     for name in sorted_fields.ignored:
         if not missing(turn[name]):
             reading.ignore(name)
-    key = contract.first(contract.TOOL_KEYS, names)
+    key = columns.first(columns.TOOL_KEYS, names)
     if key and not missing(turn[key]):
         if role != "system" or reading.tools:
             raise _bad(
@@ -210,7 +210,7 @@ def _text(value: Any, number: int, role: str, reading: Reading) -> str | None:
 
 
 def _calls_of(turn: dict[str, Any], number: int, role: str) -> list[dict[str, Any]]:
-    keys = [key for key in contract.CALL_KEYS if not missing(turn.get(key))]
+    keys = [key for key in columns.CALL_KEYS if not missing(turn.get(key))]
     if not keys:
         return []
     if len(keys) > 1:
@@ -240,14 +240,14 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
 
 def _extras(turn: dict[str, Any], number: int, role: str, reading: Reading) -> Message:
     extras: Message = {}
-    keys = [key for key in contract.REASONING_KEYS if not missing(turn.get(key))]
+    keys = [key for key in columns.REASONING_KEYS if not missing(turn.get(key))]
     if keys:
         key = keys[0]
         if any(turn[other] != turn[key] for other in keys):
             raise _bad(number, f"({role}) has different thoughts in {' and '.join(map(repr, keys))}. Remove one")
         if role != "assistant" or not isinstance(turn[key], str):
             raise _bad(number, f"({role}) has the field {key!r}; thoughts are text in an assistant's turn. Remove it")
-        if key != contract.REASONING_KEYS[0]:
+        if key != columns.REASONING_KEYS[0]:
             reading.note(f"field {key!r} of turns is read as 'reasoning_content'")
         extras["reasoning_content"] = turn[key]
     if role == "tool":
@@ -259,7 +259,7 @@ def _extras(turn: dict[str, Any], number: int, role: str, reading: Reading) -> M
 
 def _learnt(turn: dict[str, Any], number: int, role: str) -> bool:
     """Whether the flags of a turn let it be learnt; those of another role than the assistant may only say no."""
-    flags = [(key, turn[key]) for key in contract.TRAIN_KEYS if not missing(turn.get(key))]
+    flags = [(key, turn[key]) for key in columns.TRAIN_KEYS if not missing(turn.get(key))]
     for key, value in flags:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _bad(

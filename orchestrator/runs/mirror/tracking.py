@@ -20,7 +20,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import Job, flat
 from orchestrator.job.secrets import SecretMissing, secret_names
 from orchestrator.planning.plan import settings_of
-from orchestrator.runs import worker_stats as workers
+from orchestrator.runs import worker_stats
 from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, knock
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder, Trial, read_trials
@@ -329,7 +329,7 @@ class _Sender(_Store):
             if event["event"] == "group":
                 self.sent.members = [{key: member[key] for key in ("node", "device")} for member in event["members"]]
             if event["event"] == "step" and "worker_s" in event:
-                by_worker = workers.metrics(self.sent.members, event)
+                by_worker = worker_stats.metrics(self.sent.members, event)
                 metrics += [Metric(name, value, when_ms, step) for name, value in by_worker.items()]
             if event["event"] == "step":  # what an optimizer's lanes sent and how long they were at work
                 sent = {key: event[key] for key in ("bus_down_bytes", "bus_up_bytes") if key in event}

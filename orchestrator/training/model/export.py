@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import BadInput, read_json
-from orchestrator.job import model_files as models
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.training.stops import stops_of
 from strategies.contract import TrainSetup
@@ -52,7 +52,7 @@ def write_beside(folder: Path, model: Any, tokenizer: Any, base: Path) -> None:
 def base_name(job: Job) -> str:
     """The base model as anybody may load it: a name of the hub or of a package as given, a folder by its whole path."""
     name = job.spec.model.model_name_or_path
-    is_folder = name.lower() not in models.PACKAGED and job.path(name).is_dir()
+    is_folder = name.lower() not in model_files.PACKAGED and job.path(name).is_dir()
     return str(job.path(name)) if is_folder else name
 
 

@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 
 from clusters.hardware.energy import POWERCAP, Meter
-from clusters.ray import remote_objects as elsewhere
+from clusters.ray import remote_objects
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
@@ -330,7 +330,7 @@ def prepare(
         adam_epsilon=train.adam_epsilon,
         techniques=techniques,
         seed=train.seed,
-        elsewhere=elsewhere.reachable(),
+        elsewhere=remote_objects.reachable(),
     )
     try:
         setup = method.setup(model, settings)

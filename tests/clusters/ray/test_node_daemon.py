@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
-from clusters.ray import node_daemon as own_node
+from clusters.ray import node_daemon
 from clusters.ray.node_daemon import (
     CannotServe,
     OwnNode,
@@ -154,7 +154,7 @@ def test_sessions_that_ray_opened_to_everyone_are_closed_and_no_link_is_followed
     (tmp_path / "session_latest").symlink_to(session)
     (tmp_path / "session_2026-link").symlink_to(other)
 
-    own_node.close_sessions([tmp_path, tmp_path / "nowhere"])
+    node_daemon.close_sessions([tmp_path, tmp_path / "nowhere"])
 
     assert [stat.S_IMODE(path.stat().st_mode) for path in (session, other)] == [0o700, 0o777]
 
@@ -202,7 +202,7 @@ def test_a_node_that_ends_is_started_again_after_pauses_that_grow(tmp_path, monk
         if len(said) == 8:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(own_node, "time", Clock(end_after_eight))
+    monkeypatch.setattr(node_daemon, "time", Clock(end_after_eight))
     keep_running(own(), BOX, said.append)
 
     assert [int(line.split()[-2]) for line in said] == [1, 2, 4, 8, 16, 30, 30, 30]
@@ -223,7 +223,7 @@ def test_a_minute_of_life_makes_the_pauses_short_again(tmp_path, monkeypatch, si
         if num_lives == 5:
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(own_node, "time", clock)
+    monkeypatch.setattr(node_daemon, "time", clock)
     keep_running(own(), BOX, say)
 
     assert said == [1, 2, 4, 1]
@@ -233,7 +233,7 @@ def test_a_head_that_is_not_there_yet_is_waited_for_and_said_once(monkeypatch, s
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
     said = []
-    monkeypatch.setattr(own_node, "time", Clock(lambda now: now > 100 and signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(node_daemon, "time", Clock(lambda now: now > 100 and signal.raise_signal(signal.SIGTERM)))
     keep_running(own(head=f"127.0.0.1:{port}"), BOX, said.append)
 
     (line,) = said
@@ -242,7 +242,7 @@ def test_a_head_that_is_not_there_yet_is_waited_for_and_said_once(monkeypatch, s
 
 def test_a_refused_token_ends_the_tries_and_a_head_refuses_nobody(tmp_path, monkeypatch, signals):
     child(tmp_path, monkeypatch, "echo InvalidAuthToken: Unauthenticated; exit 1")
-    monkeypatch.setattr(own_node, "time", Clock(lambda now: now > 5 and signal.raise_signal(signal.SIGTERM)))
+    monkeypatch.setattr(node_daemon, "time", Clock(lambda now: now > 5 and signal.raise_signal(signal.SIGTERM)))
     with socket.create_server(("127.0.0.1", 0)) as server:
         where = f"127.0.0.1:{server.getsockname()[1]}"
         with pytest.raises(CannotServe, match=f"{where} refuses the token in t"):
@@ -254,7 +254,7 @@ def test_a_refused_token_ends_the_tries_and_a_head_refuses_nobody(tmp_path, monk
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_child_that_hears_no_end_is_killed(tmp_path, monkeypatch, signals, number):
     child(tmp_path, monkeypatch, f"trap '' TERM; echo $$ > {tmp_path}/pid; echo Ray runtime started; exec sleep 60")
-    monkeypatch.setattr(own_node, "_END_S", 0.2)
+    monkeypatch.setattr(node_daemon, "_END_S", 0.2)
     keep_running(own(), BOX, lambda line: signal.raise_signal(number))
 
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()

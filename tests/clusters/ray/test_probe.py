@@ -8,7 +8,7 @@ import pytest
 
 from clusters.capability import ClusterCapability
 from clusters.probe.link import Peer
-from clusters.ray import remote_objects as elsewhere
+from clusters.ray import remote_objects
 from clusters.ray.connect import CannotConnect, connect
 from clusters.ray.probe import probe_cluster, unique
 
@@ -146,8 +146,8 @@ class Counter:
 
 def test_an_object_lives_on_the_node_that_is_named(address):
     with connect(address, num_slots=1, cores_per_slot=1):
-        there = elsewhere.reachable()(socket.gethostname(), Counter, 5)
+        there = remote_objects.reachable()(socket.gethostname(), Counter, 5)
 
         assert there.add(2) == (7, "1") and there.add(1) == (8, "1")
-        with pytest.raises(elsewhere.NoSuchNode, match="nowhere is not in the cluster, which has"):
-            elsewhere.start("nowhere", Counter, 5)
+        with pytest.raises(remote_objects.NoSuchNode, match="nowhere is not in the cluster, which has"):
+            remote_objects.start("nowhere", Counter, 5)

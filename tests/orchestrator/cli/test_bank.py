@@ -7,7 +7,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from orchestrator.cli import app as cli
+from orchestrator.cli import app
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS
 from strategies.adapter_bank.card import CARD, Card
 from strategies.adapter_bank.store import Bank
@@ -37,7 +37,7 @@ def verb(monkeypatch, capsys):
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["orchestrator", "bank", *arguments, "--bank", "bank"])
         try:
-            cli.main()
+            app.main()
             code = 0
         except SystemExit as ended:
             code = ended.code or 0

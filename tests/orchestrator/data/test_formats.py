@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orchestrator.data.rows import columns as contract
+from orchestrator.data.rows import columns
 from orchestrator.data.rows.formats import convert, detect, read_example
 from orchestrator.data.rows.row import BadRow, Row
 
@@ -310,8 +310,8 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
-used = {name for groups in contract._USED.values() for group in groups for name in group}
-fields = st.sampled_from(sorted(used | set(contract.refusals("prompt_completion"))))
+used = {name for groups in columns._USED.values() for group in groups for name in group}
+fields = st.sampled_from(sorted(used | set(columns.refusals("prompt_completion"))))
 
 
 @settings(max_examples=100, deadline=None)

@@ -6,8 +6,7 @@ import time
 import pytest
 
 from orchestrator.errors import JobError
-from orchestrator.job import hub
-from orchestrator.job import model_files as models
+from orchestrator.job import hub, model_files
 from orchestrator.job.tokenizer_size import check_tokens, tokens_from
 
 CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
@@ -96,7 +95,7 @@ def test_a_wrong_name_is_refused_at_once_with_the_nearest_right_one(tmp_path, na
     began = time.monotonic()
 
     with pytest.raises(JobError) as caught:
-        models.local_folder(name, folder_of_models(tmp_path))
+        model_files.local_folder(name, folder_of_models(tmp_path))
 
     assert words in str(caught.value)
     assert time.monotonic() - began < 2
@@ -104,7 +103,7 @@ def test_a_wrong_name_is_refused_at_once_with_the_nearest_right_one(tmp_path, na
 
 @pytest.mark.parametrize("name", ["Qwen/Qwen2.5-0.5B", "gpt2", "HuggingFaceTB/SmolLM2-1.7B-Instruct"])
 def test_a_name_of_the_hub_is_left_to_the_hub(tmp_path, name):
-    assert models.local_folder(name, folder_of_models(tmp_path)) is None
+    assert model_files.local_folder(name, folder_of_models(tmp_path)) is None
 
 
 @pytest.mark.parametrize(
@@ -130,7 +129,7 @@ def test_a_config_file_of_anything_is_a_mistake(tmp_path, content):
     (tmp_path / "config.json").write_text(content)
 
     with pytest.raises(JobError, match=r"config\.json"):
-        models.read_config(tmp_path)
+        model_files.read_config(tmp_path)
 
 
 TOKENIZERS = {

@@ -12,7 +12,7 @@ import pytest
 
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.job_file import read_job
-from orchestrator.lifecycle import finish as ending
+from orchestrator.lifecycle import finish
 from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.store import Bank
@@ -53,7 +53,7 @@ def reached(run, job, client):
     return (
         names,
         [(one.info.status, len(client.get_metric_history(one.info.run_id, "loss"))) for one in runs],
-        [step.name for step in ending.pending(run, job)],
+        [step.name for step in finish.pending(run, job)],
     )
 
 
@@ -87,12 +87,12 @@ def test_killed_at_any_write_the_end_is_done_once_by_the_same_command(finished, 
         with pytest.MonkeyPatch.context() as patch:
             came = kill_at(patch, number)
             try:
-                ending.finish(finished, job, lambda event: None)
+                finish.finish(finished, job, lambda event: None)
             except Killed:
                 points += 1
         if not came:
             break
-        ending.finish(finished, job, lambda event: None)
+        finish.finish(finished, job, lambda event: None)
 
         assert reached(finished, job, client) == (["finished"], [("FINISHED", 4)], []), number
     assert points >= 10
@@ -100,10 +100,10 @@ def test_killed_at_any_write_the_end_is_done_once_by_the_same_command(finished, 
 
 def test_what_was_done_is_not_done_again(finished, job_of, store):
     job = job_of()
-    ending.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None)
     events = (finished.path / "events.jsonl").read_bytes()
 
-    ending.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None)
 
     assert (finished.path / "events.jsonl").read_bytes() == events
     assert (finished.path / "adapter" / "README.md").is_file()
@@ -115,22 +115,22 @@ def test_a_bank_that_cannot_be_is_said_and_tried_again_by_the_same_command(finis
     bank.write_text("a file")
     heard = []
 
-    ending.finish(finished, job, heard.append)
-    first = [step.name for step in ending.pending(finished, job)]
+    finish.finish(finished, job, heard.append)
+    first = [step.name for step in finish.pending(finished, job)]
     bank.unlink()
-    ending.finish(finished, job, heard.append)
+    finish.finish(finished, job, heard.append)
 
-    assert first == ["bank"] and ending.pending(finished, job) == []
+    assert first == ["bank"] and finish.pending(finished, job) == []
     assert next(event["text"] for event in heard if "bank" in event["text"]).startswith("bank.add: ")
     assert [card.name for card in Bank(bank).cards()] == ["finished"]
 
 
 def test_a_damaged_note_of_what_is_done_loses_nothing(finished, job_of, store):
     job = job_of()
-    ending.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None)
     (finished.path / "ending.json").write_text("[")
 
-    ending.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None)
 
     assert reached(finished, job, store[0]) == (["finished"], [("FINISHED", 4)], [])
 

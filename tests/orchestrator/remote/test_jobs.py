@@ -10,7 +10,7 @@ from clusters.kubernetes.client import KubeDoor
 from clusters.kubernetes.rayjob import Group, Wishes, config_map, rayjob
 from clusters.units import GIB
 from orchestrator.errors import ClusterError, RunFailed
-from orchestrator.remote import jobs as remote
+from orchestrator.remote import jobs
 from orchestrator.remote.jobs import Remote
 from orchestrator.runs.run_folder import RunFolder
 from tests.kube_api import KubeApi
@@ -22,7 +22,7 @@ NAME = "support-1125-120000"
 def api(tmp_path, monkeypatch):
     made = KubeApi(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig()))
-    monkeypatch.setattr(remote, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(jobs, "_AGAIN_S", 0.05)
     yield made
     made.close()
 
@@ -79,7 +79,7 @@ def test_a_broken_line_is_taken_up_again_and_no_line_comes_twice(api, run, kubel
             state(api, jobDeploymentStatus="Failed", reason="AppFailed", message="exit code 3")
 
     with pytest.raises(RunFailed, match="exit code 3"):
-        remote.attach(run, hear)
+        jobs.attach(run, hear)
 
     assert [line for line in lines if line in ("one", "two", "three")] == ["one", "two", "three"]
     assert (run.path / "printed.log").read_text() == "one\ntwo\nthree\n"
@@ -87,19 +87,19 @@ def test_a_broken_line_is_taken_up_again_and_no_line_comes_twice(api, run, kubel
 
 
 def test_a_line_that_stays_broken_says_how_to_attach_again(api, run, monkeypatch):
-    monkeypatch.setattr(remote, "_LOST_S", 0.5)
+    monkeypatch.setattr(jobs, "_LOST_S", 0.5)
     state(api, jobDeploymentStatus="Running")
     api.fail("GET", "log", 0, times=10_000)
 
     with pytest.raises(ClusterError, match=f"logs {NAME} --follow"):
-        remote.attach(run, str)
+        jobs.attach(run, str)
     assert NAME in api.named("rayjobs")  # it goes on there
 
 
 def test_what_has_not_begun_is_taken_back(api, run):
     state(api, jobDeploymentStatus="Initializing")
 
-    assert "had not begun" in remote.stop(run)
+    assert "had not begun" in jobs.stop(run)
     assert not api.named("rayjobs")
     assert json.loads((run.path / "remote.json").read_text())["is_closed"]
 
@@ -109,5 +109,5 @@ def test_a_job_that_is_gone_is_said_at_once(api, run):
     began = time.monotonic()
 
     with pytest.raises(ClusterError, match="somebody deleted it"):
-        remote.attach(run, str)
+        jobs.attach(run, str)
     assert time.monotonic() - began < 5

@@ -8,7 +8,7 @@ import pytest
 from clusters.capability import ClusterCapability
 from orchestrator.errors import NothingFits
 from orchestrator.job.job_file import parse_job
-from orchestrator.planning import price as money
+from orchestrator.planning import price
 from orchestrator.report import tco
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
@@ -91,11 +91,11 @@ def test_the_jobs_own_prices_reach_the_machines():
     spec = spec_of("cost: {nodes: {pc: {purchase: 900, load_w: 300}, '*': {per_hour: 2}}}\n")
     cluster = ClusterCapability((machine("pc", "RTX 3060"), machine("other", "RTX 3060")))
 
-    first, second = money.priced(spec, cluster).nodes
+    first, second = price.priced(spec, cluster).nodes
 
     assert (first.purchase_price, first.load_w, first.price_per_hour) == (900, 300, None)
     assert second.price_per_hour == 2
-    assert money.priced(spec_of(), cluster) is cluster
+    assert price.priced(spec_of(), cluster) is cluster
 
 
 def test_no_cost_is_cheapest_where_none_is_whole():

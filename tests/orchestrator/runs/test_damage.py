@@ -14,8 +14,7 @@ from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle import run as path_of_a_job
-from orchestrator.runs import checkpoints
-from orchestrator.runs import record as recorded
+from orchestrator.runs import checkpoints, record
 from orchestrator.runs.condition import check_model, exported_whole, require_finished
 from orchestrator.views.result import handed_back_text
 from tests.orchestrator.conftest import Listener, stopped, train_here
@@ -336,10 +335,10 @@ def test_a_damaged_run_is_listed_as_damaged_beside_the_others(finished, interrup
 
 
 def test_a_record_of_another_version_is_said_to_be_so(interrupted, put_back):
-    file = interrupted.path / recorded.NAME
+    file = interrupted.path / record.NAME
     file.write_text(file.read_text().replace('"version": 1', '"version": 7', 1))
 
-    with pytest.raises(recorded.OtherVersion, match=r"recorded.json: has version 7, this program writes 1"):
+    with pytest.raises(record.OtherVersion, match=r"recorded.json: has version 7, this program writes 1"):
         interrupted.plan()
 
 

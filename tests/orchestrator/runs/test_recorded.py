@@ -6,9 +6,7 @@ import pytest
 
 from clusters.capability import ClusterCapability
 from orchestrator.errors import JobError
-from orchestrator.runs import digests, events
-from orchestrator.runs import json_files as files
-from orchestrator.runs import record as recorded
+from orchestrator.runs import digests, events, json_files, record
 from orchestrator.runs.condition import damage
 from orchestrator.runs.record import Recorded, difference
 from orchestrator.runs.recorded_folder import Folder
@@ -47,9 +45,9 @@ def test_a_file_is_as_recorded_or_its_fault_is_named(tmp_path, content, fault, s
 def test_a_crash_between_the_record_and_the_file_is_no_edit(tmp_path):
     folder = _Run(tmp_path)
     folder.begin({"plan.json": '{"a": 1}'})
-    found = recorded.read(tmp_path)
+    found = record.read(tmp_path)
 
-    recorded.write(tmp_path, found.with_files({"plan.json": '{"a": 2}'}))  # and then the power goes
+    record.write(tmp_path, found.with_files({"plan.json": '{"a": 2}'}))  # and then the power goes
 
     assert folder.differences() == [] and folder._text("plan.json") == '{"a": 2}'
     (tmp_path / "plan.json").write_text('{"a": 3}')
@@ -58,7 +56,7 @@ def test_a_crash_between_the_record_and_the_file_is_no_edit(tmp_path):
 
 def test_a_start_that_is_killed_after_its_record_has_lost_nothing(tmp_path):
     folder, said = _Run(tmp_path), []
-    recorded.write(tmp_path, Recorded("run", {"plan.json": '{"a": 1}'}))  # and then the power goes
+    record.write(tmp_path, Recorded("run", {"plan.json": '{"a": 1}'}))  # and then the power goes
 
     folder.restore(said.append)
 
@@ -67,28 +65,28 @@ def test_a_start_that_is_killed_after_its_record_has_lost_nothing(tmp_path):
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"version": 1, "kind": "run", "sha256": "x"}', "\0", "null"])
 def test_a_damaged_record_is_named_with_the_way_out(tmp_path, content):
-    (tmp_path / recorded.NAME).write_text(content)
+    (tmp_path / record.NAME).write_text(content)
 
     with pytest.raises(JobError, match=r"recorded.json.*delete it to go on without that check"):
-        recorded.read(tmp_path)
+        record.read(tmp_path)
 
 
 def test_a_record_that_was_edited_does_not_pass_for_one(tmp_path):
-    recorded.write(tmp_path, Recorded("run", {"plan.json": '{"a": 1}'}))
-    file = tmp_path / recorded.NAME
+    record.write(tmp_path, Recorded("run", {"plan.json": '{"a": 1}'}))
+    file = tmp_path / record.NAME
     file.write_text(file.read_text().replace(r"\"a\": 1", r"\"a\": 2"))
 
     with pytest.raises(JobError, match="its bytes are not those that were written"):
-        recorded.read(tmp_path)
+        record.read(tmp_path)
 
 
 def test_a_file_with_a_password_and_its_record_are_their_owners_alone(tmp_path):
     folder = _Run(tmp_path)
     folder.begin({"job.yaml": "tracking: {mlflow_uri: 'http://ann:pw@host'}", "plan.json": "{}"})
 
-    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("job.yaml", "plan.json", recorded.NAME)}
+    modes = {name: (tmp_path / name).stat().st_mode & 0o777 for name in ("job.yaml", "plan.json", record.NAME)}
 
-    assert modes["job.yaml"] == modes[recorded.NAME] == 0o600 != modes["plan.json"]
+    assert modes["job.yaml"] == modes[record.NAME] == 0o600 != modes["plan.json"]
 
 
 RESULT = {
@@ -107,10 +105,10 @@ RESULT = {
 def test_a_result_keeps_what_is_not_known_and_has_no_numbers_that_are_none():
     text = json.dumps({**RESULT, "before": {"eval_loss": float("nan")}})
 
-    found = files.parse(files.Result, text, "result.json")
+    found = json_files.parse(json_files.Result, text, "result.json")
 
     assert found["mine"] == [1] and found["after"]["bleu"] == 0.5 and found["before"]["eval_loss"] is None
-    assert files.scores(found["after"]) == {"eval_loss": 1.0, "bleu": 0.5}
+    assert json_files.scores(found["after"]) == {"eval_loss": 1.0, "bleu": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -124,7 +122,7 @@ def test_a_result_keeps_what_is_not_known_and_has_no_numbers_that_are_none():
 )  # fmt: skip
 def test_a_field_of_another_type_is_named_with_its_file(key, value):
     with pytest.raises(JobError, match=f"result.json: {key}"):
-        files.parse(files.Result, json.dumps({**RESULT, key: value}), "result.json")
+        json_files.parse(json_files.Result, json.dumps({**RESULT, key: value}), "result.json")
 
 
 @pytest.mark.parametrize(

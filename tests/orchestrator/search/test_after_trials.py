@@ -8,11 +8,11 @@ import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.lifecycle.calibration import calibrated
+from orchestrator.planning.space import key_of
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import advise
 from orchestrator.search.recommend import front, outcome_of, outcomes, recommend
 from orchestrator.search.sampler import Corrections, Sampler
-from orchestrator.search.space import key_of
 from tests.orchestrator.search.test_before_trials import planning, space_for
 
 TEXT = (
