@@ -77,8 +77,8 @@ def test_each_room_says_what_its_files_hold_and_where_to_start():
     assert len(rooms) > 25
 
     for room, names in rooms.items():
-        text = ast.get_docstring(HOUSE.trees[room], clean=False) or ""
-        listed = re.findall(r"^  (\w+)  +\S", text, flags=re.MULTILINE)
+        text = ast.get_docstring(HOUSE.trees[room]) or ""
+        listed = re.findall(r"^(\w+)  +\S", text, flags=re.MULTILINE)
         own = [name.rpartition(".")[2] for name in names]
         below = [one.rpartition(".")[2] for one in HOUSE.rooms if one.rpartition(".")[0] == room]
         assert sorted(listed) == sorted(own + below), f"{room}: its docstring lists {listed}"
