@@ -39,7 +39,7 @@ def complete_study(incomplete: str) -> list[str]:
 def complete_key(incomplete: str) -> list[str]:
     from orchestrator.job.schema import all_fields
 
-    return [f"{key}=" for key in all_fields() if key.startswith(incomplete)]
+    return [f"{key}=" for key in all_fields() if key.startswith(incomplete) and "*" not in key]
 
 
 JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)]

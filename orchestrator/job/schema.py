@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
@@ -14,33 +15,17 @@ from orchestrator.job.spec import DEFAULT_METHOD, METHOD_SECTIONS, MOST, SECTION
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 
-_ORDER = (
-    "model",
-    "data",
-    "method",
-    "train",
-    "goal",
-    "strategy",
-    "cluster",
-    "checkpoint",
-    "eval",
-    "cost",
-    "tracking",
-    "kubernetes",
-    "search",
-)
-
 
 def all_fields() -> dict[str, dict[str, Any]]:
-    """Every key of the job file, dotted, with its description, default and JSON-schema type."""
+    """Every key of the job file, dotted, with its description, default and JSON-schema type.
+
+    `*` stands for a name that the user chooses: `cost.nodes.*.per_hour`.
+    """
     fields: dict[str, dict[str, Any]] = {}
-    for name in ("version", "name"):
-        fields[name] = _field(JobSpec, name)
-    for section_name in _ORDER:
-        variants = METHOD_SECTIONS if section_name == "method" else {"": SECTIONS[section_name]}
-        for section in variants.values():
-            for key in section.model_fields:
-                fields.setdefault(f"{section_name}.{key}", _field(section, key))
+    for key, field in _fields(JobSpec):
+        known = fields.setdefault(key, field)
+        if known["description"] != field["description"] and not key.startswith("method."):  # methods share options
+            fields[key] = known | {part: f"{known[part]} | {field[part]}" for part in ("type", "description")}
     fields["method.type"]["type"] = " | ".join(METHOD_SECTIONS)
     return fields
 
@@ -52,7 +37,8 @@ def one_field(name: str) -> dict[str, Any]:
     if not matching:
         near = difflib.get_close_matches(name, fields, n=3, cutoff=0.4)
         raise JobError(f"schema: there is no key {name!r}; nearest: {', '.join(near) or 'none'}")
-    return {"key": matching[0], **fields[matching[0]]}
+    key = min(matching, key=lambda key: (key != name, key.count(".")))
+    return {"key": key, **fields[key]}
 
 
 def json_schema() -> str:
@@ -70,12 +56,13 @@ def starter(model: str, train: str) -> str:
         "",
     ]
     given = {"model.model_name_or_path": model, "data.train": train, "data.eval": {"split": 0.1}}
-    for section_name in _ORDER:
+    for section_name in [name for name in JobSpec.model_fields if name == "method" or name in SECTIONS]:
         section = METHOD_SECTIONS[DEFAULT_METHOD] if section_name == "method" else SECTIONS[section_name]
+        schema = section.model_json_schema()
         title = (section.__doc__ or "").strip().splitlines()[0]
         lines.append(f"{section_name}:  # {title[0].lower()}{title[1:]}" if title else f"{section_name}:")
         for key in section.model_fields:
-            field = _field(section, key)
+            field = _field(section, key, schema)
             value = given.get(f"{section_name}.{key}", field["default"])
             setting = f"  {key}: {json.dumps(value, ensure_ascii=False)}"
             lines.append(f"{setting:<44}  # {field['description']}")
@@ -92,17 +79,36 @@ def recipes() -> dict[str, tuple[Path, str]]:
     return found
 
 
-def _field(section: type[Section], key: str) -> dict[str, Any]:
+def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, dict[str, Any]]]:
+    """The keys of a section and of the sections in it; the job's own sections are no keys."""
+    schema = section.model_json_schema()
+    for key, info in section.model_fields.items():
+        inner = list(_sections_in(info.annotation))
+        if prefix or not inner:
+            yield prefix + key, _field(section, key, schema)
+        for below, part in inner:
+            yield from _fields(part, f"{prefix}{key}.{below}")
+
+
+def _sections_in(kind: Any, below: str = "") -> Iterator[tuple[str, type[Section]]]:
+    """Sections that a value of this type may be or hold, after `*.` where the user chooses a name on the way."""
+    if isinstance(kind, type) and issubclass(kind, Section):
+        yield below, kind
+    for part in get_args(kind):
+        yield from _sections_in(part, f"{below}*." if get_origin(kind) is dict else below)
+
+
+def _field(section: type[Section], key: str, schema: dict[str, Any]) -> dict[str, Any]:
+    """One key of a section whose JSON schema is `schema`; a key without a sentence has its section's."""
     info = section.model_fields[key]
     default = None if info.default is PydanticUndefined else info.default
     if isinstance(default, Section):
         default = default.model_dump()
-    properties = section.model_json_schema()["properties"]
     return {
-        "description": info.description or "",
+        "description": info.description or (section.__doc__ or "").partition("\n")[0],
         "default": default,
         "required": info.is_required(),
-        "type": _type(properties[key], section.model_json_schema().get("$defs", {})),
+        "type": _type(schema["properties"][key], schema.get("$defs", {})),
     }
 
 

@@ -449,17 +449,7 @@ class JobSpec(Section):
 
 
 SECTIONS: dict[str, type[Section]] = {
-    "model": ModelSection,
-    "data": DataSection,
-    "train": TrainSection,
-    "goal": GoalSection,
-    "cost": CostSection,
-    "strategy": StrategySection,
-    "cluster": ClusterSection,
-    "checkpoint": CheckpointSection,
-    "eval": EvalSection,
-    "tracking": TrackingSection,
-    "kubernetes": KubernetesSection,
-    "search": SearchSection,
-    "bank": BankSection,
+    name: info.annotation
+    for name, info in JobSpec.model_fields.items()
+    if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
