@@ -1,4 +1,4 @@
-"""What a cluster that only HTTP reaches must offer, whoever answers there: a dashboard, or an API server."""
+"""What a cluster that only HTTP reaches must offer: implemented for a Ray dashboard and for Kubernetes."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
 class JobLost(Exception):
-    """The cluster knows no job of that name, or the line to it broke; the text says which."""
+    """The cluster knows no job of that name, or the connection broke; the text says which."""
 
 
 class JobGone(JobLost):
-    """It is not there, and waiting brings nothing."""
+    """The job is not there; waiting does not help."""
 
 
 class VerbFailed(Exception):
-    """A command of ours ended there with an error; the text is its last word."""
+    """A command that was run beside the job failed; the text is the last line it printed."""
 
 
 @dataclass(frozen=True)
 class RemoteJob:
-    """What a cluster says of a job."""
+    """The state of a job on its cluster."""
 
     state: str  # PENDING | RUNNING | SUCCEEDED | FAILED | STOPPED
     message: str
 
 
-class Door(Protocol):
-    """Where jobs run that were sent.  Every call raises JobLost when the line breaks, CannotConnect when refused."""
+class JobBackend(Protocol):
+    """Runs jobs that are sent to it.  Calls raise JobLost when the connection breaks, CannotConnect when refused."""
 
     address: str
 
@@ -41,11 +41,11 @@ class Door(Protocol):
         ...
 
     def follow(self, name: str, notice: Callable[[str], None]) -> Iterator[str]:
-        """Each line the job prints, once in the life of this door, until it has ended; what it waits for by notice."""
+        """Each line of the job, once in this client's life, until it has ended; `notice` gets what it waits for."""
         ...
 
     def ask(self, name: str, arguments: list[str]) -> str:
-        """What our command line prints when it runs beside the job.  Raises VerbFailed."""
+        """Run our command line beside the job; what it prints.  Raises VerbFailed."""
         ...
 
     def remove(self, name: str, folder: str) -> None:
@@ -53,5 +53,5 @@ class Door(Protocol):
         ...
 
     def tidy(self, name: str) -> bool:
-        """Give back what a job that has ended holds; whether nothing of it is left there."""
+        """Delete what a job that has ended holds; whether nothing of it is left there."""
         ...

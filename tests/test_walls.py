@@ -25,8 +25,6 @@ STILL_CIRCLES = {
     "orchestrator.bank.library",
     "orchestrator.lifecycle.finish",
     "orchestrator.lifecycle.run",
-    "orchestrator.remote.jobs",
-    "orchestrator.remote.kube_submit",
     "orchestrator.training.workers.preflight",
     "orchestrator.training.workers.worker",
 }

@@ -39,7 +39,7 @@ _CHUNK_BYTES = 256 * 1024
 _SUBMISSION = "orchestrator/submission"
 
 
-class KubeDoor:
+class KubeClient:
     """One namespace of one cluster."""
 
     def __init__(self, context: str | None, namespace: str | None, patience_s: float = _PATIENCE_S) -> None:
@@ -262,7 +262,7 @@ class KubeDoor:
             yield from self._lines(pod, follow, once=True)
 
     def _lines(self, pod: Mapping[str, Any], follow: bool, once: bool = False) -> Iterator[str]:
-        """What a submitter printed; `once`: only what this door has not handed out yet."""
+        """What a submitter printed; `once`: only what this client has not yielded yet."""
 
         name, uid = pod["metadata"]["name"], pod["metadata"]["uid"]
         follow = follow and not is_ended(pod)

@@ -22,7 +22,7 @@ _VERB_S = 180.0  # that a verb may take on the cluster
 _PATIENCE_S = (5.0, 120.0)  # to connect, between two bytes: Ray itself would wait without end
 
 
-class JobsDoor:
+class RayJobsClient:
     """A cluster's dashboard."""
 
     def __init__(self, address: str, folder: Path) -> None:

@@ -40,6 +40,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError, Stopped
 from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.remote.record import Target
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.screen import Screen, accept_every_character, write
 from strategies.step import thread_waits
@@ -252,21 +253,19 @@ def submit(
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return
-    from orchestrator.lifecycle.run import submit as run_job
-
-    is_kuberay = remote.is_kuberay(cluster or "")
-    if cluster and is_kuberay and render:
-        remote.render(asked_job(job, set_), cluster, hardware, attach, run_id, render)
+    target = Target(cluster or "", hardware, attach, run_id)
+    if not target.is_kuberay and (render or hardware or attach):
+        raise JobError("--render, --attach and --hardware belong to --cluster kuberay; elsewhere use `plan --hardware`")
+    if target.is_kuberay and render:
+        remote.render(asked_job(job, set_), target, render)
         return
-    if not is_kuberay and (render or hardware or attach):
-        raise JobError(
-            "--render, --attach and --hardware belong to --cluster kuberay; `plan --hardware FILE` plans for others"
-        )
-    if cluster and (is_kuberay or "://" in cluster):
-        found = remote.submit(asked_job(job, set_), cluster, detach, json_, hardware, attach, run_id)
+    if target.is_remote:
+        found = remote.submit(asked_job(job, set_), target, detach, json_)
         if not detach:
             _print_result(found, json_)
         return
+    from orchestrator.lifecycle.run import submit as run_job
+
     overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
     with _watcher(json_) as watcher:
         try:

@@ -13,56 +13,47 @@ from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, s
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.remote import jobs, package
-from orchestrator.remote.jobs import is_kuberay
+from orchestrator.remote.record import Remote, Target
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
 
 
 def is_remote(run: RunFolder) -> bool:
     """Whether a run was sent to a cluster from here."""
-    return jobs.Remote.of(run) is not None
+    return Remote.of(run) is not None
 
 
 def is_closed(run: RunFolder) -> bool:
     """Whether everything of a run that was sent is here again."""
-    found = jobs.Remote.of(run)
+    found = Remote.of(run)
     return found is not None and found.is_closed
 
 
-def submit(
-    job: Job,
-    address: str,
-    detach: bool,
-    as_json: bool,
-    hardware: Path | None = None,
-    cluster: str | None = None,
-    run_id: str | None = None,
-) -> RunFolder:
-    """Send a job; stay until it ends, unless detached."""
+def submit(job: Job, target: Target, detach: bool, as_json: bool) -> RunFolder:
+    """Send a job; wait until it ends, unless detached."""
     from orchestrator.lifecycle.run import output_dir
 
-    if is_kuberay(address):
+    folder, say_line = output_dir(job), _line_printer(as_json)
+    if target.is_kuberay:
         from orchestrator.remote import kube_submit
 
-        run = kube_submit.submit(
-            job, address, output_dir(job), _listener(as_json), hardware, cluster, run_id, follow=not detach
-        )
-    elif run_id or cluster or hardware:
-        raise JobError("--run-id, --attach and --hardware belong to --cluster kuberay, not to a dashboard")
+        run = kube_submit.submit(job, target, folder, say_line, follow=not detach)
+    elif target.run_id:
+        raise JobError("--run-id belongs to --cluster kuberay, not to a dashboard")
     else:
-        run = jobs.submit(job, address, output_dir(job), _listener(as_json), follow=not detach)
+        run = jobs.submit(job, target.address, folder, say_line, follow=not detach)
     if detach:
         if as_json:
-            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(jobs.SENT)})
+            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(package.SENT)})
         else:
-            place = masked(address)
+            place = masked(target.address)
             out.print(f"{run.run_id} runs on {place}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
     return run
 
 
 def resume(run: RunFolder, as_json: bool) -> None:
     """Start it again where it runs."""
-    jobs.resume(run, _listener(as_json))
+    jobs.resume(run, _line_printer(as_json))
 
 
 def status(run: RunFolder, as_json: bool) -> None:
@@ -70,7 +61,7 @@ def status(run: RunFolder, as_json: bool) -> None:
     found = jobs.look(run)
     if found.state != "PENDING":
         try:
-            shown = jobs.verb(run, "status", run.run_id, *(["--json"] if as_json else []))
+            shown = jobs.run_verb(run, "status", run.run_id, *(["--json"] if as_json else []))
             (write if as_json else show)(shown.rstrip("\n"))
             return
         except RunFailed:
@@ -87,9 +78,9 @@ def status(run: RunFolder, as_json: bool) -> None:
 def logs(run: RunFolder, follow: bool) -> None:
     """What the job printed there."""
     if follow and not is_closed(run):
-        jobs.attach(run, _listener(False))
+        jobs.attach(run, _line_printer(False))
     else:
-        show(jobs.printed(run).rstrip("\n"))
+        show(jobs.read_logs(run).rstrip("\n"))
 
 
 def stop(run: RunFolder) -> None:
@@ -97,19 +88,11 @@ def stop(run: RunFolder) -> None:
     show(jobs.stop(run).rstrip("\n"))
 
 
-def render(job: Job, cluster: str, hardware: Path | None, attach: str | None, run_id: str | None, file: Path) -> None:
-    """Plan for the declared node classes, or those of the cluster, and write the RayJob."""
-    from orchestrator.remote import kube_objects, kube_submit
+def render(job: Job, target: Target, file: Path) -> None:
+    """Write the RayJob instead of creating it."""
+    from orchestrator.remote import kube_submit
 
-    _, namespace = jobs.place_of(cluster)
-    name = run_id or kube_submit.new_name(job)
-    kube_objects.check_name(name)
-    door = None
-    if hardware is None and attach is None:
-        door = jobs.opened_at(cluster)
-    kube_objects.write(
-        kube_submit.objects_for(job, name, door, hardware, attach, say, namespace or "default"), file, say
-    )
+    kube_submit.render(job, target, file, say)
 
 
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
@@ -125,7 +108,7 @@ def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     write(package.send(RunFolder.find(run, runs)))
 
 
-def _listener(as_json: bool) -> Callable[[str], None]:
+def _line_printer(as_json: bool) -> Callable[[str], None]:
     return say if as_json else lambda text: out.print(masked(text), markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,7 +1,10 @@
-"""Jobs on clusters that only HTTP reaches: a dashboard, or a Kubernetes API server.
+"""Runs jobs on clusters that only HTTP reaches: a Ray dashboard, or a Kubernetes API server.
 
-jobs          start here: a job on a cluster that only HTTP reaches
+jobs          start here: submit, follow, stop, resume, fetch a job on a cluster that only HTTP reaches
+backends      opens the job backend of a run and starts its attempts
+kube_nodes    the nodes that an API server lists, as machines to plan for
 kube_objects  a planned job as objects for Kubernetes
-kube_submit   a job's way to Kubernetes
-package       what of a job is sent to a cluster
+kube_submit   submits a job to Kubernetes
+package       what of a job is sent to a cluster, and what is fetched
+record        where a job is sent and where a run that was sent lives
 """

@@ -15,6 +15,7 @@ import yaml
 
 from clusters.capability import ClusterCapability
 from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, Group, Wishes, config_map, mistakes, rayjob, rayjob_on
+from clusters.safe.reading import BadInput, load_yaml, read_text
 from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
@@ -57,7 +58,7 @@ def folder_of(storage: str, name: str) -> str:
     return f"{storage}/jobs/{name}"
 
 
-def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, name: str) -> Objects:
+def render(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, name: str) -> Objects:
     """A RayJob with its cluster.  Raises JobError for what KubeRay would refuse or cannot be sent.
 
     Text files up to what a ConfigMap holds travel in it; others are `uploads`.
@@ -75,7 +76,7 @@ def rendered(job: Job, plan: Plan, capability: ClusterCapability, namespace: str
     return _checked(Objects(made, config, wishes.storage, {} if texts is not None else packed.files, sent=packed))
 
 
-def rendered_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
+def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
     """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
     wishes = _wishes(job, namespace)
     if not _LABEL.fullmatch(cluster):
@@ -209,3 +210,15 @@ def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
 
 def as_yaml(*objects: dict[str, Any]) -> str:
     return yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True)
+
+
+def read(file: Path) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """The RayJob and the ConfigMap of a `kube.yaml`.  Raises JobError."""
+    try:
+        objects = [load_yaml(part, str(file)) for part in read_text(file).split("\n---\n")]
+    except BadInput as error:
+        raise JobError(f"{error}. Submit the job again with another --run-id") from None
+    kinds = [one.get("kind") if isinstance(one, dict) else None for one in objects]
+    if kinds not in (["RayJob"], ["RayJob", "ConfigMap"]):
+        raise JobError(f"{file}: holds no RayJob with its ConfigMap. Submit the job again with another --run-id")
+    return objects[0], objects[1] if len(objects) > 1 else None

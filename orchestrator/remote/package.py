@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import json
 import os
 import shutil
 import tarfile
@@ -27,10 +28,11 @@ from orchestrator.job.spec import Source
 from orchestrator.runs.run_folder import RunFolder
 
 UPLOAD_LIMIT_BYTES = 500 * 2**20  # of all files; Ray refuses a package of more than 512 MiB
+SENT = "sent.json"  # the files that were sent, with where they came from
 _PROJECT = ("orchestrator", "strategies", "clusters")
 _BEGIN, _END = "-----BEGIN RUN-----", "-----END RUN-----"
 _NOT_FETCHED = ("checkpoints", "logs", "stop", "replan")
-_STAYS = ("remote.json", "sent.json")  # what a run says of where it is is never fetched
+_STAYS = ("remote.json", SENT)  # what a run says of where it is is never fetched
 _SHOWN = 5  # files of a list, and links
 _LEAST_FETCHED_BYTES, _EXPANSION, _MOST_FETCHED = int(GIB), 20, 10_000
 
@@ -82,6 +84,13 @@ def pack(job: Job, folder: Path) -> Packed:
     for package in _PROJECT:
         shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
     return packed
+
+
+def report(packed: Packed, run: RunFolder, say: Callable[[str], None]) -> None:
+    """List what leaves this machine: for a person by `say`, for machines in sent.json."""
+    for line in packed.lines():
+        say(line)
+    run.write(SENT, json.dumps(packed.as_dict(), indent=1))
 
 
 def archive(files: dict[str, Path], texts: dict[str, str]) -> bytes:

@@ -25,8 +25,8 @@ from clusters.ray.connect import CannotConnect
 from clusters.safe.reading import BadInput
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.job.spec import KubernetesSection
-from orchestrator.remote.jobs import Remote
-from orchestrator.remote.kube_submit import nodes_of
+from orchestrator.remote.kube_nodes import read_nodes
+from orchestrator.remote.record import Remote
 from orchestrator.runs.run_folder import RunFolder
 
 KEYS = [
@@ -59,21 +59,21 @@ def test_any_answer_of_an_api_server_is_read_or_named(value):
     assert isinstance(job_seen(thing).message, str) and is_ended(thing) in (True, False)
     assert all(isinstance(trouble.text, str) for trouble in [*pod_troubles(thing), event_trouble(thing)])
     with pytest.raises((ClusterError, JobError)):
-        nodes_of([thing, value], KubernetesSection())
+        read_nodes([thing, value], KubernetesSection())
 
 
 @pytest.mark.parametrize("quantity", ["", "x", "1.2.3", ".", "1Zi", "-1", "1e999", "٣", "9" * 30, "1 Gi", "1\n", "NaN"])
 def test_a_quantity_that_is_none_is_the_clusters_fault(quantity):
     node = {"metadata": {"name": "a"}, "status": {"allocatable": {"cpu": quantity, "memory": "64Gi"}}}
     with pytest.raises((ClusterError, JobError)):
-        nodes_of([node], KubernetesSection())
+        read_nodes([node], KubernetesSection())
 
 
 @pytest.mark.parametrize(("cpu", "cores"), [("16", 15), ("15890m", 14), ("1e1", 9), ("0.5", 1), ("2k", 1999)])
 def test_a_quantity_is_read_as_kubernetes_writes_it(cpu, cores):
     node = {"metadata": {"name": "a"}, "status": {"allocatable": {"cpu": cpu, "memory": "68719476736"}}}
 
-    assert nodes_of([node], KubernetesSection()).nodes[0].num_cores == cores
+    assert read_nodes([node], KubernetesSection()).nodes[0].num_cores == cores
 
 
 @pytest.fixture
@@ -111,18 +111,18 @@ GARBAGE = [
 @pytest.mark.parametrize(("code", "body"), GARBAGE)
 def test_a_dashboard_that_answers_anything_is_named(dashboard, tmp_path, code, body):
     from clusters.job_backend import JobLost
-    from clusters.ray.jobs import JobsDoor
+    from clusters.ray.jobs import RayJobsClient
 
     says, address = dashboard
     says |= {"/api/version": (200, VERSION), "job": (code, body), "logs": (code, body), "/": (code, body)}
-    door = JobsDoor(address, tmp_path)
+    client = RayJobsClient(address, tmp_path)
 
-    for ask in (door.look, door.logs, lambda name: door.start(name, "true")):
+    for ask in (client.look, client.logs, lambda name: client.start(name, "true")):
         with pytest.raises((JobLost, CannotConnect)):
             ask("job")
     says["/api/version"] = (code, body)
     with pytest.raises(CannotConnect):
-        JobsDoor(address, tmp_path)
+        RayJobsClient(address, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -138,10 +138,10 @@ def test_a_dashboard_that_answers_anything_is_named(dashboard, tmp_path, code, b
     ],
 )
 def test_an_address_that_is_none_is_named(address, tmp_path):
-    from clusters.ray.jobs import JobsDoor
+    from clusters.ray.jobs import RayJobsClient
 
     with pytest.raises(CannotConnect, match="no Ray dashboard"):
-        JobsDoor(address, tmp_path)
+        RayJobsClient(address, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import time
 import pytest
 
 from clusters.job_backend import JobGone, JobLost, VerbFailed
-from clusters.kubernetes.client import KubeDoor
+from clusters.kubernetes.client import KubeClient
 from clusters.kubernetes.rayjob import Group, Wishes, config_map, rayjob
 from clusters.ray.connect import CannotConnect
 from clusters.units import GIB
@@ -37,8 +37,8 @@ def api(server, monkeypatch):
 
 
 @pytest.fixture
-def door(api):
-    with contextlib.closing(KubeDoor(None, None, patience_s=0.5)) as opened:
+def client(api):
+    with contextlib.closing(KubeClient(None, None, patience_s=0.5)) as opened:
         yield opened
 
 
@@ -71,25 +71,25 @@ def submitter(api, tmp_path, text, phase="Running"):
     (tmp_path / "log").write_text(text)
 
 
-def test_a_job_and_the_files_it_owns_are_created_and_go_together(api, door, job):
-    door.rehearse(job, CONFIG)
+def test_a_job_and_the_files_it_owns_are_created_and_go_together(api, client, job):
+    client.rehearse(job, CONFIG)
     assert api.objects == {}
-    door.start(NAME, job, CONFIG)
+    client.start(NAME, job, CONFIG)
 
     (config,) = api.named("configmaps").values()
     assert config["metadata"]["ownerReferences"][0]["uid"] == api.named("rayjobs")[NAME]["metadata"]["uid"]
-    assert door.tidy(NAME) and api.objects == {}
-    assert door.tidy(NAME)  # a second time is no error
+    assert client.tidy(NAME) and api.objects == {}
+    assert client.tidy(NAME)  # a second time is no error
 
 
-def test_a_field_the_server_does_not_know_is_refused_before_anything_is_created(api, door, job):
+def test_a_field_the_server_does_not_know_is_refused_before_anything_is_created(api, client, job):
     pytest.importorskip("jsonschema")
     job["spec"]["shutdownAfterJobFinish"] = True
     if not _has_schemas():
         pytest.skip("KubeRay's CRDs are not beside the checkout")
 
     with pytest.raises(CannotConnect, match=r"another version than 1.7"):
-        door.rehearse(job, CONFIG)
+        client.rehearse(job, CONFIG)
     assert api.objects == {}
 
 
@@ -99,32 +99,32 @@ def _has_schemas():
     return (SHARED / "crds").is_dir()
 
 
-def test_a_name_that_is_taken_is_said_and_the_other_job_stays(api, door, job):
-    door.start(NAME, job, None)
+def test_a_name_that_is_taken_is_said_and_the_other_job_stays(api, client, job):
+    client.start(NAME, job, None)
 
     with pytest.raises(CannotConnect, match=r"exists already"):
-        door.start(NAME, job, CONFIG)
+        client.start(NAME, job, CONFIG)
     assert list(api.named("rayjobs")) == [NAME]
 
 
-def test_files_that_are_refused_take_their_job_back(api, door, job):
+def test_files_that_are_refused_take_their_job_back(api, client, job):
     api.fail("POST", "configmaps", 403, "Forbidden", 'User "me" cannot create resource "configmaps"')
 
     with pytest.raises(CannotConnect, match=r"rbac.yaml"):
-        door.start(NAME, job, CONFIG)
+        client.start(NAME, job, CONFIG)
     assert api.objects == {}
 
 
-def test_an_answer_that_got_lost_is_asked_for(api, door, job, monkeypatch):
+def test_an_answer_that_got_lost_is_asked_for(api, client, job, monkeypatch):
     """The server took the job and the line broke before it could say so."""
-    create = door._create_job
+    create = client._create_job
 
     def create_and_lose(*arguments, **options):
         create(*arguments, **options)
         raise OSError("connection reset")
 
-    monkeypatch.setattr(door, "_create_job", create_and_lose)
-    door.start(NAME, job, CONFIG)
+    monkeypatch.setattr(client, "_create_job", create_and_lose)
+    client.start(NAME, job, CONFIG)
 
     assert list(api.named("rayjobs")) == list(api.named("configmaps")) == [NAME]
 
@@ -140,35 +140,35 @@ def test_an_answer_that_got_lost_is_asked_for(api, door, job, monkeypatch):
         (422, "Invalid", "spec.x: must be above 0", "422: spec.x: must be above 0"),
     ],
 )
-def test_what_the_server_refuses_is_told_as_what_to_do(api, door, job, code, reason, message, says):
+def test_what_the_server_refuses_is_told_as_what_to_do(api, client, job, code, reason, message, says):
     api.fail("POST", "rayjobs", code, reason, message)
 
     with pytest.raises(CannotConnect, match=says):
-        door.start(NAME, job, CONFIG)
+        client.start(NAME, job, CONFIG)
     assert api.objects == {}
 
 
 def test_clusters_that_cannot_take_a_job_are_told_apart(api, monkeypatch, tmp_path):
     with pytest.raises(CannotConnect, match=r"no context 'there'.*here, gone"):
-        KubeDoor("there", None)
+        KubeClient("there", None)
     with pytest.raises(CannotConnect, match=r"no Kubernetes API server at http://127.0.0.1"):
-        KubeDoor("gone", None)
+        KubeClient("gone", None)
     api.served = []
     with pytest.raises(CannotConnect, match=r"KubeRay is not installed"):
-        KubeDoor(None, None)
+        KubeClient(None, None)
     api.served = ["old"]
     with pytest.raises(CannotConnect, match=r"serves ray.io/v1alpha1"):
-        KubeDoor(None, None)
+        KubeClient(None, None)
     monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(token="expired")))
     with pytest.raises(CannotConnect, match=r"have expired"):
-        KubeDoor(None, None)
+        KubeClient(None, None)
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     with pytest.raises(CannotConnect, match=r"kubeconfig"):
-        KubeDoor(None, None)
+        KubeClient(None, None)
 
 
-def test_states_are_watched_and_lines_come_once(api, door, job, tmp_path):
-    door.start(NAME, job, CONFIG)
+def test_states_are_watched_and_lines_come_once(api, client, job, tmp_path):
+    client.start(NAME, job, CONFIG)
     submitter(api, tmp_path, "one\ntwo\n")
     writing = write_status(
         api,
@@ -179,7 +179,7 @@ def test_states_are_watched_and_lines_come_once(api, door, job, tmp_path):
     )
     lines, notices = [], []
 
-    for line in door.follow(NAME, notices.append):
+    for line in client.follow(NAME, notices.append):
         lines.append(line)
         if line == "two":
             with (tmp_path / "log").open("a") as log:
@@ -189,46 +189,46 @@ def test_states_are_watched_and_lines_come_once(api, door, job, tmp_path):
     writing.join()
 
     assert lines == ["one", "two", "three"]
-    assert door.look(NAME).state == "SUCCEEDED"
+    assert client.look(NAME).state == "SUCCEEDED"
     assert any("Initializing" in text for text in notices) and any("runs" in text for text in notices)
 
 
-def test_a_watch_goes_on_after_the_server_forgot_and_after_the_line_broke(api, door, job):
-    door.start(NAME, job, CONFIG)
+def test_a_watch_goes_on_after_the_server_forgot_and_after_the_line_broke(api, client, job):
+    client.start(NAME, job, CONFIG)
     api.oldest = 10**9  # every watch is too old
     writing = write_status(api, 0.3, {"jobDeploymentStatus": "Failed", "reason": "DeadlineExceeded"})
-    assert list(door.follow(NAME, str)) == []
+    assert list(client.follow(NAME, str)) == []
     writing.join()
-    assert "deadline" in door.look(NAME).message
+    assert "deadline" in client.look(NAME).message
 
     api.fail("GET", "rayjobs", 0)
     with pytest.raises(JobLost, match=r"the line to"):
-        door.look(NAME)
-    assert door.look(NAME).state == "FAILED"
+        client.look(NAME)
+    assert client.look(NAME).state == "FAILED"
 
 
-def test_a_line_cut_in_the_middle_of_a_log_repeats_nothing(api, door, job, tmp_path):
-    door.start(NAME, job, CONFIG)
+def test_a_line_cut_in_the_middle_of_a_log_repeats_nothing(api, client, job, tmp_path):
+    client.start(NAME, job, CONFIG)
     submitter(api, tmp_path, "one\ntwo\n", phase="Succeeded")
     api.set_status("rayjobs", "team", NAME, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
-    follow = door.follow(NAME, str)
+    follow = client.follow(NAME, str)
     assert next(follow) == "one"
     follow.close()
 
-    assert list(door.follow(NAME, str)) == ["two"]
+    assert list(client.follow(NAME, str)) == ["two"]
 
 
-def test_a_job_that_somebody_deleted_is_said(api, door, job):
-    door.start(NAME, job, CONFIG)
+def test_a_job_that_somebody_deleted_is_said(api, client, job):
+    client.start(NAME, job, CONFIG)
     threading.Timer(0.3, lambda: api.delete("rayjobs", "team", NAME)).start()
 
     with pytest.raises(JobGone, match=r"deleted"):
-        list(door.follow(NAME, str))
+        list(client.follow(NAME, str))
 
 
-def test_an_image_that_is_not_there_ends_the_wait_and_the_job(api, door, job, monkeypatch):
+def test_an_image_that_is_not_there_ends_the_wait_and_the_job(api, client, job, monkeypatch):
     monkeypatch.setattr("clusters.kubernetes.client._WINDOW_S", 1)
-    door.start(NAME, job, CONFIG)
+    client.start(NAME, job, CONFIG)
     api.set_status("rayjobs", "team", NAME, jobDeploymentStatus="Initializing", rayClusterName="c")
     waiting = {"reason": "ImagePullBackOff", "message": "Back-off pulling image"}
     metadata = {"name": "c-head", "namespace": "team", "labels": {"ray.io/cluster": "c", "ray.io/node-type": "head"}}
@@ -236,13 +236,13 @@ def test_an_image_that_is_not_there_ends_the_wait_and_the_job(api, door, job, mo
     api.store("pods", {"kind": "Pod", "metadata": metadata, "status": state})
 
     with pytest.raises(CannotConnect, match=r"cannot pull the image 'no:1'.*taken back"):
-        list(door.follow(NAME, str))
+        list(client.follow(NAME, str))
     assert not api.named("rayjobs") and not api.named("configmaps")
 
 
-def test_a_pod_without_a_node_and_a_quota_are_told_while_waiting(api, door, job, monkeypatch):
+def test_a_pod_without_a_node_and_a_quota_are_told_while_waiting(api, client, job, monkeypatch):
     monkeypatch.setattr("clusters.kubernetes.client._WINDOW_S", 1)
-    door.start(NAME, job, CONFIG)
+    client.start(NAME, job, CONFIG)
     api.set_status("rayjobs", "team", NAME, jobDeploymentStatus="Initializing", rayClusterName="c")
     condition = {"type": "PodScheduled", "status": "False", "message": "0/3 nodes are available: 3 Insufficient cpu."}
     metadata = {"name": "c-worker", "namespace": "team", "labels": {"ray.io/cluster": "c"}}
@@ -259,15 +259,15 @@ def test_a_pod_without_a_node_and_a_quota_are_told_while_waiting(api, door, job,
     writing = write_status(api, 2.5, {"jobDeploymentStatus": "Failed", "reason": "PreRunningDeadlineExceeded"})
     notices = []
 
-    list(door.follow(NAME, notices.append))
+    list(client.follow(NAME, notices.append))
     writing.join()
 
     assert any("c-worker finds no node: 0/3" in text for text in notices)
     assert any("quota does not allow it" in text for text in notices)
 
 
-def test_a_verb_runs_in_a_helper_pod_where_the_cluster_is_gone(api, door, job, monkeypatch, tmp_path):
-    door.start(NAME, job, CONFIG)
+def test_a_verb_runs_in_a_helper_pod_where_the_cluster_is_gone(api, client, job, monkeypatch, tmp_path):
+    client.start(NAME, job, CONFIG)
     starting = threading.Event()
 
     def kubelet():
@@ -278,15 +278,15 @@ def test_a_verb_runs_in_a_helper_pod_where_the_cluster_is_gone(api, door, job, m
             time.sleep(0.05)
 
     threading.Thread(target=kubelet, daemon=True).start()
-    said = door.ask(NAME, ["recipes"])
+    said = client.ask(NAME, ["recipes"])
     with pytest.raises(VerbFailed, match=r"no such run"):
-        door.ask(NAME, ["status", "nothing", "--runs", str(tmp_path)])
+        client.ask(NAME, ["status", "nothing", "--runs", str(tmp_path)])
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz") as archive:
         entry = tarfile.TarInfo("日本語.jsonl")
         entry.size = 600_000
         archive.addfile(entry, io.BytesIO(bytes(range(250)) * 2400))
-    door.put(NAME, job, str(tmp_path / "a place"), out.getvalue())
+    client.put(NAME, job, str(tmp_path / "a place"), out.getvalue())
     starting.set()
 
     assert "quickstart" in said

@@ -15,7 +15,7 @@ from clusters.safe.masking import holds_secret
 from clusters.units import GIB
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
-from orchestrator.remote.kube_objects import object_name, rendered_on
+from orchestrator.remote.kube_objects import object_name, render_on
 from tests.conftest import rows, write_jsonl
 from tests.kube_schema import SHARED, documents, verdict
 
@@ -302,7 +302,7 @@ def test_a_job_with_a_secret_in_it_is_refused_before_it_is_rendered(job, change,
     asked = parse_job(yaml.safe_dump({**values, **change}), job)
 
     with pytest.raises(JobError) as refused:
-        rendered_on("finetune", asked, "team", "a")
+        render_on("finetune", asked, "team", "a")
     assert named in str(refused.value) and "pa55" not in str(refused.value)
 
 

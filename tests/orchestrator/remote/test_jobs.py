@@ -6,12 +6,12 @@ import time
 
 import pytest
 
-from clusters.kubernetes.client import KubeDoor
+from clusters.kubernetes.client import KubeClient
 from clusters.kubernetes.rayjob import Group, Wishes, config_map, rayjob
 from clusters.units import GIB
 from orchestrator.errors import ClusterError, RunFailed
 from orchestrator.remote import jobs
-from orchestrator.remote.jobs import Remote
+from orchestrator.remote.record import Remote
 from orchestrator.runs.run_folder import RunFolder
 from tests.kube_api import KubeApi
 
@@ -22,7 +22,7 @@ NAME = "support-1125-120000"
 def api(tmp_path, monkeypatch):
     made = KubeApi(tmp_path)
     monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig()))
-    monkeypatch.setattr(jobs, "_AGAIN_S", 0.05)
+    monkeypatch.setattr(jobs, "_RETRY_S", 0.05)
     yield made
     made.close()
 
@@ -34,9 +34,9 @@ def run(api, tmp_path):
     (run.path / "job.yaml").write_text("name: support\nmodel: {model_name_or_path: a}\ndata: {train: b.jsonl}\n")
     (run.path / "origin.json").write_text(json.dumps({"folder": str(tmp_path)}))
     made = rayjob(NAME, "c", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], Wishes(namespace="team", storage=str(tmp_path)))
-    door = KubeDoor(None, None)
-    door.start(NAME, made, config_map(NAME, "team", {"job.yaml": "x"}))
-    door.close()
+    client = KubeClient(None, None)
+    client.start(NAME, made, config_map(NAME, "team", {"job.yaml": "x"}))
+    client.close()
     Remote("kuberay", str(tmp_path / "none"), (NAME,)).keep(run)
     metadata = {"name": "submitter", "namespace": "team", "labels": {"job-name": NAME}}
     api.store("pods", {"kind": "Pod", "metadata": metadata, "status": {"phase": "Running"}})
@@ -93,13 +93,13 @@ def test_a_line_that_stays_broken_says_how_to_attach_again(api, run, monkeypatch
 
     with pytest.raises(ClusterError, match=f"logs {NAME} --follow"):
         jobs.attach(run, str)
-    assert NAME in api.named("rayjobs")  # it goes on there
+    assert NAME in api.named("rayjobs")  # it continues there
 
 
-def test_what_has_not_begun_is_taken_back(api, run):
+def test_a_job_that_has_not_started_is_cancelled(api, run):
     state(api, jobDeploymentStatus="Initializing")
 
-    assert "had not begun" in jobs.stop(run)
+    assert "had not started" in jobs.stop(run)
     assert not api.named("rayjobs")
     assert json.loads((run.path / "remote.json").read_text())["is_closed"]
 

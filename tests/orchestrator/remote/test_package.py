@@ -230,12 +230,10 @@ def test_a_bomb_is_not_unpacked(run, monkeypatch):
 
 
 def test_what_was_sent_is_listed_for_machines(folder, tmp_path):
-    from orchestrator.remote.jobs import SENT, say_sent
-
     run, lines = RunFolder.create(tmp_path / "runs", "job", "job-1"), []
 
-    say_sent(run, packed(folder), lines.append)
+    package.report(packed(folder), run, lines.append)
 
     assert "sends 4 files of the job" in lines[0]
-    told = json.loads((run.path / SENT).read_text())
+    told = json.loads((run.path / package.SENT).read_text())
     assert told["num_files"] == 4 and {one["name"] for one in told["files"]} >= {"1-data/a.jsonl"}

@@ -5,7 +5,7 @@ import pytest
 from clusters.units import GIB
 from orchestrator.errors import JobError
 from orchestrator.job.spec import KubernetesSection
-from orchestrator.remote.kube_submit import nodes_of
+from orchestrator.remote.kube_nodes import read_nodes
 
 PLAIN = KubernetesSection()
 
@@ -20,7 +20,7 @@ def node(name, cpu="16", memory="64Gi", gpus="0", product=None, vram=None, **spe
 
 
 def test_cpus_and_cards_are_read_and_something_is_left_to_others():
-    found = nodes_of(
+    found = read_nodes(
         [
             node("plain", cpu="15890m", memory="65536Mi"),
             node("cards", gpus="2", product="NVIDIA-GeForce-RTX-4090", vram="24564"),
@@ -39,16 +39,16 @@ def test_cpus_and_cards_are_read_and_something_is_left_to_others():
 def test_nodes_that_take_no_pods_are_left_out():
     control = node("control", taints=[{"key": "node-role.kubernetes.io/control-plane", "effect": "NoSchedule"}])
     gpu = node("gpu", gpus="1", product="Tesla-T4", taints=[{"key": "nvidia.com/gpu", "effect": "NoSchedule"}])
-    found = nodes_of([control, node("cordoned", unschedulable=True), gpu], PLAIN)
+    found = read_nodes([control, node("cordoned", unschedulable=True), gpu], PLAIN)
 
     assert [one.name for one in found.nodes] == ["gpu"]
 
 
 def test_nothing_to_plan_for_names_the_way_out():
     with pytest.raises(JobError, match=r"Wonder 9.*--hardware FILE"):
-        nodes_of([node("odd", gpus="1", product="Wonder-9")], PLAIN)
+        read_nodes([node("odd", gpus="1", product="Wonder-9")], PLAIN)
     with pytest.raises(JobError, match=r"no node of the cluster takes pods"):
-        nodes_of([], PLAIN)
+        read_nodes([], PLAIN)
 
 
 def test_what_the_job_bears_and_selects_decides_which_nodes_count():
@@ -58,7 +58,7 @@ def test_what_the_job_bears_and_selects_decides_which_nodes_count():
     bears = [{"key": "team", "value": "ml", "effect": "NoSchedule"}]
 
     def names(**asked):
-        return [one.name for one in nodes_of([ours, theirs], KubernetesSection(**asked)).nodes]
+        return [one.name for one in read_nodes([ours, theirs], KubernetesSection(**asked)).nodes]
 
     assert names() == ["theirs"]
     assert names(tolerations=bears) == ["ours", "theirs"]
