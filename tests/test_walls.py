@@ -262,7 +262,8 @@ def test_top_level_is_what_the_house_allows():
     if listed.returncode:
         pytest.skip("not a git checkout")
     allowed = {"pyproject.toml", "orchestrator", "strategies", "clusters", "tests", "k8s", "README.md"}
-    allowed |= {"Makefile", "LICENSE", "CONTRIBUTING.md", ".ci", ".gitignore", ".dockerignore", "README.ja.md"}
+    allowed |= {"Makefile", "LICENSE", "CONTRIBUTING.md", "CHANGELOG.md", "README.ja.md", ".ci"}
+    allowed |= {".gitignore", ".dockerignore", ".editorconfig", ".pre-commit-config.yaml"}
     top = {line.split("/")[0] for line in listed.stdout.splitlines()}
 
     assert top and top <= allowed, top - allowed
