@@ -1,11 +1,13 @@
 """The verbs: parse, call, print.
 
-app       start here: the verbs
+app       start here: the verbs together, and every error as a message with an exit code
 bank      the verbs `bank ...` and `adapt`
-cluster   the verbs of a cluster of one's own machines
-options   what the verbs share
-progress  who watches a run
-remote    what the verbs do for runs that live on a cluster behind a dashboard, and the verb `fetch`
+jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
+machines  the verbs of machines: probe, techniques, head, join, nodes
+options   what the verbs share: arguments and options, loading a job, printing
+progress  prints the progress of a run
+remote    the verb `fetch`, and how the verbs of a run work on a cluster that only HTTP reaches
 report    the verbs `bench`, `report` and `tco`
-search    the verb `search`, and what `resume` and `sync` do for searches
+runs      the verbs of a run: list, status, logs, stop, resume, evaluate, merge, sync
+search    the verb `search`, and how `status` and `resume` show and continue a search
 """

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable
-from orchestrator.cli.options import JobArgument, JsonOption, RunsOption, SetOption, asked_job, out, print_json, say
+from orchestrator.cli.options import JobArgument, JsonOption, RunsOption, SetOption, load_job, out, print_json, say
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.runs.run_folder import RunFolder
@@ -20,12 +20,8 @@ from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.store import Bank, Contents, Damaged
 
 DEFAULT_BANK = Path("~/orchestrator-bank")
+verbs = typer.Typer()
 bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep adapters that were trained, and make others of them.")
-
-
-def register(app: typer.Typer) -> None:
-    app.add_typer(bank)
-    app.command()(adapt)
 
 
 def complete_adapter(incomplete: str) -> list[str]:
@@ -44,7 +40,7 @@ LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apach
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def translate_errors() -> Iterator[None]:
     """What the bank or its disk refuses, in the words of the command line's error tree."""
     try:
         yield
@@ -62,7 +58,7 @@ def adapter_folder(value: str) -> Path | None:
 
 
 @bank.command()
-@told()
+@translate_errors()
 def add(
     what: Annotated[str, typer.Argument(help="a finished run, or a folder with a PEFT adapter")],
     model: Annotated[str | None, typer.Option("--model", help="of a folder: the model it was trained on")] = None,
@@ -93,7 +89,7 @@ def add(
 
 
 @bank.command(name="list")
-@told()
+@translate_errors()
 def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
     """Show what the bank holds, oldest first, and what of it is damaged."""
     from orchestrator.views.bank import table
@@ -107,7 +103,7 @@ def list_(bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
 
 
 @bank.command()
-@told()
+@translate_errors()
 def show(which: NamesArgument, bank: BankOption = DEFAULT_BANK, json_: JsonOption = False) -> None:
     """Show the cards of adapters."""
     there = Bank(bank)
@@ -116,7 +112,7 @@ def show(which: NamesArgument, bank: BankOption = DEFAULT_BANK, json_: JsonOptio
 
 
 @bank.command()
-@told()
+@translate_errors()
 def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
     """Remove adapters, also damaged ones by their digest."""
     there = Bank(bank)
@@ -126,7 +122,7 @@ def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
 
 
 @bank.command()
-@told()
+@translate_errors()
 def verify(
     repair: Annotated[bool, typer.Option("--repair", help="put damaged ones aside, into BANK/broken")] = False,
     bank: BankOption = DEFAULT_BANK,
@@ -150,7 +146,7 @@ def verify(
 
 
 @bank.command()
-@told()
+@translate_errors()
 def export(
     file: Annotated[Path, typer.Argument(help="the tar to write")],
     which: Annotated[
@@ -174,7 +170,7 @@ def export(
 
 
 @bank.command(name="import")
-@told()
+@translate_errors()
 def import_(
     file: Annotated[Path, typer.Argument(help="what `bank export` wrote")],
     bank: BankOption = DEFAULT_BANK,
@@ -193,7 +189,7 @@ def import_(
 
 
 @bank.command()
-@told()
+@translate_errors()
 def merge(
     output: Annotated[Path, typer.Argument(help="the folder to write")],
     which: NamesArgument,
@@ -234,7 +230,7 @@ def merge(
 
 
 @bank.command()
-@told()
+@translate_errors()
 def build(
     folder: Annotated[Path, typer.Argument(help="holds NAME/train.jsonl and NAME/eval.jsonl of each data set")],
     job: Annotated[str, typer.Option("--job", help="how each of them is trained")] = "bank",
@@ -250,13 +246,13 @@ def build(
     from orchestrator.bank.library import build as build_bank
 
     folder = resolve_path(folder, "bank build", kind="folder")
-    cards = build_bank(folder, lambda overrides: asked_job(job, [*set_, *overrides]), say)
+    cards = build_bank(folder, lambda overrides: load_job(job, [*set_, *overrides]), say)
     if json_:
         print_json([card.as_dict() for card in cards])
 
 
 @bank.command()
-@told()
+@translate_errors()
 def evaluate(
     job: Annotated[str, typer.Option("--job", help="how the bank's adapters were trained")] = "bank",
     set_: SetOption = [],
@@ -275,7 +271,7 @@ def evaluate(
     from orchestrator.report.plots import heat_map
 
     output = resolve_path(output, "--output", kind="new folder")
-    found = leave_one_out(asked_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
+    found = leave_one_out(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, say)
     output.mkdir(parents=True, exist_ok=True)
     write_text_file(output / "leave-one-out.json", json.dumps(found, indent=1), "--output")
     drawn = heat_map(gains(found), "share of the own adapter's gain", -0.5, 1.0)
@@ -287,7 +283,8 @@ def evaluate(
         out.print(table(found))
 
 
-@told()
+@verbs.command()
+@translate_errors()
 def adapt(
     job: JobArgument,
     set_: SetOption = [],
@@ -314,7 +311,7 @@ def adapt(
 
     if against and not then_train:
         raise JobError("--against belongs to --then-train")
-    asked = asked_job(job, set_)
+    asked = load_job(job, set_)
     found = adapted(asked, output and resolve_path(output, "--output", kind="new folder"), say)
     if then_train:
         found |= {"then_train": train_on(asked, found, against, runs, say)}

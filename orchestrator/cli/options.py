@@ -1,4 +1,4 @@
-"""What the verbs share: arguments and options with their completion, reading a job, printing."""
+"""What the verbs share: arguments and options with their completion, loading a job, printing."""
 
 from __future__ import annotations
 
@@ -65,20 +65,20 @@ HardwareOption = Annotated[
 RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
 
 
-def asked_job(name: str, overrides: list[str]) -> Job:
-    """A job file, or a recipe by its name; what was read otherwise than written is said."""
+def load_job(name: str, overrides: list[str]) -> Job:
+    """A job file, or a recipe by its name; prints a notice for each key that is read under another name."""
     from orchestrator.job.schema import recipes
 
     known = recipes()
-    is_recipe = name in known and not Path(name).is_file()  # a folder of that name is no job
+    is_recipe = name in known and not Path(name).is_file()  # a folder of that name is not a job
     job = read_job(known[name][0] if is_recipe else Path(name), overrides)
     for notice in job.notices:
         say(notice)
     return job
 
 
-def numbers(option: str, text: str) -> list[int]:
-    """Whole numbers above 0 with commas between them; none for an empty text.  Raises JobError."""
+def parse_numbers(option: str, text: str) -> list[int]:
+    """Whole numbers above 0, separated by commas; none for an empty text.  Raises JobError."""
     try:
         found = [int(number) for number in text.split(",") if number.strip()]
     except ValueError:
@@ -89,15 +89,30 @@ def numbers(option: str, text: str) -> list[int]:
 
 
 def say(text: str) -> None:
-    """A sentence about what goes on, beside the output."""
+    """Print a sentence about progress to standard error."""
     err.print(masked(text), soft_wrap=True)
 
 
 def show(text: str) -> None:
-    """Lines of output, as long as they are."""
+    """Print lines of output without wrapping them."""
     out.print(masked(text), soft_wrap=True)
 
 
 def print_json(value: Any) -> None:
-    """One JSON document, in ASCII: what is no ASCII is an escape."""
+    """Print one JSON document in ASCII, other characters as escapes."""
     write(json.dumps(masked_values(value), indent=1, default=str).replace("\x7f", "\\u007f"))
+
+
+def print_result(run: RunFolder, as_json: bool) -> None:
+    """Print the result of a run that has ended."""
+    from orchestrator.runs.condition import exported_whole
+    from orchestrator.views.result import result_view
+
+    exported = exported_whole(run)
+    if as_json:
+        ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": run.result()}
+        print_json({**ended, "data": run.data().get("statistics")})
+        return
+    out.print()
+    out.print(result_view(run))
+    show(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}")

@@ -1,7 +1,9 @@
-"""Who watches a run: a terminal with a live bar, a log with a few lines, or nobody."""
+"""Prints the progress of a run: a live bar in a terminal, a few lines in a log, nothing for --json."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
@@ -13,10 +15,11 @@ from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.plan import plan_view
+from orchestrator.views.screen import Screen, out
 
 
 class Quiet:
-    """Says nothing; errors still come as exceptions."""
+    """Prints nothing; errors still come as exceptions."""
 
     def say(self, text: str) -> None: ...
 
@@ -95,6 +98,18 @@ class Live(Lines):
 
     def close(self) -> None:
         self._bar.stop()
+
+
+@contextmanager
+def watch_run(as_json: bool) -> Iterator[Quiet]:
+    """A watcher for the run inside the block, which outlives a reader that closes the pipe."""
+    watcher = Quiet() if as_json else Live(out) if out.is_terminal else Lines(out)
+    Screen.outlives_reader = True
+    try:
+        yield watcher
+    finally:
+        watcher.close()
+        Screen.outlives_reader = False
 
 
 def _step_text(event: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What the verbs do for runs that live on a cluster behind a dashboard, and the verb `fetch`."""
+"""The verb `fetch`, and how the verbs of a run work on a cluster that only HTTP reaches."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import typer
 
 from clusters.job_backend import ENDED
 from clusters.safe.masking import masked
-from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, say, show
+from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.remote import jobs, package
 from orchestrator.remote.record import Remote, Target
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
+
+verbs = typer.Typer()
 
 
 def is_remote(run: RunFolder) -> bool:
@@ -29,26 +31,27 @@ def is_closed(run: RunFolder) -> bool:
     return found is not None and found.is_closed
 
 
-def submit(job: Job, target: Target, detach: bool, as_json: bool) -> RunFolder:
-    """Send a job; wait until it ends, unless detached."""
+def submit(job: Job, target: Target, file: Path | None, detach: bool, as_json: bool) -> None:
+    """Send a job and wait until it ends, unless detached; with a file write its RayJob there instead."""
     from orchestrator.lifecycle.run import output_dir
+    from orchestrator.remote import kube_submit
 
-    folder, say_line = output_dir(job), _line_printer(as_json)
+    if file and target.is_kuberay:
+        kube_submit.render(job, target, file, say)
+        return
+    say_line = _line_printer(as_json)
     if target.is_kuberay:
-        from orchestrator.remote import kube_submit
-
-        run = kube_submit.submit(job, target, folder, say_line, follow=not detach)
+        run = kube_submit.submit(job, target, output_dir(job), say_line, follow=not detach)
     elif target.run_id:
         raise JobError("--run-id belongs to --cluster kuberay, not to a dashboard")
     else:
-        run = jobs.submit(job, target.address, folder, say_line, follow=not detach)
-    if detach:
-        if as_json:
-            print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(package.SENT)})
-        else:
-            place = masked(target.address)
-            out.print(f"{run.run_id} runs on {place}: orchestrator logs {run.run_id} --follow", soft_wrap=True)
-    return run
+        run = jobs.submit(job, target.address, output_dir(job), say_line, follow=not detach)
+    if not detach:
+        print_result(run, as_json)
+    elif as_json:
+        print_json({"run": run.run_id, "path": str(run.path), "sent": run.read_json(package.SENT)})
+    else:
+        show(f"{run.run_id} runs on {target.address}: orchestrator logs {run.run_id} --follow")
 
 
 def resume(run: RunFolder, as_json: bool) -> None:
@@ -88,13 +91,7 @@ def stop(run: RunFolder) -> None:
     show(jobs.stop(run).rstrip("\n"))
 
 
-def render(job: Job, target: Target, file: Path) -> None:
-    """Write the RayJob instead of creating it."""
-    from orchestrator.remote import kube_submit
-
-    kube_submit.render(job, target, file, say)
-
-
+@verbs.command()
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Bring a run that was sent to a cluster here: its events, result and adapter."""
     found = RunFolder.find(run, runs)
@@ -103,6 +100,7 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     jobs.fetch(found, say)
 
 
+@verbs.command(hidden=True)
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     """The other side of `fetch`, on the cluster."""
     write(package.send(RunFolder.find(run, runs)))
@@ -110,8 +108,3 @@ def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
 
 def _line_printer(as_json: bool) -> Callable[[str], None]:
     return say if as_json else lambda text: out.print(masked(text), markup=False, highlight=False, soft_wrap=True)
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(fetch)
-    app.command(hidden=True)(send)

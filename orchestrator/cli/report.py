@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,12 +15,13 @@ from orchestrator.cli.options import (
     RunArgument,
     RunsOption,
     SetOption,
-    asked_job,
     complete_job,
-    numbers,
+    load_job,
     out,
+    parse_numbers,
     print_json,
     say,
+    show,
 )
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
@@ -29,6 +30,10 @@ from orchestrator.runs.run_folder import RunFolder
 LangOption = Annotated[str, typer.Option("--lang", help="en or ja")]
 
 
+verbs = typer.Typer()
+
+
+@verbs.command()
 def bench(
     what: Annotated[
         str | None, typer.Argument(help="a job file or recipe; with --generate a run", autocompletion=complete_job)
@@ -59,43 +64,54 @@ def bench(
               orchestrator bench job.yaml --timeline --bus 10
               orchestrator bench --compare runs/bench-a.json runs/bench-b.json
     """
-    from orchestrator.views.bench import bench_view, comparison_view, flat, read
-
     if compare is not None:
-        first, second = map(read, compare)
-        if json_:
-            print_json({"a": flat(first), "b": flat(second)})
-        else:
-            out.print(comparison_view(first, second))
+        _compare(*compare, json_)
         return
     output = resolve_path(output, "--output", kind="new file") if output else None
     if what is None:
-        raise JobError("bench what? Give a job file, a recipe, or a run with --generate")
+        raise JobError("bench: nothing to measure; give a job file, a recipe, or a run with --generate")
     from orchestrator.lifecycle.run import prepare
     from orchestrator.training.workers import bench as benchmarks
 
     if generate:
         run = RunFolder.find(what, runs)
-        sizes, lengths = numbers("--batch-sizes", batch_sizes), numbers("--prompt-lengths", prompt_lengths)
+        sizes, lengths = parse_numbers("--batch-sizes", batch_sizes), parse_numbers("--prompt-lengths", prompt_lengths)
         result = benchmarks.bench_generation(run, run.job(), sizes, lengths, new_tokens, say)
     else:
-        asked = asked_job(what, ["cluster.num_workers=1", *set_])
-        result = benchmarks.bench_training(asked, prepare(asked, say), steps, say, timeline, bus * 1e9 if bus else None)
-    file = benchmarks.save(result, runs, output)
+        loaded = load_job(what, ["cluster.num_workers=1", *set_])
+        bus_bytes_per_s = bus * 1e9 if bus else None
+        result = benchmarks.bench_training(loaded, prepare(loaded, say), steps, say, timeline, bus_bytes_per_s)
+    _print_bench(result, benchmarks.save(result, runs, output), json_)
+
+
+def _compare(a: Path, b: Path, as_json: bool) -> None:
+    from orchestrator.views.bench import comparison_view, flat, read
+
+    first, second = read(a), read(b)
+    if as_json:
+        print_json({"a": flat(first), "b": flat(second)})
+    else:
+        out.print(comparison_view(first, second))
+
+
+def _print_bench(result: dict[str, Any], file: Path, as_json: bool) -> None:
+    from orchestrator.views.bench import bench_view
+
     picture = None
     if "timeline" in result:
         from orchestrator.report.bench import timeline_picture
 
         picture = timeline_picture(result, file)
-    if json_:
+    if as_json:
         print_json({**result, "file": str(file), **({"picture": str(picture)} if picture else {})})
         return
     out.print(bench_view(result))
-    if picture:
-        out.print(f"wrote {picture}", markup=False, highlight=False, soft_wrap=True)
-    out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+    for written in (picture, file):
+        if written:
+            show(f"wrote {written}")
 
 
+@verbs.command()
 def report(
     name: RunArgument = "latest",
     lang: LangOption = "en",
@@ -117,7 +133,7 @@ def report(
         raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
     if output is not None:
         output = resolve_path(output, "--output", kind="new file")
-    folder = search.found(name, runs) or RunFolder.find(name, runs)
+    folder = search.find(name, runs) or RunFolder.find(name, runs)
     job = folder.job()
     if markdown:
         file = output or folder.path / "report.md"
@@ -127,9 +143,10 @@ def report(
     if json_:
         print_json({"report": str(file)})
     else:
-        out.print(f"wrote {file}", markup=False, highlight=False, soft_wrap=True)
+        show(f"wrote {file}")
 
 
+@verbs.command()
 def tco(
     job: Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)],
     set_: SetOption = [],
@@ -151,11 +168,13 @@ def tco(
     from orchestrator.lifecycle.run import plan_without_data
     from orchestrator.report.costs import tco_of_job
 
-    asked = asked_job(job, set_)
-    ready = plan_without_data(asked, declared(hardware) if hardware else None, say)
-    costs, shown = tco_of_job(asked, ready, against, lang)
+    loaded = load_job(job, set_)
+    ready = plan_without_data(loaded, declared(hardware) if hardware else None, say)
+    costs, shown = tco_of_job(loaded, ready, against, lang)
     if json_:
-        print_json({"currency": asked.spec.cost.currency, "ways": [{**asdict(c), "per_run": c.per_run} for c in costs]})
+        print_json(
+            {"currency": loaded.spec.cost.currency, "ways": [{**asdict(c), "per_run": c.per_run} for c in costs]}
+        )
         return
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in shown.head:
@@ -163,8 +182,3 @@ def tco(
     for place, row in enumerate(shown.rows):
         table.add_row(*row, style="green" if place in shown.marked else None)
     out.print(table)
-
-
-def register(app: typer.Typer) -> None:
-    for verb in (bench, report, tco):
-        app.command()(verb)

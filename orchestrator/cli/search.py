@@ -1,4 +1,4 @@
-"""The verb `search`, and what `resume` and `sync` do for searches."""
+"""The verb `search`, and how `status` and `resume` show and continue a search."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from orchestrator.cli.options import (
     JobArgument,
     JsonOption,
     SetOption,
-    asked_job,
     complete_study,
     err,
-    numbers,
+    load_job,
     out,
+    parse_numbers,
     print_json,
     say,
 )
@@ -24,7 +24,10 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job, parse_job
 from orchestrator.runs.search_folder import SearchFolder
 
+verbs = typer.Typer()
 
+
+@verbs.command()
 def search(
     job: JobArgument,
     set_: SetOption = [],
@@ -53,14 +56,14 @@ def search(
     values = {"trials": trials, "minutes": minutes}
     budget = [f"search.budget.{key}={value}" for key, value in values.items() if value is not None]
     overrides = [*set_, *budget, *([f"search.sampler={sampler}"] if sampler else [])]
-    asked = asked_job(job, overrides)
+    loaded = load_job(job, overrides)
     if dry_run:
-        _predict(asked, json_)
+        _predict(loaded, json_)
         return
     if (lengths or models) and not study:
         raise JobError("--lengths and --models belong to --study; for a search list data.max_length in search.space")
-    for one in _models(asked, models):
-        _search(one, study, numbers("--lengths", lengths), json_)
+    for one in _models(loaded, models):
+        _search(one, study, parse_numbers("--lengths", lengths), json_)
 
 
 def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> None:
@@ -74,7 +77,7 @@ def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> N
     show(folder, as_json)
 
 
-def found(name: str, runs: Path) -> SearchFolder | None:
+def find(name: str, runs: Path) -> SearchFolder | None:
     """The search of that name; None where it is none, or where `latest` is a run."""
     if name == "latest":
         return None
@@ -84,9 +87,9 @@ def found(name: str, runs: Path) -> SearchFolder | None:
     return found[0] if len(found) == 1 else None
 
 
-def go_on(folder: SearchFolder, as_json: bool) -> None:
+def resume(folder: SearchFolder, as_json: bool) -> None:
     """Resume a search."""
-    from orchestrator.search.run import resume
+    from orchestrator.search.run import resume as resume_search
     from orchestrator.views.search import Watching
 
     if folder.state() == "finished":
@@ -95,7 +98,7 @@ def go_on(folder: SearchFolder, as_json: bool) -> None:
         with folder.lock():
             folder.restore(say)
         return
-    resume(folder, Watching(err if as_json else out))
+    resume_search(folder, Watching(err if as_json else out))
     _conclude(folder)
     show(folder, as_json)
 
@@ -165,7 +168,3 @@ def _models(job: Job, models: str) -> list[Job]:
     if not names:
         return [job]
     return [parse_job(job.text, job.folder, "job", [f"model.model_name_or_path={name}"]) for name in names]
-
-
-def register(app: typer.Typer) -> None:
-    app.command()(search)

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from orchestrator.cli.options import asked_job
+from orchestrator.cli.options import load_job
 from orchestrator.job.job_file import parse_job, read_job
 from orchestrator.job.schema import RECIPES, recipes, starter
 from orchestrator.lifecycle.validate import check
@@ -62,4 +62,4 @@ def test_a_folder_of_a_recipe_s_name_does_not_hide_it(tmp_path, monkeypatch):
     (tmp_path / "bank").mkdir()
     monkeypatch.chdir(tmp_path)
 
-    assert asked_job("bank", []).spec.name == "bank"
+    assert load_job("bank", []).spec.name == "bank"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.app import list_runs, status
 from orchestrator.cli.report import report
+from orchestrator.cli.runs import list_runs, status
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.job_file import read_job

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.app import status
+from orchestrator.cli.runs import status
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.machines import declared
@@ -112,7 +112,7 @@ def test_the_verb_status_mends_what_a_killed_driver_left_running(store, run_of, 
     status(str(run.path))
 
     assert status_of(client, run) == "KILLED"
-    assert f"now says how {run.run_id} ended" in " ".join(capfd.readouterr().err.split())
+    assert f"now shows how {run.run_id} ended" in " ".join(capfd.readouterr().err.split())
 
 
 def test_a_deleted_experiment_is_restored_or_another_takes_the_run(store, run_of):

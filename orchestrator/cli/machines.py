@@ -1,4 +1,4 @@
-"""The verbs of a cluster of one's own machines: head, join, nodes."""
+"""The verbs of machines: probe, techniques, and of one's own cluster: head, join, nodes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from rich.table import Table
 
 from clusters.safe.reading import name_mistake, printable
 from clusters.units import format_bytes
-from orchestrator.cli.options import print_json, say
+from orchestrator.cli.options import (
+    HardwareOption,
+    JsonOption,
+    RefreshOption,
+    SetOption,
+    complete_job,
+    load_job,
+    out,
+    print_json,
+    say,
+)
 from orchestrator.errors import ClusterError, JobError
-from orchestrator.views.screen import out
 
 InterfaceOption = Annotated[
     str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
@@ -27,6 +36,62 @@ SlotsOption = Annotated[
 TokenOption = Annotated[Path | None, typer.Option("--token-file", help="default: ~/.ray/auth_token")]
 
 
+verbs = typer.Typer()
+
+
+@verbs.command()
+def probe(
+    cluster: Annotated[str, typer.Option(help="local, or the address of a Ray cluster")] = "local",
+    hardware: HardwareOption = None,
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show what the machines can do: memory, FLOP/s by number format, bandwidths, links; measured once, then cached.
+
+    Examples: orchestrator probe
+              orchestrator probe --cluster head:6379 --refresh
+              orchestrator probe --hardware home-lab
+    """
+    from orchestrator.lifecycle.machines import declared, reached
+    from orchestrator.views.machines import machines_view
+
+    found = declared(hardware) if hardware else reached(cluster, say, refresh)
+    if json_:
+        print_json(found.as_dict())
+    else:
+        out.print(machines_view(found))
+
+
+@verbs.command()
+def techniques(
+    job: Annotated[
+        str | None, typer.Argument(help="judge for this job's model and data", autocompletion=complete_job)
+    ] = None,
+    hardware: HardwareOption = None,
+    measure: Annotated[bool, typer.Option("--measure", help="try each on a small model here, some minutes")] = False,
+    set_: SetOption = [],
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show what each optimization does on each device: effective, works, little gain, harmful or impossible, and why.
+
+    Examples: orchestrator techniques
+              orchestrator techniques job.yaml --hardware home-lab
+              orchestrator techniques --measure
+    """
+    from orchestrator.lifecycle.machines import declared, reached
+    from orchestrator.lifecycle.technique_report import catalogue, catalogue_view, measured_view
+
+    loaded = load_job(job, set_) if job else None  # before anything is measured
+    cluster = declared(hardware) if hardware else reached("local", say, refresh)
+    rows = catalogue(cluster, loaded, measure, say)
+    if json_:
+        print_json(rows)
+    else:
+        out.print(measured_view(rows) if measure else catalogue_view(rows))
+
+
+@verbs.command()
 def head(
     interface: InterfaceOption = None,
     address: AddressOption = None,
@@ -87,6 +152,7 @@ def head(
         raise ClusterError(str(error)) from None
 
 
+@verbs.command()
 def join(
     head: Annotated[str, typer.Argument(help="HOST or HOST:PORT of the head")],
     interface: InterfaceOption = None,
@@ -123,11 +189,12 @@ def join(
         raise ClusterError(str(error)) from None
 
 
+@verbs.command()
 def nodes(
     cluster: Annotated[
         str | None, typer.Option(help="HOST:PORT of a Ray cluster; default: the one of this machine")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="print one JSON document for machines")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Show who is in a cluster, what each machine can do and what it does now.
 
@@ -162,12 +229,6 @@ def nodes(
             ", ".join(node["does"]) or "-",
         )
     out.print(table)
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verbs to the command line."""
-    for verb in (head, join, nodes):
-        app.command()(verb)
 
 
 def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:

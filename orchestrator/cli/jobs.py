@@ -1,0 +1,270 @@
+"""The verbs of a job file: recipes, init, schema, validate, inspect, plan, submit."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from clusters.safe.reading import name_mistake
+from orchestrator.cli import remote
+from orchestrator.cli.options import (
+    HardwareOption,
+    JobArgument,
+    JsonOption,
+    RefreshOption,
+    SetOption,
+    load_job,
+    out,
+    print_json,
+    print_result,
+    say,
+    show,
+)
+from orchestrator.errors import JobError, Stopped
+from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.remote.record import Target
+from orchestrator.views.screen import write
+
+verbs = typer.Typer()
+
+
+@verbs.command()
+def recipes(
+    name: Annotated[str | None, typer.Argument(help="print this recipe")] = None, json_: JsonOption = False
+) -> None:
+    """List the ready-made jobs, or print one."""
+    from orchestrator.job.schema import recipes as all_recipes
+
+    if name is not None:
+        write(_recipe_text(name))
+        return
+    found = all_recipes()
+    if json_:
+        print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
+        return
+    for key, (_, about) in found.items():
+        show(f"{key:<20}{about}")
+    show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
+
+
+@verbs.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
+    model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
+    train: Annotated[str, typer.Option(help="data.train")] = "train.jsonl",
+    recipe: Annotated[str | None, typer.Option(help="copy a recipe instead of the starter")] = None,
+    force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
+) -> None:
+    """Write a commented starter job file.
+
+    Example: orchestrator init job.yaml --train mydata.jsonl
+    """
+    from orchestrator.job.schema import starter
+
+    file = resolve_path(path, "init", kind="new file")
+    if file.exists() and not force:
+        raise JobError(f"{path} exists already; --force overwrites it")
+    for option, value in (("--model", model), ("--train", train)):
+        if value.encode("utf-8", "replace").decode() != value:
+            raise JobError(f"{option} is not UTF-8 text")
+    write_text_file(file, _recipe_text(recipe) if recipe else starter(model, train), "init")
+    show(f"wrote {path}. Next: orchestrator validate {path}")
+
+
+def _recipe_text(name: str) -> str:
+    from orchestrator.job.schema import recipes
+
+    known = recipes()
+    if name not in known:
+        raise JobError(f"there is no recipe {name!r}; known: {', '.join(known)}")
+    return known[name][0].read_text(encoding="utf-8")
+
+
+@verbs.command()
+def schema(
+    field: Annotated[str | None, typer.Option(help="one key, e.g. method.lora_r")] = None, json_: JsonOption = False
+) -> None:
+    """Explain the job file's keys; --json prints its JSON schema for editors.
+
+    Example: orchestrator schema --field packing
+    """
+    from orchestrator.job import schema as keys
+
+    if json_ and field is None:
+        write(keys.json_schema())
+        return
+    found = keys.all_fields() if field is None else {field: keys.one_field(field)}
+    if json_ and field is not None:
+        print_json(found[field])
+        return
+    for key, about in found.items():
+        default = "required" if about["required"] else f"default {json.dumps(about['default'])}"
+        show(f"{about.get('key', key)}: {about['type']} ({default})\n  {about['description']}")
+
+
+@verbs.command()
+def validate(
+    job: JobArgument,
+    set_: SetOption = [],
+    exact: Annotated[bool, typer.Option("--exact", help="look at every row, not at the first 1,000")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Check a job file, its model, and its first rows as the model will see them; starts and downloads nothing.
+
+    Examples: orchestrator validate job.yaml --set method.lora_r=32
+              orchestrator validate job.yaml --exact
+    """
+    from orchestrator.lifecycle.validate import check
+
+    found = check(load_job(job, set_), exact)
+    if json_:
+        print_json(found)
+        return
+    for line in [*found["notices"], *(f"not checked: {what}" for what in found["unchecked"])]:
+        show(line)
+    formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
+    show(f"{job} is valid ({formats})")
+
+
+@verbs.command()
+def inspect(
+    job: JobArgument,
+    rows: Annotated[int, typer.Option(help="how many rows to show")] = 3,
+    row: Annotated[int, typer.Option(help="the first row to show, from 1")] = 1,
+    set_: SetOption = [],
+    json_: JsonOption = False,
+) -> None:
+    """Show rows as the model will see them: which tokens are supervised, what is cut, how well it packs.
+
+    Example: orchestrator inspect quickstart --rows 2
+    """
+    from orchestrator.lifecycle.inspect_data import view
+    from orchestrator.lifecycle.run import look_at_data
+
+    seen = look_at_data(load_job(job, set_), row, rows)
+    if json_:
+        print_json(seen)
+    else:
+        out.print(view(seen, out.is_terminal and not out.no_color), soft_wrap=not out.is_terminal)
+
+
+@verbs.command()
+def plan(
+    job: JobArgument,
+    set_: SetOption = [],
+    hardware: HardwareOption = None,
+    exact: Annotated[bool, typer.Option("--exact", help="prepare the data as `submit` does")] = False,
+    trace: Annotated[bool, typer.Option("--trace", help="check the memory by tracing the model code")] = False,
+    preflight: Annotated[
+        bool, typer.Option("--preflight", help="really run the longest batch, an evaluation step and a checkpoint here")
+    ] = False,
+    refresh: RefreshOption = False,
+    json_: JsonOption = False,
+) -> None:
+    """Show what would run where, whether it fits, how long it takes and what it costs; starts nothing.
+
+    Exit code 0: it fits; 3: it does not, and what would make it fit; 2: the job is wrong.
+
+    Examples: orchestrator plan job.yaml
+              orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
+              orchestrator plan job.yaml --trace && orchestrator submit job.yaml
+    """
+    from orchestrator.data.counts import check_line
+    from orchestrator.lifecycle.machines import declared
+    from orchestrator.lifecycle.run import plan_without_data, prepare
+    from orchestrator.views.plan import plan_view
+
+    loaded = load_job(job, set_)
+    cluster = declared(hardware) if hardware else None
+    if exact or preflight:
+        ready = prepare(loaded, say, cluster, refresh)
+    else:
+        ready = plan_without_data(loaded, cluster, say, refresh)
+    checks: dict[str, Any] = {}
+    if trace:
+        from orchestrator.lifecycle.trace_check import trace_plan
+
+        checks["trace"] = trace_plan(loaded, ready.plan, ready.work)
+    if preflight:
+        from orchestrator.training.workers.preflight import preflight as fly
+
+        checks["preflight"] = fly(loaded, ready, say)
+    if json_:
+        print_json({**json.loads(ready.plan.to_json()), "statistics": ready.statistics, **checks})
+        return
+    out.print(plan_view(loaded, ready.plan, ready.statistics))
+    if ready.statistics["train"]:
+        show(check_line(ready.statistics["train"]))
+    for name, found in checks.items():
+        out.print()
+        show(f"{name}: {found['text']}")
+
+
+ClusterOption = Annotated[
+    str | None,
+    typer.Option(
+        "--cluster",
+        help="where: HOST:PORT of a Ray cluster, http://HOST:8265 of its dashboard, kuberay[:[CONTEXT/]NAMESPACE]",
+    ),
+]
+RenderOption = Annotated[
+    Path | None, typer.Option("--render", help="with kuberay: write the RayJob into this file and stop")
+]
+AttachOption = Annotated[
+    str | None, typer.Option("--attach", help="with kuberay: run on this RayCluster instead of one of its own")
+]
+RunIdOption = Annotated[str | None, typer.Option("--run-id", help="name of the run; an existing one is continued")]
+
+
+@verbs.command()
+def submit(
+    job: JobArgument,
+    set_: SetOption = [],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only: the same as `plan --exact`")] = False,
+    cluster: ClusterOption = None,
+    render: RenderOption = None,
+    attach: AttachOption = None,
+    hardware: HardwareOption = None,
+    detach: Annotated[bool, typer.Option("--detach", help="send the job to a cluster and do not wait")] = False,
+    run_id: RunIdOption = None,
+    supervised: Annotated[bool, typer.Option("--supervised", hidden=True)] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
+
+    Ctrl-C saves a checkpoint and stops; `resume` continues from there.  A job that was sent through a dashboard
+    continues without this terminal: Ctrl-C detaches.
+
+    Examples: orchestrator submit quickstart
+              orchestrator submit job.yaml --set train.learning_rate=1e-4
+              orchestrator submit job.yaml --dry-run
+              orchestrator submit job.yaml --cluster http://192.168.1.10:8265
+              orchestrator submit job.yaml --cluster kuberay:team --detach
+    """
+    if run_id is not None and (wrong := name_mistake(run_id)):
+        raise JobError(f"--run-id {wrong}")
+    if dry_run:
+        plan(job, set_, exact=True, json_=json_)
+        return
+    target = Target(cluster or "", hardware, attach, run_id)
+    if not target.is_kuberay and (render or hardware or attach):
+        raise JobError("--render, --attach and --hardware belong to --cluster kuberay; elsewhere use `plan --hardware`")
+    if target.is_remote:
+        remote.submit(load_job(job, set_), target, render, detach, json_)
+        return
+    from orchestrator.cli.progress import watch_run
+    from orchestrator.lifecycle.run import submit as run_job
+
+    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
+    with watch_run(json_) as watcher:
+        try:
+            run = run_job(load_job(job, overrides), watcher, run_id)
+        except Stopped as stopped:
+            if not supervised:
+                raise
+            say(str(stopped))  # exit code 0: a supervisor that restarts what fails must not restart this
+            return
+    print_result(run, json_)

@@ -1,0 +1,247 @@
+"""The verbs of a run: list, status, logs, stop, resume, evaluate, merge, sync."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli import remote
+from orchestrator.cli import search as search_verbs
+from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
+from orchestrator.errors import JobError, OrchestratorError
+from orchestrator.job.paths import resolve_path
+from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.views.screen import write
+
+verbs = typer.Typer()
+
+
+@verbs.command(name="list")
+def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """List the runs in a folder, oldest first."""
+    from orchestrator.runs.condition import damage
+    from orchestrator.runs.search_folder import SearchFolder
+    from orchestrator.views.result import damaged_row, run_row, runs_table
+
+    rows = []
+    for run in RunFolder.all(runs):
+        wrong = [] if run.is_locked() else damage(run)  # the process that holds the lock may be writing
+        try:
+            rows.append(damaged_row(run, wrong) if wrong else run_row(run))
+        except JobError as error:
+            rows.append(damaged_row(run, error.mistakes))
+    rows += [damaged_row(search, wrong) for search in SearchFolder.all(runs) if (wrong := damage(search))]
+    if json_:
+        print_json(rows)
+    elif rows:
+        out.print(runs_table(rows))
+    else:
+        show(f"no runs in {runs}")
+    for row in rows:
+        for line in row.get("damage", ()):
+            say(f"{row['run']} is damaged: {line}")
+
+
+@verbs.command()
+def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """Show how far a run is, and how good its result is."""
+    from orchestrator.runs import worker_stats as workers
+    from orchestrator.runs.condition import damage, passed_over
+    from orchestrator.views.result import result_view, run_row
+
+    if search := search_verbs.find(run, runs):
+        _complete_mirror(search)
+        search_verbs.show(search, json_)
+        return
+    found = RunFolder.find(run, runs)
+    if remote.is_remote(found) and not remote.is_closed(found):
+        remote.status(found, json_)
+        return
+    if not found.is_locked() and (wrong := damage(found)):
+        raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
+    if text := passed_over(found):
+        say(text)
+    _complete_mirror(found)
+    row, by_worker = run_row(found), workers.of_run(found.events()[0])
+    if json_:
+        print_json({**row, "workers": by_worker} if by_worker else row)
+        return
+    for key, value in row.items():
+        if value is not None:
+            show(f"{key:<14}{value}")
+    if by_worker:
+        out.print()
+        out.print(workers.view(by_worker))
+    if row["state"] == "finished":
+        out.print()
+        out.print(result_view(found))
+
+
+def _complete_mirror(run: RunFolder) -> None:
+    """Tell MLflow how a run ended whose driver was killed; a failure is reported and does not fail the verb."""
+    from orchestrator.runs.mirror.state import is_left_running
+
+    try:
+        if not remote.is_remote(run) and is_left_running(run):
+            from orchestrator.runs.mirror.tracking import complete
+
+            if address := complete(run, run.job()):
+                say(f"MLflow at {address} now shows how {run.run_id} ended")
+    except OrchestratorError as error:
+        say(str(error))
+
+
+@verbs.command()
+def logs(
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="keep printing until the run ends")] = False,
+    workers: Annotated[bool, typer.Option(help="the workers' own log files instead of the run's events")] = False,
+    json_: JsonOption = False,
+) -> None:
+    """Print what happened in a run: its events, or its workers' log files."""
+    found = RunFolder.find(run, runs)
+    if remote.is_remote(found):
+        remote.logs(found, follow)
+    elif workers:
+        _print_worker_logs(found)
+    else:
+        _print_events(found, follow, json_)
+
+
+def _print_worker_logs(run: RunFolder) -> None:
+    for file in sorted(run.logs.glob("*.log")):
+        show(f"== {file.name}")
+        with file.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                show(line.rstrip("\n"))
+
+
+def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
+    offset = 0
+    while True:
+        alive = run.is_locked()
+        events, offset = run.events(offset)
+        for event in events:
+            if as_json:
+                write(json.dumps(event))
+            else:
+                show(_event_line(event))
+        if not follow or not alive:
+            return
+        time.sleep(0.5)
+
+
+def _event_line(event: dict[str, Any]) -> str:
+    rest = {key: value for key, value in event.items() if key not in ("event", "time", "traceback", "samples")}
+    return f"{utc(event['time'])} {event['event']:<10} " + " ".join(f"{key}={value}" for key, value in rest.items())
+
+
+@verbs.command()
+def stop(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
+    """Ask a running job to save a checkpoint and stop after its current step."""
+    found = search_verbs.find(run, runs) or RunFolder.find(run, runs)
+    if remote.is_remote(found):
+        remote.stop(found)
+        return
+    if not found.is_locked():
+        raise JobError(f"{found.run_id} is not running (it is {found.state()})")
+    found.stop_file.touch()
+    show(f"{found.run_id} stops after its current step; `orchestrator resume {found.run_id}` continues it")
+
+
+@verbs.command()
+def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
+    """Continue a stopped, failed or killed run from its newest complete checkpoint, or a search.
+
+    Example: orchestrator resume latest
+    """
+    from orchestrator.cli.progress import watch_run
+    from orchestrator.lifecycle.run import is_complete
+    from orchestrator.lifecycle.run import resume as resume_run
+
+    if search := search_verbs.find(run, runs):
+        search_verbs.resume(search, json_)
+        return
+    found = RunFolder.find(run, runs)
+    if remote.is_remote(found):
+        remote.resume(found, json_)
+        print_result(found, json_)
+        return
+    if not found.differences() and is_complete(found, found.job()):
+        _complete_mirror(found)
+        raise JobError(f"{found.run_id} is finished; there is nothing to resume")
+    with watch_run(json_) as watcher:
+        resume_run(found, watcher)
+    print_result(found, json_)
+
+
+@verbs.command()
+def evaluate(
+    run: RunArgument = "latest",
+    data: Annotated[Path | None, typer.Option(help="other held-out rows than the job's own")] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Measure a finished run's model again, on its held-out rows or on others.
+
+    Example: orchestrator evaluate latest --data hard_cases.jsonl
+    """
+    from orchestrator.lifecycle.run import held_out_of
+    from orchestrator.views.result import scores_view
+
+    found = RunFolder.find(run, runs)
+    job = found.job()
+    from orchestrator.training.workers.finished import evaluate as measure
+
+    quality = measure(found, job, held_out_of(found, job, data, say))
+    if json_:
+        print_json(quality)
+    else:
+        out.print(scores_view(quality))
+
+
+@verbs.command()
+def merge(
+    output: Annotated[Path, typer.Argument(help="the folder to write")],
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+) -> None:
+    """Write base model + adapter as one plain transformers model.
+
+    Example: orchestrator merge my-model latest
+    """
+    found = RunFolder.find(run, runs)
+    from orchestrator.training.workers.finished import merge as merge_adapter
+
+    output = resolve_path(output, "merge", kind="new folder")
+    agreement = merge_adapter(found, found.job(), output)
+    show(agreement.text)
+    show(f"wrote {output}")
+
+
+@verbs.command()
+def sync(
+    run: RunArgument = "latest",
+    runs: RunsOption = Path("runs"),
+    experiment: Annotated[
+        str | None, typer.Option("--experiment", help="send it into this experiment instead of the job's")
+    ] = None,
+) -> None:
+    """Send a run or a search to MLflow again, after a server was down or an experiment was deleted."""
+    from orchestrator.runs.mirror.tracking import sync as sync_run
+    from orchestrator.runs.mirror.tracking import sync_search
+
+    if experiment is not None and not experiment.strip():
+        raise JobError("--experiment: is empty; give the name of an experiment in MLflow")
+    if search := search_verbs.find(run, runs):
+        address = sync_search(search, search.job(), experiment)
+        show(f"{search.run_id} is in {address}")
+        return
+    found = RunFolder.find(run, runs)
+    address = sync_run(found, found.job(), experiment)
+    show(f"{found.run_id} is in {address}")

@@ -1,0 +1,102 @@
+"""The command line as a whole: its verbs, errors as messages with exit codes, completion."""
+
+import errno
+import json
+
+import pytest
+import typer
+
+from orchestrator.cli import app as cli
+from orchestrator.cli.options import complete_job, complete_key, complete_run, load_job, parse_numbers
+from orchestrator.errors import JobError
+from orchestrator.runs.run_folder import RunFolder
+from tests.cli import called
+
+
+def commands():
+    app = cli.app
+    return (typer.main.get_command(app) if isinstance(app, typer.Typer) else app).commands
+
+
+def test_every_verb_has_a_help_and_keeps_the_lines_of_its_examples(tmp_path):
+    verbs = commands()
+    assert len(verbs) > 25
+
+    for name, verb in verbs.items():
+        shown = [line.strip() for line in called(name, "--help", cwd=tmp_path, check=0).stdout.splitlines()]
+        about = [line.strip() for line in (verb.help or "").splitlines()]
+        assert about and about[0][:30] in " ".join(shown)
+        assert {line for line in about if "orchestrator " in line and len(line) < 70} <= set(shown)
+
+
+def test_a_mistake_is_one_message_with_the_exit_code_of_its_kind(tmp_path):
+    shown = called("plan", "nowhere.yaml", cwd=tmp_path, check=2)
+
+    assert "nowhere.yaml" in shown.stderr and "Traceback" not in shown.stderr and not shown.stdout
+
+
+def test_with_json_a_mistake_is_a_document(tmp_path):
+    shown = called("plan", "nowhere.yaml", "--json", cwd=tmp_path, check=2)
+
+    found = json.loads(shown.stdout)
+    assert found["exit_code"] == 2 and "nowhere.yaml" in found["error"]
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk: no space left on device. Free some space"),
+        (PermissionError(errno.EACCES, "Permission denied", "a.json"), "a.json: permission denied. Check that it"),
+    ],
+)
+def test_what_a_disk_refuses_is_a_message_and_no_traceback(tmp_path, monkeypatch, error, says):
+    def refuse(*_, **__):
+        raise error
+
+    monkeypatch.setattr(RunFolder, "all", refuse)
+    shown = called("list", cwd=tmp_path, check=2)
+
+    assert says in shown.stderr.replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--run-id", "a/b"], "--run-id"),
+        (["--attach", "a"], "belong to --cluster kuberay"),
+        (["--cluster", "http://127.0.0.1:1", "--run-id", "a"], "belongs to --cluster kuberay"),
+        (["--cluster", "kuberay:Not_One", "--render", "a.yaml"], "is not a namespace"),
+    ],
+)
+def test_options_that_do_not_go_together_are_refused_before_anything_starts(tmp_path, options, says):
+    shown = called("submit", "quickstart", *options, cwd=tmp_path, check=2)
+
+    assert says in shown.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_arguments_are_completed_from_recipes_files_runs_and_keys(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "quick.yaml").touch()
+    RunFolder.create(tmp_path / "runs", "a", "a-1").begin({"job.yaml": "name: a"})
+
+    assert complete_job("quick") == ["quick.yaml", "quickstart"]
+    assert complete_run("a") == ["a-1"]
+    assert complete_key("train.learning_r") == ["train.learning_rate="]
+
+
+def test_a_recipe_is_loaded_by_its_name_with_its_overrides():
+    job = load_job("quickstart", ["train.max_steps=3"])
+
+    assert job.spec.train.max_steps == 3
+
+
+@pytest.mark.parametrize(("text", "numbers"), [("", []), ("4", [4]), ("1, 4,8", [1, 4, 8])])
+def test_numbers_are_read_from_an_option(text, numbers):
+    assert parse_numbers("--lengths", text) == numbers
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "a", "1,,x"])
+def test_what_is_not_a_whole_number_above_0_is_refused(text):
+    with pytest.raises(JobError, match=r"--lengths .* whole numbers above 0"):
+        parse_numbers("--lengths", text)
