@@ -78,16 +78,21 @@ class House:
         return {name: ast.parse(path.read_text()) for name, path in self.files.items()}
 
     @cached_property
+    def nodes(self) -> dict[str, list[ast.AST]]:
+        """Every node of each module."""
+        return {name: list(ast.walk(tree)) for name, tree in self.trees.items()}
+
+    @cached_property
     def imports(self) -> dict[str, set[str]]:
         """Module -> modules of this checkout that it imports, inside functions and under TYPE_CHECKING as well."""
-        return {name: {one for one in _imported(tree, self.files) if one != name} for name, tree in self.trees.items()}
+        return {name: set(_imported(nodes, self.files)) - {name} for name, nodes in self.nodes.items()}
 
     @cached_property
     def dangling(self) -> set[tuple[str, str]]:
         """Imports of modules or names of this checkout that do not exist."""
         found = set()
-        for name, tree in self.trees.items():
-            for node in ast.walk(tree):
+        for name, nodes in self.nodes.items():
+            for node in nodes:
                 if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] in FLOORS:
                     known = self._names(node.module)
                     found |= {(name, f"{node.module}.{one.name}") for one in node.names if one.name not in known}
@@ -190,8 +195,8 @@ def house(root: Path = ROOT) -> House:
     return House(files)
 
 
-def _imported(tree: ast.Module, known: Mapping[str, Path]) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _imported(nodes: list[ast.AST], known: Mapping[str, Path]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.Import):
             yield from (one.name for one in node.names if one.name in known)
         elif isinstance(node, ast.ImportFrom) and node.module:
