@@ -202,7 +202,7 @@ class ChatTemplate:
         from transformers.utils.chat_template_utils import render_jinja_template
 
         try:
-            texts, marks = render_jinja_template(
+            rendered: Any = render_jinja_template(
                 [talk.shown()],
                 tools=list(talk.tools) or None,
                 chat_template=self.source,
@@ -211,7 +211,8 @@ class ChatTemplate:
             )
         except Exception as error:  # as in `text`
             raise _refused(error) from None
-        text, spans, numbers = texts[0], _merged(marks[0]), talk.answers()
+        (text,), (marks,) = rendered
+        spans, numbers = _merged(marks), talk.answers()
         _refuse_marks(text, spans, len(numbers))
         for number, (a, b) in zip(numbers, spans, strict=True):
             content = talk.content(number)

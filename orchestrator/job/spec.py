@@ -266,7 +266,7 @@ class EvalSection(Section):
     metrics: Auto | list[Metric] = _key("auto", "metrics of generated answers; [] = loss only")
     max_new_tokens: Auto | Annotated[int, Field(ge=1, le=MOST)] = _key("auto", "longest generated answer in tokens")
     max_rows: int = _key(200, "most held-out rows that answers are generated for", ge=1, le=MOST)
-    before: bool = _key(True, "measure the untuned model too")
+    before: bool = _key(True, "evaluate the base model too")
     num_samples: int = _key(3, "sample outputs kept", ge=0, le=MOST)
     early_stopping_patience: int | None = _key(
         None, "stop after so many evaluations without a better loss", ge=1, le=MOST

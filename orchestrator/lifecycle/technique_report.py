@@ -15,7 +15,7 @@ from orchestrator.data.sizes import rough_lengths
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning import planner, workload
-from orchestrator.planning.explain import unusable
+from orchestrator.planning.explain import explain_unusable
 from strategies import METHODS, TECHNIQUES
 from strategies.compatibility import conflict
 from strategies.contract import Dtype, Techniques, Workload
@@ -97,7 +97,7 @@ def catalogue(
 ) -> list[dict[str, Any]]:
     """A row for each technique and kind of device."""
     rows = []
-    for what, why in unusable(cluster).items():
+    for what, why in explain_unusable(cluster).items():
         say(f"{what} is not judged: {why}")
     for node, device in _kinds(cluster):
         model, work = _of_job(job) if job else _reference(device)

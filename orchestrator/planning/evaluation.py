@@ -15,6 +15,9 @@ from strategies.shape import ModelShape
 
 CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
 
+_NO_ROWS = "there are no held-out rows"
+_NEEDS_ROWS = "{} needs held-out rows; add data.eval, e.g. data.eval: {{split: 0.05}}"
+
 
 @dataclass(frozen=True)
 class HeldOut:
@@ -27,53 +30,92 @@ class HeldOut:
     is_classification: bool
 
 
-def eval_steps(spec: JobSpec, workload: Workload, held_out: HeldOut | None, reasons: dict[str, str]) -> int | None:
-    asked = spec.eval.eval_steps
+@dataclass(frozen=True)
+class Evaluation:
+    """The eval section without `auto`, and the reason of each key where there is one."""
+
+    eval_steps: int | None  # None: at the end only
+    max_new_tokens: int
+    metrics: tuple[str, ...]
+    reasons: dict[str, str]
+
+
+def resolve_evaluation(
+    spec: JobSpec, workload: Workload, held_out: HeldOut | None, nodes: Sequence[NodePlan]
+) -> Evaluation:
+    """Raises JobError for an evaluation without held-out rows."""
+    steps, why_steps = resolve_eval_steps(spec, workload, held_out)
+    new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
+    metrics, why_metrics = resolve_metrics(spec, held_out)
+    if metrics:
+        enough, memory = generation_memory(nodes, workload, new_tokens)
+        if why_tokens:
+            why_tokens += f"; {memory}"
+        elif why_metrics:
+            why_metrics += f"; {memory}"
+        elif not enough:  # what the job states needs no reason, unless not even one answer surely fits
+            why_tokens = memory
+    found = (("eval.eval_steps", why_steps), ("eval.max_new_tokens", why_tokens), ("eval.metrics", why_metrics))
+    return Evaluation(steps, new_tokens, metrics, {key: why for key, why in found if why})
+
+
+def resolve_eval_steps(spec: JobSpec, workload: Workload, held_out: HeldOut | None) -> tuple[int | None, str | None]:
+    """Steps between two held-out losses, None for the end only; and why, where it was open."""
+    stated = spec.eval.eval_steps
     if held_out is None:
-        if isinstance(asked, int):
-            raise JobError("eval.eval_steps needs held-out rows; add data.eval, e.g. data.eval: {split: 0.05}")
-        return None
-    if asked != "auto":
-        return asked
+        if isinstance(stated, int):
+            raise JobError(_NEEDS_ROWS.format("eval.eval_steps"))
+        return None, _NO_ROWS
+    if stated != "auto":
+        return stated, None
     trained_tokens = workload.num_tokens * workload.num_samples_seen / workload.num_samples
     times = int(min(4, 0.2 * trained_tokens / held_out.num_tokens))  # a forward pass costs half of a training pass
     if times < 1:
-        reasons["eval.eval_steps"] = "held-out rows cost over a tenth of the training: measured at the end only"
-        return None
-    reasons["eval.eval_steps"] = f"{times} times over the run, at most a tenth of its time"
-    return max(1, math.ceil(workload.num_steps / times))
+        return None, "held-out rows cost over a tenth of the training: measured at the end only"
+    return max(1, math.ceil(workload.num_steps / times)), f"{times} times over the run, at most a tenth of its time"
 
 
-def max_new_tokens(spec: JobSpec, held_out: HeldOut | None, reasons: dict[str, str]) -> int:
-    if isinstance(spec.eval.max_new_tokens, int):
-        return spec.eval.max_new_tokens
+def resolve_max_new_tokens(spec: JobSpec, held_out: HeldOut | None) -> tuple[int, str | None]:
+    """The longest generated answer in tokens; and why, where it was open."""
+    stated = spec.eval.max_new_tokens
     longest = held_out.longest_answer if held_out else 0
-    value = min(512, max(16, longest + longest // 4))
-    if held_out:
-        reasons["eval.max_new_tokens"] = (
-            f"the longest held-out answer has {longest} tokens; a quarter more, 512 at most"
-        )
-    return value
-
-
-def metrics(spec: JobSpec, held_out: HeldOut | None, reasons: dict[str, str]) -> tuple[str, ...]:
-    asked = spec.eval.metrics
+    value = stated if isinstance(stated, int) else min(512, max(16, longest + longest // 4))
     if held_out is None:
-        if asked != "auto" and asked:
-            raise JobError("eval.metrics needs held-out rows; add data.eval, e.g. data.eval: {split: 0.05}")
-        return ()
-    if asked != "auto":
-        return tuple(asked)
+        return value, _NO_ROWS
+    if isinstance(stated, int):
+        return value, None
+    return value, f"the longest held-out answer has {longest} tokens; a quarter more, 512 at most"
+
+
+def resolve_metrics(spec: JobSpec, held_out: HeldOut | None) -> tuple[tuple[str, ...], str | None]:
+    """The metrics of generated answers; and why, where they were open."""
+    stated = spec.eval.metrics
+    if held_out is None:
+        if stated != "auto" and stated:
+            raise JobError(_NEEDS_ROWS.format("eval.metrics"))
+        return (), _NO_ROWS
+    if stated != "auto":
+        return tuple(stated), None
     if held_out.num_references == 0:
-        chosen, why = (), "the held-out rows have no answers to compare with"
-    elif held_out.is_classification:
-        chosen, why = ("accuracy", "macro_f1"), "the rows are labels"
-    elif held_out.longest_answer <= 96:
-        chosen, why = ("exact_match",), "the answers are short"
-    else:
-        chosen, why = ("rouge_l",), "the answers are long texts"
-    reasons["eval.metrics"] = why
-    return chosen
+        return (), "the held-out rows have no answers to compare with"
+    if held_out.is_classification:
+        return ("accuracy", "macro_f1"), "the rows are labels"
+    if held_out.longest_answer <= 96:
+        return ("exact_match",), "the answers are short"
+    return ("rouge_l",), "the answers are long texts"
+
+
+def generation_memory(nodes: Sequence[NodePlan], workload: Workload, new_tokens: int) -> tuple[bool, str]:
+    """Whether an answer surely fits on the device with least memory for it, and what the answers take there."""
+    usable = min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in nodes)
+    tokens = workload.longest_sample + new_tokens
+    one = tokens * cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[nodes[0].techniques.dtype])
+    if count := int(min(MOST_PROMPTS, usable // one)):
+        return True, f"up to {count} prompts at a time: their keys and values take {format_bytes(count * one)} at most"
+    return False, (
+        f"keys and values of {tokens} tokens take {format_bytes(one)}, and {format_bytes(usable)} are free beside the"
+        " weights: an answer that does not fit is not scored"
+    )
 
 
 def cache_bytes_per_token(shape: ModelShape, bytes_per_element: int) -> int:
@@ -81,32 +123,10 @@ def cache_bytes_per_token(shape: ModelShape, bytes_per_element: int) -> int:
     return 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * bytes_per_element
 
 
-def cache_room_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> float:
-    """What keys and values may take while answers are generated: gradients, activations and logits are not there then.
+def cache_usable_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> float:
+    """Memory for keys and values while answers are generated: gradients, activations and logits do not exist then.
 
     At most 1 GiB, beyond which more prompts at a time gain nothing.
     """
     free = (usable_bytes or memory.total_bytes) - memory.weights_bytes - memory.framework_bytes
     return max(0.0, min(CACHE_BYTES, free))
-
-
-def explain_generation(nodes: Sequence[NodePlan], workload: Workload, new_tokens: int, reasons: dict[str, str]) -> None:
-    """Add to the plan's reasons what memory generating answers takes, on the device with least room for it.
-
-    What the job states has no reason, unless not even one answer surely fits.
-    """
-    room = min(cache_room_bytes(part.memory, part.memory_usable_bytes) for part in nodes)
-    tokens = workload.longest_sample + new_tokens
-    one = tokens * cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[nodes[0].techniques.dtype])
-    if count := int(min(MOST_PROMPTS, room // one)):
-        why = f"up to {count} prompts at a time: their keys and values take {format_bytes(count * one)} at most"
-    else:
-        why = (
-            f"keys and values of {tokens} tokens take {format_bytes(one)}, and {format_bytes(room)} are free beside the"
-            " weights: an answer that does not fit is not scored"
-        )
-    known = [key for key in ("eval.max_new_tokens", "eval.metrics") if key in reasons]
-    if known:
-        reasons[known[0]] += f"; {why}"
-    elif not count:
-        reasons["eval.max_new_tokens"] = why

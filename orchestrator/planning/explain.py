@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
-from clusters.capability import ClusterCapability
+from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.units import format_bytes, format_s
+from orchestrator.job.job_file import value_of
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Candidate, Slot, Switches, Tried
+from orchestrator.planning.candidates import Candidate, Slot
+from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
-from strategies import METHODS
-from strategies.contract import Method, Workload
+from orchestrator.planning.remedies import find_remedies
+from orchestrator.planning.settings import Rejections
 
 
 def describe_candidate(candidate: Candidate) -> str:
@@ -37,17 +38,17 @@ def describe_candidate(candidate: Candidate) -> str:
     return f"{', '.join(parts)} on {where}"
 
 
-def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str | None = None) -> dict[str, str]:
+def explain_excluded(chosen: Candidate, enumeration: Enumeration, helper: str | None = None) -> dict[str, str]:
     """Node -> why it does not train beside the others, and what it does or is good for instead."""
     taking_part = {node.name for node in chosen.nodes}
     found = {}
-    for slot in slots:
+    for slot in enumeration.slots:
         name = slot.node.name
         if name in taking_part or name in found:
             continue
         wider = [
             other
-            for other in tried.fitting
+            for other in enumeration.fitting
             if other.method.name == chosen.method.name and {node.name for node in other.nodes} >= taking_part | {name}
         ]
         if wider:
@@ -57,17 +58,14 @@ def left_out(chosen: Candidate, tried: Tried, slots: Sequence[Slot], helper: str
             )
             why = f"a step would take {format_s(best.step_s)} with it{waits}, {format_s(chosen.step_s)} without"
         else:
-            where = f"on {name} ({slot.device.name})"
-            why = next(
-                (reason for what, reason in tried.rejected.items() if what.endswith(where)), "it does not fit there"
-            )
-        instead = "measures the untuned model meanwhile" if name == helper else "is free for other jobs"
+            why = enumeration.rejections.of_slot(slot.label) or "it does not fit there"
+        instead = "evaluates the base model meanwhile" if name == helper else "is free for other jobs"
         found[name] = f"{why}. It {instead}"
     return found
 
 
-def unusable(cluster: ClusterCapability) -> dict[str, str]:
-    """Device and node -> why nobody can train on it, for all devices that no plan looks at."""
+def explain_unusable(cluster: ClusterCapability) -> dict[str, str]:
+    """Device and node -> why no job can train on it, for all devices that no plan uses."""
     found: dict[str, str] = {}
     for node in cluster.nodes:
         for number, why in enumerate(node.problems):
@@ -81,7 +79,7 @@ def unusable(cluster: ClusterCapability) -> dict[str, str]:
 
 
 def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
-    """The front, and the best of each other method or group: what a reader would ask about."""
+    """The Pareto front, and the best candidate of each other method and number of devices."""
     front = sorted(pareto(fitting, lambda candidate: candidate.costs), key=lambda candidate: candidate.total_s)
     worth = [candidate for candidate in front if candidate is not chosen]
     seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
@@ -117,48 +115,39 @@ def _why_not(spec: JobSpec, chosen: Candidate, other: Candidate) -> str:
     return ", ".join(parts)
 
 
-def explain_choice(spec: JobSpec, workload: Workload, chosen: Candidate, tried: Tried, reasons: dict[str, str]) -> None:
-    """One sentence for every `auto` that the choice resolved."""
+def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:
+    """Job-file key -> reason, for every `auto` that the choice resolved."""
     part = chosen.placed[0]
     techniques, device = part.plan.techniques, part.slot.device
     needs = format_bytes(part.plan.memory.total_bytes)
-    room = "unknown memory" if math.isinf(part.slot.memory_bytes) else f"{format_bytes(part.slot.memory_bytes)} usable"
-    if spec.method.type not in METHODS:
-        others = sorted({c.method.name for c in tried.fitting} - {chosen.method.name})
-        fits = f"; {', '.join(others)} would fit too" if others else "; no other method fits"
-        reasons["method.type"] = f"best by goal.prefer: {spec.goal.prefer}{fits}"
-    if spec.model.dtype == "auto":
-        reasons["model.dtype"] = _why_dtype(techniques.dtype, device)
-    if spec.data.packing == "auto":
-        reasons["data.packing"] = (
-            "no padding; documents stay apart, so the result is the same"
-            if techniques.packing
-            else "padding costs less here than separate kernels would, or the model's attention cannot be packed"
-        )
-    if spec.model.attn_implementation == "auto":
-        why = {"document": "one causal kernel a document", "flash_attention_2": "Ampere or newer"}
-        reasons["model.attn_implementation"] = why.get(techniques.attn_implementation, "the best this model can use")
-    if spec.train.per_device_train_batch_size == "auto":
-        reasons["train.per_device_train_batch_size"] = f"needs about {needs} of {room}"
-    if spec.train.gradient_checkpointing == "auto":
-        reasons["train.gradient_checkpointing"] = (
-            "does not fit without, or leaves room for what is faster"
-            if techniques.gradient_checkpointing
-            else f"fits without: about {needs} of {room}"
-        )
-    if spec.train.loss_type == "auto":
-        reasons["train.loss_type"] = "all supervised logits fit" if techniques.loss_type == "nll" else "saves logits"
-    if spec.train.optim == "auto":
-        reasons["train.optim"] = (
-            "AdamW with one kernel for all weights" if "8bit" not in techniques.optim else "fp32 moments do not fit"
-        )
-    if spec.strategy.offload == "auto":
-        reasons["strategy.offload"] = "fits without" if techniques.offload == "none" else "does not fit without"
-    if spec.cluster.num_workers == "auto":
-        reasons.setdefault("cluster.num_workers", "the devices that together are best by the goal")
+    usable = (
+        "unknown memory" if math.isinf(part.slot.memory_bytes) else f"{format_bytes(part.slot.memory_bytes)} usable"
+    )
+    others = sorted({candidate.method.name for candidate in fitting} - {chosen.method.name})
+    other_methods = f"{', '.join(others)} would fit too" if others else "no other method fits"
+    kernels = {"document": "one causal kernel a document", "flash_attention_2": "Ampere or newer"}
+    reasons = {
+        "method.type": f"best by goal.prefer: {spec.goal.prefer}; {other_methods}",
+        "model.dtype": _why_dtype(techniques.dtype, device),
+        "data.packing": "no padding; documents stay apart, so the result is the same"
+        if techniques.packing
+        else "padding costs less here than separate kernels would, or the model's attention cannot be packed",
+        "model.attn_implementation": kernels.get(techniques.attn_implementation, "the best this model can use"),
+        "train.per_device_train_batch_size": f"needs about {needs} of {usable}",
+        "train.gradient_checkpointing": "does not fit without, or leaves room for what is faster"
+        if techniques.gradient_checkpointing
+        else f"fits without: about {needs} of {usable}",
+        "train.loss_type": "all supervised logits fit" if techniques.loss_type == "nll" else "saves logits",
+        "train.optim": "AdamW with one kernel for all weights"
+        if "8bit" not in techniques.optim
+        else "fp32 moments do not fit",
+        "strategy.offload": "fits without" if techniques.offload == "none" else "does not fit without",
+        "cluster.num_workers": "the devices that together are best by the goal",
+    }
+    return {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
 
 
-def _why_dtype(dtype: str, device: Any) -> str:
+def _why_dtype(dtype: str, device: DeviceCapability) -> str:
     measured = device.flops_per_s.get(dtype), device.flops_per_s.get("float32")
     if all(measured):
         source = device.sources.get(f"flops_per_s.{dtype}", "declared")
@@ -171,42 +160,27 @@ def _why_dtype(dtype: str, device: Any) -> str:
     return f"{device.name} has fp16 but no bf16 units"
 
 
-def why_nothing_fits(
-    spec: JobSpec,
-    workload: Workload,
-    slots: Sequence[Slot],
-    tried: Tried,
-    cluster: ClusterCapability,
-    methods: Sequence[Method],
-    switches: Switches,
-) -> str:
+def why_nothing_fits(spec: JobSpec, enumeration: Enumeration) -> str:
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
-    from orchestrator.planning.remedies import remedies
-
-    lines = []
-    for slot in slots:
-        where = f"{slot.node.name} ({slot.device.name})"
-        least = tried.least.get(where)
-        if least is None:
-            reason = next((why for what, why in tried.rejected.items() if what.endswith(where)), "nothing was possible")
-            line = f"{spec.method.type} on {where}: {reason}"
-        else:
-            plan, why = least
-            line = f"{plan.method} on {where}: {why}"
-            if plan.techniques.offload != "none":
-                line = f"{plan.method} with {plan.techniques.offload} offload on {where}: {why}"
-        if line not in lines:
-            lines.append(line)
-    if tried.other_groups:
-        other = min(tried.other_groups, key=lambda candidate: candidate.total_s)
+    lines = [_why_not_on(spec, slot, enumeration.rejections) for slot in enumeration.slots]
+    if enumeration.other_groups:
+        other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(
-            f"{describe_candidate(other)} would fit, with {len(other.placed)} workers; the job asks for"
+            f"{describe_candidate(other)} would fit, with {len(other.placed)} workers; the job states"
             f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
         )
-    lines += [f"{device} is left out: {why}" for device, why in unusable(cluster).items()]
-    found = remedies(workload, slots, cluster, methods, switches)
-    if found:
+    lines += [f"{device} is not used: {why}" for device, why in explain_unusable(enumeration.cluster).items()]
+    if found := find_remedies(enumeration):
         lines.append("It would fit with: " + "; or ".join(found))
     else:
         lines.append("Choose a smaller model, lower data.max_length, or add a device")
-    return "\n".join(lines)
+    return "\n".join(dict.fromkeys(lines))
+
+
+def _why_not_on(spec: JobSpec, slot: Slot, rejections: Rejections) -> str:
+    """What stands against one slot: of all plans that do not fit there, the reason of the smallest."""
+    if slot.label not in rejections.smallest:
+        return f"{spec.method.type} on {slot.label}: {rejections.of_slot(slot.label) or 'nothing was possible'}"
+    plan, why = rejections.smallest[slot.label]
+    offload = "" if plan.techniques.offload == "none" else f" with {plan.techniques.offload} offload"
+    return f"{plan.method}{offload} on {slot.label}: {why}"

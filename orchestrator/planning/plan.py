@@ -94,8 +94,8 @@ class Plan:
     reasons: dict[str, str]  # key of the job file -> why it was resolved so
     alternatives: tuple[Alternative, ...] = ()
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
-    left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it does not train, and what then
-    helper: NodePlan | None = None  # a node that is left out: it measures the untuned model while the others train
+    left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
+    helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
     in_bank: tuple[InBank, ...] = ()
     version: int = VERSION
 

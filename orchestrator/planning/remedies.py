@@ -2,71 +2,92 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
-from clusters.capability import ClusterCapability
-from orchestrator.planning.candidates import Slot, Switches, enumerate_candidates
+from orchestrator.planning.enumeration import Enumeration
 from strategies import METHODS
-from strategies.contract import Method, Workload
 from strategies.techniques.libraries import EXTRAS, lacks
 
-_SHORTEST = 128
+_SHORTEST = 128  # max_length in tokens
+_MOST = 4
+_OPEN: dict[str, Any] = {  # the switches as a job leaves them open
+    "checkpointings": (False, True),
+    "rows": None,
+    "accumulation": None,
+    "losses": ("nll", "chunked_nll"),
+    "dtypes": ("bfloat16", "float16", "float32"),
+    "optims": ("adamw_torch_fused", "adamw_bnb_8bit"),
+}
 
 
-def remedies(
-    workload: Workload, slots: Sequence[Slot], cluster: ClusterCapability, methods: Sequence[Method], switches: Switches
-) -> list[str]:
+def find_remedies(enumeration: Enumeration) -> list[str]:
     """Changes that help, smallest first; at most four."""
-    found: list[str] = []
-
-    def fits(work: Workload, places: Sequence[Slot], ways: Sequence[Method], choices: Switches) -> bool:
-        return bool(enumerate_candidates(work, places, cluster, ways, choices).fitting)
-
-    switched = {
-        "train.gradient_checkpointing: auto": replace(switches, checkpointings=(False, True)),
-        "train.per_device_train_batch_size: auto": replace(switches, rows=None, accumulation=None),
-        "train.loss_type: auto": replace(switches, losses=("nll", "chunked_nll")),
-        "model.dtype: auto": replace(switches, dtypes=("bfloat16", "float16", "float32")),
-    }
-    found += [
-        words for words, choices in switched.items() if choices != switches and fits(workload, slots, methods, choices)
-    ]
-    freed = replace(
-        switches,
-        checkpointings=(False, True),
-        rows=None,
-        accumulation=None,
-        losses=("nll", "chunked_nll"),
-        dtypes=("bfloat16", "float16", "float32"),
-        optims=("adamw_torch_fused", "adamw_bnb_8bit"),
+    small = itertools.chain(
+        _opened_switches(enumeration),
+        _installed_libraries(enumeration),
+        _other_methods(enumeration),
+        _shorter_samples(enumeration),
     )
-    missing = [lacks(slot.device, library) for slot in slots for library in EXTRAS]
-    if any(missing):
-        equipped = [replace(slot, device=replace(slot.device, libraries={})) for slot in slots]
-        if fits(workload, equipped, methods, switches):
-            found += dict.fromkeys(text.rpartition(": ")[2] for text in missing if text)
-    named, full_rank = {method.name for method in methods}, all(method.full_rank for method in methods)
-    # Who asked for full rank wants that first.
+    return list(itertools.islice(small, _MOST)) or list(_more_memory(enumeration))
+
+
+def _fits(enumeration: Enumeration, **changes: Any) -> bool:
+    return bool(replace(enumeration, **changes).run().fitting)
+
+
+def _opened_switches(enumeration: Enumeration) -> Iterator[str]:
+    keys = {
+        "train.gradient_checkpointing": ("checkpointings",),
+        "train.per_device_train_batch_size": ("rows", "accumulation"),
+        "train.loss_type": ("losses",),
+        "model.dtype": ("dtypes",),
+    }
+    for key, names in keys.items():
+        switches = replace(enumeration.switches, **{name: _OPEN[name] for name in names})
+        if switches != enumeration.switches and _fits(enumeration, switches=switches):
+            yield f"{key}: auto"
+
+
+def _installed_libraries(enumeration: Enumeration) -> Iterator[str]:
+    missing = [lacks(slot.device, library) for slot in enumeration.slots for library in EXTRAS]
+    equipped = [replace(slot, device=replace(slot.device, libraries={})) for slot in enumeration.slots]
+    if any(missing) and _fits(enumeration, slots=equipped):
+        yield from dict.fromkeys(text.rpartition(": ")[2] for text in missing if text)
+
+
+def _other_methods(enumeration: Enumeration) -> Iterator[str]:
+    stated = {method.name for method in enumeration.methods}
+    full_rank = all(method.full_rank for method in enumeration.methods)  # then others of full rank come first
+    opened = replace(enumeration.switches, **_OPEN)
     for name, method in sorted(METHODS.items(), key=lambda item: full_rank and not item[1].full_rank):
-        if name not in named and fits(workload, slots, [method()], freed):
-            found.append(f"method: {{type: {name}}}")
+        if name not in stated and _fits(enumeration, methods=[method()], switches=opened):
+            yield f"method: {{type: {name}}}"
+
+
+def _shorter_samples(enumeration: Enumeration) -> Iterator[str]:
+    work, switches = enumeration.workload, enumeration.switches
     length = switches.max_length // 2
     while length >= _SHORTEST:
-        shorter = replace(workload, longest_sample=min(workload.longest_sample, length))
-        if fits(shorter, slots, methods, replace(freed, max_length=length)):
-            found.append(f"data.max_length: {length} instead of {switches.max_length}")
-            break
+        shorter = replace(work, longest_sample=min(work.longest_sample, length))
+        if _fits(enumeration, workload=shorter, switches=replace(switches, **_OPEN, max_length=length)):
+            yield f"data.max_length: {length} instead of {switches.max_length}"
+            return
         length //= 2
-    if not found:
-        for slot in {(s.node.name, s.device.name): s for s in slots}.values():
-            twice = replace(slot, node=replace(slot.node, name=f"{slot.node.name}-2"))
-            more = replace(freed, zero_stages=(0, 1, 2, 3), offloads=("none", "optimizer", "parameters"))
-            if fits(workload, [*slots, twice], methods, more):
-                found.append(f"one more {slot.device.name}, sharded")
-                break
-            offloaded = replace(freed, offloads=("none", "activations", "optimizer", "parameters"))
-            if fits(workload, slots, methods, offloaded):
-                found.append("offload to host memory (strategy.offload: auto)")
-                break
-    return found[:4]
+
+
+def _more_memory(enumeration: Enumeration) -> Iterator[str]:
+    """One more device like one that is there, or the host's memory."""
+    opened = replace(enumeration.switches, **_OPEN)
+    sharded = replace(opened, zero_stages=(0, 1, 2, 3), offloads=("none", "optimizer", "parameters"))
+    offloaded = replace(opened, offloads=("none", "activations", "optimizer", "parameters"))
+    for slot in {slot.label: slot for slot in enumeration.slots}.values():
+        twin = replace(slot, node=replace(slot.node, name=f"{slot.node.name}-2"))
+        if _fits(enumeration, slots=[*enumeration.slots, twin], switches=sharded):
+            yield f"one more {slot.device.name}, sharded"
+            return
+        if _fits(enumeration, switches=offloaded):
+            yield "offload to host memory (strategy.offload: auto)"
+            return

@@ -13,7 +13,7 @@ from clusters.capability import DeviceCapability
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with
 from orchestrator.job.spec import Choices, JobSpec, LogUniform, RandInt, Uniform
-from orchestrator.planning.planner import Slot
+from orchestrator.planning.candidates import Slot
 from strategies import METHODS
 
 Point = dict[str, Any]  # job-file key -> value

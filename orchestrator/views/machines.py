@@ -10,7 +10,7 @@ from rich.text import Text
 
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import format_bytes
-from orchestrator.planning.explain import unusable
+from orchestrator.planning.explain import explain_unusable
 from strategies.techniques.libraries import lacks
 
 _MARK = {"measured": "", "datasheet": "d", "declared": "D"}
@@ -30,7 +30,7 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
             trip = "unknown" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
             table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
         parts += [table, Text()]
-    parts += [Text(f"{name}: {why}", style="yellow") for name, why in unusable(cluster).items()]
+    parts += [Text(f"{name}: {why}", style="yellow") for name, why in explain_unusable(cluster).items()]
     parts += [Text(text, style="dim") for text in _missing(cluster)]
     doubtful = [(node, device) for node in cluster.nodes for device in node.gpus if device.doubt]
     parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]

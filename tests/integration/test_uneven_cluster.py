@@ -199,7 +199,7 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
 
 
 @pytest.mark.slow
-def test_a_machine_that_does_not_train_measures_the_untuned_model_meanwhile(cluster, place):
+def test_a_machine_that_does_not_train_evaluates_the_base_model_meanwhile(cluster, place):
     write_jsonl(place / "eval.jsonl", rows(8, start=100))
     one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=60")
     told, said = ended(started(place, *one))
@@ -208,7 +208,7 @@ def test_a_machine_that_does_not_train_measures_the_untuned_model_meanwhile(clus
     plan = run.read_json("plan.json")
     (trains,) = [part["node"] for part in plan["nodes"]]
     assert plan["helper"]["node"] in {"left", "right"} - {trains}
-    assert "measures the untuned model" in plan["left_out"][plan["helper"]["node"]], said
+    assert "evaluates the base model" in plan["left_out"][plan["helper"]["node"]], said
     before = run.read_json("before.json")
     assert before["node"] == plan["helper"]["node"]
     assert run.read_json("result.json")["before"]["eval_loss"] == before["eval_loss"] > 0

@@ -57,8 +57,8 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
     trouble = cannot_reach()
     try:
         with _offline() if trouble else contextlib.nullcontext():
-            data = datasets.load_dataset(name, split=split).with_format("arrow")
-        tables = data.iter(batch_size=_ROWS)
+            data: Any = datasets.load_dataset(name, split=split)
+        tables = data.with_format("arrow").iter(batch_size=_ROWS)
         yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
     except Exception as error:  # the library raises dozens of types for hub trouble
         raise JobError(
@@ -68,16 +68,16 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
 
 @contextlib.contextmanager
 def _offline() -> Iterator[None]:
-    """`datasets` looks into its cache only; it reads the environment's HF_HUB_OFFLINE once, when it is imported."""
-    import datasets
+    """Let `datasets` read its cache only; it reads HF_HUB_OFFLINE from the environment once, when it is imported."""
+    from datasets import config
     from huggingface_hub import constants
 
-    kept = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+    kept = constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE
+    constants.HF_HUB_OFFLINE = config.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE = kept
+        constants.HF_HUB_OFFLINE, config.HF_HUB_OFFLINE = kept
 
 
 def _validated(batches: Iterable[Any]) -> Iterator[Any]:

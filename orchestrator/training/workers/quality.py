@@ -10,7 +10,7 @@ from typing import Any
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import NothingFits
 from orchestrator.job.job_file import Job
-from orchestrator.planning.evaluation import cache_room_bytes
+from orchestrator.planning.evaluation import cache_usable_bytes
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import Answer, evaluate_loss, generate_answers, num_without_room
@@ -43,7 +43,7 @@ def measure(
         mine = indices[group.rank :: group.size]
         dtype = techniques.dtype
         together = group if setup.engine else None
-        room = min(cache_room_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes)
+        room = min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes)
         mine_answered = generate_answers(
             setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype, together, room
         )

@@ -1,0 +1,63 @@
+"""The best candidate by the job's goal, among those that keep its limits.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from orchestrator.errors import JobError, NothingFits
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Candidate
+from orchestrator.planning.price import price_of
+
+_ABOUT_AS_FAST = 1.15  # times the fastest: a model's error in time is larger than this
+
+
+def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
+    """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps."""
+    kept = _within_limits(spec, fitting)
+    keys = {
+        "time": lambda c: (c.total_s, c.peak_bytes),
+        "memory": lambda c: (c.memory_fraction, c.total_s),
+        "cost": lambda c: (_cost_or_time(spec, c), c.total_s),
+        "quality": lambda c: (-(c.quality or 0.0), c.total_s),
+    }
+    best = min(kept, key=keys[spec.goal.prefer])
+    if spec.goal.prefer != "time":
+        return best
+    # Of candidates about as fast: the best expected quality; then the plain one, whose shares may be uneven and whose
+    # steps may be repeated, before one that is divided.
+    about = [candidate for candidate in kept if candidate.total_s <= _ABOUT_AS_FAST * best.total_s]
+    return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
+
+
+def _within_limits(spec: JobSpec, fitting: Sequence[Candidate]) -> list[Candidate]:
+    goal, kept = spec.goal, list(fitting)
+    limits = (
+        ("goal.max_hours", goal.max_hours, lambda c: c.total_s / 3600, "takes {:.2g} h", True),
+        ("goal.max_cost", goal.max_cost, lambda c: price_of(spec, c).total, "costs {:.2f}", True),
+        ("goal.min_quality", goal.min_quality, lambda c: c.quality, "promises {:.3f}", False),
+    )
+    for key, limit, measure, phrase, at_most in limits:
+        if limit is None:
+            continue
+        known = [(measure(candidate), candidate) for candidate in kept]
+        passing = [c for value, c in known if value is not None and (value <= limit if at_most else value >= limit)]
+        if not passing:
+            values = [value for value, _ in known if value is not None]
+            if not values:
+                raise JobError(f"{key}: cannot be kept, because no machine's price or power is known; state it in cost")
+            best = min(values) if at_most else max(values)
+            raise NothingFits(
+                f"{key} is {limit:g}, and the best that fits {phrase.format(best)}. Raise the limit, lower"
+                " train.num_train_epochs or data.max_length, choose a smaller model, or add a device"
+                if at_most
+                else f"{key} is {limit:g}, and the best that fits {phrase.format(best)} (a prior from published runs)."
+                " Lower it, or use a larger model and measure"
+            )
+        kept = passing
+    return kept
+
+
+def _cost_or_time(spec: JobSpec, candidate: Candidate) -> float:
+    total = price_of(spec, candidate).total
+    return candidate.total_s / 3600 if total is None else total

@@ -1,0 +1,99 @@
+"""What a job states must be possible together on at least one device.  Pure."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Any
+
+from orchestrator.errors import JobError
+from orchestrator.job.model_check import check_targets
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Slot, Switches, limit_per_node
+from strategies.compatibility import conflict, refuses_local_steps
+from strategies.contract import Techniques, Workload
+from strategies.model.targets import architecture_of_shape
+from strategies.techniques.sharding import refused_keys
+
+
+def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
+    """Raises JobError for settings that no device could train with, whatever the plan chose for the rest."""
+    _refuse_strategy(spec, slots)
+    _refuse_kernels(spec)
+    if all(slot.device.kind == "cpu" for slot in slots):
+        _refuse_on_cpus(spec)
+    check_targets(spec.methods(), architecture_of_shape(workload.shape))
+    method = spec.methods()[0]
+    if spec.goal.full_rank and not method.full_rank:
+        raise JobError(
+            f"goal.full_rank: {method.name} changes weights by a low rank only; set method.type to full or auto"
+        )
+    if spec.strategy.local_steps and (reason := refuses_local_steps(method)):
+        raise JobError(f"method.type: {reason}")
+    _refuse_conflicts(spec, workload, slots, switches)
+
+
+def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
+    strategy = spec.strategy
+    if decided := refused_keys(strategy.deepspeed or {}):
+        raise JobError(
+            [f"strategy.deepspeed.{key}: the plan decides it; set it by {where}" for key, where in decided.items()]
+        )
+    if strategy.mode.startswith("zero") and (len(limit_per_node(slots)) < 2 or spec.cluster.num_workers == 1):
+        raise JobError(
+            f"strategy.mode: {strategy.mode} divides among devices, and here is one worker; set it to auto, or"
+            " cluster.num_workers to at least 2"
+        )
+    if strategy.local_steps and strategy.mode.startswith("zero"):
+        raise JobError("strategy.local_steps: workers that train apart hold everything; set strategy.mode to ddp")
+
+
+def _refuse_kernels(spec: JobSpec) -> None:
+    attention, packing, compiled = spec.model.attn_implementation, spec.data.packing, spec.train.torch_compile
+    if attention == "document" and packing is False:
+        raise JobError("model.attn_implementation: document needs data.packing: true")
+    if compiled and packing is True and attention in ("auto", "document"):
+        raise JobError(
+            "train.torch_compile would compile anew for every set of document lengths; set data.packing: false"
+        )
+    if attention.startswith("flash") and spec.model.dtype == "float32":
+        raise JobError(f"model.attn_implementation: {attention} computes in 16 bits; set model.dtype to auto")
+
+
+def _refuse_on_cpus(spec: JobSpec) -> None:
+    attention = spec.model.attn_implementation
+    if attention.startswith("flash") or attention == "flex_attention":
+        raise JobError(f"model.attn_implementation: {attention} needs a GPU; set it to auto")
+    if spec.strategy.offload not in ("auto", "none"):
+        raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto")
+
+
+def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
+    """Raises JobError where no device can combine the method with the switches that the job states."""
+    attention, packing = spec.model.attn_implementation, spec.data.packing
+    stated: dict[str, Any] = {
+        "attn_implementation": attention if attention != "auto" else "sdpa",
+        "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
+        "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
+        "packing": packing if packing != "auto" else attention == "document",
+        "gradient_checkpointing": spec.train.gradient_checkpointing is True,
+        "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
+    }
+    devices = {slot.kind: slot.device for slot in slots}.values()
+    reasons = []
+    for method, device, dtype, stage in itertools.product(
+        spec.methods(), devices, switches.dtypes, switches.zero_stages
+    ):
+        by_memory = stage == 1 and not switches.deepspeed
+        techniques = Techniques(
+            dtype,
+            per_device_train_batch_size=1,
+            max_length=8,
+            zero_stage=stage,
+            state_share=0.5 if by_memory else None,
+            **stated,
+        )
+        for count in (2,) if stage else (1, 2):
+            reasons.append(conflict(method, techniques, device, workload.shape, count))
+    if reasons and all(reasons):
+        raise JobError(f"the job's settings do not go together: {max(reasons, key=reasons.count)}")
