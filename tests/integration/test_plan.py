@@ -57,7 +57,7 @@ def test_planning_loads_no_torch(job, tmp_path):
     code = (
         "import sys\n"
         f"sys.argv = ['orchestrator', 'plan', {str(job)!r}, '--hardware', 'home-lab', '--json']\n"
-        "from orchestrator import cli\n"
+        "from orchestrator.cli import app as cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         f"print('HEAVY', [name for name in {HEAVY} if name in sys.modules])\n"
     )

@@ -235,7 +235,7 @@ def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch):
 
 def test_the_program_sets_it_before_torch_is_loaded():
     code = (
-        "import os, sys; from orchestrator import cli; cli.app = lambda **_: None; cli.main();"
+        "import os, sys; from orchestrator.cli import app as cli; cli.app = lambda **_: None; cli.main();"
         " print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
     )
     theirs = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
