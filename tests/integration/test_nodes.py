@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestrator.cli.cluster import _latest
+from orchestrator.cli.machines import _latest
 
 ROOT = Path(__file__).resolve().parents[2]
 
