@@ -37,6 +37,7 @@ ROOMS = (
     ("strategies.compatibility",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
+    ("orchestrator.job.sections",),
     ("orchestrator.job",),
     ("orchestrator.data.rows",),
     ("orchestrator.data.readers",),

@@ -18,7 +18,7 @@ from orchestrator.data.prepare import prepare_data
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
-from orchestrator.job.spec import BankSection
+from orchestrator.job.sections.search import BankSection
 from orchestrator.lifecycle.run import output_dir
 from orchestrator.planning import planner
 from strategies.adapter_bank import coefficients as shares

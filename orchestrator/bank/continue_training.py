@@ -9,7 +9,7 @@ from typing import Any
 from orchestrator.bank.library import Quiet
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job, parse_job, text_with
-from orchestrator.job.spec import METHOD_SECTIONS
+from orchestrator.job.sections.methods import METHOD_SECTIONS
 from orchestrator.lifecycle.run import submit
 from orchestrator.runs.run_folder import RunFolder
 

@@ -16,7 +16,7 @@ from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.job.job_file import Job
-from orchestrator.job.spec import HeldOut, Source
+from orchestrator.job.sections.training import HeldOut, Source
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 

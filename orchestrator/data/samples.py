@@ -18,7 +18,7 @@ from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.spec import Source
+from orchestrator.job.sections.training import Source
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import Options, options_for, read_only, tokenised
 from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
-from orchestrator.job.spec import HeldOut
+from orchestrator.job.sections.training import HeldOut
 
 _NOT_FETCHED = "a data set of the hub"
 Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.train, from 1, and its samples

@@ -29,7 +29,8 @@ from orchestrator.job import secrets
 from orchestrator.job.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.spec import METHOD_SECTIONS, SECTIONS, JobSpec
+from orchestrator.job.sections.methods import METHOD_SECTIONS
+from orchestrator.job.spec import SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for

@@ -11,7 +11,9 @@ from typing import Any, get_args, get_origin
 from pydantic_core import PydanticUndefined
 
 from orchestrator.errors import JobError
-from orchestrator.job.spec import DEFAULT_METHOD, METHOD_SECTIONS, MOST, SECTIONS, JobSpec, Section
+from orchestrator.job.sections.methods import DEFAULT_METHOD, METHOD_SECTIONS
+from orchestrator.job.sections.section import MOST, Section
+from orchestrator.job.spec import SECTIONS, JobSpec
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

@@ -427,7 +427,7 @@ def _watch(
 
 def _plan_again(run: RunFolder, job: Job, first: Plan, there: ClusterCapability) -> Plan:
     """The run's plan for other machines: the same method and steps, other hands."""
-    from orchestrator.job.spec import METHOD_SECTIONS
+    from orchestrator.job.sections.methods import METHOD_SECTIONS
     from orchestrator.training.model.loading import load_data
 
     config = model_files.read_config(Path(run.data()["model"]))

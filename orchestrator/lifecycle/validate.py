@@ -15,7 +15,7 @@ from orchestrator.job import hub, model_check, model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file, resolve_path
 from orchestrator.job.secrets import secret_names
-from orchestrator.job.spec import HeldOut
+from orchestrator.job.sections.training import HeldOut
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.planning import planner, workload
 from orchestrator.planning.space import stated_space

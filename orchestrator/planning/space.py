@@ -12,7 +12,8 @@ from typing import Any
 from clusters.capability import DeviceCapability
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with
-from orchestrator.job.spec import Choices, JobSpec, LogUniform, RandInt, Uniform
+from orchestrator.job.sections.search import Choices, LogUniform, RandInt, Uniform
+from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Slot
 from strategies import METHODS
 

@@ -13,7 +13,7 @@ from clusters.kubernetes.messages import mapping
 from clusters.safe.reading import BadInput, printable, record
 from clusters.units import GIB, MIB
 from orchestrator.errors import ClusterError, JobError
-from orchestrator.job.spec import KubernetesSection
+from orchestrator.job.sections.machines import KubernetesSection
 
 _OTHERS_CORES, _OTHERS_FRACTION = 1, 0.1  # of a node, for what runs on every node
 _BINARY = {f"{name}i": 2.0 ** (10 * power) for power, name in enumerate("KMGTPE", 1)}

@@ -24,7 +24,7 @@ from orchestrator.data.readers.sources import sources_of
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
-from orchestrator.job.spec import Source
+from orchestrator.job.sections.training import Source
 from orchestrator.runs.run_folder import RunFolder
 
 UPLOAD_LIMIT_BYTES = 500 * 2**20  # of all files; Ray refuses a package of more than 512 MiB

@@ -17,7 +17,7 @@ from typing import Any
 import numpy
 import optuna
 
-from orchestrator.job.spec import LogUniform, RandInt
+from orchestrator.job.sections.search import LogUniform, RandInt
 from orchestrator.planning.space import Point, Range, Space, key_of
 from orchestrator.search.advice import Advice, Advised
 

@@ -18,7 +18,7 @@ from orchestrator.data.rows.row import Row
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import resolve_path
-from orchestrator.job.spec import Source
+from orchestrator.job.sections.training import Source
 
 _READ = f"files ({', '.join(SUFFIXES)}; a text also as .gz), folders of them and names of Hugging Face data sets"
 _RELATIVE = "Paths are relative to the job file's folder"

@@ -24,7 +24,7 @@ from clusters.probe.node import _read
 from clusters.ray.connect import CannotConnect
 from clusters.safe.reading import BadInput
 from orchestrator.errors import ClusterError, JobError
-from orchestrator.job.spec import KubernetesSection
+from orchestrator.job.sections.machines import KubernetesSection
 from orchestrator.remote.kube_nodes import read_nodes
 from orchestrator.remote.record import Remote
 from orchestrator.runs.run_folder import RunFolder

@@ -4,7 +4,7 @@ import pytest
 
 from clusters.units import GIB
 from orchestrator.errors import JobError
-from orchestrator.job.spec import KubernetesSection
+from orchestrator.job.sections.machines import KubernetesSection
 from orchestrator.remote.kube_nodes import read_nodes
 
 PLAIN = KubernetesSection()

@@ -1,0 +1,119 @@
+"""What is trained, how, and how it is measured: model, data, train, checkpoint, eval."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from orchestrator.job.sections.section import MOST, Auto, Metric, Section, key
+
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
+Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+
+
+class ModelSection(Section):
+    """Which model is tuned."""
+
+    model_name_or_path: str = Field(
+        description="a local folder, a Hugging Face name, or smollm2-135m-instruct (comes as a package, needs no hub)"
+    )
+    model_revision: str | None = key(None, "revision on the hub")
+    dtype: Auto | Literal["float32", "bfloat16", "float16"] = key("auto", "precision of forward and backward")
+    attn_implementation: Auto | Literal["document", "sdpa", "eager", "flash_attention_2", "flex_attention"] = key(
+        "auto", "attention kernel; document = one causal kernel a document, for rows without padding"
+    )
+    trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
+
+
+class Source(Section):
+    """One data source: a file, a folder or a hub dataset."""
+
+    path: str = Field(description="jsonl, json, csv, tsv, parquet, arrow, a folder of them, or a Hugging Face dataset")
+    format: Format = key("auto", "how a row is read; auto looks at the first row of each file")
+    split: str = key("train", "which split: of a hub dataset, or of a folder by the names of its files")
+
+
+class HeldOut(Section):
+    """Hold out a part of the training rows."""
+
+    split: float = Field(description="fraction of the training rows to hold out", gt=0, lt=1)
+
+
+class DataSection(Section):
+    """What is learnt from, and how rows become tokens."""
+
+    train: str | Source | list[str | Source] = Field(description="training rows: a path, or a list of paths")
+    eval: str | Source | list[str | Source] | HeldOut | None = key(None, "held-out rows: paths, or {split: 0.05}")
+    format: Format = key("auto", "format of every source that does not state its own")
+    chat_template: str = key("tokenizer", "tokenizer, or the path of a .jinja file")
+    system_prompt: str | None = key(None, "put before conversations that have no system message")
+    instruction: str = key("", "classification: text put before each row's text")
+    assistant_only_loss: bool = key(True, "conversations: train on the assistant's words only")
+    completion_only_loss: bool = key(True, "prompt/completion rows: train on the completion only")
+    max_length: Auto | Annotated[int, Field(ge=8, le=MOST)] = key("auto", "longest sample in tokens")
+    overlong: Literal["auto", "truncate", "drop", "split"] = key(
+        "auto", "what happens to longer samples; auto = conversations are cut, plain text is split"
+    )
+    truncate: bool = key(False, "go on where more than 20 % of the tokens or rows are cut or dropped")
+    packing: Auto | bool = key("auto", "lay documents end to end instead of padding; never lets one see another")
+    packing_strategy: Literal["bfd"] = key("bfd", "best-fit decreasing")
+    strict: bool = key(True, "a broken row is an error; false counts it and writes it to rejected.jsonl")
+
+
+class TrainSection(Section):
+    """How the model is optimised."""
+
+    global_batch_size: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "samples a step, over all workers")
+    per_device_train_batch_size: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "rows of a micro-batch")
+    gradient_accumulation_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "micro-batches a step")
+    num_train_epochs: float = key(3.0, "passes over the data", gt=0, le=100_000)
+    max_steps: int = key(-1, "stop after so many steps; -1 = by epochs", ge=-1, le=MOST)
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = key(2e-4, "peak learning rate")
+    lr_scheduler_type: Scheduler = key("cosine", "shape of the learning rate over time")
+    warmup_ratio: float = key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
+    warmup_steps: int = key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0, le=MOST)
+    optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"] = key(
+        "auto", "optimizer"
+    )
+    loss_type: Auto | Literal["nll", "chunked_nll"] = key(
+        "auto", "chunked_nll never holds all logits at once: less memory, the output matrix applied twice"
+    )
+    torch_compile: bool = key(False, "compile the model: faster steps after a minute or more; not with packing")
+    weight_decay: float = key(0.0, "decoupled weight decay", ge=0, le=1000)
+    adam_beta1: float = key(0.9, "Adam's first decay", ge=0, lt=1)
+    adam_beta2: float = key(0.999, "Adam's second decay", ge=0, lt=1)
+    adam_epsilon: float = key(1e-8, "Adam's epsilon", gt=0, le=1)
+    max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0 = never", ge=0, le=1e12)
+    seed: int = key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
+    gradient_checkpointing: Auto | bool = key("auto", "recompute activations to save memory")
+    deterministic: bool = key(
+        False,
+        "the same bits in every run on one GPU, also after a resume; costs time: kernels that add in a fixed order (how"
+        " much was not measured). One CPU worker repeats itself anyway",
+    )
+
+
+class CheckpointSection(Section):
+    """What is kept on disk."""
+
+    output_dir: str = key("runs", "folder that holds one folder a run")
+    save_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "steps between checkpoints")
+    save_total_limit: int = key(2, "checkpoints kept, beside the best", ge=2, le=MOST)
+    load_best_model_at_end: Auto | bool = key("auto", "hand back the weights with the lowest held-out loss")
+
+
+class EvalSection(Section):
+    """How quality is measured on the held-out rows."""
+
+    eval_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] | None = key(
+        "auto", "steps between held-out losses; null = end only"
+    )
+    metrics: Auto | list[Metric] = key("auto", "metrics of generated answers; [] = loss only")
+    max_new_tokens: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "longest generated answer in tokens")
+    max_rows: int = key(200, "most held-out rows that answers are generated for", ge=1, le=MOST)
+    before: bool = key(True, "evaluate the base model too")
+    num_samples: int = key(3, "sample outputs kept", ge=0, le=MOST)
+    early_stopping_patience: int | None = key(
+        None, "stop after so many evaluations without a better loss", ge=1, le=MOST
+    )
