@@ -20,19 +20,13 @@ from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware.datasheet import part_reached
 from clusters.hardware.torch_gpus import index_of, judged, seen_by_torch
 from clusters.probe.machine import look_at_this_node
+from clusters.safe.cache import cache_folder
 
 LIMIT_S = 180  # with the import of torch on a busy machine; whoever hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
 _PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
 _log = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where figures are kept, and the disk that is measured.  Raises RuntimeError where there is no home folder."""
-    root = os.environ.get("XDG_CACHE_HOME", "")
-    base = Path(root) if Path(root).is_absolute() else Path.home() / ".cache"  # so the XDG specification says
-    return base / "finetune-orchestrator" / "probe"
 
 
 def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None = None) -> NodeCapability:
@@ -68,7 +62,7 @@ def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None
     The file has no name, so it is gone however this process ends.
     """
     try:
-        folder = folder or cache_folder()
+        folder = folder or cache_folder("probe")
         folder.mkdir(parents=True, exist_ok=True)
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < 2 * _FILE_BYTES:

@@ -21,7 +21,8 @@ from pathlib import Path
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware.torch_build import installed_build, why_unusable
 from clusters.probe.machine import look_at_this_node
-from clusters.probe.measure import LIMIT_S, cache_folder
+from clusters.probe.measure import LIMIT_S
+from clusters.safe.cache import cache_folder
 from clusters.safe.commands import run_within
 from clusters.safe.reading import load_json, read_json, record
 
@@ -44,7 +45,7 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
     asked_at = time.time()
     node = look_at_this_node()
     try:
-        file = cache_folder() / f"{node.hardware_hash}.json"
+        file = cache_folder("probe") / f"{node.hardware_hash}.json"
     except RuntimeError as error:
         _log.warning("figures are not remembered: %s", error)
         return _measure(node, None, seconds)

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput
 from orchestrator.data.readers.sources import digest_of
 from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
@@ -204,7 +205,7 @@ def _tokenised(model: str, data: Path) -> Any:
     job = parse_job(json.dumps(asked), Path())
     folder = model_files.locate(model, Path())
     max_length, _ = resolve_max_length(job.spec, model_files.read_config(folder))
-    return prepare_data(job, folder, max_length, model_files.cache_folder() / "data", lambda text: None).train
+    return prepare_data(job, folder, max_length, cache_folder("data"), lambda text: None).train
 
 
 def _numbers(quality: Any) -> dict[str, float]:

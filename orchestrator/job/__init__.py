@@ -1,17 +1,18 @@
 """From a job file to what the user wants: keys, paths, secrets, the files of the model.
 
-job_file            start here: job.yaml -> JobSpec
-aliases             other tools' names for our keys (Axolotl, LLaMA-Factory, ms-swift, Unsloth, NeMo AutoModel, tran
-architecture_cache  what the library said of a model, kept in the user's cache
-document            the YAML of a job file as plain values, each with its line
-hub                 models of the Hugging Face hub
-manifest            folders that are whole or not there
-model_check         a model checked before anything starts, without a weight being read
-model_files         where a model's files are
-paths               the paths that a person names, checked once
+job_file            start here: job.yaml -> JobSpec, with every mistake at once
+spec                JobSpec: the sections of a job file together
+sections            the sections, with each key's type, limits, default and sentence
 schema              the job file explained from its own definition
-secrets             secrets are named in a job file, never written out
-spec                the job file's sections and keys
-tokenizer_size      whether every token of a model's tokenizer has a row in its embedding, by their files alone
+document            the YAML of a job file as plain values, each with its line
+aliases             key names of other fine-tuning tools, and what each is called here
+paths               the paths that a user names, checked once
+secrets             finds secrets in a job file and keeps them out of what is written
+hub                 models of the Hugging Face hub
+model_files         where a model's files are
+model_check         checks a model before anything starts, without reading a weight
+architecture_cache  keeps in the user's cache what the library reported about a model
 weights             the tensors that a model folder holds, by the headers of its files
+tokenizer_size      whether every token of a model's tokenizer has a row in its embedding, by their files alone
+manifest            folders that are whole or not there
 """

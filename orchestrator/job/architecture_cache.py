@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, read_bytes, read_json, record
 from orchestrator.errors import JobError
-from orchestrator.job.model_files import cache_folder
 from orchestrator.job.paths import write_text_file
 from strategies.model import architecture
 from strategies.model.architecture import Architecture, LoadReport
@@ -49,7 +49,7 @@ def entry_of(folder: Path, stored: Mapping[str, Any]) -> Path | None:
     digest = hashlib.sha256()
     for part in parts:
         digest.update(hashlib.sha256(part).digest())
-    return cache_folder() / "architectures" / f"{digest.hexdigest()}.json"
+    return cache_folder("architectures", f"{digest.hexdigest()}.json")
 
 
 def recall(entry: Path) -> LookedAt | None:

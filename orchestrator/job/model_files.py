@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_json
 from orchestrator.errors import JobError
 from orchestrator.job import hub
@@ -64,11 +65,6 @@ def is_packaged(name: str) -> bool:
     return name.lower() in PACKAGED
 
 
-def cache_folder() -> Path:
-    """Per-user cache (XDG base directory specification)."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "finetune-orchestrator"
-
-
 def locate(
     name: str,
     job_folder: Path,
@@ -91,7 +87,7 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
     Raises JobError when the name is a path and no model is there.
     """
     if name.lower() in PACKAGED:
-        converted = cache_folder() / "models" / name.lower()
+        converted = cache_folder("models", name.lower())
         return converted if (converted / "config.json").exists() else None
     try:
         local = checked_path(name, job_folder)
@@ -176,7 +172,7 @@ def check_name(name: str, job_folder: Path) -> None:
 def _converted(name: str, say: Callable[[str], None]) -> Path:
     """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
     package, file_name, requirement = PACKAGED[name]
-    folder = cache_folder() / "models" / name
+    folder = cache_folder("models", name)
     if (folder / "config.json").exists():
         return folder
     spec = importlib.util.find_spec(package)

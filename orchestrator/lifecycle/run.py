@@ -25,7 +25,7 @@ from orchestrator.job import model_check, model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.job.paths import resolve_path
 from orchestrator.job.secrets import secret_names
-from orchestrator.job.spec import HeldOut as SplitOff
+from orchestrator.job.sections.training import HeldOut as SplitOff
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights

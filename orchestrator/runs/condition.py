@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
 from orchestrator.errors import JobError
-from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import digests, record
@@ -94,7 +94,7 @@ def check_model(run: RunFolder) -> None:
 
 def model_digests(folder: Path, say: Callable[[str], None] = lambda text: None) -> dict[str, FileDigest]:
     """Digests of a model's files, remembered between runs.  Raises BadInput."""
-    return digests.of_model(folder, model_files.cache_folder() / "digests.json", say)
+    return digests.of_model(folder, cache_folder("digests.json"), say)
 
 
 def damage(run: RunFolder) -> list[str]:

@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from clusters.capability import ClusterCapability
-from clusters.probe.measure import cache_folder
+from clusters.safe.cache import cache_folder
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import locks
 
@@ -109,4 +109,4 @@ def _holders(wanted: Sequence[Sequence[str]]) -> str:
 
 def _folder(uuid: str) -> Path:
     """Raises RuntimeError where there is no home folder."""
-    return cache_folder().parent / "gpus" / "".join(sign for sign in uuid if sign.isalnum() or sign == "-")
+    return cache_folder("gpus", "".join(sign for sign in uuid if sign.isalnum() or sign == "-"))

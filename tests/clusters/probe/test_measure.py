@@ -16,6 +16,7 @@ from clusters.probe import measure
 from clusters.probe.machine import look_at_this_node
 from clusters.probe.measure import measure_node
 from clusters.probe.node import probe_node
+from clusters.safe.cache import cache_folder
 
 ROOT = Path(__file__).resolve().parents[3]
 GPU = DeviceCapability("cuda", "NVIDIA GeForce RTX 9999", 2**30)
@@ -74,8 +75,8 @@ def test_figures_are_remembered_and_free_memory_is_fresh(measured, tmp_path, mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     values = json.loads(measured.file.read_text())
     values["devices"][-1]["memory_bytes"] = 1
-    measure.cache_folder().mkdir(parents=True)
-    (measure.cache_folder() / measured.file.name).write_text(json.dumps(values))
+    cache_folder("probe").mkdir(parents=True)
+    (cache_folder("probe") / measured.file.name).write_text(json.dumps(values))
     start = time.perf_counter()
     node = probe_node()
 
