@@ -85,7 +85,9 @@ def _recipe_text(name: str) -> str:
 
 @verbs.command()
 def schema(
-    field: Annotated[str | None, typer.Option(help="one key, e.g. method.lora_r")] = None, json_: JsonOption = False
+    field: Annotated[str | None, typer.Option(help="one key, e.g. method.lora_r")] = None,
+    markdown: Annotated[bool, typer.Option("--markdown", help="as a page: orchestrator/guides/job-file.md")] = False,
+    json_: JsonOption = False,
 ) -> None:
     """Explain the job file's keys; --json prints its JSON schema for editors.
 
@@ -93,16 +95,15 @@ def schema(
     """
     from orchestrator.job import schema as keys
 
-    if json_ and field is None:
-        write(keys.json_schema())
-        return
-    found = keys.all_fields() if field is None else {field: keys.one_field(field)}
-    if json_ and field is not None:
-        print_json(found[field])
-        return
-    for key, about in found.items():
-        default = "required" if about["required"] else f"default {json.dumps(about['default'])}"
-        show(f"{about.get('key', key)}: {about['type']} ({default})\n  {about['description']}")
+    if markdown:
+        write(keys.reference())
+    elif json_:
+        write(keys.json_schema()) if field is None else print_json(keys.one_field(field))
+    else:
+        one = {} if field is None else keys.one_field(field)
+        for key, found in ({one["key"]: one} if one else keys.all_fields()).items():
+            default = "required" if found["required"] else f"default {json.dumps(found['default'])}"
+            show(f"{key}: {found['type']} ({default})\n  {found['description']}")
 
 
 @verbs.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args, get_origin
@@ -46,6 +47,40 @@ def one_field(name: str) -> dict[str, Any]:
 def json_schema() -> str:
     """The JSON schema of the job file, for editors."""
     return json.dumps(JobSpec.model_json_schema(), indent=1)
+
+
+def reference() -> str:
+    """The page `orchestrator/guides/job-file.md`: a section a heading, each key with its type, default and sentence."""
+    lines = [
+        "# The job file, key by key",
+        "",
+        "```console",
+        "$ orchestrator schema --markdown",
+        "```",
+        "",
+        "writes this page; `orchestrator schema --field lora_r` explains one key. `*` is a name of your choice.",
+        "",
+    ]
+    section = ""
+    for key, field in all_fields().items():
+        first, _, rest = key.partition(".")
+        if first != section and rest:
+            section = first
+            about = SECTIONS[first].__doc__ if first in SECTIONS else "How the model changes."
+            lines += ["", f"## {first}", "", (about or "").partition("\n")[0], ""]
+        lines += _entry(key, field)
+    return "\n".join(lines) + "\n"
+
+
+def _entry(key: str, field: dict[str, Any]) -> list[str]:
+    default = "required" if field["required"] else f"default `{json.dumps(field['default'], ensure_ascii=False)}`"
+    name = key.removeprefix("method.")
+    having = [
+        kind for kind, section in METHOD_SECTIONS.items() if key.startswith("method.") and name in section.model_fields
+    ]
+    only = f" With {', '.join(having)}." if 0 < len(having) < len(METHOD_SECTIONS) else ""
+    text = f"- **`{key}`** ({field['type']}; {default}): {field['description']}.{only}"
+    return textwrap.wrap(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def starter(model: str, train: str) -> str:
