@@ -26,6 +26,10 @@ class Done:
     stdout: str
     stderr: str
 
+    @property
+    def output(self) -> str:
+        return self.stdout + self.stderr
+
 
 class Streams:
     """What a call has printed so far."""
@@ -86,5 +90,5 @@ def called(*arguments: object, cwd: os.PathLike[str] | str, check: int | None = 
         os.environ.update(variables)
         logging.getLogger().setLevel(level)
     done = Done(code, *streams.texts())
-    assert check in (None, code), done.stdout + done.stderr
+    assert check in (None, code), done.output
     return done

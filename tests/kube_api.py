@@ -1,6 +1,6 @@
 """A double of a Kubernetes API server on loopback; kube_operator.py gives it pods that do something.
 
-What it keeps to: paths, answers and `Status` objects of API server 1.36; strict validation by KubeRay's real schemas;
+What it keeps to: paths, answers and `Status` objects of API server 1.36; strict validation by kube_fields.py;
 resourceVersions, watches with 410; ownerReferences; logs with follow; exec over WebSocket (v4.channel.k8s.io).
 """
 
@@ -11,7 +11,6 @@ import contextlib
 import json
 import os
 import re
-import socket
 import sys
 import threading
 import time
@@ -23,7 +22,8 @@ from typing import Any
 import yaml
 from aiohttp import WSMsgType, web
 
-from tests.kube_schema import SHARED, verdict
+from tests.kube_schema import verdict
+from tests.processes import free_port
 
 TOKEN = "let-me-in"
 _PLURALS = {
@@ -33,11 +33,6 @@ _PLURALS = {
     "Pod": "pods",
     "Event": "events",
 }
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 def status(code: int, reason: str, message: str) -> web.Response:
@@ -212,7 +207,7 @@ class KubeApi:
         thing = await request.json()
         if request.query.get("fieldValidation") != "Strict":
             return status(400, "BadRequest", "the double takes nothing without fieldValidation=Strict")
-        if (SHARED / "crds").is_dir() and (wrong := verdict(thing)):
+        if wrong := verdict(thing):
             unknown = [text for text in wrong if "Additional properties" in text]
             kind = f'{thing["kind"]}.ray.io "{thing["metadata"]["name"]}" is invalid'
             code, reason = (400, "BadRequest") if unknown else (422, "Invalid")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import json
 import shlex
-import socket
 import subprocess
 import threading
 import time
@@ -19,7 +18,8 @@ from typing import Any
 
 import psutil
 
-from tests.kube_api import KubeApi, free_port, pod_environment
+from tests.kube_api import KubeApi, pod_environment
+from tests.processes import PATIENCE_S, free_port, listens, wait_for
 
 
 class Operator:
@@ -52,7 +52,7 @@ class Operator:
                 if token and process.environ().get("RAY_AUTH_TOKEN") == token:
                     process.kill()
         for process in self._running.pop(cluster, []):
-            process.wait(20)
+            process.wait(PATIENCE_S)
 
     def _watch(self) -> None:
         while not self._stop.wait(0.1):
@@ -234,12 +234,7 @@ class Operator:
         self.api.set_status("pods", pod["metadata"]["namespace"], pod["metadata"]["name"], phase=phase)
 
     def _wait_port(self, port: int, is_wanted: Any) -> None:
-        until = time.monotonic() + 90
-        while time.monotonic() < until and is_wanted():
-            with contextlib.suppress(OSError):
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                return
-            time.sleep(0.3)
+        wait_for(lambda: listens(port) or not is_wanted())
 
 
 def start_line(group: dict[str, Any], address: str, dashboard: int | None) -> list[str]:

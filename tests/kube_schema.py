@@ -1,8 +1,7 @@
-"""The API server's verdict on KubeRay objects without one: the CRDs' own OpenAPI schemas, read as a server reads them.
+"""The API server's verdict on KubeRay objects without one: the schemas of kube_fields.py, read as a server reads them.
 
 Structural defaulting, unknown fields refused (fieldValidation=Strict), int-or-string, int32, duplicate keys of list
-maps, CEL rules on create, duplicate YAML keys.  The schemas are KubeRay's (release v1.7.0, ray-operator/config/crd);
-they are read from ../shared/kube/crds beside the checkout and tests skip where they are not.
+maps, CEL rules on create, duplicate YAML keys.
 """
 
 from __future__ import annotations
@@ -10,12 +9,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import yaml
 
-SHARED = Path(__file__).resolve().parents[2] / "shared" / "kube"
+from tests.kube_fields import SCHEMAS
+
 _INT32 = 2**31
 
 
@@ -39,24 +38,10 @@ def documents(text: str) -> list[dict[str, Any]]:
 
 
 @cache
-def schemas(folder: Path = SHARED / "crds") -> dict[tuple[str, str], dict[str, Any]]:
-    """(apiVersion, kind) -> the OpenAPI schema of each served version."""
-    found = {}
-    for file in sorted(folder.glob("*.yaml")):
-        for crd in yaml.load_all(file.read_text(), getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
-            spec = crd["spec"]
-            for version in spec["versions"]:
-                if version["served"]:
-                    key = (f"{spec['group']}/{version['name']}", spec["names"]["kind"])
-                    found[key] = version["schema"]["openAPIV3Schema"]
-    return found
-
-
-@cache
 def _validator(key: tuple[str, str]) -> Any:
     import jsonschema
 
-    top = _as_json_schema(schemas()[key])
+    top = _as_json_schema(SCHEMAS[key])
     top["properties"] = {**top["properties"], "metadata": {"type": "object"}}
     return jsonschema.Draft7Validator(top)
 
@@ -64,9 +49,9 @@ def _validator(key: tuple[str, str]) -> Any:
 def verdict(document: dict[str, Any]) -> list[str]:
     """What the server would refuse; empty for what it takes, and for kinds that are not KubeRay's."""
     key = (str(document.get("apiVersion")), str(document.get("kind")))
-    if key not in schemas():
+    if key not in SCHEMAS:
         return []
-    schema, document = schemas()[key], copy.deepcopy(document)
+    schema, document = SCHEMAS[key], copy.deepcopy(document)
     _fill(schema, document)
     errors = [
         f"{'.'.join(map(str, error.absolute_path))}: {error.message[:300]}"

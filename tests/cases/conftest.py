@@ -1,20 +1,17 @@
-"""Fixtures over ../shared/cases: a private copy of a case, and the tiny models its job files name."""
+"""Fixtures of the cases: a folder with a case's files, and the tiny models that its job files name."""
 
 import re
-import shutil
 from pathlib import Path
 
 import pytest
 
+from tests.cases.files import write_case
 from tests.cases.models import CaseModels
-from tests.conftest import SHARED
-
-CASES = SHARED / "cases"
 
 
 @pytest.fixture(scope="session")
 def case_models(tmp_path_factory) -> CaseModels:
-    """`case_models.build("llama-chatml")` is a model's folder; nothing is built before it is asked for."""
+    """`case_models.build("llama-chatml")` is a model's folder; nothing is built before it is needed."""
     from orchestrator.errors import JobError
     from orchestrator.job.model_files import locate
 
@@ -27,26 +24,18 @@ def case_models(tmp_path_factory) -> CaseModels:
 
 @pytest.fixture
 def case(tmp_path, request):
-    """`case("07")` copies the case of that number into the test's folder, so that `../models` holds what its jobs name.
+    """`case("07")` writes the case of that number into the test's folder; `../models` holds what its jobs name.
 
     `case("07", with_models=False)` for tests that only read rows: no torch, no tokenizer.
     """
 
-    def copy(name: str, with_models: bool = True) -> Path:
-        found = sorted(CASES.glob(f"{name}*"))
-        if not found:
-            pytest.skip(f"case {name} is not beside the checkout (../shared/cases)")
-        folder = tmp_path / "cases" / found[0].name
-        shutil.copytree(found[0], folder)
+    def write(name: str, with_models: bool = True) -> Path:
+        folder = write_case(name, tmp_path / "cases")
         named = {
             model for job in folder.glob("*.yaml") for model in re.findall(r"\.\./models/([\w-]+)", job.read_text())
         }
         if with_models and named:
-            models = request.getfixturevalue("case_models")
-            for model in sorted(named):
-                models.build(model)
-            if not (folder.parent / "models").exists():
-                (folder.parent / "models").symlink_to(models.folder)
+            request.getfixturevalue("case_models").link(folder.parent, named)
         return folder
 
-    return copy
+    return write

@@ -1,12 +1,10 @@
-"""The tiny models that the cases of ../shared/cases name: real tokenizer, random weights, one chat template each.
-
-The recipes are those of ../shared/cases/models/make_models.py; here each model is built only when a test asks for it.
-"""
+"""The tiny models that the cases name: real tokenizer, random weights, one chat template each, built when needed."""
 
 from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -63,6 +61,7 @@ TEMPLATES = {
     "llama-qwen3": _QWEN3,
     "llama-defaultsys": _DEFAULT_SYSTEM,
     "llama-base": None,
+    "llama-bos": None,
     **dict.fromkeys(("llama-untied", "llama-moretokens", "gpt2", "opt", "phi3", "mixtral", "qwen3moe"), _CHATML),
 }
 
@@ -85,11 +84,20 @@ class CaseModels:
         AutoModelForCausalLM.from_config(_config(name, self._tokenizer)).save_pretrained(out)
         if name == "llama-moretokens":
             self._longer_tokenizer().save_pretrained(out)
+        elif name == "llama-bos":
+            self._beginning_tokenizer().save_pretrained(out)
         else:
             shutil.copytree(self._tokenizer_folder, out, dirs_exist_ok=True)
         if (template := TEMPLATES[name]) is not None:
             (out / "chat_template.jinja").write_text(template)
         return out
+
+    def link(self, parent: Path, names: Iterable[str]) -> None:
+        """Build the named models and link their folder as `models` below `parent`."""
+        for name in sorted(names):
+            self.build(name)
+        if not (parent / "models").exists():
+            (parent / "models").symlink_to(self.folder)
 
     @cached_property
     def _tokenizer(self) -> Any:
@@ -116,6 +124,17 @@ class CaseModels:
         tokenizer.add_special_tokens({"additional_special_tokens": ["<|ticket|>", "<|order|>"]})
         return tokenizer
 
+    def _beginning_tokenizer(self) -> Any:
+        """One that sets `<s>` before every text by itself, as Llama 2's does; both tokens are among the known ones."""
+        from tokenizers.processors import TemplateProcessing
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(self._tokenizer_folder)
+        tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>"})
+        number = tokenizer.convert_tokens_to_ids("<s>")
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing("<s> $A", special_tokens=[("<s>", number)])
+        return tokenizer
+
 
 def _config(name: str, tokenizer: Any) -> Any:
     import transformers
@@ -123,7 +142,8 @@ def _config(name: str, tokenizer: Any) -> Any:
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     padded = ends | {"pad_token_id": tokenizer.pad_token_id}
     gqa = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    wide = {**gqa, "vocab_size": len(tokenizer), "intermediate_size": 64}
+    num_added = 2 if name == "llama-bos" else 0
+    wide = {**gqa, "vocab_size": len(tokenizer) + num_added, "intermediate_size": 64}
     if name == "gpt2":
         sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 512}
         return transformers.GPT2Config(vocab_size=len(tokenizer), **sizes, **ends)

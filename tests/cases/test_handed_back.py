@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from orchestrator.training.workers import finished
+from tests.cases.files import write_case
 from tests.cases.training import trained
 
 IDS = torch.arange(40, 72)[None]
@@ -30,14 +31,8 @@ def logits(model):
 @pytest.fixture(scope="module")
 def chat(case_models, tmp_path_factory):
     """Case 41: a tokenizer with a template of its own, trained with another; finished, and its job file's folder."""
-    from tests.cases.conftest import CASES
-
-    if not CASES.is_dir():
-        pytest.skip("../shared/cases is not beside the checkout")
-    folder = tmp_path_factory.mktemp("a place of cases") / "41"
-    shutil.copytree(CASES / "41-template-not-exported", folder)
-    case_models.build("llama-chatml")
-    (folder.parent / "models").symlink_to(case_models.folder)
+    folder = write_case("41", tmp_path_factory.mktemp("a place of cases"))
+    case_models.link(folder.parent, ["llama-chatml"])
     overrides = ("train.learning_rate=1e-2", "model.dtype=float32", "data.eval={split: 0.3}", "eval.num_samples=1")
     run, job = trained(folder / "over.yaml", *overrides)
     return run, job, folder

@@ -11,7 +11,7 @@ from orchestrator.data.samples import renderer_for
 from orchestrator.data.survey import survey
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import read_job
-from tests.conftest import SHARED, write_jsonl
+from tests.conftest import write_jsonl
 
 
 @pytest.fixture
@@ -60,16 +60,12 @@ def test_nothing_before_the_assistants_first_words_is_supervised(open_case):
     assert data.statistics.repeated == 4
 
 
-def test_a_text_that_brings_its_own_beginning_and_end_has_one_of_each(case, tmp_path):
-    folder = case("17")
-    if not (SHARED / "assets" / "models" / "stories260K").is_dir():
-        pytest.skip("../shared/assets is not beside the checkout")
-    (tmp_path / "assets").symlink_to(SHARED / "assets")
-    job = read_job(folder / "job.yaml")
-    model = (folder / job.spec.model.model_name_or_path).resolve()
+def test_a_text_that_brings_its_own_beginning_and_end_has_one_of_each(open_case):
+    _, model, prepare = open_case("17")
     tokenizer = tokenizer_of(model)
+    assert tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
-    data = prepare_data(job, model, 512, tmp_path / "cache", lambda text: None).train
+    data, _ = prepare()
 
     ids, mask = data.tokens(0)
     assert ids.tolist().count(tokenizer.bos_token_id) == 1 and ids[0] == tokenizer.bos_token_id

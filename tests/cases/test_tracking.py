@@ -1,10 +1,7 @@
 """Runs whose MLflow experiment was deleted, and runs whose store has a password: by the case, and by the commands."""
 
 import json
-import os
 import stat
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +11,8 @@ from orchestrator.lifecycle.machines import declared
 from orchestrator.runs.mirror import tracking
 from orchestrator.runs.mirror.state import Sent, TrackingFailed
 from orchestrator.runs.run_folder import RunFolder
+from tests.processes import orchestrator
 
-ROOT = Path(__file__).resolve().parents[2]
 PASSWORD = "pa55w0rd"
 
 
@@ -56,16 +53,11 @@ def test_a_run_of_a_deleted_experiment_says_what_to_do_and_both_ways_work(case, 
     assert restored.info.status == "FINISHED"
 
 
-def orchestrator(folder, *arguments, code=0):
+def verb(folder, *arguments, code=0):
     """What a command printed on both channels, in a home of its own."""
     (folder / "t").mkdir(exist_ok=True)
-    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "t"), "PYTHONPATH": str(ROOT), "COLUMNS": "400"}
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        capture_output=True, text=True, cwd=folder, env={**os.environ, **own}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    own = {"HOME": str(folder / "home"), "TMPDIR": str(folder / "t"), "COLUMNS": "400"}
+    return orchestrator(*arguments, cwd=folder, check=code, **own).output
 
 
 @pytest.mark.slow
@@ -73,10 +65,10 @@ def test_the_commands_of_a_deleted_experiment(case):
     folder = case("49")
     client, number = with_deleted_experiment(folder)
 
-    said = " ".join(orchestrator(folder, "submit", "job.yaml", "--run-id", "first").split())
+    said = " ".join(verb(folder, "submit", "job.yaml", "--run-id", "first").split())
     assert f"mlflow experiments restore -x {number}" in said and "sync first --experiment NAME" in said
-    assert "was deleted there" in orchestrator(folder, "sync", "first", code=4)
-    orchestrator(folder, "sync", "first", "--experiment", "shop-2")
+    assert "was deleted there" in verb(folder, "sync", "first", code=4)
+    verb(folder, "sync", "first", "--experiment", "shop-2")
 
     run = client.get_run(Sent.of(RunFolder(folder / "runs" / "first")).mlflow_run_id)
     assert run.info.status == "FINISHED" and len(client.get_metric_history(run.info.run_id, "loss")) == 2
@@ -89,15 +81,15 @@ def test_a_password_stands_in_the_job_alone_whatever_is_asked_of_its_run(case):
     uri = f"http://ann:{PASSWORD}@127.0.0.1:9/x?access_token={PASSWORD}"
     set_uri = ("-s", f"tracking.mlflow_uri={json.dumps(uri)}")
 
-    said = orchestrator(folder, "submit", "job.yaml", "--run-id", "first", *set_uri)
+    said = verb(folder, "submit", "job.yaml", "--run-id", "first", *set_uri)
     assert "tracking.mlflow_uri holds a password" in said and "http://***@127.0.0.1:9" in said
-    said += orchestrator(folder, "validate", "job.yaml", *set_uri)
-    said += orchestrator(folder, "plan", "job.yaml", "--json", *set_uri)
-    said += orchestrator(folder, "sync", "first", code=4)
-    said += orchestrator(folder, "submit", "job.yaml", "--run-id", "first", "-s", f"tracking.mlflow_uri={uri}2", code=2)
-    said += orchestrator(folder, "submit", "job.yaml", "--cluster", "http://127.0.0.1:9", *set_uri, code=2)
-    for verb in (["status"], ["status", "--json"], ["logs"], ["logs", "--json"], ["list", "--json"], ["report"]):
-        said += orchestrator(folder, verb[0], *([] if verb[0] == "list" else ["first"]), *verb[1:])
+    said += verb(folder, "validate", "job.yaml", *set_uri)
+    said += verb(folder, "plan", "job.yaml", "--json", *set_uri)
+    said += verb(folder, "sync", "first", code=4)
+    said += verb(folder, "submit", "job.yaml", "--run-id", "first", "-s", f"tracking.mlflow_uri={uri}2", code=2)
+    said += verb(folder, "submit", "job.yaml", "--cluster", "http://127.0.0.1:9", *set_uri, code=2)
+    for shown in (["status"], ["status", "--json"], ["logs"], ["logs", "--json"], ["list", "--json"], ["report"]):
+        said += verb(folder, shown[0], *([] if shown[0] == "list" else ["first"]), *shown[1:])
 
     files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
     holding = [file for file in files if PASSWORD.encode() in file.read_bytes()]

@@ -11,9 +11,10 @@ from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, combined
 from strategies.adapter_bank.store import Bank
+from tests.adapters import write_adapter
 from tests.cli import called
-from tests.conftest import SHARED, rows, write_jsonl
-from tests.integration.test_submit import orchestrator
+from tests.conftest import needs_smollm2, rows, write_jsonl
+from tests.processes import orchestrator
 
 
 def joined(text: str) -> str:
@@ -197,10 +198,10 @@ def test_training_goes_on_from_it_and_the_steps_saved_are_counted(place, tmp_pat
     assert Path(trained["path"]).is_dir()
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real adapters of ../shared")
+@needs_smollm2
 def test_an_adapter_of_a_model_of_the_same_shapes_is_refused_by_its_name(tmp_path):
     """SmolLM and SmolLM2 have the same shapes: the weights alone would not tell."""
-    adapter = SHARED / "assets" / "adapters" / "smollm135m-medflash-final"
+    adapter = write_adapter(tmp_path / "adapter", "HuggingFaceTB/SmolLM-135M-Instruct")
 
     done = called("bank", "add", adapter, "--model", "smollm2-135m-instruct", "--bank", "b", cwd=tmp_path, check=2)
 

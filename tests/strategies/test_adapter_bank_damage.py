@@ -25,7 +25,7 @@ from strategies.adapter_bank.exchange import export, import_
 from strategies.adapter_bank.folders import EVIDENCE
 from strategies.adapter_bank.store import Bank
 from strategies.model.tensor_file import read_header
-from tests.conftest import SHARED
+from tests.adapters import write_adapter
 
 ROOT = Path(__file__).resolve().parents[2]
 MAP = "model.layers.0.self_attn.q_proj"
@@ -359,21 +359,21 @@ def test_no_configuration_ends_in_a_traceback(tmp_path):
 def test_a_pattern_that_never_ends_or_compiles_is_refused_in_time(tmp_path, field, pattern):
     value = pattern if field == "target_modules" else {pattern: 3}
     folder = an_adapter(tmp_path / "one", settings={**SETTINGS, field: value})
-    began = time.monotonic()
+    began = time.process_time()
 
     with pytest.raises(Unusable, match="pattern"):
         Adapter(folder)
 
-    assert time.monotonic() - began < 10
+    assert time.process_time() - began < 10
 
 
 @pytest.mark.parametrize("pattern", ["(a|a|_|.)*$X", "((.*)*)*Y", "x" * 2000])
 def test_a_pattern_that_fits_nothing_is_passed_over_in_time(tmp_path, pattern):
-    began = time.monotonic()
+    began = time.process_time()
 
     adapter = Adapter(an_adapter(tmp_path / "one", settings={**SETTINGS, "alpha_pattern": {pattern: 3}}))
 
-    assert adapter.targets[MAP].scale == 2 and time.monotonic() - began < 10
+    assert adapter.targets[MAP].scale == 2 and time.process_time() - began < 10
 
 
 def test_patterns_mean_what_they_mean_to_peft(tmp_path):
@@ -465,29 +465,24 @@ def test_any_byte_of_a_header_may_be_wrong(tmp_path):
     assert refused > 200
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real adapters of ../shared")
-def test_real_adapters_are_read_and_their_damage_is_refused(tmp_path):
-    folders, draw = sorted((SHARED / "assets" / "adapters").iterdir()), random.Random(6)
-    assert len(folders) == 3
+def test_an_adapter_of_usual_size_is_read_and_its_damage_is_refused(tmp_path):
+    folder, draw = write_adapter(tmp_path / "sound", "HuggingFaceTB/SmolLM-135M"), random.Random(6)
+    adapter = Adapter(folder)
+    assert len(adapter.targets) == 60 and adapter.ranks == [16]
+    assert {target.scale for target in adapter.targets.values()} == {2.0}
+    weights, config = (folder / WEIGHTS).read_bytes(), json.loads((folder / CONFIG).read_text())
 
-    for folder in folders:
-        adapter = Adapter(folder)
-        assert len(adapter.targets) == 60 and adapter.ranks == [16]
-        assert {target.scale for target in adapter.targets.values()} == {2.0}
-        copy = tmp_path / folder.name
-        copy.mkdir()
-        weights, config = (folder / WEIGHTS).read_bytes(), json.loads((folder / CONFIG).read_text())
-        for turn in range(40):
-            if turn % 2:
-                content = bytearray(weights)
-                content[draw.randrange(8)] ^= 1 << draw.randrange(8)
-                (copy / WEIGHTS).write_bytes(content)
-                (copy / CONFIG).write_text(json.dumps(config))
-            else:
-                (copy / WEIGHTS).write_bytes(weights[: draw.randrange(len(weights))])
-                (copy / CONFIG).write_bytes(mutated(draw, config))
-            with pytest.raises(Unusable):
-                Adapter(copy)
+    for turn in range(40):
+        content, settings = bytearray(weights), json.dumps(config).encode()
+        if turn % 2:
+            content[draw.randrange(8)] ^= 1 << draw.randrange(8)
+        else:
+            content, settings = content[: draw.randrange(len(weights))], mutated(draw, config)
+        (folder / WEIGHTS).write_bytes(content)
+        (folder / CONFIG).write_bytes(settings)
+
+        with pytest.raises(Unusable):
+            Adapter(folder)
 
 
 def test_a_pickle_is_refused_with_the_way_out(tmp_path):

@@ -7,7 +7,7 @@ import torch
 
 from strategies.families import FAMILIES
 from strategies.shape import ModelShape, UnknownArchitecture
-from tests.conftest import SHARED
+from tests.conftest import FIXTURES
 
 SMALL = {
     "num_attention_heads": 4,
@@ -68,20 +68,13 @@ def test_a_small_model_of_every_family_has_the_parameters_its_shape_says(name):
 
 
 @pytest.mark.filterwarnings("ignore:.*rope_scaling.*:FutureWarning")
-def test_the_64_real_configurations_are_counted_exactly():
-    files = sorted((SHARED / "assets/configs").glob("*/config.json"))
-    if not files:
-        pytest.skip("the folder of model configurations is not on this machine")
-    assert len(files) >= 60
-    wrong = {}
-    for file in files:
-        config = json.loads(file.read_text())
-        counted = ModelShape.from_config(config).num_parameters
-        real = sum(p.numel() for p in built(config).parameters())
-        if counted != real:
-            wrong[file.parent.name] = (counted, real)
+def test_the_sizes_of_65_real_models_are_counted_exactly():
+    """fixtures/model_sizes.json has of each model's config.json what its sizes depend on."""
+    configs = json.loads((FIXTURES / "model_sizes.json").read_text())
+    counted = {name: ModelShape.from_config(config).num_parameters for name, config in configs.items()}
+    real = {name: sum(p.numel() for p in built(config).parameters()) for name, config in configs.items()}
 
-    assert not wrong
+    assert counted == real and len(counted) == 65
 
 
 def test_known_counts_a_person_can_check():

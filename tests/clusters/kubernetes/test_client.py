@@ -83,20 +83,11 @@ def test_a_job_and_the_files_it_owns_are_created_and_go_together(api, client, jo
 
 
 def test_a_field_the_server_does_not_know_is_refused_before_anything_is_created(api, client, job):
-    pytest.importorskip("jsonschema")
     job["spec"]["shutdownAfterJobFinish"] = True
-    if not _has_schemas():
-        pytest.skip("KubeRay's CRDs are not beside the checkout")
 
     with pytest.raises(CannotConnect, match=r"another version than 1.7"):
         client.rehearse(job, CONFIG)
     assert api.objects == {}
-
-
-def _has_schemas():
-    from tests.kube_schema import SHARED
-
-    return (SHARED / "crds").is_dir()
 
 
 def test_a_name_that_is_taken_is_said_and_the_other_job_stays(api, client, job):
