@@ -9,6 +9,7 @@ import pytest
 
 from tests.cluster.emulator import unavailable
 from tests.cluster.test_faults import compare, events, finished, lab, reference, training_pid  # noqa: F401
+from tests.processes import PATIENCE_S
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")]
 SEED, FAULTS, STEPS = 20, 20, 120
@@ -34,7 +35,7 @@ def test_twenty_random_faults(lab, reference, monkeypatch):  # noqa: F811
         time.sleep(chance.uniform(1, 4))
     while not progressing(lab, run, process) and run.state() != "finished":
         process = resumed(lab, run, process)
-    finished(process, run, limit_s=400)
+    finished(process, run)
 
     assert len(faults) == FAULTS
     compare(run, reference, exact=False, most_again=10**6)
@@ -45,9 +46,9 @@ def test_twenty_random_faults(lab, reference, monkeypatch):  # noqa: F811
     )
 
 
-def progressing(lab, run, process, limit_s=150):  # noqa: F811
+def progressing(lab, run, process):  # noqa: F811
     """Whether steps are being made; False when the driver has ended."""
-    until, seen = time.monotonic() + limit_s, len(events(run, "step"))
+    until, seen = time.monotonic() + PATIENCE_S, len(events(run, "step"))
     while len(events(run, "step")) < seen + 3:
         if process.poll() is not None:
             return run.state() == "finished"

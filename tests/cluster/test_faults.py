@@ -19,9 +19,9 @@ import pytest
 from orchestrator.runs.run_folder import RunFolder
 from tests.cluster.emulator import EmulatedCluster, Machine, unavailable
 from tests.conftest import rows, write_jsonl
+from tests.processes import PATIENCE_S, ROOT, outcome, wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")]
-ROOT = Path(__file__).resolve().parents[2]
 EVERY = 10  # steps between checkpoints
 SMALL_MEMORY_BYTES = 550 * 2**20  # of a node: enough for Ray's own processes, not for a worker
 JOB = """\
@@ -73,8 +73,8 @@ class Lab:
                 if command[1:3] == ["-m", "orchestrator"] and command[3] in ("submit", "resume"):
                     os.kill(pid, number)
 
-    def until_up(self, names, limit_s=90):
-        until = time.monotonic() + limit_s
+    def until_up(self, names):
+        until = time.monotonic() + PATIENCE_S
         while set(names) - self.up():
             assert time.monotonic() < until, (names, self.up())
             time.sleep(1)
@@ -148,25 +148,20 @@ def lab(tmp_path_factory, model_folder):
 def reference(lab):
     """The losses and samples of each step when nothing happens."""
     process, run = lab.submit()
-    assert process.wait(timeout=200) == 0, process.communicate()[0]
-    return run
+    return finished(process, run)
 
 
 def events(run, name):
     return [event for event in run.events()[0] if event["event"] == name]
 
 
-def reached(run, step, process, limit_s=150):
-    until = time.monotonic() + limit_s
-    while max(run.steps(), default=0) < step:
-        assert process.poll() is None, process.communicate()[0][-3000:]
-        assert time.monotonic() < until, run.events()[0][-5:]
-        time.sleep(0.02)
+def wait_for_step(run, step, process):
+    wait_for(lambda: max(run.steps(), default=0) >= step, process)
 
 
-def finished(process, run, limit_s=300):
-    out, _ = process.communicate(timeout=limit_s)
-    assert process.returncode == 0, out[-3000:]
+def finished(process, run):
+    done = outcome(process)
+    assert done.returncode == 0, done.output[-3000:]
     return run
 
 
@@ -206,7 +201,7 @@ def training_pid(lab, run, name):
 
 def test_a_killed_worker(lab, reference):
     process, run = lab.submit()
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     os.kill(training_pid(lab, run, "slow"), signal.SIGKILL)
     finished(process, run)
@@ -217,7 +212,7 @@ def test_a_killed_worker(lab, reference):
 
 def test_a_node_without_power_that_comes_back(lab, reference):
     process, run = lab.submit(wait=60)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     lab.power_off("slow")
     time.sleep(10)
@@ -231,20 +226,20 @@ def test_a_node_without_power_that_comes_back(lab, reference):
 
 def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
     process, run = lab.submit(wait=5, steps=12_000)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     lab.power_off("slow")
-    reached(run, 60, process)
+    wait_for_step(run, 60, process)
     assert events(run, "replanned")[-1]["nodes"] == ["fast"]
     tell("power off for good", run, began)
     began = time.time()
     lab.cluster.boot("slow")
     lab.start("slow")
-    until = time.monotonic() + 120
+    until = time.monotonic() + PATIENCE_S
     while events(run, "replanned")[-1]["nodes"] != ["fast", "slow"]:
         assert time.monotonic() < until and process.poll() is None, run.events()[0][-4:]
         time.sleep(0.2)
-    reached(run, max(run.steps()) + 20, process)
+    wait_for_step(run, max(run.steps()) + 20, process)
     tell("joined", run, began)
     run.stop_file.touch()
     process.communicate(timeout=100)
@@ -257,7 +252,7 @@ def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
 
 def test_a_pulled_cable(lab, reference):
     process, run = lab.submit(wait=90)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     lab.cluster.set_link("slow", up=False)
     time.sleep(30)
@@ -272,7 +267,7 @@ def test_a_pulled_cable(lab, reference):
 @pytest.mark.parametrize("what", ["blip", "loss", "jitter"])
 def test_a_bad_line_is_borne(lab, reference, what):
     process, run = lab.submit(steps=120)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     worse = {"blip": {"up": False}, "loss": {"loss": 0.01}, "jitter": {"jitter": 0.2}}[what]
     lab.cluster.set_link("slow", **worse)
     time.sleep(3)
@@ -285,9 +280,9 @@ def test_a_bad_line_is_borne(lab, reference, what):
 
 def test_a_straggler_gets_less(lab, reference):
     process, run = lab.submit(shares="measured", steps=400)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     lab.cluster.slow_down("slow", 0.15)
-    until = time.monotonic() + 100
+    until = time.monotonic() + PATIENCE_S
     while not [event for event in events(run, "shares") if min(event["shares"]) < 0.35]:
         assert time.monotonic() < until and process.poll() is None, events(run, "shares")
         time.sleep(0.1)
@@ -301,7 +296,7 @@ def test_a_straggler_gets_less(lab, reference):
 
 def test_a_machine_that_hangs(lab, reference):
     process, run = lab.submit(wait=5)
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     lab.cluster.freeze("slow")
     finished(process, run)
@@ -314,7 +309,7 @@ def test_a_machine_that_hangs(lab, reference):
 
 def test_a_killed_driver_and_the_same_run_again(lab, reference):
     process, run = lab.submit()
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     began = time.time()
     lab.signal_driver(signal.SIGKILL)
     process.communicate()
@@ -327,7 +322,7 @@ def test_a_killed_driver_and_the_same_run_again(lab, reference):
 
 def test_asked_to_end_it_saves_first(lab, reference):
     process, run = lab.submit()
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     lab.signal_driver(signal.SIGTERM)
     out, _ = process.communicate(timeout=60)
     assert (process.returncode, run.state()) == (5, "stopped"), out
@@ -339,12 +334,12 @@ def test_asked_to_end_it_saves_first(lab, reference):
 
 def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
     process, run = lab.submit()
-    reached(run, 25, process)
+    wait_for_step(run, 25, process)
     lab.power_off("head")
     process.communicate()
     lab.cluster.boot("head")
     lab.start("head")
-    lab.until_up(("head", "fast", "slow"), limit_s=150)
+    lab.until_up(("head", "fast", "slow"))
     if run.state() != "finished":  # the workers may come to the end before they miss their head
         again, _ = lab.submit("resume", run.run_id)
         finished(again, run)
@@ -354,12 +349,13 @@ def test_a_lost_head_and_a_cluster_begun_anew(lab, reference):
 
 def test_a_damaged_checkpoint_and_rays_own_snapshot_cut_in_half(lab, reference):
     process, run = lab.submit()
-    reached(run, 35, process)
+    wait_for_step(run, 35, process)
     lab.signal_driver(signal.SIGKILL)
     process.communicate()
-    for file in (run.path / ".ray").rglob("*"):  # what Ray Train keeps of itself
-        if file.is_file():
-            os.truncate(file, file.stat().st_size // 2)
+    of_ray = [file for file in (run.path / ".ray").rglob("*") if file.is_file()]  # what Ray Train keeps of itself
+    assert of_ray
+    for file in of_ray:
+        os.truncate(file, file.stat().st_size // 2)
     newest = sorted(run.checkpoints.glob("step-????????"))[-1]
     weights = newest / "weights.safetensors"
     content = bytearray(weights.read_bytes())

@@ -42,6 +42,6 @@ def tries(folder: Path, address: str, user: str = "same", token: str = "") -> di
     """`open`, `closed` or an error by what was tried; a stranger imports before it becomes somebody else."""
     bare = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     command = [sys.executable, "-c", SCRIPT, str(folder), address, user, token]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=bare)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=bare)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -14,7 +14,7 @@ from orchestrator.training.parallel import GradientSum
 from orchestrator.training.workers import worker
 from tests.cases.training import begun
 from tests.conftest import rows, write_jsonl
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 SIZE, STRUCK = 3, 1  # workers, and the one whose memory runs out
 WIDE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -155,7 +155,7 @@ def runs(model_folder, tmp_path_factory):
     )
     begun_runs = {name: begun(folder / "job.yaml", name=name, divide=among_three)[0] for name in CASES}
 
-    spawned(member, SIZE, {name: run.path for name, run in begun_runs.items()})
+    run_ranks(member, SIZE, {name: run.path for name, run in begun_runs.items()})
 
     return begun_runs
 

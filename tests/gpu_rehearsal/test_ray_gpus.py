@@ -29,6 +29,7 @@ from clusters.ray.gpu_reservation import (
 )
 from clusters.units import GIB
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
+from tests.processes import wait_for
 
 UUIDS = tuple(f"GPU-{index}aaaaaaa-0000-1111-2222-333333333333" for index in range(4))
 LOST = "ab" * 28  # the id of a node that is in no cluster
@@ -84,20 +85,20 @@ def ids(reservation):
     return [one.id for one in reservation.held]
 
 
-def free_gpus():
+def gpus_become_free(count):
+    """Whether so many are free, once what was given back is known."""
     import ray
 
-    time.sleep(0.5)  # until what was given back is known
-    return ray.available_resources().get("GPU", 0)
+    return wait_for(lambda: ray.available_resources().get("GPU", 0) == count)
 
 
 def test_the_planned_gpus_are_held_and_the_others_given_back(cluster):
     reservation = reserve(wanting(cluster, 2, 0), print)
 
     assert ids(reservation) == [UUIDS[2], UUIDS[0]]
-    assert free_gpus() == 2
+    assert gpus_become_free(2)
     reservation.release()
-    assert free_gpus() == 4
+    assert gpus_become_free(4)
 
 
 def test_another_user_of_the_cluster_gets_a_gpu_that_no_job_has(cluster):
@@ -128,14 +129,14 @@ def test_a_job_waits_for_its_gpu_says_so_and_holds_nothing_meanwhile(cluster):
 
     assert reserve(wanting(cluster, 3), said.append, is_over=lambda: True) is None
     assert len(said) == 1 and UUIDS[3] in said[0]
-    assert free_gpus() == 3
+    assert gpus_become_free(3)
     first.release()
 
 
 def test_a_gpu_that_was_taken_out_of_its_machine_is_not_waited_for(cluster):
     with pytest.raises(GpuGone, match=f"GPU-old, which the plan is for, is no longer in its node: .*{UUIDS[3]}"):
         reserve([Wanted(cluster.node, ("GPU-old",))], print, is_over=lambda: True)
-    assert free_gpus() == 4
+    assert gpus_become_free(4)
 
 
 def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(cluster, on_two_gpus, tmp_path):
@@ -151,7 +152,7 @@ def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(c
         reserve([Wanted(LOST, (UUIDS[0],))], print, is_over=lambda: True)
     with pytest.raises(RunFailed, match="left the cluster"):
         launch(RunFolder(tmp_path), on_two_gpus.plan, {}, {"a": LOST})
-    assert free_gpus() == 4
+    assert gpus_become_free(4)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own settings, where a trainer is made
@@ -204,7 +205,7 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
 
         def step(self):
             (tmp_path / str(self._now["number"])).touch()
-            until = time.monotonic() + 60
+            until = time.monotonic() + 600
             while not all((tmp_path / number).exists() for number in ("0", "1")) and time.monotonic() < until:
                 time.sleep(0.1)
             trial = Trial(self._now["number"], {}, "finished", reason=os.environ["CUDA_VISIBLE_DEVICES"], steps=1)

@@ -1,19 +1,12 @@
 """A job sent through a dashboard: a real Ray head on loopback with its own token, another home on this side."""
 
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
-from tests.integration.test_submit import ROOT
-from tests.kube_api import free_port
+from tests.processes import end, free_port, listens, orchestrator, start, wait_for
 
 JOB = """\
 name: sent
@@ -32,16 +25,7 @@ LONG = 1500
 
 
 def verb(place, *arguments, code=0, home="home"):
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        cwd=place,
-        env={**os.environ, "HOME": str(place / home), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    return orchestrator(*arguments, cwd=place, check=code, HOME=str(place / home)).output
 
 
 @pytest.fixture(scope="module")
@@ -60,29 +44,12 @@ def place(model_folder, tmp_path_factory):
 def head(place):
     """`orchestrator head` with a dashboard; its address."""
     port, dashboard = free_port(), free_port()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "orchestrator", "head", "--address", "127.0.0.1", "--name", "box", "--slots", "1"),
-            *("--port", str(port), "--dashboard-port", str(dashboard)),
-        ],
-        env={**os.environ, "HOME": str(place / "home"), "PYTHONPATH": str(ROOT), "MY_TOKEN": SECRET},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
-    until = time.monotonic() + 90
-    while time.monotonic() < until:
-        try:
-            socket.create_connection(("127.0.0.1", dashboard), timeout=1).close()
-            break
-        except OSError:
-            time.sleep(0.5)
+    asked = ("--address", "127.0.0.1", "--name", "box", "--slots", "1", "--port", port, "--dashboard-port", dashboard)
+    home, log = str(place / "home"), place / "head.log"
+    process = start("head", *asked, cwd=place, output=log, HOME=home, MY_TOKEN=SECRET)
+    wait_for(lambda: listens(dashboard), process)
     yield f"http://127.0.0.1:{dashboard}"
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(40)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
+    end(process)
 
 
 @pytest.mark.slow
@@ -126,17 +93,11 @@ def test_another_shell_stops_it_and_it_goes_on(place, head):
     known = {run.run_id for run in RunFolder.all(place / "runs")}
     verb(place, "submit", "long.yaml", "--cluster", head, "--detach")
     (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
-    until = time.monotonic() + 120
-    while "step " not in verb(place, "logs", run.run_id):
-        assert time.monotonic() < until, verb(place, "logs", run.run_id)
-        time.sleep(1)
+    wait_for(lambda: "step " in verb(place, "logs", run.run_id))
 
     assert "stops after its current step" in verb(place, "stop", run.run_id)
 
-    until = time.monotonic() + 120
-    while "state         stopped" not in verb(place, "status", run.run_id):
-        assert time.monotonic() < until
-        time.sleep(1)
+    wait_for(lambda: "state         stopped" in verb(place, "status", run.run_id))
     verb(place, "fetch", run.run_id)
     reached = max(run.steps())
     assert 0 < reached < LONG

@@ -6,10 +6,6 @@ KubeRay, the image orchestrator:cpu on its nodes and the volume claim `runs` (k8
 
 import json
 import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -19,9 +15,9 @@ from tests.conftest import rows, write_jsonl
 from tests.integration.test_jobs_door import JOB
 from tests.kube_api import KubeApi
 from tests.kube_operator import Operator
+from tests.processes import ROOT, outcome, start, wait_for
 
 pytestmark = [pytest.mark.k8s, pytest.mark.timeout(1900)]
-ROOT = Path(__file__).resolve().parents[2]
 REAL = os.environ.get("KUBECONFIG")
 
 KUBERNETES = "kubernetes: {claim: runs, keep_s: 5}\n"
@@ -85,32 +81,19 @@ class RealApi:
 only_the_double = pytest.mark.skipif(bool(REAL), reason="needs the double's faults")
 
 
-def command(place, api, *arguments):
-    return {
-        "args": [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        "cwd": place,
-        "env": {**os.environ, "KUBECONFIG": str(api.kubeconfig()), "PYTHONPATH": str(ROOT)},
-        "text": True,
-    }
+def begin(place, api, *arguments, output=None):
+    return start(*arguments, cwd=place, output=output, KUBECONFIG=str(api.kubeconfig()))
 
 
 def verb(place, api, *arguments, code=0):
-    done = subprocess.run(**command(place, api, *arguments), capture_output=True, timeout=1800)
-    assert done.returncode == code, done.stdout + done.stderr
-    return done.stdout + done.stderr
+    done = outcome(begin(place, api, *arguments))
+    assert done.returncode == code, done.output
+    return done.output
 
 
 def newest(place, known=()):
     (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
     return run
-
-
-def wait_for(condition, seconds=120):
-    until = time.monotonic() + seconds
-    while not (found := condition()):
-        assert time.monotonic() < until
-        time.sleep(0.5)
-    return found
 
 
 def nothing_left(api):
@@ -125,7 +108,7 @@ def test_a_job_goes_there_and_its_adapter_comes_back(place, api):
     assert (run.exported() / "adapter_model.safetensors").is_file()
     assert run.read_json("result.json")["steps"] == 30
     assert "step 30/30" in said and "fetched" in said
-    wait_for(lambda: nothing_left(api), 20)
+    wait_for(lambda: nothing_left(api))
     assert "finished" in verb(place, api, "status", run.run_id)
     assert "step 30/30" in verb(place, api, "logs", run.run_id)
 
@@ -155,12 +138,10 @@ def test_stop_and_resume_from_another_shell(place, api):
     assert len(api.named("rayclusters")) == 0, "a stopped job must not be started again"
     document = yaml.safe_load((run.path / "kube.yaml").read_text().split("---")[0])
     assert document["spec"]["backoffLimit"] == 1
-    again = subprocess.Popen(
-        **command(place, api, "resume", run.run_id), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    again = begin(place, api, "resume", run.run_id, output=place / "resumed.log")
     wait_for(lambda: api.named("rayclusters") and "step " in verb(place, api, "logs", run.run_id))
     again.send_signal(2)
-    assert again.wait(60) == 5  # detached
+    assert outcome(again).returncode == 5  # detached
     verb(place, api, "stop", run.run_id)
     wait_for(lambda: api.named("rayjobs")[run.run_id]["status"]["jobDeploymentStatus"] == "Complete")
     verb(place, api, "fetch", run.run_id)
@@ -176,11 +157,7 @@ def test_a_lost_cluster_is_replaced_and_the_run_goes_on(place, api):
     known = {run.run_id for run in RunFolder.all(place / "runs")}
     text = (place / "long.yaml").read_text().replace("max_steps: 8000", "max_steps: 400")
     (place / "retried.yaml").write_text(text)
-    sending = subprocess.Popen(
-        **command(place, api, "submit", "retried.yaml", "--cluster", "kuberay"),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
+    sending = begin(place, api, "submit", "retried.yaml", "--cluster", "kuberay")
     wait_for(lambda: any(run.run_id not in known for run in RunFolder.all(place / "runs")))
     run = newest(place, known)
     there = RunFolder(place / "volume" / "runs" / run.run_id)
@@ -188,8 +165,8 @@ def test_a_lost_cluster_is_replaced_and_the_run_goes_on(place, api):
     (cluster,) = api.named("rayclusters")
     api.operator.kill(cluster)
 
-    _, wrong = sending.communicate(timeout=300)
-    assert sending.returncode == 0, wrong
+    done = outcome(sending)
+    assert done.returncode == 0, done.output
     starts = [event for event in run.events()[0] if event["event"] == "state" and event["state"] == "running"]
     steps = [event["step"] for event in run.events()[0] if event["event"] == "step"]
     assert len(starts) == 2 and max(steps) == 400

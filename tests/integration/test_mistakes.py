@@ -2,16 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
+from tests.processes import outcome, start_python
 
-ROOT = Path(__file__).resolve().parents[2]
 CACHE = os.environ.get("XDG_CACHE_HOME", str(Path.home() / ".cache"))  # what the machine can do is measured once
 
 
@@ -128,15 +126,9 @@ def test_a_missing_extra_says_which_line_to_type(job_text, tmp_path):
         "main()\n"
     )
     for verb in ("submit", "inspect"):
-        done = subprocess.run(
-            [sys.executable, "-c", code, verb, "job.yaml"], capture_output=True, text=True, cwd=tmp_path,
-            env={"PYTHONPATH": str(ROOT)},
-        )  # fmt: skip
+        done = outcome(start_python("-c", code, verb, "job.yaml", cwd=tmp_path))
 
         assert done.returncode == 2, done.stderr
         assert "pip install 'finetune-orchestrator[train]'" in done.stderr
-    done = subprocess.run(
-        [sys.executable, "-c", code, "validate", "job.yaml"], capture_output=True, text=True, cwd=tmp_path,
-        env={"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    done = outcome(start_python("-c", code, "validate", "job.yaml", cwd=tmp_path))
     assert done.returncode == 0, done.stderr

@@ -3,33 +3,24 @@
 import json
 import os
 import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from orchestrator.cli.machines import _latest
+from tests.cli import called
+from tests.processes import free_port
 
-ROOT = Path(__file__).resolve().parents[2]
+
+@pytest.fixture(autouse=True)
+def no_settings_of_ray(monkeypatch):
+    for name in [name for name in os.environ if name.startswith("RAY_")]:
+        monkeypatch.delenv(name)
 
 
 def said(home, *arguments):
     """Exit code, standard output, standard error."""
-    hidden = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        env={**hidden, "HOME": str(home), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        out, err = process.communicate(timeout=60)
-    except subprocess.TimeoutExpired:
-        process.terminate()  # not killed: a verb that should have refused has a node to end
-        out, err = process.communicate(timeout=60)
-    return process.returncode, out, err
+    done = called(*arguments, cwd=home, HOME=str(home))
+    return done.returncode, done.stdout, done.stderr
 
 
 @pytest.mark.parametrize("head", ["host:port", ":6379", "10.0.0.1:99999", "10.0.0.1:0", ""])
@@ -60,10 +51,9 @@ def test_a_mistake_ends_with_its_code_and_leaves_nothing(tmp_path, arguments, ex
 
 @pytest.mark.parametrize("option", ["--port", "--dashboard-port"])
 def test_a_head_on_a_port_that_is_taken_ends_at_once(tmp_path, option):
-    with socket.create_server(("127.0.0.1", 0)) as taken, socket.create_server(("127.0.0.1", 0)) as other:
-        port, free = taken.getsockname()[1], other.getsockname()[1]
-        other.close()
-        code, _, told = said(tmp_path, "head", "--address", "127.0.0.1", "--port", str(free), option, str(port))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code, _, told = said(tmp_path, "head", "--address", "127.0.0.1", "--port", free_port(), option, port)
 
     assert code == 4
     assert f"port {port} is in use" in told and f"{option} takes another" in told and "Traceback" not in told
@@ -71,9 +61,7 @@ def test_a_head_on_a_port_that_is_taken_ends_at_once(tmp_path, option):
 
 
 def test_nodes_of_no_cluster_say_how_to_have_one(tmp_path):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-    code, told, _ = said(tmp_path, "nodes", "--cluster", f"127.0.0.1:{port}", "--json")
+    code, told, _ = said(tmp_path, "nodes", "--cluster", f"127.0.0.1:{free_port()}", "--json")
 
     assert code == 4
     assert "Start one with `orchestrator head`" in json.loads(told)["error"]

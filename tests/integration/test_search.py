@@ -2,12 +2,8 @@
 
 import contextlib
 import json
-import os
 import shutil
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import psutil
@@ -17,7 +13,7 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
-from tests.integration.test_submit import ROOT, orchestrator
+from tests.processes import free_port, orchestrator, outcome, start, start_python, wait_for
 
 SPACE = (
     "{method.lora_r: [2, 8], model.dtype: [float32], data.packing: [true, false],"
@@ -123,28 +119,16 @@ def test_status_and_list_know_a_search(searched):
 
 @pytest.mark.slow
 def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(place):
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "8"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    until = time.monotonic() + 120
-    known = set(SearchFolder.all(place / "runs"))
-    folder = None
-    while time.monotonic() < until and process.poll() is None:
-        newest = SearchFolder.all(place / "runs")[-1:]
-        if newest and newest[0].path not in {one.path for one in known} and len(newest[0].trials()) >= 1:
-            folder = newest[0]
-            process.send_signal(signal.SIGINT)
-            break
-        time.sleep(0.02)
-    said = "".join(process.communicate(timeout=120))
-    assert folder is not None, said
-    assert process.returncode == 5 and "goes on with the trials that are left" in said
+    known = {one.path for one in SearchFolder.all(place / "runs")}
+    process = start("search", "job.yaml", "--json", "--trials", "8", cwd=place)
+
+    def with_a_trial():
+        return [one for one in SearchFolder.all(place / "runs") if one.path not in known and one.trials()]
+
+    (folder,) = wait_for(with_a_trial, process)
+    process.send_signal(signal.SIGINT)
+    done = outcome(process)
+    assert done.returncode == 5 and "goes on with the trials that are left" in done.output
     before = folder.trials()
 
     orchestrator("resume", folder.run_id, "--json", cwd=place, check=0)
@@ -203,28 +187,22 @@ def test_bench_dissects_a_step_and_compares_with_itself(place):
 @pytest.mark.slow
 def test_a_trial_whose_process_is_killed_is_a_data_point(place):
     """As the kernel does where memory runs out."""
-    process = subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "3"],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    process = start("search", "job.yaml", "--json", "--trials", "3", cwd=place)
     mine = psutil.Process(process.pid)
-    until = time.monotonic() + 120
-    killed = False
-    while not killed and process.poll() is None and time.monotonic() < until:
+
+    def kill_a_runner():
         for child in mine.children(recursive=True):
             with contextlib.suppress(psutil.Error):
                 if "_Runner" in " ".join(child.cmdline()):
                     child.kill()
-                    killed = True
-        time.sleep(0.02)
-    out, said = process.communicate(timeout=200)
-    assert killed and process.returncode == 0, out + said
+                    return True
+        return False
 
-    told = json.loads(out)
+    wait_for(kill_a_runner, process)
+    done = outcome(process)
+    assert done.returncode == 0, done.output
+
+    told = json.loads(done.stdout)
     (lost,) = [trial for trial in told["trials"] if trial["status"] == "failed"]
     assert "killed" in lost["reason"] and len(told["trials"]) == 3
     assert told["recommended"]["trial"] != lost["number"]
@@ -316,7 +294,6 @@ def test_a_study_goes_through_several_models(place, model_folder, tmp_path):
 
 @pytest.mark.slow
 def test_a_search_is_sent_to_an_mlflow_server(searched, tmp_path):
-    import socket
     import urllib.request
 
     from mlflow.tracking import MlflowClient
@@ -324,34 +301,29 @@ def test_a_search_is_sent_to_an_mlflow_server(searched, tmp_path):
     from orchestrator.job.job_file import parse_job
     from orchestrator.runs.mirror.tracking import sync_search
 
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     uri = f"http://127.0.0.1:{port}"
-    server = subprocess.Popen(
-        [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1",
-         "--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}",
-         "--artifacts-destination", str(tmp_path / "art")],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    try:
-        until = time.monotonic() + 90
-        while time.monotonic() < until:
-            try:
-                urllib.request.urlopen(f"{uri}/health", timeout=2).close()
-                break
-            except OSError:
-                time.sleep(0.5)
-        folder, _ = searched
-        job = parse_job((folder.path / "search.yaml").read_text(), folder.path, "job", [f"tracking.mlflow_uri={uri}"])
+    stores = ("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}", "--artifacts-destination", tmp_path / "art")
+    server = start_python(
+        *("-m", "mlflow", "server", "--host", "127.0.0.1", "--port", port, "--workers", 1, *stores),
+        cwd=tmp_path,
+        output=tmp_path / "server.log",
+    )
 
-        assert sync_search(folder, job) == uri
+    def answers():
+        with contextlib.suppress(OSError):
+            urllib.request.urlopen(f"{uri}/health", timeout=2).close()
+            return True
+        return False
 
-        client = MlflowClient(uri)
-        parent = folder.read_json("tracking.json")["mlflow_run_id"]
-        experiment = client.get_experiment_by_name("default").experiment_id
-        assert len(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")) == 4
-        assert "summary.json" in {file.path for file in client.list_artifacts(parent)}
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(30)
+    wait_for(answers, server)
+    folder, _ = searched
+    job = parse_job((folder.path / "search.yaml").read_text(), folder.path, "job", [f"tracking.mlflow_uri={uri}"])
+
+    assert sync_search(folder, job) == uri
+
+    client = MlflowClient(uri)
+    parent = folder.read_json("tracking.json")["mlflow_run_id"]
+    experiment = client.get_experiment_by_name("default").experiment_id
+    assert len(client.search_runs([experiment], f"tags.`mlflow.parentRunId` = '{parent}'")) == 4
+    assert "summary.json" in {file.path for file in client.list_artifacts(parent)}

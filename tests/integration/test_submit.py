@@ -1,11 +1,7 @@
 """The main job through its real door: `python -m orchestrator` as a process, embedded Ray, MLflow in SQLite."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,24 +10,10 @@ from safetensors.torch import load_file
 from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
+from tests.processes import kill, orchestrator, outcome, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 NUM_STEPS = 300
 DOWN = "http://127.0.0.1:9"  # an MLflow server that nobody runs
-
-
-def orchestrator(*arguments, cwd, check=None):
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        timeout=600,
-    )
-    if check is not None:
-        assert done.returncode == check, done.stdout + done.stderr
-    return done
 
 
 @pytest.fixture(scope="module")
@@ -192,44 +174,6 @@ def test_a_run_goes_on_for_its_own_job_and_data_alone(finished, place):
     assert (run.path / "events.jsonl").read_bytes() == before
 
 
-def start(*arguments, cwd):
-    """A command that hears Ctrl-C, also when these tests run in the background of a shell, which ignores it."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        cwd=cwd,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
-
-
-def kill_tree(process):
-    """kill -9 for the driver, Ray and the workers at once, as a power cut would."""
-    import psutil
-
-    everyone = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    assert len(everyone) > 3, "Ray's processes are not children of the driver"
-    for one in everyone:
-        one.kill()
-    psutil.wait_procs(everyone, timeout=20)
-    process.wait()
-    process.stdout.close()
-
-
-def wait_for_step(run_folder, step, process):
-    """Block until `run_folder()` has a step report of at least `step`."""
-    deadline = time.monotonic() + 300
-    while time.monotonic() < deadline:
-        run = run_folder()
-        if run and max(run.steps(), default=0) >= step:
-            return run
-        assert process.poll() is None, process.stdout.read()
-        time.sleep(0.01)
-    raise AssertionError("the run did not get that far")
-
-
 @pytest.fixture(scope="module")
 def resumed(finished, place):
     """A run that was killed, then hung up on, then resumed to its end, while MLflow's server was down."""
@@ -239,18 +183,18 @@ def resumed(finished, place):
         return next((run for run in RunFolder.all(place / "runs") if run.run_id not in before), None)
 
     process = start("submit", "job.yaml", "-s", f"tracking.mlflow_uri={DOWN}", cwd=place)
-    run = wait_for_step(newest, 40, process)
-    kill_tree(process)
-    reached = max(run.steps())
-    assert reached < NUM_STEPS and run.state() == "interrupted"
+    run = wait_for(newest, process)
+    wait_for(lambda: max(run.steps(), default=0) >= 40, process)
+    assert kill(process) > 3, "Ray's processes are not descendants of the driver"
+    last = max(run.steps())
+    assert last < NUM_STEPS and run.state() == "interrupted"
 
     process = start("resume", run.run_id, cwd=place)
-    wait_for_step(lambda: run, reached + 20, process)
+    wait_for(lambda: max(run.steps()) >= last + 20, process)
     process.send_signal(signal.SIGHUP)  # as a terminal that is closed; it ends as by Ctrl-C and SIGTERM
-    said = process.communicate(timeout=120)[0]
-    process.stdout.close()
-    assert process.returncode == 5, said
-    assert "orchestrator resume" in said
+    done = outcome(process)
+    assert done.returncode == 5, done.output
+    assert "orchestrator resume" in done.output
     assert run.state() == "stopped"
     stopped_at = max(run.steps())
     assert (run.checkpoints / f"step-{stopped_at:08d}").is_dir()
@@ -266,9 +210,9 @@ def test_a_terminal_that_closes_interrupts_as_ctrl_c_does(finished, place, name)
         process = start("logs", run.run_id, "--follow", cwd=place)
         process.stdout.readline()
         process.send_signal(getattr(signal, name))
-        said = process.communicate(timeout=60)[0]
+        done = outcome(process)
 
-    assert process.returncode == 130 and "Traceback" not in said
+    assert done.returncode == 130 and "Traceback" not in done.output
 
 
 def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(finished, resumed):
@@ -319,9 +263,9 @@ def test_a_worker_that_fails_ends_with_its_reason_and_exit_code_five(place, mode
         "-s", "eval.before=false", "-s", "tracking.report_to=[]", cwd=place,
     )  # fmt: skip
 
-    assert done.returncode == 5, done.stdout + done.stderr
+    assert done.returncode == 5, done.output
     assert "is not a number (samples" in done.stderr
-    assert "Traceback" not in done.stderr + done.stdout
+    assert "Traceback" not in done.output
 
 
 @pytest.mark.slow  # what it proves at length, tests/strategies/test_sharding.py proves of the parts
@@ -350,12 +294,12 @@ def test_of_two_jobs_that_are_submitted_under_one_name_at_once_one_is_refused_an
     for number in range(3):
         names = ("submit", "job.yaml", "--run-id", f"both-{number}", *short)
         both = {rank: start(*names, "-s", f"method.lora_r={rank}", cwd=place) for rank in (2, 6)}
-        said = {rank: process.communicate(timeout=280)[0] for rank, process in both.items()}
+        done = {rank: outcome(process) for rank, process in both.items()}
 
-        codes = {rank: process.returncode for rank, process in both.items()}
-        assert sorted(codes.values()) == [0, 2], said
+        codes = {rank: one.returncode for rank, one in done.items()}
+        assert sorted(codes.values()) == [0, 2], done
         (trained,) = (rank for rank, code in codes.items() if code == 0)
         run = RunFolder.find(f"both-{number}", place / "runs")
         config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
         assert config["r"] == run.job().spec.method.lora_r == run.plan().method["lora_r"] == trained
-        assert f"both-{number}" in said[8 - trained]
+        assert f"both-{number}" in done[8 - trained].output

@@ -7,9 +7,6 @@ cuts and hangs need machines of their own: tests/cluster.
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -17,8 +14,8 @@ import pytest
 from clusters.ray.node_daemon import token_file
 from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
+from tests.processes import orchestrator, outcome, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = {"object_store_memory": 80 * 2**20, "num_gpus": 0}
 JOB = """\
 name: uneven
@@ -60,41 +57,28 @@ def place(cluster, model_folder, tmp_path_factory):
     return folder
 
 
-def started(place, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", "submit", "job.yaml", "--json", *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def submit(place, *arguments):
+    return start("submit", "job.yaml", "--json", *arguments, cwd=place, HOME=str(place / "home"))
 
 
-def begun(place):
-    """A process that runs the job, and the folder of its run."""
+def submit_and_wait(place, step):
+    """A process that trains the job and has come to a step, and the folder of its run."""
     before = {run.run_id for run in RunFolder.all(place / "runs")}
-    process = started(place)
-    while process.poll() is None:
-        new = [run for run in RunFolder.all(place / "runs") if run.run_id not in before]
-        if new:
-            return process, new[-1]
-        time.sleep(0.1)
-    pytest.fail("".join(process.communicate()))
+    process = submit(place)
+    (run,) = wait_for(lambda: [run for run in RunFolder.all(place / "runs") if run.run_id not in before], process)
+    wait_for(lambda: max(run.steps(), default=0) >= step, process)
+    return process, run
 
 
-def reached(run, step, process, limit_s=300):
-    until = time.monotonic() + limit_s
-    while max(run.steps(), default=0) < step:
-        assert process.poll() is None, "".join(process.communicate())
-        assert time.monotonic() < until, run.events()[0][-5:]
-        time.sleep(0.02)
+def answer(process, code=0):
+    done = outcome(process)
+    assert done.returncode == code, done.output
+    return json.loads(done.stdout), done.stderr
 
 
-def ended(process, code=0):
-    told, said = process.communicate(timeout=400)
-    assert process.returncode == code, told + said
-    return json.loads(told), said
+def search(place, *arguments):
+    done = orchestrator("search", "job.yaml", "--json", *arguments, cwd=place, check=0, HOME=str(place / "home"))
+    return json.loads(done.stdout)
 
 
 def events(run, name):
@@ -107,7 +91,7 @@ def per_step(run, key):
 
 @pytest.fixture(scope="module")
 def undisturbed(place):
-    told, _ = ended(started(place))
+    told, _ = answer(submit(place))
     return RunFolder(Path(told["path"]))
 
 
@@ -126,12 +110,11 @@ def test_each_node_has_its_place_in_the_plan_and_the_workers_agree(undisturbed):
 
 @pytest.mark.slow
 def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothing(place, undisturbed):
-    process, run = begun(place)
-    reached(run, 25, process)
+    process, run = submit_and_wait(place, step=25)
     (group,) = events(run, "group")
 
     os.kill(group["members"][1]["pid"], signal.SIGKILL)
-    ended(process)
+    answer(process)
 
     assert per_step(run, "samples") == per_step(undisturbed, "samples")
     assert per_step(run, "loss") == per_step(undisturbed, "loss")  # bit by bit
@@ -144,17 +127,8 @@ def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothi
 def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
     space = "{train.per_device_train_batch_size: [1, 2, 4], data.packing: [true, false]}"
     options = ("-s", f"search.space={space}", "-s", "search.trial_steps=4", "-s", "search.scheduler=none")
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "4", *options],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    told = search(place, "--trials", "4", *options)
 
-    told = json.loads(done.stdout)
     assert [trial["status"] for trial in told["trials"]] == ["finished"] * 4
     assert {trial["node"] for trial in told["trials"]} == {"left", "right"}
     recommended = (Path(told["path"]) / "recommended.yaml").read_text()
@@ -166,28 +140,18 @@ def test_trials_may_keep_to_machines_that_the_job_leaves_idle(cluster, place):
     space = "{train.per_device_train_batch_size: [1, 2], data.packing: [true]}"
     options = ("search.nodes=idle", "cluster.num_workers=1", f"search.space={space}", "search.trial_steps=4")
     arguments = [part for option in options for part in ("-s", option)]
-    done = subprocess.run(
-        [sys.executable, "-m", "orchestrator", "search", "job.yaml", "--json", "--trials", "2", *arguments],
-        cwd=place,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "HOME": str(place / "home")},
-        capture_output=True,
-        text=True,
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    told = search(place, "--trials", "2", *arguments)
 
-    told = json.loads(done.stdout)
     (trains,) = json.loads((Path(told["path"]) / "plan.json").read_text())["nodes"]
     assert {trial["node"] for trial in told["trials"]} == {"left", "right"} - {trains["node"]}
 
 
 @pytest.mark.slow
 def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undisturbed):
-    process, run = begun(place)
-    reached(run, 25, process)
+    process, run = submit_and_wait(place, step=25)
 
     cluster.remove_node(cluster.nodes_by_name.pop("right"), allow_graceful=False)
-    _, said = ended(process)
+    _, said = answer(process)
 
     replanned = events(run, "replanned")
     assert replanned[-1]["nodes"] == ["left"] and replanned[-1]["lost"] == ["right"], said
@@ -202,7 +166,7 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
 def test_a_machine_that_does_not_train_evaluates_the_base_model_meanwhile(cluster, place):
     write_jsonl(place / "eval.jsonl", rows(8, start=100))
     one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=60")
-    told, said = ended(started(place, *one))
+    told, said = answer(submit(place, *one))
     run = RunFolder(Path(told["path"]))
 
     plan = run.read_json("plan.json")
@@ -221,9 +185,9 @@ def test_lsp_offload_lets_another_node_keep_the_optimizer(place):
     here += ["--set", "method={type: experimental_lsp_offload, subspace_size: 24}"]
     runs = []
     for asked in ([], ["--set", "method.cpu_side=right"]):
-        told, _ = ended(started(place, *here, *asked))
+        told, _ = answer(submit(place, *here, *asked))
         runs.append(RunFolder(Path(told["path"])))
 
     assert per_step(runs[1], "loss") == per_step(runs[0], "loss")
-    told, _ = ended(started(place, *here, "--set", "method.cpu_side=nowhere"), code=5)
+    told, _ = answer(submit(place, *here, "--set", "method.cpu_side=nowhere"), code=5)
     assert "nowhere is not in the cluster" in told["error"]

@@ -19,7 +19,7 @@ from strategies.step.state import forget, gather, restore
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.sharding import refused_keys
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed")
 
@@ -109,7 +109,7 @@ def divided_cases(rank, size, port, out):
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     out = tmp_path_factory.mktemp("sharded")
-    spawned(divided_cases, 2, str(out))
+    run_ranks(divided_cases, 2, str(out))
     return out, [torch.load(out / f"{number}.pt", weights_only=False) for number in range(len(CASES))]
 
 
@@ -171,7 +171,7 @@ def three(rank, size, port, out):
 
 @pytest.mark.slow
 def test_three_workers_take_up_what_two_had_divided(results):
-    spawned(three, 3, str(results[0]))
+    run_ranks(three, 3, str(results[0]))
 
     for number in (0, 3, 5):
         assert torch.load(results[0] / f"{number}-three.pt") == pytest.approx(results[1][number][0][2:], rel=1e-5)
@@ -209,7 +209,7 @@ OFFLOADED = [(2, "optimizer"), (3, "optimizer"), (3, "parameters")]
 
 @pytest.mark.slow  # DeepSpeed compiles its CPU Adam: a minute
 def test_what_waits_on_the_host_trains_as_what_does_not(undivided, tmp_path):
-    spawned(offloaded_cases, 2, str(tmp_path))
+    run_ranks(offloaded_cases, 2, str(tmp_path))
 
     for stage, offload in OFFLOADED:
         assert torch.load(tmp_path / f"{stage}-{offload}.pt") == pytest.approx(undivided["full"][0], rel=1e-5)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -77,10 +76,8 @@ def test_figures_are_remembered_and_free_memory_is_fresh(measured, tmp_path, mon
     values["devices"][-1]["memory_bytes"] = 1
     cache_folder("probe").mkdir(parents=True)
     (cache_folder("probe") / measured.file.name).write_text(json.dumps(values))
-    start = time.perf_counter()
     node = probe_node()
 
-    assert time.perf_counter() - start < 1
     assert node.cpu == measured.node.cpu
     assert node.disk_write_bytes_per_s == measured.node.disk_write_bytes_per_s
 

@@ -5,9 +5,7 @@ import os
 import signal
 import socket
 import stat
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -28,8 +26,8 @@ from clusters.ray.node_daemon import (
 )
 from clusters.units import GIB
 from tests.clusters.stranger import tries
+from tests.processes import free_port, orchestrator, outcome, start, wait_for
 
-ROOT = Path(__file__).resolve().parents[3]
 CPU = DeviceCapability("cpu", "AMD EPYC 9754 (Zen 4c)", 16 * GIB)
 CARD = DeviceCapability("cuda", "RTX 3060", 12 * GIB)
 
@@ -260,62 +258,41 @@ def test_a_child_that_hears_no_end_is_killed(tmp_path, monkeypatch, signals, num
     assert not Path(f"/proc/{(tmp_path / 'pid').read_text().strip()}").exists()
 
 
-def started(home, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "orchestrator", *arguments],
-        env={**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-
-
-def until_said(process, words):
-    told = []
-    for line in process.stdout:
-        told.append(line)
-        if words in line:
-            return
-    pytest.fail("".join(told))
+def serve(home, *arguments):
+    """A node that is up; its log lies beside its home."""
+    log = home.with_name(f"{home.name}-{arguments[0]}.log")
+    process = start(*arguments, cwd=home.parent, output=log, HOME=str(home))
+    wait_for(lambda: " is up" in log.read_text(), process)
+    return process
 
 
 @pytest.mark.slow
 def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
     friend, stranger = tmp_path / "friend", tmp_path / "stranger"
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    head = started(friend, "head", "--port", str(port), "--name", "first")
-    try:
-        until_said(head, "first is up")
-        where = f"127.0.0.1:{port}"
-        second = started(friend, "join", where, "--name", "second", "--slots", "2")
-        until_said(second, "second is up")
-        told = started(friend, "nodes", "--cluster", where, "--json").communicate(timeout=60)[0]
+    port = free_port()
+    where = f"127.0.0.1:{port}"
+    head = serve(friend, "head", "--port", port, "--name", "first")
+    second = serve(friend, "join", where, "--name", "second", "--slots", 2)
 
-        assert {(node["name"], node["state"], node["slots"]) for node in json.loads(told)} == {
-            ("first", "alive", 1.0),
-            ("second", "alive", 2.0),
-        }
-        session = Path("/tmp/ray/session_latest").resolve()
-        assert stat.S_IMODE(session.stat().st_mode) == 0o700
-        if os.getuid() == 0:
-            found = tries(session, where, user="65534")
-            assert (found["logs"], found["cluster"]) == ("closed", "closed")
-        none = started(stranger, "join", where)
-        assert "there is no token" in none.communicate(timeout=60)[0] and none.returncode == 4
-        token_file(stranger / ".ray" / "auth_token", make=True)
-        wrong = started(stranger, "join", where, "--name", "third")
-        assert "refuses the token" in wrong.communicate(timeout=90)[0] and wrong.returncode == 4
-        second.send_signal(signal.SIGTERM)
-        assert second.wait(timeout=40) == 0
-    finally:
-        head.send_signal(signal.SIGTERM)
-        assert head.wait(timeout=40) == 0
-    for process in (head, second):
-        process.stdout.close()
-    time.sleep(0.5)
-    left = [path for path in Path("/proc").glob("[0-9]*/cmdline") if f":{port}" in _text(path)]
-    assert left == []
+    told = orchestrator("nodes", "--cluster", where, "--json", cwd=tmp_path, HOME=str(friend)).stdout
+    assert {(node["name"], node["state"], node["slots"]) for node in json.loads(told)} == {
+        ("first", "alive", 1.0),
+        ("second", "alive", 2.0),
+    }
+    session = Path("/tmp/ray/session_latest").resolve()
+    assert stat.S_IMODE(session.stat().st_mode) == 0o700
+    if os.getuid() == 0:
+        found = tries(session, where, user="65534")
+        assert (found["logs"], found["cluster"]) == ("closed", "closed")
+    none = orchestrator("join", where, cwd=tmp_path, HOME=str(stranger), check=4)
+    assert "there is no token" in none.output
+    token_file(stranger / ".ray" / "auth_token", make=True)
+    wrong = orchestrator("join", where, "--name", "third", cwd=tmp_path, HOME=str(stranger), check=4)
+    assert "refuses the token" in wrong.output
+    for process in (second, head):
+        process.send_signal(signal.SIGTERM)
+        assert outcome(process).returncode == 0
+    wait_for(lambda: not [path for path in Path("/proc").glob("[0-9]*/cmdline") if f":{port}" in _text(path)])
 
 
 def _text(path):

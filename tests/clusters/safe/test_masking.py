@@ -84,7 +84,7 @@ def test_a_log_is_masked_with_what_was_raised():
 def test_long_texts_take_no_long_time(text):
     import time
 
-    began = time.perf_counter()
+    began = time.process_time()
     masked(text)
 
-    assert time.perf_counter() - began < 10
+    assert time.process_time() - began < 10

@@ -40,12 +40,12 @@ BOMB = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
     ids=["bool", "object", "tag", "bomb", "deep", "loop", "cut", "NUL", "long"],
 )
 def test_yaml_that_hangs_or_lies_is_refused_in_seconds(text, word):
-    started = time.monotonic()
+    started = time.process_time()
 
     with pytest.raises(BadInput, match=word):
         load_yaml(text)
 
-    assert time.monotonic() - started < 10
+    assert time.process_time() - started < 10
 
 
 def test_yaml_reads_plain_values_and_small_aliases():

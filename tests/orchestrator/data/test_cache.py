@@ -15,6 +15,7 @@ from orchestrator.data.prepare import prepare_data
 from orchestrator.job import manifest
 from orchestrator.job.job_file import read_job
 from tests.conftest import rows, write_jsonl
+from tests.processes import PATIENCE_S
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -94,7 +95,7 @@ from orchestrator.job import manifest
 with manifest.temporary_folder(Path(sys.argv[1])) as folder:
     (folder / "samples.arrow").write_bytes(b"half")
     print(folder, flush=True)
-    time.sleep(60)
+    time.sleep(600)
 """
 
 
@@ -137,7 +138,7 @@ def test_processes_that_make_the_same_folders_at_once_all_succeed(tmp_path):
     command = [sys.executable, "-c", _PUBLISHER, str(tmp_path)]
 
     makers = [subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) for _ in range(3)]
-    errors = [maker.communicate(timeout=120)[1] for maker in makers]
+    errors = [maker.communicate(timeout=PATIENCE_S)[1] for maker in makers]
 
     assert errors == ["", "", ""]
     assert sorted(int(path.name) for path in tmp_path.iterdir() if path.name != ".lock") == list(range(30))
@@ -156,11 +157,11 @@ def test_the_same_rows_prepared_twice_at_once_give_the_same_samples(prepare, tmp
 
 def test_a_damaged_folder_is_not_read_twice_a_process_and_a_new_damage_is_seen(prepare):
     folder = Path(prepare()[0].files["train"])
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(200):
         Dataset.load(folder)
 
-    assert time.perf_counter() - began < 5
+    assert time.process_time() - began < 5
     flip(folder / "samples.arrow")
     with pytest.raises(DamagedCache):
         Dataset.load(folder)

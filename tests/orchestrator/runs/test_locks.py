@@ -70,7 +70,7 @@ def test_asking_whether_a_folder_is_held_never_makes_a_driver_fail(tmp_path):
 def test_a_holder_that_is_killed_holds_no_more(tmp_path):
     holder = python(
         "import sys, time; from pathlib import Path; from orchestrator.runs.locks import hold\n"
-        "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(60)",
+        "with hold(Path(sys.argv[1])): print('held', flush=True); time.sleep(600)",
         tmp_path,
     )
     holder.stdout.readline()
@@ -180,5 +180,5 @@ def test_states_are_read_while_a_driver_lives(tmp_path):
         began = time.monotonic()
         states = {RunFolder.find("here", tmp_path).state() for _ in range(20)}
 
-    assert states == {"running"} and time.monotonic() - began < 5
+    assert states == {"running"} and time.monotonic() - began < 30
     assert run.state() == "interrupted"

@@ -11,7 +11,7 @@ from orchestrator.training.parallel import Group
 from strategies.methods.shira import Shira
 from strategies.step.state import gather
 from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 METHOD = Shira(shira_r=4, calibration_rows=4)
 
@@ -69,7 +69,7 @@ def test_workers_train_the_same_entries_also_where_their_gradients_differ(model_
     alone = prepared(model_folder, method=METHOD)
     expected = losses(run(alone, data_folder, 3))
 
-    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
+    run_ranks(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert first[0] == second[0] == pytest.approx(expected, rel=0.02)

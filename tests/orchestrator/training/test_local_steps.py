@@ -17,7 +17,7 @@ from strategies.contract import TrainSettings, TrainSetup
 from strategies.step.state import gather, restore
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE
 from tests.orchestrator.training.test_uneven import joined
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 
 def bare(parameter):
@@ -67,7 +67,7 @@ def apart(rank, size, port, model_folder, data_folder, out):
 
 
 def test_workers_apart_come_together_and_learn(model_folder, data_folder, tmp_path):
-    spawned(apart, 2, str(model_folder), data_folder, str(tmp_path))
+    run_ranks(apart, 2, str(model_folder), data_folder, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     alone, _ = lonely(model_folder, data_folder, Group(), None)
 

@@ -18,7 +18,7 @@ from strategies.contract import Techniques, TrainSettings
 from strategies.step import document_attention
 from strategies.step.state import gather
 from strategies.techniques import checkpointing
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 SCHEDULE = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
@@ -110,7 +110,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
 
 def test_two_workers_are_one(reference, model_folder, data_folder, tmp_path):
 
-    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
+    run_ranks(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     close(results[0], reference)

@@ -19,7 +19,7 @@ from strategies.lsp_offload.method import LspOffload
 from strategies.step import document_attention
 from strategies.step.state import gather
 from strategies.techniques import checkpointing
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)
 PACKED = Techniques("float32", "document", True, False, 8, 64)
@@ -253,7 +253,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
 def test_two_workers_are_one_and_send_images(model_folder, data_folder, tmp_path):
     alone = losses(run(prepared(model_folder), data_folder, 3))
 
-    spawned(worker, 2, str(model_folder), data_folder, str(tmp_path))
+    run_ranks(worker, 2, str(model_folder), data_folder, str(tmp_path))
 
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
     assert results[0][0] == results[1][0] == pytest.approx(alone, rel=1e-4)

@@ -18,7 +18,7 @@ from strategies.contract import Techniques, TrainSettings
 from strategies.step import document_attention
 from strategies.techniques import checkpointing
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE, close, run
-from tests.processes import spawned
+from tests.processes import run_ranks
 
 PACKED = Techniques("float32", "document", True, False, 4, 64)
 CHECKPOINTED = Techniques("float32", "sdpa", False, True, 2, 64)
@@ -42,7 +42,7 @@ def member(rank, size, port, model_folder, data_folder, out, shares):
 def test_any_split_over_unlike_workers_gives_the_gradients_of_one(
     reference, model_folder, data_folder, tmp_path, shares
 ):
-    spawned(member, 3, str(model_folder), data_folder, str(tmp_path), shares)
+    run_ranks(member, 3, str(model_folder), data_folder, str(tmp_path), shares)
 
     results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(3)]
     for result in results:
@@ -73,7 +73,7 @@ def overlapping(rank, size, port, out):
 
 
 def test_gradients_leave_during_the_last_backward_pass_and_a_worker_without_work_takes_part(tmp_path):
-    spawned(overlapping, 3, str(tmp_path))
+    run_ranks(overlapping, 3, str(tmp_path))
     torch.manual_seed(0)
     model = torch.nn.Sequential(*(torch.nn.Linear(10, 10) for _ in range(6)))
     for rank in range(2):
@@ -109,7 +109,7 @@ def half_sums(rank, size, port, out):
 
 
 def test_half_the_bytes_cost_half_the_digits(tmp_path):
-    spawned(half_sums, 2, str(tmp_path))
+    run_ranks(half_sums, 2, str(tmp_path))
     torch.manual_seed(0)
     first = torch.randn(1000)
     torch.manual_seed(1)
