@@ -15,7 +15,8 @@ from tests.house import ROOT
 
 GUIDES = sorted((ROOT / "orchestrator/guides").glob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
-ALL = [*READMES, *GUIDES, ROOT / "k8s/README.md", ROOT / "CHANGELOG.md"]
+OTHERS = ("k8s/README.md", "CHANGELOG.md", "orchestrator/LOG.md", "orchestrator/DECISIONS.md")
+ALL = [*READMES, *GUIDES, *(ROOT / name for name in OTHERS)]
 SUBJECTS = ("planning", "search", "cluster", "kubernetes", "methods", "adapter-bank", "reports-and-cost")
 SUBJECTS += ("data-formats", "troubleshooting", "architecture", "job-file")
 # Placeholders, and what appears in a user's folders and nowhere in this project.
