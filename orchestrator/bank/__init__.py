@@ -1,9 +1,11 @@
 """Adapters of finished runs: kept, adapted to new data, merged, continued, evaluated.
 
-library            start here: between runs and the bank
-adapt              `adapt`
-adapter_trial      a base model on which adapters are tried, one after the other, by their loss on labelled rows
-continue_training  training on from what the bank made, and how many steps that saves
-evaluate           how good a bank is at tasks it has not seen
-merge              `bank merge`
+library            start here: adapters of runs and folders into the bank
+hooks              what a run does with the bank: look for adapters before it plans, add its own at its end
+build              `bank build`: an adapter for each data set of a folder
+adapt              `adapt`: an adapter for a job's data out of the bank, judged on labelled rows
+adapter_trial      a base model and the loss of adapters on it, one after the other
+continue_training  `adapt --then-train`: a warm start from what the bank made, and the steps that saves
+evaluate           `bank evaluate`: how good a bank is at tasks it has not seen
+merge              `bank merge`: several adapters as one
 """

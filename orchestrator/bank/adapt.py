@@ -19,7 +19,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.search import BankSection
-from orchestrator.lifecycle.run import output_dir
+from orchestrator.lifecycle.prepare import output_dir
 from orchestrator.planning import planner
 from strategies.adapter_bank import coefficients as shares
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base

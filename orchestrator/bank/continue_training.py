@@ -6,10 +6,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from orchestrator.bank.library import Quiet
+from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job, parse_job, text_with
 from orchestrator.job.sections.methods import METHOD_SECTIONS
+from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.lifecycle.run import submit
 from orchestrator.runs.run_folder import RunFolder
 
@@ -32,11 +33,12 @@ def then_train(
     fresh = None
     if against == "fresh":
         say("training afresh, to compare ...")
-        fresh = submit(_with(job, goes_on), Quiet())
+        fresh = submit(_with(job, goes_on), Quiet(), bank=BANK_HOOKS)
     elif against:
         fresh = RunFolder.find(against, runs)
     say("training on from the bank's adapter ...")
-    run = submit(_with(job, {**goes_on, "method.init_adapter": str(Path(found["path"]) / "adapter")}), Quiet())
+    start = {"method.init_adapter": str(Path(found["path"]) / "adapter")}
+    run = submit(_with(job, goes_on | start), Quiet(), bank=BANK_HOOKS)
     told: dict[str, Any] = {"run_id": run.run_id, "path": str(run.path), "eval_loss": _evaluations(run)}
     if fresh is None:
         return told

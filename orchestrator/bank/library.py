@@ -12,14 +12,13 @@ from typing import Any
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput
 from orchestrator.data.readers.sources import digest_of
-from orchestrator.errors import ClusterError, JobError, OrchestratorError, Stopped
+from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job
-from orchestrator.planning.plan import InBank, Plan
 from orchestrator.runs.condition import require_finished
 from orchestrator.runs.run_folder import RunFolder
-from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.adapter import Adapter, fits_base
+from strategies.adapter_bank.card import Card
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.folders import base_digest
 from strategies.adapter_bank.store import Bank
@@ -51,22 +50,6 @@ def bank_of(job: Job, create: bool = False) -> Bank:
 def train_digest(job: Job) -> str | None:
     """Of the bytes of the training files, as they are now."""
     return digest_of(job, job.spec.data.train, "data.train")
-
-
-def in_bank(job: Job) -> tuple[InBank, ...]:
-    """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model.
-
-    Their bytes are not read again: the plan names them, and whoever uses one checks it.
-    """
-    folder, own = model_files.local_folder(job.spec.model.model_name_or_path, job.folder), train_digest(job)
-    if folder is None or own is None:
-        return ()
-    try:
-        bank = bank_of(job)
-        cards = bank.of_data(base_digest(folder), own)
-    except BankError:  # a model without weights here, no bank there
-        return ()
-    return tuple(InBank(card.name, str(bank.folder(card.digest)), card.held_out_loss) for card in cards)
 
 
 def evidence_of(data: Any, base: Base) -> Evidence:
@@ -136,65 +119,6 @@ def add_folder(
     name = name or bank.name_of(folder) or folder.name
     card = Card(name=name, base_name=asked, base_digest=base.digest, licence=licence)
     return bank.add(folder, card, evidence)
-
-
-def build(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[Card]:
-    """An adapter in the bank for each FOLDER/NAME that holds train.jsonl; those that are done are passed over.
-
-    One that fails does not stop the others.  Raises JobError for a folder without data sets, and in the end where some
-    failed.
-    """
-    from orchestrator.lifecycle.run import submit
-
-    found = sorted(one for one in folder.glob("*/") if (one / "train.jsonl").is_file()) if folder.is_dir() else []
-    if not found:
-        raise JobError(f"{folder} holds no NAME/train.jsonl; each data set is a folder of its own")
-    cards, failed = [], []
-    for number, one in enumerate(found, 1):
-        held_out = f"data.eval={json.dumps(str((one / 'eval.jsonl').absolute()))}"
-        job = job_with(
-            [
-                f"data.train={json.dumps(str((one / 'train.jsonl').absolute()))}",
-                *([held_out] if (one / "eval.jsonl").is_file() else []),
-                f"name={json.dumps(one.name)}",
-            ]
-        )
-        say(f"{number}/{len(found)} {one.name}")
-        try:
-            run = submit(job, Quiet(), f"bank-{one.name}")
-            cards.append(card := add_run(bank_of(job, create=True), run, one.name))
-            if told := card.losses_told:
-                say(f"{one.name}: held-out loss {told}")
-        except (Stopped, ClusterError):
-            raise
-        except (OrchestratorError, BankError, Unusable) as error:
-            failed.append(one.name)
-            say(f"{one.name}: {error}")
-    if failed:
-        raise JobError(f"{len(failed)} of {len(found)} failed ({', '.join(failed)}); the same command tries them again")
-    return cards
-
-
-class Quiet:
-    """A watcher who looks away."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
-        pass
-
-    def event(self, event: dict[str, Any]) -> None:
-        pass
-
-
-def add_when_asked(run: RunFolder, job: Job) -> str:
-    """What `bank.add` asks for at the end of a run, and what came of it.  Raises JobError where it cannot be."""
-    try:
-        card = add_run(bank_of(job, create=True), run)
-    except (OrchestratorError, BankError, Unusable, OSError) as error:
-        raise JobError(f"bank.add: {error}") from error
-    return f"bank.add: {card.name} is in {job.spec.bank.path}"
 
 
 def _tokenised(model: str, data: Path) -> Any:

@@ -243,7 +243,7 @@ def build(
 
     Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
     """
-    from orchestrator.bank.library import build as build_bank
+    from orchestrator.bank.build import build_bank
 
     folder = resolve_path(folder, "bank build", kind="folder")
     cards = build_bank(folder, lambda overrides: load_job(job, [*set_, *overrides]), say)

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from clusters.safe.reading import name_mistake
+from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import remote
 from orchestrator.cli.options import (
     HardwareOption,
@@ -142,14 +143,14 @@ def inspect(
 
     Example: orchestrator inspect quickstart --rows 2
     """
-    from orchestrator.lifecycle.inspect_data import view
-    from orchestrator.lifecycle.run import look_at_data
+    from orchestrator.lifecycle.inspect_data import inspect_data
+    from orchestrator.views.samples import samples_view
 
-    seen = look_at_data(load_job(job, set_), row, rows)
+    seen = inspect_data(load_job(job, set_), row, rows)
     if json_:
         print_json(seen)
     else:
-        out.print(view(seen, out.is_terminal and not out.no_color), soft_wrap=not out.is_terminal)
+        out.print(samples_view(seen, out.is_terminal and not out.no_color), soft_wrap=not out.is_terminal)
 
 
 @verbs.command()
@@ -175,15 +176,15 @@ def plan(
     """
     from orchestrator.data.counts import check_line
     from orchestrator.lifecycle.machines import declared
-    from orchestrator.lifecycle.run import plan_without_data, prepare
+    from orchestrator.lifecycle.prepare import plan_without_data, prepare
     from orchestrator.views.plan import plan_view
 
     loaded = load_job(job, set_)
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(loaded, say, cluster, refresh)
+        ready = prepare(loaded, say, cluster, refresh, BANK_HOOKS)
     else:
-        ready = plan_without_data(loaded, cluster, say, refresh)
+        ready = plan_without_data(loaded, cluster, say, refresh, BANK_HOOKS)
     checks: dict[str, Any] = {}
     if trace:
         from orchestrator.lifecycle.trace_check import trace_plan
@@ -262,7 +263,7 @@ def submit(
     overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
     with watch_run(json_) as watcher:
         try:
-            run = run_job(load_job(job, overrides), watcher, run_id)
+            run = run_job(load_job(job, overrides), watcher, run_id, BANK_HOOKS)
         except Stopped as stopped:
             if not supervised:
                 raise

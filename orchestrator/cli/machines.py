@@ -52,10 +52,10 @@ def probe(
               orchestrator probe --cluster head:6379 --refresh
               orchestrator probe --hardware home-lab
     """
-    from orchestrator.lifecycle.machines import declared, reached
+    from orchestrator.lifecycle import machines
     from orchestrator.views.machines import machines_view
 
-    found = declared(hardware) if hardware else reached(cluster, say, refresh)
+    found = machines.declared(hardware) if hardware else machines.probe(cluster, say, refresh)
     if json_:
         print_json(found.as_dict())
     else:
@@ -79,11 +79,11 @@ def techniques(
               orchestrator techniques job.yaml --hardware home-lab
               orchestrator techniques --measure
     """
-    from orchestrator.lifecycle.machines import declared, reached
+    from orchestrator.lifecycle import machines
     from orchestrator.lifecycle.technique_report import catalogue, catalogue_view, measured_view
 
     loaded = load_job(job, set_) if job else None  # before anything is measured
-    cluster = declared(hardware) if hardware else reached("local", say, refresh)
+    cluster = machines.declared(hardware) if hardware else machines.probe("local", say, refresh)
     rows = catalogue(cluster, loaded, measure, say)
     if json_:
         print_json(rows)

@@ -12,22 +12,11 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from clusters.units import format_bytes
 from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
+from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.plan import plan_view
 from orchestrator.views.screen import Screen, out
-
-
-class Quiet:
-    """Prints nothing; errors still come as exceptions."""
-
-    def say(self, text: str) -> None: ...
-
-    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None: ...
-
-    def event(self, event: dict[str, Any]) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class Lines(Quiet):
@@ -108,7 +97,8 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
     try:
         yield watcher
     finally:
-        watcher.close()
+        if isinstance(watcher, Live):
+            watcher.close()
         Screen.outlives_reader = False
 
 

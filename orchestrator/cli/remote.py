@@ -33,7 +33,7 @@ def is_closed(run: RunFolder) -> bool:
 
 def submit(job: Job, target: Target, file: Path | None, detach: bool, as_json: bool) -> None:
     """Send a job and wait until it ends, unless detached; with a file write its RayJob there instead."""
-    from orchestrator.lifecycle.run import output_dir
+    from orchestrator.lifecycle.prepare import output_dir
     from orchestrator.remote import kube_submit
 
     if file and target.is_kuberay:

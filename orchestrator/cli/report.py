@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import search
 from orchestrator.cli.options import (
     HardwareOption,
@@ -70,7 +71,7 @@ def bench(
     output = resolve_path(output, "--output", kind="new file") if output else None
     if what is None:
         raise JobError("bench: nothing to measure; give a job file, a recipe, or a run with --generate")
-    from orchestrator.lifecycle.run import prepare
+    from orchestrator.lifecycle.prepare import prepare
     from orchestrator.training.workers import bench as benchmarks
 
     if generate:
@@ -80,7 +81,8 @@ def bench(
     else:
         loaded = load_job(what, ["cluster.num_workers=1", *set_])
         bus_bytes_per_s = bus * 1e9 if bus else None
-        result = benchmarks.bench_training(loaded, prepare(loaded, say), steps, say, timeline, bus_bytes_per_s)
+        ready = prepare(loaded, say, bank=BANK_HOOKS)
+        result = benchmarks.bench_training(loaded, ready, steps, say, timeline, bus_bytes_per_s)
     _print_bench(result, benchmarks.save(result, runs, output), json_)
 
 
@@ -165,11 +167,11 @@ def tco(
     from rich.table import Table
 
     from orchestrator.lifecycle.machines import declared
-    from orchestrator.lifecycle.run import plan_without_data
+    from orchestrator.lifecycle.prepare import plan_without_data
     from orchestrator.report.costs import tco_of_job
 
     loaded = load_job(job, set_)
-    ready = plan_without_data(loaded, declared(hardware) if hardware else None, say)
+    ready = plan_without_data(loaded, declared(hardware) if hardware else None, say, bank=BANK_HOOKS)
     costs, shown = tco_of_job(loaded, ready, against, lang)
     if json_:
         print_json(

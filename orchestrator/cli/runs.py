@@ -160,6 +160,7 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
 
     Example: orchestrator resume latest
     """
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.cli.progress import watch_run
     from orchestrator.lifecycle.run import is_complete
     from orchestrator.lifecycle.run import resume as resume_run
@@ -176,7 +177,7 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
         _complete_mirror(found)
         raise JobError(f"{found.run_id} is finished; there is nothing to resume")
     with watch_run(json_) as watcher:
-        resume_run(found, watcher)
+        resume_run(found, watcher, bank=BANK_HOOKS)
     print_result(found, json_)
 
 
@@ -191,7 +192,7 @@ def evaluate(
 
     Example: orchestrator evaluate latest --data hard_cases.jsonl
     """
-    from orchestrator.lifecycle.run import held_out_of
+    from orchestrator.lifecycle.prepare import held_out_of
     from orchestrator.views.result import scores_view
 
     found = RunFolder.find(run, runs)

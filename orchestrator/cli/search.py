@@ -8,6 +8,7 @@ from typing import Annotated
 
 import typer
 
+from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli.options import (
     JobArgument,
     JsonOption,
@@ -69,10 +70,10 @@ def search(
 def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> None:
     from orchestrator.search.run import search as run
     from orchestrator.search.study import read_study
-    from orchestrator.views.search import Watching
+    from orchestrator.views.search import SearchWatcher
 
     named = None if study is None else lambda job: read_study(study, job.spec, lengths)
-    folder = run(job, Watching(err if as_json else out), named)
+    folder = run(job, SearchWatcher(err if as_json else out), named, BANK_HOOKS)
     _conclude(folder)
     show(folder, as_json)
 
@@ -90,7 +91,7 @@ def find(name: str, runs: Path) -> SearchFolder | None:
 def resume(folder: SearchFolder, as_json: bool) -> None:
     """Resume a search."""
     from orchestrator.search.run import resume as resume_search
-    from orchestrator.views.search import Watching
+    from orchestrator.views.search import SearchWatcher
 
     if folder.state() == "finished":
         if not folder.differences():
@@ -98,7 +99,7 @@ def resume(folder: SearchFolder, as_json: bool) -> None:
         with folder.lock():
             folder.restore(say)
         return
-    resume_search(folder, Watching(err if as_json else out))
+    resume_search(folder, SearchWatcher(err if as_json else out))
     _conclude(folder)
     show(folder, as_json)
 
@@ -156,7 +157,7 @@ def _predict(job: Job, as_json: bool) -> None:
     from orchestrator.search.run import predict
     from orchestrator.views.search import advised_text
 
-    space, advised = predict(job, say)
+    space, advised = predict(job, say, BANK_HOOKS)
     if as_json:
         print_json(told(space, advised))
     else:

@@ -1,14 +1,17 @@
 """How a job lives: prepared, run, recovered, finished; and what can be asked before it starts.
 
 run               start here: the whole path of a job in one file
-baseline_helper   the machine that a plan leaves out, at work beside the others
-calibration       predicted against measured, over finished runs -> better predictions for the same device and numbe
-finish            the end of a run
-inspect_data      rows as the model will see them, and what packing makes of them
-machines          where a plan's machines come from
+prepare           everything that can fail before a run starts: its model, data, machines and plan
+hooks             what the caller of a run hands in: who watches it, and what it does with a bank
+background        a call in a thread of its own, watched by the main thread
 recovery          what happens when machines are lost, return or join
-technique_report  every technique on every device
-trace_check       `plan --trace`
+baseline_helper   evaluates the base model on an idle node while the others train
+finish            the end of a run: model card, bank, MLflow
+verify            what a run may rely on when it is resumed
+machines          where a plan's machines come from: a probe, a Ray cluster, a hardware file
+calibration       measured over predicted step times of finished runs -> better predictions
 validate          a job checked without starting it
-verify            what a run may rely on when it goes on
+inspect_data      rows as the model will see them, and what packing makes of them
+trace_check       `plan --trace`: the predicted memory against the model code on fake tensors
+technique_report  every technique judged on every device
 """

@@ -11,7 +11,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 
 
-class Aside:
+class BaselineHelper:
     """Started once a run; whatever becomes of it, training goes on."""
 
     def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
@@ -30,7 +30,7 @@ class Aside:
         num_gpus = int(plan.helper.torch_device != "cpu" and gpu_reservation.offers_gpus(node_id))
         self._call: Any = CallOn(node_id, measure, str(run.path), num_gpus=num_gpus)
 
-    def hear(self) -> None:
+    def poll(self) -> None:
         """Tell, once, what came of it."""
         if self._call is None or not self._call.has_ended():
             return

@@ -14,6 +14,7 @@ from typing import Any
 
 from orchestrator.errors import JobError, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job
+from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.runs import record
 from orchestrator.runs.model_card import write_card
 from orchestrator.runs.run_folder import RunFolder
@@ -27,7 +28,7 @@ class Step:
 
     name: str
     target: Callable[[Job], str | None]  # where to; None where the job does not ask for it
-    do: Callable[[RunFolder, Job], dict[str, Any]]
+    do: Callable[[RunFolder, Job], dict[str, Any]] | None  # None where the caller handed in no way to do it
 
 
 def _card(run: RunFolder, job: Job) -> dict[str, Any]:
@@ -38,12 +39,6 @@ def _card(run: RunFolder, job: Job) -> dict[str, Any]:
     return {}
 
 
-def _bank(run: RunFolder, job: Job) -> dict[str, Any]:
-    from orchestrator.bank.library import add_when_asked
-
-    return {"event": "note", "text": add_when_asked(run, job)}
-
-
 def _mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
     from orchestrator.runs.mirror.tracking import complete
 
@@ -51,28 +46,38 @@ def _mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
     return {"event": "tracking", "ok": True, "text": address} if address else {}
 
 
-STEPS = (
-    Step("card", lambda job: "", _card),
-    Step("bank", lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None, _bank),
-    Step("tracking", lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None, _mlflow),
-)
+def _steps(bank: BankHooks) -> tuple[Step, ...]:
+    add = bank.add
+    return (
+        Step("card", lambda job: "", _card),
+        Step(
+            "bank",
+            lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None,
+            None if add is None else lambda run, job: {"event": "note", "text": add(run, job)},
+        ),
+        Step(
+            "tracking", lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None, _mlflow
+        ),
+    )
 
 
-def pending(run: RunFolder, job: Job) -> list[Step]:
+def pending(run: RunFolder, job: Job, bank: BankHooks = NO_BANK) -> list[Step]:
     """The steps that are still to be done; of a run of an earlier version, which kept no record, none is known."""
     if record.read(run.path) is None:
         return []
     done = _done(run)
-    wanted = [(step, step.target(job)) for step in STEPS]
+    wanted = [(step, step.target(job)) for step in _steps(bank)]
     return [step for step, target in wanted if target is not None and done.get(step.name) != _mark(run, target)]
 
 
-def finish(run: RunFolder, job: Job, hear: Callable[[dict[str, Any]], None]) -> None:
-    """Do what is pending and tell `hear` what came of each as an event; who calls it holds the run.
+def finish(run: RunFolder, job: Job, report: Callable[[dict[str, Any]], None], bank: BankHooks = NO_BANK) -> None:
+    """Do what is pending and report what came of each as an event; the caller holds the run.
 
-    What fails is said and stays pending: a finished run is not lost for a bank or a server.
+    What fails is reported and stays pending: a finished run is not lost for a bank or a server.
     """
-    for step in pending(run, job):
+    for step in pending(run, job, bank):
+        if step.do is None:
+            continue
         try:
             event = step.do(run, job)
         except OrchestratorError as error:
@@ -83,7 +88,7 @@ def finish(run: RunFolder, job: Job, hear: Callable[[dict[str, Any]], None]) -> 
             run.write(_FILE, json.dumps({**_done(run), step.name: _mark(run, target or "")}, indent=1))
         if event:
             run.record(**event)
-            hear(event)
+            report(event)
 
 
 def _done(run: RunFolder) -> dict[str, Any]:

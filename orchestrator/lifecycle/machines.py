@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from clusters.ray.connect import CannotConnect
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.job.paths import resolve_path
+from orchestrator.planning.plan import Plan
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "hardware"
 
@@ -29,14 +31,14 @@ def declared(file: Path) -> ClusterCapability:
         raise JobError([f"--hardware {file}: {mistake}" for mistake in error.mistakes]) from None
 
 
-def reached(
+def probe(
     address: str, say: Callable[[str], None], refresh: bool = False, num_slots: int | None = None
 ) -> ClusterCapability:
     """What the machines behind an address can do, measured or remembered; first `num_slots` slots are waited for.
 
     A node whose probe fails is said and left out.  Raises ClusterError where nothing can be reached.
     """
-    try:
+    with cluster_errors():
         if address == "local":
             from clusters.probe.node import probe_node
 
@@ -45,8 +47,6 @@ def reached(
             from clusters.ray.probe import probe_cluster
 
             found = probe_cluster(address, refresh, num_slots=num_slots or 0)
-    except CannotConnect as error:
-        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
     nodes = tuple(replace(node, devices=tuple(_known(device) for device in node.devices)) for node in found.nodes)
     found = replace(found, nodes=nodes)
     for note in notes(found):
@@ -54,6 +54,22 @@ def reached(
     if not found.nodes:
         raise ClusterError(f"no node of {address} could be looked at")
     return found
+
+
+@contextlib.contextmanager
+def cluster_errors() -> Iterator[None]:
+    """A cluster that cannot be connected to, as a ClusterError."""
+    try:
+        yield
+    except CannotConnect as error:
+        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+def planned_gpus(plan: Plan, capability: ClusterCapability) -> list[DeviceCapability]:
+    """The GPUs of a single machine that a plan trains on."""
+    named = {part.uuid for part in plan.nodes if part.torch_device != "cpu"}
+    gpus = [gpu for node in capability.nodes for gpu in node.gpus]
+    return [gpu for gpu in gpus if gpu.uuid in named] if named - {None} else gpus[: len(plan.nodes) * bool(named)]
 
 
 def notes(cluster: ClusterCapability) -> list[str]:

@@ -12,12 +12,18 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import HardwareChanged, NothingFits, RunFailed
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
+from orchestrator.lifecycle import machines
+from orchestrator.lifecycle.hooks import BankHooks
+from orchestrator.lifecycle.prepare import plan_job, sizes_of
+from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 
@@ -106,21 +112,19 @@ class Recovery:
         gone = planned - {gpu.uuid for gpu in look_at_gpus()[0]} if planned else set()
         if not gone:
             return self.plan
-        from orchestrator.lifecycle import machines
-
         began = time.monotonic()
         self.say(f"{', '.join(sorted(gone))}, which the plan is for, is no longer in this machine: planning again")
-        self.capability = machines.reached("local", self.say)
+        self.capability = machines.probe("local", self.say)
         return self._go_on_with(self._planned_on(self.capability), began)
 
-    def hold_cards(self, until_the_end: contextlib.ExitStack) -> bool:
+    def lock_gpus(self, stack: contextlib.ExitStack) -> bool:
         """Hold the plan's GPUs of this machine, or others as good, against other jobs of this user; False when asked to
         stop meanwhile."""
         from orchestrator.training.workers.gpu_locks import own_cards
 
         self.on_this_machine()
         is_over = self.run.stop_file.exists
-        held = until_the_end.enter_context(own_cards(self.plan, self.capability, self.say, is_over))
+        held = stack.enter_context(own_cards(self.plan, self.capability, self.say, is_over))
         if held is None:
             self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
             return False
@@ -323,6 +327,18 @@ def _with_less_memory(node: NodeCapability) -> NodeCapability:
         for device in node.devices
     )
     return replace(node, devices=devices)
+
+
+def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: ClusterCapability) -> Plan:
+    """The run's plan for other machines: the same method and steps, divided among others."""
+    from orchestrator.job.sections.methods import METHOD_SECTIONS
+    from orchestrator.training.model.loading import load_data
+
+    config = model_files.read_config(Path(run.data()["model"]))
+    num_slots = len(planner.slots_of(job.spec, cluster))
+    fixed = fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], num_slots)
+    again, _ = plan_job(fixed, config, workload.model_shape(config), cluster, sizes_of(*load_data(run)), bank)
+    return keep_numbers(first, again)
 
 
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:

@@ -57,7 +57,7 @@ def render(job: Job, target: Target, file: Path, say: Say) -> None:
 
 def make_objects(job: Job, name: str, target: Target, client: Any, say: Say) -> kube_objects.Objects:
     """Plan and render.  Without a client the target names the node classes or a RayCluster."""
-    from orchestrator.lifecycle.run import plan_without_data
+    from orchestrator.lifecycle.prepare import plan_without_data
 
     namespace = client.namespace if client else parse_kuberay(target.address)[1] or "default"
     if target.attach:

@@ -12,7 +12,7 @@ from orchestrator.data.prepare import datasets
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.lifecycle.machines import declared
-from orchestrator.lifecycle.run import Ready
+from orchestrator.lifecycle.prepare import Ready
 from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.planner import make_plan

@@ -18,12 +18,11 @@ from clusters.capability import ClusterCapability, DeviceCapability, NodeCapabil
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import spec_with
 from orchestrator.job.spec import JobSpec
+from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner, workload
-from orchestrator.planning.evaluation import HeldOut
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, key_of
-from strategies.shape import ModelShape
 
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are
 # off by 13 % on average (LOG.md), and two of them are compared.
@@ -42,21 +41,6 @@ _LAYOUT = frozenset(
         "strategy.mode",
     }
 )
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What planning needs to know of some data: tokens of each sample, all supervised ones, the held-out part."""
-
-    lengths: Sequence[int]
-    num_supervised: int
-    held_out: HeldOut | None
-
-    def cut(self, max_length: int) -> Sizes:
-        """The same samples at no more than `max_length` tokens; what is supervised shrinks in proportion."""
-        lengths = [min(length, max_length) for length in self.lengths]
-        kept = sum(lengths) / sum(self.lengths)
-        return replace(self, lengths=lengths, num_supervised=max(1, round(kept * self.num_supervised)))
 
 
 @dataclass(frozen=True)
@@ -111,13 +95,13 @@ class Planning:
         self,
         spec: JobSpec,
         config: dict[str, Any],
-        shape: ModelShape,
         capability: ClusterCapability,
         whole: Sizes,
         sample: Sizes,
         global_batch_size: int,
     ) -> None:
-        self.spec, self.config, self.shape, self.capability = spec, config, shape, capability
+        self.spec, self.config, self.capability = spec, config, capability
+        self.shape = workload.model_shape(config)
         self.whole, self.sample, self.global_batch_size = whole, sample, global_batch_size
         self._works: dict[Any, Any] = {}
         self._real: dict[str, Plan] = {}  # each trial is looked at again after every other one

@@ -11,12 +11,11 @@ from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job, spec_with
-from orchestrator.lifecycle.run import Ready, counts_of, prepare
-from orchestrator.planning import workload
+from orchestrator.lifecycle.prepare import Ready, prepare, sizes_of
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space
 from orchestrator.runs.search_folder import SearchFolder
-from orchestrator.search.advice import Advised, Planning, Sizes
+from orchestrator.search.advice import Advised, Planning
 from orchestrator.search.subset import representative
 
 _SET_UP_S = 3.0  # of a trial beside its steps: loading the model
@@ -32,11 +31,9 @@ def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, 
     longest = files[max(files, key=int)]
     data, held_out = datasets(longest)
     config = model_files.read_config(Path(longest["model"]))
-    whole = Sizes(data.lengths.tolist(), int(data.num_supervised.sum()), counts_of(held_out))
-    rows = data.select(longest["train_rows"])
     held = held_out.select(longest["eval_rows"]) if held_out is not None else None
-    sample = Sizes(rows.lengths.tolist(), int(rows.num_supervised.sum()), counts_of(held))
-    return Planning(job.spec, config, workload.model_shape(config), capability, whole, sample, global_batch_size)
+    sample = sizes_of(data.select(longest["train_rows"]), held)
+    return Planning(job.spec, config, capability, sizes_of(data, held_out), sample, global_batch_size)
 
 
 def nodes_of(spec: Any, capability: ClusterCapability, base: Plan) -> list[NodeCapability]:

@@ -12,13 +12,16 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from typing import Protocol
 
 from clusters.capability import NodeCapability
-from clusters.ray.connect import CannotConnect, connect
-from orchestrator.errors import ClusterError, JobError, NothingFits, OrchestratorError, RunFailed
+from clusters.ray.connect import connect
+from orchestrator.errors import JobError, NothingFits, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job, value_of
-from orchestrator.lifecycle import calibration
-from orchestrator.lifecycle.run import InBackground, Ready, output_dir, prepare
+from orchestrator.lifecycle import calibration, machines
+from orchestrator.lifecycle.background import run_in_background
+from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
+from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
 from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, canonical, space_of
@@ -29,10 +32,21 @@ from orchestrator.search.prepare import check_budget, files_of, nodes_of, planni
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampler import Sampler
 from orchestrator.training.workers.gpu_locks import one_each
-from orchestrator.views.search import Watching, advised_text, common
 from strategies.step import host_memory, thread_waits
 
-_POLL_S = 0.2
+
+class Watcher(Protocol):
+    """Shows the progress of a search: a terminal, a log."""
+
+    def say(self, text: str) -> None: ...
+
+    def advised(self, space: Space, advised: Advised) -> None:
+        """Every combination was planned."""
+        ...
+
+    def ended(self, trial: Trial, done: Sequence[Trial], progress: str) -> None:
+        """A trial ended; `done` are all that did."""
+        ...
 
 
 @dataclass
@@ -44,7 +58,7 @@ class _Search:
     planning: Planning
     space: Space
     nodes: Sequence[NodeCapability]
-    watching: Watching
+    watcher: Watcher
     sampler: Sampler | None
     named: list[tuple[str, Point]]  # a study's list, in place of a sampler
     stopped: bool = False
@@ -121,12 +135,25 @@ class _Search:
         now = time.monotonic()
         return (sum(t.seconds for t in self.done) + sum(now - began for _, _, began in self.running.values())) / 3600
 
+    def poll(self) -> None:
+        """Notice the verb `stop`."""
+        self.stopped = self.stopped or self.folder.stop_file.exists()
+
+    def interrupt(self) -> None:
+        """The first Ctrl-C stops with the next report of a trial, the second kills.  Raises RunFailed."""
+        if self.stopped:
+            raise RunFailed(
+                f"killed. `orchestrator resume {self.folder.run_id}` continues with the trials that are left"
+            ) from None
+        self.stopped = True
+        self.watcher.say("stopping with the next report of a trial (Ctrl-C again kills)")
+
     def _ended(self, trial: Trial) -> None:
         self.running.pop(trial.number, None)
         self.done.append(trial)
         self.folder.add(trial)
         self._learn(trial)
-        self.watching.ended(trial, common([t for t in self.done if not t.name]), self._progress())
+        self.watcher.ended(trial, self.done, self._progress())
 
     def _learn(self, trial: Trial) -> None:
         if self.sampler is None:
@@ -165,23 +192,24 @@ class _Search:
 
 def search(
     job: Job,
-    watching: Watching,
+    watcher: Watcher,
     study: Callable[[Job], list[tuple[str, Point]]] | None = None,
+    bank: BankHooks = NO_BANK,
 ) -> SearchFolder:
     """Search for the best combination within the job's budget.  Raises OrchestratorError.
 
     `study` gives a list to go through instead.  What cannot be is said before anything is written.
     """
-    asked, job = job, with_held_out_rows(job, watching.say)
-    ready = prepare(job, watching.say)
+    asked, job = job, with_held_out_rows(job, watcher.say)
+    ready = prepare(job, watcher.say, bank=bank)
     named = study(job) if study else []
     # As they are known now: they stay so for the whole search.
     capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
     space = Space({}) if study else space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
-    files = files_of(job, ready, space, named, watching.say)
+    files = files_of(job, ready, space, named, watcher.say)
     planning = planning_of(job, files, capability, _batch(ready))
     nodes = nodes_of(job.spec, capability, ready.plan)
-    advised = None if study else _advised(planning, space, nodes, watching.say)
+    advised = None if study else _advised(planning, space, nodes, watcher)
     texts = {
         "origin.json": json.dumps({"folder": str(job.folder)}),
         "capability.json": json.dumps(capability.as_dict(), indent=1),
@@ -194,31 +222,31 @@ def search(
     }
     with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:
         folder.begin(texts)
-        return _go_on(_Search(folder, job, planning, space, nodes, watching, _sampler(planning, space, advised), named))
+        return _go_on(_Search(folder, job, planning, space, nodes, watcher, _sampler(planning, space, advised), named))
 
 
 def _batch(ready: Ready) -> int:
     return ready.plan.global_batch_size
 
 
-def predict(job: Job, say: Callable[[str], None]) -> tuple[Space, Advised]:
+def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> tuple[Space, Advised]:
     """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
     job = with_held_out_rows(job, say)
-    ready = prepare(job, say)
+    ready = prepare(job, say, bank=bank)
     capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
     space = space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
     files = files_of(job, ready, space, [], say)
     return space, advise(planning_of(job, files, capability, _batch(ready)), space)
 
 
-def resume(folder: SearchFolder, watching: Watching) -> SearchFolder:
+def resume(folder: SearchFolder, watcher: Watcher) -> SearchFolder:
     """Go on with a search that was stopped or killed, with what its trials taught."""
     with folder.lock():
-        folder.restore(watching.say)
-        return _go_on(_as_left(folder, watching))
+        folder.restore(watcher.say)
+        return _go_on(_as_left(folder, watcher))
 
 
-def _as_left(folder: SearchFolder, watching: Watching) -> _Search:
+def _as_left(folder: SearchFolder, watcher: Watcher) -> _Search:
     """A search as its files tell of it."""
     job = folder.job()
     planning = planning_in(folder, job)
@@ -227,9 +255,9 @@ def _as_left(folder: SearchFolder, watching: Watching) -> _Search:
     slots = planner.slots_of(job.spec, planning.capability)
     space = Space({}) if named else space_of(job.spec, slots, planning.global_batch_size)
     nodes = nodes_of(job.spec, planning.capability, base)
-    advised = None if named else _advised(planning, space, nodes, watching.say)
+    advised = None if named else _advised(planning, space, nodes, watcher)
     sampler = None if named else _sampler(planning, space, advised)
-    return _Search(folder, job, planning, space, nodes, watching, sampler, named)
+    return _Search(folder, job, planning, space, nodes, watcher, sampler, named)
 
 
 def _go_on(going: _Search) -> SearchFolder:
@@ -245,19 +273,17 @@ def _go_on(going: _Search) -> SearchFolder:
     conclude(folder, job, going.planning)
     folder.record("state", state="stopped" if going.stopped else "finished")
     if going.stopped:
-        raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` goes on with the trials that are left")
+        raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` continues with the trials that are left")
     return folder
 
 
-def _advised(
-    planning: Planning, space: Space, nodes: Sequence[NodeCapability], say: Callable[[str], None]
-) -> Advised | None:
+def _advised(planning: Planning, space: Space, nodes: Sequence[NodeCapability], watcher: Watcher) -> Advised | None:
     """The plan's advice, for samplers that take it; and that the budget holds at least one trial."""
     advised = None
     if planning.spec.search.sampler == "planned":
-        say(f"planning {len(space)} combinations ...")
+        watcher.say(f"planning {len(space)} combinations ...")
         advised = advise(planning, space)
-        say(advised_text(space, advised))
+        watcher.advised(space, advised)
     check_budget(planning, nodes, space, advised)
     return advised
 
@@ -281,58 +307,41 @@ def _tune(going: _Search) -> None:
     if budget <= 0:
         return
     address = spec.cluster.address
-    going.watching.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
+    going.watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
     names = {node.name for node in going.nodes}
     places = [slot for slot in planner.slots_of(spec, going.planning.capability) if slot.node.name in names]
     num_slots, threads = len(places), max(slot.threads for slot in places)
-    try:
-        gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
-        environment = host_memory.ENVIRONMENT | thread_waits.environment()
-        cards = [[gpu.uuid] for gpu in gpus if gpu.uuid]
-        with one_each(cards, going.watching.say, going.folder.stop_file.exists) as held:
-            if held is None:
-                going.stopped = True
-                return
-            with connect(address, num_slots, threads, environment, gpus) as cluster:
-                node_ids = _node_ids(address, names)
-
-                def run() -> None:
-                    tune_trials(
-                        going.folder.path,
-                        going,
-                        spec.search.scheduler if going.sampler is not None else "none",
-                        budget,
-                        spec.search.trial_steps,
-                        num_slots,
-                        cluster.slot_resources,
-                        node_ids,
-                    )
-
-                _wait(InBackground(run), going)
-    except CannotConnect as error:
-        raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
-
-
-def _wait(outcome: InBackground, going: _Search) -> None:
-    while True:
-        try:
-            if outcome.wait(_POLL_S):
-                break
-            going.stopped = going.stopped or going.folder.stop_file.exists()
-        except KeyboardInterrupt:
-            if going.stopped:
-                raise RunFailed(
-                    f"killed. `orchestrator resume {going.folder.run_id}` goes on with the trials that are left"
-                ) from None
+    gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
+    environment = host_memory.ENVIRONMENT | thread_waits.environment()
+    uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]
+    with machines.cluster_errors(), one_each(uuids, going.watcher.say, going.folder.stop_file.exists) as held:
+        if held is None:
             going.stopped = True
-            going.watching.say("stopping with the next report of a trial (Ctrl-C again kills)")
-    if outcome.error is not None:
-        if isinstance(outcome.error, OrchestratorError):
-            raise outcome.error
-        raise RunFailed(
-            f"Ray Tune ended with {type(outcome.error).__name__}: {str(outcome.error).splitlines()[0]}. `orchestrator"
-            f" resume {going.folder.run_id}` goes on"
-        ) from outcome.error
+            return
+        with connect(address, num_slots, threads, environment, gpus) as cluster:
+            node_ids = _node_ids(address, names)
+
+            def run() -> None:
+                tune_trials(
+                    going.folder.path,
+                    going,
+                    spec.search.scheduler if going.sampler is not None else "none",
+                    budget,
+                    spec.search.trial_steps,
+                    num_slots,
+                    cluster.slot_resources,
+                    node_ids,
+                )
+
+            error = run_in_background(run, going.poll, going.interrupt)
+    if error is None or isinstance(error, OrchestratorError):
+        if error:
+            raise error
+        return
+    raise RunFailed(
+        f"Ray Tune ended with {type(error).__name__}: {str(error).splitlines()[0]}. `orchestrator resume"
+        f" {going.folder.run_id}` continues"
+    ) from error
 
 
 def _node_ids(address: str, names: set[str]) -> dict[str, str]:

@@ -103,7 +103,7 @@ def recommendation_text(folder: SearchFolder) -> str:
     )
 
 
-class Watching:
+class SearchWatcher:
     """A search in a terminal or a log: a line a trial, and how far it is."""
 
     def __init__(self, console: Console | None) -> None:
@@ -113,5 +113,9 @@ class Watching:
         if self._console:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def ended(self, trial: Trial, fixed: Mapping[str, Any], progress: str) -> None:
+    def advised(self, space: Space, advised: Advised) -> None:
+        self.say(advised_text(space, advised))
+
+    def ended(self, trial: Trial, done: Sequence[Trial], progress: str) -> None:
+        fixed = common([one for one in done if not one.name])
         self.say(f"{trial_text(trial, fixed)}\n  {progress}")

@@ -135,7 +135,7 @@ def grid(out: Path) -> None:
 
 def _set_up(folder: Path, prefer: str = "time"):
     from orchestrator.data.prepare import datasets
-    from orchestrator.lifecycle.run import prepare
+    from orchestrator.lifecycle.prepare import prepare
     from orchestrator.planning import planner
     from orchestrator.planning.space import space_of
     from orchestrator.search.prepare import planning_of
@@ -227,9 +227,9 @@ def overhead() -> None:
     """Wall-clock between the ends of two trials beside the seconds the second took inside its process."""
     import orchestrator.search.tuning as tuning
     from orchestrator.search.run import search
-    from orchestrator.views.search import Watching
+    from orchestrator.views.search import SearchWatcher
 
-    class Stamps(Watching):
+    class Stamps(SearchWatcher):
         def __init__(self) -> None:
             super().__init__(None)
             self.seen: list[tuple[float, float]] = []  # when, seconds inside

@@ -10,7 +10,7 @@ import pytest
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import read_job
-from orchestrator.lifecycle.run import plan_without_data
+from orchestrator.lifecycle.prepare import plan_without_data
 from orchestrator.lifecycle.validate import check
 from strategies.contract import TrainSettings
 from tests.cases.models import TEMPLATES

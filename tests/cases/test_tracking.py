@@ -27,7 +27,7 @@ def with_deleted_experiment(folder):
 
 
 def test_a_run_of_a_deleted_experiment_says_what_to_do_and_both_ways_work(case, monkeypatch):
-    from orchestrator.lifecycle.run import plan_without_data
+    from orchestrator.lifecycle.prepare import plan_without_data
 
     folder = case("49")
     monkeypatch.chdir(folder)  # the job's store is a relative file

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from orchestrator.job.job_file import Job, read_job
-from orchestrator.lifecycle.run import prepare
+from orchestrator.lifecycle.prepare import prepare
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.model_card import write_card
 from orchestrator.runs.run_folder import RunFolder

@@ -142,7 +142,7 @@ class World:
         """plan.json and data.json of the job, its rows tokenised."""
         from orchestrator.job.job_file import read_job
         from orchestrator.lifecycle.machines import declared
-        from orchestrator.lifecycle.run import prepare
+        from orchestrator.lifecycle.prepare import prepare
 
         place = self.folder / "planned"
         place.mkdir()

@@ -110,7 +110,7 @@ def standing_in(tmp_path, monkeypatch):
 
 def planned(told: list[str]) -> Plan:
     """The plan of the job on the machine as the probe tells of it, with a CPU that is the same everywhere."""
-    (node,) = machines.reached("local", told.append).nodes
+    (node,) = machines.probe("local", told.append).nodes
     gpus = tuple(device for device in node.devices if device.kind != "cpu")
     node = replace(node, name="box", num_cores=16, memory_bytes=60 * GIB, devices=(*gpus, CPU))
     spec = parse_job(JOB, Path()).spec
@@ -199,7 +199,7 @@ def test_techniques_are_judged_on_cards_that_can_be_trained_on_and_say_what_to_i
 
     told: list[str] = []
     standing_in("rtx 3090 and gtx 1080", "extras absent")
-    rows = catalogue(machines.reached("local", told.append), None, False, told.append)
+    rows = catalogue(machines.probe("local", told.append), None, False, told.append)
     reasons = {row["technique"]: row["reason"] for row in rows if row["device"].endswith("3090")}
 
     assert "pip install -e '.[quant]'" in reasons["QLoRA nf4"] and "'.[quant]'" in reasons["8-bit optimizer"]

@@ -102,8 +102,8 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_is_stopped(two_cards, tmp_pa
         one_each([[SECOND]], print),
         contextlib.ExitStack() as until_the_end,
     ):
-        assert not recovery.hold_cards(until_the_end)
+        assert not recovery.lock_gpus(until_the_end)
     assert run.state_by_events() == "stopped"
 
     with contextlib.ExitStack() as until_the_end:
-        assert recovery.hold_cards(until_the_end)
+        assert recovery.lock_gpus(until_the_end)

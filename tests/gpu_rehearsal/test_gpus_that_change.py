@@ -10,8 +10,8 @@ from clusters.capability import ClusterCapability
 from clusters.hardware.gpus import look_at_gpus
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle import machines
+from orchestrator.lifecycle.machines import planned_gpus
 from orchestrator.lifecycle.recovery import Recovery
-from orchestrator.lifecycle.run import planned_gpus
 from orchestrator.runs.run_folder import RunFolder
 from tests.gpu_rehearsal.cards import RTX_3090, RX_7900_XTX, RYZEN_GRAPHICS, Machine
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
@@ -54,7 +54,7 @@ def test_a_run_that_resumes_after_its_card_was_exchanged_is_planned_again(instal
         for node, uuid in ((old, "GPU-old"), (new, "GPU-00000000"))
     )
     install(Machine((RTX_3090,)))
-    monkeypatch.setattr(machines, "reached", lambda *_: ClusterCapability((new,)))  # without measuring anything
+    monkeypatch.setattr(machines, "probe", lambda *_: ClusterCapability((new,)))  # without measuring anything
     job = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n", Path())
     said = []
 

@@ -40,13 +40,12 @@ class Listener:
         self.said.append(event.get("text", ""))
 
 
-def train_here(run, job, plan, capability, watcher, mirror, offset):
+def train_here(training, *_):
     """In place of Ray: the one worker, in this process."""
     from orchestrator.training.workers.worker import work
 
-    work(run, 0, 1, "", 0)
-    for event in run.events(offset)[0]:
-        watcher.event(event)
+    work(training.run, 0, 1, "", 0)
+    training.report()
 
 
 @pytest.fixture
@@ -85,19 +84,19 @@ def finished(place):
 def stopped(job, run_id):
     """A run that is asked to stop when its second step is saved, and so ends after its third."""
 
-    def stop_after_two(run, *rest):
+    def stop_after_two(training, *rest):
         from orchestrator.training.workers import worker
 
         save = worker.checkpoint.save
 
         def saved(folder, held, state):
             if state["step"] == 2:
-                run.stop_file.touch()
+                training.run.stop_file.touch()
             return save(folder, held, state)
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(worker.checkpoint, "save", saved)
-            train_here(run, *rest)
+            train_here(training, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(path_of_a_job, "_train_on_ray", stop_after_two)

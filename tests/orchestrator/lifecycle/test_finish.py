@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle import finish
@@ -87,12 +88,12 @@ def test_killed_at_any_write_the_end_is_done_once_by_the_same_command(finished, 
         with pytest.MonkeyPatch.context() as patch:
             came = kill_at(patch, number)
             try:
-                finish.finish(finished, job, lambda event: None)
+                finish.finish(finished, job, lambda event: None, BANK_HOOKS)
             except Killed:
                 points += 1
         if not came:
             break
-        finish.finish(finished, job, lambda event: None)
+        finish.finish(finished, job, lambda event: None, BANK_HOOKS)
 
         assert reached(finished, job, client) == (["finished"], [("FINISHED", 4)], []), number
     assert points >= 10
@@ -100,10 +101,10 @@ def test_killed_at_any_write_the_end_is_done_once_by_the_same_command(finished, 
 
 def test_what_was_done_is_not_done_again(finished, job_of, store):
     job = job_of()
-    finish.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None, BANK_HOOKS)
     events = (finished.path / "events.jsonl").read_bytes()
 
-    finish.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None, BANK_HOOKS)
 
     assert (finished.path / "events.jsonl").read_bytes() == events
     assert (finished.path / "adapter" / "README.md").is_file()
@@ -115,10 +116,10 @@ def test_a_bank_that_cannot_be_is_said_and_tried_again_by_the_same_command(finis
     bank.write_text("a file")
     heard = []
 
-    finish.finish(finished, job, heard.append)
+    finish.finish(finished, job, heard.append, BANK_HOOKS)
     first = [step.name for step in finish.pending(finished, job)]
     bank.unlink()
-    finish.finish(finished, job, heard.append)
+    finish.finish(finished, job, heard.append, BANK_HOOKS)
 
     assert first == ["bank"] and finish.pending(finished, job) == []
     assert next(event["text"] for event in heard if "bank" in event["text"]).startswith("bank.add: ")
@@ -127,10 +128,10 @@ def test_a_bank_that_cannot_be_is_said_and_tried_again_by_the_same_command(finis
 
 def test_a_damaged_note_of_what_is_done_loses_nothing(finished, job_of, store):
     job = job_of()
-    finish.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None, BANK_HOOKS)
     (finished.path / "ending.json").write_text("[")
 
-    finish.finish(finished, job, lambda event: None)
+    finish.finish(finished, job, lambda event: None, BANK_HOOKS)
 
     assert reached(finished, job, store[0]) == (["finished"], [("FINISHED", 4)], [])
 
@@ -139,7 +140,7 @@ def submit_here(job_file, run_id, overrides):
     """The whole command in a process of its own, without Ray."""
     path_of_a_job._train_on_ray = train_here
     try:
-        path_of_a_job.submit(read_job(job_file, overrides), Listener(), run_id)
+        path_of_a_job.submit(read_job(job_file, overrides), Listener(), run_id, BANK_HOOKS)
     except OrchestratorError as error:
         print(error)
         sys.exit(error.exit_code)

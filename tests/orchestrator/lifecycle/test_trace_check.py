@@ -5,7 +5,7 @@ import pytest
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.job.job_file import read_job
 from orchestrator.job.schema import recipes
-from orchestrator.lifecycle.run import plan_without_data
+from orchestrator.lifecycle.prepare import plan_without_data
 from orchestrator.lifecycle.trace_check import trace_plan
 
 CPU = DeviceCapability("cpu", "c", 64 * 2**30, {"float32": 1e12})

@@ -34,7 +34,7 @@ CONFIG = {
 @pytest.fixture
 def run_of(tmp_path):
     """A run folder as `submit` leaves it, with the steps of a run that trained; no training is needed to mirror it."""
-    from orchestrator.lifecycle.run import plan_without_data
+    from orchestrator.lifecycle.prepare import plan_without_data
 
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))

@@ -1,0 +1,37 @@
+"""A call in a thread of its own, so that the main thread can watch it and receive Ctrl-C."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+_POLL_S = 0.2
+
+
+def run_in_background(
+    call: Callable[[], None], poll: Callable[[], None], interrupt: Callable[[], None]
+) -> BaseException | None:
+    """Run `call` to its end and return what it raised; `poll` is called meanwhile, `interrupt` at every Ctrl-C.
+
+    What `poll` and `interrupt` raise ends the wait; the thread is a daemon.
+    """
+    errors: list[BaseException] = []
+    done = threading.Event()
+
+    def run() -> None:
+        try:
+            call()
+        except BaseException as error:  # the main thread judges it
+            errors.append(error)
+        finally:
+            done.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    while True:
+        try:
+            # Not Thread.join, which takes the thread for ended when Ctrl-C interrupts it.
+            if done.wait(_POLL_S):
+                return errors[0] if errors else None
+            poll()
+        except KeyboardInterrupt:
+            interrupt()
