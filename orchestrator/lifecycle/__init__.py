@@ -4,7 +4,8 @@ run               start here: the whole path of a job in one file
 prepare           everything that can fail before a run starts: its model, data, machines and plan
 hooks             what the caller of a run hands in: who watches it, and what it does with a bank
 background        a call in a thread of its own, watched by the main thread
-recovery          what happens when machines are lost, return or join
+recovery          nodes that are lost, return or join: plan again with those that are there
+recovery_policy   what to do about them: pure rules, no clock, no cluster
 baseline_helper   evaluates the base model on an idle node while the others train
 finish            the end of a run: model card, bank, MLflow
 verify            what a run may rely on when it is resumed

@@ -1,7 +1,8 @@
-"""What happens when machines are lost, return or join: plan again with those that are there, from the last checkpoint.
+"""Nodes that are lost, return or join: plan again with those that are there, from the last checkpoint.
 
 The same pure planner serves unequal machines, growth and failure.  What decides the result (method, samples of a step,
-number of steps, optimizer) stays as the first plan has it; only who does it, and how, may change.
+number of steps, optimizer) stays as the first plan has it; only who does it, and how, may change.  What to do is
+decided in recovery_policy.py; here nodes are asked, probed and planned with.
 """
 
 from __future__ import annotations
@@ -10,74 +11,82 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
-from clusters.units import format_bytes, format_s
 from orchestrator.errors import HardwareChanged, NothingFits, RunFailed
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle import machines
+from orchestrator.lifecycle import recovery_policy as policy
 from orchestrator.lifecycle.hooks import BankHooks
 from orchestrator.lifecycle.prepare import plan_job, sizes_of
+from orchestrator.lifecycle.recovery_policy import Act, Decision, News, decide
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
 
-_TRIES_WITHOUT_A_STEP = 3
-_LESS_MEMORY = 0.6
-_MOST_SHRINKS = 4
-_POLL_S = 3.0
+_LOOK_EVERY_S = 3.0
+_ASK_EVERY_S = 1.0
 _FREE_POLL_S = 0.5
-_SILENT_S = 3.0  # what ends in this time was on its way out
+_SILENT_S = 3.0  # what ends in this time was about to end anyway
 _SAID_EVERY_S = 60.0
-_SEEN_FOR_S = 10.0  # before a machine that came is counted on
-_RESTART_S = 45.0  # what a new start costs, about
-_GAIN = 1.1  # a machine that joins must make steps so much faster
 
 
-@dataclass
 class Recovery:
-    """The machines of one run while it runs, and what to do about them."""
+    """The nodes of one run while it runs, and what to do about them."""
 
-    run: RunFolder
-    job: Job
-    plan: Plan
-    capability: ClusterCapability
-    replan: Callable[[Plan, ClusterCapability], Plan]
-    say: Callable[[str], None]
-    _failures: int = 0
-    _shrunk: int = 0
-    _tries: int = 0
-    _last_step: int = -1
-    _looked_at: float = 0.0
-    _seen_since: dict[str, float] = field(default_factory=dict)
-    _refused: set[str] = field(default_factory=set)
+    def __init__(
+        self,
+        run: RunFolder,
+        job: Job,
+        plan: Plan,
+        capability: ClusterCapability,
+        replan: Callable[[Plan, ClusterCapability], Plan],
+        say: Callable[[str], None],
+    ) -> None:
+        self.run, self.job, self.capability = run, job, capability
+        self.replan, self.say = replan, say
+        asked = job.spec.cluster
+        self.is_local = asked.address == "local"
+        auto = 0 if self.is_local else None
+        self.state = policy.State(
+            planned=frozenset(),
+            is_local=self.is_local,
+            max_failures=auto if asked.max_failures == "auto" else asked.max_failures,
+            patience_s=asked.wait_for_nodes_s,
+        )
+        self._looked_at = 0.0
+        self._use(plan)
 
-    @property
-    def is_local(self) -> bool:
-        return self.job.spec.cluster.address == "local"
+    def _use(self, plan: Plan) -> None:
+        asked, self.plan = self.job.spec.cluster.num_workers, plan
+        self.state = replace(
+            self.state,
+            planned=frozenset(part.node for part in plan.nodes),
+            excluded=frozenset(plan.left_out),
+            lacks_workers=isinstance(asked, int) and len(plan.nodes) < asked,
+        )
+
+    # Before the workers start.
 
     def present(self) -> dict[str, str]:
         """Ray's ids of the nodes that are there; nothing on a single embedded machine."""
         if self.is_local:
             return {}
-        from clusters.ray import nodes as roster
+        from clusters.ray import nodes
 
-        return roster.present()
+        return nodes.present()
 
     def node_ids(self) -> dict[str, str]:
         """Ray's id of each node of the plan; nothing on a single embedded machine."""
         if self.is_local:
             return {}
-        from clusters.ray import nodes as roster
-
-        present = roster.present()
-        missing = [part.node for part in self.plan.nodes if part.node not in present]
-        if missing:
+        present = self.present()
+        if missing := [part.node for part in self.plan.nodes if part.node not in present]:
             raise RunFailed(f"{', '.join(missing)} left the cluster before training started")
         return {part.node: present[part.node] for part in self.plan.nodes}
 
@@ -85,7 +94,7 @@ class Recovery:
         """Until the nodes can give what the plan's workers take; says what is waited for.  False when asked to stop."""
         if self.is_local:
             return True
-        from clusters.ray import nodes as roster
+        from clusters.ray import nodes
 
         wanted: dict[str, dict[str, float]] = {}
         for part in self.plan.nodes:
@@ -93,18 +102,18 @@ class Recovery:
             for kind, amount in slot.items():
                 of_node[kind] = of_node.get(kind, 0.0) + amount
         began, said = time.monotonic(), -math.inf
-        while lacking := roster.shortage(wanted):
+        while lacking := nodes.shortage(wanted):
             now = time.monotonic()
             if now - began >= _SILENT_S and now - said >= _SAID_EVERY_S:
                 self.say(f"waiting for {lacking}. Ctrl-C ends this")
                 said = now
             if self.run.stop_file.exists():
-                self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
+                self._record_stop()
                 return False
             time.sleep(_FREE_POLL_S)
         return True
 
-    def on_this_machine(self) -> Plan:
+    def replace_missing_gpus(self) -> Plan:
         """The plan to begin with where Ray is started here: another one where a planned GPU is no longer there."""
         from clusters.hardware.gpus import look_at_gpus
 
@@ -115,117 +124,98 @@ class Recovery:
         began = time.monotonic()
         self.say(f"{', '.join(sorted(gone))}, which the plan is for, is no longer in this machine: planning again")
         self.capability = machines.probe("local", self.say)
-        return self._go_on_with(self._planned_on(self.capability), began)
+        return self._adopt(self._plan_for(self.capability.nodes), began)
 
     def lock_gpus(self, stack: contextlib.ExitStack) -> bool:
-        """Hold the plan's GPUs of this machine, or others as good, against other jobs of this user; False when asked to
+        """Lock the plan's GPUs of this machine, or others as good, against other jobs of this user; False when asked to
         stop meanwhile."""
         from orchestrator.training.workers.gpu_locks import own_cards
 
-        self.on_this_machine()
-        is_over = self.run.stop_file.exists
-        held = stack.enter_context(own_cards(self.plan, self.capability, self.say, is_over))
-        if held is None:
-            self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
+        self.replace_missing_gpus()
+        locked = stack.enter_context(own_cards(self.plan, self.capability, self.say, self.run.stop_file.exists))
+        if locked is None:
+            self._record_stop()
             return False
-        self.plan = held
+        self._use(locked)
         return True
 
+    def _record_stop(self) -> None:
+        self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
+
     def at_start(self) -> Plan:
-        """The plan to begin with: another one where a resumed run finds other machines than it left."""
+        """The plan to begin with: another one where a resumed run finds other nodes than it left."""
         if self.is_local:
             return self.plan
-        from clusters.ray import nodes as roster
+        began = time.monotonic()
+        decision = self._decide(policy.Started(frozenset(self.present())))
+        return self.plan if decision.act is Act.CONTINUE else self._adopt(self._carry_out(decision), began)
 
-        present = roster.present()
-        if {part.node for part in self.plan.nodes} <= set(present):
-            return self.plan
-        return self._go_on_with(self._plan_with_those_there(has_failed=True), time.monotonic())
+    # While they train.
 
     def look(self) -> None:
-        """Notice machines that came: ask the run to save and plan again where one of them makes it faster."""
-        if self.is_local or time.monotonic() - self._looked_at < _POLL_S or self.run.replan_file.exists():
+        """Notice nodes that joined: ask the run to save and plan again where one of them makes it faster."""
+        now = time.monotonic()
+        if self.is_local or now - self._looked_at < _LOOK_EVERY_S or self.run.replan_file.exists():
             return
-        self._looked_at = now = time.monotonic()
-        from clusters.ray import nodes as roster
+        self._looked_at = now
+        from clusters.ray import nodes
 
-        present = roster.present()
-        known = {part.node for part in self.plan.nodes} | set(self.plan.left_out) | self._refused
-        new = roster.trainable(present) - known
-        self._seen_since = {name: self._seen_since.get(name, now) for name in new}
-        ready = {name for name, since in self._seen_since.items() if now - since >= _SEEN_FOR_S}
-        if not ready:
+        present = nodes.present()
+        decision = self._decide(policy.Seen(frozenset(nodes.trainable(present)), now))
+        if decision.act is not Act.PLAN_AHEAD:
             return
-        wider = self._with_those_present(set(present))
-        steps_left = wider.num_steps - max(self.run.steps(), default=0)
-        gain_s = steps_left * (self.plan.step_s - wider.step_s)
-        joins = {part.node for part in wider.nodes} & ready
-        asked = self.job.spec.cluster.num_workers
-        is_short = isinstance(asked, int) and len(self.plan.nodes) < asked
-        if joins and is_short:
-            self.say(f"{', '.join(sorted(joins))} joined: planning again at the next step")
+        wider = self._plan_with(frozenset(present))
+        news = policy.WiderPlan(
+            new=decision.nodes,
+            used=frozenset(part.node for part in wider.nodes),
+            step_s=self.plan.step_s,
+            wider_step_s=wider.step_s,
+            steps_left=wider.num_steps - max(self.run.steps(), default=0),
+        )
+        if self._decide(news).act is Act.REPLAN_RUN:
             self.run.replan_file.touch()
-        elif joins and self.plan.step_s > _GAIN * wider.step_s and gain_s > _RESTART_S:
-            self.say(f"{', '.join(sorted(joins))} joined: planning again at the next step, {format_s(gain_s)} faster")
-            self.run.replan_file.touch()
-        else:
-            self._refused |= ready
-            self.say(f"{', '.join(sorted(ready))} joined, and would not make the rest of this run faster")
+
+    # After they ended.
 
     def after(self, error: BaseException | None) -> Plan | None:
-        """The plan to go on with, None when the run is over.  Raises what ends it."""
-        state = self.run.state_by_events()
-        if error is None and state != "replanning":
-            return None
+        """The plan to continue with, None when the run is over.  Raises what ends it."""
+        if error is not None and not isinstance(error, RunFailed):
+            raise error
         began = time.monotonic()
-        if error is not None:
-            if not isinstance(error, RunFailed):
-                raise error
-            self._count(error)
-            if isinstance(error, HardwareChanged):
-                self._look_at_planned_nodes()
+        decision = self._after_failure(error) if error else self._decide(policy.Ended(self.run.state_by_events()))
+        if decision.act is Act.END:
+            return None
         self.run.replan_file.unlink(missing_ok=True)
-        plan = self.plan if self.is_local else self._plan_with_those_there(error is not None)
-        return self._go_on_with(plan, began)
+        return self._adopt(self._carry_out(decision), began)
 
-    def _go_on_with(self, plan: Plan, began: float) -> Plan:
-        before = {part.node for part in self.plan.nodes}
-        after = {part.node for part in plan.nodes}
-        self.run.keep("plan.json", plan.to_json())
-        self.run.keep("capability.json", json.dumps(self.capability.as_dict(), indent=1))
-        self.run.record(
-            "replanned",
-            plan=plan.hash,
-            nodes=sorted(after),
-            lost=sorted(before - after),
-            joined=sorted(after - before),
-            seconds=round(time.monotonic() - began, 2),
+    def _after_failure(self, error: RunFailed) -> Decision:
+        news = self._failure(error)
+        decision, probed = self._decide(news), dict[str, NodeCapability]()
+        if decision.act is Act.PROBE_MEMORY:
+            probed = {} if self.is_local else self._probe(decision.nodes)
+            decision = self._decide(replace(news, memory=self._memory(probed)))
+        if decision.act is Act.FAIL:
+            raise RunFailed(decision.texts[0]) from error
+        self.run.record("failure", text=news.reason, step=news.step, failures=self.state.failures)
+        self._apply(decision, probed)
+        if decision.act is Act.PROBE_GPUS:
+            probed = self._probe(decision.nodes)
+            now = [probed.get(node.name, node) for node in self.capability.nodes]
+            decision = self._decide(policy.GpusProbed(_uuids(self.capability.nodes), _uuids(now)))
+            self._apply(decision, probed)
+        return decision
+
+    def _failure(self, error: RunFailed) -> policy.Failed:
+        """What the events of this try tell of its end."""
+        errors = self._of_this_try("error")
+        final = next((event for event in reversed(errors) if not event.get("again", True)), None)
+        return policy.Failed(
+            step=max(self.run.steps(), default=0),
+            reason=(final or errors[-1])["text"] if errors else str(error),
+            is_final=final is not None,
+            killed=frozenset(event["node"] for event in self._of_this_try("killed") if event.get("node")),
+            hardware_changed=isinstance(error, HardwareChanged),
         )
-        self.plan = plan
-        return plan
-
-    def _count(self, error: RunFailed) -> None:
-        """Raise the error where another try would not help."""
-        told = self._of_this_try("error")
-        reason = told[-1]["text"] if told else str(error)
-        final = next((event for event in reversed(told) if not event.get("again", True)), None)
-        if final:
-            raise RunFailed(final["text"]) from error
-        step = max(self.run.steps(), default=0)
-        self._failures += 1
-        self._tries = self._tries + 1 if step == self._last_step else 1
-        self._last_step = step
-        allowed = self.job.spec.cluster.max_failures
-        if allowed == "auto":
-            allowed = 0 if self.is_local else self._failures
-        if self._failures > allowed:
-            raise RunFailed(reason) from error
-        killed = {event["node"] for event in self._of_this_try("killed") if event.get("node")}
-        is_leaner = self._tries > 1 and self._shrunk < _MOST_SHRINKS and self._count_on_less(killed)
-        if not is_leaner and self._tries >= _TRIES_WITHOUT_A_STEP:
-            raise RunFailed(f"{reason} ({self._tries} tries in a row made no step)") from error
-        self.run.record("failure", text=reason, step=step, failures=self._failures)
-        self.say(f"a worker failed after step {step} ({reason}); going on from the last checkpoint")
 
     def _of_this_try(self, name: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = []
@@ -236,94 +226,100 @@ class Recovery:
                 found = []
         return found
 
-    def _count_on_less(self, killed: set[str]) -> bool:
-        """Two tries ended at the same step: count on less memory where there is less now, or where workers were killed.
+    def _memory(self, probed: Mapping[str, NodeCapability]) -> dict[str, policy.Memory]:
+        """Of each node: what is planned with, and what was probed."""
+        return {
+            node.name: policy.Memory(node.memory_bytes, now.memory_bytes if (now := probed.get(node.name)) else None)
+            for node in self.capability.nodes
+        }
 
-        False where nothing says that memory is what is lacking.
-        """
-        names = killed or {part.node for part in self.plan.nodes}
-        seen = {} if self.is_local else {node.name: node for node in self._looked_at_again(names)}
-        nodes, is_leaner = [], False
-        for node in self.capability.nodes:
-            now = seen.get(node.name)
-            if now and now.memory_bytes and now.memory_bytes < _LESS_MEMORY * (node.memory_bytes or math.inf):
-                node, is_leaner = now, True
-                self.say(f"{node.name} has {format_bytes(now.memory_bytes)} only: planning with that")
-            elif node.name in killed:
-                node, is_leaner = _with_less_memory(node), True
-                self.say(f"a worker on {node.name} was killed twice: planning with {_LESS_MEMORY:.0%} of its memory")
-            nodes.append(node)
-        if is_leaner:
-            self.capability = replace(self.capability, nodes=tuple(nodes))
-            self._shrunk, self._tries = self._shrunk + 1, 0
-        return is_leaner
+    def _apply(self, decision: Decision, probed: Mapping[str, NodeCapability]) -> None:
+        """Plan with nodes as they were probed, or with less of their memory."""
 
-    def _look_at_planned_nodes(self) -> None:
-        """Plan with the GPUs that are there now; where they are the same as before, the failures go on counting."""
-        seen = {node.name: node for node in self._looked_at_again({part.node for part in self.plan.nodes})}
-        nodes = tuple(seen.get(node.name, node) for node in self.capability.nodes)
-        if _uuids(nodes) != _uuids(self.capability.nodes):
-            self.capability, self._tries = replace(self.capability, nodes=nodes), 0
+        def as_decided(node: NodeCapability) -> NodeCapability:
+            if node.name in decision.measured:
+                return probed.get(node.name, node)
+            return _with_less_memory(node) if node.name in decision.shrunk else node
 
-    def _looked_at_again(self, names: set[str]) -> tuple[NodeCapability, ...]:
+        self.capability = replace(self.capability, nodes=tuple(map(as_decided, self.capability.nodes)))
+
+    def _probe(self, names: frozenset[str]) -> dict[str, NodeCapability]:
         """The named nodes as they are now, as far as they answer."""
         from clusters.ray.probe import probe_connected
 
         others = tuple(node for node in self.capability.nodes if node.name not in names)
-        return tuple(n for n in probe_connected(replace(self.capability, nodes=others)).nodes if n.name in names)
+        found = probe_connected(replace(self.capability, nodes=others)).nodes
+        return {node.name: node for node in found if node.name in names}
 
-    def _plan_with_those_there(self, has_failed: bool) -> Plan:
-        """Wait a while for lost machines; then the same plan, or one without them."""
-        from clusters.ray import nodes as roster
+    # Deciding and planning.
 
-        wanted = {part.node for part in self.plan.nodes}
-        patience = self.job.spec.cluster.wait_for_nodes_s if has_failed else 0.0
-        until, told = time.monotonic() + patience, False
-        while True:
-            present = roster.present()
-            there = roster.answering(present)
-            missing = wanted - there
-            if not missing and has_failed:
-                return self._with_those_present(wanted) if self._tries == 0 else self.plan
-            if time.monotonic() >= until and there:
-                return self._with_those_present(there)
-            if not told:
-                self.say(f"{', '.join(sorted(missing)) or 'the cluster'} does not answer; waiting {patience:.0f} s")
-                told = True
-            time.sleep(1.0)
+    def _decide(self, news: News) -> Decision:
+        """Decide, and say it; what is known then is kept."""
+        decision = decide(self.state, news)
+        self.state = decision.state
+        for text in decision.texts if decision.act is not Act.FAIL else ():
+            self.say(text)
+        return decision
 
-    def _with_those_present(self, names: set[str]) -> Plan:
-        from clusters.ray import nodes as roster
+    def _carry_out(self, decision: Decision) -> Plan:
+        """The plan that a decision comes to; the nodes are asked as often as it takes."""
+        from clusters.ray import nodes
+
+        began = time.monotonic()
+        while decision.act in (Act.ASK_NODES, Act.WAIT):
+            if decision.act is Act.WAIT:
+                time.sleep(_ASK_EVERY_S)
+            answering = nodes.answering(nodes.present())
+            decision = self._decide(policy.Answers(frozenset(answering), time.monotonic() - began))
+        return self.plan if decision.act is Act.CONTINUE else self._plan_with(decision.nodes)
+
+    def _plan_with(self, names: frozenset[str]) -> Plan:
+        """The plan for those of the named nodes that offer a slot; new ones are probed."""
+        from clusters.ray import nodes
         from clusters.ray.probe import probe_connected
 
         if names - {node.name for node in self.capability.nodes}:
             self.capability = probe_connected(self.capability)
-        trains = roster.trainable({name: node_id for name, node_id in roster.present().items() if name in names})
-        there = replace(
-            self.capability, nodes=tuple(node for node in self.capability.nodes if node.name in names & trains)
-        )
-        return self._planned_on(there)
+        trains = nodes.trainable({name: node_id for name, node_id in nodes.present().items() if name in names})
+        return self._plan_for(node for node in self.capability.nodes if node.name in names & trains)
 
-    def _planned_on(self, there: ClusterCapability) -> Plan:
+    def _plan_for(self, nodes: Iterable[NodeCapability]) -> Plan:
         """The plan for these nodes, or for those that remain without the smallest where it does not fit there."""
-        if not there.nodes:
-            raise NothingFits("no machine is left that could train")
-        try:
-            return self.replan(self.plan, there)
-        except NothingFits:
-            if len(there.nodes) < 2:
-                raise
-            smallest = min(there.nodes, key=lambda node: node.memory_bytes or math.inf)
-            return self._planned_on(replace(there, nodes=tuple(node for node in there.nodes if node is not smallest)))
+        error, left = NothingFits("no machine is left that could train"), tuple(nodes)
+        while left:
+            try:
+                return self.replan(self.plan, replace(self.capability, nodes=left))
+            except NothingFits as unfit:
+                error = unfit
+            fewer = self._decide(policy.DoesNotFit({node.name: node.memory_bytes for node in left})).nodes
+            left = tuple(node for node in left if node.name in fewer)
+        raise error
+
+    def _adopt(self, plan: Plan, began: float) -> Plan:
+        """Write the plan and its nodes into the run."""
+        before = self.state.planned
+        self._use(plan)
+        after = self.state.planned
+        self.run.keep("plan.json", plan.to_json())
+        self.run.keep("capability.json", json.dumps(self.capability.as_dict(), indent=1))
+        self.run.record(
+            "replanned",
+            plan=plan.hash,
+            nodes=sorted(after),
+            lost=sorted(before - after),
+            joined=sorted(after - before),
+            seconds=round(time.monotonic() - began, 2),
+        )
+        return plan
 
 
-def _uuids(nodes: Sequence[NodeCapability]) -> set[str | None]:
-    return {gpu.uuid for node in nodes for gpu in node.gpus}
+def _uuids(nodes: Iterable[NodeCapability]) -> frozenset[str | None]:
+    return frozenset(gpu.uuid for node in nodes for gpu in node.gpus)
 
 
 def _with_less_memory(node: NodeCapability) -> NodeCapability:
     devices = tuple(
-        replace(device, memory_bytes=int(_LESS_MEMORY * device.memory_bytes)) if device.memory_bytes else device
+        replace(device, memory_bytes=int(policy.LESS_MEMORY * device.memory_bytes)) if device.memory_bytes else device
         for device in node.devices
     )
     return replace(node, devices=devices)

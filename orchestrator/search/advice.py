@@ -23,6 +23,7 @@ from orchestrator.planning import planner, workload
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, key_of
+from strategies.shape import ModelShape
 
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are
 # off by 13 % on average (LOG.md), and two of them are compared.
@@ -88,23 +89,19 @@ class Advised:
         return {key_of(advice.point): advice for advice in self.worth}
 
 
+@dataclass
 class Planning:
     """Plans points of one job, for real and as trials."""
 
-    def __init__(
-        self,
-        spec: JobSpec,
-        config: dict[str, Any],
-        capability: ClusterCapability,
-        whole: Sizes,
-        sample: Sizes,
-        global_batch_size: int,
-    ) -> None:
-        self.spec, self.config, self.capability = spec, config, capability
-        self.shape = workload.model_shape(config)
-        self.whole, self.sample, self.global_batch_size = whole, sample, global_batch_size
-        self._works: dict[Any, Any] = {}
-        self._real: dict[str, Plan] = {}  # each trial is looked at again after every other one
+    spec: JobSpec
+    config: dict[str, Any]  # of the model
+    shape: ModelShape
+    capability: ClusterCapability
+    whole: Sizes  # of the job's data
+    sample: Sizes  # of the rows that trials train on
+    global_batch_size: int
+    _works: dict[Any, Any] = field(default_factory=dict)
+    _real: dict[str, Plan] = field(default_factory=dict)  # each trial is looked at again after every other one
 
     @property
     def steps_per_epoch(self) -> int:

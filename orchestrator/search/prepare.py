@@ -12,6 +12,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job, spec_with
 from orchestrator.lifecycle.prepare import Ready, prepare, sizes_of
+from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space
 from orchestrator.runs.search_folder import SearchFolder
@@ -33,7 +34,8 @@ def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, 
     config = model_files.read_config(Path(longest["model"]))
     held = held_out.select(longest["eval_rows"]) if held_out is not None else None
     sample = sizes_of(data.select(longest["train_rows"]), held)
-    return Planning(job.spec, config, capability, sizes_of(data, held_out), sample, global_batch_size)
+    shape, whole = workload.model_shape(config), sizes_of(data, held_out)
+    return Planning(job.spec, config, shape, capability, whole, sample, global_batch_size)
 
 
 def nodes_of(spec: Any, capability: ClusterCapability, base: Plan) -> list[NodeCapability]:

@@ -66,8 +66,8 @@ def test_a_run_that_resumes_after_its_card_was_exchanged_is_planned_again(instal
 
     unchanged, exchanged = recovery(new), recovery(old)
 
-    assert unchanged.on_this_machine() is unchanged.plan and not said
-    again = exchanged.on_this_machine()
+    assert unchanged.replace_missing_gpus() is unchanged.plan and not said
+    again = exchanged.replace_missing_gpus()
     assert [part.uuid for part in again.nodes] == ["GPU-00000000"] and exchanged.run.plan() == again
     assert planned_gpus(again, exchanged.capability) == list(new.gpus)
     assert said == ["GPU-old, which the plan is for, is no longer in this machine: planning again"]

@@ -8,9 +8,10 @@ import pytest
 from clusters.capability import ClusterCapability
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job, spec_with, text_with
+from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner
 from orchestrator.planning.space import canonical, key_of, phrase, space_of
-from orchestrator.search.advice import Planning, Sizes, advise, by_kind, plan_for
+from orchestrator.search.advice import Planning, advise, by_kind, plan_for
 from orchestrator.search.study import read_study
 from orchestrator.search.subset import representative
 from tests.orchestrator.planning.test_choice import MIDDLE, SMALL, machine

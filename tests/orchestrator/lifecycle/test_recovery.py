@@ -1,0 +1,287 @@
+"""A run's nodes are lost, return and join: what is planned then.  Ray's door and the clock are fakes."""
+
+import functools
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+
+from clusters.capability import ClusterCapability
+from clusters.ray import nodes, probe
+from clusters.units import format_s
+from orchestrator.errors import HardwareChanged, JobError, NothingFits, RunFailed
+from orchestrator.job.job_file import parse_job
+from orchestrator.lifecycle import recovery as recovery_module
+from orchestrator.lifecycle.recovery import Recovery
+from orchestrator.runs.run_folder import RunFolder
+from tests.orchestrator.planning.test_choice import SMALL, machine, plan
+
+JOB = """\
+model: {model_name_or_path: m}
+data: {train: a.jsonl}
+cluster: {address: "head:6379", wait_for_nodes_s: 40, num_workers: %s}
+"""
+ONE_WAY = """\
+cluster: {num_workers: 1}
+method: {type: lora}
+model: {model_name_or_path: m, dtype: bfloat16, attn_implementation: sdpa}
+train: {per_device_train_batch_size: 1, gradient_checkpointing: false, optim: adamw_torch, loss_type: nll}
+"""
+FAST, SLOW = machine("fast", "RTX 4090"), machine("slow", "RTX 3090")
+SPEED = {"fast": 2.0, "slow": 1.0, "third": 0.1}  # steps a second
+BOTH = ("fast", "slow")
+
+
+@functools.cache
+def made():
+    """A plan for one device, to be divided among others."""
+    return plan(SMALL, FAST, text=ONE_WAY)
+
+
+def divide(first, capability):
+    """In place of the planner, which takes seconds: every node takes a part of each step."""
+    (part, *_) = made().nodes
+    nodes = [replace(part, node=node.name, uuid=node.gpus[0].uuid) for node in capability.nodes]
+    return replace(made(), nodes=tuple(nodes), step_s=1 / sum(SPEED[node.node] for node in nodes))
+
+
+class Cluster:
+    """Nodes behind Ray's door, and a clock that only sleeping moves; `later` holds what happens at a time."""
+
+    def __init__(self, *there):
+        self.nodes = {node.name: node for node in there}
+        self.now, self.later, self.lacking = 100.0, {}, []
+
+    def present(self):
+        return {name: f"id of {name}" for name in self.nodes}
+
+    def trainable(self, names):
+        return set(names)
+
+    def answering(self, names):
+        return set(names)
+
+    def shortage(self, wanted):
+        return self.lacking.pop() if self.lacking else None
+
+    def probe_connected(self, known):
+        kept = {node.name: node for node in known.nodes}
+        return ClusterCapability(tuple(kept.get(name, node) for name, node in self.nodes.items()))
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+        for when in [when for when in self.later if when <= self.now]:
+            self.later.pop(when)()
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    """A function that starts a run of two workers on nodes of a cluster: its recovery, the cluster and what is said."""
+
+    def started(*there, planned=(FAST, SLOW), num_workers="auto"):
+        cluster = Cluster(*there)
+        for module in (nodes, probe):
+            for name in ("present", "trainable", "answering", "shortage", "probe_connected"):
+                if hasattr(module, name):
+                    monkeypatch.setattr(module, name, getattr(cluster, name))
+        clock = SimpleNamespace(monotonic=cluster.monotonic, sleep=cluster.sleep)
+        monkeypatch.setattr(recovery_module, "time", clock)
+        (tmp_path / "run").mkdir()
+        said, capability = [], ClusterCapability(tuple(planned))
+        job, run = parse_job(JOB % num_workers, tmp_path), RunFolder(tmp_path / "run")
+        return Recovery(run, job, divide(None, capability), capability, divide, said.append), cluster, said
+
+    return started
+
+
+def fail(recovery, text="x", error=RunFailed, killed=None):
+    """A try that ends with an error; the plan to continue with."""
+    recovery.run.record("error", text=text, again=True)
+    if killed:
+        recovery.run.record("killed", rank=1, node=killed)
+    return recovery.after(error(text))
+
+
+def names(made):
+    return tuple(sorted(part.node for part in made.nodes))
+
+
+def replanned(recovery):
+    return [event for event in recovery.run.events()[0] if event["event"] == "replanned"]
+
+
+def test_a_run_that_finds_its_nodes_starts_with_its_plan(start):
+    recovery, _, said = start(FAST, SLOW)
+
+    assert recovery.at_start() is recovery.plan
+    assert not replanned(recovery) and not said
+
+
+def test_a_run_that_finds_a_node_lost_waits_and_plans_without_it(start):
+    recovery, cluster, said = start(FAST)
+
+    rest = recovery.at_start()
+
+    assert names(rest) == ("fast",) and recovery.run.plan() == rest and cluster.now == 140.0
+    assert said == ["slow does not answer; waiting 40 s"]
+    assert (replanned(recovery)[0]["lost"], replanned(recovery)[0]["seconds"]) == (["slow"], 40.0)
+
+
+def test_a_node_that_is_lost_before_the_workers_start_fails_the_try(start):
+    recovery, cluster, _ = start(FAST, SLOW)
+    del cluster.nodes["slow"]
+
+    with pytest.raises(RunFailed, match="slow left the cluster before training started"):
+        recovery.node_ids()
+
+
+def test_a_node_that_is_lost_for_good_is_planned_around(start):
+    recovery, cluster, said = start(FAST, SLOW)
+    del cluster.nodes["slow"]
+
+    again = fail(recovery, "another worker stopped answering")
+
+    assert names(again) == ("fast",) and replanned(recovery)[0]["lost"] == ["slow"]
+    assert said == [
+        "a worker failed after step 0 (another worker stopped answering); continuing from the last checkpoint",
+        "slow does not answer; waiting 40 s",
+    ]
+
+
+def test_a_node_that_comes_back_in_time_trains_on_by_the_same_plan(start):
+    recovery, cluster, _ = start(FAST, SLOW)
+    before = recovery.plan
+    cluster.later[110.0] = lambda: cluster.nodes.update(slow=cluster.nodes.pop("gone"))
+    cluster.nodes["gone"] = cluster.nodes.pop("slow")
+
+    assert fail(recovery) is before
+    assert 110.0 <= cluster.now < 112.0
+
+
+def test_a_node_that_joins_and_makes_it_faster_has_the_run_planned_again(start):
+    recovery, cluster, said = start(SLOW, FAST, planned=(SLOW,))
+
+    for _ in range(5):
+        recovery.look()
+        cluster.now += 4
+    recovery.run.record("state", state="replanning")
+    wider = recovery.after(None)
+
+    assert said == [f"fast joined: planning again at the next step, {format_s(wider.num_steps * (1 - 1 / 3))} faster"]
+    assert names(wider) == BOTH and replanned(recovery)[0]["joined"] == ["fast"]
+    assert not recovery.run.replan_file.exists()
+
+
+def test_a_node_that_joins_where_workers_lack_is_planned_with(start):
+    third = machine("third", "RTX 3090")
+    recovery, cluster, said = start(FAST, third, planned=(FAST,), num_workers=2)
+
+    for _ in range(5):
+        recovery.look()
+        cluster.now += 4
+
+    assert said == ["third joined: planning again at the next step"] and recovery.run.replan_file.exists()
+
+
+def test_a_node_that_joins_and_makes_it_no_faster_is_refused_once(start):
+    third = machine("third", "RTX 3090")
+    recovery, cluster, said = start(FAST, SLOW, third)
+    for _ in range(5):
+        cluster.now += 11
+        recovery.look()
+
+    assert said == ["third joined, and would not make the rest of this run faster"]
+    assert not recovery.run.replan_file.exists()
+
+
+def test_a_worker_that_was_killed_twice_has_its_node_planned_with_less_memory(start):
+    recovery, _, said = start(FAST, SLOW)
+    usable = recovery.capability.nodes[1].devices[0].memory_bytes
+    fail(recovery, killed="slow")
+
+    fail(recovery, killed="slow")
+
+    assert recovery.capability.nodes[1].devices[0].memory_bytes == int(0.6 * usable)
+    assert said[1] == "a worker on slow was killed twice: planning with 60% of its memory"
+
+
+def test_a_node_whose_memory_is_taken_away_is_planned_with_what_it_has(start):
+    recovery, cluster, said = start(FAST, SLOW)
+    fail(recovery)
+    cluster.nodes["slow"] = replace(SLOW, memory_bytes=SLOW.memory_bytes // 4)
+
+    fail(recovery)
+
+    assert recovery.capability.nodes[1].memory_bytes == SLOW.memory_bytes // 4
+    assert said[1] == "slow has only 16.0 GiB: planning with that"
+
+
+def test_three_tries_without_a_step_end_the_run(start):
+    recovery, _, _ = start(FAST, SLOW)
+    fail(recovery)
+    fail(recovery)
+
+    with pytest.raises(RunFailed, match=r"^x \(3 tries in a row made no step\)$"):
+        fail(recovery)
+
+
+def test_a_gpu_that_was_exchanged_is_planned_with(start):
+    recovery, cluster, _ = start(FAST, SLOW)
+    card, cpu = SLOW.devices
+    cluster.nodes["slow"] = replace(SLOW, devices=(replace(card, uuid="GPU-new"), cpu))
+
+    again = fail(recovery, error=HardwareChanged)
+
+    assert [part.uuid for part in again.nodes if part.node == "slow"] == ["GPU-new"]
+
+
+def test_a_failure_that_no_other_try_helps_ends_the_run(start):
+    recovery, _, _ = start(FAST, SLOW)
+    recovery.run.record("error", text="the loss is not a number", again=False)
+
+    with pytest.raises(RunFailed, match=r"^the loss is not a number$"):
+        recovery.after(RunFailed("another worker stopped answering"))
+
+
+def test_what_is_no_failure_of_training_is_not_recovered_from(start):
+    recovery, _, _ = start(FAST, SLOW)
+
+    with pytest.raises(JobError, match="a mistake"):
+        recovery.after(JobError("a mistake"))
+
+
+def test_a_run_that_ended_or_was_stopped_is_over(start):
+    recovery, _, _ = start(FAST, SLOW)
+    for state in ("finished", "stopped"):
+        recovery.run.record("state", state=state)
+
+        assert recovery.after(None) is None
+
+
+def test_where_nothing_fits_with_what_is_left_the_run_says_so(start):
+    recovery, cluster, _ = start(FAST, SLOW)
+    tried = []
+
+    def refuse(first, capability):
+        tried.append([node.name for node in capability.nodes])
+        raise NothingFits(f"needs more than {len(capability.nodes)} nodes have")
+
+    recovery.replan = refuse
+    cluster.nodes["fast"] = replace(FAST, memory_bytes=2**30)
+
+    with pytest.raises(NothingFits, match="more than 1 nodes"):
+        recovery._plan_for(cluster.nodes.values())
+    assert tried == [["fast", "slow"], ["slow"]]
+
+
+def test_a_stop_while_nodes_are_busy_stops_the_run(start):
+    recovery, cluster, said = start(FAST, SLOW)
+    cluster.lacking = ["1 train_slot of slow"] * 200
+    cluster.later[110.0] = recovery.run.stop_file.touch
+
+    assert not recovery.wait_until_free({"train_slot": 1.0}, recovery.node_ids())
+    assert recovery.run.state_by_events() == "stopped"
+    assert said == ["waiting for 1 train_slot of slow. Ctrl-C ends this"]
