@@ -179,12 +179,11 @@ class Enumeration:
         """The preferred plan of those that fit one slot; looked up where an equal slot had one."""
         method, switches, twin = common.method, common.switches, self._twin_of(slot.node)
         key = (twin, slot.kind, method.name, division, round(share, 3), switches.optims[0])
-        smallest = self.rejections.smallest
         if key not in self._plans:
             part = Assignment(replace(self.workload, share=share), slot, method, division, switches)
             self._plans[key] = part.fitting_plans(self.rejections)
-        elif (known := smallest.get(f"{twin} ({slot.device.name})")) is not None:
-            smallest.setdefault(slot.label, known)
+        elif (known := self.rejections.smallest.get(f"{twin} ({slot.device.name})")) is not None:
+            self.rejections.offer(slot.label, *known)
         if (key, common.prefer) not in self._preferred:
             self._preferred[key, common.prefer] = preferred_plan(self._plans[key], common.prefer)
         return self._preferred[key, common.prefer]

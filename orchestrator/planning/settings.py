@@ -33,6 +33,11 @@ class Rejections:
         if reason not in self.reasons.values():
             self.reasons[label] = reason
 
+    def offer(self, label: str, plan: StrategyPlan, shortage: str) -> None:
+        """Keep a plan that does not fit a slot, where it needs less than the one that is kept."""
+        if label not in self.smallest or plan.memory.total_bytes < self.smallest[label][0].memory.total_bytes:
+            self.smallest[label] = (plan, shortage)
+
     def of_slot(self, label: str) -> str | None:
         """The first reason that was found for a slot."""
         return next((reason for what, reason in self.reasons.items() if what.endswith(f"on {label}")), None)
@@ -60,8 +65,7 @@ class Assignment:
             if shortage is None:
                 fitting.append(plan)
                 continue
-            if label not in rejections.smallest or needs < rejections.smallest[label][0].memory.total_bytes:
-                rejections.smallest[label] = (plan, shortage)
+            rejections.offer(label, plan, shortage)
             if plan.memory.host_bytes > host_usable:
                 rejections.add(describe_combination(self.method, techniques, self.slot), shortage)
             elif nearest is None or needs < nearest[0].memory.total_bytes:

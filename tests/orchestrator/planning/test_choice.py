@@ -1,52 +1,19 @@
 """What the planner chooses on declared machines: goals, limits, groups, remedies, golden plans."""
 
+import dataclasses
 import json
+import time
 from pathlib import Path
 
 import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeCapability
-from clusters.hardware import datasheet
+from clusters.units import GIB
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan, summary
-from strategies.shape import ModelShape
-
-GIB = 2**30
-
-
-def llama(hidden, layers, heads, kv, mlp, vocab=128256, tied=False):
-    return ModelShape.from_config(
-        {
-            "model_type": "llama",
-            "hidden_size": hidden,
-            "num_hidden_layers": layers,
-            "num_attention_heads": heads,
-            "num_key_value_heads": kv,
-            "intermediate_size": mlp,
-            "vocab_size": vocab,
-            "tie_word_embeddings": tied,
-        }
-    )
-
-
-SMALL = llama(2048, 16, 32, 8, 8192, tied=True)  # 1.2 billion parameters
-MIDDLE = llama(4096, 32, 32, 8, 14336)  # 8 billion
-LARGE = llama(8192, 80, 64, 8, 28672)  # 70 billion
-
-
-def machine(name, *cards, cores=16, memory_gib=64, **costs):
-    cpu = DeviceCapability(
-        "cpu",
-        f"cpu of {name}",
-        memory_gib * GIB,
-        flops_per_s={"float32": 5e11},
-        memory_bytes_per_s=4e10,
-        sources={"flops_per_s.float32": "declared", "memory_bytes_per_s": "declared"},
-    )
-    devices = tuple(datasheet.device(datasheet.find(card)) for card in cards)
-    return NodeCapability(name, cores, memory_gib * GIB, (*devices, cpu), **costs)
+from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, machine
 
 
 def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600):
@@ -221,9 +188,7 @@ def test_nothing_that_could_train_is_an_error_of_its_own():
         plan(SMALL, NodeCapability("a", 1, None, ()))
 
 
-def test_70b_on_four_machines_is_planned_in_two_seconds():
-    import time
-
+def test_70b_on_four_machines_is_planned_in_two_seconds_of_computing():
     nodes = [
         machine("a", "A100 80GB", memory_gib=256),
         machine("b", "RTX 4090"),
@@ -316,8 +281,6 @@ def test_a_stated_number_of_workers_is_kept():
 
 
 def test_a_machine_gives_as_many_devices_as_it_offers():
-    import dataclasses
-
     generous, shy = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090", "RTX 3090")
     shy = dataclasses.replace(shy, num_slots=1)
     made = plan(SMALL, generous, dataclasses.replace(shy), link_bytes_per_s=1e10, samples=6400,
@@ -327,8 +290,6 @@ def test_a_machine_gives_as_many_devices_as_it_offers():
 
 
 def test_of_a_machine_that_gives_one_device_the_one_that_fits_is_taken():
-    import dataclasses
-
     node = machine("a", "RTX 3090", "RTX 3060 12GB")
     full, free, cpu = node.devices
     node = dataclasses.replace(node, num_slots=1, devices=(dataclasses.replace(full, memory_bytes=GIB), free, cpu))
@@ -339,8 +300,6 @@ def test_of_a_machine_that_gives_one_device_the_one_that_fits_is_taken():
 
 @pytest.mark.parametrize("others", [(), ("RTX 3090",)])
 def test_of_like_cards_without_uuid_no_more_are_taken_than_the_machine_gives(others):
-    import dataclasses
-
     node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), num_slots=1)
     beside = [machine("b", *others)] if others else []
     made = plan(SMALL, node, *beside, link_bytes_per_s=1e10, samples=6400)
@@ -361,8 +320,6 @@ def test_one_worker_takes_the_fastest_card_that_fits_not_the_first_listed(asked)
 
 
 def test_of_two_like_cards_the_one_that_drives_no_display_is_taken():
-    import dataclasses
-
     node = machine("a", "RTX 3090", "RTX 3090")
     display, free, cpu = node.devices
     node = dataclasses.replace(node, devices=(dataclasses.replace(display, memory_bytes=6 * GIB), free, cpu))
@@ -372,8 +329,6 @@ def test_of_two_like_cards_the_one_that_drives_no_display_is_taken():
 
 
 def test_a_device_of_unknown_memory_is_not_planned_with_and_is_named():
-    import dataclasses
-
     known = machine("a", "RTX 3060 12GB")
     gpu = dataclasses.replace(known.gpus[0], memory_bytes=None)
     made = plan(SMALL, dataclasses.replace(known, devices=(*known.devices, gpu)))
@@ -391,8 +346,6 @@ def test_all_workers_have_one_optimizer():
 
 
 def lacking(node, **libraries):
-    import dataclasses
-
     from clusters.capability import Library
 
     found = {name: Library(state) for name, state in libraries.items()}
@@ -431,8 +384,6 @@ def test_without_optional_libraries_a_plan_takes_what_is_there():
 
 
 def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted():
-    import dataclasses
-
     node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), memory_bytes=None)
     with pytest.raises(NothingFits, match=r"loading needs .* of a's own memory, whose size is unknown"):
         plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {per_device_train_batch_size: 1}\n")

@@ -1,0 +1,57 @@
+"""Slots, the network between them, and what a step waits for it."""
+
+from dataclasses import replace
+
+import pytest
+
+from clusters.capability import ClusterCapability, Link
+from orchestrator.planning.candidates import Slot, limit_per_node, network_between, waiting_s
+from strategies.cost.network import Network
+from tests.orchestrator.planning.machines import machine, strategy_plan
+
+A, B, C = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090"), machine("c", "RTX 3090")
+LINKS = (Link(("a", "b"), 1e9, 1e-4), Link(("b", "c"), 2e9, 3e-4), Link(("a", "c"), 4e9, 2e-4))
+
+
+def slots(*nodes):
+    return [Slot(node, device, device.memory_bytes, 1) for node in nodes for device in node.gpus]
+
+
+@pytest.mark.parametrize(
+    ("offers", "names"), [((None, None), "aab"), ((1, None), "ab"), ((0, None), "b"), ((2, 1), "aab"), ((1, 0), "a")]
+)
+def test_a_node_gives_no_more_slots_than_it_offers(offers, names):
+    nodes = (replace(node, num_slots=offer) for node, offer in zip((A, B), offers, strict=True))
+
+    assert "".join(slot.node.name for slot in limit_per_node(slots(*nodes))) == names
+
+
+def test_a_ring_is_as_fast_as_its_slowest_link():
+    network, assumed = network_between(slots(B, C, A), ClusterCapability((A, B, C), LINKS))
+
+    assert network == Network(4, 1e9, 3e-4) and not assumed
+
+
+def test_an_unknown_link_is_taken_for_a_gigabit_and_said_to_be_assumed():
+    network, assumed = network_between(slots(B, C), ClusterCapability((B, C)))
+
+    assert network == Network(2, 118e6, 0.4e-3) and assumed
+
+
+def test_one_worker_has_no_network_and_cards_of_one_node_have_their_bus():
+    cluster = ClusterCapability((A, B))
+
+    assert network_between(slots(B), cluster) == (None, False)
+    network, assumed = network_between(slots(A), cluster)
+    assert network.num_workers == 2 and network.bytes_per_s > 1e9 and not assumed
+
+
+def test_dividing_more_waits_longer():
+    network = Network(2, 1e8, 1e-4)
+    waits = []
+    for stage, share in ((0, None), (1, 0.5), (2, None), (3, None)):
+        plan = strategy_plan(stage=stage)
+        plan = replace(plan, techniques=replace(plan.techniques, state_share=share), gathered_bytes=1e8)
+        waits.append(waiting_s(network, [plan, plan]))
+
+    assert waits == sorted(waits) and waits[0] < waits[1] < waits[3]

@@ -1,0 +1,97 @@
+"""The eval section's `auto` values, each with its reason."""
+
+from dataclasses import replace
+
+import pytest
+
+from clusters.units import GIB
+from orchestrator.errors import JobError
+from orchestrator.job.sections.training import DataSection, EvalSection, ModelSection
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.evaluation import (
+    HeldOut,
+    cache_usable_bytes,
+    resolve_eval_steps,
+    resolve_max_new_tokens,
+    resolve_metrics,
+)
+from orchestrator.planning.workload import describe
+from strategies.contract import MemoryEstimate
+from tests.orchestrator.planning.machines import SMALL
+
+ROWS = HeldOut(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
+NO_ROWS = "there are no held-out rows"
+
+
+def spec(**section):
+    return JobSpec(
+        model=ModelSection(model_name_or_path="m"), data=DataSection(train="a.jsonl"), eval=EvalSection(**section)
+    )
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "steps", "reason"),
+    [
+        ({}, ROWS, 38, "4 times over the run, at most a tenth of its time"),
+        ({}, replace(ROWS, num_tokens=20_000), 75, "2 times over the run, at most a tenth of its time"),
+        ({}, replace(ROWS, num_tokens=10**6), None, "held-out rows cost over a tenth of the training"),
+        ({"eval_steps": 7}, ROWS, 7, None),
+        ({"eval_steps": None}, ROWS, None, None),
+        ({}, None, None, NO_ROWS),
+    ],
+)
+def test_steps_between_held_out_losses(section, rows, steps, reason):
+    work, _, _ = describe(spec(), SMALL, [100] * 800, 40_000, 1)  # 150 steps, 240,000 tokens
+
+    found, why = resolve_eval_steps(spec(**section), work, rows)
+
+    assert found == steps
+    assert why is None if reason is None else reason in why
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "tokens", "reason"),
+    [
+        ({}, ROWS, 50, "the longest held-out answer has 40 tokens; a quarter more, 512 at most"),
+        ({}, replace(ROWS, longest_answer=2), 16, "has 2 tokens"),
+        ({}, replace(ROWS, longest_answer=2000), 512, "has 2000 tokens"),
+        ({"max_new_tokens": 9}, ROWS, 9, None),
+        ({"max_new_tokens": 9}, None, 9, NO_ROWS),
+        ({}, None, 16, NO_ROWS),
+    ],
+)
+def test_the_longest_generated_answer(section, rows, tokens, reason):
+    found, why = resolve_max_new_tokens(spec(**section), rows)
+
+    assert found == tokens
+    assert why is None if reason is None else reason in why
+
+
+@pytest.mark.parametrize(
+    ("section", "rows", "metrics", "reason"),
+    [
+        ({}, ROWS, ("exact_match",), "the answers are short"),
+        ({}, replace(ROWS, longest_answer=97), ("rouge_l",), "the answers are long texts"),
+        ({}, replace(ROWS, is_classification=True), ("accuracy", "macro_f1"), "the rows are labels"),
+        ({}, replace(ROWS, num_references=0), (), "the held-out rows have no answers to compare with"),
+        ({"metrics": ["bleu"]}, ROWS, ("bleu",), None),
+        ({"metrics": []}, None, (), NO_ROWS),
+        ({}, None, (), NO_ROWS),
+    ],
+)
+def test_metrics_of_generated_answers(section, rows, metrics, reason):
+    assert resolve_metrics(spec(**section), rows) == (metrics, reason)
+
+
+def test_what_needs_held_out_rows_says_how_to_give_them():
+    for resolve, section in ((resolve_metrics, {"metrics": ["bleu"]}), (resolve_eval_steps, {"eval_steps": 5})):
+        arguments = (spec(**section), None, None) if resolve is resolve_eval_steps else (spec(**section), None)
+        with pytest.raises(JobError, match=r"needs held-out rows; add data.eval, e.g. data.eval: {split: 0.05}"):
+            resolve(*arguments)
+
+
+@pytest.mark.parametrize(("usable", "free"), [(10 * GIB, GIB), (3.5 * GIB, 0.5 * GIB), (2 * GIB, 0.0), (None, GIB)])
+def test_generation_uses_what_training_leaves_beside_the_weights(usable, free):
+    memory = MemoryEstimate(2 * GIB, 3 * GIB, 3 * GIB, 0, 0, framework_bytes=GIB)
+
+    assert cache_usable_bytes(memory, usable) == free

@@ -1,0 +1,67 @@
+"""Plans fit into the memory of their device, and together into that of their node."""
+
+from dataclasses import replace
+
+import pytest
+
+from clusters.units import GIB
+from orchestrator.planning.candidates import Placed, Slot
+from orchestrator.planning.memory_fit import cautious_bytes, device_shortage, host_usable_bytes, node_shortage
+from strategies import METHODS
+from tests.orchestrator.planning.machines import machine, strategy_plan
+
+NODE = machine("a", "RTX 3090", "RTX 3090", memory_gib=32)
+UNKNOWN = replace(NODE, memory_bytes=None)
+
+
+def slot(node=NODE):
+    return Slot(node, node.devices[0], 10 * GIB, 1)
+
+
+@pytest.mark.parametrize(
+    ("plan", "node", "shortage"),
+    [
+        (strategy_plan(weights_bytes=10 * GIB), NODE, None),
+        (strategy_plan(weights_bytes=11 * GIB), NODE, "needs 11.0 GiB, has 10.0 GiB usable"),
+        (strategy_plan(weights_bytes=9 * GIB, high_bytes=12 * GIB), NODE, None),  # 10.5 on the way to the worst
+        (
+            strategy_plan(weights_bytes=9 * GIB, high_bytes=14 * GIB),
+            NODE,
+            "may need 14.0 GiB at worst, has 10.0 GiB usable",
+        ),
+        (strategy_plan(host_bytes=30 * GIB), NODE, None),  # 2 GiB are left to the system
+        (
+            strategy_plan(host_bytes=31 * GIB),
+            NODE,
+            "needs 31.0 GiB, has 30.0 GiB usable of the node's own memory",
+        ),
+        (strategy_plan(host_bytes=GIB), UNKNOWN, "needs 1.0 GiB of the node's own memory, whose size is unknown"),
+    ],
+)
+def test_a_plan_that_does_not_fit_names_the_memory(plan, node, shortage):
+    assert device_shortage(plan, slot(node)) == shortage
+
+
+def test_workers_of_a_node_share_its_memory():
+    part = Placed(slot(), strategy_plan(host_bytes=16 * GIB), 0.5)
+    lora = METHODS["lora"]()
+
+    assert node_shortage([part], 1e9, lora) is None
+    assert node_shortage([part, part], 1e9, lora) == (
+        "the 2 workers on a need 32.0 GiB of the node's own memory together, has 30.0 GiB usable"
+    )
+
+
+def test_deepspeed_loads_the_whole_model_in_every_worker_s_host_memory():
+    lora, num_parameters = METHODS["lora"](), 9 * GIB  # 18 GiB as bfloat16
+    plain, divided = (Placed(slot(), strategy_plan(stage=stage), 0.5) for stage in (0, 3))
+
+    assert node_shortage([plain, plain], num_parameters, lora) is None
+    assert "the 2 workers on a need 36.0 GiB" in node_shortage([divided, divided], num_parameters, lora)
+    unknown = Placed(slot(UNKNOWN), strategy_plan(stage=3), 0.5)
+    assert "whose size is unknown" in node_shortage([unknown], num_parameters, lora)
+
+
+def test_half_way_to_the_worst_is_the_cautious_estimate():
+    assert cautious_bytes(strategy_plan(weights_bytes=8 * GIB, high_bytes=12 * GIB)) == 10 * GIB
+    assert host_usable_bytes(UNKNOWN) == 0 and host_usable_bytes(machine("b", memory_gib=1)) == 0

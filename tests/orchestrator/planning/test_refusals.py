@@ -1,0 +1,77 @@
+"""What a job states must be possible together on at least one device."""
+
+from pathlib import Path
+
+import pytest
+
+from clusters.capability import ClusterCapability
+from orchestrator.errors import JobError
+from orchestrator.job.job_file import parse_job
+from orchestrator.planning.planner import offered_slots, switches_of
+from orchestrator.planning.refusals import refuse_contradictions
+from orchestrator.planning.workload import describe
+from tests.orchestrator.planning.machines import SMALL, machine
+
+GPU, TWO_GPUS, CPU = machine("a", "RTX 3090"), machine("b", "RTX 3090", "RTX 3090"), machine("c")
+
+
+def refuse(text, node):
+    model = "" if "model:" in text else "model: {model_name_or_path: m}\n"
+    data = "" if "data:" in text else "data: {train: a.jsonl}\n"
+    spec = parse_job(f"{model}{data}{text}", Path()).spec
+    work, _, _ = describe(spec, SMALL, [512] * 160, 160 * 256, 1)
+    refuse_contradictions(spec, work, offered_slots(spec, ClusterCapability((node,))), switches_of(spec, 2048))
+
+
+@pytest.mark.parametrize(
+    ("text", "node", "message"),
+    [
+        ("strategy: {mode: zero2}\n", GPU, "zero2 divides among devices, and here is one worker"),
+        ("strategy: {mode: zero3, local_steps: 4}\n", TWO_GPUS, "workers that train apart hold everything"),
+        ("strategy: {offload: optimizer}\n", CPU, "a CPU's memory is the host's already"),
+        (
+            "strategy: {deepspeed: {train_micro_batch_size_per_gpu: 4}}\n",
+            GPU,
+            r"strategy.deepspeed.train_micro_batch_size_per_gpu: the plan decides it; set it by",
+        ),
+        (
+            "model: {model_name_or_path: m, attn_implementation: document}\ndata: {train: a.jsonl, packing: false}\n",
+            GPU,
+            "document needs data.packing: true",
+        ),
+        (
+            "data: {train: a.jsonl, packing: true}\ntrain: {torch_compile: true}\n",
+            GPU,
+            "would compile anew for every set of document lengths",
+        ),
+        (
+            "model: {model_name_or_path: m, attn_implementation: flash_attention_2, dtype: float32}\n",
+            GPU,
+            "flash_attention_2 computes in 16 bits; set model.dtype to auto",
+        ),
+        ("model: {model_name_or_path: m, attn_implementation: flex_attention}\n", CPU, "flex_attention needs a GPU"),
+        ("goal: {full_rank: true}\nmethod: {type: lora}\n", GPU, "lora changes weights by a low rank only"),
+        (
+            "method: {type: qlora}\nstrategy: {mode: zero3}\n",
+            TWO_GPUS,
+            "the job's settings do not go together: .* does not shard bitsandbytes'",
+        ),
+    ],
+)
+def test_a_contradiction_is_refused_with_what_to_change(text, node, message):
+    with pytest.raises(JobError, match=message):
+        refuse(text, node)
+
+
+@pytest.mark.parametrize(
+    ("text", "node"),
+    [
+        ("", CPU),
+        ("strategy: {mode: zero2}\n", TWO_GPUS),
+        ("strategy: {offload: optimizer}\n", GPU),
+        ("model: {model_name_or_path: m, attn_implementation: flash_attention_2}\n", GPU),
+        ("goal: {full_rank: true}\nmethod: {type: full}\n", GPU),
+    ],
+)
+def test_what_can_be_done_somewhere_is_not_refused(text, node):
+    refuse(text, node)
