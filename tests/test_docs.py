@@ -9,6 +9,7 @@ from pathlib import Path
 import click
 import pytest
 import typer
+import yaml
 
 from tests.cli import called
 from tests.house import ROOT
@@ -156,3 +157,12 @@ def test_the_reference_of_the_job_file_is_current():
     shown = called("schema", "--markdown", cwd=ROOT, check=0).stdout
 
     assert page == shown, "write it anew: orchestrator schema --markdown > orchestrator/guides/job-file.md"
+
+
+def test_commits_are_checked_by_the_tools_of_make_check_and_no_package_host():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}
+    assert {hook["language"] for hook in hooks} == {"system"}
+    assert [hook["entry"].split()[2] for hook in hooks] == ["ruff", "ruff", "pyright", "pytest"]
