@@ -16,7 +16,7 @@ from tests.house import ROOT
 
 GUIDES = sorted((ROOT / "orchestrator/guides").glob("*.md"))
 READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
-OTHERS = ("k8s/README.md", "CHANGELOG.md", "orchestrator/LOG.md", "orchestrator/DECISIONS.md")
+OTHERS = ("k8s/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "orchestrator/LOG.md", "orchestrator/DECISIONS.md")
 ALL = [*READMES, *GUIDES, *(ROOT / name for name in OTHERS)]
 SUBJECTS = ("planning", "search", "cluster", "kubernetes", "methods", "adapter-bank", "reports-and-cost")
 SUBJECTS += ("data-formats", "troubleshooting", "architecture", "job-file")
