@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import tomllib
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -166,3 +167,13 @@ def test_commits_are_checked_by_the_tools_of_make_check_and_no_package_host():
     assert {repo["repo"] for repo in config["repos"]} == {"local"}
     assert {hook["language"] for hook in hooks} == {"system"}
     assert [hook["entry"].split()[2] for hook in hooks] == ["ruff", "ruff", "pyright", "pytest"]
+
+
+def test_the_wheel_holds_the_manual_the_recipes_and_the_page():
+    package = ROOT / "orchestrator"
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    packed = {path for pattern in settings["package-data"]["orchestrator"] for path in package.glob(pattern)}
+
+    needed = {path for kind in ("md", "yaml", "html", "png", "jsonl", "csv") for path in package.rglob(f"*.{kind}")}
+    assert len(needed) > 20
+    assert needed <= packed
