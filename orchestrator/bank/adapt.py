@@ -77,19 +77,27 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     began = time.perf_counter()
     query = evidence_of(data.train, base)
     distances = DISTANCES[asked.distance](query, near.evidence)
-    _must_share(query, near, job)
-    weights = weights_of(asked, distances, near)
+    _check_overlap(query, near, job)
+    weights = coefficients_of(asked, distances, near)
     labelled, probe = _labelled(data, asked)
-    trial = Trial(job, base.folder, max_length, near.adapters)
-    chosen = chosen_shares(trial, labelled, near, weights, distances, asked, say)
+    trial, count = Trial(job, base.folder, max_length, near.adapters), len(near.cards)
+    if len(labelled):
+        say(f"moving shares of {count} adapters by {len(labelled)} labelled rows ...")
+    chosen = choose_shares(trial, labelled, near, weights, distances, asked)
     output = (output or output_dir(job) / f"{job.spec.name}-adapted-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    count, nearest, found = len(near.cards), int(distances.argmin()), {}
+    nearest, found = int(distances.argmin()), {}
+    rank = getattr(job.spec.method, "lora_r", None)
     wanted = {"generated": chosen.shares, "nearest": numpy.eye(count)[nearest], "average": numpy.full(count, 1 / count)}
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
-        made, judged = _judged(job, base.name, near, wanted, chosen.rule, trial, probe, folder, say)
-        own = train_digest(job)
+        made_of = {
+            name: generate(near.adapters, shares, folder / name, chosen.rule, rank, base.name)
+            for name, shares in wanted.items()
+        }
+        say(f"trying base, {', '.join(wanted)} on {len(probe)} labelled rows ...")
+        verdict = _keep_best(trial, probe, folder, wanted)
+        made, own = made_of[verdict["recommended"] or "generated"], train_digest(job)
         found.update(
             method="meta_generated",
             base={"name": base.name, "digest": base.digest},
@@ -98,13 +106,9 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
                 **{key: getattr(asked, key) for key in ("distance", "coefficients", "temperature")},
                 "rule": chosen.rule,
             },
-            made_from=[
-                {"name": c.name, "digest": c.digest, "share": share, "distance": float(distances[i])}
-                for i, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
-                for c in [near.cards[i]]
-            ],
+            made_from=_parts(near, made, distances),
             base_share=max(0.0, 1 - sum(share for _, share in made.coefficients)),
-            selection=_told_of(chosen.selected, labelled),
+            selection=_selection_of(chosen.selected, labelled),
             rank=made.rank,
             relative_error=made.relative_error,
             generation_s=made.seconds,
@@ -112,12 +116,21 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
             peak_bytes=made.peak_bytes,
             already=[card.name for card in bank.of_data(base.digest, own)] if own else [],
             nearest=near.cards[nearest].name,
-            **judged,
+            **verdict,
         )
         (folder / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
 
     into(output, write)
     return {**found, "path": str(output)}
+
+
+def _parts(near: Neighbours, made: Generated, distances: numpy.ndarray) -> list[dict[str, Any]]:
+    """The adapters that one was made from, the largest share first."""
+    return [
+        {"name": card.name, "digest": card.digest, "share": share, "distance": float(distances[place])}
+        for place, share in sorted(made.coefficients, key=lambda pair: -abs(pair[1]))
+        for card in [near.cards[place]]
+    ]
 
 
 def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text: None) -> Neighbours:
@@ -129,7 +142,7 @@ def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text:
     for card in contents.cards:
         if card.base_digest == base.digest and card.evidence_digest:
             try:
-                near.append((card, bank.evidence(card), _of_base(bank.adapter(card), base)))
+                near.append((card, bank.evidence(card), _checked(bank.adapter(card), base)))
             except (BankError, Unusable) as error:
                 damaged.append(f"{card.name}: {error}")
     near = [one for one in near if one[1].is_like(near[0][1])]
@@ -145,12 +158,12 @@ def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text:
     return Neighbours([card for card, _, _ in near], [one for _, one, _ in near], [one for _, _, one in near])
 
 
-def _of_base(adapter: Adapter, base: Base) -> Adapter:
+def _checked(adapter: Adapter, base: Base) -> Adapter:
     fits_base(adapter, base.folder)
     return adapter
 
 
-def weights_of(asked: BankSection, distances: numpy.ndarray, near: Neighbours) -> numpy.ndarray:
+def coefficients_of(asked: BankSection, distances: numpy.ndarray, near: Neighbours) -> numpy.ndarray:
     """Coefficients as the job asks for them."""
     if asked.coefficients == "attentional":
         return shares.attentional(distances, asked.temperature)
@@ -164,7 +177,7 @@ def weights_of(asked: BankSection, distances: numpy.ndarray, near: Neighbours) -
     return shares.Scorer(between, bank_gram(near.adapters[::step]))(distances, asked.temperature)
 
 
-def _must_share(query: Evidence, near: Neighbours, job: Job) -> None:
+def _check_overlap(query: Evidence, near: Neighbours, job: Job) -> None:
     nearest = float(DISTANCES["js"](query, near.evidence).min())
     if nearest > _NOTHING_SHARED * numpy.log(2):
         raise JobError(
@@ -173,20 +186,18 @@ def _must_share(query: Evidence, near: Neighbours, job: Job) -> None:
         )
 
 
-def chosen_shares(
+def choose_shares(
     trial: Trial,
     labelled: Any,
     near: Neighbours,
     shares: numpy.ndarray,
     distances: numpy.ndarray,
     asked: BankSection,
-    say: Callable[[str], None] = lambda text: None,
 ) -> Chosen:
-    """The rule and the shares that labelled rows like best, beginning with those that follow from the distances."""
+    """The rule and the shares of least loss on labelled rows, starting with those that follow from the distances."""
     rules = RULES if asked.rule == "auto" else (asked.rule,)
     if not len(labelled):
         return Chosen(shares, rules[0])
-    say(f"moving shares of {len(near.cards)} adapters by {len(labelled)} labelled rows ...")
     starts = {rule: combined(near.adapters, shares, rule) for rule in rules}
     rule = min(rules, key=lambda rule: trial.loss(labelled, starts[rule]))
     nearest = numpy.argsort(distances, kind="stable")[:_NEAREST]
@@ -197,7 +208,7 @@ def chosen_shares(
     return Chosen(moved, rule, found)
 
 
-def _told_of(selected: Selected | None, labelled: Any) -> dict[str, Any] | None:
+def _selection_of(selected: Selected | None, labelled: Any) -> dict[str, Any] | None:
     if selected is None:
         return None
     return {"rows": len(labelled), "losses": list(selected.losses), "trials": selected.num_trials}
@@ -211,37 +222,16 @@ def _labelled(data: Any, asked: BankSection) -> tuple[Any, Any]:
     return choose, judge.select(range(min(asked.probe_rows, len(judge))))
 
 
-def _judged(
-    job: Job,
-    base_name: str,
-    near: Neighbours,
-    wanted: dict[str, numpy.ndarray],
-    rule: Rule,
-    trial: Trial,
-    probe: Any,
-    folder: Path,
-    say: Callable[[str], None],
-) -> tuple[Generated, dict[str, Any]]:
-    """What was made of the bank, and the loss of all that is wanted on the labelled rows, beside the base's.
+def _keep_best(trial: Trial, probe: Any, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+    """The loss of `folder`/name for each name on labelled rows, beside the base model's.
 
-    The best of them becomes `folder`/adapter and is what is returned; where that is the base, none becomes it and
-    what was generated is returned.
+    The best becomes `folder`/adapter and the others go; where the base is the best, none is kept.
     """
-    rank = getattr(job.spec.method, "lora_r", None)
-    made = {
-        name: generate(near.adapters, shares, folder / name, rule, rank, base_name) for name, shares in wanted.items()
-    }
-    say(f"trying base, {', '.join(wanted)} on {len(probe)} labelled rows ...")
-    losses = {"base": trial.loss(probe)} | {name: trial.loss(probe, Adapter(folder / name)) for name in wanted}
+    losses = {"base": trial.loss(probe)} | {name: trial.loss(probe, Adapter(folder / name)) for name in names}
     best = min(losses, key=lambda name: losses[name])
-    for name in wanted:
+    for name in names:
         if name == best:
             (folder / name).rename(folder / "adapter")
         else:
             shutil.rmtree(folder / name)
-    recommended = None if best == "base" else best
-    return made[recommended or "generated"], {
-        "probe_rows": len(probe),
-        "probe_loss": losses,
-        "recommended": recommended,
-    }
+    return {"probe_rows": len(probe), "probe_loss": losses, "recommended": None if best == "base" else best}

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from orchestrator.bank.adapt import Neighbours, chosen_shares, neighbours, weights_of
+from orchestrator.bank.adapt import Neighbours, choose_shares, coefficients_of, neighbours
 from orchestrator.bank.adapter_trial import Trial
 from orchestrator.bank.library import bank_of, base_of
 from orchestrator.data.dataset import Dataset
@@ -48,8 +48,8 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
             continue
         others = near.at(other for other in range(len(near.cards)) if other != place)
         distances = DISTANCES[job.spec.bank.distance](near.evidence[place], others.evidence)
-        shares = weights_of(job.spec.bank, distances, others)
-        chosen = chosen_shares(trial, labelled[card.name], others, shares, distances, job.spec.bank)
+        shares = coefficients_of(job.spec.bank, distances, others)
+        chosen = choose_shares(trial, labelled[card.name], others, shares, distances, job.spec.bank)
         data, tried = held_out[card.name], {}
         losses = {
             "base": trial.loss(data),

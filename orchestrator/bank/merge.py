@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 import typing
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,14 +16,24 @@ from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.store import Bank
 
 
-def merged(
-    bank: Bank, cards: list[Card], output: Path, how: str, weights: str | None, rank: int | None, density: float
-) -> dict[str, Any]:
-    """`bank merge`.  Raises JobError for adapters of several models, or weights that do not match them."""
+@dataclass(frozen=True)
+class MergeOptions:
+    """How adapters become one."""
+
+    how: str | None = None
+    weights: str | None = None  # numbers with commas between them; None = 1/N each
+    rank: int | None = None  # of the result; None = the largest
+    density: float = 0.5
+
+
+def merge_adapters(bank: Bank, cards: list[Card], output: Path, options: MergeOptions) -> dict[str, Any]:
+    """Merge adapters of the bank.  Raises JobError for those of several models, or weights that do not match them."""
     if len({card.base_digest for card in cards}) > 1:
         raise JobError("they belong to different models: " + ", ".join(f"{c.name} to {c.base_name}" for c in cards))
-    shares = _asked(how, typing.get_args(Merge), weights, len(cards))
-    made = generate([bank.adapter(card) for card in cards], shares, output, cast(Merge, how), rank, None, density)
+    how = options.how or "linear"
+    shares = _parse_weights(how, typing.get_args(Merge), options.weights, len(cards))
+    adapters = [bank.adapter(card) for card in cards]
+    made = generate(adapters, shares, output, cast(Merge, how), options.rank, None, options.density)
     parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
     return {
         "path": str(output.absolute()),
@@ -35,19 +46,18 @@ def merged(
     }
 
 
-def merged_sparse(
-    folders: list[Path], output: Path, how: str | None, weights: str | None, density: float
-) -> dict[str, Any]:
-    """`bank merge` of SHiRA adapters.  Raises Unusable, also for those of several models, and JobError."""
+def merge_sparse(folders: list[Path], output: Path, options: MergeOptions) -> dict[str, Any]:
+    """Merge SHiRA adapters.  Raises Unusable, also for those of several models, and JobError."""
     from strategies.adapter_bank import sparse
 
+    how, weights = options.how, options.weights
     if weights and not how:
         raise JobError("sparse adapters are averaged where they meet, without --weights; they go with a --how")
     needs_factors = ("cat", "factorwise")
     rules = tuple(rule for rule in typing.get_args(Merge) if rule not in needs_factors)
-    shares = _asked(how or rules[0], rules, weights, len(folders))
+    shares = _parse_weights(how or rules[0], rules, weights, len(folders))
     began = time.perf_counter()
-    entries, shared = sparse.merge(folders, output, cast("Merge | None", how), shares, density)
+    entries, shared = sparse.merge(folders, output, cast("Merge | None", how), shares, options.density)
     shown = shares if how else [1.0] * len(folders)
     names = [folder.absolute().parent.name if folder.name == "adapter" else folder.name for folder in folders]
     return {
@@ -60,7 +70,7 @@ def merged_sparse(
     }
 
 
-def _asked(how: str, rules: tuple[str, ...], weights: str | None, count: int) -> list[float]:
+def _parse_weights(how: str, rules: tuple[str, ...], weights: str | None, count: int) -> list[float]:
     """The weights, one for each adapter.  Raises JobError for those, or a rule, that cannot be."""
     if how not in rules:
         raise JobError(f"--how {how}: one of {', '.join(rules)}")

@@ -215,18 +215,19 @@ def merge(
               orchestrator bank merge mixed sst2 imdb yelp --how ties --density 0.3
               orchestrator bank merge experts ./shira-sst2 ./shira-imdb
     """
-    from orchestrator.bank.merge import merged, merged_sparse
+    from orchestrator.bank.merge import MergeOptions, merge_adapters, merge_sparse
 
     output = resolve_path(output, "bank merge", kind="new folder")
+    options = MergeOptions(how, weights, rank, density)
     folders = [folder for folder in map(adapter_folder, which) if folder]
     if folders and len(folders) == len(which):
         if rank:
             raise JobError("sparse adapters have no rank: leave out --rank")
-        _print_made(merged_sparse(folders, output, how, weights, density), json_)
+        _print_made(merge_sparse(folders, output, options), json_)
         return
     there = Bank(bank)
     cards = [there.find(name) for name in which]
-    _print_made(merged(there, cards, output, how or "linear", weights, rank, density), json_)
+    _print_made(merge_adapters(there, cards, output, options), json_)
 
 
 @bank.command()

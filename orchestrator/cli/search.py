@@ -153,13 +153,13 @@ def show(folder: SearchFolder, as_json: bool) -> None:
 
 
 def _predict(job: Job, as_json: bool) -> None:
-    from orchestrator.search.advice import told
+    from orchestrator.search.advice import advice_json
     from orchestrator.search.run import predict
     from orchestrator.views.search import advised_text
 
     space, advised = predict(job, say, BANK_HOOKS)
     if as_json:
-        print_json(told(space, advised))
+        print_json(advice_json(space, advised))
     else:
         out.print(advised_text(space, advised), markup=False, highlight=False, soft_wrap=True)
 

@@ -1,4 +1,4 @@
-"""What the planner says of every point before anything is tried: which cannot be, which cannot win, where to start.
+"""What is predicted of every point before anything is tried: which cannot run, which cannot win, where to start.
 
 Pure: no torch, no ray.  A point is planned twice: as the real job on all machines, which is what counts, and as a trial
 on one machine, which is what will be measured.
@@ -182,7 +182,7 @@ def advise(planning: Planning, space: Space) -> Advised:
     return advised
 
 
-def told(space: Space, advised: Advised) -> dict[str, Any]:
+def advice_json(space: Space, advised: Advised) -> dict[str, Any]:
     """advice.json: every point with its prediction."""
 
     def one(advice: Any) -> dict[str, Any]:

@@ -26,7 +26,7 @@ from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, canonical, space_of
 from orchestrator.runs.search_folder import SearchFolder, Trial
-from orchestrator.search.advice import Advised, Planning, advise, by_kind, told
+from orchestrator.search.advice import Advised, Planning, advice_json, advise, by_kind
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.recommend import outcomes, recommend
@@ -51,7 +51,7 @@ class Watcher(Protocol):
 
 @dataclass
 class _Search:
-    """A search in progress: what it knows, and the questions Tune asks of it."""
+    """A search in progress: its trials so far, and what Tune needs of it."""
 
     folder: SearchFolder
     job: Job
@@ -124,7 +124,7 @@ class _Search:
         self.running[number] = (point, name, time.monotonic())
 
     def enough(self) -> bool:
-        """Whether the budget is spent or somebody asked to stop."""
+        """Whether the budget is spent or the search is to stop."""
         budget = self.job.spec.search.budget
         minutes = (time.monotonic() - self.began) / 60
         over_time = budget.minutes is not None and minutes >= budget.minutes
@@ -216,13 +216,15 @@ def search(
         "data.json": json.dumps(files, indent=1),
         "plan.json": ready.plan.to_json(),
         "study.json": json.dumps(named),
-        **({"advice.json": json.dumps(told(space, advised), indent=1)} if advised else {}),
+        **({"advice.json": json.dumps(advice_json(space, advised), indent=1)} if advised else {}),
         "asked.yaml": asked.text,
         "search.yaml": job.text,
     }
     with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:
         folder.begin(texts)
-        return _go_on(_Search(folder, job, planning, space, nodes, watcher, _sampler(planning, space, advised), named))
+        return _try_rest(
+            _Search(folder, job, planning, space, nodes, watcher, _sampler(planning, space, advised), named)
+        )
 
 
 def _batch(ready: Ready) -> int:
@@ -240,14 +242,14 @@ def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> 
 
 
 def resume(folder: SearchFolder, watcher: Watcher) -> SearchFolder:
-    """Go on with a search that was stopped or killed, with what its trials taught."""
+    """Continue a search that was stopped or killed, with what its trials taught."""
     with folder.lock():
         folder.restore(watcher.say)
-        return _go_on(_as_left(folder, watcher))
+        return _try_rest(_restore(folder, watcher))
 
 
-def _as_left(folder: SearchFolder, watcher: Watcher) -> _Search:
-    """A search as its files tell of it."""
+def _restore(folder: SearchFolder, watcher: Watcher) -> _Search:
+    """A search as it is in its files."""
     job = folder.job()
     planning = planning_in(folder, job)
     base = folder.plan()
@@ -260,19 +262,19 @@ def _as_left(folder: SearchFolder, watcher: Watcher) -> _Search:
     return _Search(folder, job, planning, space, nodes, watcher, sampler, named)
 
 
-def _go_on(going: _Search) -> SearchFolder:
-    """Try what is left; who calls it holds the folder."""
-    folder, job = going.folder, going.job
+def _try_rest(search: _Search) -> SearchFolder:
+    """Try what is left; the caller holds the folder."""
+    folder, job = search.folder, search.job
     folder.stop_file.unlink(missing_ok=True)
     folder.record("state", state="running", pid=os.getpid())
     try:
-        _tune(going)
+        _tune(search)
     except OrchestratorError as error:
         folder.record("state", state="failed", text=str(error))
         raise
-    conclude(folder, job, going.planning)
-    folder.record("state", state="stopped" if going.stopped else "finished")
-    if going.stopped:
+    conclude(folder, job, search.planning)
+    folder.record("state", state="stopped" if search.stopped else "finished")
+    if search.stopped:
         raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` continues with the trials that are left")
     return folder
 
@@ -298,49 +300,40 @@ def _sampler(planning: Planning, space: Space, advised: Advised | None) -> Sampl
     return Sampler(space, advised, kind, prefer, objectives, partial(value_of, spec), seed)
 
 
-def _tune(going: _Search) -> None:
+def _tune(search: _Search) -> None:
     """Run the trials, pass Ctrl-C on, and wait for the end."""
-    from orchestrator.search.tuning import tune_trials
+    from orchestrator.search.tuning import Slots, tune_trials
 
-    spec = going.job.spec
-    budget = len(going.named) if going.sampler is None else spec.search.budget.trials - len(going.done)
-    if budget <= 0:
+    spec = search.job.spec
+    num_trials = len(search.named) if search.sampler is None else spec.search.budget.trials - len(search.done)
+    if num_trials <= 0:
         return
     address = spec.cluster.address
-    going.watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
-    names = {node.name for node in going.nodes}
-    places = [slot for slot in planner.slots_of(spec, going.planning.capability) if slot.node.name in names]
-    num_slots, threads = len(places), max(slot.threads for slot in places)
+    search.watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
+    names = {node.name for node in search.nodes}
+    places = [slot for slot in planner.slots_of(spec, search.planning.capability) if slot.node.name in names]
+    threads = max(slot.threads for slot in places)
     gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
     environment = host_memory.ENVIRONMENT | thread_waits.environment()
     uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]
-    with machines.cluster_errors(), one_each(uuids, going.watcher.say, going.folder.stop_file.exists) as held:
+    with machines.cluster_errors(), one_each(uuids, search.watcher.say, search.folder.stop_file.exists) as held:
         if held is None:
-            going.stopped = True
+            search.stopped = True
             return
-        with connect(address, num_slots, threads, environment, gpus) as cluster:
-            node_ids = _node_ids(address, names)
-
-            def run() -> None:
-                tune_trials(
-                    going.folder.path,
-                    going,
-                    spec.search.scheduler if going.sampler is not None else "none",
-                    budget,
-                    spec.search.trial_steps,
-                    num_slots,
-                    cluster.slot_resources,
-                    node_ids,
-                )
-
-            error = run_in_background(run, going.poll, going.interrupt)
+        with connect(address, len(places), threads, environment, gpus) as cluster:
+            slots = Slots(len(places), cluster.slot_resources, _node_ids(address, names))
+            scheduler = spec.search.scheduler if search.sampler is not None else "none"
+            tune = partial(
+                tune_trials, search.folder.path, search, slots, num_trials, spec.search.trial_steps, scheduler
+            )
+            error = run_in_background(tune, search.poll, search.interrupt)
     if error is None or isinstance(error, OrchestratorError):
         if error:
             raise error
         return
     raise RunFailed(
         f"Ray Tune ended with {type(error).__name__}: {str(error).splitlines()[0]}. `orchestrator resume"
-        f" {going.folder.run_id}` continues"
+        f" {search.folder.run_id}` continues"
     ) from error
 
 

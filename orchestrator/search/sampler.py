@@ -12,6 +12,7 @@ import math
 import random
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -66,25 +67,23 @@ def _features(point: Point) -> list[str]:
     return ["any", *(f"{key}={value}" for key, value in point.items())]
 
 
+@dataclass
 class Sampler:
-    """Names points to try, each once, and is told what came of them."""
+    """Names points to try, each once, and learns from what came of them."""
 
-    def __init__(
-        self,
-        space: Space,
-        advised: Advised | None,
-        kind: str,
-        prefer: str,
-        objectives: Sequence[str],
-        defaults: Callable[[str], Any],
-        seed: int,
-    ) -> None:
-        """`advised` is None for samplers that know no plan; `defaults` gives the job's own value of a range's key."""
-        self.space, self.advised, self.prefer = space, advised, prefer
+    space: Space
+    advised: Advised | None  # None for samplers that know no plan
+    kind: str
+    prefer: str
+    objectives: Sequence[str]
+    defaults: Callable[[str], Any]  # the job's own value of a range's key
+    seed: int
+
+    def __post_init__(self) -> None:
+        space, seed = self.space, self.seed
         self.corrections = {"time": Corrections(), "memory": Corrections()}
-        self._objectives, self._defaults = objectives, defaults
-        directions: list[Any] = ["minimize"] * len(objectives)
-        self._study = optuna.create_study(directions=directions, sampler=_sampler(kind, seed))
+        directions: list[Any] = ["minimize"] * len(self.objectives)
+        self._study = optuna.create_study(directions=directions, sampler=_optuna_sampler(self.kind, seed))
         self._distributions: dict[str, Any] = {
             key: optuna.distributions.CategoricalDistribution(_encoded(values)) for key, values in space.choices.items()
         }
@@ -172,7 +171,7 @@ class Sampler:
         """With a value for every key of the space: knobs of other methods at their first, ranges at the job's own."""
         filled = {key: point.get(key, values[0]) for key, values in self.space.choices.items()}
         for key, values in self.space.ranges.items():
-            filled[key] = point.get(key, _inside(values, self._defaults(key)))
+            filled[key] = point.get(key, _inside(values, self.defaults(key)))
         return filled
 
     def _choices(self, point: Point) -> Point:
@@ -187,7 +186,7 @@ class Sampler:
         return f"{key_of(self._choices(point))}|{[point.get(key) for key in self.space.ranges]}"
 
 
-def _sampler(kind: str, seed: int) -> Any:
+def _optuna_sampler(kind: str, seed: int) -> Any:
     seed %= 2**32  # what numpy's generators take; a job's seed may be larger
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -44,7 +44,7 @@ _WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, 
 
 
 class Searching(Protocol):
-    """What Tune asks of a search, and tells it."""
+    """What Tune needs of a search."""
 
     def next_trial(self) -> tuple[int, Point, Mapping[str, Sequence[Plan]]] | None:
         """A number, the point and, for each node that could run it, a plan for each kind of its devices; None where all
@@ -60,24 +60,24 @@ class Searching(Protocol):
         ...
 
     def enough(self) -> bool:
-        """Asked between reports: whether the budget is spent or somebody wants to stop."""
+        """Whether the budget is spent or the search is to stop; called between reports."""
         ...
 
 
-def tune_trials(
-    folder: Path,
-    searching: Searching,
-    scheduler: str,
-    num_trials: int,
-    num_steps: int,
-    slots: int,
-    slot_resources: dict[str, float],
-    node_ids: Mapping[str, str],
-) -> None:
-    """Run trials of `num_steps` steps, `slots` at a time, until there are enough; what Tune itself raises is raised.
+@dataclass(frozen=True)
+class Slots:
+    """Where trials run: how many at a time, what each takes of Ray, and Ray's ids of the nodes by their names."""
 
-    `node_ids` names the nodes as Ray knows them; empty where there is one machine.
-    """
+    count: int
+    resources: dict[str, float]
+    node_ids: Mapping[str, str]  # empty where there is one machine
+
+
+def tune_trials(
+    folder: Path, searching: Searching, slots: Slots, num_trials: int, num_steps: int, scheduler: str
+) -> None:
+    """Run trials of `num_steps` steps until there are enough; what Tune itself raises is raised."""
+    node_ids = slots.node_ids
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what went wrong is said by us, a line a trial
     storage = folder / ".ray" / uuid.uuid4().hex[:8]
@@ -87,7 +87,7 @@ def tune_trials(
 
     def resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         plans = {name: Plan.from_json(texts[0]) for name, texts in config["plans"].items()}
-        bundle, nodes = place_of(plans, slot_resources, {name for name in plans if offers_gpus(name)})
+        bundle, nodes = place_of(plans, slots.resources, {name for name in plans if offers_gpus(name)})
         if not node_ids:
             return tune.PlacementGroupFactory([bundle])
         where = ",".join(sorted(node_ids[node] for node in nodes))
@@ -100,7 +100,7 @@ def tune_trials(
             search_alg=_Adapter(searching),
             scheduler=_scheduler(scheduler, num_steps),
             num_samples=num_trials,
-            max_concurrent_trials=slots,
+            max_concurrent_trials=slots.count,
             reuse_actors=REUSE_WORKERS,
         ),
         run_config=tune.RunConfig(
@@ -108,7 +108,7 @@ def tune_trials(
             storage_path=str(storage),
             verbose=0,
             stop=_Enough(searching),
-            callbacks=[_Watch(searching)],
+            callbacks=[_Callback(searching)],
             checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
         ),
     )
@@ -145,14 +145,14 @@ def _scheduler(name: str, num_steps: int) -> Any:
     return FIFOScheduler()
 
 
-class _Here:
-    """Lives in this process only: Tune pickles what it is given, to go on by itself, which no search asks of it."""
+class _InProcess:
+    """Lives in this process only: Tune pickles what it is given, to resume by itself, which no search asks of it."""
 
     def __getstate__(self) -> dict[str, Any]:
         return {}
 
 
-class _Adapter(_Here, Searcher):
+class _Adapter(_InProcess, Searcher):
     """Our next trial as Tune's searcher."""
 
     def __init__(self, searching: Searching) -> None:
@@ -168,15 +168,15 @@ class _Adapter(_Here, Searcher):
         return {"number": number, "point": point, "plans": texts}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
-        """Heard by `_Watch`, which knows why a trial failed."""
+        """Left to `_Callback`, which knows why a trial failed."""
 
     def save(self, checkpoint_path: str) -> None:
-        """A search goes on from its own folder, not from Tune's."""
+        """A search resumes from its own folder, not from Tune's."""
 
     def restore(self, checkpoint_path: str) -> None: ...
 
 
-class _Enough(_Here, tune.Stopper):
+class _Enough(_InProcess, tune.Stopper):
     def __init__(self, searching: Searching) -> None:
         self._searching = searching
 
@@ -187,8 +187,8 @@ class _Enough(_Here, tune.Stopper):
         return self._searching.enough()
 
 
-class _Watch(_Here, tune.Callback):
-    """Tells the search how each trial ended."""
+class _Callback(_InProcess, tune.Callback):
+    """Reports to the search how each trial ended."""
 
     def __init__(self, searching: Searching) -> None:
         self._searching = searching
@@ -197,16 +197,16 @@ class _Watch(_Here, tune.Callback):
         self._searching.started(trial.config["number"])
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        told = (trial.last_result or {}).get("trial")
-        if told is None:  # stopped before its first report
+        values = (trial.last_result or {}).get("trial")
+        if values is None:  # stopped before its first report
             return
-        self._searching.ended(Trial(**{**told, "curve": [tuple(point) for point in told["curve"]]}))
+        self._searching.ended(Trial(**{**values, "curve": [tuple(point) for point in values["curve"]]}))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
-        self._searching.failed(trial.config["number"], _why(trial))
+        self._searching.failed(trial.config["number"], _failure_reason(trial))
 
 
-def _why(trial: Any) -> str:
+def _failure_reason(trial: Any) -> str:
     """A process that vanished was killed, on most machines because memory ran out."""
     try:
         text = Path(trial.error_file).read_text(encoding="utf-8", errors="replace").strip()
@@ -236,7 +236,7 @@ class _Runner(tune.Trainable):
     def step(self) -> dict[str, Any]:
         """Train to the next rung and report."""
         try:
-            experiment = self._experiment = self._experiment or self._made()
+            experiment = self._experiment = self._experiment or self._experiment_of()
             done = experiment.progress.step
             target = next(rung for rung in rungs(experiment.plan.num_steps) if rung > done)
             loss = experiment.train_to(target)
@@ -244,11 +244,11 @@ class _Runner(tune.Trainable):
             metric = self._job.spec.search.metric
             quality = experiment.quality() if ended and metric != "eval_loss" else {}
         except _WHAT_TRIALS_RAISE as error:
-            said = str(error).strip().splitlines()
-            return self._report(None, {}, True, said[0] if said else type(error).__name__)
+            lines = str(error).strip().splitlines()
+            return self._report(None, {}, True, lines[0] if lines else type(error).__name__)
         return self._report(loss, quality, ended, None)
 
-    def _made(self) -> Any:
+    def _experiment_of(self) -> Any:
         from orchestrator.data.prepare import datasets
         from orchestrator.training.workers.experiment import Experiment
 
@@ -281,9 +281,9 @@ class _Runner(tune.Trainable):
             eval_loss=loss,
             quality=quality,
         )
-        told = asdict(trial)
+        values = asdict(trial)
         if experiment is not None and reason is None:
-            told |= {
+            values |= {
                 "steps": experiment.progress.step,
                 "curve": experiment.curve,
                 "step_s": experiment.times()["measured_step_s"],
@@ -294,7 +294,7 @@ class _Runner(tune.Trainable):
                 "time": experiment.times(),
             }
         judged = math.inf if loss is None else _rounded(loss, self._job.spec.search.quality_tolerance)
-        return {"step": told["steps"], "judged": judged, "trial": told, "done": ended or reason is not None}
+        return {"step": values["steps"], "judged": judged, "trial": values, "done": ended or reason is not None}
 
 
 def _rounded(loss: float, tolerance: float) -> float:

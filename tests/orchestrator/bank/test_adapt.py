@@ -8,7 +8,7 @@ from safetensors.numpy import save_file
 
 from orchestrator.bank.adapt import neighbours
 from orchestrator.bank.library import Base
-from orchestrator.bank.merge import merged
+from orchestrator.bank.merge import MergeOptions, merge_adapters
 from orchestrator.errors import JobError
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card
@@ -94,7 +94,7 @@ def test_a_merge_of_changed_bytes_is_refused_and_writes_nothing(bank, tmp_path):
     flip(bank.folder(cards[1].digest) / WEIGHTS)
 
     with pytest.raises(BankError, match="second: its bytes are not those"):
-        merged(bank, cards, tmp_path / "out", "linear", None, None, 0.5)
+        merge_adapters(bank, cards, tmp_path / "out", MergeOptions())
     assert not (tmp_path / "out").exists()
 
 
