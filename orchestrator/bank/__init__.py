@@ -1,4 +1,4 @@
-"""Adapters of finished runs: kept, adapted to new data, merged, continued, evaluated.
+"""Adapters of finished runs: keep, adapt to new data, merge, continue, evaluate.
 
 library            start here: adapters of runs and folders into the bank
 hooks              what a run does with the bank: look for adapters before it plans, add its own at its end

@@ -1,4 +1,4 @@
-"""Training on from what the bank made, and how many steps that saves."""
+"""A warm start from what the bank made, and how many steps that saves."""
 
 from __future__ import annotations
 
@@ -15,43 +15,43 @@ from orchestrator.lifecycle.run import submit
 from orchestrator.runs.run_folder import RunFolder
 
 
-def then_train(
+def train_from(
     job: Job, found: dict[str, Any], against: str | None, runs: Path, say: Callable[[str], None]
 ) -> dict[str, Any]:
-    """Train on from what was made, and count the steps until it is where a run that began afresh ended.
+    """Train from the bank's adapter, and count the steps until the loss at which a run from scratch ended.
 
     `against` is that run, or `fresh` to train it first.  Raises JobError where nothing was recommended, or where the
     runs do not evaluate as they go.
     """
     if found["recommended"] is None:
-        raise JobError("nothing that the bank made is better than the base model: train afresh with `submit`")
-    goes_on = {"method.type": _that_goes_on(job)}
+        raise JobError("nothing that the bank made is better than the base model: train from scratch with `submit`")
+    method = {"method.type": _method_with_init(job)}
     if against and job.spec.eval.eval_steps is None:
         raise JobError(
             "--against compares held-out losses on the way: set eval.eval_steps, e.g. to a tenth of the steps"
         )
     fresh = None
     if against == "fresh":
-        say("training afresh, to compare ...")
-        fresh = submit(_with(job, goes_on), Quiet(), bank=BANK_HOOKS)
+        say("training from scratch, to compare ...")
+        fresh = submit(_with(job, method), Quiet(), bank=BANK_HOOKS)
     elif against:
         fresh = RunFolder.find(against, runs)
-    say("training on from the bank's adapter ...")
+    say("training from the bank's adapter ...")
     start = {"method.init_adapter": str(Path(found["path"]) / "adapter")}
-    run = submit(_with(job, goes_on | start), Quiet(), bank=BANK_HOOKS)
-    told: dict[str, Any] = {"run_id": run.run_id, "path": str(run.path), "eval_loss": _evaluations(run)}
+    run = submit(_with(job, method | start), Quiet(), bank=BANK_HOOKS)
+    trained: dict[str, Any] = {"run_id": run.run_id, "path": str(run.path), "eval_loss": _evaluations(run)}
     if fresh is None:
-        return told
+        return trained
     ended = _evaluations(fresh)
     if not ended:
         raise JobError(f"{fresh.run_id} was not evaluated on its way: nothing to compare with")
     goal_step, goal = max(ended.items())
-    reached = next((step for step, loss in sorted(told["eval_loss"].items()) if loss <= goal), None)
-    return told | {
+    step = next((step for step, loss in sorted(trained["eval_loss"].items()) if loss <= goal), None)
+    return trained | {
         "against": fresh.run_id,
         "against_eval_loss": ended,
-        "reached_at": reached,
-        "steps_saved": None if reached is None else goal_step - reached,
+        "reached_at": step,
+        "steps_saved": None if step is None else goal_step - step,
     }
 
 
@@ -64,7 +64,7 @@ def _with(job: Job, values: dict[str, Any]) -> Job:
     return parse_job(text_with(job, values), job.folder)
 
 
-def _that_goes_on(job: Job) -> str:
+def _method_with_init(job: Job) -> str:
     """The job's method if it can begin with an adapter, else the first that can."""
     able = [name for name, section in METHOD_SECTIONS.items() if "init_adapter" in section.model_fields]
     return job.spec.method.type if job.spec.method.type in able else able[0]

@@ -1,4 +1,4 @@
-"""How good a bank is at tasks it has not seen: each of its adapters left out in turn, and made of the others."""
+"""How good a bank is at tasks it has not seen: leave each adapter out in turn and make it of the others."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     near = neighbours(bank_of(job), base, say)
     labelled, held_out = {}, {}
     for card in near.cards:
-        train, there = _data_of(RunFolder(runs / (card.run_id or "-")), say)
-        if train is not None and there is not None:
+        train, rest = _data_of(RunFolder(runs / (card.run_id or "-")), say)
+        if train is not None and rest is not None:
             labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))
-            held_out[card.name] = there.select(range(min(rows, len(there))))
+            held_out[card.name] = rest.select(range(min(rows, len(rest))))
     if len(held_out) < 3:
         raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))

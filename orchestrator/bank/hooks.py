@@ -19,7 +19,7 @@ from strategies.adapter_bank.folders import base_digest
 def find_adapters(job: Job) -> tuple[InBank, ...]:
     """Adapters of the job's bank for its model that were trained on its very data; loads and fetches no model.
 
-    Their bytes are not read again: the plan names them, and whoever uses one checks it.
+    Their bytes are not read here: the plan only names them, and a later use checks them.
     """
     if not (job.path(job.spec.bank.path) / "objects").is_dir():
         return ()

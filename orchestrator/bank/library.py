@@ -1,4 +1,4 @@
-"""Between runs and the bank: what is known of a job's base and data, and adapters on their way in."""
+"""A job's base model and data as the bank knows them; adapters of runs and folders into the bank."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
 def add_folder(
     bank: Bank, folder: Path, model: str | None, data: Path | None, name: str | None, licence: str | None
 ) -> Card:
-    """An adapter that was trained elsewhere.  Without its `data` it can be merged, not found by likeness."""
+    """An adapter of another program.  Without its `data` it can be merged, but `adapt` does not find it."""
     adapter = Adapter(folder)
     asked = model or adapter.base_name
     if not asked:

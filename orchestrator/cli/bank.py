@@ -308,14 +308,14 @@ def adapt(
               orchestrator adapt job.yaml --then-train --against fresh
     """
     from orchestrator.bank.adapt import adapt as adapted
-    from orchestrator.bank.continue_training import then_train as train_on
+    from orchestrator.bank.continue_training import train_from
 
     if against and not then_train:
         raise JobError("--against belongs to --then-train")
     asked = load_job(job, set_)
     found = adapted(asked, output and resolve_path(output, "--output", kind="new folder"), say)
     if then_train:
-        found |= {"then_train": train_on(asked, found, against, runs, say)}
+        found |= {"then_train": train_from(asked, found, against, runs, say)}
     _print_made(found, json_)
 
 

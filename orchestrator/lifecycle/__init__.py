@@ -1,4 +1,4 @@
-"""How a job lives: prepared, run, recovered, finished; and what can be asked before it starts.
+"""A job from its file to its result: prepare, run, recover, finish; and the checks before it starts.
 
 run               start here: the whole path of a job in one file
 prepare           everything that can fail before a run starts: its model, data, machines and plan

@@ -1,4 +1,4 @@
-"""The machine that a plan leaves out, at work beside the others: it measures the untuned model meanwhile."""
+"""Evaluates the base model on an idle node while the others train."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orchestrator.runs.run_folder import RunFolder
 
 
 class BaselineHelper:
-    """Started once a run; whatever becomes of it, training goes on."""
+    """Starts once a run; training does not depend on it."""
 
     def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
         self._run, self._call = run, None
@@ -20,7 +20,7 @@ class BaselineHelper:
         if plan.helper is None or _is_measured(run):
             return
         if plan.helper.node not in node_ids:
-            run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not there"}))
+            run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not in the cluster"}))
             return
         from clusters.ray import gpu_reservation
         from clusters.ray.nodes import CallOn
@@ -31,21 +31,21 @@ class BaselineHelper:
         self._call: Any = CallOn(node_id, measure, str(run.path), num_gpus=num_gpus)
 
     def poll(self) -> None:
-        """Tell, once, what came of it."""
+        """Record the result or the reason for its failure, once."""
         if self._call is None or not self._call.has_ended():
             return
         reason, found = self._call.error(), self._run.before()
         self._call = None
         if reason or found is None:
-            reason = reason or "it ended without a word"
+            reason = reason or "it ended without a result"
             self._run.write("before-failed.json", json.dumps({"text": reason}))
-            self._run.record("note", text=f"the untuned model could not be measured aside: {reason}")
+            self._run.record("note", text=f"the baseline evaluation on an idle node failed: {reason}")
         else:
             self._run.record("quality", when="before", **{k: v for k, v in found.items() if isinstance(v, int | float)})
 
 
 def _is_measured(run: RunFolder) -> bool:
-    """Whether an earlier try measured it; what cannot be read is measured again."""
+    """Whether an earlier try measured it; a damaged result is measured again."""
     try:
         return run.before() is not None
     except JobError as error:

@@ -1,4 +1,4 @@
-"""Predicted against measured, over finished runs -> better predictions for the same device and number format.
+"""Measured over predicted step times of finished runs -> better predictions for the same device and number format.
 
 Every result.json holds both step times.  The ratio of a device is the geometric mean over its runs, drawn towards 1
 while there are few: one run may have been disturbed.
@@ -22,10 +22,10 @@ _BELIEVABLE = (0.1, 10.0)  # beyond it something else went wrong
 
 
 def calibrated(cluster: ClusterCapability, runs: Path) -> ClusterCapability:
-    """The same machines with what the runs in a folder taught about them."""
-    learnt = ratios(_results(runs))
+    """The same machines, each device with the ratios that the runs in a folder measured."""
+    known = ratios(_results(runs))
     nodes = tuple(
-        replace(node, devices=tuple(_taught(device, learnt) for device in node.devices)) for node in cluster.nodes
+        replace(node, devices=tuple(_calibrate(device, known) for device in node.devices)) for node in cluster.nodes
     )
     return replace(cluster, nodes=nodes)
 
@@ -36,7 +36,7 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
     for result in results:
         try:
             times = record(StepTimes, result.get("time") or {}, "time")
-        except (BadInput, AttributeError):  # a damaged one: it teaches nothing
+        except (BadInput, AttributeError):  # damaged: not used
             continue
         if not times.formula_step_s or not times.measured_step_s or not times.device or not times.dtype:
             continue
@@ -47,18 +47,18 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
     return {key: math.exp(sum(values) / (len(values) + _PRIOR_RUNS)) for key, values in logs.items()}
 
 
-def _taught(device: DeviceCapability, learnt: Mapping[tuple[str, str], float]) -> DeviceCapability:
-    """What was learnt on this very card; what on others of its name, where it has run nothing of that format."""
-    known = {
-        dtype: ratio for label in (device.name, device.uuid) for (name, dtype), ratio in learnt.items() if name == label
+def _calibrate(device: DeviceCapability, ratios: Mapping[tuple[str, str], float]) -> DeviceCapability:
+    """With the ratios of this very device; of others of its name for number formats that it has not run."""
+    own = {
+        dtype: ratio for label in (device.name, device.uuid) for (name, dtype), ratio in ratios.items() if name == label
     }
-    return replace(device, calibration=known) if known else device
+    return replace(device, calibration=own) if own else device
 
 
 def _results(runs: Path) -> Iterable[Mapping[str, Any]]:
     """What runs and the trials of searches measured."""
     for file in sorted([*runs.glob("*/result.json"), *runs.glob("*/trials.jsonl")]):
-        with contextlib.suppress(BadInput):  # one being written, or a damaged one: it teaches nothing
+        with contextlib.suppress(BadInput):  # being written, or damaged: not used
             content = read_bytes(file)
             for text in content.split(b"\n") if file.suffix == ".jsonl" else [content]:
                 with contextlib.suppress(BadInput):

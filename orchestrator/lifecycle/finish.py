@@ -1,7 +1,7 @@
 """The end of a run: steps that may be done twice, and a record of those that are done.
 
 Killed between any two of them, the same command does the rest.  ending.json says which are done, for what the run
-handed back and for where the job wants it: another adapter, bank or server begins anew.
+handed back and for where the job wants it: for another adapter, bank or server they are done again.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ _FILE = "ending.json"
 
 @dataclass(frozen=True)
 class Step:
-    """One thing to do at the end of a run; `do` may be repeated, and returns what to record."""
+    """One step at the end of a run; `do` may be repeated, and returns the event to record."""
 
     name: str
     target: Callable[[Job], str | None]  # where to; None where the job does not ask for it
     do: Callable[[RunFolder, Job], dict[str, Any]] | None  # None where the caller handed in no way to do it
 
 
-def _card(run: RunFolder, job: Job) -> dict[str, Any]:
+def _write_card(run: RunFolder, job: Job) -> dict[str, Any]:
     try:
         write_card(run, job)
     except OSError as error:
-        raise RunFailed(f"{run.exported()}: the card cannot be written: {error.strerror}") from error
+        raise RunFailed(f"{run.exported()}: the model card cannot be written: {error.strerror}") from error
     return {}
 
 
-def _mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
+def _send_to_mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
     from orchestrator.runs.mirror.tracking import complete
 
     address = complete(run, job, state=run.state_by_events())
@@ -49,14 +49,16 @@ def _mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
 def _steps(bank: BankHooks) -> tuple[Step, ...]:
     add = bank.add
     return (
-        Step("card", lambda job: "", _card),
+        Step("card", lambda job: "", _write_card),
         Step(
             "bank",
             lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None,
             None if add is None else lambda run, job: {"event": "note", "text": add(run, job)},
         ),
         Step(
-            "tracking", lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None, _mlflow
+            "tracking",
+            lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None,
+            _send_to_mlflow,
         ),
     )
 

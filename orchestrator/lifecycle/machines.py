@@ -36,7 +36,7 @@ def probe(
 ) -> ClusterCapability:
     """What the machines behind an address can do, measured or remembered; first `num_slots` slots are waited for.
 
-    A node whose probe fails is said and left out.  Raises ClusterError where nothing can be reached.
+    A node whose probe fails is reported and not used.  Raises ClusterError where none can be probed.
     """
     with cluster_errors():
         if address == "local":
@@ -52,7 +52,7 @@ def probe(
     for note in notes(found):
         say(note)
     if not found.nodes:
-        raise ClusterError(f"no node of {address} could be looked at")
+        raise ClusterError(f"no node of {address} could be probed")
     return found
 
 
@@ -73,21 +73,21 @@ def planned_gpus(plan: Plan, capability: ClusterCapability) -> list[DeviceCapabi
 
 
 def notes(cluster: ClusterCapability) -> list[str]:
-    """What a user should know before a plan is read: nodes left out, cards that others use."""
-    said = [f"{node} could not be looked at and is left out: {reason}" for node, reason in cluster.failed.items()]
+    """What a user should know before a plan is read: nodes that are not used, GPUs that others use."""
+    texts = [f"{node} could not be probed and is not used: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
         for device in node.gpus:
             if device.doubt:
-                said.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
+                texts.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:
                 held = format_bytes(total - usable)
-                said.append(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
-    return said
+                texts.append(f"{device.name} on {node.name}: {held} are in use by others; planning with the rest")
+    return texts
 
 
 def _known(device: DeviceCapability) -> DeviceCapability:
-    """What nobody measured on a known card, from its datasheet (on a machine without torch, everything)."""
+    """With figures of its datasheet where none was measured (on a machine without torch, all of them)."""
     is_planned = device.kind != "cpu" and device.problem is None
     card = datasheet.find(device.name, device.memory_total_bytes) if is_planned else None
     if card is None:

@@ -75,9 +75,9 @@ def prepare(
     """
     from orchestrator.data.prepare import prepare_data
 
-    asked = job.spec.model
+    model = job.spec.model
     model_folder = model_files.locate(
-        asked.model_name_or_path, job.folder, asked.model_revision, say, asked.trust_remote_code
+        model.model_name_or_path, job.folder, model.model_revision, say, model.trust_remote_code
     )
     config = model_files.read_config(model_folder)
     for notice in workload.step_notices(job.spec):
@@ -93,7 +93,7 @@ def prepare(
         say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
     if declared is None or has_weights(model_folder):  # for other machines a config.json and a tokenizer are enough
-        for notice in model_check.check_model(model_folder, job.spec.methods(), asked.trust_remote_code):
+        for notice in model_check.check_model(model_folder, job.spec.methods(), model.trust_remote_code):
             say(notice)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
@@ -129,11 +129,11 @@ def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervi
     """The sizes of the training rows, those that are held out taken from them."""
     from orchestrator.data.sizes import rough_lengths
 
-    asked = job.spec.data.eval
-    if asked is None:
+    held_out = job.spec.data.eval
+    if held_out is None:
         return Sizes(lengths, num_supervised, None)
-    if isinstance(asked, HeldOutFraction):
-        count = max(1, round(len(lengths) * asked.split))
+    if isinstance(held_out, HeldOutFraction):
+        count = max(1, round(len(lengths) * held_out.split))
         held, held_supervised = lengths[-count:], num_supervised * count // len(lengths)
         lengths, num_supervised = lengths[:-count] or lengths, num_supervised - held_supervised
     else:
@@ -143,10 +143,10 @@ def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervi
 
 
 def _probe(job: Job, say: _Say, refresh: bool) -> ClusterCapability:
-    asked = job.spec.cluster
-    if asked.wait_for_slots and asked.address != "local":
-        say(f"waiting for {asked.wait_for_slots} slots to train on ...")
-    return machines.probe(asked.address, say, refresh, asked.wait_for_slots)
+    cluster = job.spec.cluster
+    if cluster.wait_for_slots and cluster.address != "local":
+        say(f"waiting for {cluster.wait_for_slots} slots to train on ...")
+    return machines.probe(cluster.address, say, refresh, cluster.wait_for_slots)
 
 
 def sizes_of(train: Any, held_out: Any) -> Sizes:

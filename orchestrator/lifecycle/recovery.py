@@ -33,7 +33,7 @@ _LOOK_EVERY_S = 3.0
 _ASK_EVERY_S = 1.0
 _FREE_POLL_S = 0.5
 _SILENT_S = 3.0  # what ends in this time was about to end anyway
-_SAID_EVERY_S = 60.0
+_REPORT_EVERY_S = 60.0
 
 
 class Recovery:
@@ -50,25 +50,25 @@ class Recovery:
     ) -> None:
         self.run, self.job, self.capability = run, job, capability
         self.replan, self.say = replan, say
-        asked = job.spec.cluster
-        self.is_local = asked.address == "local"
+        cluster = job.spec.cluster
+        self.is_local = cluster.address == "local"
         auto = 0 if self.is_local else None
         self.state = policy.State(
             planned=frozenset(),
             is_local=self.is_local,
-            max_failures=auto if asked.max_failures == "auto" else asked.max_failures,
-            patience_s=asked.wait_for_nodes_s,
+            max_failures=auto if cluster.max_failures == "auto" else cluster.max_failures,
+            patience_s=cluster.wait_for_nodes_s,
         )
         self._looked_at = 0.0
         self._use(plan)
 
     def _use(self, plan: Plan) -> None:
-        asked, self.plan = self.job.spec.cluster.num_workers, plan
+        stated, self.plan = self.job.spec.cluster.num_workers, plan
         self.state = replace(
             self.state,
             planned=frozenset(part.node for part in plan.nodes),
             excluded=frozenset(plan.left_out),
-            lacks_workers=isinstance(asked, int) and len(plan.nodes) < asked,
+            lacks_workers=isinstance(stated, int) and len(plan.nodes) < stated,
         )
 
     # Before the workers start.
@@ -91,7 +91,7 @@ class Recovery:
         return {part.node: present[part.node] for part in self.plan.nodes}
 
     def wait_until_free(self, slot: dict[str, float], node_ids: dict[str, str]) -> bool:
-        """Until the nodes can give what the plan's workers take; says what is waited for.  False when asked to stop."""
+        """Wait until the nodes have free what the plan's workers take, and say for what.  False when asked to stop."""
         if self.is_local:
             return True
         from clusters.ray import nodes
@@ -101,12 +101,12 @@ class Recovery:
             of_node = wanted.setdefault(node_ids[part.node], {})
             for kind, amount in slot.items():
                 of_node[kind] = of_node.get(kind, 0.0) + amount
-        began, said = time.monotonic(), -math.inf
+        began, reported = time.monotonic(), -math.inf
         while lacking := nodes.shortage(wanted):
             now = time.monotonic()
-            if now - began >= _SILENT_S and now - said >= _SAID_EVERY_S:
+            if now - began >= _SILENT_S and now - reported >= _REPORT_EVERY_S:
                 self.say(f"waiting for {lacking}. Ctrl-C ends this")
-                said = now
+                reported = now
             if self.run.stop_file.exists():
                 self._record_stop()
                 return False
@@ -348,11 +348,11 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
             "gradient_accumulation_steps": "auto",
         }
     )
-    asked = job.spec.cluster.num_workers
-    wanted = min(asked, num_slots) if isinstance(asked, int) else asked
+    stated = job.spec.cluster.num_workers
+    wanted = min(stated, num_slots) if isinstance(stated, int) else stated
     cluster = job.spec.cluster.model_copy(update={"num_workers": wanted})
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
-    # ZeRO needs companions; who is left alone goes on without it, from the same whole checkpoint.
+    # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
     strategy = job.spec.strategy
     if num_slots < 2 and strategy.mode.startswith("zero"):
         strategy = strategy.model_copy(update={"mode": "auto"})

@@ -61,8 +61,8 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None, bank: BankHook
 def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankHooks = NO_BANK) -> RunFolder:
     """Continue from the newest checkpoint that verifies, with the plan the run was started with; or finish its end.
 
-    `job` is what is asked for, by default the run's own.  Raises JobError where it is another one, or where what the
-    run began with was changed.
+    `job` is by default the run's own.  Raises JobError where it is another one, or where the files that the run began
+    with were changed.
     """
     with run.lock():
         run.restore(watcher.say)

@@ -189,8 +189,8 @@ def _smallest() -> ModelShape:
 def _of_job(job: Job) -> tuple[str, Workload]:
     config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
     max_length, _ = planner.resolve_max_length(job.spec, config)
-    lengths, learnt = rough_lengths(job, max_length)
-    work, _, _ = workload.describe(job.spec, workload.model_shape(config), lengths, learnt, 1)
+    lengths, num_supervised = rough_lengths(job, max_length)
+    work, _, _ = workload.describe(job.spec, workload.model_shape(config), lengths, num_supervised, 1)
     return job.spec.model.model_name_or_path, work
 
 

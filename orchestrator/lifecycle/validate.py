@@ -21,7 +21,7 @@ from orchestrator.planning import planner, workload
 from orchestrator.planning.space import stated_space
 from strategies.model.targets import architecture_of_shape
 
-_ROWS_LOOKED_AT = 1000  # of each data key, unless all are asked for
+_ROWS = 1000  # of each data key that are checked, without --exact
 
 
 def check(job: Job, exact: bool = False) -> dict[str, Any]:
@@ -42,15 +42,15 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
     except JobError as error:
         mistakes += error.mistakes
     try:
-        folder, max_length, said = _check_model(job)
-        notices += said
+        folder, max_length, found_notices = _check_model(job)
+        notices += found_notices
     except JobError as error:
         mistakes += error.mistakes
     unchecked = _unchecked(job, folder)
     found: Survey | None = None
     if data_is_there:
         try:
-            found = _look(job, folder if not mistakes and can_render() else None, max_length, exact)
+            found = _survey_rows(job, folder if not mistakes and can_render() else None, max_length, exact)
             mistakes += found.mistakes()
         except JobError as error:
             mistakes += error.mistakes
@@ -66,13 +66,13 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
     }
 
 
-def _look(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
+def _survey_rows(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
     renderer = None
     if folder is not None:
         from orchestrator.data.samples import renderer_for
 
         renderer = renderer_for(job, folder)
-    return survey(job, renderer, max_length, None if exact else _ROWS_LOOKED_AT)
+    return survey(job, renderer, max_length, None if exact else _ROWS)
 
 
 def _unchecked(job: Job, folder: Path | None) -> list[str]:

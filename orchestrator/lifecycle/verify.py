@@ -1,4 +1,4 @@
-"""What a run may rely on when it goes on: its job, its data, its model and what it handed back, each verified."""
+"""What a run relies on when it is resumed: its job, data, model and exported result, each verified."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> dict
     except DamagedCache as error:
         check_same_data(run, job)
         say(f"{error.folder}: {error.damage}; it is made again")
-        files = _made_again(run, job, files, say)
+        files = _prepare_again(run, job, files, say)
         check_model(run)
     return files
 
 
-def _made_again(run: RunFolder, job: Job, old: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def _prepare_again(run: RunFolder, job: Job, old: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """The model's folder and the samples once more.  Raises JobError where they would be others."""
     from orchestrator.data.prepare import prepare_data
 
@@ -79,8 +79,8 @@ def check_same_job(run: RunFolder, job: Job) -> None:
     """Raises JobError where a run is not what this job would be: its result would be taken for this job's."""
     if changed := changed_keys(run.job().spec, job.spec):
         raise JobError(
-            f"{run.run_id} exists and is of another job ({few(changed)}). `orchestrator resume {run.run_id}` goes"
-            f" on with that one; for this one choose another run id, or delete {run.path}"
+            f"{run.run_id} exists and is of another job ({few(changed)}). `orchestrator resume {run.run_id}`"
+            f" continues that one; for this one choose another run id, or delete {run.path}"
         )
     check_same_data(run, job)
 
@@ -93,5 +93,6 @@ def check_same_data(run: RunFolder, job: Job) -> None:
     if changed := [name for name, digest in digests(job).items() if known.get(name) not in (None, digest)]:
         raise JobError(
             f"{', '.join('data.' + name.removesuffix('_digest') for name in changed)}: the files have changed since"
-            f" {run.run_id} began. Put them back to go on, or submit a new run; to use its name again delete {run.path}"
+            f" {run.run_id} began. Put them back to continue, or submit a new run; to use its name again delete"
+            f" {run.path}"
         )

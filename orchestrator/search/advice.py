@@ -101,7 +101,7 @@ class Planning:
     sample: Sizes  # of the rows that trials train on
     global_batch_size: int
     _works: dict[Any, Any] = field(default_factory=dict)
-    _real: dict[str, Plan] = field(default_factory=dict)  # each trial is looked at again after every other one
+    _real: dict[str, Plan] = field(default_factory=dict)  # each trial is judged again after every other one
 
     @property
     def steps_per_epoch(self) -> int:

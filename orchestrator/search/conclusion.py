@@ -1,4 +1,4 @@
-"""What a search came to, written down: summary.json, and the job to submit."""
+"""The result of a search, written down: summary.json, and the job to submit."""
 
 from __future__ import annotations
 

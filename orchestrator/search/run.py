@@ -198,9 +198,9 @@ def search(
 ) -> SearchFolder:
     """Search for the best combination within the job's budget.  Raises OrchestratorError.
 
-    `study` gives a list to go through instead.  What cannot be is said before anything is written.
+    `study` gives a list of points instead.  Mistakes are raised before anything is written.
     """
-    asked, job = job, with_held_out_rows(job, watcher.say)
+    original, job = job, with_held_out_rows(job, watcher.say)
     ready = prepare(job, watcher.say, bank=bank)
     named = study(job) if study else []
     # As they are known now: they stay so for the whole search.
@@ -217,7 +217,7 @@ def search(
         "plan.json": ready.plan.to_json(),
         "study.json": json.dumps(named),
         **({"advice.json": json.dumps(advice_json(space, advised), indent=1)} if advised else {}),
-        "asked.yaml": asked.text,
+        "asked.yaml": original.text,
         "search.yaml": job.text,
     }
     with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:

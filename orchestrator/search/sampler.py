@@ -1,7 +1,7 @@
 """Which combination is tried next.
 
 `planned` draws from two streams, two of the first for one of the second: what is predicted to be best by the goal,
-every prediction corrected by what the trials so far taught; and the rest of the plan's Pareto front, then Optuna's own
+every prediction corrected by the trials so far; and the rest of the plan's Pareto front, then Optuna's own
 suggestions among what could still win.  `optuna` and `random` know nothing of the plan: they are what it is compared
 with.  Ranges, of which a plan knows nothing, are always Optuna's.
 """
@@ -30,7 +30,7 @@ _STREAMS = (0, 0, 1)  # 0 = the best predicted, 1 = the front and Optuna
 
 
 class Corrections:
-    """What trials teach about predictions: a factor for each value of each key, drawn towards 1 while seen seldom.
+    """Corrections of predictions by trials: a factor for each value of each key, drawn towards 1 while seen seldom.
 
     Ridge regression of log(measured / predicted) on the values of the points.
     """
@@ -46,10 +46,10 @@ class Corrections:
     def factor(self, point: Point) -> float:
         """Measured over predicted, as far as it is known."""
         if self._weights is None:
-            self._weights = self._solved()
+            self._weights = self._solve()
         return math.exp(sum(self._weights.get(name, 0.0) for name in _features(point)))
 
-    def _solved(self) -> dict[str, float]:
+    def _solve(self) -> dict[str, float]:
         if not self._seen:
             return {}
         names = sorted({name for point, _ in self._seen for name in _features(point)})
@@ -85,7 +85,7 @@ class Sampler:
         directions: list[Any] = ["minimize"] * len(self.objectives)
         self._study = optuna.create_study(directions=directions, sampler=_optuna_sampler(self.kind, seed))
         self._distributions: dict[str, Any] = {
-            key: optuna.distributions.CategoricalDistribution(_encoded(values)) for key, values in space.choices.items()
+            key: optuna.distributions.CategoricalDistribution(_encode(values)) for key, values in space.choices.items()
         }
         self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
         self._open: dict[str, optuna.trial.Trial] = {}
@@ -95,7 +95,7 @@ class Sampler:
     def ask(self) -> Point | None:
         """The next point; None where nothing is left."""
         if self.advised is None:
-            return self._by_optuna(lambda point: True)
+            return self._suggest(lambda point: True)
         stream = _STREAMS[self._turn % len(_STREAMS)]
         self._turn += 1
         known = self.advised.by_key
@@ -103,27 +103,27 @@ class Sampler:
         if stream == 1:
             front = next((a.point for a in self.advised.worth[: self.advised.num_front] if self._is_new(a.point)), None)
             point = (
-                self._opened(front) if front else self._by_optuna(lambda point: key_of(self._choices(point)) in known)
+                self._enqueue(front) if front else self._suggest(lambda point: key_of(self._choices(point)) in known)
             )
         if point is None:
             left = [advice for advice in self.advised.worth if self._is_new(advice.point)]
-            point = self._opened(min(left, key=self._expected).point) if left else None
+            point = self._enqueue(min(left, key=self._expected).point) if left else None
         if point is None and self.space.ranges:  # every choice was tried once: other numbers
-            point = self._by_optuna(lambda point: key_of(self._choices(point)) in known)
+            point = self._suggest(lambda point: key_of(self._choices(point)) in known)
         return point
 
     def tell(self, point: Point, values: Sequence[float] | None) -> None:
         """What came of a point; None where it failed."""
         self._tried.add(self._name(point))
-        asked = self._open.pop(self._name(point), None)
-        told = None if values is None else [float(value) for value in values]
-        state = optuna.trial.TrialState.FAIL if told is None else optuna.trial.TrialState.COMPLETE
-        if asked is not None:
-            self._study.tell(asked, told, state=state)
-        elif told is not None:  # of an earlier sitting
-            params = {key: _code(self.space, key, value) for key, value in self._filled(point).items()}
+        trial = self._open.pop(self._name(point), None)
+        costs = None if values is None else [float(value) for value in values]
+        state = optuna.trial.TrialState.FAIL if costs is None else optuna.trial.TrialState.COMPLETE
+        if trial is not None:
+            self._study.tell(trial, costs, state=state)
+        elif costs is not None:  # of a search before it was resumed
+            params = {key: _code(self.space, key, value) for key, value in self._fill(point).items()}
             self._study.add_trial(
-                optuna.trial.create_trial(params=params, distributions=self._distributions, values=told)
+                optuna.trial.create_trial(params=params, distributions=self._distributions, values=costs)
             )
 
     def learn(self, point: Point, time_s: tuple[float, float], memory_bytes: tuple[float, float]) -> None:
@@ -139,35 +139,35 @@ class Sampler:
             return peak, seconds
         return (-advice.score, seconds) if self.prefer == "quality" else (seconds, peak)
 
-    def _by_optuna(self, allowed: Callable[[Point], bool]) -> Point | None:
+    def _suggest(self, allowed: Callable[[Point], bool]) -> Point | None:
         for _ in range(_TRIES):
-            asked = self._asked()
-            point = {key: _value(self.space, key, asked.params[key]) for key in self._distributions}
+            trial = self._new_trial()
+            point = {key: _value(self.space, key, trial.params[key]) for key in self._distributions}
             if allowed(point) and self._is_new(point):
-                self._open[self._name(point)] = asked
+                self._open[self._name(point)] = trial
                 self._tried.add(self._name(point))
                 return point
-            self._study.tell(asked, state=optuna.trial.TrialState.FAIL)
-        # Sure of what it knows, it names that again and again: any other one then.
+            self._study.tell(trial, state=optuna.trial.TrialState.FAIL)
+        # A confident sampler suggests the same points again and again: then any other one.
         left = [point for point in self.space.points() if allowed(point) and self._is_new(point)]
-        return self._opened(self._draw.choice(left)) if left else None
+        return self._enqueue(self._draw.choice(left)) if left else None
 
-    def _opened(self, choices: Point) -> Point:
+    def _enqueue(self, choices: Point) -> Point:
         """A point of the plan's, as a trial that Optuna learns from; ranges at the job's own values."""
-        point = self._filled(choices)
+        point = self._fill(choices)
         self._study.enqueue_trial({key: _code(self.space, key, value) for key, value in point.items()})
-        asked = self._asked()
+        trial = self._new_trial()
         final = {**choices, **{key: point[key] for key in self.space.ranges}}
-        self._open[self._name(final)] = asked
+        self._open[self._name(final)] = trial
         self._tried.add(self._name(final))
         return final
 
-    def _asked(self) -> optuna.trial.Trial:
+    def _new_trial(self) -> optuna.trial.Trial:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # experimental parts of Optuna, choices that are not strings
             return self._study.ask(self._distributions)
 
-    def _filled(self, point: Point) -> Point:
+    def _fill(self, point: Point) -> Point:
         """With a value for every key of the space: knobs of other methods at their first, ranges at the job's own."""
         filled = {key: point.get(key, values[0]) for key, values in self.space.choices.items()}
         for key, values in self.space.ranges.items():
@@ -193,7 +193,7 @@ def _optuna_sampler(kind: str, seed: int) -> Any:
         return optuna.samplers.RandomSampler(seed) if kind == "random" else optuna.samplers.TPESampler(seed=seed)
 
 
-def _encoded(values: Sequence[Any]) -> list[int]:
+def _encode(values: Sequence[Any]) -> list[int]:
     """Optuna's choices are places in the list: values may be lists, which it does not take."""
     return list(range(len(values)))
 

@@ -76,10 +76,10 @@ class Slots:
 def tune_trials(
     folder: Path, searching: Searching, slots: Slots, num_trials: int, num_steps: int, scheduler: str
 ) -> None:
-    """Run trials of `num_steps` steps until there are enough; what Tune itself raises is raised."""
+    """Run trials of `num_steps` steps until there are enough; errors of Tune itself are raised."""
     node_ids = slots.node_ids
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
-    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # what went wrong is said by us, a line a trial
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the search, a line a trial
     storage = folder / ".ray" / uuid.uuid4().hex[:8]
 
     def offers_gpus(name: str) -> bool:

@@ -176,7 +176,7 @@ def test_a_card_in_use_by_others_and_a_node_that_failed_are_told():
     cluster = ClusterCapability((NodeCapability("a", 8, None, (card,)),), failed={"b": "no answer in 60 s"})
 
     assert notes(cluster) == [
-        "b could not be looked at and is left out: no answer in 60 s",
+        "b could not be probed and is not used: no answer in 60 s",
         "RTX 3090 on a: 15.0 GiB are in use by others; planning with the rest",
     ]
 
