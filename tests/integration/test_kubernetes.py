@@ -134,7 +134,7 @@ def test_stop_and_resume_from_another_shell(place, api):
     verb(place, api, "stop", run.run_id)
     said = verb(place, api, "logs", run.run_id, "--follow", code=5)
 
-    assert "stopped as asked" in said and run.state_by_events() == "stopped"
+    assert "stopped as requested" in said and run.state_by_events() == "stopped"
     assert len(api.named("rayclusters")) == 0, "a stopped job must not be started again"
     document = yaml.safe_load((run.path / "kube.yaml").read_text().split("---")[0])
     assert document["spec"]["backoffLimit"] == 1
