@@ -21,7 +21,7 @@ from strategies.adapter_bank.store import Bank, Contents, Damaged
 
 DEFAULT_BANK = Path("~/orchestrator-bank")
 verbs = typer.Typer()
-bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep adapters that were trained, and make others of them.")
+bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep trained adapters and make new ones from them.")
 
 
 def complete_adapter(incomplete: str) -> list[str]:
@@ -41,7 +41,7 @@ LicenceOption = Annotated[str | None, typer.Option("--licence", help="e.g. Apach
 
 @contextmanager
 def translate_errors() -> Iterator[None]:
-    """What the bank or its disk refuses, in the words of the command line's error tree."""
+    """Turn errors of the bank and its disk into JobErrors."""
     try:
         yield
     except (BankError, Unusable, BadInput, FileExistsError) as error:
@@ -51,7 +51,7 @@ def translate_errors() -> Iterator[None]:
 
 
 def adapter_folder(value: str) -> Path | None:
-    """The folder that an argument names, where it holds an adapter of PEFT's; None for another name."""
+    """The folder that an argument names if it holds a PEFT adapter, else None."""
     path = checked_path(value)
     is_one = any(kind_of(path / name) for name in (CONFIG, WEIGHTS, PICKLED)) if kind_of(path) == "folder" else False
     return path if is_one else None
@@ -69,10 +69,10 @@ def add(
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
-    """Take in the adapter of a finished run, or one that was trained elsewhere.
+    """Add the adapter of a finished run, or one that was trained elsewhere.
 
-    Of a folder's data the bank keeps token counts and a sketch, never the rows; without --data it can be merged, and
-    `adapt` passes over it.
+    Of a folder's data the bank keeps token counts and a sketch, never the rows; without --data an adapter can be
+    merged, and `adapt` skips it.
 
     Examples: orchestrator bank add latest
               orchestrator bank add ./my-adapter --model smollm2-135m-instruct --data train.jsonl
@@ -124,7 +124,7 @@ def rm(which: NamesArgument, bank: BankOption = DEFAULT_BANK) -> None:
 @bank.command()
 @translate_errors()
 def verify(
-    repair: Annotated[bool, typer.Option("--repair", help="put damaged ones aside, into BANK/broken")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="move damaged ones into BANK/broken")] = False,
     bank: BankOption = DEFAULT_BANK,
     json_: JsonOption = False,
 ) -> None:
@@ -142,7 +142,7 @@ def verify(
         raise typer.Exit(JobError.exit_code)
     else:
         count = f"{len(wrong)} of {len(wrong) + left} damaged"
-        raise JobError("\n".join([*lines, f"{count}; `orchestrator bank verify --repair` puts them aside"]))
+        raise JobError("\n".join([*lines, f"{count}; `orchestrator bank verify --repair` moves them away"]))
 
 
 @bank.command()
@@ -165,7 +165,7 @@ def export(
     found = there.contents()
     done = write_tar(there, path, [there.find(name) for name in which] if which else found.cards)
     damaged = [*done.refused, *([] if which else found.damaged)]
-    left_out = f"; {len(damaged)} damaged are not in it" if damaged else ""
+    left_out = f"; {len(damaged)} damaged are not included" if damaged else ""
     say("\n".join([*map(str, damaged), f"wrote {len(done.cards)} adapters to {file}{left_out}"]))
 
 
@@ -175,17 +175,17 @@ def import_(
     file: Annotated[Path, typer.Argument(help="what `bank export` wrote")],
     bank: BankOption = DEFAULT_BANK,
 ) -> None:
-    """Take in what another bank exported; each adapter is checked against its digest.
+    """Import what another bank exported; each adapter is checked against its digest.
 
-    One that is damaged stops no other.  Exit code 2 where one was refused.
+    A damaged one does not stop the others.  Exit code 2 when one was refused.
     """
     from strategies.adapter_bank.exchange import import_ as take_in
 
     done = take_in(Bank(bank, create=True), resolve_path(file, "bank import", kind="file"))
-    told = f"took in {len(done.cards)}: {', '.join(card.name for card in done.cards)}"
+    added = f"imported {len(done.cards)}: {', '.join(card.name for card in done.cards)}"
     if done.refused:
-        raise JobError([*map(str, done.refused), f"{told}; refused {len(done.refused)}"])
-    say(told)
+        raise JobError([*map(str, done.refused), f"{added}; refused {len(done.refused)}"])
+    say(added)
 
 
 @bank.command()
@@ -198,14 +198,14 @@ def merge(
         typer.Option("--how", help="linear (default), cat, factorwise, ties, dare_linear, dare_ties, magnitude_prune"),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="one for each, e.g. 1,-0.5 (negative ones take away); default 1/N")
+        str | None, typer.Option("--weights", help="one for each, e.g. 1,-0.5 (negative ones subtract); default 1/N")
     ] = None,
     rank: Annotated[int | None, typer.Option("--rank", min=1, help="of the result; default: the largest")] = None,
     density: Annotated[float, typer.Option("--density", min=0.01, max=1, help="of ties, dare, magnitude_prune")] = 0.5,
     bank: BankOption = DEFAULT_BANK,
     json_: JsonOption = False,
 ) -> None:
-    """Make one adapter of some, exactly: as corrections dW = B A, then truncated to a rank.
+    """Merge adapters into one, exactly: as corrections dW = B A, then truncated to a rank.
 
     `linear` adds up and truncates (SVD), `cat` keeps the rank that the sum has.  Folders of sparse adapters (PEFT's
     SHiRA) merge entry by entry: what several have is averaged, the rest stays as it was; or by a rule without factors.
@@ -238,9 +238,9 @@ def build(
     set_: SetOption = [],
     json_: JsonOption = False,
 ) -> None:
-    """Train an adapter for each data set of a folder and put it into the bank; again = goes on where it stands.
+    """Train an adapter for each data set of a folder and put it into the bank; run again, it continues.
 
-    A data set whose rows or settings have changed since is named; to train it again, delete its run and `bank rm` it.
+    A data set whose rows or settings have changed is reported; to train it again, delete its run and `bank rm` it.
 
     Example: orchestrator bank build ./datasets --job bank --set train.max_steps=50
     """
@@ -262,7 +262,7 @@ def evaluate(
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
-    """Leave each task out in turn and make its adapter of the others: every distance x coefficients x rule.
+    """Leave each task out in turn and make its adapter from the others: every distance x coefficients x rule.
 
     Tasks are the bank's adapters whose run is in --runs.  Gains are shares of what the task's own adapter gains.
 
@@ -290,15 +290,15 @@ def adapt(
     job: JobArgument,
     set_: SetOption = [],
     output: Annotated[Path | None, typer.Option("--output", help="the folder to write; default: beside runs")] = None,
-    then_train: Annotated[bool, typer.Option("--then-train", help="train on from it")] = False,
+    then_train: Annotated[bool, typer.Option("--then-train", help="then train, starting from it")] = False,
     against: Annotated[
         str | None,
-        typer.Option("--against", help="of --then-train: a run of the same job that began afresh, or `fresh`"),
+        typer.Option("--against", help="of --then-train: a run of the same job that started from scratch, or `fresh`"),
     ] = None,
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
-    """Make an adapter for a job's data out of the bank, in seconds and without training.
+    """Make an adapter for a job's data from the bank, in seconds and without training.
 
     Labelled rows decide between the base model, the nearest adapter, the average of all and the one that was made; it
     is recommended only where it beats the base.
@@ -333,10 +333,10 @@ def _damage(one: Damaged) -> dict[str, str]:
 
 
 def _say_damaged(found: Contents) -> None:
-    """Each with its reason, the counts in the last line."""
+    """Print each damaged adapter with its reason, then the counts."""
     if found.damaged:
         counts = f"{len(found.cards)} adapters, {len(found.damaged)} damaged"
-        way_out = "`orchestrator bank verify --repair` puts them aside, `bank rm DIGEST` removes one"
+        way_out = "`orchestrator bank verify --repair` moves them away, `bank rm DIGEST` removes one"
         say("\n".join([*(f"damaged: {one}" for one in found.damaged), f"{counts}: {way_out}"]))
 
 
@@ -344,7 +344,7 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
     if json_:
         print_json(found)
         return
-    from orchestrator.views.bank import told as lines
+    from orchestrator.views.bank import describe
 
-    for line in lines(found):
+    for line in describe(found):
         out.print(line, markup=False, highlight=False, soft_wrap=True)

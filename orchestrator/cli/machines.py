@@ -106,7 +106,7 @@ def head(
         ),
     ] = None,
 ) -> None:
-    """Make this machine the head of a cluster, and stay until Ctrl-C.  Nobody without its token gets in.
+    """Make this machine the head of a cluster, and stay until Ctrl-C.  Only machines with its token can join.
 
     Ray listens on every interface; the token keeps others out, and a firewall can close what the machines do not need.
 
@@ -161,7 +161,7 @@ def join(
     slots: SlotsOption = None,
     token_file: TokenOption = None,
 ) -> None:
-    """Give this machine's devices to a head's cluster, and stay until Ctrl-C; comes back after any interruption.
+    """Give this machine's devices to a head's cluster, and stay until Ctrl-C; rejoins after any interruption.
 
     Example: orchestrator join 192.168.1.10
     """
@@ -196,7 +196,7 @@ def nodes(
     ] = None,
     json_: JsonOption = False,
 ) -> None:
-    """Show who is in a cluster, what each machine can do and what it does now.
+    """Show the machines of a cluster, what each can do and what it does now.
 
     Example: orchestrator nodes --cluster 192.168.1.10:6379
     """
@@ -232,23 +232,23 @@ def nodes(
 
 
 def _latest(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One row a name: Ray keeps every earlier life of a node that came back as a lost one."""
+    """One row per name: Ray lists every earlier life of a node that came back as a dead one."""
     by_name = {node["name"]: node for node in sorted(found, key=lambda node: node["state"] == "alive")}
     return [by_name[name] for name in sorted(by_name)]
 
 
 def _refuse_mistakes(interface: str | None, address: str | None, name: str | None) -> None:
     if interface and address:
-        raise JobError("--interface and --address say the same thing twice: give one of them")
+        raise JobError("--interface and --address both name this machine's address: give one of them")
     for option, text in (("--interface", interface), ("--address", address)):
         if text is not None and not (text.isascii() and text.isprintable() and 0 < len(text) <= 253):
-            raise JobError(f"{option} {printable(text[:80])!r}: is no name or address of the network")
+            raise JobError(f"{option} {printable(text[:80])!r}: is not an interface name or an IP address")
     if name is not None and (wrong := name_mistake(name)):
-        raise JobError(f"--name {wrong}: plans are keyed by it")
+        raise JobError(f"--name {wrong}")
 
 
 def _host_and_port(head: str, default_port: int) -> tuple[str, int]:
-    """Of HOST or HOST:PORT.  Raises JobError: knocking at what is no address would go on without end."""
+    """Parse HOST or HOST:PORT.  Raises JobError: connecting to what is not an address would be retried without end."""
     host, _, port = head.partition(":")
     if not host or (":" in head and not (port.isdecimal() and 0 < int(port) < 65536)):
         raise JobError(f"{head!r} is not HOST or HOST:PORT, for example 192.168.1.10:{default_port}")

@@ -50,7 +50,7 @@ SetOption = Annotated[
     list[str],
     typer.Option("--set", "-s", help="override a key: --set train.learning_rate=1e-4", autocompletion=complete_key),
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document for machines")]
+JsonOption = Annotated[bool, typer.Option("--json", help="print one JSON document")]
 RunsOption = Annotated[
     Path,
     typer.Option(
@@ -60,7 +60,7 @@ RunsOption = Annotated[
     ),
 ]
 HardwareOption = Annotated[
-    Path | None, typer.Option("--hardware", help="a file that declares machines which are not here, e.g. to buy them")
+    Path | None, typer.Option("--hardware", help="a file that declares other machines, e.g. ones to buy")
 ]
 RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
 

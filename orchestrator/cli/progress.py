@@ -20,7 +20,7 @@ from orchestrator.views.screen import Screen, out
 
 
 class Lines(Quiet):
-    """A line for each thing worth keeping in a log file: about ten for the training itself."""
+    """A line per event worth keeping in a log file; about ten for the training itself."""
 
     def __init__(self, console: Console) -> None:
         self.console, self._num_steps = console, 0
@@ -60,7 +60,7 @@ class Lines(Quiet):
 
 
 class Live(Lines):
-    """A bar with loss, speed, memory and time left; everything else scrolls above it."""
+    """A progress bar with loss, speed, memory and time left; other lines scroll above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)

@@ -55,12 +55,12 @@ def submit(job: Job, target: Target, file: Path | None, detach: bool, as_json: b
 
 
 def resume(run: RunFolder, as_json: bool) -> None:
-    """Start it again where it runs."""
+    """Start its next attempt on the cluster."""
     jobs.resume(run, _line_printer(as_json))
 
 
 def status(run: RunFolder, as_json: bool) -> None:
-    """Ask the cluster; what has not begun, or ended before it had a folder, is known from the job alone."""
+    """Ask the cluster; a job that has no run folder yet is described by its state alone."""
     found = jobs.look(run)
     if found.state != "PENDING":
         try:
@@ -79,7 +79,7 @@ def status(run: RunFolder, as_json: bool) -> None:
 
 
 def logs(run: RunFolder, follow: bool) -> None:
-    """What the job printed there."""
+    """Print what the job has printed on the cluster."""
     if follow and not is_closed(run):
         jobs.attach(run, _line_printer(False))
     else:
@@ -87,7 +87,7 @@ def logs(run: RunFolder, follow: bool) -> None:
 
 
 def stop(run: RunFolder) -> None:
-    """Ask the job there to save and stop."""
+    """Ask the job on the cluster to save and stop."""
     show(jobs.stop(run).rstrip("\n"))
 
 
@@ -102,7 +102,7 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
 
 @verbs.command(hidden=True)
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
-    """The other side of `fetch`, on the cluster."""
+    """Print a run folder as text; `fetch` runs this on the cluster."""
     write(package.send(RunFolder.find(run, runs)))
 
 

@@ -46,7 +46,7 @@ def bench(
     prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="of --generate, in tokens")] = "64,256",
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="of --generate")] = 32,
     timeline: Annotated[
-        bool, typer.Option("--timeline", help="draw two steps: layers and the lanes beside them")
+        bool, typer.Option("--timeline", help="draw two steps: computation and transfers, layer by layer")
     ] = False,
     bus: Annotated[
         float | None, typer.Option("--bus", min=0.001, help="GB/s of a bus to emulate, where the machine has none")
@@ -122,7 +122,7 @@ def report(
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
-    """Write one page about a run or a search: what was asked, chosen, reached, and what it cost.
+    """Write one page about a run or a search: the job, the plan, the result, and what it cost.
 
     Examples: orchestrator report latest
               orchestrator report search-quickstart --lang ja --output report.html
@@ -132,7 +132,7 @@ def report(
     from orchestrator.report.translations import LANGUAGES
 
     if lang not in LANGUAGES:
-        raise JobError(f"--lang {lang}: there is {' and '.join(LANGUAGES)}")
+        raise JobError(f"--lang {lang}: is not available; use {' or '.join(LANGUAGES)}")
     if output is not None:
         output = resolve_path(output, "--output", kind="new file")
     folder = search.find(name, runs) or RunFolder.find(name, runs)
@@ -159,7 +159,7 @@ def tco(
     lang: LangOption = "en",
     json_: JsonOption = False,
 ) -> None:
-    """Say what a job costs: machines, electricity, a run, a million tokens, a year; and on other machines.
+    """Show what a job costs: machines, electricity, a run, a million tokens, a year; and on other machines.
 
     Examples: orchestrator tco job.yaml --set cost.power_w=65
               orchestrator tco job.yaml --hardware home-lab --against my_offers.yaml

@@ -79,7 +79,7 @@ def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> N
 
 
 def find(name: str, runs: Path) -> SearchFolder | None:
-    """The search of that name; None where it is none, or where `latest` is a run."""
+    """The search of that name; None for runs and for `latest`."""
     if name == "latest":
         return None
     known = [folder for folder in SearchFolder.all(runs) if folder.run_id.startswith(name)]

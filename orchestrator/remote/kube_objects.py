@@ -80,11 +80,12 @@ def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
     """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
     wishes = _wishes(job, namespace)
     if not _LABEL.fullmatch(cluster):
-        raise JobError(f"--attach {cluster}: is no name of a RayCluster (small letters, digits and hyphens)")
+        raise JobError(f"--attach {cluster}: is no RayCluster name; use lowercase letters, digits and hyphens")
     storage = job.spec.cluster.storage
     if not storage.startswith("/"):
         raise JobError(
-            f"cluster.storage: {storage}; with --attach, state the folder (/storage) that every pod of {cluster} sees"
+            f"cluster.storage: {storage}; with --attach, set it to the folder (e.g. /storage) that every pod of"
+            f" {cluster} mounts"
         )
     packed = packed_files(job)
     folder = folder_of(storage, name)
@@ -97,7 +98,7 @@ def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
 def _checked(objects: Objects) -> Objects:
     refuse_written_out(objects.job, "the RayJob, which others of the cluster may read,")
     if wrong := mistakes(objects.job):
-        raise JobError([f"KubeRay would refuse it: {text}" for text in wrong])
+        raise JobError([f"KubeRay would reject it: {text}" for text in wrong])
     return objects
 
 
@@ -105,8 +106,8 @@ def _wishes(job: Job, namespace: str) -> Wishes:
     refuse_written_out(yaml.safe_load(job.text), "the ConfigMap, which others of the cluster may read,")
     if (names := secret_names(job.spec)) and not job.spec.kubernetes.secret:
         raise JobError(
-            f"{', '.join(names)}: on Kubernetes secrets lie in a Secret; name it in kubernetes.secret (kubectl create"
-            " secret generic tokens --from-literal=HF_TOKEN=...)"
+            f"{', '.join(names)}: on Kubernetes, secrets come from a Secret; name it in kubernetes.secret (kubectl"
+            " create secret generic tokens --from-literal=HF_TOKEN=...)"
         )
     asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
     storage = job.spec.cluster.storage
@@ -189,12 +190,12 @@ def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
     """One YAML file to apply.  Raises JobError."""
     if objects.texts:
         raise JobError(
-            "--render does not go with --attach: the job file has to lie on the volume, where `submit` puts it"
+            "--render does not work with --attach: the job file must lie on the volume, where `submit` puts it"
         )
     if objects.uploads:
         size = format_bytes(sum(map(size_of, objects.uploads.values())))
         raise JobError(
-            f"data: {size} are more than a ConfigMap holds (900 KiB of text). Put them on the volume and name their"
+            f"data: {size} do not fit into a ConfigMap (900 KiB of text). Put them on the volume and name their"
             " folder in cluster.shared_paths; or submit without --render, which sends them"
         )
     made = [part for part in (objects.config, objects.job) if part]

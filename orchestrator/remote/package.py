@@ -53,13 +53,13 @@ class Packed:
     def lines(self) -> Iterator[str]:
         """For a person: count, size, first names, links."""
         if not self.files:
-            yield "sends no file: the job's data and model are where every node sees them"
+            yield "sends no files: every node can read the job's data and model"
             return
         shown = [f"{place} ({format_bytes(size_of(file))})" for place, file in self.files.items()]
         yield f"sends {len(self.files)} files of the job, {format_bytes(self.num_bytes)}: {_first(shown)}"
         if self.links:
             leads = [f"{place} -> {file}" for place, file in self.links.items()]
-            yield f"{len(leads)} of them are links here; what they lead to is sent: {_first(leads)}"
+            yield f"{len(leads)} of them are links; their targets are sent: {_first(leads)}"
 
     def as_dict(self) -> dict[str, Any]:
         """For machines: every file with where it comes from."""
@@ -163,7 +163,7 @@ def _regular(file: Path) -> Path:
     except BadInput as error:
         raise JobError(str(error)) from None
     if kind != "file":
-        raise JobError(f"{printable(str(file))} is {f'a {kind}' if kind else 'a link to nothing'}: it cannot be sent")
+        raise JobError(f"{printable(str(file))} is {f'a {kind}' if kind else 'a dangling link'}: it cannot be sent")
     return found
 
 
@@ -173,8 +173,8 @@ def _refuse_too_large(packed: Packed) -> None:
         largest = max(packed.files.values(), key=size_of)
         raise JobError(
             f"the job's {len(packed.files)} files have {format_bytes(packed.num_bytes)},"
-            f" {printable(str(largest))} alone {format_bytes(size_of(largest))}, and no more than"
-            f" {format_bytes(UPLOAD_LIMIT_BYTES)} can be sent in all. Put them where every node sees them and name that"
+            f" {printable(str(largest))} alone {format_bytes(size_of(largest))}; at most"
+            f" {format_bytes(UPLOAD_LIMIT_BYTES)} can be sent. Put them where every node can read them and name that"
             " folder in cluster.shared_paths"
         )
 
@@ -206,11 +206,11 @@ def receive(text: str, folder: Path) -> None:
         bounds = Bounds(max(_LEAST_FETCHED_BYTES, _EXPANSION * len(payload)), _MOST_FETCHED, is_gzip=True)
         unpack(io.BytesIO(payload), work, bounds)
         if strange := [path.name for path in work.iterdir() if path.name in _STAYS or path.name.startswith(".")]:
-            raise BadInput(f"it holds {printable(strange[0])}")
+            raise BadInput(f"it contains {printable(strange[0])}")
         for part in work.iterdir():
             _take_place(part, folder / part.name)
     except ValueError as error:
-        raise RunFailed(f"what came from the cluster is no run: {error}") from error
+        raise RunFailed(f"what came from the cluster is not a run: {error}") from error
     except OSError as error:
         raise RunFailed(f"what came from the cluster cannot be written: {error}") from error
     finally:

@@ -1,11 +1,11 @@
 """What a terminal shows.
 
 screen    start here: the two consoles that everything is printed on
-bank      what a bank holds and what `adapt` and `bank merge` made, for a person
-bench     benchmarks as a person reads them, one or two beside each other
-machines  machines as a person reads them
-plan      a plan as a person reads it
+bank      a bank, and what `adapt` and `bank merge` made
+bench     a benchmark, or two side by side
+machines  machines: devices, links, and what is wrong with them
+plan      a plan: the choice for each device, memory, time, price, the alternatives
+result    results, runs and evaluations
 samples   rows as the model sees them
-result    results and runs as a person reads them
-search    a search as a person reads it
+search    a search: what was pruned, what was tried, what to use
 """

@@ -1,4 +1,4 @@
-"""What a bank holds and what `adapt` and `bank merge` made, for a person."""
+"""Renders the contents of a bank and what `adapt` and `bank merge` made."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from strategies.adapter_bank.card import Card
 
 
 def table(cards: Iterable[Card]) -> Table:
-    """One adapter a line."""
+    """One adapter per row."""
     shown = Table(box=None)
     for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):
         shown.add_column(column, overflow="fold")
@@ -25,19 +25,19 @@ def table(cards: Iterable[Card]) -> Table:
     return shown
 
 
-def told(found: dict[str, Any]) -> Iterator[str]:
-    """What `adapt` and `bank merge` found, for a person."""
+def describe(found: dict[str, Any]) -> Iterator[str]:
+    """What `adapt` and `bank merge` made, one line at a time."""
     largest = sorted(found["made_from"], key=lambda part: -abs(part["share"]))
     shown = ", ".join(f"{part['name']} {part['share']:.0%}" for part in largest[:6])
     rest = len(largest) - 6
-    left = f"; {share:.0%} is left to the base model" if (share := found.get("base_share", 0.0)) > 0.005 else ""
+    left = f"; the base model keeps {share:.0%}" if (share := found.get("base_share", 0.0)) > 0.005 else ""
     yield "made from " + shown + (f" and {rest} more" if rest > 0 else "") + left
     if "entries" in found:
         every = found["entries"] + found["shared"]
         yield f"{found['entries']} entries of {every}, {found['how']}; {found['generation_s']:.1f} s"
     else:
         yield (
-            f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum left out;"
+            f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum lost;"
             f" {found['generation_s']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
         )
     if selection := found.get("selection"):
@@ -57,13 +57,13 @@ def told(found: dict[str, Any]) -> Iterator[str]:
             else "not recommended: none is better than the base model; train with `submit`"
         )
         if found["already"]:
-            yield f"the bank already has an adapter of this very data: {', '.join(found['already'])}"
+            yield f"the bank already has an adapter for exactly this data: {', '.join(found['already'])}"
     if trained := found.get("then_train"):
-        yield f"trained on: {trained['path']}"
+        yield f"trained from it: {trained['path']}"
         if "steps_saved" in trained:
             saved = trained["steps_saved"]
             yield (
-                f"it did not get as low as {trained['against']}"
+                f"it did not reach the final loss of {trained['against']}"
                 if saved is None
                 else f"where {trained['against']} ended after {trained['reached_at']} steps: {saved} saved"
             )

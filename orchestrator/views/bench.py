@@ -1,4 +1,4 @@
-"""Benchmarks as a person reads them, one or two beside each other."""
+"""Renders a benchmark, or two side by side."""
 
 from __future__ import annotations
 
@@ -149,7 +149,7 @@ def _generation(result: dict[str, Any]) -> RenderableType:
 
 
 def comparison_view(first: dict[str, Any], second: dict[str, Any]) -> RenderableType:
-    """B over A, number by number.  Raises JobError where they are not of one kind."""
+    """B over A, number by number.  Raises JobError for benchmarks of different kinds."""
     if first["kind"] != second["kind"]:
         raise JobError(f"a {first['kind']} and a {second['kind']} benchmark cannot be compared")
     table = Table(box=None, pad_edge=False, header_style="bold")

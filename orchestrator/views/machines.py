@@ -1,4 +1,4 @@
-"""Machines as a person reads them."""
+"""Renders machines: devices, links, and what is wrong with them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _MARK = {"measured": "", "datasheet": "d", "declared": "D"}
 
 
 def machines_view(cluster: ClusterCapability) -> RenderableType:
-    """Every node with its devices, then the links, then what could not be looked at."""
+    """Every node with its devices, then the links, then what could not be probed."""
     parts: list[RenderableType] = []
     for node in cluster.nodes:
         parts += [_node(node), _devices(node), Text()]
@@ -34,13 +34,13 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
     parts += [Text(text, style="dim") for text in _missing(cluster)]
     doubtful = [(node, device) for node in cluster.nodes for device in node.gpus if device.doubt]
     parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]
-    parts += [Text(f"{node}: could not be looked at: {reason}", style="red") for node, reason in cluster.failed.items()]
+    parts += [Text(f"{node}: could not be probed: {reason}", style="red") for node, reason in cluster.failed.items()]
     parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))
     return Group(*parts)
 
 
 def _missing(cluster: ClusterCapability) -> list[str]:
-    """What optional libraries lack, each once."""
+    """What optional libraries are missing, each once."""
     devices = [device for node in cluster.nodes for device in node.devices]
     found = [lacks(device, name) for device in devices for name in device.libraries]
     return list(dict.fromkeys(text for text in found if text is not None))

@@ -1,4 +1,4 @@
-"""A plan as a person reads it: the choice for each device, where memory and time go, the price, the other ways."""
+"""Renders a plan: the choice for each device, where memory and time go, the price, the alternatives."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _head(job: Job, plan: Plan) -> Text:
 def data_sentence(statistics: Mapping[str, Any]) -> str:
     """Counts of the training rows in one line."""
     if statistics.get("rough"):
-        return f"data: {statistics['rough']} (counted roughly; `plan --exact` and `submit` prepare every row)"
+        return f"data: {statistics['rough']} (estimated; `plan --exact` and `submit` prepare every row)"
     train = statistics.get("train")
     if not train:
         return ""
@@ -138,12 +138,12 @@ def _bar(parts: Mapping[str, float], whole: float, shown: Any) -> Text:
 
 
 def _group(plan: Plan) -> Text:
-    """How the workers keep together, and who stays out."""
+    """How the workers synchronise, and which nodes are not used."""
     lines = []
     if plan.sync.options:
         ways = ", ".join(f"{way} {format_s(seconds)}" for way, seconds in plan.sync.options.items())
         lines.append(f"sync    {plan.sync.dtype} gradients; a step waits: {ways}")
-    lines += [f"{node} is left out: {why}" for node, why in plan.left_out.items()]
+    lines += [f"{node} is not used: {why}" for node, why in plan.left_out.items()]
     return Text("\n".join(lines) + "\n")
 
 
@@ -155,7 +155,7 @@ def _totals(plan: Plan) -> Text:
         f"; checkpoints of {format_bytes(plan.checkpoint_bytes)}",
     )
     if price.total is None:
-        text.append("; price unknown (state cost.power_w, or a hardware file with power and price)")
+        text.append("; price unknown (set cost.power_w, or a hardware file with power and price)")
     else:
         energy = "" if price.energy_wh is None else f", {price.energy_wh / 1000:.2g} kWh"
         text.append(f"; {price.total:.2f} {price.currency}{energy}")
@@ -163,10 +163,11 @@ def _totals(plan: Plan) -> Text:
             text.append(" (electricity only: the machine's price is unknown)")
     if plan.is_guess:
         text.append(
-            "\nA figure of these machines is unknown and a typical one stood in: times are rough.", style="yellow"
+            "\nA figure of these machines is unknown; a typical one is used instead, so times are rough.",
+            style="yellow",
         )
     if plan.calibration != 1.0:
-        text.append(f"\nTimes are {plan.calibration:.2f}x what the formulas say, as finished runs here taught.")
+        text.append(f"\nTimes are {plan.calibration:.2f}x the formulas' estimate, calibrated by finished runs here.")
     prior = plan.quality_prior
     if prior:
         text.append(
@@ -178,7 +179,7 @@ def _totals(plan: Plan) -> Text:
 
 
 def settings_table(plan: Plan) -> Table:
-    """What was decided and why; what the job itself stated has no reason to give."""
+    """What was decided and why; settings of the job file need no reason."""
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     table.add_column("setting", no_wrap=True)
     table.add_column("value", no_wrap=True)
@@ -200,11 +201,11 @@ def alternatives_table(plan: Plan) -> Table:
 
 
 def _rejections(plan: Plan) -> RenderableType:
-    """Why combinations cannot be, one line a reason."""
+    """Why combinations are impossible, one line per reason."""
     by_reason: dict[str, list[str]] = {}
     for what, reason in plan.rejected.items():
         by_reason.setdefault(reason, []).append(what)
-    lines = [Text("cannot be here", style="bold")]
+    lines = [Text("not possible here", style="bold")]
     for reason, which in sorted(by_reason.items(), key=lambda item: -len(item[1]))[:12]:
         more = f" and {len(which) - 1} more" if len(which) > 1 else ""
         lines.append(Text(f"{which[0]}{more}: {reason}", style="dim"))
@@ -214,7 +215,7 @@ def _rejections(plan: Plan) -> RenderableType:
 
 
 def shown(value: Any) -> str:
-    """A setting as a person writes it."""
+    """A setting as it is written in a job file."""
     if isinstance(value, list):
         return ", ".join(map(str, value)) or "none"
     if value is None or isinstance(value, bool):

@@ -1,4 +1,4 @@
-"""Results and runs as a person reads them: tables and sentences, nothing else.  Plans are in plan_view.py."""
+"""Renders results, runs and evaluations."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def result_view(run: RunFolder) -> RenderableType:
 
 
 def handed_back_text(result: dict[str, Any]) -> str | None:
-    """Why not the best weights were handed back; None where they were."""
+    """Why other weights than the best were handed back; None when the best were."""
     handed = result.get("handed_back")
     if not handed:
         return None
@@ -64,7 +64,7 @@ def _cost_sentence(result: dict[str, Any]) -> str:
     step = f"; step {format_s(step_s)} (predicted {format_s(predicted_s)})" if predicted_s and step_s else ""
     return (
         f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
-        f" ({tokens / seconds:.0f} tokens/s){step}; memory {format_bytes(measured)} at its peak"
+        f" ({tokens / seconds:.0f} tokens/s){step}; peak memory {format_bytes(measured)}"
         f" (predicted {format_bytes(memory['predicted_bytes'])})"
     )
 
@@ -78,11 +78,11 @@ def scores_view(quality: dict[str, Any]) -> RenderableType:
 
 
 def _how_compared(quality: dict[str, Any]) -> list[RenderableType]:
-    """What each metric took for a unit of text, and how many prompts left no room for an answer."""
-    told = [f"{key}: {how}" for key, how in (quality.get("compared") or {}).items()]
+    """The unit of text of each metric, and how many prompts left no room for an answer."""
+    notes = [f"{key}: {how}" for key, how in (quality.get("compared") or {}).items()]
     if count := quality.get("without_room"):
-        told.append(f"{count} prompts fill the model's context: their answers are empty")
-    return [Text(printable("; ".join(told)), style="dim")] if told else []
+        notes.append(f"{count} prompts fill the model's context: their answers are empty")
+    return [Text(printable("; ".join(notes)), style="dim")] if notes else []
 
 
 def _text(text: str) -> Text:
@@ -115,13 +115,13 @@ def score(key: str, value: float | None) -> str:
 
 
 def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:
-    """A run whose files cannot be relied on: what is wrong with them, in place of what they say."""
+    """The row of a run with damaged files: what is wrong with them instead of what they say."""
     row = dict.fromkeys(("step", "num_steps", "loss", "tokens_per_s", "started"))
     return {"run": run.run_id, "state": "damaged", **row, "path": str(run.path), "damage": list(wrong)}
 
 
 def run_row(run: RunFolder) -> dict[str, Any]:
-    """The state of a run in one flat record."""
+    """The state of a run as one flat record."""
     steps = run.steps()
     num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
     result = run.result() or {}
@@ -153,7 +153,7 @@ def run_row(run: RunFolder) -> dict[str, Any]:
 
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
-    """`list` for a person."""
+    """The table of `list`."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for column in ("run", "state", "step", "loss", "started"):
         table.add_column(column)

@@ -63,7 +63,7 @@ out, err = Screen(), Screen(stderr=True)
 
 
 def write(text: str) -> None:
-    """Write a text that is a document (JSON, a recipe) as it stands."""
+    """Write a document (JSON, a recipe) unchanged."""
     try:
         sys.stdout.write(text if text.endswith("\n") else text + "\n")
         sys.stdout.flush()
@@ -74,7 +74,7 @@ def write(text: str) -> None:
 
 
 def silence(stream: Any) -> None:
-    """Lead a standard stream into nothing: what is left in its buffer would complain again at exit."""
+    """Redirect a standard stream to /dev/null: flushing its buffer would fail again at exit."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
@@ -82,7 +82,7 @@ def silence(stream: Any) -> None:
 
 
 def accept_every_character() -> None:
-    """What the terminal's encoding does not have is written as an escape."""
+    """Write characters that the terminal's encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

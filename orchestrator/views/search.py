@@ -1,4 +1,4 @@
-"""A search as a person reads it: what was pruned, what was tried, what to use."""
+"""Renders a search: what was pruned, what was tried, what to use."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from orchestrator.search.recommend import Outcome, front
 
 
 def advised_text(space: Space, advised: Advised) -> str:
-    """How many combinations there are, and what became of them before anything was tried."""
+    """How many combinations there are, and what the planner decided about them before any trial."""
     first = advised.worth[0]
     lines = [
         f"{len(space)} combinations: {sum(advised.impossible.values())} cannot run, {len(advised.dominated)} cannot win"
@@ -45,7 +45,7 @@ def trial_text(trial: Trial, fixed: Mapping[str, Any]) -> str:
 
 
 def common(trials: Sequence[Trial]) -> dict[str, Any]:
-    """What is the same in every point: not worth a word."""
+    """What is the same in every point and need not be shown."""
     if len(trials) < 2:
         return {}
     first = trials[0].point
@@ -93,7 +93,7 @@ def recommendation_text(folder: SearchFolder) -> str:
     summary = folder.summary()
     chosen = summary.get("recommended")
     if not chosen:
-        return summary.get("why", "nothing was tried")
+        return summary.get("why", "no trial has run")
     cost = "" if chosen["cost"] is None else f", {chosen['cost']:.3g} {chosen['currency']}"
     return (
         f"recommended: {phrase(chosen['point'])}\n"
@@ -104,7 +104,7 @@ def recommendation_text(folder: SearchFolder) -> str:
 
 
 class SearchWatcher:
-    """A search in a terminal or a log: a line a trial, and how far it is."""
+    """Prints a search in a terminal or a log: a line per trial, and the progress."""
 
     def __init__(self, console: Console | None) -> None:
         self._console = console

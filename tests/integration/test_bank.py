@@ -110,7 +110,7 @@ def test_data_that_the_bank_knows_is_said(place, tmp_path):
 
     done = called("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
 
-    assert "the bank already has an adapter of this very data: second" in joined(done.stdout)
+    assert "the bank already has an adapter for exactly this data: second" in joined(done.stdout)
 
 
 def test_a_plan_says_that_nothing_need_be_computed_where_the_bank_has_it(place):

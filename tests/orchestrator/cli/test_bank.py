@@ -87,7 +87,7 @@ def test_the_others_are_shown_exported_and_merged(folder, verb):
     code, shown = verb("show", digest[:8])
     assert code == 2 and "is not JSON" in shown.err
     code, shown = verb("export", "out.tar")
-    assert code == 0 and shown.err.strip().splitlines()[-1] == "wrote 1 adapters to out.tar; 1 damaged are not in it"
+    assert code == 0 and shown.err.strip().splitlines()[-1] == "wrote 1 adapters to out.tar; 1 damaged are not included"
     code, shown = verb("merge", "both", "good", digest[:8])
     assert code == 2 and not (folder / "both").exists()
 

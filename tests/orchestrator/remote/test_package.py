@@ -83,7 +83,7 @@ def test_links_travel_as_files_are_counted_and_named(folder, tmp_path, monkeypat
         entries = {entry.name: entry for entry in sent}
 
     assert found.links == {"1-data/link.jsonl": outside}
-    assert "1 of them are links here; what they lead to is sent: 1-data/link.jsonl -> " in lines
+    assert "1 of them are links; their targets are sent: 1-data/link.jsonl -> " in lines
     assert all(entry.isreg() for entry in entries.values())
     assert entries["1-data/link.jsonl"].size == outside.stat().st_size
     monkeypatch.setattr(package, "UPLOAD_LIMIT_BYTES", outside.stat().st_size)

@@ -175,7 +175,7 @@ SEARCH = {
     "study.json": "[]",
     "asked.yaml": "model: {model_name_or_path: a}\ndata: {train: b.jsonl}\n",
     "search.yaml": "model: {model_name_or_path: a}\ndata: {train: b.jsonl}\n",
-    "summary.json": '{"why": "nothing was tried", "recommended": null}',
+    "summary.json": '{"why": "no trial has run", "recommended": null}',
     "data.json": '{"64": {"model": "m", "train": "t", "train_rows": [1], "eval_rows": []}}',
 }
 
