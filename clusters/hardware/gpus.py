@@ -100,7 +100,10 @@ def _nvidia_rows() -> tuple[list[dict[str, str]], str | None]:
             try:
                 found = [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
             except csv.Error as error:
-                return [], f"nvidia-smi was not understood ({printable(str(error))}): its GPUs are not used"
+                return (
+                    [],
+                    f"nvidia-smi's output is malformed ({printable(str(error))}): its GPUs are not used",
+                )
             return sorted(found, key=lambda row: row.get("pci.bus_id", "")), None
     return [], problem
 
@@ -127,7 +130,7 @@ def _amd_gpus() -> tuple[tuple[DeviceCapability, ...], str | None]:
         cards = load_json(text, "its answer") if text else {}
         found = [_amd_gpu(values) for key, values in cards.items() if key.startswith("card")]
     except (ValueError, AttributeError) as error:  # releases differ in what they print beside the JSON
-        return (), f"rocm-smi was not understood ({printable(str(error))}): its GPUs are not used"
+        return (), f"rocm-smi's output is malformed ({printable(str(error))}): its GPUs are not used"
     found.sort(key=lambda gpu: gpu.pci_bus_id or "")
     for variable in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES"):  # HIP counts what the runtime below it shows
         numbered = [(str(place), gpu.uuid, gpu) for place, gpu in enumerate(found)]
@@ -171,7 +174,7 @@ def _answer(*command: str) -> tuple[str | None, str | None]:
 
 
 def _first_line(lines: Iterable[str]) -> str:
-    return next((line for line in lines if line.strip()), "failed without a word")
+    return next((line for line in lines if line.strip()), "failed without a message")
 
 
 def _known(text: str | None) -> str | None:

@@ -41,7 +41,7 @@ def seen_by_torch() -> Seen:
     try:
         torch.cuda.init()
     except Exception as error:  # whatever a driver makes of it: the text is what a person needs
-        return Seen(build, error=str(error).strip().splitlines()[0][:200] if str(error).strip() else "no word")
+        return Seen(build, error=str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message")
     return Seen(build, tuple(_seen(index) for index in range(torch.cuda.device_count())))
 
 

@@ -136,7 +136,7 @@ class KubeClient:
                 hopeless_since = (hopeless_since or time.monotonic()) if hopeless else None
                 if hopeless_since and time.monotonic() - hopeless_since >= self._patience_s:
                     self.tidy(name)
-                    raise CannotConnect(f"{hopeless[0]}. The job was taken back")
+                    raise CannotConnect(f"{hopeless[0]}. The job was cancelled")
 
     def ask(self, name: str, arguments: list[str]) -> str:
         """Runs in the head's pod; where the cluster is gone, in a helper pod that sees the same volume."""
@@ -370,7 +370,7 @@ class KubeClient:
                 finally:
                     line.sock.shutdown()  # its own close() leaves the socket open once the server has closed
             except WebSocketException as error:
-                raise JobLost(f"the line to {pod} broke: {error}") from error
+                raise JobLost(f"the connection to {pod} broke: {error}") from error
 
     def _talk(self, line: Any, pod: str, command: list[str], stdin: bytes) -> bytes:
         """Feed a command and hear it to its end; what it printed."""
@@ -384,7 +384,7 @@ class KubeClient:
         try:
             code = line.returncode
         except TypeError as error:  # the line closed without a word of how the command ended
-            raise JobLost(f"the line to {pod} broke") from error
+            raise JobLost(f"the connection to {pod} broke") from error
         if code:
             said = (bytes(wrong) or bytes(out)).decode("utf-8", "replace").strip()
             raise VerbFailed(said.splitlines()[-1] if said else f"{command[0]} ended with {code}")
@@ -406,9 +406,9 @@ class KubeClient:
             raise CannotConnect(text) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
             text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-            raise JobLost(f"the line to {self.address} broke: {text}") from error
+            raise JobLost(f"the connection to {self.address} broke: {text}") from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what it sent is not what a server sends
-            raise JobLost(f"cannot {doing}: {self.address} answers what is not understood ({error})") from error
+            raise JobLost(f"cannot {doing}: {self.address} sent an answer that could not be read ({error})") from error
 
 
 def _kubernetes() -> Any:

@@ -26,7 +26,7 @@ class Trouble:
 def object_of(value: Any, label: str) -> dict[str, Any]:
     """An object of the server with a name.  Raises BadInput for what is none."""
     if not mapping(value, "metadata").get("name"):
-        raise BadInput(f"{label}: the answer is no object with a name")
+        raise BadInput(f"{label}: the answer is not an object with a name")
     metadata = mapping(value, "metadata")
     texts = {key: str(metadata.get(key) or "") for key in ("name", "uid", "resourceVersion", "creationTimestamp")}
     parts = {key: mapping(value, key) for key in ("status", "spec")}
@@ -38,7 +38,7 @@ def objects_of(body: bytes | str, label: str) -> list[dict[str, Any]]:
     """The objects of a list that the server answered with.  Raises BadInput."""
     listed = load_json(body, label)
     if not isinstance(listed, dict) or not isinstance(listed.get("items"), list):
-        raise BadInput(f"{label}: the answer is no list")
+        raise BadInput(f"{label}: the answer is not a list")
     return [object_of(one, label) for one in listed["items"]]
 
 
@@ -71,7 +71,7 @@ def job_seen(job: Mapping[str, Any]) -> RemoteJob:
         return RemoteJob("RUNNING", "")
     if deployed == "Suspended":
         return RemoteJob("PENDING", "suspended: a queue (Kueue) holds it until there is room")
-    return RemoteJob("PENDING", message or f"the operator says {deployed or 'nothing yet'}")
+    return RemoteJob("PENDING", message or f"the operator reports {deployed or 'nothing yet'}")
 
 
 def _failure(deployed: str, reason: str, message: str) -> str:
@@ -95,7 +95,7 @@ def pod_troubles(pod: Mapping[str, Any]) -> Iterator[Trouble]:
     name, status = _text(mapping(pod, "metadata"), "name"), mapping(pod, "status")
     for condition in _mappings(status, "conditions"):
         if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            yield Trouble(f"{name} finds no node: {_text(condition, 'message')}")
+            yield Trouble(f"{name} cannot be scheduled: {_text(condition, 'message')}")
     for container in [*_mappings(status, "initContainerStatuses"), *_mappings(status, "containerStatuses")]:
         state = mapping(container, "state")
         waiting = mapping(state, "waiting")
@@ -110,7 +110,7 @@ def pod_troubles(pod: Mapping[str, Any]) -> Iterator[Trouble]:
         elif why == "CreateContainerConfigError":
             yield Trouble(f"{name} cannot start: {message}. Create it, or change kubernetes.secret", hopeless=True)
         elif why == "CrashLoopBackOff":
-            yield Trouble(f"{name} ends again and again: kubectl logs --previous {name}")
+            yield Trouble(f"{name} keeps crashing: kubectl logs --previous {name}")
         if ended.get("reason") == "OOMKilled":
             yield Trouble(
                 f"{name} ran out of its memory limit: lower train.per_device_train_batch_size or data.max_length"
@@ -138,19 +138,19 @@ def answer_told(status: int, body: str, doing: str, namespace: str, context: str
         message = body
     message = " ".join(message.split())[:600]
     if status == 401:
-        return f"the API server does not know you: the credentials of the context {context!r} are wrong or have expired"
+        return f"the API server rejects your credentials: those of the context {context!r} are wrong or have expired"
     if status == 403 and "exceeded quota" in message:
         return _quota(message)
     if "admission webhook" in message or "ValidatingAdmissionPolicy" in message:
-        return f"a policy of the cluster refuses it: {message}. Ask who runs the cluster, or change the job as it says"
+        return f"a policy of the cluster refuses it: {message}. Change the job accordingly, or ask an administrator"
     if status == 403:
         return f"you may not {doing} in {namespace}: {message}. k8s/base/rbac.yaml lists the rights that are needed"
     if status == 404 and "namespaces" in message:
         return f"there is no namespace {namespace}: kubectl create namespace {namespace}"
     if status == 409:
-        return f"cannot {doing}: it exists already; another --run-id, or `orchestrator stop`, makes room"
+        return f"cannot {doing}: it exists already; choose another --run-id, or `orchestrator stop` it"
     if status == 400 and "unknown field" in message:
-        return f"the cluster's KubeRay is of another version than 1.7: {message}"
+        return f"the cluster's KubeRay is not version 1.7: {message}"
     return f"cannot {doing}: the API server says {status}: {message}"
 
 

@@ -48,8 +48,8 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Wishes:
-    """What a plan does not know of a Kubernetes cluster."""
+class JobSettings:
+    """The settings of a RayJob that are not part of a plan."""
 
     namespace: str = "default"
     image: str = "orchestrator:cpu"
@@ -70,49 +70,49 @@ class Wishes:
     start_deadline_s: int = 1800  # for "no GPU ever came"
 
 
-def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], wishes: Wishes) -> dict[str, Any]:
+def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], settings: JobSettings) -> dict[str, Any]:
     """The RayJob that runs `command` on pods of the groups.  The head trains nothing."""
     spec: dict[str, Any] = {
-        **_common(command, wishes),
-        # A retry is a whole new cluster, on which the same command goes on where the run stands.
-        "backoffLimit": wishes.retries,
-        **_deletion(wishes),
-        "rayClusterSpec": _cluster(name, ray_version, groups, wishes),
+        **_common(command, settings),
+        # A retry is a whole new cluster, on which the same command continues the run.
+        "backoffLimit": settings.retries,
+        **_deletion(settings),
+        "rayClusterSpec": _cluster(name, ray_version, groups, settings),
     }
-    return _job(name, spec, wishes)
+    return _job(name, spec, settings)
 
 
-def rayjob_on(cluster: str, name: str, command: str, wishes: Wishes) -> dict[str, Any]:
+def rayjob_on(cluster: str, name: str, command: str, settings: JobSettings) -> dict[str, Any]:
     """The RayJob that runs `command` on a RayCluster that exists and stays."""
-    spec = {**_common(command, wishes), "shutdownAfterJobFinishes": False, "clusterSelector": {CLUSTER: cluster}}
-    return _job(name, spec, wishes)
+    spec = {**_common(command, settings), "shutdownAfterJobFinishes": False, "clusterSelector": {CLUSTER: cluster}}
+    return _job(name, spec, settings)
 
 
-def _common(command: str, wishes: Wishes) -> dict[str, Any]:
-    pod = {**_pod(wishes), "restartPolicy": "Never", "containers": [_submitter(wishes)]}
+def _common(command: str, settings: JobSettings) -> dict[str, Any]:
+    pod = {**_pod(settings), "restartPolicy": "Never", "containers": [_submitter(settings)]}
     return {
         "entrypoint": command,
         "submissionMode": "K8sJobMode",
-        "activeDeadlineSeconds": wishes.deadline_s,
-        "preRunningDeadlineSeconds": wishes.start_deadline_s,
+        "activeDeadlineSeconds": settings.deadline_s,
+        "preRunningDeadlineSeconds": settings.start_deadline_s,
         "backoffLimit": 0,
         "submitterPodTemplate": {"spec": pod},
     }
 
 
-def _job(name: str, spec: Mapping[str, Any], wishes: Wishes) -> dict[str, Any]:
+def _job(name: str, spec: Mapping[str, Any], settings: JobSettings) -> dict[str, Any]:
     labels = {"app.kubernetes.io/managed-by": "orchestrator", "orchestrator/run": name}
-    if wishes.queue:
-        labels["kueue.x-k8s.io/queue-name"] = wishes.queue
-    metadata = {"name": name, "namespace": wishes.namespace, "labels": labels}
+    if settings.queue:
+        labels["kueue.x-k8s.io/queue-name"] = settings.queue
+    metadata = {"name": name, "namespace": settings.namespace, "labels": labels}
     return {"apiVersion": GROUP, "kind": "RayJob", "metadata": metadata, "spec": dict(spec)}
 
 
-def _deletion(wishes: Wishes) -> dict[str, Any]:
+def _deletion(settings: JobSettings) -> dict[str, Any]:
     """When the cluster of an ended job goes: after one time, or by how the job ended."""
-    if wishes.keep_failed_s is None:
-        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": wishes.keep_s}
-    times = {"SUCCEEDED": wishes.keep_s, "FAILED": wishes.keep_failed_s}
+    if settings.keep_failed_s is None:
+        return {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": settings.keep_s}
+    times = {"SUCCEEDED": settings.keep_s, "FAILED": settings.keep_failed_s}
     rules = [
         {"policy": "DeleteCluster", "condition": {"jobStatus": status, "ttlSeconds": seconds}}
         for status, seconds in times.items()
@@ -169,35 +169,35 @@ _AUTOSCALER = {
 }
 
 
-def _cluster(name: str, ray_version: str, groups: Sequence[Group], wishes: Wishes) -> dict[str, Any]:
+def _cluster(name: str, ray_version: str, groups: Sequence[Group], settings: JobSettings) -> dict[str, Any]:
     return {
         "rayVersion": ray_version,
         "authOptions": {"mode": "token"},
-        **(_AUTOSCALER if wishes.autoscale else {}),
+        **(_AUTOSCALER if settings.autoscale else {}),
         "headGroupSpec": {
             "rayStartParams": {"dashboard-host": "0.0.0.0"},
             "resources": {"CPU": "0"},
             "labels": {POOL: "head"},
-            "template": {"spec": {**_pod(wishes), **_volumes(name, wishes), "containers": [_head(wishes)]}},
+            "template": {"spec": {**_pod(settings), **_volumes(name, settings), "containers": [_head(settings)]}},
         },
-        "workerGroupSpecs": [_workers(name, group, wishes) for group in groups],
+        "workerGroupSpecs": [_workers(name, group, settings) for group in groups],
     }
 
 
 _GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 
 
-def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
-    pod: dict[str, Any] = {**_pod(wishes), **_volumes(name, wishes), "containers": [_worker(group, wishes)]}
+def _workers(name: str, group: Group, settings: JobSettings) -> dict[str, Any]:
+    pod: dict[str, Any] = {**_pod(settings), **_volumes(name, settings), "containers": [_worker(group, settings)]}
     labels = {POOL: group.pool}
-    if wishes.autoscale:
+    if settings.autoscale:
         pod["restartPolicy"] = "Never"  # what the autoscaler v2 takes
     if group.gpu_memory_bytes is not None:
         gib = round(group.gpu_memory_bytes / GIB)
         labels["orchestrator/vram-gb"] = str(gib)
         pod["tolerations"] = [*pod.get("tolerations", []), _GPU_TAINT]
-        if wishes.runtime_class:
-            pod["runtimeClassName"] = wishes.runtime_class
+        if settings.runtime_class:
+            pod["runtimeClassName"] = settings.runtime_class
         # The label of NVIDIA's feature discovery, in MiB: this class of card and not a larger one that others need.
         low, high = int(gib * 1024 * 0.9), int(gib * 1024 * 1.15)
         key = "nvidia.com/gpu.memory"
@@ -209,9 +209,9 @@ def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
         pod["affinity"] = {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
     return {
         "groupName": group.name,
-        "replicas": 0 if wishes.autoscale else group.count,
+        "replicas": 0 if settings.autoscale else group.count,
         # A plan is for these machines: fewer would be another plan, unless they are still to come.
-        "minReplicas": 0 if wishes.autoscale else group.count,
+        "minReplicas": 0 if settings.autoscale else group.count,
         "maxReplicas": group.count,
         "rayStartParams": {},
         "resources": {"CPU": str(group.cores), "GPU": "0", "train_slot": "1"},  # the plan says who gets which device
@@ -220,14 +220,14 @@ def _workers(name: str, group: Group, wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def _pod(wishes: Wishes) -> dict[str, Any]:
+def _pod(settings: JobSettings) -> dict[str, Any]:
     asked: dict[str, Any] = {}
-    if wishes.node_selector:
-        asked["nodeSelector"] = dict(wishes.node_selector)
-    if wishes.tolerations:
-        asked["tolerations"] = [dict(one) for one in wishes.tolerations]
-    if wishes.pull_secret:
-        asked["imagePullSecrets"] = [{"name": wishes.pull_secret}]
+    if settings.node_selector:
+        asked["nodeSelector"] = dict(settings.node_selector)
+    if settings.tolerations:
+        asked["tolerations"] = [dict(one) for one in settings.tolerations]
+    if settings.pull_secret:
+        asked["imagePullSecrets"] = [{"name": settings.pull_secret}]
     return {
         **asked,
         "automountServiceAccountToken": False,
@@ -240,16 +240,16 @@ def _pod(wishes: Wishes) -> dict[str, Any]:
     }
 
 
-def _volumes(name: str, wishes: Wishes) -> dict[str, Any]:
+def _volumes(name: str, settings: JobSettings) -> dict[str, Any]:
     volumes: list[dict[str, Any]] = [
         {"name": "job", "configMap": {"name": name}},
         {"name": "shm", "emptyDir": {"medium": "Memory", "sizeLimit": _quantity(_SHARED_MEMORY_BYTES)}},
     ]
-    claim = {"persistentVolumeClaim": {"claimName": wishes.claim}}
+    claim = {"persistentVolumeClaim": {"claimName": settings.claim}}
     return {"volumes": [*volumes, {"name": "storage", **claim}]}
 
 
-def _container(name: str, image: str, cores: float, memory_bytes: float, wishes: Wishes) -> dict[str, Any]:
+def _container(name: str, image: str, cores: float, memory_bytes: float, settings: JobSettings) -> dict[str, Any]:
     amounts = {"cpu": str(cores), "memory": _quantity(memory_bytes)}
     container: dict[str, Any] = {
         "name": name,
@@ -259,16 +259,16 @@ def _container(name: str, image: str, cores: float, memory_bytes: float, wishes:
         "volumeMounts": [
             {"name": "job", "mountPath": _JOB_FOLDER, "readOnly": True},
             {"name": "shm", "mountPath": "/dev/shm"},
-            {"name": "storage", "mountPath": wishes.storage},
+            {"name": "storage", "mountPath": settings.storage},
         ],
     }
-    if wishes.secret:
-        container["envFrom"] = [{"secretRef": {"name": wishes.secret}}]
+    if settings.secret:
+        container["envFrom"] = [{"secretRef": {"name": settings.secret}}]
     return container
 
 
-def _head(wishes: Wishes) -> dict[str, Any]:
-    head = _container(HEAD, wishes.image, _HEAD_CPU, _HEAD_BYTES, wishes)
+def _head(settings: JobSettings) -> dict[str, Any]:
+    head = _container(HEAD, settings.image, _HEAD_CPU, _HEAD_BYTES, settings)
     head["ports"] = [
         {"containerPort": 6379, "name": "gcs-server"},
         {"containerPort": 8265, "name": "dashboard"},
@@ -277,18 +277,18 @@ def _head(wishes: Wishes) -> dict[str, Any]:
     return head
 
 
-def _worker(group: Group, wishes: Wishes) -> dict[str, Any]:
+def _worker(group: Group, settings: JobSettings) -> dict[str, Any]:
     on_gpu = group.gpu_memory_bytes is not None
-    image = wishes.gpu_image if on_gpu else wishes.image
-    worker = _container("ray-worker", image, group.cores, group.memory_bytes, wishes)
+    image = settings.gpu_image if on_gpu else settings.image
+    worker = _container("ray-worker", image, group.cores, group.memory_bytes, settings)
     if on_gpu:
         for amounts in worker["resources"].values():
             amounts["nvidia.com/gpu"] = "1"
     return worker
 
 
-def _submitter(wishes: Wishes) -> dict[str, Any]:
-    submitter = _container(SUBMITTER, wishes.image, 0.5, GIB, wishes)
+def _submitter(settings: JobSettings) -> dict[str, Any]:
+    submitter = _container(SUBMITTER, settings.image, 0.5, GIB, settings)
     del submitter["volumeMounts"]
     return submitter
 
@@ -320,7 +320,7 @@ def _name_mistakes(kind: str, metadata: Mapping[str, Any]) -> list[str]:
     if len(name) > longest:
         found.append(f"metadata.name: {name} has {len(name)} characters, a {kind} may have {longest}")
     if not _NAME.fullmatch(name):
-        found.append(f"metadata.name: {name} must be small letters, digits and hyphens, and begin with a letter")
+        found.append(f"metadata.name: {name} must be lowercase letters, digits and hyphens, and begin with a letter")
     return found
 
 

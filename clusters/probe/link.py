@@ -87,7 +87,7 @@ def _read_exactly(stream: socket.socket, count: int) -> bytes:
     while len(data) < count:
         part = stream.recv(count - len(data))
         if not part:
-            raise ConnectionResetError("the other end hung up")
+            raise ConnectionResetError("the other end closed the connection")
         data += part
     return data
 
@@ -95,5 +95,5 @@ def _read_exactly(stream: socket.socket, count: int) -> bytes:
 def _receive_into(stream: socket.socket, block: bytearray) -> int:
     count = stream.recv_into(block)
     if not count:
-        raise ConnectionResetError("the other end hung up")
+        raise ConnectionResetError("the other end closed the connection")
     return count

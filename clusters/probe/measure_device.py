@@ -196,7 +196,7 @@ def _tried(library: str, call: Callable[[], torch.Tensor | None]) -> Library | N
             warnings.simplefilter("ignore")
             result = call()
         if result is not None and not result.isfinite().all():
-            raise ArithmeticError("it computes what is no number")
+            raise ArithmeticError("its result is not a number")
         return Library("runs")
     except torch.OutOfMemoryError as error:
         _log.info("%s: not tried: %s", library, error)
@@ -204,4 +204,4 @@ def _tried(library: str, call: Callable[[], torch.Tensor | None]) -> Library | N
     except Exception as error:  # as above: it does not run here, and that is the finding
         _log.info("%s does not run: %s: %s", library, type(error).__name__, error)
         said = str(error).strip().splitlines()
-        return Library("broken", printable(f"{type(error).__name__}: {said[0] if said else 'no word'}"[:200]))
+        return Library("broken", printable(f"{type(error).__name__}: {said[0] if said else 'no message'}"[:200]))

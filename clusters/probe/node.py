@@ -47,7 +47,7 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
     try:
         file = cache_folder("probe") / f"{node.hardware_hash}.json"
     except RuntimeError as error:
-        _log.warning("figures are not remembered: %s", error)
+        _log.warning("figures are not cached: %s", error)
         return _measure(node, None, seconds)
     before = _read(file, node)
     if before and not refresh and not any(device.doubt for device in before.devices):
@@ -66,7 +66,7 @@ def _judged(node: NodeCapability) -> NodeCapability:
             return device
         problem = why_unusable(device, build) if build and not device.is_measured else None
         if problem is None and device.memory_bytes is None:
-            problem = "its memory is unknown: neither its driver's tool nor torch tells it"
+            problem = "its memory is unknown: neither its driver's tool nor torch reports it"
         return replace(device, problem=problem)
 
     return replace(node, devices=tuple(judged(device) for device in node.devices))
@@ -91,7 +91,7 @@ def _measure(
     try:
         known = _join(node, load_json(answer.stdout.strip().splitlines()[-1], "the figures"))
     except (ValueError, IndexError):
-        _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no word")
+        _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no message")
         return node
     known = _settled(known, before) if before else known
     if file:
@@ -120,7 +120,7 @@ def _join(node: NodeCapability, measured: object) -> NodeCapability:
     devices = tuple(_join_device(now, then) for now, then in pairs)
     written = old.disk_write_bytes_per_s
     if wrong := [name for device in old.devices for name, figure in _figures(device) if figure <= 0]:
-        raise ValueError(f"{wrong[0]} is no amount")
+        raise ValueError(f"{wrong[0]} is not an amount")
     if any((now.kind, now.name) != (then.kind, then.name) for now, then in pairs):
         raise ValueError("other devices")
     sources = {**old.sources, **node.sources}
@@ -164,7 +164,7 @@ def _write(file: Path, node: NodeCapability) -> None:
         finally:
             unfinished.unlink(missing_ok=True)
     except OSError as error:
-        _log.warning("figures are not remembered: %s", error)
+        _log.warning("figures are not cached: %s", error)
 
 
 @contextlib.contextmanager

@@ -115,10 +115,10 @@ def _silence() -> Iterator[None]:
 
 def refusal(address: str) -> str:
     """What to do where a cluster wants a token that this machine does not have."""
-    has = "the token of this machine is another" if has_token() else "there is none"
+    has = "this machine has another one" if has_token() else "this machine has none"
     return (
-        f"the cluster at {address!r} wants its token, and {has}. Copy the head's ~/.ray/auth_token to"
-        " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH go before that file)"
+        f"the cluster at {address!r} requires its token, and {has}. Copy the head's ~/.ray/auth_token to"
+        " ~/.ray/auth_token here (RAY_AUTH_TOKEN and RAY_AUTH_TOKEN_PATH take precedence over that file)"
     )
 
 
@@ -158,7 +158,7 @@ def _private_folder() -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix="ray-", dir=base if len(base) <= _LONGEST_FOLDER else "/tmp"))
         write_token(folder / "auth_token")
     except OSError as error:
-        raise CannotConnect(f"there is no room for Ray's own files ({error}); TMPDIR names another folder") from error
+        raise CannotConnect(f"there is no space for Ray's own files ({error}); TMPDIR names another folder") from error
     yield folder
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -59,7 +59,7 @@ class RayJobsClient:
         with _line(self.address):
             text = self._client.get_job_logs(name)
             if not isinstance(text, str):
-                raise TypeError("the log is no text")
+                raise TypeError("the log is not text")
             return text
 
     def follow(self, name: str, notice: Callable[[str], None]) -> Iterator[str]:
@@ -131,7 +131,7 @@ def _line(address: str) -> Iterator[None]:
     try:
         yield
     except requests.exceptions.RequestException as error:
-        raise JobLost(f"the line to {address} broke: {_first_line(error)}") from error
+        raise JobLost(f"the connection to {address} broke: {_first_line(error)}") from error
     except RuntimeError as error:
         text = str(error)
         if "404" in text or "does not exist" in text:
@@ -140,7 +140,7 @@ def _line(address: str) -> Iterator[None]:
             raise CannotConnect(_first_line(error)) from error
         raise JobLost(f"{address} answers: {_first_line(error)}") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # not what a dashboard sends
-        raise JobLost(f"{address} answers what is not understood: {_first_line(error)}") from error
+        raise JobLost(f"{address} sent an answer that could not be read: {_first_line(error)}") from error
 
 
 def _asks_for_token(address: str) -> bool:
@@ -156,7 +156,7 @@ def _asks_for_token(address: str) -> bool:
             raise RefusesToken(refusal(address))
         return True
     if answer.status_code != 200:
-        raise CannotConnect(f"{address} answers {answer.status_code}: that is no Ray dashboard")
+        raise CannotConnect(f"{address} answers {answer.status_code}: that is not a Ray dashboard")
     return False
 
 

@@ -142,11 +142,11 @@ def check_port(port: int, option: str) -> None:
                 if error.errno == errno.EADDRINUSE:
                     reason = f"port {port} is in use: is a head running here already? {option} takes another"
                 elif error.errno == errno.EACCES:
-                    reason = f"port {port} is for root alone: give {option} one of 1024 or more"
+                    reason = f"port {port} needs root: give {option} one of 1024 or more"
                 elif family == socket.AF_INET6:  # switched off
                     continue
                 else:
-                    reason = f"port {port} cannot be taken: {error.strerror}"
+                    reason = f"port {port} cannot be used: {error.strerror}"
                 raise CannotServe(reason) from None
 
 
@@ -269,7 +269,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
             raise CannotServe(f"{own.head} refuses the token in {own.token_file}: copy the head's token file there")
         tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
         pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
-        say(f"the node ended ({told[-1] if told else 'without a word'}); starting it again in {pause_s:.0f} s")
+        say(f"the node ended ({told[-1] if told else 'without a message'}); starting it again in {pause_s:.0f} s")
         _sleep(pause_s, lambda: is_over)
     if child:
         _end_group(child.pid)

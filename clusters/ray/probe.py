@@ -162,7 +162,7 @@ def _reason(error: Exception) -> str:
     """The last line of what Ray says: a remote traceback ends with the error itself."""
     cause = getattr(error, "cause", None) or error
     lines = [line.strip() for line in str(cause).splitlines() if line.strip()]
-    return textwrap.shorten(f"{type(cause).__name__}: {lines[-1] if lines else 'no word'}", 200, placeholder=" ...")
+    return textwrap.shorten(f"{type(cause).__name__}: {lines[-1] if lines else 'no message'}", 200, placeholder=" ...")
 
 
 def _measure_link(first: _Place, second: _Place) -> Link | None:

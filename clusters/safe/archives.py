@@ -112,7 +112,7 @@ def _place(entry: tarfile.TarInfo) -> PurePosixPath:
     if not (entry.isdir() or (entry.isreg() and not entry.issparse())):
         raise BadInput(f"{name} is a link, a device or a sparse file; only files and folders are unpacked")
     if place.is_absolute() or ".." in place.parts or not place.parts or "\0" in entry.name or "\\" in entry.name:
-        raise BadInput(f"{name} is no path below the archive's folder")
+        raise BadInput(f"{name} is not a path below the archive's folder")
     if len(place.parts) > _MAX_DEPTH or any(len(os.fsencode(part)) > _MAX_NAME_BYTES for part in place.parts):
         raise BadInput(f"{name} is too long or too deep")
     return place

@@ -55,14 +55,14 @@ def checked_path(value: str | os.PathLike[str], folder: Path = Path()) -> Path:
     """
     text = os.fspath(value)
     if not text.strip():
-        raise BadInput("an empty text is no path")
+        raise BadInput("an empty text is not a path")
     if "\0" in text:
-        raise BadInput(f"{printable(text)}: a path holds no NUL character")
+        raise BadInput(f"{printable(text)}: a path cannot contain a NUL character")
     try:
         text.encode("utf-8")
         path = (folder / Path(text).expanduser()).resolve()
     except UnicodeEncodeError:
-        raise BadInput(f"{printable(text)}: is no UTF-8 text (half a surrogate pair), so it names no file") from None
+        raise BadInput(f"{printable(text)}: is not UTF-8 text (half a surrogate pair), so it names no file") from None
     except RuntimeError as error:  # expanduser: no such user; resolve: a loop of links
         raise BadInput(f"{printable(text)}: {_lower_first(str(error))}") from None
     except OSError as error:
@@ -222,7 +222,7 @@ def load_json(text: str | bytes, label: str = "the text", allow_nan: bool = Fals
 
     def constant(name: str) -> float:
         if not allow_nan:
-            raise ValueError(f"{name} is no number")
+            raise ValueError(f"{name} is not a number")
         return float(name.replace("Infinity", "inf"))
 
     def number(digits: str) -> int | float:

@@ -181,8 +181,8 @@ def _check_overlap(query: Evidence, near: Neighbours, job: Job) -> None:
     nearest = float(DISTANCES["js"](query, near.evidence).min())
     if nearest > _NOTHING_SHARED * numpy.log(2):
         raise JobError(
-            f"{job.spec.data.train}: shares next to no token with any data set of the bank (Jensen-Shannon divergence"
-            f" {nearest:.3f} of at most 0.693): nothing there could help; train with `submit`"
+            f"{job.spec.data.train}: has almost no token in common with any data set of the bank (Jensen-Shannon"
+            f" divergence {nearest:.3f} of at most 0.693): no adapter there can help; train with `submit`"
         )
 
 

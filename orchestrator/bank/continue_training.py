@@ -28,7 +28,7 @@ def train_from(
     method = {"method.type": _method_with_init(job)}
     if against and job.spec.eval.eval_steps is None:
         raise JobError(
-            "--against compares held-out losses on the way: set eval.eval_steps, e.g. to a tenth of the steps"
+            "--against compares held-out losses during training: set eval.eval_steps, e.g. to a tenth of the steps"
         )
     fresh = None
     if against == "fresh":
@@ -44,7 +44,7 @@ def train_from(
         return trained
     ended = _evaluations(fresh)
     if not ended:
-        raise JobError(f"{fresh.run_id} was not evaluated on its way: nothing to compare with")
+        raise JobError(f"{fresh.run_id} was not evaluated during training: there is nothing to compare with")
     goal_step, goal = max(ended.items())
     step = next((step for step, loss in sorted(trained["eval_loss"].items()) if loss <= goal), None)
     return trained | {

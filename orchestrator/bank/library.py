@@ -81,7 +81,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     finished = require_finished(run)
     exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
     if exported.name != "adapter":
-        raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which makes no adapter")
+        raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which produces no adapter")
     folder = Path(files["model"])
     base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
     adapter = Adapter(exported)
@@ -111,7 +111,7 @@ def add_folder(
         raise JobError(f"{folder} does not say which model it belongs to; give --model")
     if model and adapter.base_name and _last(model) != _last(adapter.base_name):
         raise JobError(
-            f"{folder} was trained on {adapter.base_name}, not on {model}: on another base its corrections mean nothing"
+            f"{folder} was trained on {adapter.base_name}, not on {model}: an adapter fits its own base model only"
         )
     base = base_of(asked, Path())
     fits_base(adapter, base.folder)

@@ -52,7 +52,7 @@ def merge_sparse(folders: list[Path], output: Path, options: MergeOptions) -> di
 
     how, weights = options.how, options.weights
     if weights and not how:
-        raise JobError("sparse adapters are averaged where they meet, without --weights; they go with a --how")
+        raise JobError("sparse adapters are averaged where they overlap; --weights needs --how")
     needs_factors = ("cat", "factorwise")
     rules = tuple(rule for rule in typing.get_args(Merge) if rule not in needs_factors)
     shares = _parse_weights(how or rules[0], rules, weights, len(folders))
@@ -62,7 +62,7 @@ def merge_sparse(folders: list[Path], output: Path, options: MergeOptions) -> di
     names = [folder.absolute().parent.name if folder.name == "adapter" else folder.name for folder in folders]
     return {
         "path": str(output.absolute()),
-        "how": how or "averaged where they meet",
+        "how": how or "averaged where they overlap",
         "made_from": [{"name": name, "share": share} for name, share in zip(names, shown, strict=True)],
         "entries": entries,
         "shared": shared,
@@ -77,7 +77,7 @@ def _parse_weights(how: str, rules: tuple[str, ...], weights: str | None, count:
     try:
         shares = [float(part) for part in weights.split(",")] if weights else [1 / count] * count
     except ValueError:
-        raise JobError(f"--weights {weights}: write numbers with commas between them, e.g. 1,-0.5") from None
+        raise JobError(f"--weights {weights}: write numbers separated by commas, e.g. 1,-0.5") from None
     if len(shares) != count:
         raise JobError(f"--weights gives {len(shares)} numbers for {count} adapters")
     if not all(map(math.isfinite, shares)) or not any(shares):

@@ -5,6 +5,6 @@ backends      opens the job backend of a run and starts its attempts
 kube_nodes    the nodes that an API server lists, as machines to plan for
 kube_objects  a planned job as objects for Kubernetes
 kube_submit   submits a job to Kubernetes
-package       what of a job is sent to a cluster, and what is fetched
+package       packs a job for a cluster and unpacks its result
 record        where a job is sent and where a run that was sent lives
 """

@@ -14,14 +14,14 @@ from typing import Any
 import yaml
 
 from clusters.capability import ClusterCapability
-from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, Group, Wishes, config_map, mistakes, rayjob, rayjob_on
+from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, Group, JobSettings, config_map, mistakes, rayjob, rayjob_on
 from clusters.safe.reading import BadInput, load_yaml, read_text
 from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.secrets import refuse_written_out, secret_names
 from orchestrator.planning.plan import NodePlan, Plan
-from orchestrator.remote.package import Packed, document_with, packed_files, size_of
+from orchestrator.remote.package import Packed, find_files, make_document, size_of
 
 _LEAST_POD_BYTES = 4 * GIB
 _BESIDE_BYTES = 2 * GIB  # Ray and the libraries of a pod whose plan counts its device's memory
@@ -31,7 +31,7 @@ _LABEL = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")  # RFC 1123
 
 @dataclass(frozen=True)
 class Objects:
-    """What is created for one job, and what has to lie on its volume before."""
+    """What is created for one job, and the files that must be on its volume first."""
 
     job: dict[str, Any]
     config: dict[str, Any] | None  # of a job whose pods are made for it
@@ -59,26 +59,26 @@ def folder_of(storage: str, name: str) -> str:
 
 
 def render(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, name: str) -> Objects:
-    """A RayJob with its cluster.  Raises JobError for what KubeRay would refuse or cannot be sent.
+    """A RayJob with a cluster of its own.  Raises JobError for what KubeRay would reject or cannot be sent.
 
-    Text files up to what a ConfigMap holds travel in it; others are `uploads`.
+    Text files that fit into a ConfigMap go into it; others are `uploads`.
     """
-    wishes = _wishes(job, namespace)
-    groups = groups_of(plan, capability)
+    settings = _settings(job, namespace)
+    groups = make_groups(plan, capability)
     slots = sum(group.count for group in groups)  # a pod that runs has not joined yet, or an autoscaler brings it
-    packed = packed_files(job)
+    packed = find_files(job)
     texts = _texts(packed)
-    on_volume = f"{folder_of(wishes.storage, name)}/" if texts is None else ""
+    on_volume = f"{folder_of(settings.storage, name)}/" if texts is None else ""
     there = {source: f"{on_volume}{place}" for source, place in packed.places.items()}
-    document = document_with(job, there, f"{wishes.storage}/runs", wait_for_slots=slots)
+    document = make_document(job, there, f"{settings.storage}/runs", wait_for_slots=slots)
     config = config_map(name, namespace, {"job.yaml": document, **(texts or {})})
-    made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, wishes)
-    return _checked(Objects(made, config, wishes.storage, {} if texts is not None else packed.files, sent=packed))
+    made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, settings)
+    return _check(Objects(made, config, settings.storage, {} if texts is not None else packed.files, sent=packed))
 
 
 def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
-    """A RayJob for a RayCluster that exists: it plans for what it finds there; all its files are `uploads`."""
-    wishes = _wishes(job, namespace)
+    """A RayJob for an existing RayCluster, which plans there for what it finds; all its files are `uploads`."""
+    settings = _settings(job, namespace)
     if not _LABEL.fullmatch(cluster):
         raise JobError(f"--attach {cluster}: is no RayCluster name; use lowercase letters, digits and hyphens")
     storage = job.spec.cluster.storage
@@ -87,22 +87,22 @@ def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
             f"cluster.storage: {storage}; with --attach, set it to the folder (e.g. /storage) that every pod of"
             f" {cluster} mounts"
         )
-    packed = packed_files(job)
+    packed = find_files(job)
     folder = folder_of(storage, name)
     there = {source: f"{folder}/{place}" for source, place in packed.places.items()}
-    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), wishes)
-    document = document_with(job, there, f"{storage}/runs")
-    return _checked(Objects(made, None, storage, packed.files, {"job.yaml": document}, packed))
+    made = rayjob_on(cluster, name, _command(f"{folder}/job.yaml", name), settings)
+    document = make_document(job, there, f"{storage}/runs")
+    return _check(Objects(made, None, storage, packed.files, {"job.yaml": document}, packed))
 
 
-def _checked(objects: Objects) -> Objects:
+def _check(objects: Objects) -> Objects:
     refuse_written_out(objects.job, "the RayJob, which others of the cluster may read,")
     if wrong := mistakes(objects.job):
         raise JobError([f"KubeRay would reject it: {text}" for text in wrong])
     return objects
 
 
-def _wishes(job: Job, namespace: str) -> Wishes:
+def _settings(job: Job, namespace: str) -> JobSettings:
     refuse_written_out(yaml.safe_load(job.text), "the ConfigMap, which others of the cluster may read,")
     if (names := secret_names(job.spec)) and not job.spec.kubernetes.secret:
         raise JobError(
@@ -111,11 +111,11 @@ def _wishes(job: Job, namespace: str) -> Wishes:
         )
     asked = {name: getattr(job.spec.kubernetes, name) for name in type(job.spec.kubernetes).model_fields}
     storage = job.spec.cluster.storage
-    return Wishes(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
+    return JobSettings(namespace=namespace, storage=storage if storage.startswith("/") else "/storage", **asked)
 
 
 def _texts(packed: Packed) -> dict[str, str] | None:
-    """Files as texts of a ConfigMap, which has no folders; None where they are too large or no texts."""
+    """Files as texts of a ConfigMap, which has no folders; None when they are too large or not text."""
     if any("/" in place for place in packed.files) or packed.num_bytes > MOST_CONFIG_BYTES:
         return None
     try:
@@ -128,11 +128,11 @@ def _command(file: str, run_id: str) -> str:
     return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id, "--supervised"])
 
 
-def groups_of(plan: Plan, capability: ClusterCapability) -> list[Group]:
-    """One group for each class of machine in the plan: CPUs, and GPUs by the memory on their box."""
+def make_groups(plan: Plan, capability: ClusterCapability) -> list[Group]:
+    """One group per class of machine in the plan: CPUs, and GPUs by their nominal memory."""
     found: dict[str, Group] = {}
     for part in plan.nodes:
-        vram = _memory_on_the_box(part, capability)
+        vram = _nominal_memory(part, capability)
         name = "cpu" if vram is None else f"gpu-{round(vram / GIB)}g"
         needs = _pod_bytes(part)
         old = found.get(name)
@@ -141,7 +141,7 @@ def groups_of(plan: Plan, capability: ClusterCapability) -> list[Group]:
     return list(found.values())
 
 
-def _memory_on_the_box(part: NodePlan, capability: ClusterCapability) -> float | None:
+def _nominal_memory(part: NodePlan, capability: ClusterCapability) -> float | None:
     if part.torch_device == "cpu":
         return None
     for node in capability.nodes:
@@ -152,7 +152,7 @@ def _memory_on_the_box(part: NodePlan, capability: ClusterCapability) -> float |
 
 
 def _pod_bytes(part: NodePlan) -> float:
-    """Host memory of a pod: on a CPU what the plan says at most, on a GPU what waits or is loaded in the host."""
+    """Host memory of a pod: the plan's upper bound on a CPU; offloaded and loading weights on a GPU."""
     memory = part.memory
     if part.torch_device == "cpu":
         return max(_LEAST_POD_BYTES, memory.high_bytes + _BESIDE_BYTES)
@@ -160,7 +160,7 @@ def _pod_bytes(part: NodePlan) -> float:
 
 
 def object_name(name: str) -> str:
-    """A job's name as Kubernetes takes it: small letters, digits, hyphens, a letter first, 47 characters at most.
+    """A job's name as Kubernetes accepts it: lowercase letters, digits, hyphens, a letter first, at most 47 characters.
 
     Names that differ in other letters alone (日本, 中国) stay different: a digest of them is a part of it.
     """
@@ -187,7 +187,7 @@ def check_name(name: str) -> None:
 
 
 def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
-    """One YAML file to apply.  Raises JobError."""
+    """Write one YAML file to apply.  Raises JobError."""
     if objects.texts:
         raise JobError(
             "--render does not work with --attach: the job file must lie on the volume, where `submit` puts it"
@@ -202,14 +202,14 @@ def write(objects: Objects, file: Path, say: Callable[[str], None]) -> None:
     for line in objects.sent.lines():
         say(line)
     try:
-        file.write_text(as_yaml(*made), encoding="utf-8")
+        file.write_text(to_yaml(*made), encoding="utf-8")
     except OSError as error:
         raise JobError(f"--render {file}: cannot be written: {error.strerror}") from None
     namespace = objects.job["metadata"]["namespace"]
     say(f"wrote {file}. Next: kubectl apply -f {file} && kubectl get rayjob -n {namespace} {objects.name} --watch")
 
 
-def as_yaml(*objects: dict[str, Any]) -> str:
+def to_yaml(*objects: dict[str, Any]) -> str:
     return yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True)
 
 

@@ -81,7 +81,7 @@ def _continue(run: RunFolder, say: Say, follow: bool) -> RunFolder:
 
 def _send(run: RunFolder, client: Any, objects: kube_objects.Objects, say: Say) -> None:
     """Create a run's objects, its data first, and keep them in kube.yaml."""
-    run.write("kube.yaml", kube_objects.as_yaml(objects.job, *([objects.config] if objects.config else [])))
+    run.write("kube.yaml", kube_objects.to_yaml(objects.job, *([objects.config] if objects.config else [])))
     package.report(objects.sent, run, say)
     client.rehearse(objects.job, objects.config)
     if objects.uploads or objects.texts:

@@ -1,4 +1,4 @@
-"""What of a job is sent to a cluster: its files by new names, its document with those names, the project itself."""
+"""Packs a job for a cluster (its files under new names, its job file, the project) and unpacks its result."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _LEAST_FETCHED_BYTES, _EXPANSION, _MOST_FETCHED = int(GIB), 20, 10_000
 
 @dataclass(frozen=True)
 class Packed:
-    """What of a job is sent: the files that are read there, and nothing that lies beside them."""
+    """The files of a job that are sent: those that are read, nothing else of their folders."""
 
     places: dict[Path, str] = field(default_factory=dict)  # a path of the job file -> its name there
     files: dict[str, Path] = field(default_factory=dict)  # the name there of a file -> what its bytes are read from
@@ -47,7 +47,7 @@ class Packed:
 
     @property
     def num_bytes(self) -> int:
-        """Of all files, each link counted as what it leads to."""
+        """Of all files; a link counts as its target."""
         return sum(size_of(file) for file in self.files.values())
 
     def lines(self) -> Iterator[str]:
@@ -73,13 +73,13 @@ def _first(items: list[str]) -> str:
 
 
 def pack(job: Job, folder: Path) -> Packed:
-    """Write what a dashboard takes: the job, its files, the project.  Raises JobError past Ray's limit."""
-    packed = packed_files(job)
+    """Write the package for a dashboard: the job, its files, the project.  Raises JobError past Ray's limit."""
+    packed = find_files(job)
     folder.mkdir(parents=True)
     for place, file in packed.files.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(file, folder / place)
-    (folder / "job.yaml").write_text(document_with(job, packed.places, job.spec.cluster.storage), encoding="utf-8")
+    (folder / "job.yaml").write_text(make_document(job, packed.places, job.spec.cluster.storage), encoding="utf-8")
     root = Path(__file__).resolve().parents[2]
     for package in _PROJECT:
         shutil.copytree(root / package, folder / package, ignore=shutil.ignore_patterns("__pycache__", "*.pyc"))
@@ -94,7 +94,7 @@ def report(packed: Packed, run: RunFolder, say: Callable[[str], None]) -> None:
 
 
 def archive(files: dict[str, Path], texts: dict[str, str]) -> bytes:
-    """Files and texts by their names there as a .tar.gz; links travel as the files that they lead to."""
+    """A .tar.gz of files and texts by their names on the cluster; links are followed."""
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w:gz", compresslevel=1, dereference=True) as made:
         for place, file in files.items():
@@ -111,11 +111,11 @@ def size_of(path: Path) -> int:
     return sum(file.stat().st_size for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
 
 
-def packed_files(job: Job) -> Packed:
-    """What of a job is local and must be sent.  What every node sees stays where it is.
+def find_files(job: Job) -> Packed:
+    """Find the local files of a job that must be sent; what every node can read stays where it is.
 
-    Of folders the files that are read of them alone; hidden files and what else lies there stay.  Raises JobError for
-    more than can be sent, and for what is no file.
+    Of a folder only the files that are read are sent.  Raises JobError for more than can be sent, and for other things
+    than files.
     """
     shared = [Path(path) for path in job.spec.cluster.shared_paths]
     packed = Packed()
@@ -136,7 +136,7 @@ def packed_files(job: Job) -> Packed:
 
 
 def _read_paths(job: Job) -> Iterator[tuple[str, Callable[[Path], list[Path]]]]:
-    """Each value of the job file that may be a path, with the function that lists what of it is read."""
+    """Each value of the job file that may be a path, with the function that lists the files read from it."""
     spec = job.spec
     if spec.data.chat_template != "tokenizer":
         yield spec.data.chat_template, lambda path: [path]
@@ -149,14 +149,14 @@ def _read_paths(job: Job) -> Iterator[tuple[str, Callable[[Path], list[Path]]]]:
 
 
 def _data_files(job: Job, item: str | Source, key: str, path: Path) -> list[Path]:
-    """The files of a source, with those by which a saved data set is known as one."""
+    """The files of a source, with those that mark a saved data set."""
     files = [file for _, files in sources_of(job, item, key) for file in files]
     about = {path / "dataset_dict.json", *(file.parent / "state.json" for file in files)} if path.is_dir() else set()
     return files + sorted(file for file in about if file.is_file())
 
 
 def _regular(file: Path) -> Path:
-    """The file whose bytes are sent.  Raises JobError for what is none."""
+    """The file whose bytes are sent.  Raises JobError for anything but a regular file."""
     try:
         found = checked_path(file)
         kind = kind_of(found)
@@ -179,8 +179,8 @@ def _refuse_too_large(packed: Packed) -> None:
         )
 
 
-def document_with(job: Job, files: dict[Path, str], storage: str, **cluster: Any) -> str:
-    """The job file as it is read there: local paths by their names, the cluster it is on, the folder of runs."""
+def make_document(job: Job, files: dict[Path, str], storage: str, **cluster: Any) -> str:
+    """The job file for the cluster: local paths under their new names, its cluster, its folder of runs."""
     document = yaml.safe_load(job.text)
     path_values(document, lambda value: files.get(job.path(value), value))
     document.setdefault("cluster", {}).update({"address": "auto", **cluster})
@@ -199,7 +199,7 @@ def send(run: RunFolder) -> str:
 
 
 def receive(text: str, folder: Path) -> None:
-    """The other side of `send`; each part takes the place of what was there.  Raises RunFailed."""
+    """Unpack what `send` printed; each part replaces what was there.  Raises RunFailed."""
     work = folder / f".fetched-{uuid.uuid4().hex[:8]}"
     try:
         payload = base64.b64decode(text[text.index(_BEGIN) + len(_BEGIN) : text.index(_END)])
@@ -208,7 +208,7 @@ def receive(text: str, folder: Path) -> None:
         if strange := [path.name for path in work.iterdir() if path.name in _STAYS or path.name.startswith(".")]:
             raise BadInput(f"it contains {printable(strange[0])}")
         for part in work.iterdir():
-            _take_place(part, folder / part.name)
+            _replace(part, folder / part.name)
     except ValueError as error:
         raise RunFailed(f"what came from the cluster is not a run: {error}") from error
     except OSError as error:
@@ -217,7 +217,7 @@ def receive(text: str, folder: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _take_place(part: Path, place: Path) -> None:
+def _replace(part: Path, place: Path) -> None:
     if place.is_dir() and not place.is_symlink():
         old = place.with_name(f".{place.name}-{uuid.uuid4().hex[:8]}")
         os.rename(place, old)

@@ -95,7 +95,7 @@ class _Search:
 
     def _plans(self, point: Point) -> tuple[dict[str, list[Plan]], str]:
         plans: dict[str, list[Plan]] = {}
-        reason = "no machine may take trials"
+        reason = "no machine can run trials"
         for node in itertools.chain.from_iterable(map(by_kind, self.nodes)):
             try:
                 plan = self.planning.trial(point, node)
@@ -143,7 +143,7 @@ class _Search:
         """The first Ctrl-C stops with the next report of a trial, the second kills.  Raises RunFailed."""
         if self.stopped:
             raise RunFailed(
-                f"killed. `orchestrator resume {self.folder.run_id}` continues with the trials that are left"
+                f"killed. `orchestrator resume {self.folder.run_id}` continues with the remaining trials"
             ) from None
         self.stopped = True
         self.watcher.say("stopping with the next report of a trial (Ctrl-C again kills)")

@@ -39,7 +39,7 @@ def not_run(name: str, reason: str) -> Check:
 def raised(name: str, error: BaseException) -> Check:
     """A check that ended with an error."""
     lines = str(error).strip().splitlines()
-    return Check(name, "failed", f"{type(error).__name__}: {lines[0][:160] if lines else 'no word'}")
+    return Check(name, "failed", f"{type(error).__name__}: {lines[0][:160] if lines else 'no message'}")
 
 
 def table(checks: Sequence[Check]) -> str:

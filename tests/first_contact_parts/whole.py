@@ -51,7 +51,7 @@ def quick_start(bench: Bench) -> Iterator[Check]:
         )
         if done.returncode:
             lines = (done.stderr or done.stdout).strip().splitlines()
-            yield Check("quick start", "failed", f"exit code {done.returncode}: {lines[-1] if lines else 'no word'}")
+            yield Check("quick start", "failed", f"exit code {done.returncode}: {lines[-1] if lines else 'no message'}")
             return
         yield from _judged_run(bench, next(Path(folder).glob("runs/*/plan.json")).parent)
 

@@ -172,7 +172,7 @@ def test_merge_export_import_and_verify(place, tmp_path):
         (["adapt", "job.yaml", "--against", "fresh"], "--against belongs to --then-train"),
         (
             ["adapt", "job.yaml", "--set", "data.train=other.jsonl", "--set", "data.eval=other.jsonl"],
-            "shares next to no token with any data set of the bank",
+            "has almost no token in common with any data set of the bank",
         ),
     ],
 )

@@ -110,7 +110,7 @@ def test_another_shell_stops_it_and_it_goes_on(place, head):
 
 def test_a_stranger_and_a_place_without_a_cluster_are_told_so(place, head):
     said = verb(place, "submit", "job.yaml", "--cluster", head, code=4, home="stranger")
-    assert "wants its token" in said
+    assert "requires its token" in said
     said = verb(place, "submit", "job.yaml", "--cluster", f"http://127.0.0.1:{free_port()}", code=4)
     assert "no Ray dashboard" in said
     assert len(RunFolder.all(place / "runs")) == len([p for p in (place / "runs").iterdir() if p.name[0] != "."])

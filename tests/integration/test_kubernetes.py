@@ -204,7 +204,7 @@ def test_what_cannot_be_sent_leaves_nothing(place, api):
         (("--cluster", "kuberay:there/team"), 4, "no context 'there'"),
         (("--cluster", "kuberay:gone/team"), 4, "no Kubernetes API server"),
         (("--cluster", "kuberay:nobody"), 4, "kubectl create namespace nobody"),
-        (("--cluster", "kuberay", "--run-id", "My_Run"), 2, "small letters"),
+        (("--cluster", "kuberay", "--run-id", "My_Run"), 2, "lowercase letters"),
         (("--cluster", "kuberay", "-s", "goal.max_hours=0.0000001"), 3, "max_hours"),
         (("--cluster", "kuberay", "--attach", "none"), 4, "no head of the RayCluster none"),
     ]

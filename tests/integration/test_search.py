@@ -128,7 +128,7 @@ def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(plac
     (folder,) = wait_for(with_a_trial, process)
     process.send_signal(signal.SIGINT)
     done = outcome(process)
-    assert done.returncode == 5 and "continues with the trials that are left" in done.output
+    assert done.returncode == 5 and "continues with the remaining trials" in done.output
     before = folder.trials()
 
     orchestrator("resume", folder.run_id, "--json", cwd=place, check=0)

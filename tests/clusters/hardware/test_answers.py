@@ -196,7 +196,10 @@ def test_an_amd_tool_that_answers_anything_hides_its_cards_alone(monkeypatch, an
 
     csv.field_size_limit(limit)
     assert len(found) <= 1
-    said = ["nvidia-smi was not understood", *([] if found else ["rocm-smi was not understood"])]
+    said = [
+        "nvidia-smi's output is malformed",
+        *([] if found else ["rocm-smi's output is malformed"]),
+    ]
     assert [problem.split(" (")[0] for problem in problems] == said
     assert all(problem.isprintable() for problem in problems)
 

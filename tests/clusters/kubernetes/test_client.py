@@ -10,7 +10,7 @@ import pytest
 
 from clusters.job_backend import JobGone, JobLost, VerbFailed
 from clusters.kubernetes.client import KubeClient
-from clusters.kubernetes.rayjob import Group, Wishes, config_map, rayjob
+from clusters.kubernetes.rayjob import Group, JobSettings, config_map, rayjob
 from clusters.ray.connect import CannotConnect
 from clusters.units import GIB
 from tests.kube_api import KubeApi
@@ -44,8 +44,8 @@ def client(api):
 
 @pytest.fixture
 def job(tmp_path):
-    wishes = Wishes(namespace="team", claim="runs", storage=str(tmp_path))
-    return rayjob(NAME, "python -m orchestrator", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], wishes)
+    settings = JobSettings(namespace="team", claim="runs", storage=str(tmp_path))
+    return rayjob(NAME, "python -m orchestrator", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], settings)
 
 
 CONFIG = config_map(NAME, "team", {"job.yaml": "name: support"})
@@ -193,7 +193,7 @@ def test_a_watch_goes_on_after_the_server_forgot_and_after_the_line_broke(api, c
     assert "deadline" in client.look(NAME).message
 
     api.fail("GET", "rayjobs", 0)
-    with pytest.raises(JobLost, match=r"the line to"):
+    with pytest.raises(JobLost, match=r"the connection to"):
         client.look(NAME)
     assert client.look(NAME).state == "FAILED"
 
@@ -226,7 +226,7 @@ def test_an_image_that_is_not_there_ends_the_wait_and_the_job(api, client, job, 
     state = {"phase": "Pending", "containerStatuses": [{"image": "no:1", "state": {"waiting": waiting}}]}
     api.store("pods", {"kind": "Pod", "metadata": metadata, "status": state})
 
-    with pytest.raises(CannotConnect, match=r"cannot pull the image 'no:1'.*taken back"):
+    with pytest.raises(CannotConnect, match=r"cannot pull the image 'no:1'.*cancelled"):
         list(client.follow(NAME, str))
     assert not api.named("rayjobs") and not api.named("configmaps")
 
@@ -253,7 +253,7 @@ def test_a_pod_without_a_node_and_a_quota_are_told_while_waiting(api, client, jo
     list(client.follow(NAME, notices.append))
     writing.join()
 
-    assert any("c-worker finds no node: 0/3" in text for text in notices)
+    assert any("c-worker cannot be scheduled: 0/3" in text for text in notices)
     assert any("quota does not allow it" in text for text in notices)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusters.kubernetes.rayjob import Group, Wishes, config_map, helper_pod, mistakes, rayjob, rayjob_on
+from clusters.kubernetes.rayjob import Group, JobSettings, config_map, helper_pod, mistakes, rayjob, rayjob_on
 from clusters.safe.masking import holds_secret
 from clusters.units import GIB
 from orchestrator.errors import JobError
@@ -27,7 +27,7 @@ def refused(document):
     return [*verdict(document), *mistakes(document)]
 
 
-EVERYTHING = Wishes(
+EVERYTHING = JobSettings(
     namespace="ray",
     claim="runs",
     queue="team",
@@ -42,17 +42,17 @@ EVERYTHING = Wishes(
 
 
 @pytest.mark.parametrize(
-    "wishes",
+    "settings",
     [
-        Wishes(),
+        JobSettings(),
         EVERYTHING,
-        Wishes(claim="runs", autoscale=True, runtime_class="nvidia"),
-        Wishes(claim="runs", keep_failed_s=86400),
+        JobSettings(claim="runs", autoscale=True, runtime_class="nvidia"),
+        JobSettings(claim="runs", keep_failed_s=86400),
     ],
     ids=["plain", "everything", "autoscaled", "failed-ones-stay"],
 )
-def test_a_rendered_job_is_taken(wishes):
-    made = rayjob("support-1125-120000", "python -m orchestrator", "2.60.0", GROUPS, wishes)
+def test_a_rendered_job_is_taken(settings):
+    made = rayjob("support-1125-120000", "python -m orchestrator", "2.60.0", GROUPS, settings)
 
     assert refused(made) == []
     for pod in pods_of(made):
@@ -62,7 +62,7 @@ def test_a_rendered_job_is_taken(wishes):
 
 
 def test_a_job_for_a_cluster_that_exists_is_taken():
-    made = rayjob_on("finetune", "support-1125-120000", "python -m orchestrator", Wishes(namespace="ray"))
+    made = rayjob_on("finetune", "support-1125-120000", "python -m orchestrator", JobSettings(namespace="ray"))
 
     assert refused(made) == []
     assert made["spec"]["clusterSelector"] == {"ray.io/cluster": "finetune"}
@@ -95,7 +95,7 @@ def test_every_pod_is_hardened_and_goes_where_it_is_told():
 
 
 def test_workers_of_an_autoscaled_job_come_from_nothing():
-    made = rayjob("a", "c", "2.60.0", GROUPS, Wishes(claim="runs", autoscale=True))
+    made = rayjob("a", "c", "2.60.0", GROUPS, JobSettings(claim="runs", autoscale=True))
     cpu, gpu = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
 
     assert [(group["minReplicas"], group["maxReplicas"]) for group in (cpu, gpu)] == [(0, 1), (0, 2)]
@@ -136,7 +136,7 @@ def _core_kinds_hold(document):
 
 
 def test_a_group_for_each_class_with_slots_and_without_rays_gpus():
-    made = rayjob("a", "c", "2.60.0", GROUPS, Wishes(claim="runs"))
+    made = rayjob("a", "c", "2.60.0", GROUPS, JobSettings(claim="runs"))
     cpu, gpu = made["spec"]["rayClusterSpec"]["workerGroupSpecs"]
 
     assert [group["replicas"] for group in (cpu, gpu)] == [1, 2]
@@ -238,8 +238,8 @@ def texts_in(value):
 
 def test_no_object_that_is_shipped_or_rendered_holds_a_secret():
     shipped = [one for file in (ROOT / "k8s").rglob("*.yaml") for one in documents(file.read_text())]
-    wishes = Wishes(claim="runs", secret="tokens")
-    made = [rayjob("a", "c", "2.60.0", GROUPS, wishes), config_map("a", "b", {"job.yaml": "a: 1"})]
+    settings = JobSettings(claim="runs", secret="tokens")
+    made = [rayjob("a", "c", "2.60.0", GROUPS, settings), config_map("a", "b", {"job.yaml": "a: 1"})]
     environment = [container for one in made + shipped for container in _containers(one)]
 
     assert len(environment) > 8
@@ -263,8 +263,8 @@ def _containers(value):
         ({"tracking": {"mlflow_uri": "postgresql://ann:pa55@db/x"}}, "tracking.mlflow_uri holds a password"),
         ({"tracking": {"mlflow_uri": "http://mlflow:5000?token=pa55"}}, "tracking.mlflow_uri holds a password"),
         ({"kubernetes": {"image": "https://ann:pa55@registry/x"}}, "kubernetes.image holds a password"),
-        ({"tracking": {"mlflow_uri": "http://ann:${MLFLOW_PASSWORD}@db"}}, "MLFLOW_PASSWORD: on Kubernetes secrets"),
-        ({"cluster": {"secrets": ["HF_TOKEN"]}}, "HF_TOKEN: on Kubernetes secrets lie in a Secret"),
+        ({"tracking": {"mlflow_uri": "http://ann:${MLFLOW_PASSWORD}@db"}}, "MLFLOW_PASSWORD: on Kubernetes, secrets"),
+        ({"cluster": {"secrets": ["HF_TOKEN"]}}, "HF_TOKEN: on Kubernetes, secrets come from a Secret"),
     ],
 )
 def test_a_job_with_a_secret_in_it_is_refused_before_it_is_rendered(job, change, named):
@@ -295,7 +295,7 @@ def test_submit_renders_a_job_that_is_taken(job):
     ("arguments", "code", "says"),
     [
         (["--render", "out.yaml"], 4, "no Kubernetes cluster is known here"),
-        (["--hardware", "nodes.yaml", "--run-id", "Big_Name", "--render", "out.yaml"], 2, "small letters"),
+        (["--hardware", "nodes.yaml", "--run-id", "Big_Name", "--render", "out.yaml"], 2, "lowercase letters"),
         (["--attach", "finetune", "--render", "out.yaml"], 2, "cluster.storage"),
         (
             ["--hardware", "nodes.yaml", "--render", "out.yaml", "-s", "cluster.secrets=[HF_TOKEN]"],

@@ -137,4 +137,4 @@ def test_a_cache_that_cannot_be_written_costs_only_the_memory_of_it(tmp_path, ca
 
     _write(tmp_path / "missing" / "x.json", look_at_this_node())
 
-    assert "not remembered" in caplog.text
+    assert "not cached" in caplog.text

@@ -108,5 +108,5 @@ def test_a_folder_for_temporary_files_that_is_too_deep_for_sockets_is_not_used(t
 def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", "/proc")
 
-    with pytest.raises(CannotConnect, match=r"no room for Ray's own files .*TMPDIR"), connect("local", 1, 1):
+    with pytest.raises(CannotConnect, match=r"no space for Ray's own files .*TMPDIR"), connect("local", 1, 1):
         pytest.fail("it started")

@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def packed(folder):
-    return package.packed_files(read_job(folder / "job.yaml", []))
+    return package.find_files(read_job(folder / "job.yaml", []))
 
 
 def test_of_folders_only_what_is_read_is_sent(folder):
@@ -87,7 +87,7 @@ def test_links_travel_as_files_are_counted_and_named(folder, tmp_path, monkeypat
     assert all(entry.isreg() for entry in entries.values())
     assert entries["1-data/link.jsonl"].size == outside.stat().st_size
     monkeypatch.setattr(package, "UPLOAD_LIMIT_BYTES", outside.stat().st_size)
-    with pytest.raises(JobError, match=r"outside\.jsonl alone .* can be sent in all"):
+    with pytest.raises(JobError, match=r"outside\.jsonl alone .* can be sent"):
         packed(folder)
 
 
@@ -181,8 +181,8 @@ def test_a_run_comes_back_and_takes_the_place_of_what_was_fetched_before(run, tm
         (an_entry("a/" * 40 + "deep"), "too long or too deep"),
         (an_entry("ok"), "comes twice"),
         (an_entry("ok/inside"), "comes twice"),
-        (an_entry("remote.json"), "it holds remote.json"),
-        (an_entry(".lock"), r"it holds \.lock"),
+        (an_entry("remote.json"), "it contains remote.json"),
+        (an_entry(".lock"), r"it contains \.lock"),
     ],
     ids=lambda value: value.name[:12] if isinstance(value, tarfile.TarInfo) else "",
 )
@@ -211,7 +211,7 @@ def test_what_may_not_be_unpacked_is_refused_and_nothing_is_written(run, entry, 
 def test_what_is_no_run_is_refused(run, text):
     before = sorted(run.path.rglob("*"))
 
-    with pytest.raises(RunFailed, match="is no run"):
+    with pytest.raises(RunFailed, match="is not a run"):
         package.receive(text, run.path)
 
     assert sorted(run.path.rglob("*")) == before
