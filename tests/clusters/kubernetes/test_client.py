@@ -85,7 +85,7 @@ def test_a_job_and_the_files_it_owns_are_created_and_go_together(api, client, jo
 def test_a_field_the_server_does_not_know_is_refused_before_anything_is_created(api, client, job):
     job["spec"]["shutdownAfterJobFinish"] = True
 
-    with pytest.raises(CannotConnect, match=r"another version than 1.7"):
+    with pytest.raises(CannotConnect, match=r"not version 1.7"):
         client.rehearse(job, CONFIG)
     assert api.objects == {}
 
@@ -123,7 +123,7 @@ def test_an_answer_that_got_lost_is_asked_for(api, client, job, monkeypatch):
 @pytest.mark.parametrize(
     ("code", "reason", "message", "says"),
     [
-        (401, "Unauthorized", "Unauthorized", "credentials of the context 'here'"),
+        (401, "Unauthorized", "Unauthorized", "those of the context 'here'"),
         (403, "Forbidden", 'rayjobs.ray.io is forbidden: User "me" cannot create', "rbac.yaml"),
         (403, "Forbidden", "exceeded quota: team, requested: cpu=64, used: cpu=8, limited: cpu=32", "quota"),
         (400, "BadRequest", 'admission webhook "images" denied the request: no registry', "a policy of the cluster"),

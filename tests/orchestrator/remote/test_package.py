@@ -171,9 +171,9 @@ def test_a_run_comes_back_and_takes_the_place_of_what_was_fetched_before(run, tm
 @pytest.mark.parametrize(
     ("entry", "said"),
     [
-        (an_entry("../out"), "no path below"),
-        (an_entry("/tmp/out-of-it"), "no path below"),
-        (an_entry("adapter/../../out"), "no path below"),
+        (an_entry("../out"), "not a path below"),
+        (an_entry("/tmp/out-of-it"), "not a path below"),
+        (an_entry("adapter/../../out"), "not a path below"),
         (an_entry("link", tarfile.SYMTYPE, linkname="/etc/passwd"), "a link, a device"),
         (an_entry("hard", tarfile.LNKTYPE, linkname="ok"), "a link, a device"),
         (an_entry("pipe", tarfile.FIFOTYPE), "a link, a device"),
