@@ -1,4 +1,4 @@
-"""A bank through its real door: data sets in, adapters out, another one made of them."""
+"""A bank by its commands: data sets in, adapters out, another one made of them."""
 
 import json
 import re
@@ -70,7 +70,7 @@ def test_what_was_built_is_not_built_again(place):
     assert sorted((place / "runs").iterdir()) == runs
 
 
-def test_what_was_built_of_other_rows_is_not_taken_for_that_of_these(place):
+def test_an_adapter_of_other_rows_is_not_reused(place):
     """Neither by `build` nor by a run that is added after its file has changed."""
     file = place / "sets" / "first" / "train.jsonl"
     cards = ("bank", "show", "first", "--bank", "bank", "--json")
@@ -105,7 +105,7 @@ def test_an_adapter_is_made_and_judged(place, tmp_path):
     assert json.loads((tmp_path / "made" / "adapt.json").read_text())["made_from"] == found["made_from"]
 
 
-def test_data_that_the_bank_knows_is_said(place, tmp_path):
+def test_validate_names_data_that_the_bank_holds(place, tmp_path):
     known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
 
     done = called("adapt", "job.yaml", *known, "--output", tmp_path / "made", cwd=place, check=0)
@@ -113,7 +113,7 @@ def test_data_that_the_bank_knows_is_said(place, tmp_path):
     assert "the bank already has an adapter for exactly this data: second" in joined(done.stdout)
 
 
-def test_a_plan_says_that_nothing_need_be_computed_where_the_bank_has_it(place):
+def test_a_plan_names_the_adapter_that_the_bank_holds_already(place):
     known = ["--set", f"data.train={place}/sets/second/train.jsonl"]
 
     of_known = called("plan", "job.yaml", *known, cwd=place, check=0).stdout
@@ -186,7 +186,7 @@ def test_mistakes_name_the_fix_and_write_nothing(place, arguments, said):
 
 
 @pytest.mark.slow
-def test_training_goes_on_from_it_and_the_steps_saved_are_counted(place, tmp_path):
+def test_training_starts_from_it_and_the_steps_saved_are_counted(place, tmp_path):
     asked = ("--then-train", "--against", "fresh", "--output", tmp_path / "made", "--json")
     trained = json.loads(orchestrator("adapt", "job.yaml", *asked, cwd=place, check=0).stdout)["then_train"]
 
@@ -234,7 +234,7 @@ def test_sparse_experts_are_trained_merged_and_not_mistaken_for_lora(place, tmp_
 
 
 @pytest.mark.slow  # last: the bank has one more afterwards
-def test_each_is_left_out_in_turn_and_made_of_the_others(place, tmp_path):
+def test_each_adapter_is_excluded_in_turn_and_generated_from_the_others(place, tmp_path):
     a_set(place, "third", 400)
     orchestrator("bank", "build", "sets", "--job", "job.yaml", cwd=place, check=0)
     done = orchestrator(

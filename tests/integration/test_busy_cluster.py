@@ -1,4 +1,4 @@
-"""A cluster whose processors another program holds: the job says what it waits for, and trains when they are free."""
+"""A cluster whose processors another program holds: the job names what it waits for and trains when it is free."""
 
 import re
 from pathlib import Path
@@ -35,7 +35,7 @@ def cluster(tmp_path):
 
 
 @pytest.mark.slow
-def test_what_is_waited_for_and_who_holds_it_is_said(job_text, tmp_path, cluster):
+def test_the_job_names_what_it_waits_for_and_who_holds_it(job_text, tmp_path, cluster):
     free = tmp_path / "free"
     (tmp_path / "job.yaml").write_text(job_text + f"cluster: {{address: '{cluster}'}}\n")
     (tmp_path / "hog.py").write_text(HOG)

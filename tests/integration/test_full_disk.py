@@ -1,4 +1,4 @@
-"""A disk that fills up: the run stops cleanly, keeps its last checkpoint, says so, and goes on when there is room."""
+"""A disk that fills up: the run stops cleanly, keeps its last checkpoint, and resumes when there is room."""
 
 import contextlib
 import json

@@ -12,7 +12,7 @@ import yaml
 
 from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
-from tests.integration.test_jobs_door import JOB
+from tests.integration.test_dashboard_jobs import JOB
 from tests.kube_api import KubeApi
 from tests.kube_operator import Operator
 from tests.processes import ROOT, outcome, start, wait_for
@@ -100,7 +100,7 @@ def nothing_left(api):
     return not any(api.named(plural) for plural in ("rayjobs", "rayclusters", "configmaps", "pods"))
 
 
-def test_a_job_goes_there_and_its_adapter_comes_back(place, api):
+def test_a_job_is_sent_and_its_adapter_fetched(place, api):
     said = verb(place, api, "submit", "job.yaml", "--cluster", "kuberay")
 
     run = newest(place)
@@ -113,7 +113,7 @@ def test_a_job_goes_there_and_its_adapter_comes_back(place, api):
     assert "step 30/30" in verb(place, api, "logs", run.run_id)
 
 
-def test_the_quick_start_goes_through_this_door_too(place, api):
+def test_the_quick_start_runs_on_it_too(place, api):
     given = () if REAL else ("-s", f"cluster.storage={place / 'volume'}")  # on a cluster it is /storage by itself
 
     said = verb(place, api, "submit", "quickstart", "--cluster", "kuberay", *given)
@@ -153,7 +153,7 @@ def test_stop_and_resume_from_another_shell(place, api):
 
 
 @only_the_double
-def test_a_lost_cluster_is_replaced_and_the_run_goes_on(place, api):
+def test_a_lost_cluster_is_replaced_and_the_run_continues(place, api):
     known = {run.run_id for run in RunFolder.all(place / "runs")}
     text = (place / "long.yaml").read_text().replace("max_steps: 8000", "max_steps: 400")
     (place / "retried.yaml").write_text(text)

@@ -112,8 +112,8 @@ def test_an_error_for_machines_is_json(tmp_path):
     assert json.loads(done.stdout)["exit_code"] == 2
 
 
-def test_a_missing_extra_says_which_line_to_type(job_text, tmp_path):
-    """The verbs that train, on an interpreter that has the core alone."""
+def test_a_missing_extra_is_refused_with_the_line_that_installs_it(job_text, tmp_path):
+    """The verbs that train, on an interpreter with nothing but the core."""
     (tmp_path / "job.yaml").write_text(job_text)
     code = (
         "import sys\n"

@@ -1,4 +1,4 @@
-"""The verbs of a cluster of one's own: a mistake is told at once, with its exit code, and nothing is started."""
+"""head, join and nodes: a mistake is refused at once, with its exit code, and nothing is started."""
 
 import json
 import os

@@ -35,7 +35,7 @@ def rows_file(tmp_path):
     return file
 
 
-def test_plan_says_what_why_how_long_and_how_much(job, tmp_path):
+def test_a_plan_shows_what_why_how_long_and_how_much(job, tmp_path):
     shown, _ = orchestrator("plan", job, "--hardware", "home-lab", cwd=tmp_path)
 
     for word in ("RTX 3090", "memory", "step", "tokens/s", "EUR", "kWh", "why", "other ways"):
@@ -109,7 +109,7 @@ def test_what_does_not_fit_exits_with_3_and_a_remedy(job, tmp_path):
         (["--set", "strategy.mode=zero3", "--set", "cluster.num_workers=1"], "cluster.num_workers"),
     ],
 )
-def test_bad_input_exits_with_2_and_says_what_to_do(words, message, job, tmp_path):
+def test_bad_input_exits_with_2_and_the_fix(words, message, job, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "mamba").mkdir()
     (tmp_path / "mamba/config.json").write_text('{"model_type": "mamba", "hidden_size": 8}')
@@ -168,7 +168,7 @@ def test_a_dry_run_is_the_plan_and_starts_nothing(job, tmp_path):
     assert not [path for path in (tmp_path / "runs").glob("*") if path.name != ".cache"]
 
 
-def test_a_card_in_use_by_others_and_a_node_that_failed_are_told():
+def test_a_card_in_use_by_others_and_a_node_that_failed_are_named():
     from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
     from orchestrator.lifecycle.machines import notes
 

@@ -1,4 +1,4 @@
-"""A search through its real door: Ray Tune, the tiny model, MLflow, and the report of what came of it."""
+"""A search by its command: Ray Tune, the tiny model, MLflow, and the report of its result."""
 
 import contextlib
 import json
@@ -118,7 +118,7 @@ def test_status_and_list_know_a_search(searched):
 
 
 @pytest.mark.slow
-def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(place):
+def test_an_interrupted_search_resumes_with_the_remaining_trials(place):
     known = {one.path for one in SearchFolder.all(place / "runs")}
     process = start("search", "job.yaml", "--json", "--trials", "8", cwd=place)
 
@@ -138,7 +138,7 @@ def test_a_search_that_is_interrupted_goes_on_with_the_trials_that_are_left(plac
     assert len({trial.key for trial in after}) == 8
 
 
-def test_a_trial_that_fails_is_a_data_point_and_the_search_goes_on(place):
+def test_a_trial_that_fails_is_a_data_point_and_the_search_continues(place):
     """A learning rate of 1e30 diverges; the other trial does not."""
     space = "{train.learning_rate: [1.0e+30, 0.01]}"
     done = orchestrator("search", "job.yaml", "--json", "--set", f"search.space={space}", cwd=place, check=0)
@@ -161,7 +161,7 @@ def test_a_trial_that_fails_is_a_data_point_and_the_search_goes_on(place):
         (["search.space={method.type: [full]}", "goal.max_hours=0.0000001"], 3, "goal.max_hours"),
     ],
 )
-def test_a_search_that_cannot_be_says_why_before_anything_starts(place, overrides, code, says):
+def test_an_impossible_search_is_refused_before_anything_starts(place, overrides, code, says):
     began = set(SearchFolder.all(place / "runs"))
 
     arguments = [part for override in overrides for part in ("--set", override)]

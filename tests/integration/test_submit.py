@@ -1,4 +1,4 @@
-"""The main job through its real door: `python -m orchestrator` as a process, embedded Ray, MLflow in SQLite."""
+"""A whole job: `python -m orchestrator submit` as a process, embedded Ray, MLflow in SQLite."""
 
 import json
 import signal
@@ -83,7 +83,7 @@ def test_the_adapter_loads_in_plain_peft_and_has_a_card(finished, model_folder):
     assert "Data digest" in card and "eval_loss" in card
 
 
-def test_the_merged_model_says_what_base_and_adapter_say(finished, place, model_folder):
+def test_the_merged_model_gives_the_logits_of_base_and_adapter(finished, place, model_folder):
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -139,7 +139,7 @@ def test_mlflow_mirrors_the_run(finished, place):
     assert len(client.get_metric_history(mirrored.info.run_id, "loss")) == NUM_STEPS  # nothing is sent twice
 
 
-def test_list_status_and_logs_tell_it(finished, place):
+def test_list_status_and_logs_show_it(finished, place):
     run, _ = finished
 
     listed = json.loads(called("list", "--json", cwd=place, check=0).stdout)
@@ -154,7 +154,7 @@ def test_list_status_and_logs_tell_it(finished, place):
     assert called("resume", run.run_id, cwd=place).returncode == 2
 
 
-def test_a_run_goes_on_for_its_own_job_and_data_alone(finished, place):
+def test_a_run_is_continued_by_its_own_job_and_data_only(finished, place):
     run, _ = finished
     names = ("submit", "job.yaml", "--run-id", run.run_id)
     before = (run.path / "events.jsonl").read_bytes()

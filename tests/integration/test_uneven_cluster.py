@@ -1,4 +1,4 @@
-"""One job over several Ray nodes: through the real door, while workers and nodes are killed.
+"""One job over several Ray nodes, while workers and nodes are killed.
 
 The nodes are raylets of one machine (ray.cluster_utils): enough for placement, naming and recovery.  Networks, power
 cuts and hangs need machines of their own: tests/cluster.

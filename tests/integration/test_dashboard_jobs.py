@@ -1,4 +1,4 @@
-"""A job sent through a dashboard: a real Ray head on loopback with its own token, another home on this side."""
+"""A job sent through a dashboard: a real Ray head on loopback with its own token, another home on the client's side."""
 
 from pathlib import Path
 
@@ -53,7 +53,7 @@ def head(place):
 
 
 @pytest.mark.slow
-def test_a_job_goes_there_and_its_adapter_comes_back(place, head):
+def test_a_job_is_sent_and_its_adapter_fetched(place, head):
     said = verb(place, "submit", "job.yaml", "--cluster", head)
 
     (run,) = RunFolder.all(place / "runs")
@@ -89,7 +89,7 @@ def test_a_secret_is_named_and_written_nowhere(place, head):
 
 
 @pytest.mark.slow
-def test_another_shell_stops_it_and_it_goes_on(place, head):
+def test_another_shell_stops_it_and_it_is_resumed(place, head):
     known = {run.run_id for run in RunFolder.all(place / "runs")}
     verb(place, "submit", "long.yaml", "--cluster", head, "--detach")
     (run,) = [run for run in RunFolder.all(place / "runs") if run.run_id not in known]
@@ -108,7 +108,7 @@ def test_another_shell_stops_it_and_it_goes_on(place, head):
     assert len(losses) == LONG  # it went on where it stood: no step twice
 
 
-def test_a_stranger_and_a_place_without_a_cluster_are_told_so(place, head):
+def test_a_client_without_the_token_and_an_address_without_a_cluster_are_refused(place, head):
     said = verb(place, "submit", "job.yaml", "--cluster", head, code=4, home="stranger")
     assert "requires its token" in said
     said = verb(place, "submit", "job.yaml", "--cluster", f"http://127.0.0.1:{free_port()}", code=4)
