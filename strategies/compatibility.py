@@ -1,108 +1,98 @@
-"""Which techniques and methods may stand together, and on what.  Each rule says why."""
+"""Which methods and techniques may be combined, and on what.  Each rule says why not."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 from clusters.capability import DeviceCapability
 from strategies.contract import Method, Techniques
-from strategies.methods.as_techniques import no_bitsandbytes
-from strategies.model.architecture import Architecture
 from strategies.shape import ModelShape
-from strategies.techniques import attention
-from strategies.techniques.compiling import no_compiler
-from strategies.techniques.libraries import lacks
-from strategies.techniques.loss import caps_logits
-from strategies.techniques.offload import on_the_host
-from strategies.techniques.precision import no_bf16
+from strategies.techniques.attention import refuse_kernel
+from strategies.techniques.compiling import refuse_compiler
+from strategies.techniques.libraries import lacks, refuse_bitsandbytes
+from strategies.techniques.loss import refuse_chunked_loss
+from strategies.techniques.offload import refuse_offload
+from strategies.techniques.precision import refuse_bf16
 
 
 def conflict(
     method: Method, techniques: Techniques, device: DeviceCapability, shape: ModelShape, num_devices: int = 1
 ) -> str | None:
-    """Why this combination cannot be on this device; None where it can."""
-    t = techniques
-    is_quantised = hasattr(method, "bnb_quant_type")
-    refused = attention.refuses(t.attn_implementation, device, shape)
-    own = method.refuses(t, shape) if hasattr(method, "refuses") else None  # type: ignore[attr-defined]
-    rules = (
-        (own is not None, own or ""),
-        (refused is not None, f"{t.attn_implementation} attention: {refused}"),
-        (
-            t.attn_implementation == "document" and not t.packing,
-            "document attention is for packed rows: set data.packing: true",
-        ),
-        (
-            t.attn_implementation == "flash_attention_2" and t.dtype == "float32",
-            "flash-attn 2 computes in 16 bits only: set model.dtype to bfloat16 or float16",
-        ),
-        (t.dtype == "bfloat16" and no_bf16(device, shape) is not None, no_bf16(device, shape) or ""),
-        (
-            (is_quantised or t.optim.startswith("adamw_bnb")) and no_bitsandbytes(device, shape) is not None,
-            no_bitsandbytes(device, shape) or "",
-        ),
-        (t.offload != "none" and on_the_host(device, shape) is not None, on_the_host(device, shape) or ""),
-        (t.uses_engine and lacks(device, "deepspeed") is not None, lacks(device, "deepspeed") or ""),
-        (is_quantised and shape.num_experts > 0, "experts are stacked tensors, which bitsandbytes does not quantise"),
-        (t.zero_stage > 0 and num_devices < 2, "ZeRO divides work among devices, and here is one"),
-        (
-            t.zero_stage > 0 and t.optim == "adafactor",
-            "Adafactor looks at whole matrices, which ZeRO cuts: set train.optim to adamw_torch_fused",
-        ),
-        (
-            t.uses_engine and t.dtype == "float16",
-            "DeepSpeed's stages were not run in fp16: set model.dtype to bfloat16 or strategy.mode to zero1",
-        ),
-        (
-            t.uses_engine and t.torch_compile,
-            "DeepSpeed's hooks break torch.compile's graph: set train.torch_compile: false",
-        ),
-        (
-            t.uses_engine and t.zero_stage >= 3 and t.loss_type == "chunked_nll",
-            "ZeRO-3 holds the output matrix inside the forward pass only: set train.loss_type: nll",
-        ),
-        (
-            t.offload in ("optimizer", "parameters") and num_devices > 1 and t.zero_stage < 2,
-            "over several devices offload goes with ZeRO-2 or 3",
-        ),
-        (t.zero_stage >= 3 and is_quantised, "DeepSpeed's ZeRO-3 does not shard bitsandbytes' 4- and 8-bit weights"),
-        (t.offload == "parameters" and is_quantised, "bitsandbytes' weights cannot be fetched layer by layer"),
-        (t.uses_engine and is_quantised, "quantised weights were not run under DeepSpeed: set strategy.mode to zero1"),
-        (
-            t.zero_stage > 0 and t.optim.startswith("adamw_bnb"),
-            "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut",
-        ),
-        (
-            t.offload in ("optimizer", "parameters") and t.optim.startswith("adamw_bnb"),
-            "an offloaded optimizer runs on the CPU in fp32",
-        ),
-        (
-            t.offload == "parameters" and t.zero_stage not in (0, 3),
-            "parameter offload goes with ZeRO-3 or one device",
-        ),
-        (
-            t.offload == "activations" and t.gradient_checkpointing,
-            "offloading activations and computing them again save the same bytes: choose one",
-        ),
-        (
-            t.torch_compile and t.attn_implementation == "document",
-            "torch.compile would compile anew for every set of document lengths: set data.packing: false",
-        ),
-        (t.torch_compile and no_compiler(device, shape) is not None, no_compiler(device, shape) or ""),
-        (
-            t.loss_type == "chunked_nll" and caps_logits(device, shape) is not None,
-            f"chunked loss: {caps_logits(device, shape)}",
-        ),
+    """Why this combination cannot be used on this device; None where it can."""
+    reasons = itertools.chain(
+        [method.refuses(techniques, shape)],
+        _device_conflicts(method.is_quantised, techniques, device, shape),
+        _sharding_conflicts(method.is_quantised, techniques, num_devices),
+        _step_conflicts(techniques, device, shape),
     )
-    return next((reason for holds, reason in rules if holds), None)
+    return next(filter(None, reasons), None)
 
 
-def misfits(method: Method, architecture: Architecture) -> list[str]:
-    """Which of a method's knobs name modules or layers that the model does not have; empty where all fit."""
-    check = getattr(method, "misfits", None)
-    return check(architecture) if check else []
+def _device_conflicts(
+    is_quantised: bool, t: Techniques, device: DeviceCapability, shape: ModelShape
+) -> Iterator[str | None]:
+    """What the device, its libraries or the model's layers rule out."""
+    if refusal := refuse_kernel(t.attn_implementation, device, shape):
+        yield f"{t.attn_implementation} attention: {refusal}"
+    if t.attn_implementation == "document" and not t.packing:
+        yield "document attention is for packed rows: set data.packing: true"
+    if t.attn_implementation == "flash_attention_2" and t.dtype == "float32":
+        yield "flash-attn 2 computes in 16 bits only: set model.dtype to bfloat16 or float16"
+    if t.dtype == "bfloat16":
+        yield refuse_bf16(device, shape)
+    if is_quantised or t.has_eight_bit_optimizer:
+        yield refuse_bitsandbytes(device, shape)
+    if t.offload != "none":
+        yield refuse_offload(device, shape)
+    if t.uses_engine:
+        yield lacks(device, "deepspeed")
+    if is_quantised and shape.num_experts:
+        yield "experts are stacked tensors, which bitsandbytes does not quantise"
+
+
+def _sharding_conflicts(is_quantised: bool, t: Techniques, num_devices: int) -> Iterator[str]:
+    """What ZeRO and offload cannot be combined with."""
+    if t.zero_stage and num_devices < 2:
+        yield "ZeRO divides work among devices, and here is one"
+    if t.zero_stage and t.optim == "adafactor":
+        yield "Adafactor looks at whole matrices, which ZeRO cuts: set train.optim to adamw_torch_fused"
+    if t.uses_engine and t.dtype == "float16":
+        yield "DeepSpeed's stages were not run in fp16: set model.dtype to bfloat16 or strategy.mode to zero1"
+    if t.uses_engine and t.torch_compile:
+        yield "DeepSpeed's hooks break torch.compile's graph: set train.torch_compile: false"
+    if t.uses_engine and t.zero_stage >= 3 and t.loss_type == "chunked_nll":
+        yield "ZeRO-3 holds the output matrix inside the forward pass only: set train.loss_type: nll"
+    if t.offloads_optimizer and num_devices > 1 and t.zero_stage < 2:
+        yield "over several devices offload goes with ZeRO-2 or 3"
+    if t.zero_stage >= 3 and is_quantised:
+        yield "DeepSpeed's ZeRO-3 does not shard bitsandbytes' 4- and 8-bit weights"
+    if t.offload == "parameters" and is_quantised:
+        yield "bitsandbytes' weights cannot be fetched layer by layer"
+    if t.uses_engine and is_quantised:
+        yield "quantised weights were not run under DeepSpeed: set strategy.mode to zero1"
+    if t.zero_stage and t.has_eight_bit_optimizer:
+        yield "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut"
+    if t.offloads_optimizer and t.has_eight_bit_optimizer:
+        yield "an offloaded optimizer runs on the CPU in fp32"
+    if t.offload == "parameters" and t.zero_stage not in (0, 3):
+        yield "parameter offload goes with ZeRO-3 or one device"
+
+
+def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:
+    """What one step on one device cannot combine."""
+    if t.offload == "activations" and t.gradient_checkpointing:
+        yield "offloading activations and computing them again save the same bytes: choose one"
+    if t.torch_compile and t.attn_implementation == "document":
+        yield "torch.compile would compile anew for every set of document lengths: set data.packing: false"
+    if t.torch_compile:
+        yield refuse_compiler(device, shape)
+    if t.loss_type == "chunked_nll" and (refusal := refuse_chunked_loss(device, shape)):
+        yield f"chunked loss: {refusal}"
 
 
 def refuses_local_steps(method: Method) -> str | None:
     """Why workers that train apart cannot use a method; None where they can."""
-    if hasattr(method, "subspace_size"):  # it streams
+    if method.streams:
         return "local steps average weights, and this method moves them in its own time: set strategy.local_steps: null"
     return None

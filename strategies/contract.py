@@ -1,6 +1,6 @@
-"""The nouns and the promises of the strategy layer.
+"""The contract between a training method and everything that plans or runs it.
 
-A method is a frozen dataclass whose fields are its knobs, with two promises: `estimate` (pure arithmetic, no torch)
+A method is a frozen dataclass whose fields are its options, with two promises: `estimate` (pure arithmetic, no torch)
 and `setup` (in a worker, with torch).  The training loop knows a method only through the `TrainSetup` it returns.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from clusters.capability import DeviceCapability, NodeCapability
+from strategies.model.architecture import Architecture
 from strategies.shape import ModelShape
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -83,8 +84,16 @@ class Techniques:
     @property
     def uses_engine(self) -> bool:
         """Whether DeepSpeed takes over gradients and update."""
-        divides = self.zero_stage > 0 and self.state_share is None
-        return divides or self.offload in ("optimizer", "parameters")
+        return self.offloads_optimizer or (self.zero_stage > 0 and self.state_share is None)
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer, or the weights with it, lie in the host's memory."""
+        return self.offload in ("optimizer", "parameters")
+
+    @property
+    def has_eight_bit_optimizer(self) -> bool:
+        return self.optim.startswith("adamw_bnb")
 
     @property
     def state_part(self) -> float:
@@ -173,7 +182,7 @@ class StrategyPlan:
     gradient_bytes: float = 0.0  # what workers add up once a step
     gathered_bytes: float = 0.0  # weights that ZeRO-3 collects for each pass of a micro-batch
     num_micro_batches: int = 1  # a step, on this device
-    resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # knobs that were `auto`: value here, reason
+    resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # of `auto` options: value here, reason
 
 
 @dataclass(frozen=True)
@@ -188,8 +197,7 @@ class TrainSettings:
     adam_epsilon: float
     techniques: Techniques
     seed: int
-    elsewhere: Callable[..., Any] | None = None  # (node, class, *arguments) -> an object of it on that node of the
-    # cluster, whose methods are called as if it were here; None where there is no cluster
+    start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
 
 
 @dataclass(frozen=True)
@@ -209,24 +217,18 @@ class Sharding(Protocol):
 
     def restore(self, state: TrainState) -> None:
         """Take this worker's part of a whole state; without moments only the weights."""
-        ...
 
     def forget(self) -> None:
         """The optimizer as if it had made no step."""
-        ...
 
 
 class Engine(Protocol):
-    """A library that takes over the backward pass, the sum of gradients and the update.
-
-    Every worker must run as many passes as the others.
-    """
+    """A library that takes over backward pass, sum of gradients and update; all workers run equally many passes."""
 
     model: torch.nn.Module  # what a training pass must go through
 
     def backward(self, loss: torch.Tensor) -> None:
         """Add a loss's gradients to those of the step; what workers add is summed."""
-        ...
 
     def update(self, max_grad_norm: float) -> torch.Tensor:
         """Clip (0 = never), move the weights, forget the gradients; the norm before clipping."""
@@ -234,18 +236,16 @@ class Engine(Protocol):
 
 
 class Learner(Protocol):
-    """What has to see gradients before some steps: of the step's first samples, the same on every worker."""
+    """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
 
     rows: int  # samples whose gradients it learns from
 
     def is_due(self, step: int) -> bool:
-        """Whether it wants to learn before this step: `begin_learning`, passes with `next_learning` between them,
-        `end_learning`."""
+        """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""
         ...
 
     def begin_learning(self, num_passes: int) -> None:
         """The next backward passes move nothing."""
-        ...
 
     def next_learning(self) -> None: ...
 
@@ -264,7 +264,6 @@ class Streaming(Protocol):
 
     def last_pass(self, max_grad_norm: float) -> None:
         """The next backward pass is the step's last, and no other worker's gradients are to be added."""
-        ...
 
     def update(self, max_grad_norm: float) -> torch.Tensor:
         """End the step (0 = never clip); the norm before clipping.  Raises FloatingPointError."""
@@ -272,11 +271,9 @@ class Streaming(Protocol):
 
     def settle(self) -> None:
         """Until every weight has moved.  Raises FloatingPointError."""
-        ...
 
     def collect(self) -> None:
         """Settle, and have all that a checkpoint needs in the optimizer's `state`."""
-        ...
 
     def home(self, parameter: torch.nn.Parameter, key: str) -> torch.device:
         """Where it keeps a part of a weight's state: what a checkpoint brings back belongs there at once."""
@@ -292,7 +289,6 @@ class Streaming(Protocol):
 
     def emulate_bus(self, bytes_per_s: float) -> None:
         """On a machine without a bus, let copies take as long as they would on one.  Raises ValueError elsewhere."""
-        ...
 
 
 @dataclass
@@ -334,9 +330,59 @@ class QualityPrior:
     source: str
 
 
+def option(default: Any, doc: str, tried: tuple[Any, ...] = (), **limits: Any) -> Any:
+    """A method's field, with the sentence and the limits that the job file's schema shows.
+
+    `tried` are the values that a search takes where the job says nothing.
+    """
+    return field(default=default, metadata={"doc": doc, "tried": tried, **limits})
+
+
+class MethodDefaults(Protocol):
+    """What holds for a method that does not say otherwise: methods inherit this and state what differs."""
+
+    is_quantised: ClassVar[bool] = False  # the frozen weights lie in bitsandbytes' 4 or 8 bits
+    streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
+
+    @property
+    def layers_are_alike(self) -> bool:
+        """Whether the same trains in every decoder layer."""
+        return True
+
+    @property
+    def adapter_rank(self) -> int | None:
+        """The rank of the low-rank adapter it trains; None where it trains none."""
+        return None
+
+    @property
+    def adapter_folder(self) -> str | None:
+        """The adapter that training starts from; None where it starts anew."""
+        return None
+
+    def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
+        """Why it cannot train this model with these techniques; None where it can."""
+        return None
+
+    def find_misfits(self, architecture: Architecture) -> list[str]:
+        """Options that name modules or layers which the model does not have, a sentence each."""
+        return []
+
+    def quality_prior(self) -> QualityPrior | None:
+        """What to expect of the result; None where nothing comparable was published."""
+        return None
+
+    def load_dtype(self, techniques: Techniques) -> Dtype:
+        """The precision in which the model's weights are loaded before `setup`."""
+        return techniques.dtype
+
+    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
+        """More arguments for transformers' `from_pretrained`."""
+        return {}
+
+
 @runtime_checkable
-class Method(Protocol):
-    """A way of training; see the module's docstring.  `load_dtype` and `load_arguments` are for the model's loader."""
+class Method(MethodDefaults, Protocol):
+    """A training method: what each has to say for itself beside the defaults."""
 
     name: ClassVar[str]  # as the registry and the job file spell it
     full_rank: ClassVar[bool]  # whether it may change a weight beyond a low rank
@@ -345,18 +391,6 @@ class Method(Protocol):
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         """Predict memory and time of one device; pure, no torch."""
-        ...
-
-    def quality_prior(self) -> QualityPrior | None:
-        """What to expect of the result; None where nothing comparable was published."""
-        ...
-
-    def load_dtype(self, techniques: Techniques) -> Dtype:
-        """The precision in which the model's weights are to be loaded before `setup`."""
-        ...
-
-    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
-        """More arguments for transformers' `from_pretrained`."""
         ...
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:

@@ -26,7 +26,7 @@ from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
 from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
-from strategies.adapter_bank.generation import RULES, Generated, Rule, bank_gram, combined, generate, into, mixed
+from strategies.adapter_bank.generation import RULES, Generated, Recipe, Rule, bank_gram, combine, generate, into, mix
 from strategies.adapter_bank.selection import Selected, forward_selection
 from strategies.adapter_bank.store import Bank
 
@@ -86,14 +86,14 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     chosen = choose_shares(trial, labelled, near, weights, distances, asked)
     output = (output or output_dir(job) / f"{job.spec.name}-adapted-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     nearest, found = int(distances.argmin()), {}
-    rank = getattr(job.spec.method, "lora_r", None)
+    methods = job.spec.methods()
+    recipe = Recipe(chosen.rule, methods[0].adapter_rank if len(methods) == 1 else None)
     wanted = {"generated": chosen.shares, "nearest": numpy.eye(count)[nearest], "average": numpy.full(count, 1 / count)}
 
     def write(folder: Path) -> None:
         folder.mkdir(parents=True)
         made_of = {
-            name: generate(near.adapters, shares, folder / name, chosen.rule, rank, base.name)
-            for name, shares in wanted.items()
+            name: generate(near.adapters, shares, folder / name, recipe, base.name) for name, shares in wanted.items()
         }
         say(f"trying base, {', '.join(wanted)} on {len(probe)} labelled rows ...")
         verdict = _keep_best(trial, probe, folder, wanted)
@@ -198,11 +198,11 @@ def choose_shares(
     rules = RULES if asked.rule == "auto" else (asked.rule,)
     if not len(labelled):
         return Chosen(shares, rules[0])
-    starts = {rule: combined(near.adapters, shares, rule) for rule in rules}
+    starts = {rule: combine(near.adapters, shares, rule) for rule in rules}
     rule = min(rules, key=lambda rule: trial.loss(labelled, starts[rule]))
     nearest = numpy.argsort(distances, kind="stable")[:_NEAREST]
     parts = [starts[rule], *(one.corrections() for one in near.at(nearest).adapters)]
-    found = forward_selection(len(nearest), lambda weights: trial.loss(labelled, mixed(parts, weights, rule)))
+    found = forward_selection(len(nearest), lambda weights: trial.loss(labelled, mix(parts, weights, rule)))
     moved = found.weights[0] * shares
     moved[nearest] += found.weights[1:]
     return Chosen(moved, rule, found)

@@ -18,7 +18,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank import coefficients
 from strategies.adapter_bank.distances import DISTANCES
-from strategies.adapter_bank.generation import RULES, bank_gram, combined
+from strategies.adapter_bank.generation import RULES, bank_gram, combine
 
 FIRST = ("base", "own", "nearest", "uniform", "adapt")
 PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
@@ -54,13 +54,13 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
         losses = {
             "base": trial.loss(data),
             "own": trial.loss(data, near.adapters[place]),
-            "adapt": trial.loss(data, combined(others.adapters, chosen.shares, chosen.rule)),
+            "adapt": trial.loss(data, combine(others.adapters, chosen.shares, chosen.rule)),
         }
         for name, (rule, rows_of) in weights.items():
             own = rows_of[place]
             known = (rule, own.round(4).tobytes())  # settings that agree on all shares are one trial
             if known not in tried:
-                tried[known] = trial.loss(data, combined(near.adapters, own, rule))
+                tried[known] = trial.loss(data, combine(near.adapters, own, rule))
             losses[name] = tried[known]
         tasks[card.name] = losses
         say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))

@@ -12,7 +12,7 @@ from typing import Any, cast
 from orchestrator.errors import JobError
 from strategies.adapter_bank.algebra import Merge
 from strategies.adapter_bank.card import Card
-from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.generation import Recipe, generate
 from strategies.adapter_bank.store import Bank
 
 
@@ -33,7 +33,7 @@ def merge_adapters(bank: Bank, cards: list[Card], output: Path, options: MergeOp
     how = options.how or "linear"
     shares = _parse_weights(how, typing.get_args(Merge), options.weights, len(cards))
     adapters = [bank.adapter(card) for card in cards]
-    made = generate(adapters, shares, output, cast(Merge, how), options.rank, None, options.density)
+    made = generate(adapters, shares, output, Recipe(cast(Merge, how), options.rank, options.density))
     parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
     return {
         "path": str(output.absolute()),

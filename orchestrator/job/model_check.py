@@ -14,7 +14,6 @@ from clusters.safe.reading import printable
 from orchestrator.errors import JobError
 from orchestrator.job import architecture_cache
 from orchestrator.job.weights import stored_tensors
-from strategies.compatibility import misfits
 from strategies.model import architecture
 from strategies.model.architecture import Architecture, CannotBuild, LoadReport
 
@@ -81,6 +80,6 @@ def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 def check_targets(methods: Sequence[Any], built: Architecture) -> None:
     """Raises JobError with the mistakes of the knobs that choose modules."""
-    mistakes = [misfits(method, built) for method in methods]
+    mistakes = [method.find_misfits(built) for method in methods]
     if mistakes and all(mistakes):
         raise JobError(mistakes[0])

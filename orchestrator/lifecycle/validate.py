@@ -90,10 +90,9 @@ def _unchecked(job: Job, folder: Path | None) -> list[str]:
 def _check_start(job: Job) -> None:
     """Raises JobError where the adapter to start from is not there; a relative path means nothing to the workers."""
     key = "method.init_adapter"
-    start = getattr(job.spec.method, key.removeprefix("method."), None)
-    if start and not start.startswith("/"):
-        raise JobError(f"{key}: {printable(start)} is a relative path; give the whole one, from / on")
-    if start:
+    for start in filter(None, (method.adapter_folder for method in job.spec.methods())):
+        if not start.startswith("/"):
+            raise JobError(f"{key}: {printable(start)} is a relative path; give the whole one, from / on")
         resolve_path(f"{start}/adapter_config.json", key, kind="file")
 
 

@@ -10,7 +10,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -21,12 +21,25 @@ from strategies.adapter_bank.adapter import Adapter, Unusable
 
 Rule = Literal["delta", "factorwise"]
 RULES: tuple[Rule, ...] = ("delta", "factorwise")
-_NEGLIGIBLE = 1e-3  # what left-out coefficients may add up to
+_NEGLIGIBLE = 1e-3  # what dropped coefficients may add up to
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How adapters are added up.
+
+    `delta` is the exact sum of products, truncated to the rank; `factorwise` the published sums of A and of B; the
+    others as in `algebra.merged`.
+    """
+
+    rule: Rule | algebra.Merge = "delta"
+    rank: int | None = None  # None = the largest of the adapters'
+    density: float = 0.5  # of the entries that a sparse rule keeps
 
 
 @dataclass(frozen=True)
 class Generated:
-    """What was made, and how near it is to the exact sum."""
+    """A generated adapter, and how near it is to the exact sum."""
 
     folder: Path
     coefficients: tuple[tuple[int, float], ...]  # (place in the bank, weight) of those that count
@@ -40,45 +53,39 @@ def generate(
     adapters: Sequence[Adapter],
     coefficients: Sequence[float] | numpy.ndarray,
     output: Path,
-    rule: Rule | algebra.Merge = "delta",
-    rank: int | None = None,
+    recipe: Recipe = Recipe(),
     base_name: str | None = None,
-    density: float = 0.5,
 ) -> Generated:
     """Write the weighted sum as a PEFT adapter; the folder appears whole or not at all.
 
-    `rank` None = the largest of the adapters'.  `delta` is the exact sum of products, truncated to the rank;
-    `factorwise` the published sums of A and of B; the others as in `algebra.merged`.  Ranks and sets of maps may
-    differ.  One adapter alone is returned as it is.  Raises Unusable for weights that are not finite,
-    for maps of other shapes and for a rank that no map has.
+    Ranks and sets of maps may differ.  One adapter alone is returned as it is.  Raises Unusable for weights that are
+    not finite, for maps of other shapes and for a rank that no map has.
     """
     began = time.perf_counter()
-    counted = _that_count(numpy.asarray(coefficients, dtype=float))
+    counted = _drop_negligible(numpy.asarray(coefficients, dtype=float))
     chosen = [adapters[place] for place, _ in counted]
-    largest = sum(max(one.ranks) for one in chosen) if rule == "cat" else max(max(one.ranks) for one in chosen)
-    rank = rank or largest
+    largest = sum(max(one.ranks) for one in chosen) if recipe.rule == "cat" else max(max(one.ranks) for one in chosen)
+    rank = recipe.rank or largest
     most = max(min(target.inputs, target.outputs) for one in chosen for target in one.targets.values())
     if rank > max(most, largest):
         raise Unusable(f"a rank of {rank} cannot be: the maps of these adapters have at most {most}")
-    made, error = _sum(chosen, [weight for _, weight in counted], rule, rank, density)
+    made, error = _sum(chosen, [weight for _, weight in counted], replace(recipe, rank=rank))
     into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
 
 
-def combined(
-    adapters: Sequence[Adapter],
-    coefficients: Sequence[float] | numpy.ndarray,
-    rule: Rule | algebra.Merge = "delta",
-    rank: int | None = None,
+def combine(
+    adapters: Sequence[Adapter], coefficients: Sequence[float] | numpy.ndarray, rule: Rule = "delta"
 ) -> dict[str, algebra.Factors]:
-    """The same in memory: the corrections by map."""
-    counted = _that_count(numpy.asarray(coefficients, dtype=float))
+    """The weighted sum in memory: the corrections by map, of the adapters' largest rank."""
+    counted = _drop_negligible(numpy.asarray(coefficients, dtype=float))
     chosen = [adapters[place] for place, _ in counted]
-    return _sum(chosen, [weight for _, weight in counted], rule, rank or max(max(o.ranks) for o in chosen))[0]
+    recipe = Recipe(rule, max(max(one.ranks) for one in chosen))
+    return _sum(chosen, [weight for _, weight in counted], recipe)[0]
 
 
-def mixed(
+def mix(
     parts: Sequence[Mapping[str, algebra.Factors]], weights: Sequence[float] | numpy.ndarray, rule: Rule
 ) -> dict[str, algebra.Factors]:
     """The weighted sum of corrections by map, with the rank that it has."""
@@ -92,27 +99,28 @@ def mixed(
 
 
 def _sum(
-    chosen: Sequence[Adapter], weights: Sequence[float], rule: Rule | algebra.Merge, rank: int, density: float = 0.5
+    chosen: Sequence[Adapter], weights: Sequence[float], recipe: Recipe
 ) -> tuple[dict[str, algebra.Factors], float]:
-    """Corrections of a rank, and their relative error."""
+    """Corrections of the recipe's rank, and their relative error."""
     import torch
 
+    assert recipe.rank is not None
     same_shapes(chosen)
-    made, left_out, whole = {}, 0.0, 0.0
+    how = "linear" if recipe.rule == "delta" else recipe.rule
+    made, dropped, whole = {}, 0.0, 0.0
     for name in sorted({name for one in chosen for name in one.targets}):
         pairs = [(one.factors(name), w) for one, w in zip(chosen, weights, strict=True) if name in one.targets]
         parts, shares = [part for part, _ in pairs], [w for _, w in pairs]
-        how = "linear" if rule == "delta" else rule
-        correction = algebra.merged(parts, shares, how, density)
+        correction = algebra.merged(parts, shares, how, recipe.density)
         made[name], missing, square = (
-            algebra.truncated(correction, rank)
+            algebra.truncated(correction, recipe.rank)
             if isinstance(correction, algebra.Factors)
-            else algebra.factorised(correction, rank)
+            else algebra.factorised(correction, recipe.rank)
         )
-        left_out, whole = left_out + missing, whole + square
+        dropped, whole = dropped + missing, whole + square
     if not all(torch.isfinite(f.a_RI.sum()) and torch.isfinite(f.b_OR.sum()) for f in made.values()):
         raise Unusable("the sum of these adapters is not finite")
-    return made, (max(0.0, left_out) / whole) ** 0.5 if whole else 0.0
+    return made, (max(0.0, dropped) / whole) ** 0.5 if whole else 0.0
 
 
 def bank_gram(adapters: Sequence[Adapter]) -> numpy.ndarray:
@@ -150,7 +158,7 @@ def into(output: Path, write: Callable[[Path], None]) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _that_count(coefficients: numpy.ndarray) -> tuple[tuple[int, float], ...]:
+def _drop_negligible(coefficients: numpy.ndarray) -> tuple[tuple[int, float], ...]:
     """The largest coefficients that make up all but a thousandth, and sum to what all did; with negatives, all."""
     if (coefficients < 0).any():
         return tuple((int(place), float(coefficients[place])) for place in numpy.flatnonzero(coefficients))

@@ -1,7 +1,7 @@
 """Arithmetic of memory and time: a formula a function, its source beside it.
 
 memory   start here: bytes of a training step, by part
-network  seconds that workers wait for each other's gradients, by way
+network  seconds that workers wait for each other's gradients, by transport
 plan     a method's footprint and work on one device -> its StrategyPlan
 time     seconds of a training step, by what is waited for
 """

@@ -103,7 +103,7 @@ def estimate(
         gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, streamed.host_bytes
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
         host, saved = saved, saved / workload.shape.num_layers
-    if techniques.offload in ("optimizer", "parameters"):
+    if techniques.offloads_optimizer:
         # States, fp32 copies and gradients there; here what has not crossed yet: a bucket and the largest gradient.
         host, optimizer = optimizer + 4.0 * footprint.num_trainable * techniques.state_part, 0.0
         largest = BUCKET_ELEMENTS + workload.shape.vocab_size * workload.shape.hidden_size

@@ -1,6 +1,8 @@
-"""A method's footprint and work on one device -> its StrategyPlan."""
+"""What a method costs on one device: its footprint and its work -> its StrategyPlan."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import BYTES_PER_ELEMENT, StrategyPlan, Techniques, Workload
@@ -9,16 +11,24 @@ from strategies.cost.memory import Footprint
 from strategies.cost.time import Work
 
 
-def plan_of(
+@dataclass(frozen=True)
+class Costs:
+    """What a method keeps on a device and what it computes there."""
+
+    footprint: Footprint
+    work: Work
+
+
+def predict(
     method: str,
     workload: Workload,
     device: DeviceCapability,
     node: NodeCapability,
     techniques: Techniques,
-    footprint: Footprint,
-    work: Work,
+    costs: Costs,
 ) -> StrategyPlan:
-    """Both estimates, and the bytes that cross the network and the disk."""
+    """Memory and time of a step, and the bytes that cross the network and the disk."""
+    footprint, work = costs.footprint, costs.work
     gathers = techniques.zero_stage >= 3
     element_bytes = BYTES_PER_ELEMENT[techniques.dtype]
     return StrategyPlan(

@@ -209,8 +209,8 @@ def _update(
 ) -> tuple[float, float]:
     """Seconds of the optimizer, and on the bus.  AdamW reads 16 bytes a weight and writes 12, clipping reads 8."""
     mine = work.num_trainable * techniques.state_part
-    moved = mine * (36.0 if techniques.optim != "adamw_bnb_8bit" else 40.0)  # unpacked to fp32 and packed again
-    if techniques.offload not in ("optimizer", "parameters"):
+    moved = mine * (36.0 if not techniques.has_eight_bit_optimizer else 40.0)  # unpacked to fp32 and packed again
+    if not techniques.offloads_optimizer:
         return moved / bandwidth, 0.0
     bus = bus_rate(device)
     g = BYTES_PER_ELEMENT[techniques.dtype]

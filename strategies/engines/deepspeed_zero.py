@@ -12,7 +12,7 @@ import copy
 import gc
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +35,7 @@ class Options:
 
 
 class CannotOffload(ValueError):
-    """What was asked of DeepSpeed cannot be had on this machine; the text names what is missing."""
+    """DeepSpeed cannot do what the job asks on this machine; the text names what is missing."""
 
 
 def config_of(techniques: Techniques, options: Options) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def config_of(techniques: Techniques, options: Options) -> dict[str, Any]:
     if options.nvme_path:
         place = {"device": "nvme", "nvme_path": options.nvme_path, "pin_memory": True}
         zero_options["stage"] = 3  # the only one that knows files
-    if techniques.offload in ("optimizer", "parameters"):
+    if techniques.offloads_optimizer:
         zero_options["offload_optimizer"] = dict(place)
     if techniques.offload == "parameters":
         zero_options["offload_param"] = dict(place)
@@ -81,7 +81,7 @@ def _merged(config: Mapping[str, Any], more: Mapping[str, Any]) -> dict[str, Any
 
 
 class DeepSpeedZero:
-    """A training handed over to DeepSpeed's engine, with what the loop and the checkpoint ask of it."""
+    """DeepSpeed's engine as the training loop and the checkpoint use it."""
 
     def __init__(self, engine: Any, parameters: dict[str, torch.nn.Parameter]) -> None:
         self.model = engine
@@ -175,12 +175,8 @@ class DeepSpeedZero:
         return getattr(parameter, "ds_shape", parameter.shape)
 
 
-def handed_over(
-    setup: TrainSetup,
-    settings: TrainSettings,
-    options: Options,
-    device: torch.device,
-    note: Callable[[str], None],
+def shard_by_deepspeed(
+    setup: TrainSetup, settings: TrainSettings, options: Options, device: torch.device
 ) -> TrainSetup:
     """`setup` trained by DeepSpeed as `settings.techniques` say.  Raises CannotOffload."""
     techniques = settings.techniques
@@ -194,8 +190,8 @@ def handed_over(
     if options.nvme_path:
         _refuse_without_files(options.nvme_path)
     optimizer: Any = setup.optimizer
-    if techniques.offload in ("optimizer", "parameters"):
-        optimizer = host_optimizer(setup.optimizer, settings, note)
+    if techniques.offloads_optimizer:
+        optimizer = _host_optimizer(setup, settings)
     if not dist.is_initialized():  # one worker is a group, too
         # It talks to nobody, and yet DeepSpeed sums and scatters its gradients on the device (its
         # coalesced_collectives.py), which gloo does not do for a GPU's tensors, or by way of the host:
@@ -211,32 +207,31 @@ def handed_over(
         )
     engine = made[0]
     gc.collect()  # what stays of the undivided weights hangs in cycles
-    taken = DeepSpeedZero(engine, setup.parameters)
-    setup.optimizer, setup.sharding, setup.engine = engine.optimizer, taken, taken
+    divided = DeepSpeedZero(engine, setup.parameters)
+    setup.optimizer, setup.sharding, setup.engine = engine.optimizer, divided, divided
     return setup
 
 
-def host_optimizer(
-    optimizer: torch.optim.Optimizer, settings: TrainSettings, note: Callable[[str], None]
-) -> torch.optim.Optimizer:
+def _host_optimizer(setup: TrainSetup, settings: TrainSettings) -> torch.optim.Optimizer:
     """AdamW for states in host memory: DeepSpeed's vectorised one, or torch's where that cannot be built."""
     if not settings.optim.startswith("adamw"):
-        return optimizer
+        return setup.optimizer
     betas = (settings.adam_beta1, settings.adam_beta2)
     try:
         from deepspeed.ops.adam import DeepSpeedCPUAdam
 
         with quiet():
             return DeepSpeedCPUAdam(  # type: ignore[return-value]
-                optimizer.param_groups,
+                setup.optimizer.param_groups,
                 betas=betas,
                 eps=settings.adam_epsilon,
                 weight_decay=settings.weight_decay,  # type: ignore[arg-type]  # its stub says int
                 adamw_mode=True,
             )
     except Exception as error:  # a compiler, a header, a version: whatever it is, torch's own does the same
-        note(f"DeepSpeed's CPU Adam cannot be built ({missing_piece(error)}); torch's AdamW updates instead, slower")
-        return optimizer
+        reason = missing_piece(error)
+        setup.notes += (f"DeepSpeed's CPU Adam cannot be built ({reason}); torch's AdamW updates instead, slower",)
+        return setup.optimizer
 
 
 _MISSING = (  # what compilers and torch's extension builder say -> what to install
@@ -255,15 +250,15 @@ _MISSING = (  # what compilers and torch's extension builder say -> what to inst
 
 def missing_piece(error: BaseException) -> str:
     """What stands in the way of compiling an extension, in words that name the fix."""
-    said, at = [], error
+    messages, at = [], error
     while at is not None:
-        said.append(f"{at} {getattr(at, 'output', '')} {getattr(at, 'stderr', '')}".lower())
+        messages.append(f"{at} {getattr(at, 'output', '')} {getattr(at, 'stderr', '')}".lower())
         at = at.__cause__ or at.__context__
-    text = " ".join(said)
+    text = " ".join(messages)
     for words, fix in _MISSING:
         if words in text:
             return fix
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no word'}"[:200]
+    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
 
 
 def _has_libaio() -> bool:

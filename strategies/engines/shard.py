@@ -1,8 +1,8 @@
-"""Hands a prepared training to those who divide it among the workers, as its techniques say."""
+"""Divides a prepared training among workers as its techniques say."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from strategies.contract import TrainSettings, TrainSetup
@@ -17,23 +17,22 @@ def shard(
     setup: TrainSetup,
     settings: TrainSettings,
     device: torch.device,
-    state_shares: Sequence[float],
-    note: Callable[[str], None],
+    state_shares: Sequence[float] = (),
     options: Options | None = None,
     wire: torch.device | None = None,
 ) -> TrainSetup:
-    """`setup` as its techniques divide it: by DeepSpeed, by memory, or not at all.
+    """`setup` divided by DeepSpeed, by memory, or not at all; its notes say what did not come as planned.
 
     `state_shares` are all workers' parts of the optimizer's state, by rank, where they differ by memory; `wire` is
     where tensors must lie to be sent.  Needs the default process group.  Raises CannotOffload.
     """
     techniques = settings.techniques
     if techniques.uses_engine:
-        from strategies.engines.deepspeed_zero import Options, handed_over
+        from strategies.engines.deepspeed_zero import Options, shard_by_deepspeed
 
-        return handed_over(setup, settings, options or Options({}), device, note)
+        return shard_by_deepspeed(setup, settings, options or Options({}), device)
     if techniques.state_share is not None:
-        from strategies.engines.uneven_zero import divided
+        from strategies.engines.uneven_zero import shard_by_memory
 
-        return divided(setup, state_shares, wire or device)
+        return shard_by_memory(setup, state_shares, wire or device)
     return setup

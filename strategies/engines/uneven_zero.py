@@ -39,7 +39,7 @@ class _Piece:
 
 
 class UnevenZero1:
-    """An optimizer that is divided: to the loop it is one like any other, to a checkpoint it gathers itself.
+    """A divided optimizer: to the loop one like any other, for a checkpoint it gathers itself.
 
     `shares` are the workers' parts by rank, `wire` where tensors must lie to be sent.
     """
@@ -73,7 +73,7 @@ class UnevenZero1:
         self._inner.zero_grad(set_to_none=True)
         with torch.no_grad():
             for rank, pieces in enumerate(self._pieces):
-                for together in _parcels(pieces):
+                for together in _group_by_size(pieces):
                     self._send(rank, together)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -99,10 +99,10 @@ class UnevenZero1:
         held = {(piece.name, piece.start): self._inner.state.get(part, {}) for piece, part in self._mine}
         any_state = next((state for state in held.values() if state), {})
         # A worker whose part is empty knows no names; everybody must ask for the same.
-        told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, (sorted(k for k, v in any_state.items() if torch.is_tensor(v) and v.dim()),
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, (sorted(k for k, v in any_state.items() if torch.is_tensor(v) and v.dim()),
                                       float(any_state.get("step", 0))))  # fmt: skip
-        keys, step = max((keys for keys, _ in told), key=len), max(step for _, step in told)
+        keys, step = max((keys for keys, _ in gathered), key=len), max(step for _, step in gathered)
         for piece in _first_of_each(self._pieces):
             parameter = piece.parameter
             of_this = [own for own in self._pieces[self._rank] if own.name == piece.name]
@@ -136,7 +136,7 @@ class UnevenZero1:
         zero(self._inner.state.values())
 
 
-def divided(setup: TrainSetup, shares: Sequence[float], wire: torch.device) -> TrainSetup:
+def shard_by_memory(setup: TrainSetup, shares: Sequence[float], wire: torch.device) -> TrainSetup:
     """`setup` with its optimizer's state divided by `shares` among the workers of the default process group."""
     names = {id(parameter): name for name, parameter in setup.parameters.items()}
     order = [names[id(p)] for group in setup.optimizer.param_groups for p in group["params"]]
@@ -169,7 +169,7 @@ def _first_of_each(pieces: Sequence[Sequence[_Piece]]) -> list[_Piece]:
     return list({piece.name: piece for part in pieces for piece in part}.values())
 
 
-def _parcels(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
+def _group_by_size(pieces: Sequence[_Piece]) -> list[list[_Piece]]:
     """Pieces of one precision that travel together."""
     parcels: list[list[_Piece]] = []
     room = 0

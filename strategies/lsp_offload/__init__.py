@@ -1,11 +1,12 @@
 """LSP-Offload: full-rank training on a small GPU through learned sparse projectors (arXiv 2406.10181).
 
-method         start here: the method of the registry
-adam           AdamW's direction of one tensor, by torch's fused kernel
+method         start here: the registry's method, what it costs and how it sets a model up
+adam           AdamW's direction of one tensor by torch's fused kernel, and stochastic rounding to bfloat16
 optimizer      AdamW on d x d images in host memory
 projector      learned sparse projectors
-remote_update  the CPU side on another machine
-schedule       three lanes beside the computation, all at work at the same time
-sizing         how large a subspace may be before its way over the bus and through the CPU no longer hides behind th
-transport      what carries tensors between the device that computes and the host that updates, and counts the bytes
+remote_update  updating images on another machine
+schedule       three lanes beside the computation: device to host, CPU update, host to device
+sizing         the largest subspace whose way over the bus and through the CPU hides behind the computation
+transport      moves tensors between the device and the host, and counts the bytes
+weights        the weights that are projected, and when their projectors are fitted
 """

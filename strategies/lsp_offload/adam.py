@@ -1,4 +1,4 @@
-"""AdamW's direction of one tensor, by torch's fused kernel."""
+"""AdamW's direction of one tensor by torch's fused kernel, and rounding to bfloat16 that loses nothing on average."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.optim.adamw import adamw
 
 @dataclass(frozen=True)
 class AdamNumbers:
-    """What AdamW is told once."""
+    """AdamW's constants."""
 
     learning_rate: float
     beta1: float = 0.9
@@ -40,3 +40,12 @@ def direction(
             eps=numbers.epsilon, maximize=False,
         )  # fmt: skip
     return out
+
+
+def round_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """fp32 values that bfloat16 can hold, each rounded up or down with the probability of its nearness.
+
+    What bfloat16 lacks are the lower 16 bits: a random number below 2^16 carries over as often as they are large.
+    """
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
+    return ((values.view(torch.int32) + noise) & -65536).view(torch.float32)

@@ -7,66 +7,70 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
-    Dtype,
-    QualityPrior,
+    MethodDefaults,
     StrategyPlan,
     Techniques,
     TrainSettings,
     TrainSetup,
     Workload,
+    option,
 )
 from strategies.cost.memory import Footprint, Streamed
-from strategies.cost.plan import plan_of
+from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work, bus_rate, host_update_rate, memory_rate
-from strategies.knobs import knob
 from strategies.lsp_offload.sizing import LayerTimes, Rates, Sized, largest_that_hides, seconds_by_lane, step_s
 from strategies.shape import ModelShape
+
+if TYPE_CHECKING:
+    from strategies.lsp_offload.adam import AdamNumbers
+    from strategies.lsp_offload.optimizer import Route
+    from strategies.lsp_offload.weights import Projected
 
 _NETWORK_BYTES_PER_S = 118e6  # a gigabit, assumed of the way to another node's CPU
 _BAG_OF_MEMORY = 0.35  # of the memory's rate that sums of rows reach on a CPU (LOG.md)
 
 
 @dataclass(frozen=True)
-class LspOffload:
+class LspOffload(MethodDefaults):
     """Train the layers' linear maps beyond low rank, the optimizer in host memory (LSP-Offload, arXiv 2406.10181).
 
     The device holds weights in the compute precision, two sparse projectors a weight and d x d images; the host holds
     two fp32 moments of each image, 8 d^2 bytes.  Not for ZeRO, other offload, fp16, or optimizers other than AdamW.
     """
 
-    subspace_size: Literal["auto"] | int = knob(
+    subspace_size: Literal["auto"] | int = option(
         "auto", "d, side of an image; auto = the largest whose way over the bus hides behind the computation", ge=8
     )
-    nonzeros_per_row: int = knob(8, "non-zeros in a row of a projector; 4 to 16", tried=(4, 8), ge=1)
-    projection: Literal["learned", "random", "none"] = knob(
+    nonzeros_per_row: int = option(8, "non-zeros in a row of a projector; 4 to 16", tried=(4, 8), ge=1)
+    projection: Literal["learned", "random", "none"] = option(
         "learned", "random = never fitted; none = whole gradients travel, as in ZeRO-Offload"
     )
-    schedule: Literal["layerwise", "sequential"] = knob(
+    schedule: Literal["layerwise", "sequential"] = option(
         "layerwise", "sequential = all of it after the backward pass, as ZeRO-Offload's first version"
     )
-    check_every: int = knob(1000, "steps between looks at the projectors' bias", ge=1)
-    bias_threshold: float = knob(0.3, "relative bias above which projectors are learnt anew", gt=0)
-    fit_steps: int = knob(100, "Adam steps of a fit", ge=1)
-    calibration_rows: int = knob(16, "samples whose gradients are fitted", ge=1)
-    moments: Literal["reset", "project"] = knob("reset", "what becomes of Adam's moments when projectors change")
-    other_weights: Literal["freeze", "train"] = knob(
+    check_every: int = option(1000, "steps between looks at the projectors' bias", ge=1)
+    bias_threshold: float = option(0.3, "relative bias above which projectors are learnt anew", gt=0)
+    fit_steps: int = option(100, "Adam steps of a fit", ge=1)
+    calibration_rows: int = option(16, "samples whose gradients are fitted", ge=1)
+    moments: Literal["reset", "project"] = option("reset", "what becomes of Adam's moments when projectors change")
+    other_weights: Literal["freeze", "train"] = option(
         "freeze", "embeddings, norms and biases: frozen, or trained by AdamW on the device"
     )
 
-    cpu_side: str | None = knob(
+    cpu_side: str | None = option(
         None, "another node of the cluster whose memory and cores keep the optimizer; null = this machine's own"
     )
 
     name: ClassVar[str] = "experimental_lsp_offload"
     full_rank: ClassVar[bool] = True
+    streams: ClassVar[bool] = True
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
-        """Why it cannot be combined so; None where it can."""
         if techniques.zero_stage or techniques.offload != "none":
             return "LSP-Offload keeps its optimizer on the host itself: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16":
@@ -152,7 +156,7 @@ class LspOffload:
             ),
         )
         work = Work(trains_weights=True, trains_output=bool(others), num_trainable=others)
-        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+        return predict(self.name, workload, device, node, techniques, Costs(footprint, work))
 
     def _is_projected(self, rows: int, columns: int, size: int) -> bool:
         return self.projection != "none" and min(rows, columns) > size
@@ -178,81 +182,38 @@ class LspOffload:
         fits = math.ceil(workload.num_steps / self.check_every) if self.projection == "learned" else 0
         return once_s * (num_micro + 1 + 2 * fits * self.fit_steps / workload.num_steps)
 
-    def quality_prior(self) -> QualityPrior | None:
-        return None  # published on other benchmarks only
-
-    def load_dtype(self, techniques: Techniques) -> Dtype:
-        return techniques.dtype  # no master copy: a bf16 weight is rounded at random
-
-    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
-        return {}
-
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         """Raises ValueError where no weight has both sides longer than an image's."""
         from strategies.lsp_offload.adam import AdamNumbers
-        from strategies.lsp_offload.optimizer import Learning, LspAdamW, Projected
-        from strategies.lsp_offload.remote_update import Adam
-        from strategies.lsp_offload.schedule import Lanes
-        from strategies.lsp_offload.transport import bus_of
+        from strategies.lsp_offload.optimizer import LspAdamW
+        from strategies.lsp_offload.weights import Learning
         from strategies.measure.timeline import LAYER
+        from strategies.step.state import save_model
 
         model.requires_grad_(False)
         layers = linear_maps(model)
-        size = self.subspace_size
-        if size == "auto":
-            size = default_size(model.config.hidden_size)
-        projected = []
-        for layer, weight in layers.values():
-            rows, columns = weight.shape
-            own = size if self._is_projected(rows, columns, size) else None
-            projected.append(Projected(layer, weight, own, self.nonzeros_per_row))
-        if self.projection != "none" and not any(one.size for one in projected):
-            longest = max(min(one.weight.shape) for one in projected)
-            raise ValueError(
-                f"subspace_size {size} is not smaller than both sides of any linear map (of this model at most"
-                f" {longest}); half of that, {longest // 2}, is sensible. projection: none sends whole gradients"
-            )
-        if self.nonzeros_per_row > size:
-            raise ValueError(f"nonzeros_per_row {self.nonzeros_per_row} must not exceed subspace_size {size}")
-        for one in projected:
-            one.weight.requires_grad_(True)
+        projected = self._project(layers, model.config.hidden_size)
         names = {name: weight for name, (_, weight) in layers.items()}
         others = {}
         if self.other_weights == "train":
             others = {name: p for name, p in model.named_parameters() if name not in names}
-            for parameter in others.values():
-                parameter.requires_grad_(True)
-        depth = 1 + max(one.layer for one in projected)
+        for parameter in (*names.values(), *others.values()):
+            parameter.requires_grad_(True)
         learning = None
         if self.projection == "learned":
-            asked = (self.check_every, self.bias_threshold, self.fit_steps, self.calibration_rows, self.moments)
-            learning = Learning(*asked)
-        numbers = AdamNumbers(
-            settings.learning_rate,
-            settings.adam_beta1,
-            settings.adam_beta2,
-            settings.adam_epsilon,
-            settings.weight_decay,
-        )
-        if self.cpu_side and settings.elsewhere is None:
-            raise ValueError(f"cpu_side {self.cpu_side} is a node of a cluster, and this process is in none")
-        optimizer = LspAdamW(
-            projected,
-            bus_of(projected[0].weight.device),
-            Lanes(transition=depth // 4, overlapped=self.schedule == "layerwise"),
-            numbers,
-            learning,
-            list(others.values()),
-            settings.seed,
-            settings.elsewhere(self.cpu_side, Adam, numbers) if self.cpu_side and settings.elsewhere else None,
-        )
+            fit = (self.check_every, self.bias_threshold, self.fit_steps, self.calibration_rows, self.moments)
+            learning = Learning(*fit)
+        betas = (settings.adam_beta1, settings.adam_beta2)
+        numbers = AdamNumbers(settings.learning_rate, *betas, settings.adam_epsilon, settings.weight_decay)
+        route = self._route(projected, numbers, settings)
+        optimizer = LspAdamW(projected, route, numbers, learning, list(others.values()), settings.seed)
         for name, module in model.named_modules():
             if found := LAYER.fullmatch(name):
                 module.register_forward_pre_hook(optimizer.waiter(int(found[1])))
 
         def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
             optimizer.settle()
-            model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
+            save_model(model, folder, weights)
 
         return TrainSetup(
             model,
@@ -265,17 +226,53 @@ class LspOffload:
             notes=self._notes(model, projected, names, others),
         )
 
-    def _notes(self, model: Any, projected: list[Any], names: Mapping[str, Any], others: Mapping[str, Any]) -> Any:
+    def _project(self, layers: Mapping[str, tuple[int, Any]], hidden_size: int) -> list[Projected]:
+        """The linear maps' weights with the size of their images.  Raises ValueError where none is projected."""
+        from strategies.lsp_offload.weights import Projected
+
+        size = default_size(hidden_size) if self.subspace_size == "auto" else self.subspace_size
+        projected = []
+        for layer, weight in layers.values():
+            own = size if self._is_projected(*weight.shape, size) else None
+            projected.append(Projected(layer, weight, own, self.nonzeros_per_row))
+        if self.projection != "none" and not any(one.size for one in projected):
+            longest = max(min(one.weight.shape) for one in projected)
+            raise ValueError(
+                f"subspace_size {size} is not smaller than both sides of any linear map (of this model at most"
+                f" {longest}); half of that, {longest // 2}, is sensible. projection: none sends whole gradients"
+            )
+        if self.nonzeros_per_row > size:
+            raise ValueError(f"nonzeros_per_row {self.nonzeros_per_row} must not exceed subspace_size {size}")
+        return projected
+
+    def _route(self, projected: list[Projected], numbers: AdamNumbers, settings: TrainSettings) -> Route:
+        from strategies.lsp_offload.optimizer import Route
+        from strategies.lsp_offload.remote_update import Adam
+        from strategies.lsp_offload.schedule import Lanes
+        from strategies.lsp_offload.transport import bus_of
+
+        if self.cpu_side and settings.start_remote is None:
+            raise ValueError(f"cpu_side {self.cpu_side} is a node of a cluster, and this process is in none")
+        depth = 1 + max(one.layer for one in projected)
+        remote = (
+            settings.start_remote(self.cpu_side, Adam, numbers) if self.cpu_side and settings.start_remote else None
+        )
+        lanes = Lanes(transition=depth // 4, overlapped=self.schedule == "layerwise")
+        return Route(bus_of(projected[0].weight.device), lanes, remote)
+
+    def _notes(
+        self, model: Any, projected: list[Projected], names: Mapping[str, Any], others: Mapping[str, Any]
+    ) -> tuple[str, ...]:
         """What is not projected, and what happens to it."""
         whole = [name for name, one in zip(names, projected, strict=True) if one.size is None]
-        told = []
+        notes = []
         if whole and self.projection != "none":
             kinds = sorted({name.split(".")[-2] for name in whole})
-            told.append(f"{len(whole)} weights are no longer than an image and travel whole: {', '.join(kinds)}")
+            notes.append(f"{len(whole)} weights are no longer than an image and travel whole: {', '.join(kinds)}")
         if not others:
             rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in names.values())
-            told.append(f"{rest / 1e6:.1f} million weights of embeddings, norms and biases stay frozen")
-        return tuple(told)
+            notes.append(f"{rest / 1e6:.1f} million weights of embeddings, norms and biases stay frozen")
+        return tuple(notes)
 
 
 def linear_maps(model: Any) -> dict[str, tuple[int, Any]]:

@@ -17,19 +17,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
-from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
+from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments, round_at_random
 from strategies.lsp_offload.projector import Subspace, Whole
-from strategies.lsp_offload.remote_update import CpuSide, taken
-from strategies.lsp_offload.schedule import LANES, Lanes
+from strategies.lsp_offload.remote_update import CpuSide, take_moments
+from strategies.lsp_offload.schedule import LANES, Lanes, Step
 from strategies.lsp_offload.transport import EmulatedBus, Transport
+from strategies.lsp_offload.weights import Learning, Projected
 
-Moments = Literal["reset", "project"]
 _ON_HOST = frozenset(("step", "exp_avg", "exp_avg_sq", "num_learnt", "bias"))
 
 
@@ -38,24 +37,12 @@ class LaneFailed(FloatingPointError):
 
 
 @dataclass(frozen=True)
-class Learning:
-    """When and how projectors are fitted.  Defaults of the paper where it states them."""
+class Route:
+    """Where images go: over the bus, through the lanes, to the process that updates them (None = this one)."""
 
-    check_every: int = 1000  # steps; the first step is one of them
-    bias_threshold: float = 0.3
-    fit_steps: int = 100
-    rows: int = 16  # samples whose gradients are fitted
-    moments: Moments = "reset"
-
-
-@dataclass(frozen=True)
-class Projected:
-    """One weight, its depth in the model (0 = first of the forward pass), and how it is projected."""
-
-    layer: int
-    weight: torch.nn.Parameter
-    size: int | None  # d; None = the gradient itself travels
-    nonzeros: int = 4
+    transport: Transport
+    lanes: Lanes
+    cpu_side: CpuSide | None = None
 
 
 class LspAdamW(torch.optim.Optimizer):
@@ -69,18 +56,16 @@ class LspAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         weights: Sequence[Projected],
-        transport: Transport,
-        lanes: Lanes,
+        route: Route,
         numbers: AdamNumbers,
         learning: Learning | None = None,
         others: Sequence[torch.nn.Parameter] = (),
         seed: int = 0,
-        cpu_side: CpuSide | None = None,
     ) -> None:
-        """Without `learning` projectors stay as they are drawn; `cpu_side` updates images instead of this process."""
-        self.weights, self.transport, self.lanes, self.numbers = list(weights), transport, lanes, numbers
+        """Without `learning` projectors stay as they are drawn."""
+        self.weights, self.numbers = list(weights), numbers
+        self.transport, self.lanes, self._cpu_side = route.transport, route.lanes, route.cpu_side
         self.learning, self._others, self._seed = learning, list(others), seed
-        self._cpu_side = cpu_side
         rates = {"lr": numbers.learning_rate, "base_lr": numbers.learning_rate}
         groups = [{"params": part, **rates} for part in ([one.weight for one in self.weights], self._others) if part]
         super().__init__(groups, {})
@@ -89,11 +74,11 @@ class LspAdamW(torch.optim.Optimizer):
         self._by_layer: dict[int, list[Projected]] = {}
         for one in self.weights:
             self._by_layer.setdefault(one.layer, []).append(one)
-        self._images = [_place_of_image(one) for one in self.weights]
+        self._images = [one.image_parameter() for one in self.weights]
         self.summed: Sequence[torch.nn.Parameter] = [*self._images, *self._others]
-        self._handles = [one.weight.register_post_accumulate_grad_hook(self._taker(one)) for one in self.weights]
+        self._handles = [one.weight.register_post_accumulate_grad_hook(self._image_hook(one)) for one in self.weights]
         self._missing: dict[int, int] | None = None  # in a step's last pass: weights a layer still waits for
-        self._step = _Step(0.0)
+        self._step = Step(0.0)
         self.rows = learning.rows if learning else 0
         self._learning_pass: int | None = None
         self._fits_left = 0
@@ -127,7 +112,7 @@ class LspAdamW(torch.optim.Optimizer):
         text = f"projectors: relative bias {mean:.2f} on average, {max(biases):.2f} at worst"
         if above:
             text += f"; {above} of {len(biases)} stay above bias_threshold {self.learning.bias_threshold:g}, as is"
-            text += " usual for gradients of high rank: training goes on with the best that were found"
+            text += " usual for gradients of high rank: training continues with the best that were found"
         return {
             "text": text,
             "bias": round(mean, 4),
@@ -141,7 +126,7 @@ class LspAdamW(torch.optim.Optimizer):
     def last_pass(self, max_grad_norm: float) -> None:
         """The next backward pass is the step's last: layers leave as it finishes them."""
         if self.lanes.overlapped:
-            self._step = _Step(max_grad_norm)
+            self._step = Step(max_grad_norm)
             self._missing = {layer: len(weights) for layer, weights in self._by_layer.items()}
 
     def update(self, max_grad_norm: float) -> torch.Tensor:
@@ -150,7 +135,7 @@ class LspAdamW(torch.optim.Optimizer):
         Raises LaneFailed where a gradient is not finite; then nothing that waited for the norm has moved.
         """
         if self._missing is None:
-            self._step = _Step(max_grad_norm)
+            self._step = Step(max_grad_norm)
         step, self._missing = self._step, None
         late = [layer for layer in sorted(self._by_layer, reverse=True) if layer not in step.squares]
         step.squares |= {layer: self._square(layer) for layer in late}
@@ -177,7 +162,7 @@ class LspAdamW(torch.optim.Optimizer):
         if self._cpu_side is None:
             return
         away = [one for one in self.weights if "exp_avg" not in self.state.get(one.weight, {"exp_avg": None})]
-        for one, moments in zip(away, self._cpu_side.hand_over([self._place[o.weight] for o in away]), strict=True):
+        for one, moments in zip(away, self._cpu_side.give_moments([self._place[o.weight] for o in away]), strict=True):
             self.state[one.weight] |= moments
 
     def home(self, parameter: torch.nn.Parameter, key: str) -> torch.device:
@@ -198,7 +183,7 @@ class LspAdamW(torch.optim.Optimizer):
         }
 
     def spans(self) -> list[tuple[str, int, float, float]]:
-        return [(span.lane, span.layer, span.start_s, span.end_s) for span in self.lanes.taken()]
+        return [(span.lane, span.layer, span.start_s, span.end_s) for span in self.lanes.take_spans()]
 
     def emulate_bus(self, bytes_per_s: float) -> None:
         if not isinstance(self.transport, EmulatedBus):
@@ -238,7 +223,7 @@ class LspAdamW(torch.optim.Optimizer):
 
     # A step.
 
-    def _taker(self, one: Projected) -> Callable[[torch.Tensor], None]:
+    def _image_hook(self, one: Projected) -> Callable[[torch.Tensor], None]:
         image = self._images[self._place[one.weight]]
 
         def take(parameter: torch.Tensor) -> None:
@@ -247,8 +232,8 @@ class LspAdamW(torch.optim.Optimizer):
             if self._learning_pass is not None:
                 self._learn(one, gradient)
                 return
-            taken = self._space_of(one).image(gradient.float())
-            image.grad = taken if image.grad is None else image.grad.add_(taken)
+            added = self._space_of(one).image(gradient.float())
+            image.grad = added if image.grad is None else image.grad.add_(added)
             if self._missing is None:
                 return
             self._missing[one.layer] -= 1
@@ -309,11 +294,11 @@ class LspAdamW(torch.optim.Optimizer):
         state, out = self._state_of(one), self.transport.buffers.take(image.shape)
         if self._cpu_side is None:
             return direction(state, image, self.numbers, out)
-        out.copy_(self._cpu_side.update(self._place[one.weight], image, taken(state)))
+        out.copy_(self._cpu_side.update(self._place[one.weight], image, take_moments(state)))
         state["step"] += 1
         return out
 
-    def _cancel(self, step: _Step) -> None:
+    def _cancel(self, step: Step) -> None:
         step.norm.set_result(None)
         self.lanes.abandon()
         for parameter in self.summed:
@@ -339,7 +324,7 @@ class LspAdamW(torch.optim.Optimizer):
         moved = weight.float() * (1 - rate * self.numbers.weight_decay) + rate * change
         if weight.dtype == torch.bfloat16:
             generator = torch.Generator(weight.device).manual_seed(self._seed_of(*at))
-            moved = rounded_at_random(moved, generator)
+            moved = round_at_random(moved, generator)
         weight.copy_(moved)
 
     # Projectors and moments.
@@ -349,9 +334,9 @@ class LspAdamW(torch.optim.Optimizer):
         state = self.state[one.weight]
         if "step" not in state:
             if one.size is not None:
-                state |= self._drawn(one, 0).state()
+                state |= self._draw(one, 0).state()
                 state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
-            state |= no_moments(self._image_shape(one), torch.device("cpu"))
+            state |= no_moments(one.image_shape, torch.device("cpu"))
         return state
 
     def _space_of(self, one: Projected) -> Subspace | Whole:
@@ -362,15 +347,9 @@ class LspAdamW(torch.optim.Optimizer):
             known = self._spaces[one.weight] = Subspace.from_state(state, one.size)
         return known
 
-    def _image_shape(self, one: Projected) -> tuple[int, ...]:
-        return tuple(one.weight.shape) if one.size is None else (one.size, one.size)
-
-    def _drawn(self, one: Projected, number: int) -> Subspace:
+    def _draw(self, one: Projected, number: int) -> Subspace:
         """Random projectors, the same on every worker and after a restart."""
-        assert one.size is not None
-        generator = torch.Generator().manual_seed(self._seed_of(self._place[one.weight], number))
-        rows, columns = one.weight.shape
-        return Subspace.random((rows, columns), one.size, one.nonzeros, generator, one.weight.device)
+        return one.draw(torch.Generator().manual_seed(self._seed_of(self._place[one.weight], number)))
 
     def _seed_of(self, place: int, number: int) -> int:
         return ((self._seed * 1_000_003 + place) * 1_000_003 + number) % 2**63
@@ -379,7 +358,7 @@ class LspAdamW(torch.optim.Optimizer):
         """Fit the projectors to a gradient unless their bias is small enough; what is kept touches no state.
 
         New projectors are drawn and fitted to the first pass's gradient, then further to those of the other passes.
-        The moments begin anew, or are carried over by M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured
+        The moments start anew, or are carried over by M <- (P'^T P) M (Q^T Q'), V with the squares of those: measured
         worse, since the projectors are not orthonormal.
         """
         if one.size is None or self.learning is None:
@@ -394,7 +373,7 @@ class LspAdamW(torch.optim.Optimizer):
             if bias <= asked.bias_threshold:
                 return
             state["num_learnt"] = state["num_learnt"] + 1
-            start = self._drawn(one, int(state["num_learnt"])) if state["num_learnt"] > 1 else old
+            start = self._draw(one, int(state["num_learnt"])) if state["num_learnt"] > 1 else old
         elif float(state["bias"]) <= asked.bias_threshold:
             return
         else:
@@ -402,39 +381,8 @@ class LspAdamW(torch.optim.Optimizer):
         new, bias = start.fitted(gradient_MN, self._fits_left, asked.bias_threshold)
         state |= {**new.state(), "bias": torch.tensor(bias)}
         if asked.moments == "reset" or not int(state["step"]):
-            state |= no_moments(self._image_shape(one), torch.device("cpu"))
+            state |= no_moments(one.image_shape, torch.device("cpu"))
             return
         left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
         state["exp_avg"] = left @ state["exp_avg"] @ right
         state["exp_avg_sq"] = left.square() @ state["exp_avg_sq"] @ right.square()
-
-
-class _Step:
-    """What the lanes must know of a step, some of it when it ends."""
-
-    def __init__(self, max_grad_norm: float) -> None:
-        self.max_grad_norm = max_grad_norm
-        self.squares: dict[int, torch.Tensor] = {}
-        self.norm: Future[float | None] = Future()  # None = the step was given up
-
-    def factor(self) -> float | None:
-        """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_; None = not at all."""
-        if not self.max_grad_norm:
-            return 1.0
-        norm = self.norm.result()
-        return None if norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))
-
-
-def _place_of_image(one: Projected) -> torch.nn.Parameter:
-    """Something of an image's shape that a gradient can hang on, and no more memory than one number."""
-    size = one.weight.shape if one.size is None else (one.size, one.size)
-    return torch.nn.Parameter(torch.zeros((), device=one.weight.device).expand(*size))
-
-
-def rounded_at_random(values: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """fp32 values that bfloat16 can hold, each rounded up or down with the probability of its nearness.
-
-    What bfloat16 lacks are the lower 16 bits: a random number below 2^16 carries over as often as they are large.
-    """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device, generator=generator)
-    return ((values.view(torch.int32) + noise) & -65536).view(torch.float32)

@@ -1,4 +1,4 @@
-"""The CPU side on another machine: moments lie there, images go there, directions come back."""
+"""Updating images on another machine: moments stay there, images go there, directions come back."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from strategies.lsp_offload.adam import AdamNumbers, direction
 
 
 class CpuSide(Protocol):
-    """Whoever holds the moments of images and updates them."""
+    """The process that holds the moments of images and updates them."""
 
     def update(self, place: int, image: torch.Tensor, moments: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """What AdamW makes of an image; given moments take the place of those that lie there."""
+        """AdamW's direction for an image; given moments replace those held."""
         ...
 
-    def hand_over(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
-        """The moments of some images, which no longer lie there."""
+    def give_moments(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Give the moments of some images away."""
         ...
 
 
 class Adam:
-    """A `CpuSide`: started as an object on another node of the cluster, it needs nothing but memory and cores there."""
+    """A `CpuSide`: as a remote object on another node it needs nothing but memory and cores."""
 
     def __init__(self, numbers: AdamNumbers) -> None:
         self._numbers = numbers
@@ -33,12 +33,12 @@ class Adam:
             self._moments[place] = {name: tensor.clone() for name, tensor in moments.items()}
         return direction(self._moments[place], image, self._numbers, torch.empty_like(image))
 
-    def hand_over(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
+    def give_moments(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
         return [self._moments.pop(place) for place in places]
 
 
-def taken(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
-    """The moments out of a weight's state, which keeps the number of steps; None where they lie elsewhere already."""
+def take_moments(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor] | None:
+    """The moments out of a weight's state, which keeps the number of steps; None where they are on the remote side."""
     if "exp_avg" not in state:
         return None
     return {"step": state["step"].clone()} | {name: state.pop(name) for name in ("exp_avg", "exp_avg_sq")}

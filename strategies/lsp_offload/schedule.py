@@ -1,4 +1,4 @@
-"""Three lanes beside the computation, all at work at the same time: device to host, CPU update, host to device.
+"""Three lanes that work beside the computation: device to host, CPU update, host to device.
 
 The backward pass submits each layer's image as soon as its gradient is there.  Three lanes carry it on, one layer
 each at a time, so that one layer crosses the bus while another is updated and a third is still being computed.  The
@@ -21,7 +21,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 LANES = ("down", "update", "up")  # device to host, CPU, host to device
 
@@ -99,7 +102,7 @@ class Lanes:
             event.wait()
         self._error = None
 
-    def taken(self) -> list[Span]:
+    def take_spans(self) -> list[Span]:
         """What was done since the last call."""
         spans, self.spans = self.spans, []
         return spans
@@ -151,3 +154,19 @@ class Lanes:
             with self._change:
                 heapq.heappush(self._queues[following[0]], waiting)
                 self._change.notify_all()
+
+
+class Step:
+    """What the lanes must know of a step, some of it when it ends."""
+
+    def __init__(self, max_grad_norm: float) -> None:
+        self.max_grad_norm = max_grad_norm
+        self.squares: dict[int, torch.Tensor] = {}
+        self.norm: Future[float | None] = Future()  # None = the step was cancelled
+
+    def factor(self) -> float | None:
+        """What gradients are multiplied by, as torch.nn.utils.clip_grad_norm_; None = not at all."""
+        if not self.max_grad_norm:
+            return 1.0
+        norm = self.norm.result()
+        return None if norm is None else min(1.0, self.max_grad_norm / (norm + 1e-6))

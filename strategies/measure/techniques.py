@@ -102,7 +102,7 @@ class Side:
         self.settings = TrainSettings(1e-4, 0.0, choice.techniques.optim, 0.9, 0.999, 1e-8, choice.techniques, seed=1)
         arguments = choice.method.load_arguments(choice.techniques)
         built = _built(choice, self.settings, arguments, self.device, config)
-        self.setup: TrainSetup = shard(built, self.settings, self.device, (), lambda text: None)
+        self.setup: TrainSetup = shard(built, self.settings, self.device)
         if choice.techniques.torch_compile:
             self.setup.model.compile(dynamic=True)
         self.batches = self._batches(lengths)

@@ -126,7 +126,7 @@ def trace(config: dict[str, Any], method: Method, settings: TrainSettings, lengt
     """
     num_layers = ModelShape.from_config(config).num_layers
     near, far = (2, 4) if num_layers > 4 else (max(1, num_layers - 1), num_layers)
-    if getattr(method, "layers_to_transform", None) is not None:
+    if not method.layers_are_alike:
         near = far = num_layers
     shallow = _trace_layers(config, near, method, settings, lengths)
     if near == far:

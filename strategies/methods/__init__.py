@@ -1,10 +1,10 @@
-"""The ways to change a model: full training, adapters, low-rank gradients, sparse entries.
+"""Training methods: full training, adapters, low-rank gradients, sparse entries.
 
 lora                start here: LoRA
-as_techniques       training corrections instead of weights
+as_techniques       methods as techniques of the catalogue: LoRA against full training, QLoRA against LoRA
 full                full fine-tuning
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
-low_rank_gradients  full training whose optimizer sees gradients through a low-rank window
+low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient
 qlora               QLoRA
 shira               SHiRA
 sparse_entries      linear maps some of whose entries train, and the choice of those entries

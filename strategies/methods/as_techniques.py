@@ -4,25 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from clusters.capability import DeviceCapability
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.qlora import QLora
-from strategies.shape import ModelShape
-from strategies.techniques.libraries import lacks
+from strategies.techniques.libraries import refuse_bitsandbytes
 from strategies.techniques.technique import Technique
-
-
-def no_bitsandbytes(device: DeviceCapability, shape: ModelShape) -> str | None:
-    """Quantised weights and optimizer states need a library that runs on this device."""
-    if (reason := lacks(device, "bitsandbytes")) is not None:
-        return reason
-    if device.kind == "rocm" and "bitsandbytes" not in device.libraries:
-        return "bitsandbytes is not known to run on this Radeon; measure it there"
-    if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
-        return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
-    return None
-
 
 LORA = Technique(
     name="LoRA",
@@ -39,7 +25,7 @@ QLORA_NF4 = Technique(
     switch="method: {type: qlora, bnb_quant_type: nf4}",
     on=lambda choice: replace(choice, method=QLora(bnb_quant_type="nf4")),
     off=lambda choice: replace(choice, method=Lora()),
-    impossible=no_bitsandbytes,
+    impossible=refuse_bitsandbytes,
     quality="the base is rounded to 4 bits (9 % weight error); the adapter learns around it",
     saves_first="memory",
 )
@@ -49,7 +35,7 @@ QLORA_INT8 = Technique(
     switch="method: {type: qlora, bnb_quant_type: int8}",
     on=lambda choice: replace(choice, method=QLora(bnb_quant_type="int8")),
     off=lambda choice: replace(choice, method=Lora()),
-    impossible=no_bitsandbytes,
+    impossible=refuse_bitsandbytes,
     quality="the base is rounded to 8 bits",
     saves_first="memory",
 )

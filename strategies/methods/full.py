@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from typing import Any, ClassVar
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
     Dtype,
+    MethodDefaults,
     QualityPrior,
     StrategyPlan,
     Techniques,
@@ -19,12 +19,13 @@ from strategies.contract import (
     Workload,
 )
 from strategies.cost.memory import Footprint
-from strategies.cost.plan import plan_of
+from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work
+from strategies.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Full:
+class Full(MethodDefaults):
     """Train all weights.  Cost: 16 bytes a parameter (fp32 weight, gradient, two Adam moments) and activations."""
 
     name: ClassVar[str] = "full"
@@ -33,11 +34,10 @@ class Full:
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
-        footprint, work = self.costs(workload, techniques)
-        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+        return predict(self.name, workload, device, node, techniques, self._costs(workload.shape, techniques))
 
-    def costs(self, workload: Workload, techniques: Techniques) -> tuple[Footprint, Work]:
-        shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+        g = BYTES_PER_ELEMENT[techniques.dtype]
         num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
         engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
         half = g < 4 and not engine  # autocast: each linear map keeps a copy of its input and of its weight in that
@@ -63,7 +63,7 @@ class Full:
             num_tensors=num_tensors,
             cast_parameters=shape.num_linear_parameters + output if half else 0,
         )
-        return footprint, work
+        return Costs(footprint, work)
 
     def quality_prior(self) -> QualityPrior | None:
         return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
@@ -71,17 +71,11 @@ class Full:
     def load_dtype(self, techniques: Techniques) -> Dtype:
         return "float32"  # master weights: autocast computes in the planned precision
 
-    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
-        return {}
-
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         from strategies.step.optimizers import build_optimizer
+        from strategies.step.state import save_model
 
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
-
-        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
-            model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
-
-        return TrainSetup(model, optimizer, parameters, export, export_name="model")
+        return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_name="model")

@@ -10,18 +10,18 @@ from typing import Any, ClassVar, Literal
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
-    Dtype,
+    MethodDefaults,
     QualityPrior,
     StrategyPlan,
     Techniques,
     TrainSettings,
     TrainSetup,
     Workload,
+    option,
 )
 from strategies.cost.memory import Footprint
-from strategies.cost.plan import plan_of
+from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work
-from strategies.knobs import knob
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.shape import ModelShape
@@ -30,34 +30,47 @@ _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogon
 
 
 @dataclass(frozen=True)
-class Lora:
+class Lora(MethodDefaults):
     """y = W x + (alpha / r) B A x with W frozen, A (r, in) and B (out, r) trained; B starts at zero.
 
-    The knobs carry PEFT's meaning.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
+    The options mean what PEFT's do.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
     """
 
-    lora_r: int = knob(16, "rank of the correction", tried=(8, 16, 64), ge=1)
-    lora_alpha: float = knob(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
-    lora_dropout: float = knob(0.0, "dropout on the adapter's input", ge=0, lt=1)
-    lora_target_modules: str | list[str] = knob("all-linear", "which linear maps: all-linear, a regex, or module names")
-    layers_to_transform: list[int] | None = knob(
+    lora_r: int = option(16, "rank of the correction", tried=(8, 16, 64), ge=1)
+    lora_alpha: float = option(32, "scale: the correction is multiplied by lora_alpha / lora_r", gt=0)
+    lora_dropout: float = option(0.0, "dropout on the adapter's input", ge=0, lt=1)
+    lora_target_modules: str | list[str] = option(
+        "all-linear", "which linear maps: all-linear, a regex, or module names"
+    )
+    layers_to_transform: list[int] | None = option(
         None, "only these decoder layers (0 = first); below them nothing trains"
     )
-    modules_to_save: list[str] | None = knob(None, "modules trained in full beside the adapters")
-    bias: Literal["none", "all", "lora_only"] = knob("none", "which biases train")
-    use_dora: bool = knob(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
-    use_rslora: bool = knob(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
-    init_lora_weights: bool | _INIT | str = knob(True, "how A and B start: true, gaussian, pissa, olora, ...")
-    init_adapter: str | None = knob(
+    modules_to_save: list[str] | None = option(None, "modules trained in full beside the adapters")
+    bias: Literal["none", "all", "lora_only"] = option("none", "which biases train")
+    use_dora: bool = option(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
+    use_rslora: bool = option(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
+    init_lora_weights: bool | _INIT | str = option(True, "how A and B start: true, gaussian, pissa, olora, ...")
+    init_adapter: str | None = option(
         None, "a folder with an adapter of this model to go on from, e.g. what `adapt` made"
     )
-    loraplus_lr_ratio: float | None = knob(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
+    loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
 
+    @property
+    def layers_are_alike(self) -> bool:
+        return self.layers_to_transform is None
+
+    @property
+    def adapter_rank(self) -> int:
+        return self.lora_r
+
+    @property
+    def adapter_folder(self) -> str | None:
+        return self.init_adapter
+
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
-        """Why it cannot be combined so; None where it can."""
         start = str(self.init_lora_weights)
         if start.startswith("pissa_niter"):
             return (
@@ -68,8 +81,7 @@ class Lora:
             return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
         return None
 
-    def misfits(self, architecture: Architecture) -> list[str]:
-        """Knobs that name modules or layers which the model does not have."""
+    def find_misfits(self, architecture: Architecture) -> list[str]:
         return targets.mistakes(
             architecture,
             "lora_target_modules",
@@ -81,10 +93,9 @@ class Lora:
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
-        footprint, work = self._costs(workload.shape, techniques)
-        return plan_of(self.name, workload, device, node, techniques, footprint, work)
+        return predict(self.name, workload, device, node, techniques, self._costs(workload.shape, techniques))
 
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
         chosen = targets.adapted(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
         in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)
@@ -119,16 +130,10 @@ class Lora:
             first_layer=chosen.first_layer,
             cast_parameters=chosen.num_cast if cast else 0,
         )
-        return footprint, work
+        return Costs(footprint, work)
 
     def quality_prior(self) -> QualityPrior:
         return QualityPrior(0.478, 0.014, "PEFT MetaMathQA: Llama-3.2-3B LoRA r32, GSM8K accuracy, one seed")
-
-    def load_dtype(self, techniques: Techniques) -> Dtype:
-        return techniques.dtype  # frozen weights need no master copy
-
-    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
-        return {}
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         import torch

@@ -12,10 +12,9 @@ from strategies.contract import (
     Techniques,
     TrainSettings,
     TrainSetup,
+    option,
 )
-from strategies.cost.memory import Footprint
-from strategies.cost.time import Work
-from strategies.knobs import knob
+from strategies.cost.plan import Costs
 from strategies.methods.lora import Lora
 from strategies.model import targets
 from strategies.model.architecture import Architecture
@@ -33,33 +32,35 @@ class QLora(Lora):
     Embeddings, norms and the output matrix stay in the compute precision.
     """
 
-    bnb_quant_type: Quantization = knob("nf4", "nf4 = 4 bits, int8 = 8 bits with outliers apart")
-    bnb_4bit_use_double_quant: bool = knob(True, "quantise the scales too: saves 0.05 bytes a weight")
+    bnb_quant_type: Quantization = option("nf4", "nf4 = 4 bits, int8 = 8 bits with outliers apart")
+    bnb_4bit_use_double_quant: bool = option(True, "quantise the scales too: saves 0.05 bytes a weight")
 
     name: ClassVar[str] = "qlora"
+    is_quantised: ClassVar[bool] = True
 
-    def misfits(self, architecture: Architecture) -> list[str]:
-        """Knobs that name modules or layers which the model does not have, or that 4 bits cannot train."""
+    def find_misfits(self, architecture: Architecture) -> list[str]:
         quantised = {name for name in architecture.linear_maps if architecture.layer_of(name) is not None}
-        return super().misfits(architecture) + [
+        return super().find_misfits(architecture) + [
             f"method.modules_to_save: {name!r} is kept in few bits, which cannot be trained: only modules outside the"
             " layers can, such as lm_head and embed_tokens"
             for name in self.modules_to_save or ()
             if any(targets.is_in(module, name) for module in quantised)
         ]
 
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> tuple[Footprint, Work]:
-        footprint, work = super()._costs(shape, techniques)
+    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+        costs = super()._costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]
         every = targets.adapted(shape, targets.ALL)
         quantised = every.elements
         saved = quantised * (g - self._bytes)
         footprint = replace(
-            footprint, weights_bytes=footprint.weights_bytes - saved, dequantised_bytes=float(g * every.largest)
+            costs.footprint,
+            weights_bytes=costs.footprint.weights_bytes - saved,
+            dequantised_bytes=float(g * every.largest),
         )
         # A pass reads the codes and writes the expanded weight, which the product reads again.
-        work = replace(work, dequantised_parameters=quantised, dequantise_bytes_per_parameter=self._bytes + 2 * g)
-        return footprint, work
+        work = replace(costs.work, dequantised_parameters=quantised, dequantise_bytes_per_parameter=self._bytes + 2 * g)
+        return Costs(footprint, work)
 
     @property
     def _bytes(self) -> float:

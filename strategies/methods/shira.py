@@ -10,18 +10,17 @@ from typing import Any, ClassVar, Literal
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import (
     BYTES_PER_ELEMENT,
-    Dtype,
-    QualityPrior,
+    MethodDefaults,
     StrategyPlan,
     Techniques,
     TrainSettings,
     TrainSetup,
     Workload,
+    option,
 )
 from strategies.cost.memory import Footprint
-from strategies.cost.plan import plan_of
+from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work
-from strategies.knobs import knob
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import meant
@@ -29,7 +28,7 @@ from strategies.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Shira:
+class Shira(MethodDefaults):
     """y = (W + S) x with S zero but for r (in + out) entries, as many numbers as LoRA of rank r trains.
 
     The entries are those that the loss depends on most, |W dL/dW| on a few samples before the first step (SNIP, arXiv
@@ -38,27 +37,30 @@ class Shira:
     map's gradient is computed whole before its entries are taken.
     """
 
-    shira_r: int = knob(16, "r (in + out) entries of each map train", tried=(8, 16, 64), ge=1)
-    shira_target_modules: str | list[str] = knob(
+    shira_r: int = option(16, "r (in + out) entries of each map train", tried=(8, 16, 64), ge=1)
+    shira_target_modules: str | list[str] = option(
         "all-linear", "which linear maps: all-linear, a regex, or module names"
     )
-    layers_to_transform: list[int] | None = knob(
+    layers_to_transform: list[int] | None = option(
         None, "only these decoder layers (0 = first); below them nothing trains"
     )
-    mask: Literal["sensitivity", "random"] = knob(
+    mask: Literal["sensitivity", "random"] = option(
         "sensitivity", "sensitivity = the entries that the loss depends on most; random = any"
     )
-    block_size: int = knob(
+    block_size: int = option(
         1, "entries are chosen in squares of this side; must divide shira_r and the weights' sides", ge=1
     )
-    calibration_rows: int = knob(16, "samples whose gradients choose the entries", ge=1)
+    calibration_rows: int = option(16, "samples whose gradients choose the entries", ge=1)
 
     name: ClassVar[str] = "experimental_shira"
     full_rank: ClassVar[bool] = True
 
+    @property
+    def layers_are_alike(self) -> bool:
+        return self.layers_to_transform is None
+
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
-        """Why it cannot be combined so; None where it can."""
-        if techniques.zero_stage or techniques.offload in ("optimizer", "parameters"):
+        if techniques.zero_stage or techniques.offloads_optimizer:
             return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16" and self.mask == "sensitivity":
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
@@ -76,8 +78,7 @@ class Shira:
                 return f"blocks of {self.block_size} do not divide shira_r or {linear.name} ({outputs} x {inputs})"
         return None
 
-    def misfits(self, architecture: Architecture) -> list[str]:
-        """Knobs that name modules or layers which the model does not have."""
+    def find_misfits(self, architecture: Architecture) -> list[str]:
         return targets.mistakes(
             architecture, "shira_target_modules", self.shira_target_modules, self.layers_to_transform
         )
@@ -110,17 +111,8 @@ class Shira:
         if device.kind == "cpu":
             footprint = replace(footprint, weights_bytes=footprint.weights_bytes + sums_bytes)
             sums_bytes = 0.0
-        plan = plan_of(self.name, workload, device, node, techniques, footprint, work)
+        plan = predict(self.name, workload, device, node, techniques, Costs(footprint, work))
         return replace(plan, memory=replace(plan.memory, host_bytes=plan.memory.host_bytes + sums_bytes))
-
-    def quality_prior(self) -> QualityPrior | None:
-        return None
-
-    def load_dtype(self, techniques: Techniques) -> Dtype:
-        return techniques.dtype
-
-    def load_arguments(self, techniques: Techniques) -> dict[str, Any]:
-        return {}
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         from peft import ShiraConfig, get_peft_model

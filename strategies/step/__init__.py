@@ -1,13 +1,13 @@
-"""One training step on real tensors: the loss, the update, attention, where memory lies.
+"""One training step on real tensors: the loss, the update, attention, memory.
 
-step                 start here: one optimizer step, in two halves
-activations_on_host  what the backward pass needs waits in pinned host memory
-device_memory        a GPU's memory as one process may use it
-document_attention   attention over documents laid end to end in one row, each seeing only itself
-host_memory          keep freed memory in the process instead of giving it back to the kernel after every operation
-optimizers           the optimizers a method may ask for by their Hugging Face names
-side_stream          copies between a GPU and pinned host memory beside the computation
-state                what a training has come to
-supervised_logits    the loss at supervised positions only
-thread_waits         let a thread that waits sleep soon
+step                start here: one optimizer step, in two halves
+activation_offload  saved activations wait in pinned host memory
+device_memory       a GPU's allocator: segments that grow, and the limit that the plan was made for
+document_attention  attention over documents packed in one row, each seeing only itself
+host_memory         keep freed memory in the process instead of returning it to the kernel after every operation
+optimizers          build the optimizers that a job names as Hugging Face does
+side_stream         copies between a GPU and pinned host memory beside the computation
+state               gather a training's state for a checkpoint, and put it back
+supervised_logits   the loss at supervised positions only
+thread_waits        let waiting OpenMP threads sleep soon
 """

@@ -1,4 +1,4 @@
-"""Attention over documents laid end to end in one row, each seeing only itself.
+"""Attention over documents packed in one row, each seeing only itself.
 
 Padding costs as much as real tokens; a row without padding needs an attention that stops at document borders.  Here the
 borders arrive as `document_lengths` and every document runs through a causal kernel of its own, where torch's varlen
@@ -16,6 +16,7 @@ import copy
 import functools
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -28,128 +29,132 @@ NAME = "document"
 _SHORT = 128  # tokens; longer documents would save more scores for the backward pass than they win
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How scores become weights, the same for all documents of a row."""
+
+    scaling: float | None = None  # None = 1 / sqrt(D)
+    dropout: float = 0.0
+    sliding_window: int | None = None  # tokens that a query sees, itself included
+
+    def window_within(self, length: int) -> int | None:
+        """The sliding window where a document of this length is longer; None where it sees all of itself."""
+        return self.sliding_window if self.sliding_window is not None and length > self.sliding_window else None
+
+
 def document_attention(
     module: torch.nn.Module,
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
     attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    document_lengths: Sequence[int] | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    sliding_window: int | None = None,
-    **unused: Any,
+    **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document; returns (1, T, H, D), None.
 
     Cost: sum over documents of length^2 instead of T^2.  Raises ValueError where it could not be exact (no borders
     given, or a score function this kernel does not compute): a wrong border is a leak, never a slow path.
     """
-    if document_lengths is None:
+    lengths: Sequence[int] | None = arguments.get("document_lengths")
+    if lengths is None:
         raise ValueError("document attention needs document_lengths; this model does not pass them on")
-    if unused.get("softcap") is not None or unused.get("s_aux") is not None or unused.get("position_bias") is not None:
+    if any(arguments.get(name) is not None for name in ("softcap", "s_aux", "position_bias")):
         raise ValueError("document attention does not compute soft-capped, biased or sink scores; use eager")
-    longest = max(document_lengths)
-    window = sliding_window if sliding_window is not None and longest > sliding_window else None
-    way = _sharing_of(query_1HTD, key_1KTD, window is not None, dropout > 0)
-    if way == "packed" and cu_seq_lens_q is not None:
-        return _packed(query_1HTD, key_1KTD, value_1KTD, cu_seq_lens_q, longest, scaling, window), None
-    if way == "expanded":
-        key_1KTD, value_1KTD = expanded(key_1KTD, query_1HTD), expanded(value_1KTD, query_1HTD)
-    together = _short(document_lengths, query_1HTD)
+    longest, borders_D = max(lengths), arguments.get("cu_seq_lens_q")
+    scoring = Scoring(arguments.get("scaling"), arguments.get("dropout", 0.0), arguments.get("sliding_window"))
+    is_windowed = scoring.window_within(longest) is not None
+    shared = _choose_sharing(query_1HTD, key_1KTD, is_windowed, scoring.dropout > 0)
+    if shared == "packed" and borders_D is not None:
+        return _attend_row(query_1HTD, key_1KTD, value_1KTD, borders_D, longest, scoring), None
+    if shared == "expanded":
+        key_1KTD, value_1KTD = expand_heads(key_1KTD, query_1HTD), expand_heads(value_1KTD, query_1HTD)
+    batch = find_short(lengths, query_1HTD)
     short: dict[int, torch.Tensor] = {}
-    if together:
-        batch_BLHD = _batched(query_1HTD, key_1KTD, value_1KTD, together, scaling, dropout, sliding_window)
-        short = {document: batch_BLHD[row, :length] for row, (document, _, length) in enumerate(together)}
+    if batch:
+        batch_BLHD = attend_short(query_1HTD, key_1KTD, value_1KTD, batch, scoring)
+        short = {document: batch_BLHD[row, :length] for row, (document, _, length) in enumerate(batch)}
     outputs_tHD, start = [], 0
-    for document, length in enumerate(document_lengths):
+    for document, length in enumerate(lengths):
         stop = start + length
         if document in short:
             outputs_tHD.append(short[document])
         else:
             part = (query_1HTD[:, :, start:stop], key_1KTD[:, :, start:stop], value_1KTD[:, :, start:stop])
-            outputs_tHD.append(_alone(*part, scaling, dropout, sliding_window))
+            outputs_tHD.append(attend_document(*part, scoring))
         start = stop
     return torch.cat(outputs_tHD)[None], None
 
 
-def _sharing_of(query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, is_windowed: bool, drops_out: bool) -> Sharing:
+def _choose_sharing(query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, is_windowed: bool, drops_out: bool) -> Sharing:
     heads = Heads(query_1HTD.shape[1], key_1KTD.shape[1], query_1HTD.shape[3], is_windowed, drops_out)
-    kind, capability = _card(query_1HTD.device)
-    dtype = cast(Dtype, str(_computed_in(query_1HTD)).removeprefix("torch."))
+    kind, capability = _device_kind(query_1HTD.device)
+    dtype = cast(Dtype, str(_compute_dtype(query_1HTD)).removeprefix("torch."))
     return sharing(kind, capability, dtype, heads, _TORCH)
 
 
 _TORCH = tuple(int(part) for part in torch.__version__.split("+")[0].split(".")[:2])
 
 
-def _card(device: torch.device) -> Any:
+def _device_kind(device: torch.device) -> Any:
     """(kind, compute capability) as the policy wants them."""
     if device.type != "cuda":
         return "cpu", None
     return ("rocm", None) if torch.version.hip else ("cuda", torch.cuda.get_device_capability(device))
 
 
-def _computed_in(tensor: torch.Tensor) -> torch.dtype:
+def _compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The precision a product with `tensor` has here; autocast knows torch's own operations only."""
     kind = tensor.device.type
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else tensor.dtype
 
 
-def expanded(x_BKTD: torch.Tensor, query_BHTD: torch.Tensor) -> torch.Tensor:
+def expand_heads(x_BKTD: torch.Tensor, query_BHTD: torch.Tensor) -> torch.Tensor:
     """Keys or values copied to every query head, (B, H, T, D)."""
     return x_BKTD.repeat_interleave(query_BHTD.shape[1] // x_BKTD.shape[1], dim=1)
 
 
-def _packed(
+def _attend_row(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    borders: torch.Tensor,
+    borders_D: torch.Tensor,
     longest: int,
-    scaling: float | None,
-    sliding_window: int | None,
+    scoring: Scoring,
 ) -> torch.Tensor:
-    """All documents in one kernel, (1, T, H, D); `borders` (documents + 1, int32) lie where the row does."""
+    """All documents in one kernel, (1, T, H, D); the borders (documents + 1, int32) lie on the row's device."""
     from torch.nn.attention.varlen import varlen_attn
 
-    dtype = _computed_in(query_1HTD)
+    dtype, window = _compute_dtype(query_1HTD), scoring.window_within(longest)
     query, key, value = (x[0].transpose(0, 1).to(dtype) for x in (query_1HTD, key_1KTD, value_1KTD))
     output_THD = varlen_attn(
-        query, key, value, borders, borders, longest, longest,
-        scale=scaling, window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
+        query, key, value, borders_D, borders_D, longest, longest,
+        scale=scoring.scaling, window_size=(-1 if window is None else window - 1, 0),
         enable_gqa=query.shape[1] != key.shape[1],
     )  # fmt: skip
     return cast(torch.Tensor, output_THD)[None]
 
 
-def _alone(
-    query_1HLD: torch.Tensor,
-    key_1KLD: torch.Tensor,
-    value_1KLD: torch.Tensor,
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
+def attend_document(
+    query_1HLD: torch.Tensor, key_1KLD: torch.Tensor, value_1KLD: torch.Tensor, scoring: Scoring
 ) -> torch.Tensor:
     """Causal attention of one document, (L, H, D)."""
     length = query_1HLD.shape[2]
-    windowed = sliding_window is not None and length > sliding_window
-    mask_LL = _visible(length, sliding_window, query_1HLD.device) if windowed else None
+    window = scoring.window_within(length)
+    mask_LL = None if window is None else _visible(length, window, query_1HLD.device)
     output_1HLD = F.scaled_dot_product_attention(
         query_1HLD,
         key_1KLD,
         value_1KLD,
         attn_mask=mask_LL,
-        dropout_p=dropout,
+        dropout_p=scoring.dropout,
         is_causal=mask_LL is None,
-        scale=scaling,
+        scale=scoring.scaling,
         enable_gqa=query_1HLD.shape[1] != key_1KLD.shape[1],
     )
     return output_1HLD[0].transpose(0, 1)
 
 
-def _short(lengths: Sequence[int], query: torch.Tensor) -> list[tuple[int, int, int]]:
+def find_short(lengths: Sequence[int], query: torch.Tensor) -> list[tuple[int, int, int]]:
     """(document, start, length) of those that are worth one product together."""
     if query.device.type != "cpu" or query.dtype == torch.float32:
         return []
@@ -160,26 +165,24 @@ def _short(lengths: Sequence[int], query: torch.Tensor) -> list[tuple[int, int, 
 
 
 @functools.lru_cache(maxsize=4)  # every layer asks for the same; numbers, since a tensor may be a fake one
-def _gather_index(together: tuple[tuple[int, int, int], ...], longest: int) -> list[list[int]]:
+def _gather_index(short: tuple[tuple[int, int, int], ...], longest: int) -> list[list[int]]:
     """(B, L) positions in the row; beyond a document's end its last one again."""
-    return [[start + min(i, length - 1) for i in range(longest)] for _, start, length in together]
+    return [[start + min(i, length - 1) for i in range(longest)] for _, start, length in short]
 
 
-def _batched(
+def attend_short(
     query_1HTD: torch.Tensor,
     key_1KTD: torch.Tensor,
     value_1KTD: torch.Tensor,
-    together: list[tuple[int, int, int]],
-    scaling: float | None,
-    dropout: float,
-    sliding_window: int | None,
+    short: list[tuple[int, int, int]],
+    scoring: Scoring,
 ) -> torch.Tensor:
     """Causal attention of short documents, padded at their ends to (B, L, H, D); what stands beyond an end is void.
 
     A causal mask keeps every real token from the padding behind it.  Saves B H L^2 scores for the backward pass.
     """
-    longest = max(length for _, _, length in together)
-    index_BL = torch.tensor(_gather_index(tuple(together), longest))
+    longest = max(length for _, _, length in short)
+    index_BL = torch.tensor(_gather_index(tuple(short), longest))
 
     def gather(x_1HTD: torch.Tensor) -> torch.Tensor:
         return x_1HTD[0].transpose(0, 1)[index_BL].transpose(1, 2)  # (B, heads, L, D)
@@ -187,11 +190,13 @@ def _batched(
     query, key, value = gather(query_1HTD), gather(key_1KTD), gather(value_1KTD)
     num_documents, num_heads, _, width = query.shape
     num_keys = key.shape[1]
-    query = (query * (width**-0.5 if scaling is None else scaling)).reshape(num_documents * num_keys, -1, width)
+    query = (query * (width**-0.5 if scoring.scaling is None else scoring.scaling)).reshape(
+        num_documents * num_keys, -1, width
+    )
     key, value = key.reshape(-1, longest, width), value.reshape(-1, longest, width)
     scores = torch.bmm(query, key.transpose(1, 2)).view(-1, num_heads // num_keys, longest, longest).float()
-    hidden_LL = ~_visible(longest, sliding_window, query.device)
-    weights = F.dropout(scores.masked_fill(hidden_LL, -torch.inf).softmax(-1).to(query.dtype), dropout)
+    hidden_LL = ~_visible(longest, scoring.sliding_window, query.device)
+    weights = F.dropout(scores.masked_fill(hidden_LL, -torch.inf).softmax(-1).to(query.dtype), scoring.dropout)
     output = torch.bmm(weights.view(num_documents * num_keys, -1, longest), value)
     return output.view(num_documents, num_heads, longest, width).transpose(1, 2)
 
@@ -224,8 +229,8 @@ def _sdpa(
     is_grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     if is_grouped and attention_mask is None and query_BHTD.shape[2] > 1:
         drops_out = bool(others.get("dropout"))
-        if _sharing_of(query_BHTD, key_BKTD, False, drops_out) == "expanded":
-            key_BKTD, value_BKTD = expanded(key_BKTD, query_BHTD), expanded(value_BKTD, query_BHTD)
+        if _choose_sharing(query_BHTD, key_BKTD, False, drops_out) == "expanded":
+            key_BKTD, value_BKTD = expand_heads(key_BKTD, query_BHTD), expand_heads(value_BKTD, query_BHTD)
     return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **others)
 
 
@@ -252,8 +257,8 @@ def packed_arguments(
 ) -> dict[str, Any]:
     """The forward arguments that tell a model where documents of `lengths` begin in one row.
 
-    Positions, borders and the longest length are all handed over: a kernel that has to find them out waits for the
-    device in every layer.  `at` is what `borders` made of the same lengths, on `device` already.
+    Positions, borders and the longest length are all passed: a kernel that has to find them out waits for the device in
+    every layer.  `at` is what `borders` made of the same lengths, on `device` already.
     """
     positions_1T, borders_D = (tensor.to(device) for tensor in at or borders(lengths))
     return {
@@ -265,7 +270,7 @@ def packed_arguments(
 
 
 def borders(lengths: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """(1, T) positions inside documents laid end to end; (documents + 1) where each begins and the last ends, int32."""
+    """(1, T) positions inside packed documents; (documents + 1) where each begins and the last ends, int32."""
     positions = torch.cat([torch.arange(length) for length in lengths])
     return positions[None], torch.tensor([0, *itertools.accumulate(lengths)], dtype=torch.int32)
 
@@ -276,8 +281,8 @@ def first_layers(model: Any, device: torch.device) -> Any:
     num_layers = 1 + max(kinds.index(kind) for kind in set(kinds))
     lists = ((name, module) for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList))
     name, layers = max(lists, key=lambda found: sum(p.numel() for p in found[1].parameters()))
-    left_out = {id(layer): torch.nn.Identity() for layer in layers[num_layers:]}
-    copied = copy.deepcopy(model, left_out)
+    excluded = {id(layer): torch.nn.Identity() for layer in layers[num_layers:]}
+    copied = copy.deepcopy(model, excluded)
     copied.config.num_hidden_layers = num_layers
     parent, _, own_name = name.rpartition(".")
     setattr(copied.get_submodule(parent), own_name, copied.get_submodule(name)[:num_layers])

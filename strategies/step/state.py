@@ -1,8 +1,10 @@
-"""What a training has come to: gathered for a checkpoint, put back from one, whoever keeps which part of it."""
+"""A training's state: gathered for a checkpoint, put back from one, whichever worker keeps which part of it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -85,6 +87,11 @@ def zero(states: Iterable[dict]) -> None:
                 value.zero_()
             elif key == "step":
                 state[key] = 0
+
+
+def save_model(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a model as transformers reads it; `weights` stand in where no worker holds them whole."""
+    model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
 
 
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:

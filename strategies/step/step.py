@@ -6,13 +6,14 @@ The training loop runs these on real tensors, the tracer on fake ones, `techniqu
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
 from strategies.contract import Techniques, TrainSetup
+from strategies.step.activation_offload import offload_activations
 from strategies.step.supervised_logits import Batch, loss_sum
-from strategies.techniques.offload import saved_on_host
 from strategies.techniques.precision import autocast
 
 
@@ -34,8 +35,15 @@ def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: 
     device = batch.input_ids_BT.device
     if setup.engine:  # its weights are in the compute precision already
         return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
-    with autocast(device.type, techniques.dtype), saved_on_host(techniques.offload, setup.model, device):
+    with autocast(device.type, techniques.dtype), _offload(setup, techniques, device):
         return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+
+
+def _offload(setup: TrainSetup, techniques: Techniques, device: torch.device) -> AbstractContextManager[None]:
+    """Keep what the backward pass needs in pinned host memory inside the block, where the techniques say so."""
+    if techniques.offload != "activations" or device.type == "cpu":
+        return nullcontext()
+    return offload_activations(setup.model.parameters(), device)
 
 
 def backward(setup: TrainSetup, part: torch.Tensor, scaler: torch.amp.GradScaler) -> None:

@@ -13,7 +13,7 @@ from strategies.techniques.libraries import lacks
 from strategies.techniques.technique import Choice, Technique
 
 
-def refuses(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | None:
+def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | None:
     """Why a kernel cannot run a model on a device; None where it can."""
     if kernel == "eager":
         return None
@@ -94,19 +94,19 @@ def _kernel(name: str) -> Callable[[Choice], Choice]:
     return lambda choice: choice.with_(attn_implementation=name, packing=name == "document")
 
 
-def _room(kernel: str, name: str, about: str, than: str) -> Technique:
+def _technique(kernel: str, name: str, about: str, than: str) -> Technique:
     return Technique(
         name=name,
         about=about,
         switch=f"model.attn_implementation: {kernel}",
         on=_kernel(kernel),
         off=_kernel(than),
-        impossible=lambda device, shape: refuses(kernel, device, shape),
+        impossible=lambda device, shape: refuse_kernel(kernel, device, shape),
         quality="the same up to rounding",
     )
 
 
-EAGER = _room("eager", "eager attention", "plain products that keep every score; what all models have", "sdpa")
-SDPA = _room("sdpa", "SDPA attention", "PyTorch's fused kernel", "eager")
-FLASH = _room("flash_attention_2", "flash-attn 2", "the flash-attn library's kernels (arXiv 2307.08691)", "sdpa")
-FLEX = _room("flex_attention", "flex attention", "a kernel compiled for the mask at hand", "sdpa")
+EAGER = _technique("eager", "eager attention", "plain products that keep every score; what all models have", "sdpa")
+SDPA = _technique("sdpa", "SDPA attention", "PyTorch's fused kernel", "eager")
+FLASH = _technique("flash_attention_2", "flash-attn 2", "the flash-attn library's kernels (arXiv 2307.08691)", "sdpa")
+FLEX = _technique("flex_attention", "flex attention", "a kernel compiled for the mask at hand", "sdpa")

@@ -5,7 +5,7 @@ from strategies.shape import ModelShape
 from strategies.techniques.technique import Technique
 
 
-def no_compiler(device: DeviceCapability, shape: ModelShape) -> str | None:
+def refuse_compiler(device: DeviceCapability, shape: ModelShape) -> str | None:
     if device.kind == "cuda" and device.compute_capability and device.compute_capability < (7, 0):
         return f"Triton needs compute capability 7.0, {device.name} has {device.compute_capability}"
     return None
@@ -17,6 +17,6 @@ TORCH_COMPILE = Technique(
     switch="train.torch_compile: true",
     on=lambda choice: choice.with_(torch_compile=True, packing=False, attn_implementation="sdpa"),
     off=lambda choice: choice.with_(torch_compile=False, packing=False, attn_implementation="sdpa"),
-    impossible=no_compiler,
+    impossible=refuse_compiler,
     quality="the same up to rounding",
 )

@@ -5,7 +5,7 @@ from strategies.shape import ModelShape
 from strategies.techniques.technique import Technique
 
 
-def caps_logits(device: DeviceCapability, shape: ModelShape) -> str | None:
+def refuse_chunked_loss(device: DeviceCapability, shape: ModelShape) -> str | None:
     return "the model caps its logits after the output matrix" if shape.softcap else None
 
 
@@ -15,6 +15,6 @@ CHUNKED_LOSS = Technique(
     switch="train.loss_type: chunked_nll",
     on=lambda choice: choice.with_(loss_type="chunked_nll"),
     off=lambda choice: choice.with_(loss_type="nll"),
-    impossible=caps_logits,
+    impossible=refuse_chunked_loss,
     saves_first="memory",
 )

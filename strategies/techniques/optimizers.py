@@ -1,6 +1,6 @@
 """Smaller optimizer states."""
 
-from strategies.methods.as_techniques import no_bitsandbytes
+from strategies.techniques.libraries import refuse_bitsandbytes
 from strategies.techniques.technique import Technique
 
 EIGHT_BIT_OPTIMIZER = Technique(
@@ -9,7 +9,7 @@ EIGHT_BIT_OPTIMIZER = Technique(
     switch="train.optim: adamw_bnb_8bit",
     on=lambda choice: choice.with_(optim="adamw_bnb_8bit"),
     off=lambda choice: choice.with_(optim="adamw_torch_fused"),
-    impossible=no_bitsandbytes,
+    impossible=refuse_bitsandbytes,
     quality="published runs find no loss",
     saves_first="memory",
 )

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def no_bf16(device: DeviceCapability, shape: ModelShape) -> str | None:
+def refuse_bf16(device: DeviceCapability, shape: ModelShape) -> str | None:
     if device.kind != "cpu" and device.has_bf16_units is False:
         return f"{device.name} has no bf16 units: emulated, slower than fp32"
     return None
@@ -26,7 +26,7 @@ BF16 = Technique(
     switch="model.dtype: bfloat16",
     on=lambda choice: choice.with_(dtype="bfloat16"),
     off=lambda choice: choice.with_(dtype="float32"),
-    impossible=no_bf16,
+    impossible=refuse_bf16,
     quality="rounding of 8 bits; the same loss within noise",
 )
 FP16 = Technique(

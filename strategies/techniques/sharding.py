@@ -27,7 +27,7 @@ def _stage(stage: int) -> Callable[[Choice], Choice]:
     return lambda choice: choice.with_(zero_stage=stage, num_shards=max(2, choice.techniques.num_shards))
 
 
-def _room(stage: int, about: str) -> Technique:
+def _technique(stage: int, about: str) -> Technique:
     return Technique(
         name=f"ZeRO-{stage}",
         about=about,
@@ -40,9 +40,9 @@ def _room(stage: int, about: str) -> Technique:
     )
 
 
-ZERO_1 = _room(1, "the optimizer's state is divided among the devices, by their memory where they differ")
-ZERO_2 = _room(2, "gradients too")
-ZERO_3 = _room(3, "weights too: each layer is gathered when it is needed, over the network")
+ZERO_1 = _technique(1, "the optimizer's state is divided among the devices, by their memory where they differ")
+ZERO_2 = _technique(2, "gradients too")
+ZERO_3 = _technique(3, "weights too: each layer is gathered when it is needed, over the network")
 
 
 def refused_keys(overrides: Mapping[str, Any]) -> dict[str, str]:

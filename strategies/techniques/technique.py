@@ -1,7 +1,7 @@
-"""What every technique says of itself, and how a verdict comes out of the cost model.
+"""What a technique states, and how a verdict follows from the cost model.
 
-A room states how it is switched on, where it cannot be, and what it may not be combined with.  Its effect is never
-written down: it is the ratio of two estimates, with and without, on the device's own figures.
+A technique states how it is switched on and where it cannot be.  Its effect is never written down: it is the ratio of
+two estimates, with and without, on the device's own figures.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Technique:
-    """One room of the catalogue."""
+    """One technique of the catalogue."""
 
     name: str
     about: str
@@ -45,12 +45,12 @@ class Technique:
     impossible: Callable[[DeviceCapability, ModelShape], str | None] = lambda device, shape: None
     quality: str = "the same result"  # what it does to the tuned model
     needs_devices: int = 1
-    saves_first: Literal["memory", "time"] = "time"  # what people use it for
+    saves_first: Literal["memory", "time"] = "time"  # its usual purpose
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a technique does on a device: ratios are with over without, None where it cannot be."""
+    """A technique's effect on a device: ratios are with over without, None where it cannot be used."""
 
     technique: str
     level: Level
@@ -69,7 +69,7 @@ def judge(
     """
     reason = technique.impossible(device, choice.workload.shape)
     if reason is None and num_devices < technique.needs_devices:
-        reason = f"it divides work among devices, and here is {num_devices}"
+        reason = f"it divides work among devices; this cluster has {num_devices}"
     if reason is not None:
         return Verdict(technique.name, "impossible", reason)
     without = technique.off(choice).estimate(device, node)

@@ -26,7 +26,7 @@ from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.parallel import Group
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter
-from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.generation import Recipe, generate
 from strategies.contract import Techniques, TrainSetup
 
 _LAYERS = list(range(20, 30))
@@ -76,7 +76,7 @@ def merged(method: str, adapters: list[Path], work: Path) -> dict[str, Path]:
         else:
             weight = 1 / len(adapters) if rule == "average" else 1.0
             exact = "ties" if rule == "ties" else "cat"
-            generate([Adapter(one) for one in adapters], [weight] * len(adapters), output, exact)
+            generate([Adapter(one) for one in adapters], [weight] * len(adapters), output, Recipe(exact))
     return found
 
 

@@ -118,7 +118,7 @@ def peak_of(method: str, techniques: Any, shares: Any) -> int:
         model = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, way.load_dtype(techniques)))
         settings = TrainSettings(1e-4, 0.0, techniques.optim, 0.9, 0.999, 1e-8, techniques, 1)
         setup = way.setup(model, settings)
-        setup = shard(setup, settings, torch.device("cpu"), shares or (), print)
+        setup = shard(setup, settings, torch.device("cpu"), shares or ())
         batch = Lengths(LENGTHS, tuple(n // 2 for n in LENGTHS)).batch(packing=False)
         scaler = gradient_scaler("cpu", "float32")
         del model

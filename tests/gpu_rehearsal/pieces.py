@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from orchestrator.training.parallel import GradientSum, Group
 from strategies.contract import TrainSetup, TrainState
-from strategies.engines.uneven_zero import divided
+from strategies.engines.uneven_zero import shard_by_memory
 from strategies.lsp_offload.method import LspOffload
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, update
@@ -73,7 +73,7 @@ def divided_optimizer() -> dict[str, Any]:
     try:
         with fake_device.FAKE:
             batch = inputs.batch_of(PLAIN).to(torch.device(PLAIN.device))
-            setup = divided(inputs.set_up(PLAIN), [1.0], torch.device(PLAIN.device))
+            setup = shard_by_memory(inputs.set_up(PLAIN), [1.0], torch.device(PLAIN.device))
             return _there_and_back(setup, batch)
     finally:
         dist.destroy_process_group()

@@ -9,7 +9,7 @@ import torch
 
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.distances import DISTANCES
-from strategies.adapter_bank.generation import RULES, combined
+from strategies.adapter_bank.generation import RULES, combine
 from strategies.adapter_bank.store import Bank
 from tests.adapters import write_adapter
 from tests.cli import called
@@ -98,7 +98,7 @@ def test_an_adapter_is_made_and_judged(place, tmp_path):
     assert found["recommended"] == min(found["probe_loss"], key=found["probe_loss"].get) != "base"
     there, bank = Adapter(tmp_path / "made" / "adapter"), Bank(place / "bank")
     parts = [(bank.adapter(bank.find(part["name"])), part["share"]) for part in found["made_from"]]
-    told = combined([one for one, _ in parts], [share for _, share in parts], found["settings"]["rule"])
+    told = combine([one for one, _ in parts], [share for _, share in parts], found["settings"]["rule"])
     assert there.ranks == [4] and set(there.targets) == set(told)
     for name, factors in told.items():  # the card is of what lies there, whichever was the best
         torch.testing.assert_close(there.factors(name).delta(), factors.delta(), rtol=1e-3, atol=1e-5)

@@ -19,7 +19,7 @@ from strategies.adapter_bank.card import BankError, Card
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.exchange import export, import_
-from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.generation import Recipe, generate
 from strategies.adapter_bank.selection import forward_selection
 from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
@@ -138,7 +138,7 @@ def test_where_no_move_helps_the_shares_stay():
 def test_a_bank_of_one_adapter_many_times_gives_that_adapter(tmp_path, rule):
     one = an_adapter(tmp_path / "one", 0)
 
-    made = generate([one] * 4, [0.25] * 4, tmp_path / "made", rule)
+    made = generate([one] * 4, [0.25] * 4, tmp_path / "made", Recipe(rule))
 
     for name, delta in whole(Adapter(made.folder)).items():
         torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-5, rtol=1e-5)
@@ -149,8 +149,8 @@ def test_delta_is_the_exact_sum_and_says_what_a_rank_leaves_out(tmp_path):
     adapters = [an_adapter(tmp_path / str(i), i, rank) for i, rank in enumerate(ranks)]
     shares = [0.5, -0.3, 0.8]
 
-    full = generate(adapters, shares, tmp_path / "full", rank=6)
-    short = generate(adapters, shares, tmp_path / "short", rank=2)
+    full = generate(adapters, shares, tmp_path / "full", Recipe(rank=6))
+    short = generate(adapters, shares, tmp_path / "short", Recipe(rank=2))
 
     left_out, size = 0.0, 0.0
     for name in MAPS:
@@ -201,9 +201,9 @@ def test_inner_products_are_those_of_the_whole_corrections(tmp_path):
 
 def test_a_task_is_taken_away_by_a_negative_weight(tmp_path):
     one, other = (an_adapter(tmp_path / str(i), i) for i in range(2))
-    both = generate([one, other], [1, 1], tmp_path / "both", rank=4)
+    both = generate([one, other], [1, 1], tmp_path / "both", Recipe(rank=4))
 
-    back = generate([Adapter(both.folder), other], [1, -1], tmp_path / "back", rank=6)
+    back = generate([Adapter(both.folder), other], [1, -1], tmp_path / "back", Recipe(rank=6))
 
     for name, delta in whole(Adapter(back.folder)).items():
         torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-4, rtol=1e-4)
@@ -213,7 +213,7 @@ def test_a_task_is_taken_away_by_a_negative_weight(tmp_path):
 def test_at_density_1_merges_of_one_adapter_are_that_adapter(tmp_path, how):
     one = an_adapter(tmp_path / "one", 0)
 
-    made = generate([one], [1.0], tmp_path / "made", how, density=1.0)
+    made = generate([one], [1.0], tmp_path / "made", Recipe(how, density=1.0))
 
     for name, delta in whole(Adapter(made.folder)).items():
         torch.testing.assert_close(delta, one.factors(name).delta(), atol=1e-4, rtol=1e-4)
@@ -355,7 +355,7 @@ def test_peft_reads_what_was_made(tmp_path):
             return self.model.layers[0].q_proj(x) + self.model.layers[1].q_proj(x)
 
     adapters = [an_adapter(tmp_path / str(i), i) for i in range(2)]
-    made = generate(adapters, [0.5, 0.5], tmp_path / "made", rank=4)
+    made = generate(adapters, [0.5, 0.5], tmp_path / "made", Recipe(rank=4))
     config = json.loads((made.folder / "adapter_config.json").read_text()) | {"task_type": None}
     (made.folder / "adapter_config.json").write_text(json.dumps(config))
     model, x = Tiny(), torch.randn(3, 20)

@@ -1,18 +1,30 @@
-"""One conformance test over the whole registry: a new method is tested by being registered."""
+"""The conformance test of training methods: a method is tested by being registered, as the example is here."""
 
 import copy
 import dataclasses
+import subprocess
+import sys
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
-from strategies.contract import Method, Techniques, TrainSettings, Workload
+from strategies.compatibility import conflict
+from strategies.contract import Method, MethodDefaults, Techniques, TrainSettings, Workload
+from strategies.measure.trace import Lengths
 from strategies.shape import ModelShape
+from strategies.step.state import gather, restore
+from strategies.step.step import Update, forward_backward, update
+from strategies.techniques.precision import gradient_scaler
+from tests.processes import run_ranks
+from tests.strategies.example_method import NormTuning
 
 CPU = DeviceCapability("cpu", "test", 8 * 2**30)
 NODE = NodeCapability("here", 2, 8 * 2**30, (CPU,))
+LENGTHS, NUM_SUPERVISED = Lengths((20, 12), (9, 5)), 14
+SAMPLES = [Lengths((20,), (9,)), Lengths((12,), (5,))]  # the same, one at a time
 
 
 def techniques(**changes):
@@ -28,9 +40,25 @@ def workload(shape):
     return Workload(shape, 100, 3000, 900, 60, 8, 10, 80)
 
 
-@pytest.fixture(params=sorted(METHODS))
-def method(request):
+@pytest.fixture(params=[*sorted(METHODS), NormTuning.name])
+def method(request, monkeypatch):
+    monkeypatch.setitem(METHODS, NormTuning.name, NormTuning)
     return METHODS[request.param]()
+
+
+def add_gradients(setup, *parts):
+    """The gradients of a step whose micro-batches are `parts`, by what workers add up."""
+    for part in parts:
+        forward_backward(setup, part.batch(False), NUM_SUPERVISED, techniques(), gradient_scaler("cpu", "float32"))
+    return [parameter.grad.clone() for parameter in setup.summed]
+
+
+def train(setup, num_steps):
+    """The state after some steps."""
+    for _ in range(num_steps):
+        add_gradients(setup, *SAMPLES)
+        update(setup, gradient_scaler("cpu", "float32"), Update(1.0, 1.0))
+    return copy.deepcopy(gather(setup))
 
 
 def base_model(method, model_folder):
@@ -52,6 +80,8 @@ def test_is_a_frozen_dataclass_with_the_two_promises(method):
     assert dataclasses.is_dataclass(method)
     assert method.__dataclass_params__.frozen
     assert isinstance(method, Method)
+    assert MethodDefaults in type(method).__mro__
+    assert METHODS[method.name] is type(method)
 
 
 def test_estimate_counts_what_setup_trains(method, model):
@@ -128,3 +158,114 @@ def test_export_is_loadable_by_plain_libraries(method, model, model_folder, tmp_
     with torch.no_grad():
         assert torch.allclose(loaded(ids).logits, setup.model(ids).logits, atol=1e-5)
     assert not list((tmp_path / "out").rglob("*.bin"))
+
+
+def test_training_goes_the_same_way_from_a_checkpoint(method, model):
+    """Weights and moments of the third step are those of a training that was never interrupted, bit by bit."""
+    first, second = method.setup(copy.deepcopy(model), settings()), method.setup(model, settings())
+    first.model.train(), second.model.train()
+
+    state = train(first, 2)
+    restore(second, state)
+    resumed, straight = train(second, 1), train(first, 1)
+
+    assert set(state.weights) == {*first.parameters, *first.buffers}
+    for name, weight in straight.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    for name, moments in straight.moments.items():
+        assert moments.keys() == resumed.moments[name].keys()
+        assert all(torch.equal(resumed.moments[name][key], value) for key, value in moments.items()), name
+    assert any(not torch.equal(state.weights[name], weight) for name, weight in straight.weights.items())
+
+
+def test_gradients_of_micro_batches_add_up_to_those_of_one_batch(method, model):
+    setup = method.setup(model, settings())
+    setup.model.train()
+
+    together = add_gradients(setup, LENGTHS)
+    setup.optimizer.zero_grad()
+    apart = add_gradients(setup, *SAMPLES)
+
+    assert any(gradient.abs().max() > 0 for gradient in together)
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("changes", [{"dtype": "float16"}, {"zero_stage": 2, "num_shards": 2}, {"optim": "sgd"},
+                                     {"offload": "optimizer"}, {"offload": "activations"}])  # fmt: skip
+def test_what_a_method_refuses_the_planner_refuses_in_its_words(method, model, changes):
+    gpu = DeviceCapability("cuda", "GPU", 24 * 2**30, compute_capability=(8, 6))
+    shape = ModelShape.from_config(model.config.to_dict())
+
+    refusal = method.refuses(techniques(**changes), shape)
+
+    assert method.refuses(techniques(), shape) is None and conflict(method, techniques(), gpu, shape) is None
+    if refusal is not None:
+        assert len(refusal) > 20
+        assert conflict(method, techniques(**changes), gpu, shape, num_devices=2) == refusal
+
+
+def test_options_left_to_the_plan_are_resolved_with_a_reason(method, model):
+    shape = ModelShape.from_config(model.config.to_dict())
+
+    plan = method.estimate(workload(shape), CPU, NODE, techniques())
+    stated = dataclasses.replace(method, **{name: value for name, (value, _) in plan.resolved.items()})
+
+    automatic = {field.name for field in dataclasses.fields(method) if getattr(method, field.name) == "auto"}
+    assert set(plan.resolved) == automatic
+    assert all(reason for _, reason in plan.resolved.values())
+    assert stated.estimate(workload(shape), CPU, NODE, techniques()) == dataclasses.replace(plan, resolved={})
+
+
+def train_beside_another(rank, size, port, methods, model_folder, out):
+    """One step of every method, a sample a worker."""
+    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
+    for method in methods:
+        setup = method.setup(base_model(method, model_folder), settings())
+        setup.model.train()
+        add_gradients(setup, SAMPLES[rank])
+        for parameter in setup.summed:
+            dist.all_reduce(parameter.grad)
+        summed = [parameter.grad.clone() for parameter in setup.summed]
+        update(setup, gradient_scaler("cpu", "float32"), Update(1.0, 1.0))
+        torch.save((summed, gather(setup).weights), f"{out}/{method.name}-{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def of_two_workers(model_folder, tmp_path_factory):
+    out = tmp_path_factory.mktemp("workers")
+    methods = [make() for make in (*METHODS.values(), NormTuning)]
+    run_ranks(train_beside_another, 2, methods, str(model_folder), str(out))
+    return lambda name: [torch.load(out / f"{name}-{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+def test_two_workers_train_as_one(method, model, of_two_workers):
+    """Their gradients add up to those of one worker, and both have the same weights afterwards, bit by bit."""
+    setup = method.setup(model, settings())
+    setup.model.train()
+
+    alone = add_gradients(setup, *SAMPLES)
+    (summed, weights), (_, others) = of_two_workers(method.name)
+
+    for one, other in zip(alone, summed, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-5)
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
+
+
+def test_a_registered_method_is_a_section_of_the_job_file():
+    """Nothing but the registry's line: its options, their limits and their defaults are the job file's."""
+    program = """
+from strategies import METHODS
+from tests.strategies.example_method import NormTuning
+METHODS[NormTuning.name] = NormTuning
+from orchestrator.job.spec import METHOD_SECTIONS
+section = METHOD_SECTIONS["example_norms"]
+print(section(type="example_norms").lr_factor, section.model_json_schema()["properties"]["lr_factor"])
+"""
+
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+
+    assert said.returncode == 0, said.stderr
+    assert said.stdout.startswith("10.0 {") and "learning rate of the norms" in said.stdout
+    assert "'exclusiveMinimum': 0" in said.stdout

@@ -8,17 +8,12 @@ import pytest
 import torch
 
 from strategies.lsp_offload import optimizer
-from strategies.lsp_offload.adam import AdamNumbers
-from strategies.lsp_offload.optimizer import (
-    LaneFailed,
-    Learning,
-    LspAdamW,
-    Projected,
-    rounded_at_random,
-)
+from strategies.lsp_offload.adam import AdamNumbers, round_at_random
+from strategies.lsp_offload.optimizer import LaneFailed, LspAdamW, Route
 from strategies.lsp_offload.projector import SparseProjector, Subspace
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.transport import EmulatedBus
+from strategies.lsp_offload.weights import Learning, Projected
 
 SIDE = 24
 
@@ -85,7 +80,7 @@ def optimizer_of(model, spaces, lanes=None, bus=None, learning=None, seed=0):
     """`spaces`: given subspaces, or (size, non-zeros) for random ones."""
     sizes = [(space.size, 2) if isinstance(space, Subspace) else space for space in spaces]
     weights = [Projected(place, layer.weight, *sizes[place]) for place, layer in enumerate(model)]
-    made = LspAdamW(weights, bus or EmulatedBus(), lanes or Lanes(), NUMBERS, learning, seed=seed)
+    made = LspAdamW(weights, Route(bus or EmulatedBus(), lanes or Lanes()), NUMBERS, learning, seed=seed)
     for place, layer in enumerate(model):
         layer.register_forward_pre_hook(made.waiter(place))
         if isinstance(spaces[place], Subspace):
@@ -368,7 +363,7 @@ def test_a_restored_state_goes_on_bit_by_bit():
 def test_random_rounding_is_right_on_average_and_leaves_what_fits():
     values = torch.tensor([1.0, 1.0 + 2**-10, -3.0 - 2**-9, 0.5])
 
-    drawn = torch.stack([rounded_at_random(values, generator(i)) for i in range(4000)])
+    drawn = torch.stack([round_at_random(values, generator(i)) for i in range(4000)])
 
     assert torch.equal(drawn, drawn.bfloat16().float())
     assert torch.equal(drawn[:, 0], torch.ones(4000)) and torch.equal(drawn[:, 3], torch.full((4000,), 0.5))

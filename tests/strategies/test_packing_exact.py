@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from strategies.step import document_attention
+from strategies.step.document_attention import Scoring
 from strategies.step.supervised_logits import Batch, loss_sum
 
 FAMILIES = {
@@ -93,9 +94,10 @@ def test_the_shared_product_of_short_documents_is_each_ones_own_attention(window
     row = [torch.randn(shape, generator=generator, requires_grad=True) for shape in shapes]
     together = [(0, 0, 9), (1, 9, 3), (2, 12, 14)]
 
-    shared = document_attention._batched(*row, together, None, 0.0, window)
+    shared = document_attention.attend_short(*row, together, Scoring(sliding_window=window))
     ours = torch.cat([shared[i, :length] for i, (_, _, length) in enumerate(together)])
-    alone = [document_attention._alone(*[x[:, :, a : a + n] for x in row], None, 0.0, window) for _, a, n in together]
+    parts = [[x[:, :, a : a + n] for x in row] for _, a, n in together]
+    alone = [document_attention.attend_document(*part, Scoring(sliding_window=window)) for part in parts]
     weights = torch.randn(ours.shape, generator=generator)
 
     assert torch.allclose(ours, torch.cat(alone), atol=1e-6)
@@ -110,7 +112,7 @@ def test_bf16_on_a_cpu_uses_the_shared_product_and_gives_nearly_the_same_loss():
     model = tiny("llama", num_key_value_heads=2)
     docs = documents(9, 3, 14, 5)
     exact = loss_sum(model, as_batch(docs)).item()
-    assert document_attention._short((9, 3, 14, 5), torch.zeros(1, dtype=torch.bfloat16))
+    assert document_attention.find_short((9, 3, 14, 5), torch.zeros(1, dtype=torch.bfloat16))
 
     assert loss_sum(model.to(torch.bfloat16), as_batch(docs)).item() == pytest.approx(exact, rel=0.01)
 
@@ -183,10 +185,12 @@ def test_copied_keys_give_what_shared_ones_give(window):
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(1, heads, 9, 8, generator=generator) for heads in (4, 2, 2))
 
-    shared = document_attention._alone(query, key, value, None, 0.0, window)
-    copied = [document_attention.expanded(x, query) for x in (key, value)]
+    shared = document_attention.attend_document(query, key, value, Scoring(sliding_window=window))
+    copied = [document_attention.expand_heads(x, query) for x in (key, value)]
 
-    assert torch.allclose(document_attention._alone(query, *copied, None, 0.0, window), shared, atol=1e-6)
+    assert torch.allclose(
+        document_attention.attend_document(query, *copied, Scoring(sliding_window=window)), shared, atol=1e-6
+    )
 
 
 def test_padded_rows_give_the_same_loss_as_packed_rows():

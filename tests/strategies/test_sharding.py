@@ -49,7 +49,7 @@ def built(method, stage=0, shares=None, offload="none", rank=0, size=1, options=
     setup = METHODS[method](**({"loraplus_lr_ratio": 4.0} if method == "lora" else {})).setup(
         LlamaForCausalLM(config), settings
     )
-    return shard(setup, settings, torch.device("cpu"), shares or (), lambda text: None, options), techniques
+    return shard(setup, settings, torch.device("cpu"), shares or (), options), techniques
 
 
 def trained(setup, techniques, steps, rank=0, size=1):

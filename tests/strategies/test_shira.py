@@ -7,7 +7,7 @@ import torch
 
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter
-from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.generation import Recipe, generate
 from strategies.measure import trace
 from strategies.methods.lora import Lora
 from strategies.methods.shira import Shira
@@ -207,7 +207,9 @@ def test_four_sparse_experts_merge_to_a_better_one_than_four_of_lora(model_folde
             return sum(float(loss(model, ids)) for ids in tasks) / len(tasks)
 
     sparse.merge(experts(Shira(shira_r=4), "shira"), tmp_path / "sparse")
-    generate([Adapter(folder) for folder in experts(Lora(lora_r=4), "lora")], [0.25] * 4, tmp_path / "low", "cat")
+    generate(
+        [Adapter(folder) for folder in experts(Lora(lora_r=4), "lora")], [0.25] * 4, tmp_path / "low", Recipe("cat")
+    )
 
     base = sum(float(loss(base_model(Lora(), model_folder), ids).detach()) for ids in tasks) / len(tasks)
     assert mean_loss(tmp_path / "sparse") < mean_loss(tmp_path / "low") < base

@@ -330,24 +330,25 @@ def prepare(
         adam_epsilon=train.adam_epsilon,
         techniques=techniques,
         seed=train.seed,
-        elsewhere=remote_objects.reachable(),
+        start_remote=remote_objects.reachable(),
     )
     try:
         setup = method.setup(model, settings)
     except (ValueError, KeyError) as error:
         raise JobError(f"method: {str(error).splitlines()[0]}") from error
-    for text in setup.notes:
-        record("note", text=text)
     techniques = with_loss_that_runs(setup.model, job, techniques, record)
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     if techniques.torch_compile:
         setup.model.compile(dynamic=True)
-    return _divided(setup, job, plan, settings, device, record, group or Group()), techniques
+    setup = _divided(setup, job, plan, settings, device, group or Group())
+    for text in setup.notes:
+        record("note", text=text)
+    return setup, techniques
 
 
 def _divided(
-    setup: TrainSetup, job: Job, plan: Plan, settings: TrainSettings, device: torch.device, record: Any, group: Group
+    setup: TrainSetup, job: Job, plan: Plan, settings: TrainSettings, device: torch.device, group: Group
 ) -> TrainSetup:
     """The training as the plan divides it among the workers."""
     from strategies.engines.deepspeed_zero import CannotOffload, Options
@@ -356,7 +357,7 @@ def _divided(
     options = Options(strategy.deepspeed or {}, strategy.nvme_path, strategy.sync_dtype)
     try:
         parts = [part.techniques.state_part for part in plan.nodes]
-        return shard(setup, settings, device, parts, lambda text: record("note", text=text), options, group.wire)
+        return shard(setup, settings, device, parts, options, group.wire)
     except CannotOffload as error:
         raise JobError(str(error)) from error
 

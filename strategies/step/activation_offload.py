@@ -20,7 +20,7 @@ _AHEAD = 4  # tensors on their way back beside the one that is needed
 
 
 @contextlib.contextmanager
-def activations_on_host(weights: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
+def offload_activations(weights: Iterable[torch.Tensor], device: torch.device) -> Iterator[None]:
     """Keep what operations inside the block save on the host, except `weights`."""
     host_side = _HostSide(device)
     for weight in weights:
