@@ -259,7 +259,7 @@ def test_a_registered_method_is_a_section_of_the_job_file():
 from strategies import METHODS
 from tests.strategies.example_method import NormTuning
 METHODS[NormTuning.name] = NormTuning
-from orchestrator.job.spec import METHOD_SECTIONS
+from orchestrator.job.sections.methods import METHOD_SECTIONS
 section = METHOD_SECTIONS["example_norms"]
 print(section(type="example_norms").lr_factor, section.model_json_schema()["properties"]["lr_factor"])
 """
