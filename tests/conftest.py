@@ -63,8 +63,13 @@ def _needs_ray(path):
 
 
 def pytest_collection_modifyitems(items):
-    """The longest files first: a long one that begins last would keep one process busy and the other idle."""
-    items.sort(key=lambda item: not _needs_ray(item.nodeid.split("::")[0]))
+    """The longest files first, with patience: one that begins last would keep one process busy and the other idle."""
+    with_ray = [item for item in items if _needs_ray(item.nodeid.split("::")[0])]
+    chosen = set(with_ray)
+    items.sort(key=lambda item: item not in chosen)
+    for item in with_ray:
+        if not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(1800))  # a module's first test pays for its fixtures
 
 
 @pytest.hookimpl(optionalhook=True)
