@@ -1,14 +1,14 @@
 """Everything that can go wrong and is not our bug.
 
     OrchestratorError            exit code
-    ├── JobError                 2   the job file, its data or its model: the user mends the job
+    ├── JobError                 2   the job file, its data or its model: the user fixes the job
     │   └── MissingExtra         2   a package this verb needs is not installed
     ├── NothingFits              3   no plan fits the machines
     ├── ClusterError             4   Ray or a machine: cannot connect, cannot start
-    └── RunFailed                5   training started and failed; `resume` goes on from the last checkpoint
+    └── RunFailed                5   training started and failed; `resume` continues from the last checkpoint
         ├── Diverged             5   the loss stopped being a number
         ├── HardwareChanged      5   a machine is not as it was planned for
-        └── Stopped              5   it was asked to stop, and saved
+        └── Stopped              5   stopped on request, and saved
 
 Exit code 1 is left to bugs, which end in a traceback.  A message says what is wrong with the value seen, then what to
 do.
@@ -74,11 +74,11 @@ class RunFailed(OrchestratorError):
 
 
 class Stopped(RunFailed):
-    """Not a failure of anything: somebody asked."""
+    """No failure: the user asked for it."""
 
 
 class HardwareChanged(RunFailed):
-    """A machine is not the one the plan was made for: it is looked at and planned again."""
+    """A machine is not the one the plan was made for: it is probed and planned again."""
 
 
 class Diverged(RunFailed):

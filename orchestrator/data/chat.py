@@ -25,12 +25,12 @@ from orchestrator.data.supervision import (
     outside,
 )
 
-_MEND = (
+_FIX = (
     "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and"
     " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
 )
-_MEND_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after the assistant's words"
-_MEND_LOSS = "Set data.chat_template to a .jinja file that writes them, or take them out of the rows"
+_FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after the assistant's words"
+_FIX_LOSS = "Set data.chat_template to a .jinja file that writes them, or take them out of the rows"
 _OWN_KEYS = ("train",)  # of a turn, for us and not for the template
 
 
@@ -125,13 +125,13 @@ class ChatTemplate:
             words = lost_words(talk.turns[lost[0]], text)
             more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
             raise LostTurns(
-                f"{talk.name(lost[0])}: the chat template leaves out words of it{more}: {words!r}. {_MEND_LOSS}",
+                f"{talk.name(lost[0])}: the chat template leaves out words of it{more}: {words!r}. {_FIX_LOSS}",
                 f"the chat template leaves out words of a turn of {talk.turns[lost[0]]['role']}",
                 len(lost),
             )
         if missing := missing_tools(talk.tools, text):
             raise LostTurns(
-                f"the chat template leaves out the tool {missing[0]!r}. {_MEND_LOSS}",
+                f"the chat template leaves out the tool {missing[0]!r}. {_FIX_LOSS}",
                 "the chat template leaves out tools",
             )
         bos = self.bos
@@ -148,7 +148,7 @@ class ChatTemplate:
         """The fault of an answer without an end."""
         return NoEnd(
             f"{talk.name(number)}: the chat template supervises no end after the answer, so the model would never learn"
-            f" to stop. {_MEND_END}",
+            f" to stop. {_FIX_END}",
             "the chat template supervises no end after an answer",
         )
 
@@ -192,10 +192,10 @@ class ChatTemplate:
         """What the template writes to make the assistant speak."""
         probe = Conversation(({"role": "user", "content": "a"},))
         try:
-            asked, whole = self.text(probe, add_generation_prompt=True), self.text(probe)
+            prompted, whole = self.text(probe, add_generation_prompt=True), self.text(probe)
         except BadRow:
             return ""
-        return asked[len(whole) :] if asked.startswith(whole) else ""
+        return prompted[len(whole) :] if prompted.startswith(whole) else ""
 
     def _marked(self, talk: Conversation) -> tuple[str, list[Span]]:
         """The text and each answer in it, by the template's own marks."""
@@ -225,20 +225,20 @@ def _other_prompt(name: str, before: str, text: str) -> BadRow:
     """The fault of a template whose prompt for an answer is not what stands before it in the conversation."""
     pairs = enumerate(zip(before, text, strict=False))
     same = next((at for at, (one, other) in pairs if one != other), min(len(before), len(text)))
-    asked, written = printable(before[same:][-40:]), printable(text[same:][:40])
+    prompt, written = printable(before[same:][-40:]), printable(text[same:][:40])
     return BadRow(
-        f"{name}: data.chat_template: the prompt that the template writes for an answer goes on with '{asked}', the"
+        f"{name}: data.chat_template: the prompt that the template writes for an answer continues with '{prompt}', the"
         f" conversation with '{written}', so the assistant's words cannot be"
-        f" told apart. Begin the answers as the prompt ends, or: {_MEND}",
+        f" told apart. Begin the answers as the prompt ends, or: {_FIX}",
         "the template's prompt for an answer is not how it writes the conversation",
     )
 
 
 def _refuse_marks(text: str, spans: Sequence[Span], num_answers: int) -> None:
     if not spans:
-        raise BadRow(f"data.chat_template: the template marks no token as the assistant's. {_MEND}")
+        raise BadRow(f"data.chat_template: the template marks no token as the assistant's. {_FIX}")
     if not "".join(text[a:b] for a, b in outside(text, spans)).strip():
-        raise BadRow(f"data.chat_template: the template marks every token as the assistant's. {_MEND}")
+        raise BadRow(f"data.chat_template: the template marks every token as the assistant's. {_FIX}")
     if len(spans) != num_answers:
         raise BadRow(
             f"data.chat_template: the template marks {len(spans)} places in a conversation with {num_answers} turns of"
@@ -248,7 +248,7 @@ def _refuse_marks(text: str, spans: Sequence[Span], num_answers: int) -> None:
 
 
 def _merged(spans: Sequence[Span]) -> list[Span]:
-    """Spans that touch as one, empty ones left out."""
+    """Touching spans merged, empty ones dropped."""
     merged: list[Span] = []
     for a, b in spans:
         if merged and a == merged[-1][1]:

@@ -1,4 +1,4 @@
-"""What happened to the rows, counted: what is supervised, cut, dropped or broken, and what is said of it.  Pure."""
+"""What happened to the rows, counted: what is supervised, cut, dropped or broken, and what is reported of it.  Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
 
-_MAX_CUT, _MAX_DROPPED = 0.01, 0.001  # of tokens, of rows: more is said
+_MAX_CUT, _MAX_DROPPED = 0.01, 0.001  # of tokens, of rows: more is reported
 _MAX_KINDS = 1000  # reasons that never repeat must not fill the memory
 _MAX_LOST = 0.2  # of tokens or rows: more needs data.truncate
 
@@ -67,7 +67,7 @@ class BrokenRows:
 
 @dataclass
 class _Kind:
-    """One kind of fault: what is said of its first row, and where the next ones are."""
+    """One kind of fault: what is reported of its first row, and where the next ones are."""
 
     first: str
     file: str

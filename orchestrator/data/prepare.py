@@ -74,10 +74,10 @@ def _report(job: Job, data: Dataset, key: str, say: Callable[[str], None]) -> No
 
 def digests(job: Job) -> dict[str, str | None]:
     """What data.json says of the bytes of the job's files."""
-    asked = {"train": job.spec.data.train, "eval": job.spec.data.eval}
+    stated = {"train": job.spec.data.train, "eval": job.spec.data.eval}
     return {
         f"{name}_digest": digest_of(job, value, f"data.{name}")
-        for name, value in asked.items()
+        for name, value in stated.items()
         if value is not None and not isinstance(value, HeldOut)
     }
 

@@ -171,10 +171,10 @@ def _compare(found: Survey) -> None:
         key.counts.statistics.repeated = sum(count for count in counts.values() if count > 1)
     kept = range(len(prints))
     others = set(held.fingerprints) if held else set()
-    asked = found.job.spec.data.eval
-    if isinstance(asked, HeldOut) and train.is_whole and len(prints) > 1:
+    stated = found.job.spec.data.eval
+    if isinstance(stated, HeldOut) and train.is_whole and len(prints) > 1:
         from orchestrator.data.dataset import split_rows
 
-        kept, apart = split_rows(len(prints), asked.split, found.job.spec.train.seed)
+        kept, apart = split_rows(len(prints), stated.split, found.job.spec.train.seed)
         others = {prints[index] for index in apart}
     train.counts.statistics.held_out = sum(prints[index] in others for index in kept)

@@ -111,7 +111,7 @@ NOT_NEEDED: dict[str, str] = {
     "tokenizer_type": "the model's own tokenizer is used; remove it",
     "tokenizer_name": "the model's own tokenizer is used; remove it",
     "special_tokens": "the tokenizer's own are used; change them in the model's folder",
-    "resume_from_checkpoint": "`orchestrator resume RUN` goes on from the newest checkpoint; remove it",
+    "resume_from_checkpoint": "`orchestrator resume RUN` continues from the newest checkpoint; remove it",
     "ddp_timeout": "a silent worker is given up by itself; remove it",
     "ddp_find_unused_parameters": "not needed here; remove it",
     "local_rank": "workers are started by the plan; remove it",
@@ -146,25 +146,25 @@ def plain_values(values: dict[str, Any], where: Callable[[tuple[str, str]], str]
     for key in _TARGETS:
         if key not in method:
             continue
-        asked, read = method[key], targets_of(method[key])
-        if read == asked and type(read) is type(asked):
+        stated, read = method[key], targets_of(method[key])
+        if read == stated and type(read) is type(stated):
             continue
         method[key] = read
-        notices.append(f"{where(('method', key))}: method.{key} {asked!r} is read as {read!r}")
+        notices.append(f"{where(('method', key))}: method.{key} {stated!r} is read as {read!r}")
     return notices
 
 
-def targets_of(asked: Any) -> Any:
+def targets_of(stated: Any) -> Any:
     """The targets as PEFT takes them: `all-linear`, a list of names, or an expression.
 
     `all` (LLaMA-Factory) and `true` (Axolotl's lora_target_linear) are all linear maps; names with commas are a list.
     """
-    if asked is True or asked in (["all"], ["all-linear"]):
+    if stated is True or stated in (["all"], ["all-linear"]):
         return "all-linear"
-    if not isinstance(asked, str):
-        return asked
-    if asked.strip().lower() in ("all", "all-linear", "all_linear"):
+    if not isinstance(stated, str):
+        return stated
+    if stated.strip().lower() in ("all", "all-linear", "all_linear"):
         return "all-linear"
-    names = [name for name in re.split(r"[,\s]", asked) if name]
+    names = [name for name in re.split(r"[,\s]", stated) if name]
     is_list = names and all(re.fullmatch(r"[A-Za-z_][\w.]*", name) for name in names)
-    return names if is_list else asked
+    return names if is_list else stated

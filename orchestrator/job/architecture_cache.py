@@ -1,4 +1,4 @@
-"""What the library said of a model, kept in the user's cache: importing it and building the model takes ten seconds.
+"""What the library reported about a model, kept in the user's cache: to ask it again takes ten seconds.
 
 An entry is named by all that the answer follows from: config.json, the tensors of the files, the library's version and
 the code that asks.  One that cannot be read is asked for anew.

@@ -16,7 +16,7 @@ from clusters.safe.reading import BadInput, compose_yaml, load_yaml, printable, 
 from orchestrator.errors import JobError
 
 KeyPath = tuple[str | int, ...]
-_MOST_VALUES = 50_000  # of a job file; validation of more takes longer than anybody waits
+_MOST_VALUES = 50_000  # of a job file; validation of more takes longer than a user waits
 _MOST_STEPS = 10  # of a dotted key
 
 

@@ -64,11 +64,11 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     except JobError as error:
         hint = "`orchestrator init FILE` writes a job file (YAML), `orchestrator recipes` lists examples"
         raise JobError(f"{error}. {hint}") from None
-    return parse_job(text, _begun_in(path.parent) or path.parent.resolve(), printable(str(path)), overrides)
+    return parse_job(text, _origin_folder(path.parent) or path.parent.resolve(), printable(str(path)), overrides)
 
 
-def _begun_in(folder: Path) -> Path | None:
-    """Where the relative paths of a run's or a search's own job file start; None for any other folder."""
+def _origin_folder(folder: Path) -> Path | None:
+    """The folder that relative paths in a run's or a search's own job file start at; None for any other folder."""
     try:
         origin = read_json(folder / "origin.json")
     except BadInput:
@@ -109,7 +109,7 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
 def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     """The same wishes with some keys (`section.key`) at other values.  Raises JobError for what cannot be.
 
-    Another `method.type` keeps what the job states of the knobs that both methods have.
+    Another `method.type` keeps what the job states of the options that both methods have.
     """
     by_section: dict[str, dict[str, Any]] = {}
     for dotted, value in values.items():
@@ -153,7 +153,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def value_of(spec: JobSpec, key: str) -> Any:
-    """The value of a dotted key; None for a knob that the job's method does not have."""
+    """The value of a dotted key; None for an option that the job's method does not have."""
     section, _, name = key.partition(".")
     return getattr(getattr(spec, section), name, None)
 
@@ -318,9 +318,9 @@ def _nearest(path: KeyPath) -> str:
     if close:
         return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close[0]])}?"
     near = difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=_ALIKE)
-    elsewhere = [dotted for dotted, key in everywhere.items() if key in near]
-    if elsewhere:
-        return f"; did you mean {elsewhere[0]}?"
+    others = [dotted for dotted, key in everywhere.items() if key in near]
+    if others:
+        return f"; did you mean {others[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
 
 

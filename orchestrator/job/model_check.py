@@ -54,7 +54,7 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 
 @lru_cache(8)
 def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
-    """The model's parts, and what loading would report or why that cannot be told."""
+    """The model's parts, and what loading would report or why that is unknown."""
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
     entry = (
         None if trust_remote_code else architecture_cache.entry_of(folder, stored)
@@ -79,7 +79,7 @@ def _signature(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 
 def check_targets(methods: Sequence[Any], built: Architecture) -> None:
-    """Raises JobError with the mistakes of the knobs that choose modules."""
+    """Raises JobError with the mistakes of the options that choose modules."""
     mistakes = [method.find_misfits(built) for method in methods]
     if mistakes and all(mistakes):
         raise JobError(mistakes[0])

@@ -55,12 +55,12 @@ class JobSpec(Section):
     bank: BankSection = Field(default_factory=BankSection, description="adapters that were trained already")
 
     def methods(self) -> list[Any]:
-        """The methods that may be used, with their knobs: the one the job states, or each of them for `auto`."""
+        """The methods that may be used, with their options: the one the job states, or each of them for `auto`."""
         if self.method.type not in METHODS:
             known = [method() for name, method in METHODS.items() if not name.startswith("experimental_")]
             return [method for method in known if method.full_rank or not self.goal.full_rank]
-        knobs = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
-        return [METHODS[self.method.type](**knobs)]
+        options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
+        return [METHODS[self.method.type](**options)]
 
 
 SECTIONS: dict[str, type[Section]] = {

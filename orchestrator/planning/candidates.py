@@ -21,7 +21,7 @@ _ASSUMED_ROUND_TRIP_S = 0.4e-3
 _INSIDE_BYTES_PER_S = 8e9  # between GPUs of one machine, over PCIe
 _INSIDE_ROUND_TRIP_S = 20e-6
 
-LOCAL_STEPS = 32  # of the fastest worker between two sums, where nothing else is said
+LOCAL_STEPS = 32  # of the fastest worker between two sums, where the job does not state them
 
 
 @dataclass(frozen=True)

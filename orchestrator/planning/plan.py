@@ -42,12 +42,12 @@ class NodePlan:
     time: TimeEstimate
     share: float  # of each step's samples
     kind: Kind = "cpu"  # whose device it is
-    uuid: str | None = None  # of the GPU; None = its driver tells none
+    uuid: str | None = None  # of the GPU; None = its driver reports none
 
 
 @dataclass(frozen=True)
 class Alternative:
-    """Another way the planner looked at: what it would cost, and why it was not taken."""
+    """A candidate that was not chosen: what it would cost, and why not."""
 
     what: str
     total_s: float
@@ -59,7 +59,7 @@ class Alternative:
 
 @dataclass(frozen=True)
 class InBank:
-    """An adapter that was trained before, for this model and on this very data: a plan without any computing."""
+    """An adapter of the bank that was trained for this model on this very data."""
 
     name: str
     path: str  # its folder
@@ -70,7 +70,7 @@ class InBank:
 class Plan:
     """How a job will run: nothing in it is `auto`.  Written to plan.json; its hash goes into every checkpoint."""
 
-    method: dict[str, Any]  # {"type": name, knob: value ...}
+    method: dict[str, Any]  # {"type": name, option: value ...}
     nodes: tuple[NodePlan, ...]  # one for each device that trains, the fastest first
     sync: Sync
     sync_s: float  # of each step, waiting for the network
@@ -84,7 +84,7 @@ class Plan:
     flops_per_token: float
     checkpoint_bytes: float
     global_batch_size: int  # samples
-    local_batch_size: int | None  # samples of a local step; None = every step is everybody's
+    local_batch_size: int | None  # samples of a local step; None = gradients are summed every step
     num_steps: int
     save_steps: int
     eval_steps: int | None
@@ -113,8 +113,7 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """How workers talk: nccl among GPUs of one maker (RCCL answers to that name), gloo where they differ or one
-        has none.  A worker alone talks to nobody."""
+        """The collective backend: nccl among GPUs of one maker (RCCL has that name too), gloo among others."""
         kinds = {part.kind for part in self.nodes}
         return "nccl" if len(self.nodes) > 1 and len(kinds) == 1 and "cpu" not in kinds else "gloo"
 
@@ -144,7 +143,7 @@ class Plan:
         return self.step_s * self.num_steps
 
     def build_method(self) -> Method:
-        """The method's dataclass with the knobs of this plan."""
+        """The method's dataclass with the options of this plan."""
         return METHODS[self.method["type"]](**{key: value for key, value in self.method.items() if key != "type"})
 
     @property
@@ -212,7 +211,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
 
 
 def in_bank_sentence(found: Sequence[InBank]) -> str:
-    """What spares the whole run."""
+    """One sentence on the adapters that make the run unnecessary."""
     names = []
     for one in found:
         before, after = one.held_out_loss

@@ -46,28 +46,28 @@ def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) 
 
     Of several nodes each offers what it has: `cluster.num_workers` then counts those of all.
     """
-    asked = spec.cluster.num_workers
+    stated = spec.cluster.num_workers
     if spec.strategy.mode == "single":
-        if isinstance(asked, int) and asked != 1:
-            raise JobError(f"strategy.mode is single but cluster.num_workers is {asked}; set one of them to auto")
-        return 1, "strategy.mode: single" if asked == "auto" else None
-    if isinstance(asked, int) and not several:
-        return asked, None
+        if isinstance(stated, int) and stated != 1:
+            raise JobError(f"strategy.mode is single but cluster.num_workers is {stated}; set one of them to auto")
+        return 1, "strategy.mode: single" if stated == "auto" else None
+    if isinstance(stated, int) and not several:
+        return stated, None
     if node.gpus:
         return len(node.gpus), f"one for each of {len(node.gpus)} GPUs"
     if spec.strategy.mode in ("ddp", "zero1", "zero2", "zero3") and not several:
         return 2, f"strategy.mode: {spec.strategy.mode} needs at least two"
-    return 1, "two processes on one CPU fight over its cores"
+    return 1, "two processes on one CPU compete for its cores"
 
 
 def resolve_max_length(spec: JobSpec, config: dict[str, Any]) -> tuple[int, str | None]:
     """Longest sample in tokens, and why where it was open."""
     positions = max_positions(config)
-    asked = spec.data.max_length
-    if isinstance(asked, int):
-        if positions and asked > positions:
-            raise JobError(f"data.max_length is {asked}, but the model has {positions} positions; lower it")
-        return asked, None
+    stated = spec.data.max_length
+    if isinstance(stated, int):
+        if positions and stated > positions:
+            raise JobError(f"data.max_length is {stated}, but the model has {positions} positions; lower it")
+        return stated, None
     if positions and positions <= _LONGEST_AUTO:
         return positions, f"the model has {positions} positions"
     return _LONGEST_AUTO, f"samples beyond {_LONGEST_AUTO} tokens cost most of the memory; raise it if yours are longer"
@@ -85,7 +85,7 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
 
 
 def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
-    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are asked
+    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are stated
     and as the machine gives.
 
     A device of unknown memory is none of them.
@@ -101,13 +101,13 @@ def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
         for device in trains:
             if device is None or device.memory_bytes is None:
                 continue
-            room = device.memory_bytes * free / (count if device.kind == "cpu" else 1)
-            slots.append(Slot(node, device, room, max(1, node.num_cores // together)))
+            usable = device.memory_bytes * free / (count if device.kind == "cpu" else 1)
+            slots.append(Slot(node, device, usable, max(1, node.num_cores // together)))
     return slots
 
 
 def switches_of(spec: JobSpec, max_length: int) -> Switches:
-    """What each switch may be: the job's word, or everything worth a look."""
+    """The values of each switch: what the job states, or everything worth an estimate."""
     model, train, strategy = spec.model, spec.train, spec.strategy
     modes = {"zero1": 1, "zero2": 2, "zero3": 3}
     stages: Sequence[int] = (0,) if strategy.local_steps else (0, 1, 2, 3)

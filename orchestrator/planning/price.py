@@ -34,16 +34,16 @@ def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
         return cluster
 
     def one(node: NodeCapability) -> NodeCapability:
-        said = prices.get(node.name) or prices.get("*")
-        if said is None:
+        stated = prices.get(node.name) or prices.get("*")
+        if stated is None:
             return node
         return replace(
             node,
-            purchase_price=said.purchase or node.purchase_price,
-            years=said.years if said.purchase else node.years,
-            price_per_hour=said.per_hour or node.price_per_hour,
-            idle_w=said.idle_w if said.idle_w is not None else node.idle_w,
-            load_w=said.load_w or node.load_w,
+            purchase_price=stated.purchase or node.purchase_price,
+            years=stated.years if stated.purchase else node.years,
+            price_per_hour=stated.per_hour or node.price_per_hour,
+            idle_w=stated.idle_w if stated.idle_w is not None else node.idle_w,
+            load_w=stated.load_w or node.load_w,
         )
 
     return replace(cluster, nodes=tuple(map(one, cluster.nodes)))

@@ -98,13 +98,13 @@ def _check(spec: JobSpec, key: str, values: Choices) -> None:
         tried = [low, high]
     for value in tried:
         if section == "method" and key != "method.type":
-            _check_knob(spec, key, value)
+            _check_option(spec, key, value)
         else:
             spec_with(spec, {key: value})
 
 
-def _check_knob(spec: JobSpec, key: str, value: Any) -> None:
-    """A knob must suit one of the methods that may be chosen."""
+def _check_option(spec: JobSpec, key: str, value: Any) -> None:
+    """An option must suit one of the methods that may be chosen."""
     errors = []
     for name in _methods(spec):
         try:
@@ -134,11 +134,11 @@ def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_s
     if spec.method.type not in METHODS:
         choices["method.type"] = tuple(methods)
     for name in methods:
-        for knob in _knobs(METHODS[name]):
-            values = knob.metadata.get("tried")
-            if values and knob.name not in spec.method.model_fields_set:
-                choices[f"method.{knob.name}"] = values
-    asked = {
+        for option in _options(METHODS[name]):
+            values = option.metadata.get("tried")
+            if values and option.name not in spec.method.model_fields_set:
+                choices[f"method.{option.name}"] = values
+    values_if_open = {
         "model.dtype": (model.dtype, dtypes),
         "model.attn_implementation": (model.attn_implementation, kernels),
         "data.packing": (spec.data.packing, (True, False)),
@@ -151,19 +151,19 @@ def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_s
         "train.optim": (train.optim, ("adamw_torch_fused", "adamw_bnb_8bit")),
         "strategy.offload": (strategy.offload, ("none", "activations") if on_gpu else ("none",)),
     }
-    choices |= {key: values for key, (value, values) in asked.items() if value == "auto" and len(values) > 1}
+    choices |= {key: values for key, (value, values) in values_if_open.items() if value == "auto" and len(values) > 1}
     if not choices:
         raise JobError("search: the job leaves nothing open; set some keys to auto, or list values in search.space")
     return choices
 
 
 def canonical(point: Mapping[str, Any]) -> Point:
-    """The point without knobs that its method does not have."""
+    """The point without options that its method does not have."""
     named = point.get("method.type")
     method = METHODS.get(named) if isinstance(named, str) else None
     if method is None:
         return dict(point)
-    known = {f"method.{knob.name}" for knob in _knobs(method)} | {"method.type"}
+    known = {f"method.{option.name}" for option in _options(method)} | {"method.type"}
     return {key: value for key, value in point.items() if not key.startswith("method.") or key in known}
 
 
@@ -176,7 +176,7 @@ _SHORT = {"train.per_device_train_batch_size": "micro-batch", "train.gradient_ch
 
 
 def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> str:
-    """A point for a person: `lora_r 8, bfloat16, packing`; what equals `fixed` is left out."""
+    """A point for a person: `lora_r 8, bfloat16, packing`; without what equals `fixed`."""
     parts = []
     for key, value in point.items():
         if fixed is not None and fixed.get(key) == value:
@@ -191,6 +191,6 @@ def phrase(point: Mapping[str, Any], fixed: Mapping[str, Any] | None = None) -> 
     return ", ".join(parts)
 
 
-def _knobs(method: Any) -> tuple[dataclasses.Field[Any], ...]:
+def _options(method: Any) -> tuple[dataclasses.Field[Any], ...]:
     """The fields of a method's dataclass."""
     return dataclasses.fields(method)

@@ -82,7 +82,7 @@ def check_split_of_file(file: Path, key: str, split: str | None) -> None:
     if split is None or _belongs(file.name, split) or split_of_name(Path(file.name)) == _SPLITS.get(split, split):
         return
     raise JobError(
-        f"{key}: split: {split} is asked of the file {file.name}, and a file has no splits. Remove `split`, or give a"
+        f"{key}: split: {split} is given for the file {file.name}, and a file has no splits. Remove `split`, or give a"
         " folder with one file a split"
     )
 

@@ -2,6 +2,6 @@
 
 formats  start here: what a row is
 columns  the contract for data
-row      a row of a data file, and what is said of one that is broken
+row      a row of a data file, and the error for a broken one
 turns    the turns of a conversation
 """

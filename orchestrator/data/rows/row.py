@@ -1,4 +1,4 @@
-"""A row of a data file, and what is said of one that is broken."""
+"""A row of a data file, and the error for a broken one."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ class CostSection(Section):
         2000.0, "hours a year that an owned machine works, to write off its price", gt=0, le=8784
     )
     power_w: float | None = key(
-        None, "draw of this machine under load in watts, where nobody measured it", gt=0, le=1e7
+        None, "draw of this machine under load in watts, where it was not measured", gt=0, le=1e7
     )
     nodes: dict[str, NodePrice] = key(
         {}, "prices by machine: {NAME: {purchase: 1900, load_w: 480}}; the name * stands for every machine"
@@ -95,7 +95,7 @@ class ClusterSection(Section):
     )
     wait_for_slots: int | None = key(
         None,
-        "slots to train on that must have joined before planning; an autoscaler is asked for them",
+        "slots to train on that must have joined before planning; requested of an autoscaler",
         ge=1,
         le=100_000,
     )
@@ -103,7 +103,7 @@ class ClusterSection(Section):
         [], "names of environment variables that must be set where the job runs, e.g. HF_TOKEN; values never travel"
     )
     wait_for_nodes_s: float = key(
-        20.0, "how long a lost machine is waited for before going on without it", ge=0, le=1e7
+        20.0, "how long to wait for a lost machine before continuing without it", ge=0, le=1e7
     )
 
 
@@ -121,7 +121,7 @@ class KubernetesSection(Section):
     runtime_class: str | None = key(None, "RuntimeClass of pods with a GPU, e.g. nvidia")
     autoscale: bool = key(False, "workers come when the job asks for them (Ray's autoscaler v2)")
     retries: int = key(
-        1, "new clusters after a lost head or a failed job; each goes on from the checkpoint", ge=0, le=1000
+        1, "new clusters after a lost head or a failed job; each continues from the checkpoint", ge=0, le=1000
     )
     keep_s: int = key(600, "seconds that the finished job's pods stay", ge=0, le=2**31 - 1)
     keep_failed_s: int | None = key(None, "seconds that a failed job's pods stay, where not keep_s", ge=0, le=2**31 - 1)

@@ -53,7 +53,7 @@ class SearchSection(Section):
     trial_steps: int = key(8, "optimizer steps of a trial", ge=1, le=MOST)
     eval_rows: int = key(40, "held-out rows that a trial is measured on", ge=1, le=MOST)
     quality_tolerance: float = key(0.02, "a quality this close to the best, relatively, is as good", ge=0, le=1000)
-    nodes: Literal["all", "idle"] = key("all", "idle = only machines that the job itself would leave out")
+    nodes: Literal["all", "idle"] = key("all", "idle = only machines that the job itself would not use")
 
 
 class BankSection(Section):
@@ -74,11 +74,11 @@ class BankSection(Section):
     rule: Literal["auto", "delta", "factorwise"] = key(
         "auto",
         "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published; auto ="
-        " the one that labelled rows like better",
+        " the one with the lower loss on labelled rows",
     )
     selection_rows: int = key(
         8,
-        "labelled rows to train on by which the shares are moved on, step by step; 0 = as distances say",
+        "labelled rows that the shares are refined on, step by step; 0 = shares by distance alone",
         ge=0,
         le=MOST,
     )

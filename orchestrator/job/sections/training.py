@@ -55,7 +55,7 @@ class DataSection(Section):
     overlong: Literal["auto", "truncate", "drop", "split"] = key(
         "auto", "what happens to longer samples; auto = conversations are cut, plain text is split"
     )
-    truncate: bool = key(False, "go on where more than 20 % of the tokens or rows are cut or dropped")
+    truncate: bool = key(False, "continue where more than 20 % of the tokens or rows are cut or dropped")
     packing: Auto | bool = key("auto", "lay documents end to end instead of padding; never lets one see another")
     packing_strategy: Literal["bfd"] = key("bfd", "best-fit decreasing")
     strict: bool = key(True, "a broken row is an error; false counts it and writes it to rejected.jsonl")
