@@ -14,7 +14,7 @@ import numpy
 
 from orchestrator.bank.adapter_trial import Trial
 from orchestrator.bank.library import Base, bank_of, base_of, evidence_of, train_digest
-from orchestrator.data.prepare import prepare_data
+from orchestrator.data.prepare import cache_beside, prepare_data
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
@@ -73,7 +73,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     bank = bank_of(job)
     near = neighbours(bank, base, say)
     max_length, _ = planner.resolve_max_length(job.spec, model_files.read_config(base.folder))
-    data = prepare_data(job, base.folder, max_length, output_dir(job) / ".cache" / "data", say)
+    data = prepare_data(job, base.folder, max_length, cache_beside(output_dir(job)), say)
     began = time.perf_counter()
     query = evidence_of(data.train, base)
     distances = DISTANCES[asked.distance](query, near.evidence)

@@ -31,6 +31,11 @@ class Prepared:
     cached: bool
 
 
+def cache_beside(runs: Path) -> Path:
+    """Where the tokenised rows of the runs in a folder lie: two runs on the same rows share them."""
+    return runs / ".cache" / "data"
+
+
 def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say: Callable[[str], None]) -> Prepared:
     """Read, check, render and tokenise the job's rows, or find that this was done before.
 

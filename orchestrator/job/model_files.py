@@ -60,11 +60,6 @@ def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[
     return read_config(hub.fetch_config(name, revision))
 
 
-def is_packaged(name: str) -> bool:
-    """Whether a model comes as a package, whole and checked."""
-    return name.lower() in PACKAGED
-
-
 def locate(
     name: str,
     job_folder: Path,

@@ -73,7 +73,7 @@ def prepare(
 
     `declared` machines take the place of the real ones; what only they could run may then be planned.
     """
-    from orchestrator.data.prepare import prepare_data
+    from orchestrator.data.prepare import cache_beside, prepare_data
 
     model = job.spec.model
     model_folder = model_files.locate(
@@ -86,7 +86,7 @@ def prepare(
     check_tokens(model_folder, shape.vocab_size)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     capability = declared or _probe(job, say, refresh)
-    data = prepare_data(job, model_folder, max_length, output_dir(job) / ".cache" / "data", say)
+    data = prepare_data(job, model_folder, max_length, cache_beside(output_dir(job)), say)
     train, held_out = data.train, data.held_out
     sizes = sizes_of(train, held_out)
     if held_out and (repeated := train.overlap(held_out)):
@@ -217,7 +217,7 @@ def _with_bank(found: tuple[InBank, ...]) -> Iterator[None]:
 
 def held_out_of(run: RunFolder, job: Job, other: Path | None, say: _Say) -> Any:
     """The held-out samples of a run, or those of another file read as the job reads its own."""
-    from orchestrator.data.prepare import datasets, prepare_data
+    from orchestrator.data.prepare import cache_beside, datasets, prepare_data
 
     if other is None:
         held_out = datasets(verified_files(run, job, say))[1]
@@ -227,5 +227,4 @@ def held_out_of(run: RunFolder, job: Job, other: Path | None, say: _Say) -> Any:
     model_folder, plan = Path(run.data()["model"]), run.plan()
     data = job.spec.data.model_copy(update={"train": str(other.absolute()), "eval": None})
     job = Job(job.spec.model_copy(update={"data": data}), job.folder, job.text)
-    cache = run.path.parent / ".cache" / "data"
-    return prepare_data(job, model_folder, plan.techniques.max_length, cache, say).train
+    return prepare_data(job, model_folder, plan.techniques.max_length, cache_beside(run.path.parent), say).train

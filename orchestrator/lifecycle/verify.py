@@ -58,11 +58,10 @@ def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> dict
 
 def _prepare_again(run: RunFolder, job: Job, old: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
     """The model's folder and the samples once more.  Raises JobError where they would be others."""
-    from orchestrator.data.prepare import prepare_data
+    from orchestrator.data.prepare import cache_beside, prepare_data
 
     model = model_files.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
-    cache = run.path.parent / ".cache" / "data"
-    made = prepare_data(job, model, run.plan().techniques.max_length, cache, say).files
+    made = prepare_data(job, model, run.plan().techniques.max_length, cache_beside(run.path.parent), say).files
     for key in ("train", "eval"):
         if old.get(key) and Path(old[key]).name != Path(made[key]).name:
             raise JobError(
