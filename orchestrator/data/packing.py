@@ -13,18 +13,18 @@ def best_fit_decreasing(lengths: Sequence[int], capacity: int) -> list[list[int]
     than `capacity` gets a bin of its own.
     """
     bins: list[list[int]] = []
-    bins: list[tuple[int, int]] = []  # (free, bin), sorted
+    open_bins: list[tuple[int, int]] = []  # (free, bin), sorted
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        at = bisect.bisect_left(bins, (lengths[index], -1))
-        if at == len(bins):
+        at = bisect.bisect_left(open_bins, (lengths[index], -1))
+        if at == len(open_bins):
             bins.append([index])
             free, chosen = capacity - lengths[index], len(bins) - 1
         else:
-            free, chosen = bins.pop(at)
+            free, chosen = open_bins.pop(at)
             bins[chosen].append(index)
             free -= lengths[index]
         if free > 0:
-            bisect.insort(bins, (free, chosen))
+            bisect.insort(open_bins, (free, chosen))
     return bins
 
 
