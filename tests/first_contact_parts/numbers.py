@@ -11,7 +11,7 @@ import torch
 from orchestrator.training import checkpoint
 from strategies import METHODS
 from strategies.contract import Method, Techniques
-from strategies.engines.uneven_zero import divided as divide
+from strategies.engines.uneven_zero import shard_by_memory
 from strategies.measure.techniques import Side
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, last_pass, update
@@ -154,7 +154,7 @@ def divided(bench: Bench) -> Iterator[Check]:
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         side = bench.side(_lora(), _techniques(bench.half, "document", True), bench.lengths, bench.tiny)
-        side.setup = divide(side.setup, [1.0], bench.device)
+        side.setup = shard_by_memory(side.setup, [1.0], bench.device)
         side.step(), side.step()
         held = gather(side.setup)
         assert held is not None  # the first worker's
