@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy
 
-from orchestrator.bank.adapter_trial import Trial
+from orchestrator.bank.adapter_trial import AdapterTrial
 from orchestrator.bank.library import Base, bank_of, base_of, evidence_of, train_digest
 from orchestrator.data.prepare import cache_beside, prepare_data
 from orchestrator.errors import JobError
@@ -80,7 +80,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     _check_overlap(query, near, job)
     weights = coefficients_of(asked, distances, near)
     labelled, probe = _labelled(data, asked)
-    trial, count = Trial(job, base.folder, max_length, near.adapters), len(near.cards)
+    trial, count = AdapterTrial(job, base.folder, max_length, near.adapters), len(near.cards)
     if len(labelled):
         say(f"moving shares of {count} adapters by {len(labelled)} labelled rows ...")
     chosen = choose_shares(trial, labelled, near, weights, distances, asked)
@@ -187,7 +187,7 @@ def _check_overlap(query: Evidence, near: Neighbours, job: Job) -> None:
 
 
 def choose_shares(
-    trial: Trial,
+    trial: AdapterTrial,
     labelled: Any,
     near: Neighbours,
     shares: numpy.ndarray,
@@ -222,7 +222,7 @@ def _labelled(data: Any, asked: BankSection) -> tuple[Any, Any]:
     return choose, judge.select(range(min(asked.probe_rows, len(judge))))
 
 
-def _keep_best(trial: Trial, probe: Any, folder: Path, names: Iterable[str]) -> dict[str, Any]:
+def _keep_best(trial: AdapterTrial, probe: Any, folder: Path, names: Iterable[str]) -> dict[str, Any]:
     """The loss of `folder`/name for each name on labelled rows, beside the base model's.
 
     The best becomes `folder`/adapter and the others go; where the base is the best, none is kept.

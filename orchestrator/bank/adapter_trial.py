@@ -20,7 +20,7 @@ from strategies.contract import Techniques, TrainSetup
 _ROWS = 8  # of a batch
 
 
-class Trial:
+class AdapterTrial:
     """Holds the base in fp32 on the CPU, and for the data set tried last what its layers below all adapters say."""
 
     def __init__(self, job: Job, folder: Path, max_length: int, adapters: Sequence[Adapter]) -> None:

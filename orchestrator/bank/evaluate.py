@@ -9,7 +9,7 @@ from typing import Any
 import numpy
 
 from orchestrator.bank.adapt import Neighbours, choose_shares, coefficients_of, neighbours
-from orchestrator.bank.adapter_trial import Trial
+from orchestrator.bank.adapter_trial import AdapterTrial
 from orchestrator.bank.library import bank_of, base_of
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
@@ -41,7 +41,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
         raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))
     longest = max(int(data.lengths.max()) for data in (*labelled.values(), *held_out.values()))
-    trial = Trial(job, base.folder, longest, near.adapters)
+    trial = AdapterTrial(job, base.folder, longest, near.adapters)
     tasks: dict[str, dict[str, float]] = {}
     for place, card in enumerate(near.cards):
         if card.name not in held_out:

@@ -161,7 +161,7 @@ class Recovery:
         from clusters.ray import nodes
 
         present = nodes.present()
-        decision = self._decide(policy.Seen(frozenset(nodes.trainable(present)), now))
+        decision = self._decide(policy.NodeList(frozenset(nodes.trainable(present)), now))
         if decision.act is not Act.PLAN_AHEAD:
             return
         wider = self._plan_with(frozenset(present))
@@ -226,10 +226,12 @@ class Recovery:
                 found = []
         return found
 
-    def _memory(self, probed: Mapping[str, NodeCapability]) -> dict[str, policy.Memory]:
+    def _memory(self, probed: Mapping[str, NodeCapability]) -> dict[str, policy.NodeMemory]:
         """Of each node: what is planned with, and what was probed."""
         return {
-            node.name: policy.Memory(node.memory_bytes, now.memory_bytes if (now := probed.get(node.name)) else None)
+            node.name: policy.NodeMemory(
+                node.memory_bytes, now.memory_bytes if (now := probed.get(node.name)) else None
+            )
             for node in self.capability.nodes
         }
 

@@ -81,7 +81,7 @@ class Ended:
 
 
 @dataclass(frozen=True)
-class Memory:
+class NodeMemory:
     """Of a node, in bytes: what it was planned with, and what it has now where it was probed again."""
 
     planned: int | None
@@ -97,7 +97,7 @@ class Failed:
     is_final: bool = False  # another try would not help after all
     killed: frozenset[str] = frozenset()  # nodes whose worker was killed
     hardware_changed: bool = False
-    memory: Mapping[str, Memory] | None = None  # by node; None = not probed
+    memory: Mapping[str, NodeMemory] | None = None  # by node; None = not probed
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ class Answers:
 
 
 @dataclass(frozen=True)
-class Seen:
+class NodeList:
     """Nodes that offer a slot while the run trains."""
 
     nodes: frozenset[str]
@@ -142,7 +142,7 @@ class DoesNotFit:
     memory: Mapping[str, int | None]
 
 
-News = Started | Ended | Failed | GpusProbed | Answers | Seen | WiderPlan | DoesNotFit
+News = Started | Ended | Failed | GpusProbed | Answers | NodeList | WiderPlan | DoesNotFit
 
 
 def decide(state: State, news: News) -> Decision:
@@ -158,7 +158,7 @@ def decide(state: State, news: News) -> Decision:
             return _after_gpu_probe(state, news)
         case Answers():
             return _after_answers(state, news)
-        case Seen():
+        case NodeList():
             return _look_at_new(state, news)
         case WiderPlan():
             return _judge_wider_plan(state, news)
@@ -237,7 +237,7 @@ def _after_answers(state: State, news: Answers) -> Decision:
     return Decision(replace(state, is_waiting=True), Act.WAIT, texts=() if state.is_waiting else (text,))
 
 
-def _look_at_new(state: State, news: Seen) -> Decision:
+def _look_at_new(state: State, news: NodeList) -> Decision:
     """Nodes that joined and stayed are worth a plan."""
     new = news.nodes - state.planned - state.excluded - state.refused
     state = replace(state, seen_since={name: state.seen_since.get(name, news.now_s) for name in new})

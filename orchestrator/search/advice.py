@@ -76,8 +76,8 @@ class Advice:
 
 
 @dataclass
-class Advised:
-    """What came of looking at every combination of a space's choices."""
+class Forecast:
+    """The predictions of every combination of a space's choices, in the order to try them."""
 
     worth: list[Advice] = field(default_factory=list)  # in the order to try them
     dominated: list[Advice] = field(default_factory=list)
@@ -155,9 +155,9 @@ def plan_for(plans: Sequence[Plan], shown: Sequence[DeviceCapability]) -> Plan:
     return next((plan for plan in plans if plan.nodes[0].device in names), plans[0])
 
 
-def advise(planning: Planning, space: Space) -> Advised:
+def advise(planning: Planning, space: Space) -> Forecast:
     """Plan every combination of the space's choices.  Raises NothingFits, with the constraints, where none can run."""
-    advised = Advised()
+    advised = Forecast()
     possible: dict[str, Advice] = {}
     for point in space.points():
         try:
@@ -182,7 +182,7 @@ def advise(planning: Planning, space: Space) -> Advised:
     return advised
 
 
-def advice_json(space: Space, advised: Advised) -> dict[str, Any]:
+def advice_json(space: Space, advised: Forecast) -> dict[str, Any]:
     """advice.json: every point with its prediction."""
 
     def one(advice: Any) -> dict[str, Any]:

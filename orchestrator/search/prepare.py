@@ -16,7 +16,7 @@ from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space
 from orchestrator.runs.search_folder import SearchFolder
-from orchestrator.search.advice import Advised, Planning
+from orchestrator.search.advice import Forecast, Planning
 from orchestrator.search.subset import representative
 
 _SET_UP_S = 3.0  # of a trial beside its steps: loading the model
@@ -49,7 +49,7 @@ def nodes_of(spec: Any, capability: ClusterCapability, base: Plan) -> list[NodeC
     return idle
 
 
-def check_budget(planning: Planning, nodes: Sequence[NodeCapability], space: Space, advised: Advised | None) -> None:
+def check_budget(planning: Planning, nodes: Sequence[NodeCapability], space: Space, advised: Forecast | None) -> None:
     """Raises JobError for a budget that not even one trial fits in."""
     budget = planning.spec.search.budget
     limits = {

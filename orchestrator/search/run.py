@@ -26,7 +26,7 @@ from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, canonical, space_of
 from orchestrator.runs.search_folder import SearchFolder, Trial
-from orchestrator.search.advice import Advised, Planning, advice_json, advise, by_kind
+from orchestrator.search.advice import Forecast, Planning, advice_json, advise, by_kind
 from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.recommend import outcomes, recommend
@@ -35,12 +35,12 @@ from orchestrator.training.workers.gpu_locks import one_each
 from strategies.step import host_memory, thread_waits
 
 
-class Watcher(Protocol):
+class SearchObserver(Protocol):
     """Shows the progress of a search: a terminal, a log."""
 
     def say(self, text: str) -> None: ...
 
-    def advised(self, space: Space, advised: Advised) -> None:
+    def advised(self, space: Space, advised: Forecast) -> None:
         """Every combination was planned."""
         ...
 
@@ -58,7 +58,7 @@ class _Search:
     planning: Planning
     space: Space
     nodes: Sequence[NodeCapability]
-    watcher: Watcher
+    watcher: SearchObserver
     sampler: Sampler | None
     named: list[tuple[str, Point]]  # a study's list, in place of a sampler
     stopped: bool = False
@@ -192,7 +192,7 @@ class _Search:
 
 def search(
     job: Job,
-    watcher: Watcher,
+    watcher: SearchObserver,
     study: Callable[[Job], list[tuple[str, Point]]] | None = None,
     bank: BankHooks = NO_BANK,
 ) -> SearchFolder:
@@ -231,7 +231,7 @@ def _batch(ready: Ready) -> int:
     return ready.plan.global_batch_size
 
 
-def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> tuple[Space, Advised]:
+def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> tuple[Space, Forecast]:
     """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
     job = with_held_out_rows(job, say)
     ready = prepare(job, say, bank=bank)
@@ -241,14 +241,14 @@ def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> 
     return space, advise(planning_of(job, files, capability, _batch(ready)), space)
 
 
-def resume(folder: SearchFolder, watcher: Watcher) -> SearchFolder:
+def resume(folder: SearchFolder, watcher: SearchObserver) -> SearchFolder:
     """Continue a search that was stopped or killed, with what its trials taught."""
     with folder.lock():
         folder.restore(watcher.say)
         return _try_rest(_restore(folder, watcher))
 
 
-def _restore(folder: SearchFolder, watcher: Watcher) -> _Search:
+def _restore(folder: SearchFolder, watcher: SearchObserver) -> _Search:
     """A search as it is in its files."""
     job = folder.job()
     planning = planning_in(folder, job)
@@ -279,7 +279,9 @@ def _try_rest(search: _Search) -> SearchFolder:
     return folder
 
 
-def _advised(planning: Planning, space: Space, nodes: Sequence[NodeCapability], watcher: Watcher) -> Advised | None:
+def _advised(
+    planning: Planning, space: Space, nodes: Sequence[NodeCapability], watcher: SearchObserver
+) -> Forecast | None:
     """The plan's advice, for samplers that take it; and that the budget holds at least one trial."""
     advised = None
     if planning.spec.search.sampler == "planned":
@@ -290,7 +292,7 @@ def _advised(planning: Planning, space: Space, nodes: Sequence[NodeCapability], 
     return advised
 
 
-def _sampler(planning: Planning, space: Space, advised: Advised | None) -> Sampler | None:
+def _sampler(planning: Planning, space: Space, advised: Forecast | None) -> Sampler | None:
     spec = planning.spec
     if not space.choices and not space.ranges:
         return None

@@ -20,7 +20,7 @@ import optuna
 
 from orchestrator.job.sections.search import LogUniform, RandInt
 from orchestrator.planning.space import Point, Range, Space, key_of
-from orchestrator.search.advice import Advice, Advised
+from orchestrator.search.advice import Advice, Forecast
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)
 
@@ -72,7 +72,7 @@ class Sampler:
     """Names points to try, each once, and learns from what came of them."""
 
     space: Space
-    advised: Advised | None  # None for samplers that know no plan
+    advised: Forecast | None  # None for samplers that know no plan
     kind: str
     prefer: str
     objectives: Sequence[str]

@@ -12,11 +12,11 @@ from rich.text import Text
 from clusters.units import format_bytes, format_s
 from orchestrator.planning.space import Space, phrase
 from orchestrator.runs.search_folder import SearchFolder, Trial
-from orchestrator.search.advice import Advised
+from orchestrator.search.advice import Forecast
 from orchestrator.search.recommend import Outcome, front
 
 
-def advised_text(space: Space, advised: Advised) -> str:
+def advised_text(space: Space, advised: Forecast) -> str:
     """How many combinations there are, and what the planner decided about them before any trial."""
     first = advised.worth[0]
     lines = [
@@ -113,7 +113,7 @@ class SearchWatcher:
         if self._console:
             self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
-    def advised(self, space: Space, advised: Advised) -> None:
+    def advised(self, space: Space, advised: Forecast) -> None:
         self.say(advised_text(space, advised))
 
     def ended(self, trial: Trial, done: Sequence[Trial], progress: str) -> None:

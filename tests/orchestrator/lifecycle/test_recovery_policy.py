@@ -11,8 +11,8 @@ from orchestrator.lifecycle.recovery_policy import (
     Ended,
     Failed,
     GpusProbed,
-    Memory,
-    Seen,
+    NodeList,
+    NodeMemory,
     Started,
     State,
     WiderPlan,
@@ -26,7 +26,7 @@ STATE = State(planned=BOTH, patience_s=40.0)
 LOCAL = State(planned=A, is_local=True, max_failures=0)
 ONCE = replace(STATE, failures=1, tries=1, last_step=7)  # a try ended at step 7
 TWICE = replace(STATE, failures=2, tries=2, last_step=7)
-WHOLE = {name: Memory(8 * GIB, 8 * GIB) for name in BOTH}
+WHOLE = {name: NodeMemory(8 * GIB, 8 * GIB) for name in BOTH}
 JOINED = WiderPlan(new=C, used=BOTH | C, step_s=1.0, wider_step_s=0.5, steps_left=1000)
 
 FAULTS = {
@@ -53,11 +53,11 @@ FAULTS = {
     "a lost node does not come back": (replace(ONCE, is_patient=True), Answers(A, 40.0), Act.PLAN),
     "no node answers": (replace(ONCE, is_patient=True), Answers(frozenset(), 99.0), Act.WAIT),
     "nobody is waited for where the run asked for another plan": (STATE, Answers(A, 0.0), Act.PLAN),
-    "a node joins": (STATE, Seen(BOTH | C, 5.0), Act.WAIT),
-    "a node that joined stays": (replace(STATE, seen_since={"c": 5.0}), Seen(BOTH | C, 15.0), Act.PLAN_AHEAD),
-    "a node that joined leaves": (replace(STATE, seen_since={"c": 5.0}), Seen(BOTH, 15.0), Act.WAIT),
-    "a node that the plan does not use": (replace(STATE, excluded=C), Seen(BOTH | C, 99.0), Act.WAIT),
-    "a node that was refused once": (replace(STATE, refused=C), Seen(BOTH | C, 99.0), Act.WAIT),
+    "a node joins": (STATE, NodeList(BOTH | C, 5.0), Act.WAIT),
+    "a node that joined stays": (replace(STATE, seen_since={"c": 5.0}), NodeList(BOTH | C, 15.0), Act.PLAN_AHEAD),
+    "a node that joined leaves": (replace(STATE, seen_since={"c": 5.0}), NodeList(BOTH, 15.0), Act.WAIT),
+    "a node that the plan does not use": (replace(STATE, excluded=C), NodeList(BOTH | C, 99.0), Act.WAIT),
+    "a node that was refused once": (replace(STATE, refused=C), NodeList(BOTH | C, 99.0), Act.WAIT),
     "a node that joined makes the rest faster": (STATE, JOINED, Act.REPLAN_RUN),
     "it would not be used": (STATE, replace(JOINED, used=BOTH), Act.WAIT),
     "it saves less than a restart costs": (STATE, replace(JOINED, steps_left=80), Act.WAIT),
@@ -88,7 +88,7 @@ def test_failures_are_counted_by_the_step_they_end_at():
 
 
 def test_a_worker_that_was_killed_twice_gets_less_memory_up_to_four_times():
-    news = Failed(7, "its process was killed", killed=B, memory={**WHOLE, "b": Memory(8 * GIB)})
+    news = Failed(7, "its process was killed", killed=B, memory={**WHOLE, "b": NodeMemory(8 * GIB)})
     state, shrunk = STATE, []
 
     while (decision := decide(state, news)).act is not Act.FAIL:
@@ -100,7 +100,7 @@ def test_a_worker_that_was_killed_twice_gets_less_memory_up_to_four_times():
 
 
 def test_a_node_that_has_much_less_memory_than_planned_is_planned_with_that():
-    news = Failed(7, "out of memory", memory={"a": Memory(8 * GIB, 8 * GIB), "b": Memory(8 * GIB, 4 * GIB)})
+    news = Failed(7, "out of memory", memory={"a": NodeMemory(8 * GIB, 8 * GIB), "b": NodeMemory(8 * GIB, 4 * GIB)})
 
     decision = decide(ONCE, news)
 
@@ -136,7 +136,7 @@ def test_a_plan_for_those_that_answer_names_them():
 
 def test_a_node_that_would_not_help_is_refused_once():
     refused = decide(STATE, replace(JOINED, steps_left=1))
-    later = decide(refused.state, Seen(BOTH | C, 1000.0))
+    later = decide(refused.state, NodeList(BOTH | C, 1000.0))
 
     assert refused.texts == ("c joined, and would not make the rest of this run faster",)
     assert later.act is Act.WAIT and later.texts == ()
