@@ -108,7 +108,7 @@ class Recovery:
                 self.say(f"waiting for {lacking}. Ctrl-C ends this")
                 reported = now
             if self.run.stop_file.exists():
-                self._record_stop()
+                self.run.record_stop()
                 return False
             time.sleep(_FREE_POLL_S)
         return True
@@ -129,18 +129,15 @@ class Recovery:
     def lock_gpus(self, stack: contextlib.ExitStack) -> bool:
         """Lock the plan's GPUs of this machine, or others as good, against other jobs of this user; False when asked to
         stop meanwhile."""
-        from orchestrator.training.workers.gpu_locks import own_cards
+        from orchestrator.training.workers.gpu_locks import hold_gpus
 
         self.replace_missing_gpus()
-        locked = stack.enter_context(own_cards(self.plan, self.capability, self.say, self.run.stop_file.exists))
+        locked = stack.enter_context(hold_gpus(self.plan, self.capability, self.say, self.run.stop_file.exists))
         if locked is None:
-            self._record_stop()
+            self.run.record_stop()
             return False
         self._use(locked)
         return True
-
-    def _record_stop(self) -> None:
-        self.run.record("state", state="stopped", step=max(self.run.steps(), default=0))
 
     def at_start(self) -> Plan:
         """The plan to begin with: another one where a resumed run finds other nodes than it left."""

@@ -6,33 +6,24 @@ from typing import Any
 
 from clusters.safe.reading import printable
 from clusters.units import format_bytes
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, first_line
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from strategies.contract import TrainSettings, Workload
+from strategies.contract import Workload
 
 _AGREES = 0.10
 
 
 def trace_plan(job: Job, plan: Plan, workload: Workload) -> dict[str, Any]:
     """Traced and predicted bytes of the first device's tensors, and what to make of them.  Needs torch, no weights."""
+    from orchestrator.training.workers.setup import train_settings
     from strategies.measure import trace
 
     if plan.device != "cpu" and plan.techniques.attn_implementation.startswith("flash"):
         return {"text": "flash-attn's kernels cannot be traced; set model.attn_implementation: sdpa to trace it"}
     config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)
-    train, techniques = job.spec.train, plan.techniques
-    settings = TrainSettings(
-        train.learning_rate,
-        train.weight_decay,
-        plan.optim,
-        train.adam_beta1,
-        train.adam_beta2,
-        train.adam_epsilon,
-        techniques,
-        train.seed,
-    )
+    techniques = plan.techniques
     length = min(workload.longest_sample, techniques.max_length)
     rows = techniques.per_device_train_batch_size
     if techniques.packing:
@@ -41,11 +32,14 @@ def trace_plan(job: Job, plan: Plan, workload: Workload) -> dict[str, Any]:
         rows = max(1, round(tokens / length))
     try:
         found = trace.trace(
-            config, plan.build_method(), settings, trace.even(rows, length, workload.supervised_fraction)
+            config,
+            plan.build_method(),
+            train_settings(job, plan, techniques),
+            trace.even(rows, length, workload.supervised_fraction),
         )
     except Exception as error:  # the model's code runs, and raises whatever it likes
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise JobError(f"plan --trace: this model or method cannot be traced: {printable(reason[:300])}") from error
+        reason = printable(first_line(error)[:300])
+        raise JobError(f"plan --trace: this model or method cannot be traced: {reason}") from error
     predicted = plan.memory.tensors_bytes
     apart = predicted / found.peak_bytes - 1
     verdict = "they agree" if abs(apart) <= _AGREES else "they DISAGREE by more than 10 %: trust the traced figure"

@@ -202,6 +202,11 @@ class RunFolder(Folder):
         """Append an event without passwords; `time` is seconds since the epoch.  Raises RunFailed: the disk is full."""
         self.append("events.jsonl", {"event": event, "time": round(time.time(), 3), **masked_values(fields)})
 
+    def record_stop(self, request: str = "asked", step: int | None = None) -> None:
+        """Record that the run ends before its last step: it was asked to stop, or to plan again."""
+        state = "stopped" if request == "asked" else "replanning"
+        self.record("state", state=state, step=max(self.steps(), default=0) if step is None else step)
+
     def append(self, name: str, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line, in one write.  Raises RunFailed where the disk is full."""
         try:

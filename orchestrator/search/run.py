@@ -31,7 +31,7 @@ from orchestrator.search.conclusion import conclude
 from orchestrator.search.prepare import check_budget, files_of, nodes_of, planning_in, planning_of, with_held_out_rows
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampler import Sampler
-from orchestrator.training.workers.gpu_locks import one_each
+from orchestrator.training.workers.gpu_locks import hold_one_each
 from strategies.step import host_memory, thread_waits
 
 
@@ -318,7 +318,7 @@ def _tune(search: _Search) -> None:
     gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
     environment = host_memory.ENVIRONMENT | thread_waits.environment()
     uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]
-    with machines.cluster_errors(), one_each(uuids, search.watcher.say, search.folder.stop_file.exists) as held:
+    with machines.cluster_errors(), hold_one_each(uuids, search.watcher.say, search.folder.stop_file.exists) as held:
         if held is None:
             search.stopped = True
             return

@@ -1,17 +1,20 @@
 """The training itself, in plain PyTorch.
 
-loop           start here: training, from top to bottom
-checkpoint     checkpoints that are whole or not there
-determinism    the same bits in every run of a plan, also where one was interrupted
-evaluate       held-out rows
-feed           micro-batches on the device
-local_steps    local steps
-metrics        scores of generated texts against the wanted ones, each in [0, 1].
-out_of_memory  what a worker does when memory runs out after all
-parallel       sums over workers
-repair         an update that ran out of memory on some workers
-shares         who does how much of each step
-stops          where a generated answer ends
-model          a model in a worker
-workers        processes that train, measure or evaluate, and how they are launched
+loop            start here: a training, from its first step to its last
+steps           one step: its samples, their gradients, the update
+state           what a training is started with, and what its steps change
+checkpoint      checkpoints that are complete or not there
+determinism     the same bits in every run of a plan, a resumed one included
+evaluate        loss and generated answers on held-out rows
+feed            micro-batches on the device, the next one made ahead
+local_steps     workers train alone for several steps, then average what they changed
+memory          memory in use, out-of-memory errors, ways to do the same in less
+metrics         scores of generated texts against their references, each in [0, 1]
+parallel        sums over the workers
+repair          repairs an update that ran out of memory on some workers
+shares          how each step is divided among the workers
+stops           where a generated answer ends
+worker_context  what a process that trains or measures works on
+model           the model in a worker: loaded, checked, handed back
+workers         processes that train, measure or evaluate, and how they are launched
 """

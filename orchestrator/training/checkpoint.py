@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are complete or not there.
 
     step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest.json (size and SHA-256 of each)
 
@@ -65,10 +65,10 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
     try:
         save_file(held.weights, temporary / "weights.safetensors")
         moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
-        save_file(_apart(moments), temporary / "optimizer.safetensors")
+        save_file(_without_aliases(moments), temporary / "optimizer.safetensors")
         (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        _must_be(temporary / "weights.safetensors", held.weights)
-        _must_be(temporary / "optimizer.safetensors", moments)
+        _verify_written(temporary / "weights.safetensors", held.weights)
+        _verify_written(temporary / "optimizer.safetensors", moments)
         manifest.write(temporary, step=state["step"])
         if final.exists():  # the same step, saved by the run that was interrupted after it
             shutil.rmtree(final)
@@ -82,7 +82,7 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
 
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
-    """The newest checkpoint whose every byte verifies; damaged ones are named through `warn` and passed over."""
+    """The newest checkpoint whose every byte verifies; damaged ones are named through `warn` and skipped."""
     for path in reversed(complete(folder)):
         checkpoint = read(path, warn)
         if checkpoint:
@@ -100,13 +100,13 @@ def read(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
 
 
 def prune(folder: Path, keep: int, best: str | None) -> None:
-    """Delete all but the newest `keep` checkpoints and the one named `best`, and whatever a crash left half-written."""
+    """Delete all but the newest `keep` checkpoints and the one named `best`, and what a crash left half-written."""
     for path in [*complete(folder)[:-keep], *folder.glob("*.tmp-*")]:
         if path.name != best:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def _without_aliases(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The same, a copy wherever two are one piece of memory: safetensors writes no such pair.
 
     An 8-bit optimizer keeps one table of its code for all weights.
@@ -114,13 +114,13 @@ def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     seen: set[int] = set()
     found = {}
     for name, tensor in tensors.items():
-        place = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if place and place in seen else tensor
-        seen.add(place)
+        address = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if address and address in seen else tensor
+        seen.add(address)
     return found
 
 
-def _must_be(file: Path, tensors: dict[str, torch.Tensor]) -> None:
+def _verify_written(file: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Read back what was written: a digest of bytes that the disk got wrong would vouch for them."""
     with safe_open(file, framework="pt") as written:
         for name, tensor in tensors.items():

@@ -21,12 +21,12 @@ _ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINI
 
 
 @contextlib.contextmanager
-def deterministic(is_asked: bool) -> Iterator[None]:
-    """Kernels that add in a fixed order, where asked for; afterwards as it was.
+def deterministic(is_on: bool) -> Iterator[None]:
+    """Inside the block, where switched on, kernels add in a fixed order.
 
     Raises JobError for an operation that has none.
     """
-    if not is_asked:
+    if not is_on:
         yield
         return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
@@ -53,15 +53,15 @@ def deterministic(is_asked: bool) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def resume_note(devices: Sequence[str], is_asked: bool, shares_stay: bool) -> str:
-    """What a resumed run is to the one that was never interrupted, by the kinds of its workers' devices.
+def resume_note(devices: Sequence[str], is_deterministic: bool, has_fixed_shares: bool) -> str:
+    """How near a resumed run is to one that was never interrupted, by the kinds of its workers' devices.
 
     Shares that follow the workers' pace divide rows by what was measured, so sums have other parts each time.
     """
-    if all(device == "cpu" for device in devices) and (len(devices) == 1 or shares_stay):
+    if all(device == "cpu" for device in devices) and (len(devices) == 1 or has_fixed_shares):
         return "bit-equal to a run that never stopped"
     if len(devices) == 1:
         one = "bit-equal to a run that never stopped"
-        return one if is_asked else "equal up to rounding; train.deterministic: true makes it bit-equal"
+        return one if is_deterministic else "equal up to rounding; train.deterministic: true makes it bit-equal"
     way = "; strategy.shares: planned makes it bit-equal" if set(devices) == {"cpu"} else ""
     return f"equal up to rounding{way}"

@@ -11,13 +11,14 @@ import torch
 
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
-from orchestrator.data.packing import micro_batches, split_by_share
+from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
-from orchestrator.training.out_of_memory import in_halves
+from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.memory import in_halves
 from orchestrator.training.parallel import Group, even_passes
 from orchestrator.training.stops import Stops, stops_of
-from strategies.contract import Techniques, TrainSetup
+from strategies.contract import Dtype, Techniques, TrainSetup
 from strategies.shape import ModelShape
 from strategies.step.supervised_logits import loss_sum
 from strategies.techniques.precision import autocast
@@ -25,7 +26,7 @@ from strategies.techniques.precision import autocast
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated text beside the one that was wanted."""
+    """A generated text beside its reference."""
 
     prompt: str
     reference: str
@@ -54,24 +55,23 @@ def evaluate_loss(
     setup.model.eval()
     lengths = data.lengths.tolist()
     mine = split_by_share(lengths, shares)[group.rank]
-    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
-    batches = micro_batches([lengths[i] for i in mine], rows, max_length, packing)
+    batches = micro_batches_of([lengths[i] for i in mine], techniques)
     losses: list[float] = []
 
     def run(members: list[int]) -> None:
         losses.append(_loss_of(setup, data, [mine[i] for i in members], techniques))
 
-    lacking = None
+    error = None
     if setup.engine:
         for members in even_passes(group, batches):
             run(members)
     else:
         unfit, reason = in_halves(batches, run)
-        lacking = reason if unfit else None
+        error = reason if unfit else None
     setup.model.train(was_training)
-    total, failed = group.sum([sum(losses), lacking is not None])
+    total, failed = group.sum([sum(losses), error is not None])
     if failed:
-        reason = next(reason for reason in group.gather(lacking) if reason)
+        reason = next(reason for reason in group.gather(error) if reason)
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
     return total / int(data.num_supervised.sum())
 
@@ -85,41 +85,42 @@ def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques
     return loss if sample_ids else 0.0
 
 
+@dataclass(frozen=True)
+class Generation:
+    """How answers are generated."""
+
+    max_new_tokens: int
+    dtype: Dtype  # that the model computes in
+    together: Group | None = None  # workers that divide the weights: as many passes everywhere, none is repeated
+    cache_bytes: float = CACHE_BYTES  # that keys and values may take
+
+
 @torch.no_grad()
 def generate_answers(
-    model: Any,
-    tokenizer: Any,
-    data: Dataset,
-    indices: Sequence[int],
-    max_new_tokens: int,
-    dtype: Any,
-    together: Group | None = None,
-    cache_bytes: float = CACHE_BYTES,
+    model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], how: Generation
 ) -> list[Answer]:
     """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 
     An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  A batch
-    that runs out of memory is halved; a prompt that does not fit even alone has no answer.  Workers that divide the
-    weights must generate `together`: as many passes everywhere, and none can be repeated.  `cache_bytes` is what keys
-    and values may take.
+    that runs out of memory is halved; a prompt that does not fit even alone has no answer.
     """
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    prompts = _prompts(inner, tokenizer, data, indices, max_new_tokens)
+    prompts = _prompts(inner, tokenizer, data, indices, how.max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
-    batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], max_new_tokens, cache_bytes)
+
+    def answer(batch: Sequence[_Prompt]) -> None:
+        ids = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
+        new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
+        with autocast(model.device.type, how.dtype):
+            generated = _generate(model, tokenizer, ids, new_tokens, stops, how.together is not None)
+        texts.update({prompt.index: text for prompt, text in zip(batch, generated, strict=False)})
+
+    batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
     unfit: list[_Prompt] = []
     with _generating(model, inner):
-
-        def answer(batch: Sequence[_Prompt]) -> None:
-            asked = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
-            new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
-            with autocast(model.device.type, dtype):
-                answered = _generate(model, tokenizer, asked, new_tokens, stops, together is not None)
-            texts.update({prompt.index: text for prompt, text in zip(batch, answered, strict=False)})
-
-        if together:
-            for batch in _even(together, batches):
+        if how.together:
+            for batch in _even(how.together, batches):
                 answer(batch)
         else:
             unfit, _ = in_halves(batches, answer)
@@ -140,7 +141,7 @@ def _even(group: Group, batches: Sequence[list[_Prompt]]) -> list[list[_Prompt]]
 
 
 def num_without_room(model: Any, data: Dataset, indices: Sequence[int]) -> int:
-    """How many prompts with a reference fill the model's context, so that no answer to them can be generated."""
+    """How many prompts with a reference fill the model's context and leave no room for an answer."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     limit = context_of(inner)
     found = (data.prompt(index) for index in indices)
@@ -166,13 +167,15 @@ def _prompts(model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], 
     return sorted(found, key=lambda prompt: len(prompt.ids))
 
 
-def _batches(model: Any, prompts: list[_Prompt], max_new_tokens: int, cache_bytes: float) -> list[list[_Prompt]]:
-    """Prompts that are generated in one go: as many as the cache may hold, all with as much room for their answers."""
-    longest = max((len(prompt.ids) for prompt in prompts), default=0) + max_new_tokens
-    rows = max(1, int(min(MOST_PROMPTS, cache_bytes // (longest * _cache_bytes_per_token(model)))))
-    roomy = [prompt for prompt in prompts if prompt.new_tokens == max_new_tokens]
+def _batches(model: Any, prompts: list[_Prompt], how: Generation) -> list[list[_Prompt]]:
+    """Prompts generated together: as many as the cache may hold, all with as much room for their answers."""
+    longest = max((len(prompt.ids) for prompt in prompts), default=0) + how.max_new_tokens
+    shape = ModelShape.from_config(model.config.to_dict())
+    needed_bytes = longest * cache_bytes_per_token(shape, model.dtype.itemsize)
+    rows = max(1, int(min(MOST_PROMPTS, how.cache_bytes // needed_bytes)))
+    roomy = [prompt for prompt in prompts if prompt.new_tokens == how.max_new_tokens]
     whole = [roomy[start : start + rows] for start in range(0, len(roomy), rows)]
-    return [*whole, *([prompt] for prompt in prompts if prompt.new_tokens < max_new_tokens)]
+    return [*whole, *([prompt] for prompt in prompts if prompt.new_tokens < how.max_new_tokens)]
 
 
 @contextlib.contextmanager
@@ -225,7 +228,3 @@ def _generate(
     )
     answers = (stops.before(row[width:].tolist()) for row in output)
     return [stops.cut(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]
-
-
-def _cache_bytes_per_token(model: Any) -> int:
-    return cache_bytes_per_token(ModelShape.from_config(model.config.to_dict()), model.dtype.itemsize)

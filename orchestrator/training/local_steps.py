@@ -1,4 +1,4 @@
-"""Local steps: every worker trains alone for a while, then what they changed is averaged (DiLoCo, arXiv 2311.08105).
+"""Local steps: workers train alone for several steps, then average what they changed (DiLoCo, arXiv 2311.08105).
 
 One sum for many steps, for networks on which a sum a step is too dear.  It is another computation than the synchronous
 one, with its own convergence, so a job has to ask for it (strategy.local_steps).
@@ -17,7 +17,7 @@ _MOMENTUM = "outer_momentum"
 
 
 class LocalSteps:
-    """The weights all workers had in common last, and the outer optimizer that moves them.
+    """The weights that all workers had in common last, and the outer optimizer that moves them.
 
     What a worker changed travels where gradients do, so it is summed, bucketed and counted like them.  The outer
     momentum lies among the inner optimizer's states, so a checkpoint holds it with them.
@@ -29,19 +29,19 @@ class LocalSteps:
         self._state = setup.optimizer.state
         self._common = [parameter.detach().clone() for parameter in self._parameters]
 
-    def parts(self, mine: Sequence[int]) -> list[Sequence[int]]:
-        """The samples of each local step: who has a larger share makes more steps of the same size."""
-        return [mine[start : start + self._batch_size] for start in range(0, len(mine), self._batch_size)]
+    def split(self, own: Sequence[int]) -> list[Sequence[int]]:
+        """The samples of each local step: a worker with a larger share makes more steps of the same size."""
+        return [own[start : start + self._batch_size] for start in range(0, len(own), self._batch_size)]
 
     @torch.no_grad()
-    def leave(self, weight: float) -> None:
-        """Hand over what this worker changed, as gradients; the weights of all workers sum to 1."""
+    def changes_to_gradients(self, weight: float) -> None:
+        """Write what this worker changed into the gradients; the weights of all workers sum to 1."""
         for parameter, common in zip(self._parameters, self._common, strict=True):
             parameter.grad = weight * (common - parameter)
 
     @torch.no_grad()
-    def meet(self) -> float:
-        """Go on from the common weights, moved by the summed changes; returns the changes' norm."""
+    def outer_step(self) -> float:
+        """Move the common weights by the summed changes and continue from them; returns the changes' norm."""
         squares = 0.0
         for parameter, common in zip(self._parameters, self._common, strict=True):
             change = parameter.grad
@@ -55,7 +55,7 @@ class LocalSteps:
         return squares**0.5
 
     @torch.no_grad()
-    def begin_again(self) -> None:
+    def reset(self) -> None:
         """Back to the common weights: the step is repeated."""
         for parameter, common in zip(self._parameters, self._common, strict=True):
             parameter.copy_(common)

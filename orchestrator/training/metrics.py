@@ -1,4 +1,4 @@
-"""Scores of generated texts against the wanted ones, each in [0, 1].
+"""Scores of generated texts against their references, each in [0, 1].
 
 Texts are compared in Unicode's composed form (NFC) and without outer white space; equal texts score 1 under every
 metric, also two empty ones.  English scores are those of rouge-score and sacrebleu.  Scripts that are written without
@@ -24,7 +24,7 @@ _WIDE_PUNCTUATION = re.compile("[\u3000-\u3004\u3008-\u3020\u3030-\u303f\uff01-\
 
 
 def score(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, float]:
-    """Each metric over (generated, wanted); none without a pair."""
+    """Each metric over pairs of (generated, reference); none without a pair."""
     if not pairs:
         return {}
     generated = [_comparable(text) for text, _ in pairs]
@@ -33,7 +33,7 @@ def score(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str,
 
 
 def how_compared(metrics: Sequence[str]) -> dict[str, str]:
-    """What each metric takes for a unit of text, in words."""
+    """What each metric compares, as a phrase."""
     return {metric: _METRICS[metric][1] for metric in metrics}
 
 

@@ -33,7 +33,7 @@ class Group:
     process_group: Any = None  # of torch.distributed; None = its default one
 
     def patient(self) -> Group:
-        """The same workers, who wait an hour for each other.  Collective."""
+        """The same workers with a timeout of an hour.  Collective."""
         return self if self.size == 1 else replace(self, process_group=dist.new_group(timeout=_PATIENCE))
 
     def start_sum(self, values: Sequence[float]) -> Callable[[], list[float]]:
@@ -75,9 +75,9 @@ class Group:
 
 
 def even_passes(group: Group, batches: Sequence[list[int]]) -> list[list[int]]:
-    """As many micro-batches as the worker with most has: the largest are halved, then empty ones are added.
+    """As many micro-batches as the worker with the most has: the largest are halved, then empty ones are added.
 
-    Collective.  An engine's workers gather and reduce in every pass, so nobody may run fewer.
+    Collective.  An engine's workers gather and reduce in every pass, so none may run fewer.
     """
     most = int(max(group.sum([float(len(batches)) if rank == group.rank else 0.0 for rank in range(group.size)])))
     evened = list(batches)

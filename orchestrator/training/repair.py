@@ -1,4 +1,4 @@
-"""An update that ran out of memory on some workers: they take what came of it from one on which it went through.
+"""Repairs an update that ran out of memory on some workers: they copy its result from one on which it went through.
 
 Workers hold the same weights and the same optimizer state, so nothing of the step is lost; an update that broke off has
 moved some weights and not others, and must not be repeated.
@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import NothingFits
-from orchestrator.training.out_of_memory import first_line, is_out_of_memory, release_cache
+from orchestrator.errors import NothingFits, first_line
+from orchestrator.training.memory import is_out_of_memory, release_cache
 from orchestrator.training.parallel import Group
 from strategies.contract import TrainSetup, TrainState
 from strategies.step.state import gather, restore
@@ -25,26 +25,26 @@ class UpdateFailed(Exception):
 class Updates:
     """Whether each update went through everywhere; workers learn it while they compute the next step's gradients."""
 
-    def __init__(self, setup: TrainSetup, group: Group, apart: bool, note: Callable[[str], None]) -> None:
+    def __init__(self, setup: TrainSetup, group: Group, is_local: bool, note: Callable[[str], None]) -> None:
         self._setup, self._group, self._note = setup, group, note
         # Another worker has the same state, and none waits for another inside the update.
-        own_state = setup.engine or setup.sharding or setup.streaming or apart
+        own_state = setup.engine or setup.sharding or setup.streaming or is_local
         self.can_repair = group.size > 1 and not own_state
-        self._lacking: str | None = None
-        self._told: Callable[[], list[float]] | None = None
+        self._error: str | None = None
+        self._sums: Callable[[], list[float]] | None = None
         self._failed: list[float] = []
 
-    def begin(self, lacking: str | None) -> None:
-        """Tell the others how this worker's update went: `lacking` says why it failed.  Nobody waits for it."""
+    def announce(self, error: str | None) -> None:
+        """Send the others how this worker's update went: the error where it failed.  Nobody waits for it."""
         if self.can_repair:
             ranks = range(self._group.size)
-            flags = [float(lacking is not None and rank == self._group.rank) for rank in ranks]
-            self._lacking, self._told = lacking, self._group.start_sum(flags)
+            flags = [float(error is not None and rank == self._group.rank) for rank in ranks]
+            self._error, self._sums = error, self._group.start_sum(flags)
 
     def went_through(self) -> bool:
-        """Whether it did on every worker; waits for what they tell."""
-        if self._told:
-            self._failed, self._told = self._told(), None
+        """Whether it did on every worker; waits for their reports."""
+        if self._sums:
+            self._failed, self._sums = self._sums(), None
         return not any(self._failed)
 
     def check(self) -> None:
@@ -58,40 +58,40 @@ class Updates:
         Collective.  Returns, on a worker that was repaired, the state of the loss scale for a new scaler, and the
         gradients' norm.  Raises NothingFits on all workers where none has it, or where it does not fit even so.
         """
-        lacking, failed = self._lacking, self._failed
-        reasons = {rank: reason for rank, reason in enumerate(self._group.gather(lacking)) if reason is not None}
-        told = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
+        error, failed = self._error, self._failed
+        reasons = {rank: reason for rank, reason in enumerate(self._group.gather(error)) if reason is not None}
+        text = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
         if all(failed):
-            raise update_does_not_fit(told)
+            raise update_does_not_fit(text)
         source = failed.index(0.0)
-        if lacking is not None:
+        if error is not None:
             _forget(self._setup)
         norm, scale, state = _state_of(self._setup, self._group, source, scale, norm)
         again = None
-        if lacking is not None:
+        if error is not None:
             try:
                 restore(self._setup, state)
-            except Exception as error:
-                if not is_out_of_memory(error):
+            except Exception as caught:
+                if not is_out_of_memory(caught):
                     raise
-                again = first_line(error)
-        if again_told := [reason for reason in self._group.gather(again) if reason is not None]:
-            raise update_does_not_fit("; ".join(again_told))
-        self._note(f"out of memory in the update; its result was taken from worker {source} ({told})")
-        self._lacking, self._failed = None, []
-        return scale if lacking is not None else None, norm
+                again = first_line(caught)
+        if still := [reason for reason in self._group.gather(again) if reason is not None]:
+            raise update_does_not_fit("; ".join(still))
+        self._note(f"out of memory in the update; its result was taken from worker {source} ({text})")
+        self._error, self._failed = None, []
+        return scale if error is not None else None, norm
 
 
-def update_does_not_fit(told: str) -> NothingFits:
-    """What is raised of an update for which there is no room, and none to take it from."""
+def update_does_not_fit(reasons: str) -> NothingFits:
+    """The error for an update that fits on no worker."""
     return NothingFits(
-        f"the optimizer's update does not fit: {told}. Choose a train.optim with less state, or strategy.offload:"
+        f"the optimizer's update does not fit: {reasons}. Choose a train.optim with less state, or strategy.offload:"
         " optimizer"
     )
 
 
 def _forget(setup: TrainSetup) -> None:
-    """Without gradients and optimizer state, of which the update left a part."""
+    """Free gradients and optimizer state, of which the update left a part."""
     setup.optimizer.zero_grad(set_to_none=True)
     setup.optimizer.state.clear()
     release_cache()

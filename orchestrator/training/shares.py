@@ -1,4 +1,4 @@
-"""Who does how much of each step.  Pure arithmetic on numbers that every worker has, so all decide the same.
+"""How each step is divided among the workers.  Pure arithmetic on numbers that all have, so all decide the same.
 
 A share changes how long a step takes, never what it computes: the samples of a step are fixed, gradients are summed.
 """
@@ -19,7 +19,7 @@ class Shares:
     """Shares of a group's workers, by rank; they follow the measured pace when that pays."""
 
     shares: list[float]
-    stay: bool = False  # whatever is measured
+    is_fixed: bool = False  # whatever is measured
     _paces: list[list[float]] = field(default_factory=list)  # seconds a token, the newest last
     _better: int = 0
 
@@ -27,7 +27,7 @@ class Shares:
         self._paces = self._paces or [[] for _ in self.shares]
 
     @classmethod
-    def agreed(cls, planned: Sequence[float], tokens_per_s: Sequence[float]) -> Shares:
+    def choose(cls, planned: Sequence[float], tokens_per_s: Sequence[float]) -> Shares:
         """The planned shares, or those of the measured speeds where that makes steps at least 10 % shorter."""
         measured = cls.by_speed(tokens_per_s)
         now = max(share / speed for share, speed in zip(planned, tokens_per_s, strict=True))
@@ -51,7 +51,7 @@ class Shares:
             if count:
                 known.append(took / count)
                 del known[:-_REMEMBERED]
-        if self.stay or not all(self._paces):
+        if self.is_fixed or not all(self._paces):
             return False
         paces = [statistics.median_low(known) for known in self._paces]
         now = max(share * pace for share, pace in zip(self.shares, paces, strict=True))

@@ -1,4 +1,4 @@
-"""Where a generated answer ends: the model's own stops, the tokenizer's end, and the end of a turn in the template."""
+"""Where a generated answer ends: the stop tokens of model and tokenizer, and the template's end of turn."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from transformers import StoppingCriteria
 
 _ANSWER = "the answer 7351"
-_MARK = re.compile(r"[<\[{|(]\S{1,40}")  # a plain text that ends a turn, e.g. <end_of_turn> of a foreign tokenizer
+_MARK = re.compile(r"[<\[{|(]\S{1,40}")  # a plain text that ends a turn, e.g. <end_of_turn> of another tokenizer
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Stops:
         return [_EndsWithText(tokenizer, start, self.text)] if self.text else []
 
     def before(self, tokens: list[int]) -> list[int]:
-        """The tokens up to the first that ends an answer: not every such token is special, and so left out of texts."""
+        """The tokens up to the first that ends an answer: not every such token is special and skipped in decoding."""
         return tokens[: next((place for place, token in enumerate(tokens) if token in self.ids), len(tokens))]
 
     def cut(self, text: str) -> str:
@@ -51,7 +51,7 @@ def end_of_turn(tokenizer: Any) -> tuple[int | None, str | None]:
     turns = [{"role": "user", "content": "a question"}, {"role": "assistant", "content": _ANSWER}]
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except Exception:  # templates raise what they like; one that takes no such turns has no end that is known
+    except Exception:  # templates raise anything; one that takes no such turns has no known end
         return None, None
     _, found, after = text.rpartition(_ANSWER)
     after = after.strip()

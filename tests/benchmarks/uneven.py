@@ -73,9 +73,10 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     import torch.distributed as dist
 
     from orchestrator.data.order import Order
-    from orchestrator.training.loop import Hooks, Progress, Schedule, train
+    from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
     from orchestrator.training.shares import Shares
+    from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
     from strategies.cost.network import Network
 
@@ -95,7 +96,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
         told: list[dict[str, Any]] = []
         hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "", lambda: None)
         order = Order(len(data), samples_a_step, 1, 1000, count)
-        train(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares, local)
+        train(Training(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares, local))
         return told
 
     alone = [ROWS / report["seconds"] for report in run(Group(), ROWS, None, 6)[1:]]
@@ -107,7 +108,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     for mode in modes:
         kind, factor, local = MODES[mode]
         fair = [1 / 3] * 3 if kind == "equal" else [speed / sum(all_alone) for speed in all_alone]
-        reports = run(group, factor * BASE, Shares(list(fair), stay=True), max(5, steps // factor), local)[2:]
+        reports = run(group, factor * BASE, Shares(list(fair), is_fixed=True), max(5, steps // factor), local)[2:]
         step_s = statistics.median(report["seconds"] for report in reports)
         counts = [round(report_tokens / TOKENS) for report_tokens in reports[-1]["worker_tokens"]]
         # As in a job: the workers tell each other the pace they measured.

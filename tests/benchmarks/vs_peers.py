@@ -186,8 +186,9 @@ def ours(arguments) -> dict:
 
     from clusters.probe.machine import look_at_this_node
     from orchestrator.data.order import Order
-    from orchestrator.training.loop import Hooks, Progress, Schedule, train
+    from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
+    from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
     from strategies.step import host_memory
 
@@ -207,7 +208,7 @@ def ours(arguments) -> dict:
     hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: None)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
     with host_memory.kept():
-        train(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks)
+        train(Training(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks))
     save_adapter(setup.model, arguments.out, arguments.only)
     assert torch.get_num_threads() == cores()
     return report(seconds, tokens, sum(supervised), dtype, useful_flops_per_token())
@@ -397,8 +398,9 @@ def loop(arguments) -> dict:
     from orchestrator.data.batches import collate
     from orchestrator.data.order import Order
     from orchestrator.data.packing import micro_batches
-    from orchestrator.training.loop import Hooks, Progress, Schedule, train
+    from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
+    from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
     from strategies.step.supervised_logits import loss_sum
 
@@ -423,7 +425,7 @@ def loop(arguments) -> dict:
         theirs.append(time.perf_counter() - began)
         one = Order(len(data), ROWS_A_STEP, 0, 1, max_steps=step + 1)
         schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
-        train(setup, data, None, one, schedule, techniques, Group(), Progress(step=step), hooks)
+        train(Training(setup, data, None, one, schedule, techniques, Group(), Progress(step=step), hooks))
     ratios = [ours / bare for ours, bare in zip(mine, theirs, strict=True)][1:]
     return {
         "step_ratio": statistics.median(ratios),

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import torch
 
 from clusters.units import MIB
-from orchestrator.training.out_of_memory import is_out_of_memory
+from orchestrator.training.memory import is_out_of_memory
 from strategies import METHODS
 from strategies.contract import Method, Techniques
 from strategies.measure.trace import Lengths

@@ -14,8 +14,9 @@ import torch
 
 from orchestrator.data.order import Order
 from orchestrator.training import evaluate, feed
-from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
+from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSetup, TrainState
 from strategies.step.state import forget, gather, restore
@@ -42,7 +43,9 @@ class Run:
         self._watch.begin()
         hooks = Hooks(self._record, self._save, lambda: None if self.steps else "asked")
         held_out = self._data.select([3])
-        return train(self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, Group(), progress, hooks)
+        return train(
+            Training(self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, Group(), progress, hooks)
+        )
 
     def _record(self, event: str, **fields: Any) -> None:
         assert event != "note", fields  # nothing is repeated or left out here

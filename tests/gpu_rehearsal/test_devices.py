@@ -9,7 +9,7 @@ import torch
 
 from orchestrator.errors import JobError
 from orchestrator.lifecycle import calibration
-from orchestrator.training.model.devices import card_in_use, device_like, planned_device
+from orchestrator.training.model.devices import device_like, gpu_in_use, planned_device
 from orchestrator.training.workers import baseline, bench, finished, preflight
 from orchestrator.training.workers.experiment import measured_on
 from strategies.step import device_memory
@@ -91,7 +91,7 @@ def of_helper(made, monkeypatch):
     run = SimpleNamespace(plan=lambda: replace(made, helper=made.nodes[0]), job=lambda: None, data=lambda: {"model": 0})
     monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
     monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))
-    monkeypatch.setattr(baseline.worker, "prepare", _end)
+    monkeypatch.setattr(baseline, "prepare_model", _end)
     baseline.measure("folder")
 
 
@@ -138,7 +138,7 @@ def test_a_user_who_set_the_allocator_keeps_it(cards, made):
 def test_a_trial_is_credited_to_the_card_that_ran_it(shown, name, cards, made):
     os.environ["CUDA_VISIBLE_DEVICES"] = shown  # by Ray
     part = made.nodes[0]
-    found = card_in_use(part, device_like(part))
+    found = gpu_in_use(part, device_like(part))
     times = {
         "formula_step_s": 1.0,
         "measured_step_s": 3.0,

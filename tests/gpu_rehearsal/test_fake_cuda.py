@@ -67,10 +67,10 @@ def test_preflight_sees_the_peak_of_the_second_step_and_not_much_more(case):
 def test_a_step_waits_for_the_card_only_where_it_is_listed(case):
     case, found = case
     scaled = case.dtype == "float16"
-    read_in = ["train"]  # the loss
+    read_in = ["compute_gradients"]  # the loss
     read_in += ["update"] * (scaled and not case.is_fused)  # whether it overflowed
-    read_in += ["train"]  # the gradients' norm
-    read_in += ["_rescaled"] * 2 * scaled  # the loss scale and how often it has held, when the card has nothing to do
+    read_in += ["update_weights"]  # the gradients' norm
+    read_in += ["overflow"] * 2 * scaled  # the loss scale and how often it has held, when the card has nothing to do
 
     listed = [f"a number is read in {function}" for function in read_in]
 

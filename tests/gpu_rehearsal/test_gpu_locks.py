@@ -11,7 +11,7 @@ from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.recovery import Recovery
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers import gpu_locks
-from orchestrator.training.workers.gpu_locks import one_each, own_cards
+from orchestrator.training.workers.gpu_locks import hold_gpus, hold_one_each
 from tests.gpu_rehearsal.cards import RTX_3090, Machine
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
@@ -41,33 +41,33 @@ def uuids(held):
 
 def test_the_second_job_takes_a_like_card_and_the_third_waits_and_says_for_whom(two_cards):
     said = []
-    with own_cards(*two_cards, said.append, lambda: True) as first, own_cards(*two_cards, said.append, bool) as second:
+    with hold_gpus(*two_cards, said.append, lambda: True) as first, hold_gpus(*two_cards, said.append, bool) as second:
         assert uuids(first) == [FIRST] and uuids(second) == [SECOND] and second.hash == first.hash
-        assert said == [f"{SECOND} trains in place of {FIRST}, which another job of yours uses: it is like it"]
-        with own_cards(*two_cards, said.append, iter([False, True]).__next__) as third:
+        assert said == [f"{SECOND} trains in place of {FIRST}, which another job of yours uses: they are alike"]
+        with hold_gpus(*two_cards, said.append, iter([False, True]).__next__) as third:
             assert third is None
         assert len(said) == 2 and f"waiting for {FIRST} (process " in said[1] and f"{SECOND} (process " in said[1]
 
-    with own_cards(*two_cards, said.append, lambda: True) as again:
+    with hold_gpus(*two_cards, said.append, lambda: True) as again:
         assert uuids(again) == [FIRST]
 
 
 def test_a_job_that_gets_only_one_of_two_cards_holds_none():
     with (
-        one_each([[SECOND]], print),
-        one_each([[FIRST], [SECOND]], print, lambda: True) as both,
+        hold_one_each([[SECOND]], print),
+        hold_one_each([[FIRST], [SECOND]], print, lambda: True) as both,
     ):
         assert both is None
-        with one_each([[FIRST]], print, lambda: True) as free:
+        with hold_one_each([[FIRST]], print, lambda: True) as free:
             assert free == [FIRST]
 
 
 def test_a_card_that_becomes_free_is_taken(monkeypatch):
     other = contextlib.ExitStack()
-    other.enter_context(one_each([[FIRST]], print))
+    other.enter_context(hold_one_each([[FIRST]], print))
     monkeypatch.setattr(gpu_locks.time, "sleep", lambda _: other.close())
 
-    with one_each([[FIRST]], print) as held:
+    with hold_one_each([[FIRST]], print) as held:
         assert held == [FIRST]
 
 
@@ -76,13 +76,13 @@ def test_where_nothing_can_be_locked_training_goes_on_and_says_what_that_means(t
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     said = []
 
-    with one_each([[FIRST]], said.append) as held:
+    with hold_one_each([[FIRST]], said.append) as held:
         assert held == [FIRST]
     assert len(said) == 1 and f"{FIRST} cannot be locked" in said[0]
 
 
 def test_a_plan_for_the_cpu_waits_for_nothing():
-    with one_each([], print) as held:
+    with hold_one_each([], print) as held:
         assert held == []
 
 
@@ -98,8 +98,8 @@ def test_a_run_that_is_asked_to_stop_while_it_waits_is_stopped(two_cards, tmp_pa
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
     with (
-        one_each([[FIRST]], print),
-        one_each([[SECOND]], print),
+        hold_one_each([[FIRST]], print),
+        hold_one_each([[SECOND]], print),
         contextlib.ExitStack() as until_the_end,
     ):
         assert not recovery.lock_gpus(until_the_end)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from orchestrator.training.out_of_memory import in_halves, is_out_of_memory
+from orchestrator.training.memory import in_halves, is_out_of_memory
 from orchestrator.training.workers.failures import describe
 
 

@@ -161,7 +161,7 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
     from ray.train.torch import TorchTrainer
 
     from clusters.ray.connect import SLOT
-    from orchestrator.training.workers.launch import _Places, environments
+    from orchestrator.training.workers.launch import _WorkerSetup, environments
 
     def worker(config):
         import ray.train
@@ -184,7 +184,7 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
         train_loop_config={"folder": str(tmp_path)},
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={SLOT: 1}),
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "ray")),
-        torch_config=_Places(backend="gloo", environments=own),
+        torch_config=_WorkerSetup(backend="gloo", environments=own),
     ).fit()
     reservation.release()
 
@@ -279,7 +279,7 @@ def test_where_ray_has_no_gpus_the_planned_one_is_used(on_two_gpus):
     own = environments(on_two_gpus.plan, reservation, {"a": "id"})
     unreserved, exchanged = notices(on_two_gpus.plan, reservation)
 
-    assert "does not hand out" in unreserved and "of a:" in unreserved and UUIDS[2] in exchanged
+    assert "does not assign" in unreserved and "of a:" in unreserved and UUIDS[2] in exchanged
     assert [one["CUDA_VISIBLE_DEVICES"] for one in in_order(["id", "id"], own)] == [UUIDS[1], "3"]
 
 

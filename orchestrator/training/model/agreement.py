@@ -1,7 +1,7 @@
-"""Whether what is handed back is what was trained: two models asked the same, their answers compared number by number.
+"""Checks that the exported model is the trained one: the logits of both on one batch, number by number.
 
 The trained model leaves a `Portrait`: its logits on one batch and a digest of every trained weight.  It may then be
-freed, so the check needs no more memory than training did; the model that is loaded again is held against it.
+freed, so the check needs no more memory than training did; the model that is loaded again is compared with it.
 """
 
 from __future__ import annotations
@@ -18,9 +18,8 @@ from safetensors import SafetensorError
 
 from clusters.hardware.limits import PROC, read, usable_memory_bytes
 from clusters.units import format_bytes
-from orchestrator.errors import RunFailed
-from orchestrator.training.loop import resident_bytes
-from orchestrator.training.out_of_memory import first_line, is_out_of_memory
+from orchestrator.errors import RunFailed, first_line
+from orchestrator.training.memory import is_out_of_memory, resident_bytes
 from strategies.step import document_attention
 from strategies.techniques.precision import autocast
 
@@ -33,7 +32,7 @@ _ROUNDED = {"float32": 1e-3, "bfloat16": 2**-4, "float16": 2**-7}
 
 @dataclass(frozen=True)
 class Portrait:
-    """What a model says to one batch, and what its trained weights were."""
+    """A model's logits on one batch, and digests of its trained weights."""
 
     ids_BT: torch.Tensor
     logits_BTV: torch.Tensor
@@ -60,7 +59,7 @@ class Agreement:
 
 
 def probe(data: Any, vocab_size: int) -> torch.Tensor:
-    """The batch that is compared: the first tokens of two samples; arbitrary ones where there is no data."""
+    """The batch that is compared: the first tokens of two samples; random ones where there is no data."""
     rows = [torch.as_tensor(data.tokens(row)[0][:_TOKENS].copy()) for row in range(min(_ROWS, len(data or ())))]
     if rows:
         width = min(len(row) for row in rows)
@@ -71,7 +70,7 @@ def probe(data: Any, vocab_size: int) -> torch.Tensor:
 
 @torch.no_grad()
 def logits_of(model: Any, ids_BT: torch.Tensor, attention: str, dtype: Any) -> torch.Tensor:
-    """What a model says when it computes in `dtype`, in fp32 on the CPU; nothing of the model is changed."""
+    """The logits of a model that computes in `dtype`, in fp32 on the CPU; nothing of the model is changed."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     trained_with, was_training = inner.config._attn_implementation, model.training
     inner.set_attn_implementation(attention)
@@ -109,7 +108,7 @@ def digest(weight: torch.Tensor) -> str:
 def compare(
     portrait: Portrait, folder: Path, load: Callable[[str], Any], what: str, is_engine: bool = False
 ) -> Agreement:
-    """Hold what was written to `folder`, and the model that `load(attention)` makes of it, against a portrait.
+    """Compare what was written to `folder`, and the model that `load(attention)` makes of it, with a portrait.
 
     A weight may be loaded in less precision than it was trained and written in; then the tolerance is that of rounding.
     Raises RunFailed naming the first trained weight that is another, or the largest difference of the logits; an
@@ -118,11 +117,10 @@ def compare(
     """
     try:
         model = load(portrait.attention)
-    except Exception as error:  # transformers, PEFT and safetensors raise what they like
+    except Exception as error:  # transformers, PEFT and safetensors raise anything
         if is_out_of_memory(error):
             raise  # says nothing of what was written
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise RunFailed(f"{what} cannot be loaded again: {reason}") from error
+        raise RunFailed(f"{what} cannot be loaded again: {first_line(error)}") from error
     loaded = missing(portrait, model.named_parameters())
     if absent := set(loaded) & set(missing(portrait, _by_own_names(portrait, folder))):
         raise RunFailed(
@@ -216,7 +214,7 @@ def tensors_in(folder: Path) -> Iterable[tuple[str, torch.Tensor]]:
 
 
 def no_room(needed_bytes: int, device: torch.device) -> str | None:
-    """Why a model of so many bytes cannot be loaded beside what is there; None where it can."""
+    """Why a model of so many bytes does not fit beside what is loaded; None where it does."""
     free = free_bytes(device)
     if free is None or needed_bytes <= free:
         return None
@@ -224,7 +222,7 @@ def no_room(needed_bytes: int, device: torch.device) -> str | None:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory that this process may still take; None where nobody says."""
+    """Memory that this process may still take; None where it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     available = re.search(r"^MemAvailable:\s+(\d+) kB", read(PROC / "meminfo"), re.MULTILINE)

@@ -1,4 +1,4 @@
-"""The planned GPU in a process that Ray Train did not start: a verb's own, a trial's, the helper's."""
+"""The planned GPU in a process that Ray Train did not start: a command's, a trial's, the baseline helper's."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def planned_device(part: NodePlan) -> torch.device:
 
 
 def device_like(part: NodePlan) -> torch.device:
-    """The planned device, or the GPU that this process is shown in its place; the CPU where it is shown none."""
+    """The planned device, or the GPU that this process sees in its place; the CPU where it sees none."""
     if part.torch_device == "cpu":
         return torch.device("cpu")
     is_there = part.uuid in [gpu.uuid for gpu in look_at_gpus()[0]]
@@ -35,9 +35,9 @@ def device_like(part: NodePlan) -> torch.device:
 
 
 def _ready(part: NodePlan, uuid: str | None) -> torch.device:
-    """Show this process one GPU, or all of them, before CUDA starts; from then on the one is found among them.
+    """Make one GPU visible to this process, or all, before CUDA starts; afterwards pick the one among them.
 
-    What the plan counts on is the limit on the planned card, and on no other.
+    The plan's memory limit applies to the planned GPU and to no other.
     """
     device_memory.grow_segments()
     if not torch.cuda.is_initialized():
@@ -49,8 +49,8 @@ def _ready(part: NodePlan, uuid: str | None) -> torch.device:
     return device
 
 
-def card_in_use(part: NodePlan, device: torch.device) -> tuple[str, str | None]:
-    """Name and UUID, as the driver's tool has them, of what `device_like` took for a part."""
+def gpu_in_use(part: NodePlan, device: torch.device) -> tuple[str, str | None]:
+    """Name and UUID, as the driver reports them, of the device that `device_like` chose for a part."""
     shown = [gpu for gpu in look_at_gpus()[0] if gpu.kind == part.kind] if part.torch_device != "cpu" else []
     if device.type != part.torch_device:
         return "the CPU", None

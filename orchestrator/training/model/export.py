@@ -1,4 +1,4 @@
-"""What a run hands back: a folder that anybody's transformers and PEFT can use, whole or not there.
+"""Exports what a run hands back: a folder that plain transformers and PEFT load, complete or not there.
 
 weights          adapter_config.json + adapter_model.safetensors, or config.json + model*.safetensors
 tokenizer        its files, with the chat template that was trained with (chat_template.jinja)
@@ -50,7 +50,7 @@ def write_beside(folder: Path, model: Any, tokenizer: Any, base: Path) -> None:
 
 
 def base_name(job: Job) -> str:
-    """The base model as anybody may load it: a name of the hub or of a package as given, a folder by its whole path."""
+    """The base model's name as others can load it: of the hub or a package as given, a folder by its full path."""
     name = job.spec.model.model_name_or_path
     is_folder = name.lower() not in model_files.PACKAGED and job.path(name).is_dir()
     return str(job.path(name)) if is_folder else name
@@ -58,8 +58,7 @@ def base_name(job: Job) -> str:
 
 @contextlib.contextmanager
 def plain_generation(model: Any) -> Iterator[None]:
-    """Without the base's own generation settings, which transformers refuses to save where they contradict each
-    other."""
+    """Drop the base's generation settings inside the block: transformers saves none that contradict each other."""
     from transformers import GenerationConfig
 
     own = getattr(model, "generation_config", None)
@@ -73,7 +72,7 @@ def plain_generation(model: Any) -> Iterator[None]:
 
 
 def make_readable(folder: Path) -> None:
-    """Everybody may read a result; who writes files by way of temporary ones leaves them closed."""
+    """Make a result readable for all: files written by way of temporary ones are private."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
 
@@ -84,7 +83,7 @@ def is_adapter(folder: Path) -> bool:
 
 
 def _json(file: Path) -> dict[str, Any]:
-    """The fields of a JSON file; none where there is no such file, or one that nobody can read."""
+    """The fields of a JSON file; none where there is no such file or it cannot be read."""
     try:
         found = read_json(file)
     except BadInput:

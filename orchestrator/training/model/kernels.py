@@ -1,4 +1,4 @@
-"""What a model on this machine really supports of the planned attention, packing and loss."""
+"""Which of the planned attention, packing and loss a model really supports on this machine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import JobError
-from orchestrator.job.job_file import Job
-from orchestrator.training.out_of_memory import first_line, is_out_of_memory
+from orchestrator.errors import JobError, first_line
+from orchestrator.training.memory import is_out_of_memory
+from orchestrator.training.worker_context import WorkerContext
 from strategies.contract import Techniques
 from strategies.step import document_attention
 from strategies.step.supervised_logits import can_chunk
@@ -19,27 +19,27 @@ from strategies.techniques.precision import autocast
 _ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}
 
 
-def without_leaks(model: Any, job: Job, techniques: Techniques, device: torch.device, record: Any) -> Techniques:
-    """Check that packed documents stay apart, as they will be trained; fall back to what does keep them apart.
+def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
+    """Techniques with an attention that keeps packed documents apart on this model, or without packing.
 
-    Raises JobError where packing is asked for and nothing does, and what out of memory is as it is.
+    Raises JobError where the job wants packing and no attention does; an out-of-memory error passes unchanged.
     """
-    asked = job.spec.model.attn_implementation
+    device, wanted = context.device, context.job.spec.model.attn_implementation
     checked = model if model.device.type == device.type else document_attention.first_layers(model, device)
     faults: dict[str, str] = {}
-    for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if asked == "auto" else ())]):
+    for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if wanted == "auto" else ())]):
         fault = _fault_of(checked, name, device, techniques)
         if fault is None:
             model.set_attn_implementation(name)
             for other, why in faults.items():
-                record("note", text=f"{other} attention: {why}; using {name}")
+                context.note(f"{other} attention: {why}; using {name}")
             return dataclasses.replace(techniques, attn_implementation=name)
         faults[name] = fault
-    told = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
-    if job.spec.data.packing is True:
-        raise JobError(f"data.packing: {told}. Set data.packing: false")
-    record("note", text=f"{told}; rows are padded instead")
-    model.set_attn_implementation("sdpa" if asked in ("auto", "document") else asked)
+    reasons = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
+    if context.job.spec.data.packing is True:
+        raise JobError(f"data.packing: {reasons}. Set data.packing: false")
+    context.note(f"{reasons}; rows are padded instead")
+    model.set_attn_implementation("sdpa" if wanted in ("auto", "document") else wanted)
     rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
     return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
 
@@ -58,11 +58,14 @@ def _fault_of(model: Any, name: str, device: torch.device, techniques: Technique
     return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
 
 
-def with_loss_that_runs(model: Any, job: Job, techniques: Techniques, record: Any) -> Techniques:
-    """Without the chunked loss where the model's logits are more than a matrix product.  Raises JobError if asked."""
+def with_loss_that_runs(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
+    """Techniques without the chunked loss where the model's logits are more than a matrix product.
+
+    Raises JobError where the job wants it.
+    """
     if techniques.loss_type != "chunked_nll" or can_chunk(model):
         return techniques
-    if job.spec.train.loss_type == "chunked_nll":
+    if context.job.spec.train.loss_type == "chunked_nll":
         raise JobError("train.loss_type: this model does more to its logits than a matrix product; set it to nll")
-    record("note", text="this model does more to its logits than a matrix product; all are computed at once")
+    context.note("this model does more to its logits than a matrix product; all are computed at once")
     return dataclasses.replace(techniques, loss_type="nll")

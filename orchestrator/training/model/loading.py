@@ -1,4 +1,4 @@
-"""What a worker reads before it trains: samples, tokenizer, the pretrained model, or what a run handed back."""
+"""Loads samples, tokenizer and model: the pretrained one, or what a run handed back."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import torch
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, first_line
 from orchestrator.job.job_file import Job
-from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.memory import is_out_of_memory
 from orchestrator.training.model import export
-from orchestrator.training.out_of_memory import is_out_of_memory
+from orchestrator.training.worker_context import WorkerContext
 from strategies.contract import Techniques
 from strategies.model.architecture import LoadReport, faults
 from strategies.step import document_attention
@@ -52,7 +52,7 @@ def load_model(
     """The pretrained model, in `dtype` on `device`.
 
     On a GPU each weight goes from its file straight to the device: the host never holds the model, whatever number of
-    workers load it.  Raises JobError, and what out of memory is as it is.
+    workers load it.  Raises JobError; an out-of-memory error passes unchanged.
     """
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as hf_logging
@@ -72,9 +72,7 @@ def load_model(
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise JobError(
-            f"model.model_name_or_path: {location} cannot be loaded: {str(error).splitlines()[0]}"
-        ) from error
+        raise JobError(f"model.model_name_or_path: {location} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
     report = LoadReport.from_loading_info(info)
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
@@ -87,15 +85,13 @@ def straight_to(device: torch.device) -> dict[str, Any]:
     return {"device_map": {"": device}} if device.type != "cpu" else {}
 
 
-def load_exported(
-    folder: Path, location: str, job: Job, plan: Plan, techniques: Techniques, device: torch.device, attention: str
-) -> Any:
+def load_exported(context: WorkerContext, folder: Path, techniques: Techniques, attention: str) -> Any:
     """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
-    method = plan.build_method()
+    method, job, device = context.plan.build_method(), context.job, context.device
     dtype = method.load_dtype(techniques)
     if not export.is_adapter(folder):
         return load_model(str(folder), job, dtype, device, attention)
     from peft import PeftModel
 
-    base = load_model(location, job, dtype, device, attention, method.load_arguments(techniques))
+    base = load_model(context.model_folder, job, dtype, device, attention, method.load_arguments(techniques))
     return PeftModel.from_pretrained(base, str(folder))

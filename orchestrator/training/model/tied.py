@@ -1,4 +1,4 @@
-"""Merging adapters of a model whose output matrix is its embedding: what is adapted apart must not stay one tensor."""
+"""Merges adapters of a model whose output matrix is its embedding, which must be separated first."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 def merged_model(model: Any) -> Any:
-    """The plain model that base and adapter come to; a model without an adapter as it is.
+    """Base and adapter merged into a plain model; a model without an adapter as it is.
 
     Where embedding and output matrix are one tensor and either of them is adapted, they are separated first, and the
     model's config says so: merged in place, one's correction would change the other, and saved as tied, one is lost.
@@ -27,7 +27,7 @@ def _are_tied(model: Any) -> bool:
 
 
 def _is_adapted(module: Any) -> bool:
-    """Whether PEFT stands in a module's place."""
+    """Whether PEFT has replaced a module."""
     return hasattr(module, "base_layer") or hasattr(module, "modules_to_save")
 
 

@@ -1,13 +1,16 @@
 """Processes that train, measure or evaluate, and how they are launched.
 
-worker      start here: one training worker
-baseline    what a machine that does not train does meanwhile
-bench       runtime benchmarks on this machine, in this process
-experiment  one combination of optimizations on a small part of the data
-failures    what is told of an error that ended a worker
-finished    what can be done with a finished run
+worker      start here: one training worker, from its start to the result
+setup       device and group of a worker, the model with the planned method, data, schedule
+pace        how fast each worker computes, and the shares that follow
+result      what a training came to: counts, times, energy, result.json
+baseline    the baseline helper: evaluates the base model on an idle node while the others train
+bench       benchmarks a training step and generation on this machine
+experiment  one trial of a search: a combination of options on a small part of the data
+failures    the sentence for an error that ended a worker
+finished    evaluates and merges what a finished run handed back
 gpu_locks   which of a user's programs on this machine trains on which GPU
-launch      the only door to Ray Train
-preflight   what would fail hours into a run, done first
-quality     how good a model is on held-out rows
+launch      starts the workers with Ray Train; the only module that imports it
+preflight   what would fail hours into a run, tried first
+quality     held-out loss and answers of a model, before and after training
 """

@@ -1,4 +1,4 @@
-"""What a machine that does not train does meanwhile: it measures the untuned model, so that the others need not."""
+"""The baseline helper: evaluates the base model on an idle node while the others train."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ import torch
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like
-from orchestrator.training.parallel import Group
-from orchestrator.training.workers import quality, worker
+from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.workers import quality
+from orchestrator.training.workers.setup import prepare_model
 
 
 def measure(folder: str) -> None:
-    """Measure the run's model on its held-out rows, with what the plan says of `helper`, and write before.json."""
+    """Evaluate the run's base model on its held-out rows, on the plan's `helper`, and write before.json."""
     run = RunFolder(Path(folder))
     job, plan = run.job(), run.plan()
     part = plan.helper
@@ -23,12 +24,8 @@ def measure(folder: str) -> None:
     if part is None or held_out is None:
         return
     torch.set_num_threads(part.threads)
-    location = run.data()["model"]
-    setup, techniques = worker.prepare(job, plan, part, location, device_like(part), _ignore)
+    context = WorkerContext(job, plan, part, run.data()["model"], device_like(part))  # its events are the workers'
+    setup, techniques = prepare_model(context)
     tokenizer = loading.tokenizer_of(run, job)
-    measured = quality.measure(job, plan, setup, tokenizer, held_out, techniques, Group())
+    measured = quality.measure(context, setup, techniques, tokenizer, held_out)
     run.write("before.json", json.dumps({**measured, "node": part.node}))
-
-
-def _ignore(*_: object, **__: object) -> None:
-    """Its events would be told among the workers'."""

@@ -1,6 +1,6 @@
-"""Runtime benchmarks on this machine, in this process: a training step dissected, a tuned model generating.
+"""Benchmarks a training step and the generation of a trained model, on this machine, in this process.
 
-The planned set-up on the job's own batches; nothing is kept of it.
+The planned set-up on the job's own batches; nothing of it is kept.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,22 +18,37 @@ from typing import Any
 import torch
 
 from orchestrator.data.batches import collate
+from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.data.packing import micro_batches
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import write_text_file
 from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.loop import peak_bytes
-from orchestrator.training.model.devices import device_like, planned_device
-from orchestrator.training.workers import finished, preflight, worker
+from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.memory import peak_bytes
+from orchestrator.training.model.devices import planned_device
+from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.workers import finished, preflight
+from orchestrator.training.workers.setup import prepare_model
+from strategies.contract import Techniques, TrainSetup
 from strategies.measure import dissect, timeline
 from strategies.measure.trace import LiveStorages
 from strategies.step import host_memory
+from strategies.step.supervised_logits import Batch
 
 _WARM_UP = 2  # steps that compile kernels and fill caches
+
+
+@dataclass(frozen=True)
+class _Step:
+    """A step's micro-batches, each made when it is called for, and what it holds."""
+
+    batches: list[Callable[[], Batch]]
+    num_samples: int
+    num_tokens: int
+    num_supervised: int  # tokens
 
 
 def bench_training(
@@ -48,80 +64,85 @@ def bench_training(
     With a timeline also two steps layer by layer; with a bus an optimizer that streams waits for one of that rate.
     """
     plan: Plan = ready.plan
-    part, location = plan.nodes[0], ready.data_files["model"]
+    part, folder = plan.nodes[0], ready.data_files["model"]
     if part.techniques.uses_engine:
         raise JobError("bench runs one device: set strategy.mode: single and strategy.offload: none")
     device = planned_device(part)
     torch.set_num_threads(part.threads)
     data, _ = datasets(ready.data_files)
     say(f"loading the model, then {_WARM_UP + num_steps} steps ...")
-    setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
+    setup, techniques = prepare_model(WorkerContext(job, plan, part, folder, device))
     if bus_bytes_per_s:
-        if not setup.streaming:
-            raise JobError(f"--bus is for methods that send gradients over one; {plan.method['type']} does not")
-        try:
-            setup.streaming.emulate_bus(bus_bytes_per_s)
-        except ValueError as error:
-            raise JobError(f"--bus: {error}") from None
+        _emulate_bus(setup, plan, bus_bytes_per_s)
     order = Order(len(data), plan.global_batch_size, job.spec.train.seed, _WARM_UP + num_steps + 1)
     setup.model.train()
-    timed: list[dissect.Timed] = []
-    tokens, supervised, samples = [], [], []
+    steps = [_step(data, order.sample_ids(number), techniques) for number in range(_WARM_UP + num_steps + 1)]
     with host_memory.kept():
-        for step in range(_WARM_UP + num_steps):
-            ids, makers, learnt = _step(data, order, step, techniques)
-            timed.append(dissect.timed_step(setup, makers, learnt, techniques, device))
-            tokens.append(int(data.lengths[ids].sum()))
-            supervised.append(learnt)
-            samples.append(len(ids))
-    steady = slice(_WARM_UP, None)
-    _, makers, learnt = _step(data, order, _WARM_UP + num_steps, techniques)
+        timed = [
+            dissect.timed_step(setup, step.batches, step.num_supervised, techniques, device) for step in steps[:-1]
+        ]
+    last = steps[-1]
     say("profiling one step ...")
-    profiled = dissect.profiled_step(setup, [make().to(device) for make in makers], learnt, techniques)
+    batches = [make().to(device) for make in last.batches]
+    profiled = dissect.profiled_step(setup, batches, last.num_supervised, techniques)
     spans = []
     if with_timeline:
         say("two steps for the timeline ...")
-        spans = [vars(span) for span in timeline.recorded(setup, makers, learnt, techniques, 2)]
+        spans = [vars(span) for span in timeline.recorded(setup, last.batches, last.num_supervised, techniques, 2)]
     heaviest = preflight.heaviest(setup, data, techniques, plan.global_batch_size)[0]
-    memory = dissect.memory_by_part(setup, heaviest, heaviest.targets_S.numel(), techniques)
-    seconds = sum(one.step_s for one in timed[steady])
-    achieved = plan.flops_per_token * sum(tokens[steady]) / seconds
-    peak_rate = _ceiling(ready, plan)
     return {
         "kind": "train",
-        **_where(job, plan, location),
+        **_where(job, plan, folder),
         "settings": settings_of(plan),
         "steps": num_steps,
-        "throughput": {
-            "tokens_per_s": sum(tokens[steady]) / seconds,
-            "supervised_tokens_per_s": sum(supervised[steady]) / seconds,
-            "samples_per_s": sum(samples[steady]) / seconds,
-        },
-        "step_s": statistics.median(one.step_s for one in timed[steady]),
-        "predicted_step_s": plan.nodes[0].time.step_s,
-        "phases": {phase: statistics.mean(one.phases[phase] for one in timed[steady]) for phase in dissect.PHASES}
-        | {"communication": 0.0},
-        "predicted_communication_s": plan.sync_s,
+        **_times(plan, steps[_WARM_UP:-1], timed[_WARM_UP:], _ceiling(ready, plan)),
         "parts": profiled.parts,
         "operators": [{"name": name, "seconds": spent, "calls": calls} for name, spent, calls in profiled.operators],
         **({"timeline": spans} if with_timeline else {}),
-        "memory": memory,
-        "predicted_memory": plan.nodes[0].memory.parts,
+        "memory": dissect.memory_by_part(setup, heaviest, heaviest.targets_S.numel(), techniques),
+        "predicted_memory": part.memory.parts,
         "process_peak_bytes": peak_bytes(device),
-        "flops_per_s": achieved,
-        "ceiling_flops_per_s": peak_rate,
-        "of_ceiling": achieved / peak_rate if peak_rate else None,
     }
 
 
-def _step(data: Any, order: Order, step: int, techniques: Any) -> tuple[list[int], list[Callable[[], Any]], int]:
-    """Samples of a step, a maker for each of its micro-batches, and its supervised tokens."""
-    ids = order.sample_ids(step)
-    lengths = data.lengths[ids].tolist()
-    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
-    groups = micro_batches(lengths, rows, max_length, packing)
-    makers = [partial(collate, data, [ids[i] for i in group], packing) for group in groups]
-    return ids, makers, int(data.num_supervised[ids].sum())
+def _emulate_bus(setup: TrainSetup, plan: Plan, bytes_per_s: float) -> None:
+    """Let an optimizer that streams wait for a bus of that rate.  Raises JobError."""
+    if not setup.streaming:
+        raise JobError(f"--bus is for methods that send gradients over one; {plan.method['type']} does not")
+    try:
+        setup.streaming.emulate_bus(bytes_per_s)
+    except ValueError as error:
+        raise JobError(f"--bus: {error}") from None
+
+
+def _step(data: Dataset, sample_ids: list[int], techniques: Techniques) -> _Step:
+    lengths = data.lengths[sample_ids].tolist()
+    groups = micro_batches_of(lengths, techniques)
+    batches = [partial(collate, data, [sample_ids[i] for i in group], techniques.packing) for group in groups]
+    return _Step(batches, len(sample_ids), sum(lengths), int(data.num_supervised[sample_ids].sum()))
+
+
+def _times(
+    plan: Plan, steps: Sequence[_Step], timed: Sequence[dissect.Timed], ceiling_flops_per_s: float | None
+) -> dict[str, Any]:
+    """Throughput, seconds by phase and FLOP/s of steady steps, beside what was predicted."""
+    seconds, num_tokens = sum(one.step_s for one in timed), sum(step.num_tokens for step in steps)
+    flops_per_s = plan.flops_per_token * num_tokens / seconds
+    phases = {phase: statistics.mean(one.phases[phase] for one in timed) for phase in dissect.PHASES}
+    return {
+        "throughput": {
+            "tokens_per_s": num_tokens / seconds,
+            "supervised_tokens_per_s": sum(step.num_supervised for step in steps) / seconds,
+            "samples_per_s": sum(step.num_samples for step in steps) / seconds,
+        },
+        "step_s": statistics.median(one.step_s for one in timed),
+        "predicted_step_s": plan.nodes[0].time.step_s,
+        "phases": phases | {"communication": 0.0},
+        "predicted_communication_s": plan.sync_s,
+        "flops_per_s": flops_per_s,
+        "ceiling_flops_per_s": ceiling_flops_per_s,
+        "of_ceiling": flops_per_s / ceiling_flops_per_s if ceiling_flops_per_s else None,
+    }
 
 
 def _ceiling(ready: Any, plan: Plan) -> float | None:
@@ -131,14 +152,14 @@ def _ceiling(ready: Any, plan: Plan) -> float | None:
     return device.flops_per_s.get(plan.techniques.dtype)
 
 
-def _where(job: Job, plan: Plan, location: str) -> dict[str, Any]:
-    """What a number means nothing without."""
+def _where(job: Job, plan: Plan, model_folder: str) -> dict[str, Any]:
+    """The model, the device and the libraries, without which a number means nothing."""
     import transformers
 
     return {
         "name": job.spec.name,
         "model": job.spec.model.model_name_or_path,
-        "model_folder": location,
+        "model_folder": model_folder,
         "device": plan.nodes[0].device,
         "threads": plan.nodes[0].threads,
         "torch": torch.__version__,
@@ -157,12 +178,8 @@ def bench_generation(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Time to the first token, time per further token, throughput and memory: base, adapter and merged side by side."""
-    plan = run.plan()
-    location = finished.model_of(run)
-    device = device_like(plan.nodes[0])
-    torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    rows = []
-    for name, model in finished.variants(run, job, device):
+    context, rows = finished.context_of(run, job), []
+    for name, model in finished.variants(run, context):
         model.eval()
         for prompt_length in prompt_lengths:
             for batch_size in batch_sizes:
@@ -170,7 +187,7 @@ def bench_generation(
                 found = generation(model, batch_size, prompt_length, num_new)
                 rows.append({"model": name, "batch_size": batch_size, "prompt_tokens": prompt_length, **found})
         del model
-    return {"kind": "generate", **_where(job, plan, location), "new_tokens": num_new, "rows": rows}
+    return {"kind": "generate", **_where(job, context.plan, context.model_folder), "new_tokens": num_new, "rows": rows}
 
 
 @torch.no_grad()
@@ -182,7 +199,7 @@ def generation(model: Any, batch_size: int, prompt_length: int, num_new: int, re
     mask = torch.ones_like(prompts)
 
     def generate(count: int) -> float:
-        began = time.perf_counter()
+        started = time.perf_counter()
         model.generate(
             input_ids=prompts,
             attention_mask=mask,
@@ -193,7 +210,7 @@ def generation(model: Any, batch_size: int, prompt_length: int, num_new: int, re
         )
         if device.type == "cuda":
             torch.cuda.synchronize(device)
-        return time.perf_counter() - began
+        return time.perf_counter() - started
 
     generate(2)  # warms up
     first_s = statistics.median(generate(1) for _ in range(repeats))
@@ -214,7 +231,7 @@ def generation(model: Any, batch_size: int, prompt_length: int, num_new: int, re
 
 
 def save(result: dict[str, Any], folder: Path, file: Path | None) -> Path:
-    """Write a result, by default beside the runs under a name that tells what and when.  Raises JobError."""
+    """Write a result, by default beside the runs, named after job, kind and time.  Raises JobError."""
     stamp = time.strftime("%Y%m%d-%H%M%S", time.localtime(result["time"]))
     file = file or folder / f"bench-{result['name']}-{result['kind']}-{stamp}.json"
     try:

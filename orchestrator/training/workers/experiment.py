@@ -1,6 +1,6 @@
-"""One combination of optimizations on a small part of the data: how fast it trains, what it takes, how good it gets.
+"""Trains one combination of options on a small part of the data: its speed, its memory, its quality.
 
-The real set-up and the real loop, without checkpoints and export.  Plain PyTorch: a search runs it inside Ray Tune, a
+The set-up and the loop of a run, without checkpoints and export.  Plain PyTorch: a search runs it inside Ray Tune, a
 benchmark in a row.
 """
 
@@ -18,33 +18,34 @@ from orchestrator.errors import NothingFits
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.training.evaluate import evaluate_loss
-from orchestrator.training.loop import Hooks, Progress, train
-from orchestrator.training.model import hand_back, loading
-from orchestrator.training.model.devices import card_in_use, device_like
-from orchestrator.training.parallel import Group
-from orchestrator.training.workers import preflight, quality, worker
+from orchestrator.training.loop import train
+from orchestrator.training.model import loading
+from orchestrator.training.model.devices import device_like, gpu_in_use
+from orchestrator.training.state import Hooks, Progress, Training
+from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.workers import preflight, quality, result
+from orchestrator.training.workers.setup import prepare_model, schedule_of
 from strategies.contract import Techniques, TrainSetup
 from strategies.measure.trace import LiveStorages, tensors_of
 from strategies.step import host_memory
 
 
 class Experiment:
-    """A planned combination, set up; `train_to` a step, as often as wanted, and read what it has come to."""
+    """A planned combination, set up: `train_to` a step, as often as wanted, then read its figures."""
 
-    def __init__(self, job: Job, plan: Plan, location: str, data: Dataset, held_out: Dataset) -> None:
+    def __init__(self, job: Job, plan: Plan, model_folder: str, data: Dataset, held_out: Dataset) -> None:
         """Raises OrchestratorError where the combination cannot be set up."""
-        self.job, self.plan, self.location, self.data, self.held_out = job, plan, location, data, held_out
-        part = plan.nodes[0]
-        self.device = device_like(part)
-        self.card = card_in_use(part, self.device)  # name and UUID
+        self.plan, part, train_section = plan, plan.nodes[0], job.spec.train
+        device = device_like(part)
+        self._gpu = gpu_in_use(part, device)  # name and UUID
         torch.set_num_threads(part.threads)
-        self.setup, self.techniques = worker.prepare(job, plan, part, location, self.device, self._heard)
-        self.tensors_bytes = tensors_peak_bytes(self.setup, data, self.techniques, plan.global_batch_size)
-        train_section = job.spec.train
-        self.order = Order(
-            len(data), plan.global_batch_size, train_section.seed, train_section.num_train_epochs, plan.num_steps
-        )
-        self.schedule = worker.schedule_of(job, plan)
+        self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record)
+        self._data, self._held_out = data, held_out
+        self._setup, self._techniques = prepare_model(self._context)
+        self.tensors_bytes = tensors_peak_bytes(self._setup, data, self._techniques, plan.global_batch_size)
+        epochs = train_section.num_train_epochs
+        self._order = Order(len(data), plan.global_batch_size, train_section.seed, epochs, plan.num_steps)
+        self._schedule = schedule_of(job, plan)
         self.progress = Progress()
         self._steps: list[tuple[float, int]] = []  # (seconds, tokens)
         self.curve: list[tuple[int, float]] = []  # (step, held-out loss)
@@ -52,49 +53,58 @@ class Experiment:
     def train_to(self, step: int) -> float:
         """Train until `step` steps are done and measure the held-out loss.  Raises OrchestratorError."""
 
-        def wish() -> str | None:  # asked in the middle of a step
+        def stop_request() -> str | None:  # called in the middle of a step
             return "asked" if self.progress.step + 1 >= step else None
 
         self.progress.stopped = None
-        hooks = Hooks(self._heard, lambda _: None, wish)
-        with host_memory.kept() if self.device.type == "cpu" else contextlib.nullcontext():
-            self.progress = train(
-                self.setup, self.data, None, self.order, self.schedule, self.techniques, Group(), self.progress, hooks
-            )
-        loss = evaluate_loss(self.setup, self.held_out, self.techniques, Group())
+        training = Training(
+            self._setup,
+            self._data,
+            None,
+            self._order,
+            self._schedule,
+            self._techniques,
+            self._context.group,
+            self.progress,
+            Hooks(self._record, lambda _: None, stop_request),
+        )
+        with host_memory.kept() if self._context.device.type == "cpu" else contextlib.nullcontext():
+            self.progress = train(training)
+        loss = evaluate_loss(self._setup, self._held_out, self._techniques, self._context.group)
         self.curve.append((self.progress.step, loss))
         return loss
 
     def quality(self) -> dict[str, float]:
         """Held-out loss and the metrics of generated answers."""
-        tokenizer = loading.load_tokenizer(self.location, self.job, template_text(self.job))
-        measured = quality.measure(self.job, self.plan, self.setup, tokenizer, self.held_out, self.techniques, Group())
+        context = self._context
+        tokenizer = loading.load_tokenizer(context.model_folder, context.job, template_text(context.job))
+        measured = quality.measure(context, self._setup, self._techniques, tokenizer, self._held_out)
         return {key: value for key, value in measured.items() if isinstance(value, float) and key != "seconds"}
 
     def times(self) -> dict[str, Any]:
         """Predicted beside measured, as a run's result.json has it, and the GPU that was measured.
 
-        Ray gives any GPU of a node: on one of another name than the planned the prediction says nothing of it.
+        Ray gives any GPU of a node: for one of another name than the planned one there is no prediction.
         """
-        found = hand_back.step_times(self.plan, [seconds for seconds, _ in self._steps])
-        return found | measured_on(self.plan.nodes[0], *self.card)
+        found = result.step_times(self.plan, [seconds for seconds, _ in self._steps])
+        return found | measured_on(self.plan.nodes[0], *self._gpu)
 
     @property
     def tokens_per_s(self) -> float | None:
         """Of the steady steps."""
-        counted = hand_back.steady(self._steps)
+        counted = result.skip_warm_up(self._steps)
         seconds = sum(seconds for seconds, _ in counted)
         return sum(tokens for _, tokens in counted) / seconds if seconds else None
 
-    def _heard(self, event: str, **fields: Any) -> None:
+    def _record(self, event: str, **fields: Any) -> None:
         if event == "step":
             self._steps.append((fields["seconds"], fields["tokens"]))
         elif event == "note" and "out of memory" in fields["text"]:
-            raise NothingFits(fields["text"])  # a leaner way is another combination
+            raise NothingFits(fields["text"])  # a fallback in less memory is another combination
 
 
 def measured_on(part: NodePlan, name: str, uuid: str | None) -> dict[str, Any]:
-    """What the times of a part say of the device that ran it; no prediction where it is of another name."""
+    """The device that ran a part, for its times; no prediction where its name is not the planned one's."""
     if name == part.device:
         return {"uuid": uuid}
     return {"device": name, "uuid": uuid, "predicted_step_s": None, "formula_step_s": None}

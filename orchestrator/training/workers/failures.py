@@ -1,4 +1,4 @@
-"""What is told of an error that ended a worker."""
+"""The sentence for an error that ended a worker."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import re
 
 # Libraries and objects that carry what workers send each other ...
 _NETWORK = re.compile(r"gloo|nccl|rccl|tcpstore|\bc10d\b|\bstore\b|process group", re.IGNORECASE)
-# ... and what they say when the other side is gone or silent: gloo's pairs, the store, NCCL's watchdog and its
-# ncclRemoteError.  Everything else that they say is an error of this worker.
+# ... and their messages when the other side is gone or silent: gloo's pairs, the store, NCCL's watchdog and its
+# ncclRemoteError.  Any other message of theirs is an error of this worker.
 _LOST = re.compile(
     r"connection (was )?(closed|reset)( by peer)?|broken pipe|connection refused|timed? ?out\b|wait timeout"
     r"|failed to recv, got 0 bytes|connection was likely closed|remote process exit|ncclRemoteError"
@@ -19,7 +19,7 @@ _LOST = re.compile(
 def describe(error: BaseException) -> str:
     """One sentence for an error that ended a worker: the error as it is, or that another worker was lost.
 
-    A worker that is waited for and gone is told of by its own error, so the network library's words are dropped then.
+    A lost worker reports its own error, so the network library's words about it are dropped.
     """
     return "another worker stopped answering" if is_lost_worker(error) else f"{type(error).__name__}: {error}"
 

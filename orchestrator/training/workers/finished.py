@@ -1,4 +1,4 @@
-"""What can be done with a finished run: measure it again, merge it into a plain model."""
+"""What can be done with a finished run: evaluate it again, merge it into a plain model."""
 
 from __future__ import annotations
 
@@ -24,26 +24,32 @@ from orchestrator.training.model.devices import device_like
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
 from orchestrator.training.model.loading import load_data, load_exported, load_model, load_tokenizer
 from orchestrator.training.model.tied import merged_model
-from orchestrator.training.parallel import Group
+from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
 from strategies.contract import TrainSetup
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
-    """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
-    exported, plan, location = exported_whole(run), run.plan(), model_of(run)
+def context_of(run: RunFolder, job: Job) -> WorkerContext:
+    """This process as one that computes with a run's model: on the planned device, with all of the run's threads."""
+    plan, folder = run.plan(), model_of(run)
     device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    techniques = plan.nodes[0].techniques
-    model = load_exported(exported, location, job, plan, techniques, device, techniques.attn_implementation)
+    return WorkerContext(job, plan, plan.nodes[0], folder, device)  # notes on kernels stand in the run's own events
+
+
+def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
+    """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
+    exported, context = exported_whole(run), context_of(run, job)
+    techniques = context.part.techniques
+    model = load_exported(context, exported, techniques, techniques.attn_implementation)
     if techniques.packing:
-        techniques = without_leaks(_plain(model), job, techniques, device, _ignore)
-    techniques = with_loss_that_runs(model, job, techniques, _ignore)
+        techniques = without_leaks(_plain(model), techniques, context)
+    techniques = with_loss_that_runs(model, techniques, context)
     nothing: Any = None
     setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
-    return measure(job, plan, setup, load_tokenizer(str(exported), job), held_out, techniques, Group())
+    return measure(context, setup, techniques, load_tokenizer(str(exported), job), held_out)
 
 
 def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
@@ -113,18 +119,17 @@ def stored_dtype(folder: Path) -> str:
     return next((name for name, kind in _STORED.items() if kind == most), "bfloat16")
 
 
-def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[str, Any]]:
+def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]]:
     """The model before, with its adapter, and merged; or before and after where all weights were trained.
 
     Each in the precision and the quantisation that the run trained in, one after the other: none is held while the next
     one is loaded.  A quantised base is not merged into: what `merge` writes is a model without quantisation.
     """
-    plan, location, exported = run.plan(), model_of(run), exported_whole(run)
-    techniques, method = plan.techniques, plan.build_method()
-    arguments = method.load_arguments(techniques)
-    yield "base", load_model(location, job, method.load_dtype(techniques), device, "sdpa", arguments)
+    exported, techniques, method = exported_whole(run), context.part.techniques, context.plan.build_method()
+    dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
+    yield "base", load_model(context.model_folder, context.job, dtype, context.device, "sdpa", arguments)
     gc.collect()
-    tuned = load_exported(exported, location, job, plan, techniques, device, "sdpa")
+    tuned = load_exported(context, exported, techniques, "sdpa")
     if not hasattr(tuned, "merge_and_unload"):
         yield "tuned", tuned
         return
@@ -136,10 +141,6 @@ def variants(run: RunFolder, job: Job, device: torch.device) -> Iterator[tuple[s
 def _plain(model: Any) -> Any:
     """A model without the adapter around it."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _ignore(*_: object, **__: object) -> None:
-    """Notes on kernels stand in the run's own events."""
 
 
 def model_of(run: RunFolder) -> str:

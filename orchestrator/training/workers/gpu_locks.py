@@ -1,6 +1,6 @@
-"""Which of a user's programs on this machine trains on which GPU: a lock for each card, in the user's cache.
+"""Which of a user's programs on this machine trains on which GPU: a lock for each GPU, in the user's cache.
 
-An embedded Ray knows nothing of another one: two jobs that were planned at the same time would share a card.
+An embedded Ray knows nothing of another one: two jobs that were planned at the same time would share a GPU.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import locks
 
 _RETRY_S = 2.0
-_SAID_EVERY_S = 60.0
+_REPORT_EVERY_S = 60.0
 
 
-def as_good(part: NodePlan, cluster: ClusterCapability) -> tuple[str, ...]:
-    """UUIDs of the planned GPU and of those that are as good: of the same name, with room for what was planned.
+def equivalent_gpus(part: NodePlan, cluster: ClusterCapability) -> tuple[str, ...]:
+    """UUIDs of the planned GPU and of its equivalents: of the same name, with memory for what was planned.
 
     Empty where the planned one has none.
     """
@@ -34,44 +34,44 @@ def as_good(part: NodePlan, cluster: ClusterCapability) -> tuple[str, ...]:
 
 
 @contextlib.contextmanager
-def own_cards(
+def hold_gpus(
     plan: Plan, cluster: ClusterCapability, say: Callable[[str], None], is_over: Callable[[], bool]
 ) -> Iterator[Plan | None]:
-    """Inside the block the plan's GPUs, or others as good, are this program's: the plan with those.  See `one_each`."""
-    wanted = [as_good(part, cluster) for part in plan.nodes if part.uuid]
-    with one_each(wanted, say, is_over) as held:
-        yield None if held is None else _on(plan, held, say)
+    """Hold the plan's GPUs, or equivalents, inside the block; yields the plan with those.  See `hold_one_each`."""
+    wanted = [equivalent_gpus(part, cluster) for part in plan.nodes if part.uuid]
+    with hold_one_each(wanted, say, is_over) as held:
+        yield None if held is None else _plan_on(plan, held, say)
 
 
-def _on(plan: Plan, uuids: Sequence[str], say: Callable[[str], None]) -> Plan:
+def _plan_on(plan: Plan, uuids: Sequence[str], say: Callable[[str], None]) -> Plan:
     left, parts = list(uuids), []
     for part in plan.nodes:
         uuid = left.pop(0) if part.uuid else None
         if uuid != part.uuid:
-            say(f"{uuid} trains in place of {part.uuid}, which another job of yours uses: it is like it")
+            say(f"{uuid} trains in place of {part.uuid}, which another job of yours uses: they are alike")
         parts.append(replace(part, uuid=uuid))
     return replace(plan, nodes=tuple(parts))
 
 
 @contextlib.contextmanager
-def one_each(
+def hold_one_each(
     wanted: Sequence[Sequence[str]], say: Callable[[str], None], is_over: Callable[[], bool] = lambda: False
 ) -> Iterator[list[str] | None]:
-    """Hold, inside the block, one of each wanted UUIDs, the first that is free; all or none, waiting for the rest.
+    """Hold, inside the block, the first free UUID of each list; all or none, waiting for the rest.
 
-    Says once a minute what is waited for.  None when `is_over` becomes true first.  Where nothing can be locked, that
-    is said and nothing keeps other programs of this user from the cards.
+    Reports once a minute what it waits for.  Yields None when `is_over` becomes true first.  Where nothing can be
+    locked, it reports that, and nothing keeps other programs of this user from the GPUs.
     """
     with contextlib.ExitStack() as stack:
-        said = -_SAID_EVERY_S
+        reported = -_REPORT_EVERY_S
         while (found := _try(wanted, stack, say)) is None:
             if is_over():
                 yield None
                 return
-            if time.monotonic() - said >= _SAID_EVERY_S:
-                said = time.monotonic()
+            if time.monotonic() - reported >= _REPORT_EVERY_S:
+                reported = time.monotonic()
                 say(f"waiting for {_holders(wanted)}. Ctrl-C ends this")
-            time.sleep(_RETRY_S * (0.5 + random.random()))  # two that wait for each other must not go in step
+            time.sleep(_RETRY_S * (0.5 + random.random()))  # two that wait for each other must not poll in step
         yield found
 
 
@@ -81,7 +81,7 @@ def _try(wanted: Sequence[Sequence[str]], stack: contextlib.ExitStack, say: Call
         found: list[str] = []
         for uuids in wanted:
             for uuid in uuids:
-                if uuid not in found and _is_taken(uuid, attempt, say):
+                if uuid not in found and _try_lock(uuid, attempt, say):
                     found.append(uuid)
                     break
             else:
@@ -90,7 +90,7 @@ def _try(wanted: Sequence[Sequence[str]], stack: contextlib.ExitStack, say: Call
         return found
 
 
-def _is_taken(uuid: str, attempt: contextlib.ExitStack, say: Callable[[str], None]) -> bool:
+def _try_lock(uuid: str, attempt: contextlib.ExitStack, say: Callable[[str], None]) -> bool:
     try:
         folder = _folder(uuid)
         folder.mkdir(parents=True, exist_ok=True)

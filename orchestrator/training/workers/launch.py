@@ -1,7 +1,7 @@
-"""The only door to Ray Train: one TorchTrainer, one worker a slot, each handed a run folder and its node's name.
+"""Starts the workers with Ray Train: one TorchTrainer, one worker a slot, each given a run folder and its node's name.
 
-GPUs are not Ray Train's to give: it hands out any, the same amount to every worker, and a plan names one for some.
-They are reserved beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before PyTorch is loaded.
+Ray Train assigns any GPU, the same number to every worker; a plan names one GPU for some workers.  So GPUs are reserved
+beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before PyTorch is loaded.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.failures import describe
-from orchestrator.training.workers.gpu_locks import as_good
+from orchestrator.training.workers.gpu_locks import equivalent_gpus
 from strategies.step import host_memory, thread_waits
 
-_LEAST_PATIENCE_S = 60.0  # of a collective: a worker that is silent for longer has hung
+_MIN_TIMEOUT_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
 _START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
 # A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
@@ -49,8 +49,8 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails, its node is
     lost before, or a planned GPU is no longer there.
 
-    `node_ids` names the plan's nodes as Ray knows them; empty where there is one machine.  Restarts are the caller's:
-    it plans again with the machines that are left (recovery.py).
+    `node_ids` maps the plan's nodes to Ray's ids; empty where there is one machine.  The caller restarts: it plans
+    again with the remaining machines (lifecycle/recovery.py).
     """
     wanted = [wanted_gpu(part, run.capability(), _ray_node(part, node_ids)) for part in _on_gpus(plan)]
     is_over = run.stop_file.exists
@@ -61,7 +61,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     except CannotReserve as error:
         raise RunFailed(str(error)) from error
     if reservation is None:
-        run.record("state", state="stopped", step=max(run.steps(), default=0))
+        run.record_stop()
         return
     for text in notices(plan, reservation):
         run.record("note", text=text)
@@ -81,19 +81,19 @@ def _ray_node(part: NodePlan, node_ids: Mapping[str, str]) -> str:
 
 
 def wanted_gpu(part: NodePlan, cluster: ClusterCapability, node_id: str) -> Wanted:
-    """The GPU that was planned, and those that are as good: of the same name, with room for what was planned."""
-    return Wanted(node_id, as_good(part, cluster))
+    """The planned GPU and its equivalents: of the same name, with memory for what was planned."""
+    return Wanted(node_id, equivalent_gpus(part, cluster))
 
 
 def notices(plan: Plan, reservation: Reservation) -> list[str]:
-    """What the user should know of GPUs that are not, or not only, the planned ones."""
+    """Notes for the user on GPUs that are not reserved, or are not the planned ones."""
     texts = []
     for part, held in zip(_on_gpus(plan), reservation.held, strict=True):
         if held is None:
-            texts.append(f"Ray does not hand out {part.device} of {part.node}: nothing keeps its other users from it")
+            texts.append(f"Ray does not assign {part.device} of {part.node}: nothing keeps other Ray users from it")
         elif part.uuid and held.id != part.uuid:
             texts.append(
-                f"{held.id} of {part.node} trains in place of {part.uuid}: it is like it, and Ray gave it first"
+                f"{held.id} of {part.node} trains in place of {part.uuid}: they are alike, and Ray assigned it first"
             )
     return texts
 
@@ -101,7 +101,7 @@ def notices(plan: Plan, reservation: Reservation) -> list[str]:
 def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, str]) -> dict[str, list[dict[str, str]]]:
     """What each worker's process must see, by Ray's id of its node ("" where there is one) and in the plan's order.
 
-    Where Ray does not hand it out, the planned one is used: nothing keeps others from it.
+    Where Ray does not assign it, the planned one is used: nothing keeps others from it.
     """
     held = iter(reservation.held)
     found: dict[str, list[dict[str, str]]] = {}
@@ -113,8 +113,8 @@ def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, st
 
 
 @dataclass
-class _Places(TorchConfig):
-    """How workers meet, and what each of them sees of its node."""
+class _WorkerSetup(TorchConfig):
+    """How workers connect, and which GPU of its node each of them sees."""
 
     environments: dict[str, list[dict[str, str]]] = field(default_factory=dict)
 
@@ -125,19 +125,19 @@ class _Places(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, and talks where its node's
-        address leads."""
+        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, and gloo is bound to its
+        node's address."""
         from strategies.step import device_memory
 
         nodes = worker_group.execute(gpu_reservation.own_node_id)
         for index, own in enumerate(in_order(nodes, backend_config.environments)):
             worker_group.execute_single(index, gpu_reservation.see, own)
-        worker_group.execute(device_memory.grow_segments)  # a group's first words are tensors of nccl
-        worker_group.execute(_talk_as_the_cluster_knows_us)
+        worker_group.execute(device_memory.grow_segments)  # a group's first messages are tensors of nccl
+        worker_group.execute(_bind_gloo_to_node_address)
         super().on_start(worker_group, backend_config)
 
 
-def _talk_as_the_cluster_knows_us() -> None:
+def _bind_gloo_to_node_address() -> None:
     gloo_talks_at(ray.util.get_node_ip_address())
 
 
@@ -158,7 +158,7 @@ def _train(
     node_ids: Mapping[str, str],
     environments: dict[str, list[dict[str, str]]],
 ) -> None:
-    """Ray's own bookkeeping goes into a throw-away folder: what a restart needs is our checkpoint, which verifies."""
+    """Run the trainer.  Ray's own files go into a temporary folder: what a restart needs is our checkpoint."""
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -178,7 +178,7 @@ def _train(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
         ),
-        torch_config=_Places(backend=plan.backend, timeout_s=_START_TIMEOUT_S, environments=environments),
+        torch_config=_WorkerSetup(backend=plan.backend, timeout_s=_START_TIMEOUT_S, environments=environments),
     )
     try:
         trainer.fit()
@@ -191,7 +191,7 @@ def _train(
 
 
 def _on_worker(config: dict[str, Any]) -> None:
-    """Runs on each worker: set up logging, find out where it is, then hand over to `worker.work`."""
+    """Runs on each worker: set up logging, find its place in the plan, call `worker.work`."""
     from orchestrator.training.workers.worker import work
 
     run, context = RunFolder(Path(config["run"])), ray.train.get_context()
@@ -221,9 +221,9 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
     """Give the workers ranks in the order of the plan's nodes; this one's rank, and which of its node's it is.
 
     Ray's ranks change with every restart and its local ranks count by address, which nodes of one machine share; sums
-    are bit-equal only in the same order.  The group made here is also as impatient as training needs: Ray's waited for
-    the slowest machine to start.  Its store listens on the address the machines know this one by, where Ray's listens
-    on all.
+    are bit-equal only in the same order.  The group made here also has the timeout that training needs: Ray's had to
+    wait for the slowest machine to start.  Its store listens on the address the machines know this one by, where
+    Ray's listens on all.
     """
     import torch
     import torch.distributed as dist
@@ -236,33 +236,33 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
         torch.cuda.set_device(0)
     listener = socket.create_server((ray.util.get_node_ip_address(), 0))
     me = (ray.train.get_context().get_world_rank(), node, *listener.getsockname())
-    told: list[Any] = [None] * size
-    dist.all_gather_object(told, me)
+    members: list[Any] = [None] * size
+    dist.all_gather_object(members, me)
     places = [(part.node, index) for index, part in enumerate(plan.nodes)]
     ranks: dict[int, int] = {}
     slots: dict[int, int] = {}
-    for ray_rank, name, _, _ in sorted(told):
+    for ray_rank, name, _, _ in sorted(members):
         left = [index for own, index in places if own == name or not name]
         if not left:
             raise RunFailed(f"the plan has no more work for {name}, and a worker was started there")
         ranks[ray_rank] = left[0]
         slots[ray_rank] = sum(plan.nodes[index].node == plan.nodes[left[0]].node for index in range(left[0]))
         places.remove((plan.nodes[left[0]].node, left[0]))
-    first = next(entry for entry in told if ranks[entry[0]] == 0)
+    first = next(entry for entry in members if ranks[entry[0]] == 0)
     dist.destroy_process_group()
-    patience = timedelta(seconds=max(_LEAST_PATIENCE_S, 20 * plan.step_s))
-    store = store_at(first[2], first[3], size, patience, listener if me == first else None)
+    timeout = timedelta(seconds=max(_MIN_TIMEOUT_S, 20 * plan.step_s))
+    store = store_at(first[2], first[3], size, timeout, listener if me == first else None)
     listener.close()
-    dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=patience)
+    dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=timeout)
     return ranks[me[0]], slots[me[0]]
 
 
-def store_at(address: str, port: int, size: int, patience: timedelta, listener: socket.socket | None = None) -> Any:
-    """Where `size` workers meet; who has the `listener` at that address serves it, there and on no other address."""
+def store_at(address: str, port: int, size: int, timeout: timedelta, listener: socket.socket | None = None) -> Any:
+    """The store through which `size` workers connect; the worker with the `listener` serves it, on its address only."""
     from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
 
     own = listener.detach() if listener else None
-    return TCPStore(address, port, size, listener is not None, patience, master_listen_fd=own)
+    return TCPStore(address, port, size, listener is not None, timeout, master_listen_fd=own)
 
 
 def _log_to(file: Path) -> None:
@@ -276,13 +276,13 @@ def _log_to(file: Path) -> None:
 
 
 def _dead(error: Exception) -> list[int]:
-    """Ranks of workers that vanished without a word: killed, or their machine is gone."""
+    """Ranks of workers that vanished without an error: killed, or their machine is gone."""
     failures = getattr(error, "worker_failures", {})
     return [rank for rank, failure in failures.items() if type(failure).__name__ in _VANISHED]
 
 
 def _node(run: RunFolder, rank: int) -> str | None:
-    """Where a rank was, as the workers told each other."""
+    """The node of a rank, from the newest `group` event."""
     groups = [event for event in run.events()[0] if event["event"] == "group"]
     members = groups[-1]["members"] if groups else []
     return members[rank]["node"] if rank < len(members) else None

@@ -1,4 +1,4 @@
-"""What would fail hours into a run, done first: the longest batch, an evaluation step, a checkpoint there and back.
+"""Tries first what would fail hours into a run: the longest batch, an evaluation step, a checkpoint.
 
 Nothing it does is left behind: no weight moves (the learning rate is 0), the optimizer's state is dropped, the
 checkpoint is deleted.  A run with it and one without give the same numbers, bit by bit.
@@ -22,14 +22,17 @@ from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.data.prepare import datasets
-from orchestrator.errors import NothingFits, RunFailed
+from orchestrator.errors import NothingFits, RunFailed, first_line
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.training import checkpoint
 from orchestrator.training.evaluate import evaluate_loss
-from orchestrator.training.loop import peak_bytes
-from orchestrator.training.out_of_memory import first_line, is_out_of_memory
+from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.memory import is_out_of_memory, peak_bytes
+from orchestrator.training.model.devices import planned_device
 from orchestrator.training.parallel import Group
+from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.workers.setup import prepare_model
 from strategies.contract import Techniques, TrainSetup
 from strategies.step.state import forget, gather
 from strategies.step.step import Update, forward_backward, update
@@ -47,15 +50,15 @@ def check(
     num_samples: int,
     folder: Path,
 ) -> dict[str, Any]:
-    """Run the three; returns seconds of each and the peak.  Raises NothingFits and RunFailed.
+    """Run all three; returns seconds and peak memory.  Raises NothingFits and RunFailed.
 
     `num_samples` is what this worker does of a step.
     """
     device = next(iter(setup.parameters.values())).device
-    began = time.perf_counter()
+    started = time.perf_counter()
     try:
         tokens = longest_batch(setup, data, techniques, num_samples)
-        step_s = time.perf_counter() - began
+        step_s = time.perf_counter() - started
         _evaluation_step(setup, held_out, techniques)
     except Exception as error:
         if not is_out_of_memory(error):
@@ -65,7 +68,7 @@ def check(
             " train.per_device_train_batch_size or data.max_length, or set train.gradient_checkpointing: true"
         ) from error
     saved_bytes = _checkpoint_and_back(setup, folder)
-    seconds, peak = time.perf_counter() - began, peak_bytes(device)
+    seconds, peak = time.perf_counter() - started, peak_bytes(device)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     held = f", of {format_bytes(reserved)} reserved" if reserved else ""
     return {
@@ -135,9 +138,8 @@ def heaviest_samples(
 
 def num_passes(data: Dataset, techniques: Techniques, num_samples: int) -> int:
     """2 where gradients add up: a later micro-batch finds those of the one before; else 1."""
-    rows, max_length, packing = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     longest = sorted(data.lengths.tolist(), reverse=True)[:num_samples]
-    return min(2, len(micro_batches(longest, rows, max_length, packing)))
+    return min(2, len(micro_batches_of(longest, techniques)))
 
 
 def make_state(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
@@ -168,12 +170,14 @@ def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
     place = folder / "checkpoint"
     try:
         held = gather(setup)
-        if held is None:  # another worker's business
+        if held is None:  # another worker writes it
             return 0
         path = checkpoint.save(place, held, {"step": 0})
         damage = checkpoint.verify(path)
         if damage:
-            raise RunFailed(f"preflight: a checkpoint in {folder} comes back damaged ({damage}); use another disk")
+            raise RunFailed(
+                f"preflight: a checkpoint in {folder} is damaged when it is read again ({damage}); use another disk"
+            )
         return sum(file.stat().st_size for file in path.iterdir())
     except OSError as error:
         raise RunFailed(
@@ -182,22 +186,19 @@ def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
         ) from error
     finally:
         shutil.rmtree(place, ignore_errors=True)
-        with contextlib.suppress(OSError):  # not empty: it is somebody's
+        with contextlib.suppress(OSError):  # not empty: it is the user's
             folder.rmdir()
 
 
 def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """`plan --preflight`: the same in this process, on this machine, without a run folder."""
-    from orchestrator.training.model.devices import planned_device
-    from orchestrator.training.workers import worker
-
     plan = ready.plan
     say("preflight: loading the model ...")
     device = planned_device(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker)
     data, held_out = datasets(ready.data_files)
-    part, location = plan.nodes[0], ready.data_files["model"]
-    setup, techniques = worker.prepare(job, plan, part, location, device, lambda *_, **__: None)
+    part = plan.nodes[0]
+    setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files["model"], device))
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
         return check(setup, data, held_out, techniques, num_samples_of(plan, part), Path(folder) / "preflight")
 

@@ -9,102 +9,87 @@ from typing import Any
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import NothingFits
-from orchestrator.job.job_file import Job
 from orchestrator.planning.evaluation import cache_usable_bytes
-from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.evaluate import Answer, evaluate_loss, generate_answers, num_without_room
+from orchestrator.training.evaluate import Answer, Generation, evaluate_loss, generate_answers, num_without_room
 from orchestrator.training.metrics import how_compared, score
-from orchestrator.training.parallel import Group
+from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.workers.setup import Inputs
 from strategies.contract import Techniques, TrainSetup
 
-_HELPER_S = 120.0  # that a finished training waits for the helper
+_HELPER_S = 120.0  # that a finished training waits for the baseline helper
 _MOST_TRIES = 3  # of the last evaluation: a run whose process was killed in it each time ends without one
 
 
 def measure(
-    job: Job,
-    plan: Plan,
-    setup: TrainSetup,
-    tokenizer: Any,
-    held_out: Dataset,
-    techniques: Techniques,
-    group: Group,
+    context: WorkerContext, setup: TrainSetup, techniques: Techniques, tokenizer: Any, held_out: Dataset
 ) -> dict[str, Any]:
     """Held-out loss, metrics of generated answers, and a few of them; workers share the rows.
 
     Prompts whose answer does not fit in memory even alone are counted as `out_of_memory` and not scored.  Raises
     NothingFits, on every worker, where the loss of a single row does not fit.
     """
-    began = time.perf_counter()
+    started, plan, group, spec = time.perf_counter(), context.plan, context.group, context.job.spec.eval
     quality: dict[str, Any] = {"eval_loss": evaluate_loss(setup, held_out, techniques, group), "rows": len(held_out)}
     if plan.metrics:
-        indices = range(min(len(held_out), job.spec.eval.max_rows))
-        mine = indices[group.rank :: group.size]
-        dtype = techniques.dtype
-        together = group if setup.engine else None
-        room = min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes)
-        mine_answered = generate_answers(
-            setup.model, tokenizer, held_out, mine, plan.max_new_tokens, dtype, together, room
+        indices = range(min(len(held_out), spec.max_rows))
+        generation = Generation(
+            plan.max_new_tokens,
+            techniques.dtype,
+            together=group if setup.engine else None,
+            cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
         )
-        answers: list[Answer] = [answer for part in group.gather(mine_answered) for answer in part]
+        own = generate_answers(setup.model, tokenizer, held_out, indices[group.rank :: group.size], generation)
+        answers: list[Answer] = [answer for part in group.gather(own) for answer in part]
         quality |= score(plan.metrics, [(answer.generated, answer.reference) for answer in answers])
         quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
         if without_room := num_without_room(setup.model, held_out, indices):
             quality["without_room"] = without_room
         if unanswered := sum(held_out.prompt(index)[1] is not None for index in indices) - len(answers):
             quality["out_of_memory"] = unanswered
-        quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: job.spec.eval.num_samples]]
-    quality["seconds"] = round(time.perf_counter() - began, 2)
+        quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: spec.num_samples]]
+    quality["seconds"] = round(time.perf_counter() - started, 2)
     return quality
 
 
-def measure_first(*arguments: Any, record: Any) -> dict[str, Any] | None:
-    """`measure` of the untuned model; what does not fit is said, and training may begin all the same."""
+def measure_first(context: WorkerContext, inputs: Inputs) -> dict[str, Any] | None:
+    """Evaluate the base model; where that does not fit, a note says so and training begins all the same."""
+    assert inputs.held_out is not None
     try:
-        found = measure(*arguments)
+        found = measure(context, inputs.setup, inputs.techniques, inputs.tokenizer, inputs.held_out)
     except NothingFits as error:
-        record("note", text=f"the untuned model was not measured: {error}")
+        context.note(f"the base model was not evaluated: {error}")
         return None
-    record("quality", when="before", **numbers_of(found))
+    context.record("quality", when="before", **numbers_of(found))
     return found
 
 
-def measure_last(
-    run: RunFolder,
-    job: Job,
-    plan: Plan,
-    setup: TrainSetup,
-    tokenizer: Any,
-    held_out: Dataset,
-    techniques: Techniques,
-    group: Group,
-    record: Any,
-) -> dict[str, Any] | None:
-    """`measure` of a run whose result is handed back already: what does not fit ends no run, but is said.
+def measure_last(run: RunFolder, context: WorkerContext, inputs: Inputs) -> dict[str, Any] | None:
+    """Evaluate the trained model, whose result is handed back already: what does not fit is noted and ends no run.
 
-    A process that the system killed in this very evaluation measures fewer rows at a time when it comes back.
+    A process that the system killed in this very evaluation evaluates fewer rows at a time when it is started again.
     """
-    tries = group.gather(num_cut_short(run.events()[0]))[0]
-    measure_it = f"`orchestrator evaluate {run.run_id}` measures it, on this machine or another"
+    assert inputs.held_out is not None
+    tries = context.group.gather(num_cut_short(run.events()[0]))[0]
+    remedy = f"`orchestrator evaluate {run.run_id}` measures it, on this machine or another"
     if tries >= _MOST_TRIES:
-        record("note", text=f"the last evaluation ended the process {tries} times and is not tried again; {measure_it}")
+        context.note(f"the last evaluation ended the process {tries} times and is not tried again; {remedy}")
         return None
-    rows = max(1, techniques.per_device_train_batch_size >> 2 * tries)
-    record("last_evaluation", rows=rows)
-    techniques = dataclasses.replace(techniques, per_device_train_batch_size=rows)
+    rows = max(1, inputs.techniques.per_device_train_batch_size >> 2 * tries)
+    context.record("last_evaluation", rows=rows)
+    techniques = dataclasses.replace(inputs.techniques, per_device_train_batch_size=rows)
     try:
-        found = measure(job, plan, setup, tokenizer, held_out, techniques, group)
+        found = measure(context, inputs.setup, techniques, inputs.tokenizer, inputs.held_out)
     except NothingFits as error:
-        record("note", text=f"the result is handed back, but not measured: {error}; {measure_it}")
+        context.note(f"the result is handed back, but not measured: {error}; {remedy}")
         return None
     if count := found.get("out_of_memory"):
-        record("note", text=f"{count} held-out prompts ran out of memory and are not scored; {measure_it}")
+        context.note(f"{count} held-out prompts ran out of memory and are not scored; {remedy}")
     return found
 
 
 def num_cut_short(events: Sequence[dict[str, Any]]) -> int:
-    """How many last evaluations were begun since the run finished last: none of them came to an end."""
+    """How many last evaluations started since the run finished last: none of them came to an end."""
     finished = [at for at, event in enumerate(events) if event.get("state") == "finished"]
     since = events[finished[-1] + 1 :] if finished else events
     return sum(event["event"] == "last_evaluation" for event in since)
@@ -115,13 +100,13 @@ def numbers_of(quality: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in quality.items() if isinstance(value, int | float)}
 
 
-def measured_by_helper(run: RunFolder, record: Any) -> dict[str, Any] | None:
-    """What the machine that did not train measured; it has had the whole training for it."""
+def wait_for_helper(run: RunFolder, context: WorkerContext) -> dict[str, Any] | None:
+    """The base model's quality from the baseline helper, which has had the whole training to measure it."""
     until = time.monotonic() + _HELPER_S
     while (found := run.before()) is None and time.monotonic() < until:
         if run.read_json("before-failed.json") is not None:
             break
         time.sleep(0.5)
     if found is None:
-        record("note", text="the untuned model was not measured: the machine that was to do it did not")
+        context.note("the base model was not evaluated: the baseline helper did not finish")
     return found

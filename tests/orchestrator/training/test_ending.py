@@ -99,10 +99,11 @@ def test_the_optimizer_is_let_go_of_before_the_result_is_measured(job_file, monk
     """What it holds on a card is the room that an evaluation needs."""
     seen, measure = [], quality.measure_last
 
-    def looked_at(run, job, plan, setup, *rest):
+    def looked_at(run, context, inputs):
+        setup = inputs.setup
         gradients = [parameter.grad for parameter in setup.parameters.values() if parameter.grad is not None]
         seen.append((len(setup.parameters), len(setup.optimizer.state), len(gradients)))
-        return measure(run, job, plan, setup, *rest)
+        return measure(run, context, inputs)
 
     monkeypatch.setattr(quality, "measure_last", looked_at)
     trained(job_file, name="let-go")
@@ -156,7 +157,7 @@ def test_merge_loads_no_model_in_more_precision_than_it_writes(finished_run, loa
 def test_generation_is_timed_in_the_precision_that_was_trained(finished_run, loaded):
     run, job = finished_run
 
-    names = [name for name, _ in finished.variants(run, job, torch.device("cpu"))]
+    names = [name for name, _ in finished.variants(run, finished.context_of(run, job))]
 
     assert names == ["base", "adapter", "merged"] and loaded == [torch.bfloat16] * 2
 

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.data.dataset import Dataset, Options, build
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
-from orchestrator.training.evaluate import context_of, generate_answers, num_without_room
+from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 
@@ -19,7 +19,7 @@ def test_generated_answers_equal_one_by_one_generation_and_leave_the_model_as_it
         read_rows(file), Renderer(tokenizer, CHAT_TEMPLATE), Options("auto", "", 64, "truncate", True), tmp_path / "out"
     )
 
-    found = generate_answers(model, tokenizer, data, range(9), 6, "float32")
+    found = generate_answers(model, tokenizer, data, range(9), Generation(6, "float32"))
 
     assert [answer.reference for answer in found] == [row["completion"] for row in rows(9)]
     for index, answer in enumerate(found):
@@ -102,7 +102,9 @@ def test_an_answer_ends_with_the_turn_though_the_tokenizers_end_is_another(asked
     model.generation_config.eos_token_id = 0
     end = "<|im_end|>" if template == CHATML else "<end_of_turn>"
 
-    found = generate_answers(saying(model, tokenizer, f"dog{end}"), tokenizer, data, range(2), 40, "float32")
+    found = generate_answers(
+        saying(model, tokenizer, f"dog{end}"), tokenizer, data, range(2), Generation(40, "float32")
+    )
 
     assert [answer.generated for answer in found] == ["dog", "dog"]
 
@@ -112,7 +114,7 @@ def test_no_answer_goes_beyond_the_models_context(asked):
     prompts = [len(data.prompt(row)[0]) for row in range(4)]
     model.config.max_position_embeddings = max(prompts)
 
-    found = generate_answers(saying(model, tokenizer, "dog"), tokenizer, data, range(4), 1000, "float32")
+    found = generate_answers(saying(model, tokenizer, "dog"), tokenizer, data, range(4), Generation(1000, "float32"))
 
     limit = context_of(model)
     said = [len(tokenizer(answer.generated)["input_ids"]) for answer in found]
@@ -125,7 +127,9 @@ def test_a_prompt_without_a_token_starts_as_a_text_does(asked):
     at = data._table.schema.get_field_index("prompt_length")
     empty = data._table.set_column(at, data._table.schema.field(at), pyarrow.array([0] * 4, pyarrow.int32()))
 
-    found = generate_answers(model, tokenizer, Dataset(empty, data.statistics, "empty"), range(4), 3, "float32")
+    found = generate_answers(
+        model, tokenizer, Dataset(empty, data.statistics, "empty"), range(4), Generation(3, "float32")
+    )
 
     assert [answer.reference for answer in found] == ["dog", *(row["completion"] for row in rows(3))]
     assert len({answer.generated for answer in found}) == 1

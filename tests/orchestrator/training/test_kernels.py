@@ -7,6 +7,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.training.model.kernels import without_leaks
+from orchestrator.training.worker_context import WorkerContext
 from strategies.contract import Techniques
 from strategies.step import document_attention
 
@@ -28,8 +29,9 @@ def job(folder, model_folder, packing="auto"):
 def checked(model, job, dtype="float32"):
     """(techniques that keep documents apart, notes)"""
     notes = []
-    asked = Techniques(dtype, "document", True, False, 1, 64)
-    return without_leaks(model, job, asked, CPU, lambda event, text: notes.append(text)), notes
+    planned = Techniques(dtype, "document", True, False, 1, 64)
+    context = WorkerContext(job, None, None, "", CPU, record=lambda event, text: notes.append(text))
+    return without_leaks(model, planned, context), notes
 
 
 def refuses(model, attention, error):

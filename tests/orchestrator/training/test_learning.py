@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from orchestrator.training import checkpoint
-from orchestrator.training.loop import Progress
 from orchestrator.training.parallel import Group
+from orchestrator.training.state import Progress
 from strategies.methods.shira import Shira
 from strategies.step.state import gather
 from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights

@@ -9,9 +9,10 @@ import torch.distributed as dist
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.training.local_steps import LocalSteps
-from orchestrator.training.loop import Hooks, Progress, train
+from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
 from orchestrator.training.shares import Shares
+from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
 from strategies.contract import TrainSettings, TrainSetup
 from strategies.step.state import gather, restore
@@ -26,20 +27,20 @@ def bare(parameter):
 
 
 def test_a_larger_share_makes_more_steps_of_the_same_size():
-    apart = LocalSteps(bare(torch.nn.Parameter(torch.zeros(1))), 4)
+    local = LocalSteps(bare(torch.nn.Parameter(torch.zeros(1))), 4)
 
-    assert [len(part) for part in apart.parts(range(12))] == [4, 4, 4]
-    assert [len(part) for part in apart.parts(range(5))] == [4, 1]
-    assert apart.parts([]) == []
+    assert [len(part) for part in local.split(range(12))] == [4, 4, 4]
+    assert [len(part) for part in local.split(range(5))] == [4, 1]
+    assert local.split([]) == []
 
 
 def test_the_outer_step_is_nesterovs_by_hand():
     parameter = torch.nn.Parameter(torch.tensor([1.0]))
-    apart = LocalSteps(bare(parameter), 4)
+    local = LocalSteps(bare(parameter), 4)
     parameter.data.fill_(0.6)  # what local training made of it
-    apart.leave(1.0)
+    local.changes_to_gradients(1.0)
     assert parameter.grad.item() == pytest.approx(0.4)
-    norm = apart.meet()
+    norm = local.outer_step()
 
     # momentum 0.4, step 0.7 * (0.4 + 0.9 * 0.4)
     assert norm == pytest.approx(0.4)
@@ -55,13 +56,17 @@ def lonely(model_folder, data_folder, group, shares, rounds=6):
     told = []
     hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "x", lambda: None)
     order = Order(24, 12, seed=5, num_train_epochs=1, max_steps=rounds)
-    train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, group, Progress(), hooks, shares, 4)
+    train(
+        Training(
+            setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, group, Progress(), hooks, shares, 4
+        )
+    )
     return [report["loss"] for report in told], [p.detach().clone() for p in setup.parameters.values()]
 
 
 def apart(rank, size, port, model_folder, data_folder, out):
     group = joined(rank, size, port)
-    losses, weights = lonely(model_folder, data_folder, group, Shares([2 / 3, 1 / 3], stay=True))
+    losses, weights = lonely(model_folder, data_folder, group, Shares([2 / 3, 1 / 3], is_fixed=True))
     torch.save((losses, weights), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -91,7 +96,11 @@ def test_a_resumed_run_of_local_steps_is_bit_equal(model_folder, data_folder):
         hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "x", lambda: None)
         order = Order(24, 12, seed=5, num_train_epochs=1, max_steps=rounds)
         progress = Progress(step=first)
-        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks, None, 4)
+        train(
+            Training(
+                setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks, None, 4
+            )
+        )
         return [report["loss"] for report in told], setup
 
     whole, _ = going(0, 4)

@@ -10,8 +10,9 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged, RunFailed
 from orchestrator.training.evaluate import evaluate_loss
-from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
+from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
@@ -60,7 +61,7 @@ def run(
     hooks = Hooks(record, save or (lambda now: "none"), lambda: None)
     order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
     plan = dataclasses.replace(SCHEDULE, **schedule)
-    train(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks, shares)
+    train(Training(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks, shares))
     return list(losses.values()), gradients, setup
 
 
@@ -140,7 +141,7 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
     hooks = Hooks(
         lambda event, **f: losses.append(f["loss"]) if event == "step" else None, lambda now: "x", lambda: None
     )
-    train(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks)
+    train(Training(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks))
 
     assert losses == whole[0][2:]
     for name, parameter in whole[2].parameters.items():
@@ -172,7 +173,7 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
         seen = []
         hooks = Hooks(lambda event, seen=seen, **f: seen.append(f.get("loss")), lambda now: "x", lambda: None)
         order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=1)
-        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+        train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
         losses.append(seen[0])
     assert losses[0] == losses[1]
 
@@ -188,7 +189,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
     hooks = Hooks(lambda event, **f: None, lambda now: "x", lambda: None)
 
     with pytest.raises(Diverged) as caught:
-        train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+        train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
 
     assert caught.value.step == 0
     assert sorted(caught.value.sample_ids) == sorted(order.sample_ids(0))
@@ -203,7 +204,9 @@ def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
     hooks = Hooks(lambda event, **f: None, lambda now: saved.append(now.step) or "x", lambda: "asked")
 
-    progress = train(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+    progress = train(
+        Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+    )
 
     assert (progress.step, progress.stopped, saved) == (1, "asked", [1])
 
@@ -219,7 +222,9 @@ def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_f
     order = Order(24, 8, seed=5, num_train_epochs=10)
     schedule = dataclasses.replace(SCHEDULE, eval_steps=1, early_stopping_patience=2, max_grad_norm=0.0)
 
-    progress = train(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, Group(), Progress(), hooks)
+    progress = train(
+        Training(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, Group(), Progress(), hooks)
+    )
 
     losses = [f["eval_loss"] for event, f in events if event == "eval"]
     best = min(range(len(losses)), key=losses.__getitem__)
@@ -295,7 +300,7 @@ def test_an_8_bit_optimizer_trains_and_resumes_bit_by_bit(model_folder, data_fol
     losses = []
     hooks = Hooks(lambda event, **f: losses.append(f.get("loss")), lambda now: "x", lambda: None)
     order, progress = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4), Progress(step=2)
-    train(half, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks)
+    train(Training(half, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks))
 
     assert any(value.dtype == torch.uint8 for own in gather(half).moments.values() for value in own.values())
     assert whole[0][-1] < whole[0][0] and [loss for loss in losses if loss] == whole[0][2:]

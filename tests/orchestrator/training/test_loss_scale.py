@@ -9,8 +9,9 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged
-from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
+from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from strategies.contract import Techniques, TrainSettings
 from strategies.methods.lora import Lora
 from strategies.step import document_attention
@@ -33,16 +34,18 @@ def trained(model_folder, data_folder, scale, before=lambda setup: None, local_b
 
     held = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
     train(
-        setup,
-        (data := Dataset.load(data_folder)),
-        None,
-        Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=STEPS),
-        Schedule(lambda step: 1.0, 1.0, 0, 100, None, None),
-        FP16,
-        Group(),
-        Progress(loss_scale=held),
-        Hooks(record, lambda now: None, lambda: None),
-        local_batch_size=local_batch_size,
+        Training(
+            setup,
+            (data := Dataset.load(data_folder)),
+            None,
+            Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=STEPS),
+            Schedule(lambda step: 1.0, 1.0, 0, 100, None, None),
+            FP16,
+            Group(),
+            Progress(loss_scale=held),
+            Hooks(record, lambda now: None, lambda: None),
+            local_batch_size=local_batch_size,
+        )
     )
     return steps, notes, torch.cat([p.detach().flatten() for p in setup.parameters.values()])
 

@@ -10,12 +10,12 @@ def test_shares_are_in_proportion_to_speed():
 
 
 def test_the_plan_stays_where_measuring_would_gain_little():
-    assert Shares.agreed([0.7, 0.3], [68.0, 32.0]).shares == [0.7, 0.3]
-    assert Shares.agreed([0.5, 0.5], [80.0, 20.0]).shares == [0.8, 0.2]
+    assert Shares.choose([0.7, 0.3], [68.0, 32.0]).shares == [0.7, 0.3]
+    assert Shares.choose([0.5, 0.5], [80.0, 20.0]).shares == [0.8, 0.2]
 
 
 def test_shares_that_shall_stay_do():
-    shares = Shares([0.5, 0.5], stay=True)
+    shares = Shares([0.5, 0.5], is_fixed=True)
 
     assert not any(shares.observe([500, 500], [5.0, 50.0]) for _ in range(9))
     assert shares.slowest == 1

@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.training import checkpoint
-from orchestrator.training.loop import Hooks, Progress, Schedule, train
+from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
+from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSettings
 from strategies.lsp_offload.method import LspOffload
@@ -65,7 +66,7 @@ def run(setup, data_folder, steps, techniques=ONE_BY_ONE, group=None, progress=N
     )
     order = Order(len(data), 8, seed=5, num_train_epochs=2, max_steps=steps)
     when = dataclasses.replace(Schedule(lambda step: 1.0, 1.0, 0, 100, None, None), **schedule)
-    train(setup, data, None, order, when, techniques, group or Group(), progress or Progress(), hooks)
+    train(Training(setup, data, None, order, when, techniques, group or Group(), progress or Progress(), hooks))
     if setup.streaming:
         setup.streaming.settle()
     return events
@@ -199,7 +200,7 @@ def test_whole_gradients_make_full_training_of_the_same_weights(model_folder, da
     hooks = Hooks(lambda event, **f: found.append(f["loss"]) if event == "step" else None, lambda n: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=2, max_steps=4)
     when = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
-    train(plain, Dataset.load(data_folder), None, order, when, ONE_BY_ONE, Group(), Progress(), hooks)
+    train(Training(plain, Dataset.load(data_folder), None, order, when, ONE_BY_ONE, Group(), Progress(), hooks))
 
     assert losses(events) == pytest.approx(found, rel=1e-5)
     torch.testing.assert_close(weights(setup), weights(plain), rtol=1e-4, atol=1e-5)

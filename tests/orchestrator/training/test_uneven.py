@@ -9,10 +9,11 @@ import torch.distributed as dist
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.training.loop import Hooks, Progress, train
-from orchestrator.training.out_of_memory import fallback, is_out_of_memory
+from orchestrator.training.loop import train
+from orchestrator.training.memory import fallback, is_out_of_memory
 from orchestrator.training.parallel import GradientSum, Group, _buckets
 from orchestrator.training.shares import Shares
+from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
 from strategies.step import document_attention
@@ -165,7 +166,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_and_the_same_resul
     hooks = Hooks(lambda event, **fields: told.append((event, fields)), lambda now: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
 
-    train(setup, Dataset.load(data_folder), None, order, SCHEDULE, wide, Group(), Progress(), hooks)
+    train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, wide, Group(), Progress(), hooks))
 
     losses = [fields["loss"] for event, fields in told if event == "step"]
     notes = [fields["text"] for event, fields in told if event == "note"]
@@ -191,4 +192,8 @@ def test_when_not_even_one_sample_fits_it_says_so(model_folder, data_folder):
     one = dataclasses.replace(ONE_BY_ONE, gradient_checkpointing=True)
 
     with pytest.raises(NothingFits, match="not even one sample"):
-        train(setup, Dataset.load(data_folder), None, Order(24, 8, 5, 1, 3), SCHEDULE, one, Group(), Progress(), hooks)
+        train(
+            Training(
+                setup, Dataset.load(data_folder), None, Order(24, 8, 5, 1, 3), SCHEDULE, one, Group(), Progress(), hooks
+            )
+        )

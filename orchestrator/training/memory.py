@@ -1,16 +1,20 @@
-"""What a worker does when memory runs out after all: it recognises it, and does the same with less at a time."""
+"""How much memory a worker holds; when it runs out after all, the worker does the same with less at a time."""
 
 from __future__ import annotations
 
 import errno
 import gc
+import resource
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError
 
+from orchestrator.errors import first_line
 from strategies.contract import Techniques
 from strategies.step import host_memory
 
@@ -38,6 +42,25 @@ _TEXTS = (
 )
 
 
+def peak_bytes(device: torch.device) -> int:
+    """Most memory this process has held: allocated on a GPU, resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def resident_bytes(device: torch.device) -> int:
+    """Memory held now: on a CPU the whole process, libraries included."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: the peak so far is the nearest known figure
+        return peak_bytes(device)
+    return pages * resource.getpagesize()
+
+
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether an error, or what it was raised from, says that memory of the device or the host is used up."""
     if error is None:
@@ -51,13 +74,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return is_out_of_memory(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
 
 
-def first_line(error: BaseException) -> str:
-    """What an error says, in one line; its type where it says nothing."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 def release_cache() -> None:
-    """Give what nobody refers to any more back to the device and the host: another size of block may be needed next."""
+    """Return freed memory to the device and the host: the next blocks may have other sizes."""
     gc.collect()
     host_memory.trim()
     if torch.cuda.is_available():
@@ -91,17 +109,17 @@ def in_halves(batches: Iterable[list[T]], run: Callable[[list[T]], None]) -> tup
         if len(batch) > most:
             waiting += [batch[most:], batch[:most]]
             continue
-        lacking = None
+        error_text = None
         try:
             run(batch)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            lacking = first_line(error)
-        if lacking is None:
+            error_text = first_line(error)
+        if error_text is None:
             continue
         release_cache()  # here, where no traceback holds the tensors of the failed pass
-        reason = reason or lacking
+        reason = reason or error_text
         if len(batch) == 1:
             unfit += batch
         else:

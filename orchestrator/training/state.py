@@ -1,0 +1,194 @@
+"""What a training is started with, and what its steps change.
+
+Schedule   when things happen
+Progress   what a checkpoint holds beside tensors
+Hooks      how the loop records, saves and is asked to stop
+Training   all of them with the model, the data and the group: what every step works on
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from orchestrator.data.dataset import Dataset
+from orchestrator.data.order import Order
+from orchestrator.errors import Diverged, NothingFits
+from orchestrator.training.feed import Feed
+from orchestrator.training.local_steps import LocalSteps
+from orchestrator.training.memory import fallback, release_cache
+from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.repair import Updates
+from orchestrator.training.shares import Shares
+from strategies.contract import Dtype, Techniques, TrainSetup
+from strategies.step.step import Update
+from strategies.techniques import checkpointing
+from strategies.techniques.precision import gradient_scaler
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """When things happen, and the numbers of the optimisation that are not the optimizer's own."""
+
+    lr_factor: Callable[[int], float]  # learning rate of a step over the peak
+    max_grad_norm: float  # 0 = never clip
+    seed: int
+    save_steps: int
+    eval_steps: int | None
+    early_stopping_patience: int | None
+
+    def update(self, step: int) -> Update:
+        """The numbers of a step's update."""
+        return Update(self.lr_factor(step), self.max_grad_norm)
+
+    def evaluates_after(self, step: int, is_last: bool) -> bool:
+        return bool(self.eval_steps) and ((step + 1) % self.eval_steps == 0 or is_last)
+
+    def saves_after(self, step: int, is_last: bool) -> bool:
+        return (step + 1) % self.save_steps == 0 or is_last
+
+
+@dataclass
+class Progress:
+    """What a checkpoint must hold beside tensors; also what the loop returns."""
+
+    step: int = 0  # steps done
+    tokens: int = 0
+    supervised_tokens: int = 0
+    best_loss: float | None = None
+    best_checkpoint: str | None = None
+    eval_losses: dict[str, float] = field(default_factory=dict)  # step -> held-out loss, in nats a token
+    evaluations_without_gain: int = 0
+    loss_scale: dict[str, Any] = field(default_factory=dict)
+    stopped: str | None = None  # why it ended before the last step: "early", or one of STOP_REQUESTS
+    before: dict[str, Any] | None = None  # quality before the first step
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, state: dict[str, Any]) -> Progress:
+        """From a checkpoint's state; a run that stopped early has ended, one that was asked to stop continues."""
+        progress = cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
+        progress.stopped = "early" if progress.stopped == "early" else None
+        return progress
+
+    def add_eval_loss(self, eval_loss: float, patience: int | None) -> bool:
+        """Note the held-out loss after this step; whether it is the lowest so far."""
+        self.eval_losses[str(self.step)] = eval_loss
+        improved = self.best_loss is None or eval_loss < self.best_loss
+        if improved:
+            self.best_loss, self.evaluations_without_gain = eval_loss, 0
+        else:
+            self.evaluations_without_gain += 1
+        if patience and self.evaluations_without_gain >= patience:
+            self.stopped = "early"
+        return improved
+
+
+STOP_REQUESTS = ("asked", "replan")  # to save and end after this step; the first that any worker has counts
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """How the loop reaches the outside world."""
+
+    record: Callable[..., None]  # (event, **fields)
+    save: Callable[[Progress], str | None]  # writes a checkpoint, returns its name; None where another worker does
+    stop_request: Callable[[], str | None]  # one of STOP_REQUESTS
+
+    def note(self, text: str) -> None:
+        """Record a sentence for the user."""
+        self.record("note", text=text)
+
+
+@dataclass
+class Training:
+    """One worker's training.  Every worker of the group makes one: that is a collective call.
+
+    `techniques` are this worker's own, the shares those of all workers, equal where not planned.  With
+    `local_batch_size` workers train alone inside a step (local_steps.py).
+    """
+
+    setup: TrainSetup
+    data: Dataset
+    held_out: Dataset | None
+    order: Order
+    schedule: Schedule
+    techniques: Techniques
+    group: Group
+    progress: Progress
+    hooks: Hooks
+    planned_shares: Shares | None = None
+    local_batch_size: int | None = None
+
+    def __post_init__(self) -> None:
+        setup, group = self.setup, self.group
+        self.device: torch.device = next(iter(setup.parameters.values())).device
+        self.shares = self.planned_shares or Shares([1.0 / group.size] * group.size)
+        self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None
+        # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
+        any_fp16 = group.sum([self.techniques.dtype == "float16"])[0] > 0
+        self._scaler_dtype: Dtype = "float16" if any_fp16 else self.techniques.dtype
+        self._set_scaler(self.progress.loss_scale)
+        self.progress.loss_scale = self.scaler.state_dict()
+        self.feed = Feed(self.data, self.techniques.packing, self.device)
+        self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
+        self.gradients = GradientSum(group, [] if setup.engine else setup.summed, self.updates.check)
+
+    @property
+    def bytes_sent(self) -> int:
+        return self.gradients.bytes_sent + getattr(self.setup.optimizer, "bytes_sent", 0)
+
+    def _set_scaler(self, state: dict[str, Any]) -> None:
+        self.scaler: torch.amp.GradScaler = gradient_scaler(self.device.type, self._scaler_dtype)
+        if state:
+            self.scaler.load_state_dict(state)
+
+    def repair_update(self, grad_norm: float = 0.0) -> float:
+        """Give its result to the workers where the last update failed; returns the gradients' norm.  Collective."""
+        scale, grad_norm = self.updates.repair(self.scaler.state_dict(), grad_norm)
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        if scale is not None:
+            self._set_scaler(scale)
+        return grad_norm
+
+    def overflow(self, step: int, sample_ids: list[int]) -> str | None:
+        """Note the loss scale after an update; what happened where a gradient was not finite and nothing has moved.
+
+        Raises Diverged where the loss as it is, unscaled, has no finite gradients either.
+        """
+        before, now = self.progress.loss_scale, self.scaler.state_dict()
+        self.progress.loss_scale = now
+        if not self.scaler.is_enabled() or now["scale"] >= before["scale"]:
+            return None
+        if before["scale"] <= 1.0:
+            raise Diverged(step, sample_ids)
+        return f"step {step}: a gradient left fp16's range at a loss scale of {before['scale']:g}, now {now['scale']:g}"
+
+    def use_less_memory(self, error: str) -> None:
+        """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none."""
+        less = fallback(self.techniques, int(self.data.lengths.max()))
+        if less is None:
+            raise NothingFits(f"not even one sample at a time fits: {error}. Lower data.max_length, or add a device")
+        if less.gradient_checkpointing and not self.techniques.gradient_checkpointing:
+            checkpointing.enable(self.setup.model)
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        release_cache()
+        recomputed = ", activations computed again" if less.gradient_checkpointing else ""
+        self.hooks.note(
+            f"out of memory; the step is repeated with micro-batches of {less.per_device_train_batch_size} x"
+            f" {less.max_length} tokens{recomputed} ({error})"
+        )
+        self.techniques = less
+
+    def replicated(self) -> list[torch.Tensor]:
+        """Trained weights, buffers and optimizer state, in an order that is the same on every worker."""
+        tensors: list[torch.Tensor] = list(self.setup.buffers.values())
+        for parameter in self.setup.parameters.values():
+            state = self.setup.optimizer.state.get(parameter, {})
+            tensors += [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]
+        return tensors

@@ -1,0 +1,253 @@
+"""One step of a training on one worker: its samples, their gradients, the update.
+
+Three ways to compute gradients, one function each: `synchronous_gradients`, where every worker adds its part to a sum;
+`engine_gradients`, where DeepSpeed sums and updates; `local_gradients`, where workers train apart inside a step and
+what they changed is summed in place of gradients.
+
+Legend: N samples of a step over all workers, W workers.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from orchestrator.data.batches import collate
+from orchestrator.data.packing import split_by_share
+from orchestrator.errors import first_line
+from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.memory import is_out_of_memory, peak_bytes
+from orchestrator.training.parallel import even_passes
+from orchestrator.training.repair import UpdateFailed, update_does_not_fit
+from orchestrator.training.state import STOP_REQUESTS, Training
+from strategies.step.step import forward_backward, last_pass, update
+from strategies.step.supervised_logits import Batch
+
+
+@dataclass(frozen=True)
+class StepSamples:
+    """The samples of a step and their division among the workers: the same on every worker."""
+
+    step: int
+    ids_N: list[int]
+    lengths_N: list[int]  # tokens
+    num_supervised: int  # tokens
+    parts_W: list[list[int]]  # places in N of each worker's samples
+    own: list[int]  # this worker's part
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths_N)
+
+    @property
+    def tokens_W(self) -> list[int]:
+        return [sum(self.lengths_N[i] for i in part) for part in self.parts_W]
+
+
+def draw_samples(training: Training, step: int) -> StepSamples:
+    """The samples of a step, divided by the workers' shares."""
+    ids_N = training.order.sample_ids(step)
+    lengths_N = training.data.lengths[ids_N].tolist()
+    parts_W = split_by_share(lengths_N, training.shares.shares)
+    num_supervised = int(training.data.num_supervised[ids_N].sum())
+    return StepSamples(step, ids_N, lengths_N, num_supervised, parts_W, parts_W[training.group.rank])
+
+
+def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]) -> list[list[int]]:
+    """Sample ids of each micro-batch of some samples."""
+    groups = micro_batches_of([samples.lengths_N[i] for i in part], training.techniques)
+    return [[samples.ids_N[part[i]] for i in group] for group in groups]
+
+
+def _take(training: Training, step: int, sample_ids: list[int]) -> Batch:
+    """A micro-batch on the device.  Its random numbers follow from what is in it: a resumed run draws the same."""
+    batch = training.feed.take(sample_ids)
+    torch.manual_seed(zlib.crc32(f"{training.schedule.seed}/{step}/{batch.sample_ids[0]}".encode()))
+    return batch
+
+
+def synchronous_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
+    """Gradients of this worker's samples; they leave for the other workers during the last backward pass."""
+    setup, loss = training.setup, torch.zeros((), device=training.device)
+    batches = _micro_batches(training, samples, samples.own)
+    for number, sample_ids in enumerate(batches, start=1):
+        batch = _take(training, samples.step, sample_ids)
+        if number == len(batches):
+            training.gradients.arm()
+            if training.group.size == 1:
+                last_pass(setup, training.schedule.update(samples.step))
+        loss += forward_backward(setup, batch, samples.num_supervised, training.techniques, training.scaler)
+    return loss
+
+
+def engine_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
+    """The same under DeepSpeed, which sums inside the passes, so that every worker must run as many as the others."""
+    loss = torch.zeros((), device=training.device)
+    for sample_ids in even_passes(training.group, _micro_batches(training, samples, samples.own)):
+        # A pass without samples takes any and counts for nothing.
+        batch = _take(training, samples.step, sample_ids or samples.ids_N[:1])
+        counted = samples.num_supervised if sample_ids else math.inf
+        loss += forward_backward(training.setup, batch, counted, training.techniques, training.scaler)
+    return loss
+
+
+def local_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
+    """Train on this worker's samples alone, a local step after the other; what that changed stands as gradients."""
+    local, loss = training.local, torch.zeros((), device=training.device)
+    assert local
+    waiting = local.split(samples.own)
+    while waiting:
+        part, loss_of_part = waiting[0], torch.zeros((), device=training.device)
+        num_supervised = int(training.data.num_supervised[[samples.ids_N[i] for i in part]].sum())
+        for sample_ids in _micro_batches(training, samples, part):
+            batch = _take(training, samples.step, sample_ids)
+            mean = forward_backward(training.setup, batch, num_supervised, training.techniques, training.scaler)
+            loss_of_part += mean * (num_supervised / samples.num_supervised)
+        update(training.setup, training.scaler, training.schedule.update(samples.step))
+        if overflow := training.overflow(samples.step, samples.ids_N):
+            training.hooks.note(f"{overflow}; the local step is repeated")
+            continue
+        loss += loss_of_part
+        del waiting[0]
+    local.changes_to_gradients(sum(samples.lengths_N[i] for i in samples.own) / samples.num_tokens)
+    return loss
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of a worker's part of a step."""
+
+    loss: float = 0.0  # its part of the step's
+    out_of_memory: str | None = None  # the error, where memory ran out
+
+
+def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
+    """This worker's gradients, on their way to the others; what the last update left undone ends the passes early."""
+    setup = training.setup
+    compute = engine_gradients if setup.engine else local_gradients if training.local else synchronous_gradients
+    try:
+        loss_on_device = compute(training, samples)
+        if samples.step + 1 < training.order.num_steps:
+            _prepare_first_batch(training, samples.step + 1)
+        loss = loss_on_device.item()
+        training.gradients.flush()
+    except UpdateFailed:
+        return Attempt()
+    except Exception as error:
+        if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
+            raise
+        return Attempt(out_of_memory=first_line(error))
+    return Attempt(loss)
+
+
+def _prepare_first_batch(training: Training, step: int) -> None:
+    """Make this worker's first micro-batch of a step, should shares and techniques stay as they are."""
+    samples = draw_samples(training, step)
+    batches = _micro_batches(training, samples, samples.own)
+    training.feed.prepare(batches[0] if batches else samples.ids_N[:1])
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What all workers know of a step before its update."""
+
+    loss: float  # of the whole step
+    repeat: bool  # memory ran out somewhere
+    stop: str | None  # one of STOP_REQUESTS, where any worker has one
+    seconds_W: list[float]
+    peak_bytes_W: list[int]
+
+
+def report_to_group(training: Training, attempt: Attempt, seconds: float) -> GroupReport:
+    """Sum losses, requests and what each worker took.  Collective."""
+    group, request = training.group, training.hooks.stop_request()
+    requests = [float(request == known) for known in STOP_REQUESTS]
+    own = [*_at(group.rank, group.size, seconds), *_at(group.rank, group.size, peak_bytes(training.device))]
+    loss, repeat, *rest = group.sum([attempt.loss, attempt.out_of_memory is not None, *requests, *own])
+    stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
+    measured = rest[len(STOP_REQUESTS) :]
+    peaks = [int(peak) for peak in measured[group.size :]]
+    return GroupReport(loss, bool(repeat), stop, measured[: group.size], peaks)
+
+
+def _at(rank: int, size: int, value: float) -> list[float]:
+    """`value` at this worker's place among zeros: summed over the workers, everybody's value."""
+    return [value if place == rank else 0.0 for place in range(size)]
+
+
+def repeat_in_less_memory(training: Training, attempt: Attempt) -> None:
+    """Memory ran out somewhere: there less at a time, and the same step again, everywhere."""
+    training.gradients.discard()
+    training.setup.optimizer.zero_grad(set_to_none=True)
+    if training.local:
+        training.local.reset()
+    if attempt.out_of_memory is not None:
+        training.use_less_memory(attempt.out_of_memory)
+
+
+def update_weights(training: Training, step: int, is_awaited: bool) -> float:
+    """Move the weights by the summed gradients; returns the gradients' norm.
+
+    Whether it went through everywhere is learnt during the next step, unless the weights are needed before
+    (`is_awaited`).  Raises NothingFits where it fits nowhere.
+    """
+    error, grad_norm = None, math.nan
+    try:
+        training.gradients.finish()
+        if training.local:
+            grad_norm = training.local.outer_step()
+        else:
+            grad_norm = update(training.setup, training.scaler, training.schedule.update(step)).item()
+    except Exception as caught:
+        if not is_out_of_memory(caught):
+            raise
+        if not training.updates.can_repair:
+            raise update_does_not_fit(first_line(caught)) from caught
+        training.gradients.discard()
+        error = first_line(caught)
+    training.updates.announce(error)
+    if (error is not None or is_awaited) and not training.updates.went_through():
+        return training.repair_update(grad_norm)
+    return grad_norm
+
+
+def learn(training: Training, samples: StepSamples) -> None:
+    """Let the method learn from gradients of the step's first samples, then take over what the first worker learnt.
+
+    Two devices of one kind differ in the last bits of a gradient, and so may choose other entries.  A worker whose
+    memory runs out learns again in less.
+    """
+    assert training.setup.learner
+    sample_ids, learnt = samples.ids_N[: training.setup.learner.rows], None
+    while learnt is None:
+        error = ""
+        try:
+            learnt = _learn_once(training, sample_ids)
+        except Exception as caught:
+            if not is_out_of_memory(caught):
+                raise
+            error = first_line(caught)
+        if learnt is None:
+            training.use_less_memory(error)
+    training.hooks.record("learnt", step=samples.step, **learnt)
+    training.hooks.note(learnt["text"])
+    training.group.broadcast(training.replicated(), 0)
+
+
+def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]:
+    learner, techniques, started = training.setup.learner, training.techniques, time.perf_counter()
+    assert learner
+    groups = micro_batches_of(training.data.lengths[list(sample_ids)].tolist(), techniques)
+    learner.begin_learning(len(groups))
+    for number, group in enumerate(groups):
+        if number:
+            learner.next_learning()
+        batch = collate(training.data, [sample_ids[i] for i in group], techniques.packing).to(training.device)
+        forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
+    return {**learner.end_learning(), "seconds": round(time.perf_counter() - started, 2)}

@@ -1,0 +1,164 @@
+"""Sets up a worker: its device and group, the base model with the planned method, data, tokenizer, schedule."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from clusters.ray import remote_objects
+from orchestrator.data.dataset import Dataset
+from orchestrator.errors import JobError, first_line
+from orchestrator.job.job_file import Job
+from orchestrator.planning.plan import Plan
+from orchestrator.runs.condition import check_model
+from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.memory import resident_bytes
+from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
+from orchestrator.training.model.loading import load_data, load_model, tokenizer_of
+from orchestrator.training.parallel import Group
+from orchestrator.training.state import Schedule
+from orchestrator.training.worker_context import WorkerContext, ignore_event
+from strategies.contract import Techniques, TrainSettings, TrainSetup
+from strategies.engines.shard import shard
+from strategies.step import device_memory
+from strategies.techniques import checkpointing
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a worker trains: the model set up, its tokenizer and the samples."""
+
+    setup: TrainSetup
+    techniques: Techniques  # as this model really supports them
+    tokenizer: Any
+    data: Dataset
+    held_out: Dataset | None
+    libraries_bytes: int = 0  # memory of the process before anything was loaded
+
+
+def start_worker(run: RunFolder, rank: int, size: int, node: str, slot: int) -> WorkerContext:
+    """This process as one worker of a run: its device with its limit, its threads, its group."""
+    plan = run.plan()
+    part = plan.part_of(node, slot)
+    device = torch.device("cpu" if part.torch_device == "cpu" else "cuda:0")  # it sees its own GPU and no other
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    torch.set_num_threads(part.threads)
+    device_memory.limit(device, part.memory_usable_bytes)
+    record = run.record if rank == 0 else ignore_event
+    group = group_of(rank, size, plan)
+    return WorkerContext(run.job(), plan, part, run.data()["model"], device, group, slot, record)
+
+
+def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
+    """Load samples, model and tokenizer of a run.  Raises OrchestratorError."""
+    started, libraries_bytes = time.perf_counter(), resident_bytes(context.device)
+    data, held_out = load_data(run)
+    if context.slot == 0:
+        check_model(run)
+    setup, techniques = prepare_model(context)
+    seconds = round(time.perf_counter() - started, 2)
+    context.record("ready", seconds=seconds, trainable=context.plan.num_trainable_parameters)
+    return Inputs(setup, techniques, tokenizer_of(run, context.job), data, held_out, libraries_bytes)
+
+
+def group_of(rank: int, size: int, plan: Plan) -> Group:
+    """This worker's place in the group, and how sums travel in it."""
+    if size == 1:
+        return Group()
+    return Group(
+        rank=rank,
+        size=size,
+        wire=torch.device("cuda" if plan.backend == "nccl" else "cpu"),
+        sync_dtype=getattr(torch, plan.sync.dtype),
+        bucket_bytes=plan.sync.bucket_bytes,
+        alike=len({(part.device, part.techniques.dtype) for part in plan.nodes}) == 1,
+    )
+
+
+def train_settings(
+    job: Job, plan: Plan, techniques: Techniques, start_remote: Callable[..., Any] | None = None
+) -> TrainSettings:
+    """What a method needs to know of a job to build its optimizer."""
+    train = job.spec.train
+    return TrainSettings(
+        learning_rate=train.learning_rate,
+        weight_decay=train.weight_decay,
+        optim=plan.optim,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_epsilon=train.adam_epsilon,
+        techniques=techniques,
+        seed=train.seed,
+        start_remote=start_remote,
+    )
+
+
+def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
+    """The model set up for the planned method, and the techniques as this model really supports them."""
+    job, method, techniques = context.job, context.plan.build_method(), context.part.techniques
+    # What DeepSpeed divides or keeps on the host never lies whole on the device.
+    first = torch.device("cpu") if techniques.uses_engine else context.device
+    dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
+    model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
+    if techniques.packing:
+        techniques = without_leaks(model, techniques, context)
+    settings = train_settings(job, context.plan, techniques, remote_objects.reachable())
+    try:
+        setup = method.setup(model, settings)
+    except (ValueError, KeyError) as error:
+        raise JobError(f"method: {first_line(error)}") from error
+    techniques = with_loss_that_runs(setup.model, techniques, context)
+    if techniques.gradient_checkpointing:
+        checkpointing.enable(setup.model)
+    if techniques.torch_compile:
+        setup.model.compile(dynamic=True)
+    setup = _divide(context, setup, settings)
+    for text in setup.notes:
+        context.note(text)
+    return setup, techniques
+
+
+def _divide(context: WorkerContext, setup: TrainSetup, settings: TrainSettings) -> TrainSetup:
+    """The training as the plan divides it among the workers."""
+    from strategies.engines.deepspeed_zero import CannotOffload, Options
+
+    strategy = context.job.spec.strategy
+    options = Options(strategy.deepspeed or {}, strategy.nvme_path, strategy.sync_dtype)
+    parts = [part.techniques.state_part for part in context.plan.nodes]
+    try:
+        return shard(setup, settings, context.device, parts, options, context.group.wire)
+    except CannotOffload as error:
+        raise JobError(str(error)) from error
+
+
+def schedule_of(job: Job, plan: Plan) -> Schedule:
+    """When things happen in a planned job."""
+    train = job.spec.train
+    return Schedule(
+        lr_factor=lr_factor(train.lr_scheduler_type, plan.num_steps, train.warmup_ratio, train.warmup_steps),
+        max_grad_norm=train.max_grad_norm,
+        seed=train.seed,
+        save_steps=plan.save_steps,
+        eval_steps=plan.eval_steps,
+        early_stopping_patience=job.spec.eval.early_stopping_patience,
+    )
+
+
+def lr_factor(name: str, num_steps: int, warmup_ratio: float, warmup_steps: int) -> Callable[[int], float]:
+    """Learning rate over its peak as a function of the step, by transformers' schedule of that name.
+
+    A pure function of the step: a resumed run needs no scheduler state.
+    """
+    from transformers import get_scheduler
+
+    warmup = warmup_steps or round(warmup_ratio * num_steps)
+    throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    throwaway.step()  # the scheduler's first step expects one
+    scheduler: Any = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps)
+    factor = scheduler.lr_lambdas[0]
+    return (lambda step: factor(step + 1)) if warmup else factor  # step 0 of a warm-up would train with rate 0
