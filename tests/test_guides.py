@@ -70,4 +70,4 @@ def test_a_guide_shows_what_the_program_prints(guide, command, shown, folder):
     assert done.returncode == 0, done.stderr
     printed = " ".join(done.stdout.split())
     for part in shown.split("..."):
-        assert " ".join(part.split()) in printed
+        assert " ".join(part.split()) in printed, f"type it again in the guide: {command}"
