@@ -26,7 +26,7 @@ from clusters.safe.reading import (
 )
 from orchestrator.errors import JobError
 from orchestrator.job import secrets
-from orchestrator.job.aliases import ALIASES, NOT_NEEDED, NOT_YET, plain_values
+from orchestrator.job.aliases import other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.methods import METHOD_SECTIONS
@@ -234,9 +234,10 @@ def _home_of(path: tuple[str, ...]) -> tuple[str, str] | None:
         return None
     if len(path) == 2 and name in _known_keys(path[0]):
         return None
-    name = ALIASES.get(name, name)
+    same = other_tools().same
+    name = same.get(name, name)
     homes = [section for section in _section_names() if name in _known_keys(section)]
-    if len(homes) != 1 or (len(path) == 2 and path[-1] not in ALIASES):
+    if len(homes) != 1 or (len(path) == 2 and path[-1] not in same):
         return None
     return homes[0], name
 
@@ -303,10 +304,11 @@ def _wanted(detail: Any) -> str:
 
 def _nearest(path: KeyPath) -> str:
     name = str(path[-1])
-    if name in NOT_YET:
-        return f" yet: {NOT_YET[name]}"
-    if name in NOT_NEEDED:
-        return f": {NOT_NEEDED[name]}"
+    known = other_tools()
+    if name in known.not_yet:
+        return f" yet: {known.not_yet[name]}"
+    if name in known.not_needed:
+        return f": {known.not_needed[name]}"
     if len(name) > _LONGEST_NAME:
         return ""
     if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
