@@ -80,7 +80,8 @@ def techniques(
               orchestrator techniques --measure
     """
     from orchestrator.lifecycle import machines
-    from orchestrator.lifecycle.technique_report import catalogue, catalogue_view, measured_view
+    from orchestrator.lifecycle.technique_report import catalogue
+    from orchestrator.views.techniques import catalogue_view, measured_view
 
     loaded = load_job(job, set_) if job else None  # before anything is measured
     cluster = machines.declared(hardware) if hardware else machines.probe("local", say, refresh)

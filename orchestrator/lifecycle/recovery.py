@@ -19,7 +19,7 @@ from typing import Any
 from clusters.capability import ClusterCapability, NodeCapability
 from orchestrator.errors import HardwareChanged, NothingFits, RunFailed
 from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
+from orchestrator.job.job_file import Job, spec_with
 from orchestrator.lifecycle import machines
 from orchestrator.lifecycle import recovery_policy as policy
 from orchestrator.lifecycle.hooks import BankHooks
@@ -34,6 +34,16 @@ _ASK_EVERY_S = 1.0
 _FREE_POLL_S = 0.5
 _SILENT_S = 3.0  # what ends in this time was about to end anyway
 _REPORT_EVERY_S = 60.0
+_FIXED = (  # by the first plan
+    "global_batch_size",
+    "num_steps",
+    "save_steps",
+    "eval_steps",
+    "load_best_model_at_end",
+    "max_new_tokens",
+    "helper",
+    "metrics",
+)
 
 
 class Recovery:
@@ -339,44 +349,21 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
     size, rows = plan.local_batch_size or plan.global_batch_size, job.spec.train.per_device_train_batch_size
-    train = job.spec.train.model_copy(
-        update={
-            "global_batch_size": size,
-            "per_device_train_batch_size": min(rows, size) if isinstance(rows, int) else rows,
-            "optim": plan.optim,
-            "gradient_accumulation_steps": "auto",
-        }
-    )
-    stated = job.spec.cluster.num_workers
-    wanted = min(stated, num_slots) if isinstance(stated, int) else stated
-    cluster = job.spec.cluster.model_copy(update={"num_workers": wanted})
+    stated, mode = job.spec.cluster.num_workers, job.spec.strategy.mode
+    fixed = {
+        "train.global_batch_size": size,
+        "train.per_device_train_batch_size": min(rows, size) if isinstance(rows, int) else rows,
+        "train.optim": plan.optim,
+        "train.gradient_accumulation_steps": "auto",
+        "cluster.num_workers": min(stated, max(1, num_slots)) if isinstance(stated, int) else stated,
+        # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
+        "strategy.mode": "auto" if num_slots < 2 and mode.startswith("zero") else mode,
+    }
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
-    # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
-    strategy = job.spec.strategy
-    if num_slots < 2 and strategy.mode.startswith("zero"):
-        strategy = strategy.model_copy(update={"mode": "auto"})
-    spec = job.spec.model_copy(
-        update={
-            "method": method_section(**plan.method),
-            "train": train,
-            "cluster": cluster,
-            "goal": goal,
-            "strategy": strategy,
-        }
-    )
+    spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)
 
 
 def keep_numbers(first: Plan, again: Plan) -> Plan:
     """`again` with everything that decides the result as `first` has it."""
-    return replace(
-        again,
-        global_batch_size=first.global_batch_size,
-        num_steps=first.num_steps,
-        save_steps=first.save_steps,
-        eval_steps=first.eval_steps,
-        load_best_model_at_end=first.load_best_model_at_end,
-        max_new_tokens=first.max_new_tokens,
-        helper=first.helper,
-        metrics=first.metrics,
-    )
+    return replace(again, **{name: getattr(first, name) for name in _FIXED})

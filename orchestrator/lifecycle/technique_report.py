@@ -6,10 +6,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from typing import Any
 
-from rich.console import Group, RenderableType
-from rich.table import Table
-from rich.text import Text
-
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.data.sizes import rough_lengths
 from orchestrator.job import model_files
@@ -25,71 +21,26 @@ from strategies.techniques.technique import Choice, Technique, judge
 
 _TOO_SLOW = 8.0  # times longer than without
 
-_COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
-
 # What a device is judged with where no job is given: the largest of these whose 16-bit weights fill at most half of it.
-REFERENCES: tuple[tuple[str, dict[str, Any]], ...] = (
-    (
-        "SmolLM2-135M",
-        {
-            "hidden_size": 576,
-            "num_hidden_layers": 30,
-            "num_attention_heads": 9,
-            "num_key_value_heads": 3,
-            "intermediate_size": 1536,
-            "vocab_size": 49152,
-            "tie_word_embeddings": True,
-        },
-    ),
-    (
-        "Llama-3.2-1B",
-        {
-            "hidden_size": 2048,
-            "num_hidden_layers": 16,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 8192,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        },
-    ),
-    (
-        "Llama-3.2-3B",
-        {
-            "hidden_size": 3072,
-            "num_hidden_layers": 28,
-            "num_attention_heads": 24,
-            "num_key_value_heads": 8,
-            "intermediate_size": 8192,
-            "vocab_size": 128256,
-            "tie_word_embeddings": True,
-        },
-    ),
-    (
-        "Llama-3.1-8B",
-        {
-            "hidden_size": 4096,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "intermediate_size": 14336,
-            "vocab_size": 128256,
-            "tie_word_embeddings": False,
-        },
-    ),
-    (
-        "Llama-3.1-70B",
-        {
-            "hidden_size": 8192,
-            "num_hidden_layers": 80,
-            "num_attention_heads": 64,
-            "num_key_value_heads": 8,
-            "intermediate_size": 28672,
-            "vocab_size": 128256,
-            "tie_word_embeddings": False,
-        },
-    ),
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "intermediate_size",
+    "vocab_size",
+    "tie_word_embeddings",
 )
+REFERENCES: dict[str, dict[str, Any]] = {
+    name: dict(zip(_SIZES, sizes, strict=True), model_type="llama")
+    for name, *sizes in (
+        ("SmolLM2-135M", 576, 30, 9, 3, 1536, 49152, True),
+        ("Llama-3.2-1B", 2048, 16, 32, 8, 8192, 128256, True),
+        ("Llama-3.2-3B", 3072, 28, 24, 8, 8192, 128256, True),
+        ("Llama-3.1-8B", 4096, 32, 32, 8, 14336, 128256, False),
+        ("Llama-3.1-70B", 8192, 80, 64, 8, 28672, 128256, False),
+    )
+}
 
 
 def catalogue(
@@ -161,15 +112,11 @@ def _usual(work: Workload, device: DeviceCapability, node: NodeCapability, max_l
 
 def _reference(device: DeviceCapability) -> tuple[str, Workload]:
     room = (device.memory_bytes or 8 * 2**30) / (2 if device.kind != "cpu" else 16)
-    fitting = [
-        (name, ModelShape.from_config({"model_type": "llama", **config}))
-        for name, config in REFERENCES
-        if 2 * ModelShape.from_config({"model_type": "llama", **config}).num_parameters <= room
-    ]
-    name, shape = fitting[-1] if fitting else ("SmolLM2-135M", _smallest())
+    shapes = {name: ModelShape.from_config(config) for name, config in REFERENCES.items()}
+    name = next((name for name in reversed(shapes) if 2 * shapes[name].num_parameters <= room), next(iter(shapes)))
     mean, longest = 400, 1024
     return name, Workload(
-        shape=shape,
+        shape=shapes[name],
         num_samples=1000,
         num_tokens=1000 * mean,
         num_supervised_tokens=1000 * mean // 2,
@@ -180,10 +127,6 @@ def _reference(device: DeviceCapability) -> tuple[str, Workload]:
         mean_square_length=1.4 * mean**2,
         padded_ratio={1: 1.0, 2: 1.08, 4: 1.2, 8: 1.4, 16: 2.0},
     )
-
-
-def _smallest() -> ModelShape:
-    return ModelShape.from_config({"model_type": "llama", **REFERENCES[0][1]})
 
 
 def _of_job(job: Job) -> tuple[str, Workload]:
@@ -217,50 +160,3 @@ def _measured(technique: Technique, device: DeviceCapability, node: NodeCapabili
         "measured_time": found.time_ratio,
         "problem": found.problem,
     }
-
-
-def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
-    """One table a device."""
-    parts: list[RenderableType] = []
-    for device in dict.fromkeys(row["device"] for row in rows):
-        mine = [row for row in rows if row["device"] == device]
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("technique", "verdict", "memory", "time", "why", "not with", "switched on by"):
-            table.add_column(column, overflow="fold")
-        for row in mine:
-            level = Text(row["level"], style=_COLOURS[row["level"]])
-            why = row["reason"].split("; ", 1)[-1] if row["memory_ratio"] else row["reason"]
-            table.add_row(
-                row["technique"],
-                level,
-                _ratio(row["memory_ratio"]),
-                _ratio(row["time_ratio"]),
-                why,
-                ", ".join(row["not_with"]),
-                row["switch"],
-            )
-        parts += [Text(f"{device}, judged with {mine[0]['model']}", style="bold"), table, Text()]
-    parts.append(Text("memory and time: with it over without it, predicted from this device's figures", style="dim"))
-    return Group(*parts)
-
-
-def measured_view(rows: list[dict[str, Any]]) -> RenderableType:
-    """Expected beside measured, on the small model."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("device", "technique", "time expected", "measured", "memory expected", "measured", "note"):
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(
-            row["device"],
-            row["technique"],
-            _ratio(row.get("expected_small_time")),
-            _ratio(row.get("measured_time")),
-            _ratio(row.get("expected_small_memory")),
-            _ratio(row.get("measured_memory")),
-            row.get("problem") or "",
-        )
-    return table
-
-
-def _ratio(value: float | None) -> str:
-    return "-" if value is None else f"x{value:.2f}"

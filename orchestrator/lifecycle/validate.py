@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,31 +31,21 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
 
     Raises JobError with every mistake found.  Nothing is downloaded and no weight is read.
     """
-    mistakes: list[str] = []
     notices = list(job.notices)
     folder, max_length = None, None
-    try:
-        _check_paths(job)
-    except JobError as error:
-        mistakes += error.mistakes
+    mistakes = _mistakes_in_paths(job)
     data_is_there = not mistakes
-    try:
+    with _collect(mistakes):
         stated_space(job.spec)
-    except JobError as error:
-        mistakes += error.mistakes
-    try:
+    with _collect(mistakes):
         folder, max_length, found_notices = _check_model(job)
         notices += found_notices
-    except JobError as error:
-        mistakes += error.mistakes
     unchecked = _unchecked(job, folder)
     found: Survey | None = None
     if data_is_there:
-        try:
+        with _collect(mistakes):
             found = _survey_rows(job, folder if not mistakes and can_render() else None, max_length, exact)
             mistakes += found.mistakes()
-        except JobError as error:
-            mistakes += error.mistakes
     if mistakes or found is None:
         raise JobError(mistakes)
     return {
@@ -64,6 +56,15 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
         "statistics": found.statistics(),
         "unchecked": unchecked + found.unchecked(),
     }
+
+
+@contextlib.contextmanager
+def _collect(mistakes: list[str]) -> Iterator[None]:
+    """Add the mistakes of a JobError that the block raises, and go on."""
+    try:
+        yield
+    except JobError as error:
+        mistakes += error.mistakes
 
 
 def _survey_rows(job: Job, folder: Path | None, max_length: int | None, exact: bool) -> Survey:
@@ -96,38 +97,29 @@ def _check_start(job: Job) -> None:
         resolve_path(f"{start}/adapter_config.json", key, kind="file")
 
 
-def _check_paths(job: Job) -> None:
-    """Raises JobError for data files and a chat template that are not there, folders that can be none."""
+def _mistakes_in_paths(job: Job) -> list[str]:
+    """Data files and a chat template that are not there, folders that can be none."""
     mistakes: list[str] = []
     data = job.spec.data
     for key, value in (("data.train", data.train), ("data.eval", data.eval)):
         if value is None or isinstance(value, HeldOut):
             continue
-        try:
+        with _collect(mistakes):
             sources_of(job, value, key)
-        except JobError as error:
-            mistakes += error.mistakes
     if data.chat_template != "tokenizer":
-        try:
+        with _collect(mistakes):
             read_text_file(data.chat_template, "data.chat_template", job.folder)
-        except JobError as error:
-            mistakes += error.mistakes
-    try:
+    with _collect(mistakes):
         _check_start(job)
-    except JobError as error:
-        mistakes += error.mistakes
     written = (
         ("checkpoint.output_dir", job.spec.checkpoint.output_dir, Path()),
         ("bank.path", job.spec.bank.path, job.folder),
         ("strategy.nvme_path", job.spec.strategy.nvme_path or ".", job.folder),
     )
     for key, place, folder in written:
-        try:
+        with _collect(mistakes):
             resolve_path(place, key, folder, "new folder")
-        except JobError as error:
-            mistakes += error.mistakes
-    if mistakes:
-        raise JobError(mistakes)
+    return mistakes
 
 
 def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:

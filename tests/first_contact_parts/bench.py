@@ -33,7 +33,7 @@ TINY: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-LLAMA_1B: dict[str, Any] = {**TINY, **dict(REFERENCES)["Llama-3.2-1B"]}
+LLAMA_1B: dict[str, Any] = {**TINY, **REFERENCES["Llama-3.2-1B"]}
 _OF_SMALL = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
 
 

@@ -35,7 +35,7 @@ from tests.cli import called
 from tests.gpu_rehearsal.cards import MACHINES, Machine
 
 GOLDEN = Path(__file__).with_name("cards.golden")
-LLAMA_3B = ModelShape.from_config({"model_type": "llama", **dict(REFERENCES)["Llama-3.2-3B"]})
+LLAMA_3B = ModelShape.from_config(REFERENCES["Llama-3.2-3B"])
 JOB = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 1024}\n"
 CPU = DeviceCapability("cpu", "a CPU", 60 * GIB, flops_per_s={"float32": 8e11}, memory_bytes_per_s=5e10)
 CUDA = TorchBuild("2.13.0+cu130", "13.0", None, ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120"))

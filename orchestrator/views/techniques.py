@@ -1,0 +1,55 @@
+"""Every technique on every device: the verdict, and what was measured beside it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
+
+
+def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
+    """One table a device."""
+    parts: list[RenderableType] = []
+    for device in dict.fromkeys(row["device"] for row in rows):
+        mine = [row for row in rows if row["device"] == device]
+        table = _table("technique", "verdict", "memory", "time", "why", "not with", "switched on by")
+        for row in mine:
+            level = Text(row["level"], style=_COLOURS[row["level"]])
+            why = row["reason"].split("; ", 1)[-1] if row["memory_ratio"] else row["reason"]
+            table.add_row(
+                row["technique"],
+                level,
+                _ratio(row["memory_ratio"]),
+                _ratio(row["time_ratio"]),
+                why,
+                ", ".join(row["not_with"]),
+                row["switch"],
+            )
+        parts += [Text(f"{device}, judged with {mine[0]['model']}", style="bold"), table, Text()]
+    parts.append(Text("memory and time: with it over without it, predicted from this device's figures", style="dim"))
+    return Group(*parts)
+
+
+def measured_view(rows: list[dict[str, Any]]) -> RenderableType:
+    """Expected beside measured, on the small model."""
+    table = _table("device", "technique", "time expected", "measured", "memory expected", "measured", "note")
+    ratios = ("expected_small_time", "measured_time", "expected_small_memory", "measured_memory")
+    for row in rows:
+        shown = (_ratio(row.get(key)) for key in ratios)
+        table.add_row(row["device"], row["technique"], *shown, row.get("problem") or "")
+    return table
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _ratio(value: float | None) -> str:
+    return "-" if value is None else f"x{value:.2f}"
