@@ -8,12 +8,9 @@ from collections.abc import Iterator
 from clusters.capability import DeviceCapability
 from strategies.contract import Method, Techniques
 from strategies.shape import ModelShape
+from strategies.techniques import refusals
 from strategies.techniques.attention import refuse_kernel
-from strategies.techniques.compiling import refuse_compiler
-from strategies.techniques.libraries import lacks, refuse_bitsandbytes
-from strategies.techniques.loss import refuse_chunked_loss
-from strategies.techniques.offload import refuse_offload
-from strategies.techniques.precision import refuse_bf16
+from strategies.techniques.libraries import lacks
 
 
 def conflict(
@@ -40,11 +37,11 @@ def _device_conflicts(
     if t.attn_implementation == "flash_attention_2" and t.dtype == "float32":
         yield "flash-attn 2 computes in 16 bits only: set model.dtype to bfloat16 or float16"
     if t.dtype == "bfloat16":
-        yield refuse_bf16(device, shape)
+        yield refusals.refuse_bf16(device, shape)
     if is_quantised or t.has_eight_bit_optimizer:
-        yield refuse_bitsandbytes(device, shape)
+        yield refusals.refuse_bitsandbytes(device, shape)
     if t.offload != "none":
-        yield refuse_offload(device, shape)
+        yield refusals.refuse_offload(device, shape)
     if t.uses_engine:
         yield lacks(device, "deepspeed")
     if is_quantised and shape.num_experts:
@@ -86,8 +83,8 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
     if t.torch_compile and t.attn_implementation == "document":
         yield "torch.compile would compile anew for every set of document lengths: set data.packing: false"
     if t.torch_compile:
-        yield refuse_compiler(device, shape)
-    if t.loss_type == "chunked_nll" and (refusal := refuse_chunked_loss(device, shape)):
+        yield refusals.refuse_compiler(device, shape)
+    if t.loss_type == "chunked_nll" and (refusal := refusals.refuse_chunked_loss(device, shape)):
         yield f"chunked loss: {refusal}"
 
 

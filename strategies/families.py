@@ -43,8 +43,8 @@ def _read(file: Path) -> dict[str, Family]:
     listed = tomllib.loads(file.read_text(encoding="utf-8"))
 
     def keys_of(name: str) -> dict[str, Any]:
-        own = {key: tuple(value) if isinstance(value, list) else value for key, value in listed[name].items()}
-        return (keys_of(own.pop("like")) if "like" in own else {}) | own
+        own: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in listed[name].items()}
+        return keys_of(own.pop("like")) | own if "like" in own else own
 
     return {name: Family(**keys_of(name)) for name in listed}
 

@@ -1,7 +1,6 @@
 """Training methods: full training, adapters, low-rank gradients, sparse entries.
 
 lora                start here: LoRA
-as_techniques       methods as techniques of the catalogue: LoRA against full training, QLoRA against LoRA
 full                full fine-tuning
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
 low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +9,6 @@ from clusters.capability import DeviceCapability, Kind
 from strategies.contract import Dtype, Techniques
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import lacks
-from strategies.techniques.technique import Choice, Technique
 
 
 def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | None:
@@ -88,25 +86,3 @@ def copies_keys(device: DeviceCapability, shape: ModelShape, techniques: Techniq
         return False
     heads = Heads(shape.num_heads, shape.key_value_size // shape.head_dim, shape.head_dim)
     return sharing(device.kind, device.compute_capability, techniques.dtype, heads, _VARLEN_TORCH) == "expanded"
-
-
-def _kernel(name: str) -> Callable[[Choice], Choice]:
-    return lambda choice: choice.with_(attn_implementation=name, packing=name == "document")
-
-
-def _technique(kernel: str, name: str, about: str, than: str) -> Technique:
-    return Technique(
-        name=name,
-        about=about,
-        switch=f"model.attn_implementation: {kernel}",
-        on=_kernel(kernel),
-        off=_kernel(than),
-        impossible=lambda device, shape: refuse_kernel(kernel, device, shape),
-        quality="the same up to rounding",
-    )
-
-
-EAGER = _technique("eager", "eager attention", "plain products that keep every score; what all models have", "sdpa")
-SDPA = _technique("sdpa", "SDPA attention", "PyTorch's fused kernel", "eager")
-FLASH = _technique("flash_attention_2", "flash-attn 2", "the flash-attn library's kernels (arXiv 2307.08691)", "sdpa")
-FLEX = _technique("flex_attention", "flex attention", "a kernel compiled for the mask at hand", "sdpa")

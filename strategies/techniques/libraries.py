@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from clusters.capability import DeviceCapability
-from strategies.shape import ModelShape
 
 # Library -> extra of pyproject.toml that brings it.  flash-attn has none: it is compiled from source for an hour, and
 # torch's own kernels do its work.
@@ -19,14 +18,3 @@ def lacks(device: DeviceCapability, library: str) -> str | None:
         return f"{name} is installed and does not run on {device.name}: {found.error}"
     extra = EXTRAS.get(library)
     return f"{name} is not installed" + (f": pip install -e '.[{extra}]'" if extra else "")
-
-
-def refuse_bitsandbytes(device: DeviceCapability, shape: ModelShape) -> str | None:
-    """Quantised weights and optimizer states need a library that runs on this device."""
-    if (reason := lacks(device, "bitsandbytes")) is not None:
-        return reason
-    if device.kind == "rocm" and "bitsandbytes" not in device.libraries:
-        return "bitsandbytes is not known to run on this Radeon; measure it there"
-    if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
-        return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
-    return None

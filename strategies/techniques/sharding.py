@@ -1,12 +1,9 @@
-"""ZeRO: devices keep parts of what each would otherwise keep whole (Rajbhandari et al., arXiv 1910.02054)."""
+"""Which keys of DeepSpeed's configuration the plan decides."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
-
-from strategies.techniques.libraries import lacks
-from strategies.techniques.technique import Choice, Technique
 
 DECIDED = {  # what the plan decides, and where a job says it instead
     "train_batch_size": "train.global_batch_size",
@@ -21,28 +18,6 @@ DECIDED = {  # what the plan decides, and where a job says it instead
     "zero_optimization.offload_optimizer": "strategy.offload",
     "zero_optimization.offload_param": "strategy.offload",
 }
-
-
-def _stage(stage: int) -> Callable[[Choice], Choice]:
-    return lambda choice: choice.with_(zero_stage=stage, num_shards=max(2, choice.techniques.num_shards))
-
-
-def _technique(stage: int, about: str) -> Technique:
-    return Technique(
-        name=f"ZeRO-{stage}",
-        about=about,
-        switch=f"strategy.mode: zero{stage}",
-        on=_stage(stage),
-        off=lambda choice: choice.with_(zero_stage=0),
-        impossible=(lambda device, shape: lacks(device, "deepspeed")) if stage > 1 else (lambda device, shape: None),
-        needs_devices=2,
-        saves_first="memory",
-    )
-
-
-ZERO_1 = _technique(1, "the optimizer's state is divided among the devices, by their memory where they differ")
-ZERO_2 = _technique(2, "gradients too")
-ZERO_3 = _technique(3, "weights too: each layer is gathered when it is needed, over the network")
 
 
 def refused_keys(overrides: Mapping[str, Any]) -> dict[str, str]:

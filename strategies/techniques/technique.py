@@ -15,6 +15,7 @@ from strategies.contract import Method, StrategyPlan, Techniques, Workload
 from strategies.shape import ModelShape
 
 Level = Literal["effective", "works", "little gain", "harmful", "impossible"]
+Refusal = Callable[[DeviceCapability, ModelShape], str | None]  # why it cannot be used there; None where it can
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Technique:
     switch: str  # the line of a job file that turns it on
     on: Callable[[Choice], Choice]
     off: Callable[[Choice], Choice]
-    impossible: Callable[[DeviceCapability, ModelShape], str | None] = lambda device, shape: None
+    impossible: Refusal = lambda device, shape: None
     quality: str = "the same result"  # what it does to the tuned model
     needs_devices: int = 1
     saves_first: Literal["memory", "time"] = "time"  # its usual purpose

@@ -57,7 +57,7 @@ def verdict(name, device, shape=SHAPE, num_devices=1, **changes):
     return judge(technique, Choice(work, METHODS["lora"](), switches), device, node(device), num_devices)
 
 
-def test_there_is_a_room_for_each_technique_the_catalogue_promises():
+def test_each_technique_of_the_catalogue_states_what_it_does_and_how_it_is_switched_on():
     names = {technique.name for technique in TECHNIQUES}
 
     assert len(names) == len(TECHNIQUES) >= 24
@@ -66,7 +66,7 @@ def test_there_is_a_room_for_each_technique_the_catalogue_promises():
 
 @pytest.mark.parametrize("technique", TECHNIQUES, ids=lambda t: t.name)
 @pytest.mark.parametrize("device", [cpu(30), card("RTX 3090"), card("GTX 1060 6GB"), card("RX 7900 XTX")])
-def test_every_room_has_a_verdict_with_a_reason_on_every_device(technique, device):
+def test_every_technique_has_a_verdict_with_a_reason_on_every_device(technique, device):
     found = verdict(technique.name, device, num_devices=4)
 
     assert found.reason

@@ -1,0 +1,38 @@
+"""What a device, its libraries or the model's layers rule out: each refusal gives the reason, None where it runs."""
+
+from __future__ import annotations
+
+from clusters.capability import DeviceCapability
+from strategies.shape import ModelShape
+from strategies.techniques.libraries import lacks
+
+
+def refuse_bf16(device: DeviceCapability, shape: ModelShape) -> str | None:
+    if device.kind != "cpu" and device.has_bf16_units is False:
+        return f"{device.name} has no bf16 units: emulated, slower than fp32"
+    return None
+
+
+def refuse_bitsandbytes(device: DeviceCapability, shape: ModelShape) -> str | None:
+    """Quantised weights and optimizer states need a library that runs on this device."""
+    if (reason := lacks(device, "bitsandbytes")) is not None:
+        return reason
+    if device.kind == "rocm" and "bitsandbytes" not in device.libraries:
+        return "bitsandbytes is not known to run on this Radeon; measure it there"
+    if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
+        return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
+    return None
+
+
+def refuse_chunked_loss(device: DeviceCapability, shape: ModelShape) -> str | None:
+    return "the model caps its logits after the output matrix" if shape.softcap else None
+
+
+def refuse_compiler(device: DeviceCapability, shape: ModelShape) -> str | None:
+    if device.kind == "cuda" and device.compute_capability and device.compute_capability < (7, 0):
+        return f"Triton needs compute capability 7.0, {device.name} has {device.compute_capability}"
+    return None
+
+
+def refuse_offload(device: DeviceCapability, shape: ModelShape) -> str | None:
+    return "the device's memory is the host's already" if device.kind == "cpu" else None
