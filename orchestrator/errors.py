@@ -30,11 +30,6 @@ EXTRAS = {
 }
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text; its type where it has none."""
-    return next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-
-
 class OrchestratorError(Exception):
     """Base of the tree; its text is meant for a person, is printed without a traceback, and shows no password."""
 

@@ -3,9 +3,10 @@
 gpus           start here: the GPUs of this machine as their drivers' tools describe them
 datasheet      published peaks of accelerators that people own or rent, for planning without the machine
 energy         energy a machine really took, where its hardware counts it
-hardware_file  a YAML file that declares machines which are not here -> ClusterCapability, so that a purchase can be
+hardware_file  a YAML file that declares machines which are not here -> ClusterCapability
 interfaces     network interfaces of this machine and their addresses
 limits         how much of this machine a process may use
 torch_build    which GPUs the installed PyTorch can use
+waiting        wait for GPUs that others use
 torch_gpus     the GPUs as PyTorch sees them, and which of them is which of the driver's tool
 """

@@ -21,10 +21,9 @@
     links:                                              # exceptions; `rented` stands for rented-1 and rented-2
       - {between: [workstation, rented], mbit_per_s: 100, round_trip_ms: 25}
 
-Only `nodes` with `name`, `cores` and `memory_gib` are needed.  Every machine has a CPU that can train; what nobody
-declares of it stays unknown.  A GPU may further declare fp32_tflops, fp16_tflops, int8_tops, memory_gb_per_s,
-host_link_gb_per_s and compute_capability; a CPU fp16_gflops, bf16_gflops and int8_gops.  A GPU's memory is the one on
-its box, of which a job gets a little less; one that is not in the datasheet is `kind: cuda` unless the file says rocm.
+Only `nodes` with `name`, `cores` and `memory_gib` are needed.  Every machine has a CPU that can train.  A GPU may also
+declare fp32_tflops, fp16_tflops, int8_tops, memory_gb_per_s, host_link_gb_per_s and compute_capability; a CPU
+fp16_gflops, bf16_gflops and int8_gops.  A GPU that is not in the datasheet is `kind: cuda` unless the file says rocm.
 """
 
 from __future__ import annotations
@@ -67,9 +66,8 @@ _MOST_GIB = 64 * 1024
 _MOST = 1e12  # of anything, in any unit of the file
 _LEAST = 1e-3  # of any rate, in its unit: a millionth of what is slow would take longer than a life
 _MOST_MS = 1e6  # of a round trip
-_MOST_VALUES = 50_000  # of a file
 _LONGEST_TEXT = 100
-_MOST_NODES = 1000
+_MOST_VALUES, _MOST_NODES = 50_000, 1000  # of a file
 _MOST_DEVICES = 64  # GPUs, and machines without one: planning looks at every number of them, about 10 s for 64
 
 
@@ -85,8 +83,8 @@ def read_hardware(path: Path) -> ClusterCapability:
     """The machines that the file declares.  Raises ImpossibleHardware with every mistake found."""
     found = hardware_of(_load(path))
     if (count := sum(len(node.gpus) or 1 for node in found.nodes)) > _MOST_DEVICES:
-        said = f"{count} devices are declared; a plan takes at most {_MOST_DEVICES}. Declare a part of them"
-        raise ImpossibleHardware([f"nodes: {said}"])
+        reason = f"{count} devices are declared; a plan takes at most {_MOST_DEVICES}. Declare a part of them"
+        raise ImpossibleHardware([f"nodes: {reason}"])
     return found
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 from clusters.capability import DeviceCapability
 from clusters.hardware.torch_build import TorchBuild, why_unusable
+from clusters.safe.reading import first_line
 
 _RESTART = "restart the machine (or the container, with its GPUs handed in), then `orchestrator probe --refresh`"
 
@@ -41,7 +42,7 @@ def seen_by_torch() -> Seen:
     try:
         torch.cuda.init()
     except Exception as error:  # whatever a driver makes of it: the text is what a person needs
-        return Seen(build, error=str(error).strip().splitlines()[0][:200] if str(error).strip() else "no message")
+        return Seen(build, error=first_line(error, 200))
     return Seen(build, tuple(_seen(index) for index in range(torch.cuda.device_count())))
 
 

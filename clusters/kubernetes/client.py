@@ -1,20 +1,19 @@
 """A Kubernetes cluster with KubeRay, through its API server alone: create, watch, read logs, run verbs, delete.
 
-The only module that loads the official client (`kubernetes`), and only when a job goes there.  What the server or the
-operator refuses is told as what to do about it.  https://github.com/kubernetes-client/python
+What the server or the operator refuses becomes an error that says what to do about it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import os
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from clusters.job_backend import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
+from clusters.job_backend import ENDED, JobGone, JobLost, RemoteJob
+from clusters.kubernetes.connect import load_kubernetes, open_client, talk
 from clusters.kubernetes.messages import (
     Trouble,
     answer_told,
@@ -28,6 +27,7 @@ from clusters.kubernetes.messages import (
 )
 from clusters.kubernetes.rayjob import HEAD, SUBMITTER, helper_pod
 from clusters.ray.connect import CannotConnect
+from clusters.safe.reading import first_line
 
 _RAYJOBS = ("ray.io", "v1")
 _TIMEOUT_S = (5.0, 30.0)  # to connect, between two bytes
@@ -35,7 +35,6 @@ _SILENT_S = (5.0, 300.0)  # a job that prints nothing for so long is asked for i
 _WINDOW_S = 10  # of one watch; between two of them the pods are looked at
 _PATIENCE_S = 60.0  # with what cannot mend itself: an image that is not there
 _HELPER_S = 300.0  # that a helper pod may take to start
-_CHUNK_BYTES = 256 * 1024
 _SUBMISSION = "orchestrator/submission"
 
 
@@ -44,8 +43,8 @@ class KubeClient:
 
     def __init__(self, context: str | None, namespace: str | None, patience_s: float = _PATIENCE_S) -> None:
         """The current context and its namespace where none is named.  Raises CannotConnect."""
-        self._kube = _kubernetes()
-        api, self.namespace, self._context = _client(self._kube, context, namespace)
+        self._kube = load_kubernetes()
+        api, self.namespace, self._context = open_client(self._kube, context, namespace)
         client = self._kube.client
         self.address = str(api.configuration.host)
         self._custom, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
@@ -366,29 +365,11 @@ class KubeClient:
                     _preload_content=False,
                 )
                 try:
-                    return self._talk(line, pod, command, stdin or b"")
+                    return talk(line, pod, command, stdin or b"")
                 finally:
                     line.sock.shutdown()  # its own close() leaves the socket open once the server has closed
             except WebSocketException as error:
                 raise JobLost(f"the connection to {pod} broke: {error}") from error
-
-    def _talk(self, line: Any, pod: str, command: list[str], stdin: bytes) -> bytes:
-        """Feed a command and hear it to its end; what it printed."""
-        for start in range(0, len(stdin), _CHUNK_BYTES):
-            line.write_stdin(stdin[start : start + _CHUNK_BYTES])
-        out, wrong = bytearray(), bytearray()
-        while line.is_open():
-            line.update(timeout=1)
-            out += line.read_channel(1)
-            wrong += line.read_channel(2)
-        try:
-            code = line.returncode
-        except TypeError as error:  # the line closed without a word of how the command ended
-            raise JobLost(f"the connection to {pod} broke") from error
-        if code:
-            said = (bytes(wrong) or bytes(out)).decode("utf-8", "replace").strip()
-            raise VerbFailed(said.splitlines()[-1] if said else f"{command[0]} ended with {code}")
-        return bytes(out)
 
     @contextlib.contextmanager
     def _line(self, doing: str) -> Iterator[None]:
@@ -405,54 +386,7 @@ class KubeClient:
                 raise JobLost(text) from error
             raise CannotConnect(text) from error
         except (urllib3.exceptions.HTTPError, OSError) as error:
-            text = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+            text = first_line(error, 200)
             raise JobLost(f"the connection to {self.address} broke: {text}") from error
         except (ValueError, TypeError, LookupError, AttributeError) as error:  # what it sent is not what a server sends
             raise JobLost(f"cannot {doing}: {self.address} sent an answer that could not be read ({error})") from error
-
-
-def _kubernetes() -> Any:
-    """The client, whose modules know no types."""
-    import kubernetes.client
-    import kubernetes.config
-    import kubernetes.stream
-    import kubernetes.watch
-
-    return kubernetes
-
-
-def _client(kube: Any, context: str | None, namespace: str | None) -> tuple[Any, str, str]:
-    """The client of a context of the kubeconfig (or of the pod we run in), its namespace, the context's name."""
-
-    fresh = kube.client.Configuration()  # the default copy may keep old credentials
-    fresh.retries = False  # we try again ourselves, and know what is safe to repeat
-    file = os.environ.get("KUBECONFIG")  # the client reads it once for a whole process
-    try:
-        contexts, active = kube.config.list_kube_config_contexts(file)
-    except kube.config.ConfigException as error:
-        return _client_in_a_pod(kube, error, namespace)
-    names = [str(one["name"]) for one in contexts]
-    if context and context not in names:
-        raise CannotConnect(f"there is no context {context!r} in your kubeconfig; there are {', '.join(names)}")
-    chosen = next(one for one in contexts if one["name"] == (context or active["name"]))
-    try:
-        api = kube.config.new_client_from_config(
-            config_file=file, context=chosen["name"], client_configuration=fresh, persist_config=False
-        )
-    except Exception as error:  # ConfigException, or whatever a login helper of a cloud raises
-        raise CannotConnect(f"the context {chosen['name']!r} of your kubeconfig cannot be used: {error}") from error
-    return api, namespace or chosen["context"].get("namespace") or "default", str(chosen["name"])
-
-
-def _client_in_a_pod(kube: Any, error: Exception, namespace: str | None) -> tuple[Any, str, str]:
-
-    fresh = kube.client.Configuration()  # the default copy may keep old credentials
-    fresh.retries = False  # we try again ourselves, and know what is safe to repeat
-    try:
-        kube.config.load_incluster_config(client_configuration=fresh)
-    except kube.config.ConfigException:
-        raise CannotConnect(
-            f"no Kubernetes cluster is known here ({error}): put its kubeconfig at ~/.kube/config, or name it in"
-            " KUBECONFIG"
-        ) from error
-    return kube.client.ApiClient(fresh), namespace or "default", "in-cluster"

@@ -14,6 +14,7 @@ from typing import Any
 
 import yaml
 
+from clusters.safe.reading import first_line
 from clusters.units import GIB
 
 GROUP = "ray.io/v1"
@@ -346,7 +347,7 @@ def _job_mistakes(spec: Mapping[str, Any]) -> list[str]:
         try:
             parsed = yaml.safe_load(environment)
         except yaml.YAMLError as error:
-            found.append(f"spec.runtimeEnvYAML: is not YAML: {str(error).splitlines()[0]}")
+            found.append(f"spec.runtimeEnvYAML: is not YAML: {first_line(error)}")
         else:
             if not isinstance(parsed, dict):
                 found.append("spec.runtimeEnvYAML: must be a mapping")

@@ -25,6 +25,7 @@ from clusters.probe.measure import LIMIT_S
 from clusters.safe.cache import cache_folder
 from clusters.safe.commands import run_within
 from clusters.safe.reading import load_json, read_json, record
+from clusters.safe.writing import write_whole
 
 # What a look tells, and better than an old file.
 _SEEN = ("memory_bytes", "memory_total_bytes", "power_w", "uuid", "pci_bus_id", "driver_version")
@@ -155,14 +156,8 @@ def _read(file: Path, node: NodeCapability, since: float = 0.0) -> NodeCapabilit
 
 
 def _write(file: Path, node: NodeCapability) -> None:
-    """All or nothing: a reader never sees half a file."""
-    unfinished = file.with_suffix(f".{os.getpid()}.tmp")
     try:
-        try:
-            unfinished.write_text(json.dumps(asdict(node), indent=1))
-            unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        write_whole(file, json.dumps(asdict(node), indent=1))
     except OSError as error:
         _log.warning("figures are not cached: %s", error)
 

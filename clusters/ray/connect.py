@@ -25,6 +25,7 @@ from typing import Any
 from clusters.capability import DeviceCapability
 from clusters.hardware.interfaces import GLOO
 from clusters.ray.gpu_reservation import by_uuid
+from clusters.safe.reading import first_line
 
 SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
@@ -248,7 +249,7 @@ def connect(
             with _on_loopback() if address == "local" else contextlib.nullcontext():
                 ray.init(**begin, **quiet)
         except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            reason = first_line(error)
             raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
         if is_main and callable(on_sigterm):
             signal.signal(signal.SIGTERM, on_sigterm)

@@ -8,7 +8,6 @@ holder is an actor that does nothing: what it holds is held until this process e
 from __future__ import annotations
 
 import os
-import random
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,12 +16,11 @@ from typing import Any
 
 from clusters.capability import DeviceCapability, Kind
 from clusters.hardware.gpus import look_at_gpus
+from clusters.hardware.waiting import wait_for_gpus
 
 GPU = "GPU"  # Ray's name of the resource
 _HOLDER_S = 60.0  # until a holder's process is there, on a busy machine
 _SEEN_S = 2.0  # until all of Ray knows what has been given back
-_RETRY_S = 2.0
-_SAID_EVERY_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -124,15 +122,8 @@ def reserve(
 
     Says once a minute what is waited for.  None when `is_over` becomes true first.  Raises CannotReserve, GpuGone.
     """
-    said = -_SAID_EVERY_S
-    while (found := _try(wanted)) is None:
-        if time.monotonic() - said >= _SAID_EVERY_S:
-            said = time.monotonic()
-            say("waiting for GPUs that others use: " + ", ".join(sorted({one.uuids[0] for one in wanted if one.uuids})))
-        if is_over():
-            return None
-        time.sleep(_RETRY_S * (0.5 + random.random()))  # two that wait for each other must not go in step
-    return found
+    names = ", ".join(sorted({one.uuids[0] for one in wanted if one.uuids}))
+    return wait_for_gpus(lambda: _try(wanted), lambda: f"GPUs that others use: {names}", say, is_over)
 
 
 def _try(wanted: Sequence[Wanted]) -> Reservation | None:

@@ -16,6 +16,7 @@ from typing import Any
 
 from clusters.job_backend import ENDED, JobGone, JobLost, RemoteJob, VerbFailed
 from clusters.ray.connect import CannotConnect, RefusesToken, has_token, refusal
+from clusters.safe.reading import first_line
 
 _POLL_S = 1.0
 _VERB_S = 180.0  # that a verb may take on the cluster
@@ -38,7 +39,7 @@ class RayJobsClient:
             except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ... by Ray's mood
                 if "uthentication" in type(error).__name__ + str(error):
                     raise RefusesToken(refusal(address)) from error
-                raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
+                raise CannotConnect(f"no Ray dashboard at {address}: {first_line(error)}") from error
 
     def start(self, name: str, command: str) -> None:
         """Upload the folder, then run a command in it on the head; `name` must be new there.
@@ -131,16 +132,16 @@ def _line(address: str) -> Iterator[None]:
     try:
         yield
     except requests.exceptions.RequestException as error:
-        raise JobLost(f"the connection to {address} broke: {_first_line(error)}") from error
+        raise JobLost(f"the connection to {address} broke: {first_line(error)}") from error
     except RuntimeError as error:
         text = str(error)
         if "404" in text or "does not exist" in text:
-            raise JobGone(_first_line(error)) from error
+            raise JobGone(first_line(error)) from error
         if "size" in text.lower() and "exceed" in text.lower():
-            raise CannotConnect(_first_line(error)) from error
-        raise JobLost(f"{address} answers: {_first_line(error)}") from error
+            raise CannotConnect(first_line(error)) from error
+        raise JobLost(f"{address} answers: {first_line(error)}") from error
     except (ValueError, TypeError, LookupError, AttributeError) as error:  # not what a dashboard sends
-        raise JobLost(f"{address} sent an answer that could not be read: {_first_line(error)}") from error
+        raise JobLost(f"{address} sent an answer that could not be read: {first_line(error)}") from error
 
 
 def _asks_for_token(address: str) -> bool:
@@ -150,7 +151,7 @@ def _asks_for_token(address: str) -> bool:
     try:
         answer = requests.get(f"{address.rstrip('/')}/api/version", timeout=5)
     except (requests.exceptions.RequestException, ValueError) as error:
-        raise CannotConnect(f"no Ray dashboard at {address}: {_first_line(error)}") from error
+        raise CannotConnect(f"no Ray dashboard at {address}: {first_line(error)}") from error
     if answer.status_code in (401, 403):
         if not has_token():
             raise RefusesToken(refusal(address))
@@ -158,8 +159,3 @@ def _asks_for_token(address: str) -> bool:
     if answer.status_code != 200:
         raise CannotConnect(f"{address} answers {answer.status_code}: that is not a Ray dashboard")
     return False
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0][:300] if text else type(error).__name__

@@ -38,6 +38,9 @@ _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
 _END_S = 10.0
 _LONGEST_TOKEN = 64 * 2**10  # bytes
+_TOKEN_REFUSED = re.compile(
+    r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", flags=re.IGNORECASE
+)
 # Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
 _HEALTH = {
     "RAY_health_check_initial_delay_ms": "3000",
@@ -208,71 +211,89 @@ def knock(head: str, timeout_s: float = 3.0) -> str | None:
 
 
 def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], None]) -> None:
-    """Start the node, and again whenever it ends, until this process is asked to end.
+    """Start the node, and again whenever it ends, until this process gets a signal to end.
 
     A partition that heals leaves a node that Ray has given up and that ends itself: it must come back by itself.
     Raises CannotServe when the head refuses the token.
     """
-    child: subprocess.Popen[str] | None = None
-    is_over = False
-
-    def end(*_: object) -> None:
-        nonlocal is_over
-        is_over = True
-        if child and child.poll() is None:
-            child.terminate()
-            killer = threading.Timer(_END_S, _end_group, (child.pid, 0.0))
-            killer.daemon = True
-            killer.start()
-
-    for asked in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: the terminal is closed
-        signal.signal(asked, end)
+    node = _Node(own, capability, say)
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: the terminal is closed
+        signal.signal(number, node.end)
     tries = 0
-    while not is_over:
+    while not node.is_over:
         if own.head and (silent := knock(own.head)):
             if tries == 0:
                 say(f"{own.head} does not answer yet ({silent}); trying until it does")
             tries += 1
-            _sleep(_PAUSES_S[min(tries, len(_PAUSES_S)) - 1], lambda: is_over)
+            _sleep(_PAUSES_S[min(tries, len(_PAUSES_S)) - 1], lambda: node.is_over)
             continue
-        began, told, was_up = time.monotonic(), [], False
-        child = subprocess.Popen(
-            ray_arguments(own, capability),
-            env={**environment(own.token_file, os.environ), **by_uuid(offered_gpus(own, capability))},
+        began = time.monotonic()
+        last_line = node.run_once()
+        if node.is_over:
+            break
+        tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
+        pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
+        say(f"the node ended ({last_line or 'without a message'}); starting it again in {pause_s:.0f} s")
+        _sleep(pause_s, lambda: node.is_over)
+    node.end_group()
+
+
+class _Node:
+    """The process of Ray's node, and whether it is to end for good."""
+
+    def __init__(self, own: OwnNode, capability: NodeCapability, say: Callable[[str], None]) -> None:
+        self.own, self.capability, self.say = own, capability, say
+        self.is_over = False
+        self._child: subprocess.Popen[str] | None = None
+
+    def end(self, *_: object) -> None:
+        """A signal's handler: end the node, by force after a while."""
+        self.is_over = True
+        if self._child and self._child.poll() is None:
+            self._child.terminate()
+            killer = threading.Timer(_END_S, _end_group, (self._child.pid, 0.0))
+            killer.daemon = True
+            killer.start()
+
+    def run_once(self) -> str | None:
+        """Start the node and wait for its end; the last line it printed.  Raises CannotServe for a refused token."""
+        self._child = child = subprocess.Popen(
+            ray_arguments(self.own, self.capability),
+            env={**environment(self.own.token_file, os.environ), **by_uuid(offered_gpus(self.own, self.capability))},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        if is_over:  # asked while it was starting
-            end()
-        for line in child.stdout or ():
-            told = [*told[-40:], line.rstrip()]
-            if "Ray runtime started" in line:
-                was_up = True
-                close_sessions(_folders(own))
-                say(f"{own.name} is up at {own.address}")
+        if self.is_over:  # the signal came while it was starting
+            self.end()
+        lines, was_up = self._read(child)
         child.wait()
         if child.stdout:
             child.stdout.close()
-        _end_group(child.pid)
-        if is_over:
-            break
-        text = "\n".join(told)  # of a node that was up: its log, where such words may stand for other reasons
-        if (
-            own.head
-            and not was_up
-            and re.search(
-                r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", text, re.IGNORECASE
-            )
-        ):
-            raise CannotServe(f"{own.head} refuses the token in {own.token_file}: copy the head's token file there")
-        tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
-        pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
-        say(f"the node ended ({told[-1] if told else 'without a message'}); starting it again in {pause_s:.0f} s")
-        _sleep(pause_s, lambda: is_over)
-    if child:
-        _end_group(child.pid)
+        self.end_group()
+        # What a node that was up printed is its log, where such words may stand for other reasons.
+        if self.own.head and not was_up and not self.is_over and _TOKEN_REFUSED.search("\n".join(lines)):
+            token = self.own.token_file
+            raise CannotServe(f"{self.own.head} refuses the token in {token}: copy the head's token file there")
+        return lines[-1] if lines else None
+
+    def end_group(self) -> None:
+        """End what the node left."""
+        if self._child:
+            _end_group(self._child.pid)
+
+    def _read(self, child: subprocess.Popen[str]) -> tuple[list[str], bool]:
+        """The last lines the node prints until it ends, and whether it was up."""
+        lines: list[str] = []
+        was_up = False
+        for line in child.stdout or ():
+            lines = [*lines[-40:], line.rstrip()]
+            if "Ray runtime started" in line:
+                was_up = True
+                close_sessions(_folders(self.own))
+                self.say(f"{self.own.name} is up at {self.own.address}")
+        return lines, was_up
 
 
 def close_sessions(folders: Iterable[Path]) -> None:

@@ -139,7 +139,7 @@ def compose_yaml(text: str, label: str = "the text", max_nodes: int = MAX_NODES)
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadInput(f"{label}: {line}is not YAML: {error.problem or error.context}") from None
     except yaml.YAMLError as error:
-        raise BadInput(f"{label}: is not YAML: {str(error).splitlines()[0]}") from None
+        raise BadInput(f"{label}: is not YAML: {first_line(error)}") from None
     except (UnicodeError, RecursionError) as error:
         raise BadInput(f"{label}: is not YAML: {error}") from None
 
@@ -324,6 +324,12 @@ def printable(text: str) -> str:
     return "".join(
         _escaped(c) if unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") or c in _BIDI else c for c in text
     )
+
+
+def first_line(error: BaseException | str, longest: int = 500) -> str:
+    """What an error says, in one line of at most `longest` characters; its type where it says nothing."""
+    text = str(error).strip()
+    return text.splitlines()[0].strip()[:longest] if text else type(error).__name__
 
 
 def printable_lines(text: str) -> str:

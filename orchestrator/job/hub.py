@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-from clusters.safe.reading import printable
+from clusters.safe.reading import first_line, printable
 from orchestrator.errors import JobError
 
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
     except JobError:
         raise
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence
-        reason = trouble or (str(error).splitlines()[0] if str(error) else type(error).__name__)
+        reason = trouble or first_line(error)
         near = nearly(name)
         raise JobError(
             f"{_KEY}: {printable(name)!r} is neither a folder here nor a model the hub gives ({printable(reason)})"

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from pathlib import Path
 from typing import Literal
 
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
+from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 
 Kind = Literal["file", "folder", "any", "new file", "new folder"]
@@ -37,15 +37,10 @@ def resolve_path(value: str | os.PathLike[str], key: str, folder: Path = Path(),
 
 def write_text_file(path: Path, text: str, key: str) -> None:
     """Write a file whole or not at all, in the place of one that is there.  Raises JobError."""
-    temporary = path.with_name(f".{path.name[:100]}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
+        write_whole(path, text)
     except OSError as error:
         raise JobError(f"{key}: {printable(str(path))} cannot be written: {error.strerror or error}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
 
 
 def read_text_file(value: str | os.PathLike[str], key: str, folder: Path = Path()) -> str:

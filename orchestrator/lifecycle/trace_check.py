@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from clusters.safe.reading import printable
+from clusters.safe.reading import first_line, printable
 from clusters.units import format_bytes
-from orchestrator.errors import JobError, first_line
+from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from clusters.capability import ClusterCapability
+from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.plan import Plan
@@ -87,7 +88,7 @@ def alternatives(
         try:
             plan = plan_on(ClusterCapability((node,)))
         except (NothingFits, JobError) as error:
-            found.append(Cost(what, None, note=str(error).splitlines()[0]))
+            found.append(Cost(what, None, note=first_line(error)))
             continue
         kind = "rent" if node.price_per_hour is not None else "buy" if node.purchase_price is not None else ""
         cost = of_plan(spec, f"{kind} {what}".strip(), plan, num_tokens)

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from clusters.safe.reading import BadInput, open_regular, read_json, record
+from clusters.safe.writing import write_whole
 from clusters.units import format_bytes
 
 _MODEL_SUFFIXES = (".json", ".safetensors", ".bin", ".model", ".jinja", ".py", ".tiktoken")
@@ -121,11 +122,9 @@ class _Kept:
         if not self._file or not self._is_new:
             return
         newest = dict(list(self._known.items())[-_MOST_KEPT:])
-        temporary = self._file.with_name(f"{self._file.name}.{os.getpid()}.tmp")
         with contextlib.suppress(OSError):  # a cache that cannot be written is none
             self._file.parent.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps({name: asdict(entry) for name, entry in newest.items()}))
-            temporary.replace(self._file)
+            write_whole(self._file, json.dumps({name: asdict(entry) for name, entry in newest.items()}))
 
 
 def _state(file: Path) -> list[int]:

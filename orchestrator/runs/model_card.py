@@ -27,13 +27,16 @@ def write_card(run: RunFolder, job: Job) -> None:
         f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
-    lines = _card(run, job, folder, result, folder.name == "adapter", folder, check.get("text"))
+    facts = _facts(run, job, folder, check.get("text"))
+    is_adapter = folder.name == "adapter"
+    lines = _card(job, facts, result, is_adapter, _usage(job, folder, is_adapter, _has_template(folder)))
     _write(folder, [*lines, "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""])
 
 
 def write_merged_card(run: RunFolder, job: Job, folder: Path, place: Path, check: str) -> None:
     """The same into `folder` for a merged model that will lie at `place`; `check` says how it was compared."""
-    _write(folder, _card(run, job, folder, run.result() or {}, False, place, check))
+    usage = _usage(job, place, False, _has_template(folder))
+    _write(folder, _card(job, _facts(run, job, folder, check), run.result() or {}, False, usage))
 
 
 def _write(folder: Path, lines: list[str]) -> None:
@@ -41,26 +44,19 @@ def _write(folder: Path, lines: list[str]) -> None:
     (folder / NAME).chmod(0o644)
 
 
-def _card(
-    run: RunFolder,
-    job: Job,
-    folder: Path,
-    result: dict[str, Any],
-    is_adapter: bool,
-    place: Path,
-    check: str | None,
-) -> list[str]:
-    base = job.spec.model.model_name_or_path
-    planned = run.plan().method
-    method = ", ".join(f"{key}={value}" for key, value in planned.items() if value is not None)
-    head = {"base_model": base, "library_name": "peft" if is_adapter else "transformers"}
+def _card(job: Job, facts: list[str], result: dict[str, Any], is_adapter: bool, usage: list[str]) -> list[str]:
+    base, library = job.spec.model.model_name_or_path, "peft" if is_adapter else "transformers"
+    head = yaml.safe_dump({"base_model": base, "library_name": library}, allow_unicode=True, sort_keys=False)
+    lines = ["---", head.strip(), "---", f"# {plain(job.spec.name)}", "", *facts, "", *_quality(result)]
+    return [*lines, "## How to use it", "", *usage, ""]
+
+
+def _facts(run: RunFolder, job: Job, folder: Path, check: str | None) -> list[str]:
+    """Where a model comes from, a line each."""
+    result = run.result() or {}
+    method = ", ".join(f"{key}={value}" for key, value in run.plan().method.items() if value is not None)
     lines = [
-        "---",
-        yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip(),
-        "---",
-        f"# {plain(job.spec.name)}",
-        "",
-        f"Tuned from {inline_code(base)} by run {inline_code(run.run_id)}.",
+        f"Tuned from {inline_code(job.spec.model.model_name_or_path)} by run {inline_code(run.run_id)}.",
         "",
         f"- Method: {plain(method)}",
         f"- Data digest: {inline_code(str(result.get('data_digest')))}",
@@ -75,9 +71,7 @@ def _card(
         )
         lines.append(f"- {plain(text)}")
     lines += [f"- Checked: {plain(check)}"] if check else []
-    lines += [f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}", ""]
-    lines += _quality(result)
-    return [*lines, "## How to use it", "", *_usage(job, place, is_adapter, _has_template(folder)), ""]
+    return [*lines, f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}"]
 
 
 def _quality(result: dict[str, Any]) -> list[str]:

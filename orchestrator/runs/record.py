@@ -17,6 +17,7 @@ from typing import Any, Literal
 
 from clusters.safe.masking import holds_secret
 from clusters.safe.reading import BadInput, load_json, load_yaml, printable, read_bytes, read_json, read_text, record
+from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 from orchestrator.runs.digests import FileDigest
 
@@ -84,20 +85,6 @@ def write(folder: Path, found: Recorded) -> None:
     """Write the record, whole and on the disk.  Raises OSError."""
     text = json.dumps({"version": found.version, "sha256": _digest(found), **asdict(found)}, indent=1)
     write_whole(folder / NAME, text, 0o600 if any(map(holds_secret, found.files.values())) else 0o666)
-
-
-def write_whole(file: Path, text: str, mode: int = 0o666) -> None:
-    """Write a file so that it is there whole or not at all, also after a power cut.  Raises OSError."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        with open(temporary, "w", encoding="utf-8", opener=lambda path, flags: os.open(path, flags, mode)) as stream:
-            stream.write(text)
-            stream.flush()
-            os.fsync(stream.fileno())
-        temporary.replace(file)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def difference(

@@ -9,6 +9,7 @@ from typing import Any
 
 from clusters.safe.masking import holds_secret
 from clusters.safe.reading import BadInput, checked_path, read_json, read_text
+from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job, changed_keys, parse_job
 from orchestrator.runs import json_files, record
@@ -66,7 +67,7 @@ class Folder:
         Raises RunFailed where the disk is full.
         """
         try:
-            record.write_whole(self.path / name, text, 0o600 if holds_secret(text) else 0o666)
+            write_whole(self.path / name, text, 0o600 if holds_secret(text) else 0o666)
         except OSError as error:
             raise self._cannot_write(name, error) from error
 

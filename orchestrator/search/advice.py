@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import spec_with
 from orchestrator.job.spec import JobSpec
@@ -163,7 +164,7 @@ def advise(planning: Planning, space: Space) -> Forecast:
         try:
             advice = Advice(point, planning.real(point))
         except (JobError, NothingFits) as error:
-            advised.impossible[str(error).splitlines()[0]] += 1
+            advised.impossible[first_line(error)] += 1
             continue
         if not _as_said(point, advice.plan):
             continue  # it resolves to another point's plan, which is listed by itself

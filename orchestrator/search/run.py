@@ -16,6 +16,7 @@ from typing import Protocol
 
 from clusters.capability import NodeCapability
 from clusters.ray.connect import connect
+from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job, value_of
 from orchestrator.lifecycle import calibration, machines
@@ -32,7 +33,7 @@ from orchestrator.search.prepare import check_budget, files_of, nodes_of, planni
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampler import Sampler
 from orchestrator.training.workers.gpu_locks import hold_one_each
-from strategies.step import host_memory, thread_waits
+from strategies.step import host_memory
 
 
 class SearchObserver(Protocol):
@@ -100,7 +101,7 @@ class _Search:
             try:
                 plan = self.planning.trial(point, node)
             except (JobError, NothingFits) as error:
-                reason = str(error).splitlines()[0]
+                reason = first_line(error)
             else:
                 plans.setdefault(node.name, []).append(plan)
         return plans, reason
@@ -316,7 +317,7 @@ def _tune(search: _Search) -> None:
     places = [slot for slot in planner.slots_of(spec, search.planning.capability) if slot.node.name in names]
     threads = max(slot.threads for slot in places)
     gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
-    environment = host_memory.ENVIRONMENT | thread_waits.environment()
+    environment = host_memory.process_environment()
     uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]
     with machines.cluster_errors(), hold_one_each(uuids, search.watcher.say, search.folder.stop_file.exists) as held:
         if held is None:
@@ -334,7 +335,7 @@ def _tune(search: _Search) -> None:
             raise error
         return
     raise RunFailed(
-        f"Ray Tune ended with {type(error).__name__}: {str(error).splitlines()[0]}. `orchestrator resume"
+        f"Ray Tune ended with {type(error).__name__}: {first_line(error)}. `orchestrator resume"
         f" {search.folder.run_id}` continues"
     ) from error
 

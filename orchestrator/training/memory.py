@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 from safetensors import SafetensorError
 
-from orchestrator.errors import first_line
+from clusters.safe.reading import first_line
 from strategies.contract import Techniques
 from strategies.step import host_memory
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import NothingFits, first_line
+from clusters.safe.reading import first_line
+from orchestrator.errors import NothingFits
 from orchestrator.training.memory import is_out_of_memory, release_cache
 from orchestrator.training.parallel import Group
 from strategies.contract import TrainSetup, TrainState

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
+from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
-from orchestrator.errors import first_line
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import is_out_of_memory, peak_bytes
 from orchestrator.training.parallel import even_passes

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clusters.safe.reading import BadInput, open_regular, printable
+from clusters.safe.writing import write_whole
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, is_digest, read_card
 from strategies.model.tensor_file import read_header
@@ -124,10 +125,7 @@ def write(folder: Path, source: Path, card: Card, evidence: Evidence | None) -> 
 
 
 def write_card(folder: Path, card: Card) -> None:
-    """Whole or not at all."""
-    temporary = folder / f".{CARD}"
-    temporary.write_text(json.dumps(card.as_dict(), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(temporary, folder / CARD)
+    write_whole(folder / CARD, json.dumps(card.as_dict(), indent=1, ensure_ascii=False))
 
 
 def sync(path: Path) -> None:

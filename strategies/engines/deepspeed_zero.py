@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from clusters.safe.reading import first_line
 from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainState
 from strategies.cost.memory import BUCKET_ELEMENTS, LIVE_PARAMETERS
 from strategies.step.state import to_cpu, zero
@@ -258,7 +259,7 @@ def missing_piece(error: BaseException) -> str:
     for words, fix in _MISSING:
         if words in text:
             return fix
-    return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'no message'}"[:200]
+    return f"{type(error).__name__}: {first_line(error)}"[:200]
 
 
 def _has_libaio() -> bool:

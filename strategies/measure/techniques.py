@@ -17,6 +17,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from clusters.capability import DeviceCapability
+from clusters.safe.reading import first_line
 from strategies.contract import TrainSettings, TrainSetup, Workload
 from strategies.engines.shard import shard
 from strategies.measure import trace
@@ -81,7 +82,7 @@ def measure(technique: Technique, choice: Choice, device: DeviceCapability, num_
         without_s, with_s = (statistics.median(seconds) for seconds in times)
         peaks = [side.peak_bytes() for side in sides]
     except Exception as error:  # any library may refuse in any way; the reason is printed beside the verdict
-        return Measured(None, None, str(error).strip().splitlines()[0][:160] or type(error).__name__)
+        return Measured(None, None, first_line(error, 160))
     return Measured(peaks[1] / peaks[0], with_s / without_s)
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.reading import first_line
+
 _LINEAR = ("Linear", "Conv1D")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
 _DTYPES |= {"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool"}
@@ -90,7 +92,7 @@ def build(source: Path | Mapping[str, Any], trust_remote_code: bool = False) -> 
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:  # model code and configurations raise whatever they like
-        raise CannotBuild(_first_line(error)) from error
+        raise CannotBuild(_describe(error)) from error
 
 
 def architecture_of(model: Any) -> Architecture:
@@ -139,7 +141,7 @@ def load_report(model: Any, stored: Mapping[str, tuple[tuple[int, ...] | None, s
                 ignore_mismatched_sizes=True,
             )
     except Exception as error:  # as in `build`
-        raise CannotBuild(_first_line(error)) from error
+        raise CannotBuild(_describe(error)) from error
     report = LoadReport.from_loading_info(info)
     if any(shape is None for shape, _ in stored.values()):
         return LoadReport(report.missing, report.unexpected, ())
@@ -180,7 +182,7 @@ def faults(report: LoadReport, parameters: Iterable[str], stored: Iterable[str])
     if ours:
         parts.append(f"{_count(ours, 'in the files alone and would be dropped')}")
     if not parts:
-        return report.errors[0].splitlines()[0] if report.errors else None
+        return first_line(report.errors[0]) if report.errors else None
     return f"{'; '.join(parts)}. {usual_cause(report, stored)}"
 
 
@@ -271,6 +273,7 @@ def _count(names: Sequence[str], what: str) -> str:
     return f"{len(names)} {'tensor is' if len(names) == 1 else 'tensors are'} {what} ({shown})"
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+def _describe(error: Exception) -> str:
+    """Its type and the first line of its text."""
+    text = first_line(error)
+    return text if text == type(error).__name__ else f"{type(error).__name__}: {text}"

@@ -12,8 +12,10 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 
+from strategies.step import thread_waits
+
 # Read by glibc when a process starts: one arena for all threads, since only that one can grow beyond 64 MiB.
-ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1"}
 
 # malloc.h of glibc: name -> (while kept, its default)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -22,6 +24,11 @@ _SETTINGS = {
     _M_TRIM_THRESHOLD: (2**31 - 1, 128 * 2**10),
     _M_TOP_PAD: (256 * 2**20, 128 * 2**10),
 }
+
+
+def process_environment() -> dict[str, str]:
+    """What a process that computes on a CPU starts with."""
+    return _ENVIRONMENT | thread_waits.environment()
 
 
 @contextlib.contextmanager

@@ -89,6 +89,7 @@ def _bytes() -> dict[str, int]:
 
 def grid(out: Path) -> None:
     """Train every combination of the space that can run, one after the other in this process."""
+    from clusters.safe.reading import first_line
     from orchestrator.data.prepare import datasets
     from orchestrator.job.job_file import Job, spec_with
     from orchestrator.runs.search_folder import Trial
@@ -104,7 +105,7 @@ def grid(out: Path) -> None:
             try:
                 plan = planning.trial(point, node)
             except Exception as error:
-                found.append(asdict(Trial(number, point, "failed", reason=str(error).splitlines()[0])))
+                found.append(asdict(Trial(number, point, "failed", reason=first_line(error))))
                 continue
             began = time.perf_counter()
             one = Job(spec_with(job.spec, point), job.folder, job.text)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from clusters.safe.reading import first_line
 from clusters.units import GIB, MIB
 from strategies import METHODS
 from strategies.contract import Method, Techniques
@@ -131,7 +132,7 @@ def packed_kernels(bench: Bench) -> Iterator[Check]:
             try:
                 seconds = _there_and_back(bench, call)
             except Exception as error:  # a kernel that this card or this torch does not have
-                yield not_run(label, f"{type(error).__name__}: {str(error).splitlines()[0][:120]}")
+                yield not_run(label, f"{type(error).__name__}: {first_line(error)[:120]}")
                 continue
             yield Check(label, "measured", f"{1e3 * seconds:.2f} ms", {"seconds": seconds})
 

@@ -10,6 +10,7 @@ from clusters.capability import DeviceCapability
 from clusters.hardware.gpus import look_at_gpus
 from clusters.hardware.torch_build import covers
 from clusters.hardware.torch_gpus import index_of, seen_by_torch
+from clusters.safe.reading import first_line
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run
 
@@ -51,7 +52,7 @@ def _library(name: str) -> Check:
     try:
         version = getattr(importlib.import_module(name), "__version__", "of an unknown version")
     except ImportError as error:
-        return not_run(name, f"not installed: {str(error).splitlines()[0]}")
+        return not_run(name, f"not installed: {first_line(error)}")
     except Exception as error:  # whatever a library makes of a driver: it is there and does not load
         return Check(name, "failed", f"installed, and does not load: {type(error).__name__}: {str(error)[:120]}")
     return Check(name, "measured", str(version))

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import torch
 
+from clusters.safe.reading import first_line
 from clusters.units import MIB
 from orchestrator.training.memory import is_out_of_memory
 from strategies import METHODS
@@ -39,7 +40,7 @@ def full_card(bench: Bench) -> Iterator[Check]:
         side.step()
         text, is_known = "no error: 4096 tokens fitted into what was left", False
     except Exception as error:  # which one it is, is the question
-        text, is_known = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}", is_out_of_memory(error)
+        text, is_known = f"{type(error).__name__}: {first_line(error)[:100]}", is_out_of_memory(error)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     yield judged("out of memory is recognised", is_known, text)

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
+from clusters.safe.reading import first_line
 from orchestrator.data.rows.row import Row
 from orchestrator.errors import JobError
 from orchestrator.job.hub import cannot_reach
@@ -30,7 +31,7 @@ def read_parquet(stream: BinaryIO, file: str) -> Iterator[Row]:
     try:
         yield from _rows(pyarrow.parquet.ParquetFile(stream).iter_batches(batch_size=_ROWS), file)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise JobError(f"{file}: is not a parquet file: {_first_line(error)}") from None
+        raise JobError(f"{file}: is not a parquet file: {first_line(error)}") from None
 
 
 def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
@@ -47,7 +48,7 @@ def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
             batches = pyarrow.ipc.open_stream(stream)
         yield from _rows(_validated(batches), file)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
-        raise JobError(f"{file}: is not an Arrow file: {_first_line(error)}") from None
+        raise JobError(f"{file}: is not an Arrow file: {first_line(error)}") from None
 
 
 def read_hub_rows(name: str, split: str) -> Iterator[Row]:
@@ -62,7 +63,7 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
         yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
     except Exception as error:  # the library raises dozens of types for hub trouble
         raise JobError(
-            f"data: {name} is neither a local file nor a dataset the hub gives: {trouble or _first_line(error)}"
+            f"data: {name} is neither a local file nor a dataset the hub gives: {trouble or first_line(error)}"
         ) from None
 
 
@@ -124,7 +125,3 @@ def _without_nulls(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _without_nulls(part) for name, part in value.items() if part is not None}
     return [_without_nulls(part) for part in value] if isinstance(value, list) else value
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from clusters.safe.masking import masked
+from clusters.safe.reading import first_line
 from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import Job, flat
 from orchestrator.job.secrets import SecretMissing, secret_names
@@ -136,7 +137,7 @@ def _sent(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
     except SecretMissing as error:
         raise TrackingFailed(f"MLflow at {shown}: {error}; then `orchestrator sync {run.run_id}`") from None
     except Exception as error:  # a server can fail in any way; the run goes on
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = first_line(error)
         for name in secret_names(job.spec):
             reason = reason.replace(os.environ.get(name) or name, name)
         raise TrackingFailed(f"MLflow at {shown}: {reason}. `orchestrator sync {run.run_id}` sends it later") from error

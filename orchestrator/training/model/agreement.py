@@ -17,8 +17,9 @@ import torch
 from safetensors import SafetensorError
 
 from clusters.hardware.limits import PROC, read, usable_memory_bytes
+from clusters.safe.reading import first_line
 from clusters.units import format_bytes
-from orchestrator.errors import RunFailed, first_line
+from orchestrator.errors import RunFailed
 from orchestrator.training.memory import is_out_of_memory, resident_bytes
 from strategies.step import document_attention
 from strategies.techniques.precision import autocast

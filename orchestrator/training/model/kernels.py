@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from orchestrator.errors import JobError, first_line
+from clusters.safe.reading import first_line
+from orchestrator.errors import JobError
 from orchestrator.training.memory import is_out_of_memory
 from orchestrator.training.worker_context import WorkerContext
 from strategies.contract import Techniques

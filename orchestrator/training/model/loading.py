@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from clusters.safe.reading import first_line
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
-from orchestrator.errors import JobError, first_line
+from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import is_out_of_memory

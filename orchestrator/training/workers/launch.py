@@ -33,7 +33,7 @@ from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.failures import describe
 from orchestrator.training.workers.gpu_locks import equivalent_gpus
-from strategies.step import host_memory, thread_waits
+from strategies.step import host_memory
 
 _MIN_TIMEOUT_S = 60.0  # of a collective: a worker that is silent for longer has hung
 _VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
@@ -162,7 +162,7 @@ def _train(
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    of_cpu = {"env_vars": host_memory.ENVIRONMENT | thread_waits.environment()}
+    of_cpu = {"env_vars": host_memory.process_environment()}
     chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = TorchTrainer(
         _on_worker,

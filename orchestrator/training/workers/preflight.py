@@ -17,12 +17,13 @@ from typing import Any, TypeVar
 
 import torch
 
+from clusters.safe.reading import first_line
 from clusters.units import format_bytes, format_s
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.data.prepare import datasets
-from orchestrator.errors import NothingFits, RunFailed, first_line
+from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.training import checkpoint

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 
 from clusters.ray import remote_objects
+from clusters.safe.reading import first_line
 from orchestrator.data.dataset import Dataset
-from orchestrator.errors import JobError, first_line
+from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.condition import check_model

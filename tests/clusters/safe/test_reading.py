@@ -10,6 +10,7 @@ from clusters.safe.reading import (
     BadInput,
     checked_path,
     depth_of,
+    first_line,
     load_json,
     load_yaml,
     matches,
@@ -133,3 +134,16 @@ def test_a_pattern_that_would_fill_the_memory_is_refused_before_it_is_read(patte
 
 def test_counts_of_patterns_that_people_write_are_matched():
     assert matches(r"model\.layers\.\d{1,2}\.q_proj", "model.layers.10.q_proj", "target_modules")
+
+
+@pytest.mark.parametrize(
+    "error, wanted",
+    [
+        (ValueError("a\nb"), "a"),
+        (ValueError("\n a \nb"), "a"),
+        (KeyError(), "KeyError"),
+        (ValueError("x" * 900), "x" * 500),
+    ],
+)
+def test_an_error_is_its_first_line_or_its_type(error, wanted):
+    assert first_line(error) == wanted
