@@ -148,10 +148,10 @@ def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate
 
 
 def _why_dtype(dtype: str, device: DeviceCapability) -> str:
-    measured = device.flops_per_s.get(dtype), device.flops_per_s.get("float32")
-    if all(measured):
+    flops, fp32_flops = device.flops_per_s.get(dtype), device.flops_per_s.get("float32")
+    if flops and fp32_flops:
         source = device.sources.get(f"flops_per_s.{dtype}", "declared")
-        return f"{measured[0] / 1e9:.0f} GFLOP/s against {measured[1] / 1e9:.0f} in fp32 ({source})"
+        return f"{flops / 1e9:.0f} GFLOP/s against {fp32_flops / 1e9:.0f} in fp32 ({source})"
     if dtype == "float32":
         return f"{device.name} has no bf16 or fp16 units that are known to be faster"
     if dtype == "bfloat16":

@@ -233,7 +233,8 @@ class LspOffload(MethodDefaults):
         size = default_size(hidden_size) if self.subspace_size == "auto" else self.subspace_size
         projected = []
         for layer, weight in layers.values():
-            own = size if self._is_projected(*weight.shape, size) else None
+            rows, columns = weight.shape
+            own = size if self._is_projected(rows, columns, size) else None
             projected.append(Projected(layer, weight, own, self.nonzeros_per_row))
         if self.projection != "none" and not any(one.size for one in projected):
             longest = max(min(one.weight.shape) for one in projected)
