@@ -14,9 +14,11 @@ Exit code 1 is left to bugs, which end in a traceback.  A message says what is w
 do.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from clusters.safe.masking import masked
+from clusters.safe.reading import BadInput
 from strategies.techniques import libraries
 
 # Which extra of pyproject.toml brings a package that is loaded late.
@@ -48,6 +50,15 @@ class JobError(OrchestratorError):
     def __init__(self, mistakes: str | Sequence[str]) -> None:
         self.mistakes = [masked(mistake) for mistake in ([mistakes] if isinstance(mistakes, str) else mistakes)]
         super().__init__("\n".join(self.mistakes))
+
+
+@contextmanager
+def bad_input_as_job_error(key: str = "") -> Iterator[None]:
+    """Turn a BadInput of the block into a JobError whose text begins with `key`."""
+    try:
+        yield
+    except BadInput as error:
+        raise JobError(f"{key}: {error}" if key else str(error)) from None
 
 
 class MissingExtra(JobError):

@@ -325,7 +325,7 @@ def _print_card(card: Card, json_: bool) -> None:
         return
     for key, value in card.as_dict().items():
         if value not in (None, [], {}, ""):
-            out.print(printable(f"{key:16} {value}"), markup=False, highlight=False, soft_wrap=True)
+            out.print(printable(f"{key:16} {value}"), soft_wrap=True)
 
 
 def _damage(one: Damaged) -> dict[str, str]:
@@ -347,4 +347,4 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
     from orchestrator.views.bank import describe
 
     for line in describe(found):
-        out.print(line, markup=False, highlight=False, soft_wrap=True)
+        out.print(line, soft_wrap=True)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
+from clusters.capability import NodeCapability
 from clusters.safe.reading import name_mistake, printable
 from clusters.units import format_bytes
 from orchestrator.cli.options import (
@@ -24,6 +24,7 @@ from orchestrator.cli.options import (
     say,
 )
 from orchestrator.errors import ClusterError, JobError
+from orchestrator.views.screen import new_table
 
 InterfaceOption = Annotated[
     str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
@@ -114,42 +115,27 @@ def head(
     Examples: orchestrator head --interface eth0
               orchestrator head --address 192.168.1.10 --slots 0
     """
-    from clusters.ray.node_daemon import (
-        CannotServe,
-        OwnNode,
-        address_of,
-        address_towards,
-        check_address,
-        check_port,
-        keep_running,
-    )
-    from clusters.ray.node_daemon import token_file as token_of
+    from clusters.probe.machine import look_at_this_node
+    from clusters.ray import node_daemon as daemon
 
     _refuse_mistakes(interface, address, name)
     try:
-        own_address = address_of(interface) if interface else address or address_towards()
-        check_address(own_address)
-        check_port(port, "--port")
+        own_address = _own_address(interface, address)
+        daemon.check_port(port, "--port")
         if dashboard_port is not None:
-            check_port(dashboard_port, "--dashboard-port")
-        token = token_of(token_file, make=True)
-        capability = _look()
-        own = OwnNode(
-            name or socket.gethostname(),
-            own_address,
-            None,
-            token,
-            _slots(slots, capability),
-            port,
-            dashboard_port=dashboard_port,
-        )
+            daemon.check_port(dashboard_port, "--dashboard-port")
+        token = daemon.token_file(token_file, make=True)
+        capability = look_at_this_node()
+        count = _count_slots(slots, capability)
+        name = name or socket.gethostname()
+        own = daemon.OwnNode(name, own_address, None, token, count, port, dashboard_port=dashboard_port)
         say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
         say(f"    orchestrator join {own_address}:{port}")
         say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
         if dashboard_port:
             say(f"or from anywhere: orchestrator submit job.yaml --cluster http://{own_address}:{dashboard_port}")
-        keep_running(own, capability, say)
-    except CannotServe as error:
+        daemon.keep_running(own, capability, say)
+    except daemon.CannotServe as error:
         raise ClusterError(str(error)) from None
 
 
@@ -166,27 +152,19 @@ def join(
 
     Example: orchestrator join 192.168.1.10
     """
-    from clusters.ray.node_daemon import (
-        PORT,
-        CannotServe,
-        OwnNode,
-        address_of,
-        address_towards,
-        check_address,
-        keep_running,
-    )
-    from clusters.ray.node_daemon import token_file as token_of
+    from clusters.probe.machine import look_at_this_node
+    from clusters.ray import node_daemon as daemon
 
     _refuse_mistakes(interface, address, name)
-    host, port = _host_and_port(head, PORT)
+    host, port = _host_and_port(head, daemon.PORT)
     try:
-        own_address = address_of(interface) if interface else address or address_towards(host)
-        check_address(own_address)
-        token = token_of(token_file, make=False)
-        capability = _look()
-        own = OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, _slots(slots, capability))
-        keep_running(own, capability, say)
-    except CannotServe as error:
+        own_address = _own_address(interface, address, host)
+        token = daemon.token_file(token_file, make=False)
+        capability = look_at_this_node()
+        count = _count_slots(slots, capability)
+        own = daemon.OwnNode(name or socket.gethostname(), own_address, f"{host}:{port}", token, count)
+        daemon.keep_running(own, capability, say)
+    except daemon.CannotServe as error:
         raise ClusterError(str(error)) from None
 
 
@@ -215,9 +193,7 @@ def nodes(
     if json_:
         print_json(found)
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("node", "address", "state", "cores", "memory", "device", "slots", "does"):
-        table.add_column(column, overflow="fold")
+    table = new_table("node", "address", "state", "cores", "memory", "device", "slots", "does", fold=True)
     for node in found:
         table.add_row(
             node["name"],
@@ -256,11 +232,14 @@ def _host_and_port(head: str, default_port: int) -> tuple[str, int]:
     return host, int(port or default_port)
 
 
-def _look() -> Any:
-    from clusters.probe.machine import look_at_this_node
+def _own_address(interface: str | None, address: str | None, *peer: str) -> str:
+    """This machine's address, checked: the stated one, or the one that leads to `peer`.  Raises CannotServe."""
+    from clusters.ray.node_daemon import address_of, address_towards, check_address
 
-    return look_at_this_node()
+    found = address_of(interface) if interface else address or address_towards(*peer)
+    check_address(found)
+    return found
 
 
-def _slots(asked: int | None, capability: Any) -> int:
-    return len(capability.gpus) or 1 if asked is None else asked
+def _count_slots(stated: int | None, capability: NodeCapability) -> int:
+    return len(capability.gpus) or 1 if stated is None else stated

@@ -75,7 +75,7 @@ def status(run: RunFolder, as_json: bool) -> None:
     if as_json:
         print_json(row)
     else:
-        out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), markup=False, soft_wrap=True)
+        out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), soft_wrap=True)
 
 
 def logs(run: RunFolder, follow: bool) -> None:
@@ -107,4 +107,4 @@ def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
 
 
 def _line_printer(as_json: bool) -> Callable[[str], None]:
-    return say if as_json else lambda text: out.print(masked(text), markup=False, highlight=False, soft_wrap=True)
+    return say if as_json else lambda text: out.print(masked(text), soft_wrap=True)

@@ -27,6 +27,7 @@ from orchestrator.cli.options import (
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.views.screen import new_table
 
 LangOption = Annotated[str, typer.Option("--lang", help="en or ja")]
 
@@ -164,7 +165,6 @@ def tco(
     Examples: orchestrator tco job.yaml --set cost.power_w=65
               orchestrator tco job.yaml --hardware home-lab --against my_offers.yaml
     """
-    from rich.table import Table
 
     from orchestrator.lifecycle.machines import declared
     from orchestrator.lifecycle.prepare import plan_without_data
@@ -178,9 +178,7 @@ def tco(
             {"currency": loaded.spec.cost.currency, "ways": [{**asdict(c), "per_run": c.per_run} for c in costs]}
         )
         return
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in shown.head:
-        table.add_column(column, overflow="fold")
+    table = new_table(*shown.head, fold=True)
     for place, row in enumerate(shown.rows):
         table.add_row(*row, style="green" if place in shown.marked else None)
     out.print(table)

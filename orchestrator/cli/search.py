@@ -149,7 +149,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
     out.print(
         trials_table(done, [trial for trial in trials if not trial.measured], recommended, planning.steps_per_epoch)
     )
-    out.print(recommendation_text(folder), markup=False, highlight=False, soft_wrap=True)
+    out.print(recommendation_text(folder), soft_wrap=True)
 
 
 def _predict(job: Job, as_json: bool) -> None:
@@ -161,7 +161,7 @@ def _predict(job: Job, as_json: bool) -> None:
     if as_json:
         print_json(advice_json(space, advised))
     else:
-        out.print(advised_text(space, advised), markup=False, highlight=False, soft_wrap=True)
+        out.print(advised_text(space, advised), soft_wrap=True)
 
 
 def _models(job: Job, models: str) -> list[Job]:

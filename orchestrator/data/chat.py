@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from clusters.safe.reading import printable
+from clusters.safe.reading import first_line, printable
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import (
     LostTurns,
@@ -259,10 +259,9 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 
 def _refused(error: Exception) -> BadRow:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
     return BadRow(
-        f"data.chat_template: the template refuses the conversation: {printable(reason)}. Mend the row, or set"
-        " data.chat_template to a .jinja file that takes it"
+        f"data.chat_template: the template refuses the conversation: {printable(first_line(error))}. Mend the row, or"
+        " set data.chat_template to a .jinja file that takes it"
     )
 
 

@@ -188,14 +188,9 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pa
             entry = {"where": row.where, "reason": reason.reason, "row": row.values}
             rejected.write(json.dumps(entry, default=str) + "\n")
 
-        waiting: list[dict[str, Any]] = []
-        for _, samples in tokenised(rows, renderer, options, counts, reject):
-            waiting += samples
-            if len(waiting) >= _ROWS_A_BATCH:
-                writer.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema=_SCHEMA))
-                waiting = []
-        if waiting:
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(waiting, schema=_SCHEMA))
+        samples = (sample for _, made in tokenised(rows, renderer, options, counts, reject) for sample in made)
+        while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=_SCHEMA))
     if mistake := counts.mistake("data", options.strict):
         raise mistake
     (folder / "statistics.json").write_text(json.dumps(asdict(counts.statistics), indent=1))

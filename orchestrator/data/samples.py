@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from clusters.safe.reading import printable
+from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import Counts
 from orchestrator.data.rows.formats import read_example
@@ -34,7 +34,7 @@ class Options:
 
 def _no_tokenizer(folder: Path, reason: str) -> JobError:
     return JobError(
-        f"model.model_name_or_path: the tokenizer in {folder} cannot be loaded: {printable(reason.strip())}."
+        f"model.model_name_or_path: the tokenizer in {folder} cannot be loaded: {printable(reason)}."
         " Fetch or copy its files again (tokenizer.json and tokenizer_config.json of the model it belongs to)"
     )
 
@@ -49,7 +49,7 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
     try:
         tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions, transformers a dozen types
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         if not any((model_folder / name).exists() for name in _TOKENIZER_FILES):
             reason = f"none of its files is there ({', '.join(_TOKENIZER_FILES)})"
         raise _no_tokenizer(model_folder, reason) from None

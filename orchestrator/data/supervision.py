@@ -104,39 +104,33 @@ def outside(text: str, spans: Sequence[Span]) -> list[Span]:
 
 def _unplaced(contents: list[str], text: str) -> list[int]:
     """Which of `contents` have no place of their own in `text`."""
-    if _in_order(contents, text):
+    if all(_find_in_order(contents, text)):
         return []
     for k in range(min(len(contents), _MANY_TURNS)):  # one that is gone, rather than the one whose place it took
-        if _in_order(contents[:k] + contents[k + 1 :], text):
-            moved = _masked([*contents[:k], *contents[k + 1 :]], text)
-            return [] if find_text(contents[k], moved) else [k]
+        spans = list(_find_in_order(contents[:k] + contents[k + 1 :], text))
+        if all(spans):
+            return [] if find_text(contents[k], _without(text, spans)) else [k]
     lost, rest = [], text
     for k in sorted(range(len(contents)), key=lambda k: -len(contents[k])):
         span = find_text(contents[k], rest)
-        if span is None:
-            lost.append(k)
-        else:
-            rest = rest[: span[0]] + _BETWEEN * (span[1] - span[0]) + rest[span[1] :]
+        rest = _without(rest, [span])
+        lost += [] if span else [k]
     return lost
 
 
-def _in_order(contents: Iterable[str], text: str) -> bool:
+def _find_in_order(contents: Iterable[str], text: str) -> Iterator[Span | None]:
+    """Where each of `contents` stands in `text` behind those before it; None for one that does not."""
     at = 0
     for content in contents:
         span = find_text(content, text, at)
-        if span is None:
-            return False
-        at = span[1]
-    return True
+        at = span[1] if span else at
+        yield span
 
 
-def _masked(contents: Iterable[str], text: str) -> str:
-    at = 0
-    for content in contents:
-        span = find_text(content, text, at)
-        if span:
-            text = text[: span[0]] + _BETWEEN * (span[1] - span[0]) + text[span[1] :]
-            at = span[1]
+def _without(text: str, spans: Iterable[Span | None]) -> str:
+    """The text with these spans blanked."""
+    for a, b in filter(None, spans):
+        text = text[:a] + _BETWEEN * (b - a) + text[b:]
     return text
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from clusters.safe.reading import BadInput, compose_yaml, load_yaml, printable, yaml_value
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 
 KeyPath = tuple[str | int, ...]
 _MOST_VALUES = 50_000  # of a job file; validation of more takes longer than a user waits
@@ -37,11 +37,9 @@ class Document:
 def load_document(text: str, label: str) -> Document:
     """The document of a job file's text.  Raises JobError for what is no mapping or no YAML that can be read."""
     lines: dict[KeyPath, int | str] = {}
-    try:
+    with bad_input_as_job_error():
         node = compose_yaml(text, label, _MOST_VALUES)
         values = _construct(node, (), lines, label) if node is not None else None
-    except BadInput as error:
-        raise JobError(str(error)) from None
     if not isinstance(values, dict):
         seen = "is empty" if values is None else f"holds {shown(values)}"
         raise JobError(

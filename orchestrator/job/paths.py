@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal
 
-from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
+from clusters.safe.reading import checked_path, kind_of, printable, read_text
 from clusters.safe.writing import write_whole
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 
 Kind = Literal["file", "folder", "any", "new file", "new folder"]
 
@@ -20,11 +20,9 @@ def resolve_path(value: str | os.PathLike[str], key: str, folder: Path = Path(),
     folder.  Raises JobError for what is not there, of another kind (a FIFO, a device), or not to be read.
     """
     new, wanted = kind.startswith("new "), kind.removeprefix("new ")
-    try:
+    with bad_input_as_job_error(key):
         path = checked_path(value, folder)
         found = kind_of(path)
-    except BadInput as error:
-        raise JobError(f"{key}: {error}") from None
     if found is None and not new:
         raise JobError(f"{key}: {printable(str(path))} does not exist. Relative paths start at {folder.resolve()}")
     if found is not None and found not in (("file", "folder") if kind == "any" else (wanted,)):
@@ -46,7 +44,5 @@ def write_text_file(path: Path, text: str, key: str) -> None:
 def read_text_file(value: str | os.PathLike[str], key: str, folder: Path = Path()) -> str:
     """The text of the file that `key` names.  Raises JobError."""
     path = resolve_path(value, key, folder, "file")
-    try:
+    with bad_input_as_job_error(key):
         return read_text(path)
-    except BadInput as error:
-        raise JobError(f"{key}: {error}") from None

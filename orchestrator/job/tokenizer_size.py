@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import BadInput, kind_of, printable, read_json
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 
 _MAX_BYTES = 256 * 2**20  # of a tokenizer.json; that of Gemma 3 has 33 MB
 # Placeholders of images and sounds that text models share with their larger relatives: no row of text holds them.
@@ -15,10 +15,8 @@ _OF_OTHER_MEDIA = ("image", "audio", "video", "vision", "speech")
 
 def check_tokens(folder: Path, vocab_size: int) -> None:
     """Raises JobError where the tokenizer of a model folder has tokens that its embedding has no row for."""
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         tokens = tokens_from(folder, vocab_size)
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
     beyond = {place: text for place, text in tokens.items() if not _is_of_other_media(text)}
     if beyond:
         shown = ", ".join(f"{printable(text)!r} (number {place})" for place, text in sorted(beyond.items())[:3])

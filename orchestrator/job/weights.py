@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.safe.reading import BadInput, open_regular, printable, read_json, record
-from orchestrator.errors import JobError
+from orchestrator.errors import bad_input_as_job_error
 from strategies.model.tensor_file import TensorEntry, read_header
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -49,7 +49,7 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     Raises JobError for a folder without weights, files that are missing, cut or damaged, and for what is no model's
     folder at all (an adapter's, GGUF files).
     """
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         if (folder / "adapter_config.json").exists():
             raise BadInput(
                 f"{folder} is an adapter's folder (it holds adapter_config.json). Give its base model here, and the"
@@ -61,8 +61,6 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
             if (folder / f"{name}.index.json").exists():
                 return _of_shards(folder, folder / f"{name}.index.json")
         raise BadInput(f"{folder} holds no weights that can be trained: {_instead(folder)}")
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
 
 
 def _instead(folder: Path) -> str:

@@ -21,7 +21,7 @@ from clusters.safe.archives import Bounds, unpack
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from clusters.units import GIB, format_bytes
 from orchestrator.data.readers.sources import sources_of
-from orchestrator.errors import JobError, RunFailed
+from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
 from orchestrator.job.sections.training import Source
@@ -157,11 +157,9 @@ def _data_files(job: Job, item: str | Source, key: str, path: Path) -> list[Path
 
 def _regular(file: Path) -> Path:
     """The file whose bytes are sent.  Raises JobError for anything but a regular file."""
-    try:
+    with bad_input_as_job_error():
         found = checked_path(file)
         kind = kind_of(found)
-    except BadInput as error:
-        raise JobError(str(error)) from None
     if kind != "file":
         raise JobError(f"{printable(str(file))} is {f'a {kind}' if kind else 'a dangling link'}: it cannot be sent")
     return found

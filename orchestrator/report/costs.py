@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +17,9 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.planner import make_plan
 from orchestrator.report import tco
 from orchestrator.report.blocks import Table
-from orchestrator.report.translations import words
+from orchestrator.report.translations import Word, words
 from orchestrator.runs.run_folder import RunFolder
 from strategies.contract import Workload
-
-Word = Callable[[str], str]
 
 
 def alternatives_of(job: Job, plan: Plan, files: dict[str, Any], num_tokens: float) -> list[tco.Cost]:

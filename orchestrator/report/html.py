@@ -8,8 +8,8 @@ from typing import Any
 
 from jinja2.sandbox import SandboxedEnvironment
 
-from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
+from orchestrator.job.paths import write_text_file
 from orchestrator.report.blocks import Report
 from orchestrator.report.run import report_of_run
 from orchestrator.report.search import report_of_search
@@ -24,11 +24,7 @@ _PAGE = Path(__file__).parent / "page.html"
 def write(folder: RunFolder, job: Job, lang: str, file: Path | None) -> Path:
     """Write the page of a run or a search; by default into its folder.  Raises JobError."""
     file = file or folder.path / "report.html"
-    text = html(report_of(folder, job, lang))
-    try:
-        file.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise JobError(f"--output {file}: cannot be written: {error.strerror}") from None
+    write_text_file(file, html(report_of(folder, job, lang)), "--output")
     return file
 
 

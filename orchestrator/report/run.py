@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from clusters.safe.masking import masked
@@ -13,7 +12,7 @@ from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
-from orchestrator.report.translations import words
+from orchestrator.report.translations import Word, words
 from orchestrator.runs import worker_stats
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.plan import shown
@@ -21,7 +20,6 @@ from orchestrator.views.result import score
 
 _FAULTS = ("killed", "error", "replan", "note", "shares")
 _MOST_FAULTS = 40
-Word = Callable[[str], str]
 
 
 def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:

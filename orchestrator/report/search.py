@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from clusters.safe.masking import masked
@@ -12,11 +11,9 @@ from orchestrator.planning.space import phrase
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import command, money_text, notes_on_cost
-from orchestrator.report.translations import words
+from orchestrator.report.translations import Word, words
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.views.search import common
-
-Word = Callable[[str], str]
 
 
 def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:

@@ -46,18 +46,14 @@ def of_plan(spec: JobSpec, what: str, plan: Plan, num_tokens: float, scale: floa
     def scaled(value: float | None) -> float | None:
         return None if value is None else scale * value
 
-    missing = []
-    if price.machines is None:
-        missing.append("cost.nodes")
-    if price.electricity is None:
-        missing.append("cost.power_w")
+    keys = {"cost.nodes": price.machines, "cost.power_w": price.electricity}
     cost = Cost(
         what=what,
         seconds=scale * plan.total_s,
         energy_wh=scaled(price.energy_wh),
         machines=scaled(price.machines),
         electricity=scaled(price.electricity),
-        missing=tuple(missing),
+        missing=tuple(key for key, known in keys.items() if known is None),
     )
     return completed(spec, cost, num_tokens)
 

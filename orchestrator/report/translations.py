@@ -9,6 +9,7 @@ from pathlib import Path
 from clusters.safe.reading import load_yaml, read_text
 
 LANGUAGES = ("en", "ja")
+Word = Callable[[str], str]
 
 
 @cache
@@ -17,6 +18,6 @@ def japanese() -> dict[str, str]:
     return load_yaml(read_text(Path(__file__).with_name("japanese.yaml")))
 
 
-def words(lang: str) -> Callable[[str], str]:
+def words(lang: str) -> Word:
     """A translator into `lang`.  Raises KeyError for a sentence of ours that has no translation."""
     return japanese().__getitem__ if lang == "ja" else lambda text: text

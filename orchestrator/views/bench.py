@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,26 @@ from clusters.safe.reading import BadInput, read_json, record
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
+from orchestrator.views.screen import new_table
 
 _BAR = 40
 
 
 @dataclass(frozen=True)
-class _Timed:
-    """What is read of a result of a training step."""
+class _Result:
+    """What is read of every result."""
 
     model: str
     device: str
     threads: int
     torch: str
     transformers: str
+
+
+@dataclass(frozen=True)
+class _Timed(_Result):
+    """What is read of a result of a training step."""
+
     step_s: float
     throughput: dict[str, float]
     phases: dict[str, float]
@@ -48,14 +55,9 @@ class _Row:
 
 
 @dataclass(frozen=True)
-class _Generated:
+class _Generated(_Result):
     """What is read of a result of a model that generates."""
 
-    model: str
-    device: str
-    threads: int
-    torch: str
-    transformers: str
     rows: list[_Row]
 
 
@@ -108,9 +110,7 @@ def _training(result: dict[str, Any]) -> RenderableType:
     ]
     memory = {key: value for key, value in result["memory"].items() if key != "peak"}
     lines += [Text(), _shares(f"tensors at the peak, {format_bytes(result['memory']['peak'])}", memory, format_bytes)]
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("operator", "time", "of the step", "calls"):
-        table.add_column(column)
+    table = new_table("operator", "time", "of the step", "calls")
     whole = sum(parts.values()) or 1.0
     for row in result["operators"]:
         share = f"{row['seconds'] / whole:.0%}"
@@ -120,9 +120,7 @@ def _training(result: dict[str, Any]) -> RenderableType:
 
 def _shares(title: str, values: dict[str, float], shown: Any) -> Table:
     whole = sum(values.values()) or 1.0
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in (title, "", "", ""):
-        table.add_column(column)
+    table = new_table(title, "", "", "")
     for name, value in sorted(values.items(), key=lambda item: -item[1]):
         share = value / whole
         table.add_row(name, shown(value), f"{share:.0%}", "█" * round(_BAR * share))
@@ -130,9 +128,7 @@ def _shares(title: str, values: dict[str, float], shown: Any) -> Table:
 
 
 def _generation(result: dict[str, Any]) -> RenderableType:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("model", "batch", "prompt", "first token", "per token", "tokens/s", "weights", "peak"):
-        table.add_column(column)
+    table = new_table("model", "batch", "prompt", "first token", "per token", "tokens/s", "weights", "peak")
     for row in result["rows"]:
         table.add_row(
             row["model"],
@@ -152,15 +148,13 @@ def comparison_view(first: dict[str, Any], second: dict[str, Any]) -> Renderable
     """B over A, number by number.  Raises JobError for benchmarks of different kinds."""
     if first["kind"] != second["kind"]:
         raise JobError(f"a {first['kind']} and a {second['kind']} benchmark cannot be compared")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("", "A", "B", "B / A"):
-        table.add_column(column)
+    table = new_table("", "A", "B", "B / A")
     theirs = flat(second)
     for key, value in flat(first).items():
         other = theirs.get(key)
         if other is not None:
             table.add_row(key, f"{value:.4g}", f"{other:.4g}", f"x{other / value:.2f}" if value else "")
-    differs = [key for key in ("device", "threads", "model", "torch", "transformers") if first[key] != second[key]]
+    differs = [one.name for one in fields(_Result) if first[one.name] != second[one.name]]
     notes = [Text(f"{key}: {first[key]} and {second[key]}", style="yellow") for key in differs]
     return Group(table, *notes)
 

@@ -11,6 +11,7 @@ from rich.text import Text
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
 from clusters.units import format_bytes
 from orchestrator.planning.explain import explain_unusable
+from orchestrator.views.screen import new_table
 from strategies.techniques.libraries import lacks
 
 _MARK = {"measured": "", "datasheet": "d", "declared": "D"}
@@ -22,9 +23,7 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
     for node in cluster.nodes:
         parts += [_node(node), _devices(node), Text()]
     if cluster.links:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("link", "bandwidth", "round trip"):
-            table.add_column(column)
+        table = new_table("link", "bandwidth", "round trip")
         for link in cluster.links:
             mark = _MARK[link.source]
             trip = "unknown" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
@@ -53,9 +52,9 @@ def _node(node: NodeCapability) -> Text:
 
 
 def _devices(node: NodeCapability) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("device", "memory", *(f"{name} FLOP/s" for name in NUMBER_FORMATS), "bandwidth", "bus", "can"):
-        table.add_column(column, overflow="fold")
+    table = new_table(
+        "device", "memory", *(f"{name} FLOP/s" for name in NUMBER_FORMATS), "bandwidth", "bus", "can", fold=True
+    )
     for device in node.devices:
         memory = "-" if device.memory_bytes is None else format_bytes(device.memory_bytes)
         flops = (_flops(device, name) for name in NUMBER_FORMATS)

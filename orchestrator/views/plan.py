@@ -12,6 +12,7 @@ from rich.text import Text
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan, in_bank_sentence, settings_of
+from orchestrator.views.screen import new_table
 
 _BAR = 30  # characters
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
@@ -64,9 +65,9 @@ def data_sentence(statistics: Mapping[str, Any]) -> str:
 
 
 def _nodes_table(plan: Plan) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("node", "device", "share", "precision", "attention", "micro-batch", "extras", "memory", "step"):
-        table.add_column(column, overflow="fold")
+    table = new_table(
+        "node", "device", "share", "precision", "attention", "micro-batch", "extras", "memory", "step", fold=True
+    )
     for part in plan.nodes:
         memory, room = format_bytes(part.memory.total_bytes), part.memory_usable_bytes
         rows, length = part.techniques.per_device_train_batch_size, part.techniques.max_length
@@ -191,9 +192,7 @@ def settings_table(plan: Plan) -> Table:
 
 def alternatives_table(plan: Plan) -> Table:
     """The other ways: those on the Pareto front are marked."""
-    table = Table(box=None, pad_edge=False, header_style="bold", title_justify="left")
-    for column in ("other ways (* on the Pareto front)", "time", "memory", "why not"):
-        table.add_column(column, overflow="fold")
+    table = new_table("other ways (* on the Pareto front)", "time", "memory", "why not", fold=True)
     for way in plan.alternatives:
         mark = "* " if way.on_front else "  "
         table.add_row(mark + way.what, format_s(way.total_s), format_bytes(way.peak_bytes), way.why_not)

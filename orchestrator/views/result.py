@@ -14,6 +14,7 @@ from clusters.units import format_bytes, format_count, format_s
 from orchestrator.runs.checkpoints import Choice
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.views.screen import new_table
 
 
 def result_view(run: RunFolder) -> RenderableType:
@@ -22,9 +23,7 @@ def result_view(run: RunFolder) -> RenderableType:
     before, after = result.get("before") or {}, result.get("after") or {}
     parts: list[RenderableType] = []
     if after:
-        table = Table(box=None, pad_edge=False, header_style="bold")
-        for column in ("held-out", "before", "after"):
-            table.add_column(column)
+        table = new_table("held-out", "before", "after")
         for key, value in after.items():
             if isinstance(value, float) and key != "seconds":
                 table.add_row(_text(key), score(key, before.get(key)), score(key, value))
@@ -154,9 +153,7 @@ def run_row(run: RunFolder) -> dict[str, Any]:
 
 def runs_table(rows: list[dict[str, Any]]) -> Table:
     """The table of `list`."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in ("run", "state", "step", "loss", "started"):
-        table.add_column(column)
+    table = new_table("run", "state", "step", "loss", "started")
     for row in rows:
         loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
         steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"

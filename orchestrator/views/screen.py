@@ -16,6 +16,7 @@ from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
+from rich.table import Column, Table
 from rich.text import Text
 
 from clusters.safe.reading import printable_lines
@@ -60,6 +61,12 @@ class Screen(Console):
 
 
 out, err = Screen(), Screen(stderr=True)
+
+
+def new_table(*columns: str, fold: bool = False) -> Table:
+    """An empty table without a frame; with `fold` a long cell gets more lines instead of an ellipsis."""
+    heads = [Column(name, overflow="fold" if fold else "ellipsis") for name in columns]
+    return Table(*heads, box=None, pad_edge=False, header_style="bold")
 
 
 def write(text: str) -> None:

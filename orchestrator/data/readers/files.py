@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO, cast
 
-from clusters.safe.reading import BadInput, open_regular
+from clusters.safe.reading import open_regular
 from orchestrator.data.readers.columnar import read_arrow, read_parquet
 from orchestrator.data.readers.encoding import check_encoding
 from orchestrator.data.readers.text import read_csv, read_json, read_jsonl
 from orchestrator.data.rows.formats import detect
 from orchestrator.data.rows.row import Row
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 
 _KINDS = {
     ".jsonl": "jsonl",
@@ -115,13 +115,8 @@ def read_rows(file: Path) -> Iterator[Row]:
 
 def digest(file: Path) -> str:
     """SHA-256 of a file's bytes.  Raises JobError."""
-    try:
-        with open_regular(file) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except BadInput as error:
-        raise JobError(str(error)) from None
-    except OSError as error:
-        raise JobError(f"{file}: cannot be read: {error.strerror or error}") from None
+    with _readable(file), open_regular(file) as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _suffix(name: str) -> str:
@@ -132,17 +127,18 @@ def _suffix(name: str) -> str:
 @contextmanager
 def _opened(file: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked where they are gzipped.  Raises JobError, also for what is met while reading."""
+    with _readable(file), open_regular(file) as stream:
+        packed = stream.read(2) == _GZIP
+        stream.seek(0)
+        yield cast(BinaryIO, gzip.GzipFile(fileobj=stream)) if packed else stream
+
+
+@contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    """Turn what goes wrong while the block reads a file into a JobError."""
     try:
-        with open_regular(file) as stream:
-            packed = stream.read(2) == _GZIP
-            stream.seek(0)
-            if packed:
-                with gzip.open(stream) as unpacked:
-                    yield cast(BinaryIO, unpacked)
-            else:
-                yield stream
-    except BadInput as error:
-        raise JobError(str(error)) from None
+        with bad_input_as_job_error():
+            yield
     except (OSError, EOFError, zlib.error) as error:
         raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 

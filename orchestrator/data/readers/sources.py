@@ -10,12 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from clusters.safe.reading import BadInput, checked_path, printable
+from clusters.safe.reading import checked_path, printable
 from orchestrator.data.readers.columnar import read_hub_rows
 from orchestrator.data.readers.files import SUFFIXES, check_kind, digest, kind_of_name, read_rows
 from orchestrator.data.readers.folders import Listing, check_split_of_file, list_folder
 from orchestrator.data.rows.row import Row
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import resolve_path
 from orchestrator.job.sections.training import Source
@@ -98,10 +98,8 @@ def _listing(job: Job, source: Source, key: str) -> Listing:
     """The files of one source; none for a data set of the hub."""
     text, split = source.path, source.split if "split" in source.model_fields_set else None
     _check_address(text, key)
-    try:
+    with bad_input_as_job_error(key):
         checked_path(text, job.folder)
-    except BadInput as error:
-        raise JobError(f"{key}: {error}") from None
     named = job.folder / Path(text).expanduser()
     if not os.path.lexists(named):
         if _SLICE.fullmatch(text) or any(character in text for character in "*?"):

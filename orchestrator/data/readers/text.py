@@ -22,6 +22,7 @@ _CHUNK = 2**20
 _AS_OBJECT = 'Write it as {"prompt": "...", "completion": "..."}'
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_TOO_DEEP = f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it"
 _TOO_LONG = (
     f"is longer than {MAX_ROW_BYTES // 2**20} MiB, and a row of so much is no sample. Split it into several rows"
 )
@@ -87,11 +88,10 @@ def read_csv(stream: BinaryIO, file: str, delimiter: str = ",") -> Iterator[Row]
 def checked(values: Any, text: str, file: str, line: int) -> Row:
     """The row of a JSON value whose source is `text`."""
     if not isinstance(values, dict):
-        return Row(
-            {}, file, line, BadRow(f"is a {type(values).__name__}, not an object with named fields. {_AS_OBJECT}")
-        )
+        fault = f"is a {type(values).__name__}, not an object with named fields. {_AS_OBJECT}"
+        return Row({}, file, line, BadRow(fault))
     if text.count("[") + text.count("{") > MAX_DEPTH and depth_of(values) > MAX_DEPTH:
-        return Row({}, file, line, BadRow(f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it"))
+        return Row({}, file, line, BadRow(_TOO_DEEP))
     field = next((name for name in values if _has_surrogate([name, values[name]])), None) if "\\u" in text else None
     if field is not None:
         fault = "holds half a surrogate pair, as a text cut within an emoji does: no text that can be tokenised"
@@ -120,9 +120,7 @@ def _parsed(line: bytes, file: str, number: int) -> Row:
     try:
         return checked(_DECODER.decode(text), text, file, number)
     except RecursionError:
-        return Row(
-            {}, file, number, BadRow(f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it")
-        )
+        return Row({}, file, number, BadRow(_TOO_DEEP))
     except ValueError as error:
         return Row({}, file, number, BadRow(f"is not JSON: {_json_fault(error)}. Mend the line", "is not JSON"))
 
