@@ -86,7 +86,6 @@ class ModelShape:
             positions = config.whole("max_position_embeddings", "n_positions", default=512) + family.positions
         embedding = config.whole("word_embed_proj_dim", default=hidden, least=1)
         width = config.whole("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", default=4 * hidden, least=1)
-        experts = _Experts.of(config, family, width, layers)
         return cls(
             hidden_size=hidden,
             num_layers=layers,
@@ -101,11 +100,7 @@ class ModelShape:
             num_positions=positions,
             embedding_size=embedding if embedding != hidden else None,
             final_norm=family.final_norm and config.flag("do_layer_norm_before", True),
-            num_experts=experts.number,
-            num_experts_per_token=experts.per_token,
-            expert_size=experts.size,
-            shared_expert_size=experts.shared_size,
-            dense_layers=experts.dense_layers,
+            **_experts(config, family, width, layers),
             activation=_activation(config, model_type),
             softcap=config.get("attn_logit_softcapping") is not None,
             qk_norm=family.qk_norm if config.flag("use_qk_norm", model_type != "glm4_moe") else "",
@@ -258,10 +253,7 @@ def stored_quantised(values: Mapping[str, Any]) -> str | None:
         return None
     if not isinstance(stated, Mapping):
         return f"quantization_config: {_shown(stated)}"
-    known = {
-        "load_in_4bit": "4 bits",
-        "load_in_8bit": "8 bits",
-    }
+    known = {"load_in_4bit": "4 bits", "load_in_8bit": "8 bits"}
     method = stated.get("quant_method") or stated.get("quantization") or "a method without a name"
     bits = stated.get("bits") or stated.get("w_bit")
     words = [f"{bits} bits" if type(bits) is int else None]
@@ -330,33 +322,29 @@ class _Config:
         return qkv, output, mlp
 
 
-@dataclass(frozen=True)
-class _Experts:
-    """How many experts a model's MLPs have, and where they have none."""
-
-    number: int = 0
-    per_token: int = 0
-    size: int = 0
-    shared_size: int = 0
-    dense_layers: tuple[int, ...] = ()
-
-    @classmethod
-    def of(cls, config: _Config, family: Family, width: int, num_layers: int) -> _Experts:
-        if not family.experts:
-            if config.whole("num_local_experts", "num_experts", "n_routed_experts", default=0):
-                raise ValueError(f"it has experts, which models of type {config.get('model_type')} do not have")
-            return cls()
-        number = config.whole("num_local_experts", "num_experts", "n_routed_experts", least=1, most=2**16)
-        size = config.whole("moe_intermediate_size", default=width, least=1)
-        shared = config.whole("shared_expert_intermediate_size", default=0)
-        if not shared and family.shared_expert:
-            shared = config.whole("n_shared_experts", default=0, most=2**10) * size
-        sparse_step = config.whole("decoder_sparse_step", default=1, least=1)
-        dense = {layer for layer in range(num_layers) if (layer + 1) % sparse_step}
-        dense |= set(config.layers("mlp_only_layers", num_layers))
-        dense |= set(range(min(num_layers, config.whole("first_k_dense_replace", default=0))))
-        per_token = min(number, config.whole("num_experts_per_tok", least=1))
-        return cls(number, per_token, size, shared, tuple(sorted(dense)))
+def _experts(config: _Config, family: Family, width: int, num_layers: int) -> dict[str, Any]:
+    """How many experts a model's MLPs have, and where they have none: fields of `ModelShape`."""
+    names = ("num_local_experts", "num_experts", "n_routed_experts")
+    if not family.experts:
+        if config.whole(*names, default=0):
+            raise ValueError(f"it has experts, which models of type {config.get('model_type')} do not have")
+        return {}
+    number = config.whole(*names, least=1, most=2**16)
+    size = config.whole("moe_intermediate_size", default=width, least=1)
+    shared = config.whole("shared_expert_intermediate_size", default=0)
+    if not shared and family.shared_expert:
+        shared = config.whole("n_shared_experts", default=0, most=2**10) * size
+    sparse_step = config.whole("decoder_sparse_step", default=1, least=1)
+    dense = {layer for layer in range(num_layers) if (layer + 1) % sparse_step}
+    dense |= set(config.layers("mlp_only_layers", num_layers))
+    dense |= set(range(min(num_layers, config.whole("first_k_dense_replace", default=0))))
+    return {
+        "num_experts": number,
+        "num_experts_per_token": min(number, config.whole("num_experts_per_tok", least=1)),
+        "expert_size": size,
+        "shared_expert_size": shared,
+        "dense_layers": tuple(sorted(dense)),
+    }
 
 
 def _kv_heads(config: _Config, heads: int) -> int:

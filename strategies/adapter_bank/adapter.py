@@ -47,29 +47,9 @@ class LoraSettings:
     target_modules: str | list[str] | None = None
     bias: str = "none"
     init_lora_weights: Any = True
-    # What makes more of an adapter than a product of two factors.
-    use_dora: Any = None
-    lora_bias: Any = None
-    modules_to_save: Any = None
-    layer_replication: Any = None
-    trainable_token_indices: Any = None
-    alora_invocation_tokens: Any = None
-    target_parameters: Any = None
-    use_qalora: Any = None
-    use_bdlora: Any = None
-    arrow_config: Any = None
-    kasa_config: Any = None
-    monteclora_config: Any = None
-    velora_config: Any = None
-
-    @property
-    def beyond_factors(self) -> list[str]:
-        """The names of settings by which the adapter is more than dW = B A."""
-        exact = [key for key in _KEPT_EXACT if getattr(self, key)]
-        return exact + ["bias"] * (self.bias != "none")
 
 
-_KEPT_EXACT = (
+_BEYOND_FACTORS = (  # settings by which an adapter is more than dW = B A
     *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
     *("alora_invocation_tokens", "target_parameters", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
     *("monteclora_config", "velora_config"),
@@ -242,24 +222,20 @@ def _lora_settings(folder: Path) -> LoraSettings:
         kind = values.get("peft_type")
         raise Unusable(f"{folder} is a {printable(str(kind)[:40])} adapter; the bank keeps LoRA")
     try:
-        settings = record(LoraSettings, _stated(values), str(folder / CONFIG))
+        known = {key: values[key] for key in LoraSettings.__dataclass_fields__ if key in values}
+        settings = record(LoraSettings, known, str(folder / CONFIG))
     except BadInput as error:
         raise Unusable(str(error)) from None
-    if refused := settings.beyond_factors:
+    if refused := [key for key in _BEYOND_FACTORS if values.get(key)] + ["bias"] * (settings.bias != "none"):
         raise Unusable(
             f"{folder} changes more than a product of two factors ({', '.join(refused)}): it cannot be added up"
         )
-    if _CHANGES_BASE.fullmatch(begun := str(settings.init_lora_weights).lower()):
+    if _CHANGES_BASE.fullmatch(start := str(settings.init_lora_weights).lower()):
         raise Unusable(
-            f"{folder} began with a part of its base's weights (init_lora_weights: {begun}), from which they are"
+            f"{folder} began with a part of its base's weights (init_lora_weights: {start}), from which they are"
             " missing since: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"
         )
     return settings
-
-
-def _stated(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that `LoraSettings` knows."""
-    return {key: values[key] for key in LoraSettings.__dataclass_fields__ if key in values}
 
 
 def _targets(shapes: Iterable[str], folder: Path) -> list[str]:

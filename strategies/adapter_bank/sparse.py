@@ -134,11 +134,7 @@ def _entries(values: torch.Tensor, places: torch.Tensor | None, rank: int) -> Sp
 
 
 def merge(
-    folders: Sequence[Path],
-    output: Path,
-    how: Merge | None = None,
-    weights: Sequence[float] = (),
-    density: float = 0.5,
+    folders: Sequence[Path], output: Path, how: Merge | None = None, weights: Sequence[float] = (), density: float = 0.5
 ) -> tuple[int, int]:
     """Write SHiRA adapters of one model as one; its number of entries, and how many fewer those are than all of theirs.
 

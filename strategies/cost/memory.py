@@ -8,7 +8,7 @@ dropout when linear maps are frozen: a frozen map saves nothing, everything else
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from clusters.capability import DeviceCapability
 from clusters.units import GIB
@@ -160,13 +160,7 @@ def with_framework(tensors: MemoryEstimate, device: DeviceCapability) -> MemoryE
     else:
         framework = 0.7 * GIB + 0.06 * exact
         low, high = 0.85 * exact, 1.3 * exact + 1.5 * GIB
-    return MemoryEstimate(
-        **{f"{part}_bytes": size for part, size in tensors.parts.items() if part != "framework"},
-        framework_bytes=framework,
-        host_bytes=tensors.host_bytes,
-        low_bytes=low,
-        high_bytes=high,
-    )
+    return replace(tensors, framework_bytes=framework, low_bytes=low, high_bytes=high)
 
 
 def _tokens(workload: Workload, techniques: Techniques) -> float:
@@ -261,7 +255,7 @@ def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, token
     return _NLL_BYTES * workload.shape.vocab_size * positions
 
 
-def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint, stack: Stack | None = None) -> float:
+def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint, stack: Stack) -> float:
     """What sharding gathers and reduces in.
 
     Ours: stage 3 reduces in a bucket and holds up to LIVE_PARAMETERS gathered, one map at least, and what it fetches
@@ -272,7 +266,7 @@ def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint
     g = BYTES_PER_ELEMENT[techniques.dtype]
     if not techniques.uses_engine:
         return 0.0
-    if stack and stack.deepspeed_defaults:
+    if stack.deepspeed_defaults:
         if techniques.zero_stage >= 3:
             live = 2 * footprint.weights_bytes / shape.num_layers + g * shape.num_embedding_parameters
             return min(live, g * 1e9 + live / 2)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import BYTES_PER_ELEMENT, StrategyPlan, Techniques, Workload
+from strategies.contract import BYTES_PER_ELEMENT, MethodDefaults, StrategyPlan, Techniques, Workload
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint
 from strategies.cost.time import Work
+from strategies.shape import ModelShape
 
 
 @dataclass(frozen=True)
@@ -43,3 +45,18 @@ def predict(
         gathered_bytes=min(footprint.weights_bytes, element_bytes * workload.shape.num_parameters) if gathers else 0.0,
         num_micro_batches=time.num_micro_batches(workload, techniques),
     )
+
+
+class PredictedMethod(MethodDefaults):
+    """A method whose costs follow from the model's sizes and the techniques, whatever the device."""
+
+    name: ClassVar[str]
+
+    def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+        """What it keeps on a device and computes there."""
+        raise NotImplementedError
+
+    def estimate(
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
+    ) -> StrategyPlan:
+        return predict(self.name, workload, device, node, techniques, self.costs(workload.shape, techniques))

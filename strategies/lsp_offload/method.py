@@ -122,12 +122,7 @@ class LspOffload(MethodDefaults):
         )
 
     def _plan(
-        self,
-        workload: Workload,
-        device: DeviceCapability,
-        node: NodeCapability,
-        techniques: Techniques,
-        size: int,
+        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques, size: int
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
         weights = shape.num_layers * sum(linear.inputs * linear.outputs for linear in shape.linears)
@@ -199,10 +194,8 @@ class LspOffload(MethodDefaults):
             others = {name: p for name, p in model.named_parameters() if name not in names}
         for parameter in (*names.values(), *others.values()):
             parameter.requires_grad_(True)
-        learning = None
-        if self.projection == "learned":
-            fit = (self.check_every, self.bias_threshold, self.fit_steps, self.calibration_rows, self.moments)
-            learning = Learning(*fit)
+        fit = (self.check_every, self.bias_threshold, self.fit_steps, self.calibration_rows, self.moments)
+        learning = Learning(*fit) if self.projection == "learned" else None
         betas = (settings.adam_beta1, settings.adam_beta2)
         numbers = AdamNumbers(settings.learning_rate, *betas, settings.adam_epsilon, settings.weight_decay)
         route = self._route(projected, numbers, settings)
@@ -248,16 +241,16 @@ class LspOffload(MethodDefaults):
 
     def _route(self, projected: list[Projected], numbers: AdamNumbers, settings: TrainSettings) -> Route:
         from strategies.lsp_offload.optimizer import Route
-        from strategies.lsp_offload.remote_update import Adam
+        from strategies.lsp_offload.remote_update import CpuSide
         from strategies.lsp_offload.schedule import Lanes
         from strategies.lsp_offload.transport import bus_of
 
-        if self.cpu_side and settings.start_remote is None:
-            raise ValueError(f"cpu_side {self.cpu_side} is a node of a cluster, and this process is in none")
+        remote = None
+        if self.cpu_side:
+            if settings.start_remote is None:
+                raise ValueError(f"cpu_side {self.cpu_side} is a node of a cluster, and this process is in none")
+            remote = settings.start_remote(self.cpu_side, CpuSide, numbers)
         depth = 1 + max(one.layer for one in projected)
-        remote = (
-            settings.start_remote(self.cpu_side, Adam, numbers) if self.cpu_side and settings.start_remote else None
-        )
         lanes = Lanes(transition=depth // 4, overlapped=self.schedule == "layerwise")
         return Route(bus_of(projected[0].weight.device), lanes, remote)
 

@@ -50,10 +50,6 @@ class SparseProjector:
         values = torch.randn(rows, nonzeros, generator=generator) / math.sqrt(nonzeros)
         return cls(values.to(device), positions.to(device), size)
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.numel() * tensor.element_size() for tensor in (self.values_MR, self.positions_MR))
-
     def compress(self, matrix_MK: torch.Tensor) -> torch.Tensor:
         """P^T X: (M, K) -> (D, K).  Reads r M rows."""
         order, rows, starts = self._by_column
@@ -125,10 +121,6 @@ class Subspace:
         sides = [SparseProjector.random(side, size, nonzeros, generator, device) for side in shape]
         return cls(*sides)
 
-    @property
-    def num_bytes(self) -> int:
-        return self.rows.num_bytes + self.columns.num_bytes
-
     def image(self, gradient_MN: torch.Tensor) -> torch.Tensor:
         """P^T G Q, (D, D)."""
         half_DN = self.rows.compress(gradient_MN)
@@ -199,10 +191,6 @@ class Subspace:
     def sides(self) -> tuple[SparseProjector, SparseProjector]:
         return self.rows, self.columns
 
-    @property
-    def size(self) -> int:
-        return self.rows.size
-
     def state(self) -> dict[str, torch.Tensor]:
         """What a checkpoint holds of it."""
         return {
@@ -213,12 +201,8 @@ class Subspace:
 
     @classmethod
     def from_state(cls, state: dict[str, torch.Tensor], size: int) -> Subspace:
-        return cls(
-            *(
-                SparseProjector(state[f"{side}_values"], state[f"{side}_positions"], size)
-                for side in ("rows", "columns")
-            )
-        )
+        parts = ((state[f"{side}_values"], state[f"{side}_positions"]) for side in ("rows", "columns"))
+        return cls(*(SparseProjector(values, positions, size) for values, positions in parts))
 
 
 class _Image(torch.autograd.Function):
@@ -262,7 +246,6 @@ def _row_products(left_MD: torch.Tensor, right_DD: torch.Tensor, positions_MR: t
 class Whole:
     """No subspace at all: the image is the gradient, as ZeRO-Offload sends it (arXiv 2101.06840)."""
 
-    num_bytes = 0
     gain = 1.0
 
     def image(self, gradient_MN: torch.Tensor) -> torch.Tensor:
@@ -270,9 +253,3 @@ class Whole:
 
     def back(self, image_MN: torch.Tensor) -> torch.Tensor:
         return image_MN
-
-    def bias(self, gradient_MN: torch.Tensor) -> torch.Tensor:
-        return torch.zeros(())
-
-    def state(self) -> dict[str, torch.Tensor]:
-        return {}

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 
 from strategies.lsp_offload.adam import AdamNumbers, direction
 
 
-class CpuSide(Protocol):
-    """The process that holds the moments of images and updates them."""
-
-    def update(self, place: int, image: torch.Tensor, moments: dict[str, torch.Tensor] | None) -> torch.Tensor:
-        """AdamW's direction for an image; given moments replace those held."""
-        ...
-
-    def give_moments(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
-        """Give the moments of some images away."""
-        ...
-
-
-class Adam:
-    """A `CpuSide`: as a remote object on another node it needs nothing but memory and cores."""
+class CpuSide:
+    """Holds the moments of images and updates them: as a remote object it needs nothing but memory and cores."""
 
     def __init__(self, numbers: AdamNumbers) -> None:
         self._numbers = numbers
         self._moments: dict[int, dict[str, torch.Tensor]] = {}
 
     def update(self, place: int, image: torch.Tensor, moments: dict[str, torch.Tensor] | None) -> torch.Tensor:
+        """AdamW's direction for an image; given moments replace those held."""
         if moments is not None:  # what another process sent may lie in memory that is not to be written
             self._moments[place] = {name: tensor.clone() for name, tensor in moments.items()}
         return direction(self._moments[place], image, self._numbers, torch.empty_like(image))
 
     def give_moments(self, places: list[int]) -> list[dict[str, torch.Tensor]]:
+        """Give the moments of some images away."""
         return [self._moments.pop(place) for place in places]
 
 

@@ -23,20 +23,12 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from strategies.measure.timeline import Span
+
 if TYPE_CHECKING:
     import torch
 
 LANES = ("down", "update", "up")  # device to host, CPU, host to device
-
-
-@dataclass
-class Span:
-    """One piece of work: seconds of time.perf_counter."""
-
-    lane: str
-    layer: int
-    start_s: float
-    end_s: float
 
 
 @dataclass(order=True)

@@ -6,37 +6,21 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import (
-    BYTES_PER_ELEMENT,
-    Dtype,
-    MethodDefaults,
-    QualityPrior,
-    StrategyPlan,
-    Techniques,
-    TrainSettings,
-    TrainSetup,
-    Workload,
-)
+from strategies.contract import BYTES_PER_ELEMENT, Dtype, QualityPrior, Techniques, TrainSettings, TrainSetup
 from strategies.cost.memory import Footprint
-from strategies.cost.plan import Costs, predict
+from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.time import Work
 from strategies.shape import ModelShape
 
 
 @dataclass(frozen=True)
-class Full(MethodDefaults):
+class Full(PredictedMethod):
     """Train all weights.  Cost: 16 bytes a parameter (fp32 weight, gradient, two Adam moments) and activations."""
 
     name: ClassVar[str] = "full"
     full_rank: ClassVar[bool] = True
 
-    def estimate(
-        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
-    ) -> StrategyPlan:
-        return predict(self.name, workload, device, node, techniques, self._costs(workload.shape, techniques))
-
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+    def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
         num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
         engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments

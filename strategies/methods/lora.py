@@ -7,20 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import (
-    BYTES_PER_ELEMENT,
-    MethodDefaults,
-    QualityPrior,
-    StrategyPlan,
-    Techniques,
-    TrainSettings,
-    TrainSetup,
-    Workload,
-    option,
-)
+from strategies.contract import BYTES_PER_ELEMENT, QualityPrior, Techniques, TrainSettings, TrainSetup, option
 from strategies.cost.memory import Footprint
-from strategies.cost.plan import Costs, predict
+from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.time import Work
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
@@ -30,7 +19,7 @@ _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogon
 
 
 @dataclass(frozen=True)
-class Lora(MethodDefaults):
+class Lora(PredictedMethod):
     """y = W x + (alpha / r) B A x with W frozen, A (r, in) and B (out, r) trained; B starts at zero.
 
     The options mean what PEFT's do.  Memory: the frozen weights in the compute precision, 16 bytes a trained parameter.
@@ -90,12 +79,7 @@ class Lora(MethodDefaults):
             self.modules_to_save,
         )
 
-    def estimate(
-        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
-    ) -> StrategyPlan:
-        return predict(self.name, workload, device, node, techniques, self._costs(workload.shape, techniques))
-
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+    def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
         chosen = targets.adapted(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
         in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)

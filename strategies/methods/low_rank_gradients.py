@@ -38,9 +38,9 @@ class Galore(Full):
             return f"{self.kind} is an AdamW of its own: set train.optim: auto"
         return None
 
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+    def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         """Full training's, with less state; products with the window cost less than the update's memory traffic."""
-        costs = super()._costs(shape, techniques)
+        costs = super().costs(shape, techniques)
         footprint = replace(costs.footprint, optimizer_bytes=self._state_bytes(shape, costs.footprint))
         return replace(costs, footprint=footprint)
 

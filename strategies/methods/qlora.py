@@ -47,8 +47,8 @@ class QLora(Lora):
             if any(targets.is_in(module, name) for module in quantised)
         ]
 
-    def _costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
-        costs = super()._costs(shape, techniques)
+    def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
+        costs = super().costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]
         every = targets.adapted(shape, targets.ALL)
         quantised = every.elements

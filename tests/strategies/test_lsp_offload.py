@@ -65,7 +65,8 @@ def test_image_and_way_back_are_the_products_they_stand_for():
     torch.testing.assert_close(space.back(space.image(gradient)), left @ (left.T @ gradient @ right) @ right.T)
     other = Subspace.random((40, 30), 16, 4, generator(2))
     torch.testing.assert_close(other.rows.overlap(space.rows), dense(other.rows).T @ left)
-    assert space.num_bytes == (40 + 30) * 4 * (4 + 4)  # (m + n) r values and positions
+    num_bytes = sum(tensor.nbytes for tensor in space.state().values())
+    assert num_bytes == (40 + 30) * 4 * (4 + 4)  # (m + n) r values and positions
 
 
 def net(num_layers=3, seed=0):
@@ -78,7 +79,7 @@ NUMBERS = AdamNumbers(1e-2, weight_decay=0.1)
 
 def optimizer_of(model, spaces, lanes=None, bus=None, learning=None, seed=0):
     """`spaces`: given subspaces, or (size, non-zeros) for random ones."""
-    sizes = [(space.size, 2) if isinstance(space, Subspace) else space for space in spaces]
+    sizes = [(space.rows.size, 2) if isinstance(space, Subspace) else space for space in spaces]
     weights = [Projected(place, layer.weight, *sizes[place]) for place, layer in enumerate(model)]
     made = LspAdamW(weights, Route(bus or EmulatedBus(), lanes or Lanes()), NUMBERS, learning, seed=seed)
     for place, layer in enumerate(model):
