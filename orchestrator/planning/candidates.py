@@ -45,20 +45,20 @@ class Slot:
 
 @dataclass(frozen=True)
 class Switches:
-    """The values each switch may take; a job that states one leaves a single value."""
+    """The values each switch may take, by default where a job leaves it open; a stated one is a single value."""
 
-    dtypes: Sequence[Dtype]
-    attentions: Sequence[str]
-    packings: Sequence[bool]
-    checkpointings: Sequence[bool]
-    losses: Sequence[LossType]
-    offloads: Sequence[Offload]
-    optims: Sequence[str]
-    rows: int | None  # None = open
-    accumulation: int | None
-    zero_stages: Sequence[int]
-    torch_compile: bool
     max_length: int
+    dtypes: Sequence[Dtype] = ("bfloat16", "float16", "float32")
+    attentions: Sequence[str] = ("document", "flash_attention_2", "sdpa", "eager")
+    packings: Sequence[bool] = (True, False)
+    checkpointings: Sequence[bool] = (False, True)
+    losses: Sequence[LossType] = ("nll", "chunked_nll")
+    offloads: Sequence[Offload] = ("none", "activations", "optimizer", "parameters")
+    optims: Sequence[str] = ("adamw_torch_fused", "adamw_bnb_8bit")
+    rows: int | None = None  # None = open
+    accumulation: int | None = None
+    zero_stages: Sequence[int] = (0, 1, 2, 3)
+    torch_compile: bool = False
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
 
 

@@ -30,6 +30,15 @@ def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
     return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
 
 
+def by_goal(prefer: str, seconds: float, peak_bytes: float, lack: float, cost: float | None) -> tuple[float, float]:
+    """What the goal wants least of, and what decides between equals; time where the cost is unknown."""
+    if prefer == "memory":
+        return peak_bytes, seconds
+    if prefer == "quality":
+        return lack, seconds
+    return (seconds if prefer == "time" or cost is None else cost), peak_bytes
+
+
 def _within_limits(spec: JobSpec, fitting: Sequence[Candidate]) -> list[Candidate]:
     goal, kept = spec.goal, list(fitting)
     limits = (

@@ -7,7 +7,6 @@ chooses among it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -31,7 +30,7 @@ from orchestrator.planning.plan import NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions
 from orchestrator.planning.workload import grows_with_workers, max_positions
-from strategies.contract import BYTES_PER_ELEMENT, Dtype, Workload
+from strategies.contract import BYTES_PER_ELEMENT, Workload
 from strategies.cost.time import product_rate
 
 _LONGEST_AUTO = 2048
@@ -109,37 +108,28 @@ def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
 def switches_of(spec: JobSpec, max_length: int) -> Switches:
     """The values of each switch: what the job states, or everything worth an estimate."""
     model, train, strategy = spec.model, spec.train, spec.strategy
-    modes = {"zero1": 1, "zero2": 2, "zero3": 3}
-    stages: Sequence[int] = (0,) if strategy.local_steps else (0, 1, 2, 3)
+    stated: dict[str, Any] = {
+        "dtypes": model.dtype,
+        "attentions": model.attn_implementation,
+        "packings": spec.data.packing,
+        "checkpointings": train.gradient_checkpointing,
+        "losses": train.loss_type,
+        "offloads": strategy.offload,
+        "optims": train.optim,
+    }
+    values = {name: (value,) for name, value in stated.items() if value != "auto"}
     if strategy.mode != "auto":
-        stages = (modes.get(strategy.mode, 0),)
-    offloads: Sequence[Any] = ("none", "activations", "optimizer", "parameters")
-    if strategy.offload != "auto":
-        offloads = (strategy.offload,)
-    dtypes: Sequence[Dtype] = ("bfloat16", "float16", "float32") if model.dtype == "auto" else (model.dtype,)
-    attentions: Sequence[str] = ("document", "flash_attention_2", "sdpa", "eager")
-    if model.attn_implementation != "auto":
-        attentions = (model.attn_implementation,)
-    optims: Sequence[str] = ("adamw_torch_fused", "adamw_bnb_8bit") if train.optim == "auto" else (train.optim,)
-    checkpointing, rows, steps = (
-        train.gradient_checkpointing,
-        train.per_device_train_batch_size,
-        train.gradient_accumulation_steps,
-    )
+        values["zero_stages"] = ({"zero1": 1, "zero2": 2, "zero3": 3}.get(strategy.mode, 0),)
+    elif strategy.local_steps:
+        values["zero_stages"] = (0,)
+    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
     return Switches(
-        dtypes=dtypes,
-        attentions=attentions,
-        packings=(True, False) if spec.data.packing == "auto" else (spec.data.packing,),
-        checkpointings=(False, True) if checkpointing == "auto" else (checkpointing,),
-        losses=("nll", "chunked_nll") if train.loss_type == "auto" else (train.loss_type,),
-        offloads=offloads,
-        optims=optims,
+        max_length,
         rows=rows if isinstance(rows, int) else None,
         accumulation=steps if isinstance(steps, int) else None,
-        zero_stages=stages,
         torch_compile=train.torch_compile,
-        max_length=max_length,
-        deepspeed=spec.strategy.deepspeed is not None,
+        deepspeed=strategy.deepspeed is not None,
+        **values,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+from orchestrator.planning.candidates import Switches
 from orchestrator.planning.enumeration import Enumeration
 from strategies import METHODS
 from strategies.techniques.libraries import EXTRAS, lacks
@@ -14,12 +15,7 @@ from strategies.techniques.libraries import EXTRAS, lacks
 _SHORTEST = 128  # max_length in tokens
 _MOST = 4
 _OPEN: dict[str, Any] = {  # the switches as a job leaves them open
-    "checkpointings": (False, True),
-    "rows": None,
-    "accumulation": None,
-    "losses": ("nll", "chunked_nll"),
-    "dtypes": ("bfloat16", "float16", "float32"),
-    "optims": ("adamw_torch_fused", "adamw_bnb_8bit"),
+    name: getattr(Switches, name) for name in ("checkpointings", "rows", "accumulation", "losses", "dtypes", "optims")
 }
 
 
@@ -81,8 +77,8 @@ def _shorter_samples(enumeration: Enumeration) -> Iterator[str]:
 def _more_memory(enumeration: Enumeration) -> Iterator[str]:
     """One more device like one that is there, or the host's memory."""
     opened = replace(enumeration.switches, **_OPEN)
-    sharded = replace(opened, zero_stages=(0, 1, 2, 3), offloads=("none", "optimizer", "parameters"))
-    offloaded = replace(opened, offloads=("none", "activations", "optimizer", "parameters"))
+    sharded = replace(opened, zero_stages=Switches.zero_stages, offloads=("none", "optimizer", "parameters"))
+    offloaded = replace(opened, offloads=Switches.offloads)
     for slot in {slot.label: slot for slot in enumeration.slots}.values():
         twin = replace(slot, node=replace(slot.node, name=f"{slot.node.name}-2"))
         if _fits(enumeration, slots=[*enumeration.slots, twin], switches=sharded):

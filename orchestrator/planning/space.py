@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from clusters.capability import DeviceCapability
 from orchestrator.errors import JobError
-from orchestrator.job.job_file import spec_with
+from orchestrator.job.job_file import spec_with, value_of
 from orchestrator.job.sections.search import Choices, LogUniform, RandInt, Uniform
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Slot
@@ -36,10 +37,7 @@ class Space:
 
     def __len__(self) -> int:
         """Combinations of the choices."""
-        count = 1
-        for values in self.choices.values():
-            count *= len(values)
-        return count
+        return math.prod(map(len, self.choices.values()))
 
     def points(self) -> Iterator[Point]:
         """Every combination of the choices, each once however a method spells it."""
@@ -125,7 +123,6 @@ def _methods(spec: JobSpec) -> list[str]:
 
 def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_size: int) -> dict[str, tuple[Any, ...]]:
     """Every optimization that the job leaves open, with the values that could make a difference on the devices."""
-    model, train, strategy = spec.model, spec.train, spec.strategy
     on_gpu = any(device.kind != "cpu" for device in devices)
     dtypes = ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")
     kernels = ("document", "flash_attention_2", "sdpa", "eager") if on_gpu else ("document", "sdpa", "eager")
@@ -138,20 +135,17 @@ def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_s
             values = option.metadata.get("tried")
             if values and option.name not in spec.method.model_fields_set:
                 choices[f"method.{option.name}"] = values
-    values_if_open = {
-        "model.dtype": (model.dtype, dtypes),
-        "model.attn_implementation": (model.attn_implementation, kernels),
-        "data.packing": (spec.data.packing, (True, False)),
-        "train.gradient_checkpointing": (train.gradient_checkpointing, (False, True)),
-        "train.per_device_train_batch_size": (
-            train.per_device_train_batch_size,
-            tuple(rows for rows in _ROWS if rows <= global_batch_size),
-        ),
-        "train.loss_type": (train.loss_type, ("nll", "chunked_nll")),
-        "train.optim": (train.optim, ("adamw_torch_fused", "adamw_bnb_8bit")),
-        "strategy.offload": (strategy.offload, ("none", "activations") if on_gpu else ("none",)),
+    tried: dict[str, tuple[Any, ...]] = {
+        "model.dtype": dtypes,
+        "model.attn_implementation": kernels,
+        "data.packing": (True, False),
+        "train.gradient_checkpointing": (False, True),
+        "train.per_device_train_batch_size": tuple(rows for rows in _ROWS if rows <= global_batch_size),
+        "train.loss_type": ("nll", "chunked_nll"),
+        "train.optim": ("adamw_torch_fused", "adamw_bnb_8bit"),
+        "strategy.offload": ("none", "activations") if on_gpu else ("none",),
     }
-    choices |= {key: values for key, (value, values) in values_if_open.items() if value == "auto" and len(values) > 1}
+    choices |= {key: values for key, values in tried.items() if value_of(spec, key) == "auto" and len(values) > 1}
     if not choices:
         raise JobError("search: the job leaves nothing open; set some keys to auto, or list values in search.space")
     return choices

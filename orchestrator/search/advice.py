@@ -21,6 +21,7 @@ from orchestrator.job.job_file import spec_with
 from orchestrator.job.spec import JobSpec
 from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner, workload
+from orchestrator.planning.goal import by_goal
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, key_of
@@ -220,19 +221,8 @@ def _in_order(survivors: list[Advice], prefer: str) -> tuple[list[Advice], int]:
     front = pareto(survivors, lambda advice: advice.costs)
     on_front = {id(advice) for advice in front}
     rest = [advice for advice in survivors if id(advice) not in on_front]
-    wanted = _WANTED[prefer]
+
+    def wanted(advice: Advice) -> tuple[float, float]:
+        return by_goal(prefer, *advice.costs, advice.plan.price.total)
+
     return [*sorted(front, key=wanted), *sorted(rest, key=wanted)], len(front)
-
-
-def _cost(advice: Advice) -> float:
-    """Money where it is known; else time, which it follows."""
-    total = advice.plan.price.total
-    return advice.plan.total_s if total is None else total
-
-
-_WANTED: dict[str, Any] = {
-    "time": lambda advice: (advice.plan.total_s, advice.plan.memory.total_bytes),
-    "memory": lambda advice: (advice.plan.memory.total_bytes, advice.plan.total_s),
-    "cost": lambda advice: (_cost(advice), advice.plan.memory.total_bytes),
-    "quality": lambda advice: (-advice.score, advice.plan.total_s),
-}

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
+from orchestrator.planning.goal import by_goal
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point
@@ -84,21 +84,10 @@ def recommend(spec: JobSpec, found: Sequence[Outcome]) -> tuple[Outcome | None, 
     best = min(outcome.lack for outcome in keeping)
     tolerance, prefer = spec.search.quality_tolerance, spec.goal.prefer
     as_good = [outcome for outcome in keeping if outcome.lack <= best + tolerance * abs(best)]
-    chosen = min(as_good, key=lambda outcome: wanted(prefer, outcome))
+    chosen = min(as_good, key=lambda outcome: by_goal(prefer, *outcome.costs, outcome.cost))
     left = len(keeping) - len(as_good)
     why = f"best by goal.prefer: {prefer} of {len(as_good)} whose quality is within {tolerance:.0%} of the best"
     return chosen, why + (f"; {left} were worse by more" if left else "")
-
-
-def wanted(prefer: str, outcome: Outcome) -> tuple[Any, ...]:
-    """What the goal wants least of."""
-    if prefer == "memory":
-        return outcome.peak_bytes, outcome.total_s
-    if prefer == "quality":
-        return outcome.lack, outcome.total_s
-    if prefer == "cost" and outcome.cost is not None:
-        return outcome.cost, outcome.peak_bytes
-    return outcome.total_s, outcome.peak_bytes
 
 
 def _keeps(spec: JobSpec, outcome: Outcome) -> bool:

@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
-from clusters.capability import NodeCapability
+from clusters.capability import ClusterCapability, NodeCapability
 from clusters.ray.connect import connect
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits, OrchestratorError, RunFailed
@@ -60,11 +60,12 @@ class _Search:
     space: Space
     nodes: Sequence[NodeCapability]
     watcher: SearchObserver
-    sampler: Sampler | None
+    advised: Forecast | None
     named: list[tuple[str, Point]]  # a study's list, in place of a sampler
     stopped: bool = False
 
     def __post_init__(self) -> None:
+        self.sampler = _sampler(self.planning, self.space, self.advised)
         self.done = self.folder.trials()
         self.next_number = max((trial.number for trial in self.done), default=0) + 1
         self.began = time.monotonic()
@@ -202,18 +203,13 @@ def search(
     `study` gives a list of points instead.  Mistakes are raised before anything is written.
     """
     original, job = job, with_held_out_rows(job, watcher.say)
-    ready = prepare(job, watcher.say, bank=bank)
     named = study(job) if study else []
-    # As they are known now: they stay so for the whole search.
-    capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
-    space = Space({}) if study else space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
-    files = files_of(job, ready, space, named, watcher.say)
-    planning = planning_of(job, files, capability, _batch(ready))
-    nodes = nodes_of(job.spec, capability, ready.plan)
-    advised = None if study else _advised(planning, space, nodes, watcher)
+    ready, files, planning, space = _prepare(job, named, watcher.say, bank)
+    nodes = nodes_of(job.spec, planning.capability, ready.plan)
+    advised = None if named else _advised(planning, space, nodes, watcher)
     texts = {
         "origin.json": json.dumps({"folder": str(job.folder)}),
-        "capability.json": json.dumps(capability.as_dict(), indent=1),
+        "capability.json": json.dumps(planning.capability.as_dict(), indent=1),
         "data.json": json.dumps(files, indent=1),
         "plan.json": ready.plan.to_json(),
         "study.json": json.dumps(named),
@@ -223,23 +219,32 @@ def search(
     }
     with SearchFolder.take(output_dir(job), f"search-{job.spec.name}") as folder:
         folder.begin(texts)
-        return _try_rest(
-            _Search(folder, job, planning, space, nodes, watcher, _sampler(planning, space, advised), named)
-        )
+        return _try_rest(_Search(folder, job, planning, space, nodes, watcher, advised, named))
 
 
-def _batch(ready: Ready) -> int:
-    return ready.plan.global_batch_size
+def _prepare(
+    job: Job, named: list[tuple[str, Point]], say: Callable[[str], None], bank: BankHooks
+) -> tuple[Ready, dict[str, Any], Planning, Space]:
+    """A search's base plan, its data by max_length, its planner and what it may try."""
+    ready = prepare(job, say, bank=bank)
+    batch = ready.plan.global_batch_size
+    # As they are known now: they stay so for the whole search.
+    capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
+    space = _space_of(job, capability, batch, named)
+    files = files_of(job, ready, space, named, say)
+    return ready, files, planning_of(job, files, capability, batch), space
+
+
+def _space_of(job: Job, capability: ClusterCapability, batch: int, named: list[tuple[str, Point]]) -> Space:
+    """What a sampler may try; nothing beside the points of a study."""
+    return Space({}) if named else space_of(job.spec, planner.slots_of(job.spec, capability), batch)
 
 
 def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> tuple[Space, Forecast]:
     """What a search would know before its first trial; nothing is started.  Raises OrchestratorError."""
     job = with_held_out_rows(job, say)
-    ready = prepare(job, say, bank=bank)
-    capability = price.priced(job.spec, calibration.calibrated(ready.capability, output_dir(job)))
-    space = space_of(job.spec, planner.slots_of(job.spec, capability), _batch(ready))
-    files = files_of(job, ready, space, [], say)
-    return space, advise(planning_of(job, files, capability, _batch(ready)), space)
+    _, _, planning, space = _prepare(job, [], say, bank)
+    return space, advise(planning, space)
 
 
 def resume(folder: SearchFolder, watcher: SearchObserver) -> SearchFolder:
@@ -253,14 +258,11 @@ def _restore(folder: SearchFolder, watcher: SearchObserver) -> _Search:
     """A search as it is in its files."""
     job = folder.job()
     planning = planning_in(folder, job)
-    base = folder.plan()
     named = [(name, point) for name, point in folder.study()]
-    slots = planner.slots_of(job.spec, planning.capability)
-    space = Space({}) if named else space_of(job.spec, slots, planning.global_batch_size)
-    nodes = nodes_of(job.spec, planning.capability, base)
+    space = _space_of(job, planning.capability, planning.global_batch_size, named)
+    nodes = nodes_of(job.spec, planning.capability, folder.plan())
     advised = None if named else _advised(planning, space, nodes, watcher)
-    sampler = None if named else _sampler(planning, space, advised)
-    return _Search(folder, job, planning, space, nodes, watcher, sampler, named)
+    return _Search(folder, job, planning, space, nodes, watcher, advised, named)
 
 
 def _try_rest(search: _Search) -> SearchFolder:
@@ -330,10 +332,10 @@ def _tune(search: _Search) -> None:
                 tune_trials, search.folder.path, search, slots, num_trials, spec.search.trial_steps, scheduler
             )
             error = run_in_background(tune, search.poll, search.interrupt)
-    if error is None or isinstance(error, OrchestratorError):
-        if error:
-            raise error
+    if error is None:
         return
+    if isinstance(error, OrchestratorError):
+        raise error
     raise RunFailed(
         f"Ray Tune ended with {type(error).__name__}: {first_line(error)}. `orchestrator resume"
         f" {search.folder.run_id}` continues"

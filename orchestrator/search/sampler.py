@@ -19,6 +19,7 @@ import numpy
 import optuna
 
 from orchestrator.job.sections.search import LogUniform, RandInt
+from orchestrator.planning.goal import by_goal
 from orchestrator.planning.space import Point, Range, Space, key_of
 from orchestrator.search.advice import Advice, Forecast
 
@@ -85,7 +86,9 @@ class Sampler:
         directions: list[Any] = ["minimize"] * len(self.objectives)
         self._study = optuna.create_study(directions=directions, sampler=_optuna_sampler(self.kind, seed))
         self._distributions: dict[str, Any] = {
-            key: optuna.distributions.CategoricalDistribution(_encode(values)) for key, values in space.choices.items()
+            # Places in the list: values may be lists, which Optuna does not take as choices.
+            key: optuna.distributions.CategoricalDistribution(range(len(values)))
+            for key, values in space.choices.items()
         }
         self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
         self._open: dict[str, optuna.trial.Trial] = {}
@@ -98,18 +101,19 @@ class Sampler:
             return self._suggest(lambda point: True)
         stream = _STREAMS[self._turn % len(_STREAMS)]
         self._turn += 1
-        known = self.advised.by_key
-        point = None
+        known, point = self.advised.by_key, None
+
+        def is_known(point: Point) -> bool:
+            return key_of(self._choices(point)) in known
+
         if stream == 1:
             front = next((a.point for a in self.advised.worth[: self.advised.num_front] if self._is_new(a.point)), None)
-            point = (
-                self._enqueue(front) if front else self._suggest(lambda point: key_of(self._choices(point)) in known)
-            )
+            point = self._enqueue(front) if front else self._suggest(is_known)
         if point is None:
             left = [advice for advice in self.advised.worth if self._is_new(advice.point)]
             point = self._enqueue(min(left, key=self._expected).point) if left else None
         if point is None and self.space.ranges:  # every choice was tried once: other numbers
-            point = self._suggest(lambda point: key_of(self._choices(point)) in known)
+            point = self._suggest(is_known)
         return point
 
     def tell(self, point: Point, values: Sequence[float] | None) -> None:
@@ -135,14 +139,14 @@ class Sampler:
         """What the goal wants least of, corrected."""
         seconds = advice.plan.total_s * self.corrections["time"].factor(advice.point)
         peak = advice.plan.memory.total_bytes * self.corrections["memory"].factor(advice.point)
-        if self.prefer == "memory":
-            return peak, seconds
-        return (-advice.score, seconds) if self.prefer == "quality" else (seconds, peak)
+        return by_goal(self.prefer, seconds, peak, -advice.score, cost=None)
 
     def _suggest(self, allowed: Callable[[Point], bool]) -> Point | None:
+        choices = self.space.choices
         for _ in range(_TRIES):
             trial = self._new_trial()
-            point = {key: _value(self.space, key, trial.params[key]) for key in self._distributions}
+            codes = {key: trial.params[key] for key in self._distributions}
+            point = {key: choices[key][code] if key in choices else code for key, code in codes.items()}
             if allowed(point) and self._is_new(point):
                 self._open[self._name(point)] = trial
                 self._tried.add(self._name(point))
@@ -193,17 +197,8 @@ def _optuna_sampler(kind: str, seed: int) -> Any:
         return optuna.samplers.RandomSampler(seed) if kind == "random" else optuna.samplers.TPESampler(seed=seed)
 
 
-def _encode(values: Sequence[Any]) -> list[int]:
-    """Optuna's choices are places in the list: values may be lists, which it does not take."""
-    return list(range(len(values)))
-
-
 def _code(space: Space, key: str, value: Any) -> Any:
     return space.choices[key].index(value) if key in space.choices else value
-
-
-def _value(space: Space, key: str, code: Any) -> Any:
-    return space.choices[key][code] if key in space.choices else code
 
 
 def _distribution(values: Range) -> Any:
