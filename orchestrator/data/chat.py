@@ -1,7 +1,7 @@
-"""A conversation as the chat template writes it: the text, and which characters of it each answer is.
+"""Renders a conversation with the chat template: the text, and which characters of it are answers.
 
-Two ways to know what the assistant wrote.  A template with `{% generation %}` says so itself.  Any other is rendered
-turn by turn: an answer is what a longer prefix of the conversation adds after the generation prompt.
+There are two ways to locate an answer.  A template with `{% generation %}` marks it.  Any other is rendered turn by
+turn: an answer is what a longer prefix of the conversation adds after the generation prompt.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from orchestrator.data.supervision import (
     Span,
     answer_end,
     find_text,
+    lost_text,
     lost_turns,
-    lost_words,
     missing_tools,
     outside,
 )
 
 _FIX = (
-    "Set data.chat_template to a .jinja file whose assistant turns stand between {% generation %} and"
+    "Set data.chat_template to a .jinja file that puts assistant turns between {% generation %} and"
     " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
 )
-_FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after the assistant's words"
-_FIX_LOSS = "Set data.chat_template to a .jinja file that writes them, or take them out of the rows"
-_OWN_KEYS = ("train",)  # of a turn, for us and not for the template
+_FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after each answer"
+_FIX_LOSS = "Set data.chat_template to a .jinja file that writes it, or remove it from the rows"
+_OWN_KEYS = ("train",)  # of a turn, not meant for the template
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """Turns, the functions that they may call, and how many turns at the front are the job's and not the row's."""
+    """Turns, the functions that the model may call, and how many turns at the front come from the job, not the row."""
 
     turns: tuple[dict[str, Any], ...]
     tools: tuple[dict[str, Any], ...] = ()
@@ -47,15 +47,15 @@ class Conversation:
         return [number for number, turn in enumerate(self.turns) if turn["role"] == "assistant"]
 
     def is_trained(self, number: int) -> bool:
-        """Whether an assistant's turn is learnt: all are, unless the row says otherwise."""
+        """Whether an assistant turn is trained: all are, unless the row has `train: false`."""
         return bool(self.turns[number].get("train", True))
 
     def content(self, number: int) -> str:
-        """What a turn says; nothing where it only calls functions."""
+        """The text of a turn; empty where it only calls functions."""
         return str(self.turns[number].get("content") or "")
 
     def name(self, number: int) -> str:
-        """How a message calls a turn."""
+        """The name of a turn in a message."""
         if number < self.num_added:
             return "data.system_prompt"
         return f"turn {number - self.num_added + 1} ({self.turns[number]['role']})"
@@ -93,7 +93,7 @@ class ChatTemplate:
     def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
 
-        Raises BadRow: the assistant's words cannot be told apart, words are lost, or an answer has no end.
+        Raises BadRow where an answer cannot be located or has no ending, or the template drops text.
         """
         if self._marks_generation:
             text, spans = self._marked(talk)
@@ -107,7 +107,7 @@ class ChatTemplate:
     def last_answer(self, talk: Conversation) -> tuple[str, Span]:
         """The text of a conversation that ends with an answer, as inference sees it, and that answer.  Raises BadRow.
 
-        Thoughts of answers before may be gone, as they are when the next answer is generated.
+        The reasoning of earlier answers may be missing, as it is when the next answer is generated.
         """
         text = self.text(talk)
         span = self._answer_span(talk, text)
@@ -119,37 +119,37 @@ class ChatTemplate:
     def refuse_lost(
         self, talk: Conversation, text: str, answers: Sequence[Span], among: Sequence[int] | None = None
     ) -> None:
-        """Raises LostTurns for words of these turns that the template leaves out, BadRow for a beginning inside one."""
+        """Raise LostTurns where the template drops text of these turns, BadRow for a begin-of-text token inside one."""
         numbers = range(len(talk.turns)) if among is None else among
         if lost := [numbers[k] for k in lost_turns([talk.turns[n] for n in numbers], text, answers)]:
-            words = lost_words(talk.turns[lost[0]], text)
+            dropped = lost_text(talk.turns[lost[0]], text)
             more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
             raise LostTurns(
-                f"{talk.name(lost[0])}: the chat template leaves out words of it{more}: {words!r}. {_FIX_LOSS}",
-                f"the chat template leaves out words of a turn of {talk.turns[lost[0]]['role']}",
+                f"{talk.name(lost[0])}: the chat template drops a part of it{more}: {dropped!r}. {_FIX_LOSS}",
+                f"the chat template drops a part of a turn of {talk.turns[lost[0]]['role']}",
                 len(lost),
             )
         if missing := missing_tools(talk.tools, text):
             raise LostTurns(
-                f"the chat template leaves out the tool {missing[0]!r}. {_FIX_LOSS}",
-                "the chat template leaves out tools",
+                f"the chat template drops the tool {missing[0]!r}. {_FIX_LOSS}",
+                "the chat template drops tools",
             )
         bos = self.bos
         if bos and bos in text:
             inside = [number for number in range(len(talk.turns)) if bos in talk.content(number)]
             if inside and text.count(bos) > sum(talk.content(number).count(bos) for number in inside):
                 raise BadRow(
-                    f"{talk.name(inside[0])} holds {bos!r}, with which the chat template begins a text itself: the row"
-                    " was rendered already. Give it as `text`, or take the template's tokens out of it",
-                    "a turn holds what begins a text",
+                    f"{talk.name(inside[0])} holds {bos!r}, which the chat template writes at the start of a text: the"
+                    " row was rendered already. Give it as `text`, or remove the template's tokens from it",
+                    "a turn holds the token that begins a text",
                 )
 
     def no_end(self, talk: Conversation, number: int) -> NoEnd:
-        """The fault of an answer without an end."""
+        """The error for an answer without an ending."""
         return NoEnd(
-            f"{talk.name(number)}: the chat template supervises no end after the answer, so the model would never learn"
+            f"{talk.name(number)}: the chat template writes no ending after the answer, so the model would never learn"
             f" to stop. {_FIX_END}",
-            "the chat template supervises no end after an answer",
+            "the chat template writes no ending after an answer",
         )
 
     def _by_prefix(self, talk: Conversation, text: str) -> list[Span] | None:
@@ -167,7 +167,7 @@ class ChatTemplate:
         last = len(talk.turns) - 1
         start = self._answer_start(talk, text)
         end = answer_end(text[start:], talk.content(last), self.eos)
-        if end is None and find_text(talk.content(last), text, start):  # words that are lost are another fault
+        if end is None and find_text(talk.content(last), text, start):  # dropped text is another error
             raise self.no_end(talk, last)
         return start, start + end if end is not None else len(text)
 
@@ -176,10 +176,10 @@ class ChatTemplate:
         if any(turn["role"] not in ("system", "assistant") for turn in talk.turns[:last]):
             before = self.text(talk.through(last - 1), add_generation_prompt=True)
             if not text.startswith(before):
-                self.refuse_lost(talk, text, [])  # words that the template writes into the prompt alone
+                self.refuse_lost(talk, text, [])  # text that the template writes into the prompt only
                 raise _other_prompt(talk.name(last), before, text)
             return len(before)
-        at = 0  # the assistant speaks first: what the template writes before its words, it wrote by itself
+        at = 0  # the assistant speaks first: find what the template writes before the answer
         for number in range(last):
             at = (find_text(talk.content(number), text, at) or (at, at))[1]
         opening = text.find(self._generation_prompt, at) if self._generation_prompt else -1
@@ -189,7 +189,7 @@ class ChatTemplate:
 
     @cached_property
     def _generation_prompt(self) -> str:
-        """What the template writes to make the assistant speak."""
+        """What the template writes where the assistant is to answer."""
         probe = Conversation(({"role": "user", "content": "a"},))
         try:
             prompted, whole = self.text(probe, add_generation_prompt=True), self.text(probe)
@@ -222,15 +222,14 @@ class ChatTemplate:
 
 
 def _other_prompt(name: str, before: str, text: str) -> BadRow:
-    """The fault of a template whose prompt for an answer is not what stands before it in the conversation."""
+    """The error for a template whose generation prompt differs from what it writes before the answer."""
     pairs = enumerate(zip(before, text, strict=False))
     same = next((at for at, (one, other) in pairs if one != other), min(len(before), len(text)))
     prompt, written = printable(before[same:][-40:]), printable(text[same:][:40])
     return BadRow(
-        f"{name}: data.chat_template: the prompt that the template writes for an answer continues with '{prompt}', the"
-        f" conversation with '{written}', so the assistant's words cannot be"
-        f" told apart. Begin the answers as the prompt ends, or: {_FIX}",
-        "the template's prompt for an answer is not how it writes the conversation",
+        f"{name}: data.chat_template: the template's generation prompt continues with '{prompt}', the conversation with"
+        f" '{written}', so the answer cannot be located. Begin the answers as the prompt ends, or: {_FIX}",
+        "the template's generation prompt is not how it writes the conversation",
     )
 
 
@@ -241,9 +240,9 @@ def _refuse_marks(text: str, spans: Sequence[Span], num_answers: int) -> None:
         raise BadRow(f"data.chat_template: the template marks every token as the assistant's. {_FIX}")
     if len(spans) != num_answers:
         raise BadRow(
-            f"data.chat_template: the template marks {len(spans)} places in a conversation with {num_answers} turns of"
-            " the assistant. Put each of these, with its end, between one {% generation %} and {% endgeneration %}",
-            "the template marks another number of places than there are turns of the assistant",
+            f"data.chat_template: the template marks {len(spans)} spans in a conversation with {num_answers} assistant"
+            " turns. Put each turn, with its ending, between one {% generation %} and {% endgeneration %}",
+            "the template marks another number of spans than there are assistant turns",
         )
 
 
@@ -260,7 +259,7 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
 
 def _refused(error: Exception) -> BadRow:
     return BadRow(
-        f"data.chat_template: the template refuses the conversation: {printable(first_line(error))}. Mend the row, or"
+        f"data.chat_template: the template refuses the conversation: {printable(first_line(error))}. Fix the row, or"
         " set data.chat_template to a .jinja file that takes it"
     )
 

@@ -110,7 +110,7 @@ class Counts:
         """Why these rows cannot be trained on: broken ones where `strict`, or no sample left where some are needed."""
         statistics, lines = self.statistics, self.broken.lines()
         if lines and strict:
-            return JobError([*lines, "Mend these rows, or set data.strict: false to skip and count them"])
+            return JobError([*lines, "Fix these rows, or set data.strict: false to skip and count them"])
         if statistics.samples or not needs_samples:
             return None
         left = (
@@ -142,7 +142,7 @@ def check_line(statistics: Mapping[str, Any]) -> str:
 
 
 def loss_notice(statistics: Mapping[str, Any], key: str) -> str | None:
-    """What to say where more than 1 % of the tokens or 0.1 % of the rows are lost to data.max_length."""
+    """A notice where more than 1 % of the tokens or 0.1 % of the rows are lost to data.max_length, else None."""
     tokens, rows = _lost_shares(statistics)
     cut = statistics["cut_tokens"] / max(1, _all_tokens(statistics))
     if cut <= _MAX_CUT and rows <= _MAX_DROPPED:
@@ -173,7 +173,7 @@ def _lost_shares(statistics: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def reading_notices(statistics: Mapping[str, Any], key: str) -> list[str]:
-    """What to say of columns that are not used, and of what was read in an unusual way: each once, with its rows."""
+    """Notices of unused columns and of unusual ways in which rows were read, each with its number of rows."""
     ignored = [f"{name} ({count:,} row{'s' if count > 1 else ''})" for name, count in statistics["ignored"].items()]
     notices = [f"{key}: not used: {', '.join(ignored)}"] if ignored else []
     return notices + [f"{key}: {reading} ({count:,} rows)" for reading, count in statistics["readings"].items()]

@@ -27,7 +27,7 @@ class Prepared:
 
     train: Dataset
     held_out: Dataset | None
-    files: dict[str, Any]  # what data.json says, so that workers find the same samples
+    files: dict[str, Any]  # the contents of data.json, by which workers find the same samples
     cached: bool
 
 
@@ -67,7 +67,7 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
 
 
 def _report(job: Job, data: Dataset, key: str, say: Callable[[str], None]) -> None:
-    """Say what of the rows and files is not used.  Raises JobError where that is more than a job loses unasked."""
+    """Report rows and files that are not used.  Raises JobError where too much is lost without data.truncate."""
     statistics = asdict(data.statistics)
     if not job.spec.data.truncate and (refusal := loss_refusal(statistics, key)):
         raise JobError(refusal)
@@ -78,7 +78,7 @@ def _report(job: Job, data: Dataset, key: str, say: Callable[[str], None]) -> No
 
 
 def digests(job: Job) -> dict[str, str | None]:
-    """What data.json says of the bytes of the job's files."""
+    """The digests of the job's data files, for data.json."""
     stated = {"train": job.spec.data.train, "eval": job.spec.data.eval}
     return {
         f"{name}_digest": digest_of(job, value, f"data.{name}")

@@ -54,11 +54,13 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
             reason = f"none of its files is there ({', '.join(_TOKENIZER_FILES)})"
         raise _no_tokenizer(model_folder, reason) from None
     if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):  # made from config.json alone by some families
-        raise _no_tokenizer(model_folder, "it holds no words")
+        raise _no_tokenizer(model_folder, "its vocabulary is empty")
     data = job.spec.data
     for key, text in (("system_prompt", data.system_prompt), ("instruction", data.instruction)):
         if text and any("\ud800" <= character <= "\udfff" for character in text):
-            raise JobError(f"data.{key}: {printable(text[:60])!r} holds half a surrogate pair: no text for a tokenizer")
+            raise JobError(
+                f"data.{key}: {printable(text[:60])!r} holds half a surrogate pair, which cannot be tokenised"
+            )
     own = template_text(job)
     template = template_of(tokenizer) if own is None else own
     return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
@@ -117,7 +119,7 @@ def _samples_of(row: Row, renderer: Renderer, options: Options, counts: Counts) 
     row_format, example = read_example(row, options.format, options.instruction, counts.formats)
     rendered, statistics = renderer.render(example), counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
-        reading = f"the text holds {', '.join(marks[:3])}, no token of this model's: it is trained letter by letter"
+        reading = f"the text holds {', '.join(marks[:3])}, not a token of this model: it is split into several tokens"
         example = replace(example, readings=(*example.readings, reading))
     counts.read(row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]

@@ -27,7 +27,7 @@ def rough_lengths(
 ) -> tuple[list[int], int]:
     """Tokens of each sample of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
 
-    What would be cut or dropped is said through `say`, as far as it can be told without the chat template.
+    Reports through `say` what would be cut or dropped, as far as that is known without the chat template.
 
     Counted with the model's own tokenizer.json where the `tokenizers` package is installed, else from bytes; beyond the
     first rows drawn from them.  Raises JobError for rows that fit no format.
@@ -52,7 +52,7 @@ def rough_lengths(
             lengths += pieces
             supervised += min(answer, sum(pieces))
     if not lengths:
-        raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` says why")
+        raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` shows why")
     draw = random.Random(0)
     counted = len(lengths)
     lengths += draw.choices(lengths[:counted], k=round((total - looked_at) * counted / looked_at))
@@ -81,7 +81,7 @@ def _row_sizes(
 
 
 def _tokens(example: Example, count: Callable[[str], int]) -> tuple[int, int]:
-    """Tokens of an example and how many of them an assistant wrote to be learnt."""
+    """Tokens of an example, and how many of them belong to trained assistant turns."""
     if example.text is not None:
         return count(example.text), count(example.text)
     length, answer = count(json.dumps(example.tools)) if example.tools else 0, 0

@@ -1,4 +1,4 @@
-"""What of a row is supervised, as pure functions over text: what a template lost, and where an answer ends.
+"""Which text of a row is supervised: what a template dropped, and where an answer ends.  Pure.
 
 The rules: every turn's text occurs in the text that the model sees; an answer is not empty and its end is supervised;
 nothing before the first answer is.
@@ -24,7 +24,7 @@ _MANY_TURNS = 50
 
 
 class LostTurns(BadRow):
-    """The chat template leaves out words of so many turns."""
+    """The chat template drops text of `num_turns` turns."""
 
     def __init__(self, reason: str, kind: str, num_turns: int = 1) -> None:
         self.num_turns = num_turns
@@ -32,10 +32,10 @@ class LostTurns(BadRow):
 
 
 class NoEnd(BadRow):
-    """An answer after which no end is supervised: a model trained on it does not learn to stop."""
+    """An answer without a supervised ending: a model trained on it does not learn to stop."""
 
 
-# --- what a template lost
+# --- what a template dropped
 
 
 def find_text(wanted: str, text: str, start: int = 0) -> Span | None:
@@ -59,7 +59,7 @@ def find_text(wanted: str, text: str, start: int = 0) -> Span | None:
     return found if kept else None
 
 
-@lru_cache(maxsize=4)  # a row whose words are lost is searched many times
+@lru_cache(maxsize=4)  # a row whose text was dropped is searched many times
 def _dense(text: str) -> tuple[str, list[int]]:
     """The text without whitespace, and the place of each of its characters."""
     places = [index for index, character in enumerate(text) if not character.isspace()]
@@ -78,7 +78,7 @@ def _gaps(text: str) -> dict[int, bool]:
 
 
 def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequence[Span]) -> list[int]:
-    """Numbers (from 0) of the turns whose words do not all occur in `text`.
+    """Numbers (from 0) of the turns whose text does not occur in `text`.
 
     The assistant's are searched in the spans of `answers`, those of the others outside of them, in their order or,
     where the template moves one, wherever no other turn stands.  No answers: all are searched in the whole text.
@@ -135,12 +135,12 @@ def _without(text: str, spans: Iterable[Span | None]) -> str:
 
 
 def _parts(message: Mapping[str, Any]) -> Iterator[str]:
-    """What a turn says that has no one place: thoughts, the names and arguments of calls, what a tool answers."""
+    """The parts of a turn that have no fixed place: reasoning, names and arguments of calls, answers of tools."""
     if message["role"] == "tool" and str(message.get("content") or "").strip():
         yield str(message["content"])
-    thoughts = message.get("reasoning_content")
-    if isinstance(thoughts, str) and thoughts.strip():
-        yield thoughts
+    reasoning = message.get("reasoning_content")
+    if isinstance(reasoning, str) and reasoning.strip():
+        yield reasoning
     for call in message.get("tool_calls") or ():
         yield from _leaves(call.get("function", call))
 
@@ -172,8 +172,8 @@ def missing_tools(tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     return [name for name in names if name not in text]
 
 
-def lost_words(message: Mapping[str, Any], text: str) -> str:
-    """The first words of a turn that `text` does not hold, short enough for a message."""
+def lost_text(message: Mapping[str, Any], text: str) -> str:
+    """The beginning of what `text` lacks of a turn, short enough for a message."""
     content = str(message.get("content") or "")
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     gone = " ".join(line for line in lines if find_text(line, text) is None)
@@ -198,5 +198,5 @@ def answer_end(text: str, content: str, eos: str | None) -> int | None:
 
 
 def is_empty(message: Mapping[str, Any]) -> bool:
-    """Whether a turn says nothing at all."""
+    """Whether a turn has neither text nor calls."""
     return not str(message.get("content") or "").strip() and not any(True for _ in _parts(message))

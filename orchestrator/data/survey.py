@@ -1,4 +1,4 @@
-"""One pass over a job's rows that keeps nothing: what is supervised, cut, lost or broken, before anything is made."""
+"""One pass over a job's rows that stores nothing: counts what is supervised, cut, lost or broken."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Survey:
         ]
 
     def lines(self, with_skipped: bool = True) -> list[str]:
-        """What to say of every key: what is supervised, lost, not used, and which broken rows are skipped."""
+        """Notices for each key: what is supervised, lost, not used, and which broken rows are skipped."""
         lines = []
         for key, found in self.keys.items():
             statistics = asdict(found.counts.statistics)

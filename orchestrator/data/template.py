@@ -1,8 +1,8 @@
 """Examples -> token ids and the mask of supervised tokens.
 
-Where later turns change how the chat template writes earlier ones (thoughts are cut, say) each answer becomes a sample
-of its own, after the very prompt that inference would give it.  A row whose words the template loses, whose answer is
-empty or has no end is a broken row: a wrong mask trains the wrong thing and shows only as a strange loss.
+Where later turns change how the chat template writes earlier ones (it drops reasoning, for example) each answer becomes
+a sample of its own, after the same prompt as at inference.  A row whose text the template drops, or whose answer is
+empty or has no ending, is a broken row: a wrong mask trains the wrong tokens and shows only as a strange loss.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Renderer:
     def render(self, example: Example) -> list[Tokens]:
         """The samples of one example: one, or one an answer where the template writes earlier answers differently.
 
-        Raises BadRow where the template loses words or an answer is empty or has no end, JobError where no row can be
+        Raises BadRow where the template drops text or an answer is empty or has no ending, JobError where no row can be
         rendered.
         """
         if example.text is not None:
@@ -67,12 +67,12 @@ class Renderer:
         for number in talk.answers():
             if talk.is_trained(number) and is_empty(talk.turns[number]):
                 raise BadRow(
-                    f"{talk.name(number)} is empty: there is nothing to learn. Remove the turn or the row",
+                    f"{talk.name(number)} is empty: there is nothing to train on. Remove the turn or the row",
                     "an answer is empty",
                 )
         trained = [number for number in talk.answers() if talk.is_trained(number)]
         if not trained:
-            raise BadRow("no turn of the assistant is to be learnt")
+            raise BadRow("no assistant turn is trained. Train one (`train: true`) or remove the row")
         if self.template is None:
             return [self._without_template(talk, example.prompt_completion, answer_only)]
         if not answer_only:
@@ -87,7 +87,9 @@ class Renderer:
         turns = tuple(example.messages)
         added = bool(self.system_prompt) and turns[0]["role"] != "system"
         if added and self.template is None:
-            raise JobError("data.system_prompt: the model's tokenizer has no chat template to write it with; set one")
+            raise JobError(
+                "data.system_prompt: the model's tokenizer has no chat template to write it; set data.chat_template"
+            )
         if added:
             turns = ({"role": "system", "content": self.system_prompt or ""}, *turns)
         return Conversation(turns, example.tools, int(added))
@@ -100,7 +102,10 @@ class Renderer:
             )
         tokens = self._plain(talk.content(0), talk.content(1), answer_only)
         if not tokens.ended:
-            raise NoEnd("the tokenizer has no end-of-text token (eos_token), so the model would never learn to stop")
+            raise NoEnd(
+                "the tokenizer has no end-of-text token, so the model would never learn to stop. Set eos_token in its"
+                " tokenizer_config.json"
+            )
         return tokens
 
     def _plain(self, prompt: str, text: str, only_answer: bool) -> Tokens:

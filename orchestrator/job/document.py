@@ -60,10 +60,10 @@ def _construct(node: yaml.Node, path: KeyPath, lines: dict[KeyPath, int | str], 
     for key_node, value_node in node.value:
         line = key_node.start_mark.line + 1
         if not isinstance(key_node, yaml.ScalarNode):
-            raise BadInput(f"{label}: line {line}: is not YAML: a key that is not a plain word")
+            raise BadInput(f"{label}: line {line}: is not YAML: a key that is not a plain text")
         key = str(key_node.value)
         if key in mapping:
-            raise BadInput(f"{label}: line {line}: is not YAML: the key {printable(key)!r} stands twice in one mapping")
+            raise BadInput(f"{label}: line {line}: is not YAML: the key {printable(key)!r} occurs twice in one mapping")
         lines[(*path, key)] = line
         mapping[key] = _construct(value_node, (*path, key), lines, label)
     return mapping

@@ -1,7 +1,7 @@
 """Models of the Hugging Face hub: which of a repository's files a model needs, and fetching those.
 
-`wanted_files` is a pure function of a listing; the hub's client is asked only by `fetch_model` and `fetch_config`, and
-only where it can be reached: its own retries would take half a minute to say that it cannot.
+`wanted_files` is a pure function of a listing; the hub's client is called only by `fetch_model` and `fetch_config`, and
+only where the hub can be reached: its own retries would take half a minute to fail.
 """
 
 from __future__ import annotations
@@ -122,13 +122,13 @@ def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str])
         reason = trouble or first_line(error)
         near = nearly(name)
         raise JobError(
-            f"{_KEY}: {printable(name)!r} is neither a folder here nor a model the hub gives ({printable(reason)})"
+            f"{_KEY}: {printable(name)!r} is neither a folder here nor a model on the hub ({printable(reason)})"
             + (f"; did you mean {printable(near)}, which is in the hub's cache?" if near else "")
         ) from None
 
 
 def cannot_reach() -> str | None:
-    """Why the hub cannot be asked; None where it can.
+    """Why the hub cannot be reached; None where it can.
 
     The hub's client repeats a request to an address that it cannot reach for half a minute.
     """

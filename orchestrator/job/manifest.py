@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from clusters.safe.reading import BadInput, open_regular, read_json
+from clusters.safe.writing import sync, write_whole
 
 NAME = "manifest.json"
 _WRITING = ".writing"  # locked by the process that fills a temporary folder, as long as it lives
@@ -27,10 +28,7 @@ _WRITING = ".writing"  # locked by the process that fills a temporary folder, as
 def write(folder: Path, **facts: Any) -> None:
     """List the files of `folder` in its manifest, with `facts` beside them; everything is on disk when it returns."""
     files = {file.name: _measure(file, sync=True) for file in sorted(folder.iterdir()) if file.name != _WRITING}
-    with (folder / NAME).open("w") as stream:
-        stream.write(json.dumps({**facts, "files": files}, indent=1))
-        stream.flush()
-        os.fsync(stream.fileno())
+    write_whole(folder / NAME, json.dumps({**facts, "files": files}, indent=1))
     sync(folder)
 
 
@@ -47,15 +45,6 @@ def damage(folder: Path, required: Collection[str] = ()) -> str | None:
     except (BadInput, OSError) as error:
         return str(error)
     return f"{changed[0]} has changed" if changed else None
-
-
-def sync(folder: Path) -> None:
-    """Bring a folder's list of names to disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager

@@ -56,9 +56,8 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
     """The model's parts, and what loading would report or why that is unknown."""
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
-    entry = (
-        None if trust_remote_code else architecture_cache.entry_of(folder, stored)
-    )  # code of others may read anything
+    # Code that the model ships may read anything, so its answer is not kept.
+    entry = None if trust_remote_code else architecture_cache.entry_of(folder, stored)
     if entry and (known := architecture_cache.recall(entry)):
         return known.built, known.report
     model = architecture.build(folder, trust_remote_code)

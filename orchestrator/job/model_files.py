@@ -89,7 +89,9 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
             " (config.json, weights and tokenizer), or its name on the hub"
         )
     if not _HUB_NAME.fullmatch(name):
-        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here, and no name that the hub has")
+        raise JobError(
+            f"model.model_name_or_path: {printable(name)!r} is neither a folder here nor a valid name on the hub"
+        )
     check_name(name, job_folder)
     return None
 
@@ -130,7 +132,7 @@ def read_config(location: Path) -> dict[str, Any]:
 
 
 def check_name(name: str, job_folder: Path) -> None:
-    """Raises JobError for a hub name that is a packaged model or a folder here, misspelt: the hub need not be asked."""
+    """Raise JobError for a hub name that is a misspelt packaged model or folder here, before the hub is asked."""
     if "/" not in name and (near := difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=_ALIKE)):
         raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean {near[0]}?")
     beside = (job_folder / name).parent

@@ -21,7 +21,7 @@ _WAY_OUT = (
 
 
 class SecretMissing(ValueError):
-    """An environment variable that a job names is not set; the text says which."""
+    """An environment variable that a job names is not set; the text names it."""
 
 
 def secret_names(spec: JobSpec) -> list[str]:
@@ -60,7 +60,7 @@ def written_out(document: Any) -> list[str]:
 
 
 def notices(document: Any) -> list[str]:
-    """What to say of each of them."""
+    """A warning for each of them."""
     return [
         f"{key} holds a password or a token: it is masked in what is shown and sent, but stays in the run's job.yaml"
         f" and recorded.json, which only you can read. {_way_out(key)}"
@@ -76,7 +76,7 @@ def refuse_written_out(document: Any, place: str) -> None:
 
 
 def _way_out(key: str) -> str:
-    return f"Name it instead: {_WAY_OUT}" if key == _URI else "Leave it out"
+    return f"Name it instead: {_WAY_OUT}" if key == _URI else "Remove it"
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

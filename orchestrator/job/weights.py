@@ -25,7 +25,7 @@ _MAX_INDEX_BYTES = 100_000_000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What a file's header says of one tensor; `shape` is None where only the name is known (`.bin`)."""
+    """What a file's header states of one tensor; `shape` is None where only the name is known (`.bin`)."""
 
     shape: tuple[int, ...] | None
     dtype: str | None  # as safetensors spells it: F32, BF16, ...

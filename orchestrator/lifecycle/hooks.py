@@ -21,8 +21,14 @@ class Watcher(Protocol):
     def event(self, event: dict[str, Any]) -> None: ...
 
 
-class Quiet(Watcher):
+class Quiet:
     """Shows nothing; errors still come as exceptions."""
+
+    def say(self, text: str) -> None: ...
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None: ...
+
+    def event(self, event: dict[str, Any]) -> None: ...
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,7 @@ from pathlib import Path
 
 from clusters.capability import ClusterCapability
 from clusters.ray.connect import connect
-from clusters.safe.reading import BadInput
-from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
+from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.job.secrets import secret_names
 from orchestrator.lifecycle import finish, machines
@@ -104,10 +103,8 @@ def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
         "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1),
         "job.yaml": ready.job.text,
     }
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         run.begin(texts, model_digests(Path(ready.data_files["model"]), say))
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
 
 
 def execute(

@@ -8,6 +8,6 @@ html          blocks -> one HTML file that needs nothing else
 markdown      blocks -> Markdown, the figures as SVG files in a folder beside it
 plots         figures as SVG without fonts or colours of their own
 search        a search folder -> the blocks of its report
-tco           what a job costs to own and to run, and what it would cost elsewhere
+tco           what a job costs, and what it would cost on other machines
 translations  the report's own words in Japanese
 """

@@ -1,4 +1,4 @@
-"""What a report is made of; html.py and markdown.py write it."""
+"""The parts of a report; html.py and markdown.py write them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Code:
 
 @dataclass(frozen=True)
 class Answer:
-    """A sample output: what was asked, what the model said before and after, what was wanted."""
+    """A sample output: the prompt, the model's answers before and after, and the reference."""
 
     prompt: str
     before: str | None

@@ -101,5 +101,5 @@ def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple
 
 
 def command(verb: str, folder: RunFolder, file: str) -> str:
-    """What is typed, in any folder of this machine, to do the same again."""
+    """The command that does the same again, from any folder of this machine."""
     return f"python -m orchestrator {verb} {shlex.quote(str(folder.path.absolute() / file))}"

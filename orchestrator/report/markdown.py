@@ -50,8 +50,8 @@ def _lines(block: Block, figures: str, lang: str) -> list[str]:
             rows.append(_row(row, bold=place in block.marked))
         return rows
     assert isinstance(block, Answer)
-    said = {"prompt": block.prompt, "before": block.before, "after": block.after, "wanted": block.wanted}
-    return [f"> **{w(name)}**: {plain(text)}  " for name, text in said.items() if text is not None]
+    texts = {"prompt": block.prompt, "before": block.before, "after": block.after, "wanted": block.wanted}
+    return [f"> **{w(name)}**: {plain(text)}  " for name, text in texts.items() if text is not None]
 
 
 def _row(cells: Sequence[str], bold: bool = False) -> str:

@@ -1,6 +1,6 @@
 """Figures as SVG without fonts or colours of their own: text takes the page's, so they suit light and dark.
 
-Series are told apart by mid-tone colours that keep a contrast of 3:1 on white and on near black, and by shape.
+Series differ in mid-tone colours that keep a contrast of 3:1 on white and on near black, and by shape.
 """
 
 from __future__ import annotations

@@ -23,14 +23,14 @@ _MOST_FAULTS = 40
 
 
 def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
-    """What was asked, chosen, reached, and what it cost.  What is not there yet is left out."""
+    """The job, the plan, the result and its cost.  Sections without data yet are omitted."""
     w = words(lang)
     plan = run.plan()
     result, events = run.result() or {}, run.events()[0]
     steps = [event for _, event in sorted(run.steps().items())]
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
     report.section(w("Result"), _facts(w, run, plan, result, steps), _checked(result))
-    report.section(w("What was asked"), _asked(w, job))
+    report.section(w("The job"), _job(w, job))
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
     report.section(w("Training"), _losses(w, steps, events))
@@ -65,7 +65,7 @@ def _checked(result: dict[str, Any]) -> Block | None:
     return Paragraph(check["text"]) if check else None
 
 
-def _asked(w: Word, job: Job) -> Block:
+def _job(w: Word, job: Job) -> Block:
     spec, train = job.spec, job.spec.data.train
     goal = ", ".join(f"{key}: {value}" for key, value in spec.goal.model_dump().items() if value is not None)
     rows = [

@@ -1,7 +1,7 @@
-"""What a job costs to own and to run, and what it would cost elsewhere.  Pure: prices are the user's, never ours.
+"""What a job costs to own and to run, and what it would cost on other machines.  Pure; all prices are the user's.
 
 A machine that is owned is written off over its hours of work and takes electricity; a rented one takes its rate.  What
-is not priced stays unknown, and `missing` names the key that would tell.
+has no price stays unknown, and `missing` names the key to set.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measured(spec: JobSpec, cost: Cost, wh: float, source: str, num_tokens: floa
 def alternatives(
     spec: JobSpec, declared: ClusterCapability, plan_on: Callable[[ClusterCapability], Plan], num_tokens: float
 ) -> list[Cost]:
-    """Each declared machine alone; one that cannot run the job says why."""
+    """Each declared machine alone; one that cannot run the job has the reason in its note."""
     found = []
     for node in declared.nodes:
         device = node.gpus[0].name if node.gpus else "CPU"
@@ -90,7 +90,7 @@ def alternatives(
         cost = of_plan(spec, f"{kind} {what}".strip(), plan, num_tokens)
         lacking = {"price": plan.price.machines, "power_w": plan.price.electricity}
         missing = tuple(f"{key} of {node.name} in its file" for key, known in lacking.items() if known is None)
-        guess = "a figure of it is unknown: rough" if plan.is_guess else ""
+        guess = "rough: one of its figures is unknown" if plan.is_guess else ""
         found.append(replace(cost, purchase=node.purchase_price, note=guess, missing=missing))
     return found
 

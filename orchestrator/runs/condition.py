@@ -13,7 +13,7 @@ from typing import Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import digests, record
@@ -81,10 +81,8 @@ def check_model(run: RunFolder) -> None:
     if found is None or not found.model:
         return
     folder = Path(run.data()["model"])
-    try:
+    with bad_input_as_job_error("model.model_name_or_path"):
         changed = digests.changed(found.model, model_digests(folder))
-    except BadInput as error:
-        raise JobError(f"model.model_name_or_path: {error}") from None
     if changed:
         raise JobError(
             f"model.model_name_or_path: {folder} is not the model that {run.run_id} began with"

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, TypeVar
 
 from clusters.capability import ClusterCapability
-from clusters.safe.reading import BadInput, load_json, record
-from orchestrator.errors import JobError
+from clusters.safe.reading import load_json, record
+from orchestrator.errors import bad_input_as_job_error
 from orchestrator.runs.digests import FileDigest
 
 T = TypeVar("T")
@@ -124,21 +124,17 @@ def parse(kind: Any, text: str, label: str) -> Any:
 
     Raises JobError with file and fault.
     """
-    try:
+    with bad_input_as_job_error():
         values = finite(load_json(text, label, allow_nan=True))
         found = record(kind, values, label)
-    except BadInput as error:
-        raise JobError(str(error)) from None
     absent = [one.name for one in fields(kind) if one.name not in values] if is_dataclass(kind) else []
     return values | {name: getattr(found, name) for name in absent}
 
 
 def parse_capability(text: str, label: str) -> ClusterCapability:
     """capability.json.  Raises JobError."""
-    try:
+    with bad_input_as_job_error():
         return record(ClusterCapability, load_json(text, label), label)
-    except BadInput as error:
-        raise JobError(str(error)) from None
 
 
 def scores(quality: Values) -> dict[str, float]:

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.masking import holds_secret
-from clusters.safe.reading import BadInput, checked_path, read_json, read_text
+from clusters.safe.reading import checked_path, read_json, read_text
 from clusters.safe.writing import write_whole
-from orchestrator.errors import JobError, RunFailed
+from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
 from orchestrator.job.job_file import Job, changed_keys, parse_job
 from orchestrator.runs import json_files, record
 from orchestrator.runs.digests import FileDigest
@@ -74,10 +74,8 @@ class Folder:
     def read_json(self, name: str, kind: type = dict) -> Any | None:
         """A JSON file of the run that holds a `kind`, None while it is not there.  Raises JobError."""
         file = self.path / name
-        try:
+        with bad_input_as_job_error():
             values = read_json(file) if os.path.lexists(file) else None
-        except BadInput as error:
-            raise JobError(str(error)) from None
         if values is not None and not isinstance(values, kind):
             raise JobError(f"{file}: holds a {type(values).__name__}, not a {kind.__name__}")
         return values
@@ -128,10 +126,8 @@ class Folder:
                 )
             if name != self.document:
                 return found.files[name]
-        try:
+        with bad_input_as_job_error():
             return read_text(self.path / name) if os.path.lexists(self.path / name) else None
-        except BadInput as error:
-            raise JobError(str(error)) from None
 
     def _difference(self, found: Recorded, name: str) -> Difference | None:
         return record.difference(self.path, name, found, self._unfree_keys if name == self.document else None)
@@ -151,12 +147,10 @@ class Folder:
 
     def _origin(self) -> Path:
         text, label = self._text("origin.json"), str(self.path / "origin.json")
-        try:
+        with bad_input_as_job_error(f"{label}: folder"):
             return (
                 self.path if text is None else checked_path(json_files.parse(json_files.Origin, text, label)["folder"])
             )
-        except BadInput as error:
-            raise JobError(f"{label}: folder: {error}") from None
 
     def _write_record(self, found: Recorded) -> None:
         try:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clusters.safe.reading import BadInput, load_json, read_bytes, record
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.planning.space import Point, key_of
 from orchestrator.runs.json_files import DataFiles, finite, parse
 from orchestrator.runs.run_folder import RunFolder
@@ -159,10 +159,8 @@ def read_trials(file: Path) -> list[Trial]:
     """The whole lines of a trials.jsonl; a line that was cut or damaged is none.  Raises JobError."""
     if not os.path.lexists(file):
         return []
-    try:
+    with bad_input_as_job_error():
         lines = read_bytes(file).split(b"\n")
-    except BadInput as error:
-        raise JobError(str(error)) from None
     found = []
     for line in lines:
         with contextlib.suppress(BadInput):

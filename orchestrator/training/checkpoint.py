@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+from clusters.safe.writing import sync
 from orchestrator.job import manifest
 from orchestrator.runs.checkpoints import complete, verify
 from strategies.contract import TrainSetup, TrainState
@@ -73,7 +74,7 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
         if final.exists():  # the same step, saved by the run that was interrupted after it
             shutil.rmtree(final)
         os.rename(temporary, final)
-        manifest.sync(folder)
+        sync(folder)
     except SafetensorError as error:  # how that library says that the disk is full
         raise OSError(error.args[0] if error.args else "cannot be written") from error
     finally:

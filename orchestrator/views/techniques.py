@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
+
+from orchestrator.views.screen import new_table
 
 _COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
 
@@ -16,7 +17,8 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
     parts: list[RenderableType] = []
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
-        table = _table("technique", "verdict", "memory", "time", "why", "not with", "switched on by")
+        names = ("technique", "verdict", "memory", "time", "why", "not with", "switched on by")
+        table = new_table(*names, fold=True)
         for row in mine:
             level = Text(row["level"], style=_COLOURS[row["level"]])
             why = row["reason"].split("; ", 1)[-1] if row["memory_ratio"] else row["reason"]
@@ -36,18 +38,12 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
 
 def measured_view(rows: list[dict[str, Any]]) -> RenderableType:
     """Expected beside measured, on the small model."""
-    table = _table("device", "technique", "time expected", "measured", "memory expected", "measured", "note")
+    names = ("device", "technique", "time expected", "measured", "memory expected", "measured", "note")
+    table = new_table(*names, fold=True)
     ratios = ("expected_small_time", "measured_time", "expected_small_memory", "measured_memory")
     for row in rows:
         shown = (_ratio(row.get(key)) for key in ratios)
         table.add_row(row["device"], row["technique"], *shown, row.get("problem") or "")
-    return table
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for column in columns:
-        table.add_column(column, overflow="fold")
     return table
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 
 from clusters.safe.archives import Bounds, names_in, unpack
 from clusters.safe.reading import BadInput, open_regular, printable
+from clusters.safe.writing import sync
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card
-from strategies.adapter_bank.folders import EVIDENCE, check, delete, read_evidence, sync
+from strategies.adapter_bank.folders import EVIDENCE, check, delete, read_evidence
 from strategies.adapter_bank.store import Bank, Damaged
 
 _FILES = (CONFIG, WEIGHTS, CARD, EVIDENCE)

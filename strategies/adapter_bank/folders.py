@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clusters.safe.reading import BadInput, open_regular, printable
-from clusters.safe.writing import write_whole
+from clusters.safe.writing import sync, write_whole
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, is_digest, read_card
 from strategies.model.tensor_file import read_header
@@ -126,15 +126,6 @@ def write(folder: Path, source: Path, card: Card, evidence: Evidence | None) -> 
 
 def write_card(folder: Path, card: Card) -> None:
     write_whole(folder / CARD, json.dumps(card.as_dict(), indent=1, ensure_ascii=False))
-
-
-def sync(path: Path) -> None:
-    """Onto the disk: a rename must not be there before what it names."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def delete(path: Path) -> None:

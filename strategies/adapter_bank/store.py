@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable
+from clusters.safe.writing import sync
 from strategies.adapter_bank.adapter import Adapter, Unusable
 from strategies.adapter_bank.card import CARD, BankError, Card, card_of, is_digest, mistakes
 from strategies.adapter_bank.folders import (
@@ -34,7 +35,6 @@ from strategies.adapter_bank.folders import (
     delete,
     digest_of,
     read_evidence,
-    sync,
     write,
     write_card,
 )

@@ -152,7 +152,7 @@ def rewritten(job, items):
 TALK = [{"role": "user", "content": "Room 9?"}, {"role": "assistant", "content": "Floor 9"}]
 
 
-@pytest.mark.parametrize("model, words", [("silentdrop", "leaves out words"), ("noeos", "would never learn to stop")])
+@pytest.mark.parametrize("model, words", [("silentdrop", "drops a part"), ("noeos", "would never learn to stop")])
 def test_a_template_that_drops_a_turn_or_the_end_breaks_the_row(open_case, case_models, model, words):
     job, _, _ = open_case("22")
     folder = case_models.build(f"llama-{model}")

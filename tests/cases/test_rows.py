@@ -74,7 +74,7 @@ def test_half_a_surrogate_pair_is_a_broken_row_with_its_line_and_field(rows_case
 
     broken = [(row.line, str(error)) for row, error in found if isinstance(error, BadRow)]
     assert [line for line, _ in broken] == [line for line, _ in enumerate(found, start=1) if line % 3 == 2]
-    assert all("field 'completion' holds half a surrogate pair" in text and "Mend" in text for _, text in broken)
+    assert all("field 'completion' holds half a surrogate pair" in text and "Fix" in text for _, text in broken)
 
 
 def test_nan_of_pandas_is_a_missing_value_and_never_a_word(rows_case):
@@ -113,7 +113,10 @@ def test_tools_and_calls_of_tools_are_kept(rows_case, name):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("kto.yaml", "field 'label' .* good or bad.*Keep the good rows"), ("dpo.yaml", "preference.*Keep the answer")],
+    [
+        ("kto.yaml", "field 'label' .* good or bad.*Keep the good rows"),
+        ("dpo.yaml", "preference.*the better answer"),
+    ],
 )
 def test_judged_answers_are_refused_with_one_reason_for_all_rows(rows_case, name, told):
     found = read(rows_case("10"), name)
@@ -191,10 +194,10 @@ def test_other_splits_of_a_folder_are_not_trained_and_packed_and_upper_case_file
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("s3", "is an address; what is read are files .* Fetch it first: aws s3 cp"),
+        ("s3", "is an address; supported are files .* Fetch it first: aws s3 cp"),
         ("https", "is an address; .* Fetch it first: curl -LO"),
         ("hf", "Give the data set's name alone: me/x"),
-        ("slice", "is not asked for in brackets"),
+        ("slice", "a slice in brackets is not supported"),
         ("typo", "trian.txt does not exist"),
     ],
 )

@@ -63,7 +63,7 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
         yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
     except Exception as error:  # the library raises dozens of types for hub trouble
         raise JobError(
-            f"data: {name} is neither a local file nor a dataset the hub gives: {trouble or first_line(error)}"
+            f"data: {name} is neither a local file nor a data set on the hub: {trouble or first_line(error)}"
         ) from None
 
 

@@ -84,7 +84,7 @@ def _whole_words(foreign: list[str], text: str) -> bool:
 
 
 _Test = Callable[[list[str], str], bool]
-# Kana, Hangul and Cyrillic tell; Chinese encodings come later, whose tables have a character for nearly any bytes.
+# Kana, Hangul and Cyrillic identify an encoding.  Chinese ones come later: they decode nearly any bytes.
 _CANDIDATES: tuple[tuple[str, str, _Test], ...] = (
     ("CP932", "cp932", lambda f, _: _share("\u3040", "\u30ff", f) > 0.1 and _share("\uff61", "\uff9f", f) < 0.2),
     ("EUC-JP", "euc_jp", lambda f, _: _share("\u3040", "\u30ff", f) > 0.1),

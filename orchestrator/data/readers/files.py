@@ -61,7 +61,7 @@ def kind_of_name(name: str) -> str | None:
 
 
 def kind_of_content(file: Path) -> str | None:
-    """The kind of a file without a telling name, by its first bytes; None where they do not say.  Raises JobError."""
+    """The kind of a file by its first bytes, whatever its name; None where they are ambiguous.  Raises JobError."""
     head = _head(file)
     if head.startswith(b"PAR1"):
         return "parquet"
@@ -145,7 +145,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 def _head(file: Path) -> bytes:
     with _opened(file) as stream:
-        return stream.read(_HEAD_BYTES) or b""  # None where the kernel has nothing to say yet, as in /proc
+        return stream.read(_HEAD_BYTES) or b""  # None where nothing can be read yet, as in /proc
 
 
 def _check_text(head: bytes, file: Path) -> None:

@@ -14,7 +14,7 @@ from orchestrator.data.readers.files import SUFFIXES, kind_of_content, kind_of_n
 from orchestrator.data.rows.formats import detect
 from orchestrator.errors import JobError
 
-# As the Hugging Face hub tells them apart.
+# Names by which the Hugging Face hub recognises splits.
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
@@ -36,7 +36,7 @@ class Listing:
 
 @dataclass
 class _Seen:
-    """The files below a folder: data files by the split that their names tell, the others by why they are not read."""
+    """The files below a folder: data files with the split in their names, the others by why they are not read."""
 
     data: list[tuple[Path, str | None]] = field(default_factory=list)
     skipped: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -57,9 +57,8 @@ def list_folder(folder: Path, key: str, split: str | None) -> Listing:
     try:
         if (folder / "dataset_dict.json").is_file():
             return _saved_dict(folder, key, split)
-        if (folder / "state.json").is_file() and any(
-            folder.glob("d*.arrow")
-        ):  # data-..., in old versions dataset.arrow
+        # data-....arrow, in old versions dataset.arrow
+        if (folder / "state.json").is_file() and any(folder.glob("d*.arrow")):
             return _saved(folder, key)
         return _chosen(_walk(folder, key, split), folder, key, split)
     except BadInput as error:
@@ -69,7 +68,7 @@ def list_folder(folder: Path, key: str, split: str | None) -> Listing:
 
 
 def split_of_name(file: Path) -> str | None:
-    """train, validation or test, by the words of a path, the file's own first; None where they tell none or several."""
+    """train, validation or test, by the parts of a path, the file's own first; None where they name none or several."""
     for part in reversed(file.parts):
         found = {_SPLITS[word] for word in re.split(r"[^a-z]+", part.lower()) if word in _SPLITS}
         if found:
@@ -142,7 +141,7 @@ def _chosen(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
     if not files:
         found = ", ".join(sorted(label or "files of no split" for label in labels))
         raise JobError(
-            f"{key}: the folder {folder} holds nothing of the split {wanted}; it has: {found}. Name one:"
+            f"{key}: the folder {folder} has no file of the split {wanted}; it has: {found}. Name one:"
             f" {{path: {folder.name}, split: {next(iter(sorted(label for label in labels if label)), 'train')}}}"
         )
     return Listing(tuple(files), seen.sentences())
@@ -179,7 +178,7 @@ def _saved(folder: Path, key: str) -> Listing:
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise JobError(f"{key}: {folder / 'state.json'} names no data files; save the data set again with save_to_disk")
     if state.get("_indices_data_files"):
-        raise JobError(f"{key}: {folder} keeps its rows by an index; save it again: data.flatten_indices()")
+        raise JobError(f"{key}: {folder} stores its rows through an index; save it again after data.flatten_indices()")
     files = tuple(folder / str(name) for name in names)
     gone = [file.name for file in files if not file.is_file()]
     if gone:

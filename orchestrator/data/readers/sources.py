@@ -111,7 +111,7 @@ def _listing(job: Job, source: Source, key: str) -> Listing:
     path = resolve_path(text, key, job.folder)
     if path.is_dir():
         return list_folder(path, key, split)
-    path = named.parent.resolve() / named.name  # a link keeps its name: that of its target may tell nothing
+    path = named.parent.resolve() / named.name  # a link keeps its own name, which may state more than its target's
     check_kind(path, key)
     check_split_of_file(path, key, split)
     return Listing((path,))
@@ -140,19 +140,19 @@ def _check_address(text: str, key: str) -> None:
     else:
         command = _FETCH.get(scheme, "").format(address=printable(text.strip()))
         way = f"Fetch it first{f': {command}' if command else ''}, and give the file's path"
-    raise JobError(f"{key}: {printable(text)} is an address; what is read are {_READ}. {way}")
+    raise JobError(f"{key}: {printable(text)} is an address; supported are {_READ}. {way}")
 
 
 def _no_such_syntax(text: str, key: str) -> str:
     if match := _SLICE.fullmatch(text):
         plain = match[1] or "data.jsonl"
         return (
-            f"{key}: {printable(text)} does not exist, and a part of a data set is not asked for in brackets; what is"
-            f" read are {_READ}. Cut the file first (head -n 1000 {printable(plain)} > part.jsonl), or set"
-            " train.max_steps; of a hub data set name the part as split"
+            f"{key}: {printable(text)} does not exist, and a slice in brackets is not supported; supported"
+            f" are {_READ}. Cut the file first (head -n 1000 {printable(plain)} > part.jsonl), or set"
+            " train.max_steps; for a hub data set, name the split as `split`"
         )
     return (
-        f"{key}: {printable(text)} does not exist, and patterns are not expanded; what is read are {_READ}. Give the"
+        f"{key}: {printable(text)} does not exist, and patterns are not expanded; supported are {_READ}. Give the"
         " folder, or a list of files"
     )
 

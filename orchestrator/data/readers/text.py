@@ -23,9 +23,7 @@ _AS_OBJECT = 'Write it as {"prompt": "...", "completion": "..."}'
 _SPACE = re.compile(r"[ \t\r\n]*")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it"
-_TOO_LONG = (
-    f"is longer than {MAX_ROW_BYTES // 2**20} MiB, and a row of so much is no sample. Split it into several rows"
-)
+_TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MiB, too long for one sample. Split it into several rows"
 
 
 def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Row]:
@@ -94,8 +92,8 @@ def checked(values: Any, text: str, file: str, line: int) -> Row:
         return Row({}, file, line, BadRow(_TOO_DEEP))
     field = next((name for name in values if _has_surrogate([name, values[name]])), None) if "\\u" in text else None
     if field is not None:
-        fault = "holds half a surrogate pair, as a text cut within an emoji does: no text that can be tokenised"
-        return Row(values, file, line, BadRow(f"field {field!r} {fault}. Mend or remove it"))
+        fault = "holds half a surrogate pair (text cut within an emoji), which cannot be tokenised"
+        return Row(values, file, line, BadRow(f"field {field!r} {fault}. Fix or remove it"))
     return Row(values, file, line)
 
 
@@ -122,7 +120,7 @@ def _parsed(line: bytes, file: str, number: int) -> Row:
     except RecursionError:
         return Row({}, file, number, BadRow(_TOO_DEEP))
     except ValueError as error:
-        return Row({}, file, number, BadRow(f"is not JSON: {_json_fault(error)}. Mend the line", "is not JSON"))
+        return Row({}, file, number, BadRow(f"is not JSON: {_json_fault(error)}. Fix the line", "is not JSON"))
 
 
 def _json_fault(error: ValueError) -> str:

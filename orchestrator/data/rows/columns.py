@@ -7,7 +7,7 @@ There is no fourth way: `columns` and `turn_fields` sort every name, known or no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -26,7 +26,7 @@ CHOICE_KEYS = ("choices", "options")  # of a question with several answers to ch
 # In a turn of a conversation.
 ROLE_KEYS = ("role", "from")
 CONTENT_KEYS = ("content", "value", "text")
-TRAIN_KEYS = ("train", "loss", "weight")  # whether a turn is learnt: Axolotl's, ms-swift's and OpenAI's name
+TRAIN_KEYS = ("train", "loss", "weight")  # whether a turn is trained: Axolotl's, ms-swift's and OpenAI's name
 REASONING_KEYS = ("reasoning_content", "reasoning", "thinking")
 CALL_KEYS = ("tool_calls", "function_call")
 _TURN_USED = {*ROLE_KEYS, *CONTENT_KEYS, *TRAIN_KEYS, *REASONING_KEYS, *CALL_KEYS, *TOOL_KEYS, "tool_call_id", "name"}
@@ -48,35 +48,39 @@ class Refusal:
     lost: str
     way: str
 
+    @property
+    def sentence(self) -> str:
+        return f"ignoring it would lose {self.lost}. {self.way}"
+
 
 _REMOVE = "or remove the field"
 _PICTURES = Refusal("what it shows or plays; only text is trained", f"Describe it in the text, {_REMOVE}")
 _PREFERENCE = Refusal(
     "which answer is the better one; one answer a row is trained here",
-    "Keep the answer to be learnt as 'completion' beside its 'prompt', and remove the other",
+    "Keep the better answer as 'completion' beside its 'prompt', and remove the other",
 )
 _WEIGHTS = Refusal(
     "how much it counts; every row counts the same here", f"Repeat or leave out rows by their weight, {_REMOVE}"
 )
 _MASK = Refusal(
-    "which words are learnt",
+    "which tokens are trained",
     "Give the row as messages whose turns have `train: true` or `train: false`, " + _REMOVE,
 )
 _THOUGHTS = Refusal(
-    "the thoughts before the answer", f"Write them into the answer the way the chat template does, {_REMOVE}"
+    "the reasoning before the answer", f"Write it into the answer the way the chat template does, {_REMOVE}"
 )
-_DIALOGUE = Refusal("the turns before", f"Give the row as messages with all its turns, {_REMOVE}")
+_DIALOGUE = Refusal("the earlier turns", f"Give the row as messages with all its turns, {_REMOVE}")
 _FUNCTIONS = Refusal("the functions that the model may call", f"Give the row as messages with 'tools', {_REMOVE}")
 _SYSTEM = Refusal("the system prompt", f"Give the row as messages or prompt and completion, {_REMOVE}")
 _INPUT = Refusal("a part of the question", f"Write it into the prompt, {_REMOVE}")
 
 _LABEL = Refusal(
-    "that an answer is good or bad; a row marked bad would be learnt like a good one",
+    "that an answer is good or bad; a row marked bad would be trained like a good one",
     "Keep the good rows alone and remove the field",
 )
 _TEMPLATE = Refusal("an option of the chat template", f"Write it into a template for data.chat_template, {_REMOVE}")
 _SPEAKER = Refusal("who speaks", f"Write the name into the turn's text, {_REMOVE}")
-_REFUSED_ANSWER = Refusal("the words in which the model declined", "Write them as the turn's content and remove it")
+_REFUSED_ANSWER = Refusal("the text in which the model declined", "Write them as the turn's content and remove it")
 
 # Known to change what a row means; refused in every format that does not use them.
 _KNOWN: dict[str, Refusal] = {
@@ -115,13 +119,9 @@ _KNOWN_IN_TURNS: dict[str, Refusal] = {
 @lru_cache(maxsize=1024)
 def columns(row_format: str, names: tuple[str, ...]) -> Columns:
     """Sort the columns of a row of `row_format`."""
-    used = _used(row_format, names)
-    known = set(refusals(row_format)) - used
-    return Columns(
-        tuple(name for name in names if name in used),
-        tuple(name for name in names if name in known),
-        tuple(name for name in names if name not in used and name not in known),
-    )
+    present = set(names)
+    used = {key for keys in _USED[row_format] if (key := first(keys, present))}
+    return _sort(names, used, set(refusals(row_format)) - used)
 
 
 @lru_cache(maxsize=1024)
@@ -129,10 +129,14 @@ def turn_fields(names: tuple[str, ...]) -> Columns:
     """Sort the fields of one turn of a conversation."""
     roles, texts = first(ROLE_KEYS, names), first(CONTENT_KEYS, names)
     used = (_TURN_USED - {*ROLE_KEYS, *CONTENT_KEYS}) | {roles, texts}
+    return _sort(names, used, set(_KNOWN_IN_TURNS))
+
+
+def _sort(names: tuple[str, ...], used: Container[str | None], known: Container[str]) -> Columns:
     return Columns(
         tuple(name for name in names if name in used),
-        tuple(name for name in names if name in _KNOWN_IN_TURNS),
-        tuple(name for name in names if name not in used and name not in _KNOWN_IN_TURNS),
+        tuple(name for name in names if name in known),
+        tuple(name for name in names if name not in used and name not in known),
     )
 
 
@@ -165,7 +169,7 @@ def holds(name: str, value: Any) -> bool:
         return False
     if name in ("weight", "weights", "sample_weight", "loss_weight", "train", "loss"):
         return value not in (1, True, "1", "1.0", "true", "True")
-    if name == "label":  # a word beside a question and its answer is a note; yes and no are a judgement
+    if name == "label":  # a text beside a question and its answer is a note; yes and no are a judgement
         return not isinstance(value, str) or value.strip().lower() in _JUDGEMENTS
     return True
 
@@ -176,11 +180,6 @@ _JUDGEMENTS = ("true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "cho
 def first(keys: Iterable[str], names: Iterable[str]) -> str | None:
     """The first of `keys` that is among `names`."""
     return next((key for key in keys if key in names), None)
-
-
-def _used(row_format: str, names: Iterable[str]) -> set[str]:
-    names = set(names)
-    return {key for keys in _USED[row_format] if (key := first(keys, names))}
 
 
 # Of each group of keys a row's first one is used.

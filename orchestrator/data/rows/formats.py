@@ -23,7 +23,7 @@ class Example:
 
     A message holds `role` (system, user, assistant, tool) and `content` (text, "" beside tool calls), and where the row
     has them: `reasoning_content` (text), `tool_calls` ([{type, id, function: {name, arguments: {...}}}]), of a tool's
-    turn `name` and `tool_call_id`, and `train: False` for an assistant's turn that is read but not learnt (a key that
+    turn `name` and `tool_call_id`, and `train: False` for an assistant's turn that is read but not trained (a key that
     no chat template should see).
     """
 
@@ -61,18 +61,18 @@ def read_example(
         if known is None or own in (None, known):
             raise
         raise BadRow(
-            f"{error.reason}: the file's first row is read as {known}, this one would be {own}. Put them into files of"
-            " their own"
+            f"{error.reason}: the file's first row is read as {known}, this one looks like {own}. Put each format"
+            " into a file of its own"
         ) from None
     if detected is not None:
         detected[row.file] = row_format
     used = columns.columns(row_format, tuple(row.values)).used
-    words = tuple(
-        f"field {name!r} is the word {value!r}, as a missing value becomes in some tools"
+    doubtful = tuple(
+        f"field {name!r} is the text {value!r}, which some tools write for a missing value"
         for name in used
-        if isinstance(value := row.values[name], str) and value in _MISSING_WORDS
+        if isinstance(value := row.values[name], str) and value in _MISSING_TEXTS
     )
-    return row_format, replace(example, readings=example.readings + words) if words else example
+    return row_format, replace(example, readings=example.readings + doubtful) if doubtful else example
 
 
 def detect(values: Mapping[str, Any]) -> str | None:
@@ -100,7 +100,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
     names = sorted(map(str, values))
     if {"chosen", "rejected"} & set(names):
         refusal = columns.refusals("messages")["chosen"]
-        return BadRow(f"fields {names} are a preference; lost would be {refusal.lost}. {refusal.way}")
+        return BadRow(f"fields {names} are a preference; {refusal.sentence}")
     if "input_ids" in names:
         return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
     near = {name: plain for name in names if (plain := name.strip().lower()) != name and plain in _KNOWN_NAMES}
@@ -109,7 +109,7 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
 
 
 _FILL = "Fill it or remove the row"
-_MISSING_WORDS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
+_MISSING_TEXTS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
 _KNOWN_NAMES = {
     *columns.TURN_KEYS,
     *columns.PROMPT_KEYS,
@@ -125,9 +125,7 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
     for name in sorted_columns.refused:
         if columns.holds(name, values[name]):
             refusal = columns.refusals(row_format)[name]
-            raise BadRow(
-                f"field {name!r} is not used in {row_format} rows; lost would be {refusal.lost}. {refusal.way}"
-            )
+            raise BadRow(f"field {name!r} is not used in {row_format} rows; {refusal.sentence}")
     ignored = tuple(name for name in sorted_columns.ignored if not missing(values[name]))
     if row_format == "text":
         return Example(text=_string(values, "text"), ignored=ignored)
@@ -145,7 +143,7 @@ def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[
     key = columns.first(columns.TEXT_KEYS, values) or "text"
     label = values.get("label")
     if missing(label) or not isinstance(label, str | int | float) or label in (math.inf, -math.inf):
-        raise BadRow(f"field 'label' is {label!r:.80}; it must be a word or a number", "field 'label' is no label")
+        raise BadRow(f"field 'label' is {label!r:.80}; it must be a text or a number", "field 'label' is no label")
     text = _string(values, key)
     readings = ()
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside a missing one

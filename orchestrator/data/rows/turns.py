@@ -1,4 +1,4 @@
-"""The turns of a conversation: OpenAI's and ShareGPT's roles and keys, tool calls, and which turns are learnt."""
+"""The turns of a conversation: OpenAI's and ShareGPT's roles and keys, tool calls, and which turns are trained."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Reading:
 
 
 def read_turns(turns: Any, reading: Reading) -> list[Message]:
-    """The messages of a conversation with at least one answer to learn.  Raises BadRow."""
+    """The messages of a conversation with at least one answer to train on.  Raises BadRow."""
     if isinstance(turns, str) and turns.strip():  # the only way in a csv file
         turns = _from_json(turns, f"field {reading.key!r}")
         reading.note(f"field {reading.key!r} is read as turns in JSON")
@@ -59,7 +59,7 @@ def read_turns(turns: Any, reading: Reading) -> list[Message]:
 def read_prompt_and_answer(
     values: Mapping[str, Any], prompt_key: str, answer_key: str, reading: Reading
 ) -> list[Message]:
-    """A prompt of turns and an answer of turns, either of which may be plain text; only the answer is learnt."""
+    """A prompt of turns and an answer of turns, either of which may be plain text; only the answer is trained."""
     messages: list[Message] = []
     for key, role in ((prompt_key, "user"), (answer_key, "assistant")):
         value = values.get(key)
@@ -86,8 +86,8 @@ def history(value: Any) -> list[Message]:
     for number, pair in enumerate(pairs, start=1):
         if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
             raise BadRow(
-                f"field 'history': item {number} is not a pair [question, answer] of texts, and the turns before would"
-                " be lost. Write it as such pairs",
+                f"field 'history': item {number} is not a pair [question, answer] of texts, and ignoring it"
+                " would lose the earlier turns. Write it as such pairs",
                 "field 'history' holds no pairs [question, answer]",
             )
         messages += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
@@ -107,8 +107,8 @@ def tools_of(value: Any, label: str) -> tuple[dict[str, Any], ...]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(
-                f"{label}: item {number} is no function with a 'name', and what the model may call would be lost."
-                " Write it as {'type': 'function', 'function': {'name', 'description', 'parameters'}}",
+                f"{label}: item {number} is no function with a 'name', and ignoring it would lose what the"
+                " model may call. Write it as {'type': 'function', 'function': {'name', 'description', 'parameters'}}",
                 f"{label} holds an item that is no function with a 'name'",
             )
         tools.append({**tool, "type": "function", "function": function} if "function" in tool else _wrapped(function))
@@ -174,7 +174,7 @@ def _refuse(turn: dict[str, Any], names: tuple[str, ...], number: int, role: str
         wrong.append("name")
     if wrong:
         refusal = columns.turn_refusal(wrong[0])
-        raise _bad(number, f"({role}) has the field {wrong[0]!r}; lost would be {refusal.lost}. {refusal.way}")
+        raise _bad(number, f"({role}) has the field {wrong[0]!r}; {refusal.sentence}")
     for name in sorted_fields.ignored:
         if not missing(turn[name]):
             reading.ignore(name)
@@ -201,9 +201,7 @@ def _text(value: Any, number: int, role: str, reading: Reading) -> str | None:
         text = part if isinstance(part, str) else part.get("text") if kind in _TEXT_PARTS else None
         if not isinstance(text, str):
             seen = f"of type {kind!r:.40}" if kind and kind not in _TEXT_PARTS else "without text"
-            raise _bad(
-                number, f"({role}) has a part {seen}; only text is trained, and the part would be lost. Remove it"
-            )
+            raise _bad(number, f"({role}) has a part {seen}; only text is trained. Remove the part")
         texts.append(text)
     reading.note("content in parts is read as its texts joined")
     return "".join(texts)
@@ -217,7 +215,9 @@ def _calls_of(turn: dict[str, Any], number: int, role: str) -> list[dict[str, An
         raise _bad(number, f"({role}) has both {keys[0]!r} and {keys[1]!r}. Remove one")
     key = keys[0]
     if role != "assistant":
-        raise _bad(number, f"({role}) has the field {key!r}; only an assistant calls. Move it to an assistant's turn")
+        raise _bad(
+            number, f"({role}) has the field {key!r}; only the assistant calls functions. Move it to an assistant turn"
+        )
     return _calls(turn[key], number)
 
 
@@ -244,46 +244,46 @@ def _extras(turn: dict[str, Any], number: int, role: str, reading: Reading) -> M
     if keys:
         key = keys[0]
         if any(turn[other] != turn[key] for other in keys):
-            raise _bad(number, f"({role}) has different thoughts in {' and '.join(map(repr, keys))}. Remove one")
+            raise _bad(number, f"({role}) has different reasoning in {' and '.join(map(repr, keys))}. Remove one")
         if role != "assistant" or not isinstance(turn[key], str):
-            raise _bad(number, f"({role}) has the field {key!r}; thoughts are text in an assistant's turn. Remove it")
+            raise _bad(number, f"({role}) has the field {key!r}; reasoning is text of assistant turns. Remove it")
         if key != columns.REASONING_KEYS[0]:
             reading.note(f"field {key!r} of turns is read as 'reasoning_content'")
         extras["reasoning_content"] = turn[key]
     if role == "tool":
         extras |= {name: turn[name] for name in ("name", "tool_call_id") if not missing(turn.get(name))}
-    if not _learnt(turn, number, role):
+    if not _is_trained(turn, number, role):
         extras["train"] = False
     return extras
 
 
-def _learnt(turn: dict[str, Any], number: int, role: str) -> bool:
-    """Whether the flags of a turn let it be learnt; those of another role than the assistant may only say no."""
+def _is_trained(turn: dict[str, Any], number: int, role: str) -> bool:
+    """Whether the flags of a turn let it be trained; a turn of another role than the assistant cannot be."""
     flags = [(key, turn[key]) for key in columns.TRAIN_KEYS if not missing(turn.get(key))]
     for key, value in flags:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _bad(
                 number,
-                f"({role}) has {key} {value!r:.40}: a turn is learnt (1) or not (0), not by a share. Write 0 or 1",
+                f"({role}) has {key} {value!r:.40}: a turn is trained (1) or not (0), not in part. Write 0 or 1",
             )
         if value and role not in ("assistant", _CALL):
             raise _bad(
                 number,
-                f"({role}) has {key} {value!r}: only what the assistant writes is learnt. Remove it, or set"
-                " data.assistant_only_loss: false to learn every word",
+                f"({role}) has {key} {value!r}: only assistant turns are trained. Remove it, or set"
+                " data.assistant_only_loss: false to train on every token",
             )
     return role not in ("assistant", _CALL) or all(value for _, value in flags)
 
 
 def _check_answers(messages: list[Message]) -> None:
     answers = [(number, turn) for number, turn in enumerate(messages, start=1) if turn["role"] == "assistant"]
-    learnt = [(number, turn) for number, turn in answers if turn.get("train", True)]
-    if not any(turn["content"].strip() or "tool_calls" in turn for _, turn in learnt):
-        why = "no assistant turn is to be learnt" if answers and not learnt else "no assistant turn with text"
-        raise BadRow(f"{why}: there is nothing to learn. Add an answer or remove the row")
-    for number, turn in learnt:
+    trained = [(number, turn) for number, turn in answers if turn.get("train", True)]
+    if not any(turn["content"].strip() or "tool_calls" in turn for _, turn in trained):
+        why = "no assistant turn is trained" if answers and not trained else "no assistant turn with text"
+        raise BadRow(f"{why}: there is nothing to train on. Add an answer or remove the row")
+    for number, turn in trained:
         if not turn["content"].strip() and "tool_calls" not in turn:
-            raise _bad(number, "(assistant) is empty: the model would learn to say nothing. Remove or fill it")
+            raise _bad(number, "(assistant) is empty: the model would learn to answer nothing. Remove or fill it")
 
 
 def _bad(number: int, fault: str, kind: str | None = None) -> BadRow:

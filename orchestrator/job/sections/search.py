@@ -63,7 +63,7 @@ class BankSection(Section):
     add: bool = key(False, "put the finished run's adapter into the bank")
     licence: str | None = key(None, "licence of adapters that are added, e.g. Apache-2.0")
     distance: Literal["js_parts", "js", "js_answers", "kl", "wasserstein_ids", "sliced_wasserstein", "mmd"] = key(
-        "js_answers", "how far data sets are from each other; js_answers = Jensen-Shannon of what is learnt"
+        "js_answers", "how far data sets are from each other; js_answers = Jensen-Shannon of the trained tokens"
     )
     coefficients: Literal["attentional", "normalised", "neural"] = key(
         "normalised", "how distances become shares: softmin, of standardised rows, or of a trained score"

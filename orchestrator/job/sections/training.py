@@ -41,7 +41,7 @@ class HeldOut(Section):
 
 
 class DataSection(Section):
-    """What is learnt from, and how rows become tokens."""
+    """The training rows, and how they become tokens."""
 
     train: str | Source | list[str | Source] = Field(description="training rows: a path, or a list of paths")
     eval: str | Source | list[str | Source] | HeldOut | None = key(None, "held-out rows: paths, or {split: 0.05}")
@@ -49,7 +49,7 @@ class DataSection(Section):
     chat_template: str = key("tokenizer", "tokenizer, or the path of a .jinja file")
     system_prompt: str | None = key(None, "put before conversations that have no system message")
     instruction: str = key("", "classification: text put before each row's text")
-    assistant_only_loss: bool = key(True, "conversations: train on the assistant's words only")
+    assistant_only_loss: bool = key(True, "conversations: train on the assistant's turns only")
     completion_only_loss: bool = key(True, "prompt/completion rows: train on the completion only")
     max_length: Auto | Annotated[int, Field(ge=8, le=MOST)] = key("auto", "longest sample in tokens")
     overlong: Literal["auto", "truncate", "drop", "split"] = key(

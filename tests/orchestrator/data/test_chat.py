@@ -100,22 +100,22 @@ def test_the_answers_with_their_ends_are_learnt_and_nothing_else(tokenizer, name
 
 
 BROKEN = {
-    "lower case": (each("m.content | lower"), say("Red", "Blue"), "turn 1 (user): the chat template leaves out"),
-    "escaped": (each("m.content | e"), say("a < b", "c"), "turn 1 (user): the chat template leaves out"),
-    "cut short": (each("m.content[:5]"), say("red", "blue dog"), "turn 2 (assistant): the chat template leaves out"),
+    "lower case": (each("m.content | lower"), say("Red", "Blue"), "turn 1 (user): the chat template drops"),
+    "escaped": (each("m.content | e"), say("a < b", "c"), "turn 1 (user): the chat template drops"),
+    "cut short": (each("m.content[:5]"), say("red", "blue dog"), "turn 2 (assistant): the chat template drops"),
     "lines joined": (each("m.content | replace('\n', ' ')"), say("a\nb", "c"), "turn 1 (user): the chat template"),
     "the last turns alone": (
         each("m.content").replace("in messages", "in messages[-2:]"),
         TWO,
-        "turn 1 (user): the chat template leaves out",
+        "turn 1 (user): the chat template drops",
     ),
     "a system turn in the prompt alone": (  # as Mistral-7B-Instruct-v0.3 writes it
         SYSTEM_FIRST.replace("loop.index0 == 1", "loop.last"),
         say("red cat", "blue dog", system="small"),
-        "turn 1 (system): the chat template leaves out",
+        "turn 1 (system): the chat template drops",
     ),
     "thoughts begun by the prompt": (CHAT_TEMPLATE.replace("assistant\n{%", "assistant\n<think>{%"), ONE, "<think>"),
-    "a count of turns": ("{{ messages | length }}" + CHAT_TEMPLATE, ONE, "cannot be told apart"),
+    "a count of turns": ("{{ messages | length }}" + CHAT_TEMPLATE, ONE, "cannot be located"),
     "no end": (CHAT_TEMPLATE.replace("<|im_end|>", ""), ONE, "would never learn to stop"),
     "marks before the end": (
         marked("{% generation %}{{ m.content }}{% endgeneration %}<|im_end|>"),
@@ -125,12 +125,12 @@ BROKEN = {
     "marks of every turn": (
         _TURN.replace("{{ CONTENT }}<|im_end|>", "{% generation %}{{ m.content }}<|im_end|>{% endgeneration %}"),
         ONE,
-        "marks 2 places in a conversation with 1",
+        "marks 2 spans in a conversation with 1",
     ),
     "marks beside the words": (
         marked("{{ m.content }}{% generation %}<|im_end|>{% endgeneration %}"),
         ONE,
-        "leaves out",
+        "drops",
     ),
     "the row holds the beginning": (
         "<|endoftext|>" + CHAT_TEMPLATE,
@@ -169,7 +169,7 @@ def test_a_turn_lost_in_one_of_several_samples_is_named_by_its_number_in_the_row
     template = _TURN.replace("{{ CONTENT }}<|im_end|>", spoilt)
     turns = say("red", "<think>x</think>blue", "one", "two")
 
-    with pytest.raises(BadRow, match=r"turn 3 \(user\): the chat template leaves out words of it: 'one'"):
+    with pytest.raises(BadRow, match=r"turn 3 \(user\): the chat template drops a part of it: 'one'"):
         Renderer(tokenizer, template + _PROMPT).render(convert({"messages": turns}, "messages"))
 
 
@@ -177,7 +177,7 @@ def test_a_template_that_does_not_know_tools_breaks_rows_that_have_them(tokenize
     tools = [{"type": "function", "function": {"name": "find", "description": "", "parameters": {}}}]
     row = convert({"messages": ONE, "tools": tools}, "messages")
 
-    with pytest.raises(BadRow, match="leaves out the tool 'find'"):
+    with pytest.raises(BadRow, match="drops the tool 'find'"):
         Renderer(tokenizer, CHAT_TEMPLATE).render(row)
     [tokens] = Renderer(tokenizer, "{{ tools | tojson if tools else '' }}" + CHAT_TEMPLATE).render(row)
 

@@ -51,7 +51,7 @@ def test_classification_puts_the_instruction_first():
         ({"messages": 3}, "messages", "not a list"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "robot"),
         ({"messages": [{"role": "user", "content": None}]}, "messages", "no text"),
-        ({"messages": CHAT[:1]}, "messages", "nothing to learn"),
+        ({"messages": CHAT[:1]}, "messages", "nothing to train on"),
         ({"prompt": "p"}, "prompt_completion", "'completion' is missing"),
         ({"prompt": "p", "completion": 3}, "prompt_completion", "is a int, not text"),
         ({"prompt": "p", "completion": " "}, "prompt_completion", "is empty"),
@@ -206,7 +206,7 @@ NAN = float("nan")
         ({"text": NAN}, "field 'text' is NaN"),
         ({"text": "t", "label": NAN}, "field 'label' is nan"),
         ({"text": "t", "label": float("inf")}, "field 'label' is inf"),
-        ({"text": "t", "label": ["a", "b"]}, "it must be a word or a number"),
+        ({"text": "t", "label": ["a", "b"]}, "it must be a text or a number"),
         ({"prompt": "q", "completion": "a", "label": False}, "answer is good or bad"),
         ({"prompt": "q", "completion": "a", "label": 1}, "Keep the good rows alone"),
         (asks(ASK, TELL) | {"chosen": "x", "rejected": "y"}, "which answer is the better one"),
@@ -214,7 +214,7 @@ NAN = float("nan")
         ({"prompt": "q", "completion": "a", "weight": 0.5}, "how much it counts"),
         ({"instruction": "q", "output": "a", "history": "old"}, "not JSON"),
         ({"instruction": "q", "output": "a", "history": [["a"]]}, "item 1 is not a pair"),
-        (asks(ASK, TELL) | {"history": [["a", "b"]]}, "the turns before"),
+        (asks(ASK, TELL) | {"history": [["a", "b"]]}, "the earlier turns"),
         (asks(ASK, TELL) | {"tools": "no json"}, "field 'tools' is a text that is not JSON"),
         ({"messages": str([{"role": "user", "content": "q"}])}, "these are Python's quotes: in pandas"),
         (asks(ASK, TELL) | {"tools": [{"type": "x"}]}, "no function with a 'name'"),
@@ -223,23 +223,23 @@ NAN = float("nan")
         (asks(ASK, ("assistant", None, {})), r"turn 2 \(assistant\) has no text in 'content'"),
         (asks(ASK, ("assistant", NAN, {})), "has no text"),
         (asks(ASK, TELL, ASK, ("assistant", " ", {})), r"turn 4 \(assistant\) is empty"),
-        (asks(ASK, ("assistant", "a", {"weight": 0})), "no assistant turn is to be learnt"),
-        (asks(ASK, ("assistant", "a", {"weight": 0.5})), "not by a share"),
-        (asks(("user", "q", {"train": True}), TELL), "only what the assistant writes is learnt"),
+        (asks(ASK, ("assistant", "a", {"weight": 0})), "no assistant turn is trained"),
+        (asks(ASK, ("assistant", "a", {"weight": 0.5})), "not in part"),
+        (asks(("user", "q", {"train": True}), TELL), "only assistant turns are trained"),
         (asks(("user", "q", {"name": "Ann"}), TELL), "who speaks"),
         (asks(("user", "q", {"images": ["x"]}), TELL), "only text is trained"),
         (asks(("user", [{"type": "image_url", "image_url": {}}], {}), TELL), "part of type 'image_url'"),
         (asks(("user", {"text": "q"}, {}), TELL), "content of the type dict"),
         (asks(ASK, ("assistant", "", {"refusal": "I cannot"})), "model declined"),
-        (asks(("user", "q", {"tool_calls": [CALL]}), TELL), "only an assistant calls"),
+        (asks(("user", "q", {"tool_calls": [CALL]}), TELL), "only the assistant calls"),
         (asks(ASK, ("assistant", "", {"tool_calls": [{"id": "x"}]})), "tool call without a 'name'"),
         (asks(ASK, ("assistant", "", {"tool_calls": [{"name": "f", "arguments": "{"}]})), "not JSON"),
         (
             asks(ASK, ("assistant", "", {"tool_calls": [{"name": "f", "arguments": [1]}]})),
             "no object with named values",
         ),
-        (asks(("user", "q", {"thinking": "hm"}), TELL), "thoughts are text in an assistant's turn"),
-        (asks(ASK, ("assistant", "a", {"thinking": "x", "reasoning": "y"})), "different thoughts"),
+        (asks(("user", "q", {"thinking": "hm"}), TELL), "reasoning is text of assistant turns"),
+        (asks(ASK, ("assistant", "a", {"thinking": "x", "reasoning": "y"})), "different reasoning"),
         (asks(ASK, ("assistant", "", {"tool_calls": [CALL], "function_call": CALL})), "both 'tool_calls' and"),
         ({"messages": [{"speaker": "Ann", "text": "q"}]}, "has no role; its fields are"),
         ({"conversations": [{"from": "function_call", "value": "run it"}]}, "not JSON"),
@@ -280,7 +280,7 @@ def test_zero_is_a_label_and_whole_numbers_of_pandas_are_whole():
 def test_words_for_missing_values_are_counted():
     example = read_example(Row({"instruction": "q", "input": "nan", "output": "a"}, "file", 1), "auto")[1]
 
-    assert example.readings == ("field 'input' is the word 'nan', as a missing value becomes in some tools",)
+    assert example.readings == ("field 'input' is the text 'nan', which some tools write for a missing value",)
 
 
 def test_an_empty_history_is_none_also_in_a_csv_file():
@@ -298,7 +298,7 @@ def test_the_first_row_of_a_file_decides_for_the_others():
     detected = {}
     read_example(Row({"text": "t"}, "file", 1), "auto", "", detected)
 
-    with pytest.raises(BadRow, match="the file's first row is read as text, this one would be alpaca"):
+    with pytest.raises(BadRow, match="the file's first row is read as text, this one looks like alpaca"):
         read_example(Row({"instruction": "q", "output": "a"}, "file", 2), "auto", "", detected)
 
 

@@ -101,8 +101,8 @@ def test_a_split_of_ones_own_name_is_found(source):
 @pytest.mark.parametrize(
     ("data", "files", "told"),
     [
-        ("train: data", ["data/test.jsonl"], "nothing of the split train; it has: test"),
-        ("train: {path: data, split: dev}", ["data/train.jsonl"], "nothing of the split validation; it has: train"),
+        ("train: data", ["data/test.jsonl"], "has no file of the split train; it has: test"),
+        ("train: {path: data, split: dev}", ["data/train.jsonl"], "has no file of the split validation; it has: train"),
         ("train: {path: data.jsonl, split: test}", ["data.jsonl"], "a file has no splits"),
         ("train: {path: data.jsonl, split: 'train[:10]'}", ["data.jsonl"], "a file has no splits"),
         ("train: data", ["data/.x.jsonl"], "holds no .*not read: 1 hidden file "),

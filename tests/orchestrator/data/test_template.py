@@ -77,7 +77,7 @@ def test_text_is_supervised_throughout_and_ends(tokenizer):
             "no token",
         ),
         ("{% generation %}{% for m in messages %}{{ m['content'] }}{% endfor %}{% endgeneration %}", "every token"),
-        ("{{ messages | length }}: {% for m in messages %}{{ m['content'] }}{% endfor %}", "cannot be told apart"),
+        ("{{ messages | length }}: {% for m in messages %}{{ m['content'] }}{% endfor %}", "cannot be located"),
         ("{{ raise_exception('only one turn') }}", "only one turn"),
         ("{{ messages", "refuses"),
     ],

@@ -86,7 +86,7 @@ def folder_of_models(tmp_path):
         ("llama.Q4_K_M.gguf", "is a file's name; give the folder"),
         ("s3://bucket/model", "is an address"),
         ("models", "holds no config.json"),
-        ("my model!", "no name that the hub has"),
+        ("my model!", "nor a valid name on the hub"),
         ("a\0b", "NUL"),
         ("x" * 5000, "name"),
     ],

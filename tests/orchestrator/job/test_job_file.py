@@ -59,7 +59,7 @@ def test_all_mistakes_come_at_once_each_with_its_line():
         ("- 1\n- 2\n", ["holds [1, 2]", "mapping"]),
         ("model: [\n", ["line", "not YAML"]),
         ("a: &a [*a]\n", ["anchor that contains itself"]),
-        ("model: {}\nmodel: {}\n", ["line 2", "stands twice"]),
+        ("model: {}\nmodel: {}\n", ["line 2", "occurs twice"]),
         (GOOD.replace("train: a.jsonl", ""), ["data.train is missing"]),
         (GOOD + "method: {type: lorra}\n", ["lora, full"]),
         (GOOD + "method: {load_in_4bit: true}\n", ["no such key yet", "type: qlora"]),
