@@ -83,13 +83,13 @@ def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequen
     The assistant's are searched in the spans of `answers`, those of the others outside of them, in their order or,
     where the template moves one, wherever no other turn stands.  No answers: all are searched in the whole text.
     """
-    learnt = _BETWEEN.join(text[a:b] for a, b in answers) if answers else text
-    read = _BETWEEN.join(text[a:b] for a, b in outside(text, answers)) if answers else text
+    inside = _BETWEEN.join(text[a:b] for a, b in answers) if answers else text
+    around = _BETWEEN.join(text[a:b] for a, b in outside(text, answers)) if answers else text
     is_answer = [bool(answers) and message["role"] == "assistant" for message in messages]
     is_tool = [message["role"] == "tool" for message in messages]  # what tools answer may be written as JSON
     contents = [str(message.get("content") or "") for message in messages]
     lost: set[int] = set()
-    for place, mine in ((learnt, True), (read, False)):
+    for place, mine in ((inside, True), (around, False)):
         turns = [n for n, answer in enumerate(is_answer) if answer == mine and contents[n].strip() and not is_tool[n]]
         lost |= {turns[k] for k in _unplaced([contents[n] for n in turns], place)}
     lost |= {n for n, message in enumerate(messages) if not all(_occurs(part, text) for part in _parts(message))}

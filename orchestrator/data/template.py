@@ -80,8 +80,8 @@ class Renderer:
         text, spans = self.template.answers(talk)
         if spans is None:
             return [self._one_turn(talk.through(number), self.template) for number in trained]
-        learnt = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
-        return [self._encoded(text, learnt, learnt[-1][0], talk.content(trained[-1]))]
+        kept = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
+        return [self._encoded(text, kept, kept[-1][0], talk.content(trained[-1]))]
 
     def _conversation(self, example: Example) -> Conversation:
         turns = tuple(example.messages)

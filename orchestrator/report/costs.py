@@ -29,8 +29,8 @@ def alternatives_of(job: Job, plan: Plan, files: dict[str, Any], num_tokens: flo
     spec, config = job.spec, model_files.read_config(Path(files["model"]))
     data, _ = datasets(files)
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
-    lengths, learnt = data.lengths.tolist(), int(data.num_supervised.sum())
-    work, _, _ = workload.describe(same, workload.model_shape(config), lengths, learnt, 1)
+    lengths, num_supervised = data.lengths.tolist(), int(data.num_supervised.sum())
+    work, _, _ = workload.describe(same, workload.model_shape(config), lengths, num_supervised, 1)
     return on_others(job, work, Path(spec.cost.alternatives or ""), plan.techniques.max_length, num_tokens)
 
 
