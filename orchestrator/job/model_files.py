@@ -134,14 +134,14 @@ def read_config(location: Path) -> dict[str, Any]:
 def check_name(name: str, job_folder: Path) -> None:
     """Raise JobError for a hub name that is a misspelt packaged model or folder here, before the hub is asked."""
     if "/" not in name and (near := difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=_ALIKE)):
-        raise JobError(f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean {near[0]}?")
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is not a folder here; did you mean {near[0]}?")
     beside = (job_folder / name).parent
     if "/" not in name or not beside.is_dir() or not os.access(beside, os.R_OK):
         return
     folders = [path.name for path in beside.iterdir() if (path / "config.json").is_file()]
     if near := difflib.get_close_matches(Path(name).name, folders, n=1, cutoff=_ALIKE):
         raise JobError(
-            f"model.model_name_or_path: {printable(name)!r} is no folder here; did you mean"
+            f"model.model_name_or_path: {printable(name)!r} is not a folder here; did you mean"
             f" {printable(str(Path(name).with_name(near[0])))}?"
         )
 

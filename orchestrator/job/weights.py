@@ -46,7 +46,7 @@ def has_weights(folder: Path) -> bool:
 def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
     """The tensors of the files that transformers would load from a model folder, by name.
 
-    Raises JobError for a folder without weights, files that are missing, cut or damaged, and for what is no model's
+    Raises JobError for a folder without weights, files that are missing, cut or damaged, and for what is not a model's
     folder at all (an adapter's, GGUF files).
     """
     with bad_input_as_job_error("model.model_name_or_path"):
@@ -124,19 +124,19 @@ def _names_in_bin(path: Path) -> list[str]:
     with open_regular(path) as stream:
         if not zipfile.is_zipfile(stream):
             raise BadInput(
-                f"{path} is cut or of PyTorch before 1.6: it is no zip archive. Download it again, or convert it to"
-                f" {SINGLE}"
+                f"{path} is not a zip archive: it was cut, or written by PyTorch before 1.6. Download it again, or"
+                f" convert it to {SINGLE}"
             )
         try:
             with zipfile.ZipFile(stream) as archive:
                 inside = next((name for name in archive.namelist() if name.endswith("/data.pkl")), None)
                 if inside is None or archive.getinfo(inside).file_size > _MAX_INDEX_BYTES:
-                    raise BadInput(f"{path} is no PyTorch file of weights: it holds no data.pkl")
+                    raise BadInput(f"{path} is not a file of PyTorch weights: it holds no data.pkl; download it again")
                 operations = list(pickletools.genops(archive.read(inside)))
         except (zipfile.BadZipFile, ValueError, OSError, NotImplementedError, RuntimeError) as error:
             raise BadInput(f"{path} is damaged: {printable(str(error)[:200])}; download it again") from None
-    words = [str(value) for operation, value, _ in operations if operation.name.endswith("BINUNICODE")]
-    return [word for word in words if "." in word and not word.startswith("torch.")]
+    texts = [str(value) for operation, value, _ in operations if operation.name.endswith("BINUNICODE")]
+    return [text for text in texts if "." in text and not text.startswith("torch.")]
 
 
 def _few(names: list[str]) -> str:

@@ -80,7 +80,7 @@ def render_on(cluster: str, job: Job, namespace: str, name: str) -> Objects:
     """A RayJob for an existing RayCluster, which plans there for what it finds; all its files are `uploads`."""
     settings = _settings(job, namespace)
     if not _LABEL.fullmatch(cluster):
-        raise JobError(f"--attach {cluster}: is no RayCluster name; use lowercase letters, digits and hyphens")
+        raise JobError(f"--attach {cluster}: is not a RayCluster name; use lowercase letters, digits and hyphens")
     storage = job.spec.cluster.storage
     if not storage.startswith("/"):
         raise JobError(

@@ -65,7 +65,7 @@ class Remote:
         try:
             found = record(cls, read_json(path), str(path))
             if not found.attempts and not found.is_closed:
-                raise BadInput(f"{path}: names no attempt")
+                raise BadInput(f"{path}: lists no attempt")
             own = f"{found.storage.removesuffix('/runs')}/jobs/{run.run_id}"
             if found.uploads not in (None, own):  # it is deleted at the end
                 raise BadInput(f"{path}: uploads: {printable(found.uploads or '')} is not {printable(own)}")

@@ -119,7 +119,7 @@ def _reason_to_skip(file: Path, key: str) -> str | None:
     if not file.exists():
         raise JobError(f"{key}: {file} is a link to a file that is not there. Fetch the file or remove the link")
     if not file.is_file():
-        return "entry that is no file"
+        return "special file"
     if _ABOUT_DATA.fullmatch(file.name) or _is_description(file):
         return "file about the data"
     if kind_of_name(file.name) or (not file.suffix and kind_of_content(file) not in (None, "csv", "tsv")):
@@ -208,7 +208,7 @@ def _is_description(file: Path) -> bool:
 
 def _counted(things: list[str], noun: str) -> str:
     """`3 hidden files`: the first word that names a thing gets its plural."""
-    plural = re.sub(r"file|folder|link|split", r"\g<0>s", noun, count=1).replace("entry that is", "entries that are")
+    plural = re.sub(r"file|folder|link|split", r"\g<0>s", noun, count=1)
     return f"{len(things)} {noun if len(things) == 1 else plural}"
 
 

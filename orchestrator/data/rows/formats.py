@@ -143,7 +143,7 @@ def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[
     key = columns.first(columns.TEXT_KEYS, values) or "text"
     label = values.get("label")
     if missing(label) or not isinstance(label, str | int | float) or label in (math.inf, -math.inf):
-        raise BadRow(f"field 'label' is {label!r:.80}; it must be a text or a number", "field 'label' is no label")
+        raise BadRow(f"field 'label' is {label!r:.80}; it must be a text or a number", "field 'label' is not a label")
     text = _string(values, key)
     readings = ()
     if isinstance(label, float) and label.is_integer():  # pandas makes floats of whole numbers beside a missing one

@@ -107,9 +107,9 @@ def tools_of(value: Any, label: str) -> tuple[dict[str, Any], ...]:
         function = tool.get("function", tool) if isinstance(tool, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise BadRow(
-                f"{label}: item {number} is no function with a 'name', and ignoring it would lose what the"
+                f"{label}: item {number} is not a function with a 'name', and ignoring it would lose what the"
                 " model may call. Write it as {'type': 'function', 'function': {'name', 'description', 'parameters'}}",
-                f"{label} holds an item that is no function with a 'name'",
+                f"{label} holds an item that is not a function with a 'name'",
             )
         tools.append({**tool, "type": "function", "function": function} if "function" in tool else _wrapped(function))
     return tuple(tools)
@@ -232,7 +232,7 @@ def _calls(value: Any, number: int) -> list[dict[str, Any]]:
         arguments = function.get("arguments", function.get("parameters"))
         arguments = {} if missing(arguments) else _from_json(arguments, f"turn {number}: the arguments of a tool call")
         if not isinstance(arguments, dict):
-            raise _bad(number, "has a tool call whose arguments are no object with named values. Name them")
+            raise _bad(number, "has a tool call whose arguments are not an object with named values. Name them")
         call = {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
         calls.append({"id": item["id"], **call} if isinstance(item.get("id"), str) else call)
     return calls

@@ -217,7 +217,7 @@ NAN = float("nan")
         (asks(ASK, TELL) | {"history": [["a", "b"]]}, "the earlier turns"),
         (asks(ASK, TELL) | {"tools": "no json"}, "field 'tools' is a text that is not JSON"),
         ({"messages": str([{"role": "user", "content": "q"}])}, "these are Python's quotes: in pandas"),
-        (asks(ASK, TELL) | {"tools": [{"type": "x"}]}, "no function with a 'name'"),
+        (asks(ASK, TELL) | {"tools": [{"type": "x"}]}, "not a function with a 'name'"),
         (asks(("system", "other", {}), ASK, TELL) | {"system": "s"}, "two different system prompts"),
         ({"text": "t", "system": "s"}, "the system prompt"),
         (asks(ASK, ("assistant", None, {})), r"turn 2 \(assistant\) has no text in 'content'"),
@@ -236,7 +236,7 @@ NAN = float("nan")
         (asks(ASK, ("assistant", "", {"tool_calls": [{"name": "f", "arguments": "{"}]})), "not JSON"),
         (
             asks(ASK, ("assistant", "", {"tool_calls": [{"name": "f", "arguments": [1]}]})),
-            "no object with named values",
+            "not an object with named values",
         ),
         (asks(("user", "q", {"thinking": "hm"}), TELL), "reasoning is text of assistant turns"),
         (asks(ASK, ("assistant", "a", {"thinking": "x", "reasoning": "y"})), "different reasoning"),

@@ -163,7 +163,7 @@ def test_what_is_no_file_is_refused_or_named(source, tmp_path):
     os.mkfifo(tmp_path / "data" / "b.jsonl")
 
     assert texts(job) == ["data/a.jsonl"]
-    assert "1 entry that is no file (b.jsonl)" in skipped_of(job, "data", "data.train")[0]
+    assert "1 special file (b.jsonl)" in skipped_of(job, "data", "data.train")[0]
     with pytest.raises(JobError, match="is a FIFO"):
         texts(source("train: data/b.jsonl"))
     with pytest.raises(JobError, match="device"):

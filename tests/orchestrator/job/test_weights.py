@@ -147,7 +147,7 @@ def test_a_cut_pytorch_file_is_refused(tmp_path):
     torch.save({"a.weight": torch.zeros(100)}, tmp_path / "whole")
     (tmp_path / "pytorch_model.bin").write_bytes((tmp_path / "whole").read_bytes()[:300])
 
-    assert "is cut or of PyTorch before 1.6" in refusal(tmp_path)
+    assert "it was cut, or written by PyTorch before 1.6" in refusal(tmp_path)
 
 
 def test_weights_of_whole_numbers_without_their_scales_are_refused(model_folder, tmp_path):
