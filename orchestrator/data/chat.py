@@ -88,7 +88,7 @@ class ChatTemplate:
                 add_generation_prompt=add_generation_prompt,
             )
         except Exception as error:  # Jinja raises its own tree, templates raise what they like
-            raise _refused(error) from None
+            raise _refusal(error) from None
 
     def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
@@ -96,7 +96,7 @@ class ChatTemplate:
         Raises BadRow where an answer cannot be located or has no ending, or the template drops text.
         """
         if self._marks_generation:
-            text, spans = self._marked(talk)
+            text, spans = self._render_marked(talk)
         else:
             text = self.text(talk)
             spans = self._by_prefix(talk, text)
@@ -197,7 +197,7 @@ class ChatTemplate:
             return ""
         return prompted[len(whole) :] if prompted.startswith(whole) else ""
 
-    def _marked(self, talk: Conversation) -> tuple[str, list[Span]]:
+    def _render_marked(self, talk: Conversation) -> tuple[str, list[Span]]:
         """The text and each answer in it, by the template's own marks."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -210,9 +210,9 @@ class ChatTemplate:
                 **self.tokenizer.special_tokens_map,
             )
         except Exception as error:  # as in `text`
-            raise _refused(error) from None
+            raise _refusal(error) from None
         (text,), (marks,) = rendered
-        spans, numbers = _merged(marks), talk.answers()
+        spans, numbers = _merge(marks), talk.answers()
         _refuse_marks(text, spans, len(numbers))
         for number, (a, b) in zip(numbers, spans, strict=True):
             content = talk.content(number)
@@ -246,7 +246,7 @@ def _refuse_marks(text: str, spans: Sequence[Span], num_answers: int) -> None:
         )
 
 
-def _merged(spans: Sequence[Span]) -> list[Span]:
+def _merge(spans: Sequence[Span]) -> list[Span]:
     """Touching spans merged, empty ones dropped."""
     merged: list[Span] = []
     for a, b in spans:
@@ -257,7 +257,7 @@ def _merged(spans: Sequence[Span]) -> list[Span]:
     return merged
 
 
-def _refused(error: Exception) -> BadRow:
+def _refusal(error: Exception) -> BadRow:
     return BadRow(
         f"data.chat_template: the template refuses the conversation: {printable(first_line(error))}. Fix the row, or"
         " set data.chat_template to a .jinja file that takes it"

@@ -21,7 +21,7 @@ import pyarrow.compute
 
 from orchestrator.data.counts import Counts, Statistics
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.samples import Options, tokenised
+from orchestrator.data.samples import Options, tokenise
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import manifest
@@ -188,7 +188,7 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Pa
             entry = {"where": row.where, "reason": reason.reason, "row": row.values}
             rejected.write(json.dumps(entry, default=str) + "\n")
 
-        samples = (sample for _, made in tokenised(rows, renderer, options, counts, reject) for sample in made)
+        samples = (sample for _, made in tokenise(rows, renderer, options, counts, reject) for sample in made)
         while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
             writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=_SCHEMA))
     if mistake := counts.mistake("data", options.strict):

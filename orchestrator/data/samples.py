@@ -82,7 +82,7 @@ def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key
     return Options(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
 
 
-def tokenised(
+def tokenise(
     rows: Iterable[Row],
     renderer: Renderer,
     options: Options,

@@ -14,7 +14,7 @@ from clusters.safe.reading import printable
 from orchestrator.data.counts import Counts, check_line, loss_notice, loss_refusal, reading_notices
 from orchestrator.data.readers.sources import rows_of, skipped_of, sources_of
 from orchestrator.data.rows.row import Row
-from orchestrator.data.samples import Options, options_for, read_only, tokenised
+from orchestrator.data.samples import Options, options_for, read_only, tokenise
 from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.training import HeldOut
@@ -121,7 +121,7 @@ def survey(
             for file in [[file] for file in files] or [[]]:
                 counts = key.counts
                 before = counts.statistics.rows + counts.statistics.rejected
-                rows = _limited(rows_of(source, file), limit, key)
+                rows = _limit(rows_of(source, file), limit, key)
                 _look(rows, renderer, options, key, keep if name == "data.train" else None)
                 shown = source.path if len(files) == 1 else str(file[0]) if file else source.path
                 is_empty = counts.statistics.rows + counts.statistics.rejected == before
@@ -138,7 +138,7 @@ def can_render() -> bool:
         return False
 
 
-def _limited(rows: Iterator[Row], limit: int | None, key: _Key) -> Iterator[Row]:
+def _limit(rows: Iterator[Row], limit: int | None, key: _Key) -> Iterator[Row]:
     yield from islice(rows, limit)
     if limit is not None and next(rows, None) is not None:
         key.is_whole = False
@@ -148,7 +148,7 @@ def _look(rows: Iterable[Row], renderer: Renderer | None, options: Options, key:
     if renderer is None:
         read_only(rows, options, key.counts)
         return
-    for _, samples in tokenised(rows, renderer, options, key.counts):
+    for _, samples in tokenise(rows, renderer, options, key.counts):
         key.lengths += [len(sample["input_ids"]) for sample in samples]
         key.fingerprints += [sample["fingerprint"] for sample in samples]
         if keep:

@@ -81,7 +81,7 @@ class Renderer:
         if spans is None:
             return [self._one_turn(talk.through(number), self.template) for number in trained]
         kept = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
-        return [self._encoded(text, kept, kept[-1][0], talk.content(trained[-1]))]
+        return [self._encode(text, kept, kept[-1][0], talk.content(trained[-1]))]
 
     def _conversation(self, example: Example) -> Conversation:
         turns = tuple(example.messages)
@@ -121,7 +121,7 @@ class Renderer:
             ids.append(eos_id)
             supervised.append(True)
         answer = text if prompt else None
-        return self._finished(ids, supervised, len(question) if prompt else 1, answer, ended=eos_id is not None)
+        return self._finish(ids, supervised, len(question) if prompt else 1, answer, ended=eos_id is not None)
 
     def foreign_marks(self, text: str) -> list[str]:
         """Marks of chat templates in a plain text that are no token here: the text was rendered for another model."""
@@ -149,17 +149,17 @@ class Renderer:
         template.refuse_lost(talk, text, [])
         content = talk.content(last)
         if talk.turns[last]["role"] != "assistant":
-            return self._encoded(text, [(0, len(text))], 1, None)
+            return self._encode(text, [(0, len(text))], 1, None)
         start, _ = find_text(content, text, max(0, text.rfind(content.strip()))) or (0, len(text))
         if answer_end(text[start:], content, self.eos) is None:
             raise template.no_end(talk, last)
-        return self._encoded(text, [(0, len(text))], start, content)
+        return self._encode(text, [(0, len(text))], start, content)
 
     def _one_turn(self, talk: Conversation, template: ChatTemplate) -> Tokens:
         text, span = template.last_answer(talk)
-        return self._encoded(text, [span], span[0], talk.content(len(talk.turns) - 1))
+        return self._encode(text, [span], span[0], talk.content(len(talk.turns) - 1))
 
-    def _encoded(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Tokens:
+    def _encode(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Tokens:
         """Tokens of a rendered text, supervised inside the spans; no token straddles the start or the end of one."""
         ids, offsets = self._ids_at(text, 0, len(text))
         borders = sorted({place for span in spans for place in span if 0 < place < len(text)})
@@ -178,14 +178,14 @@ class Renderer:
         for a, b in spans:
             first, end = bisect.bisect_left(starts, a), bisect.bisect_left(starts, b)
             supervised[first:end] = [True] * (end - first)
-        return self._finished(ids, supervised, bisect.bisect_left(starts, answer_at), answer)
+        return self._finish(ids, supervised, bisect.bisect_left(starts, answer_at), answer)
 
     def _ids_at(self, text: str, a: int, b: int) -> tuple[list[int], list[Span]]:
         encoded = self.tokenizer(text[a:b], add_special_tokens=False, return_offsets_mapping=True)
         offsets = encoded["offset_mapping"]
         return list(encoded["input_ids"]), [(x + a, y + a) for x, y in offsets] if a else offsets
 
-    def _finished(
+    def _finish(
         self, ids: list[int], supervised: list[bool], prompt_length: int, answer: str | None, ended: bool = True
     ) -> Tokens:
         """With one beginning-of-text token at most, and the first token never supervised: nothing predicts it."""

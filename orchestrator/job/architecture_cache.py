@@ -28,7 +28,7 @@ _MAX_BYTES = 64 * 2**20
 
 
 @dataclass(frozen=True)
-class LookedAt:
+class Findings:
     """The parts of a model, and what loading its files would report."""
 
     built: Architecture
@@ -52,15 +52,15 @@ def entry_of(folder: Path, stored: Mapping[str, Any]) -> Path | None:
     return cache_folder("architectures", f"{digest.hexdigest()}.json")
 
 
-def recall(entry: Path) -> LookedAt | None:
+def recall(entry: Path) -> Findings | None:
     """The answer that was kept; None where there is none or it is damaged."""
     try:
-        return record(LookedAt, read_json(entry, _MAX_BYTES), str(entry)) if entry.is_file() else None
+        return record(Findings, read_json(entry, _MAX_BYTES), str(entry)) if entry.is_file() else None
     except (BadInput, OSError):
         return None
 
 
-def keep(entry: Path, answer: LookedAt) -> None:
+def keep(entry: Path, answer: Findings) -> None:
     """Keep an answer for the next process; a cache that cannot be written is none."""
     with contextlib.suppress(JobError, OSError):
         entry.parent.mkdir(parents=True, exist_ok=True)

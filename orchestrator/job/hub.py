@@ -97,7 +97,7 @@ def fetch_config(name: str, revision: str | None) -> Path:
     return Path(_ask(name, download, partial(download, local_files_only=True))).parent
 
 
-def nearly(name: str) -> str | None:
+def find_similar(name: str) -> str | None:
     """A model of the hub's cache on this machine whose name is spelt almost like this one, its numbers the same."""
     if importlib.util.find_spec("huggingface_hub") is None:
         return None
@@ -120,7 +120,7 @@ def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str])
         raise
     except Exception as error:  # the hub's client raises many types; each ends in this one sentence
         reason = trouble or first_line(error)
-        near = nearly(name)
+        near = find_similar(name)
         raise JobError(
             f"{_KEY}: {printable(name)!r} is neither a folder here nor a model on the hub ({printable(reason)})"
             + (f"; did you mean {printable(near)}, which is in the hub's cache?" if near else "")

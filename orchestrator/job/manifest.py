@@ -55,7 +55,7 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-    with _locked(final.parent):
+    with _hold_lock(final.parent):
         temporary.mkdir()
         writing = (temporary / _WRITING).open("wb")
         _lock(writing, wait=False)
@@ -69,7 +69,7 @@ def temporary_folder(final: Path) -> Iterator[Path]:
 def publish(temporary: Path, final: Path, required: Collection[str]) -> None:
     """List and rename a filled folder.  A whole `final` that another process made first stays, a damaged one goes."""
     write(temporary)
-    with _locked(final.parent):
+    with _hold_lock(final.parent):
         if damage(final, required):
             remove(final)
             (temporary / _WRITING).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def remove_leftovers(parent: Path) -> int:
     """Remove the temporary folders of processes that were killed; how many.  Those being written stay."""
     if not any(parent.glob("*.tmp-*")) or not os.access(parent, os.W_OK):
         return 0
-    with _locked(parent):
+    with _hold_lock(parent):
         folders = [path for path in parent.glob("*.tmp-*") if path.is_dir() and not path.is_symlink()]
         leftovers = [folder for folder in folders if not _is_being_written(folder)]
         for folder in leftovers:
@@ -108,7 +108,7 @@ def _is_being_written(folder: Path) -> bool:
 
 
 @contextmanager
-def _locked(parent: Path) -> Iterator[None]:
+def _hold_lock(parent: Path) -> Iterator[None]:
     """Creating, renaming and removing folders of `parent` one process at a time; each takes a moment."""
     with (parent / ".lock").open("wb") as file:
         _lock(file, wait=True)

@@ -28,7 +28,7 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
     """
     stored = stored_tensors(folder)
     try:
-        built, report = _looked_at(folder, _signature(folder), trust_remote_code)
+        built, report = _examine(folder, _signature(folder), trust_remote_code)
     except ModuleNotFoundError as error:
         return [f"weights and targets were not compared with the model: {error.name} is not installed here"]
     except CannotBuild as error:
@@ -53,7 +53,7 @@ def check_model(folder: Path, methods: Sequence[Any], trust_remote_code: bool = 
 
 
 @lru_cache(8)
-def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
+def _examine(folder: Path, signature: object, trust_remote_code: bool) -> tuple[Architecture, LoadReport | str]:
     """The model's parts, and what loading would report or why that is unknown."""
     stored = {name: (one.shape, one.dtype) for name, one in stored_tensors(folder).items()}
     # Code that the model ships may read anything, so its answer is not kept.
@@ -67,7 +67,7 @@ def _looked_at(folder: Path, signature: object, trust_remote_code: bool) -> tupl
     except CannotBuild as error:
         return built, str(error)
     if entry:
-        architecture_cache.keep(entry, architecture_cache.LookedAt(built, report))
+        architecture_cache.keep(entry, architecture_cache.Findings(built, report))
     return built, report
 
 

@@ -56,7 +56,7 @@ def locate(
     Raises JobError when the name is a path that is not there or a packaged model that is not installed.
     """
     if name.lower() in PACKAGED:
-        return _converted(name.lower(), say)
+        return _convert_once(name.lower(), say)
     return local_folder(name, job_folder) or hub.fetch_model(name, revision, trust_remote_code)
 
 
@@ -72,7 +72,7 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
         local = checked_path(name, job_folder)
         kind = kind_of(local)
         if kind == "folder":
-            return _checked_folder(local)
+            return _check_folder(local)
     if "://" in name:
         raise JobError(
             f"model.model_name_or_path: {printable(name)} is an address; download the model and give its folder, or"
@@ -103,7 +103,7 @@ def files_of(folder: Path, code: bool = False) -> list[Path]:
     return [folder / name for name in hub.needed_files(names, code)]
 
 
-def _checked_folder(local: Path) -> Path:
+def _check_folder(local: Path) -> Path:
     if kind_of(local / "config.json") == "file":
         return local
     if kind_of(local / "adapter_config.json") == "file":
@@ -146,7 +146,7 @@ def check_name(name: str, job_folder: Path) -> None:
         )
 
 
-def _converted(name: str, say: Callable[[str], None]) -> Path:
+def _convert_once(name: str, say: Callable[[str], None]) -> Path:
     """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
     package, file_name, requirement = PACKAGED[name]
     folder = cache_folder("models", name)

@@ -54,7 +54,7 @@ def uri_mistake(uri: str | None) -> str | None:
     return None
 
 
-def written_out(document: Any) -> list[str]:
+def find_secrets(document: Any) -> list[str]:
     """Keys of a job document whose value holds a password or a token."""
     return [key for key, text in _texts(document) if holds_secret(text)]
 
@@ -64,13 +64,13 @@ def notices(document: Any) -> list[str]:
     return [
         f"{key} holds a password or a token: it is masked in what is shown and sent, but stays in the run's job.yaml"
         f" and recorded.json, which only you can read. {_way_out(key)}"
-        for key in written_out(document)
+        for key in find_secrets(document)
     ]
 
 
 def refuse_written_out(document: Any, place: str) -> None:
     """Raises JobError for a document with a password or a token that would lie in `place`."""
-    if found := written_out(document):
+    if found := find_secrets(document):
         start = f"holds a password or a token, which {place} would show."
         raise JobError([f"{key} {start} {_way_out(key)}" for key in found])
 

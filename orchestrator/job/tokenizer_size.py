@@ -33,19 +33,19 @@ def tokens_from(folder: Path, first: int) -> dict[int, str]:
     if kind_of(folder / "tokenizer.json"):
         values = _mapping(folder / "tokenizer.json")
         model, added = values.get("model"), values.get("added_tokens")
-        found |= _numbered(model.get("vocab") if isinstance(model, dict) else None, first)
+        found |= _tokens_of_vocab(model.get("vocab") if isinstance(model, dict) else None, first)
         for one in added if isinstance(added, list) else ():
             if isinstance(one, dict):
-                found |= _numbered({str(one.get("content")): one.get("id")}, first)
+                found |= _tokens_of_vocab({str(one.get("content")): one.get("id")}, first)
         return found
     for name in ("vocab.json", "added_tokens.json"):
         if kind_of(folder / name):
-            found |= _numbered(_mapping(folder / name), first)
+            found |= _tokens_of_vocab(_mapping(folder / name), first)
     if kind_of(folder / "tokenizer_config.json"):
         decoder = _mapping(folder / "tokenizer_config.json").get("added_tokens_decoder")
         for number, one in decoder.items() if isinstance(decoder, dict) else ():
             if number.isdigit() and len(number) < 10 and isinstance(one, dict):
-                found |= _numbered({str(one.get("content")): int(number)}, first)
+                found |= _tokens_of_vocab({str(one.get("content")): int(number)}, first)
     return found
 
 
@@ -56,7 +56,7 @@ def _mapping(file: Path) -> dict[str, Any]:
     return values
 
 
-def _numbered(vocab: Any, first: int) -> dict[int, str]:
+def _tokens_of_vocab(vocab: Any, first: int) -> dict[int, str]:
     """Of {text: number} (BPE, WordPiece) or [[text, score], ...] (Unigram) those from a number on."""
     if isinstance(vocab, dict):
         return {number: text for text, number in vocab.items() if type(number) is int and number >= first}

@@ -60,10 +60,10 @@ def stored_tensors(folder: Path) -> dict[str, StoredTensor]:
                 return dict(_of_file(folder / name))
             if (folder / f"{name}.index.json").exists():
                 return _of_shards(folder, folder / f"{name}.index.json")
-        raise BadInput(f"{folder} holds no weights that can be trained: {_instead(folder)}")
+        raise BadInput(f"{folder} holds no weights that can be trained: {_explain_absence(folder)}")
 
 
-def _instead(folder: Path) -> str:
+def _explain_absence(folder: Path) -> str:
     """What lies in a folder without weights, and what to do."""
     names = sorted(path.name for path in folder.iterdir()) if os.access(folder, os.R_OK) else []
     if found := [name for name in names if name.endswith(".gguf")]:

@@ -133,7 +133,7 @@ def _check_model(job: Job) -> tuple[Path | None, int | None, list[str]]:
     folder = model_files.local_folder(spec.model.model_name_or_path, job.folder)
     if folder is None:
         hub.check_trust(spec.model.model_name_or_path, spec.model.model_revision, spec.model.trust_remote_code)
-        if near := hub.nearly(spec.model.model_name_or_path):
+        if near := hub.find_similar(spec.model.model_name_or_path):
             notices.append(f"the hub's cache here holds {printable(near)}, whose name is spelt almost like this one")
         return None, None, notices
     config = model_files.read_config(folder)

@@ -50,12 +50,12 @@ class _PlainLog(LogFormatter):
         return f"{x:g}" if super().__call__(x, pos) else ""
 
 
-def _named(values: Mapping[str, T]) -> dict[str, T]:
+def _escape_names(values: Mapping[str, T]) -> dict[str, T]:
     """The values by names that can be drawn: control characters, which no SVG may hold, as escapes."""
     return {printable(name): value for name, value in values.items()}
 
 
-def _drawn(draw: Callable[[Any, Any], None], width: float = 7.2, height: float = 3.2) -> str:
+def _draw_svg(draw: Callable[[Any, Any], None], width: float = 7.2, height: float = 3.2) -> str:
     """The SVG of what `draw(figure, axes)` draws."""
     with pyplot.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # glyphs that matplotlib's own font lacks: the browser has them
@@ -80,7 +80,7 @@ def curves(
     series: Mapping[str, Sequence[tuple[float, float]]], x: str, y: str, dots: Sequence[str] = (), log: bool = False
 ) -> str:
     """Lines of (x, y); those named in `dots` as dots."""
-    series, dots = _named(series), [printable(name) for name in dots]
+    series, dots = _escape_names(series), [printable(name) for name in dots]
 
     def draw(figure: Any, axes: Any) -> None:
         for (name, points), colour in zip(series.items(), _COLOURS * 3, strict=False):
@@ -97,12 +97,12 @@ def curves(
         if len(series) > 1:
             axes.legend()
 
-    return _drawn(draw)
+    return _draw_svg(draw)
 
 
 def stacked(rows: Mapping[str, Mapping[str, float]], x: str, mark: Mapping[str, float] | None = None) -> str:
     """A horizontal bar a row, of its parts; `mark` draws a line across a row, e.g. what was measured."""
-    rows, mark = {name: _named(own) for name, own in _named(rows).items()}, _named(mark or {})
+    rows, mark = {name: _escape_names(own) for name, own in _escape_names(rows).items()}, _escape_names(mark or {})
     parts = list(dict.fromkeys(part for values in rows.values() for part in values))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -125,12 +125,12 @@ def stacked(rows: Mapping[str, Mapping[str, float]], x: str, mark: Mapping[str, 
         axes.grid(axis="y", visible=False)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.22 if len(rows) > 2 else -0.3), ncol=4)
 
-    return _drawn(draw, height=1.5 + 0.5 * len(rows))
+    return _draw_svg(draw, height=1.5 + 0.5 * len(rows))
 
 
 def bars(groups: Mapping[str, Mapping[str, float]], y: str, percent: bool = False) -> str:
     """A group of bars for each name, e.g. a metric before and after."""
-    groups = {name: _named(own) for name, own in _named(groups).items()}
+    groups = {name: _escape_names(own) for name, own in _escape_names(groups).items()}
     series = list(dict.fromkeys(name for values in groups.values() for name in values))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -154,7 +154,7 @@ def bars(groups: Mapping[str, Mapping[str, float]], y: str, percent: bool = Fals
         axes.margins(y=0.15)
         axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.12), ncol=4)
 
-    return _drawn(draw, width=6.0)
+    return _draw_svg(draw, width=6.0)
 
 
 def scatter(
@@ -166,7 +166,7 @@ def scatter(
 ) -> str:
     """Points (x, y, label) by series; `line` joins some, e.g. a Pareto front; `diagonal` is where x equals y."""
     marks = ("o", "^", "s", "D", "x")
-    points = {name: [(px, py, printable(text)) for px, py, text in own] for name, own in _named(points).items()}
+    points = {name: [(px, py, printable(text)) for px, py, text in own] for name, own in _escape_names(points).items()}
 
     def draw(figure: Any, axes: Any) -> None:
         for (name, series), colour, mark in zip(points.items(), _COLOURS, marks, strict=False):
@@ -188,12 +188,12 @@ def scatter(
         if len(points) > 1:
             axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.18), ncol=4)
 
-    return _drawn(draw, height=3.8)
+    return _draw_svg(draw, height=3.8)
 
 
 def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, high: float) -> str:
     """A value for each row and column, coloured between two limits; beyond them the colour stays."""
-    rows = {name: _named(own) for name, own in _named(rows).items()}
+    rows = {name: _escape_names(own) for name, own in _escape_names(rows).items()}
     columns = list(next(iter(rows.values())))
 
     def draw(figure: Any, axes: Any) -> None:
@@ -204,7 +204,7 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, hi
         axes.grid(visible=False)
         figure.colorbar(image, ax=axes, label=label, extend="both")
 
-    return _drawn(draw, width=9.0, height=1.5 + 0.12 * len(rows))
+    return _draw_svg(draw, width=9.0, height=1.5 + 0.12 * len(rows))
 
 
 def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]], x: str, depth: str) -> str:
@@ -213,7 +213,7 @@ def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]
     from matplotlib.cm import ScalarMappable
     from matplotlib.colors import Normalize
 
-    rows = _named(rows)
+    rows = _escape_names(rows)
 
     def draw(figure: Any, axes: Any) -> None:
         layers = [layer for kinds in rows.values() for spans in kinds.values() for *_, layer in spans]
@@ -236,4 +236,4 @@ def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]
         scale = ScalarMappable(Normalize(0, most), shades)
         figure.colorbar(scale, ax=axes, label=depth, fraction=0.03, pad=0.02)
 
-    return _drawn(draw, width=9.6, height=1.2 + 0.5 * len(rows))
+    return _draw_svg(draw, width=9.6, height=1.2 + 0.5 * len(rows))

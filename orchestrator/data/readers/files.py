@@ -109,7 +109,7 @@ def read_rows(file: Path) -> Iterator[Row]:
             kind = "json"
         elif kind == "json" and begins == "{" and _is_lines(head):
             kind = "jsonl"
-    with _opened(file) as stream:
+    with _open(file) as stream:
         yield from _READERS[kind](stream, str(file))
 
 
@@ -125,7 +125,7 @@ def _suffix(name: str) -> str:
 
 
 @contextmanager
-def _opened(file: Path) -> Iterator[BinaryIO]:
+def _open(file: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked where they are gzipped.  Raises JobError, also for what is met while reading."""
     with _readable(file), open_regular(file) as stream:
         packed = stream.read(2) == _GZIP
@@ -144,7 +144,7 @@ def _readable(file: Path) -> Iterator[None]:
 
 
 def _head(file: Path) -> bytes:
-    with _opened(file) as stream:
+    with _open(file) as stream:
         return stream.read(_HEAD_BYTES) or b""  # None where nothing can be read yet, as in /proc
 
 

@@ -43,7 +43,7 @@ class _Seen:
 
     def sentences(self) -> tuple[str, ...]:
         return tuple(
-            f"not read: {_counted(names, reason)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
+            f"not read: {_count(names, reason)} ({', '.join(sorted(names)[:3])}{', ...' if len(names) > 3 else ''})"
             for reason, names in sorted(self.skipped.items())
         )
 
@@ -56,11 +56,11 @@ def list_folder(folder: Path, key: str, split: str | None) -> Listing:
     """
     try:
         if (folder / "dataset_dict.json").is_file():
-            return _saved_dict(folder, key, split)
+            return _list_saved_dict(folder, key, split)
         # data-....arrow, in old versions dataset.arrow
         if (folder / "state.json").is_file() and any(folder.glob("d*.arrow")):
-            return _saved(folder, key)
-        return _chosen(_walk(folder, key, split), folder, key, split)
+            return _list_saved(folder, key)
+        return _choose(_walk(folder, key, split), folder, key, split)
     except BadInput as error:
         raise JobError(f"{key}: {error}") from None
     except OSError as error:
@@ -78,7 +78,7 @@ def split_of_name(file: Path) -> str | None:
 
 def check_split_of_file(file: Path, key: str, split: str | None) -> None:
     """Raise JobError where a source asks for a split of a single file that is not named so."""
-    if split is None or _belongs(file.name, split) or split_of_name(Path(file.name)) == _SPLITS.get(split, split):
+    if split is None or _is_named_by(file.name, split) or split_of_name(Path(file.name)) == _SPLITS.get(split, split):
         return
     raise JobError(
         f"{key}: split: {split} is given for the file {file.name}, and a file has no splits. Remove `split`, or give a"
@@ -95,17 +95,17 @@ def _walk(folder: Path, key: str, split: str | None) -> _Seen:
     for place, folders, names in os.walk(folder, onerror=fail):
         root = Path(place)
         for name in sorted(folders):
-            if _hidden(name):
-                seen.skipped["hidden folder"].append(_shown(root / name, folder))
+            if _is_hidden(name):
+                seen.skipped["hidden folder"].append(_relative(root / name, folder))
             elif (root / name).is_symlink():
-                seen.skipped["link to a folder"].append(_shown(root / name, folder))
-        folders[:] = sorted(name for name in folders if not _hidden(name))
+                seen.skipped["link to a folder"].append(_relative(root / name, folder))
+        folders[:] = sorted(name for name in folders if not _is_hidden(name))
         for name in sorted(names):
             file = root / name
             relative = file.relative_to(folder)
             if reason := _reason_to_skip(file, key):
-                seen.skipped[reason].append(_shown(file, folder))
-            elif split and split not in _SPLITS and any(_belongs(part, split) for part in relative.parts):
+                seen.skipped[reason].append(_relative(file, folder))
+            elif split and split not in _SPLITS and any(_is_named_by(part, split) for part in relative.parts):
                 seen.data.append((file, split))
             else:
                 seen.data.append((file, split_of_name(relative)))
@@ -114,7 +114,7 @@ def _walk(folder: Path, key: str, split: str | None) -> _Seen:
 
 
 def _reason_to_skip(file: Path, key: str) -> str | None:
-    if _hidden(file.name):
+    if _is_hidden(file.name):
         return "hidden file"
     if not file.exists():
         raise JobError(f"{key}: {file} is a link to a file that is not there. Fetch the file or remove the link")
@@ -127,7 +127,7 @@ def _reason_to_skip(file: Path, key: str) -> str | None:
     return "file of another kind"
 
 
-def _chosen(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
+def _choose(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
     if not seen.data:
         why = "".join(f"; {sentence}" for sentence in seen.sentences())
         raise JobError(f"{key}: the folder {folder} holds no {', '.join(SUFFIXES)} file{why}")
@@ -137,7 +137,7 @@ def _chosen(seen: _Seen, folder: Path, key: str, split: str | None) -> Listing:
     files = [file for file, label in seen.data if wanted is None or label in allowed]
     for file, label in seen.data:
         if file not in files:
-            seen.skipped[f"file of the split {label}" if label else "file of no split"].append(_shown(file, folder))
+            seen.skipped[f"file of the split {label}" if label else "file of no split"].append(_relative(file, folder))
     if not files:
         found = ", ".join(sorted(label or "files of no split" for label in labels))
         raise JobError(
@@ -154,7 +154,7 @@ def _default(labels: set[Any], key: str) -> str | None:
     return next((label for label in ("validation", "test") if label in labels), None)
 
 
-def _saved_dict(folder: Path, key: str, split: str | None) -> Listing:
+def _list_saved_dict(folder: Path, key: str, split: str | None) -> Listing:
     """A split of what `datasets.DatasetDict.save_to_disk` wrote."""
     names = _field(read_json(folder / "dataset_dict.json"), "splits", folder / "dataset_dict.json")
     kinds = {name: _SPLITS.get(name, name) for name in names}
@@ -166,11 +166,11 @@ def _saved_dict(folder: Path, key: str, split: str | None) -> Listing:
             f" {{path: {folder.name}, split: {names[0] if names else '...'}}}"
         )
     others = [other for other in names if other != name]
-    skipped = (f"not read: {_counted(others, 'other split')} ({', '.join(others)})",) if others else ()
-    return Listing(_saved(folder / name, key).files, skipped)
+    skipped = (f"not read: {_count(others, 'other split')} ({', '.join(others)})",) if others else ()
+    return Listing(_list_saved(folder / name, key).files, skipped)
 
 
-def _saved(folder: Path, key: str) -> Listing:
+def _list_saved(folder: Path, key: str) -> Listing:
     """The files of what `datasets.Dataset.save_to_disk` wrote."""
     state = read_json(folder / "state.json")
     parts = state.get("_data_files") if isinstance(state, dict) else None
@@ -206,21 +206,21 @@ def _is_description(file: Path) -> bool:
     return not any(isinstance(part, dict) for value in values.values() if isinstance(value, list) for part in value)
 
 
-def _counted(things: list[str], noun: str) -> str:
+def _count(things: list[str], noun: str) -> str:
     """`3 hidden files`: the first word that names a thing gets its plural."""
     plural = re.sub(r"file|folder|link|split", r"\g<0>s", noun, count=1)
     return f"{len(things)} {noun if len(things) == 1 else plural}"
 
 
-def _hidden(name: str) -> bool:
+def _is_hidden(name: str) -> bool:
     """Names that editors, file systems and data engines keep to themselves: .x, ._x, __MACOSX, _SUCCESS, _delta_log."""
     return name.startswith((".", "_"))
 
 
-def _belongs(name: str, split: str) -> bool:
+def _is_named_by(name: str, split: str) -> bool:
     """Whether a file or folder is named by the split: train_sft.jsonl, train_sft-00000-of-00002.parquet."""
     return re.match(rf"{re.escape(split)}([-.]|$)", name) is not None
 
 
-def _shown(path: Path, folder: Path) -> str:
+def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()

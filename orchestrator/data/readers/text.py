@@ -36,7 +36,7 @@ def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Row]:
                 line = stream.readline(_CHUNK)
             yield Row({}, file, number, BadRow(f"the line {_TOO_LONG}"))
         elif line.strip(b" \t\r\n\xef\xbb\xbf"):
-            yield _parsed(line, file, number)
+            yield _parse_line(line, file, number)
 
 
 def read_json(stream: BinaryIO, file: str) -> Iterator[Row]:
@@ -110,7 +110,7 @@ def _has_surrogate(value: Any) -> bool:
     return False
 
 
-def _parsed(line: bytes, file: str, number: int) -> Row:
+def _parse_line(line: bytes, file: str, number: int) -> Row:
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -263,7 +263,7 @@ def _header(cells: list[str], file: str, delimiter: str) -> list[str]:
         for other, shown in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
             names = delimiter.join(cells).split(other)
             if other != delimiter and len(names) > 1 and (len(cells) == 1 or detect(dict.fromkeys(names))):
-                raise JobError(f"{file}: its cells are separated by {shown}. {_separated_anew(file, other)}")
+                raise JobError(f"{file}: its cells are separated by {shown}. {_suggest_commas(file, other)}")
     if any(_SURROGATE.search(cell) for cell in cells):
         raw = delimiter.join(cells).encode("utf-8", "surrogateescape")
         raise JobError(f"{file}:1: the header is not UTF-8 text{_encoding_hint(raw, file)}")
@@ -273,7 +273,7 @@ def _header(cells: list[str], file: str, delimiter: str) -> list[str]:
     return [cell or f"column {number} (no name)" for number, cell in enumerate(cells, start=1)]
 
 
-def _separated_anew(file: str, delimiter: str) -> str:
+def _suggest_commas(file: str, delimiter: str) -> str:
     path = Path(file)
     code = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={delimiter!r}))"
     target = path.with_name(f"{path.stem}-commas.csv")

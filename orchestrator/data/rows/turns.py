@@ -111,11 +111,11 @@ def tools_of(value: Any, label: str) -> tuple[dict[str, Any], ...]:
                 " model may call. Write it as {'type': 'function', 'function': {'name', 'description', 'parameters'}}",
                 f"{label} holds an item that is not a function with a 'name'",
             )
-        tools.append({**tool, "type": "function", "function": function} if "function" in tool else _wrapped(function))
+        tools.append({**tool, "type": "function", "function": function} if "function" in tool else _wrap(function))
     return tuple(tools)
 
 
-def _wrapped(function: dict[str, Any]) -> dict[str, Any]:
+def _wrap(function: dict[str, Any]) -> dict[str, Any]:
     return {"type": "function", "function": {name: part for name, part in function.items() if name != "type"}}
 
 

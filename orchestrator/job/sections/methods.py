@@ -24,12 +24,12 @@ def _method_section(name: str, method: type[Any]) -> type[Section]:
         kind = types[option.name]
         if {int, float} & {kind, *get_args(kind)} and not {"le", "lt"} & set(limits):
             limits["le"] = MOST
-        kind, limits = _limited(kind, limits)
+        kind, limits = _move_limits(kind, limits)
         fields[option.name] = (kind, Field(default, description=doc, **limits))
     return create_model(f"{method.__name__}Method", __base__=Section, __doc__=method.__doc__, **fields)
 
 
-def _limited(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _move_limits(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """A type and the limits of its field: those of a number that may also be a word belong to the number."""
     literals = [part for part in get_args(kind) if get_origin(part) is Literal]
     if not limits or not literals:

@@ -34,9 +34,9 @@ def builds(monkeypatch):
 
 def looked_at(folder, trust=False):
     """As another process does, which holds nothing in memory."""
-    model_check._looked_at.cache_clear()
+    model_check._examine.cache_clear()
     check_model(folder, (), trust)
-    return model_check._looked_at(folder, model_check._signature(folder), trust)
+    return model_check._examine(folder, model_check._signature(folder), trust)
 
 
 def edited(folder, **values):

@@ -121,7 +121,7 @@ def test_a_name_that_is_almost_one_of_the_cache_is_said(tmp_path, monkeypatch, n
     (tmp_path / "models--Qwen--Qwen2.5-0.5B-Instruct").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
 
-    assert hub.nearly(name) == near
+    assert hub.find_similar(name) == near
 
 
 @pytest.mark.parametrize("content", ["[]", "7", "{", "[" * 200 + "]" * 200, '"x"', "\x00"])
