@@ -39,7 +39,7 @@ def build_bank(folder: Path, job_with: Callable[[list[str]], Job], say: Callable
         try:
             run = submit(job, Quiet(), f"bank-{one.name}", BANK_HOOKS)
             cards.append(card := add_run(bank_of(job, create=True), run, one.name))
-            if losses := card.losses_told:
+            if losses := card.loss_change:
                 say(f"{one.name}: held-out loss {losses}")
         except (Stopped, ClusterError):
             raise

@@ -20,7 +20,7 @@ def table(cards: Iterable[Card]) -> Table:
     for card in cards:
         ranks = "-".join(str(rank) for rank in sorted({min(card.ranks), max(card.ranks)})) if card.ranks else ""
         rows = "" if card.num_rows is None else str(card.num_rows)
-        cells = (card.name, card.base_name, ranks, rows, card.losses_told, card.licence or "", card.digest[:8])
+        cells = (card.name, card.base_name, ranks, rows, card.loss_change, card.licence or "", card.digest[:8])
         shown.add_row(*(Text(printable(cell)) for cell in cells))
     return shown
 

@@ -33,14 +33,14 @@ class Factors:
         return self.b_OR @ self.a_RI
 
 
-def added(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def add(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The exact weighted sum; its rank is the sum of the ranks."""
     a = torch.cat([part.a_RI for part in parts])
     b = torch.cat([part.b_OR * weight for part, weight in zip(parts, weights, strict=True)], dim=1)
     return Factors(a, b)
 
 
-def averaged_apart(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
+def average_factors(parts: Sequence[Factors], weights: Sequence[float]) -> Factors:
     """The published rule of meta-generation (arXiv 2507.01806): A = sum c A, B = sum c B.  Raises ValueError.
 
     Lower ranks are filled up with zeros, which changes no product.
@@ -53,7 +53,7 @@ def averaged_apart(parts: Sequence[Factors], weights: Sequence[float]) -> Factor
     return Factors(a, b)
 
 
-def truncated(factors: Factors, rank: int, seed: int = 0) -> tuple[Factors, float, float]:
+def truncate(factors: Factors, rank: int, seed: int = 0) -> tuple[Factors, float, float]:
     """The nearest correction of a rank, with the squares of what was left out and of the whole (Frobenius).
 
     Exact by QR of both factors up to rank 768.  Above it by a randomised range finder (Halko et al., arXiv 0909.4061)
@@ -108,7 +108,7 @@ def gram(parts: Sequence[Factors | None]) -> torch.Tensor:
     return result.index_add_(1, owner, rows)
 
 
-def merged(
+def merge(
     parts: Sequence[Factors], weights: Sequence[float], how: Merge, density: float = 0.5, seed: int = 0
 ) -> Factors | torch.Tensor:
     """Some corrections of one map as one, before truncation: factors, or a whole dW where entries are chosen.
@@ -118,16 +118,16 @@ def merged(
     random and lets the others grow (arXiv 2311.03099), magnitude_prune keeps the largest; `density` is what is kept.
     """
     if how in ("linear", "cat"):
-        return added(parts, weights)
+        return add(parts, weights)
     if how == "factorwise":
-        return averaged_apart(parts, weights)
+        return average_factors(parts, weights)
     return by_entries([part.delta() for part in parts], weights, how, density, seed)
 
 
 def by_entries(
     deltas: Sequence[torch.Tensor], weights: Sequence[float], how: Merge, density: float = 0.5, seed: int = 0
 ) -> torch.Tensor:
-    """Tensors of one shape merged entry by entry: those rules of `merged` that need no factors."""
+    """Tensors of one shape merged entry by entry: those rules of `merge` that need no factors."""
     if how == "linear":
         return torch.stack([delta * weight for delta, weight in zip(deltas, weights, strict=True)]).sum(0)
     from peft.utils import merge_utils  # works on any tensors; PEFT itself hands it factors, whose merge is not exact
@@ -139,7 +139,7 @@ def by_entries(
         return rule(list(deltas), torch.tensor(list(weights)), density)
 
 
-def factorised(delta_OI: torch.Tensor, rank: int) -> tuple[Factors, float, float]:
+def factorise(delta_OI: torch.Tensor, rank: int) -> tuple[Factors, float, float]:
     """A whole dW as factors of a rank, with the squares of what was left out and of the whole."""
     u, s, vh = torch.linalg.svd(delta_OI, full_matrices=False)
     root, whole = s[:rank].sqrt(), float(s.square().sum())

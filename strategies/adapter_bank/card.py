@@ -48,8 +48,8 @@ class Card:
         return before, after
 
     @property
-    def losses_told(self) -> str:
-        """As one reads them: 3.863 -> 0.683."""
+    def loss_change(self) -> str:
+        """Both as a table shows them: 3.863 -> 0.683."""
         return " -> ".join(f"{value:.3f}" for value in self.held_out_loss if value is not None)
 
     def as_dict(self) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def read_card(file: Path) -> Card:
 
 
 def card_of(values: Any) -> Card:
-    """The card that JSON values tell of.  Raises BankError naming the fields that are wrong."""
+    """The card that JSON values describe.  Raises BankError naming the fields that are wrong."""
     known = {key: value for key, value in values.items() if key in KNOWN} if isinstance(values, dict) else values
     try:
         card = record(Card, known, CARD)

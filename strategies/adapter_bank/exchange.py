@@ -24,14 +24,14 @@ _MOST_FILES = 200_000
 
 
 @dataclass(frozen=True)
-class Taken:
-    """What came through, and what did not with its reason."""
+class Transfer:
+    """The adapters that were copied, and those that were refused with the reason."""
 
     cards: list[Card]
     refused: list[Damaged]
 
 
-def export(bank: Bank, file: Path, cards: Iterable[Card]) -> Taken:
+def export(bank: Bank, file: Path, cards: Iterable[Card]) -> Transfer:
     """Write adapters into a tar for another bank; it appears whole or not at all.
 
     One that is damaged is left out.  Raises BankError where none is left, or the file cannot be written.
@@ -59,10 +59,10 @@ def export(bank: Bank, file: Path, cards: Iterable[Card]) -> Taken:
         raise BankError(f"{printable(str(file))} cannot be written: {error.strerror}") from None
     finally:
         delete(temporary)
-    return Taken(written, refused)
+    return Transfer(written, refused)
 
 
-def import_(bank: Bank, file: Path) -> Taken:
+def import_(bank: Bank, file: Path) -> Transfer:
     """Take in a tar that `export` made; each adapter is checked against its digest and comes in whole or not at all.
 
     Raises BankError for a file that is no such tar: nothing of it comes in then.
@@ -83,7 +83,7 @@ def import_(bank: Bank, file: Path) -> Taken:
             raise _no_export(file, error) from None
         finally:
             delete(work)
-    return Taken(taken, refused)
+    return Transfer(taken, refused)
 
 
 def _take(bank: Bank, folder: Path, others: list[Card]) -> Card:

@@ -29,7 +29,7 @@ class Recipe:
     """How adapters are added up.
 
     `delta` is the exact sum of products, truncated to the rank; `factorwise` the published sums of A and of B; the
-    others as in `algebra.merged`.
+    others as in `algebra.merge`.
     """
 
     rule: Rule | algebra.Merge = "delta"
@@ -89,7 +89,7 @@ def mix(
     parts: Sequence[Mapping[str, algebra.Factors]], weights: Sequence[float] | numpy.ndarray, rule: Rule
 ) -> dict[str, algebra.Factors]:
     """The weighted sum of corrections by map, with the rank that it has."""
-    add = algebra.added if rule == "delta" else algebra.averaged_apart
+    add = algebra.add if rule == "delta" else algebra.average_factors
     counted = [(part, float(weight)) for part, weight in zip(parts, weights, strict=True) if weight]
     made = {}
     for name in sorted({name for part, _ in counted for name in part}):
@@ -111,11 +111,11 @@ def _sum(
     for name in sorted({name for one in chosen for name in one.targets}):
         pairs = [(one.factors(name), w) for one, w in zip(chosen, weights, strict=True) if name in one.targets]
         parts, shares = [part for part, _ in pairs], [w for _, w in pairs]
-        correction = algebra.merged(parts, shares, how, recipe.density)
+        correction = algebra.merge(parts, shares, how, recipe.density)
         made[name], missing, square = (
-            algebra.truncated(correction, recipe.rank)
+            algebra.truncate(correction, recipe.rank)
             if isinstance(correction, algebra.Factors)
-            else algebra.factorised(correction, recipe.rank)
+            else algebra.factorise(correction, recipe.rank)
         )
         dropped, whole = dropped + missing, whole + square
     if not all(torch.isfinite(f.a_RI.sum()) and torch.isfinite(f.b_OR.sum()) for f in made.values()):

@@ -7,7 +7,7 @@
 The folders are all there is: a copy of them, or some of them, is a bank.  A folder is written beside its place and
 renamed into it by whoever holds the lock, so it is whole or absent, and of two writers of one adapter or one name the
 second sees the first.  A bank may come from anybody: a folder that is a link, is not named by its digest or has a card
-that is wrong is damaged, which is told and stops nothing else.  Importing this loads no torch.
+that is wrong is damaged, which is reported and stops nothing else.  Importing this loads no torch.
 """
 
 from __future__ import annotations
@@ -190,7 +190,7 @@ class Bank:
     def add(self, source: Path, card: Card, evidence: Evidence | None = None) -> Card:
         """Take in an adapter folder; the card as it stands then.
 
-        The same content twice is one adapter, of which all is known that was told either time, the later first.
+        The same content twice is one adapter, which keeps what either card states, the later first.
         Raises Unusable for what is not a finite LoRA adapter, BankError for a name that another one bears or that is
         none, or shapes other than those of this base's adapters.
         """
@@ -205,8 +205,8 @@ class Bank:
     def place(self, adapter: Adapter, card: Card, evidence: Evidence | None, others: list[Card]) -> Card:
         """The last part of `add`, for whoever holds the lock and knows the cards there.  Raises BankError, Unusable."""
         if known := self._known(card.digest):
-            told = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
-            card = card_of({**known.as_dict(), **told, "added": known.added})
+            stated = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
+            card = card_of({**known.as_dict(), **stated, "added": known.added})
             if evidence is None and card.evidence_digest:
                 try:
                     evidence = read_evidence(self.folder(card.digest) / EVIDENCE, card)
@@ -252,7 +252,7 @@ class Bank:
             os.close(descriptor)
 
     def under_way(self, what: str) -> Path:
-        """A new name for a folder of whoever holds the lock; without one it is left over."""
+        """A new name for a folder of whoever holds the lock; found without one, it is a leftover."""
         return self._objects / f"{_UNDER_WAY}{what}-{uuid.uuid4().hex[:8]}"
 
     # Inside.
@@ -331,7 +331,7 @@ def _card_at(folder: Path) -> Card:
 
 def _complete(card: Card, adapter: Adapter, digest: str, evidence: Evidence | None) -> Card:
     """The card with what the adapter and the evidence themselves say."""
-    told = {
+    values = {
         **asdict(card),
         "ranks": adapter.ranks,
         "targets": sorted({name.rsplit(".", 1)[-1] for name in adapter.targets}),
@@ -340,8 +340,8 @@ def _complete(card: Card, adapter: Adapter, digest: str, evidence: Evidence | No
         "added": card.added or datetime.now(UTC).isoformat(),  # cards are ordered by it
     }
     if evidence is not None:
-        told |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
-    return Card(**told)
+        values |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
+    return Card(**values)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -32,9 +32,9 @@ def corrected(model: Any, corrections: Mapping[str, Factors]) -> Iterator[Any]:
 
 
 class Below:
-    """The layers below the first that any of some adapters correct: they say the same under each, so they run once.
+    """The layers below the first that some adapters correct: their outputs are the same under each, so they run once.
 
-    A pass over a data set inside `pass_by` keeps what they said for each batch (rows x length x hidden size numbers);
+    A pass over a data set inside `pass_by` keeps their outputs for each batch (rows x length x hidden size numbers);
     later passes, of the same batches in the same order, begin there.
     """
 
@@ -45,26 +45,26 @@ class Below:
         first = min((int(place[2]) for place in places if place), default=0)
         known = None not in places and len(stacks) == 1
         self._layers = list(model.get_submodule(stacks.pop()))[:first] if known else []
-        self._said: list[Any] | None = None
+        self._outputs: list[Any] | None = None
 
     def forget(self) -> None:
         """Before another data set."""
-        self._said = None
+        self._outputs = None
 
     @contextmanager
     def pass_by(self) -> Iterator[None]:
         if not self._layers:
             yield
-        elif self._said is None:
-            said: list[Any] = []
-            hook = self._layers[-1].register_forward_hook(lambda _, __, output: said.append(output))
+        elif self._outputs is None:
+            outputs: list[Any] = []
+            hook = self._layers[-1].register_forward_hook(lambda _, __, output: outputs.append(output))
             try:
                 yield
-                self._said = said
+                self._outputs = outputs
             finally:
                 hook.remove()
         else:
-            batches, now = iter(self._said), [None]
+            batches, now = iter(self._outputs), [None]
 
             def begin(*_: Any, **__: Any) -> Any:
                 now[0] = next(batches)

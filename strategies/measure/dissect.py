@@ -102,7 +102,7 @@ def profiled_step(
             with record_function(_MARK + "optimizer"):
                 update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
             _wait(device)
-    return _counted(list(profiler.events() or []), on_gpu, most)
+    return _count_events(list(profiler.events() or []), on_gpu, most)
 
 
 def part_of(name: str, module: torch.nn.Module, model: torch.nn.Module) -> str | None:
@@ -155,7 +155,7 @@ def _marked(module: torch.nn.Module, label: str) -> Iterator[None]:
             hook.remove()
 
 
-def _counted(events: list[Any], on_gpu: bool, most: int) -> Profiled:
+def _count_events(events: list[Any], on_gpu: bool, most: int) -> Profiled:
     """Self times of the operators, each under its part."""
     roots = [event for event in events if event.cpu_parent is None]
     made_in: dict[int, str] = {}  # autograd's sequence number -> part whose forward pass made it

@@ -1,4 +1,4 @@
-"""What a technique really does on this machine: a small model trained with and without it, on a clock.
+"""A technique's measured effect on this machine: a small model trained with and without it, on a clock.
 
 Random weights, the real step of `strategies.step.step`.  Memory is what the step's tensors take; time is the median of
 alternating steps, so that a busy moment hits both sides.
@@ -102,7 +102,7 @@ class Side:
         self.choice, self.device = choice, torch.device(device.torch_device)
         self.settings = TrainSettings(1e-4, 0.0, choice.techniques.optim, 0.9, 0.999, 1e-8, choice.techniques, seed=1)
         arguments = choice.method.load_arguments(choice.techniques)
-        built = _built(choice, self.settings, arguments, self.device, config)
+        built = _build(choice, self.settings, arguments, self.device, config)
         self.setup: TrainSetup = shard(built, self.settings, self.device)
         if choice.techniques.torch_compile:
             self.setup.model.compile(dynamic=True)
@@ -152,7 +152,7 @@ class Side:
         return live.take_peak()
 
 
-def _built(
+def _build(
     choice: Choice, settings: TrainSettings, arguments: dict[str, Any], device: torch.device, config: dict[str, Any]
 ) -> TrainSetup:
     torch.manual_seed(0)

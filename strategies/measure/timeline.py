@@ -31,7 +31,7 @@ class Span:
     end_s: float
 
 
-def recorded(
+def record_spans(
     setup: TrainSetup, makers: Sequence[Callable[[], Batch]], num_supervised: float, techniques: Techniques, steps: int
 ) -> list[Span]:
     """`steps` steps at learning rate 0; nothing is left behind but the optimizer's state."""

@@ -145,10 +145,10 @@ def _trace_layers(
         for name, value in vars(batch).items():
             if isinstance(value, torch.Tensor):
                 setattr(batch, name, fake.from_tensor(value))
-        return run(lambda: _materialised(built), batch, sum(lengths.supervised), settings)
+        return run(lambda: _materialise(built), batch, sum(lengths.supervised), settings)
 
 
-def _materialised(setup: TrainSetup) -> TrainSetup:
+def _materialise(setup: TrainSetup) -> TrainSetup:
     """Every meta tensor of a set-up model as a (fake) CPU tensor.
 
     Not built under FakeTensorMode itself: there `Module.to`, which PEFT calls, cannot swap parameters (torch 2.13).

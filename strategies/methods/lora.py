@@ -40,7 +40,7 @@ class Lora(PredictedMethod):
     use_rslora: bool = option(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
     init_lora_weights: bool | _INIT | str = option(True, "how A and B start: true, gaussian, pissa, olora, ...")
     init_adapter: str | None = option(
-        None, "a folder with an adapter of this model to go on from, e.g. what `adapt` made"
+        None, "a folder with an adapter of this model to start from, e.g. what `adapt` made"
     )
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
@@ -152,7 +152,7 @@ class Lora(PredictedMethod):
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         if self.init_adapter:
-            go_on_from(peft_model, Path(self.init_adapter))
+            start_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         fast = [p for name, p in parameters.items() if "lora_B" in name]
         slow = [p for name, p in parameters.items() if "lora_B" not in name]
@@ -186,15 +186,15 @@ def whole_if_possible(value: float) -> float:
     return int(value) if float(value).is_integer() else value
 
 
-def go_on_from(peft_model: Any, folder: Path) -> None:
-    """Let a fresh LoRA model start as another adapter: truncated to its rank, or filled up with what is fresh.
+def start_from(peft_model: Any, folder: Path) -> None:
+    """Let a fresh LoRA model start from another adapter: truncated to its rank, or filled up with what is fresh.
 
     Raises ValueError where the adapter corrects maps that this LoRA leaves alone.
     """
     import torch
 
     from strategies.adapter_bank.adapter import Adapter
-    from strategies.adapter_bank.algebra import truncated
+    from strategies.adapter_bank.algebra import truncate
 
     if not folder.is_dir():
         raise ValueError(f"init_adapter {folder} is not a folder; give its absolute path")
@@ -208,6 +208,6 @@ def go_on_from(peft_model: Any, folder: Path) -> None:
     with torch.no_grad():
         for name in adapter.targets:
             a_RI, b_OR = own[name].lora_A["default"].weight, own[name].lora_B["default"].weight
-            start, _, _ = truncated(adapter.factors(name), a_RI.shape[0])
+            start, _, _ = truncate(adapter.factors(name), a_RI.shape[0])
             a_RI[: start.rank] = start.a_RI.to(a_RI)
             b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)

@@ -103,7 +103,7 @@ def adapted(
     layers: Sequence[int] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> Adapted:
-    """What an adapter's knobs mean on a model of this shape.  Raises ValueError for what means nothing."""
+    """What an adapter's options mean on a model of this shape.  Raises ValueError for what means nothing."""
     return _adapted(
         shape,
         targets if isinstance(targets, str) else tuple(targets),
@@ -174,7 +174,7 @@ def mistakes(
     layers: Sequence[int] | None = None,
     modules_to_save: Sequence[str] | None = None,
 ) -> list[str]:
-    """What is wrong with the knobs that choose modules; `key` is the knob of the targets."""
+    """What is wrong with the options that choose modules; `key` is the option that holds the targets."""
     found = _wrong_layers(architecture, layers)
     found += _wrong_saved(architecture, modules_to_save or ())
     try:

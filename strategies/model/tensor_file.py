@@ -18,7 +18,7 @@ _MOST_DIMENSIONS = 16
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor as the header tells of it; offsets are bytes after the header."""
+    """One tensor's entry in the header; offsets are bytes after the header."""
 
     dtype: str
     shape: list[int]

@@ -23,7 +23,7 @@ from strategies.adapter_bank.generation import Recipe, generate
 from strategies.adapter_bank.selection import forward_selection
 from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
-from strategies.methods.lora import go_on_from
+from strategies.methods.lora import start_from
 
 MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
 VOCABULARY = 50
@@ -168,9 +168,9 @@ def test_the_random_range_is_near_the_best_truncation(monkeypatch):
     factors = Factors(
         torch.randn(60, 90, generator=draw), torch.linalg.qr(torch.randn(80, 60, generator=draw)).Q * spectrum
     )
-    exact, _, _ = algebra.truncated(factors, 8)
+    exact, _, _ = algebra.truncate(factors, 8)
     monkeypatch.setattr(algebra, "_EXACT_RANK", 10)
-    near, left_out, size = algebra.truncated(factors, 8)
+    near, left_out, size = algebra.truncate(factors, 8)
 
     best = (exact.delta() - factors.delta()).norm()
     reached = (near.delta() - factors.delta()).norm()
@@ -264,12 +264,12 @@ def test_training_goes_on_where_an_adapter_is(tmp_path, architecture):
     targets = ["q_proj", "v_proj"] if architecture == "llama" else ["c_attn"]
     config = LoraConfig(r=3, lora_alpha=6, target_modules=targets, fan_in_fan_out=architecture == "gpt2")
 
-    going_on = get_peft_model(model, config)
-    go_on_from(going_on, tmp_path / "made")
+    started = get_peft_model(model, config)
+    start_from(started, tmp_path / "made")
 
-    torch.testing.assert_close(going_on(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(started(input_ids=ids).logits, expected, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="corrects 1 maps that this LoRA leaves alone"):
-        go_on_from(going_on, an_adapter(tmp_path / "other", 0, maps={"lm_head": (64, 16)}).folder)
+        start_from(started, an_adapter(tmp_path / "other", 0, maps={"lm_head": (64, 16)}).folder)
 
 
 def test_a_base_without_the_models_prefix_in_its_file_is_known(tmp_path):

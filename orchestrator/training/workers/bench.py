@@ -88,7 +88,7 @@ def bench_training(
     spans = []
     if with_timeline:
         say("two steps for the timeline ...")
-        spans = [vars(span) for span in timeline.recorded(setup, last.batches, last.num_supervised, techniques, 2)]
+        spans = [vars(span) for span in timeline.record_spans(setup, last.batches, last.num_supervised, techniques, 2)]
     heaviest = preflight.heaviest(setup, data, techniques, plan.global_batch_size)[0]
     return {
         "kind": "train",

@@ -23,7 +23,7 @@ def test_no_card_ends_in_a_traceback(bank):
         contents = bank.contents()
         assert len(contents.cards) + len(contents.damaged) == 2
         for card in contents.cards:
-            shown += len(card.losses_told) > 0
+            shown += len(card.loss_change) > 0
             json.dumps(card.as_dict())
         assert all("\x1b" not in str(one) and "\n" not in str(one) for one in contents.damaged)
         try:
