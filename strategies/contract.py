@@ -308,6 +308,11 @@ class TrainSetup:
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
 
+    @property
+    def device(self) -> torch.device:
+        """Where what is trained lies."""
+        return next(iter(self.parameters.values())).device
+
     def release(self) -> None:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
         nothing: Any = None

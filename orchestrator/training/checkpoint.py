@@ -84,17 +84,12 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
 
 def newest(folder: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The newest checkpoint whose every byte verifies; damaged ones are named through `warn` and skipped."""
-    for path in reversed(complete(folder)):
-        checkpoint = read(path, warn)
-        if checkpoint:
-            return checkpoint
-    return None
+    return next(filter(None, (read(path, warn) for path in reversed(complete(folder)))), None)
 
 
 def read(path: Path, warn: Callable[[str], None]) -> Checkpoint | None:
     """The checkpoint at `path` if it verifies."""
-    damage = verify(path)
-    if damage:
+    if damage := verify(path):
         warn(f"checkpoint {path.name} is damaged ({damage}); using the one before")
         return None
     return Checkpoint(path, json.loads((path / "state.json").read_text()))

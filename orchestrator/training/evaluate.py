@@ -20,7 +20,7 @@ from orchestrator.training.parallel import Group, even_passes
 from orchestrator.training.stops import Stops, stops_of
 from strategies.contract import Dtype, Techniques, TrainSetup
 from strategies.shape import ModelShape
-from strategies.step.supervised_logits import loss_sum
+from strategies.step.supervised_logits import inner_model, loss_sum
 from strategies.techniques.precision import autocast
 
 
@@ -78,9 +78,8 @@ def evaluate_loss(
 
 def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
     """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
-    device = next(iter(setup.parameters.values())).device
-    batch = collate(data, sample_ids or [0], techniques.packing).to(device)
-    with contextlib.nullcontext() if setup.engine else autocast(device.type, techniques.dtype):
+    batch = collate(data, sample_ids or [0], techniques.packing).to(setup.device)
+    with contextlib.nullcontext() if setup.engine else autocast(setup.device.type, techniques.dtype):
         loss = loss_sum(setup.model, batch, techniques.loss_type).item()
     return loss if sample_ids else 0.0
 
@@ -104,7 +103,7 @@ def generate_answers(
     An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  A batch
     that runs out of memory is halved; a prompt that does not fit even alone has no answer.
     """
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     prompts = _prompts(inner, tokenizer, data, indices, how.max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
@@ -118,9 +117,9 @@ def generate_answers(
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
     unfit: list[_Prompt] = []
-    with _generating(model, inner):
+    with _generating(model):
         if how.together:
-            for batch in _even(how.together, batches):
+            for batch in even_passes(how.together, batches):
                 answer(batch)
         else:
             unfit, _ = in_halves(batches, answer)
@@ -132,18 +131,9 @@ def generate_answers(
     ]
 
 
-def _even(group: Group, batches: Sequence[list[_Prompt]]) -> list[list[_Prompt]]:
-    """As many batches as the worker with most has, some of them empty."""
-    listed = [prompt for batch in batches for prompt in batch]
-    places = iter(range(len(listed)))
-    numbers = [[next(places) for _ in batch] for batch in batches]
-    return [[listed[place] for place in members] for members in even_passes(group, numbers)]
-
-
 def num_without_room(model: Any, data: Dataset, indices: Sequence[int]) -> int:
     """How many prompts with a reference fill the model's context and leave no room for an answer."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    limit = context_of(inner)
+    limit = context_of(inner_model(model))
     found = (data.prompt(index) for index in indices)
     return sum(limit is not None and reference is not None and len(ids) >= limit for ids, reference in found)
 
@@ -179,20 +169,30 @@ def _batches(model: Any, prompts: list[_Prompt], how: Generation) -> list[list[_
 
 
 @contextlib.contextmanager
-def _generating(model: Any, inner: Any) -> Iterator[None]:
-    """The model as generation needs it; afterwards as it was."""
+def evaluating(model: Any, attention: str) -> Iterator[Any]:
+    """Without dropout and with this attention kernel inside the block; yields the model without its adapter."""
+    inner = inner_model(model)
     trained_with, was_training = inner.config._attn_implementation, model.training
-    inner.set_attn_implementation("sdpa")  # prompts are padded here: the training kernel may not know padding
-    # transformers hands the output matrix a strided slice, for which torch copies the matrix once a row: 4 GiB here.
-    output = inner.get_output_embeddings()
-    unslice = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+    inner.set_attn_implementation(attention)
     model.eval()
     try:
-        yield
+        yield inner
     finally:
-        unslice.remove()
         inner.set_attn_implementation(trained_with)
         model.train(was_training)
+
+
+@contextlib.contextmanager
+def _generating(model: Any) -> Iterator[None]:
+    """The model as generation needs it; afterwards as it was."""
+    with evaluating(model, "sdpa") as inner:  # prompts are padded here: the training kernel may not know padding
+        # transformers hands the output matrix a strided slice, for which torch copies the matrix once a row: 4 GiB.
+        output = inner.get_output_embeddings()
+        unslice = output.register_forward_pre_hook(lambda _, inputs: (inputs[0].contiguous(), *inputs[1:]))
+        try:
+            yield
+        finally:
+            unslice.remove()
 
 
 def _start_token(tokenizer: Any) -> int:

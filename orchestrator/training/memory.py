@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gc
 import resource
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -74,6 +75,25 @@ def is_out_of_memory(error: BaseException | None) -> bool:
     return is_out_of_memory(error.__cause__ or (None if error.__suppress_context__ else error.__context__))
 
 
+@dataclass
+class Shortage:
+    """Why memory ran out; None where it did not."""
+
+    reason: str | None = None
+
+
+@contextlib.contextmanager
+def catch_out_of_memory() -> Iterator[Shortage]:
+    """Catch an error of the block that says that memory is used up; what the error holds is free afterwards."""
+    shortage = Shortage()
+    try:
+        yield shortage
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        shortage.reason = first_line(error)
+
+
 def release_cache() -> None:
     """Return freed memory to the device and the host: the next blocks may have other sizes."""
     gc.collect()
@@ -109,17 +129,12 @@ def in_halves(batches: Iterable[list[T]], run: Callable[[list[T]], None]) -> tup
         if len(batch) > most:
             waiting += [batch[most:], batch[:most]]
             continue
-        error_text = None
-        try:
+        with catch_out_of_memory() as shortage:
             run(batch)
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            error_text = first_line(error)
-        if error_text is None:
+        if shortage.reason is None:
             continue
         release_cache()  # here, where no traceback holds the tensors of the failed pass
-        reason = reason or error_text
+        reason = reason or shortage.reason
         if len(batch) == 1:
             unfit += batch
         else:

@@ -29,6 +29,8 @@ def score(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str,
         return {}
     generated = [_comparable(text) for text, _ in pairs]
     wanted = [_comparable(text) for _, text in pairs]
+    if generated == wanted:
+        return dict.fromkeys(metrics, 1.0)
     return {metric: _METRICS[metric][0](generated, wanted) for metric in metrics}
 
 
@@ -107,8 +109,6 @@ def _bleu(generated: list[str], wanted: list[str]) -> float:
     """Corpus BLEU; the order of n-grams is lowered where all texts are shorter than four words."""
     from sacrebleu.metrics.bleu import BLEU
 
-    if generated == wanted:
-        return 1.0
     metric = BLEU(effective_order=True)
     return min(1.0, metric.corpus_score(list(map(spaced, generated)), [list(map(spaced, wanted))]).score / 100)
 
@@ -116,8 +116,6 @@ def _bleu(generated: list[str], wanted: list[str]) -> float:
 def _chrf(generated: list[str], wanted: list[str]) -> float:
     import sacrebleu
 
-    if generated == wanted:
-        return 1.0
     return min(1.0, sacrebleu.corpus_chrf(generated, [wanted]).score / 100)
 
 

@@ -6,13 +6,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from strategies.step.side_stream import SideStream
 
+T = TypeVar("T")
 _PATIENCE = timedelta(hours=1)
 BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip
 
@@ -53,6 +54,10 @@ class Group:
         """Each number summed over the workers, in fp64."""
         return self.start_sum(values)()
 
+    def at_own_rank(self, value: float) -> list[float]:
+        """`value` at this worker's place among zeros: summed over the workers, everybody's value."""
+        return [value if rank == self.rank else 0.0 for rank in range(self.size)]
+
     def gather(self, value: Any) -> list[Any]:
         """The value of every worker, by rank."""
         if self.size == 1:
@@ -74,12 +79,12 @@ class Group:
         return dist.all_reduce(tensor, async_op=True, group=self.process_group)
 
 
-def even_passes(group: Group, batches: Sequence[list[int]]) -> list[list[int]]:
+def even_passes(group: Group, batches: Sequence[list[T]]) -> list[list[T]]:
     """As many micro-batches as the worker with the most has: the largest are halved, then empty ones are added.
 
     Collective.  An engine's workers gather and reduce in every pass, so none may run fewer.
     """
-    most = int(max(group.sum([float(len(batches)) if rank == group.rank else 0.0 for rank in range(group.size)])))
+    most = int(max(group.sum(group.at_own_rank(len(batches)))))
     evened = list(batches)
     while len(evened) < most:
         largest = max(range(len(evened)), key=lambda index: len(evened[index]), default=None)

@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 
-from clusters.safe.reading import first_line
 from orchestrator.errors import NothingFits
-from orchestrator.training.memory import is_out_of_memory, release_cache
+from orchestrator.training.memory import catch_out_of_memory, release_cache
 from orchestrator.training.parallel import Group
 from strategies.contract import TrainSetup, TrainState
 from strategies.step.state import gather, restore
@@ -38,9 +37,8 @@ class Updates:
     def announce(self, error: str | None) -> None:
         """Send the others how this worker's update went: the error where it failed.  Nobody waits for it."""
         if self.can_repair:
-            ranks = range(self._group.size)
-            flags = [float(error is not None and rank == self._group.rank) for rank in ranks]
-            self._error, self._sums = error, self._group.start_sum(flags)
+            self._error = error
+            self._sums = self._group.start_sum(self._group.at_own_rank(float(error is not None)))
 
     def went_through(self) -> bool:
         """Whether it did on every worker; waits for their reports."""
@@ -68,15 +66,10 @@ class Updates:
         if error is not None:
             _forget(self._setup)
         norm, scale, state = _state_of(self._setup, self._group, source, scale, norm)
-        again = None
-        if error is not None:
-            try:
+        with catch_out_of_memory() as shortage:
+            if error is not None:
                 restore(self._setup, state)
-            except Exception as caught:
-                if not is_out_of_memory(caught):
-                    raise
-                again = first_line(caught)
-        if still := [reason for reason in self._group.gather(again) if reason is not None]:
+        if still := [reason for reason in self._group.gather(shortage.reason) if reason is not None]:
             raise update_does_not_fit("; ".join(still))
         self._note(f"out of memory in the update; its result was taken from worker {source} ({text})")
         self._error, self._failed = None, []

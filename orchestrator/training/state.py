@@ -127,7 +127,7 @@ class Training:
 
     def __post_init__(self) -> None:
         setup, group = self.setup, self.group
-        self.device: torch.device = next(iter(setup.parameters.values())).device
+        self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.size] * group.size)
         self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None
         # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.

@@ -22,7 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import is_out_of_memory, peak_bytes
+from orchestrator.training.memory import catch_out_of_memory, is_out_of_memory, peak_bytes
 from orchestrator.training.parallel import even_passes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
 from orchestrator.training.state import STOP_REQUESTS, Training
@@ -168,17 +168,12 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
     """Sum losses, requests and what each worker took.  Collective."""
     group, request = training.group, training.hooks.stop_request()
     requests = [float(request == known) for known in STOP_REQUESTS]
-    own = [*_at(group.rank, group.size, seconds), *_at(group.rank, group.size, peak_bytes(training.device))]
+    own = [*group.at_own_rank(seconds), *group.at_own_rank(peak_bytes(training.device))]
     loss, repeat, *rest = group.sum([attempt.loss, attempt.out_of_memory is not None, *requests, *own])
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured = rest[len(STOP_REQUESTS) :]
     peaks = [int(peak) for peak in measured[group.size :]]
     return GroupReport(loss, bool(repeat), stop, measured[: group.size], peaks)
-
-
-def _at(rank: int, size: int, value: float) -> list[float]:
-    """`value` at this worker's place among zeros: summed over the workers, everybody's value."""
-    return [value if place == rank else 0.0 for place in range(size)]
 
 
 def repeat_in_less_memory(training: Training, attempt: Attempt) -> None:
@@ -197,22 +192,19 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     Whether it went through everywhere is learnt during the next step, unless the weights are needed before
     (`is_awaited`).  Raises NothingFits where it fits nowhere.
     """
-    error, grad_norm = None, math.nan
-    try:
+    grad_norm = math.nan
+    with catch_out_of_memory() as shortage:
         training.gradients.finish()
         if training.local:
             grad_norm = training.local.outer_step()
         else:
             grad_norm = update(training.setup, training.scaler, training.schedule.update(step)).item()
-    except Exception as caught:
-        if not is_out_of_memory(caught):
-            raise
+    if shortage.reason is not None:
         if not training.updates.can_repair:
-            raise update_does_not_fit(first_line(caught)) from caught
+            raise update_does_not_fit(shortage.reason)
         training.gradients.discard()
-        error = first_line(caught)
-    training.updates.announce(error)
-    if (error is not None or is_awaited) and not training.updates.went_through():
+    training.updates.announce(shortage.reason)
+    if (shortage.reason is not None or is_awaited) and not training.updates.went_through():
         return training.repair_update(grad_norm)
     return grad_norm
 
@@ -226,15 +218,10 @@ def learn(training: Training, samples: StepSamples) -> None:
     assert training.setup.learner
     sample_ids, learnt = samples.ids_N[: training.setup.learner.rows], None
     while learnt is None:
-        error = ""
-        try:
+        with catch_out_of_memory() as shortage:
             learnt = _learn_once(training, sample_ids)
-        except Exception as caught:
-            if not is_out_of_memory(caught):
-                raise
-            error = first_line(caught)
-        if learnt is None:
-            training.use_less_memory(error)
+        if shortage.reason is not None:
+            training.use_less_memory(shortage.reason)
     training.hooks.record("learnt", step=samples.step, **learnt)
     training.hooks.note(learnt["text"])
     training.group.broadcast(training.replicated(), 0)

@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from strategies.contract import Techniques, TrainSetup
 from strategies.measure.trace import LiveStorages, tensors_of
 from strategies.step.step import Update, backward, forward, update
-from strategies.step.supervised_logits import Batch
+from strategies.step.supervised_logits import Batch, inner_model
 from strategies.techniques.precision import gradient_scaler
 
 PHASES: tuple[str, ...] = ("data", "transfer", "forward", "backward", "optimizer")
@@ -130,7 +130,7 @@ def part_of(name: str, module: torch.nn.Module, model: torch.nn.Module) -> str |
 
 
 def _output_of(model: Any) -> Any:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner = inner_model(model)
     return inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
 
 

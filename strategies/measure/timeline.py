@@ -62,7 +62,7 @@ def record_spans(
         setup.streaming.settle()
         setup.streaming.spans()  # what went before is not asked for
     began = time.perf_counter()
-    device = next(iter(setup.parameters.values())).device
+    device = setup.device
     try:
         for _ in range(steps):
             for number, make in enumerate(makers, start=1):

@@ -94,7 +94,7 @@ def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
 
 def _chunked(model: Any, batch: Batch) -> torch.Tensor:
     """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
-    head = _inner(model).get_output_embeddings()
+    head = inner_model(model).get_output_embeddings()
     head.forward = lambda hidden: hidden  # the model then hands over what it would multiply with the output matrix
     try:
         hidden_SH = supervised_logits(model, batch)
@@ -112,16 +112,17 @@ def _chunked(model: Any, batch: Batch) -> torch.Tensor:
 
 def can_chunk(model: Any) -> bool:
     """Whether the logits are the output matrix times the hidden states and nothing more (Gemma 2 caps them)."""
-    config = _inner(model).config
+    config = inner_model(model).config
     plain = not any(getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
-    return plain and _inner(model).get_output_embeddings() is not None
+    return plain and inner_model(model).get_output_embeddings() is not None
 
 
-def _inner(model: Any) -> Any:
+def inner_model(model: Any) -> Any:
+    """The model without an engine or an adapter around it."""
     model = getattr(model, "module", model)  # an engine's
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _can_select(model: Any) -> bool:
     """Whether the model computes logits only where asked (transformers' `logits_to_keep`)."""
-    return "logits_to_keep" in inspect.signature(_inner(model).forward).parameters
+    return "logits_to_keep" in inspect.signature(inner_model(model).forward).parameters

@@ -257,7 +257,7 @@ def test_who_gets_which_of_the_held_gpus(wanted, held, found):
 
 def test_a_gpu_is_as_good_as_the_planned_one_with_its_name_and_with_room(on_two_gpus):
     from clusters.capability import ClusterCapability
-    from orchestrator.training.workers.launch import wanted_gpu
+    from orchestrator.training.workers.gpu_locks import equivalent_gpus
 
     planned, alike = on_two_gpus.node.gpus
     full = dataclasses.replace(alike, memory_bytes=1 * GIB)
@@ -265,7 +265,7 @@ def test_a_gpu_is_as_good_as_the_planned_one_with_its_name_and_with_room(on_two_
 
     def uuids(*gpus):
         node = dataclasses.replace(on_two_gpus.node, devices=gpus)
-        return wanted_gpu(part, ClusterCapability((node,)), "id").uuids
+        return equivalent_gpus(part, ClusterCapability((node,)))
 
     assert uuids(planned, alike) == (planned.uuid, alike.uuid)
     assert uuids(planned, full) == (planned.uuid,)

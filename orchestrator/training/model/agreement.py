@@ -20,8 +20,10 @@ from clusters.hardware.limits import PROC, read, usable_memory_bytes
 from clusters.safe.reading import first_line
 from clusters.units import format_bytes
 from orchestrator.errors import RunFailed
+from orchestrator.training.evaluate import evaluating
 from orchestrator.training.memory import is_out_of_memory, resident_bytes
 from strategies.step import document_attention
+from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
 
 _ROWS, _TOKENS = 2, 32  # of the batch that is compared
@@ -72,22 +74,13 @@ def probe(data: Any, vocab_size: int) -> torch.Tensor:
 @torch.no_grad()
 def logits_of(model: Any, ids_BT: torch.Tensor, attention: str, dtype: Any) -> torch.Tensor:
     """The logits of a model that computes in `dtype`, in fp32 on the CPU; nothing of the model is changed."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trained_with, was_training = inner.config._attn_implementation, model.training
-    inner.set_attn_implementation(attention)
-    model.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"), autocast(model.device.type, dtype):
-            return model(input_ids=ids_BT.to(model.device), use_cache=False).logits.float().cpu()
-    finally:
-        inner.set_attn_implementation(trained_with)
-        model.train(was_training)
+    with evaluating(model, attention), torch.compiler.set_stance("force_eager"), autocast(model.device.type, dtype):
+        return model(input_ids=ids_BT.to(model.device), use_cache=False).logits.float().cpu()
 
 
 def portrait_of(model: Any, parameters: Mapping[str, torch.Tensor], ids_BT: torch.Tensor, dtype: Any) -> Portrait:
     """Of a trained model that computes in `dtype`; `parameters` are its trained weights as they will be written."""
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
-    trained_with = inner.config._attn_implementation
+    trained_with = inner_model(model).config._attn_implementation
     attention = "sdpa" if trained_with == document_attention.NAME else trained_with  # rows without document borders
     return Portrait(
         ids_BT,
@@ -175,14 +168,11 @@ def on_disk(portrait: Portrait, folder: Path, what: str) -> Agreement:
 
     Raises RunFailed for files that cannot be read.
     """
-    total = len(portrait.weights)
     try:
-        held = total - len(missing(portrait, _by_own_names(portrait, folder)))
+        held = len(portrait.weights) - len(missing(portrait, _by_own_names(portrait, folder)))
     except (SafetensorError, OSError, ValueError) as error:
         raise RunFailed(f"{what} cannot be loaded again: {first_line(error)}") from error
-    reason = "it is loaded again after the last evaluation"
-    text = f"{what} holds {held} of the {total} weights as they were trained; logits not compared: {reason}"
-    return Agreement(text, portrait.dtype, num_weights=held, reason=reason)
+    return _by_weights(portrait, what, held, "it is loaded again after the last evaluation")
 
 
 def without_logits(portrait: Portrait, folder: Path, what: str, reason: str) -> Agreement:
@@ -193,9 +183,13 @@ def without_logits(portrait: Portrait, folder: Path, what: str, reason: str) -> 
     found = [(name, digest(value) == portrait.weights[name]) for name, value in _by_own_names(portrait, folder)]
     if wrong := [name for name, same in found if not same]:
         raise RunFailed(f"{what} holds other weights than were trained: {len(wrong)} differ, the first is {wrong[0]}")
-    total = len(portrait.weights)
-    text = f"{what} holds {len(found)} of the {total} weights as they were trained; logits not compared: {reason}"
-    return Agreement(text, portrait.dtype, num_weights=len(found), reason=reason)
+    return _by_weights(portrait, what, len(found), reason)
+
+
+def _by_weights(portrait: Portrait, what: str, held: int, reason: str) -> Agreement:
+    of = f"{held} of the {len(portrait.weights)} weights"
+    text = f"{what} holds {of} as they were trained; logits not compared: {reason}"
+    return Agreement(text, portrait.dtype, num_weights=held, reason=reason)
 
 
 def _name_in_file(name: str) -> str:

@@ -42,7 +42,7 @@ def _ready(part: NodePlan, uuid: str | None) -> torch.device:
     device_memory.grow_segments()
     if not torch.cuda.is_initialized():
         see(visible(part.kind, uuid))
-    uuids = [_uuid_of(torch.device("cuda", place)) for place in range(torch.cuda.device_count())]
+    uuids = [uuid_of(torch.device("cuda", place)) for place in range(torch.cuda.device_count())]
     device = torch.device("cuda", uuids.index(uuid) if uuid in uuids else 0)
     torch.cuda.set_device(device)
     device_memory.limit(device, part.memory_usable_bytes if uuid == part.uuid else None)
@@ -59,6 +59,6 @@ def gpu_in_use(part: NodePlan, device: torch.device) -> tuple[str, str | None]:
     return shown[0].name, shown[0].uuid
 
 
-def _uuid_of(device: torch.device) -> str:
+def uuid_of(device: torch.device) -> str:
     """As NVIDIA's driver writes it."""
     return f"GPU-{torch.cuda.get_device_properties(device).uuid}"

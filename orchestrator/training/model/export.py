@@ -19,6 +19,7 @@ from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.training.stops import stops_of
 from strategies.contract import TrainSetup
+from strategies.step.supervised_logits import inner_model
 
 _ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
 
@@ -27,8 +28,7 @@ def write(
     folder: Path, setup: TrainSetup, weights: Mapping[str, Any] | None, tokenizer: Any, job: Job, base: Path
 ) -> None:
     """Export a training into `folder`; `weights` where no worker holds them whole, `base` is the model's folder."""
-    inner: Any = setup.model
-    inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+    inner = inner_model(setup.model)
     with plain_generation(inner):
         setup.export(folder, weights)
     write_beside(folder, inner, tokenizer, base)

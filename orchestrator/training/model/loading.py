@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,11 +90,22 @@ def straight_to(device: torch.device) -> dict[str, Any]:
 
 def load_exported(context: WorkerContext, folder: Path, techniques: Techniques, attention: str) -> Any:
     """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
-    method, job, device = context.plan.build_method(), context.job, context.device
-    dtype = method.load_dtype(techniques)
+    method = context.plan.build_method()
+    load = partial(
+        load_model,
+        job=context.job,
+        dtype=method.load_dtype(techniques),
+        device=context.device,
+        attn_implementation=attention,
+        arguments=method.load_arguments(techniques),
+    )
+    return load_tuned(load, folder, context.model_folder)
+
+
+def load_tuned(load: Callable[[str], Any], folder: Path, base: str) -> Any:
+    """The model in a folder, or its adapter on the base model; `load` loads a model from where it lies."""
     if not export.is_adapter(folder):
-        return load_model(str(folder), job, dtype, device, attention)
+        return load(str(folder))
     from peft import PeftModel
 
-    base = load_model(context.model_folder, job, dtype, device, attention, method.load_arguments(techniques))
-    return PeftModel.from_pretrained(base, str(folder))
+    return PeftModel.from_pretrained(load(base), str(folder))

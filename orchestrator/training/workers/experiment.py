@@ -112,11 +112,10 @@ def measured_on(part: NodePlan, name: str, uuid: str | None) -> dict[str, Any]:
 
 def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> float:
     """Most bytes that tensors take in the heaviest step of `data`, weights and optimizer included; nothing moves."""
-    device = next(iter(setup.parameters.values())).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
+    if setup.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(setup.device)
         preflight.longest_batch(setup, data, techniques, num_samples)
-        return float(torch.cuda.max_memory_allocated(device))
+        return float(torch.cuda.max_memory_allocated(setup.device))
     live = LiveStorages()
     for tensor in tensors_of(setup):
         live.watch(tensor)

@@ -7,6 +7,7 @@ import gc
 import shutil
 import uuid
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,12 @@ from orchestrator.training.model import agreement, export
 from orchestrator.training.model.agreement import Agreement
 from orchestrator.training.model.devices import device_like
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
-from orchestrator.training.model.loading import load_data, load_exported, load_model, load_tokenizer
+from orchestrator.training.model.loading import load_data, load_exported, load_model, load_tokenizer, load_tuned
 from orchestrator.training.model.tied import merged_model
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
 from strategies.contract import TrainSetup
+from strategies.step.supervised_logits import inner_model
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +47,7 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     techniques = context.part.techniques
     model = load_exported(context, exported, techniques, techniques.attn_implementation)
     if techniques.packing:
-        techniques = without_leaks(_plain(model), techniques, context)
+        techniques = without_leaks(inner_model(model), techniques, context)
     techniques = with_loss_that_runs(model, techniques, context)
     nothing: Any = None
     setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
@@ -82,7 +84,9 @@ def _write_merged(
     run: RunFolder, job: Job, exported: Path, base: Path, dtype: str, folder: Path
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge and write in `dtype`; the batch that is compared, and what base and adapter say to it."""
-    model = _tuned_model(run, job, exported, dtype)
+    # On the CPU and without quantisation: what is merged into is the model that is written.
+    load = partial(load_model, job=job, dtype=dtype, device=torch.device("cpu"), attn_implementation="sdpa")
+    model = load_tuned(load, exported, model_of(run))
     data = None
     with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
         data = load_data(run)[0]
@@ -95,19 +99,6 @@ def _write_merged(
     export.write_beside(folder, model, tokenizer, exported)
     export.make_readable(folder)
     return ids_BT, tuned_BTV
-
-
-def _tuned_model(run: RunFolder, job: Job, exported: Path, dtype: str) -> Any:
-    """Exported weights alone, or the base with the exported adapter on it, on the CPU.
-
-    In `dtype`, without quantisation: what is merged into is the model that is written.
-    """
-    if not export.is_adapter(exported):
-        return load_model(str(exported), job, dtype, torch.device("cpu"), "sdpa")
-    from peft import PeftModel
-
-    base = load_model(model_of(run), job, dtype, torch.device("cpu"), "sdpa")
-    return PeftModel.from_pretrained(base, str(exported))
 
 
 def stored_dtype(folder: Path) -> str:
@@ -134,13 +125,8 @@ def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]
         yield "tuned", tuned
         return
     yield "adapter", tuned
-    if not getattr(_plain(tuned), "is_quantized", False):
+    if not getattr(inner_model(tuned), "is_quantized", False):
         yield "merged", merged_model(tuned)
-
-
-def _plain(model: Any) -> Any:
-    """A model without the adapter around it."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def model_of(run: RunFolder) -> str:

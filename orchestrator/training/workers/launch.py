@@ -23,7 +23,6 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
 
-from clusters.capability import ClusterCapability
 from clusters.hardware.interfaces import gloo_talks_at
 from clusters.ray import gpu_reservation
 from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
@@ -52,7 +51,8 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     `node_ids` maps the plan's nodes to Ray's ids; empty where there is one machine.  The caller restarts: it plans
     again with the remaining machines (lifecycle/recovery.py).
     """
-    wanted = [wanted_gpu(part, run.capability(), _ray_node(part, node_ids)) for part in _on_gpus(plan)]
+    cluster = run.capability()
+    wanted = [Wanted(_ray_node(part, node_ids), equivalent_gpus(part, cluster)) for part in _on_gpus(plan)]
     is_over = run.stop_file.exists
     try:
         reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
@@ -78,11 +78,6 @@ def _on_gpus(plan: Plan) -> list[NodePlan]:
 def _ray_node(part: NodePlan, node_ids: Mapping[str, str]) -> str:
     """Ray's id of the node of a part; of the only one where they have no names."""
     return node_ids[part.node] if node_ids else gpu_reservation.own_node_id()
-
-
-def wanted_gpu(part: NodePlan, cluster: ClusterCapability, node_id: str) -> Wanted:
-    """The planned GPU and its equivalents: of the same name, with memory for what was planned."""
-    return Wanted(node_id, equivalent_gpus(part, cluster))
 
 
 def notices(plan: Plan, reservation: Reservation) -> list[str]:

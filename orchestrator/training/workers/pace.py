@@ -11,7 +11,7 @@ from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import is_out_of_memory, release_cache
+from orchestrator.training.memory import catch_out_of_memory, release_cache
 from orchestrator.training.shares import Shares
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
@@ -69,12 +69,9 @@ def measure_pace(inputs: Inputs, sample_ids: list[int], share: float) -> float |
     members = micro_batches_of(lengths[:num_samples], inputs.techniques)[0]
     pace = None
     while members and pace is None:
-        try:
+        with catch_out_of_memory():
             seconds = _time_pass(inputs, [sample_ids[i] for i in members])
             pace = sum(lengths[i] for i in members) / seconds
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
         inputs.setup.optimizer.zero_grad(set_to_none=True)
         if pace is None:
             release_cache()
@@ -85,9 +82,8 @@ def measure_pace(inputs: Inputs, sample_ids: list[int], share: float) -> float |
 def _time_pass(inputs: Inputs, sample_ids: list[int]) -> float:
     """Seconds of a pass forward and backward."""
     setup, techniques = inputs.setup, inputs.techniques
-    device = next(iter(setup.parameters.values())).device
-    batch = collate(inputs.data, sample_ids, techniques.packing).to(device)
-    scaler = gradient_scaler(device.type, "float32")
+    batch = collate(inputs.data, sample_ids, techniques.packing).to(setup.device)
+    scaler = gradient_scaler(setup.device.type, "float32")
     seconds = math.inf
     setup.model.train()
     for _ in range(2):  # the first one compiles kernels and fills caches

@@ -55,8 +55,7 @@ def check(
 
     `num_samples` is what this worker does of a step.
     """
-    device = next(iter(setup.parameters.values())).device
-    started = time.perf_counter()
+    device, started = setup.device, time.perf_counter()
     try:
         tokens = longest_batch(setup, data, techniques, num_samples)
         step_s = time.perf_counter() - started
@@ -104,10 +103,9 @@ def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_sampl
 
     Of those that `num_samples` samples make which are the longest, or learn most: no step of this worker has heavier.
     """
-    device = next(iter(setup.parameters.values())).device
     layout = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     chosen = heaviest_samples(data.lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
-    return [collate(data, members, techniques.packing).to(device) for members in chosen]
+    return [collate(data, members, techniques.packing).to(setup.device) for members in chosen]
 
 
 def as_many_everywhere(batches: Sequence[T]) -> list[T]:
@@ -146,8 +144,7 @@ def num_passes(data: Dataset, techniques: Techniques, num_samples: int) -> int:
 def make_state(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
     """The optimizer's state as every step but the first finds it: a step at rate 0 on the shortest sample."""
     shortest = int(data.lengths.argmin())
-    device = next(iter(setup.parameters.values())).device
-    step_in_place(setup, collate(data, [shortest], techniques.packing).to(device), techniques)
+    step_in_place(setup, collate(data, [shortest], techniques.packing).to(setup.device), techniques)
 
 
 def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passes: int = 1) -> None:

@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.model.devices import uuid_of
 from orchestrator.training.state import Progress
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import quality
@@ -119,7 +120,7 @@ def sum_energy(of_workers: list[dict[str, Any] | None]) -> dict[str, Any] | None
 
 def gpu_uuids(device: torch.device) -> tuple[str, ...]:
     """Of the GPU that really trains, as its driver writes it; none for a CPU."""
-    return (f"GPU-{torch.cuda.get_device_properties(device).uuid}",) if device.type == "cuda" else ()
+    return (uuid_of(device),) if device.type == "cuda" else ()
 
 
 def versions() -> dict[str, str]:
