@@ -89,16 +89,9 @@ def table(found: dict[str, Any]) -> Any:
     shown.add_column("setting", overflow="fold")
     for column in ("loss", "gap", "gain", "median", "> base", "> nearest"):
         shown.add_column(column, justify="right", no_wrap=True)
+    ratios = ("gap_closed", "gain", "median_gain", "better_than_base", "better_than_nearest")
     for name, row in sorted(found["settings"].items(), key=lambda pair: -pair[1]["gain"]):
-        shown.add_row(
-            name,
-            f"{row['loss']:.3f}",
-            f"{row['gap_closed']:.0%}",
-            f"{row['gain']:.0%}",
-            f"{row['median_gain']:.0%}",
-            f"{row['better_than_base']:.0%}",
-            f"{row['better_than_nearest']:.0%}",
-        )
+        shown.add_row(name, f"{row['loss']:.3f}", *(f"{row[key]:.0%}" for key in ratios))
     return shown
 
 

@@ -23,7 +23,7 @@ _FILE = "ending.json"
 
 
 @dataclass(frozen=True)
-class Step:
+class EndStep:
     """One step at the end of a run; `do` may be repeated, and returns the event to record."""
 
     name: str
@@ -46,16 +46,16 @@ def _send_to_mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
     return {"event": "tracking", "ok": True, "text": address} if address else {}
 
 
-def _steps(bank: BankHooks) -> tuple[Step, ...]:
+def _steps(bank: BankHooks) -> tuple[EndStep, ...]:
     add = bank.add
     return (
-        Step("card", lambda job: "", _write_card),
-        Step(
+        EndStep("card", lambda job: "", _write_card),
+        EndStep(
             "bank",
             lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None,
             None if add is None else lambda run, job: {"event": "note", "text": add(run, job)},
         ),
-        Step(
+        EndStep(
             "tracking",
             lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None,
             _send_to_mlflow,
@@ -63,7 +63,7 @@ def _steps(bank: BankHooks) -> tuple[Step, ...]:
     )
 
 
-def pending(run: RunFolder, job: Job, bank: BankHooks = NO_BANK) -> list[Step]:
+def pending(run: RunFolder, job: Job, bank: BankHooks = NO_BANK) -> list[EndStep]:
     """The steps that are still to be done; of a run of an earlier version, which kept no record, none is known."""
     if record.read(run.path) is None:
         return []

@@ -124,16 +124,16 @@ def execute(
     run.replan_file.unlink(missing_ok=True)
     _, start = run.events()
     run.record("state", state="running", pid=os.getpid())
-    training = Training(run, job, watcher, bank, Mirror(run, job), start)
+    live = LiveRun(run, job, watcher, bank, Mirror(run, job), start)
     try:
-        _train_on_ray(training, plan, capability)
+        _train_on_ray(live, plan, capability)
         _check_result(run)
     except BaseException as error:
         stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(start)[0])
         if isinstance(error, OrchestratorError) and not stopped:
             run.record("state", state="failed", text=str(error))
-        training.mirror.finish()
-        for event in run.events(training.mirror.offset_at_start)[0]:
+        live.mirror.finish()
+        for event in run.events(live.mirror.offset_at_start)[0]:
             if event["event"] == "tracking":
                 watcher.event(event)
         raise
@@ -141,7 +141,7 @@ def execute(
 
 
 @dataclass
-class Training:
+class LiveRun:
     """A run while its workers train: who watches it, where it is mirrored, how far its events were read."""
 
     run: RunFolder
@@ -169,13 +169,13 @@ class Training:
         self.watcher.say("stopping after this step and saving a checkpoint (Ctrl-C again kills)")
 
 
-def _train_on_ray(training: Training, plan: Plan, capability: ClusterCapability) -> None:
+def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> None:
     from clusters.ray.probe import wait_for_slots
 
-    run, job, say = training.run, training.job, training.watcher.say
+    run, job, say = live.run, live.job, live.watcher.say
     address = job.spec.cluster.address
     say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
-    recovery = Recovery(run, job, plan, capability, partial(replan, run, job, training.bank), say)
+    recovery = Recovery(run, job, plan, capability, partial(replan, run, job, live.bank), say)
     with machines.cluster_errors(), contextlib.ExitStack() as stack:
         if recovery.is_local and not recovery.lock_gpus(stack):
             return
@@ -187,13 +187,13 @@ def _train_on_ray(training: Training, plan: Plan, capability: ClusterCapability)
         next_plan: Plan | None = recovery.at_start()
         helper = BaselineHelper(run, plan, recovery.present())
         while next_plan:
-            error = _attempt(training, next_plan, cluster.slot_resources, recovery, helper)
+            error = _attempt(live, next_plan, cluster.slot_resources, recovery, helper)
             next_plan = recovery.after(error)
-            training.report()
+            live.report()
 
 
 def _attempt(
-    training: Training, plan: Plan, slot: dict[str, float], recovery: Recovery, helper: BaselineHelper
+    live: LiveRun, plan: Plan, slot: dict[str, float], recovery: Recovery, helper: BaselineHelper
 ) -> BaseException | None:
     """Run the workers of a plan to their end and report meanwhile; what went wrong."""
     from orchestrator.training.workers.launch import launch
@@ -201,17 +201,17 @@ def _attempt(
     def train() -> None:
         node_ids = recovery.node_ids()
         if recovery.wait_until_free(slot, node_ids):
-            launch(training.run, plan, slot, node_ids)
+            launch(live.run, plan, slot, node_ids)
 
     def poll() -> None:
-        training.report()
-        training.mirror.now_and_then()
+        live.report()
+        live.mirror.now_and_then()
         helper.poll()
         recovery.look()
 
-    training.is_interrupted = False
-    error = run_in_background(train, poll, training.interrupt)
-    training.report()
+    live.is_interrupted = False
+    error = run_in_background(train, poll, live.interrupt)
+    live.report()
     return error
 
 

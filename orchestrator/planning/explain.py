@@ -14,23 +14,13 @@ from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import find_remedies
-from orchestrator.planning.settings import Rejections
+from orchestrator.planning.settings import Rejections, describe_techniques
 
 
 def describe_candidate(candidate: Candidate) -> str:
     """A candidate in one phrase: method, what matters of its techniques, where."""
     first = candidate.placed[0].plan.techniques
-    parts = [candidate.method.name, first.dtype]
-    if first.gradient_checkpointing:
-        parts.append("checkpointing")
-    if first.loss_type != "nll":
-        parts.append(first.loss_type)
-    if first.optim == "adamw_bnb_8bit":
-        parts.append("8-bit optimizer")
-    if first.offload != "none":
-        parts.append(f"{first.offload} offload")
-    if first.zero_stage:
-        parts.append(f"ZeRO-{first.zero_stage}")
+    parts = [candidate.method.name, first.dtype, *describe_techniques(first, with_loss=True)]
     names = [part.slot.device.name for part in candidate.placed]
     where = " + ".join(
         f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)

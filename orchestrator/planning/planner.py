@@ -134,7 +134,7 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenCandidate:
     """A candidate among all that were enumerated for a workload."""
 
     workload: Workload
@@ -170,7 +170,7 @@ def make_plan(
     return _plan_of(spec, choice, held_out, reasons | why_larger)
 
 
-def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> Choice | None:
+def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCandidate | None:
     """The best candidate with as many workers as the job states; None where nothing fits."""
     enumeration.run()
     fitting = enumeration.fitting
@@ -178,10 +178,10 @@ def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> Choice |
     enumeration.other_groups = [found for found in fitting if not _has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
         return None
-    return Choice(enumeration.workload, enumeration, choose_candidate(spec, enumeration.fitting))
+    return ChosenCandidate(enumeration.workload, enumeration, choose_candidate(spec, enumeration.fitting))
 
 
-def _plan_of(spec: JobSpec, choice: Choice, held_out: HeldOut | None, reasons: dict[str, str]) -> Plan:
+def _plan_of(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOut | None, reasons: dict[str, str]) -> Plan:
     """The plan that runs a candidate, with what the evaluation and the checkpoints leave open resolved."""
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
     first, prior = chosen.placed[0].plan, chosen.method.quality_prior()
@@ -276,7 +276,7 @@ def _node_plan_of(part: Placed) -> NodePlan:
     )
 
 
-def _helper(spec: JobSpec, choice: Choice, held_out: HeldOut | None) -> NodePlan | None:
+def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOut | None) -> NodePlan | None:
     """The fastest excluded node that could run the model: it evaluates the base model while the others train."""
     if held_out is None or not spec.eval.before or spec.cluster.address == "local":
         return None
@@ -316,7 +316,7 @@ def _local_batch_size(spec: JobSpec, workload: Workload) -> int | None:
     return workload.global_batch_size // steps if steps else None
 
 
-def _with_larger_steps(spec: JobSpec, first: Choice, num_slots: int) -> tuple[Choice, dict[str, str]]:
+def _with_larger_steps(spec: JobSpec, first: ChosenCandidate, num_slots: int) -> tuple[ChosenCandidate, dict[str, str]]:
     """More samples a step where a group would otherwise wait for its network: fewer sums for the same samples."""
     train = spec.train
     is_open = train.global_batch_size == "auto" and not grows_with_workers(spec) and train.max_steps <= 0
@@ -340,7 +340,7 @@ def _with_larger_steps(spec: JobSpec, first: Choice, num_slots: int) -> tuple[Ch
     return best, {"train.global_batch_size": why}
 
 
-def _is_faster(choice: Choice, than: Choice) -> bool:
+def _is_faster(choice: ChosenCandidate, than: ChosenCandidate) -> bool:
     return choice.candidate.total_s < than.candidate.total_s / _WORTH_LARGER_STEPS
 
 

@@ -155,16 +155,22 @@ def preferred_plan(fitting: Sequence[StrategyPlan], prefer: Prefer) -> StrategyP
 
 def describe_combination(method: Method, techniques: Techniques, slot: Slot) -> str:
     """A combination for a person, without its micro-batch."""
-    parts = [method.name, techniques.dtype, techniques.attn_implementation]
-    if techniques.gradient_checkpointing:
-        parts.append("checkpointing")
-    if techniques.optim.startswith("adamw_bnb"):
-        parts.append("8-bit optimizer")
-    if techniques.offload != "none":
-        parts.append(f"{techniques.offload} offload")
+    parts = [method.name, techniques.dtype, techniques.attn_implementation, *describe_techniques(techniques)]
     if techniques.zero_stage:
-        parts.append(f"ZeRO-{techniques.zero_stage} x {techniques.num_shards}")
+        parts[-1] += f" x {techniques.num_shards}"
     return f"{' + '.join(parts)} on {slot.label}"
+
+
+def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list[str]:
+    """What is on beyond a plain training, in words; the division last."""
+    is_on = {
+        "checkpointing": techniques.gradient_checkpointing,
+        techniques.loss_type: with_loss and techniques.loss_type != "nll",
+        "8-bit optimizer": techniques.optim.startswith("adamw_bnb"),
+        f"{techniques.offload} offload": techniques.offload != "none",
+        f"ZeRO-{techniques.zero_stage}": techniques.zero_stage > 0,
+    }
+    return [word for word, on in is_on.items() if on]
 
 
 def _kernels(stated: Sequence[str], device: DeviceCapability, packing: bool) -> list[str]:

@@ -8,6 +8,7 @@ with.  Ranges, of which a plan knows nothing, are always Optuna's.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import warnings
@@ -93,20 +94,18 @@ class Sampler:
         self._distributions |= {key: _distribution(values) for key, values in space.ranges.items()}
         self._open: dict[str, optuna.trial.Trial] = {}
         self._tried: set[str] = set()
-        self._turn, self._draw = 0, random.Random(seed)
+        self._streams, self._draw = itertools.cycle(_STREAMS), random.Random(seed)
 
     def ask(self) -> Point | None:
         """The next point; None where nothing is left."""
         if self.advised is None:
             return self._suggest(lambda point: True)
-        stream = _STREAMS[self._turn % len(_STREAMS)]
-        self._turn += 1
         known, point = self.advised.by_key, None
 
         def is_known(point: Point) -> bool:
             return key_of(self._choices(point)) in known
 
-        if stream == 1:
+        if next(self._streams) == 1:
             front = next((a.point for a in self.advised.worth[: self.advised.num_front] if self._is_new(a.point)), None)
             point = self._enqueue(front) if front else self._suggest(is_known)
         if point is None:

@@ -27,7 +27,7 @@ _PACKAGES = ("finetune-orchestrator", "torch", "transformers", "peft", "ray", "d
 
 
 @dataclass(frozen=True)
-class Outcome:
+class TrainingOutcome:
     """What one worker's training came to since it was started or resumed."""
 
     progress: Progress
@@ -42,7 +42,7 @@ class Outcome:
         return self.progress.step != self.first_step
 
 
-def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: Outcome) -> dict[str, Any]:
+def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> dict[str, Any]:
     """What is known before the model is evaluated (runs/json_files.py: Result)."""
     progress, plan, memory = outcome.progress, context.plan, context.part.memory
     steps = [event["seconds"] for _, event in sorted(run.steps().items())]
@@ -70,7 +70,7 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: O
     }
 
 
-def write_result(run: RunFolder, result: dict[str, Any], outcome: Outcome) -> None:
+def write_result(run: RunFolder, result: dict[str, Any], outcome: TrainingOutcome) -> None:
     """Write result.json; where nothing was left to train, the figures of the training stay those of the earlier one."""
     if not outcome.has_trained and (earlier := run.result()):
         result |= {key: earlier[key] for key in _OF_TRAINING if key in earlier}

@@ -24,7 +24,7 @@ from orchestrator.training.state import STOP_REQUESTS, Hooks, Progress, Training
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.pace import agree_on_shares, has_fixed_shares
-from orchestrator.training.workers.result import Outcome
+from orchestrator.training.workers.result import TrainingOutcome
 from orchestrator.training.workers.setup import Inputs, load_inputs, schedule_of, start_worker
 from strategies.contract import TrainSetup, TrainState
 from strategies.step import host_memory
@@ -70,7 +70,7 @@ def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
     return progress
 
 
-def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Progress) -> Outcome:
+def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Progress) -> TrainingOutcome:
     """Agree on shares, evaluate the base model where asked for, and train."""
     job, plan, spec = context.job, context.plan, context.job.spec.train
     order = Order(len(inputs.data), plan.global_batch_size, spec.seed, spec.num_train_epochs, spec.max_steps)
@@ -106,7 +106,7 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
     seconds, peak = time.perf_counter() - started, peak_bytes(context.device)
     spent = meter.read()
     energy = result.sum_energy(context.group.gather(vars(spent) if spent else None))
-    return Outcome(progress, first_step, seconds, peak, energy)
+    return TrainingOutcome(progress, first_step, seconds, peak, energy)
 
 
 def _hooks(run: RunFolder, context: WorkerContext, setup: TrainSetup, meter: Meter) -> Hooks:
@@ -144,7 +144,7 @@ def _save_checkpoint(run: RunFolder, context: WorkerContext, setup: TrainSetup, 
     return path.name
 
 
-def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: Outcome) -> None:
+def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> None:
     """Write the best weights and result.json, evaluate the model, then check what was written."""
     setup, progress = inputs.setup, outcome.progress
     choice = hand_back.best_weights(run, context, progress, setup)

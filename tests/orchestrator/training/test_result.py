@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.state import Progress
-from orchestrator.training.workers.result import Outcome, skip_warm_up, sum_energy, write_result
+from orchestrator.training.workers.result import TrainingOutcome, skip_warm_up, sum_energy, write_result
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def test_the_first_steps_are_warm_up_where_others_follow(steps, steady):
 
 
 def outcome(first_step):
-    return Outcome(Progress(step=4), first_step, 1.0, 0, None)
+    return TrainingOutcome(Progress(step=4), first_step, 1.0, 0, None)
 
 
 def found(train_seconds):
