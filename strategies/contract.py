@@ -336,10 +336,7 @@ class QualityPrior:
 
 
 def option(default: Any, doc: str, tried: tuple[Any, ...] = (), **limits: Any) -> Any:
-    """A method's field, with the sentence and the limits that the job file's schema shows.
-
-    `tried` are the values that a search takes where the job says nothing.
-    """
+    """A method's field, with the sentence and limits of the job file's schema; an open one is `tried` in a search."""
     return field(default=default, metadata={"doc": doc, "tried": tried, **limits})
 
 
