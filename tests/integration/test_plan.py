@@ -143,8 +143,9 @@ def test_techniques_judges_each_device(job, tmp_path):
     assert all(row["reason"] for row in rows)
 
 
-def test_trace_agrees_with_the_plan(job, tmp_path):
-    shown, _ = orchestrator("plan", job, "--trace", "--json", cwd=tmp_path)
+def test_trace_agrees_with_the_plan(job, model_folder, tmp_path):
+    of_model = f"model.model_name_or_path={model_folder}"
+    shown, _ = orchestrator("plan", job, "--trace", "--json", "--set", of_model, cwd=tmp_path)
 
     found = json.loads(shown)["trace"]
     assert abs(found["apart"]) < 0.25  # a model of 110 thousand parameters: what formulas leave out is a larger part
