@@ -12,6 +12,7 @@ from orchestrator.job.job_file import Job, parse_job, text_with
 from orchestrator.job.sections.methods import METHOD_SECTIONS
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.lifecycle.run import submit
+from orchestrator.runs.events import Evaluation
 from orchestrator.runs.run_folder import RunFolder
 
 
@@ -57,7 +58,7 @@ def train_from(
 
 def _evaluations(run: RunFolder) -> dict[int, float]:
     """Held-out loss by step, in nats a token."""
-    return {event["step"]: event["eval_loss"] for event in run.events()[0] if event["event"] == "eval"}
+    return {event.step: event.eval_loss for event in run.events_of(Evaluation)}
 
 
 def _with(job: Job, values: dict[str, Any]) -> Job:

@@ -14,6 +14,16 @@ from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.events import (
+    Evaluation,
+    Event,
+    ModelReady,
+    Note,
+    PreflightReport,
+    QualityReport,
+    StepReport,
+    TrackingReport,
+)
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.plan import plan_view
 from orchestrator.views.screen import Screen, out
@@ -35,28 +45,29 @@ class Lines(Quiet):
             self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
         self.say(f"run {run.run_id}")
 
-    def event(self, event: dict[str, Any]) -> None:
-        kind = event["event"]
-        if kind == "step":
-            self._step(event)
-        elif kind == "ready":
-            self.say(f"model ready after {event['seconds']} s")
-        elif kind == "quality":
-            scores = {k: v for k, v in event.items() if isinstance(v, float) and k not in ("time", "seconds")}
-            self.say(f"{event['when']}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-        elif kind == "preflight":
-            self.say(f"preflight: {event['text']}")
-        elif kind == "eval":
-            self.say(f"step {event['step']}: eval_loss {event['eval_loss']:.4f}")
-        elif kind == "note":
-            self.say(event["text"])
-        elif kind == "tracking":
-            self.say(f"tracked in {event['text']}" if event["ok"] else f"not tracked: {event['text']}")
+    def event(self, event: Event) -> None:
+        match event:
+            case StepReport():
+                self._step(event)
+            case ModelReady():
+                self.say(f"model ready after {event.seconds} s")
+            case QualityReport():
+                numbers = {"eval_loss": event.eval_loss, **event.extra}
+                scores = {k: v for k, v in numbers.items() if isinstance(v, float) and k != "seconds"}
+                self.say(f"{event.when}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+            case PreflightReport():
+                self.say(f"preflight: {event.text}")
+            case Evaluation():
+                self.say(f"step {event.step}: eval_loss {event.eval_loss:.4f}")
+            case Note():
+                self.say(event.text)
+            case TrackingReport():
+                self.say(f"tracked in {event.text}" if event.ok else f"not tracked: {event.text}")
 
-    def _step(self, event: dict[str, Any]) -> None:
+    def _step(self, event: StepReport) -> None:
         every = max(1, self._num_steps // 10)
-        if event["step"] % every == 0 or event["step"] == 1:
-            self.say(f"step {event['step']}/{self._num_steps}: {_step_text(event)}")
+        if event.step % every == 0 or event.step == 1:
+            self.say(f"step {event.step}/{self._num_steps}: {_step_text(event)}")
 
 
 class Live(Lines):
@@ -77,12 +88,12 @@ class Live(Lines):
         )
         self._task: TaskID | None = None
 
-    def _step(self, event: dict[str, Any]) -> None:
+    def _step(self, event: StepReport) -> None:
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self._num_steps, completed=event["step"] - 1, detail="")
-        self._bar.update(self._task, completed=event["step"], detail=_step_text(event))
-        if event["step"] >= self._num_steps:
+            self._task = self._bar.add_task("training", total=self._num_steps, completed=event.step - 1, detail="")
+        self._bar.update(self._task, completed=event.step, detail=_step_text(event))
+        if event.step >= self._num_steps:
             self.close()
 
     def close(self) -> None:
@@ -102,5 +113,5 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
         Screen.outlives_reader = False
 
 
-def _step_text(event: dict[str, Any]) -> str:
-    return f"loss {event['loss']:.4f}, {event['tokens_per_s']:.0f} tokens/s, {format_bytes(event['peak_bytes'])}"
+def _step_text(event: StepReport) -> str:
+    return f"loss {event.loss:.4f}, {event.tokens_per_s:.0f} tokens/s, {format_bytes(event.peak_bytes)}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,7 +14,7 @@ from orchestrator.cli import search as search_verbs
 from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
-from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
 
 verbs = typer.Typer()
@@ -49,9 +49,10 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 @verbs.command()
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Show how far a run is, and how good its result is."""
-    from orchestrator.runs import worker_stats as workers
     from orchestrator.runs.condition import damage, passed_over
+    from orchestrator.runs.worker_stats import stats_of_run
     from orchestrator.views.result import result_view, run_row
+    from orchestrator.views.workers import workers_view
 
     if search := search_verbs.find(run, runs):
         _complete_mirror(search)
@@ -66,16 +67,16 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if text := passed_over(found):
         say(text)
     _complete_mirror(found)
-    row, by_worker = run_row(found), workers.of_run(found.events()[0])
+    row, by_worker = run_row(found), stats_of_run(found.events()[0])
     if json_:
-        print_json({**row, "workers": by_worker} if by_worker else row)
+        print_json({**row, "workers": [one.to_json() for one in by_worker]} if by_worker else row)
         return
     for key, value in row.items():
         if value is not None:
             show(f"{key:<14}{value}")
     if by_worker:
         out.print()
-        out.print(workers.view(by_worker))
+        out.print(workers_view(by_worker))
     if row["state"] == "finished":
         out.print()
         out.print(result_view(found))
@@ -122,23 +123,20 @@ def _print_worker_logs(run: RunFolder) -> None:
 
 
 def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
+    from orchestrator.views.result import event_line
+
     offset = 0
     while True:
         alive = run.is_locked()
         events, offset = run.events(offset)
         for event in events:
             if as_json:
-                write(json.dumps(event))
+                write(json.dumps(event.to_json()))
             else:
-                show(_event_line(event))
+                show(event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)
-
-
-def _event_line(event: dict[str, Any]) -> str:
-    rest = {key: value for key, value in event.items() if key not in ("event", "time", "traceback", "samples")}
-    return f"{utc(event['time'])} {event['event']:<10} " + " ".join(f"{key}={value}" for key, value in rest.items())
 
 
 @verbs.command()

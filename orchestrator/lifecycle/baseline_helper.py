@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.errors import JobError
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.events import Note, QualityReport
 from orchestrator.runs.run_folder import RunFolder
 
 
@@ -39,9 +40,9 @@ class BaselineHelper:
         if reason or found is None:
             reason = reason or "it ended without a result"
             self._run.write("before-failed.json", json.dumps({"text": reason}))
-            self._run.record("note", text=f"the baseline evaluation on an idle node failed: {reason}")
+            self._run.record(Note(f"the baseline evaluation on an idle node failed: {reason}"))
         else:
-            self._run.record("quality", when="before", **{k: v for k, v in found.items() if isinstance(v, int | float)})
+            self._run.record(QualityReport.of("before", found))
 
 
 def _is_measured(run: RunFolder) -> bool:
@@ -49,6 +50,6 @@ def _is_measured(run: RunFolder) -> bool:
     try:
         return run.before() is not None
     except JobError as error:
-        run.record("note", text=f"{error}; it is measured again")
+        run.record(Note(f"{error}; it is measured again"))
         (run.path / "before.json").unlink()
         return False

@@ -16,6 +16,7 @@ from orchestrator.errors import JobError, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.runs import record
+from orchestrator.runs.events import Event, Note, TrackingReport
 from orchestrator.runs.model_card import write_card
 from orchestrator.runs.run_folder import RunFolder
 
@@ -28,22 +29,21 @@ class EndStep:
 
     name: str
     target: Callable[[Job], str | None]  # where to; None where the job does not ask for it
-    do: Callable[[RunFolder, Job], dict[str, Any]] | None  # None where the caller handed in no way to do it
+    do: Callable[[RunFolder, Job], Event | None] | None  # None where the caller handed in no way to do it
 
 
-def _write_card(run: RunFolder, job: Job) -> dict[str, Any]:
+def _write_card(run: RunFolder, job: Job) -> None:
     try:
         write_card(run, job)
     except OSError as error:
         raise RunFailed(f"{run.exported()}: the model card cannot be written: {error.strerror}") from error
-    return {}
 
 
-def _send_to_mlflow(run: RunFolder, job: Job) -> dict[str, Any]:
+def _send_to_mlflow(run: RunFolder, job: Job) -> Event | None:
     from orchestrator.runs.mirror.tracking import complete
 
     address = complete(run, job, state=run.state_by_events())
-    return {"event": "tracking", "ok": True, "text": address} if address else {}
+    return TrackingReport(ok=True, text=address) if address else None
 
 
 def _steps(bank: BankHooks) -> tuple[EndStep, ...]:
@@ -53,7 +53,7 @@ def _steps(bank: BankHooks) -> tuple[EndStep, ...]:
         EndStep(
             "bank",
             lambda job: str(job.path(job.spec.bank.path)) if job.spec.bank.add else None,
-            None if add is None else lambda run, job: {"event": "note", "text": add(run, job)},
+            None if add is None else lambda run, job: Note(add(run, job)),
         ),
         EndStep(
             "tracking",
@@ -72,7 +72,7 @@ def pending(run: RunFolder, job: Job, bank: BankHooks = NO_BANK) -> list[EndStep
     return [step for step, target in wanted if target is not None and done.get(step.name) != _mark(run, target)]
 
 
-def finish(run: RunFolder, job: Job, report: Callable[[dict[str, Any]], None], bank: BankHooks = NO_BANK) -> None:
+def finish(run: RunFolder, job: Job, report: Callable[[Event], None], bank: BankHooks = NO_BANK) -> None:
     """Do what is pending and report what came of each as an event; the caller holds the run.
 
     What fails is reported and stays pending: a finished run is not lost for a bank or a server.
@@ -83,13 +83,13 @@ def finish(run: RunFolder, job: Job, report: Callable[[dict[str, Any]], None], b
         try:
             event = step.do(run, job)
         except OrchestratorError as error:
-            kind = {"event": "tracking", "ok": False} if step.name == "tracking" else {"event": "note"}
-            event = {**kind, "text": str(error)}
+            text = str(error)
+            event = TrackingReport(ok=False, text=text) if step.name == "tracking" else Note(text)
         else:
             target = step.target(job)
             run.write(_FILE, json.dumps({**_done(run), step.name: _mark(run, target or "")}, indent=1))
         if event:
-            run.record(**event)
+            run.record(event)
             report(event)
 
 

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import InBank, Plan
+from orchestrator.runs.events import Event
 from orchestrator.runs.run_folder import RunFolder
 
 
@@ -18,7 +19,7 @@ class Watcher(Protocol):
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None: ...
 
-    def event(self, event: dict[str, Any]) -> None: ...
+    def event(self, event: Event) -> None: ...
 
 
 class Quiet:

@@ -27,6 +27,7 @@ from orchestrator.lifecycle.prepare import plan_job, sizes_of
 from orchestrator.lifecycle.recovery_policy import Act, Decision, News, decide
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.events import ErrorReport, Failure, Replan, StateChange, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
 
 _LOOK_EVERY_S = 3.0
@@ -203,7 +204,7 @@ class Recovery:
             decision = self._decide(replace(news, memory=self._memory(probed)))
         if decision.act is Act.FAIL:
             raise RunFailed(decision.texts[0]) from error
-        self.run.record("failure", text=news.reason, step=news.step, failures=self.state.failures)
+        self.run.record(Failure(news.reason, step=news.step, failures=self.state.failures))
         self._apply(decision, probed)
         if decision.act is Act.PROBE_GPUS:
             probed = self._probe(decision.nodes)
@@ -214,22 +215,22 @@ class Recovery:
 
     def _failure(self, error: RunFailed) -> policy.Failed:
         """What the events of this try tell of its end."""
-        errors = self._of_this_try("error")
-        final = next((event for event in reversed(errors) if not event.get("again", True)), None)
+        errors = self._of_this_try(ErrorReport)
+        final = next((event for event in reversed(errors) if event.again is False), None)
         return policy.Failed(
             step=max(self.run.steps(), default=0),
-            reason=(final or errors[-1])["text"] if errors else str(error),
+            reason=(final or errors[-1]).text if errors else str(error),
             is_final=final is not None,
-            killed=frozenset(event["node"] for event in self._of_this_try("killed") if event.get("node")),
+            killed=frozenset(event.node for event in self._of_this_try(WorkerKilled) if event.node),
             hardware_changed=isinstance(error, HardwareChanged),
         )
 
-    def _of_this_try(self, name: str) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = []
+    def _of_this_try(self, kind: type[Any]) -> list[Any]:
+        found: list[Any] = []
         for event in self.run.events()[0]:
-            if event["event"] == name:
+            if isinstance(event, kind):
                 found.append(event)
-            elif event["event"] in ("failure", "replanned") or event.get("state") == "running":
+            elif isinstance(event, Failure | Replan) or (isinstance(event, StateChange) and event.state == "running"):
                 found = []
         return found
 
@@ -311,14 +312,14 @@ class Recovery:
         after = self.state.planned
         self.run.keep("plan.json", plan.to_json())
         self.run.keep("capability.json", json.dumps(self.capability.as_dict(), indent=1))
-        self.run.record(
-            "replanned",
+        replan = Replan(
             plan=plan.hash,
             nodes=sorted(after),
             lost=sorted(before - after),
             joined=sorted(after - before),
             seconds=round(time.monotonic() - began, 2),
         )
+        self.run.record(replan)
         return plan
 
 

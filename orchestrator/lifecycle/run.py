@@ -31,6 +31,7 @@ from orchestrator.lifecycle.verify import check_same_job, is_handed_back, verifi
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import checkpoints
 from orchestrator.runs.condition import exported_damage, model_digests
+from orchestrator.runs.events import StateChange, TrackingReport
 from orchestrator.runs.mirror.tracking import Mirror
 from orchestrator.runs.run_folder import RunFolder
 
@@ -123,18 +124,18 @@ def execute(
     run.stop_file.unlink(missing_ok=True)
     run.replan_file.unlink(missing_ok=True)
     _, start = run.events()
-    run.record("state", state="running", pid=os.getpid())
+    run.record(StateChange("running", pid=os.getpid()))
     live = LiveRun(run, job, watcher, bank, Mirror(run, job), start)
     try:
         _train_on_ray(live, plan, capability)
         _check_result(run)
     except BaseException as error:
-        stopped = any(e["event"] == "state" and e["state"] == "stopped" for e in run.events(start)[0])
+        stopped = any(isinstance(e, StateChange) and e.state == "stopped" for e in run.events(start)[0])
         if isinstance(error, OrchestratorError) and not stopped:
-            run.record("state", state="failed", text=str(error))
+            run.record(StateChange("failed", text=str(error)))
         live.mirror.finish()
         for event in run.events(live.mirror.offset_at_start)[0]:
-            if event["event"] == "tracking":
+            if isinstance(event, TrackingReport):
                 watcher.event(event)
         raise
     finish.finish(run, job, watcher.event, bank)

@@ -13,12 +13,26 @@ from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
 from orchestrator.report.translations import Word, words
-from orchestrator.runs import worker_stats
+from orchestrator.runs.events import (
+    ErrorReport,
+    Evaluation,
+    Event,
+    Failure,
+    ModelReady,
+    Note,
+    QualityReport,
+    Replan,
+    ShareChange,
+    StateChange,
+    StepReport,
+    WorkerKilled,
+)
 from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.runs.worker_stats import WorkerStats, stats_of_run
 from orchestrator.views.plan import shown
 from orchestrator.views.result import score
 
-_FAULTS = ("killed", "error", "replan", "note", "shares")
+_FAULTS = (WorkerKilled, ErrorReport, Failure, Replan, Note, ShareChange)
 _MOST_FAULTS = 40
 
 
@@ -44,7 +58,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     return report
 
 
-def _facts(w: Word, run: RunFolder, plan: Plan, result: dict[str, Any], steps: list[dict[str, Any]]) -> Block:
+def _facts(w: Word, run: RunFolder, plan: Plan, result: dict[str, Any], steps: list[StepReport]) -> Block:
     facts = [(w("state"), run.state()), (w("steps"), f"{len(steps)} / {plan.num_steps}")]
     for key, value in (result.get("after") or {}).items():
         if isinstance(value, float) and key != "seconds":
@@ -110,14 +124,14 @@ def _quality(w: Word, result: dict[str, Any]) -> list[Block]:
     return [*blocks, Figure("quality", svg, w("Held-out rows before and after training."))]
 
 
-def _losses(w: Word, steps: list[dict[str, Any]], events: list[dict[str, Any]]) -> Block | None:
+def _losses(w: Word, steps: list[StepReport], events: list[Event]) -> Block | None:
     if not steps:
         return None
-    series = {w("training loss"): [(event["step"], event["loss"]) for event in steps]}
-    held = {event["step"]: event["eval_loss"] for event in events if event["event"] == "eval"}
+    series = {w("training loss"): [(event.step, event.loss) for event in steps]}
+    held = {event.step: event.eval_loss for event in events if isinstance(event, Evaluation)}
     for event in events:
-        if event["event"] == "quality" and "eval_loss" in event:
-            held[0 if event["when"] == "before" else steps[-1]["step"]] = event["eval_loss"]
+        if isinstance(event, QualityReport) and event.eval_loss is not None:
+            held[0 if event.when == "before" else steps[-1].step] = event.eval_loss
     if held:
         series[w("held-out loss")] = sorted(held.items())
     positive = all(y > 0 for points in series.values() for _, y in points)
@@ -149,28 +163,27 @@ def _step_time(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
     return Figure("step-time", plots.stacked(rows, w("seconds"), marks), caption)
 
 
-def _machines(w: Word, plan: Plan, events: list[dict[str, Any]]) -> list[Block]:
-    told = [row for row in worker_stats.of_run(events) if "seconds" in row]
-    if not told:
+def _machines(w: Word, plan: Plan, events: list[Event]) -> list[Block]:
+    measured = [row for row in stats_of_run(events) if isinstance(row, WorkerStats)]
+    if not measured:
         rows = [(part.node, part.device, f"{part.share:.0%}", "", "", "") for part in plan.nodes]
     else:
         rows = [
             (
-                row["node"],
-                row["device"],
-                f"{row['share']:.0%}",
-                format_s(row["seconds"]),
-                format_s(row["wait_s"]),
-                "-" if row["bytes_sent"] is None else format_bytes(row["bytes_sent"]),
+                row.node,
+                row.device,
+                f"{row.share:.0%}",
+                format_s(row.seconds),
+                format_s(row.wait_s),
+                "-" if row.bytes_sent is None else format_bytes(row.bytes_sent),
             )
-            for row in told
+            for row in measured
         ]
     head = (w("node"), w("device"), w("share"), w("computes"), w("waits"), w("sent a step"))
     blocks: list[Block] = [Table(head, rows)]
-    if len(told) > 1:
+    if len(measured) > 1:
         shares = {
-            f"{row['node']} ({row['device']})": {w("computes"): row["seconds"], w("waits"): row["wait_s"]}
-            for row in told
+            f"{row.node} ({row.device})": {w("computes"): row.seconds, w("waits"): row.wait_s} for row in measured
         }
         caption = w("What each machine does of a step, in seconds.")
         blocks.append(Figure("machines", plots.stacked(shares, w("seconds")), caption))
@@ -178,18 +191,19 @@ def _machines(w: Word, plan: Plan, events: list[dict[str, Any]]) -> list[Block]:
     return blocks
 
 
-def _faults(w: Word, events: list[dict[str, Any]]) -> Block:
+def _faults(w: Word, events: list[Event]) -> Block:
     rows = []
     for event in events:
-        odd_state = event["event"] == "state" and event["state"] not in ("running", "finished")
-        if event["event"] in _FAULTS or odd_state:
-            said = event.get("text") or ", ".join(
-                f"{key} {value}" for key, value in event.items() if key not in ("event", "time", "traceback")
-            )
-            rows.append((utc(event["time"]), event["event"], said))
+        odd_state = isinstance(event, StateChange) and event.state not in ("running", "finished")
+        if isinstance(event, _FAULTS) or odd_state:
+            rows.append((utc(event.time), event.kind, getattr(event, "text", None) or ", ".join(_fields(event))))
     if not rows:
         return Paragraph(w("No fault happened."))
     return Table((w("when"), "", w("what happened")), rows[:_MOST_FAULTS])
+
+
+def _fields(event: Event) -> list[str]:
+    return [f"{key} {value}" for key, value in event.to_json().items() if key not in ("event", "time", "traceback")]
 
 
 def _samples(result: dict[str, Any]) -> list[Block]:
@@ -200,16 +214,14 @@ def _samples(result: dict[str, Any]) -> list[Block]:
     ]
 
 
-def _costs(
-    w: Word, run: RunFolder, job: Job, plan: Plan, result: dict[str, Any], events: list[dict[str, Any]]
-) -> list[Block]:
+def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: dict[str, Any], events: list[Event]) -> list[Block]:
     if not result or not result["tokens"]:
         return []
     spec, tokens = job.spec, result["tokens"]
     capability = run.capability()
     trained_s, again_s = trained_seconds(events)
     cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
-    sittings = sum(event["event"] == "ready" for event in events)
+    sittings = sum(isinstance(event, ModelReady) for event in events)
     if (energy := result.get("energy")) and sittings == 1:  # the counters saw the last sitting only
         owned = all(node.price_per_hour is None for node in price.priced(spec, capability).nodes)
         cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
@@ -241,14 +253,14 @@ def _points(w: Word, currency: str, cost: tco.Cost, result: dict[str, Any]) -> l
     return []
 
 
-def trained_seconds(events: list[dict[str, Any]]) -> tuple[float, float]:
+def trained_seconds(events: list[Event]) -> tuple[float, float]:
     """Seconds of all steps over all sittings, and of those trained again: what faults cost beside waiting."""
     seen, whole, again = set(), 0.0, 0.0
     for event in events:
-        if event["event"] == "step":
-            whole += event["seconds"]
-            again += event["seconds"] if event["step"] in seen else 0.0
-            seen.add(event["step"])
+        if isinstance(event, StepReport):
+            whole += event.seconds
+            again += event.seconds if event.step in seen else 0.0
+            seen.add(event.step)
     return whole, again
 
 

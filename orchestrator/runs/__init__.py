@@ -4,7 +4,7 @@ run_folder       start here: the files of one run
 checkpoints      which checkpoints of a run are whole, told without torch, and which of them is handed back
 condition        whether a run is whole and finished, and what is wrong with it
 digests          SHA-256 of model files and of what is handed back
-events           the lines of events.jsonl
+events           every kind of line in events.jsonl as a dataclass
 json_files       the JSON files of a run folder, each parsed in one place
 locks            who holds a folder
 markdown         text of a user, a model or a library inside a Markdown page
@@ -12,6 +12,6 @@ model_card       the model card that goes with what a run hands back
 record           what a folder was begun with
 recorded_folder  a folder whose deciding files are recorded
 search_folder    the files of a search
-worker_stats     what each worker of a run does
+worker_stats     each worker's pace, waiting time, memory and traffic
 mirror           MLflow as a mirror of run folders
 """

@@ -1,70 +1,344 @@
-"""The lines of events.jsonl: what happened in a run, one JSON object a line, of the types that readers rely on.
+"""The events of a run: every kind of line in events.jsonl as a dataclass.
 
-A line that a power cut left half written, or that was damaged later, is passed over; `faults` names it.
+A line is {"event": kind, "time": seconds since the epoch, ...fields}.  Fields and kinds that are not named here are
+kept.  A line that a power cut left half written, or that was damaged later, is skipped; `faults` names it.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from typing import Any
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
+from functools import cache
+from typing import Any, ClassVar, Self
 
-Event = dict[str, Any]
+from clusters.safe.reading import BadInput
 
-_NUMBER = (int, float)
-_OR_NONE = (int, float, type(None))
-# What readers take out of an event by name, with its type; other fields are free.
-_FIELDS: dict[str, dict[str, Any]] = {
-    "state": {"state": str},
-    "note": {"text": str},
-    "error": {"text": str},
-    "failure": {"text": str},
-    "preflight": {"text": str},
-    "tracking": {"text": str, "ok": bool},
-    "ready": {"seconds": _NUMBER},
-    "quality": {"when": str},
-    "eval": {"step": int, "eval_loss": _NUMBER},
-    "group": {"members": list},
-    "shares": {"shares": list},
-    "killed": {"rank": int},
-    "prediction": dict.fromkeys(
-        ("predicted_step_s", "measured_step_s", "predicted_bytes", "measured_peak_bytes"), _NUMBER
-    ),
-    "step": {
-        "step": int,
-        "loss": _NUMBER,
-        "grad_norm": _NUMBER,
-        "learning_rate": _NUMBER,
-        "epoch": _NUMBER,
-        "tokens": _NUMBER,
-        "supervised_tokens": _NUMBER,
-        "seconds": _NUMBER,
-        "tokens_per_s": _NUMBER,
-        "peak_bytes": _NUMBER,
-    },
-}
-# Of every event, where it has them.
-_OPTIONAL: dict[str, Any] = {
-    "step": int,
-    "eval_loss": _NUMBER,
-    "text": str,
-    "node": (str, type(None)),
-    "again": bool,
-    "lane_s": dict,
-    "bus_down_bytes": _NUMBER,
-    "bus_up_bytes": _NUMBER,
-}
-_OF_WORKERS = {
-    "worker_tokens": list,
-    "worker_s": list,
-    "worker_peak_bytes": list,
-    "step_bytes_sent": _OR_NONE,
-    "slowest": int,
-}
+
+@dataclass(frozen=True)
+class Event:
+    """A line of events.jsonl.  A field without a default is always written, one that is None by default only if set."""
+
+    kind: ClassVar[str] = ""
+    whole: ClassVar[tuple[str, ...]] = ()  # optional fields that are written all or none; the first decides
+
+    _: KW_ONLY
+    time: float = 0.0  # seconds since the epoch, set when it is written
+    extra: Mapping[str, Any] = field(default_factory=dict)  # fields that the class does not name
+
+    def to_json(self) -> dict[str, Any]:
+        """The line's values, in the order they are written."""
+        has_whole = bool(self.whole) and getattr(self, self.whole[0]) is not None
+        values: dict[str, Any] = {"event": self.kind, "time": self.time}
+        for name, wanted in _fields(type(self)).items():
+            value = getattr(self, name)
+            if value is not None or wanted.is_required or (has_whole and name in self.whole):
+                values[name] = value
+        return {**values, **self.extra}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises BadInput naming a field of the wrong type."""
+        whole = cls.whole if cls.whole and cls.whole[0] in values else ()
+        found: dict[str, Any] = {}
+        for name, wanted in _fields(cls).items():
+            if name in values:
+                value = values[name]
+            elif name in whole:
+                raise BadInput(f"{cls.kind}: {name} is missing")
+            elif wanted.is_required:
+                value = None
+            else:
+                continue
+            if type(value) not in wanted.types or (wanted.inside and value and not wanted.holds(value)):
+                raise BadInput(f"{cls.kind}: {name} is {json.dumps(value)[:40]}")
+            found[name] = value
+        found["time"] = values["time"]
+        found["extra"] = _without(values, "event", *found)
+        made = object.__new__(cls)  # not cls(...), with which a frozen dataclass sets field after field: half as fast
+        vars(made).update(found)
+        return made
+
+
+@dataclass(frozen=True)
+class StateChange(Event):
+    """running | replanning | finished | stopped | failed."""
+
+    kind: ClassVar[str] = "state"
+    state: str
+    step: int | None = None
+    pid: int | None = None
+    text: str | None = None  # why it failed
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """A decision and its reason, for the user."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class ErrorReport(Event):
+    """An exception in a worker."""
+
+    kind: ClassVar[str] = "error"
+    text: str
+    traceback: str | None = None
+    exit_code: int | None = None
+    again: bool | None = None  # whether another try may succeed
+    node: str | None = None
+
+
+@dataclass(frozen=True)
+class Failure(Event):
+    """A try that failed, to be continued from the last checkpoint."""
+
+    kind: ClassVar[str] = "failure"
+    text: str
+    step: int | None = None
+    failures: int | None = None
+
+
+@dataclass(frozen=True)
+class WorkerKilled(Event):
+    """A worker process that vanished."""
+
+    kind: ClassVar[str] = "killed"
+    rank: int
+    node: str | None
+
+
+@dataclass(frozen=True)
+class Replan(Event):
+    """Another plan, for the nodes that are there."""
+
+    kind: ClassVar[str] = "replanned"
+    plan: str
+    nodes: list[str]
+    lost: list[str]
+    joined: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ModelReady(Event):
+    """The model is loaded and set up."""
+
+    kind: ClassVar[str] = "ready"
+    seconds: float
+    trainable: int | None = None
+
+
+@dataclass(frozen=True)
+class PreflightReport(Event):
+    """What the longest batch took before training began."""
+
+    kind: ClassVar[str] = "preflight"
+    seconds: float | None
+    longest_batch_s: float | None
+    longest_batch_tokens: int | None
+    peak_bytes: float | None
+    reserved_bytes: float | None  # with what the allocator keeps between blocks; unknown on a CPU
+    checkpoint_bytes: float | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Member:
+    """A worker of a group."""
+
+    node: str
+    device: str
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"node": self.node, "device": self.device, **self.extra}
+
+    @classmethod
+    def from_json(cls, values: Any) -> Member:
+        """Raises BadInput."""
+        if not isinstance(values, dict) or not isinstance(values.get("node"), str) or "device" not in values:
+            raise BadInput("group: a member without node and device")
+        return cls(values["node"], str(values["device"]), _without(values, "node", "device"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerGroup(Event):
+    """The workers that train together, by rank, and their shares of a step."""
+
+    kind: ClassVar[str] = "group"
+    step: int | None = None
+    plan: str | None = None
+    members: list[Member]
+    shares: list[float] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"members": [one.to_json() for one in self.members]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        members = values.get("members")
+        if isinstance(members, list):
+            values = {**values, "members": [Member.from_json(one) for one in members]}
+        return super().from_json(values)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShareChange(Event):
+    """The workers' shares from the next step on."""
+
+    kind: ClassVar[str] = "shares"
+    step: int | None = None
+    shares: list[float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport(Event):
+    """An optimizer step."""
+
+    kind: ClassVar[str] = "step"
+    whole: ClassVar[tuple[str, ...]] = (
+        "worker_s",
+        "worker_tokens",
+        "worker_peak_bytes",
+        "step_bytes_sent",
+        "slowest",
+    )
+    step: int
+    epoch: float
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens: float
+    supervised_tokens: float
+    seconds: float
+    tokens_per_s: float
+    peak_bytes: float
+    samples: str | None = None  # a digest of their ids
+    loss_scale: float | None = None  # of fp16
+    worker_tokens: list[float] | None = None  # of several workers, by rank
+    worker_s: list[float] | None = None
+    worker_peak_bytes: list[float] | None = None
+    step_bytes_sent: float | None = None  # None as well where an engine counts none
+    slowest: int | None = None
+    bus_down_bytes: float | None = None  # of an optimizer that streams
+    bus_up_bytes: float | None = None
+    lane_s: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class LearningReport(Event):
+    """What a method learned from gradients between two steps; its numbers are extra."""
+
+    kind: ClassVar[str] = "learnt"
+    step: int
+    text: str
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, Any]) -> LearningReport:
+        """From what a method says, its sentence `text` among the numbers."""
+        numbers = {name: value for name, value in values.items() if name != "text"}
+        return cls(step, values["text"], extra=numbers)
+
+
+@dataclass(frozen=True)
+class Evaluation(Event):
+    """The held-out loss after a step."""
+
+    kind: ClassVar[str] = "eval"
+    step: int
+    eval_loss: float
+
+
+@dataclass(frozen=True)
+class CheckpointReport(Event):
+    """A checkpoint was saved."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    name: str | None
+
+
+@dataclass(frozen=True)
+class FinalEvaluation(Event):
+    """The last evaluation begins; a process that ends in it comes back with fewer rows."""
+
+    kind: ClassVar[str] = "last_evaluation"
+    rows: int
+
+
+@dataclass(frozen=True)
+class QualityReport(Event):
+    """The metrics of the held-out rows before or after training; all but the loss are extra."""
+
+    kind: ClassVar[str] = "quality"
+    when: str  # before | after
+    eval_loss: float | None = None
+
+    @classmethod
+    def of(cls, when: str, quality: Mapping[str, Any]) -> QualityReport:
+        """A quality's numbers, without its texts."""
+        numbers = {name: value for name, value in quality.items() if isinstance(value, int | float)}
+        return cls(when, numbers.pop("eval_loss", None), extra=numbers)
+
+
+@dataclass(frozen=True)
+class HandBack(Event):
+    """How the exported files compare with the trained model."""
+
+    kind: ClassVar[str] = "handed_back"
+    text: str
+
+
+@dataclass(frozen=True)
+class PredictionReport(Event):
+    """The plan's predictions beside what was measured."""
+
+    kind: ClassVar[str] = "prediction"
+    predicted_step_s: float
+    measured_step_s: float
+    predicted_bytes: float
+    measured_peak_bytes: float
+
+
+@dataclass(frozen=True)
+class TrackingReport(Event):
+    """Where MLflow has the run (ok), or why it has not."""
+
+    kind: ClassVar[str] = "tracking"
+    ok: bool
+    text: str
+
+
+@dataclass(frozen=True)
+class OtherEvent(Event):
+    """A kind of another version."""
+
+    kind: str  # type: ignore[misc]
+
+    def to_json(self) -> dict[str, Any]:
+        return {"event": self.kind, "time": self.time, **self.extra}
+
+
+KINDS: dict[str, type[Event]] = {one.kind: one for one in Event.__subclasses__() if one is not OtherEvent}
+
+
+def read_event(values: Any) -> Event:
+    """An event from a line's values.  Raises BadInput."""
+    if not isinstance(values, dict) or not isinstance(values.get("event"), str):
+        raise BadInput("is no event")
+    if type(values.get("time")) not in _TYPES["float"]:
+        raise BadInput("its time is no number")
+    if kind := KINDS.get(values["event"]):
+        return kind.from_json(values)
+    return OtherEvent(values["event"], time=values["time"], extra=_without(values, "event", "time"))
 
 
 def parse_lines(content: bytes) -> list[Event]:
-    """The events of complete lines; damaged ones are passed over."""
+    """The events of complete lines; damaged ones are skipped."""
     return [event for event, _ in _parsed(content) if event is not None]
 
 
@@ -74,37 +348,51 @@ def faults(content: bytes) -> list[str]:
 
 
 def _parsed(content: bytes) -> Iterator[tuple[Event | None, str | None]]:
-    whole = content.rpartition(b"\n")[0]  # what follows is being written
-    for line in whole.split(b"\n") if whole else ():
+    complete = content.rpartition(b"\n")[0]  # what follows is being written
+    for line in complete.split(b"\n") if complete else ():
         try:
-            event = json.loads(line)
+            yield read_event(json.loads(line)), None
+        except BadInput as error:
+            yield None, str(error)
         except (ValueError, RecursionError):
             yield None, "is not JSON"
-            continue
-        fault = _fault(event)
-        yield (None, fault) if fault else (event, None)
 
 
-def _fault(event: Any) -> str | None:
-    if not isinstance(event, dict) or not isinstance(event.get("event"), str):
-        return "is no event"
-    if not _is(event.get("time"), _NUMBER):
-        return "its time is no number"
-    wanted = {name: kind for name, kind in _OPTIONAL.items() if name in event} | _FIELDS.get(event["event"], {})
-    if event["event"] == "step" and "worker_s" in event:
-        wanted = wanted | _OF_WORKERS
-    for name, kind in wanted.items():
-        if name not in event or not _is(event[name], kind):
-            return f"{event['event']}: {name} is {json.dumps(event.get(name))[:40]}"
-    if not all(_is(seconds, _NUMBER) for seconds in event.get("lane_s", {}).values()):
-        return f"{event['event']}: lane_s is {json.dumps(event['lane_s'])[:40]}"
-    members = event.get("members", ())
-    if not all(isinstance(one, dict) and isinstance(one.get("node"), str) and "device" in one for one in members):
-        return "group: a member without node and device"
-    return None
+def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in names} if len(values) > len(names) else {}
 
 
-def _is(value: Any, kind: Any) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, kind)
+_TYPES: dict[str, tuple[type, ...]] = {
+    "str": (str,),
+    "int": (int,),
+    "float": (int, float),
+    "bool": (bool,),
+    "list": (list,),
+    "dict": (dict,),
+    "None": (type(None),),
+    "Member": (Member,),
+}
+
+
+@dataclass(frozen=True)
+class _Field:
+    """A field's JSON types, from an annotation such as `list[float] | None`."""
+
+    is_required: bool
+    types: tuple[type, ...]
+    inside: tuple[type, ...]  # of a list's items or a dict's values
+
+    def holds(self, value: Any) -> bool:
+        return all(type(one) in self.inside for one in (value.values() if type(value) is dict else value))
+
+
+@cache
+def _fields(kind: type[Event]) -> dict[str, _Field]:
+    found = {}
+    for one in fields(kind):
+        if one.name not in ("time", "extra"):
+            names = re.findall(r"(\w+)(?:\[(?:str, )?(\w+)\])?", str(one.type))
+            types = tuple(kind for name, _ in names for kind in _TYPES[name])
+            inside = tuple(kind for _, name in names if name for kind in _TYPES[name])
+            found[one.name] = _Field(one.default is MISSING, types, inside)
+    return found

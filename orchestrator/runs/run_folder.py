@@ -21,7 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from clusters.capability import ClusterCapability
 from clusters.safe.masking import masked_values
@@ -30,8 +30,10 @@ from orchestrator.errors import JobError
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import events, json_files, locks
 from orchestrator.runs import record as recorded
+from orchestrator.runs.events import Event, StateChange, StepReport
 from orchestrator.runs.recorded_folder import Folder
 
+E = TypeVar("E", bound=Event)
 _LEFTOVERS = ("logs", "package")  # of a start that was killed, beside hidden files
 
 
@@ -198,14 +200,14 @@ class RunFolder(Folder):
 
     # Other files.
 
-    def record(self, event: str, **fields: Any) -> None:
-        """Append an event without passwords; `time` is seconds since the epoch.  Raises RunFailed: the disk is full."""
-        self.append("events.jsonl", {"event": event, "time": round(time.time(), 3), **masked_values(fields)})
+    def record(self, event: Event) -> None:
+        """Append an event, its time set, without passwords.  Raises RunFailed: the disk is full."""
+        self.append("events.jsonl", masked_values(event.to_json()) | {"time": round(time.time(), 3)})
 
     def record_stop(self, request: str = "asked", step: int | None = None) -> None:
         """Record that the run ends before its last step: it was asked to stop, or to plan again."""
         state = "stopped" if request == "asked" else "replanning"
-        self.record("state", state=state, step=max(self.steps(), default=0) if step is None else step)
+        self.record(StateChange(state, step=max(self.steps(), default=0) if step is None else step))
 
     def append(self, name: str, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line, in one write.  Raises RunFailed where the disk is full."""
@@ -218,7 +220,7 @@ class RunFolder(Folder):
         except OSError as error:
             raise self._cannot_write(name, error) from error
 
-    def events(self, offset: int = 0) -> tuple[list[dict[str, Any]], int]:
+    def events(self, offset: int = 0) -> tuple[list[Event], int]:
         """Complete events from a byte offset on, and the offset after them."""
         content = self._event_bytes(offset)
         return events.parse_lines(content), offset + content.rfind(b"\n") + 1
@@ -238,9 +240,13 @@ class RunFolder(Folder):
         except (OSError, BadInput) as error:
             raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
-    def steps(self) -> dict[int, dict[str, Any]]:
+    def events_of(self, kind: type[E]) -> list[E]:
+        """Every event of a kind."""
+        return [event for event in self.events()[0] if isinstance(event, kind)]
+
+    def steps(self) -> dict[int, StepReport]:
         """The last report of each step; a resumed run reports some steps twice."""
-        return {event["step"]: event for event in self.events()[0] if event["event"] == "step"}
+        return {event.step: event for event in self.events_of(StepReport)}
 
     # State.
 
@@ -253,8 +259,8 @@ class RunFolder(Folder):
 
     def state_by_events(self) -> str:
         """The last state written down; a driver that died has written none."""
-        states = [event["state"] for event in self.events()[0] if event["event"] == "state"]
-        return states[-1] if states else "interrupted"
+        changes = self.events_of(StateChange)
+        return changes[-1].state if changes else "interrupted"
 
     @contextlib.contextmanager
     def lock(self) -> Iterator[None]:

@@ -26,6 +26,7 @@ from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
 from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space, canonical, space_of
+from orchestrator.runs.events import StateChange
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Forecast, Planning, advice_json, advise, by_kind
 from orchestrator.search.conclusion import conclude
@@ -269,14 +270,14 @@ def _try_rest(search: _Search) -> SearchFolder:
     """Try what is left; the caller holds the folder."""
     folder, job = search.folder, search.job
     folder.stop_file.unlink(missing_ok=True)
-    folder.record("state", state="running", pid=os.getpid())
+    folder.record(StateChange("running", pid=os.getpid()))
     try:
         _tune(search)
     except OrchestratorError as error:
-        folder.record("state", state="failed", text=str(error))
+        folder.record(StateChange("failed", text=str(error)))
         raise
     conclude(folder, job, search.planning)
-    folder.record("state", state="stopped" if search.stopped else "finished")
+    folder.record(StateChange("stopped" if search.stopped else "finished"))
     if search.stopped:
         raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` continues with the trials that are left")
     return folder

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import math
 import time
+from typing import Any
 
 from orchestrator.data.order import hash_ids
 from orchestrator.errors import Diverged, NothingFits
+from orchestrator.runs.events import CheckpointReport, Evaluation, ShareChange, StepReport
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.state import Progress, Training
@@ -94,15 +96,14 @@ def _record_step(
     training: Training, samples: StepSamples, report: GroupReport, grad_norm: float, seconds: float, sent_before: int
 ) -> None:
     progress, setup, hooks = training.progress, training.setup, training.hooks
-    of_group = {} if training.group.size == 1 else {
+    of_group: dict[str, Any] = {} if training.group.size == 1 else {
         "worker_tokens": samples.tokens_W,
         "worker_s": [round(s, 4) for s in report.seconds_W],
         "worker_peak_bytes": report.peak_bytes_W,
         "step_bytes_sent": None if setup.engine else training.bytes_sent - sent_before,  # DeepSpeed counts nothing
         "slowest": training.shares.slowest,
     }  # fmt: skip
-    hooks.record(
-        "step",
+    reported = StepReport(
         step=progress.step,
         epoch=round(training.order.epoch(progress.step), 4),
         loss=report.loss,
@@ -114,10 +115,11 @@ def _record_step(
         tokens_per_s=round(samples.num_tokens / seconds, 1),
         peak_bytes=peak_bytes(training.device),
         samples=hash_ids(samples.ids_N),
-        **({"loss_scale": progress.loss_scale["scale"]} if training.scaler.is_enabled() else {}),
+        loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
         **of_group,
         **(setup.streaming.report() if setup.streaming else {}),
     )
+    hooks.record(reported)
 
 
 def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport) -> None:
@@ -125,7 +127,7 @@ def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport)
     shares = training.shares
     if training.group.size > 1 and shares.observe(samples.tokens_W, report.seconds_W):
         rounded = [round(share, 4) for share in shares.shares]
-        training.hooks.record("shares", step=training.progress.step, shares=rounded)
+        training.hooks.record(ShareChange(step=training.progress.step, shares=rounded))
 
 
 def _evaluate(training: Training) -> bool:
@@ -137,7 +139,7 @@ def _evaluate(training: Training) -> bool:
     except NothingFits as error:
         training.hooks.note(f"the held-out rows were not measured after step {progress.step}: {error}")
         return False
-    training.hooks.record("eval", step=progress.step, eval_loss=eval_loss)
+    training.hooks.record(Evaluation(progress.step, eval_loss))
     return progress.add_eval_loss(eval_loss, training.schedule.early_stopping_patience)
 
 
@@ -152,4 +154,4 @@ def _save(training: Training, is_best: bool) -> None:
         group.broadcast(training.replicated(), 0)
     if group.rank == 0 or sharding:
         name = training.hooks.save(progress)
-        training.hooks.record("checkpoint", step=progress.step, name=name)
+        training.hooks.record(CheckpointReport(progress.step, name))

@@ -17,6 +17,7 @@ import torch
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged, NothingFits
+from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.memory import fallback, release_cache
@@ -96,13 +97,13 @@ STOP_REQUESTS = ("asked", "replan")  # to save and end after this step; the firs
 class Hooks:
     """How the loop reaches the outside world."""
 
-    record: Callable[..., None]  # (event, **fields)
+    record: Callable[[Event], None]
     save: Callable[[Progress], str | None]  # writes a checkpoint, returns its name; None where another worker does
     stop_request: Callable[[], str | None]  # one of STOP_REQUESTS
 
     def note(self, text: str) -> None:
         """Record a sentence for the user."""
-        self.record("note", text=text)
+        self.record(Note(text))
 
 
 @dataclass

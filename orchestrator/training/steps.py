@@ -21,6 +21,7 @@ import torch
 from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
+from orchestrator.runs.events import LearningReport
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import catch_out_of_memory, is_out_of_memory, peak_bytes
 from orchestrator.training.parallel import even_passes
@@ -222,7 +223,7 @@ def learn(training: Training, samples: StepSamples) -> None:
             learnt = _learn_once(training, sample_ids)
         if shortage.reason is not None:
             training.use_less_memory(shortage.reason)
-    training.hooks.record("learnt", step=samples.step, **learnt)
+    training.hooks.record(LearningReport(samples.step, learnt["text"], extra=learnt))
     training.hooks.note(learnt["text"])
     training.group.broadcast(training.replicated(), 0)
 

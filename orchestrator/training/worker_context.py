@@ -9,10 +9,11 @@ import torch
 
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.events import Event, Note
 from orchestrator.training.parallel import Group
 
 
-def ignore_event(event: str, **fields: object) -> None:
+def ignore_event(event: Event) -> None:
     """In place of `RunFolder.record` where no run is recorded, or another worker records the same."""
 
 
@@ -27,7 +28,7 @@ class WorkerContext:
     device: torch.device
     group: Group = Group()
     slot: int = 0  # which of its node's workers it is
-    record: Callable[..., None] = ignore_event  # (event, **fields)
+    record: Callable[[Event], None] = ignore_event
 
     @property
     def is_first(self) -> bool:
@@ -36,4 +37,4 @@ class WorkerContext:
 
     def note(self, text: str) -> None:
         """Record a sentence for the user."""
-        self.record("note", text=text)
+        self.record(Note(text))

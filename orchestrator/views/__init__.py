@@ -9,4 +9,5 @@ result      results, runs and evaluations
 samples     rows as the model sees them
 search      a search: what was pruned, what was tried, what to use
 techniques  techniques: the verdict for each device, and what was measured beside it
+workers     each worker of a run: pace, waiting time, memory, traffic
 """

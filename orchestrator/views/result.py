@@ -13,6 +13,7 @@ from clusters.safe.reading import printable
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.runs.checkpoints import Choice
 from orchestrator.runs.condition import exported_damage
+from orchestrator.runs.events import ErrorReport, Event, StateChange
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.screen import new_table
 
@@ -124,23 +125,23 @@ def run_row(run: RunFolder) -> dict[str, Any]:
     steps = run.steps()
     num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
     result = run.result() or {}
-    last = steps[max(steps)] if steps else {}
+    last = steps[max(steps)] if steps else None
     events = run.events()[0]
-    errors = [event["text"] for event in events if event["event"] in ("error", "state") and event.get("text")]
+    errors = [event.text for event in events if isinstance(event, ErrorReport | StateChange) and event.text]
     state = run.state()
     row: dict[str, Any] = {
         "run": run.run_id,
         "state": state,
-        "step": last.get("step", 0),
+        "step": last.step if last else 0,
         "num_steps": num_steps,
-        "loss": last.get("loss"),
-        "tokens_per_s": last.get("tokens_per_s"),
-        **({"loss_scale": last["loss_scale"]} if "loss_scale" in last else {}),
-        "started": utc(events[0]["time"]) if events else None,
+        "loss": last.loss if last else None,
+        "tokens_per_s": last.tokens_per_s if last else None,
+        **({"loss_scale": last.loss_scale} if last and last.loss_scale is not None else {}),
+        "started": utc(events[0].time) if events else None,
         "path": str(run.path),
     }
     if state == "running" and last and num_steps:
-        row["eta_s"] = round((num_steps - last["step"]) * last["seconds"])
+        row["eta_s"] = round((num_steps - last.step) * last.seconds)
     after = result.get("after") or {}
     row |= {key: after[key] for key in after if isinstance(after[key], float) and key != "seconds"}
     if state == "failed" and errors:
@@ -159,3 +160,10 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
         steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
         table.add_row(*(_text(str(cell)) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
     return table
+
+
+def event_line(event: Event) -> str:
+    """An event in one line."""
+    hidden = ("event", "time", "traceback", "samples")
+    rest = " ".join(f"{key}={value}" for key, value in event.to_json().items() if key not in hidden)
+    return f"{utc(event.time)} {event.kind:<10} {rest}"

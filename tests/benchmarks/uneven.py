@@ -73,6 +73,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     import torch.distributed as dist
 
     from orchestrator.data.order import Order
+    from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
     from orchestrator.training.shares import Shares
@@ -92,14 +93,14 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
 
     def run(
         group: Group, samples_a_step: int, shares: Shares | None, count: int, local: int | None = None
-    ) -> list[dict[str, Any]]:
-        told: list[dict[str, Any]] = []
-        hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "", lambda: None)
+    ) -> list[Any]:
+        events: list[Any] = []
+        hooks = Hooks(events.append, lambda now: "", lambda: None)
         order = Order(len(data), samples_a_step, 1, 1000, count)
         train(Training(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares, local))
-        return told
+        return [event for event in events if isinstance(event, StepReport)]
 
-    alone = [ROWS / report["seconds"] for report in run(Group(), ROWS, None, 6)[1:]]
+    alone = [ROWS / report.seconds for report in run(Group(), ROWS, None, 6)[1:]]
     dist.init_process_group("gloo", init_method=f"tcp://{head}:{port}", rank=rank, world_size=3)
     bucket = network.bucket_bytes(gradient_bytes)
     group = Group(rank, 3, bucket_bytes=bucket)
@@ -109,8 +110,8 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
         kind, factor, local = MODES[mode]
         fair = [1 / 3] * 3 if kind == "equal" else [speed / sum(all_alone) for speed in all_alone]
         reports = run(group, factor * BASE, Shares(list(fair), is_fixed=True), max(5, steps // factor), local)[2:]
-        step_s = statistics.median(report["seconds"] for report in reports)
-        counts = [round(report_tokens / TOKENS) for report_tokens in reports[-1]["worker_tokens"]]
+        step_s = statistics.median(report.seconds for report in reports)
+        counts = [round(report_tokens / TOKENS) for report_tokens in reports[-1].worker_tokens]
         # As in a job: the workers tell each other the pace they measured.
         compute_s = max(count / pace for count, pace in zip(counts, all_alone, strict=True))
         # Apart, nothing hides the sum: it begins when the last local step has ended.

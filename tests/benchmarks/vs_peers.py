@@ -186,6 +186,7 @@ def ours(arguments) -> dict:
 
     from clusters.probe.machine import look_at_this_node
     from orchestrator.data.order import Order
+    from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
@@ -199,13 +200,14 @@ def ours(arguments) -> dict:
     data = our_dataset(arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], []
 
-    def record(event, **fields):
-        seconds.append(fields["seconds"])
-        tokens.append(fields["tokens"])
-        supervised.append(fields["supervised_tokens"])
+    def record(event):
+        if isinstance(event, StepReport):
+            seconds.append(event.seconds)
+            tokens.append(event.tokens)
+            supervised.append(event.supervised_tokens)
 
     order = Order(len(data), ROWS_A_STEP, arguments.seed, num_train_epochs=1)
-    hooks = Hooks(lambda event, **f: record(event, **f) if event == "step" else None, lambda now: "none", lambda: None)
+    hooks = Hooks(record, lambda now: "none", lambda: None)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
     with host_memory.kept():
         train(Training(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks))
@@ -398,6 +400,7 @@ def loop(arguments) -> dict:
     from orchestrator.data.batches import collate
     from orchestrator.data.order import Order
     from orchestrator.data.packing import micro_batches
+    from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
     from orchestrator.training.parallel import Group
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
@@ -410,7 +413,9 @@ def loop(arguments) -> dict:
     parameters = list(setup.parameters.values())
     theirs, mine = [], []
     hooks = Hooks(
-        lambda event, **f: mine.append(f["seconds"]) if event == "step" else None, lambda now: "", lambda: None
+        lambda event: mine.append(event.seconds) if isinstance(event, StepReport) else None,
+        lambda now: "",
+        lambda: None,
     )
     for step in range(order.num_steps):
         ids = order.sample_ids(step)

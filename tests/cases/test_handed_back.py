@@ -64,7 +64,7 @@ def test_what_was_compared_is_told_with_its_number(chat):
 
     assert check["largest_difference"] <= check["tolerance"] < 1e-3 < check["largest_logit"]
     assert check["num_weights"] == len(load_file(run.path / "adapter" / "adapter_model.safetensors"))
-    assert any(event.get("text") == check["text"] for event in run.events()[0])
+    assert any(getattr(event, "text", None) == check["text"] for event in run.events()[0])
     assert check["text"] in (run.path / "adapter" / "README.md").read_text()
 
 

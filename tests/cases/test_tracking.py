@@ -8,6 +8,7 @@ import pytest
 
 from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle.machines import declared
+from orchestrator.runs.events import StateChange
 from orchestrator.runs.mirror import tracking
 from orchestrator.runs.mirror.state import Sent, TrackingFailed
 from orchestrator.runs.run_folder import RunFolder
@@ -36,7 +37,7 @@ def test_a_run_of_a_deleted_experiment_says_what_to_do_and_both_ways_work(case, 
     run = RunFolder.create(folder / "runs", "job")
     run.write("plan.json", plan_without_data(job, declared(Path("home-lab")), lambda text: None).plan.to_json())
     run.write("job.yaml", job.text)
-    run.record("state", state="finished")
+    run.record(StateChange("finished"))
 
     with pytest.raises(TrackingFailed) as failed:
         tracking.sync(run, job)

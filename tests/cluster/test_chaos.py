@@ -39,7 +39,7 @@ def test_twenty_random_faults(lab, reference, monkeypatch):  # noqa: F811
 
     assert len(faults) == FAULTS
     compare(run, reference, exact=False, most_again=10**6)
-    trained = [event["step"] for event in events(run, "step")]
+    trained = [event.step for event in events(run, "step")]
     took = time.time() - first
     print(
         {"faults": faults, "seconds": round(took), "steps run again in the last run": len(trained) - len(set(trained))}

@@ -152,7 +152,7 @@ def reference(lab):
 
 
 def events(run, name):
-    return [event for event in run.events()[0] if event["event"] == name]
+    return [event for event in run.events()[0] if event.kind == name]
 
 
 def wait_for_step(run, step, process):
@@ -168,20 +168,20 @@ def finished(process, run):
 def compare(run, reference, exact=True, most_again=EVERY):
     """The assertions of every row of the matrix."""
     mine, theirs = run.steps(), reference.steps()
-    assert [mine[step]["samples"] for step in sorted(mine)] == [theirs[step]["samples"] for step in sorted(theirs)]
-    losses = [mine[step]["loss"] for step in sorted(mine)]
-    expected = [theirs[step]["loss"] for step in sorted(theirs)]
+    assert [mine[step].samples for step in sorted(mine)] == [theirs[step].samples for step in sorted(theirs)]
+    losses = [mine[step].loss for step in sorted(mine)]
+    expected = [theirs[step].loss for step in sorted(theirs)]
     assert losses == (expected if exact else pytest.approx(expected, rel=1e-5))
-    trained = [event["step"] for event in events(run, "step")]
+    trained = [event.step for event in events(run, "step")]
     assert len(trained) - len(set(trained)) <= most_again
 
 
 def tell(fault, run, began):
     """Seconds until the fault was noticed, and until steps were made again."""
-    after = [event for event in run.events()[0] if event["time"] > began]
-    noticed = next((e["time"] - began for e in after if e["event"] in ("error", "failure", "killed")), None)
-    index = next((i for i, e in enumerate(after) if e["event"] == "replanned"), None)
-    resumed = next((e["time"] - began for e in after[index or 0 :] if e["event"] == "step"), None)
+    after = [event for event in run.events()[0] if event.time > began]
+    noticed = next((e.time - began for e in after if e.kind in ("error", "failure", "killed")), None)
+    index = next((i for i, e in enumerate(after) if e.kind == "replanned"), None)
+    resumed = next((e.time - began for e in after[index or 0 :] if e.kind == "step"), None)
     text = {"fault": fault, "noticed_s": noticed, "resumed_s": resumed}
     print(json.dumps({key: round(value, 1) if isinstance(value, float) else value for key, value in text.items()}))
     return noticed, resumed
@@ -190,7 +190,7 @@ def tell(fault, run, began):
 def training_pid(lab, run, name):
     """The worker on a machine, by this machine's numbers."""
     groups = events(run, "group")
-    inner = next(member["pid"] for member in groups[-1]["members"] if member["node"] == name)
+    inner = next(member.extra["pid"] for member in groups[-1].members if member.node == name)
     for pid in lab.cluster.pids(name):
         status = Path(f"/proc/{pid}/status").read_text()
         numbers = next(line for line in status.splitlines() if line.startswith("NSpid")).split()[1:]
@@ -230,13 +230,13 @@ def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
     began = time.time()
     lab.power_off("slow")
     wait_for_step(run, 60, process)
-    assert events(run, "replanned")[-1]["nodes"] == ["fast"]
+    assert events(run, "replanned")[-1].nodes == ["fast"]
     tell("power off for good", run, began)
     began = time.time()
     lab.cluster.boot("slow")
     lab.start("slow")
     until = time.monotonic() + PATIENCE_S
-    while events(run, "replanned")[-1]["nodes"] != ["fast", "slow"]:
+    while events(run, "replanned")[-1].nodes != ["fast", "slow"]:
         assert time.monotonic() < until and process.poll() is None, run.events()[0][-4:]
         time.sleep(0.2)
     wait_for_step(run, max(run.steps()) + 20, process)
@@ -246,8 +246,8 @@ def test_a_node_without_power_for_good_and_one_that_joins(lab, reference):
 
     mine, theirs = run.steps(), reference.steps()
     common = [step for step in mine if step in theirs]
-    assert [mine[s]["samples"] for s in common] == [theirs[s]["samples"] for s in common]
-    assert [mine[s]["loss"] for s in common] == pytest.approx([theirs[s]["loss"] for s in common], rel=1e-5)
+    assert [mine[s].samples for s in common] == [theirs[s].samples for s in common]
+    assert [mine[s].loss for s in common] == pytest.approx([theirs[s].loss for s in common], rel=1e-5)
 
 
 def test_a_pulled_cable(lab, reference):
@@ -283,15 +283,15 @@ def test_a_straggler_gets_less(lab, reference):
     wait_for_step(run, 25, process)
     lab.cluster.slow_down("slow", 0.15)
     until = time.monotonic() + PATIENCE_S
-    while not [event for event in events(run, "shares") if min(event["shares"]) < 0.35]:
+    while not [event for event in events(run, "shares") if min(event.shares) < 0.35]:
         assert time.monotonic() < until and process.poll() is None, events(run, "shares")
         time.sleep(0.1)
     lab.cluster.slow_down("slow", 0)
     finished(process, run)
 
     mine, theirs = run.steps(), reference.steps()
-    assert [mine[s]["samples"] for s in theirs] == [theirs[s]["samples"] for s in theirs]
-    assert [mine[s]["loss"] for s in theirs] == pytest.approx([theirs[s]["loss"] for s in theirs], rel=1e-5)
+    assert [mine[s].samples for s in theirs] == [theirs[s].samples for s in theirs]
+    assert [mine[s].loss for s in theirs] == pytest.approx([theirs[s].loss for s in theirs], rel=1e-5)
 
 
 def test_a_machine_that_hangs(lab, reference):
@@ -365,7 +365,7 @@ def test_a_damaged_checkpoint_and_rays_own_snapshot_cut_in_half(lab, reference):
     finished(again, run)
 
     compare(run, reference, most_again=2 * EVERY)
-    notes = [event["text"] for event in events(run, "note")]
+    notes = [event.text for event in events(run, "note")]
     assert any(newest.name in text and "weights.safetensors has changed" in text for text in notes), notes
 
 
@@ -379,7 +379,7 @@ def test_a_machine_whose_memory_is_taken_away_is_planned_for_anew(lab, reference
     finally:
         lab.cluster.limit_memory("slow", -1)
 
-    assert events(run, "replanned")[-1]["nodes"] == ["fast"], events(run, "replanned")
+    assert events(run, "replanned")[-1].nodes == ["fast"], events(run, "replanned")
     assert len(events(run, "failure")) <= 4
     compare(run, reference, exact=False)
     tell("no memory left", run, began)

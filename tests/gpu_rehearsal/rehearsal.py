@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from orchestrator.data.order import Order
+from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training import evaluate, feed
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
@@ -47,9 +48,9 @@ class Run:
             Training(self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, Group(), progress, hooks)
         )
 
-    def _record(self, event: str, **fields: Any) -> None:
-        assert event != "note", fields  # nothing is repeated or left out here
-        if event == "step":
+    def _record(self, event: Event) -> None:
+        assert not isinstance(event, Note), event  # nothing is repeated or left out here
+        if isinstance(event, StepReport):
             self.steps.append(self._watch.seen())
 
     def _save(self, progress: Progress) -> str:

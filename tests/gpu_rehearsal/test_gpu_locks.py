@@ -7,10 +7,10 @@ import os
 import pytest
 
 from clusters.capability import ClusterCapability
+from clusters.hardware import waiting
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.recovery import Recovery
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.workers import gpu_locks
 from orchestrator.training.workers.gpu_locks import hold_gpus, hold_one_each
 from tests.gpu_rehearsal.cards import RTX_3090, Machine
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
@@ -65,7 +65,7 @@ def test_a_job_that_gets_only_one_of_two_cards_holds_none():
 def test_a_card_that_becomes_free_is_taken(monkeypatch):
     other = contextlib.ExitStack()
     other.enter_context(hold_one_each([[FIRST]], print))
-    monkeypatch.setattr(gpu_locks.time, "sleep", lambda _: other.close())
+    monkeypatch.setattr(waiting.time, "sleep", lambda _: other.close())
 
     with hold_one_each([[FIRST]], print) as held:
         assert held == [FIRST]

@@ -9,6 +9,7 @@ import torch
 
 from orchestrator.errors import NothingFits
 from orchestrator.runs.condition import exported_whole
+from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.parallel import GradientSum
 from orchestrator.training.workers import worker
@@ -161,11 +162,11 @@ def runs(model_folder, tmp_path_factory):
 
 
 def losses(run):
-    return [event["loss"] for _, event in sorted(run.steps().items())]
+    return [event.loss for _, event in sorted(run.steps().items())]
 
 
 def notes(run):
-    return [event["text"] for event in run.events()[0] if event["event"] == "note"]
+    return [event.text for event in run.events_of(Note)]
 
 
 @pytest.mark.parametrize(

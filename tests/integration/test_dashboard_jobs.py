@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.runs.events import StepReport
 from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import rows, write_jsonl
 from tests.processes import end, free_port, listens, orchestrator, start, wait_for
@@ -104,7 +105,7 @@ def test_another_shell_stops_it_and_it_is_resumed(place, head):
 
     verb(place, "resume", run.run_id)
     assert run.state() == "finished" and max(run.steps()) == LONG
-    losses = [event["step"] for event in run.events()[0] if event["event"] == "step"]
+    losses = [event.step for event in run.events_of(StepReport)]
     assert len(losses) == LONG  # it went on where it stood: no step twice
 
 

@@ -1,11 +1,11 @@
 """A disk that fills up: the run stops cleanly, keeps its last checkpoint, and resumes when there is room."""
 
 import contextlib
-import json
 import subprocess
 
 import pytest
 
+from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from tests.conftest import rows, write_jsonl
@@ -59,5 +59,5 @@ def test_a_full_disk_stops_the_run_and_harms_no_checkpoint(small_disk, model_fol
     run.stop_file.touch()
     done = outcome(again)
     assert done.returncode == 5 and run.state() == "stopped", done.output
-    resumed = [e for e in run.events()[0] if e["event"] == "note" and "resumed from checkpoint" in e["text"]]
-    assert f"step-{whole.step:08d}" in json.dumps(resumed)
+    resumed = [e for e in run.events_of(Note) if "resumed from checkpoint" in e.text]
+    assert f"step-{whole.step:08d}" in str(resumed)

@@ -146,9 +146,9 @@ def test_stop_and_resume_from_another_shell(place, api):
     wait_for(lambda: api.named("rayjobs")[run.run_id]["status"]["jobDeploymentStatus"] == "Complete")
     verb(place, api, "fetch", run.run_id)
     events = run.events()[0]
-    steps = [event["step"] for event in events if event["event"] == "step"]
+    steps = [event.step for event in events if event.kind == "step"]
     assert len(steps) == len(set(steps)) and steps == sorted(steps)
-    assert [event["state"] for event in events if event["event"] == "state"] == ["running", "stopped"] * 2
+    assert [event.state for event in events if event.kind == "state"] == ["running", "stopped"] * 2
     assert nothing_left(api)
 
 
@@ -167,8 +167,8 @@ def test_a_lost_cluster_is_replaced_and_the_run_continues(place, api):
 
     done = outcome(sending)
     assert done.returncode == 0, done.output
-    starts = [event for event in run.events()[0] if event["event"] == "state" and event["state"] == "running"]
-    steps = [event["step"] for event in run.events()[0] if event["event"] == "step"]
+    starts = [event for event in run.events()[0] if event.kind == "state" and event.state == "running"]
+    steps = [event.step for event in run.events()[0] if event.kind == "step"]
     assert len(starts) == 2 and max(steps) == 400
     assert len(steps) < 400 + 60, "it began again"  # at most what lay between two checkpoints and the crash
 

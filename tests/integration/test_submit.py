@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from orchestrator.runs.events import StateChange, TrackingReport
 from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
@@ -45,7 +46,7 @@ def finished(place):
 
 
 def losses(run):
-    return {step: report["loss"] for step, report in run.steps().items()}
+    return {step: report.loss for step, report in run.steps().items()}
 
 
 def test_the_run_folder_holds_the_whole_story(finished):
@@ -219,8 +220,8 @@ def test_killed_then_interrupted_then_resumed_equals_uninterrupted_bit_by_bit(fi
     (reference, _), run = finished, resumed
 
     assert losses(run) == losses(reference)
-    samples = {step: report["samples"] for step, report in run.steps().items()}
-    assert samples == {step: report["samples"] for step, report in reference.steps().items()}
+    samples = {step: report.samples for step, report in run.steps().items()}
+    assert samples == {step: report.samples for step, report in reference.steps().items()}
     ours, theirs = (r.path / "adapter" / "adapter_model.safetensors" for r in (run, reference))
     assert ours.read_bytes() == theirs.read_bytes()
 
@@ -240,10 +241,10 @@ def test_two_workers_see_the_same_losses_as_one(finished, place):
 def test_a_run_whose_server_was_down_is_sent_later(resumed, place):
     run = resumed
     events = run.events()[0]
-    began = max(at for at, event in enumerate(events) if event.get("state") == "running")
-    failures = [event for event in events[began:] if event["event"] == "tracking"]
+    began = max(at for at, event in enumerate(events) if isinstance(event, StateChange) and event.state == "running")
+    failures = [event for event in events[began:] if isinstance(event, TrackingReport)]
     assert len(failures) in (1, 2)  # at the end, and once before where the run took longer than a minute
-    assert all(not failure["ok"] and "orchestrator sync" in failure["text"] for failure in failures)
+    assert all(not failure.ok and "orchestrator sync" in failure.text for failure in failures)
     assert called("sync", run.run_id, cwd=place).returncode == 4
 
     job = run.path / "job.yaml"

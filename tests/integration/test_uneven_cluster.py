@@ -82,11 +82,11 @@ def search(place, *arguments):
 
 
 def events(run, name):
-    return [event for event in run.events()[0] if event["event"] == name]
+    return [event for event in run.events()[0] if event.kind == name]
 
 
 def per_step(run, key):
-    return [report[key] for _, report in sorted(run.steps().items())]
+    return [getattr(report, key) for _, report in sorted(run.steps().items())]
 
 
 @pytest.fixture(scope="module")
@@ -99,13 +99,13 @@ def test_each_node_has_its_place_in_the_plan_and_the_workers_agree(undisturbed):
     (group,) = events(undisturbed, "group")
     plan = json.loads((undisturbed.path / "plan.json").read_text())
 
-    assert {part["node"] for part in plan["nodes"]} == {"left", "right"} == {m["node"] for m in group["members"]}
-    assert {member["plan"] for member in group["members"]} == {plan["hash"]}
-    assert sum(group["shares"]) == pytest.approx(1, abs=1e-3)
+    assert {part["node"] for part in plan["nodes"]} == {"left", "right"} == {member.node for member in group.members}
+    assert {member.extra["plan"] for member in group.members} == {plan["hash"]}
+    assert sum(group.shares) == pytest.approx(1, abs=1e-3)
     for report in undisturbed.steps().values():
-        assert sum(report["worker_tokens"]) == report["tokens"]
-        assert len(report["worker_s"]) == 2
-        assert report["step_bytes_sent"] > 0
+        assert sum(report.worker_tokens) == report.tokens
+        assert len(report.worker_s) == 2
+        assert report.step_bytes_sent > 0
 
 
 @pytest.mark.slow
@@ -113,12 +113,12 @@ def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_changes_nothi
     process, run = submit_and_wait(place, step=25)
     (group,) = events(run, "group")
 
-    os.kill(group["members"][1]["pid"], signal.SIGKILL)
+    os.kill(group.members[1].extra["pid"], signal.SIGKILL)
     answer(process)
 
     assert per_step(run, "samples") == per_step(undisturbed, "samples")
     assert per_step(run, "loss") == per_step(undisturbed, "loss")  # bit by bit
-    seen = [event["step"] for event in events(run, "step")]
+    seen = [event.step for event in events(run, "step")]
     assert len(seen) - len(set(seen)) <= 10
     assert len(events(run, "failure")) == 1
 
@@ -154,10 +154,10 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
     _, said = answer(process)
 
     replanned = events(run, "replanned")
-    assert replanned[-1]["nodes"] == ["left"] and replanned[-1]["lost"] == ["right"], said
+    assert replanned[-1].nodes == ["left"] and replanned[-1].lost == ["right"], said
     assert per_step(run, "samples") == per_step(undisturbed, "samples")
     assert per_step(run, "loss") == pytest.approx(per_step(undisturbed, "loss"), rel=1e-5)
-    seen = [event["step"] for event in events(run, "step")]
+    seen = [event.step for event in events(run, "step")]
     assert len(seen) - len(set(seen)) <= 10
     cluster.nodes_by_name["right"] = add(cluster, "right")
 
@@ -176,7 +176,7 @@ def test_a_machine_that_does_not_train_evaluates_the_base_model_meanwhile(cluste
     before = run.read_json("before.json")
     assert before["node"] == plan["helper"]["node"]
     assert run.read_json("result.json")["before"]["eval_loss"] == before["eval_loss"] > 0
-    assert [event["when"] for event in events(run, "quality")] == ["before", "after"]
+    assert [event.when for event in events(run, "quality")] == ["before", "after"]
 
 
 @pytest.mark.slow

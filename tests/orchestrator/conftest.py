@@ -37,7 +37,7 @@ class Listener:
         pass
 
     def event(self, event):
-        self.said.append(event.get("text", ""))
+        self.said.append(getattr(event, "text", None) or "")
 
 
 def train_here(training, *_):

@@ -11,7 +11,7 @@ import os
 import shlex
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,17 @@ from orchestrator.job.job_file import Job, flat
 from orchestrator.job.secrets import SecretMissing, secret_names
 from orchestrator.planning.plan import settings_of
 from orchestrator.runs import worker_stats
+from orchestrator.runs.events import (
+    Evaluation,
+    Event,
+    LearningReport,
+    Member,
+    PredictionReport,
+    QualityReport,
+    StepReport,
+    TrackingReport,
+    WorkerGroup,
+)
 from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, knock
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder, Trial, read_trials
@@ -30,9 +41,9 @@ _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
 _MASKED_BYTES = 64 * 2**20  # of a file that is looked through for passwords before it is sent; texts are smaller
 _STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "interrupted": "KILLED"}
-_METRIC_FIELDS = {
-    "prediction": ("predicted_step_s", "measured_step_s", "predicted_bytes", "measured_peak_bytes"),
-    "step": (
+_METRIC_FIELDS: dict[type[Event], tuple[str, ...]] = {
+    PredictionReport: ("predicted_step_s", "measured_step_s", "predicted_bytes", "measured_peak_bytes"),
+    StepReport: (
         "loss",
         "grad_norm",
         "learning_rate",
@@ -41,8 +52,10 @@ _METRIC_FIELDS = {
         "supervised_tokens",
         "tokens",
         "peak_bytes",
+        "bus_down_bytes",
+        "bus_up_bytes",
     ),
-    "eval": ("eval_loss",),
+    Evaluation: ("eval_loss",),
 }
 _TRIAL_NUMBERS = (
     "step_s",
@@ -80,11 +93,11 @@ class Mirror:
         try:
             address = _sent(self._run, self._job, lambda uri: _Sender(self._run, self._job, uri).send(state))
         except OrchestratorError as error:
-            self._run.record("tracking", ok=False, text=str(error))
+            self._run.record(TrackingReport(ok=False, text=str(error)))
             self._wanted = state != "running" and self._wanted  # say it once; `sync` sends everything later
         else:
             if state != "running":
-                self._run.record("tracking", ok=True, text=address)
+                self._run.record(TrackingReport(ok=True, text=address))
 
 
 def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | None = None) -> str:
@@ -116,10 +129,9 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     if isinstance(run, SearchFolder):
         return sync_search(run, job)
     sent = Sent.of(run)
-    if sent and sent.state == state and sent.asked_uri == asked_uri(job):
-        left = [event for event in run.events(sent.offset)[0] if event.get("event") != "tracking"]
-        if not left:
-            return None
+    is_sent = sent and sent.state == state and sent.asked_uri == asked_uri(job)
+    if sent and is_sent and all(isinstance(event, TrackingReport) for event in run.events(sent.offset)[0]):
+        return None
     return sync(run, job, state=state)
 
 
@@ -324,24 +336,11 @@ class _Sender(_Store):
         events, offset = self.run.events(self.sent.offset)
         metrics = []
         for event in events:
-            when_ms, step = int(event["time"] * 1000), event.get("step", 0)
-            for name in _METRIC_FIELDS.get(event["event"], ()):
-                metrics.append(Metric(name, float(event[name]), when_ms, step))
-            if event["event"] == "group":
-                self.sent.members = [{key: member[key] for key in ("node", "device")} for member in event["members"]]
-            if event["event"] == "step" and "worker_s" in event:
-                by_worker = worker_stats.metrics(self.sent.members, event)
-                metrics += [Metric(name, value, when_ms, step) for name, value in by_worker.items()]
-            if event["event"] == "step":  # what an optimizer's lanes sent and how long they were at work
-                sent = {key: event[key] for key in ("bus_down_bytes", "bus_up_bytes") if key in event}
-                busy = {f"lane.{lane}_s": seconds for lane, seconds in event.get("lane_s", {}).items()}
-                metrics += [Metric(k, float(v), when_ms, step) for k, v in (sent | busy).items()]
-            if event["event"] == "learnt":
-                told = {k: v for k, v in _numbers(event).items() if k != "step"}
-                metrics += [Metric(f"learnt.{k}", float(v), when_ms, step) for k, v in told.items()]
-            if event["event"] == "quality":
-                told = _numbers(event)
-                metrics += [Metric(f"{event['when']}.{k}", float(v), when_ms, step) for k, v in told.items()]
+            if isinstance(event, WorkerGroup):
+                self.sent.members = [{"node": one.node, "device": one.device} for one in event.members]
+            when_ms, step = int(event.time * 1000), getattr(event, "step", None) or 0
+            numbers = _metrics_of(event, [Member(**one) for one in self.sent.members])
+            metrics += [Metric(name, float(value), when_ms, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), _METRICS_A_CALL):
             self.client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_CALL])
         self.sent.offset = offset
@@ -358,5 +357,20 @@ class _Sender(_Store):
             self.send_file(run_id, file, folder)
 
 
-def _numbers(event: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in event.items() if isinstance(value, int | float) and key != "time"}
+def _metrics_of(event: Event, members: Sequence[Member]) -> dict[str, float]:
+    """What MLflow draws of an event."""
+    found = {name: getattr(event, name) for name in _METRIC_FIELDS.get(type(event), ())}
+    match event:
+        case StepReport():
+            busy = {f"lane.{lane}_s": seconds for lane, seconds in (event.lane_s or {}).items()}
+            found |= worker_stats.metrics(members, event) | busy
+        case LearningReport():
+            found |= {f"learnt.{name}": value for name, value in _numbers(event.extra).items()}
+        case QualityReport():
+            values = {"eval_loss": event.eval_loss, **event.extra}
+            found |= {f"{event.when}.{name}": value for name, value in _numbers(values).items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    return {key: value for key, value in values.items() if isinstance(value, int | float)}

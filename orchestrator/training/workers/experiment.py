@@ -17,6 +17,7 @@ from orchestrator.data.samples import template_text
 from orchestrator.errors import NothingFits
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import train
 from orchestrator.training.model import loading
@@ -47,7 +48,7 @@ class Experiment:
         self._order = Order(len(data), plan.global_batch_size, train_section.seed, epochs, plan.num_steps)
         self._schedule = schedule_of(job, plan)
         self.progress = Progress()
-        self._steps: list[tuple[float, int]] = []  # (seconds, tokens)
+        self._steps: list[tuple[float, float]] = []  # (seconds, tokens)
         self.curve: list[tuple[int, float]] = []  # (step, held-out loss)
 
     def train_to(self, step: int) -> float:
@@ -96,11 +97,11 @@ class Experiment:
         seconds = sum(seconds for seconds, _ in counted)
         return sum(tokens for _, tokens in counted) / seconds if seconds else None
 
-    def _record(self, event: str, **fields: Any) -> None:
-        if event == "step":
-            self._steps.append((fields["seconds"], fields["tokens"]))
-        elif event == "note" and "out of memory" in fields["text"]:
-            raise NothingFits(fields["text"])  # a fallback in less memory is another combination
+    def _record(self, event: Event) -> None:
+        if isinstance(event, StepReport):
+            self._steps.append((event.seconds, event.tokens))
+        elif isinstance(event, Note) and "out of memory" in event.text:
+            raise NothingFits(event.text)  # a fallback in less memory is another combination
 
 
 def measured_on(part: NodePlan, name: str, uuid: str | None) -> dict[str, Any]:

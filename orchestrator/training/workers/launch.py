@@ -29,6 +29,7 @@ from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wa
 from clusters.safe.masking import MaskedFormatter
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.events import ErrorReport, Note, WorkerGroup, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.failures import describe
 from orchestrator.training.workers.gpu_locks import equivalent_gpus
@@ -55,7 +56,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     wanted = [Wanted(_ray_node(part, node_ids), equivalent_gpus(part, cluster)) for part in _on_gpus(plan)]
     is_over = run.stop_file.exists
     try:
-        reservation = gpu_reservation.reserve(wanted, lambda text: run.record("note", text=text), is_over)
+        reservation = gpu_reservation.reserve(wanted, lambda text: run.record(Note(text)), is_over)
     except GpuGone as error:
         raise HardwareChanged(str(error)) from error
     except CannotReserve as error:
@@ -64,7 +65,7 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
         run.record_stop()
         return
     for text in notices(plan, reservation):
-        run.record("note", text=text)
+        run.record(Note(text))
     try:
         _train(run, plan, slot_resources, node_ids, environments(plan, reservation, node_ids))
     finally:
@@ -179,7 +180,7 @@ def _train(
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         for rank in _dead(error):
-            run.record("killed", rank=rank, node=plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank))
+            run.record(WorkerKilled(rank, plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank)))
         raise RunFailed(_last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
@@ -197,17 +198,12 @@ def _on_worker(config: dict[str, Any]) -> None:
     try:
         work(run, rank, context.get_world_size(), node, slot)
     except OrchestratorError as error:
-        run.record("error", text=str(error), exit_code=error.exit_code, again=error.again)
+        run.record(ErrorReport(text=str(error), exit_code=error.exit_code, again=error.again))
         raise
     except BaseException as error:
         logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
         run.record(
-            "error",
-            text=describe(error),
-            traceback=traceback.format_exc(),
-            exit_code=5,
-            again=True,
-            node=node,
+            ErrorReport(text=describe(error), traceback=traceback.format_exc(), exit_code=5, again=True, node=node)
         )
         raise
 
@@ -278,9 +274,9 @@ def _dead(error: Exception) -> list[int]:
 
 def _node(run: RunFolder, rank: int) -> str | None:
     """The node of a rank, from the newest `group` event."""
-    groups = [event for event in run.events()[0] if event["event"] == "group"]
-    members = groups[-1]["members"] if groups else []
-    return members[rank]["node"] if rank < len(members) else None
+    groups = run.events_of(WorkerGroup)
+    members = groups[-1].members if groups else []
+    return members[rank].node if rank < len(members) else None
 
 
 def _last_line(error: Exception) -> str:

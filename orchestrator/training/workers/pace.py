@@ -10,6 +10,7 @@ from orchestrator.data.batches import collate
 from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
+from orchestrator.runs.events import Member, WorkerGroup
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import catch_out_of_memory, release_cache
 from orchestrator.training.shares import Shares
@@ -54,7 +55,8 @@ def agree_on_shares(context: WorkerContext, inputs: Inputs, order: Order, step: 
     is_fixed = has_fixed_shares(context.job, inputs.techniques)
     shares = Shares(planned, is_fixed) if is_fixed or None in paces else Shares.choose(planned, paces)
     rounded = [round(share, 4) for share in shares.shares]
-    context.record("group", step=step, plan=plan.hash, members=members, shares=rounded)
+    workers = [Member.from_json(one) for one in members]
+    context.record(WorkerGroup(step=step, plan=plan.hash, members=workers, shares=rounded))
     return shares
 
 

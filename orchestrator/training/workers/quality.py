@@ -10,6 +10,7 @@ from typing import Any
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import cache_usable_bytes
+from orchestrator.runs.events import Event, FinalEvaluation, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import Answer, Generation, evaluate_loss, generate_answers, num_without_room
 from orchestrator.training.metrics import how_compared, score
@@ -60,7 +61,7 @@ def measure_first(context: WorkerContext, inputs: Inputs) -> dict[str, Any] | No
     except NothingFits as error:
         context.note(f"the base model was not evaluated: {error}")
         return None
-    context.record("quality", when="before", **numbers_of(found))
+    context.record(QualityReport.of("before", found))
     return found
 
 
@@ -76,7 +77,7 @@ def measure_last(run: RunFolder, context: WorkerContext, inputs: Inputs) -> dict
         context.note(f"the last evaluation ended the process {tries} times and is not tried again; {remedy}")
         return None
     rows = max(1, inputs.techniques.per_device_train_batch_size >> 2 * tries)
-    context.record("last_evaluation", rows=rows)
+    context.record(FinalEvaluation(rows))
     techniques = dataclasses.replace(inputs.techniques, per_device_train_batch_size=rows)
     try:
         found = measure(context, inputs.setup, techniques, inputs.tokenizer, inputs.held_out)
@@ -88,16 +89,11 @@ def measure_last(run: RunFolder, context: WorkerContext, inputs: Inputs) -> dict
     return found
 
 
-def num_cut_short(events: Sequence[dict[str, Any]]) -> int:
+def num_cut_short(events: Sequence[Event]) -> int:
     """How many last evaluations started since the run finished last: none of them came to an end."""
-    finished = [at for at, event in enumerate(events) if event.get("state") == "finished"]
+    finished = [at for at, event in enumerate(events) if isinstance(event, StateChange) and event.state == "finished"]
     since = events[finished[-1] + 1 :] if finished else events
-    return sum(event["event"] == "last_evaluation" for event in since)
-
-
-def numbers_of(quality: dict[str, Any]) -> dict[str, Any]:
-    """A quality's numbers, without texts."""
-    return {key: value for key, value in quality.items() if isinstance(value, int | float)}
+    return sum(isinstance(event, FinalEvaluation) for event in since)
 
 
 def wait_for_helper(run: RunFolder, context: WorkerContext) -> dict[str, Any] | None:

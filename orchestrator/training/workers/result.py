@@ -14,11 +14,11 @@ from typing import Any, TypeVar
 import torch
 
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.events import PredictionReport, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model.devices import uuid_of
 from orchestrator.training.state import Progress
 from orchestrator.training.worker_context import WorkerContext
-from orchestrator.training.workers import quality
 from orchestrator.training.workers.setup import Inputs
 
 T = TypeVar("T")
@@ -45,7 +45,7 @@ class TrainingOutcome:
 def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> dict[str, Any]:
     """What is known before the model is evaluated (runs/json_files.py: Result)."""
     progress, plan, memory = outcome.progress, context.plan, context.part.memory
-    steps = [event["seconds"] for _, event in sorted(run.steps().items())]
+    steps = [event.seconds for _, event in sorted(run.steps().items())]
     return {
         "steps": progress.step,
         "tokens": progress.tokens,
@@ -81,16 +81,11 @@ def record_result(run: RunFolder, result: dict[str, Any], step: int) -> None:
     """Record the predictions beside what was measured, the quality, and that the run is finished."""
     times, memory = result["time"], result["memory"]
     if times["measured_step_s"]:
-        run.record(
-            "prediction",
-            predicted_step_s=times["predicted_step_s"],
-            measured_step_s=times["measured_step_s"],
-            predicted_bytes=memory["predicted_bytes"],
-            measured_peak_bytes=memory["measured_peak_bytes"],
-        )
+        step_s = (times["predicted_step_s"], times["measured_step_s"])
+        run.record(PredictionReport(*step_s, memory["predicted_bytes"], memory["measured_peak_bytes"]))
     if result["after"]:
-        run.record("quality", when="after", **quality.numbers_of(result["after"]))
-    run.record("state", state="finished", step=step)
+        run.record(QualityReport.of("after", result["after"]))
+    run.record(StateChange("finished", step=step))
 
 
 def skip_warm_up(steps: Sequence[T]) -> Sequence[T]:

@@ -16,6 +16,7 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.condition import check_model
+from orchestrator.runs.events import ModelReady
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
@@ -63,7 +64,7 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
         check_model(run)
     setup, techniques = prepare_model(context)
     seconds = round(time.perf_counter() - started, 2)
-    context.record("ready", seconds=seconds, trainable=context.plan.num_trainable_parameters)
+    context.record(ModelReady(seconds, context.plan.num_trainable_parameters))
     return Inputs(setup, techniques, tokenizer_of(run, context.job), data, held_out, libraries_bytes)
 
 

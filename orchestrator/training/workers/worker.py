@@ -13,6 +13,7 @@ import torch
 from clusters.hardware.energy import POWERCAP, Meter
 from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
+from orchestrator.runs.events import Event, HandBack, StepReport
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from orchestrator.training.determinism import deterministic, resume_note
@@ -66,7 +67,7 @@ def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
     if progress.step == 0 and job.spec.strategy.preflight:
         folder = run.path / f".preflight-{context.group.rank}"
         checked = preflight.check(setup, inputs.data, inputs.held_out, techniques, num_samples, folder)
-        context.record("preflight", **checked)
+        context.record(checked)
     return progress
 
 
@@ -112,9 +113,9 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
 def _hooks(run: RunFolder, context: WorkerContext, setup: TrainSetup, meter: Meter) -> Hooks:
     """How the loop records into the run's folder, saves there, and is asked to stop."""
 
-    def record(event: str, **fields: Any) -> None:
-        context.record(event, **fields)
-        if event == "step" and fields["step"] % _STEPS_A_TRIM == 0:
+    def record(event: Event) -> None:
+        context.record(event)
+        if isinstance(event, StepReport) and event.step % _STEPS_A_TRIM == 0:
             meter.read()
             if context.device.type == "cpu":
                 host_memory.trim()
@@ -163,7 +164,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     after = quality.measure_last(run, context, inputs) if inputs.held_out else None
     if context.is_first and portrait:
         checked = hand_back.check(run, context, setup, inputs.techniques, portrait)
-        context.record("handed_back", text=checked.text)
+        context.record(HandBack(checked.text))
         found["before"] = progress.before or (quality.wait_for_helper(run, context) if context.plan.helper else None)
         found["after"] = after
         found["handed_back"]["check"] = checked.as_dict()

@@ -33,7 +33,7 @@ def place(tmp_path):
 
 
 def losses(run):
-    return [report["loss"] for _, report in sorted(run.steps().items())]
+    return [report.loss for _, report in sorted(run.steps().items())]
 
 
 def test_the_folders_are_as_they_were_written():

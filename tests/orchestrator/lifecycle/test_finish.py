@@ -122,7 +122,7 @@ def test_a_bank_that_cannot_be_is_said_and_tried_again_by_the_same_command(finis
     finish.finish(finished, job, heard.append, BANK_HOOKS)
 
     assert first == ["bank"] and finish.pending(finished, job) == []
-    assert next(event["text"] for event in heard if "bank" in event["text"]).startswith("bank.add: ")
+    assert next(event.text for event in heard if "bank" in event.text).startswith("bank.add: ")
     assert [card.name for card in Bank(bank).cards()] == ["finished"]
 
 

@@ -13,6 +13,7 @@ from orchestrator.errors import HardwareChanged, JobError, NothingFits, RunFaile
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle import recovery as recovery_module
 from orchestrator.lifecycle.recovery import Recovery
+from orchestrator.runs.events import ErrorReport, Replan, StateChange, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
@@ -99,9 +100,9 @@ def start(tmp_path, monkeypatch):
 
 def fail(recovery, text="x", error=RunFailed, killed=None):
     """A try that ends with an error; the plan to continue with."""
-    recovery.run.record("error", text=text, again=True)
+    recovery.run.record(ErrorReport(text=text, again=True))
     if killed:
-        recovery.run.record("killed", rank=1, node=killed)
+        recovery.run.record(WorkerKilled(1, killed))
     return recovery.after(error(text))
 
 
@@ -110,7 +111,7 @@ def names(made):
 
 
 def replanned(recovery):
-    return [event for event in recovery.run.events()[0] if event["event"] == "replanned"]
+    return recovery.run.events_of(Replan)
 
 
 def test_a_run_that_finds_its_nodes_starts_with_its_plan(start):
@@ -127,7 +128,7 @@ def test_a_run_that_finds_a_node_lost_waits_and_plans_without_it(start):
 
     assert names(rest) == ("fast",) and recovery.run.plan() == rest and cluster.now == 140.0
     assert said == ["slow does not answer; waiting 40 s"]
-    assert (replanned(recovery)[0]["lost"], replanned(recovery)[0]["seconds"]) == (["slow"], 40.0)
+    assert (replanned(recovery)[0].lost, replanned(recovery)[0].seconds) == (["slow"], 40.0)
 
 
 def test_a_node_that_is_lost_before_the_workers_start_fails_the_try(start):
@@ -144,7 +145,7 @@ def test_a_node_that_is_lost_for_good_is_planned_around(start):
 
     again = fail(recovery, "another worker stopped answering")
 
-    assert names(again) == ("fast",) and replanned(recovery)[0]["lost"] == ["slow"]
+    assert names(again) == ("fast",) and replanned(recovery)[0].lost == ["slow"]
     assert said == [
         "a worker failed after step 0 (another worker stopped answering); continuing from the last checkpoint",
         "slow does not answer; waiting 40 s",
@@ -167,11 +168,11 @@ def test_a_node_that_joins_and_makes_it_faster_has_the_run_planned_again(start):
     for _ in range(5):
         recovery.look()
         cluster.now += 4
-    recovery.run.record("state", state="replanning")
+    recovery.run.record(StateChange("replanning"))
     wider = recovery.after(None)
 
     assert said == [f"fast joined: planning again at the next step, {format_s(wider.num_steps * (1 - 1 / 3))} faster"]
-    assert names(wider) == BOTH and replanned(recovery)[0]["joined"] == ["fast"]
+    assert names(wider) == BOTH and replanned(recovery)[0].joined == ["fast"]
     assert not recovery.run.replan_file.exists()
 
 
@@ -240,7 +241,7 @@ def test_a_gpu_that_was_exchanged_is_planned_with(start):
 
 def test_a_failure_that_no_other_try_helps_ends_the_run(start):
     recovery, _, _ = start(FAST, SLOW)
-    recovery.run.record("error", text="the loss is not a number", again=False)
+    recovery.run.record(ErrorReport(text="the loss is not a number", again=False))
 
     with pytest.raises(RunFailed, match=r"^the loss is not a number$"):
         recovery.after(RunFailed("another worker stopped answering"))
@@ -256,7 +257,7 @@ def test_what_is_no_failure_of_training_is_not_recovered_from(start):
 def test_a_run_that_ended_or_was_stopped_is_over(start):
     recovery, _, _ = start(FAST, SLOW)
     for state in ("finished", "stopped"):
-        recovery.run.record("state", state=state)
+        recovery.run.record(StateChange(state))
 
         assert recovery.after(None) is None
 

@@ -12,6 +12,7 @@ from orchestrator.errors import ClusterError, JobError, RunFailed, Stopped
 from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.lifecycle.hooks import NO_BANK, Quiet
 from orchestrator.lifecycle.prepare import plan_without_data
+from orchestrator.runs.events import Note, StateChange
 from orchestrator.runs.mirror.tracking import Mirror
 from orchestrator.runs.run_folder import RunFolder
 
@@ -28,7 +29,7 @@ class Watcher(Quiet):
         self.said.append(text)
 
     def event(self, event):
-        self.events.append(event["event"])
+        self.events.append(event.kind)
 
 
 @pytest.fixture
@@ -65,7 +66,7 @@ def train(started, monkeypatch):
 
 
 def stop(run):
-    run.record("state", state="stopped", step=3)
+    run.record(StateChange("stopped", step=3))
 
 
 def fail(run):
@@ -73,7 +74,7 @@ def fail(run):
 
 
 def states(run):
-    return [event["state"] for event in run.events()[0] if event["event"] == "state"]
+    return [event.state for event in run.events_of(StateChange)]
 
 
 def test_workers_that_do_nothing_have_failed_whatever_ray_says(train, started):
@@ -91,7 +92,7 @@ def test_a_run_that_was_stopped_says_how_to_continue(train, started):
 def test_a_failure_is_tried_again_from_the_last_checkpoint(train, started):
     with pytest.raises(Stopped):
         train(fail, stop)
-    events = [event["event"] for event in started[0].events()[0]]
+    events = [event.kind for event in started[0].events()[0]]
 
     assert events == ["state", "failure", "replanned", "state"]
 
@@ -121,9 +122,9 @@ def test_a_cluster_that_is_not_there_is_named_with_a_way_out(train):
 def test_the_watcher_gets_every_event_once(started, job_with):
     run, job, _ = started
     training = path_of_a_job.Training(run, job, watcher := Watcher(), NO_BANK, Mirror(run, job), run.events()[1])
-    run.record("note", text="one")
+    run.record(Note("one"))
     training.report()
-    run.record("note", text="two")
+    run.record(Note("two"))
     training.report()
     training.report()
 

@@ -16,6 +16,7 @@ from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.runs import checkpoints, record
 from orchestrator.runs.condition import check_model, exported_whole, require_finished
+from orchestrator.runs.events import Note
 from orchestrator.views.result import handed_back_text
 from tests.orchestrator.conftest import Listener, stopped, train_here
 
@@ -347,9 +348,9 @@ def test_damaged_lines_of_events_are_passed_over_and_named(finished, put_back, c
     lines = file.read_bytes().split(b"\n")
     lines[1] = b'{"event": "step", "time": 1, "step": "x"}'
     file.write_bytes(b"\n".join(lines[:-1]) + b'\n{"event": "no')  # the last one was cut by a power loss
-    finished.record("note", text="after it")
+    finished.record(Note("after it"))
 
     status("finished", finished.path.parent)
 
-    assert finished.events()[0][-1]["text"] == "after it"
+    assert finished.events()[0][-1].text == "after it"
     assert "line 2: step: step is" in capsys.readouterr().err.replace("\n", " ")

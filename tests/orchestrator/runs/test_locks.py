@@ -13,6 +13,7 @@ import pytest
 
 from orchestrator.errors import JobError
 from orchestrator.runs import locks
+from orchestrator.runs.events import StateChange
 from orchestrator.runs.run_folder import RunFolder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -176,7 +177,7 @@ def test_names_that_no_run_can_have_are_refused(tmp_path, name):
 def test_states_are_read_while_a_driver_lives(tmp_path):
     with RunFolder.take(tmp_path, "x", "here") as run:
         run.begin({"origin.json": json.dumps({"folder": "/"}), "job.yaml": JOB.format(name="x")})
-        run.record("state", state="running")
+        run.record(StateChange("running"))
         began = time.monotonic()
         states = {RunFolder.find("here", tmp_path).state() for _ in range(20)}
 

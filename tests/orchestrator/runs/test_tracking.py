@@ -11,6 +11,7 @@ from orchestrator.cli.runs import status
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.machines import declared
+from orchestrator.runs.events import StateChange, StepReport, TrackingReport
 from orchestrator.runs.mirror import tracking
 from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, is_left_running
 from orchestrator.runs.run_folder import RunFolder
@@ -49,15 +50,18 @@ def run_of(tmp_path):
         run.write("origin.json", json.dumps({"folder": str(tmp_path)}))
         run.write("plan.json", plan.to_json())
         run.write("job.yaml", job.text)
-        run.record("state", state="running", pid=1)
+        run.record(StateChange("running", pid=1))
         report(run, 1)
         return run, job
 
     return make
 
 
+NUMBERS = ("epoch", "loss", "grad_norm", "learning_rate", "tokens", "supervised_tokens", "tokens_per_s", "peak_bytes")
+
+
 def report(run, step):
-    run.record("step", step=step, seconds=1.0, **dict.fromkeys(tracking._METRIC_FIELDS["step"], 1.0))
+    run.record(StepReport(step=step, seconds=1.0, **dict.fromkeys(NUMBERS, 1.0)))
 
 
 def steps_of(client, run):
@@ -75,7 +79,7 @@ def test_how_a_run_ended_is_its_state_there(store, run_of, state, wanted):
     client, uri = store
     run, job = run_of(uri)
     if state:
-        run.record("state", state=state)
+        run.record(StateChange(state))
 
     tracking.sync(run, job)
 
@@ -97,7 +101,7 @@ def test_a_run_that_goes_on_stays_running_and_one_that_is_resumed_runs_again(sto
         report(run, 2)
         tracking.sync(run, job)
         assert status_of(client, run) == "RUNNING"
-    run.record("state", state="finished")
+    run.record(StateChange("finished"))
     assert tracking.complete(run, job) == uri
     assert tracking.complete(run, job) is None
     assert status_of(client, run) == "FINISHED" and steps_of(client, run) == [1, 2]
@@ -120,7 +124,7 @@ def test_a_deleted_experiment_is_restored_or_another_takes_the_run(store, run_of
     number = client.create_experiment("gone", artifact_location=Path(uri.removeprefix("sqlite:///")).parent.as_uri())
     client.delete_experiment(number)
     run, job = run_of(uri, "gone")
-    run.record("state", state="finished")
+    run.record(StateChange("finished"))
 
     with pytest.raises(TrackingFailed) as failed:
         tracking.sync(run, job)
@@ -174,7 +178,7 @@ def test_a_deleted_run_is_named_and_one_that_was_thrown_away_is_sent_again(store
 def test_a_kill_between_two_calls_leaves_one_run_that_is_whole_after_the_next(store, run_of, left):
     client, uri = store
     run, job = run_of(uri, f"killed-{left}")
-    run.record("state", state="finished")
+    run.record(StateChange("finished"))
     tracking.sync(run, job)
     sent = json.loads((run.path / "tracking.json").read_text())
     whole = {**client.get_run(sent["mlflow_run_id"]).data.params}
@@ -219,8 +223,8 @@ def test_a_password_stands_in_no_file_but_the_job_and_is_shown_nowhere(store, ru
     mirror.finish()
     with pytest.raises(TrackingFailed) as failed:
         tracking.sync(run, job)
-    (said,) = [event for event in run.events()[0] if event["event"] == "tracking"]
-    assert "http://***@127.0.0.1:9/x?token=***" in said["text"] and PASSWORD not in str(failed.value)
+    (said,) = run.events_of(TrackingReport)
+    assert "http://***@127.0.0.1:9/x?token=***" in said.text and PASSWORD not in str(failed.value)
     assert any(PASSWORD not in notice and "tracking.mlflow_uri holds a password" in notice for notice in job.notices)
 
     # A query that SQLite ignores is the way to a store that works and has a secret in its address.

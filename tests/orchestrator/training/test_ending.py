@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
+from orchestrator.runs.events import FinalEvaluation, Note
 from orchestrator.training.determinism import deterministic, resume_note
 from orchestrator.training.model.loading import straight_to
 from orchestrator.training.workers import finished, quality
@@ -54,7 +55,7 @@ def at_every_layer(do):
 
 def killed_in_the_last_evaluation(run, node):
     def begun_evaluations():
-        return sum(event["event"] == "last_evaluation" for event in run.events()[0])
+        return len(run.events_of(FinalEvaluation))
 
     before = begun_evaluations()
 
@@ -90,7 +91,7 @@ def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(jo
 
     work(run, 0, 1, node, 0)
 
-    notes = [event["text"] for event in run.events()[0] if event["event"] == "note"]
+    notes = [event.text for event in run.events_of(Note)]
     assert run.state_by_events() == "finished" and run.result()["after"] is None
     assert "the last evaluation ended the process 3 times and is not tried again; `orchestrator evaluate" in notes[-1]
 

@@ -30,7 +30,7 @@ def checked(model, job, dtype="float32"):
     """(techniques that keep documents apart, notes)"""
     notes = []
     planned = Techniques(dtype, "document", True, False, 1, 64)
-    context = WorkerContext(job, None, None, "", CPU, record=lambda event, text: notes.append(text))
+    context = WorkerContext(job, None, None, "", CPU, record=lambda note: notes.append(note.text))
     return without_leaks(model, planned, context), notes
 
 

@@ -24,8 +24,8 @@ def test_it_learns_once_and_says_what(model_folder, data_folder):
     events = run(prepared(model_folder, method=METHOD), data_folder, 3)
 
     (told,) = events["learnt"]
-    assert told["step"] == 0 and told["density"] < told["sensitivity"] < 1
-    assert "% that train carry" in events["note"][0]["text"]
+    assert told.step == 0 and told.extra["density"] < told.extra["sensitivity"] < 1
+    assert "% that train carry" in events["note"][0].text
     assert losses(events)[-1] < losses(events)[0]
 
 

@@ -8,6 +8,7 @@ import torch.distributed as dist
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
+from orchestrator.runs.events import StepReport
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
@@ -53,15 +54,17 @@ def lonely(model_folder, data_folder, group, shares, rounds=6):
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="sdpa")
     settings = TrainSettings(3e-3, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
     setup = METHODS["lora"]().setup(model, settings)
-    told = []
-    hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "x", lambda: None)
+    events = []
+    hooks = Hooks(
+        lambda event: events.append(event) if isinstance(event, StepReport) else None, lambda now: "x", lambda: None
+    )
     order = Order(24, 12, seed=5, num_train_epochs=1, max_steps=rounds)
     train(
         Training(
             setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, group, Progress(), hooks, shares, 4
         )
     )
-    return [report["loss"] for report in told], [p.detach().clone() for p in setup.parameters.values()]
+    return [report.loss for report in events], [p.detach().clone() for p in setup.parameters.values()]
 
 
 def apart(rank, size, port, model_folder, data_folder, out):
@@ -92,8 +95,10 @@ def test_a_resumed_run_of_local_steps_is_bit_equal(model_folder, data_folder):
         setup = METHODS["lora"]().setup(model, settings)
         if held:
             restore(setup, held)
-        told = []
-        hooks = Hooks(lambda event, **f: told.append(f) if event == "step" else None, lambda now: "x", lambda: None)
+        events = []
+        hooks = Hooks(
+            lambda event: events.append(event) if isinstance(event, StepReport) else None, lambda now: "x", lambda: None
+        )
         order = Order(24, 12, seed=5, num_train_epochs=1, max_steps=rounds)
         progress = Progress(step=first)
         train(
@@ -101,7 +106,7 @@ def test_a_resumed_run_of_local_steps_is_bit_equal(model_folder, data_folder):
                 setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks, None, 4
             )
         )
-        return [report["loss"] for report in told], setup
+        return [report.loss for report in events], setup
 
     whole, _ = going(0, 4)
     half, setup = going(0, 2)

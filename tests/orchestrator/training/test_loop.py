@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged, RunFailed
+from orchestrator.runs.events import Evaluation, StepReport
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
@@ -54,9 +55,9 @@ def run(
         lambda *_: gradients.append(torch.cat([p.grad.flatten() for p in setup.parameters.values()]))
     )
 
-    def record(event, **fields):
-        if event == "step":
-            losses[fields["step"]] = fields["loss"]
+    def record(event):
+        if isinstance(event, StepReport):
+            losses[event.step] = event.loss
 
     hooks = Hooks(record, save or (lambda now: "none"), lambda: None)
     order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
@@ -139,7 +140,9 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
     losses = []
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4)
     hooks = Hooks(
-        lambda event, **f: losses.append(f["loss"]) if event == "step" else None, lambda now: "x", lambda: None
+        lambda event: losses.append(event.loss) if isinstance(event, StepReport) else None,
+        lambda now: "x",
+        lambda: None,
     )
     train(Training(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks))
 
@@ -171,7 +174,7 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
                 parameter.add_(0.05)
         torch.rand(consumed)
         seen = []
-        hooks = Hooks(lambda event, seen=seen, **f: seen.append(f.get("loss")), lambda now: "x", lambda: None)
+        hooks = Hooks(lambda event, seen=seen: seen.append(getattr(event, "loss", None)), lambda now: "x", lambda: None)
         order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=1)
         train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
         losses.append(seen[0])
@@ -186,7 +189,7 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
     with torch.no_grad():
         next(iter(setup.parameters.values())).fill_(float("nan"))
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
-    hooks = Hooks(lambda event, **f: None, lambda now: "x", lambda: None)
+    hooks = Hooks(lambda event: None, lambda now: "x", lambda: None)
 
     with pytest.raises(Diverged) as caught:
         train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
@@ -202,7 +205,7 @@ def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder)
     settings = TrainSettings(1e-2, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, ONE_BY_ONE, 3)
     setup = METHODS["lora"]().setup(model, settings)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
-    hooks = Hooks(lambda event, **f: None, lambda now: saved.append(now.step) or "x", lambda: "asked")
+    hooks = Hooks(lambda event: None, lambda now: saved.append(now.step) or "x", lambda: "asked")
 
     progress = train(
         Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
@@ -218,7 +221,7 @@ def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_f
     setup = METHODS["full"]().setup(model, settings)
     data = Dataset.load(data_folder)
     events = []
-    hooks = Hooks(lambda event, **f: events.append((event, f)), lambda now: "x", lambda: None)
+    hooks = Hooks(events.append, lambda now: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=10)
     schedule = dataclasses.replace(SCHEDULE, eval_steps=1, early_stopping_patience=2, max_grad_norm=0.0)
 
@@ -226,7 +229,7 @@ def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_f
         Training(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, Group(), Progress(), hooks)
     )
 
-    losses = [f["eval_loss"] for event, f in events if event == "eval"]
+    losses = [event.eval_loss for event in events if isinstance(event, Evaluation)]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert progress.stopped == "early"
     assert progress.step == best + 3 < order.num_steps
@@ -298,7 +301,7 @@ def test_an_8_bit_optimizer_trains_and_resumes_bit_by_bit(model_folder, data_fol
     train_away(half)
     found.restore(half)
     losses = []
-    hooks = Hooks(lambda event, **f: losses.append(f.get("loss")), lambda now: "x", lambda: None)
+    hooks = Hooks(lambda event: losses.append(getattr(event, "loss", None)), lambda now: "x", lambda: None)
     order, progress = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4), Progress(step=2)
     train(Training(half, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks))
 

@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.errors import Diverged
+from orchestrator.runs.events import StepReport
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
@@ -29,8 +30,8 @@ def trained(model_folder, data_folder, scale, before=lambda setup: None, local_b
     before(setup)
     steps, notes = [], []
 
-    def record(event, **fields):
-        (steps if event == "step" else notes).append(fields)
+    def record(event):
+        (steps if isinstance(event, StepReport) else notes).append(event)
 
     held = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
     train(
@@ -55,10 +56,10 @@ def test_a_step_whose_gradients_overflow_is_repeated_and_said(model_folder, data
 
     steps, notes, weights = trained(model_folder, data_folder, 2.0**40)
 
-    assert [event["step"] for event in steps] == list(range(1, STEPS + 1))
+    assert [event.step for event in steps] == list(range(1, STEPS + 1))
     assert (weights - wanted).norm() <= 0.01 * wanted.norm()
-    assert all(math.isfinite(event["grad_norm"]) for event in steps)
-    assert steps[0]["loss_scale"] == 2.0 ** (40 - sum("repeated" in note.get("text", "") for note in notes)) < 2.0**40
+    assert all(math.isfinite(event.grad_norm) for event in steps)
+    assert steps[0].loss_scale == 2.0 ** (40 - sum("repeated" in getattr(note, "text", "") for note in notes)) < 2.0**40
 
 
 def test_a_local_step_whose_gradients_overflow_is_repeated_too(model_folder, data_folder):
@@ -67,8 +68,8 @@ def test_a_local_step_whose_gradients_overflow_is_repeated_too(model_folder, dat
     steps, notes, weights = trained(model_folder, data_folder, 2.0**40, local_batch_size=4)
 
     assert (weights - wanted).norm() <= 0.01 * wanted.norm()
-    assert [event["loss"] for event in steps] == pytest.approx([event["loss"] for event in wanted_steps], rel=1e-2)
-    assert steps[0]["loss_scale"] == 2.0 ** (40 - sum("repeated" in note.get("text", "") for note in notes)) < 2.0**40
+    assert [event.loss for event in steps] == pytest.approx([event.loss for event in wanted_steps], rel=1e-2)
+    assert steps[0].loss_scale == 2.0 ** (40 - sum("repeated" in getattr(note, "text", "") for note in notes)) < 2.0**40
 
 
 def test_gradients_that_overflow_at_any_scale_end_the_run(model_folder, data_folder):

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
+from orchestrator.runs.events import StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import Group
@@ -62,7 +63,7 @@ def run(setup, data_folder, steps, techniques=ONE_BY_ONE, group=None, progress=N
     """The recorded events of each kind."""
     data, events = Dataset.load(data_folder), {}
     hooks = Hooks(
-        lambda event, **fields: events.setdefault(event, []).append(fields), save or (lambda now: "x"), lambda: None
+        lambda event: events.setdefault(event.kind, []).append(event), save or (lambda now: "x"), lambda: None
     )
     order = Order(len(data), 8, seed=5, num_train_epochs=2, max_steps=steps)
     when = dataclasses.replace(Schedule(lambda step: 1.0, 1.0, 0, 100, None, None), **schedule)
@@ -73,7 +74,7 @@ def run(setup, data_folder, steps, techniques=ONE_BY_ONE, group=None, progress=N
 
 
 def losses(events):
-    return [step["loss"] for step in events["step"]]
+    return [step.loss for step in events["step"]]
 
 
 def weights(setup):
@@ -109,12 +110,12 @@ def test_what_was_learnt_and_what_crossed_the_bus_is_recorded(model_folder, data
     # Per layer: q, o (64 x 64), gate, up, down (64 x 128) as images of 24 x 24, and k, v (32 x 64) too.
     images_bytes = 2 * 7 * 24 * 24 * 4
     assert setup.optimizer.transport.down_bytes == 3 * images_bytes
-    told = [step["bus_down_bytes"] for step in events["step"]]  # the last images of a step may cross in the next
+    told = [step.bus_down_bytes for step in events["step"]]  # the last images of a step may cross in the next
     assert all(sum(told[:step]) <= step * images_bytes for step in (1, 2, 3)) and sum(told) > 0
-    assert [told["step"] for told in events["learnt"]] == [0, 2]
-    first = events["learnt"][0]
+    assert [told.step for told in events["learnt"]] == [0, 2]
+    first = events["learnt"][0].extra
     assert first["num_projected"] == first["learnt"] == 14 and 0 < first["bias"] <= first["worst_bias"] < 1.5
-    assert set(events["step"][1]["lane_s"]) == {"down", "update", "up"}
+    assert set(events["step"][1].lane_s) == {"down", "update", "up"}
 
 
 @pytest.mark.parametrize("method", [METHOD, FAR], ids=["this machine's CPU", "another machine's CPU"])
@@ -197,7 +198,9 @@ def test_whole_gradients_make_full_training_of_the_same_weights(model_folder, da
         group["base_lr"] = 1e-2
     plain.optimizer = optimizer
     found = []
-    hooks = Hooks(lambda event, **f: found.append(f["loss"]) if event == "step" else None, lambda n: "x", lambda: None)
+    hooks = Hooks(
+        lambda event: found.append(event.loss) if isinstance(event, StepReport) else None, lambda n: "x", lambda: None
+    )
     order = Order(24, 8, seed=5, num_train_epochs=2, max_steps=4)
     when = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
     train(Training(plain, Dataset.load(data_folder), None, order, when, ONE_BY_ONE, Group(), Progress(), hooks))
@@ -246,7 +249,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     setup = prepared(model_folder)
     events = run(setup, data_folder, 3, group=Group(rank, 2))
-    sent = [step["step_bytes_sent"] for step in events["step"]]
+    sent = [step.step_bytes_sent for step in events["step"]]
     torch.save((losses(events), weights(setup), sent), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

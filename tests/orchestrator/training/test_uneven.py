@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
+from orchestrator.runs.events import Note, StepReport
 from orchestrator.training.loop import train
 from orchestrator.training.memory import fallback, is_out_of_memory
 from orchestrator.training.parallel import GradientSum, Group, _buckets
@@ -162,14 +163,14 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_and_the_same_resul
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     setup.model.register_forward_pre_hook(refuse, with_kwargs=True)
-    told = []
-    hooks = Hooks(lambda event, **fields: told.append((event, fields)), lambda now: "x", lambda: None)
+    events = []
+    hooks = Hooks(events.append, lambda now: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
 
     train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, wide, Group(), Progress(), hooks))
 
-    losses = [fields["loss"] for event, fields in told if event == "step"]
-    notes = [fields["text"] for event, fields in told if event == "note"]
+    losses = [event.loss for event in events if isinstance(event, StepReport)]
+    notes = [event.text for event in events if isinstance(event, Note)]
     assert [note[:45] for note in notes] == ["out of memory; the step is repeated with micr"] * 2
     expected = reference[0] if isinstance(reference[0], list) else list(reference[0].values())
     assert all(math.isclose(a, b, rel_tol=1e-5) for a, b in zip(losses, expected, strict=True))
@@ -188,7 +189,7 @@ def test_when_not_even_one_sample_fits_it_says_so(model_folder, data_folder):
         raise MemoryError("no room")
 
     setup.model.register_forward_pre_hook(refuse)
-    hooks = Hooks(lambda event, **fields: None, lambda now: "x", lambda: None)
+    hooks = Hooks(lambda event: None, lambda now: "x", lambda: None)
     one = dataclasses.replace(ONE_BY_ONE, gradient_checkpointing=True)
 
     with pytest.raises(NothingFits, match="not even one sample"):
