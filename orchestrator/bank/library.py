@@ -87,7 +87,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     adapter = Adapter(exported)
     fits_base(adapter, base.folder)
     data, _ = datasets(files)
-    scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.get(when)))}
+    scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.values.get(when)))}
     card = Card(
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,

@@ -110,8 +110,9 @@ def print_result(run: RunFolder, as_json: bool) -> None:
 
     exported = exported_whole(run)
     if as_json:
-        ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported), "result": run.result()}
-        print_json({**ended, "data": run.data().get("statistics")})
+        result = run.result()
+        ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported)}
+        print_json({**ended, "result": result and result.values, "data": run.data().get("statistics")})
         return
     out.print()
     out.print(result_view(run))

@@ -191,6 +191,7 @@ def evaluate(
     Example: orchestrator evaluate latest --data hard_cases.jsonl
     """
     from orchestrator.lifecycle.prepare import held_out_of
+    from orchestrator.runs.json_files import quality_of
     from orchestrator.views.result import scores_view
 
     found = RunFolder.find(run, runs)
@@ -201,7 +202,7 @@ def evaluate(
     if json_:
         print_json(quality)
     else:
-        out.print(scores_view(quality))
+        out.print(scores_view(quality_of(quality)))
 
 
 @verbs.command()

@@ -102,5 +102,6 @@ def _done(run: RunFolder) -> dict[str, Any]:
 
 def _mark(run: RunFolder, target: str) -> str:
     """What a step was done for: the bytes handed back and the place, as a digest (a place may hold a password)."""
-    handed = (run.result() or {}).get("handed_back") or {}
-    return hashlib.sha256(json.dumps([handed.get("files"), target], sort_keys=True).encode()).hexdigest()[:16]
+    result = run.result()
+    files = (result.values.get("handed_back") or {}).get("files") if result else None
+    return hashlib.sha256(json.dumps([files, target], sort_keys=True).encode()).hexdigest()[:16]

@@ -83,8 +83,9 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankH
 def is_complete(run: RunFolder, job: Job) -> bool:
     """Whether nothing is left to do: trained, handed back as it lies here, and its end done."""
     result = run.result()
-    done = run.state() == "finished" and result is not None
-    return done and not run.differences() and not exported_damage(run, result or {}) and not finish.pending(run, job)
+    if run.state() != "finished" or result is None:
+        return False
+    return not run.differences() and not exported_damage(run, result) and not finish.pending(run, job)
 
 
 def _check_secrets(job: Job) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from clusters.safe.masking import masked
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
@@ -27,6 +25,7 @@ from orchestrator.runs.events import (
     StepReport,
     WorkerKilled,
 )
+from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.runs.worker_stats import WorkerStats, stats_of_run
 from orchestrator.views.plan import shown
@@ -40,7 +39,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     """The job, the plan, the result and its cost.  Sections without data yet are omitted."""
     w = words(lang)
     plan = run.plan()
-    result, events = run.result() or {}, run.events()[0]
+    result, events = run.result(), run.events()[0]
     steps = [event for _, event in sorted(run.steps().items())]
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
     report.section(w("Result"), _facts(w, run, plan, result, steps), _checked(result))
@@ -58,25 +57,21 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     return report
 
 
-def _facts(w: Word, run: RunFolder, plan: Plan, result: dict[str, Any], steps: list[StepReport]) -> Block:
+def _facts(w: Word, run: RunFolder, plan: Plan, result: RunResult | None, steps: list[StepReport]) -> Block:
     facts = [(w("state"), run.state()), (w("steps"), f"{len(steps)} / {plan.num_steps}")]
-    for key, value in (result.get("after") or {}).items():
-        if isinstance(value, float) and key != "seconds":
-            facts.append((key, score(key, value)))
     if result:
-        seconds, tokens = result["train_seconds"], result["tokens"]
+        facts += [(key, score(key, value)) for key, value in (result.after.scores if result.after else {}).items()]
         facts += [
-            (w("training time"), format_s(seconds)),
-            (w("tokens/s"), f"{tokens / max(seconds, 1e-9):.0f}"),
-            (w("peak memory"), format_bytes(result["memory"]["measured_peak_bytes"])),
+            (w("training time"), format_s(result.train_seconds)),
+            (w("tokens/s"), f"{result.tokens_per_s:.0f}"),
+            (w("peak memory"), format_bytes(result.memory.measured_peak_bytes)),
         ]
     return Facts(facts)
 
 
-def _checked(result: dict[str, Any]) -> Block | None:
+def _checked(result: RunResult | None) -> Block | None:
     """How what was handed back was held against what was trained."""
-    check = (result.get("handed_back") or {}).get("check")
-    return Paragraph(check["text"]) if check else None
+    return Paragraph(result.check) if result and result.check else None
 
 
 def _job(w: Word, job: Job) -> Block:
@@ -105,17 +100,16 @@ def _alternatives(w: Word, plan: Plan) -> list[Block]:
     return [Table((w("way"), w("time"), w("memory"), w("why")), rows)]
 
 
-def _quality(w: Word, result: dict[str, Any]) -> list[Block]:
-    before, after = result.get("before") or {}, result.get("after") or {}
-    if not after:
+def _quality(w: Word, result: RunResult | None) -> list[Block]:
+    if not result or not result.after:
         return []
-    names = [key for key, value in after.items() if isinstance(value, float) and key != "seconds"]
-    rows = [(key, score(key, before.get(key)), score(key, after[key])) for key in names]
+    before, after = _scores(result)
+    rows = [(key, score(key, before.get(key)), score(key, value)) for key, value in after.items()]
     blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
-    if compared := after.get("compared"):
+    if compared := result.after.compared:
         blocks.append(Paragraph("; ".join(f"{key}: {how}" for key, how in compared.items())))
-    scores = [key for key in names if key != "eval_loss"]
-    drawn = scores or names
+    scores = [key for key in after if key != "eval_loss"]
+    drawn = scores or list(after)
     groups = {
         key: {w(when): values[key] for when, values in (("before", before), ("after", after)) if key in values}
         for key in drawn
@@ -139,26 +133,25 @@ def _losses(w: Word, steps: list[StepReport], events: list[Event]) -> Block | No
     return Figure("loss", svg, w("The loss of every step; dots are the held-out loss."))
 
 
-def _memory(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
+def _memory(w: Word, plan: Plan, result: RunResult | None) -> Block:
     rows, marks = {}, {}
     for part in plan.nodes:
         name = f"{part.device} ({part.node})"
         rows[name] = {w(key): value / 2**30 for key, value in part.memory.parts.items() if value}
     if result:
         first = plan.nodes[0]
-        marks[f"{first.device} ({first.node})"] = result["memory"]["measured_peak_bytes"] / 2**30
+        marks[f"{first.device} ({first.node})"] = result.memory.measured_peak_bytes / 2**30
     caption = w("Bytes at the peak of a step by part, as predicted; the line is what was measured.")
     return Figure("memory", plots.stacked(rows, w("GiB"), marks), caption)
 
 
-def _step_time(w: Word, plan: Plan, result: dict[str, Any]) -> Block:
+def _step_time(w: Word, plan: Plan, result: RunResult | None) -> Block:
     rows, marks = {}, {}
     for part in plan.nodes:
         parts = {**part.time.parts, "sync": plan.sync_s}
         rows[f"{part.device} ({part.node})"] = {w(key): value for key, value in parts.items() if value}
-    measured_s = (result.get("time") or {}).get("measured_step_s")
-    if measured_s:
-        marks = dict.fromkeys(rows, measured_s)
+    if result and result.measured_step_s:
+        marks = dict.fromkeys(rows, result.measured_step_s)
     caption = w("Seconds of a step by what is waited for, as predicted; the line is what was measured.")
     return Figure("step-time", plots.stacked(rows, w("seconds"), marks), caption)
 
@@ -206,25 +199,24 @@ def _fields(event: Event) -> list[str]:
     return [f"{key} {value}" for key, value in event.to_json().items() if key not in ("event", "time", "traceback")]
 
 
-def _samples(result: dict[str, Any]) -> list[Block]:
-    before = {one["prompt"]: one["generated"] for one in (result.get("before") or {}).get("samples", [])}
-    return [
-        Answer(one["prompt"], before.get(one["prompt"]), one["generated"], one["reference"])
-        for one in (result.get("after") or {}).get("samples", [])
-    ]
-
-
-def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: dict[str, Any], events: list[Event]) -> list[Block]:
-    if not result or not result["tokens"]:
+def _samples(result: RunResult | None) -> list[Block]:
+    if not result or not result.after:
         return []
-    spec, tokens = job.spec, result["tokens"]
+    before = {one.prompt: one.generated for one in result.before.samples} if result.before else {}
+    return [Answer(one.prompt, before.get(one.prompt), one.generated, one.reference) for one in result.after.samples]
+
+
+def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: list[Event]) -> list[Block]:
+    if not result or not result.tokens:
+        return []
+    spec, tokens = job.spec, result.tokens
     capability = run.capability()
     trained_s, again_s = trained_seconds(events)
     cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
     sittings = sum(isinstance(event, ModelReady) for event in events)
-    if (energy := result.get("energy")) and sittings == 1:  # the counters saw the last sitting only
+    if (energy := result.energy) and sittings == 1:  # the counters saw the last sitting only
         owned = all(node.price_per_hour is None for node in price.priced(spec, capability).nodes)
-        cost = tco.measured(spec, cost, energy["wh"], energy["source"], tokens, owned)
+        cost = tco.measured(spec, cost, energy.wh, energy.source, tokens, owned)
     others = []
     if spec.cost.alternatives:
         others = alternatives_of(job, plan, run.data(), tokens)
@@ -236,21 +228,25 @@ def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: dict[str, Any]
     return [*([Facts(facts)] if facts else []), *blocks, Paragraph(notes_on_cost(w))]
 
 
-def _points(w: Word, currency: str, cost: tco.Cost, result: dict[str, Any]) -> list[tuple[str, str]]:
+def _points(w: Word, currency: str, cost: tco.Cost, result: RunResult) -> list[tuple[str, str]]:
     """The cost of a run over what it gained: of the first metric a hundredth, else a tenth of a nat."""
-    before, after = result.get("before") or {}, result.get("after") or {}
     if cost.per_run is None:
         return []
-    for key, value in after.items():
-        if key in ("eval_loss", "seconds") or not isinstance(value, float) or key not in before:
-            continue
-        gained = 100 * (value - before[key])
+    before, after = _scores(result)
+    for key in after:
+        gained = 100 * (after[key] - before[key]) if key != "eval_loss" and key in before else 0.0
         if gained > 0:
             return [(f"{w('a quality point')} ({key})", f"{cost.per_run / gained:.3g} {currency}")]
     if "eval_loss" in before and "eval_loss" in after and before["eval_loss"] > after["eval_loss"]:
         gained = 10 * (before["eval_loss"] - after["eval_loss"])
         return [(f"{w('a quality point')} (0.1 eval_loss)", f"{cost.per_run / gained:.3g} {currency}")]
     return []
+
+
+def _scores(result: RunResult) -> tuple[dict[str, float], dict[str, float]]:
+    """Before and after training; none where it was not measured."""
+    before, after = (quality.scores if quality else {} for quality in (result.before, result.after))
+    return before, after
 
 
 def trained_seconds(events: list[Event]) -> tuple[float, float]:
@@ -264,13 +260,13 @@ def trained_seconds(events: list[Event]) -> tuple[float, float]:
     return whole, again
 
 
-def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: dict[str, Any]) -> list[Block]:
+def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: RunResult | None) -> list[Block]:
     rows = [
         ("plan", plan.hash),
-        ("data", str(result.get("data_digest", "-"))),
+        ("data", str(result.data_digest) if result else "-"),
         ("seed", str(job.spec.train.seed)),
-        (w("tokens"), format_count(result["tokens"]) if result else "-"),
-        *((package, version) for package, version in (result.get("versions") or {}).items()),
+        (w("tokens"), format_count(result.tokens) if result else "-"),
+        *((package, version) for package, version in ((result and result.versions) or {}).items()),
     ]
     return [
         Paragraph(w("The same data, plan and versions give the same numbers on the same machine.")),

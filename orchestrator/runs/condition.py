@@ -18,6 +18,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
+from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder
 
 
@@ -28,8 +29,8 @@ class Finished:
     run: RunFolder
     job: Job
     plan: Plan
-    data: dict[str, Any]  # files.DataFiles
-    result: dict[str, Any]  # files.Result
+    data: dict[str, Any]  # json_files.DataFiles
+    result: RunResult
     exported: Path
 
 
@@ -44,20 +45,20 @@ def require_finished(run: RunFolder) -> Finished:
     return Finished(run, job, plan, data, result, exported)
 
 
-def exported_damage(run: RunFolder, result: dict[str, Any], by_size: bool = False) -> str | None:
+def exported_damage(run: RunFolder, result: RunResult, by_size: bool = False) -> str | None:
     """What is wrong with what a run handed back; None where every file is as it was, or none was recorded.
 
     `by_size` reads no file: for tables of many runs.
     """
-    handed, folder = result.get("handed_back"), run.exported()
-    if folder is None or (handed and folder.name != handed["folder"]):
-        return f"{run.path / printable(handed['folder'] if handed else 'adapter')} is gone"
-    for name, expected in (handed or {}).get("files", {}).items():
+    handed, folder = result.handed_back, run.exported()
+    if folder is None or (handed and folder.name != handed.folder):
+        return f"{run.path / printable(handed.folder if handed else 'adapter')} is gone"
+    for name, expected in handed.files.items() if handed else ():
         file = folder / name
         if not file.is_file():
             return f"{file} is gone"
-        is_same = file.stat().st_size == expected["bytes"]
-        if not is_same or not (by_size or digests.of_file(file).sha256 == expected["sha256"]):
+        is_same = file.stat().st_size == expected.bytes
+        if not is_same or not (by_size or digests.of_file(file).sha256 == expected.sha256):
             return f"{file} has changed since it was handed back"
     return None
 

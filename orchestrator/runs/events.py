@@ -20,12 +20,18 @@ from clusters.safe.reading import BadInput
 class Event:
     """A line of events.jsonl.  A field without a default is always written, one that is None by default only if set."""
 
-    kind: ClassVar[str] = ""
+    kinds: ClassVar[dict[str, type[Event]]] = {}
+    kind: ClassVar[str]
     whole: ClassVar[tuple[str, ...]] = ()  # optional fields that are written all or none; the first decides
 
     _: KW_ONLY
     time: float = 0.0  # seconds since the epoch, set when it is written
     extra: Mapping[str, Any] = field(default_factory=dict)  # fields that the class does not name
+
+    def __init_subclass__(cls, kind: str = "") -> None:
+        cls.kind = kind
+        if kind:
+            cls.kinds[kind] = cls
 
     def to_json(self) -> dict[str, Any]:
         """The line's values, in the order they are written."""
@@ -62,10 +68,9 @@ class Event:
 
 
 @dataclass(frozen=True)
-class StateChange(Event):
+class StateChange(Event, kind="state"):
     """running | replanning | finished | stopped | failed."""
 
-    kind: ClassVar[str] = "state"
     state: str
     step: int | None = None
     pid: int | None = None
@@ -73,18 +78,16 @@ class StateChange(Event):
 
 
 @dataclass(frozen=True)
-class Note(Event):
+class Note(Event, kind="note"):
     """A decision and its reason, for the user."""
 
-    kind: ClassVar[str] = "note"
     text: str
 
 
 @dataclass(frozen=True, kw_only=True)
-class ErrorReport(Event):
+class ErrorReport(Event, kind="error"):
     """An exception in a worker."""
 
-    kind: ClassVar[str] = "error"
     text: str
     traceback: str | None = None
     exit_code: int | None = None
@@ -93,29 +96,26 @@ class ErrorReport(Event):
 
 
 @dataclass(frozen=True)
-class Failure(Event):
+class Failure(Event, kind="failure"):
     """A try that failed, to be continued from the last checkpoint."""
 
-    kind: ClassVar[str] = "failure"
     text: str
     step: int | None = None
     failures: int | None = None
 
 
 @dataclass(frozen=True)
-class WorkerKilled(Event):
+class WorkerKilled(Event, kind="killed"):
     """A worker process that vanished."""
 
-    kind: ClassVar[str] = "killed"
     rank: int
     node: str | None
 
 
 @dataclass(frozen=True)
-class Replan(Event):
+class Replan(Event, kind="replanned"):
     """Another plan, for the nodes that are there."""
 
-    kind: ClassVar[str] = "replanned"
     plan: str
     nodes: list[str]
     lost: list[str]
@@ -124,19 +124,17 @@ class Replan(Event):
 
 
 @dataclass(frozen=True)
-class ModelReady(Event):
+class ModelReady(Event, kind="ready"):
     """The model is loaded and set up."""
 
-    kind: ClassVar[str] = "ready"
     seconds: float
     trainable: int | None = None
 
 
 @dataclass(frozen=True)
-class PreflightReport(Event):
+class PreflightReport(Event, kind="preflight"):
     """What the longest batch took before training began."""
 
-    kind: ClassVar[str] = "preflight"
     seconds: float | None
     longest_batch_s: float | None
     longest_batch_tokens: int | None
@@ -166,10 +164,9 @@ class Member:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WorkerGroup(Event):
+class WorkerGroup(Event, kind="group"):
     """The workers that train together, by rank, and their shares of a step."""
 
-    kind: ClassVar[str] = "group"
     step: int | None = None
     plan: str | None = None
     members: list[Member]
@@ -187,19 +184,17 @@ class WorkerGroup(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShareChange(Event):
+class ShareChange(Event, kind="shares"):
     """The workers' shares from the next step on."""
 
-    kind: ClassVar[str] = "shares"
     step: int | None = None
     shares: list[float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class StepReport(Event):
+class StepReport(Event, kind="step"):
     """An optimizer step."""
 
-    kind: ClassVar[str] = "step"
     whole: ClassVar[tuple[str, ...]] = (
         "worker_s",
         "worker_tokens",
@@ -230,10 +225,9 @@ class StepReport(Event):
 
 
 @dataclass(frozen=True)
-class LearningReport(Event):
+class LearningReport(Event, kind="learnt"):
     """What a method learned from gradients between two steps; its numbers are extra."""
 
-    kind: ClassVar[str] = "learnt"
     step: int
     text: str
 
@@ -245,36 +239,32 @@ class LearningReport(Event):
 
 
 @dataclass(frozen=True)
-class Evaluation(Event):
+class Evaluation(Event, kind="eval"):
     """The held-out loss after a step."""
 
-    kind: ClassVar[str] = "eval"
     step: int
     eval_loss: float
 
 
 @dataclass(frozen=True)
-class CheckpointReport(Event):
+class CheckpointReport(Event, kind="checkpoint"):
     """A checkpoint was saved."""
 
-    kind: ClassVar[str] = "checkpoint"
     step: int
     name: str | None
 
 
 @dataclass(frozen=True)
-class FinalEvaluation(Event):
+class FinalEvaluation(Event, kind="last_evaluation"):
     """The last evaluation begins; a process that ends in it comes back with fewer rows."""
 
-    kind: ClassVar[str] = "last_evaluation"
     rows: int
 
 
 @dataclass(frozen=True)
-class QualityReport(Event):
+class QualityReport(Event, kind="quality"):
     """The metrics of the held-out rows before or after training; all but the loss are extra."""
 
-    kind: ClassVar[str] = "quality"
     when: str  # before | after
     eval_loss: float | None = None
 
@@ -286,18 +276,16 @@ class QualityReport(Event):
 
 
 @dataclass(frozen=True)
-class HandBack(Event):
+class HandBack(Event, kind="handed_back"):
     """How the exported files compare with the trained model."""
 
-    kind: ClassVar[str] = "handed_back"
     text: str
 
 
 @dataclass(frozen=True)
-class PredictionReport(Event):
+class PredictionReport(Event, kind="prediction"):
     """The plan's predictions beside what was measured."""
 
-    kind: ClassVar[str] = "prediction"
     predicted_step_s: float
     measured_step_s: float
     predicted_bytes: float
@@ -305,10 +293,9 @@ class PredictionReport(Event):
 
 
 @dataclass(frozen=True)
-class TrackingReport(Event):
+class TrackingReport(Event, kind="tracking"):
     """Where MLflow has the run (ok), or why it has not."""
 
-    kind: ClassVar[str] = "tracking"
     ok: bool
     text: str
 
@@ -323,16 +310,13 @@ class OtherEvent(Event):
         return {"event": self.kind, "time": self.time, **self.extra}
 
 
-KINDS: dict[str, type[Event]] = {one.kind: one for one in Event.__subclasses__() if one is not OtherEvent}
-
-
 def read_event(values: Any) -> Event:
     """An event from a line's values.  Raises BadInput."""
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         raise BadInput("is no event")
     if type(values.get("time")) not in _TYPES["float"]:
         raise BadInput("its time is no number")
-    if kind := KINDS.get(values["event"]):
+    if kind := Event.kinds.get(values["event"]):
         return kind.from_json(values)
     return OtherEvent(values["event"], time=values["time"], extra=_without(values, "event", "time"))
 
@@ -362,16 +346,8 @@ def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names} if len(values) > len(names) else {}
 
 
-_TYPES: dict[str, tuple[type, ...]] = {
-    "str": (str,),
-    "int": (int,),
-    "float": (int, float),
-    "bool": (bool,),
-    "list": (list,),
-    "dict": (dict,),
-    "None": (type(None),),
-    "Member": (Member,),
-}
+_TYPES: dict[str, tuple[type, ...]] = {one.__name__: (one,) for one in (str, int, bool, list, dict, Member)}
+_TYPES |= {"float": (int, float), "None": (type(None),)}
 
 
 @dataclass(frozen=True)

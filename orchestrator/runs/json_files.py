@@ -6,7 +6,7 @@ Numbers that are no numbers (a loss of NaN) are read as not measured.  Fields th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, TypeVar
 
 from clusters.capability import ClusterCapability
@@ -50,12 +50,17 @@ class Sample:
 
 @dataclass(frozen=True)
 class Quality:
-    """What was measured on held-out rows; metrics are fields of their own names."""
+    """What was measured on held-out rows; in the file each score has a field of its own name."""
 
     eval_loss: float | None
     rows: int | None = None
+    answers: int | None = None  # of `rows`, those whose prompt was answered
+    without_room: int | None = None  # prompts that fill the model's context
+    out_of_memory: int | None = None  # prompts whose answer did not fit
     seconds: float | None = None
+    compared: dict[str, str] = field(default_factory=dict)  # score -> the unit of text it compares
     samples: list[Sample] = field(default_factory=list)
+    scores: dict[str, float] = field(default_factory=dict)  # eval_loss and every metric
 
 
 @dataclass(frozen=True)
@@ -87,6 +92,13 @@ class Energy:
 
 
 @dataclass(frozen=True)
+class Check:
+    """How what was handed back compares with what was trained."""
+
+    text: str
+
+
+@dataclass(frozen=True)
 class HandedBack:
     """Which step's weights were handed back, and why not those of the lowest held-out loss."""
 
@@ -96,10 +108,11 @@ class HandedBack:
     instead_of: str | None = None  # the checkpoint that was best
     reason: str | None = None  # why it could not be used
     files: dict[str, FileDigest] = field(default_factory=dict)
+    check: Check | None = None
 
 
 @dataclass(frozen=True)
-class Result:
+class RunResult:
     """result.json: what a run came to."""
 
     steps: int
@@ -117,17 +130,50 @@ class Result:
     energy: Energy | None = None
     versions: dict[str, str] | None = None
     handed_back: HandedBack | None = None
+    values: Values = field(default_factory=dict)  # as in the file, where a later version may have more
+
+    @property
+    def check(self) -> str | None:
+        """How what was handed back compares with what was trained."""
+        return self.handed_back.check.text if self.handed_back and self.handed_back.check else None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / max(self.train_seconds, 1e-9)
+
+    @property
+    def measured_step_s(self) -> float | None:
+        return self.time.measured_step_s if self.time else None
 
 
-def parse(kind: Any, text: str, label: str) -> Any:
+def parse_result(text: str, label: str) -> RunResult:
+    """result.json.  Raises JobError with file and fault."""
+    values, found = _typed(RunResult, text, label)
+    before, after = (values.get(when) and quality_of(values[when]) for when in ("before", "after"))
+    return replace(found, before=before, after=after, values=values)
+
+
+def quality_of(values: Values) -> Quality:
+    """What an evaluation measured.  Raises BadInput."""
+    return replace(record(Quality, values, "quality"), scores=scores(values))
+
+
+def parse(kind: Any, text: str, label: str) -> Values:
     """The fields of a JSON text after each that `kind` names has its type, or its default where it is not there.
 
     Raises JobError with file and fault.
     """
+    return _completed(*_typed(kind, text, label))
+
+
+def _typed(kind: Any, text: str, label: str) -> tuple[Values, Any]:
     with bad_input_as_job_error():
         values = finite(load_json(text, label, allow_nan=True))
-        found = record(kind, values, label)
-    absent = [one.name for one in fields(kind) if one.name not in values] if is_dataclass(kind) else []
+        return values, record(kind, values, label)
+
+
+def _completed(values: Values, found: Any) -> Values:
+    absent = [one.name for one in fields(found) if one.name not in values] if is_dataclass(found) else []
     return values | {name: getattr(found, name) for name in absent}
 
 

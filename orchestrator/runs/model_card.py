@@ -11,6 +11,7 @@ import yaml
 
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
+from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.markdown import inline_code, plain
 from orchestrator.runs.run_folder import RunFolder
 
@@ -22,12 +23,11 @@ def write_card(run: RunFolder, job: Job) -> None:
     folder, result = run.exported(), run.result()
     if folder is None or result is None:
         return
-    check = (result.get("handed_back") or {}).get("check") or {}
     commands = [
         f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
-    facts = _facts(run, job, folder, check.get("text"))
+    facts = _facts(run, job, folder, result, result.check)
     is_adapter = folder.name == "adapter"
     lines = _card(job, facts, result, is_adapter, _usage(job, folder, is_adapter, _has_template(folder)))
     _write(folder, [*lines, "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""])
@@ -36,7 +36,9 @@ def write_card(run: RunFolder, job: Job) -> None:
 def write_merged_card(run: RunFolder, job: Job, folder: Path, place: Path, check: str) -> None:
     """The same into `folder` for a merged model that will lie at `place`; `check` says how it was compared."""
     usage = _usage(job, place, False, _has_template(folder))
-    _write(folder, _card(job, _facts(run, job, folder, check), run.result() or {}, False, usage))
+    result = run.result()
+    assert result is not None  # it was merged from what the run handed back
+    _write(folder, _card(job, _facts(run, job, folder, result, check), result, False, usage))
 
 
 def _write(folder: Path, lines: list[str]) -> None:
@@ -44,46 +46,43 @@ def _write(folder: Path, lines: list[str]) -> None:
     (folder / NAME).chmod(0o644)
 
 
-def _card(job: Job, facts: list[str], result: dict[str, Any], is_adapter: bool, usage: list[str]) -> list[str]:
+def _card(job: Job, facts: list[str], result: RunResult, is_adapter: bool, usage: list[str]) -> list[str]:
     base, library = job.spec.model.model_name_or_path, "peft" if is_adapter else "transformers"
     head = yaml.safe_dump({"base_model": base, "library_name": library}, allow_unicode=True, sort_keys=False)
     lines = ["---", head.strip(), "---", f"# {plain(job.spec.name)}", "", *facts, "", *_quality(result)]
     return [*lines, "## How to use it", "", *usage, ""]
 
 
-def _facts(run: RunFolder, job: Job, folder: Path, check: str | None) -> list[str]:
+def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str | None) -> list[str]:
     """Where a model comes from, a line each."""
-    result = run.result() or {}
     method = ", ".join(f"{key}={value}" for key, value in run.plan().method.items() if value is not None)
     lines = [
         f"Tuned from {inline_code(job.spec.model.model_name_or_path)} by run {inline_code(run.run_id)}.",
         "",
         f"- Method: {plain(method)}",
-        f"- Data digest: {inline_code(str(result.get('data_digest')))}",
-        f"- Steps: {result.get('steps')}, supervised tokens: {result.get('supervised_tokens')}, plan"
-        f" {inline_code(str(result.get('plan_hash')))}",
+        f"- Data digest: {inline_code(str(result.data_digest))}",
+        f"- Steps: {result.steps}, supervised tokens: {result.supervised_tokens}, plan"
+        f" {inline_code(str(result.plan_hash))}",
     ]
-    handed = result.get("handed_back") or {}
-    if handed.get("reason"):
+    if (handed := result.handed_back) and handed.reason:
         text = (
-            f"Weights: of step {handed['step']}, the next best; {handed['instead_of']}, which had the lowest held-out"
-            f" loss, could not be used ({handed['reason']})"
+            f"Weights: of step {handed.step}, the next best; {handed.instead_of}, which had the lowest held-out"
+            f" loss, could not be used ({handed.reason})"
         )
         lines.append(f"- {plain(text)}")
     lines += [f"- Checked: {plain(check)}"] if check else []
     return [*lines, f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}"]
 
 
-def _quality(result: dict[str, Any]) -> list[str]:
-    before, after = result.get("before") or {}, result.get("after") or {}
-    if not after:
+def _quality(result: RunResult) -> list[str]:
+    if not result.after:
         return []
+    before = result.before.scores if result.before else {}
     lines = ["| held-out rows | before | after |", "|---|---|---|"]
-    for key, value in after.items():
-        if isinstance(value, float) and key != "seconds":
-            old = f"{before[key]:.4f}" if isinstance(before.get(key), float) else "not measured"
-            lines.append(f"| {plain(key)} | {old} | {value:.4f} |")
-    compared = [f"{plain(key)}: {plain(str(how))}" for key, how in (after.get("compared") or {}).items()]
+    for key, value in result.after.scores.items():
+        old = f"{before[key]:.4f}" if key in before else "not measured"
+        lines.append(f"| {plain(key)} | {old} | {value:.4f} |")
+    compared = [f"{plain(key)}: {plain(how)}" for key, how in result.after.compared.items()]
     return [*lines, "", *([f"Compared by {'; '.join(compared)}.", ""] if compared else [])]
 
 

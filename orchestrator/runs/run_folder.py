@@ -31,6 +31,7 @@ from orchestrator.planning.plan import Plan
 from orchestrator.runs import events, json_files, locks
 from orchestrator.runs import record as recorded
 from orchestrator.runs.events import Event, StateChange, StepReport
+from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.recorded_folder import Folder
 
 E = TypeVar("E", bound=Event)
@@ -179,16 +180,16 @@ class RunFolder(Folder):
         return json_files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
 
     def data(self) -> dict[str, Any]:
-        """Where model and samples lie (files.DataFiles).  Raises JobError."""
+        """Where model and samples lie (json_files.DataFiles).  Raises JobError."""
         return json_files.parse(json_files.DataFiles, self._needed("data.json"), str(self.path / "data.json"))
 
-    def result(self) -> dict[str, Any] | None:
-        """What the run came to (files.Result), None while it has no result.  Raises JobError."""
+    def result(self) -> RunResult | None:
+        """What the run came to, None while it has no result.  Raises JobError."""
         text = self._text("result.json")
-        return None if text is None else json_files.parse(json_files.Result, text, str(self.path / "result.json"))
+        return None if text is None else json_files.parse_result(text, str(self.path / "result.json"))
 
     def before(self) -> dict[str, Any] | None:
-        """What a machine that does not train measured of the untuned model (files.Quality).  Raises JobError."""
+        """What a machine that does not train measured of the base model (json_files.Quality).  Raises JobError."""
         text = self._text("before.json")
         return None if text is None else json_files.parse(json_files.Quality, text, str(self.path / "before.json"))
 

@@ -14,26 +14,26 @@ from clusters.units import format_bytes, format_count, format_s
 from orchestrator.runs.checkpoints import Choice
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.events import ErrorReport, Event, StateChange
+from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.screen import new_table
 
 
 def result_view(run: RunFolder) -> RenderableType:
     """Quality before and after, sample outputs, cost, and where things are."""
-    result = run.result() or {}
-    before, after = result.get("before") or {}, result.get("after") or {}
+    result = run.result()
+    if result is None:
+        return Text("no result yet")
     parts: list[RenderableType] = []
-    if after:
+    if after := result.after:
+        before = result.before or Quality(None)
         table = new_table("held-out", "before", "after")
-        for key, value in after.items():
-            if isinstance(value, float) and key != "seconds":
-                table.add_row(_text(key), score(key, before.get(key)), score(key, value))
-        parts += [table, Text()]
-        old = {sample["prompt"]: sample["generated"] for sample in before.get("samples", [])}
-        for sample in after.get("samples", []):
-            parts.append(_sample(sample, old.get(sample["prompt"])))
-    parts += _how_compared(after)
-    if text := handed_back_text(result):
+        for key, value in after.scores.items():
+            table.add_row(_text(key), score(key, before.scores.get(key)), score(key, value))
+        old = {sample.prompt: sample.generated for sample in before.samples}
+        parts += [table, Text(), *(_sample(sample, old.get(sample.prompt)) for sample in after.samples)]
+        parts += _how_compared(after)
+    if text := handed_back_text(result.handed_back):
         parts.append(Text(text, style="yellow"))
     parts.append(Text(_cost_sentence(result)))
     exported = run.exported()
@@ -41,47 +41,42 @@ def result_view(run: RunFolder) -> RenderableType:
         parts.append(_text(f"{exported.name}: {exported}"))
     if damage := exported_damage(run, result):
         parts.append(Text(printable(f"damaged: {damage}"), style="red"))
-    elif check := (result.get("handed_back") or {}).get("check"):
-        parts.append(_text(f"checked: {check['text']}"))
+    elif result.check:
+        parts.append(_text(f"checked: {result.check}"))
     return Group(*parts)
 
 
-def handed_back_text(result: dict[str, Any]) -> str | None:
+def handed_back_text(handed: HandedBack | None) -> str | None:
     """Why other weights than the best were handed back; None when the best were."""
-    handed = result.get("handed_back")
-    if not handed:
+    if not handed or not handed.reason:
         return None
-    choice = Choice(handed["step"], *(handed.get(key) for key in ("eval_loss", "instead_of", "reason")))
-    return choice.text if choice.reason else None
+    return Choice(handed.step, handed.eval_loss, handed.instead_of, handed.reason).text
 
 
-def _cost_sentence(result: dict[str, Any]) -> str:
+def _cost_sentence(result: RunResult) -> str:
     """Work, time and memory, the predicted beside the measured."""
-    seconds, tokens, memory = max(result["train_seconds"], 1e-9), result["tokens"], result["memory"]
-    measured = memory["measured_peak_bytes"]
-    times = result.get("time") or {}
-    predicted_s, step_s = times.get("predicted_step_s"), times.get("measured_step_s")
+    times, memory = result.time or StepTimes(), result.memory
+    predicted_s, step_s = times.predicted_step_s, times.measured_step_s
     step = f"; step {format_s(step_s)} (predicted {format_s(predicted_s)})" if predicted_s and step_s else ""
     return (
-        f"{result['steps']} steps, {format_count(tokens)} tokens in {format_s(seconds)}"
-        f" ({tokens / seconds:.0f} tokens/s){step}; peak memory {format_bytes(measured)}"
-        f" (predicted {format_bytes(memory['predicted_bytes'])})"
+        f"{result.steps} steps, {format_count(result.tokens)} tokens in {format_s(max(result.train_seconds, 1e-9))}"
+        f" ({result.tokens_per_s:.0f} tokens/s){step}; peak memory {format_bytes(memory.measured_peak_bytes)}"
+        f" (predicted {format_bytes(memory.predicted_bytes)})"
     )
 
 
-def scores_view(quality: dict[str, Any]) -> RenderableType:
+def scores_view(quality: Quality) -> RenderableType:
     """The numbers of one evaluation and its samples."""
-    scores = {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
-    lines = [_text(f"{key:<14}{score(key, value)}") for key, value in scores.items()]
-    samples = (_sample(sample, None) for sample in quality.get("samples", []))
+    lines = [_text(f"{key:<14}{score(key, value)}") for key, value in quality.scores.items()]
+    samples = (_sample(sample, None) for sample in quality.samples)
     return Group(*lines, *_how_compared(quality), Text(), *samples)
 
 
-def _how_compared(quality: dict[str, Any]) -> list[RenderableType]:
+def _how_compared(quality: Quality) -> list[RenderableType]:
     """The unit of text of each metric, and how many prompts left no room for an answer."""
-    notes = [f"{key}: {how}" for key, how in (quality.get("compared") or {}).items()]
-    if count := quality.get("without_room"):
-        notes.append(f"{count} prompts fill the model's context: their answers are empty")
+    notes = [f"{key}: {how}" for key, how in quality.compared.items()]
+    if quality.without_room:
+        notes.append(f"{quality.without_room} prompts fill the model's context: their answers are empty")
     return [Text(printable("; ".join(notes)), style="dim")] if notes else []
 
 
@@ -90,16 +85,16 @@ def _text(text: str) -> Text:
     return Text(printable(text))
 
 
-def _sample(sample: dict[str, str], old: str | None) -> RenderableType:
-    prompt = printable(" ".join(sample["prompt"].split()))
-    right = sample["generated"].strip() == sample["reference"].strip()
+def _sample(sample: Sample, old: str | None) -> RenderableType:
+    prompt = printable(" ".join(sample.prompt.split()))
+    right = sample.generated.strip() == sample.reference.strip()
     lines = Text()
     lines.append(f"prompt  …{prompt[-150:]}\n" if len(prompt) > 150 else f"prompt  {prompt}\n", style="dim")
     if old is not None:
         lines.append(f"before  {_start(old)}\n")
-    lines.append(f"after   {_start(sample['generated'])}\n", style="green" if right else "yellow")
+    lines.append(f"after   {_start(sample.generated)}\n", style="green" if right else "yellow")
     if not right:
-        lines.append(f"wanted  {_start(sample['reference'])}\n", style="dim")
+        lines.append(f"wanted  {_start(sample.reference)}\n", style="dim")
     return lines
 
 
@@ -124,7 +119,7 @@ def run_row(run: RunFolder) -> dict[str, Any]:
     """The state of a run as one flat record."""
     steps = run.steps()
     num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
-    result = run.result() or {}
+    result = run.result()
     last = steps[max(steps)] if steps else None
     events = run.events()[0]
     errors = [event.text for event in events if isinstance(event, ErrorReport | StateChange) and event.text]
@@ -142,8 +137,7 @@ def run_row(run: RunFolder) -> dict[str, Any]:
     }
     if state == "running" and last and num_steps:
         row["eta_s"] = round((num_steps - last.step) * last.seconds)
-    after = result.get("after") or {}
-    row |= {key: after[key] for key in after if isinstance(after[key], float) and key != "seconds"}
+    row |= result.after.scores if result and result.after else {}
     if state == "failed" and errors:
         row["error"] = errors[-1]
     exported = run.exported()

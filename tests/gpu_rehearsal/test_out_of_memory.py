@@ -177,9 +177,9 @@ def test_memory_that_runs_out_on_one_worker_changes_neither_the_losses_nor_the_r
 
     assert run.state_by_events() == "finished" and exported_whole(run).name == "adapter"
     assert losses(run) == pytest.approx(losses(plain), rel=1e-5) and len(losses(run)) == 3
-    ours, theirs = run.result()["after"], plain.result()["after"]
-    assert ours["eval_loss"] == pytest.approx(theirs["eval_loss"], rel=1e-5)
-    assert ours["answers"] == theirs["answers"] and "out_of_memory" not in ours
+    ours, theirs = run.result().after, plain.result().after
+    assert ours.eval_loss == pytest.approx(theirs.eval_loss, rel=1e-5)
+    assert ours.answers == theirs.answers and ours.out_of_memory is None
 
 
 @pytest.mark.parametrize("name", ["sums", "first_update", "later_update"])
@@ -193,7 +193,7 @@ def test_an_evaluation_that_does_not_fit_at_all_ends_no_run(runs):
 
     result = run.result()
     assert run.state_by_events() == "finished" and exported_whole(run).name == "adapter"
-    assert result["after"] is None and losses(run) == pytest.approx(losses(runs["nowhere"]), rel=1e-5)
+    assert result.after is None and losses(run) == pytest.approx(losses(runs["nowhere"]), rel=1e-5)
     told = "\n".join(notes(run))
     assert "the result is handed back, but not measured: not even one held-out row at a time fits" in told
     assert "the held-out rows were not measured after step 2" in told

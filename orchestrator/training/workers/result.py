@@ -43,7 +43,7 @@ class TrainingOutcome:
 
 
 def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> dict[str, Any]:
-    """What is known before the model is evaluated (runs/json_files.py: Result)."""
+    """What is known before the model is evaluated (runs/json_files.py: RunResult)."""
     progress, plan, memory = outcome.progress, context.plan, context.part.memory
     steps = [event.seconds for _, event in sorted(run.steps().items())]
     return {
@@ -73,7 +73,7 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: T
 def write_result(run: RunFolder, result: dict[str, Any], outcome: TrainingOutcome) -> None:
     """Write result.json; where nothing was left to train, the figures of the training stay those of the earlier one."""
     if not outcome.has_trained and (earlier := run.result()):
-        result |= {key: earlier[key] for key in _OF_TRAINING if key in earlier}
+        result |= {key: earlier.values[key] for key in _OF_TRAINING if key in earlier.values}
     run.keep("result.json", json.dumps(result, indent=1))
 
 

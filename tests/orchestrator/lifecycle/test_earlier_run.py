@@ -60,7 +60,7 @@ def test_the_stopped_run_is_resumed_to_the_losses_it_would_have_had(place, witho
 
     assert stopped.state() == "finished"
     assert losses(stopped) == pytest.approx(losses(finished), rel=1e-6)
-    ours, theirs = (run.result()["after"]["eval_loss"] for run in (stopped, finished))
+    ours, theirs = (run.result().after.eval_loss for run in (stopped, finished))
     assert ours == pytest.approx(theirs, rel=1e-6)
 
 
@@ -69,12 +69,12 @@ def test_evaluating_the_finished_run_gives_its_numbers(place):
 
     again = json.loads(called("evaluate", "finished", "--runs", "results", "--json", cwd=place, check=0).stdout)
 
-    assert again["eval_loss"] == pytest.approx(run.result()["after"]["eval_loss"], rel=1e-5)
+    assert again["eval_loss"] == pytest.approx(run.result().after.eval_loss, rel=1e-5)
 
 
 def test_the_finished_run_has_a_report(place):
     told = json.loads(called("report", "finished", "--runs", "results", "--json", cwd=place, check=0).stdout)
 
     page = (place / told["report"]).read_text()
-    measured = RunFolder(place / "results" / "finished").result()["after"]["eval_loss"]
+    measured = RunFolder(place / "results" / "finished").result().after.eval_loss
     assert f"{measured:.4f}" in page and "4 / 4" in page

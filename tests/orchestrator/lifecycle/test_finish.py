@@ -191,7 +191,7 @@ def test_a_hundred_kills_at_any_moment_end_as_the_undisturbed_run(place, finishe
         assert [card.name for card in Bank(bank).cards()] == [run.run_id]
         assert [one.info.status for one in ends] == ["FINISHED"], (number, kills)
         assert path_of_a_job.is_complete(run, run.job())
-        assert run.result()["after"]["eval_loss"] == finished.result()["after"]["eval_loss"]
+        assert run.result().after.eval_loss == finished.result().after.eval_loss
         shutil.rmtree(run.path)
     print(f"{kills} kills over {number} runs")
 

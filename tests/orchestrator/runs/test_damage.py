@@ -17,6 +17,7 @@ from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.runs import checkpoints, record
 from orchestrator.runs.condition import check_model, exported_whole, require_finished
 from orchestrator.runs.events import Note
+from orchestrator.runs.json_files import HandedBack
 from orchestrator.views.result import handed_back_text
 from tests.orchestrator.conftest import Listener, stopped, train_here
 
@@ -168,8 +169,8 @@ def test_an_interrupted_run_goes_on_to_the_adapter_of_the_undisturbed_one(
 
     assert adapter(interrupted.path) == adapter(finished.path)
     ours, theirs = interrupted.result(), finished.result()
-    assert ours["after"]["eval_loss"] == theirs["after"]["eval_loss"]
-    assert ours["handed_back"]["files"] == theirs["handed_back"]["files"]
+    assert ours.after.scores == theirs.after.scores
+    assert ours.handed_back.files == theirs.handed_back.files
     assert interrupted.state() == "finished" and path_of_a_job.is_complete(interrupted, interrupted.job())
 
 
@@ -256,7 +257,7 @@ def test_the_best_checkpoint_that_verifies_is_chosen(interrupted, put_back):
     assert (choice.step, choice.reason) == (2, None)
     assert (next_best.step, next_best.instead_of) == (3, "step-00000002")
     assert "weights.safetensors has changed" in next_best.reason
-    text = handed_back_text({"handed_back": vars(next_best)})
+    text = handed_back_text(HandedBack("adapter", **vars(next_best)))
     assert "step-00000002 has the lowest held-out loss, but cannot be used" in text and "step 3" in text
 
 
@@ -279,13 +280,13 @@ def test_the_next_best_is_handed_back_where_the_best_is_damaged_and_said_everywh
 
     path_of_a_job.resume(run, listener := Listener())
 
-    handed, after = run.result()["handed_back"], run.result()["after"]
-    assert handed["instead_of"] == f"step-{best:08d}" and handed["step"] != best
-    assert ("is gone" if damage == "gone" else "weights.safetensors has changed") in handed["reason"]
-    assert after["eval_loss"] == pytest.approx(handed["eval_loss"], rel=1e-6)
+    handed, after = run.result().handed_back, run.result().after
+    assert handed.instead_of == f"step-{best:08d}" and handed.step != best
+    assert ("is gone" if damage == "gone" else "weights.safetensors has changed") in handed.reason
+    assert after.eval_loss == pytest.approx(handed.eval_loss, rel=1e-6)
     assert any(f"step-{best:08d} has the lowest held-out loss, but cannot be used" in line for line in listener.said)
-    assert handed["instead_of"] in (run.path / "adapter" / "README.md").read_text()
-    assert "the next best" in handed_back_text(run.result())
+    assert handed.instead_of in (run.path / "adapter" / "README.md").read_text()
+    assert "the next best" in handed_back_text(run.result().handed_back)
 
 
 def test_an_adapter_that_is_damaged_is_exported_again_bit_by_bit(finished, put_back, without_ray, pristine):
@@ -300,7 +301,7 @@ def test_an_adapter_that_is_damaged_is_exported_again_bit_by_bit(finished, put_b
     assert file.read_bytes() == whole
     again = finished.result()
     for key in ("train_seconds", "time", "memory", "before", "steps", "handed_back"):
-        assert again[key] == result[key], key
+        assert again.values[key] == result.values[key], key
     assert any("exported again from the checkpoints" in line for line in listener.said)
 
 

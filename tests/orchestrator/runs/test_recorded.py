@@ -105,10 +105,10 @@ RESULT = {
 def test_a_result_keeps_what_is_not_known_and_has_no_numbers_that_are_none():
     text = json.dumps({**RESULT, "before": {"eval_loss": float("nan")}})
 
-    found = json_files.parse(json_files.Result, text, "result.json")
+    found = json_files.parse_result(text, "result.json")
 
-    assert found["mine"] == [1] and found["after"]["bleu"] == 0.5 and found["before"]["eval_loss"] is None
-    assert json_files.scores(found["after"]) == {"eval_loss": 1.0, "bleu": 0.5}
+    assert found.values["mine"] == [1] and found.before.eval_loss is None
+    assert found.after.scores == {"eval_loss": 1.0, "bleu": 0.5}
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_a_result_keeps_what_is_not_known_and_has_no_numbers_that_are_none():
 )  # fmt: skip
 def test_a_field_of_another_type_is_named_with_its_file(key, value):
     with pytest.raises(JobError, match=f"result.json: {key}"):
-        json_files.parse(json_files.Result, json.dumps({**RESULT, key: value}), "result.json")
+        json_files.parse_result(json.dumps({**RESULT, key: value}), "result.json")
 
 
 @pytest.mark.parametrize(

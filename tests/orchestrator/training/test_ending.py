@@ -74,14 +74,14 @@ def test_a_run_that_is_killed_in_its_last_evaluation_has_handed_its_result_back(
 
     held_out = datasets(run.data())[1]
     assert exported_whole(run).name == "adapter" and run.state_by_events() != "finished"
-    assert run.result()["after"] is None and run.result()["steps"] == 2
-    assert "28 of the 28 weights" in run.result()["handed_back"]["check"]["text"]
+    assert run.result().after is None and run.result().steps == 2
+    assert "28 of the 28 weights" in run.result().check
     assert finished.evaluate(run, job, held_out)["answers"] == len(held_out)
 
     work(run, 0, 1, node, 0)
 
-    assert run.state_by_events() == "finished" and run.result()["after"]["answers"] == len(held_out)
-    assert run.result()["handed_back"]["check"]["largest_difference"] == 0.0
+    assert run.state_by_events() == "finished" and run.result().after.answers == len(held_out)
+    assert run.result().values["handed_back"]["check"]["largest_difference"] == 0.0
 
 
 def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(job_file):
@@ -92,7 +92,7 @@ def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(jo
     work(run, 0, 1, node, 0)
 
     notes = [event.text for event in run.events_of(Note)]
-    assert run.state_by_events() == "finished" and run.result()["after"] is None
+    assert run.state_by_events() == "finished" and run.result().after is None
     assert "the last evaluation ended the process 3 times and is not tried again; `orchestrator evaluate" in notes[-1]
 
 
@@ -142,8 +142,8 @@ def test_evaluate_loads_one_model_in_the_runs_precision_and_finds_what_the_run_f
     found = finished.evaluate(run, job, datasets(run.data())[1])
 
     assert loaded == [torch.bfloat16]
-    after = run.result()["after"]
-    assert (found["eval_loss"], found["exact_match"]) == (after["eval_loss"], after["exact_match"])
+    after = run.result().after
+    assert "exact_match" in after.scores and after.scores == {key: found[key] for key in after.scores}
 
 
 def test_merge_loads_no_model_in_more_precision_than_it_writes(finished_run, loaded, model_folder, tmp_path):

@@ -31,7 +31,7 @@ def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path)
     run.write("result.json", json.dumps(result))
 
     row = {"run": text, "state": "finished", "step": 1, "num_steps": 1, "loss": None, "started": None}
-    seen = shown(result_view(run)) + shown(scores_view(after)) + shown(runs_table([row]))
+    seen = shown(result_view(run)) + shown(scores_view(run.result().after)) + shown(runs_table([row]))
 
     assert not any(ord(character) < 32 and character != "\n" for character in seen) and "\u202e" not in seen
     assert seen.count("[bold]name[/bold]") == ("[bold]" in text) * 10
