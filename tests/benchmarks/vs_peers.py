@@ -454,6 +454,9 @@ def first(_) -> dict:
 
 def submit_to_first_step(scratch: str) -> float:
     """Seconds from typing `submit` to the first step, caches warm."""
+    from orchestrator.runs.events import StepReport
+    from orchestrator.runs.run_folder import RunFolder
+
     job = f"""\
 name: bench
 model: {{model_name_or_path: smollm2-135m-instruct}}
@@ -467,9 +470,8 @@ tracking: {{report_to: []}}
     for _ in range(2):  # the first one tokenises
         began = time.time()
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
-        events = Path(json.loads(done.stdout)["path"]) / "events.jsonl"
-        step = next(event for event in map(json.loads, events.read_text().splitlines()) if event["event"] == "step")
-    return step["time"] - began
+        run = RunFolder(Path(json.loads(done.stdout)["path"]))
+    return run.events_of(StepReport)[0].time - began
 
 
 PROCESS_START = time.time()

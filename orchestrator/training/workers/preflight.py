@@ -26,7 +26,6 @@ from orchestrator.data.prepare import datasets
 from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
-from orchestrator.runs.events import PreflightReport
 from orchestrator.training import checkpoint
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.feed import micro_batches_of
@@ -51,7 +50,7 @@ def check(
     techniques: Techniques,
     num_samples: int,
     folder: Path,
-) -> PreflightReport:
+) -> dict[str, Any]:
     """Run all three; returns seconds and peak memory.  Raises NothingFits and RunFailed.
 
     `num_samples` is what this worker does of a step.
@@ -72,16 +71,16 @@ def check(
     seconds, peak = time.perf_counter() - started, peak_bytes(device)
     reserved = torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
     held = f", of {format_bytes(reserved)} reserved" if reserved else ""
-    return PreflightReport(
-        seconds=round(seconds, 2),
-        longest_batch_s=round(step_s, 2),
-        longest_batch_tokens=tokens,
-        peak_bytes=peak,
-        reserved_bytes=reserved,
-        checkpoint_bytes=saved_bytes,
-        text=f"the longest batch ({tokens} tokens, {format_s(step_s)}), an evaluation step and a checkpoint of"
+    return {
+        "seconds": round(seconds, 2),
+        "longest_batch_s": round(step_s, 2),
+        "longest_batch_tokens": tokens,
+        "peak_bytes": peak,
+        "reserved_bytes": reserved,  # with what the allocator keeps between blocks; unknown on a CPU
+        "checkpoint_bytes": saved_bytes,
+        "text": f"the longest batch ({tokens} tokens, {format_s(step_s)}), an evaluation step and a checkpoint of"
         f" {format_bytes(saved_bytes)} went through in {format_s(seconds)}; peak {format_bytes(peak)}{held}",
-    )
+    }
 
 
 def num_samples_of(plan: Plan, part: NodePlan) -> int:
@@ -189,7 +188,7 @@ def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:
             folder.rmdir()
 
 
-def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> PreflightReport:
+def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any]:
     """`plan --preflight`: the same in this process, on this machine, without a run folder."""
     plan = ready.plan
     say("preflight: loading the model ...")

@@ -13,7 +13,7 @@ import torch
 from clusters.hardware.energy import POWERCAP, Meter
 from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
-from orchestrator.runs.events import Event, HandBack, StepReport
+from orchestrator.runs.events import Event, HandBack, PreflightReport, StepReport
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from orchestrator.training.determinism import deterministic, resume_note
@@ -67,7 +67,7 @@ def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
     if progress.step == 0 and job.spec.strategy.preflight:
         folder = run.path / f".preflight-{context.group.rank}"
         checked = preflight.check(setup, inputs.data, inputs.held_out, techniques, num_samples, folder)
-        context.record(checked)
+        context.record(PreflightReport(**checked))
     return progress
 
 
