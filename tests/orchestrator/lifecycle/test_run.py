@@ -121,25 +121,25 @@ def test_a_cluster_that_is_not_there_is_named_with_a_way_out(train):
 
 def test_the_watcher_gets_every_event_once(started, job_with):
     run, job, _ = started
-    training = path_of_a_job.Training(run, job, watcher := Watcher(), NO_BANK, Mirror(run, job), run.events()[1])
+    live = path_of_a_job.LiveRun(run, job, watcher := Watcher(), NO_BANK, Mirror(run, job), run.events()[1])
     run.record(Note("one"))
-    training.report()
+    live.report()
     run.record(Note("two"))
-    training.report()
-    training.report()
+    live.report()
+    live.report()
 
     assert watcher.events == ["note", "note"]
 
 
 def test_the_first_ctrl_c_saves_and_the_second_kills(started):
     run, job, _ = started
-    training = path_of_a_job.Training(run, job, watcher := Watcher(), NO_BANK, Mirror(run, job), 0)
+    live = path_of_a_job.LiveRun(run, job, watcher := Watcher(), NO_BANK, Mirror(run, job), 0)
 
-    training.interrupt()
+    live.interrupt()
 
     assert run.stop_file.exists() and watcher.said[0].startswith("stopping after this step and saving a checkpoint")
     with pytest.raises(RunFailed, match=r"killed. `orchestrator resume "):
-        training.interrupt()
+        live.interrupt()
 
 
 def test_a_secret_that_is_not_set_stops_a_job_before_anything_is_prepared(job_with, monkeypatch):
