@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
-from orchestrator.runs.events import FinalEvaluation, Note
+from orchestrator.runs.events import FinalEvaluation, Note, StateChange
 from orchestrator.training.determinism import deterministic, resume_note
 from orchestrator.training.model.loading import straight_to
 from orchestrator.training.workers import finished, quality
@@ -112,7 +112,7 @@ def test_the_optimizer_is_let_go_of_before_the_result_is_measured(job_file, monk
     assert seen == [(28, 0, 0)]
 
 
-BEGUN, FINISHED = {"event": "last_evaluation"}, {"event": "state", "state": "finished"}
+BEGUN, FINISHED = FinalEvaluation(rows=4), StateChange("finished")
 
 
 @pytest.mark.parametrize(
