@@ -17,12 +17,14 @@ def wait_for_gpus(
 ) -> T | None:
     """What `take` gives once it gives something; None when `is_over` becomes true first.
 
-    Says once a minute what is waited for.
+    Says what is waited for, at once and then every minute.
     """
     reported_s = -_REPORT_EVERY_S
-    while (found := take()) is None and not is_over():
+    while (found := take()) is None:
         if time.monotonic() - reported_s >= _REPORT_EVERY_S:
             reported_s = time.monotonic()
             say(f"waiting for {blocked_by()}")
+        if is_over():
+            break
         time.sleep(_RETRY_S * (0.5 + random.random()))  # two that wait for each other must not go in step
     return found

@@ -6,19 +6,15 @@ An embedded Ray knows nothing of another one: two jobs that were planned at the 
 from __future__ import annotations
 
 import contextlib
-import random
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from clusters.capability import ClusterCapability
+from clusters.hardware.waiting import wait_for_gpus
 from clusters.safe.cache import cache_folder
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import locks
-
-_RETRY_S = 2.0
-_REPORT_EVERY_S = 60.0
 
 
 def equivalent_gpus(part: NodePlan, cluster: ClusterCapability) -> tuple[str, ...]:
@@ -59,20 +55,13 @@ def hold_one_each(
 ) -> Iterator[list[str] | None]:
     """Hold, inside the block, the first free UUID of each list; all or none, waiting for the rest.
 
-    Reports once a minute what it waits for.  Yields None when `is_over` becomes true first.  Where nothing can be
-    locked, it reports that, and nothing keeps other programs of this user from the GPUs.
+    Reports what it waits for, at once and then every minute.  Yields None when `is_over` becomes true first.  Where
+    nothing can be locked, it reports that, and nothing keeps other programs of this user from the GPUs.
     """
     with contextlib.ExitStack() as stack:
-        reported = -_REPORT_EVERY_S
-        while (found := _try(wanted, stack, say)) is None:
-            if is_over():
-                yield None
-                return
-            if time.monotonic() - reported >= _REPORT_EVERY_S:
-                reported = time.monotonic()
-                say(f"waiting for {_holders(wanted)}. Ctrl-C ends this")
-            time.sleep(_RETRY_S * (0.5 + random.random()))  # two that wait for each other must not poll in step
-        yield found
+        yield wait_for_gpus(
+            lambda: _try(wanted, stack, say), lambda: f"{_holders(wanted)}. Ctrl-C ends this", say, is_over
+        )
 
 
 def _try(wanted: Sequence[Sequence[str]], stack: contextlib.ExitStack, say: Callable[[str], None]) -> list[str] | None:

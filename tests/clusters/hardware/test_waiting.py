@@ -17,5 +17,6 @@ def test_it_takes_what_is_free_at_once_and_ends_when_it_is_over():
     said = []
 
     assert wait_for_gpus(lambda: "card", lambda: "GPUs", said.append, lambda: True) == "card"
-    assert wait_for_gpus(lambda: None, lambda: "GPUs", said.append, lambda: True) is None
     assert not said
+    assert wait_for_gpus(lambda: None, lambda: "GPUs", said.append, lambda: True) is None
+    assert said == ["waiting for GPUs"]  # also where it ends at once: the user reads why
