@@ -224,7 +224,7 @@ CARDS: tuple[Card, ...] = tuple(spec.card for spec in _SPECS)
 def find(name: str, memory_bytes: int | None = None) -> Card | None:
     """The card as nvidia-smi, rocm-smi or a person calls it; None = not in the table.
 
-    Variants of one name are told apart by a size in the name, else by `memory_bytes`, the total that the driver
+    Variants of one name are distinguished by a size in the name, else by `memory_bytes`, the total that the driver
     reports.  Laptop parts of the GTX 10 and RTX 20 series bear the name of the desktop card, whose figures are a little
     high for them.
     """

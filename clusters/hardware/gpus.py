@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 
 def look_at_gpus() -> tuple[tuple[DeviceCapability, ...], tuple[str, ...]]:
-    """The GPUs, those of a kind in the order of their PCI addresses, and a sentence for each tool that told of none.
+    """The GPUs, those of a kind in the order of their PCI addresses, and a sentence for each tool that reported none.
 
     `memory_bytes` is what is free now: memory held by other programs is the difference to `memory_total_bytes`.
     """

@@ -102,7 +102,7 @@ def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
 class _Section:
     """One mapping of the file: hands out its values and notes each mistake with where it is.
 
-    A value that is wrong comes out as None, so that reading goes on to the next mistake.
+    A value that is wrong comes out as None, so that the next mistake is found as well.
     """
 
     def __init__(self, where: str, values: Any, known: Sequence[str], mistakes: list[str]) -> None:

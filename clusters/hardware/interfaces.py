@@ -16,10 +16,10 @@ def address_of(interface: str) -> str | None:
 
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
-            told = fcntl.ioctl(probe.fileno(), _INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
+            answer = fcntl.ioctl(probe.fileno(), _INTERFACE_ADDRESS, struct.pack("256s", interface.encode()[:15]))
         except (OSError, UnicodeError):
             return None
-    return socket.inet_ntoa(told[20:24])
+    return socket.inet_ntoa(answer[20:24])
 
 
 def names() -> list[str]:

@@ -16,8 +16,8 @@ from clusters.job_backend import ENDED, JobGone, JobLost, RemoteJob
 from clusters.kubernetes.connect import load_kubernetes, open_client, talk
 from clusters.kubernetes.messages import (
     Trouble,
-    answer_told,
     event_trouble,
+    explain_answer,
     is_ended,
     job_seen,
     mapping,
@@ -107,12 +107,12 @@ class KubeClient:
 
     def follow(self, name: str, notice: Callable[[str], None]) -> Iterator[str]:
         """Raises CannotConnect, after deleting it, for a job whose pods cannot start however long one waits."""
-        told: set[str] = set()
+        reported: set[str] = set()
         hopeless_since: float | None = None
 
         def tell(text: str) -> None:
-            if text and text not in told:
-                told.add(text)
+            if text and text not in reported:
+                reported.add(text)
                 notice(text)
 
         while True:
@@ -379,7 +379,7 @@ class KubeClient:
         try:
             yield
         except self._kube.client.ApiException as error:
-            text = answer_told(
+            text = explain_answer(
                 error.status, str(error.body or error.reason or ""), doing, self.namespace, self._context
             )
             if error.status in (0, 429) or error.status >= 500:

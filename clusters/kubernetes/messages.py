@@ -77,13 +77,13 @@ def job_seen(job: Mapping[str, Any]) -> RemoteJob:
 def _failure(deployed: str, reason: str, message: str) -> str:
     if deployed == "ValidationFailed":
         return f"KubeRay's operator refuses the RayJob: {message}"
-    told = {
+    known = {
         "DeadlineExceeded": "it ran past its deadline",
         "PreRunningDeadlineExceeded": "its pods did not start in time: kubectl get pods, kubectl describe pod",
         "SubmissionFailed": "it could not be submitted to its cluster",
         "AppFailed": "",
     }.get(reason, reason)
-    return ": ".join(part for part in (told, message) if part)
+    return ": ".join(part for part in (known, message) if part)
 
 
 def is_ended(pod: Mapping[str, Any]) -> bool:
@@ -130,7 +130,7 @@ def event_trouble(event: Mapping[str, Any]) -> Trouble:
     return Trouble(f"{_text(about, 'kind')} {_text(about, 'name')}: {reason}: {message}")
 
 
-def answer_told(status: int, body: str, doing: str, namespace: str, context: str) -> str:
+def explain_answer(status: int, body: str, doing: str, namespace: str, context: str) -> str:
     """An HTTP answer of the API server -> what is wrong and what to do."""
     try:
         message = str(load_json(body).get("message", body))

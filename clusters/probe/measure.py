@@ -22,7 +22,7 @@ from clusters.hardware.torch_gpus import index_of, judged, seen_by_torch
 from clusters.probe.machine import look_at_this_node
 from clusters.safe.cache import cache_folder
 
-LIMIT_S = 180  # with the import of torch on a busy machine; whoever hangs longer is ended
+LIMIT_S = 180  # with the import of torch on a busy machine; what hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
 _PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m clusters.probe.measure", description=__doc__)
     parser.add_argument("--seconds", type=float, default=5.0, help="how long to measure, about")
     seconds = parser.parse_args().seconds
-    signal.alarm(LIMIT_S)  # also when whoever started this is gone
+    signal.alarm(LIMIT_S)  # also when the process that started this is gone
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")  # as nvidia-smi counts
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     print(json.dumps(asdict(measure_node(look_at_this_node(), seconds))))

@@ -164,7 +164,7 @@ def _write(file: Path, node: NodeCapability) -> None:
 
 @contextlib.contextmanager
 def _one_at_a_time(file: Path) -> Iterator[None]:
-    """Wait for others who measure the same hardware; where files cannot be locked, go on without."""
+    """Wait for others who measure the same hardware; where files cannot be locked, continue without."""
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)

@@ -103,7 +103,7 @@ def _token_as_asked(address: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Nothing reaches standard error inside the block, whoever writes."""
+    """Nothing reaches standard error inside the block, from any writer."""
     kept = os.dup(2)
     with Path(os.devnull).open("wb") as nowhere:
         os.dup2(nowhere.fileno(), 2)

@@ -6,7 +6,7 @@ import logging
 import re
 from typing import Any
 
-# User info of a URL.  The second form is a password with a slash in it, told from HOST:PORT by what is no number.
+# User info of a URL.  The second form is a password with a slash in it: what follows the colon is no port.
 _USER_INFO = re.compile(
     r"""(?<![a-z0-9+.-])([a-z][a-z0-9+.-]{0,30}://)
         ([^\s/?\#"]{1,1000}@ | [^\s/?\#@:"]{0,200}:(?!\d{1,5}(?:[/?\#\s"]|$))[^\s"]{1,300}@)""",

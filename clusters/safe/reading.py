@@ -1,8 +1,9 @@
 """Reading what comes from outside: paths, text, YAML and JSON are data until they were checked here.
 
-A FIFO blocks whoever opens it, `/dev/zero` never ends, a YAML file of one kilobyte may stand for a billion values, a
-JSON number may be NaN.  Every reader of a file that another person or program wrote goes through this module: it
-refuses what is no regular file, is too large, nested too deeply or of the wrong type, with a sentence that names it.
+A FIFO blocks the process that opens it, `/dev/zero` never ends, a YAML file of one kilobyte may stand for a billion
+values, a JSON number may be NaN.  Every reader of a file that another person or program wrote goes through this
+module: it refuses what is no regular file, is too large, nested too deeply or of the wrong type, with a sentence that
+names it.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def checked_path(value: str | os.PathLike[str], folder: Path = Path()) -> Path:
 
 
 def kind_of(path: Path) -> str | None:
-    """file, folder, FIFO, device or socket; None where nothing is.  Raises BadInput where that cannot be told."""
+    """file, folder, FIFO, device or socket; None where nothing is.  Raises BadInput where that cannot be found out."""
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError):

@@ -60,7 +60,7 @@ def check(job: Job, exact: bool = False) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _collect(mistakes: list[str]) -> Iterator[None]:
-    """Add the mistakes of a JobError that the block raises, and go on."""
+    """Add the mistakes of a JobError that the block raises, and continue."""
     try:
         yield
     except JobError as error:

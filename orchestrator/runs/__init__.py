@@ -1,7 +1,7 @@
 """What a run or a search leaves on disk, and what of it may be trusted.
 
 run_folder       start here: the files of one run
-checkpoints      which checkpoints of a run are whole, told without torch, and which of them is handed back
+checkpoints      which checkpoints of a run are whole, found without torch, and which is handed back
 condition        whether a run is whole and finished, and what is wrong with it
 digests          SHA-256 of model files and of what is handed back
 events           every kind of line in events.jsonl as a dataclass

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are whole, told without torch, and which of them is handed back.
+"""Which checkpoints of a run are whole, found without torch, and which is handed back.
 
 step-00000040/  weights.safetensors  optimizer.safetensors  state.json  manifest.json (size and SHA-256 of each)
 """

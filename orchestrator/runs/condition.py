@@ -1,6 +1,6 @@
 """Whether a run is whole and finished, and what is wrong with it.
 
-`require_finished` is the one question of whoever takes a run's result: it answers with everything, verified, or refuses
+`require_finished` is what every reader of a run's result calls: it answers with everything, verified, or refuses
 with the file and its fault.
 """
 
@@ -39,7 +39,7 @@ def require_finished(run: RunFolder) -> Finished:
     state = run.state_by_events()  # the bank is added to by the driver, which holds the run
     job, plan, data, result = run.job(), run.plan(), run.data(), run.result()
     if state != "finished" or result is None:
-        raise JobError(f"{run.run_id} is {run.state()}, not finished; `orchestrator resume {run.run_id}` goes on")
+        raise JobError(f"{run.run_id} is {run.state()}, not finished; `orchestrator resume {run.run_id}` continues it")
     exported = exported_whole(run)
     check_model(run)
     return Finished(run, job, plan, data, result, exported)
@@ -87,7 +87,7 @@ def check_model(run: RunFolder) -> None:
     if changed:
         raise JobError(
             f"model.model_name_or_path: {folder} is not the model that {run.run_id} began with"
-            f" ({record.few(changed)}). Put it back to go on, or submit a new run"
+            f" ({record.few(changed)}). Put it back to continue, or submit a new run"
         )
 
 

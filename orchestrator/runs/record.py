@@ -140,7 +140,7 @@ def _shown(value: Any) -> str:
 
 
 def _damaged(text: str) -> str:
-    return f"{text}. It says what the run was begun with: delete it to go on without that check, or begin a new run"
+    return f"{text}. It holds what the run began with: delete it to continue without that check, or submit a new run"
 
 
 def _digest(found: Recorded) -> str:

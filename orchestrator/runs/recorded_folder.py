@@ -135,7 +135,7 @@ class Folder:
     def _edited(self, wrong: Difference) -> str:
         return (
             f"{wrong.text}: it was edited since {self.run_id} began. Delete the file and `orchestrator resume"
-            f" {self.run_id}` goes on as it was recorded; for other settings submit a new run"
+            f" {self.run_id}` continues as it was recorded; for other settings submit a new run"
         )
 
     def _unfree_keys(self, old: str, new: str) -> list[str]:

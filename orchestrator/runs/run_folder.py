@@ -9,7 +9,7 @@ runs/<run_id>/
   rejected.jsonl     rows skipped under data.strict: false
   checkpoints/  adapter/ (or model/)  logs/      stop, replan      ask a running job to save, and end or plan again
 
-A folder is a run by its recorded.json, which is written first and at once; whoever writes it holds it.
+A folder is a run by its recorded.json, which is written first and at once, under the lock.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ class RunFolder(Folder):
 
     @classmethod
     def create(cls, output_dir: Path, name: str, run_id: str | None = None) -> Self:
-        """A new folder that nobody holds; whoever writes into it takes it again."""
+        """A new folder, not locked; its writer locks it again."""
         with cls.take(output_dir, name, run_id) as run:
             return run
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # listing a bank must not load torch
     from strategies.adapter_bank.algebra import Factors
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors; whoever reads it runs its code
+PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors; reading it runs its code
 _KEY = re.compile(r"base_model\.model\.((?:[\w-]+\.)*[\w-]+)\.lora_([AB])\.weight")
 _PATTERNS_S = 1.0  # for all patterns of a configuration
 _FLOATS = ("F64", "F32", "F16", "BF16")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:  # numpy waits until a data set is looked at
     from strategies.adapter_bank.evidence import Evidence
 
 EVIDENCE = "evidence.safetensors"
-_PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may be told more later
+_PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may gain fields later
 
 
 def card_in(folder: Path) -> Card:

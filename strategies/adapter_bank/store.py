@@ -2,10 +2,10 @@
 
     BANK/objects/ab/abcdef.../    adapter_config.json adapter_model.safetensors card.json evidence.safetensors
     BANK/broken/                  what `verify --repair` put aside
-    BANK/.lock                    held by whoever writes
+    BANK/.lock                    held while writing
 
 The folders are all there is: a copy of them, or some of them, is a bank.  A folder is written beside its place and
-renamed into it by whoever holds the lock, so it is whole or absent, and of two writers of one adapter or one name the
+renamed into it under the lock, so it is whole or absent, and of two writers of one adapter or one name the
 second sees the first.  A bank may come from anybody: a folder that is a link, is not named by its digest or has a card
 that is wrong is damaged, which is reported and stops nothing else.  Importing this loads no torch.
 """
@@ -203,7 +203,7 @@ class Bank:
             return self.place(adapter, card, evidence, self.cards())
 
     def place(self, adapter: Adapter, card: Card, evidence: Evidence | None, others: list[Card]) -> Card:
-        """The last part of `add`, for whoever holds the lock and knows the cards there.  Raises BankError, Unusable."""
+        """The last part of `add`, under the lock, with the cards that are there.  Raises BankError, Unusable."""
         if known := self._known(card.digest):
             stated = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
             card = card_of({**known.as_dict(), **stated, "added": known.added})
@@ -252,7 +252,7 @@ class Bank:
             os.close(descriptor)
 
     def under_way(self, what: str) -> Path:
-        """A new name for a folder of whoever holds the lock; found without one, it is a leftover."""
+        """A new name for a folder made under the lock; found without a lock, it is a leftover."""
         return self._objects / f"{_UNDER_WAY}{what}-{uuid.uuid4().hex[:8]}"
 
     # Inside.

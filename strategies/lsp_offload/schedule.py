@@ -136,7 +136,7 @@ class Lanes:
                 waiting = heapq.heappop(self._queues[lane])
             try:
                 self._timed(lane, waiting.layer, waiting.stages[lane])
-            except BaseException as error:  # kept for whoever waits; the layer keeps its old weights
+            except BaseException as error:  # kept for the thread that waits; the layer keeps its old weights
                 self._error = self._error or error
                 waiting.done.set()
                 continue

@@ -41,7 +41,7 @@ class Transport(Protocol):
     buffers: HostBuffers  # who is done with a host tensor gives it back here
 
     def mark(self) -> Any:
-        """What the device has been told so far: `down` waits until it has done that."""
+        """A mark of the work queued on the device so far: `down` waits until it is done."""
         ...
 
     def down(self, tensor: torch.Tensor, mark: Any) -> torch.Tensor:

@@ -149,7 +149,7 @@ def load_report(model: Any, stored: Mapping[str, tuple[tuple[int, ...] | None, s
 
 
 class _quiet:
-    """The library draws a bar and prints a report of its own; what it says is told in one sentence instead."""
+    """The library draws a bar and prints a report of its own; one sentence replaces them."""
 
     def __enter__(self) -> None:
         from transformers.utils import logging

@@ -12,7 +12,7 @@ class SideStream:
         self._device, self._stream = device, torch.Stream(device)
 
     def down(self, tensor: torch.Tensor, dtype: torch.dtype | None = None) -> tuple[torch.Tensor, torch.Event]:
-        """A copy in pinned memory, and the event after which it can be read; what the device was told before counts."""
+        """A copy in pinned memory, and the event after which it can be read; work that was queued before counts."""
         self._stream.wait_stream(torch.accelerator.current_stream(self._device))
         with self._stream:
             there = tensor if dtype is None else tensor.to(dtype)

@@ -69,7 +69,7 @@ _TRIAL_NUMBERS = (
 
 
 class Mirror:
-    """Keeps MLflow up to date while a run goes on; never fails the run."""
+    """Keeps MLflow up to date while a run trains; never fails the run."""
 
     def __init__(self, run: RunFolder, job: Job) -> None:
         self._run, self._job = run, job
@@ -103,8 +103,8 @@ class Mirror:
 def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | None = None) -> str:
     """Bring MLflow to where a run stands: metrics, artifacts, state; returns the store's address without its password.
 
-    Sends only what it has not sent yet; a run that goes on stays RUNNING there.  `experiment` is used instead of the
-    job's, now and later; `state` is told by a driver that holds the run.  Raises TrackingFailed.
+    Sends only what it has not sent yet; an unfinished run stays RUNNING there.  `experiment` is used instead of the
+    job's, now and later; `state` is given by the driver that holds the lock.  Raises TrackingFailed.
     """
     state = state or run.state()
     return _sent(run, job, lambda uri: _Sender(run, job, uri, experiment).send(state))
@@ -148,7 +148,7 @@ def _sent(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
         raise
     except SecretMissing as error:
         raise TrackingFailed(f"MLflow at {shown}: {error}; then `orchestrator sync {run.run_id}`") from None
-    except Exception as error:  # a server can fail in any way; the run goes on
+    except Exception as error:  # a server can fail in any way; the run continues
         reason = first_line(error)
         for name in secret_names(job.spec):
             reason = reason.replace(os.environ.get(name) or name, name)
@@ -191,7 +191,7 @@ class _Store:
         known = self.client.search_runs([experiment], f"tags.run_key = '{sent.key}'") if sent.key else []
         if not known:
             sent.key = uuid.uuid4().hex
-            sent.keep(self.run)  # first: whoever is killed now finds the run by it
+            sent.keep(self.run)  # first: a process that is killed now finds the run by it
         tags |= {"run_folder": str(self.run.path), "run_key": sent.key or ""}
         sent.mlflow_run_id = known[0].info.run_id if known else self.opened(experiment, self.run.run_id, tags)
         sent.state = "running"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import gpus
 from clusters.kubernetes.messages import (
-    answer_told,
     event_trouble,
+    explain_answer,
     is_ended,
     job_seen,
     object_of,
@@ -48,7 +48,7 @@ VALUES = st.recursive(
 @given(VALUES)
 def test_any_answer_of_an_api_server_is_read_or_named(value):
     body = json.dumps(value).encode()
-    answer_told(500, body.decode(), "list pods", "team", "here")
+    explain_answer(500, body.decode(), "list pods", "team", "here")
     try:
         objects_of(body, "the list of pods")
         thing = object_of(value, "the pod")

@@ -67,7 +67,7 @@ def test_a_start_that_is_killed_after_its_record_has_lost_nothing(tmp_path):
 def test_a_damaged_record_is_named_with_the_way_out(tmp_path, content):
     (tmp_path / record.NAME).write_text(content)
 
-    with pytest.raises(JobError, match=r"recorded.json.*delete it to go on without that check"):
+    with pytest.raises(JobError, match=r"recorded.json.*delete it to continue without that check"):
         record.read(tmp_path)
 
 
