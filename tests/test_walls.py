@@ -5,6 +5,7 @@ import json
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -69,6 +70,13 @@ def test_no_method_is_asked_for_words_that_it_may_lack():
 
     hidden = {ast.unparse(one) for one in asking if one.func.id == "hasattr" or len(one.args) == 3}
     assert not {text for text in hidden if text.split("(")[1].split(",")[0].rpartition(".")[2] == "method"}
+
+
+def test_no_two_classes_share_a_name():
+    names = [node.name for tree in HOUSE.trees.values() for node in tree.body if isinstance(node, ast.ClassDef)]
+    assert len(names) > 300
+
+    assert [name for name, count in Counter(names).items() if count > 1] == []
 
 
 def test_each_room_says_what_its_files_hold_and_where_to_start():

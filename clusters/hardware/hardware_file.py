@@ -273,7 +273,7 @@ def _gpu(gpu: _Section) -> DeviceCapability | None:
             needed = "declare its memory_gib and one of " + ", ".join(f"{short}_tflops" for short in _PEAKS)
             gpu.wrong("", f"{name!r} is not in the datasheet; nearest: {near}. Or {needed}")
             return None
-        card = datasheet.Card(name, (), "rocm" if kind == "rocm" else "cuda", nominal_bytes or 0, {})
+        card = datasheet.Accelerator(name, (), "rocm" if kind == "rocm" else "cuda", nominal_bytes or 0, {})
     elif kind not in (None, card.kind):
         gpu.wrong("kind", f"{card.name} is {card.kind}, not {kind!r}")
     if nominal_bytes:

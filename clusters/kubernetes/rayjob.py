@@ -34,7 +34,7 @@ _IDLE_S = 300  # after which the autoscaler takes a worker away
 
 
 @dataclass(frozen=True)
-class Group:
+class PodGroup:
     """Workers of one kind: one pod for each device that trains."""
 
     name: str
@@ -71,7 +71,9 @@ class JobSettings:
     start_deadline_s: int = 1800  # for "no GPU ever came"
 
 
-def rayjob(name: str, command: str, ray_version: str, groups: Sequence[Group], settings: JobSettings) -> dict[str, Any]:
+def rayjob(
+    name: str, command: str, ray_version: str, groups: Sequence[PodGroup], settings: JobSettings
+) -> dict[str, Any]:
     """The RayJob that runs `command` on pods of the groups.  The head trains nothing."""
     spec: dict[str, Any] = {
         **_common(command, settings),
@@ -170,7 +172,7 @@ _AUTOSCALER = {
 }
 
 
-def _cluster(name: str, ray_version: str, groups: Sequence[Group], settings: JobSettings) -> dict[str, Any]:
+def _cluster(name: str, ray_version: str, groups: Sequence[PodGroup], settings: JobSettings) -> dict[str, Any]:
     return {
         "rayVersion": ray_version,
         "authOptions": {"mode": "token"},
@@ -188,7 +190,7 @@ def _cluster(name: str, ray_version: str, groups: Sequence[Group], settings: Job
 _GPU_TAINT = {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
 
 
-def _workers(name: str, group: Group, settings: JobSettings) -> dict[str, Any]:
+def _workers(name: str, group: PodGroup, settings: JobSettings) -> dict[str, Any]:
     pod: dict[str, Any] = {**_pod(settings), **_volumes(name, settings), "containers": [_worker(group, settings)]}
     labels = {POOL: group.pool}
     if settings.autoscale:
@@ -278,7 +280,7 @@ def _head(settings: JobSettings) -> dict[str, Any]:
     return head
 
 
-def _worker(group: Group, settings: JobSettings) -> dict[str, Any]:
+def _worker(group: PodGroup, settings: JobSettings) -> dict[str, Any]:
     on_gpu = group.gpu_memory_bytes is not None
     image = settings.gpu_image if on_gpu else settings.image
     worker = _container("ray-worker", image, group.cores, group.memory_bytes, settings)

@@ -32,7 +32,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Held:
+class ReservedGpu:
     """A GPU that Ray gave: its UUID where the driver tells, else the number by which Ray knows it."""
 
     id: str
@@ -51,7 +51,7 @@ class GpuGone(CannotReserve):
 class Reservation:
     """What is held for each wanted GPU, in their order; None where Ray does not hand it out on that node."""
 
-    held: list[Held | None] = field(default_factory=list)
+    held: list[ReservedGpu | None] = field(default_factory=list)
 
     def release(self) -> None:
         """Give everything back."""
@@ -143,10 +143,10 @@ def _try(wanted: Sequence[Wanted]) -> Reservation | None:
     return reservation
 
 
-def _hold(node_id: str, wanted: Sequence[Wanted]) -> list[Held | None] | None:
+def _hold(node_id: str, wanted: Sequence[Wanted]) -> list[ReservedGpu | None] | None:
     """The wanted GPUs of one node, None for those that Ray does not hand out; None, and nothing held, where others
     have them."""
-    held: list[Held] = []
+    held: list[ReservedGpu] = []
     found: dict[int, int] = {}
     num_gpus = _num_gpus(node_id)
     while len(found) < len(wanted) and not _is_hopeless(wanted, held, num_gpus):
@@ -164,7 +164,7 @@ def _hold(node_id: str, wanted: Sequence[Wanted]) -> list[Held | None] | None:
     return [held[found[index]] if index in found else None for index in range(len(wanted))]
 
 
-def _is_hopeless(wanted: Sequence[Wanted], held: Sequence[Held], num_gpus: int) -> bool:
+def _is_hopeless(wanted: Sequence[Wanted], held: Sequence[ReservedGpu], num_gpus: int) -> bool:
     """Whether holding more finds no wanted GPU: all are held, or the node's are known by number and not by UUID."""
     by_number = bool(held) and all(one.id.isdecimal() for one in held) and all(one.uuids for one in wanted)
     return len(held) == num_gpus or by_number
@@ -186,7 +186,7 @@ def _missing(wanted: Sequence[Wanted], holder: Any) -> str | None:
     return f"{', '.join(gone)}, which the plan is for, is no longer in its node: there is {', '.join(there)}"
 
 
-def _start(node_id: str, count: int) -> list[Held] | None:
+def _start(node_id: str, count: int) -> list[ReservedGpu] | None:
     """So many more GPUs of a node; None where Ray did not give them in time, or a holder was lost."""
     import ray
     from ray.exceptions import RayError
@@ -199,9 +199,9 @@ def _start(node_id: str, count: int) -> list[Held] | None:
     try:
         names = ray.get(answers, timeout=_HOLDER_S)
     except RayError:  # too late, killed, or with its node: the next try sees whether that is there
-        _release(Held("", holder) for holder in holders)
+        _release(ReservedGpu("", holder) for holder in holders)
         return None
-    return [Held(name, holder) for name, holder in zip(names, holders, strict=True)]
+    return [ReservedGpu(name, holder) for name, holder in zip(names, holders, strict=True)]
 
 
 class _Holder:
@@ -252,7 +252,7 @@ def _num_gpus(node_id: str) -> int:
     raise CannotReserve("the node of a planned GPU left the cluster before training started")
 
 
-def _release(held: Iterable[Held]) -> None:
+def _release(held: Iterable[ReservedGpu]) -> None:
     import ray
 
     for one in held:

@@ -216,7 +216,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
     A partition that heals leaves a node that Ray has given up and that ends itself: it must come back by itself.
     Raises CannotServe when the head refuses the token.
     """
-    node = _Node(own, capability, say)
+    node = _RayNode(own, capability, say)
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):  # HUP: the terminal is closed
         signal.signal(number, node.end)
     tries = 0
@@ -238,7 +238,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
     node.end_group()
 
 
-class _Node:
+class _RayNode:
     """The process of Ray's node, and whether it is to end for good."""
 
     def __init__(self, own: OwnNode, capability: NodeCapability, say: Callable[[str], None]) -> None:

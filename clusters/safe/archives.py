@@ -24,7 +24,7 @@ _MAX_NAME_BYTES = 255
 _MAX_HEADER_BYTES = 2**16  # of an entry's long name or extra fields, which tarfile reads whole
 
 
-class _Entry(tarfile.TarInfo):
+class _ZipEntry(tarfile.TarInfo):
     """An entry whose extra fields are of a size that can be read."""
 
     def _proc_member(self, archive: tarfile.TarFile) -> Any:
@@ -90,7 +90,7 @@ def _reading(stream: BinaryIO, bounds: Bounds) -> Iterator[Iterator[tuple[tarfil
     source: Any = gzip.GzipFile(fileobj=stream) if bounds.is_gzip else stream
     bounded: Any = _Bounded(source, bounds.max_bytes + headers)
     try:
-        with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_Entry) as archive:
+        with tarfile.open(fileobj=bounded, mode="r|", tarinfo=_ZipEntry) as archive:
             yield _checked(archive, bounds)
     except (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile, ValueError) as error:
         raise BadInput(str(error)) from None

@@ -154,7 +154,7 @@ def load_yaml(text: str, label: str = "the text") -> Any:
 def yaml_value(node: yaml.Node, label: str = "the text") -> Any:
     """The plain value of a node that `compose_yaml` gave.  Raises BadInput for a value that is not of its tag."""
     try:
-        return _Values("").construct_document(node)
+        return _PlainValues("").construct_document(node)
     except yaml.MarkedYAMLError as error:
         line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
         raise BadInput(f"{label}: {line}{error.problem or error.context}") from None
@@ -162,7 +162,7 @@ def yaml_value(node: yaml.Node, label: str = "the text") -> Any:
         raise BadInput(f"{label}: is nested too deeply") from None
 
 
-class _Values(yaml.SafeLoader):
+class _PlainValues(yaml.SafeLoader):
     """Builds plain values; one that is not of its tag is named with its line."""
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:

@@ -23,7 +23,7 @@ from orchestrator.lifecycle.prepare import output_dir
 from orchestrator.planning import planner
 from strategies.adapter_bank import coefficients as shares
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
 from strategies.adapter_bank.generation import RULES, Generated, Recipe, Rule, bank_gram, combine, generate, into, mix
@@ -40,7 +40,7 @@ CARD = "adapt.json"
 class Neighbours:
     """The bank's adapters for one base with what is known of their data."""
 
-    cards: list[Card]
+    cards: list[AdapterCard]
     evidence: list[Evidence]
     adapters: list[Adapter]
 

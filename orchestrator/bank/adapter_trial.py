@@ -11,7 +11,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.job.job_file import Job
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.model.loading import load_model
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.trial import Below, corrected
@@ -40,4 +40,4 @@ class AdapterTrial:
         with corrected(self.model, adapter or {}) as model, self._below.pass_by(), torch.no_grad():
             optimizer = torch.optim.SGD([next(model.parameters())])  # evaluation asks for none, a set-up has one
             setup = TrainSetup(model, optimizer, dict(model.named_parameters()), lambda *_: None, "model")
-            return evaluate_loss(setup, data, self._techniques, Group())
+            return evaluate_loss(setup, data, self._techniques, ProcessGroup())

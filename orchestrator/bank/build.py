@@ -13,10 +13,10 @@ from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.lifecycle.run import submit
 from strategies.adapter_bank.adapter import Unusable
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.card import AdapterCard, BankError
 
 
-def build_bank(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[Card]:
+def build_bank(folder: Path, job_with: Callable[[list[str]], Job], say: Callable[[str], None]) -> list[AdapterCard]:
     """An adapter in the bank for each FOLDER/NAME that holds train.jsonl; finished ones are not trained again.
 
     One that fails does not stop the others.  Raises JobError for a folder without data sets, and in the end where some

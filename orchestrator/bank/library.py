@@ -18,7 +18,7 @@ from orchestrator.job.job_file import Job, parse_job
 from orchestrator.runs.condition import require_finished
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Adapter, fits_base
-from strategies.adapter_bank.card import Card
+from strategies.adapter_bank.card import AdapterCard
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.folders import base_digest
 from strategies.adapter_bank.store import Bank
@@ -71,7 +71,7 @@ def embeddings(folder: Path) -> Any:
     raise JobError(f"model.model_name_or_path: {folder} has no token embeddings under a known name")
 
 
-def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | None = None) -> Card:
+def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | None = None) -> AdapterCard:
     """A finished run's adapter, with its data and its scores.
 
     Raises JobError for a run that is not finished or whose files are damaged or gone, BankError, Unusable.
@@ -88,7 +88,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     fits_base(adapter, base.folder)
     data, _ = datasets(files)
     scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.values.get(when)))}
-    card = Card(
+    card = AdapterCard(
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
@@ -103,7 +103,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
 
 def add_folder(
     bank: Bank, folder: Path, model: str | None, data: Path | None, name: str | None, licence: str | None
-) -> Card:
+) -> AdapterCard:
     """An adapter of another program.  Without its `data` it can be merged, but `adapt` does not find it."""
     adapter = Adapter(folder)
     asked = model or adapter.base_name
@@ -117,7 +117,7 @@ def add_folder(
     fits_base(adapter, base.folder)
     evidence = evidence_of(_tokenised(asked, data), base) if data else None
     name = name or bank.name_of(folder) or folder.name
-    card = Card(name=name, base_name=asked, base_digest=base.digest, licence=licence)
+    card = AdapterCard(name=name, base_name=asked, base_digest=base.digest, licence=licence)
     return bank.add(folder, card, evidence)
 
 

@@ -11,7 +11,7 @@ from typing import Any, cast
 
 from orchestrator.errors import JobError
 from strategies.adapter_bank.algebra import Merge
-from strategies.adapter_bank.card import Card
+from strategies.adapter_bank.card import AdapterCard
 from strategies.adapter_bank.generation import Recipe, generate
 from strategies.adapter_bank.store import Bank
 
@@ -26,7 +26,7 @@ class MergeOptions:
     density: float = 0.5
 
 
-def merge_adapters(bank: Bank, cards: list[Card], output: Path, options: MergeOptions) -> dict[str, Any]:
+def merge_adapters(bank: Bank, cards: list[AdapterCard], output: Path, options: MergeOptions) -> dict[str, Any]:
     """Merge adapters of the bank.  Raises JobError for those of several models, or weights that do not match them."""
     if len({card.base_digest for card in cards}) > 1:
         raise JobError("they belong to different models: " + ", ".join(f"{c.name} to {c.base_name}" for c in cards))

@@ -16,7 +16,7 @@ from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.store import Bank, Contents, Damaged
 
 DEFAULT_BANK = Path("~/orchestrator-bank")
@@ -319,7 +319,7 @@ def adapt(
     _print_made(found, json_)
 
 
-def _print_card(card: Card, json_: bool) -> None:
+def _print_card(card: AdapterCard, json_: bool) -> None:
     if json_:
         print_json(card.as_dict())
         return

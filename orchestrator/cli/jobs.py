@@ -26,7 +26,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import JobError, Stopped
 from orchestrator.job.paths import resolve_path, write_text_file
-from orchestrator.remote.record import Target
+from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
 
 verbs = typer.Typer()
@@ -251,7 +251,7 @@ def submit(
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return
-    target = Target(cluster or "", hardware, attach, run_id)
+    target = ClusterTarget(cluster or "", hardware, attach, run_id)
     if not target.is_kuberay and (render or hardware or attach):
         raise JobError("--render, --attach and --hardware belong to --cluster kuberay; elsewhere use `plan --hardware`")
     if target.is_remote:

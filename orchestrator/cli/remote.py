@@ -13,7 +13,7 @@ from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, p
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.remote import jobs, package
-from orchestrator.remote.record import Remote, Target
+from orchestrator.remote.record import ClusterTarget, Remote
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
 
@@ -31,7 +31,7 @@ def is_closed(run: RunFolder) -> bool:
     return found is not None and found.is_closed
 
 
-def submit(job: Job, target: Target, file: Path | None, detach: bool, as_json: bool) -> None:
+def submit(job: Job, target: ClusterTarget, file: Path | None, detach: bool, as_json: bool) -> None:
     """Send a job and wait until it ends, unless detached; with a file write its RayJob there instead."""
     from orchestrator.lifecycle.prepare import output_dir
     from orchestrator.remote import kube_submit

@@ -82,7 +82,7 @@ class _Kind:
         return f"{self.first} (and {more} more such row{'s' if more > 1 else ''}: {places})"
 
 
-class Counts:
+class RowCounts:
     """What happened to the rows so far; the format of each file is that of its first row that has one."""
 
     def __init__(self) -> None:

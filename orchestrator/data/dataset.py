@@ -19,9 +19,9 @@ import numpy
 import pyarrow
 import pyarrow.compute
 
-from orchestrator.data.counts import Counts, Statistics
+from orchestrator.data.counts import RowCounts, Statistics
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.samples import Options, tokenise
+from orchestrator.data.samples import TokenizeOptions, tokenise
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import manifest
@@ -150,7 +150,7 @@ def cache_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def build(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Path) -> Dataset:
+def build(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> Dataset:
     """Tokenise `rows` into `folder`; it appears complete or not at all.  What another process made first stays.
 
     Raises JobError listing the broken rows (the first ten) when `options.strict`, else writes them to rejected.jsonl.
@@ -176,8 +176,8 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
     return manifest.damage(folder, _FILES)
 
 
-def _write(rows: Iterator[Row], renderer: Renderer, options: Options, folder: Path) -> None:
-    counts = Counts()
+def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
+    counts = RowCounts()
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
         pyarrow.ipc.new_file(sink, _SCHEMA) as writer,

@@ -16,7 +16,7 @@ from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.job.job_file import Job
-from orchestrator.job.sections.training import HeldOut, Source
+from orchestrator.job.sections.training import HeldOutFraction, Source
 
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
@@ -51,7 +51,7 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)} | digests(job)
     files["chat_template"] = template_text(job)
     held_out = None
-    if isinstance(data.eval, HeldOut):
+    if isinstance(data.eval, HeldOutFraction):
         files |= {"split": data.eval.split, "seed": job.spec.train.seed}
         train, held_out = train.split(data.eval.split, job.spec.train.seed)
     elif data.eval is not None:
@@ -83,7 +83,7 @@ def digests(job: Job) -> dict[str, str | None]:
     return {
         f"{name}_digest": digest_of(job, value, f"data.{name}")
         for name, value in stated.items()
-        if value is not None and not isinstance(value, HeldOut)
+        if value is not None and not isinstance(value, HeldOutFraction)
     }
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
-from orchestrator.data.counts import Counts
+from orchestrator.data.counts import RowCounts
 from orchestrator.data.rows.formats import read_example
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
@@ -22,7 +22,7 @@ from orchestrator.job.sections.training import Source
 
 
 @dataclass(frozen=True)
-class Options:
+class TokenizeOptions:
     """What decides how one row becomes tokens, beside the renderer."""
 
     format: str
@@ -72,21 +72,21 @@ def template_text(job: Job) -> str | None:
     return None if setting == "tokenizer" else read_text_file(setting, "data.chat_template", job.folder)
 
 
-def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key: str) -> Options:
+def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key: str) -> TokenizeOptions:
     """How the rows of the sources of a data key become tokens.  Raises JobError where they state different formats."""
     data = job.spec.data
     # Sources differ by their format alone, which each row's own fields decide or the source states.
     formats = {source.format if source.format != "auto" else data.format for source in sources}
     if len(formats) > 1:
         raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
-    return Options(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
+    return TokenizeOptions(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
 
 
 def tokenise(
     rows: Iterable[Row],
     renderer: Renderer,
-    options: Options,
-    counts: Counts,
+    options: TokenizeOptions,
+    counts: RowCounts,
     reject: Callable[[Row, BadRow], None] = lambda row, reason: None,
 ) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
     """Each good row with its samples (none when dropped, several when split), all rows counted.
@@ -104,7 +104,7 @@ def tokenise(
             yield row, samples
 
 
-def read_only(rows: Iterable[Row], options: Options, counts: Counts) -> None:
+def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) -> None:
     """Count rows that are read and not rendered: for machines without a tokenizer."""
     for row in rows:
         counts.statistics.rows += 1
@@ -115,7 +115,7 @@ def read_only(rows: Iterable[Row], options: Options, counts: Counts) -> None:
             counts.reject(row, reason)
 
 
-def _samples_of(row: Row, renderer: Renderer, options: Options, counts: Counts) -> list[dict[str, Any]]:
+def _samples_of(row: Row, renderer: Renderer, options: TokenizeOptions, counts: RowCounts) -> list[dict[str, Any]]:
     row_format, example = read_example(row, options.format, options.instruction, counts.formats)
     rendered, statistics = renderer.render(example), counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
@@ -164,7 +164,7 @@ def _is_cut(tokens: Tokens, piece: Tokens) -> bool:
     return tokens.answer is not None and length < len(tokens.input_ids) and any(tokens.supervised[length:])
 
 
-def _fit(tokens: Tokens, options: Options, is_text: bool) -> list[Tokens]:
+def _fit(tokens: Tokens, options: TokenizeOptions, is_text: bool) -> list[Tokens]:
     limit = options.max_length
     if limit is None or len(tokens.input_ids) <= limit:
         return [tokens]

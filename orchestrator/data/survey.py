@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import printable
-from orchestrator.data.counts import Counts, check_line, loss_notice, loss_refusal, reading_notices
+from orchestrator.data.counts import RowCounts, check_line, loss_notice, loss_refusal, reading_notices
 from orchestrator.data.readers.sources import rows_of, skipped_of, sources_of
 from orchestrator.data.rows.row import Row
-from orchestrator.data.samples import Options, options_for, read_only, tokenise
+from orchestrator.data.samples import TokenizeOptions, options_for, read_only, tokenise
 from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
-from orchestrator.job.sections.training import HeldOut
+from orchestrator.job.sections.training import HeldOutFraction
 
 _NOT_FETCHED = "a data set of the hub"
 Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.train, from 1, and its samples
@@ -27,7 +27,7 @@ Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.tr
 class _Key:
     """One data key."""
 
-    counts: Counts = field(default_factory=Counts)
+    counts: RowCounts = field(default_factory=RowCounts)
     lengths: list[int] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
     formats: dict[str, str] = field(default_factory=dict)  # of each path
@@ -89,7 +89,7 @@ class Survey:
             elif self.is_rendered and found.is_whole and not data.truncate:
                 refusal = loss_refusal(asdict(statistics), key)
                 mistakes += [refusal] if refusal else []
-        if isinstance(data.eval, HeldOut) and self.train.is_whole and self.is_rendered:
+        if isinstance(data.eval, HeldOutFraction) and self.train.is_whole and self.is_rendered:
             mistakes += [ONE_ROW] if self.train.counts.statistics.samples == 1 else []
         return mistakes
 
@@ -107,7 +107,7 @@ def survey(
     """
     found = Survey(job, renderer is not None)
     for name, value in (("data.train", job.spec.data.train), ("data.eval", job.spec.data.eval)):
-        if value is None or isinstance(value, HeldOut):
+        if value is None or isinstance(value, HeldOutFraction):
             continue
         key = found.keys[name] = _Key(skipped=skipped_of(job, value, name))
         sources = sources_of(job, value, name)
@@ -144,7 +144,9 @@ def _limit(rows: Iterator[Row], limit: int | None, key: _Key) -> Iterator[Row]:
         key.is_whole = False
 
 
-def _look(rows: Iterable[Row], renderer: Renderer | None, options: Options, key: _Key, keep: Keep | None) -> None:
+def _look(
+    rows: Iterable[Row], renderer: Renderer | None, options: TokenizeOptions, key: _Key, keep: Keep | None
+) -> None:
     if renderer is None:
         read_only(rows, options, key.counts)
         return
@@ -172,7 +174,7 @@ def _compare(found: Survey) -> None:
     kept = range(len(prints))
     others = set(held.fingerprints) if held else set()
     stated = found.job.spec.data.eval
-    if isinstance(stated, HeldOut) and train.is_whole and len(prints) > 1:
+    if isinstance(stated, HeldOutFraction) and train.is_whole and len(prints) > 1:
         from orchestrator.data.dataset import split_rows
 
         kept, apart = split_rows(len(prints), stated.split, found.job.spec.train.seed)

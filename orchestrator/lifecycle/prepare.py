@@ -13,7 +13,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_check, model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.job.paths import resolve_path
-from orchestrator.job.sections.training import HeldOut as HeldOutFraction
+from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
@@ -21,7 +21,7 @@ from orchestrator.lifecycle import calibration, machines
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.lifecycle.verify import verified_files
 from orchestrator.planning import planner, price, workload
-from orchestrator.planning.evaluation import HeldOut
+from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import InBank, Plan, in_bank_sentence
 from orchestrator.runs.run_folder import RunFolder
 from strategies.contract import Workload
@@ -48,7 +48,7 @@ class Sizes:
 
     lengths: Sequence[int]
     num_supervised: int
-    held_out: HeldOut | None
+    held_out: HeldOutCounts | None
 
     def cut(self, max_length: int) -> Sizes:
         """The same samples at no more than `max_length` tokens; what is supervised shrinks in proportion."""
@@ -139,7 +139,7 @@ def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervi
     else:
         held, held_supervised = rough_lengths(job, max_length, "eval")
     mean_answer = held_supervised // len(held)
-    return Sizes(lengths, num_supervised, HeldOut(len(held), sum(held), 2 * mean_answer, len(held), False))
+    return Sizes(lengths, num_supervised, HeldOutCounts(len(held), sum(held), 2 * mean_answer, len(held), False))
 
 
 def _probe(job: Job, say: _Say, refresh: bool) -> ClusterCapability:
@@ -153,7 +153,7 @@ def sizes_of(train: Any, held_out: Any) -> Sizes:
     """What planning needs to know of tokenised data."""
     counts = None
     if held_out is not None:
-        counts = HeldOut(
+        counts = HeldOutCounts(
             num_samples=len(held_out),
             num_tokens=int(held_out.lengths.sum()),
             longest_answer=int(held_out.num_supervised.max()),

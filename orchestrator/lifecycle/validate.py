@@ -17,7 +17,7 @@ from orchestrator.job import hub, model_check, model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file, resolve_path
 from orchestrator.job.secrets import secret_names
-from orchestrator.job.sections.training import HeldOut
+from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.planning import planner, workload
 from orchestrator.planning.space import stated_space
@@ -102,7 +102,7 @@ def _mistakes_in_paths(job: Job) -> list[str]:
     mistakes: list[str] = []
     data = job.spec.data
     for key, value in (("data.train", data.train), ("data.eval", data.eval)):
-        if value is None or isinstance(value, HeldOut):
+        if value is None or isinstance(value, HeldOutFraction):
             continue
         with _collect(mistakes):
             sources_of(job, value, key)

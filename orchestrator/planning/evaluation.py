@@ -20,7 +20,7 @@ _NEEDS_ROWS = "{} needs held-out rows; add data.eval, e.g. data.eval: {{split: 0
 
 
 @dataclass(frozen=True)
-class HeldOut:
+class HeldOutCounts:
     """Counts of the held-out rows that decide how they are evaluated."""
 
     num_samples: int
@@ -31,7 +31,7 @@ class HeldOut:
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationPlan:
     """The eval section without `auto`, and the reason of each key where there is one."""
 
     eval_steps: int | None  # None: at the end only
@@ -41,8 +41,8 @@ class Evaluation:
 
 
 def resolve_evaluation(
-    spec: JobSpec, workload: Workload, held_out: HeldOut | None, nodes: Sequence[NodePlan]
-) -> Evaluation:
+    spec: JobSpec, workload: Workload, held_out: HeldOutCounts | None, nodes: Sequence[NodePlan]
+) -> EvaluationPlan:
     """Raises JobError for an evaluation without held-out rows."""
     steps, why_steps = resolve_eval_steps(spec, workload, held_out)
     new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
@@ -56,10 +56,12 @@ def resolve_evaluation(
         elif not enough:  # what the job states needs no reason, unless not even one answer surely fits
             why_tokens = memory
     found = (("eval.eval_steps", why_steps), ("eval.max_new_tokens", why_tokens), ("eval.metrics", why_metrics))
-    return Evaluation(steps, new_tokens, metrics, {key: why for key, why in found if why})
+    return EvaluationPlan(steps, new_tokens, metrics, {key: why for key, why in found if why})
 
 
-def resolve_eval_steps(spec: JobSpec, workload: Workload, held_out: HeldOut | None) -> tuple[int | None, str | None]:
+def resolve_eval_steps(
+    spec: JobSpec, workload: Workload, held_out: HeldOutCounts | None
+) -> tuple[int | None, str | None]:
     """Steps between two held-out losses, None for the end only; and why, where it was open."""
     stated = spec.eval.eval_steps
     if held_out is None:
@@ -75,7 +77,7 @@ def resolve_eval_steps(spec: JobSpec, workload: Workload, held_out: HeldOut | No
     return max(1, math.ceil(workload.num_steps / times)), f"{times} times over the run, at most a tenth of its time"
 
 
-def resolve_max_new_tokens(spec: JobSpec, held_out: HeldOut | None) -> tuple[int, str | None]:
+def resolve_max_new_tokens(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[int, str | None]:
     """The longest generated answer in tokens; and why, where it was open."""
     stated = spec.eval.max_new_tokens
     longest = held_out.longest_answer if held_out else 0
@@ -87,7 +89,7 @@ def resolve_max_new_tokens(spec: JobSpec, held_out: HeldOut | None) -> tuple[int
     return value, f"the longest held-out answer has {longest} tokens; a quarter more, 512 at most"
 
 
-def resolve_metrics(spec: JobSpec, held_out: HeldOut | None) -> tuple[tuple[str, ...], str | None]:
+def resolve_metrics(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[tuple[str, ...], str | None]:
     """The metrics of generated answers; and why, where they were open."""
     stated = spec.eval.metrics
     if held_out is None:

@@ -17,7 +17,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Placed, Slot, Switches, limit_per_node
 from orchestrator.planning.enumeration import Enumeration
-from orchestrator.planning.evaluation import HeldOut, resolve_evaluation
+from orchestrator.planning.evaluation import HeldOutCounts, resolve_evaluation
 from orchestrator.planning.explain import (
     alternatives,
     explain_choice,
@@ -147,7 +147,7 @@ def make_plan(
     workload: Workload,
     cluster: ClusterCapability,
     max_length: int,
-    held_out: HeldOut | None,
+    held_out: HeldOutCounts | None,
     reasons: dict[str, str],
 ) -> Plan:
     """Resolve what is left open, beside what has `reasons` already.
@@ -181,7 +181,7 @@ def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCa
     return ChosenCandidate(enumeration.workload, enumeration, choose_candidate(spec, enumeration.fitting))
 
 
-def _plan_of(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOut | None, reasons: dict[str, str]) -> Plan:
+def _plan_of(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | None, reasons: dict[str, str]) -> Plan:
     """The plan that runs a candidate, with what the evaluation and the checkpoints leave open resolved."""
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
     first, prior = chosen.placed[0].plan, chosen.method.quality_prior()
@@ -276,7 +276,7 @@ def _node_plan_of(part: Placed) -> NodePlan:
     )
 
 
-def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOut | None) -> NodePlan | None:
+def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | None) -> NodePlan | None:
     """The fastest excluded node that could run the model: it evaluates the base model while the others train."""
     if held_out is None or not spec.eval.before or spec.cluster.address == "local":
         return None

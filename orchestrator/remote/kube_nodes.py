@@ -29,7 +29,7 @@ class _Taint:
 
 
 @dataclass(frozen=True)
-class _Spec:
+class _NodeSpec:
     unschedulable: bool | None = None
     taints: list[_Taint] | None = None
 
@@ -40,12 +40,12 @@ class _Status:
 
 
 @dataclass(frozen=True)
-class _Node:
+class _KubeNode:
     """What is read of a node."""
 
     name: str
     labels: dict[str, str]
-    spec: _Spec
+    spec: _NodeSpec
     status: _Status
 
 
@@ -66,13 +66,13 @@ def read_nodes(listed: list[dict[str, Any]], section: KubernetesSection) -> Clus
         raise JobError(f"no plan can use the cluster's nodes: {error}. --hardware FILE declares them") from None
 
 
-def _takes_our_pods(node: _Node, section: KubernetesSection) -> bool:
+def _takes_our_pods(node: _KubeNode, section: KubernetesSection) -> bool:
     if node.spec.unschedulable or any(node.labels.get(key) != value for key, value in section.node_selector.items()):
         return False
     return not any(_repels(taint, section.tolerations) for taint in node.spec.taints or [])
 
 
-def _declare(node: _Node) -> dict[str, Any] | None:
+def _declare(node: _KubeNode) -> dict[str, Any] | None:
     """A node's entry of a hardware file; None where its GPUs are in no data sheet."""
     allocatable = node.status.allocatable
     cores = int(_parse_quantity(allocatable.get("cpu", "0"))) - _OTHERS_CORES
@@ -89,15 +89,15 @@ def _declare(node: _Node) -> dict[str, Any] | None:
     return entry
 
 
-def _product(node: _Node) -> str:
+def _product(node: _KubeNode) -> str:
     return node.labels.get("nvidia.com/gpu.product", "").replace("-", " ")
 
 
-def _parse(values: dict[str, Any]) -> _Node:
+def _parse(values: dict[str, Any]) -> _KubeNode:
     metadata = mapping(values, "metadata")
     known = {"name": metadata.get("name"), "labels": metadata.get("labels") or {}, "spec": values.get("spec") or {}}
     try:
-        return record(_Node, {**known, "status": values.get("status")}, f"the node {metadata.get('name')}")
+        return record(_KubeNode, {**known, "status": values.get("status")}, f"the node {metadata.get('name')}")
     except BadInput as error:
         raise ClusterError(
             f"the API server's answer is malformed: {error}. --hardware FILE declares the nodes"

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from clusters.capability import ClusterCapability
-from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, Group, JobSettings, config_map, mistakes, rayjob, rayjob_on
+from clusters.kubernetes.rayjob import MOST_CONFIG_BYTES, JobSettings, PodGroup, config_map, mistakes, rayjob, rayjob_on
 from clusters.safe.reading import BadInput, load_yaml, read_text
 from clusters.units import GIB, format_bytes
 from orchestrator.errors import JobError
@@ -128,16 +128,16 @@ def _command(file: str, run_id: str) -> str:
     return shlex.join(["python", "-m", "orchestrator", "submit", file, "--run-id", run_id, "--supervised"])
 
 
-def make_groups(plan: Plan, capability: ClusterCapability) -> list[Group]:
+def make_groups(plan: Plan, capability: ClusterCapability) -> list[PodGroup]:
     """One group per class of machine in the plan: CPUs, and GPUs by their nominal memory."""
-    found: dict[str, Group] = {}
+    found: dict[str, PodGroup] = {}
     for part in plan.nodes:
         vram = _nominal_memory(part, capability)
         name = "cpu" if vram is None else f"gpu-{round(vram / GIB)}g"
         needs = _pod_bytes(part)
         old = found.get(name)
         count, cores = (old.count + 1, max(old.cores, part.threads)) if old else (1, part.threads)
-        found[name] = Group(name, count, cores, max(needs, old.memory_bytes if old else 0.0), vram)
+        found[name] = PodGroup(name, count, cores, max(needs, old.memory_bytes if old else 0.0), vram)
     return list(found.values())
 
 

@@ -12,11 +12,11 @@ from orchestrator.job.job_file import Job
 from orchestrator.lifecycle import machines
 from orchestrator.remote import jobs, kube_nodes, kube_objects, package
 from orchestrator.remote.backends import open_kubernetes
-from orchestrator.remote.record import Remote, Say, Target, begin_when_sent, parse_kuberay, wrap_errors
+from orchestrator.remote.record import ClusterTarget, Remote, Say, begin_when_sent, parse_kuberay, wrap_errors
 from orchestrator.runs.run_folder import RunFolder
 
 
-def submit(job: Job, target: Target, output_dir: Path, say: Say, follow: bool = True) -> RunFolder:
+def submit(job: Job, target: ClusterTarget, output_dir: Path, say: Say, follow: bool = True) -> RunFolder:
     """Send a job as a RayJob and, with `follow`, wait until it ends and fetch its result into the run folder here.
 
     A `run_id` that was sent before is continued.
@@ -43,7 +43,7 @@ def submit(job: Job, target: Target, output_dir: Path, say: Say, follow: bool = 
     return run
 
 
-def render(job: Job, target: Target, file: Path, say: Say) -> None:
+def render(job: Job, target: ClusterTarget, file: Path, say: Say) -> None:
     """Write the RayJob into a file, planned for the declared node classes or those of the cluster.
 
     Raises JobError, NothingFits, ClusterError.
@@ -55,7 +55,7 @@ def render(job: Job, target: Target, file: Path, say: Say) -> None:
     kube_objects.write(make_objects(job, name, target, client, say), file, say)
 
 
-def make_objects(job: Job, name: str, target: Target, client: Any, say: Say) -> kube_objects.Objects:
+def make_objects(job: Job, name: str, target: ClusterTarget, client: Any, say: Say) -> kube_objects.Objects:
     """Plan and render.  Without a client the target names the node classes or a RayCluster."""
     from orchestrator.lifecycle.prepare import plan_without_data
 

@@ -1,4 +1,4 @@
-"""Where a job is sent (`Target`) and where a run that was sent lives (`Remote`); nothing here talks to a cluster."""
+"""Where a job is sent (`ClusterTarget`) and where a sent run lives (`Remote`); nothing here talks to a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class Target:
+class ClusterTarget:
     """`submit --cluster` and the options that go with it."""
 
     address: str  # http://HOST:PORT, or kuberay[:[CONTEXT/]NAMESPACE]

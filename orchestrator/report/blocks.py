@@ -38,7 +38,7 @@ class Code:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SampleOutput:
     """A sample output: the prompt, the model's answers before and after, and the reference."""
 
     prompt: str
@@ -47,11 +47,11 @@ class Answer:
     wanted: str
 
 
-Block = Paragraph | Facts | Table | Figure | Code | Answer
+Block = Paragraph | Facts | Table | Figure | Code | SampleOutput
 
 
 @dataclass
-class Section:
+class ReportSection:
     title: str
     blocks: list[Block] = field(default_factory=list)
 
@@ -61,10 +61,10 @@ class Report:
     title: str
     subtitle: str
     lang: str
-    sections: list[Section] = field(default_factory=list)
+    sections: list[ReportSection] = field(default_factory=list)
 
     def section(self, title: str, *blocks: Block | None) -> None:
         """Add a section of the blocks that are there; none without any."""
         there = [block for block in blocks if block is not None]
         if there:
-            self.sections.append(Section(title, there))
+            self.sections.append(ReportSection(title, there))

@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from orchestrator.errors import JobError
-from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
+from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.translations import words
 from orchestrator.runs.markdown import code_block, plain
 
@@ -49,7 +49,7 @@ def _lines(block: Block, figures: str, lang: str) -> list[str]:
         for place, row in enumerate(block.rows):
             rows.append(_row(row, bold=place in block.marked))
         return rows
-    assert isinstance(block, Answer)
+    assert isinstance(block, SampleOutput)
     texts = {"prompt": block.prompt, "before": block.before, "after": block.after, "wanted": block.wanted}
     return [f"> **{w(name)}**: {plain(text)}  " for name, text in texts.items() if text is not None]
 

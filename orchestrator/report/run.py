@@ -8,7 +8,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.planning import price
 from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
-from orchestrator.report.blocks import Answer, Block, Code, Facts, Figure, Paragraph, Report, Table
+from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.events import (
@@ -203,7 +203,9 @@ def _samples(result: RunResult | None) -> list[Block]:
     if not result or not result.after:
         return []
     before = {one.prompt: one.generated for one in result.before.samples} if result.before else {}
-    return [Answer(one.prompt, before.get(one.prompt), one.generated, one.reference) for one in result.after.samples]
+    return [
+        SampleOutput(one.prompt, before.get(one.prompt), one.generated, one.reference) for one in result.after.samples
+    ]
 
 
 def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: list[Event]) -> list[Block]:

@@ -15,7 +15,7 @@ FILES = ("weights.safetensors", "optimizer.safetensors", "state.json")
 
 
 @dataclass(frozen=True)
-class Choice:
+class ChosenStep:
     """The step whose weights are handed back, and why not the one that was best."""
 
     step: int
@@ -54,7 +54,7 @@ def whole(folder: Path) -> Path | None:
     return next((path for path in reversed(complete(folder)) if verify(path) is None), None)
 
 
-def choose(folder: Path, losses: Mapping[int, float], last_step: int) -> Choice:
+def choose(folder: Path, losses: Mapping[int, float], last_step: int) -> ChosenStep:
     """The step of the lowest held-out loss whose weights are there: those of `last_step` are in memory.
 
     `losses` are those measured on the way, by step; checkpoints are verified from the best on.
@@ -65,6 +65,6 @@ def choose(folder: Path, losses: Mapping[int, float], last_step: int) -> Choice:
         best = best or path.name
         damage = None if step == last_step else verify(path)
         if damage is None:
-            return Choice(step, loss, best if reason else None, reason)
+            return ChosenStep(step, loss, best if reason else None, reason)
         reason = reason or damage
-    return Choice(last_step, losses.get(last_step), best, reason)
+    return ChosenStep(last_step, losses.get(last_step), best, reason)

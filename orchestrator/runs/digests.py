@@ -65,7 +65,7 @@ def of_model(
         raise BadInput(f"{folder}: cannot be read: {error.strerror}") from None
     if any(file.suffix == ".safetensors" for file in listed):  # the same weights once more
         listed = [file for file in listed if file.suffix != ".bin"]
-    kept = _Kept(cache)
+    kept = _KnownDigests(cache)
     if (unknown := sum(file.stat().st_size for file in listed if not kept.knows(file))) > _SAID_BYTES:
         say(f"reading {format_bytes(unknown)} of model files once, to know them again ...")
     with ThreadPoolExecutor(_READERS) as pool:
@@ -86,22 +86,22 @@ def _counts(file: Path) -> bool:
 
 
 @dataclass(frozen=True)
-class _Entry:
+class _DigestEntry:
     state: list[int]
     bytes: int
     sha256: str
 
 
-class _Kept:
+class _KnownDigests:
     """Digests by path, each true while the file's size, times and inode are those it was computed at."""
 
     def __init__(self, cache: Path | None) -> None:
         self._file = cache
-        self._known: dict[str, _Entry] = {}
+        self._known: dict[str, _DigestEntry] = {}
         self._is_new = False
         with contextlib.suppress(BadInput):  # none yet, or a damaged one: computed again
             values = read_json(cache) if cache else {}
-            self._known = {name: record(_Entry, entry, str(cache)) for name, entry in values.items()}
+            self._known = {name: record(_DigestEntry, entry, str(cache)) for name, entry in values.items()}
 
     def knows(self, file: Path) -> bool:
         entry = self._known.get(str(file.resolve()))
@@ -114,7 +114,7 @@ class _Kept:
             found = of_file(file)
             if _state(file) != state:
                 return found  # it is being written; the next look decides
-            entry = self._known[path] = _Entry(state, found.bytes, found.sha256)
+            entry = self._known[path] = _DigestEntry(state, found.bytes, found.sha256)
             self._is_new = True
         return FileDigest(entry.bytes, entry.sha256)
 

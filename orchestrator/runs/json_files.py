@@ -84,7 +84,7 @@ class StepTimes:
 
 
 @dataclass(frozen=True)
-class Energy:
+class EnergyRecord:
     """What counters saw of the training."""
 
     wh: float
@@ -127,7 +127,7 @@ class RunResult:
     before: Quality | None = None
     after: Quality | None = None
     time: StepTimes | None = None
-    energy: Energy | None = None
+    energy: EnergyRecord | None = None
     versions: dict[str, str] | None = None
     handed_back: HandedBack | None = None
     values: Values = field(default_factory=dict)  # as in the file, where a later version may have more

@@ -20,7 +20,7 @@ _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length,
 _ASK, _TAKE = getattr(fcntl, "F_OFD_GETLK", None), getattr(fcntl, "F_OFD_SETLK", None)
 
 
-class Held(OSError):
+class FolderLocked(OSError):
     """Another process holds the folder; the text says which."""
 
 
@@ -35,7 +35,7 @@ def hold(folder: Path) -> Iterator[None]:
             else:
                 fcntl.fcntl(descriptor, _TAKE, _flock(fcntl.F_WRLCK))
         except (BlockingIOError, PermissionError) as error:
-            raise Held(holder(folder)) from error
+            raise FolderLocked(holder(folder)) from error
         with contextlib.suppress(OSError):  # a full disk: it is held all the same
             os.ftruncate(descriptor, 0)
             os.pwrite(descriptor, json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode(), 0)

@@ -269,7 +269,7 @@ class RunFolder(Folder):
         with contextlib.ExitStack() as stack:
             try:
                 stack.enter_context(locks.hold(self.path))
-            except locks.Held as holder:
+            except locks.FolderLocked as holder:
                 raise JobError(
                     f"{self.run_id} is running ({holder}); `orchestrator stop {self.run_id}` stops it first"
                 ) from None

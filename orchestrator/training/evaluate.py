@@ -16,7 +16,7 @@ from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import in_halves
-from orchestrator.training.parallel import Group, even_passes
+from orchestrator.training.parallel import ProcessGroup, even_passes
 from orchestrator.training.stops import Stops, stops_of
 from strategies.contract import Dtype, Techniques, TrainSetup
 from strategies.shape import ModelShape
@@ -25,7 +25,7 @@ from strategies.techniques.precision import autocast
 
 
 @dataclass(frozen=True)
-class Answer:
+class GeneratedAnswer:
     """A generated text beside its reference."""
 
     prompt: str
@@ -43,7 +43,7 @@ class _Prompt:
 
 @torch.no_grad()
 def evaluate_loss(
-    setup: TrainSetup, data: Dataset, techniques: Techniques, group: Group, shares: Sequence[float] | None = None
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None = None
 ) -> float:
     """Mean loss of the supervised tokens of `data`, in nats a token.
 
@@ -90,14 +90,14 @@ class Generation:
 
     max_new_tokens: int
     dtype: Dtype  # that the model computes in
-    together: Group | None = None  # workers that divide the weights: as many passes everywhere, none is repeated
+    together: ProcessGroup | None = None  # workers that divide the weights: as many passes everywhere, none is repeated
     cache_bytes: float = CACHE_BYTES  # that keys and values may take
 
 
 @torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], how: Generation
-) -> list[Answer]:
+) -> list[GeneratedAnswer]:
     """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 
     An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  A batch
@@ -125,7 +125,7 @@ def generate_answers(
             unfit, _ = in_halves(batches, answer)
     failed = {prompt.index for prompt in unfit}
     return [
-        Answer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])
+        GeneratedAnswer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])
         for prompt in sorted(prompts, key=lambda prompt: prompt.index)
         if prompt.index not in failed
     ]

@@ -19,7 +19,7 @@ BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its ro
 
 
 @dataclass(frozen=True)
-class Group:
+class ProcessGroup:
     """The workers of a run and this one's place among them.
 
     `wire` is where tensors must lie to be sent: a GPU where all workers have one, else the host.
@@ -33,7 +33,7 @@ class Group:
     alike: bool = True  # the same kind of device everywhere: equal sums move equal weights equally
     process_group: Any = None  # of torch.distributed; None = its default one
 
-    def patient(self) -> Group:
+    def patient(self) -> ProcessGroup:
         """The same workers with a timeout of an hour.  Collective."""
         return self if self.size == 1 else replace(self, process_group=dist.new_group(timeout=_PATIENCE))
 
@@ -79,7 +79,7 @@ class Group:
         return dist.all_reduce(tensor, async_op=True, group=self.process_group)
 
 
-def even_passes(group: Group, batches: Sequence[list[T]]) -> list[list[T]]:
+def even_passes(group: ProcessGroup, batches: Sequence[list[T]]) -> list[list[T]]:
     """As many micro-batches as the worker with the most has: the largest are halved, then empty ones are added.
 
     Collective.  An engine's workers gather and reduce in every pass, so none may run fewer.
@@ -107,7 +107,7 @@ class GradientSum:
     """
 
     def __init__(
-        self, group: Group, parameters: Iterable[torch.nn.Parameter], first: Callable[[], None] = lambda: None
+        self, group: ProcessGroup, parameters: Iterable[torch.nn.Parameter], first: Callable[[], None] = lambda: None
     ) -> None:
         self._group, self._first = group, first
         self._buckets = _buckets(list(parameters)[::-1], group.bucket_bytes) if group.size > 1 else []

@@ -13,7 +13,7 @@ import torch
 
 from orchestrator.errors import NothingFits
 from orchestrator.training.memory import catch_out_of_memory, release_cache
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from strategies.contract import TrainSetup, TrainState
 from strategies.step.state import gather, restore
 
@@ -25,7 +25,7 @@ class UpdateFailed(Exception):
 class Updates:
     """Whether each update went through everywhere; workers learn it while they compute the next step's gradients."""
 
-    def __init__(self, setup: TrainSetup, group: Group, is_local: bool, note: Callable[[str], None]) -> None:
+    def __init__(self, setup: TrainSetup, group: ProcessGroup, is_local: bool, note: Callable[[str], None]) -> None:
         self._setup, self._group, self._note = setup, group, note
         # Another worker has the same state, and none waits for another inside the update.
         own_state = setup.engine or setup.sharding or setup.streaming or is_local
@@ -92,7 +92,7 @@ def _forget(setup: TrainSetup) -> None:
 
 
 def _state_of(
-    setup: TrainSetup, group: Group, source: int, scale: dict[str, Any], norm: float
+    setup: TrainSetup, group: ProcessGroup, source: int, scale: dict[str, Any], norm: float
 ) -> tuple[float, dict[str, Any], TrainState]:
     """Norm, loss scale and whole state of the worker of rank `source`, on the CPU of every worker."""
     own = gather(setup) if group.rank == source else None

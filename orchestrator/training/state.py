@@ -21,7 +21,7 @@ from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.memory import fallback, release_cache
-from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.parallel import GradientSum, ProcessGroup
 from orchestrator.training.repair import Updates
 from orchestrator.training.shares import Shares
 from strategies.contract import Dtype, Techniques, TrainSetup
@@ -120,7 +120,7 @@ class Training:
     order: Order
     schedule: Schedule
     techniques: Techniques
-    group: Group
+    group: ProcessGroup
     progress: Progress
     hooks: Hooks
     planned_shares: Shares | None = None

@@ -10,7 +10,7 @@ import torch
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Note
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 
 
 def ignore_event(event: Event) -> None:
@@ -26,7 +26,7 @@ class WorkerContext:
     part: NodePlan  # of the plan: this worker's
     model_folder: str  # of the base model
     device: torch.device
-    group: Group = Group()
+    group: ProcessGroup = ProcessGroup()
     slot: int = 0  # which of its node's workers it is
     record: Callable[[Event], None] = ignore_event
 

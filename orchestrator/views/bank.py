@@ -9,10 +9,10 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.safe.reading import printable
-from strategies.adapter_bank.card import Card
+from strategies.adapter_bank.card import AdapterCard
 
 
-def table(cards: Iterable[Card]) -> Table:
+def table(cards: Iterable[AdapterCard]) -> Table:
     """One adapter per row."""
     shown = Table(box=None)
     for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from clusters.safe.reading import printable
 from clusters.units import format_bytes, format_count, format_s
-from orchestrator.runs.checkpoints import Choice
+from orchestrator.runs.checkpoints import ChosenStep
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.events import ErrorReport, Event, StateChange
 from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes
@@ -50,7 +50,7 @@ def handed_back_text(handed: HandedBack | None) -> str | None:
     """Why other weights than the best were handed back; None when the best were."""
     if not handed or not handed.reason:
         return None
-    return Choice(handed.step, handed.eval_loss, handed.instead_of, handed.reason).text
+    return ChosenStep(handed.step, handed.eval_loss, handed.instead_of, handed.reason).text
 
 
 def _cost_sentence(result: RunResult) -> str:

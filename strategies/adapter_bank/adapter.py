@@ -57,7 +57,7 @@ _BEYOND_FACTORS = (  # settings by which an adapter is more than dW = B A
 
 
 @dataclass(frozen=True)
-class Target:
+class Correction:
     """One linear map's correction."""
 
     name: str  # as the base model calls the map: model.layers.0.self_attn.q_proj
@@ -120,7 +120,7 @@ class Adapter:
 
         return safe_open(self.folder / WEIGHTS, framework="pt")  # memory-mapped
 
-    def _target(self, name: str, entries: Mapping[str, TensorEntry]) -> Target:
+    def _target(self, name: str, entries: Mapping[str, TensorEntry]) -> Correction:
         a, b = (entries[f"base_model.model.{name}.lora_{side}.weight"] for side in "AB")
         if strange := [one.dtype for one in (a, b) if one.dtype not in _FLOATS]:
             raise Unusable(f"{self.folder}: the weights of {name} are of type {printable(strange[0])}, not floats")
@@ -138,7 +138,7 @@ class Adapter:
             raise Unusable(f"{self.folder}: {name} has rank {rank}, and its {CONFIG} says {stated}")
         if not is_named:
             raise Unusable(f"{self.folder}: {name} has weights and is not in target_modules: PEFT would not use them")
-        return Target(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if settings.use_rslora else rank))
+        return Correction(name, rank, inputs, outputs, alpha / (math.sqrt(rank) if settings.use_rslora else rank))
 
 
 def fits_base(adapter: Adapter, base: Path) -> None:

@@ -20,7 +20,7 @@ class BankError(ValueError):
 
 
 @dataclass(frozen=True)
-class Card:
+class AdapterCard:
     """What is known of an adapter."""
 
     name: str
@@ -57,10 +57,10 @@ class Card:
         return {**{one: getattr(self, one) for one in KNOWN}, **self.unknown}
 
 
-KNOWN = tuple(one.name for one in fields(Card) if one.name != "unknown")
+KNOWN = tuple(one.name for one in fields(AdapterCard) if one.name != "unknown")
 
 
-def read_card(file: Path) -> Card:
+def read_card(file: Path) -> AdapterCard:
     """Raises BankError for a file that cannot be read and for a card with a wrong field."""
     try:
         return card_of(read_json(file, _MAX_BYTES))
@@ -68,11 +68,11 @@ def read_card(file: Path) -> Card:
         raise BankError(str(error)) from None
 
 
-def card_of(values: Any) -> Card:
+def card_of(values: Any) -> AdapterCard:
     """The card that JSON values describe.  Raises BankError naming the fields that are wrong."""
     known = {key: value for key, value in values.items() if key in KNOWN} if isinstance(values, dict) else values
     try:
-        card = record(Card, known, CARD)
+        card = record(AdapterCard, known, CARD)
     except BadInput as error:
         raise BankError(str(error)) from None
     if wrong := mistakes(card):
@@ -80,7 +80,7 @@ def card_of(values: Any) -> Card:
     return replace(card, unknown={key: value for key, value in values.items() if key not in KNOWN})
 
 
-def mistakes(card: Card) -> list[str]:
+def mistakes(card: AdapterCard) -> list[str]:
     """What is wrong with a card's values, each of its right type."""
     wrong = [f"name {mistake}" for mistake in [name_mistake(card.name)] if mistake]
     digests = {"digest": card.digest, "base_digest": card.base_digest}

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from strategies.adapter_bank.evidence import Counts, Evidence
+from strategies.adapter_bank.evidence import Evidence, TokenCounts
 
 _DIRECTIONS, _QUANTILES = 64, 64  # of the sliced distance
 Distance = Callable[[Evidence, Sequence[Evidence]], numpy.ndarray]
@@ -83,7 +83,7 @@ DISTANCES: dict[str, Distance] = {
 def _each(
     query: Evidence,
     others: Sequence[Evidence],
-    part: Callable[[Evidence], Counts],
+    part: Callable[[Evidence], TokenCounts],
     distance: Callable[[numpy.ndarray, numpy.ndarray], float],
 ) -> numpy.ndarray:
     own = part(query).density(query.vocabulary)

@@ -24,14 +24,14 @@ _SMOOTHING = 1.0  # pseudo-tokens, spread over the vocabulary
 
 
 @dataclass(frozen=True)
-class Counts:
+class TokenCounts:
     """Tokens and how often each occurs, ordered by token."""
 
     ids: numpy.ndarray  # int32
     counts: numpy.ndarray  # float32
 
     @classmethod
-    def of(cls, rows: Iterable[numpy.ndarray]) -> Counts:
+    def of(cls, rows: Iterable[numpy.ndarray]) -> TokenCounts:
         rows = list(rows)
         ids, counts = numpy.unique(numpy.concatenate(rows) if rows else numpy.empty(0, numpy.int32), return_counts=True)
         return cls(ids.astype(numpy.int32), counts.astype(numpy.float32))
@@ -47,8 +47,8 @@ class Counts:
 class Evidence:
     """The sufficient statistics of a data set for every distance."""
 
-    tokens: Counts  # of whole rows
-    answers: Counts  # of what is learnt
+    tokens: TokenCounts  # of whole rows
+    answers: TokenCounts  # of what is learnt
     sketch_KD: numpy.ndarray  # float16
     vocabulary: int
     num_rows: int
@@ -85,7 +85,7 @@ class Evidence:
         if not numpy.isfinite(arrays["sketch"]).all() or 0 in arrays["sketch"].shape:
             raise ValueError("its sketch is empty or not finite")
         tokens, answers = (
-            _checked(Counts(arrays[f"{part}_ids"], arrays[f"{part}_counts"]), vocabulary)
+            _checked(TokenCounts(arrays[f"{part}_ids"], arrays[f"{part}_counts"]), vocabulary)
             for part in ("tokens", "answers")
         )
         return cls(tokens, answers, arrays["sketch"], vocabulary, num_rows)
@@ -95,7 +95,7 @@ class Evidence:
         return self.vocabulary == other.vocabulary and self.sketch_KD.shape[1] == other.sketch_KD.shape[1]
 
 
-def _checked(counts: Counts, vocabulary: int) -> Counts:
+def _checked(counts: TokenCounts, vocabulary: int) -> TokenCounts:
     ids, numbers = counts.ids, counts.counts
     if len(ids) != len(numbers) or not (numpy.isfinite(numbers).all() and (numbers >= 0).all()):
         raise ValueError("its counts are not those of its tokens")
@@ -124,4 +124,4 @@ def gather(
     generator = numpy.random.default_rng(0)
     projection_HD = generator.standard_normal((means_KH.shape[1], _DIMENSIONS)) / numpy.sqrt(_DIMENSIONS)
     sketch = (means_KH @ projection_HD).astype(numpy.float16)
-    return Evidence(Counts.of(tokens), Counts.of(answers), sketch, embeddings_VH.shape[0], len(tokens))
+    return Evidence(TokenCounts.of(tokens), TokenCounts.of(answers), sketch, embeddings_VH.shape[0], len(tokens))

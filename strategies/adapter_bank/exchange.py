@@ -14,7 +14,7 @@ from clusters.safe.archives import Bounds, names_in, unpack
 from clusters.safe.reading import BadInput, open_regular, printable
 from clusters.safe.writing import sync
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
-from strategies.adapter_bank.card import CARD, BankError, Card
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError
 from strategies.adapter_bank.folders import EVIDENCE, check, delete, read_evidence
 from strategies.adapter_bank.store import Bank, Damaged
 
@@ -27,11 +27,11 @@ _MOST_FILES = 200_000
 class Transfer:
     """The adapters that were copied, and those that were refused with the reason."""
 
-    cards: list[Card]
+    cards: list[AdapterCard]
     refused: list[Damaged]
 
 
-def export(bank: Bank, file: Path, cards: Iterable[Card]) -> Transfer:
+def export(bank: Bank, file: Path, cards: Iterable[AdapterCard]) -> Transfer:
     """Write adapters into a tar for another bank; it appears whole or not at all.
 
     One that is damaged is left out.  Raises BankError where none is left, or the file cannot be written.
@@ -86,7 +86,7 @@ def import_(bank: Bank, file: Path) -> Transfer:
     return Transfer(taken, refused)
 
 
-def _take(bank: Bank, folder: Path, others: list[Card]) -> Card:
+def _take(bank: Bank, folder: Path, others: list[AdapterCard]) -> AdapterCard:
     card, adapter = check(folder), Adapter(folder)
     adapter.corrections()
     evidence = read_evidence(folder / EVIDENCE, card) if card.evidence_digest else None

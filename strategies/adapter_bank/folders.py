@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from clusters.safe.reading import BadInput, open_regular, printable
 from clusters.safe.writing import sync, write_whole
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
-from strategies.adapter_bank.card import CARD, BankError, Card, is_digest, read_card
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError, is_digest, read_card
 from strategies.model.tensor_file import read_header
 
 if TYPE_CHECKING:  # numpy waits until a data set is looked at
@@ -25,7 +25,7 @@ EVIDENCE = "evidence.safetensors"
 _PAYLOAD = (CONFIG, WEIGHTS)  # what the digest is of; cards may gain fields later
 
 
-def card_in(folder: Path) -> Card:
+def card_in(folder: Path) -> AdapterCard:
     """The card of an adapter in its place.  Raises BankError for anything else that may lie there."""
     if folder.is_symlink():
         raise BankError("is a link; a bank holds its own files")
@@ -44,7 +44,7 @@ def card_in(folder: Path) -> Card:
     return card
 
 
-def check(folder: Path) -> Card:
+def check(folder: Path) -> AdapterCard:
     """An adapter's folder against its digests, every byte of it; its card.  Raises BankError or Unusable."""
     card = card_in(folder)
     check_bytes(folder, card)
@@ -54,7 +54,7 @@ def check(folder: Path) -> Card:
     return card
 
 
-def check_bytes(folder: Path, card: Card) -> None:
+def check_bytes(folder: Path, card: AdapterCard) -> None:
     if digest_of(folder) != card.digest:
         raise BankError(f"{card.name}: its bytes are not those that were added; import it again or remove it")
 
@@ -92,7 +92,7 @@ def base_digest(folder: Path) -> str:
     return whole.hexdigest()
 
 
-def read_evidence(file: Path, card: Card) -> Evidence:
+def read_evidence(file: Path, card: AdapterCard) -> Evidence:
     """Raises BankError for a file that cannot be read or is of other data than the card says."""
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
@@ -109,7 +109,7 @@ def read_evidence(file: Path, card: Card) -> Evidence:
     return evidence
 
 
-def write(folder: Path, source: Path, card: Card, evidence: Evidence | None) -> None:
+def write(folder: Path, source: Path, card: AdapterCard, evidence: Evidence | None) -> None:
     from safetensors.numpy import save_file
 
     folder.mkdir()
@@ -124,7 +124,7 @@ def write(folder: Path, source: Path, card: Card, evidence: Evidence | None) -> 
         sync(file)
 
 
-def write_card(folder: Path, card: Card) -> None:
+def write_card(folder: Path, card: AdapterCard) -> None:
     write_whole(folder / CARD, json.dumps(card.as_dict(), indent=1, ensure_ascii=False))
 
 

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from clusters.safe.writing import sync
 from strategies.adapter_bank.adapter import Adapter, Unusable
-from strategies.adapter_bank.card import CARD, BankError, Card, card_of, is_digest, mistakes
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError, card_of, is_digest, mistakes
 from strategies.adapter_bank.folders import (
     EVIDENCE,
     card_in,
@@ -62,7 +62,7 @@ class Damaged:
 class Contents:
     """What a bank holds."""
 
-    cards: list[Card]  # oldest first
+    cards: list[AdapterCard]  # oldest first
     damaged: list[Damaged]
 
 
@@ -90,7 +90,7 @@ class Bank:
     def contents(self) -> Contents:
         """Cards and what is damaged.  Raises BankError only where the bank as a whole cannot be read."""
         cards, sound, damaged = [], [], []
-        known: dict[str, Card] = {}
+        known: dict[str, AdapterCard] = {}
         for folder in self._folders():
             try:
                 cards.append(_card_at(folder))
@@ -105,11 +105,11 @@ class Bank:
                 sound.append(card)
         return Contents(sound, damaged)
 
-    def cards(self, base_digest: str | None = None) -> list[Card]:
+    def cards(self, base_digest: str | None = None) -> list[AdapterCard]:
         """All that are sound, oldest first; of one base if asked."""
         return [card for card in self.contents().cards if base_digest in (None, card.base_digest)]
 
-    def find(self, which: str) -> Card:
+    def find(self, which: str) -> AdapterCard:
         """By name, or by at least 6 characters of the digest.
 
         Raises BankError: with the reason for one that is damaged, else with the nearest names.
@@ -119,11 +119,11 @@ class Bank:
             raise BankError(f"{found}. `orchestrator bank verify --repair` puts it aside")
         return found
 
-    def find_all(self, which: str) -> Card | Damaged:
+    def find_all(self, which: str) -> AdapterCard | Damaged:
         """The same, with what is damaged, which is known by its digest alone.  Raises BankError."""
         contents = self.contents()
         named = [card for card in contents.cards if card.name == which]
-        starts: list[Card | Damaged] = []
+        starts: list[AdapterCard | Damaged] = []
         if not named and len(which) >= 6:
             starts += [card for card in contents.cards if card.digest.startswith(which)]
             starts += [one for one in contents.damaged if one.path.name.startswith(which)]
@@ -143,7 +143,7 @@ class Bank:
         known = self._known(digest_of(folder))
         return known and known.name
 
-    def of_data(self, base_digest: str, data_digest: str) -> list[Card]:
+    def of_data(self, base_digest: str, data_digest: str) -> list[AdapterCard]:
         """Adapters that were trained on this very data."""
         return [card for card in self.cards(base_digest) if card.data_digest == data_digest]
 
@@ -153,7 +153,7 @@ class Bank:
             raise BankError(f"{printable(digest[:80])!r} is no digest: 64 hex digits")
         return self._objects / digest[:2] / digest
 
-    def adapter(self, card: Card) -> Adapter:
+    def adapter(self, card: AdapterCard) -> Adapter:
         """Its bytes compared with its digest.  Raises BankError where they changed, Unusable where it is broken."""
         folder = self.folder(card.digest)
         if not folder.is_dir():
@@ -161,7 +161,7 @@ class Bank:
         check_bytes(folder, card)
         return Adapter(folder)
 
-    def evidence(self, card: Card) -> Evidence | None:
+    def evidence(self, card: AdapterCard) -> Evidence | None:
         """What is known of its data; None where nothing is.  Raises BankError for a broken file."""
         file = self.folder(card.digest) / EVIDENCE
         return read_evidence(file, card) if card.evidence_digest else None
@@ -187,7 +187,7 @@ class Bank:
 
     # Writing.
 
-    def add(self, source: Path, card: Card, evidence: Evidence | None = None) -> Card:
+    def add(self, source: Path, card: AdapterCard, evidence: Evidence | None = None) -> AdapterCard:
         """Take in an adapter folder; the card as it stands then.
 
         The same content twice is one adapter, which keeps what either card states, the later first.
@@ -202,7 +202,9 @@ class Bank:
         with self.writing():
             return self.place(adapter, card, evidence, self.cards())
 
-    def place(self, adapter: Adapter, card: Card, evidence: Evidence | None, others: list[Card]) -> Card:
+    def place(
+        self, adapter: Adapter, card: AdapterCard, evidence: Evidence | None, others: list[AdapterCard]
+    ) -> AdapterCard:
         """The last part of `add`, under the lock, with the cards that are there.  Raises BankError, Unusable."""
         if known := self._known(card.digest):
             stated = {key: value for key, value in card.as_dict().items() if value not in (None, [], {}, "")}
@@ -223,7 +225,7 @@ class Bank:
             delete(temporary)
         return card
 
-    def remove(self, which: Card | Damaged) -> None:
+    def remove(self, which: AdapterCard | Damaged) -> None:
         """Nothing outside the bank goes: of a link the link alone."""
         folder = which.path if isinstance(which, Damaged) else self.folder(which.digest)
         with self.writing():
@@ -268,14 +270,14 @@ class Bank:
         except OSError as error:
             raise BankError(f"{self._objects} cannot be read: {error.strerror}") from None
 
-    def _known(self, digest: str) -> Card | None:
+    def _known(self, digest: str) -> AdapterCard | None:
         folder = self.folder(digest)
         try:
             return _card_at(folder) if folder.is_dir() else None
         except BankError:
             return None  # it is damaged: what comes in takes its place
 
-    def _fits(self, adapter: Adapter, card: Card, cards: list[Card]) -> None:
+    def _fits(self, adapter: Adapter, card: AdapterCard, cards: list[AdapterCard]) -> None:
         """Against one adapter of the same base: adapters of one model fit each other.  Raises Unusable."""
         from strategies.adapter_bank.generation import same_shapes
 
@@ -288,7 +290,7 @@ class Bank:
                 same_shapes([known, adapter])
                 break
 
-    def _settle(self, temporary: Path, card: Card) -> None:
+    def _settle(self, temporary: Path, card: AdapterCard) -> None:
         """Move a written folder to its place; the same content keeps its bytes and gets the newer card."""
         folder = self.folder(card.digest)
         self._inside(folder).parent.mkdir(exist_ok=True)
@@ -322,14 +324,14 @@ class Bank:
         return path
 
 
-def _card_at(folder: Path) -> Card:
+def _card_at(folder: Path) -> AdapterCard:
     """The card of an adapter in its place.  Raises BankError for anything else that may lie there."""
     if is_digest(folder.name) and folder.parent.name != folder.name[:2]:
         raise BankError(f"lies in {printable(folder.parent.name)} and not in {folder.name[:2]}")
     return card_in(folder)
 
 
-def _complete(card: Card, adapter: Adapter, digest: str, evidence: Evidence | None) -> Card:
+def _complete(card: AdapterCard, adapter: Adapter, digest: str, evidence: Evidence | None) -> AdapterCard:
     """The card with what the adapter and the evidence themselves say."""
     values = {
         **asdict(card),
@@ -341,7 +343,7 @@ def _complete(card: Card, adapter: Adapter, digest: str, evidence: Evidence | No
     }
     if evidence is not None:
         values |= {"evidence_digest": evidence.digest, "num_rows": evidence.num_rows}
-    return Card(**values)
+    return AdapterCard(**values)
 
 
 def _lock(descriptor: int, path: Path) -> None:

@@ -27,7 +27,7 @@ from strategies.step.state import to_cpu, zero
 
 
 @dataclass(frozen=True)
-class Options:
+class DeepSpeedOptions:
     """What a job may say of DeepSpeed beside the plan."""
 
     overrides: Mapping[str, Any]
@@ -39,7 +39,7 @@ class CannotOffload(ValueError):
     """DeepSpeed cannot do what the job asks on this machine; the text names what is missing."""
 
 
-def config_of(techniques: Techniques, options: Options) -> dict[str, Any]:
+def config_of(techniques: Techniques, options: DeepSpeedOptions) -> dict[str, Any]:
     """DeepSpeed's configuration for a plan."""
     zero_options: dict[str, Any] = {
         "stage": techniques.zero_stage or (3 if techniques.offload == "parameters" else 2),
@@ -177,7 +177,7 @@ class DeepSpeedZero:
 
 
 def shard_by_deepspeed(
-    setup: TrainSetup, settings: TrainSettings, options: Options, device: torch.device
+    setup: TrainSetup, settings: TrainSettings, options: DeepSpeedOptions, device: torch.device
 ) -> TrainSetup:
     """`setup` trained by DeepSpeed as `settings.techniques` say.  Raises CannotOffload."""
     techniques = settings.techniques

@@ -10,7 +10,7 @@ from strategies.contract import TrainSettings, TrainSetup
 if TYPE_CHECKING:
     import torch
 
-    from strategies.engines.deepspeed_zero import Options
+    from strategies.engines.deepspeed_zero import DeepSpeedOptions
 
 
 def shard(
@@ -18,7 +18,7 @@ def shard(
     settings: TrainSettings,
     device: torch.device,
     state_shares: Sequence[float] = (),
-    options: Options | None = None,
+    options: DeepSpeedOptions | None = None,
     wire: torch.device | None = None,
 ) -> TrainSetup:
     """`setup` divided by DeepSpeed, by memory, or not at all; its notes say what did not come as planned.
@@ -28,9 +28,9 @@ def shard(
     """
     techniques = settings.techniques
     if techniques.uses_engine:
-        from strategies.engines.deepspeed_zero import Options, shard_by_deepspeed
+        from strategies.engines.deepspeed_zero import DeepSpeedOptions, shard_by_deepspeed
 
-        return shard_by_deepspeed(setup, settings, options or Options({}), device)
+        return shard_by_deepspeed(setup, settings, options or DeepSpeedOptions({}), device)
     if techniques.state_share is not None:
         from strategies.engines.uneven_zero import shard_by_memory
 

@@ -81,7 +81,7 @@ class Lora(PredictedMethod):
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        chosen = targets.adapted(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
+        chosen = targets.adapted_maps(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
         in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)
         num_trainable = in_adapters + chosen.num_saved
         # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
@@ -177,7 +177,7 @@ class Lora(PredictedMethod):
         built = architecture_of(model)
         if self.lora_target_modules == targets.ALL:
             return sorted(built.last_names(built.linear_maps))
-        found = targets.meant(self.lora_target_modules, tuple(built.modules), built.linear_maps)
+        found = targets.resolve_targets(self.lora_target_modules, tuple(built.modules), built.linear_maps)
         return [name for name in found if built.layer_of(name) in self.layers_to_transform]
 
 

@@ -50,7 +50,7 @@ class QLora(Lora):
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         costs = super().costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        every = targets.adapted(shape, targets.ALL)
+        every = targets.adapted_maps(shape, targets.ALL)
         quantised = every.elements
         saved = quantised * (g - self._bytes)
         footprint = replace(

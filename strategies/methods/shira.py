@@ -23,7 +23,7 @@ from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work
 from strategies.model import targets
 from strategies.model.architecture import Architecture
-from strategies.model.targets import meant
+from strategies.model.targets import resolve_targets
 from strategies.shape import ModelShape
 
 
@@ -66,7 +66,7 @@ class Shira(MethodDefaults):
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
         if shape.model_type == "gpt2":
             return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
-        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        chosen = targets.adapted_maps(shape, self.shira_target_modules, self.layers_to_transform)
         if not chosen.maps:
             return f"shira_target_modules {self.shira_target_modules!r} is no linear map of this model"
         for linear in dict.fromkeys(linear for _, linear in chosen.maps):
@@ -87,7 +87,7 @@ class Shira(MethodDefaults):
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
-        chosen = targets.adapted(shape, self.shira_target_modules, self.layers_to_transform)
+        chosen = targets.adapted_maps(shape, self.shira_target_modules, self.layers_to_transform)
         num_trainable, num_adapted = self.shira_r * chosen.sides, chosen.elements
         sums_bytes = float(g * num_adapted) if self.mask == "sensitivity" else 0.0  # lie in host memory
         footprint = Footprint(
@@ -151,4 +151,4 @@ class Shira(MethodDefaults):
             for weight, (layer, _) in found.items()
             if self.layers_to_transform is None or layer in self.layers_to_transform
         ]
-        return list(meant(self.shira_target_modules, maps, maps))
+        return list(resolve_targets(self.shira_target_modules, maps, maps))

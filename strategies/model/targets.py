@@ -28,7 +28,7 @@ _SAME_PART = (  # names of maps that do the same in different families
 )
 
 
-def meant(targets: str | Sequence[str], names: Sequence[str], all_linear: Sequence[str]) -> tuple[str, ...]:
+def resolve_targets(targets: str | Sequence[str], names: Sequence[str], all_linear: Sequence[str]) -> tuple[str, ...]:
     """Those of the module names that the targets mean.  Raises BadInput for an expression that cannot be matched."""
     if isinstance(targets, str):
         return tuple(all_linear) if targets == ALL else _matching(targets, tuple(names))
@@ -36,7 +36,7 @@ def meant(targets: str | Sequence[str], names: Sequence[str], all_linear: Sequen
 
 
 @dataclass(frozen=True)
-class Adapted:
+class AdaptedMaps:
     """The linear maps that adapters correct, all layers together, and what trains in full beside them."""
 
     maps: tuple[tuple[int | None, Linear], ...]  # with the layer of each; None outside the layers
@@ -97,12 +97,12 @@ class Adapted:
         return any(linear.reads == tensor for _, linear in self.saved)
 
 
-def adapted(
+def adapted_maps(
     shape: ModelShape,
     targets: str | Sequence[str],
     layers: Sequence[int] | None = None,
     modules_to_save: Sequence[str] | None = None,
-) -> Adapted:
+) -> AdaptedMaps:
     """What an adapter's options mean on a model of this shape.  Raises ValueError for what means nothing."""
     return _adapted(
         shape,
@@ -115,16 +115,16 @@ def adapted(
 @lru_cache(256)
 def _adapted(
     shape: ModelShape, targets: str | tuple[str, ...], layers: tuple[int, ...] | None, modules_to_save: tuple[str, ...]
-) -> Adapted:
+) -> AdaptedMaps:
     maps = shape.named_maps
     inside = [name for name, (layer, _) in maps.items() if layer is not None]
     saved = [name for name in maps if any(is_in(name, module) for module in modules_to_save)]
     chosen = [
         name
-        for name in meant(targets, tuple(maps), inside)
+        for name in resolve_targets(targets, tuple(maps), inside)
         if name not in saved and (layers is None or maps[name][0] in layers)
     ]
-    return Adapted(tuple(maps[name] for name in chosen), tuple(maps[name] for name in saved))
+    return AdaptedMaps(tuple(maps[name] for name in chosen), tuple(maps[name] for name in saved))
 
 
 def is_in(name: str, module: str) -> bool:
@@ -179,7 +179,7 @@ def mistakes(
     found += _wrong_saved(architecture, modules_to_save or ())
     try:
         wrong = _wrong_targets(architecture, key, targets)
-        chosen = meant(targets, tuple(architecture.modules), architecture.linear_maps)
+        chosen = resolve_targets(targets, tuple(architecture.modules), architecture.linear_maps)
     except BadInput as error:
         return [*found, f"method.{key}: {error}"]
     found += wrong
@@ -200,7 +200,7 @@ def _wrong_targets(architecture: Architecture, key: str, targets: str | Sequence
     if not maps:
         return [f"method.{key}: this model has no linear map that an adapter could correct"]
     if isinstance(targets, str):
-        if meant(targets, names, maps):
+        if resolve_targets(targets, names, maps):
             return []
         return [
             f"method.{key}: the expression {printable(targets)!r} matches the name of no module; the linear maps are"

@@ -29,7 +29,7 @@ def offload_activations(weights: Iterable[torch.Tensor], device: torch.device) -
         yield
 
 
-class _Kept:
+class _SavedTensor:
     """A saved tensor on the host."""
 
     def __init__(self, host: torch.Tensor, place: int) -> None:
@@ -45,8 +45,8 @@ class _HostSide(TorchDispatchMode):
         super().__init__()
         self._device, self._copies = device, SideStream(device)
         self._staying: set[int] = set()  # storages
-        self._sent: dict[tuple[Any, ...], weakref.ref[_Kept]] = {}  # what lies on the host already
-        self._order: list[weakref.ref[_Kept]] = []
+        self._sent: dict[tuple[Any, ...], weakref.ref[_SavedTensor]] = {}  # what lies on the host already
+        self._order: list[weakref.ref[_SavedTensor]] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -61,7 +61,7 @@ class _HostSide(TorchDispatchMode):
             self._staying.add(id(storage))
             weakref.finalize(storage, self._staying.discard, id(storage)).atexit = False
 
-    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _Kept:
+    def pack(self, tensor: torch.Tensor) -> torch.Tensor | _SavedTensor:
         storage = tensor.untyped_storage()
         if tensor.device != self._device or id(storage) in self._staying:
             return tensor
@@ -69,13 +69,13 @@ class _HostSide(TorchDispatchMode):
         key = (id(storage), *look)
         if (known := self._sent.get(key)) and (kept := known()):
             return kept
-        kept = _Kept(self._copies.down(tensor)[0], len(self._order))
+        kept = _SavedTensor(self._copies.down(tensor)[0], len(self._order))
         self._order.append(weakref.ref(kept))
         self._sent[key] = self._order[-1]
         weakref.finalize(storage, self._sent.pop, key, None).atexit = False
         return kept
 
-    def unpack(self, kept: torch.Tensor | _Kept) -> torch.Tensor:
+    def unpack(self, kept: torch.Tensor | _SavedTensor) -> torch.Tensor:
         if isinstance(kept, torch.Tensor):
             return kept
         tensor, arrived = self._fetch(kept)
@@ -85,7 +85,7 @@ class _HostSide(TorchDispatchMode):
                 self._fetch(needed_next)
         return self._copies.arrived(tensor, arrived)
 
-    def _fetch(self, kept: _Kept) -> tuple[torch.Tensor, torch.Event]:
+    def _fetch(self, kept: _SavedTensor) -> tuple[torch.Tensor, torch.Event]:
         """The tensor on its way to the device, and the event of its arrival."""
         if kept.fetched is None:
             kept.fetched = self._copies.up(kept.host)

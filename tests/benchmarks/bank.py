@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 
 from strategies.adapter_bank import coefficients
 from strategies.adapter_bank.adapter import CONFIG, Adapter
-from strategies.adapter_bank.card import CARD, Card
+from strategies.adapter_bank.card import CARD, AdapterCard
 from strategies.adapter_bank.generation import generate
 from strategies.adapter_bank.store import Bank
 
@@ -67,7 +67,7 @@ def cards(work: Path, count: int) -> None:
     """Cards alone: what listing and finding cost does not depend on the weights."""
     bank, digests = Bank(work / "bank", create=True), [f"{n * 7919:064x}"[::-1] for n in range(count)]
     for n, digest in enumerate(digests):
-        card = Card(f"task-{n}", "tiny", "b" * 64, [8], ["q_proj"], 1000, f"{n:064d}", digest=digest)
+        card = AdapterCard(f"task-{n}", "tiny", "b" * 64, [8], ["q_proj"], 1000, f"{n:064d}", digest=digest)
         bank.folder(digest).mkdir(parents=True)
         (bank.folder(digest) / CARD).write_text(json.dumps(card.as_dict(), indent=1))
     for what, do in {

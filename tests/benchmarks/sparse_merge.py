@@ -23,7 +23,7 @@ from rich.table import Table
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
 from orchestrator.training.evaluate import evaluate_loss
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.generation import Recipe, generate
@@ -91,7 +91,7 @@ def losses(base: str, adapter: Path | None, held_out: list[Dataset]) -> list[flo
     optimizer = torch.optim.SGD([next(model.parameters())])
     setup = TrainSetup(model, optimizer, dict(model.named_parameters()), lambda *_: None, "model")
     techniques = Techniques("float32", "sdpa", False, False, 8, 256)
-    return [evaluate_loss(setup, data, techniques, Group()) for data in held_out]
+    return [evaluate_loss(setup, data, techniques, ProcessGroup()) for data in held_out]
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     from orchestrator.data.order import Order
     from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
-    from orchestrator.training.parallel import Group
+    from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.shares import Shares
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
@@ -92,7 +92,7 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     gradient_bytes = 4 * sum(p.numel() for p in setup.parameters.values())
 
     def run(
-        group: Group, samples_a_step: int, shares: Shares | None, count: int, local: int | None = None
+        group: ProcessGroup, samples_a_step: int, shares: Shares | None, count: int, local: int | None = None
     ) -> list[Any]:
         events: list[Any] = []
         hooks = Hooks(events.append, lambda now: "", lambda: None)
@@ -100,10 +100,10 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
         train(Training(setup, data, None, order, schedule, techniques, group, Progress(), hooks, shares, local))
         return [event for event in events if isinstance(event, StepReport)]
 
-    alone = [ROWS / report.seconds for report in run(Group(), ROWS, None, 6)[1:]]
+    alone = [ROWS / report.seconds for report in run(ProcessGroup(), ROWS, None, 6)[1:]]
     dist.init_process_group("gloo", init_method=f"tcp://{head}:{port}", rank=rank, world_size=3)
     bucket = network.bucket_bytes(gradient_bytes)
-    group = Group(rank, 3, bucket_bytes=bucket)
+    group = ProcessGroup(rank, 3, bucket_bytes=bucket)
     all_alone = group.gather(statistics.median(alone))
     found = {}
     for mode in modes:

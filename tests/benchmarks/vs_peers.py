@@ -188,7 +188,7 @@ def ours(arguments) -> dict:
     from orchestrator.data.order import Order
     from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
-    from orchestrator.training.parallel import Group
+    from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
     from strategies.step import host_memory
@@ -210,7 +210,7 @@ def ours(arguments) -> dict:
     hooks = Hooks(record, lambda now: "none", lambda: None)
     schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
     with host_memory.kept():
-        train(Training(setup, data, None, order, schedule, techniques, Group(), Progress(), hooks))
+        train(Training(setup, data, None, order, schedule, techniques, ProcessGroup(), Progress(), hooks))
     save_adapter(setup.model, arguments.out, arguments.only)
     assert torch.get_num_threads() == cores()
     return report(seconds, tokens, sum(supervised), dtype, useful_flops_per_token())
@@ -238,7 +238,7 @@ def our_setup(techniques, seed=0):
 def our_dataset(count: int, file: str = "train.jsonl"):
     from transformers import AutoTokenizer
 
-    from orchestrator.data.dataset import Options, build
+    from orchestrator.data.dataset import TokenizeOptions, build
     from orchestrator.data.readers.files import read_rows
     from orchestrator.data.template import Renderer
 
@@ -246,7 +246,9 @@ def our_dataset(count: int, file: str = "train.jsonl"):
     renderer = Renderer(tokenizer, tokenizer.chat_template)
     with tempfile.TemporaryDirectory() as folder:
         lines = list(read_rows(DATA / file))[:count]
-        return build(iter(lines), renderer, Options("auto", "", 1024, "truncate", True), Path(folder) / "samples")
+        return build(
+            iter(lines), renderer, TokenizeOptions("auto", "", 1024, "truncate", True), Path(folder) / "samples"
+        )
 
 
 def bare(arguments) -> dict:
@@ -364,7 +366,7 @@ def evaluate(arguments) -> dict:
     from transformers import AutoModelForCausalLM
 
     from orchestrator.training.evaluate import evaluate_loss
-    from orchestrator.training.parallel import Group
+    from orchestrator.training.parallel import ProcessGroup
     from strategies.contract import Techniques, TrainSetup
     from strategies.step import document_attention
 
@@ -373,7 +375,7 @@ def evaluate(arguments) -> dict:
     model = PeftModel.from_pretrained(base, str(arguments.out / arguments.only.split(":")[1]))
     setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "adapter")  # type: ignore[arg-type]
     techniques = Techniques("float32", "document", True, False, 1, 1024)
-    return {"eval_loss": evaluate_loss(setup, our_dataset(80, "eval.jsonl"), techniques, Group())}
+    return {"eval_loss": evaluate_loss(setup, our_dataset(80, "eval.jsonl"), techniques, ProcessGroup())}
 
 
 def ceiling(_) -> dict:
@@ -402,7 +404,7 @@ def loop(arguments) -> dict:
     from orchestrator.data.packing import micro_batches
     from orchestrator.runs.events import StepReport
     from orchestrator.training.loop import train
-    from orchestrator.training.parallel import Group
+    from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.contract import Techniques
     from strategies.step.supervised_logits import loss_sum
@@ -430,7 +432,7 @@ def loop(arguments) -> dict:
         theirs.append(time.perf_counter() - began)
         one = Order(len(data), ROWS_A_STEP, 0, 1, max_steps=step + 1)
         schedule = Schedule(lambda step: 1.0, 1.0, 0, 10**9, None, None)
-        train(Training(setup, data, None, one, schedule, techniques, Group(), Progress(step=step), hooks))
+        train(Training(setup, data, None, one, schedule, techniques, ProcessGroup(), Progress(step=step), hooks))
     ratios = [ours / bare for ours, bare in zip(mine, theirs, strict=True)][1:]
     return {
         "step_ratio": statistics.median(ratios),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.measure import trace
@@ -92,7 +92,9 @@ def _together(name: str, backend: str, devices: tuple[str, str], are_alike: bool
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(_member, (backend, devices, folder), nprocs=2)
         first, second = (torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(2))
-    alone = _trained(_settled(torch.device("cpu")), [Lengths(pair, pair).batch(True) for pair in _LENGTHS], Group())
+    alone = _trained(
+        _settled(torch.device("cpu")), [Lengths(pair, pair).batch(True) for pair in _LENGTHS], ProcessGroup()
+    )
     between, to_one = largest_difference(first, second), largest_difference(first, alone)
     is_right = between <= (0.0 if are_alike else _APART) and to_one <= _APART
     text = f"weights differ by {between:.1e} between the workers, by {to_one:.1e} from one worker on the CPU"
@@ -108,7 +110,7 @@ def _member(rank: int, backend: str, devices: tuple[str, str], folder: str) -> N
     dist.init_process_group(backend, store=dist.FileStore(f"{folder}/store", 2), rank=rank, world_size=2)
     wire = device if backend == "nccl" else torch.device("cpu")
     batches = [Lengths(_LENGTHS[rank], _LENGTHS[rank]).batch(True).to(device)]
-    weights = _trained(_settled(device), batches, Group(rank, 2, wire))
+    weights = _trained(_settled(device), batches, ProcessGroup(rank, 2, wire))
     torch.save(weights, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -126,7 +128,7 @@ def _settled(device: torch.device) -> TrainSetup:
     return METHODS["full"]().setup(model.to(device), _settings())
 
 
-def _trained(setup: TrainSetup, batches: list[Any], group: Group) -> list[torch.Tensor]:
+def _trained(setup: TrainSetup, batches: list[Any], group: ProcessGroup) -> list[torch.Tensor]:
     scaler = gradient_scaler("cpu", "float32")
     gradients = GradientSum(group, setup.summed)
     supervised = sum(group.sum([float(sum(batch.targets_S.numel() for batch in batches))]))

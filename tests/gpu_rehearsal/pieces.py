@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from orchestrator.training.parallel import GradientSum, Group
+from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies.contract import TrainSetup, TrainState
 from strategies.engines.uneven_zero import shard_by_memory
 from strategies.lsp_offload.method import LspOffload
@@ -25,7 +25,7 @@ class _Done:
     def wait(self) -> None: ...
 
 
-class _Wire(Group):
+class _Wire(ProcessGroup):
     """Two workers whose network is a list."""
 
     def _all_reduce(self, tensor: torch.Tensor) -> Any:

@@ -16,7 +16,7 @@ from orchestrator.data.order import Order
 from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training import evaluate, feed
 from orchestrator.training.loop import train
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSetup, TrainState
@@ -45,7 +45,9 @@ class Run:
         hooks = Hooks(self._record, self._save, lambda: None if self.steps else "asked")
         held_out = self._data.select([3])
         return train(
-            Training(self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, Group(), progress, hooks)
+            Training(
+                self._setup, self._data, held_out, ORDER, SCHEDULE, self._techniques, ProcessGroup(), progress, hooks
+            )
         )
 
     def _record(self, event: Event) -> None:

@@ -17,8 +17,8 @@ from clusters.ray.connect import connect
 from clusters.ray.gpu_reservation import (
     CannotReserve,
     GpuGone,
-    Held,
     Reservation,
+    ReservedGpu,
     Wanted,
     _start,
     by_uuid,
@@ -275,7 +275,7 @@ def test_a_gpu_is_as_good_as_the_planned_one_with_its_name_and_with_room(on_two_
 def test_where_ray_has_no_gpus_the_planned_one_is_used(on_two_gpus):
     from orchestrator.training.workers.launch import environments, in_order, notices
 
-    reservation = Reservation([None, Held("3", None)])
+    reservation = Reservation([None, ReservedGpu("3", None)])
     own = environments(on_two_gpus.plan, reservation, {"a": "id"})
     unreserved, exchanged = notices(on_two_gpus.plan, reservation)
 

@@ -15,7 +15,7 @@ import torch
 from strategies.adapter_bank import algebra, coefficients
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base, write
 from strategies.adapter_bank.algebra import Factors
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.exchange import export, import_
@@ -46,7 +46,7 @@ def some_evidence(seed, low=0, high=VOCABULARY):
 
 
 def a_card(name, base="b" * 64, **rest):
-    return Card(name=name, base_name="tiny", base_digest=base, **rest)
+    return AdapterCard(name=name, base_name="tiny", base_digest=base, **rest)
 
 
 def whole(adapter, weight=1.0):

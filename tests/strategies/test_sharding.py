@@ -12,7 +12,7 @@ import torch.distributed as dist
 from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings
 from strategies.engines import deepspeed_zero
-from strategies.engines.deepspeed_zero import CannotOffload, Options, config_of, missing_piece
+from strategies.engines.deepspeed_zero import CannotOffload, DeepSpeedOptions, config_of, missing_piece
 from strategies.engines.shard import shard
 from strategies.measure.trace import Lengths
 from strategies.step.state import forget, gather, restore
@@ -217,9 +217,11 @@ def test_what_waits_on_the_host_trains_as_what_does_not(undivided, tmp_path):
 
 def test_a_plan_becomes_a_configuration_and_a_job_may_lay_keys_over_it():
     techniques = Techniques("bfloat16", "sdpa", True, False, 1, 64, zero_stage=3, offload="parameters")
-    plain = config_of(techniques, Options({}))
-    more = config_of(techniques, Options({"zero_optimization": {"sub_group_size": 7}, "wall_clock_breakdown": True}))
-    on_disk = config_of(techniques, Options({}, nvme_path="/fast"))
+    plain = config_of(techniques, DeepSpeedOptions({}))
+    more = config_of(
+        techniques, DeepSpeedOptions({"zero_optimization": {"sub_group_size": 7}, "wall_clock_breakdown": True})
+    )
+    on_disk = config_of(techniques, DeepSpeedOptions({}, nvme_path="/fast"))
 
     assert plain["bf16"]["enabled"] and plain["zero_optimization"]["stage"] == 3
     assert plain["zero_optimization"]["offload_param"]["device"] == "cpu"
@@ -239,7 +241,7 @@ def test_a_folder_for_offload_must_be_there(monkeypatch):
     monkeypatch.setattr(deepspeed_zero, "_has_libaio", lambda: True)
 
     with pytest.raises(CannotOffload, match="/nowhere is not a folder"):
-        built("full", stage=3, offload="optimizer", options=Options({}, nvme_path="/nowhere"))
+        built("full", stage=3, offload="optimizer", options=DeepSpeedOptions({}, nvme_path="/nowhere"))
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Row]:
 
 def read_json(stream: BinaryIO, file: str) -> Iterator[Row]:
     """The rows of a JSON list of objects, or of JSON objects one after the other.  Raises JobError."""
-    values = _Values(stream, file)
+    values = _JsonValues(stream, file)
     for number, (line, value, text) in enumerate(values):
         row = checked(value, text, file, line)
         if number == 0 and not values.is_list and (refusal := _one_object(row, file)) and not values.has_more():
@@ -144,7 +144,7 @@ def _encoding_hint(sample: bytes, file: str) -> str:
     return f"; {conversion(guess(sample), file)}"
 
 
-class _Values:
+class _JsonValues:
     """The values of a JSON list, or of objects one after the other, each with its line and its text.
 
     Raises JobError for text that is no such JSON.

@@ -34,7 +34,7 @@ class Source(Section):
     split: str = key("train", "which split: of a hub dataset, or of a folder by the names of its files")
 
 
-class HeldOut(Section):
+class HeldOutFraction(Section):
     """Hold out a part of the training rows."""
 
     split: float = Field(description="fraction of the training rows to hold out", gt=0, lt=1)
@@ -44,7 +44,9 @@ class DataSection(Section):
     """The training rows, and how they become tokens."""
 
     train: str | Source | list[str | Source] = Field(description="training rows: a path, or a list of paths")
-    eval: str | Source | list[str | Source] | HeldOut | None = key(None, "held-out rows: paths, or {split: 0.05}")
+    eval: str | Source | list[str | Source] | HeldOutFraction | None = key(
+        None, "held-out rows: paths, or {split: 0.05}"
+    )
     format: Format = key("auto", "format of every source that does not state its own")
     chat_template: str = key("tokenizer", "tokenizer, or the path of a .jinja file")
     system_prompt: str | None = key(None, "put before conversations that have no system message")

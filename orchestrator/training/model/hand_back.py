@@ -26,7 +26,9 @@ from orchestrator.training.worker_context import WorkerContext
 from strategies.contract import Techniques, TrainSetup, TrainState
 
 
-def best_weights(run: RunFolder, context: WorkerContext, progress: Progress, setup: TrainSetup) -> checkpoints.Choice:
+def best_weights(
+    run: RunFolder, context: WorkerContext, progress: Progress, setup: TrainSetup
+) -> checkpoints.ChosenStep:
     """Bring the weights of the lowest held-out loss into the model, of those that verify; the same on every worker."""
     load_best = context.plan.load_best_model_at_end
     losses = {int(step): loss for step, loss in progress.eval_losses.items()} if load_best else {}
@@ -101,7 +103,7 @@ def check(
     return found or agreement.without_logits(portrait, folder, what, str(reason))
 
 
-def describe_export(run: RunFolder, choice: checkpoints.Choice) -> dict[str, Any]:
+def describe_export(run: RunFolder, choice: checkpoints.ChosenStep) -> dict[str, Any]:
     """What result.json says of the exported files: whose weights they are, and their digests."""
     exported = run.exported()
     assert exported is not None  # it has just been written

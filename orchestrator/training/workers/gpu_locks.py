@@ -84,7 +84,7 @@ def _try_lock(uuid: str, attempt: contextlib.ExitStack, say: Callable[[str], Non
         folder = _folder(uuid)
         folder.mkdir(parents=True, exist_ok=True)
         attempt.enter_context(locks.hold(folder))
-    except locks.Held:
+    except locks.FolderLocked:
         return False
     except (OSError, RuntimeError) as error:
         say(f"{uuid} cannot be locked ({error}): nothing keeps your other jobs on this machine from it")

@@ -31,7 +31,7 @@ from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import is_out_of_memory, peak_bytes
 from orchestrator.training.model.devices import planned_device
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import prepare_model
 from strategies.contract import Techniques, TrainSetup
@@ -160,7 +160,7 @@ def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passe
 def _evaluation_step(setup: TrainSetup, held_out: Dataset | None, techniques: Techniques) -> None:
     if held_out is not None:
         longest = int(held_out.lengths.argmax())
-        evaluate_loss(setup, held_out.select([longest]), techniques, Group())
+        evaluate_loss(setup, held_out.select([longest]), techniques, ProcessGroup())
 
 
 def _checkpoint_and_back(setup: TrainSetup, folder: Path) -> int:

@@ -12,7 +12,13 @@ from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import cache_usable_bytes
 from orchestrator.runs.events import Event, FinalEvaluation, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.evaluate import Answer, Generation, evaluate_loss, generate_answers, num_without_room
+from orchestrator.training.evaluate import (
+    GeneratedAnswer,
+    Generation,
+    evaluate_loss,
+    generate_answers,
+    num_without_room,
+)
 from orchestrator.training.metrics import how_compared, score
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
@@ -41,7 +47,7 @@ def measure(
             cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
         )
         own = generate_answers(setup.model, tokenizer, held_out, indices[group.rank :: group.size], generation)
-        answers: list[Answer] = [answer for part in group.gather(own) for answer in part]
+        answers: list[GeneratedAnswer] = [answer for part in group.gather(own) for answer in part]
         quality |= score(plan.metrics, [(answer.generated, answer.reference) for answer in answers])
         quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
         if without_room := num_without_room(setup.model, held_out, indices):

@@ -21,7 +21,7 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
 from orchestrator.training.model.loading import load_data, load_model, tokenizer_of
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Techniques, TrainSettings, TrainSetup
@@ -68,11 +68,11 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
     return Inputs(setup, techniques, tokenizer_of(run, context.job), data, held_out, libraries_bytes)
 
 
-def group_of(rank: int, size: int, plan: Plan) -> Group:
+def group_of(rank: int, size: int, plan: Plan) -> ProcessGroup:
     """This worker's place in the group, and how sums travel in it."""
     if size == 1:
-        return Group()
-    return Group(
+        return ProcessGroup()
+    return ProcessGroup(
         rank=rank,
         size=size,
         wire=torch.device("cuda" if plan.backend == "nccl" else "cpu"),
@@ -127,10 +127,10 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
 
 def _divide(context: WorkerContext, setup: TrainSetup, settings: TrainSettings) -> TrainSetup:
     """The training as the plan divides it among the workers."""
-    from strategies.engines.deepspeed_zero import CannotOffload, Options
+    from strategies.engines.deepspeed_zero import CannotOffload, DeepSpeedOptions
 
     strategy = context.job.spec.strategy
-    options = Options(strategy.deepspeed or {}, strategy.nvme_path, strategy.sync_dtype)
+    options = DeepSpeedOptions(strategy.deepspeed or {}, strategy.nvme_path, strategy.sync_dtype)
     parts = [part.techniques.state_part for part in context.plan.nodes]
     try:
         return shard(setup, settings, context.device, parts, options, context.group.wire)

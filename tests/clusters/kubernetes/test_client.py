@@ -10,7 +10,7 @@ import pytest
 
 from clusters.job_backend import JobGone, JobLost, VerbFailed
 from clusters.kubernetes.client import KubeClient
-from clusters.kubernetes.rayjob import Group, JobSettings, config_map, rayjob
+from clusters.kubernetes.rayjob import JobSettings, PodGroup, config_map, rayjob
 from clusters.ray.connect import CannotConnect
 from clusters.units import GIB
 from tests.kube_api import KubeApi
@@ -45,7 +45,7 @@ def client(api):
 @pytest.fixture
 def job(tmp_path):
     settings = JobSettings(namespace="team", claim="runs", storage=str(tmp_path))
-    return rayjob(NAME, "python -m orchestrator", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], settings)
+    return rayjob(NAME, "python -m orchestrator", "2.60.0", [PodGroup("cpu", 1, 2, 4 * GIB)], settings)
 
 
 CONFIG = config_map(NAME, "team", {"job.yaml": "name: support"})

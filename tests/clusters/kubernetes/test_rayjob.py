@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusters.kubernetes.rayjob import Group, JobSettings, config_map, helper_pod, mistakes, rayjob, rayjob_on
+from clusters.kubernetes.rayjob import JobSettings, PodGroup, config_map, helper_pod, mistakes, rayjob, rayjob_on
 from clusters.safe.masking import holds_secret
 from clusters.units import GIB
 from orchestrator.errors import JobError
@@ -18,7 +18,7 @@ from tests.conftest import SMALL_MODEL, rows, write_jsonl
 from tests.kube_schema import documents, verdict
 
 ROOT = Path(__file__).resolve().parents[3]
-GROUPS = [Group("cpu", 1, 16, 20 * GIB), Group("gpu-24g", 2, 8, 24 * GIB, 24 * GIB)]
+GROUPS = [PodGroup("cpu", 1, 16, 20 * GIB), PodGroup("gpu-24g", 2, 8, 24 * GIB, 24 * GIB)]
 
 
 def refused(document):

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clusters.kubernetes.rayjob import Group, JobSettings, mistakes, rayjob
+from clusters.kubernetes.rayjob import JobSettings, PodGroup, mistakes, rayjob
 from clusters.units import GIB
 from tests.kube_schema import documents, verdict
 
 ROOT = Path(__file__).resolve().parents[3]
 JOB = rayjob(
-    "job-1", "python train.py", "2.60.0", [Group("gpu", 1, 8, 24 * GIB, 24 * GIB)], JobSettings(autoscale=True)
+    "job-1", "python train.py", "2.60.0", [PodGroup("gpu", 1, 8, 24 * GIB, 24 * GIB)], JobSettings(autoscale=True)
 )
 (CLUSTER,) = documents((ROOT / "k8s" / "overlays" / "cpu" / "raycluster.yaml").read_text())
 CLUSTER["spec"] |= {"enableInTreeAutoscaling": True, "autoscalerOptions": {"version": "v2"}}

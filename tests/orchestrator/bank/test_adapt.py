@@ -11,7 +11,7 @@ from orchestrator.bank.library import Base
 from orchestrator.bank.merge import MergeOptions, merge_adapters
 from orchestrator.errors import JobError
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable
-from strategies.adapter_bank.card import CARD, BankError, Card
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError
 from strategies.adapter_bank.evidence import gather
 from strategies.adapter_bank.folders import EVIDENCE, base_digest
 from strategies.adapter_bank.store import Bank
@@ -41,7 +41,7 @@ def bank(tmp_path, base):
         (source / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
         rows = [(numpy.arange(number, number + 9, dtype=numpy.int32), numpy.arange(9) > 5)] * 4
         evidence = gather(rows, numpy.ones((20, 4), numpy.float32))
-        there.add(source, Card(name, "tiny", base.digest), evidence)
+        there.add(source, AdapterCard(name, "tiny", base.digest), evidence)
     return there
 
 
@@ -80,7 +80,7 @@ def test_an_adapter_of_another_model_is_not_used_whatever_its_card_says(bank, ba
     save_file({f"{key}A.weight": numpy.ones((2, 8)), f"{key}B.weight": numpy.ones((6, 2))}, folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
     evidence = gather([(numpy.arange(9, dtype=numpy.int32), numpy.arange(9) > 5)], numpy.ones((20, 4), numpy.float32))
-    bank.add(folder, Card("foreign", "tiny", base.digest), evidence)
+    bank.add(folder, AdapterCard("foreign", "tiny", base.digest), evidence)
     told = []
 
     near = neighbours(bank, base, told.append)
@@ -108,7 +108,7 @@ def test_weights_that_are_no_numbers_are_refused(bank, tmp_path, value):
     (folder / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 20}))
 
     with pytest.raises(Unusable, match=r"the weights of model\.q_proj are not finite"):
-        bank.add(folder, Card("sick", "tiny", "b" * 64))
+        bank.add(folder, AdapterCard("sick", "tiny", "b" * 64))
     assert len(bank.cards()) == 4
 
 

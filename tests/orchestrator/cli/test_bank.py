@@ -9,7 +9,7 @@ from safetensors.numpy import save_file
 
 from orchestrator.cli import app
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS
-from strategies.adapter_bank.card import CARD, Card
+from strategies.adapter_bank.card import CARD, AdapterCard
 from strategies.adapter_bank.store import Bank
 
 
@@ -27,7 +27,7 @@ def folder(tmp_path, monkeypatch):
         tensors = {f"base_model.model.q_proj.lora_{s}.weight": draw.random(n, numpy.float32) for s, n in sides.items()}
         save_file(tensors, source / WEIGHTS)
         (source / CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 2}))
-        bank.add(source, Card(name, "tiny [/red]", "b" * 64))
+        bank.add(source, AdapterCard(name, "tiny [/red]", "b" * 64))
     (bank.folder(bank.find("bad").digest) / CARD).write_text("{")
     return tmp_path
 

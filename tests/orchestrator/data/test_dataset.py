@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from orchestrator.data.dataset import Dataset, Options, build, cache_key
+from orchestrator.data.dataset import Dataset, TokenizeOptions, build, cache_key
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
@@ -15,7 +15,7 @@ def renderer(tokenizer):
 
 
 def options(**changes):
-    return Options(
+    return TokenizeOptions(
         **{"format": "auto", "instruction": "", "max_length": 64, "overlong": "truncate", "strict": True} | changes
     )
 

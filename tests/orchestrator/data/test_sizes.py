@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from orchestrator.data.dataset import Options, build
+from orchestrator.data.dataset import TokenizeOptions, build
 from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.sizes import rough_lengths
 from orchestrator.data.template import Renderer
@@ -41,7 +41,7 @@ def test_a_plan_without_torch_counts_the_rows_that_are_trained(job, tmp_path, to
 
     rows = (row for found in sources_of(job, "train.jsonl", "data.train") for row in rows_of(*found))
     exact = build(
-        rows, Renderer(tokenizer, CHAT_TEMPLATE), Options("auto", "", 64, "truncate", False), tmp_path / "out"
+        rows, Renderer(tokenizer, CHAT_TEMPLATE), TokenizeOptions("auto", "", 64, "truncate", False), tmp_path / "out"
     )
     assert len(lengths) == len(exact) == 2500
     assert exact.statistics.rejected == len(BROKEN) * 10

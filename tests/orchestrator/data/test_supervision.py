@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.data.counts import Counts, Statistics, check_line, loss_notice, loss_refusal
+from orchestrator.data.counts import RowCounts, Statistics, check_line, loss_notice, loss_refusal
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import answer_end, find_text, lost_turns, missing_tools
 
@@ -148,7 +148,7 @@ def test_the_check_is_one_line_with_every_count():
 
 
 def test_broken_rows_of_one_kind_are_one_line_with_their_number():
-    counts = Counts()
+    counts = RowCounts()
     for line in range(1, 101):
         counts.reject(Row({}, "a.jsonl", line), BadRow(f"turn {line} is empty", "a turn is empty"))
     counts.reject(Row({}, "b.jsonl", 7), BadRow("field 'x' is missing"))
@@ -159,7 +159,7 @@ def test_broken_rows_of_one_kind_are_one_line_with_their_number():
         "a.jsonl:1: turn 1 is empty (and 99 more such rows: line 2, line 3, line 4, ...)",
         "b.jsonl:7: field 'x' is missing",
     ]
-    many = Counts()
+    many = RowCounts()
     for line in range(30):
         many.reject(Row({}, "a.jsonl", line), BadRow(f"fault {line}"))
     assert many.broken.lines()[-1] == "... and 20 more broken rows" and len(many.broken.lines()) == 11

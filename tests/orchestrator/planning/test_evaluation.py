@@ -9,7 +9,7 @@ from orchestrator.errors import JobError
 from orchestrator.job.sections.training import DataSection, EvalSection, ModelSection
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import (
-    HeldOut,
+    HeldOutCounts,
     cache_usable_bytes,
     resolve_eval_steps,
     resolve_max_new_tokens,
@@ -19,7 +19,7 @@ from orchestrator.planning.workload import describe
 from strategies.contract import MemoryEstimate
 from tests.orchestrator.planning.machines import SMALL
 
-ROWS = HeldOut(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
+ROWS = HeldOutCounts(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
 NO_ROWS = "there are no held-out rows"
 
 

@@ -9,7 +9,7 @@ from clusters.capability import ClusterCapability, DeviceCapability, NodeCapabil
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.planning import planner, workload
-from orchestrator.planning.evaluation import HeldOut
+from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import VERSION, Plan
 from strategies.shape import ModelShape
 
@@ -19,7 +19,7 @@ OLD_CPU = DeviceCapability("cpu", "old", 24 * GIB)
 NEW_CPU = DeviceCapability("cpu", "new", 24 * GIB, instruction_sets=("avx512_bf16",))
 TURING = DeviceCapability("cuda", "RTX 2080", 8 * GIB, compute_capability=(7, 5))
 AMPERE = DeviceCapability("cuda", "RTX 3090", 24 * GIB, compute_capability=(8, 6))
-HELD_OUT = HeldOut(80, 5000, 40, 80, False)
+HELD_OUT = HeldOutCounts(80, 5000, 40, 80, False)
 
 
 def plan(text="", *devices, shape=SMOL, held_out=HELD_OUT, lengths=(70,) * 800):
@@ -145,8 +145,8 @@ def test_contradictions_name_both_sides(text, words):
 
 
 def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows():
-    often = plan(held_out=HeldOut(8, 500, 40, 8, False))
-    never = plan(held_out=HeldOut(8000, 500_000, 40, 8, False))
+    often = plan(held_out=HeldOutCounts(8, 500, 40, 8, False))
+    never = plan(held_out=HeldOutCounts(8000, 500_000, 40, 8, False))
 
     assert often.eval_steps is not None and often.load_best_model_at_end
     assert never.eval_steps is None and not never.load_best_model_at_end
@@ -154,10 +154,10 @@ def test_held_out_rows_are_measured_as_often_as_a_tenth_of_the_time_allows():
 
 
 def test_metrics_follow_what_the_rows_are():
-    assert plan(held_out=HeldOut(8, 500, 3, 8, True)).metrics == ("accuracy", "macro_f1")
-    assert plan(held_out=HeldOut(8, 500, 30, 8, False)).metrics == ("exact_match",)
-    assert plan(held_out=HeldOut(8, 500, 300, 8, False)).metrics == ("rouge_l",)
-    assert plan(held_out=HeldOut(8, 500, 30, 0, False)).metrics == ()
+    assert plan(held_out=HeldOutCounts(8, 500, 3, 8, True)).metrics == ("accuracy", "macro_f1")
+    assert plan(held_out=HeldOutCounts(8, 500, 30, 8, False)).metrics == ("exact_match",)
+    assert plan(held_out=HeldOutCounts(8, 500, 300, 8, False)).metrics == ("rouge_l",)
+    assert plan(held_out=HeldOutCounts(8, 500, 30, 0, False)).metrics == ()
 
 
 def test_a_plan_survives_its_file_and_its_hash_follows_its_content():

@@ -7,7 +7,7 @@ import time
 import pytest
 
 from clusters.kubernetes.client import KubeClient
-from clusters.kubernetes.rayjob import Group, JobSettings, config_map, rayjob
+from clusters.kubernetes.rayjob import JobSettings, PodGroup, config_map, rayjob
 from clusters.units import GIB
 from orchestrator.errors import ClusterError, RunFailed
 from orchestrator.remote import jobs
@@ -34,7 +34,7 @@ def run(api, tmp_path):
     (run.path / "job.yaml").write_text("name: support\nmodel: {model_name_or_path: a}\ndata: {train: b.jsonl}\n")
     (run.path / "origin.json").write_text(json.dumps({"folder": str(tmp_path)}))
     made = rayjob(
-        NAME, "c", "2.60.0", [Group("cpu", 1, 2, 4 * GIB)], JobSettings(namespace="team", storage=str(tmp_path))
+        NAME, "c", "2.60.0", [PodGroup("cpu", 1, 2, 4 * GIB)], JobSettings(namespace="team", storage=str(tmp_path))
     )
     client = KubeClient(None, None)
     client.start(NAME, made, config_map(NAME, "team", {"job.yaml": "x"}))

@@ -11,7 +11,7 @@ import pytest
 
 from clusters.safe.reading import printable
 from orchestrator.report import plots
-from orchestrator.report.blocks import Answer, Code, Facts, Figure, Paragraph, Report, Table
+from orchestrator.report.blocks import Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.html import html
 from orchestrator.report.markdown import write_markdown
 from orchestrator.report.translations import japanese, words
@@ -33,7 +33,7 @@ def a_report(lang="en"):
         Paragraph("<script>alert(1)</script>"),
         Table(("a|b", "c"), [("1", "2|3"), ("x", "y")], (1,)),
         Code("python -m orchestrator"),
-        Answer("prompt", None, "out", "wanted"),
+        SampleOutput("prompt", None, "out", "wanted"),
         None,
         *(Figure(name, draw(), "caption") for name, draw in FIGURES.items()),
     )
@@ -145,7 +145,7 @@ def test_names_and_outputs_are_shown_in_markdown_as_they_are(text, tmp_path):
         Paragraph(text),
         Table(("a", text), [("1", text)], (0,)),
         Code(f"{text}\n```\nmore"),
-        Answer(text, text, text, text),
+        SampleOutput(text, text, text, text),
     )
 
     write_markdown(report, tmp_path / "report.md")
@@ -174,7 +174,7 @@ def test_names_and_outputs_reach_no_page_and_no_picture_as_markup():
     ]
     report = Report(first, first, "en")
     for text in HOSTILE:
-        report.section(text, Table((text,), [(text,)]), Code(text), Facts([(text, text)]), Answer(*[text] * 4))
+        report.section(text, Table((text,), [(text,)]), Code(text), Facts([(text, text)]), SampleOutput(*[text] * 4))
     report.section("Figures", *(Figure("f", svg, text) for svg, text in zip(figures, HOSTILE, strict=False)))
 
     page = html(report)

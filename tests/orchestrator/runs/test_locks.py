@@ -77,7 +77,7 @@ def test_a_holder_that_is_killed_holds_no_more(tmp_path):
     holder.stdout.readline()
 
     held = locks.is_held(tmp_path)
-    with pytest.raises(locks.Held, match=f"process {holder.pid} on "), locks.hold(tmp_path):
+    with pytest.raises(locks.FolderLocked, match=f"process {holder.pid} on "), locks.hold(tmp_path):
         pass
     os.kill(holder.pid, signal.SIGKILL)
     close(holder)

@@ -3,7 +3,7 @@
 import pytest
 from transformers import AutoTokenizer
 
-from orchestrator.data.dataset import Options, build
+from orchestrator.data.dataset import TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
@@ -14,7 +14,7 @@ def data_folder(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     file = write_jsonl(folder / "rows.jsonl", rows(24))
     renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), CHAT_TEMPLATE)
-    build(read_rows(file), renderer, Options("auto", "", 64, "truncate", True), folder / "samples")
+    build(read_rows(file), renderer, TokenizeOptions("auto", "", 64, "truncate", True), folder / "samples")
     return folder / "samples"
 
 

@@ -3,7 +3,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orchestrator.data.dataset import Dataset, Options, build
+from orchestrator.data.dataset import Dataset, TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
@@ -16,7 +16,10 @@ def test_generated_answers_equal_one_by_one_generation_and_leave_the_model_as_it
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, attn_implementation="eager").train()
     file = write_jsonl(tmp_path / "rows.jsonl", rows(9))
     data = build(
-        read_rows(file), Renderer(tokenizer, CHAT_TEMPLATE), Options("auto", "", 64, "truncate", True), tmp_path / "out"
+        read_rows(file),
+        Renderer(tokenizer, CHAT_TEMPLATE),
+        TokenizeOptions("auto", "", 64, "truncate", True),
+        tmp_path / "out",
     )
 
     found = generate_answers(model, tokenizer, data, range(9), Generation(6, "float32"))
@@ -91,7 +94,7 @@ def asked(model_folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
     file = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "cat", "completion": "dog"}, *rows(3)])
-    options = Options("auto", "", None, "truncate", True)
+    options = TokenizeOptions("auto", "", None, "truncate", True)
     return model, tokenizer, build(read_rows(file), Renderer(tokenizer, CHAT_TEMPLATE), options, tmp_path / "out")
 
 

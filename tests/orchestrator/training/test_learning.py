@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from orchestrator.training import checkpoint
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Progress
 from strategies.methods.shira import Shira
 from strategies.step.state import gather
@@ -59,7 +59,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     techniques = dataclasses.replace(ONE_BY_ONE, dtype=("float32", "bfloat16")[rank])
     setup = prepared(model_folder, techniques, METHOD)
-    found = losses(run(setup, data_folder, 3, techniques, group=Group(rank, 2)))
+    found = losses(run(setup, data_folder, 3, techniques, group=ProcessGroup(rank, 2)))
     torch.save((found, places(setup), weights(setup)), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 

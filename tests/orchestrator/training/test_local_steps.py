@@ -11,7 +11,7 @@ from orchestrator.data.order import Order
 from orchestrator.runs.events import StepReport
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.loop import train
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.shares import Shares
 from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
@@ -77,7 +77,7 @@ def apart(rank, size, port, model_folder, data_folder, out):
 def test_workers_apart_come_together_and_learn(model_folder, data_folder, tmp_path):
     run_ranks(apart, 2, str(model_folder), data_folder, str(tmp_path))
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
-    alone, _ = lonely(model_folder, data_folder, Group(), None)
+    alone, _ = lonely(model_folder, data_folder, ProcessGroup(), None)
 
     assert first[0] == second[0]
     assert all(torch.equal(a, b) for a, b in zip(first[1], second[1], strict=True))
@@ -103,7 +103,17 @@ def test_a_resumed_run_of_local_steps_is_bit_equal(model_folder, data_folder):
         progress = Progress(step=first)
         train(
             Training(
-                setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks, None, 4
+                setup,
+                Dataset.load(data_folder),
+                None,
+                order,
+                SCHEDULE,
+                ONE_BY_ONE,
+                ProcessGroup(),
+                progress,
+                hooks,
+                None,
+                4,
             )
         )
         return [report.loss for report in events], setup

@@ -12,7 +12,7 @@ from orchestrator.errors import Diverged, RunFailed
 from orchestrator.runs.events import Evaluation, StepReport
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import train
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies import METHODS
@@ -62,7 +62,7 @@ def run(
     hooks = Hooks(record, save or (lambda now: "none"), lambda: None)
     order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
     plan = dataclasses.replace(SCHEDULE, **schedule)
-    train(Training(setup, data, None, order, plan, techniques, group or Group(), Progress(), hooks, shares))
+    train(Training(setup, data, None, order, plan, techniques, group or ProcessGroup(), Progress(), hooks, shares))
     return list(losses.values()), gradients, setup
 
 
@@ -105,7 +105,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    losses, gradients, _ = run(model_folder, data_folder, ONE_BY_ONE, Group(rank, 2))
+    losses, gradients, _ = run(model_folder, data_folder, ONE_BY_ONE, ProcessGroup(rank, 2))
     torch.save((losses, gradients), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
@@ -144,7 +144,7 @@ def test_a_resumed_run_is_bit_equal(model_folder, data_folder, tmp_path):
         lambda now: "x",
         lambda: None,
     )
-    train(Training(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, Group(), progress, hooks))
+    train(Training(half[2], Dataset.load(data_folder), None, order, SCHEDULE, packed, ProcessGroup(), progress, hooks))
 
     assert losses == whole[0][2:]
     for name, parameter in whole[2].parameters.items():
@@ -176,7 +176,11 @@ def test_dropout_of_a_resumed_run_is_the_same(model_folder, data_folder):
         seen = []
         hooks = Hooks(lambda event, seen=seen: seen.append(getattr(event, "loss", None)), lambda now: "x", lambda: None)
         order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=1)
-        train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
+        train(
+            Training(
+                setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, ProcessGroup(), Progress(), hooks
+            )
+        )
         losses.append(seen[0])
     assert losses[0] == losses[1]
 
@@ -192,7 +196,11 @@ def test_a_loss_that_is_not_a_number_stops_with_the_step_and_the_samples(model_f
     hooks = Hooks(lambda event: None, lambda now: "x", lambda: None)
 
     with pytest.raises(Diverged) as caught:
-        train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks))
+        train(
+            Training(
+                setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, ProcessGroup(), Progress(), hooks
+            )
+        )
 
     assert caught.value.step == 0
     assert sorted(caught.value.sample_ids) == sorted(order.sample_ids(0))
@@ -208,7 +216,7 @@ def test_asking_to_stop_saves_and_ends_after_the_step(model_folder, data_folder)
     hooks = Hooks(lambda event: None, lambda now: saved.append(now.step) or "x", lambda: "asked")
 
     progress = train(
-        Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), Progress(), hooks)
+        Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, ProcessGroup(), Progress(), hooks)
     )
 
     assert (progress.step, progress.stopped, saved) == (1, "asked", [1])
@@ -226,7 +234,7 @@ def test_early_stopping_and_the_best_checkpoint_follow_the_held_out_loss(model_f
     schedule = dataclasses.replace(SCHEDULE, eval_steps=1, early_stopping_patience=2, max_grad_norm=0.0)
 
     progress = train(
-        Training(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, Group(), Progress(), hooks)
+        Training(setup, data, data.select(range(6)), order, schedule, ONE_BY_ONE, ProcessGroup(), Progress(), hooks)
     )
 
     losses = [event.eval_loss for event in events if isinstance(event, Evaluation)]
@@ -242,8 +250,8 @@ def test_held_out_loss_is_the_same_padded_and_packed(model_folder, data_folder):
     packed = Techniques("float32", "document", True, False, 4, 64)
     *_, setup = run(model_folder, data_folder, packed, steps=1)
 
-    assert evaluate_loss(setup, data, packed, Group()) == pytest.approx(
-        evaluate_loss(padded, data, ONE_BY_ONE, Group()), rel=1e-5
+    assert evaluate_loss(setup, data, packed, ProcessGroup()) == pytest.approx(
+        evaluate_loss(padded, data, ONE_BY_ONE, ProcessGroup()), rel=1e-5
     )
 
 
@@ -303,7 +311,7 @@ def test_an_8_bit_optimizer_trains_and_resumes_bit_by_bit(model_folder, data_fol
     losses = []
     hooks = Hooks(lambda event: losses.append(getattr(event, "loss", None)), lambda now: "x", lambda: None)
     order, progress = Order(24, 8, seed=5, num_train_epochs=1, max_steps=4), Progress(step=2)
-    train(Training(half, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, Group(), progress, hooks))
+    train(Training(half, Dataset.load(data_folder), None, order, SCHEDULE, ONE_BY_ONE, ProcessGroup(), progress, hooks))
 
     assert any(value.dtype == torch.uint8 for own in gather(half).moments.values() for value in own.values())
     assert whole[0][-1] < whole[0][0] and [loss for loss in losses if loss] == whole[0][2:]

@@ -11,7 +11,7 @@ from orchestrator.data.order import Order
 from orchestrator.errors import Diverged
 from orchestrator.runs.events import StepReport
 from orchestrator.training.loop import train
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from strategies.contract import Techniques, TrainSettings
 from strategies.methods.lora import Lora
@@ -42,7 +42,7 @@ def trained(model_folder, data_folder, scale, before=lambda setup: None, local_b
             Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=STEPS),
             Schedule(lambda step: 1.0, 1.0, 0, 100, None, None),
             FP16,
-            Group(),
+            ProcessGroup(),
             Progress(loss_scale=held),
             Hooks(record, lambda now: None, lambda: None),
             local_batch_size=local_batch_size,

@@ -13,7 +13,7 @@ from orchestrator.data.order import Order
 from orchestrator.runs.events import StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.loop import train
-from orchestrator.training.parallel import Group
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies.contract import Techniques, TrainSettings
@@ -67,7 +67,7 @@ def run(setup, data_folder, steps, techniques=ONE_BY_ONE, group=None, progress=N
     )
     order = Order(len(data), 8, seed=5, num_train_epochs=2, max_steps=steps)
     when = dataclasses.replace(Schedule(lambda step: 1.0, 1.0, 0, 100, None, None), **schedule)
-    train(Training(setup, data, None, order, when, techniques, group or Group(), progress or Progress(), hooks))
+    train(Training(setup, data, None, order, when, techniques, group or ProcessGroup(), progress or Progress(), hooks))
     if setup.streaming:
         setup.streaming.settle()
     return events
@@ -203,7 +203,7 @@ def test_whole_gradients_make_full_training_of_the_same_weights(model_folder, da
     )
     order = Order(24, 8, seed=5, num_train_epochs=2, max_steps=4)
     when = Schedule(lambda step: 1.0, 1.0, 0, 100, None, None)
-    train(Training(plain, Dataset.load(data_folder), None, order, when, ONE_BY_ONE, Group(), Progress(), hooks))
+    train(Training(plain, Dataset.load(data_folder), None, order, when, ONE_BY_ONE, ProcessGroup(), Progress(), hooks))
 
     assert losses(events) == pytest.approx(found, rel=1e-5)
     torch.testing.assert_close(weights(setup), weights(plain), rtol=1e-4, atol=1e-5)
@@ -248,7 +248,7 @@ def worker(rank, size, port, model_folder, data_folder, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     setup = prepared(model_folder)
-    events = run(setup, data_folder, 3, group=Group(rank, 2))
+    events = run(setup, data_folder, 3, group=ProcessGroup(rank, 2))
     sent = [step.step_bytes_sent for step in events["step"]]
     torch.save((losses(events), weights(setup), sent), f"{out}/{rank}.pt")
     dist.destroy_process_group()

@@ -12,7 +12,7 @@ from orchestrator.data.order import Order
 from orchestrator.runs.events import Note, StepReport
 from orchestrator.training.loop import train
 from orchestrator.training.memory import fallback, is_out_of_memory
-from orchestrator.training.parallel import GradientSum, Group, _buckets
+from orchestrator.training.parallel import GradientSum, ProcessGroup, _buckets
 from orchestrator.training.shares import Shares
 from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
@@ -29,7 +29,7 @@ CHECKPOINTED = Techniques("float32", "sdpa", False, True, 2, 64)
 def joined(rank, size, port, **wire):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
-    return Group(rank, size, **wire)
+    return ProcessGroup(rank, size, **wire)
 
 
 def member(rank, size, port, model_folder, data_folder, out, shares):
@@ -167,7 +167,7 @@ def test_a_step_that_runs_out_of_memory_is_repeated_with_less_and_the_same_resul
     hooks = Hooks(events.append, lambda now: "x", lambda: None)
     order = Order(24, 8, seed=5, num_train_epochs=1, max_steps=3)
 
-    train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, wide, Group(), Progress(), hooks))
+    train(Training(setup, Dataset.load(data_folder), None, order, SCHEDULE, wide, ProcessGroup(), Progress(), hooks))
 
     losses = [event.loss for event in events if isinstance(event, StepReport)]
     notes = [event.text for event in events if isinstance(event, Note)]
@@ -195,6 +195,14 @@ def test_when_not_even_one_sample_fits_it_says_so(model_folder, data_folder):
     with pytest.raises(NothingFits, match="not even one sample"):
         train(
             Training(
-                setup, Dataset.load(data_folder), None, Order(24, 8, 5, 1, 3), SCHEDULE, one, Group(), Progress(), hooks
+                setup,
+                Dataset.load(data_folder),
+                None,
+                Order(24, 8, 5, 1, 3),
+                SCHEDULE,
+                one,
+                ProcessGroup(),
+                Progress(),
+                hooks,
             )
         )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from strategies.adapter_bank.card import Card
+from strategies.adapter_bank.card import AdapterCard
 from strategies.adapter_bank.store import Bank
 from tests.strategies.adapter_bank.parts import an_adapter, some_evidence
 
@@ -12,7 +12,7 @@ def bank(tmp_path):
     there = Bank(tmp_path / "bank", create=True)
     for number in range(2):
         source = an_adapter(tmp_path / f"source-{number}", number)
-        there.add(source, Card(f"task-{number}", "tiny", "b" * 64), some_evidence())
+        there.add(source, AdapterCard(f"task-{number}", "tiny", "b" * 64), some_evidence())
     return there
 
 

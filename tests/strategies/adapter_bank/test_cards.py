@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from strategies.adapter_bank.adapter import CONFIG, Adapter, Unusable
-from strategies.adapter_bank.card import CARD, BankError, Card, card_of
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError, card_of
 from strategies.adapter_bank.evidence import Evidence
 from tests.strategies.adapter_bank.parts import MAP, SETTINGS, an_adapter, mutated
 
@@ -115,14 +115,14 @@ def test_names_follow_the_pattern(bank, tmp_path, name):
     an_adapter(tmp_path / "new", 9)
 
     with pytest.raises(BankError, match="a name has 1 to 63"):
-        bank.add(tmp_path / "new", Card(name, "tiny", "b" * 64))
+        bank.add(tmp_path / "new", AdapterCard(name, "tiny", "b" * 64))
     assert len(bank.cards()) == 2
 
 
 def test_letters_of_every_script_are_names(bank, tmp_path):
     an_adapter(tmp_path / "new", 9)
 
-    bank.add(tmp_path / "new", Card("要約_v1.2-é", "tiny", "b" * 64))
+    bank.add(tmp_path / "new", AdapterCard("要約_v1.2-é", "tiny", "b" * 64))
 
     assert bank.find("要約_v1.2-é") == bank.cards()[-1]
 
@@ -136,4 +136,4 @@ def test_a_digest_is_asked_for_by_its_digits_alone(bank):
 @pytest.mark.parametrize("run_id", ["../x", "/etc", ".", "..", "", "a\0b", ".hidden", "x" * 300])
 def test_a_run_of_a_card_names_a_folder_and_no_path(run_id):
     with pytest.raises(BankError, match="run_id"):
-        card_of(Card("x", "tiny", "b" * 64, digest="a" * 64, run_id=run_id).as_dict())
+        card_of(AdapterCard("x", "tiny", "b" * 64, digest="a" * 64, run_id=run_id).as_dict())

@@ -8,7 +8,7 @@ import numpy
 import pytest
 
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS
-from strategies.adapter_bank.card import CARD, BankError, Card
+from strategies.adapter_bank.card import CARD, AdapterCard, BankError
 from strategies.adapter_bank.evidence import gather
 from strategies.adapter_bank.exchange import export
 from strategies.adapter_bank.folders import EVIDENCE
@@ -53,21 +53,21 @@ def test_a_damaged_adapter_is_named_and_the_other_one_stays_of_use(bank, tmp_pat
     contents = bank.contents()
     (wrong,) = bank.verify()
     exported = export(bank, tmp_path / "out.tar", contents.cards)
-    bank.add(tmp_path / "new", Card("new", "tiny", "b" * 64))
+    bank.add(tmp_path / "new", AdapterCard("new", "tiny", "b" * 64))
 
     assert wrong.reason and len(contents.damaged) == (1 if how.startswith("card") else 0)
     assert [card.name for card in exported.cards] == ["task-1"]
     assert bank.adapter(bank.find("task-1")).corrections()
     assert len(bank.verify(repair=True)) == 1 and bank.verify() == []
     assert [card.name for card in bank.cards()] == ["task-1", "new"]
-    assert bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64)) and bank.verify() == []
+    assert bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64)) and bank.verify() == []
 
 
 @pytest.mark.parametrize("how", ["weights-half", "evidence-half", "card-half"])
 def test_adding_what_is_damaged_again_makes_it_whole(bank, tmp_path, how):
     break_it(bank.folder(bank.find("task-0").digest), how)
 
-    card = bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64))
+    card = bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64))
 
     assert (bank.evidence(card) is not None) == (how == "weights-half")
     assert bank.verify() == [] and len(list((bank.path / "broken").iterdir())) == 1
@@ -77,11 +77,11 @@ def test_other_evidence_takes_the_place_of_the_former(bank, tmp_path, monkeypatc
     from strategies.adapter_bank import store
 
     card, other = bank.find("task-0"), gather([(numpy.arange(3), numpy.arange(3) > 1)], numpy.ones((20, 4), "f4"))
-    again = bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64), other)
+    again = bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64), other)
     assert bank.evidence(again).digest == other.digest != card.evidence_digest and bank.verify() == []
 
     for renames in range(5):  # that are done before the writer is killed: four are needed
-        bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64), other)
+        bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64), other)
         left = iter(range(renames))
 
         def replace(*paths, left=left):
@@ -91,7 +91,7 @@ def test_other_evidence_takes_the_place_of_the_former(bank, tmp_path, monkeypatc
 
         monkeypatch.setattr(store.os, "replace", replace)
         with pytest.raises(SystemExit) if renames < 4 else nullcontext():
-            bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64), some_evidence())
+            bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64), some_evidence())
         monkeypatch.undo()
         assert bank.verify() == [] and bank.find("task-0").digest == card.digest
 
@@ -109,7 +109,7 @@ def test_two_adapters_of_one_name_are_both_known(bank, tmp_path):
 def test_fields_of_another_version_are_kept(bank, tmp_path):
     lies(bank, colour="blue", unknown="also one")
 
-    card = bank.add(tmp_path / "source-0", Card("task-0", "tiny", "b" * 64, licence="MIT"))
+    card = bank.add(tmp_path / "source-0", AdapterCard("task-0", "tiny", "b" * 64, licence="MIT"))
 
     assert card.unknown == {"colour": "blue", "unknown": "also one"}
     assert json.loads((bank.folder(card.digest) / CARD).read_text())["colour"] == "blue"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from strategies.adapter_bank.card import BankError, Card
+from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.exchange import export
 from strategies.adapter_bank.store import Bank
 from tests.strategies.adapter_bank.parts import an_adapter
@@ -47,7 +47,7 @@ def killed_at_random(tmp_path, times):
         an_adapter(tmp_path / f"s{number}", number)
     other = Bank(tmp_path / "two", create=True)
     for number in (8, 9):
-        other.add(an_adapter(tmp_path / f"o{number}", number), Card(f"o{number}", "tiny", "b" * 64))
+        other.add(an_adapter(tmp_path / f"o{number}", number), AdapterCard(f"o{number}", "tiny", "b" * 64))
     export(other, tmp_path / "two.tar", other.cards())
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
 
@@ -68,7 +68,7 @@ def killed_at_random(tmp_path, times):
         bank = Bank(tmp_path / "bank", create=True)
         assert bank.verify() == [] and bank.contents().damaged == []
         assert {card.name for card in bank.cards()} <= {"s0", "s1", "s2", "s3", "o8", "o9"}
-    bank.add(tmp_path / "s0", Card("s0", "tiny", "b" * 64))
+    bank.add(tmp_path / "s0", AdapterCard("s0", "tiny", "b" * 64))
     assert not list((bank.path / "objects").glob(".*"))
 
 
