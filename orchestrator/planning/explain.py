@@ -15,6 +15,7 @@ from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import find_remedies
 from orchestrator.planning.settings import Rejections, describe_techniques
+from strategies.contract import Workload
 
 
 def describe_candidate(candidate: Candidate) -> str:
@@ -93,16 +94,33 @@ def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate])
     return tuple(described)
 
 
+def describe_larger_steps(chosen: Candidate, larger: Candidate, workload: Workload) -> Alternative:
+    """What more samples a step would change."""
+    size = workload.global_batch_size
+    changes = f"{larger.num_steps} steps instead of {chosen.num_steps}, at the learning rate as it is: another model"
+    return Alternative(
+        what=f"train.global_batch_size: {size}, {describe_candidate(larger)}",
+        total_s=larger.total_s,
+        peak_bytes=larger.peak_bytes,
+        quality=larger.quality,
+        why_not=f"{_compare(chosen, larger)}; {changes}",
+        on_front=False,
+    )
+
+
 def _why_not(spec: JobSpec, chosen: Candidate, other: Candidate) -> str:
-    slower = other.total_s / chosen.total_s
-    lighter = other.peak_bytes / chosen.peak_bytes
-    parts = [f"{slower:.2g}x the time" if slower > 1.005 else f"{1 / slower:.2g}x as fast"]
-    parts.append(f"{lighter:.2g}x the memory")
+    parts = [_compare(chosen, other)]
     if other.quality is not None and chosen.quality is not None and other.quality != chosen.quality:
         parts.append(f"expected score {other.quality:.3f} against {chosen.quality:.3f} (prior)")
     if other.sync_s > 0.3 * other.step_s:
         parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for the network")
     return ", ".join(parts)
+
+
+def _compare(chosen: Candidate, other: Candidate) -> str:
+    slower, lighter = other.total_s / chosen.total_s, other.peak_bytes / chosen.peak_bytes
+    speed = f"{slower:.2g}x the time" if slower > 1.005 else f"{1 / slower:.2g}x as fast"
+    return f"{speed}, {lighter:.2g}x the memory"
 
 
 def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
-from clusters.units import format_bytes, format_s
+from clusters.units import format_bytes
 from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
@@ -20,13 +20,14 @@ from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.evaluation import HeldOutCounts, resolve_evaluation
 from orchestrator.planning.explain import (
     alternatives,
+    describe_larger_steps,
     explain_choice,
     explain_excluded,
     explain_unusable,
     why_nothing_fits,
 )
 from orchestrator.planning.goal import choose_candidate
-from orchestrator.planning.plan import NodePlan, Plan, Sync
+from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions
 from orchestrator.planning.workload import grows_with_workers, max_positions
@@ -35,8 +36,8 @@ from strategies.cost.time import product_rate
 
 _LONGEST_AUTO = 2048
 _MORE_SAMPLES = (2, 4, 8, 16)  # times those of a step, where a group waits for its network
-_WAITS = 0.05  # of a step for the network: larger steps are tried
-_WORTH_LARGER_STEPS = 1.1  # so much faster, or the smaller steps stay
+_WAITS = 0.05  # of a step for the network: larger steps are looked at
+_WORTH_LARGER_STEPS = 1.1  # so much faster, or larger steps are not worth a line
 _LEAST_STEPS_PER_EPOCH = 8
 
 
@@ -166,8 +167,8 @@ def make_plan(
     choice = _choose(spec, enumeration, num_slots)
     if choice is None:
         raise NothingFits(why_nothing_fits(spec, enumeration))
-    choice, why_larger = _with_larger_steps(spec, choice, num_slots)
-    return _plan_of(spec, choice, held_out, reasons | why_larger)
+    larger = _larger_steps(spec, choice, num_slots)
+    return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
 
 
 def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCandidate | None:
@@ -181,7 +182,13 @@ def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCa
     return ChosenCandidate(enumeration.workload, enumeration, choose_candidate(spec, enumeration.fitting))
 
 
-def _plan_of(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | None, reasons: dict[str, str]) -> Plan:
+def _plan_of(
+    spec: JobSpec,
+    choice: ChosenCandidate,
+    held_out: HeldOutCounts | None,
+    reasons: dict[str, str],
+    larger: tuple[Alternative, ...],
+) -> Plan:
     """The plan that runs a candidate, with what the evaluation and the checkpoints leave open resolved."""
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
     first, prior = chosen.placed[0].plan, chosen.method.quality_prior()
@@ -216,7 +223,7 @@ def _plan_of(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | N
         max_new_tokens=evaluation.max_new_tokens,
         metrics=evaluation.metrics,
         reasons=reasons | {key: why for key, why in checkpoint.items() if why},
-        alternatives=alternatives(spec, chosen, enumeration.fitting),
+        alternatives=(*larger, *alternatives(spec, chosen, enumeration.fitting)),
         rejected=enumeration.rejections.reasons,
         left_out=explain_excluded(chosen, enumeration, helper.node if helper else None)
         | explain_unusable(enumeration.cluster),
@@ -316,28 +323,29 @@ def _local_batch_size(spec: JobSpec, workload: Workload) -> int | None:
     return workload.global_batch_size // steps if steps else None
 
 
-def _with_larger_steps(spec: JobSpec, first: ChosenCandidate, num_slots: int) -> tuple[ChosenCandidate, dict[str, str]]:
-    """More samples a step where a group would otherwise wait for its network: fewer sums for the same samples."""
-    train = spec.train
+def _larger_steps(spec: JobSpec, choice: ChosenCandidate, num_slots: int) -> Alternative | None:
+    """The chosen way with more samples a step, where steps wait for the network: fewer sums for the same samples.
+
+    It is never chosen: fewer, larger updates make another model, and how large they are is not the machines' to say.
+    """
+    train, enumeration, chosen = spec.train, choice.enumeration, choice.candidate
     is_open = train.global_batch_size == "auto" and not grows_with_workers(spec) and train.max_steps <= 0
-    waits = any(found.sync_s > _WAITS * found.step_s for found in first.enumeration.fitting)
+    waits = any(found.sync_s > _WAITS * found.step_s for found in enumeration.fitting)
     if not is_open or not waits or spec.strategy.local_steps:
-        return first, {}
-    best = first
-    for factor in _MORE_SAMPLES:
-        larger = _with_more_samples(first.workload, factor, train.num_train_epochs)
-        if larger is None:
-            break
-        choice = _choose(spec, replace(first.enumeration, workload=larger), num_slots)
-        if choice and len(choice.candidate.placed) > 1 and _is_faster(choice, best):
-            best = choice
-    if best is first:
-        return first, {}
-    why = (
-        f"{best.workload.global_batch_size} instead of {first.workload.global_batch_size} samples a step: fewer sums"
-        f" over the network, {format_s(best.candidate.total_s)} instead of {format_s(first.candidate.total_s)}"
+        return None
+    switches = replace(
+        enumeration.switches, optims=(chosen.placed[0].plan.techniques.optim,), zero_stages=(chosen.zero_stage,)
     )
-    return best, {"train.global_batch_size": why}
+    best = choice
+    for factor in _MORE_SAMPLES:
+        workload = _with_more_samples(choice.workload, factor, train.num_train_epochs)
+        if workload is None:
+            break
+        same_way = replace(enumeration, workload=workload, methods=[chosen.method], switches=switches)
+        wider = _choose(spec, same_way, num_slots)
+        if wider and len(wider.candidate.placed) > 1 and _is_faster(wider, best):
+            best = wider
+    return None if best is choice else describe_larger_steps(chosen, best.candidate, best.workload)
 
 
 def _is_faster(choice: ChosenCandidate, than: ChosenCandidate) -> bool:

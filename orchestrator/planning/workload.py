@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from typing import Any
 
 from orchestrator.data.order import Order
@@ -66,7 +67,7 @@ def describe(
     workload = Workload(
         shape=shape,
         mean_square_length=sum(length * length for length in lengths) / len(lengths),
-        fullest_step_tokens=sum(sorted(lengths)[-global_batch_size:]),
+        fullest_step_tokens=sum(heapq.nlargest(global_batch_size, lengths)),
         padded_ratio=_padded_ratios(lengths, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),
@@ -80,9 +81,13 @@ def describe(
     return workload, order, reason
 
 
+_MOST_ROWS = 2**14  # whose padding is counted: more rows of the same data pad alike
+
+
 def _padded_ratios(lengths: list[int], global_batch_size: int) -> dict[int, float]:
     """Processed over real tokens for each number of rows in a micro-batch, on the first steps of the data."""
-    steps = [lengths[start : start + global_batch_size] for start in range(0, len(lengths), global_batch_size)][:64]
+    num_rows = min(len(lengths), max(global_batch_size, min(64 * global_batch_size, _MOST_ROWS)))
+    steps = [lengths[start : start + global_batch_size] for start in range(0, num_rows, global_batch_size)]
     real = sum(map(sum, steps))
     ratios, rows = {}, 1
     while rows <= global_batch_size:
@@ -99,8 +104,9 @@ _OPEN_SIZE = 16
 def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tuple[int, str | None]:
     """Samples a step and why, where the job does not state them itself.
 
-    As in transformers rows x accumulation x workers is the step, whatever parts the workers then take of it; of the
-    two keys the one that is not stated is transformers' default.  Raises JobError for keys that contradict each other.
+    Where nothing is stated the data decides, never the machines: another batch makes another model.  As in
+    transformers rows x accumulation x workers is the step, whatever parts the workers then take of it; of the two keys
+    the one that is not stated is transformers' default.  Raises JobError for keys that contradict each other.
     """
     train = spec.train
     rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
@@ -110,7 +116,7 @@ def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tup
     if rows == "auto" and steps == "auto":
         size = max(1, min(_OPEN_SIZE, num_samples // 8))
         few = "the data has few rows: at least 8 steps an epoch"
-        return size, "16 samples a step suit most adapters" if size == _OPEN_SIZE else few
+        return size, "16 samples a step suit most adapters, on whatever machines" if size == _OPEN_SIZE else few
     a_device = rows if isinstance(rows, int) else _ROWS_OF_TRANSFORMERS
     micro_batches = steps if isinstance(steps, int) else 1
     product = a_device * micro_batches * num_workers

@@ -24,6 +24,7 @@ def llama(hidden, layers, heads, kv, mlp, vocab=128256, tied=False):
     )
 
 
+TINY = llama(576, 30, 9, 3, 1536, vocab=49152, tied=True)  # 135 million
 SMALL = llama(2048, 16, 32, 8, 8192, tied=True)  # 1.2 billion parameters
 MIDDLE = llama(4096, 32, 32, 8, 14336)  # 8 billion
 LARGE = llama(8192, 80, 64, 8, 28672)  # 70 billion

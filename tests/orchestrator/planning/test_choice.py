@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import random
 import time
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan, summary
-from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, machine
+from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, TINY, machine
 
 
 def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600):
@@ -172,7 +173,8 @@ def test_a_memory_limit_is_kept():
 
 
 def test_alternatives_on_the_front_are_beaten_by_nobody():
-    made = plan(MIDDLE, machine("a", "RTX 3090"), machine("b", "RTX 3060"), link_bytes_per_s=1e8)
+    made = plan(MIDDLE, machine("a", "RTX 3090"), machine("b", "RTX 3060"), link_bytes_per_s=1e8,
+                text="train: {global_batch_size: 16}\n")  # fmt: skip
 
     front = [way for way in made.alternatives if way.on_front]
     assert front
@@ -246,16 +248,31 @@ def test_golden_plans(name):
     assert found == json.loads(file.read_text())
 
 
-def test_more_samples_a_step_where_the_network_is_slow_and_only_where_nobody_said():
+def test_more_samples_a_step_are_another_way_where_the_network_is_slow_and_nobody_stated_them():
     machines = machine("a", "RTX 3060"), machine("b", "RTX 3060")
     made = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400)
     stated = plan(SMALL, *machines, link_bytes_per_s=2e7, samples=6400, text="train: {global_batch_size: 16}\n")
 
-    assert made.global_batch_size > 16 and len(made.nodes) == 2
-    assert "fewer sums over the network" in made.reasons["train.global_batch_size"]
-    assert made.num_steps * made.global_batch_size == pytest.approx(3 * 6400, rel=0.05)
-    assert stated.global_batch_size == 16
-    assert made.total_s < stated.total_s
+    (larger,) = [way for way in made.alternatives if "train.global_batch_size" in way.what]
+    assert made.global_batch_size == stated.global_batch_size == 16
+    assert larger.total_s < made.total_s / 1.1 and "2 x RTX 3060" in larger.what
+    assert "steps instead of 1200, at the learning rate as it is: another model" in larger.why_not
+    assert not [way for way in stated.alternatives if "train.global_batch_size" in way.what]
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_job_has_one_batch_size_whatever_machines_and_networks(method):
+    """And one number of steps: what is trained is the same model everywhere."""
+    draw = random.Random(0)
+    cards = ("A100 80GB", "RTX 4090", "RTX 3090", "RTX 3060")
+    found = set()
+    for _ in range(4):
+        nodes = [machine(f"m{i}", *draw.choice(cards)) for i in range(draw.randint(1, 3))]
+        made = plan(TINY, *nodes, link_bytes_per_s=10 ** draw.uniform(5, 10), samples=6400,
+                    text=f"method: {{type: {method}}}\n")  # fmt: skip
+        found.add((made.global_batch_size, made.num_steps))
+
+    assert found == {(16, 1200)}
 
 
 def test_every_way_to_keep_together_has_its_seconds():
