@@ -82,7 +82,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
     if exported.name != "adapter":
         raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which produces no adapter")
-    folder = Path(files["model"])
+    folder = Path(files.model)
     base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
     adapter = Adapter(exported)
     fits_base(adapter, base.folder)
@@ -92,7 +92,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
         base_digest=base.digest,
-        data_digest=files.get("train_digest"),  # as they were: the files may have changed since
+        data_digest=files.train_digest,  # as they were: the files may have changed since
         scores=scores,
         licence=licence or job.spec.bank.licence,
         method=job.spec.method.type,

@@ -112,7 +112,7 @@ def print_result(run: RunFolder, as_json: bool) -> None:
     if as_json:
         result = run.result()
         ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported)}
-        print_json({**ended, "result": result and result.values, "data": run.data().get("statistics")})
+        print_json({**ended, "result": result and result.values, "data": run.data().statistics})
         return
     out.print()
     out.print(result_view(run))

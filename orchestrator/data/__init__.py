@@ -3,6 +3,7 @@
 prepare      start here: the job's data section -> tokenised datasets on disk, made once and found again by content
 batches      samples -> the tensors of a micro-batch
 chat         a conversation as the chat template writes it
+data_files   where model and tokenised samples of a run lie: the contents of data.json
 counts       what happened to the rows, counted
 dataset      tokenised samples in one memory-mapped Arrow file, made once and found again by content
 order        which samples each step sees

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from orchestrator.data.counts import loss_notice, loss_refusal, reading_notices
+from orchestrator.data.data_files import DataFiles
 from orchestrator.data.dataset import DamagedCache, Dataset, build, cache_key
 from orchestrator.data.readers.files import digest
 from orchestrator.data.readers.sources import digest_of, rows_of, skipped_of, sources_of
@@ -27,7 +28,7 @@ class Prepared:
 
     train: Dataset
     held_out: Dataset | None
-    files: dict[str, Any]  # the contents of data.json, by which workers find the same samples
+    files: DataFiles
     cached: bool
 
 
@@ -48,15 +49,15 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     train_folder = maker.make(data.train, "data.train")
     train = Dataset.load(train_folder)
     _report(job, train, "data.train", say)
-    files: dict[str, Any] = {"model": str(model_folder), "train": str(train_folder)} | digests(job)
-    files["chat_template"] = template_text(job)
+    files = DataFiles(str(model_folder), str(train_folder), chat_template=template_text(job))
+    files = replace(files, **digests(job))
     held_out = None
     if isinstance(data.eval, HeldOutFraction):
-        files |= {"split": data.eval.split, "seed": job.spec.train.seed}
+        files = replace(files, split=data.eval.split, seed=job.spec.train.seed)
         train, held_out = train.split(data.eval.split, job.spec.train.seed)
     elif data.eval is not None:
         eval_folder = maker.make(data.eval, "data.eval")
-        files["eval"] = str(eval_folder)
+        files = replace(files, eval=str(eval_folder))
         held_out = Dataset.load(eval_folder)
         _report(job, held_out, "data.eval", say)
     train.statistics.repeated = train.num_repeated()
@@ -77,7 +78,7 @@ def _report(job: Job, data: Dataset, key: str, say: Callable[[str], None]) -> No
         say(line)
 
 
-def digests(job: Job) -> dict[str, str | None]:
+def digests(job: Job) -> dict[str, Any]:
     """The digests of the job's data files, for data.json."""
     stated = {"train": job.spec.data.train, "eval": job.spec.data.eval}
     return {
@@ -87,12 +88,13 @@ def digests(job: Job) -> dict[str, str | None]:
     }
 
 
-def datasets(where: dict[str, Any]) -> tuple[Dataset, Dataset | None]:
-    """Training and held-out samples by the folders that `data.json` names."""
-    data = Dataset.load(Path(where["train"]))
-    if where.get("split"):
-        return data.split(where["split"], where["seed"])
-    return data, Dataset.load(Path(where["eval"])) if where.get("eval") else None
+def datasets(files: DataFiles) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out samples.  Raises DamagedCache."""
+    data = Dataset.load(Path(files.train))
+    if files.split:
+        assert files.seed is not None  # stands beside it
+        return data.split(files.split, files.seed)
+    return data, Dataset.load(Path(files.eval)) if files.eval else None
 
 
 class _Maker:

@@ -42,7 +42,7 @@ class BaselineHelper:
             self._run.write("before-failed.json", json.dumps({"text": reason}))
             self._run.record(Note(f"the baseline evaluation on an idle node failed: {reason}"))
         else:
-            self._run.record(QualityReport.of("before", found))
+            self._run.record(QualityReport.of("before", found.values))
 
 
 def _is_measured(run: RunFolder) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.capability import ClusterCapability
+from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_check, model_files
 from orchestrator.job.job_file import Job, spec_with
@@ -38,7 +39,7 @@ class Ready:
     plan: Plan
     capability: ClusterCapability
     work: Workload
-    data_files: dict[str, Any]
+    data_files: DataFiles | None  # None: planned from the sizes of the files alone
     statistics: dict[str, Any]
 
 
@@ -122,7 +123,7 @@ def plan_without_data(
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
     count = len(sizes.lengths)
     statistics = {"train": None, "rough": f"{count} rows of about {sum(sizes.lengths) / count:.0f} tokens"}
-    return Ready(job, plan, capability, work, {}, statistics)
+    return Ready(job, plan, capability, work, None, statistics)
 
 
 def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervised: int) -> Sizes:
@@ -224,7 +225,7 @@ def held_out_of(run: RunFolder, job: Job, other: Path | None, say: _Say) -> Any:
         if held_out is None:
             raise JobError(f"{run.run_id} has no held-out rows; give some with --data FILE")
         return held_out
-    model_folder, plan = Path(run.data()["model"]), run.plan()
+    model_folder, plan = Path(run.data().model), run.plan()
     data = job.spec.data.model_copy(update={"train": str(other.absolute()), "eval": None})
     job = Job(job.spec.model_copy(update={"data": data}), job.folder, job.text)
     return prepare_data(job, model_folder, plan.techniques.max_length, cache_beside(run.path.parent), say).train

@@ -340,7 +340,7 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
     from orchestrator.job.sections.methods import METHOD_SECTIONS
     from orchestrator.training.model.loading import load_data
 
-    config = model_files.read_config(Path(run.data()["model"]))
+    config = model_files.read_config(Path(run.data().model))
     num_slots = len(planner.slots_of(job.spec, cluster))
     fixed = fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], num_slots)
     again, _ = plan_job(fixed, config, workload.model_shape(config), cluster, sizes_of(*load_data(run)), bank)

@@ -12,7 +12,7 @@ import contextlib
 import json
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -75,7 +75,7 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankH
             finish.finish(run, job, watcher.event, bank)
         else:
             files, plan = verified_files(run, job, watcher.say), run.plan()
-            watcher.planned(run, job, plan, files.get("statistics") or {})
+            watcher.planned(run, job, plan, files.statistics or {})
             execute(run, job, plan, run.capability(), watcher, bank)
     return run
 
@@ -98,15 +98,16 @@ def _check_secrets(job: Job) -> None:
 
 def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
     """Write down what the run begins with; the caller holds the run."""
+    assert ready.data_files is not None  # a run is prepared
     texts = {
         "origin.json": json.dumps({"folder": str(ready.job.folder)}),
         "capability.json": json.dumps(ready.capability.as_dict(), indent=1),
         "plan.json": ready.plan.to_json(),
-        "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}, indent=1),
+        "data.json": replace(ready.data_files, statistics=ready.statistics).to_json(),
         "job.yaml": ready.job.text,
     }
     with bad_input_as_job_error("model.model_name_or_path"):
-        run.begin(texts, model_digests(Path(ready.data_files["model"]), say))
+        run.begin(texts, model_digests(Path(ready.data_files.model), say))
 
 
 def execute(

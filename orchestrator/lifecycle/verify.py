@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, changed_keys
@@ -33,7 +33,7 @@ def is_handed_back(run: RunFolder, say: Callable[[str], None]) -> bool:
     return False
 
 
-def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> dict[str, Any]:
+def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> DataFiles:
     """What data.json names, verified: the model is the one of the start, samples that are damaged are made again.
 
     Raises JobError where the model or the job's data files are others now.
@@ -42,11 +42,11 @@ def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> dict
     from orchestrator.data.prepare import datasets
 
     files = run.data()
-    if Path(files["model"]).is_dir():
+    if Path(files.model).is_dir():
         check_model(run)
     try:
-        if not Path(files["model"]).is_dir():
-            raise DamagedCache(Path(files["model"]), "is gone")
+        if not Path(files.model).is_dir():
+            raise DamagedCache(Path(files.model), "is gone")
         datasets(files)
     except DamagedCache as error:
         check_same_data(run, job)
@@ -56,21 +56,21 @@ def verified_files(run: RunFolder, job: Job, say: Callable[[str], None]) -> dict
     return files
 
 
-def _prepare_again(run: RunFolder, job: Job, old: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def _prepare_again(run: RunFolder, job: Job, old: DataFiles, say: Callable[[str], None]) -> DataFiles:
     """The model's folder and the samples once more.  Raises JobError where they would be others."""
     from orchestrator.data.prepare import cache_beside, prepare_data
 
     model = model_files.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
     made = prepare_data(job, model, run.plan().techniques.max_length, cache_beside(run.path.parent), say).files
-    for key in ("train", "eval"):
-        if old.get(key) and Path(old[key]).name != Path(made[key]).name:
+    for key, before, now in (("train", old.train, made.train), ("eval", old.eval, made.eval)):
+        if before and Path(before).name != Path(now or "").name:
             raise JobError(
                 f"data.{key}: its samples would be others than those {run.run_id} began with (the tokenizer, the"
                 " template or this program has changed since). Submit a new run"
             )
-    files = {**old, **made}
+    files = replace(made, statistics=old.statistics)
     if files != old:
-        run.keep("data.json", json.dumps(files, indent=1))
+        run.keep("data.json", files.to_json())
     return files
 
 
@@ -88,7 +88,7 @@ def check_same_data(run: RunFolder, job: Job) -> None:
     """Raises JobError where the job's files are not as they were when the run began."""
     from orchestrator.data.prepare import digests
 
-    known = run.data()
+    known = run.data().as_dict()
     if changed := [name for name, digest in digests(job).items() if known.get(name) not in (None, digest)]:
         raise JobError(
             f"{', '.join('data.' + name.removesuffix('_digest') for name in changed)}: the files have changed since"

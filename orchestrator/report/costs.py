@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 from pathlib import Path
-from typing import Any
 
 from clusters.units import format_s
+from orchestrator.data.data_files import DataFiles
 from orchestrator.data.prepare import datasets
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
@@ -22,11 +22,11 @@ from orchestrator.runs.run_folder import RunFolder
 from strategies.contract import Workload
 
 
-def alternatives_of(job: Job, plan: Plan, files: dict[str, Any], num_tokens: float) -> list[tco.Cost]:
+def alternatives_of(job: Job, plan: Plan, files: DataFiles, num_tokens: float) -> list[tco.Cost]:
     """The same job on each machine of `cost.alternatives`, alone; none where the tokenised data is gone."""
-    if not Path(files.get("train", "")).is_dir() or not Path(files["model"]).is_dir():
+    if not Path(files.train).is_dir() or not Path(files.model).is_dir():
         return []
-    spec, config = job.spec, model_files.read_config(Path(files["model"]))
+    spec, config = job.spec, model_files.read_config(Path(files.model))
     data, _ = datasets(files)
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
     lengths, num_supervised = data.lengths.tolist(), int(data.num_supervised.sum())

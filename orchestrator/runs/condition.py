@@ -13,6 +13,7 @@ from typing import Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
+from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
@@ -29,7 +30,7 @@ class Finished:
     run: RunFolder
     job: Job
     plan: Plan
-    data: dict[str, Any]  # json_files.DataFiles
+    data: DataFiles
     result: RunResult
     exported: Path
 
@@ -81,7 +82,7 @@ def check_model(run: RunFolder) -> None:
     found = record.read(run.path)
     if found is None or not found.model:
         return
-    folder = Path(run.data()["model"])
+    folder = Path(run.data().model)
     with bad_input_as_job_error("model.model_name_or_path"):
         changed = digests.changed(found.model, model_digests(folder))
     if changed:

@@ -26,20 +26,6 @@ class Origin:
 
 
 @dataclass(frozen=True)
-class DataFiles:
-    """data.json: where model and tokenised samples lie, and digests of the files they were made of."""
-
-    model: str
-    train: str
-    eval: str | None = None
-    split: float | None = None
-    seed: int | None = None
-    train_digest: str | None = None
-    eval_digest: str | None = None
-    statistics: Values | None = None
-
-
-@dataclass(frozen=True)
 class Sample:
     """A generated answer beside the wanted one."""
 
@@ -61,6 +47,7 @@ class Quality:
     compared: dict[str, str] = field(default_factory=dict)  # score -> the unit of text it compares
     samples: list[Sample] = field(default_factory=list)
     scores: dict[str, float] = field(default_factory=dict)  # eval_loss and every metric
+    values: Values = field(default_factory=dict)  # as in the file
 
 
 @dataclass(frozen=True)
@@ -155,7 +142,17 @@ def parse_result(text: str, label: str) -> RunResult:
 
 def quality_of(values: Values) -> Quality:
     """What an evaluation measured.  Raises BadInput."""
-    return replace(record(Quality, values, "quality"), scores=scores(values))
+    return replace(record(Quality, values, "quality"), scores=scores(values), values=values)
+
+
+def parse_quality(text: str, label: str) -> Quality:
+    """before.json.  Raises JobError with file and fault."""
+    return quality_of(_typed(Quality, text, label)[0])
+
+
+def parse_record(kind: type[T], text: str, label: str) -> T:
+    """A JSON text as a record of this kind.  Raises JobError with file and fault."""
+    return _typed(kind, text, label)[1]
 
 
 def parse(kind: Any, text: str, label: str) -> Values:

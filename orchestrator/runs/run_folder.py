@@ -26,6 +26,7 @@ from typing import Any, Self, TypeVar
 from clusters.capability import ClusterCapability
 from clusters.safe.masking import masked_values
 from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable
+from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import events, json_files, locks
@@ -179,19 +180,19 @@ class RunFolder(Folder):
         text = self._text("capability.json")
         return json_files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
 
-    def data(self) -> dict[str, Any]:
-        """Where model and samples lie (json_files.DataFiles).  Raises JobError."""
-        return json_files.parse(json_files.DataFiles, self._needed("data.json"), str(self.path / "data.json"))
+    def data(self) -> DataFiles:
+        """Where model and samples lie.  Raises JobError."""
+        return json_files.parse_record(DataFiles, self._needed("data.json"), str(self.path / "data.json"))
 
     def result(self) -> RunResult | None:
         """What the run came to, None while it has no result.  Raises JobError."""
         text = self._text("result.json")
         return None if text is None else json_files.parse_result(text, str(self.path / "result.json"))
 
-    def before(self) -> dict[str, Any] | None:
-        """What a machine that does not train measured of the base model (json_files.Quality).  Raises JobError."""
+    def before(self) -> json_files.Quality | None:
+        """What a machine that does not train measured of the base model.  Raises JobError."""
         text = self._text("before.json")
-        return None if text is None else json_files.parse(json_files.Quality, text, str(self.path / "before.json"))
+        return None if text is None else json_files.parse_quality(text, str(self.path / "before.json"))
 
     def readers(self) -> list[Callable[[], Any]]:
         """A call for each file that must be readable: a run that was sent elsewhere has not all of them here."""

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from clusters.safe.reading import BadInput, load_json, read_bytes, record
+from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.planning.space import Point, key_of
-from orchestrator.runs.json_files import DataFiles, finite, parse
+from orchestrator.runs.json_files import finite, parse, parse_record
 from orchestrator.runs.run_folder import RunFolder
 
 Status = Literal["finished", "stopped", "failed"]  # stopped: its quality lagged
@@ -124,9 +125,9 @@ class SearchFolder(RunFolder):
         """Every trial that ended, in that order."""
         return read_trials(self.path / "trials.jsonl")
 
-    def data(self) -> dict[str, Any]:
-        """By max_length: where the samples lie, and which of them the trials see (Samples).  Raises JobError."""
-        return parse(dict[str, Samples], self._needed("data.json"), str(self.path / "data.json"))
+    def samples(self) -> dict[str, Samples]:
+        """By max_length: where the samples lie, and which of them the trials see.  Raises JobError."""
+        return parse_record(dict[str, Samples], self._needed("data.json"), str(self.path / "data.json"))
 
     def study(self) -> list[tuple[str, Point]]:
         """A study's list of combinations; empty for a search of its own.  Raises JobError."""
@@ -152,7 +153,7 @@ class SearchFolder(RunFolder):
 
     def readers(self) -> list[Callable[[], Any]]:
         """A call for each file that must be readable."""
-        return [self.job, self.capability, self.plan, self.data, self.study, self.advice, self.summary]
+        return [self.job, self.capability, self.plan, self.samples, self.study, self.advice, self.summary]
 
 
 def read_trials(file: Path) -> list[Trial]:

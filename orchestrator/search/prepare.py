@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from orchestrator.lifecycle.prepare import Ready, prepare, sizes_of
 from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point, Space
-from orchestrator.runs.search_folder import SearchFolder
+from orchestrator.runs.search_folder import Samples, SearchFolder
 from orchestrator.search.advice import Forecast, Planning
 from orchestrator.search.subset import representative
 
@@ -24,16 +25,16 @@ _SET_UP_S = 3.0  # of a trial beside its steps: loading the model
 
 def planning_in(folder: SearchFolder, job: Job) -> Planning:
     """The planner with a search's machines and data."""
-    return planning_of(job, folder.data(), folder.capability(), folder.plan().global_batch_size)
+    return planning_of(job, folder.samples(), folder.capability(), folder.plan().global_batch_size)
 
 
-def planning_of(job: Job, files: dict[str, Any], capability: ClusterCapability, global_batch_size: int) -> Planning:
+def planning_of(job: Job, files: dict[str, Samples], capability: ClusterCapability, global_batch_size: int) -> Planning:
     """The planner for a search's points; sizes are those of the longest max_length, others are cut from it."""
     longest = files[max(files, key=int)]
     data, held_out = datasets(longest)
-    config = model_files.read_config(Path(longest["model"]))
-    held = held_out.select(longest["eval_rows"]) if held_out is not None else None
-    sample = sizes_of(data.select(longest["train_rows"]), held)
+    config = model_files.read_config(Path(longest.model))
+    held = held_out.select(longest.eval_rows) if held_out is not None else None
+    sample = sizes_of(data.select(longest.train_rows), held)
     shape, whole = workload.model_shape(config), sizes_of(data, held_out)
     return Planning(job.spec, config, shape, capability, whole, sample, global_batch_size)
 
@@ -91,12 +92,12 @@ def with_held_out_rows(job: Job, say: Callable[[str], None]) -> Job:
 
 def files_of(
     job: Job, ready: Ready, space: Space, named: list[tuple[str, Point]], say: Callable[[str], None]
-) -> dict[str, Any]:
+) -> dict[str, Samples]:
     """By max_length: where the samples lie, and which of them the trials see."""
     listed = {point.get("data.max_length") for _, point in named} | set(space.choices.get("data.max_length", ()))
     lengths = [length for length in listed if length is not None]
     spec, batch = job.spec, ready.plan.global_batch_size
-    files: dict[str, Any] = {}
+    files: dict[str, Samples] = {}
     chosen: tuple[list[int], list[int]] | None = None
     sizes = None
     for length in sorted(lengths or [ready.plan.techniques.max_length], reverse=True):
@@ -104,6 +105,7 @@ def files_of(
         if length != ready.plan.techniques.max_length:
             other = Job(spec_with(spec, {"data.max_length": length}), job.folder, job.text)
             one = prepare(other, say).data_files
+        assert one is not None  # a search is prepared
         data, held_out = datasets(one)
         assert held_out is not None  # with_held_out_rows made sure
         if chosen is None or sizes != (len(data), len(held_out)):  # cut or dropped otherwise, they are other samples
@@ -112,5 +114,5 @@ def files_of(
                 representative(data.lengths.tolist(), spec.search.trial_steps * batch, spec.train.seed),
                 representative(held_out.lengths.tolist(), spec.search.eval_rows, spec.train.seed),
             )
-        files[str(length)] = {**one, "train_rows": chosen[0], "eval_rows": chosen[1]}
+        files[str(length)] = Samples(**asdict(one), train_rows=chosen[0], eval_rows=chosen[1])
     return files

@@ -211,7 +211,7 @@ def search(
     texts = {
         "origin.json": json.dumps({"folder": str(job.folder)}),
         "capability.json": json.dumps(planning.capability.as_dict(), indent=1),
-        "data.json": json.dumps(files, indent=1),
+        "data.json": json.dumps({length: one.as_dict() for length, one in files.items()}, indent=1),
         "plan.json": ready.plan.to_json(),
         "study.json": json.dumps(named),
         **({"advice.json": json.dumps(advice_json(space, advised), indent=1)} if advised else {}),

@@ -28,7 +28,7 @@ from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.planning.plan import Plan
 from orchestrator.planning.space import Point
-from orchestrator.runs.search_folder import SearchFolder, Trial
+from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
 from orchestrator.search.advice import plan_for
 from strategies.step import host_memory
 
@@ -259,9 +259,7 @@ class _Runner(tune.Trainable):
         files = _data_of(folder, plan.techniques.max_length)
         data, held_out = datasets(files)
         assert held_out is not None  # the search made sure
-        return Experiment(
-            self._job, plan, files["model"], data.select(files["train_rows"]), held_out.select(files["eval_rows"])
-        )
+        return Experiment(self._job, plan, files.model, data.select(files.train_rows), held_out.select(files.eval_rows))
 
     def _node(self) -> str:
         import ray
@@ -305,5 +303,5 @@ def _rounded(loss: float, tolerance: float) -> float:
     return math.exp(step * round(math.log(loss) / step))
 
 
-def _data_of(folder: Path, max_length: int) -> dict[str, Any]:
-    return SearchFolder(folder).data()[str(max_length)]
+def _data_of(folder: Path, max_length: int) -> Samples:
+    return SearchFolder(folder).samples()[str(max_length)]

@@ -98,7 +98,7 @@ def grid(out: Path) -> None:
     with tempfile.TemporaryDirectory() as where:
         job, files, planning, space = _set_up(Path(where))
         data, held_out = datasets(files)
-        train, held = data.select(files["train_rows"]), held_out.select(files["eval_rows"])
+        train, held = data.select(files.train_rows), held_out.select(files.eval_rows)
         found = []
         for number, point in enumerate(space.points(), start=1):
             node = planning.capability.nodes[0]
@@ -109,7 +109,7 @@ def grid(out: Path) -> None:
                 continue
             began = time.perf_counter()
             one = Job(spec_with(job.spec, point), job.folder, job.text)
-            experiment = Experiment(one, plan, files["model"], train, held)
+            experiment = Experiment(one, plan, files.model, train, held)
             loss = experiment.train_to(plan.num_steps)
             found.append(
                 asdict(
@@ -139,17 +139,18 @@ def _set_up(folder: Path, prefer: str = "time"):
     from orchestrator.lifecycle.prepare import prepare
     from orchestrator.planning import planner
     from orchestrator.planning.space import space_of
+    from orchestrator.runs.search_folder import Samples
     from orchestrator.search.prepare import planning_of
     from orchestrator.search.subset import representative
 
     job = job_in(folder, prefer)
     ready = prepare(job, print)
     data, held_out = datasets(ready.data_files)
-    files = {
-        **ready.data_files,
-        "train_rows": representative(data.lengths.tolist(), job.spec.search.trial_steps * 8, 0),
-        "eval_rows": representative(held_out.lengths.tolist(), job.spec.search.eval_rows, 0),
-    }
+    files = Samples(
+        **asdict(ready.data_files),
+        train_rows=representative(data.lengths.tolist(), job.spec.search.trial_steps * 8, 0),
+        eval_rows=representative(held_out.lengths.tolist(), job.spec.search.eval_rows, 0),
+    )
     planning = planning_of(job, {"256": files}, ready.capability, ready.plan.global_batch_size)
     slots = planner.slots_of(job.spec, ready.capability)
     return job, files, planning, space_of(job.spec, slots, ready.plan.global_batch_size)

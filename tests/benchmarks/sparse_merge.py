@@ -22,6 +22,7 @@ from rich.table import Table
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
+from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank import sparse
@@ -108,16 +109,16 @@ def main() -> None:
         ]
         for method in METHODS
     }
-    told = [json.loads((run / "data.json").read_text()) for run in runs["lora"]]
+    told = [RunFolder.at(run).data() for run in runs["lora"]]
     held_out = [data for where in told if (data := datasets(where)[1])]
-    base = losses(told[0]["model"], None, held_out)
+    base = losses(told[0].model, None, held_out)
     rows = [("base", base)]
     for method, folders in runs.items():
         adapters = [folder / "adapter" for folder in folders]
-        own = [losses(told[0]["model"], one, [data])[0] for one, data in zip(adapters, held_out, strict=True)]
+        own = [losses(told[0].model, one, [data])[0] for one, data in zip(adapters, held_out, strict=True)]
         rows.append((f"{method}: each its own", own))
         for rule, folder in merged(method, adapters, asked.work).items():
-            rows.append((f"{method}: one, {rule}", losses(told[0]["model"], folder, held_out)))
+            rows.append((f"{method}: one, {rule}", losses(told[0].model, folder, held_out)))
 
     table = Table("held-out loss", *asked.names, "mean")
     for name, found in rows:

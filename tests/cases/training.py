@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from orchestrator.job.job_file import Job, read_job
@@ -27,7 +28,7 @@ def begun(
         "origin.json": json.dumps({"folder": str(job.folder)}),
         "capability.json": json.dumps(ready.capability.as_dict()),
         "plan.json": divide(ready.plan).to_json(),
-        "data.json": json.dumps(ready.data_files | {"statistics": ready.statistics}),
+        "data.json": replace(ready.data_files, statistics=ready.statistics).to_json(),
         "job.yaml": job.text,
     }
     with RunFolder.take(runs, job.spec.name, name) as run:

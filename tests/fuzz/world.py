@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -150,7 +151,7 @@ class World:
             (place / name).write_text(content)
         asked = read_job(place / "job.yaml", [f"checkpoint.output_dir={place / 'runs'}"])
         ready = prepare(asked, lambda text: None, declared(place / "hardware.yaml"))
-        return json.loads(ready.plan.to_json()), ready.data_files | {"statistics": ready.statistics}
+        return json.loads(ready.plan.to_json()), replace(ready.data_files, statistics=ready.statistics).as_dict()
 
     @cached_property
     def run(self) -> dict[str, bytes]:

@@ -66,12 +66,12 @@ class Reached(Exception):
 
 def of_preflight(made, monkeypatch):
     monkeypatch.setattr(preflight, "datasets", _end)
-    preflight.preflight(None, SimpleNamespace(plan=made, data_files={}), lambda _: None)
+    preflight.preflight(None, SimpleNamespace(plan=made, data_files=None), lambda _: None)
 
 
 def of_bench(made, monkeypatch):
     monkeypatch.setattr(bench, "datasets", _end)
-    bench.bench_training(None, SimpleNamespace(plan=made, data_files={"model": "m"}), 1, print)
+    bench.bench_training(None, SimpleNamespace(plan=made, data_files=SimpleNamespace(model="m")), 1, print)
 
 
 def of_generation(made, monkeypatch):
@@ -88,7 +88,8 @@ def of_evaluate(made, monkeypatch):
 
 
 def of_helper(made, monkeypatch):
-    run = SimpleNamespace(plan=lambda: replace(made, helper=made.nodes[0]), job=lambda: None, data=lambda: {"model": 0})
+    data = lambda: SimpleNamespace(model="m")  # noqa: E731
+    run = SimpleNamespace(plan=lambda: replace(made, helper=made.nodes[0]), job=lambda: None, data=data)
     monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
     monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))
     monkeypatch.setattr(baseline, "prepare_model", _end)

@@ -69,7 +69,7 @@ def write(
     """Export beside the final place, then rename; how many trained weights are on the disk as they were trained."""
     temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
     shutil.rmtree(temporary, ignore_errors=True)
-    export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(run.data()["model"]))
+    export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(run.data().model))
     found = agreement.on_disk(portrait, temporary, f"the {final.name}")
     if final.exists():  # of a process that ended before the evaluation
         shutil.rmtree(final)

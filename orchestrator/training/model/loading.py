@@ -31,7 +31,7 @@ def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
 def tokenizer_of(run: RunFolder, job: Job) -> Any:
     """The tokenizer of a run with the chat template that its samples were rendered with."""
     files = run.data()
-    return load_tokenizer(files["model"], job, files.get("chat_template"))
+    return load_tokenizer(files.model, job, files.chat_template)
 
 
 def load_tokenizer(location: str, job: Job, chat_template: str | None = None) -> Any:

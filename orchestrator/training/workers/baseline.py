@@ -24,7 +24,7 @@ def measure(folder: str) -> None:
     if part is None or held_out is None:
         return
     torch.set_num_threads(part.threads)
-    context = WorkerContext(job, plan, part, run.data()["model"], device_like(part))  # its events are the workers'
+    context = WorkerContext(job, plan, part, run.data().model, device_like(part))  # its events are the workers'
     setup, techniques = prepare_model(context)
     tokenizer = loading.tokenizer_of(run, job)
     measured = quality.measure(context, setup, techniques, tokenizer, held_out)

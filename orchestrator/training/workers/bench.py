@@ -64,7 +64,7 @@ def bench_training(
     With a timeline also two steps layer by layer; with a bus an optimizer that streams waits for one of that rate.
     """
     plan: Plan = ready.plan
-    part, folder = plan.nodes[0], ready.data_files["model"]
+    part, folder = plan.nodes[0], ready.data_files.model
     if part.techniques.uses_engine:
         raise JobError("bench runs one device: set strategy.mode: single and strategy.offload: none")
     device = planned_device(part)

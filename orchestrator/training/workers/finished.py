@@ -132,4 +132,4 @@ def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]
 def model_of(run: RunFolder) -> str:
     """Where the model lies that a run started from.  Raises JobError where it is no longer that one."""
     check_model(run)
-    return run.data()["model"]
+    return run.data().model

@@ -196,7 +196,7 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     torch.set_num_threads(plan.threads_per_worker)
     data, held_out = datasets(ready.data_files)
     part = plan.nodes[0]
-    setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files["model"], device))
+    setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files.model, device))
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
         return check(setup, data, held_out, techniques, num_samples_of(plan, part), Path(folder) / "preflight")
 

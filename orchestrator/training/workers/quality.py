@@ -111,4 +111,5 @@ def wait_for_helper(run: RunFolder, context: WorkerContext) -> dict[str, Any] | 
         time.sleep(0.5)
     if found is None:
         context.note("the base model was not evaluated: the baseline helper did not finish")
-    return found
+        return None
+    return found.values

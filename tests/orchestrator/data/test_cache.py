@@ -58,7 +58,7 @@ DAMAGES = {
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_cache_is_refused_by_name_and_made_again(prepare, name, damage):
     first, _ = prepare()
-    folder = Path(first.files["train"])
+    folder = Path(first.files.train)
     whole = (folder / "samples.arrow").read_bytes()
 
     DAMAGES[damage](folder / name)
@@ -74,7 +74,7 @@ def test_a_damaged_cache_is_refused_by_name_and_made_again(prepare, name, damage
 
 @pytest.mark.parametrize("place", ["a file", "an empty folder", "a link to nothing"])
 def test_what_lies_where_the_cache_belongs_is_replaced(prepare, tmp_path, place):
-    folder = Path(prepare()[0].files["train"])
+    folder = Path(prepare()[0].files.train)
     manifest.remove(folder)
     if place == "a file":
         folder.write_text("x")
@@ -156,7 +156,7 @@ def test_the_same_rows_prepared_twice_at_once_give_the_same_samples(prepare, tmp
 
 
 def test_a_damaged_folder_is_not_read_twice_a_process_and_a_new_damage_is_seen(prepare):
-    folder = Path(prepare()[0].files["train"])
+    folder = Path(prepare()[0].files.train)
     began = time.process_time()
     for _ in range(200):
         Dataset.load(folder)

@@ -17,7 +17,7 @@ def test_a_plan_without_data_counts_the_rows_and_loads_no_model(job_with, machin
     ready = plan_without_data(job_with(), machine, print)
 
     assert ready.statistics["rough"].startswith("8 rows of about ") and ready.statistics["train"] is None
-    assert ready.plan.num_steps >= 1 and not ready.data_files
+    assert ready.plan.num_steps >= 1 and ready.data_files is None
     assert ready.work.num_samples == 8
 
 

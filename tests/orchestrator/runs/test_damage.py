@@ -51,7 +51,7 @@ def damage(file, way):
 
 def files_of(run, place):
     """Of the run, its model and its samples; who holds it and what workers logged decide nothing."""
-    folders = [run.path, place / "model", *(Path(run.data()[key]) for key in ("train", "eval"))]
+    folders = [run.path, place / "model", *(Path(folder) for folder in (run.data().train, run.data().eval))]
     found = [file for folder in folders for file in sorted(folder.rglob("*")) if file.is_file()]
     chosen = [file for file in found if file.name != ".lock" and "logs" not in file.parts and file.name != "stop"]
     assert len(chosen) > 25
@@ -235,7 +235,7 @@ def test_a_model_that_is_another_now_is_refused_by_name_and_not_by_its_time(
 
 def test_damaged_samples_are_made_again_and_it_is_said(interrupted, put_back, monkeypatch, place):
     monkeypatch.setattr(path_of_a_job, "_train_on_ray", would_train)
-    samples = Path(interrupted.data()["train"]) / "samples.arrow"
+    samples = Path(interrupted.data().train) / "samples.arrow"
     content = samples.read_bytes()
     samples.write_bytes(flipped(content, len(content) // 2))
 

@@ -55,7 +55,7 @@ def test_a_bus_is_refused_for_a_method_that_uses_none(tiny):
 def test_a_trial_that_is_paused_and_continued_learns_what_an_unbroken_one_does(tiny):
     job, ready = tiny
     data, held_out = datasets(ready.data_files)
-    in_two, at_once = (Experiment(job, ready.plan, ready.data_files["model"], data, held_out) for _ in range(2))
+    in_two, at_once = (Experiment(job, ready.plan, ready.data_files.model, data, held_out) for _ in range(2))
 
     in_two.train_to(2)
     loss = in_two.train_to(4)
