@@ -19,7 +19,7 @@ from orchestrator.planning.candidates import (
     waiting_s,
 )
 from orchestrator.planning.memory_fit import cautious_bytes, node_shortage
-from orchestrator.planning.settings import Assignment, Prefer, Rejections, describe_combination, preferred_plan
+from orchestrator.planning.settings import Assignment, Miss, Prefer, Rejections, describe_combination, preferred_plan
 from strategies.contract import Method, Offload, StrategyPlan, Workload
 
 _ROUNDS = 3  # a share decides the micro-batch, which decides the speed, which decides the share
@@ -65,6 +65,8 @@ class Enumeration:
                 self._plans.clear()
                 self._preferred.clear()
                 self._collect(replace(self.switches, offloads=offloads))
+        for slot, method in itertools.product(self.slots, self.methods):
+            self.rejections.share(f"{self._twin_of(slot.node)} ({slot.device.name})", slot.label, method.name)
         return self
 
     def _collect(self, switches: Switches) -> None:
@@ -119,8 +121,9 @@ class Enumeration:
         placed = tuple(Placed(*part) for part in zip(slots, plans, shares, strict=True))
         if shortage := node_shortage(placed, self.workload.shape.num_parameters, common.method):
             combination = describe_combination(common.method, plans[-1].techniques, slots[-1])
-            self.rejections.add(f"{len(slots)} x {combination}", shortage)
-            self.rejections.smallest.setdefault(slots[-1].label, (plans[-1], shortage))
+            self.rejections.add(f"{len(slots)} x {combination}", shortage.reason)
+            for slot, plan in zip(slots, plans, strict=True):
+                self.rejections.offer(slot.label, Miss(plan, shortage))
             return None
         network, assumed = network_between(slots, self.cluster)
         wait_s = waiting_s(network, plans) if network else 0.0
@@ -182,8 +185,6 @@ class Enumeration:
         if key not in self._plans:
             part = Assignment(replace(self.workload, share=share), slot, method, division, switches)
             self._plans[key] = part.fitting_plans(self.rejections)
-        elif (known := self.rejections.smallest.get(f"{twin} ({slot.device.name})")) is not None:
-            self.rejections.offer(slot.label, *known)
         if (key, common.prefer) not in self._preferred:
             self._preferred[key, common.prefer] = preferred_plan(self._plans[key], common.prefer)
         return self._preferred[key, common.prefer]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 
 from clusters.capability import ClusterCapability, DeviceCapability
@@ -13,8 +14,8 @@ from orchestrator.planning.candidates import Candidate, Slot
 from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
-from orchestrator.planning.remedies import find_remedies
-from orchestrator.planning.settings import Rejections, describe_techniques
+from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
+from orchestrator.planning.settings import describe_techniques
 from strategies.contract import Workload
 
 
@@ -168,9 +169,9 @@ def _why_dtype(dtype: str, device: DeviceCapability) -> str:
     return f"{device.name} has fp16 but no bf16 units"
 
 
-def why_nothing_fits(spec: JobSpec, enumeration: Enumeration) -> str:
+def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Accepts) -> str:
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
-    lines = [_why_not_on(spec, slot, enumeration.rejections) for slot in enumeration.slots]
+    spec, lines = inputs.spec, _shortages(enumeration)
     if enumeration.other_groups:
         other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(
@@ -178,17 +179,41 @@ def why_nothing_fits(spec: JobSpec, enumeration: Enumeration) -> str:
             f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
         )
     lines += [f"{device} is not used: {why}" for device, why in explain_unusable(enumeration.cluster).items()]
-    if found := find_remedies(enumeration):
-        lines.append("It would fit with: " + "; or ".join(found))
+    if found := find_remedies(inputs, accepts):
+        lines.append("It would fit with: " + "; or ".join(remedy.text for remedy in found))
     else:
-        lines.append("Choose a smaller model, lower data.max_length, or add a device")
+        lines.append("No single change helps: choose a smaller model and larger devices")
     return "\n".join(dict.fromkeys(lines))
 
 
-def _why_not_on(spec: JobSpec, slot: Slot, rejections: Rejections) -> str:
-    """What stands against one slot: of all plans that do not fit there, the reason of the smallest."""
-    if slot.label not in rejections.smallest:
-        return f"{spec.method.type} on {slot.label}: {rejections.of_slot(slot.label) or 'nothing was possible'}"
-    plan, why = rejections.smallest[slot.label]
-    offload = "" if plan.techniques.offload == "none" else f" with {plan.techniques.offload} offload"
-    return f"{plan.method}{offload} on {slot.label}: {why}"
+def _shortages(enumeration: Enumeration) -> list[str]:
+    """What stands against each slot, slots of one reason in one line."""
+    labels: defaultdict[tuple[str, str], list[str]] = defaultdict(list)
+    for slot in enumeration.slots:
+        for method, why in _why_not_on(slot, enumeration):
+            if slot.label not in labels[method, why]:
+                labels[method, why].append(slot.label)
+    return [
+        f"{method} on {', '.join(which[:3])}{f' and {len(which) - 3} more' if len(which) > 3 else ''}: {why}"
+        for (method, why), which in labels.items()
+    ]
+
+
+def _why_not_on(slot: Slot, enumeration: Enumeration) -> list[tuple[str, str]]:
+    """Methods and what stands against them on a slot: the rule against the leanest, and the nearest miss.
+
+    Of several methods a GPU's user wants the one in few bits where nothing larger fits, so its miss is the one shown.
+    """
+    rejections, label, found = enumeration.rejections, slot.label, list[tuple[str, str]]()
+    misses = {method.name: rejections.nearest.get((label, method.name)) for method in enumeration.methods}
+    leanest = [method.name for method in enumeration.methods if method.is_quantised and slot.device.kind != "cpu"]
+    for name in leanest or misses:
+        if misses[name] is None and (rule := rejections.rule_of(label, name)):
+            found.append((name, rule))
+    known = [miss for name in leanest if (miss := misses[name])] or [miss for miss in misses.values() if miss]
+    if known:
+        miss = min(known, key=lambda miss: miss.shortage.times)
+        offload = miss.plan.techniques.offload
+        with_offload = "" if offload == "none" else f" with {offload} offload"
+        found.append((miss.plan.method + with_offload, miss.shortage.reason))
+    return found

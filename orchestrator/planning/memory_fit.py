@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from clusters.capability import NodeCapability
 from clusters.units import GIB, format_bytes
@@ -14,22 +16,42 @@ _HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processe
 _OVER = 1 / 0.92  # half-way to the high estimate may use up the safety margin, no more
 
 
-def device_shortage(plan: StrategyPlan, slot: Slot) -> str | None:
-    """Which memory a plan does not fit into; None where it fits."""
+@dataclass(frozen=True)
+class MemoryShortage:
+    """Why a plan does not fit, and how many times the usable memory it needs."""
+
+    reason: str
+    times: float
+
+
+def device_shortage(plan: StrategyPlan, slot: Slot) -> MemoryShortage | None:
+    """Which memory a plan does not fit into, of several the one it exceeds most; None where it fits."""
     needs, host = plan.memory.total_bytes, plan.memory.host_bytes
     usable, host_usable = slot.memory_bytes, host_usable_bytes(slot.node)
-    if host > host_usable and slot.node.memory_bytes is None:
-        return f"needs {format_bytes(host)} of the node's own memory, whose size is unknown"
-    if host > host_usable:
-        return f"needs {format_bytes(host)}, has {format_bytes(host_usable)} usable of the node's own memory"
+    host_times = host / host_usable if host_usable else math.inf if host else 0.0
+    times = max(needs, cautious_bytes(plan) / _OVER) / usable if usable else math.inf
+    if max(host_times, times) <= 1:
+        return None
+    if host_times > times and slot.node.memory_bytes is None:
+        return MemoryShortage(f"needs {format_bytes(host)} of the node's own memory, whose size is unknown", host_times)
+    if host_times > times:
+        return MemoryShortage(f"{_needs_has(host, host_usable)} of the node's own memory", host_times)
     if needs > usable:
-        return f"needs {format_bytes(needs)}, has {format_bytes(usable)} usable"
-    if cautious_bytes(plan) > _OVER * usable:
-        return f"may need {format_bytes(plan.memory.high_bytes)} at worst, has {format_bytes(usable)} usable"
-    return None
+        return MemoryShortage(_needs_has(needs, usable), times)
+    return MemoryShortage(
+        f"may need {format_bytes(plan.memory.high_bytes)} at worst, has {format_bytes(usable)} usable", times
+    )
 
 
-def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Method) -> str | None:
+def _needs_has(needs: float, usable: float) -> str:
+    """What is needed against what is there, with the difference where rounded figures would be equal."""
+    need, has = format_bytes(needs), format_bytes(usable)
+    if need == has:
+        return f"needs {need}, {format_bytes(needs - usable)} more than is usable"
+    return f"needs {need}, has {has} usable"
+
+
+def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Method) -> MemoryShortage | None:
     """Which node's memory is too small for all its workers together; None where all fit.
 
     Each worker's part of the host counts, and the whole model where DeepSpeed divides it: every worker then loads it
@@ -45,13 +67,15 @@ def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Metho
     for node in {part.slot.node.name: part.slot.node for part in placed}.values():
         usable, need = host_usable_bytes(node), needs[node.name]
         if need > usable and node.memory_bytes is None:
-            return f"loading needs {format_bytes(need)} of {node.name}'s own memory, whose size is unknown"
+            why = f"loading needs {format_bytes(need)} of {node.name}'s own memory, whose size is unknown"
+            return MemoryShortage(why, math.inf)
         if need > usable:
             workers = sum(part.slot.node.name == node.name for part in placed)
-            return (
+            why = (
                 f"the {workers} workers on {node.name} need {format_bytes(need)} of the node's own memory together, has"
                 f" {format_bytes(usable)} usable"
             )
+            return MemoryShortage(why, need / usable if usable else math.inf)
     return None
 
 

@@ -30,6 +30,7 @@ from orchestrator.planning.goal import choose_candidate
 from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions
+from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions
 from strategies.contract import BYTES_PER_ELEMENT, Workload
 from strategies.cost.time import product_rate
@@ -155,20 +156,38 @@ def make_plan(
 
     Raises NothingFits when nothing fits or keeps the goal, JobError for mistakes.
     """
-    slots = offered_slots(spec, cluster)
+    inputs = PlanInputs(spec, workload, cluster, max_length)
+    enumeration, num_slots = _enumeration(inputs)
+    choice = _choose(spec, enumeration, num_slots)
+    if choice is None:
+        raise NothingFits(why_nothing_fits(inputs, enumeration, accepts))
+    larger = _larger_steps(spec, choice, num_slots)
+    return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
+
+
+def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
+    """What there is to look at, and on how many devices at once.  Raises NothingFits without any, JobError."""
+    spec, cluster = inputs.spec, inputs.cluster
+    slots, switches = offered_slots(spec, cluster), switches_of(spec, inputs.max_length)
     if not slots:
         lines = ["no machine has a device that could train; declare one with --hardware FILE"]
         raise NothingFits(
             "\n".join([*lines, *(f"{device}: {why}" for device, why in explain_unusable(cluster).items())])
         )
-    switches, num_slots = switches_of(spec, max_length), len(slots_of(spec, cluster))
-    refuse_contradictions(spec, workload, slots, switches)
-    enumeration = Enumeration(workload, slots, cluster, spec.methods(), switches)
-    choice = _choose(spec, enumeration, num_slots)
-    if choice is None:
-        raise NothingFits(why_nothing_fits(spec, enumeration))
-    larger = _larger_steps(spec, choice, num_slots)
-    return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
+    refuse_contradictions(spec, inputs.workload, slots, switches)
+    return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches), len(slots_of(spec, cluster))
+
+
+def accepts(inputs: PlanInputs) -> bool:
+    """Whether a plan can be made that keeps the goal; where no time or price is limited, one row a pass decides."""
+    goal = inputs.spec.goal
+    try:
+        enumeration, num_slots = _enumeration(inputs)
+        if enumeration.switches.rows is None and goal.max_hours is None and goal.max_cost is None:
+            enumeration = replace(enumeration, switches=replace(enumeration.switches, rows=1))
+        return _choose(inputs.spec, enumeration, num_slots) is not None
+    except (JobError, NothingFits):
+        return False
 
 
 def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCandidate | None:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from clusters.capability import DeviceCapability
 from orchestrator.planning.candidates import Division, Slot, Switches
-from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes
+from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
 from strategies.contract import Dtype, Method, Offload, StrategyPlan, Techniques, Workload
 from strategies.cost.time import product_rate
@@ -21,22 +22,44 @@ _EQUAL = 1.01  # times this close are equal
 Prefer = Literal["time", "memory"]
 
 
+@dataclass(frozen=True)
+class Miss:
+    """A plan that does not fit, and what it lacks."""
+
+    plan: StrategyPlan
+    shortage: MemoryShortage
+
+
 @dataclass
 class Rejections:
     """Why combinations cannot be used."""
 
     reasons: dict[str, str] = field(default_factory=dict)  # combination -> reason, one combination for each reason
-    smallest: dict[str, tuple[StrategyPlan, str]] = field(default_factory=dict)  # slot's label -> the plan that needs
-    # least of those that do not fit there, and why it does not
+    nearest: dict[tuple[str, str], Miss] = field(default_factory=dict)  # by slot's label and method
+    rules: defaultdict[tuple[str, str], list[str]] = field(default_factory=lambda: defaultdict(list))  # likewise: what
+    # is against all settings of a precision, optimizer and kind of rows
 
     def add(self, label: str, reason: str) -> None:
         if reason not in self.reasons.values():
             self.reasons[label] = reason
 
-    def offer(self, label: str, plan: StrategyPlan, shortage: str) -> None:
-        """Keep a plan that does not fit a slot, where it needs less than the one that is kept."""
-        if label not in self.smallest or plan.memory.total_bytes < self.smallest[label][0].memory.total_bytes:
-            self.smallest[label] = (plan, shortage)
+    def offer(self, label: str, miss: Miss) -> None:
+        """Keep a plan that does not fit a slot, where it comes nearer to fitting than the one that is kept."""
+        key = label, miss.plan.method
+        if key not in self.nearest or miss.shortage.times < self.nearest[key].shortage.times:
+            self.nearest[key] = miss
+
+    def share(self, label: str, twin: str, method: str) -> None:
+        """What stands against a method on a slot stands against it on the slot's twin."""
+        if miss := self.nearest.get((label, method)):
+            self.offer(twin, miss)
+        if rules := self.rules.get((label, method)):
+            self.rules[twin, method] = rules
+
+    def rule_of(self, label: str, method: str) -> str | None:
+        """What most often rules a method out on a slot, whatever the memory."""
+        reasons = self.rules.get((label, method))
+        return max(reasons, key=reasons.count) if reasons else None
 
     def of_slot(self, label: str) -> str | None:
         """The first reason that was found for a slot."""
@@ -55,23 +78,20 @@ class Assignment:
 
     def fitting_plans(self, rejections: Rejections) -> list[StrategyPlan]:
         """A plan for every setting that fits."""
-        label, host_usable = self.slot.label, host_usable_bytes(self.slot.node)
         fitting: list[StrategyPlan] = []
-        nearest: tuple[StrategyPlan, str] | None = None
+        nearest: Miss | None = None
         for techniques in self._settings(rejections):
             plan = self.method.estimate(self.workload, self.slot.device, self.slot.node, techniques)
-            needs = plan.memory.total_bytes
             shortage = device_shortage(plan, self.slot)
             if shortage is None:
                 fitting.append(plan)
-                continue
-            rejections.offer(label, plan, shortage)
-            if plan.memory.host_bytes > host_usable:
-                rejections.add(describe_combination(self.method, techniques, self.slot), shortage)
-            elif nearest is None or needs < nearest[0].memory.total_bytes:
-                nearest = (plan, shortage)
+            elif nearest is None or shortage.times < nearest.shortage.times:
+                nearest = Miss(plan, shortage)
+        if nearest is not None:
+            rejections.offer(self.slot.label, nearest)
         if not fitting and nearest is not None:
-            rejections.add(describe_combination(self.method, nearest[0].techniques, self.slot), nearest[1])
+            combination = describe_combination(self.method, nearest.plan.techniques, self.slot)
+            rejections.add(combination, nearest.shortage.reason)
         return fitting
 
     def _settings(self, rejections: Rejections) -> Iterator[Techniques]:
@@ -124,6 +144,7 @@ class Assignment:
                 return techniques
             refused.append((describe_combination(self.method, techniques, self.slot), reason))
         rejections.add(*refused[-1])  # what refuses the plainest kernel is what must change
+        rejections.rules[self.slot.label, self.method.name].append(refused[-1][1])
         return None
 
     def _conflict(self, techniques: Techniques) -> str | None:

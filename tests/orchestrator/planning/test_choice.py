@@ -267,7 +267,7 @@ def test_a_job_has_one_batch_size_whatever_machines_and_networks(method):
     cards = ("A100 80GB", "RTX 4090", "RTX 3090", "RTX 3060")
     found = set()
     for _ in range(4):
-        nodes = [machine(f"m{i}", *draw.choice(cards)) for i in range(draw.randint(1, 3))]
+        nodes = [machine(f"m{i}", draw.choice(cards)) for i in range(draw.randint(1, 3))]
         made = plan(TINY, *nodes, link_bytes_per_s=10 ** draw.uniform(5, 10), samples=6400,
                     text=f"method: {{type: {method}}}\n")  # fmt: skip
         found.add((made.global_batch_size, made.num_steps))

@@ -11,12 +11,11 @@ from orchestrator.job.job_file import parse_job
 from orchestrator.planning.candidates import Division
 from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.planner import offered_slots, switches_of
-from orchestrator.planning.remedies import find_remedies
 from orchestrator.planning.settings import Assignment, Rejections, preferred_plan
 from orchestrator.planning.workload import describe
 from strategies import METHODS
 from strategies.methods.lora import Lora
-from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, machine, strategy_plan
+from tests.orchestrator.planning.machines import LARGE, SMALL, machine, strategy_plan
 
 LORA = "method: {type: lora}\n"
 
@@ -81,9 +80,9 @@ def test_a_node_that_does_not_fit_gives_its_reason_to_its_twins():
     found = enumeration(LARGE, node, replace(node, name="b")).run()
 
     assert not found.fitting
-    reasons = found.rejections.smallest
-    assert reasons["a (RTX 3060 12GB)"][1] == reasons["b (RTX 3060 12GB)"][1]
-    assert "needs" in reasons["a (RTX 3060 12GB)"][1]
+    nearest = found.rejections.nearest
+    assert nearest["a (RTX 3060 12GB)", "lora"] == nearest["b (RTX 3060 12GB)", "lora"]
+    assert "needs" in nearest["a (RTX 3060 12GB)", "lora"].shortage.reason
 
 
 def test_a_slow_link_in_the_middle_does_not_keep_out_the_node_behind_it():
@@ -157,28 +156,3 @@ def test_one_combination_stands_for_each_reason():
 
     assert rejections.reasons == {"lora on a (X)": "too large", "full on b (X)": "no bf16"}
     assert rejections.of_slot("b (X)") == "no bf16" and rejections.of_slot("c (X)") is None
-
-
-@pytest.mark.parametrize(
-    ("shape", "card", "text", "first"),
-    [
-        (SMALL, "RTX 2060 6GB", "train: {gradient_checkpointing: false}\n", "train.gradient_checkpointing: auto"),
-        (MIDDLE, "RTX 3060", "", "method: {type: qlora}"),
-    ],
-)
-def test_the_smallest_change_that_helps_comes_first(shape, card, text, first):
-    tight = enumeration(
-        shape, machine("a", card, memory_gib=16), text=f"{LORA}{text}strategy: {{offload: none}}\n"
-    ).run()
-
-    found = find_remedies(tight)
-
-    assert not tight.fitting
-    assert found[0] == first and len(found) <= 4
-
-
-def test_a_second_device_is_proposed_where_no_setting_helps():
-    tight = enumeration(LARGE, machine("a", "A100 80GB", memory_gib=1000), text="method: {type: full}\n")
-    alone = replace(tight, methods=[METHODS["lora"]()], switches=replace(tight.switches, offloads=("none",))).run()
-
-    assert all(not change.startswith("one more") for change in find_remedies(alone))

@@ -39,7 +39,23 @@ def slot(node=NODE):
     ],
 )
 def test_a_plan_that_does_not_fit_names_the_memory(plan, node, shortage):
-    assert device_shortage(plan, slot(node)) == shortage
+    found = device_shortage(plan, slot(node))
+
+    assert (found and found.reason) == shortage
+    assert found is None or found.times > 1
+
+
+def test_of_two_memories_that_are_too_small_the_one_exceeded_most_is_named():
+    host, device = (strategy_plan(weights_bytes=11 * GIB, host_bytes=size * GIB) for size in (300, 31))
+
+    assert "needs 300.0 GiB, has 30.0 GiB" in device_shortage(host, slot()).reason
+    assert "needs 11.0 GiB, has 10.0 GiB" in device_shortage(device, slot()).reason
+
+
+def test_a_shortage_too_small_for_the_figures_is_given_by_itself():
+    plan = strategy_plan(weights_bytes=10 * GIB + 3 * 2**20)
+
+    assert device_shortage(plan, slot()).reason == "needs 10.0 GiB, 3.0 MiB more than is usable"
 
 
 def test_workers_of_a_node_share_its_memory():
@@ -47,7 +63,7 @@ def test_workers_of_a_node_share_its_memory():
     lora = METHODS["lora"]()
 
     assert node_shortage([part], 1e9, lora) is None
-    assert node_shortage([part, part], 1e9, lora) == (
+    assert node_shortage([part, part], 1e9, lora).reason == (
         "the 2 workers on a need 32.0 GiB of the node's own memory together, has 30.0 GiB usable"
     )
 
@@ -57,9 +73,9 @@ def test_deepspeed_loads_the_whole_model_in_every_worker_s_host_memory():
     plain, divided = (Placed(slot(), strategy_plan(stage=stage), 0.5) for stage in (0, 3))
 
     assert node_shortage([plain, plain], num_parameters, lora) is None
-    assert "the 2 workers on a need 36.0 GiB" in node_shortage([divided, divided], num_parameters, lora)
+    assert "the 2 workers on a need 36.0 GiB" in node_shortage([divided, divided], num_parameters, lora).reason
     unknown = Placed(slot(UNKNOWN), strategy_plan(stage=3), 0.5)
-    assert "whose size is unknown" in node_shortage([unknown], num_parameters, lora)
+    assert "whose size is unknown" in node_shortage([unknown], num_parameters, lora).reason
 
 
 def test_half_way_to_the_worst_is_the_cautious_estimate():
