@@ -190,8 +190,11 @@ def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
         if techniques.zero_stage == 1:  # each sends the weights that it updated to the others
             waits += network.gather_s(gradient)
         return waits
-    # DeepSpeed reduces every micro-batch's gradients from stage 2 on, and no backward pass hides it.
-    reduced = network.step_s + network.gather_s(gradient) * (num_micro if techniques.zero_stage >= 2 else 1)
-    if techniques.zero_stage >= 3:
-        return reduced + num_micro * network.gather_s((2 + techniques.gradient_checkpointing) * gathered)
-    return reduced + network.gather_s(gradient)
+    # DeepSpeed reduces every micro-batch's gradients from stage 2 on, and no backward pass hides it: whole buckets
+    # until stage 2 (use_multi_rank_bucket_allreduce), and then the weights come back.
+    if techniques.zero_stage < 3:
+        reduced = network.all_reduce_s(gradient) * (num_micro if techniques.zero_stage >= 2 else 1)
+        return network.step_s + reduced + network.gather_s(gradient)
+    moved = (2 + techniques.gradient_checkpointing) * gathered + gradient
+    computing = min((plan.time.compute_s + plan.time.memory_s) / plan.num_micro_batches for plan in plans)
+    return network.step_s + num_micro * network.gather_wait_s(moved, computing)

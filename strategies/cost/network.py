@@ -12,6 +12,7 @@ _LEAST_BUCKET_BYTES = 64 * 2**10
 _LARGEST_BUCKET_BYTES = 25 * 2**20
 _BUCKETS = 6  # so that most have left when the backward pass ends
 _GROUP_S = 0.02  # of a step, whatever the link: hooks, copies, everybody's numbers (tests/benchmarks/uneven.py, 1 Gbit)
+_LAYERS = 30  # of a model, as far as the first one's wait is concerned
 _BACKWARD = 0.6  # of a micro-batch's time: gradients leave while it runs
 
 
@@ -43,6 +44,15 @@ class Network:
     def gather_s(self, num_bytes: float) -> float:
         """Parts of all workers brought to each of them, or summed into parts: half of an all-reduce."""
         return self.all_reduce_s(num_bytes) / 2
+
+    def gather_wait_s(self, num_bytes: float, compute_s: float) -> float:
+        """What a micro-batch waits for sharded weights, gathered layer by layer while the layer before computes.
+
+        The longer of the two counts, and the first of some thirty layers has nothing to hide behind (FSDP's
+        prefetching, arXiv 2304.11277; DeepSpeed's overlap_comm and prefetch buckets).
+        """
+        all_s = self.gather_s(num_bytes)
+        return max(all_s / _LAYERS, all_s - compute_s)
 
     def bucket_bytes(self, num_bytes: float) -> int:
         """Of gradients that leave together: a few buckets, none so small that its round trips cost more than itself."""

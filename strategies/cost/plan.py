@@ -9,7 +9,7 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import BYTES_PER_ELEMENT, MethodDefaults, StrategyPlan, Techniques, Workload
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 from strategies.shape import ModelShape
 
 

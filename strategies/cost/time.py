@@ -8,29 +8,32 @@ trained one once more (Kaplan et al., arXiv 2001.08361; RunLoRA, arXiv 2312.0341
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import BYTES_PER_ELEMENT, Techniques, TimeEstimate, Workload
+from strategies.cost import kernels
 from strategies.cost.memory import SHORT
+from strategies.cost.work import Work
 from strategies.shape import ModelShape
 
 # Typical figures that stand in for unknown ones; an estimate that used one says so (`is_guess`).
 _CPU_FLOPS_PER_CORE = 40e9
 _CPU_BYTES_PER_S = 20e9
 _GPU_BYTES_PER_S = 300e9
-_OP_S = {"cpu": 6e-6, "cuda": 13e-6, "rocm": 13e-6}  # on a GPU: through Python and autograd, 1.8B LoRA on an A100
+_CPU_KERNEL_S = 6e-6
 _BUS_BYTES_PER_S = 10e9
 _BF16_WITHOUT_UNITS = 0.25  # of the fp32 rate: converted to fp32 and back
 
-# A published peak is not reached: training's products get so much of it (66 published step times, LOG.md "Published
-# times").  Cards whose tensor units are only twice as fast as their others (GeForce) come closer; matrix code for ROCm
-# stays further.  Measured rates are taken as they are.
-_OF_DATASHEET = 0.62
-_OF_DATASHEET_GEFORCE = 0.9
-_OF_DATASHEET_ROCM = 0.5
-_CACHED = {"cpu": 0.5, "cuda": 0.7, "rocm": 0.7}  # element-wise traffic that the caches do not catch
-_FETCH_S = 0.4e-3  # a sharded weight asked for by a hook of ZeRO-3 (Qwen-1.8B on one A100: 0.26 s whatever the length)
+# A published peak is not reached: large products get this much of it, beside what they read and write (kernels.py).
+# Fitted on 143 published step times (tests/benchmarks/time_errors.py); cuBLAS alone reaches about as much.
+_OF_DATASHEET = 0.78
+# GeForce cards run above the boost clock of their data sheets, and their tensor units are only twice as fast as their
+# others.  Between 0.9 and more than 1 on rows of two trainers on one card: kept below the peak.
+_OF_DATASHEET_GEFORCE = 0.95
+_OF_DATASHEET_ROCM = 0.4  # matrix code for ROCm stays further from it: rows of one card, 0.3 to 0.5
+_GPU_OP_S = 15e-6  # an operation started through Python and autograd; shows where it takes longer than the work
+_CPU_CACHED = 0.5  # element-wise traffic that the caches do not catch
+_FETCH_S = 0.32e-3  # a sharded weight asked for by a hook of ZeRO-3 (Qwen-1.8B on one A100: 0.26 s whatever the length)
 _BUS_OF_DATASHEET = 0.8
 # A CPU training beside its probe (32 runs on each of two days, LOG.md "Time on a CPU"): products are narrower than the
 # probe's and their weights are packed anew in each call, more so in 16 bits; each operation passes through Python,
@@ -42,24 +45,7 @@ _CPU_OP_S = {"float32": 22e-6}
 _CPU_OP_16_BITS_S = 33e-6
 _MEMORY_OF_DATASHEET = 0.8
 _CPU_HALF_RATE_TOKENS = 24.0  # rows at which a product runs at half its rate
-_ATTENTION = {"eager": 0.25, "flash_attention_2": 0.8}  # of the products' rate
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a method computes beside the forward pass: all that time needs to know about it."""
-
-    trains_weights: bool  # the linear maps' own weight gradients
-    trains_output: bool = False
-    adapter_parameters: int = 0  # low-rank corrections: forward, input gradient, weight gradient
-    adapter_inputs: int = 0  # sum of the widths of the inputs they read and outputs they add to, one layer
-    num_adapters: int = 0  # a layer
-    num_trainable: int = 0
-    num_tensors: int = 0
-    first_layer: int = 0  # below it nothing runs backward
-    cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch
-    dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
-    dequantise_bytes_per_parameter: float = 0.0
+_CPU_ATTENTION = {"eager": 0.25}  # of the products' rate
 
 
 def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> tuple[float, float]:
@@ -72,15 +58,23 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
     logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
     products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll"))
-    visible = 1.0 if shape.family.encoder or techniques.attn_implementation in ("eager", "sdpa") else 0.5
-    if not techniques.packing:
-        attended = _padded_length(workload, techniques)
-    elif visible == 1.0:  # one mask over the whole packed row
-        attended = min(techniques.max_length, workload.share * workload.tokens_per_step)
-    else:
-        attended = workload.attended_length
-    attention = 4.0 * visible * attended * shape.query_size * shape.num_layers
+    visible = 1.0 if shape.family.encoder or _masks_rows(techniques) else 0.5
+    attention = 4.0 * visible * _attended(workload, techniques) * shape.query_size * shape.num_layers
     return products, attention * (1 + 2.5 * share + again)
+
+
+def _masks_rows(techniques: Techniques) -> bool:
+    """Whether the kernel computes what a mask then hides."""
+    return techniques.attn_implementation in ("eager", "sdpa")
+
+
+def _attended(workload: Workload, techniques: Techniques) -> float:
+    """Tokens of the row or document that an average token stands in."""
+    if not techniques.packing:
+        return _padded_length(workload, techniques)
+    if workload.shape.family.encoder or _masks_rows(techniques):  # one mask over the whole packed row
+        return min(techniques.max_length, workload.share * workload.tokens_per_step)
+    return workload.attended_length
 
 
 def estimate(
@@ -94,20 +88,33 @@ def estimate(
     products, attention = flops_per_token(workload, techniques, work)
     rate, guessed_rate = product_rate(device, node, techniques.dtype)
     bandwidth, guessed_bandwidth = memory_rate(device)
-    filled = micro_tokens / (micro_tokens + _half_rate_tokens(device, techniques, rate, bandwidth))
-    attention_rate = rate * _ATTENTION.get(techniques.attn_implementation, 0.5)
-    compute = tokens * (products / (rate * filled) + attention / attention_rate)
     moved = elementwise_bytes_per_token(shape, techniques, work) * tokens
+    if device.kind == "cpu":
+        attention_rate = rate * _CPU_ATTENTION.get(techniques.attn_implementation, 0.5)
+        slowed = 1 + _CPU_HALF_RATE_TOKENS / kernels.product_rows(shape, micro_tokens)
+        compute = tokens * (products * slowed / rate + attention / attention_rate)
+    else:
+        attended = _attended(workload, techniques)
+        attention_rate = kernels.attention_rate(device, techniques, rate, attended)
+        compute = tokens * (products / rate + attention / attention_rate)
+        compute += num_micro * kernels.product_bytes(workload, techniques, work, micro_tokens) / bandwidth
+        moved += tokens * kernels.score_bytes(shape, techniques, attended)
+        moved += tokens * kernels.other_bytes(workload, techniques)
     moved += num_micro * work.cast_parameters * (4.0 + BYTES_PER_ELEMENT[techniques.dtype])
-    moved *= _CACHED[device.kind]
+    moved *= _CPU_CACHED if device.kind == "cpu" else kernels.memory_share(device)
     passes = 2 + techniques.gradient_checkpointing
-    expanded = num_micro * passes * work.dequantised_parameters * work.dequantise_bytes_per_parameter
-    moved += expanded * (_CACHED["cpu"] if device.kind == "cpu" else 1.0)
+    expanded = work.dequantise_bytes_per_parameter
+    if kernels.has_large_cache(device):
+        expanded = max(0.0, expanded - 2 * BYTES_PER_ELEMENT[techniques.dtype])
+    expanded *= num_micro * passes * work.dequantised_parameters
+    moved += expanded * (_CPU_CACHED if device.kind == "cpu" else 1.0)
     op_s = _op_s(device, techniques)
     documents = max(1.0, micro_tokens / workload.mean_length) if techniques.attn_implementation == "document" else 1.0
     if device.kind == "cpu" and techniques.dtype != "float32" and workload.attended_length <= SHORT:
         documents = min(documents, 4.0)  # short ones share one product
-    overhead = num_micro * num_operations(shape, techniques, work, documents) * op_s
+    operations = num_operations(shape, techniques, work, documents)
+    operations += passes * kernels.expert_operations(device, shape, micro_tokens)
+    overhead = num_micro * operations * op_s
     if techniques.zero_stage >= 3:
         overhead += num_micro * passes * shape.num_layers * (len(shape.linears) + shape.family.norms) * _FETCH_S
     if techniques.torch_compile:  # fused element-wise work, fewer launches (LOG.md: CPU 1.4x; torchtune: 1.27x)
@@ -130,17 +137,9 @@ def estimate(
 
 def _op_s(device: DeviceCapability, techniques: Techniques) -> float:
     """Seconds that starting one operation takes in training."""
-    known = device.op_overhead_s or _OP_S[device.kind]
     if device.kind == "cpu":
-        return known + _CPU_OP_S.get(techniques.dtype, _CPU_OP_16_BITS_S)
-    return max(known, _OP_S[device.kind])
-
-
-def _half_rate_tokens(device: DeviceCapability, techniques: Techniques, rate: float, bandwidth: float) -> float:
-    """Tokens at which a product takes twice its arithmetic: on a GPU where reading the weights takes as long."""
-    if device.kind == "cpu":
-        return _CPU_HALF_RATE_TOKENS
-    return BYTES_PER_ELEMENT[techniques.dtype] / 2 * rate / bandwidth
+        return (device.op_overhead_s or _CPU_KERNEL_S) + _CPU_OP_S.get(techniques.dtype, _CPU_OP_16_BITS_S)
+    return max(device.op_overhead_s or 0.0, _GPU_OP_S)
 
 
 def product_rate(device: DeviceCapability, node: NodeCapability, dtype: str) -> tuple[float, bool]:
@@ -188,7 +187,7 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     norms = shape.family.norms * (9 * g * h if shape.family.norm_bias else 120 * h)
     mlp = (14 if shape.gated_mlp else 8) * g * f
     attention = 24 * g * (shape.query_size + shape.key_value_size)
-    adapters = (8 if g == 4 else 14) * work.adapter_inputs
+    adapters = (8 if g == 4 else 14) * work.adapter_inputs + (4 * g + 2) * work.dropped_inputs
     layer = norms + mlp + attention + 12 * g * h + adapters
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 0.4 if techniques.gradient_checkpointing else 0.0
@@ -201,7 +200,8 @@ def num_operations(shape: ModelShape, techniques: Techniques, work: Work, docume
     forward += 9 * documents if techniques.attn_implementation == "document" else 6
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 1 if techniques.gradient_checkpointing else 0
-    return 60 + shape.num_layers * forward * (1 + (1.3 + again) * backward_share)
+    expanding = work.dequantise_operations * (1 + (1 + again) * backward_share)
+    return 60 + shape.num_layers * (forward * (1 + (1.3 + again) * backward_share) + expanding)
 
 
 def _update(

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from strategies.contract import BYTES_PER_ELEMENT, Dtype, QualityPrior, Techniques, TrainSettings, TrainSetup
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 from strategies.shape import ModelShape
 
 

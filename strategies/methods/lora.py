@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Literal
 from strategies.contract import BYTES_PER_ELEMENT, QualityPrior, Techniques, TrainSettings, TrainSetup, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.shape import ModelShape
@@ -108,6 +108,7 @@ class Lora(PredictedMethod):
             trains_output=head,
             adapter_parameters=in_adapters,
             adapter_inputs=chosen.sides // chosen.layers,
+            dropped_inputs=chosen.inputs // chosen.layers if self.lora_dropout else 0,
             num_adapters=len(chosen.maps) // chosen.layers,
             num_trainable=num_trainable,
             num_tensors=2 * len(chosen.maps) + len(chosen.saved),

@@ -59,7 +59,12 @@ class QLora(Lora):
             dequantised_bytes=float(g * every.largest),
         )
         # A pass reads the codes and writes the expanded weight, which the product reads again.
-        work = replace(costs.work, dequantised_parameters=quantised, dequantise_bytes_per_parameter=self._bytes + 2 * g)
+        work = replace(
+            costs.work,
+            dequantised_parameters=quantised,
+            dequantise_bytes_per_parameter=self._bytes + 2 * g,
+            dequantise_operations=len(shape.linears) * (2 if self.bnb_4bit_use_double_quant else 1),
+        )
         return Costs(footprint, work)
 
     @property

@@ -20,7 +20,7 @@ from strategies.contract import (
 )
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import resolve_targets

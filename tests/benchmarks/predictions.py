@@ -23,8 +23,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 from clusters.units import GIB
 from strategies.contract import Techniques, Workload
 from strategies.shape import ModelShape
+from tests.benchmarks import time_errors
 from tests.benchmarks.published import Published, from_columns, read
-from tests.benchmarks.stacks import predict_memory, predict_time
+from tests.benchmarks.stacks import predict_memory
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
 
@@ -36,7 +37,7 @@ def published(table: Path | None, worst: int) -> None:
     rows, skipped = from_columns(table) if table else read(SHARED / "tables")
     rows = [row for row in rows if row.kind == "measured"]
     _published_memory([row for row in rows if row.metric == "memory_bytes"], worst)
-    _published_time([row for row in rows if row.metric != "memory_bytes"], worst)
+    time_errors.report(rows, worst)
     print(f"\n{sum(skipped.values())} rows of the tables are not used, published.py has the reasons")
 
 
@@ -58,33 +59,6 @@ def _published_memory(rows: list[Published], worst: int) -> None:
         print(
             f"{error:+6.1%} {'in ' if inside else 'OUT'} {row.value / GIB:6.2f} GiB, predicted {expected / GIB:6.2f}"
             f"  {_described(row)} {row.trained_dtype} {row.measured_as} {','.join(row.extras)}"
-        )
-
-
-def _published_time(rows: list[Published], worst: int) -> None:
-    usable = [row for row in rows if not row.offload]
-    found = []
-    for row in usable:
-        expected = predict_time(row)
-        # Errors in seconds, also where the row gives tokens a second.
-        found.append((expected / row.value - 1 if row.metric == "step_s" else row.value / expected - 1, row, expected))
-    print("\nTime of a step")
-    for name, chosen in [("all", found)] + [
-        (stack, [entry for entry in found if entry[1].stack == stack]) for stack in sorted({e[1].stack for e in found})
-    ]:
-        sizes = [abs(error) for error, *_ in chosen]
-        signed = statistics.median(error for error, *_ in chosen)
-        print(
-            f"{name:<14} {len(chosen):4} rows  median |error| {statistics.median(sizes):5.1%}  mean"
-            f" {statistics.mean(sizes):5.1%}  median signed {signed:+5.1%}"
-        )
-    print(f"left out: {len(rows) - len(usable)} rows with offload")
-    print("worst:")
-    for error, row, expected in sorted(found, key=lambda e: -abs(e[0]))[:worst]:
-        unit = "s" if row.metric == "step_s" else "tokens/s"
-        print(
-            f"{error:+6.1%} {row.value:8.4g} {unit}, predicted {expected:8.4g}  {_described(row)} {row.gpu}"
-            f" {'compiled' if row.torch_compile else ''}"
         )
 
 

@@ -133,7 +133,8 @@ GPUS = (
     (r"a100", "A100 80GB"),
     (r"a800", "A800 80GB"),
     (r"h200", "H200"),
-    (r"h100", "H100"),
+    (r"h100.*pcie", "H100 PCIe"),
+    (r"h100", "H100 SXM"),  # what is rented and published, where the form is not named
     (r"h800", "H800"),
     (r"4090", "RTX 4090"),
     (r"4080", "RTX 4080"),

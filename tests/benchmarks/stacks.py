@@ -11,11 +11,11 @@ from dataclasses import replace
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
 from clusters.units import GIB
-from strategies.contract import Techniques, Workload
+from strategies.contract import Techniques, TimeEstimate, Workload
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint, Stack
 from strategies.cost.network import Network
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from tests.benchmarks.published import Published, config
 
@@ -170,6 +170,14 @@ _ACCUMULATION = {"qwen": 8}  # micro-batches a step, where it is known
 _LINK_BYTES_PER_S = {"A100": 230e9, "A800": 150e9, "V100": 12e9, "RTX": 10e9, "MI210": 60e9}  # all-reduce, by GPU
 
 
+def processed_length(row: Published) -> float:
+    """Tokens a sample that its trainer computes, padding included."""
+    if row.stack == "nthu" or row.length_is_exact or row.mean_length == row.length:  # padded to the maximum
+        return row.length
+    padding = 1.05 if row.stack == "peft-bench" else 1.3  # PEFT's benchmark sorts twenty batches by length
+    return padding * (row.mean_length or 0)
+
+
 def predict_time(row: Published) -> float:
     """The row's figure: seconds of one micro-batch with its share of the update, or tokens a second of all GPUs."""
     shape = ModelShape.from_config(config(row.model))
@@ -177,9 +185,7 @@ def predict_time(row: Published) -> float:
     if card is None:
         raise LookupError(f"{row.gpu} is not in the datasheet")
     device = datasheet.device(card)
-    processed = row.length if row.length_is_exact or row.mean_length == row.length else 1.3 * (row.mean_length or 0)
-    if row.stack == "nthu":  # padded to the maximum
-        processed = row.length
+    processed = processed_length(row)
     accumulation = _ACCUMULATION.get(row.stack, 1)
     rows = row.micro_batch * accumulation
     tokens = round(rows * processed)
@@ -188,7 +194,7 @@ def predict_time(row: Published) -> float:
     step = time.estimate(
         workload, device, NodeCapability("published", 32, None, devices=(device,)), techniques, _work(row, shape)
     )
-    waited = _sync(row, shape, accumulation)
+    waited = _sync(row, shape, accumulation, step)
     micro = (step.step_s + waited) / accumulation
     if row.metric == "step_s":
         return micro
@@ -211,13 +217,16 @@ def _work(row: Published, shape: ModelShape) -> Work:
     trained = shape.num_layers * sum((row.lora_r or 8) * (m.inputs + m.outputs) for m in targets)
     return Work(
         trains_weights=False,
+        trains_output="trained-embeddings" in row.extras,
         adapter_parameters=trained,
+        dropped_inputs=sum(m.inputs for m in targets) if "lora-dropout" in row.extras else 0,
         adapter_inputs=sum(m.inputs + m.outputs for m in targets),
         num_adapters=len(targets),
-        num_trainable=trained,
+        num_trainable=trained + (shape.num_embedding_parameters if "trained-embeddings" in row.extras else 0),
         num_tensors=2 * shape.num_layers * len(targets),
         dequantised_parameters=linear if row.quantization else 0,
         dequantise_bytes_per_parameter=_dequantise_bytes(row),
+        dequantise_operations=_dequantise_operations(row, shape),
     )
 
 
@@ -228,12 +237,28 @@ def _dequantise_bytes(row: Published) -> float:
     return 17.0 if row.quantization.startswith("gptq") else _WEIGHT_BYTES[row.quantization] + 4.0
 
 
-def _sync(row: Published, shape: ModelShape, accumulation: int) -> float:
-    """Seconds on the links between the row's GPUs."""
+def _dequantise_operations(row: Published, shape: ModelShape) -> int:
+    if row.quantization is None:
+        return 0
+    return (8 if row.quantization.startswith("gptq") else 1) * len(shape.linears)
+
+
+def _sync(row: Published, shape: ModelShape, accumulation: int, step: TimeEstimate) -> float:
+    """Seconds that a step waits for the links between the row's GPUs."""
     link = next((rate for name, rate in _LINK_BYTES_PER_S.items() if row.gpu.startswith(name)), 10e9)
     work = _work(row, shape)
     trained = shape.num_parameters if row.method == "full" else work.num_trainable
-    weight = _WEIGHT_BYTES.get(row.quantization or "", 2.0)
-    gathered = weight * shape.num_parameters if row.zero_stage == 3 else 0.0
     network = Network(row.num_gpus, link, 20e-6)
-    return network.all_reduce_s(2.0 * trained) + accumulation * network.gather_s(3 * gathered)
+    if row.num_gpus < 2:
+        return 0.0
+    if row.zero_stage < 2:
+        micro_s = step.step_s / accumulation
+        return network.exposed_s(2.0 * trained, micro_s, network.bucket_bytes(2.0 * trained)) - network.step_s
+    if row.zero_stage == 2:
+        # Whole buckets are all-reduced since 2023 (use_multi_rank_bucket_allreduce), reduced to their owners before.
+        reduced = network.gather_s if row.stack == "deepspeed" else network.all_reduce_s
+        return reduced(2.0 * trained) + network.gather_s(2.0 * trained)
+    passes = 2 + row.gradient_checkpointing
+    moved = passes * _WEIGHT_BYTES.get(row.quantization or "", 2.0) * shape.num_parameters + 2.0 * trained
+    hiding = (step.compute_s + step.memory_s) / accumulation
+    return accumulation * network.gather_wait_s(moved, hiding)

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import predictions
+from tests.benchmarks import predictions, time_errors
 from tests.benchmarks.published import read
-from tests.benchmarks.stacks import predict_memory, predict_time
+from tests.benchmarks.stacks import predict_memory
 
 TABLES = Path(__file__).resolve().parents[3] / "shared/tables"
 pytestmark = pytest.mark.skipif(not TABLES.is_dir(), reason="the published tables are not on this machine")
@@ -29,8 +29,20 @@ def test_published_memory_lies_in_the_predicted_range(rows):
 
 
 def test_published_step_times_are_met(rows):
-    usable = [row for row in rows if row.metric != "memory_bytes"]
-    errors = [abs(predict_time(row) / row.value - 1) for row in usable]
+    found = [time_errors.compare(row) for row in time_errors.usable(rows)]
+    quality = time_errors.Quality.of([one.measured_s for one in found], [one.predicted_s for one in found])
 
-    assert len(usable) > 130
-    assert statistics.median(errors) < 0.15
+    assert quality.num_rows > 130
+    assert quality.median < 0.10
+    assert abs(quality.signed) < 0.03
+    assert quality.tau > 0.90
+
+
+def test_the_rule_of_thumb_is_worse_in_every_way(rows):
+    found = [time_errors.compare(row) for row in time_errors.usable(rows)]
+    measured = [one.measured_s for one in found]
+    own = time_errors.Quality.of(measured, [one.predicted_s for one in found])
+    naive = time_errors.Quality.of(measured, [one.naive_s for one in found])
+
+    assert own.median < naive.median / 2
+    assert own.tau > naive.tau + 0.1

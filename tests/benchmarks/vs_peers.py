@@ -163,7 +163,8 @@ def useful_flops_per_token() -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
     from orchestrator.job.model_files import read_config
     from strategies.contract import Techniques, Workload
-    from strategies.cost.time import Work, flops_per_token
+    from strategies.cost.time import flops_per_token
+    from strategies.cost.work import Work
     from strategies.shape import ModelShape
 
     shape = ModelShape.from_config(read_config(model_folder()))

@@ -7,7 +7,7 @@ from typing import ClassVar
 from strategies.contract import BYTES_PER_ELEMENT, MethodDefaults, TrainSetup, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
-from strategies.cost.time import Work
+from strategies.cost.work import Work
 
 
 @dataclass(frozen=True)

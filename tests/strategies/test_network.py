@@ -17,6 +17,15 @@ def test_zero_3_gathers_the_weights_for_every_micro_batch():
     assert network.gather_s(1e9) == pytest.approx(0.5)
 
 
+def test_gathered_weights_wait_only_where_computing_is_shorter():
+    fast, slow = Network(8, 150e9, 0), Network(2, 118e6, 0)
+
+    hidden, shown = fast.gather_wait_s(30e9, 1.0), slow.gather_wait_s(30e9, 1.0)
+
+    assert hidden == pytest.approx(fast.gather_s(30e9) / 30)  # the first layer's
+    assert shown == pytest.approx(slow.gather_s(30e9) - 1.0)
+
+
 def test_what_the_backward_pass_hides_is_not_waited_for():
     network = Network(2, 1e8, 0)
     whole, last = network.all_reduce_s(60e6), network.all_reduce_s(10e6)

@@ -8,8 +8,8 @@ from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
 from strategies import METHODS
 from strategies.contract import Techniques, Workload
-from strategies.cost import time
-from strategies.cost.time import Work
+from strategies.cost import kernels, time
+from strategies.cost.work import Work
 from strategies.shape import ModelShape
 
 SHAPE = ModelShape.from_config(
@@ -36,6 +36,7 @@ CPU = DeviceCapability(
 )
 NODE = NodeCapability("here", 4, 8 * 2**30, (CPU,))
 SWITCHES = Techniques("float32", "document", True, False, 1, 1000)
+BF16 = dataclasses.replace(SWITCHES, dtype="bfloat16")
 
 
 def workload(samples=10, length=100, supervised=0.5):
@@ -144,7 +145,7 @@ def seconds(device, tokens=4096, **switches):
 
 @pytest.mark.parametrize(
     ("name", "reached"),
-    [("RTX 3090", 0.9), ("RTX 4090", 0.9), ("A100 80GB", 0.62), ("T4", 0.62), ("RX 7900 XTX", 0.5)],
+    [("RTX 3090", 0.95), ("RTX 4090", 0.95), ("A100 80GB", 0.78), ("T4", 0.78), ("RX 7900 XTX", 0.4)],
 )
 def test_a_published_peak_counts_for_what_training_reaches_of_it(name, reached):
     device = gpu(name)
@@ -163,21 +164,70 @@ def test_a_gpu_waits_for_its_queue_only_when_the_work_is_short():
     assert long.overhead_s == 0
 
 
-def test_a_product_of_few_rows_takes_as_long_as_reading_its_weights():
+def test_a_product_of_few_rows_takes_twice_as_long_as_its_arithmetic():
     device = gpu("A100 80GB")
-    rate, bandwidth = 0.62 * 312e12, 0.8 * device.memory_bytes_per_s
+    rate, bandwidth = 0.78 * 312e12, 0.8 * device.memory_bytes_per_s
+    half = rate / bandwidth  # about 150 tokens
 
-    half = time._half_rate_tokens(device, dataclasses.replace(SWITCHES, dtype="bfloat16"), rate, bandwidth)
+    read, moved = (kernels.product_bytes(workload(), BF16, Work(trains_weights=False), rows) for rows in (0, half))
 
-    assert half == pytest.approx(rate / bandwidth)  # about 119 tokens
-    assert 2 * half * LINEAR / rate == pytest.approx(2 * LINEAR / bandwidth)
+    output = 512 * 64
+    sides = 2 * (4 * 2 * 64 + 3 * (64 + 160)) + (512 + 64) / 2  # inputs and outputs: both layers, half of the logits
+    assert read == 2 * 2 * (LINEAR + output)  # two bytes, two passes
+    assert moved - read == pytest.approx(2 * 2 * half * sides)
+    assert 2 * half * LINEAR / rate == pytest.approx(2 * LINEAR / bandwidth)  # arithmetic as long as reading
+
+
+def test_narrow_layers_reach_less_of_the_peak():
+    """In seconds a FLOP: 1,024 wide and 4,096 wide on an H100, 989 TFLOP/s and 3.35 TB/s."""
+    costs = {}
+    for width in (1024, 4096):
+        shape = dataclasses.replace(SHAPE, hidden_size=width, intermediate_size=4 * width, head_dim=128)
+        shape = dataclasses.replace(shape, num_heads=width // 128, num_kv_heads=width // 128)
+        work = dataclasses.replace(workload(samples=1, length=8192), shape=shape)
+        found = time.estimate(work, gpu("H100 SXM"), NODE, BF16, Work(trains_weights=True))
+        costs[width] = found.compute_s / sum(time.flops_per_token(work, BF16, Work(trains_weights=True)))
+
+    assert 1.25 < costs[1024] / costs[4096] < 1.8
+
+
+@pytest.mark.parametrize(("card", "tflops"), [("A100 80GB", (180, 210)), ("H100 SXM", (290, 340))])
+def test_flash_attention_reaches_what_its_papers_publish_on_long_rows(card, tflops):
+    device = gpu(card)
+    rate, _ = time.product_rate(device, NODE, "bfloat16")
+    flash = dataclasses.replace(BF16, attn_implementation="flash_attention_2")
+
+    long, short = (kernels.attention_rate(device, flash, rate, length) / 1e12 for length in (16384, 512))
+
+    assert tflops[0] < long < tflops[1]
+    assert short == pytest.approx(long / 2, rel=0.05)
+
+
+def test_experts_read_the_weights_of_all_that_tokens_are_sent_to():
+    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_size=32)
+    one = 3 * 64 * 32 + 64  # an expert and its line of the router
+
+    alone, many = (kernels._read_weights(moe, tokens) for tokens in (1, 100))
+
+    assert many - alone == 2 * (8 - 2) * one  # all eight instead of two, in two layers
+
+
+def test_experts_of_their_own_products_start_more_kernels_than_grouped_ones():
+    moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_size=32)
+
+    grouped = kernels.expert_operations(gpu("A100 80GB"), moe, 1000)
+    single = kernels.expert_operations(gpu("T4"), moe, 1000)
+
+    assert grouped == 2 * 20
+    assert single == 2 * (20 + 3 * 8)
+    assert kernels.expert_operations(gpu("T4"), SHAPE, 1000) == 0
 
 
 def test_zero_3_asks_for_each_weight_by_a_hook():
     alone = seconds(gpu(), tokens=16)
     sharded = seconds(gpu(), tokens=16, zero_stage=3, num_shards=1)
 
-    assert sharded.overhead_s - alone.overhead_s == pytest.approx(2 * 2 * (7 + 2) * 0.4e-3)  # passes, layers, weights
+    assert sharded.overhead_s - alone.overhead_s == pytest.approx(2 * 2 * (7 + 2) * 0.32e-3)  # passes, layers, weights
 
 
 def test_flash_attention_runs_at_a_higher_rate_than_eager():

@@ -50,7 +50,7 @@ def test_dividing_more_waits_longer():
     network = Network(2, 1e8, 1e-4)
     waits = []
     for stage, share in ((0, None), (1, 0.5), (2, None), (3, None)):
-        plan = strategy_plan(stage=stage)
+        plan = strategy_plan(step_s=0.01, stage=stage)  # too short to hide what stage 3 gathers
         plan = replace(plan, techniques=replace(plan.techniques, state_share=share), gathered_bytes=1e8)
         waits.append(waiting_s(network, [plan, plan]))
 

@@ -1,0 +1,24 @@
+"""What a method computes, as far as time depends on it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a method computes beside the forward pass: all that time needs to know about it."""
+
+    trains_weights: bool  # the linear maps' own weight gradients
+    trains_output: bool = False
+    adapter_parameters: int = 0  # low-rank corrections: forward, input gradient, weight gradient
+    adapter_inputs: int = 0  # sum of the widths of the inputs they read and outputs they add to, one layer
+    dropped_inputs: int = 0  # of these widths, those that pass through dropout first
+    num_adapters: int = 0  # a layer
+    num_trainable: int = 0
+    num_tensors: int = 0
+    first_layer: int = 0  # below it nothing runs backward
+    cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch
+    dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
+    dequantise_bytes_per_parameter: float = 0.0  # read, expanded, read again
+    dequantise_operations: int = 0  # kernels started for a layer's weights in each pass
