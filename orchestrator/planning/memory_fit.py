@@ -12,7 +12,8 @@ from clusters.units import GIB, format_bytes
 from orchestrator.planning.candidates import Placed, Slot
 from strategies.contract import BYTES_PER_ELEMENT, Method, StrategyPlan
 
-_HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and the processes themselves
+_HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and one worker's process
+_PROCESS_BYTES = 0.7 * GIB  # of each further worker: its libraries, as strategies/cost/memory.py has them of a CPU's
 _OVER = 1 / 0.92  # half-way to the high estimate may use up the safety margin, no more
 
 
@@ -35,48 +36,60 @@ def device_shortage(plan: StrategyPlan, slot: Slot) -> MemoryShortage | None:
     if host_times > times and slot.node.memory_bytes is None:
         return MemoryShortage(f"needs {format_bytes(host)} of the node's own memory, whose size is unknown", host_times)
     if host_times > times:
-        return MemoryShortage(f"{_needs_has(host, host_usable)} of the node's own memory", host_times)
+        need, has = _compare(host, host_usable)
+        return MemoryShortage(f"needs {need}, {has} of the node's own memory", host_times)
     if needs > usable:
-        return MemoryShortage(_needs_has(needs, usable), times)
+        need, has = _compare(needs, usable)
+        return MemoryShortage(f"needs {need}, {has}", times)
     return MemoryShortage(
         f"may need {format_bytes(plan.memory.high_bytes)} at worst, has {format_bytes(usable)} usable", times
     )
 
 
-def _needs_has(needs: float, usable: float) -> str:
-    """What is needed against what is there, with the difference where rounded figures would be equal."""
+def _compare(needs: float, usable: float) -> tuple[str, str]:
+    """What is needed and what is there, as the difference where rounded figures would be equal."""
     need, has = format_bytes(needs), format_bytes(usable)
-    if need == has:
-        return f"needs {need}, {format_bytes(needs - usable)} more than is usable"
-    return f"needs {need}, has {has} usable"
+    return need, f"has {has} usable" if need != has else f"{format_bytes(needs - usable)} more than is usable"
 
 
 def node_shortage(placed: Sequence[Placed], num_parameters: float, method: Method) -> MemoryShortage | None:
     """Which node's memory is too small for all its workers together; None where all fit.
 
-    Each worker's part of the host counts, and the whole model where DeepSpeed divides it: every worker then loads it
-    there before the first byte is on a device.  Without DeepSpeed weights go straight to the device.
+    A GPU's worker counts with its part of the host, a CPU's with all it holds, and each beside the first with a
+    process of its own.
     """
-    needs: defaultdict[str, float] = defaultdict(float)
+    parts: defaultdict[str, list[Placed]] = defaultdict(list)
     for part in placed:
-        if part.slot.device.kind != "cpu":
-            techniques = part.plan.techniques
-            bytes_loaded = num_parameters * BYTES_PER_ELEMENT[method.load_dtype(techniques)]
-            loading = bytes_loaded if techniques.uses_engine else 0.0
-            needs[part.slot.node.name] += max(part.plan.memory.host_bytes, loading)
-    for node in {part.slot.node.name: part.slot.node for part in placed}.values():
-        usable, need = host_usable_bytes(node), needs[node.name]
-        if need > usable and node.memory_bytes is None:
-            why = f"loading needs {format_bytes(need)} of {node.name}'s own memory, whose size is unknown"
+        parts[part.slot.node.name].append(part)
+    for name, here in parts.items():
+        node = here[0].slot.node
+        if all(part.slot.device.kind == "cpu" for part in here):
+            continue  # they share the CPU's memory, which their slots divide
+        needs = sum(_host_bytes(part, num_parameters, method) for part in here)
+        usable = max(0.0, host_usable_bytes(node) - _PROCESS_BYTES * (len(here) - 1))
+        if needs <= usable:
+            continue
+        if node.memory_bytes is None:
+            why = f"loading needs {format_bytes(needs)} of {name}'s own memory, whose size is unknown"
             return MemoryShortage(why, math.inf)
-        if need > usable:
-            workers = sum(part.slot.node.name == node.name for part in placed)
-            why = (
-                f"the {workers} workers on {node.name} need {format_bytes(need)} of the node's own memory together, has"
-                f" {format_bytes(usable)} usable"
-            )
-            return MemoryShortage(why, need / usable if usable else math.inf)
+        need, has = _compare(needs, usable)
+        who = f"the {len(here)} workers on {name} need" if len(here) > 1 else f"the worker on {name} needs"
+        why = f"{who} {need} of the node's own memory{' together' if len(here) > 1 else ''}, {has}"
+        return MemoryShortage(why, needs / usable if usable else math.inf)
     return None
+
+
+def _host_bytes(part: Placed, num_parameters: float, method: Method) -> float:
+    """What one worker takes of its node's memory at most.
+
+    Where DeepSpeed divides, every worker loads the whole model there before the first byte is on a device; without it
+    weights go straight to the device.
+    """
+    techniques, memory = part.plan.techniques, part.plan.memory
+    if part.slot.device.kind == "cpu":
+        return memory.total_bytes
+    loaded = num_parameters * BYTES_PER_ELEMENT[method.load_dtype(techniques)]
+    return max(memory.host_bytes, loaded if techniques.uses_engine else 0.0)
 
 
 def host_usable_bytes(node: NodeCapability) -> float:

@@ -87,9 +87,8 @@ class Assignment:
                 fitting.append(plan)
             elif nearest is None or shortage.times < nearest.shortage.times:
                 nearest = Miss(plan, shortage)
-        if nearest is not None:
-            rejections.offer(self.slot.label, nearest)
         if not fitting and nearest is not None:
+            rejections.offer(self.slot.label, nearest)
             combination = describe_combination(self.method, nearest.plan.techniques, self.slot)
             rejections.add(combination, nearest.shortage.reason)
         return fitting

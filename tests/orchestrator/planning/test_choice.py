@@ -144,6 +144,17 @@ def test_what_does_not_fit_names_the_smallest_changes():
     assert "method: {type: qlora}" in str(caught.value)
 
 
+def test_two_workers_whose_state_fits_the_host_one_by_one_are_refused_together():
+    text = "method: {type: full}\nstrategy: {mode: zero2, offload: optimizer}\n"
+
+    def made(memory_gib):
+        return plan(SMALL, machine("a", "RTX 3090", "RTX 3090", memory_gib=memory_gib), text=text)
+
+    assert made(32).techniques.offload == "optimizer"
+    with pytest.raises(NothingFits, match=r"the 2 workers on a need \d+\.\d GiB of the node's own memory together"):
+        made(16)
+
+
 def test_checkpointing_that_was_forbidden_is_proposed():
     text = "method: {type: lora}\ntrain: {gradient_checkpointing: false, per_device_train_batch_size: 1}\n"
     text += "strategy: {offload: none}\n"

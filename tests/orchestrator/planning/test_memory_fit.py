@@ -64,8 +64,42 @@ def test_workers_of_a_node_share_its_memory():
 
     assert node_shortage([part], 1e9, lora) is None
     assert node_shortage([part, part], 1e9, lora).reason == (
-        "the 2 workers on a need 32.0 GiB of the node's own memory together, has 30.0 GiB usable"
+        "the 2 workers on a need 32.0 GiB of the node's own memory together, has 29.3 GiB usable"
     )
+
+
+@pytest.mark.parametrize("count", range(2, 9))
+def test_of_any_number_of_workers_the_host_memory_is_summed(count):
+    node = machine("a", *["RTX 3090"] * count, memory_gib=128)  # 126 beside the system, 0.7 for each further process
+    lora, each = METHODS["lora"](), (126 - 0.7 * (count - 1)) / count
+
+    def shortage(gib):
+        part = Placed(slot(node), strategy_plan(host_bytes=gib * GIB), 1 / count)
+        return node_shortage([part] * count, 1e9, lora)
+
+    assert shortage(0.99 * each) is None
+    assert f"the {count} workers on a need" in shortage(1.01 * each).reason
+
+
+def test_a_cpu_beside_gpus_counts_with_all_it_holds():
+    gpu = Placed(slot(), strategy_plan(host_bytes=16 * GIB), 0.5)
+    cpu = Placed(Slot(NODE, NODE.devices[-1], 20 * GIB, 1), strategy_plan(weights_bytes=15 * GIB), 0.5)
+    lora = METHODS["lora"]()
+
+    assert node_shortage([gpu], 1e9, lora) is None and node_shortage([cpu], 1e9, lora) is None
+    assert "the 2 workers on a need 31.0 GiB" in node_shortage([gpu, cpu], 1e9, lora).reason
+
+
+def test_cpu_workers_alone_divide_their_memory_by_slots():
+    cpu = Placed(Slot(NODE, NODE.devices[-1], 15 * GIB, 1), strategy_plan(weights_bytes=15 * GIB), 0.5)
+
+    assert node_shortage([cpu, cpu], 1e9, METHODS["lora"]()) is None
+
+
+def test_workers_on_other_nodes_do_not_count():
+    parts = [Placed(slot(replace(NODE, name=name)), strategy_plan(host_bytes=16 * GIB), 0.5) for name in "ab"]
+
+    assert node_shortage(parts, 1e9, METHODS["lora"]()) is None
 
 
 def test_deepspeed_loads_the_whole_model_in_every_worker_s_host_memory():
