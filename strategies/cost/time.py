@@ -31,6 +31,10 @@ _OF_DATASHEET = 0.78
 # others.  Between 0.9 and more than 1 on rows of two trainers on one card: kept below the peak.
 _OF_DATASHEET_GEFORCE = 0.95
 _OF_DATASHEET_ROCM = 0.4  # matrix code for ROCm stays further from it: rows of one card, 0.3 to 0.5
+# A board of few watts cannot hold its boost clock under products (T4: arXiv 1903.07486 studies it).  16-bit FLOP/s a
+# watt that a full-size board of the generation holds, by its data sheet, and compute capability: V100 SXM (125 TFLOP/s,
+# 300 W), RTX A6000 (155, 300 W), RTX 4090 (330 with fp16 sums, 450 W).  It limits the T4, A10, L4 and L40S.
+_FLOPS_PER_JOULE = {(7, 0): 0.42e12, (7, 5): 0.42e12, (8, 6): 0.52e12, (8, 9): 0.73e12}
 _GPU_OP_S = 15e-6  # an operation started through Python and autograd; shows where it takes longer than the work
 _CPU_CACHED = 0.5  # element-wise traffic that the caches do not catch
 _FETCH_S = 0.32e-3  # a sharded weight asked for by a hook of ZeRO-3 (Qwen-1.8B on one A100: 0.26 s whatever the length)
@@ -108,7 +112,7 @@ def estimate(
         expanded = max(0.0, expanded - 2 * BYTES_PER_ELEMENT[techniques.dtype])
     expanded *= num_micro * passes * work.dequantised_parameters
     moved += expanded * (_CPU_CACHED if device.kind == "cpu" else 1.0)
-    op_s = _op_s(device, techniques)
+    op_s = operation_s(device, techniques)
     documents = max(1.0, micro_tokens / workload.mean_length) if techniques.attn_implementation == "document" else 1.0
     if device.kind == "cpu" and techniques.dtype != "float32" and workload.attended_length <= SHORT:
         documents = min(documents, 4.0)  # short ones share one product
@@ -135,7 +139,7 @@ def estimate(
     )
 
 
-def _op_s(device: DeviceCapability, techniques: Techniques) -> float:
+def operation_s(device: DeviceCapability, techniques: Techniques) -> float:
     """Seconds that starting one operation takes in training."""
     if device.kind == "cpu":
         return (device.op_overhead_s or _CPU_KERNEL_S) + _CPU_OP_S.get(techniques.dtype, _CPU_OP_16_BITS_S)
@@ -164,7 +168,11 @@ def _of_datasheet(device: DeviceCapability, peak: float) -> float:
     """The part of a published peak that training's products reach."""
     if device.kind == "rocm":
         return _OF_DATASHEET_ROCM
-    return _OF_DATASHEET_GEFORCE if peak < 2.5 * (device.flops_per_s.get("float32") or 0.0) else _OF_DATASHEET
+    fp32 = device.flops_per_s.get("float32") or 0.0
+    if peak < 2.5 * fp32:
+        return _OF_DATASHEET_GEFORCE
+    fed = _FLOPS_PER_JOULE.get(device.compute_capability or (0, 0), math.inf) * (device.power_w or math.inf)
+    return min(_OF_DATASHEET, fed / peak)
 
 
 def memory_rate(device: DeviceCapability) -> tuple[float, bool]:

@@ -167,7 +167,10 @@ def _targets(row: Published, shape: ModelShape):
 _UPDATE_BYTES = {"foreach": 46.0, "fused": 14.0, "float32": 36.0}
 _PLANNED_UPDATE_BYTES = 36.0  # what the formula counts for each weight
 _ACCUMULATION = {"qwen": 8}  # micro-batches a step, where it is known
-_LINK_BYTES_PER_S = {"A100": 230e9, "A800": 150e9, "V100": 12e9, "RTX": 10e9, "MI210": 60e9}  # all-reduce, by GPU
+# All-reduce inside a machine as nccl-tests report it, by GPU: NVLink 3 and 4, halved on boards for China, else PCIe.
+_LINK_BYTES_PER_S = {"A100": 230e9, "A800": 150e9, "H100": 360e9, "H200": 360e9, "H800": 150e9, "MI300X": 300e9}
+_LINK_BYTES_PER_S |= {"V100": 12e9, "RTX": 10e9, "MI210": 60e9}
+_BETWEEN_MACHINES_BYTES_PER_S = 160e9  # eight GPUs with a 200 Gbit adapter each; more than eight GPUs span machines
 
 
 def processed_length(row: Published) -> float:
@@ -246,6 +249,8 @@ def _dequantise_operations(row: Published, shape: ModelShape) -> int:
 def _sync(row: Published, shape: ModelShape, accumulation: int, step: TimeEstimate) -> float:
     """Seconds that a step waits for the links between the row's GPUs."""
     link = next((rate for name, rate in _LINK_BYTES_PER_S.items() if row.gpu.startswith(name)), 10e9)
+    if row.num_gpus > 8:
+        link = min(link, _BETWEEN_MACHINES_BYTES_PER_S)
     work = _work(row, shape)
     trained = shape.num_parameters if row.method == "full" else work.num_trainable
     network = Network(row.num_gpus, link, 20e-6)
