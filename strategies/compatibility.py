@@ -51,29 +51,29 @@ def _device_conflicts(
 def _sharding_conflicts(is_quantised: bool, t: Techniques, num_devices: int) -> Iterator[str]:
     """What ZeRO and offload cannot be combined with."""
     if t.zero_stage and num_devices < 2:
-        yield "ZeRO divides work among devices, and here is one"
+        yield "ZeRO divides work among devices, and there is only one"
     if t.zero_stage and t.optim == "adafactor":
-        yield "Adafactor looks at whole matrices, which ZeRO cuts: set train.optim to adamw_torch_fused"
+        yield "Adafactor needs whole matrices, which ZeRO splits: set train.optim to adamw_torch_fused"
     if t.uses_engine and t.dtype == "float16":
-        yield "DeepSpeed's stages were not run in fp16: set model.dtype to bfloat16 or strategy.mode to zero1"
+        yield "DeepSpeed's stages are untested in fp16: set model.dtype to bfloat16 or strategy.mode to zero1"
     if t.uses_engine and t.torch_compile:
         yield "DeepSpeed's hooks break torch.compile's graph: set train.torch_compile: false"
     if t.uses_engine and t.zero_stage >= 3 and t.loss_type == "chunked_nll":
         yield "ZeRO-3 holds the output matrix inside the forward pass only: set train.loss_type: nll"
     if t.offloads_optimizer and num_devices > 1 and t.zero_stage < 2:
-        yield "over several devices offload goes with ZeRO-2 or 3"
+        yield "offload over several devices needs ZeRO-2 or 3"
     if t.zero_stage >= 3 and is_quantised:
         yield "DeepSpeed's ZeRO-3 does not shard bitsandbytes' 4- and 8-bit weights"
     if t.offload == "parameters" and is_quantised:
         yield "bitsandbytes' weights cannot be fetched layer by layer"
     if t.uses_engine and is_quantised:
-        yield "quantised weights were not run under DeepSpeed: set strategy.mode to zero1"
+        yield "quantised weights are untested under DeepSpeed: set strategy.mode to zero1"
     if t.zero_stage and t.has_eight_bit_optimizer:
         yield "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut"
     if t.offloads_optimizer and t.has_eight_bit_optimizer:
         yield "an offloaded optimizer runs on the CPU in fp32"
     if t.offload == "parameters" and t.zero_stage not in (0, 3):
-        yield "parameter offload goes with ZeRO-3 or one device"
+        yield "parameter offload needs ZeRO-3 or a single device"
 
 
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:
@@ -81,7 +81,7 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
     if t.offload == "activations" and t.gradient_checkpointing:
         yield "offloading activations and computing them again save the same bytes: choose one"
     if t.torch_compile and t.attn_implementation == "document":
-        yield "torch.compile would compile anew for every set of document lengths: set data.packing: false"
+        yield "torch.compile would recompile for every set of document lengths: set data.packing: false"
     if t.torch_compile:
         yield refusals.refuse_compiler(device, shape)
     if t.loss_type == "chunked_nll" and (refusal := refusals.refuse_chunked_loss(device, shape)):
@@ -91,5 +91,5 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
 def refuses_local_steps(method: Method) -> str | None:
     """Why workers that train apart cannot use a method; None where they can."""
     if method.streams:
-        return "local steps average weights, and this method moves them in its own time: set strategy.local_steps: null"
+        return "local steps average weights, which this method updates asynchronously: set strategy.local_steps: null"
     return None

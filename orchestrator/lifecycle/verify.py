@@ -28,7 +28,7 @@ def is_handed_back(run: RunFolder, say: Callable[[str], None]) -> bool:
     if damage is None:
         return True
     if checkpoints.whole(run.checkpoints) is None:
-        raise JobError(f"{damage}, and no whole checkpoint is left to export it from; submit the job anew")
+        raise JobError(f"{damage}, and no whole checkpoint is left to export it from; submit the job again")
     say(f"{damage}: it is exported again from the checkpoints")
     return False
 

@@ -171,7 +171,7 @@ class Plan:
             if isinstance(values, dict) and values.get("version") != VERSION:
                 raise JobError(
                     f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
-                    " submit the job anew"
+                    " submit the job again"
                 )
             plan = record(cls, values, label)
             plan.build_method()

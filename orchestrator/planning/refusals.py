@@ -53,9 +53,7 @@ def _refuse_kernels(spec: JobSpec) -> None:
     if attention == "document" and packing is False:
         raise JobError("model.attn_implementation: document needs data.packing: true")
     if compiled and packing is True and attention in ("auto", "document"):
-        raise JobError(
-            "train.torch_compile would compile anew for every set of document lengths; set data.packing: false"
-        )
+        raise JobError("train.torch_compile would recompile for every set of document lengths; set data.packing: false")
     if attention.startswith("flash") and spec.model.dtype == "float32":
         raise JobError(f"model.attn_implementation: {attention} computes in 16 bits; set model.dtype to auto")
 

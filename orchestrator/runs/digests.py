@@ -67,7 +67,7 @@ def of_model(
         listed = [file for file in listed if file.suffix != ".bin"]
     kept = _KnownDigests(cache)
     if (unknown := sum(file.stat().st_size for file in listed if not kept.knows(file))) > _SAID_BYTES:
-        say(f"reading {format_bytes(unknown)} of model files once, to know them again ...")
+        say(f"reading {format_bytes(unknown)} of model files once, to recognise them later ...")
     with ThreadPoolExecutor(_READERS) as pool:
         found = dict(zip([file.name for file in listed], pool.map(kept.digest, listed), strict=True))
     kept.save()

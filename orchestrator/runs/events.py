@@ -315,7 +315,7 @@ def read_event(values: Any) -> Event:
     if not isinstance(values, dict) or not isinstance(values.get("event"), str):
         raise BadInput("is no event")
     if type(values.get("time")) not in _TYPES["float"]:
-        raise BadInput("its time is no number")
+        raise BadInput("its time is not a number")
     if kind := Event.kinds.get(values["event"]):
         return kind.from_json(values)
     return OtherEvent(values["event"], time=values["time"], extra=_without(values, "event", "time"))

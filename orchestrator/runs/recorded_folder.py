@@ -90,7 +90,7 @@ class Folder:
         """Put back what was recorded where a file is damaged or gone.  Raises JobError where one was edited."""
         found = record.read(self.path)
         if found is None:
-            say(f"{self.run_id} was begun by an earlier version: its files cannot be compared with what they were")
+            say(f"{self.run_id} was started by an earlier version: its files cannot be compared with what they were")
             return
         wrong = self.differences()
         if edited := [one for one in wrong if one.fault == "edited"]:
@@ -110,7 +110,7 @@ class Folder:
         text = self._text(name)
         if text is None:
             raise JobError(
-                f"{self.path / name} is gone, or {self.run_id} was interrupted before it had one; submit the job anew"
+                f"{self.path / name} is gone, or {self.run_id} was interrupted before it had one; submit the job again"
             )
         return text
 
@@ -134,7 +134,7 @@ class Folder:
 
     def _edited(self, wrong: Difference) -> str:
         return (
-            f"{wrong.text}: it was edited since {self.run_id} began. Delete the file and `orchestrator resume"
+            f"{wrong.text}: it was edited after {self.run_id} began. Delete the file and `orchestrator resume"
             f" {self.run_id}` continues as it was recorded; for other settings submit a new run"
         )
 

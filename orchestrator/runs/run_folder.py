@@ -131,7 +131,8 @@ class RunFolder(Folder):
             return matching[0]
         if matching:
             raise JobError(
-                f"{name}: {len(matching)} runs in {output_dir} start so: {', '.join(r.run_id for r in matching[:5])}"
+                f"{name}: {len(matching)} runs in {output_dir} begin with it:"
+                f" {', '.join(run.run_id for run in matching[:5])}"
             )
         known = ", ".join(run.run_id for run in runs[-5:]) or "none yet"
         raise JobError(
@@ -304,7 +305,7 @@ def _made(output_dir: Path, name: str, run_id: str | None) -> Path:
         except OSError as error:
             raise JobError(f"checkpoint.output_dir: {output_dir} cannot be written: {error.strerror}") from None
         return path
-    raise JobError(f"checkpoint.output_dir: {output_dir} holds a hundred runs of this second")
+    raise JobError(f"checkpoint.output_dir: {output_dir} already holds a hundred runs started in this second")
 
 
 def utc(seconds: float) -> str:

@@ -148,7 +148,7 @@ class SearchFolder(RunFolder):
         found = parse(Summary, text, str(self.path / "summary.json"))
         known = {trial.number for trial in self.trials()}
         if lost := [one["trial"] for one in found.get("outcomes", []) if one["trial"] not in known]:
-            raise JobError(f"{self.path / 'trials.jsonl'}: trial {lost[0]}, which summary.json tells of, is not in it")
+            raise JobError(f"{self.path / 'trials.jsonl'}: trial {lost[0]}, listed in summary.json, is missing")
         return found
 
     def readers(self) -> list[Callable[[], Any]]:

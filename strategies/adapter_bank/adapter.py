@@ -197,7 +197,7 @@ def config_of(folder: Path) -> dict[str, Any]:
     try:
         found = read_json(folder / CONFIG)
         if not isinstance(found, dict):
-            raise BadInput("it is no JSON object")
+            raise BadInput("it is not a JSON object")
     except BadInput as error:
         raise Unusable(f"{folder} holds no readable {CONFIG}: {error}") from None
     return found
@@ -232,8 +232,8 @@ def _lora_settings(folder: Path) -> LoraSettings:
         )
     if _CHANGES_BASE.fullmatch(start := str(settings.init_lora_weights).lower()):
         raise Unusable(
-            f"{folder} began with a part of its base's weights (init_lora_weights: {start}), from which they are"
-            " missing since: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"
+            f"{folder} was initialised with a part of its base's weights (init_lora_weights: {start}), which training"
+            " took out of the base: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"
         )
     return settings
 

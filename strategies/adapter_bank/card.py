@@ -89,7 +89,7 @@ def mistakes(card: AdapterCard) -> list[str]:
     if card.run_id is not None and not is_file_name(card.run_id):
         wrong.append(f"run_id {printable(card.run_id[:80])!r}: not the name of a folder")
     if not all(0 < rank < _MOST_RANK for rank in card.ranks):
-        wrong.append("ranks: a rank is a whole number from 1 on")
+        wrong.append("ranks: a rank is a whole number of at least 1")
     if min(card.num_parameters, card.num_rows or 0) < 0:
         wrong.append("num_parameters, num_rows: a count is 0 or more")
     return wrong

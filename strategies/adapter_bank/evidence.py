@@ -118,7 +118,7 @@ def gather(
         if len(tokens) == most_rows:
             break
     if not tokens:
-        raise ValueError("a data set without rows is like no other")
+        raise ValueError("a data set without rows cannot be compared")
     chosen = numpy.linspace(0, len(tokens) - 1, min(_ROWS, len(tokens))).astype(int)
     means_KH = numpy.stack([embeddings_VH[tokens[row]].mean(0) for row in chosen])
     generator = numpy.random.default_rng(0)

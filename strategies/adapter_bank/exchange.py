@@ -105,11 +105,11 @@ def _checked_bounds(file: Path) -> Bounds:
     except (BadInput, OSError) as error:
         raise _no_export(file, error) from None
     if strange := [name for name in names if not _PLACE.fullmatch(name)]:
-        raise _no_export(file, BadInput(f"{printable(strange[0][:200])} is no file of a bank"))
+        raise _no_export(file, BadInput(f"{printable(strange[0][:200])} is not a file of a bank"))
     if not names:
         raise _no_export(file, BadInput("it is empty"))
     return bounds
 
 
 def _no_export(file: Path, error: Exception) -> BankError:
-    return BankError(f"{printable(str(file))} is no export of a bank: {error}")
+    return BankError(f"{printable(str(file))} is not an export of a bank: {error}")

@@ -30,9 +30,9 @@ def card_in(folder: Path) -> AdapterCard:
     if folder.is_symlink():
         raise BankError("is a link; a bank holds its own files")
     if not is_digest(folder.name):
-        raise BankError("is no adapter's folder, which is named by its digest")
+        raise BankError("is not an adapter's folder: those are named by their digest")
     if not folder.is_dir():
-        raise BankError("is no folder")
+        raise BankError("is not a folder")
     try:
         if links := [entry.name for entry in os.scandir(folder) if entry.is_symlink()]:
             raise BankError(f"{printable(links[0])} is a link; a bank holds its own files")
@@ -77,7 +77,7 @@ def base_digest(folder: Path) -> str:
     """Of a base model's weights: the name, size, header and a sample of each file, so that it takes no second."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.bin"))
     if not files:
-        raise BankError(f"{folder} holds no model weights to know the base by")
+        raise BankError(f"{folder} holds no model weights to identify the base by")
     whole = hashlib.sha256()
     for file in files:
         try:

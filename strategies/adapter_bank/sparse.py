@@ -100,7 +100,7 @@ def read(folder: Path) -> dict[str, Sparse]:
 
     rank = config_of(folder).get("r")
     if type(rank) is not int or not 0 < rank < 2**31:
-        raise Unusable(f"{folder}: r is {printable(str(rank)[:80])}; a SHiRA adapter has a whole number from 1 on")
+        raise Unusable(f"{folder}: r is {printable(str(rank)[:80])}; a SHiRA adapter has a whole number of at least 1")
     try:
         header_of(folder)
         tensors = load_file(folder / WEIGHTS)
@@ -122,9 +122,9 @@ def read(folder: Path) -> dict[str, Sparse]:
 def _entries(values: torch.Tensor, places: torch.Tensor | None, rank: int) -> Sparse:
     """Values and their rows and columns, 2 x N, by place.  Raises ValueError for what cannot be that."""
     if values.ndim != 1 or not values.is_floating_point() or not torch.isfinite(values).all():
-        raise ValueError("its values are no list of finite numbers")
+        raise ValueError("its values are not a list of finite numbers")
     if places is None or places.shape != (2, len(values)) or places.is_floating_point() or places.is_complex():
-        raise ValueError("it has values without places")
+        raise ValueError("its values have no indices")
     side = len(values) // rank
     if not side or side * rank != len(values) or not (int(places.min()) >= 0 and int(places.max()) < side):
         raise ValueError(f"{len(values)} values at rank {rank} lie elsewhere than its places say")

@@ -132,7 +132,7 @@ class Bank:
             return found[0]
         shown, here = printable(which[:80]), printable(str(self.path))
         if found:
-            raise BankError(f"{shown} is the start of {len(found)} digests; give more of it")
+            raise BankError(f"{shown} matches {len(found)} digests; give more characters")
         import difflib
 
         near = difflib.get_close_matches(which, [card.name for card in contents.cards], 3)

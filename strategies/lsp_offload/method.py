@@ -44,20 +44,20 @@ class LspOffload(MethodDefaults):
     """
 
     subspace_size: Literal["auto"] | int = option(
-        "auto", "d, side of an image; auto = the largest whose way over the bus hides behind the computation", ge=8
+        "auto", "d, side of an image; auto = the largest whose transfer hides behind the computation", ge=8
     )
     nonzeros_per_row: int = option(8, "non-zeros in a row of a projector; 4 to 16", tried=(4, 8), ge=1)
     projection: Literal["learned", "random", "none"] = option(
-        "learned", "random = never fitted; none = whole gradients travel, as in ZeRO-Offload"
+        "learned", "random = never fitted; none = whole gradients are sent, as in ZeRO-Offload"
     )
     schedule: Literal["layerwise", "sequential"] = option(
         "layerwise", "sequential = all of it after the backward pass, as ZeRO-Offload's first version"
     )
-    check_every: int = option(1000, "steps between looks at the projectors' bias", ge=1)
-    bias_threshold: float = option(0.3, "relative bias above which projectors are learnt anew", gt=0)
+    check_every: int = option(1000, "steps between checks of the projectors' bias", ge=1)
+    bias_threshold: float = option(0.3, "relative bias above which projectors are fitted again", gt=0)
     fit_steps: int = option(100, "Adam steps of a fit", ge=1)
     calibration_rows: int = option(16, "samples whose gradients are fitted", ge=1)
-    moments: Literal["reset", "project"] = option("reset", "what becomes of Adam's moments when projectors change")
+    moments: Literal["reset", "project"] = option("reset", "what happens to Adam's moments when projectors change")
     other_weights: Literal["freeze", "train"] = option(
         "freeze", "embeddings, norms and biases: frozen, or trained by AdamW on the device"
     )
@@ -76,7 +76,7 @@ class LspOffload(MethodDefaults):
         if techniques.dtype == "float16":
             return "LSP-Offload takes gradients one by one, before fp16's scale could be undone: set model.dtype"
         if not techniques.optim.startswith("adamw_torch"):
-            return "LSP-Offload is AdamW on images: set train.optim: auto"
+            return "LSP-Offload is an AdamW of its own: set train.optim: auto"
         if shape.num_experts:
             return "experts are stacked tensors, which LSP-Offload does not project"
         return None
@@ -262,7 +262,7 @@ class LspOffload(MethodDefaults):
         notes = []
         if whole and self.projection != "none":
             kinds = sorted({name.split(".")[-2] for name in whole})
-            notes.append(f"{len(whole)} weights are no longer than an image and travel whole: {', '.join(kinds)}")
+            notes.append(f"{len(whole)} weights are not larger than an image and are sent whole: {', '.join(kinds)}")
         if not others:
             rest = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in names.values())
             notes.append(f"{rest / 1e6:.1f} million weights of embeddings, norms and biases stay frozen")

@@ -187,7 +187,7 @@ class LspAdamW(torch.optim.Optimizer):
 
     def emulate_bus(self, bytes_per_s: float) -> None:
         if not isinstance(self.transport, EmulatedBus):
-            raise ValueError("this machine has a bus of its own")
+            raise ValueError("this machine has a real bus")
         self.transport.bytes_per_s = bytes_per_s
 
     # What torch calls.

@@ -64,7 +64,9 @@ def largest_that_hides(
     fitting = math.floor(math.sqrt(_HEADROOM * times.backward_s / costs[slowest]) / _STEP) * _STEP
     size = min(most, max(_STEP, fitting))
     if size == most:
-        return Sized(size, "sides", f"{size}: half of the weights' side, and every lane hides behind the computation")
+        return Sized(
+            size, "sides", f"{size}: half of the weights' side, and every transfer hides behind the computation"
+        )
     word = {"down": "the way to the host", "update": "the CPU's update", "up": "the way back"}[slowest]
     return Sized(size, slowest, f"{size}: larger, and {word} would not hide behind the backward pass")
 

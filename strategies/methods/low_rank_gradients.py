@@ -33,7 +33,7 @@ class Galore(Full):
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         if techniques.zero_stage or techniques.offloads_optimizer:
-            return f"{self.kind} looks at whole matrices, which ZeRO and DeepSpeed's offload take apart: set mode: ddp"
+            return f"{self.kind} needs whole matrices, which ZeRO and DeepSpeed's offload split: set mode: ddp"
         if not techniques.optim.startswith("adamw_torch"):
             return f"{self.kind} is an AdamW of its own: set train.optim: auto"
         return None

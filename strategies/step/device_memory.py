@@ -29,7 +29,7 @@ def grow_segments() -> None:
     if any(name in os.environ for name in _SETTINGS):
         return
     if torch.cuda.is_initialized():
-        _log.warning("CUDA has started already: its allocator's segments stay as they are, and may fall to pieces")
+        _log.warning("CUDA is initialised already: its allocator keeps fixed segments, which may fragment")
         return
     os.environ[_SETTINGS[0]] = _GROWING
 

@@ -20,7 +20,7 @@ def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> s
     if kernel == "document" and shape.model_type == "gptj":
         return "the model's code chooses its kernel itself and does not know this one"
     if kernel == "document" and shape.family.encoder:
-        return "the kernel is causal, the model looks both ways"
+        return "the kernel is causal, the model is bidirectional"
     if kernel == "flash_attention_2":
         if device.kind == "cpu":
             return "flash-attn is a GPU library"
@@ -31,7 +31,7 @@ def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> s
         if device.kind == "rocm" and "flash_attn" not in device.libraries:
             return "not known to run on this Radeon; measure it there"
         if shape.head_dim > 256:
-            return f"flash-attn 2 ends at heads of 256, these have {shape.head_dim}"
+            return f"flash-attn 2 supports heads up to 256, these have {shape.head_dim}"
     if kernel == "flex_attention" and device.kind == "cpu":
         return "flex_attention has no backward pass on a CPU"
     if kernel == "flex_attention" and device.compute_capability and device.compute_capability < (7, 0):

@@ -158,9 +158,10 @@ def _set_up(folder: Path, prefer: str = "time"):
 
 def judge(file: Path) -> None:
     """Compute until found, and what was found with a tenth of the grid's compute: three samplers, ten seeds."""
+    from orchestrator.planning.goal import by_goal
     from orchestrator.runs.search_folder import Trial
     from orchestrator.search.advice import advise
-    from orchestrator.search.recommend import outcomes, wanted
+    from orchestrator.search.recommend import outcomes
     from orchestrator.search.sampler import Sampler
 
     trials = [Trial(**values) for values in json.loads(file.read_text())]
@@ -171,7 +172,7 @@ def judge(file: Path) -> None:
             _, _, planning, space = _set_up(Path(where), prefer)
             found = outcomes(trials, planning.real, "eval_loss")
             truth = {outcome.trial.key: outcome for outcome in found}
-            best = min(wanted(prefer, outcome)[0] for outcome in found)
+            best = min(by_goal(prefer, *outcome.costs, outcome.cost)[0] for outcome in found)
             advised = advise(planning, space)
             print(f"\ngoal: {prefer}; best {best:.4g}; {len(advised.worth)} worth a trial")
             for kind in ("planned", "optuna", "random"):
@@ -203,7 +204,7 @@ def judge(file: Path) -> None:
                             (trial.tensors_bytes, trial.predicted_tensors_bytes),
                         )
                         sampler.tell(point, outcome.costs)
-                        value = wanted(prefer, outcome)[0]
+                        value = by_goal(prefer, *outcome.costs, outcome.cost)[0]
                         if spent <= whole_s / 10:
                             within.append(value)
                         if value <= CLOSE * best and until is None:

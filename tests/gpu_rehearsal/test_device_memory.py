@@ -32,4 +32,4 @@ def test_an_allocator_that_works_already_is_left_alone_and_that_is_said(monkeypa
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     grow_segments()
 
-    assert "CUDA has started already" in caplog.text and not {*_SETTINGS} & {*os.environ}
+    assert "CUDA is initialised already" in caplog.text and not {*_SETTINGS} & {*os.environ}

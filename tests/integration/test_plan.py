@@ -104,7 +104,7 @@ def test_what_does_not_fit_exits_with_3_and_a_remedy(job, tmp_path):
         (["--hardware", "bad.yaml"], "memory_gib"),
         (["--set", "goal.prefer=luck"], "goal.prefer"),
         (["--set", "model.dtype=float32", "--set", "model.attn_implementation=flash_attention_2"], "16 bits"),
-        (["--set", "train.torch_compile=true", "--set", "data.packing=true"], "compile anew"),
+        (["--set", "train.torch_compile=true", "--set", "data.packing=true"], "would recompile"),
         (["--set", "strategy.deepspeed={bf16: {enabled: true}}"], "set it by model.dtype"),
         (["--set", "strategy.mode=zero2", "--set", "strategy.local_steps=4"], "set strategy.mode to ddp"),
         (["--set", "strategy.mode=zero3", "--set", "cluster.num_workers=1"], "cluster.num_workers"),

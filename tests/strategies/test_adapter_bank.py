@@ -316,7 +316,7 @@ def test_a_square_map_that_lies_transposed_is_corrected_as_peft_does(tmp_path):
 @pytest.mark.parametrize(
     ("config", "shape", "said"),
     [
-        ([], (2, 20), "it is no JSON object"),
+        ([], (2, 20), "it is not a JSON object"),
         ({"peft_type": "LORA"}, (2, 20), "q_proj has rank 2, and its adapter_config.json says 8"),
         ({"peft_type": "LORA", "r": 2, "target_modules": ["k_proj"]}, (2, 20), "is not in target_modules"),
         ({"peft_type": "LORA", "init_lora_weights": "pissa_niter_4"}, (2, 20), "init_lora_weights: pissa_niter_4"),
@@ -483,7 +483,7 @@ def test_a_refused_adapter_makes_no_bank(tmp_path):
 
     with pytest.raises(Unusable):
         Bank(tmp_path / "bank", create=True).add(tmp_path / "cut", a_card("cut"))
-    with pytest.raises(BankError, match="is no export of a bank"):
+    with pytest.raises(BankError, match="is not an export of a bank"):
         import_(Bank(tmp_path / "bank", create=True), tmp_path / "cut" / "adapter_model.safetensors")
 
     assert not (tmp_path / "bank").exists()

@@ -129,7 +129,7 @@ RULES = [
     ("flash in fp32", {"attn_implementation": "flash_attention_2"}, "lora", "RTX 3090", "16 bits"),
     ("flash on Turing", {"attn_implementation": "flash_attention_2", "dtype": "float16"}, "lora", "RTX 2080", "Ampere"),
     ("bf16 on Turing", {"dtype": "bfloat16"}, "lora", "RTX 2080", "no bf16"),
-    ("ZeRO alone", {"zero_stage": 2}, "lora", "RTX 3090", "here is one"),
+    ("ZeRO alone", {"zero_stage": 2}, "lora", "RTX 3090", "there is only one"),
     ("offload on a CPU", {"offload": "activations"}, "lora", None, "host's already"),
     ("8-bit and offload", {"offload": "optimizer", "optim": "adamw_bnb_8bit"}, "full", "RTX 3090", "CPU in fp32"),
     ("both savings", {"offload": "activations", "gradient_checkpointing": True}, "lora", "RTX 3090", "choose one"),
@@ -156,7 +156,7 @@ def test_conflicts_among_several_devices():
 
     assert "does not shard" in why("qlora", zero_stage=3)
     assert "blocks would be cut" in why("full", zero_stage=2, optim="adamw_bnb_8bit")
-    assert "goes with ZeRO-3" in why("lora", zero_stage=2, offload="parameters")
+    assert "needs ZeRO-3" in why("lora", zero_stage=2, offload="parameters")
     assert why("lora", zero_stage=3) is None
 
 

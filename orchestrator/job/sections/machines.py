@@ -18,7 +18,7 @@ class StrategySection(Section):
         " devices; zero2, zero3: gradients and weights too, by DeepSpeed, over devices of one kind",
     )
     offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = key(
-        "auto", "what waits in a GPU's host: the optimizer with its step, the weights too, or activations"
+        "auto", "what is kept in host memory: the optimizer with its step, the weights too, or activations"
     )
     shares: Literal["measured", "planned"] = key(
         "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"

@@ -122,7 +122,7 @@ def compare(
         )
     found = logits_of(model, portrait.ids_BT, portrait.attention, portrait.dtype)
     if not portrait.logits_BTV.isfinite().all():  # fp16 overflows where training scales
-        reason = f"some are no numbers in {portrait.dtype}"
+        reason = f"some are not finite in {portrait.dtype}"
         text = f"{what} holds the {len(portrait.weights)} weights that were trained; logits not compared: {reason}"
         return Agreement(text, portrait.dtype, num_weights=len(portrait.weights), reason=reason)
     return judge(portrait.logits_BTV, found, portrait.dtype, what, is_engine or bool(loaded), len(portrait.weights))

@@ -42,7 +42,7 @@ def refuse(text, node):
         (
             "data: {train: a.jsonl, packing: true}\ntrain: {torch_compile: true}\n",
             GPU,
-            "would compile anew for every set of document lengths",
+            "would recompile for every set of document lengths",
         ),
         (
             "model: {model_name_or_path: m, attn_implementation: flash_attention_2, dtype: float32}\n",

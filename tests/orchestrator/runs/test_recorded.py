@@ -130,7 +130,7 @@ def test_a_field_of_another_type_is_named_with_its_file(key, value):
     [
         (b"[]", "is no event"),
         (b'{"event": 3, "time": 1}', "is no event"),
-        (b'{"event": "note", "time": "1", "text": "a"}', "its time is no number"),
+        (b'{"event": "note", "time": "1", "text": "a"}', "its time is not a number"),
         (b'{"event": "note", "time": 1}', "note: text is null"),
         (b'{"event": "state", "time": 1, "state": {}}', "state: state is"),
         (b'{"event": "eval", "time": 1, "step": true, "eval_loss": 1}', "eval: step is true"),

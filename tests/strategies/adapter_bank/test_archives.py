@@ -49,7 +49,7 @@ def test_an_archive_with_one_wrong_entry_brings_nothing_in(bank, tmp_path, entry
     a_tar(tmp_path / "bad.tar", [*parts, entry])
     before = sorted(tmp_path.rglob("*"))
 
-    with pytest.raises(BankError, match="is no export of a bank"):
+    with pytest.raises(BankError, match="is not an export of a bank"):
         import_(Bank(tmp_path / "other", create=True), tmp_path / "bad.tar")
 
     assert sorted(tmp_path.rglob("*")) == before
@@ -81,11 +81,11 @@ def test_archives_that_are_cut_flipped_or_none_are_refused_or_named(bank, tmp_pa
         try:
             import_(other, tmp_path / "x.tar")
         except BankError as error:
-            assert "is no export of a bank" in str(error), number
+            assert "is not an export of a bank" in str(error), number
 
     for odd in ("fifo", "folder"):
         os.mkfifo(tmp_path / odd) if odd == "fifo" else (tmp_path / odd).mkdir()
-        with pytest.raises(BankError, match="is no export"):
+        with pytest.raises(BankError, match="is not an export"):
             import_(other, tmp_path / odd)
     assert (tmp_path / "other" / "objects").exists() is False or other.verify() == []
 

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[3]
 WRITER = """
 import json, sys
 from pathlib import Path
-from strategies.adapter_bank.card import Card
+from strategies.adapter_bank.card import AdapterCard
 from strategies.adapter_bank.exchange import import_
 from strategies.adapter_bank import store
 work, turn = Path(sys.argv[1]), int(sys.argv[2])
@@ -34,7 +34,7 @@ while True:
     if name in known:
         bank.remove(known[name])
     else:
-        bank.add(work / name, Card(name, "tiny", "b" * 64))
+        bank.add(work / name, AdapterCard(name, "tiny", "b" * 64))
     if turn % 3 == 0:
         import_(bank, work / "two.tar")
     turn += 1
