@@ -70,21 +70,22 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
     """Raises JobError where no device can combine the method with the switches that the job states."""
     attention, packing = spec.model.attn_implementation, spec.data.packing
     stated: dict[str, Any] = {
-        "attn_implementation": attention if attention != "auto" else "sdpa",
         "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
         "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
         "packing": packing if packing != "auto" else attention == "document",
         "gradient_checkpointing": spec.train.gradient_checkpointing is True,
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
     }
+    kernels = (attention,) if attention != "auto" else ("sdpa", "eager")  # eager computes every model's attention
     devices = {slot.kind: slot.device for slot in slots}.values()
     reasons = []
-    for method, device, dtype, stage in itertools.product(
-        spec.methods(), devices, switches.dtypes, switches.zero_stages
+    for method, device, dtype, stage, kernel in itertools.product(
+        spec.methods(), devices, switches.dtypes, switches.zero_stages, kernels
     ):
         by_memory = stage == 1 and not switches.deepspeed
         techniques = Techniques(
             dtype,
+            kernel,
             per_device_train_batch_size=1,
             max_length=8,
             zero_stage=stage,

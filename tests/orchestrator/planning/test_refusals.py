@@ -1,5 +1,6 @@
 """What a job states must be possible together on at least one device."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,11 @@ from tests.orchestrator.planning.machines import SMALL, machine
 GPU, TWO_GPUS, CPU = machine("a", "RTX 3090"), machine("b", "RTX 3090", "RTX 3090"), machine("c")
 
 
-def refuse(text, node):
+def refuse(text, node, shape=SMALL):
     model = "" if "model:" in text else "model: {model_name_or_path: m}\n"
     data = "" if "data:" in text else "data: {train: a.jsonl}\n"
     spec = parse_job(f"{model}{data}{text}", Path()).spec
-    work, _, _ = describe(spec, SMALL, [512] * 160, 160 * 256, 1)
+    work, _, _ = describe(spec, shape, [512] * 160, 160 * 256, 1)
     refuse_contradictions(spec, work, offered_slots(spec, ClusterCapability((node,))), switches_of(spec, 2048))
 
 
@@ -75,3 +76,13 @@ def test_a_contradiction_is_refused_with_what_to_change(text, node, message):
 )
 def test_what_can_be_done_somewhere_is_not_refused(text, node):
     refuse(text, node)
+
+
+def test_a_model_that_caps_its_scores_needs_no_word_on_kernels():
+    """Eager attention, the only kernel that computes it, is open where the job says nothing of attention."""
+    capped = dataclasses.replace(SMALL, softcap=True)
+
+    refuse("", GPU, capped)
+
+    with pytest.raises(JobError, match="the model caps its scores"):
+        refuse("model: {model_name_or_path: m, attn_implementation: sdpa}\n", GPU, capped)
