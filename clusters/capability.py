@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import Any, Literal
 
 Source = Literal["measured", "datasheet", "declared"]
+CONTEXT_BYTES = 0.5 * 2**30  # of a GPU: what a process holds there before its first tensor; strategies/cost/reserved.py
 Kind = Literal["cpu", "cuda", "rocm"]
 LibraryState = Literal["absent", "broken", "runs"]
 NUMBER_FORMATS = ("float32", "bfloat16", "float16", "int8")

@@ -68,6 +68,7 @@ class ModelShape:
     activation: str = "silu"
     softcap: bool = False  # Gemma 2: no fused kernel computes capped scores
     dropout: bool = False  # masks are kept for the backward pass
+    attention_dropout: bool = False  # of the scores: eager products keep a mask of them and a copy
     qk_norm: str | None = None  # where it differs from the family's
 
     @classmethod
@@ -106,6 +107,9 @@ class ModelShape:
             qk_norm=family.qk_norm if config.flag("use_qk_norm", model_type != "glm4_moe") else "",
             dropout=any(config.get(key) for key in ("resid_pdrop", "residual_dropout", "hidden_dropout_prob"))
             or (model_type == "opt" and config.get("dropout", 0.1) != 0),
+            attention_dropout=any(
+                config.get(key) for key in ("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob")
+            ),
         )
 
     @property

@@ -19,8 +19,13 @@ from typing import Any, Literal
 from clusters.capability import DeviceCapability, Source
 from clusters.units import GIB
 
-# What the driver, the display and the context of CUDA or ROCm keep for themselves before a job allocates a byte.
-RESERVED_BYTES = round(0.6 * GIB)
+# What the driver keeps of a card, from the capacities in PyTorch's out-of-memory messages: 7.78 GiB of 8 (RTX 2070 and
+# 3070), 9.78 of 10 (RTX 3080), 23.55 to 23.70 of 24 (RTX 3090 and 4090), 39.39 of 40 and 79.15 to 79.32 of 80 (A100).
+# The context of a process is no part of it: the estimate of its memory counts that.
+DRIVER_BYTES, DRIVER_SHARE = 0.2 * GIB, 0.0075
+# What a screen takes of the card it hangs on: 0.33 GiB on an RTX 3070 (codellama issue 82).  Taken of every laptop's.
+DISPLAY_BYTES = round(0.4 * GIB)
+LEAST_BYTES = 0.6 * GIB  # of a card: driver and display take as much
 _TECHPOWERUP = "https://www.techpowerup.com/gpu-specs/"
 _A10G = "https://d1.awsstatic.com/product-marketing/ec2/NVIDIA_AWS_A10G_DataSheet_FINAL_02_17_2022.pdf"
 _H100, _H200 = (f"https://www.nvidia.com/en-us/data-center/{name}/" for name in ("h100", "h200"))
@@ -47,11 +52,13 @@ class Accelerator:
     host_link_bytes_per_s: float | None = None  # in each direction, theoretical
     url: str = ""
     ecc_in_memory: bool = False  # error correction, on by default, kept in the memory itself: costs a sixteenth of it
+    display_bytes: int = 0  # held by a screen on this card
 
     @property
     def usable_bytes(self) -> int:
-        """What is left to a job; see RESERVED_BYTES."""
-        return (self.memory_bytes * 15 // 16 if self.ecc_in_memory else self.memory_bytes) - RESERVED_BYTES
+        """What is left to processes beside error correction, driver and display."""
+        whole = self.memory_bytes * 15 // 16 if self.ecc_in_memory else self.memory_bytes
+        return whole - round(DRIVER_BYTES + DRIVER_SHARE * whole) - self.display_bytes
 
 
 @dataclass(frozen=True)
@@ -93,6 +100,7 @@ class _Card:
             _GT_PER_S[generation] * 1e9 * lanes / 8 * 128 / 130,
             self.page if self.page.startswith("https://") else folder + self.page,
             self.ecc,
+            DISPLAY_BYTES if "Laptop" in self.name else 0,
         )
 
 

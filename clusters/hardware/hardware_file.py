@@ -47,6 +47,7 @@ from clusters.units import GIB
 _TOP = ("nodes", "network", "links")
 _NODE = ("name", "count", "cores", "memory_gib", "gpus", "cpu", "disk_write_mb_per_s", "power_w", "price")
 _PRICE = {"purchase": "purchase_price", "years": "years", "per_hour": "price_per_hour"}
+_GPU = ("name", "count", "memory_gib", "display_gib", "kind", "compute_capability")
 _LINK = ("mbit_per_s", "round_trip_ms")
 _PEAKS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 # Key in the file -> what one unit of it is, and the figures of DeviceCapability that it sets.
@@ -250,7 +251,7 @@ def _cpu(node: _Section, memory_bytes: int | None) -> DeviceCapability:
 
 
 def _gpus(node: _Section) -> Iterator[DeviceCapability]:
-    for gpu in node.sections("gpus", ("name", "count", "memory_gib", "kind", "compute_capability", *_GPU_FIGURES)):
+    for gpu in node.sections("gpus", (*_GPU, *_GPU_FIGURES)):
         device = _gpu(gpu)
         yield from [device] * (gpu.whole("count", at_most=64) or 1) if device else []
 
@@ -259,13 +260,12 @@ def _gpu(gpu: _Section) -> DeviceCapability | None:
     """The card of the datasheet with the figures that the file has of it; None = not enough is known."""
     gpu.need("name")
     name, kind, capability = gpu.text("name"), gpu.text("kind"), _compute_capability(gpu)
-    gib = gpu.number("memory_gib", above=datasheet.RESERVED_BYTES / GIB, at_most=_MOST_GIB)
+    nominal_bytes = _bytes(gpu.number("memory_gib", above=datasheet.LEAST_BYTES / GIB, at_most=_MOST_GIB))
     figures = _figures(gpu, _GPU_FIGURES)
     if kind not in (None, "cuda", "rocm"):
         gpu.wrong("kind", f"{kind!r} is neither cuda nor rocm")
     if name is None:
         return None
-    nominal_bytes = _bytes(gib)
     card = datasheet.find(name, nominal_bytes) or datasheet.find(name)
     if card is None:
         if not (gpu.has("memory_gib") and any(gpu.has(f"{short}_tflops") for short in _PEAKS)):
@@ -276,12 +276,12 @@ def _gpu(gpu: _Section) -> DeviceCapability | None:
         card = datasheet.Accelerator(name, (), "rocm" if kind == "rocm" else "cuda", nominal_bytes or 0, {})
     elif kind not in (None, card.kind):
         gpu.wrong("kind", f"{card.name} is {card.kind}, not {kind!r}")
+    if (display_bytes := _bytes(gpu.number("display_gib", above=-1, at_most=4))) is not None:
+        card = replace(card, display_bytes=display_bytes)
     if nominal_bytes:
         card = replace(card, memory_bytes=nominal_bytes)
         figures |= {"memory_bytes": card.usable_bytes, "memory_total_bytes": nominal_bytes}
-    if capability:
-        figures["compute_capability"] = capability
-    return _declare(datasheet.device(card), figures)
+    return _declare(datasheet.device(card), figures | ({"compute_capability": capability} if capability else {}))
 
 
 def _compute_capability(gpu: _Section) -> tuple[int, int] | None:

@@ -18,7 +18,7 @@ from orchestrator.planning.candidates import (
     network_between,
     waiting_s,
 )
-from orchestrator.planning.memory_fit import cautious_bytes, node_shortage
+from orchestrator.planning.memory_fit import needed_bytes, node_shortage
 from orchestrator.planning.settings import Assignment, Miss, Prefer, Rejections, describe_combination, preferred_plan
 from strategies.contract import Method, Offload, StrategyPlan, Workload
 
@@ -154,7 +154,7 @@ class Enumeration:
             smallest = self._best_plan(1.0 / len(slots), slot, replace(common, prefer="memory"), division)
             if smallest is None:
                 return None
-            free.append(max(0.0, slot.memory_bytes - cautious_bytes(smallest)))
+            free.append(max(0.0, slot.memory_bytes - needed_bytes(smallest.memory, slot.device.kind)))
         return [each / sum(free) for each in free] if sum(free) else None
 
     def _balance(

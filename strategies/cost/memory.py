@@ -8,11 +8,11 @@ dropout when linear maps are frozen: a frozen map saves nothing, everything else
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability
-from clusters.units import GIB
 from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, Workload
+from strategies.cost.reserved import with_framework
 from strategies.shape import ModelShape
 from strategies.techniques.attention import copies_keys
 
@@ -21,7 +21,12 @@ LIVE_PARAMETERS = 100_000_000  # that ZeRO-3 may hold gathered
 BUCKET_ELEMENTS = 5_000_000  # gradients reduced together; DeepSpeed's own 5e8 would take 2 GB of a small card
 SHORT = 128  # tokens, as in techniques/document_attention.py
 _GRADIENTS_OF_F_PLAIN = 2.2
-_GRADIENTS_OF_F = 5.5  # tensors of width f alive in an MLP's backward pass beside what it saved (traced)
+# Tensors of width f alive in an MLP's backward pass beside what it saved, by the kernels that compute it: transformers'
+# modules, an operation each (traced); a compiler's, which makes the gradients of product, gate and up and no copies;
+# kernels written by hand (Unsloth's, Liger's), which write gate's and up's gradients where gate and up were.
+_GRADIENTS_OF_F = {"plain": 5.5, "compiled": 3.0, "fused": 1.0}
+DEEPSPEED_BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
+DEEPSPEED_LIVE = 1_000_000_000  # and stage3_max_live_parameters
 _NLL_BYTES = 12.0  # fp32 log-softmax, its gradient, the loss's gradient: alive together when the backward pass begins
 _OPTIMIZER_BYTES = {  # state of one trained parameter
     "adamw_torch": 8.0,
@@ -67,9 +72,16 @@ class Stack:
     """What other trainers do differently: for comparison with published measurements.  The defaults are ours."""
 
     logits_bytes: float | None = None  # a logit, at every position; None = ours, at supervised positions
+    head_bytes: float = 0.0  # a copy of the output matrix that lives while logits do: dequantised, or cast
     repeats_keys: bool = False  # grouped keys and values are copied to the width of the queries
     fuses_values: bool = False  # one map for queries, keys and values: the values are a view that keeps all three
     deepspeed_defaults: bool = False  # DeepSpeed's own sizes of buckets, not those of techniques/deepspeed_zero.py
+    fsdp: bool = False  # what shards is PyTorch's FSDP: it gathers a layer and the next one, and has no buckets
+    fused_kernels: bool = False  # RMSNorm and SwiGLU are one kernel each (Unsloth, Liger)
+
+    def kernels(self, techniques: Techniques) -> str:
+        """What computes norms and MLPs: `fused`, `compiled`, or transformers' `plain` operations."""
+        return "fused" if self.fused_kernels else "compiled" if techniques.torch_compile else "plain"
 
 
 def estimate(
@@ -94,7 +106,7 @@ def estimate(
     if footprint.optimizer_bytes is not None:
         optimizer = footprint.optimizer_bytes
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
-    logits = logits_bytes(workload, techniques, stack, tokens)
+    logits = stack.head_bytes + logits_bytes(workload, techniques, stack, tokens)
     cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
     buffers = buffer_bytes(workload.shape, techniques, footprint, stack)
     host = 0.0
@@ -115,8 +127,8 @@ def estimate(
     forward_end = cast + saved + max(logits, hump) + (gradients if accumulates else 0.0)
     backward_end = gradients + update_bytes(workload.shape, techniques, footprint)
     if backward_end > forward_end:
-        saved, logits, hump, cast = backward_end - gradients, 0.0, 0.0, 0.0
-        kept_gradients = gradients
+        saved, logits, hump, cast = 0.0, 0.0, 0.0, 0.0
+        kept_gradients, buffers = gradients, buffers + backward_end - gradients
     else:
         kept_gradients = gradients if accumulates else 0.0
     tensors = MemoryEstimate(
@@ -128,7 +140,7 @@ def estimate(
         buffers_bytes=buffers + cast,
         host_bytes=host,
     )
-    return with_framework(tensors, device)
+    return with_framework(tensors, device, techniques.num_shards)
 
 
 def gradient_bytes(techniques: Techniques, footprint: Footprint) -> float:
@@ -143,24 +155,6 @@ def gradient_bytes(techniques: Techniques, footprint: Footprint) -> float:
     if not techniques.uses_engine or (techniques.zero_stage == 1 and footprint.trained_bytes < 4):
         return whole
     return own if techniques.zero_stage >= 3 else whole + own
-
-
-def with_framework(tensors: MemoryEstimate, device: DeviceCapability) -> MemoryEstimate:
-    """What the process holds beside its tensors, and how wrong the whole may be.
-
-    GPU: 6 % of allocator rounding and 0.7 GiB of context and kernels' workspaces, 15 % under to 30 % and 1.5 GiB over
-    (fitted on the published rows of tests/benchmarks/predictions.py).  CPU: the libraries of a worker and the gaps
-    that a heap of changing tensor sizes leaves, both measured in orchestrator/LOG.md.
-    """
-    exact = tensors.tensors_bytes
-    if device.kind == "cpu":
-        moving = tensors.activations_bytes + tensors.logits_bytes
-        framework = 0.7 * GIB + 0.5 * moving
-        low, high = exact + 0.4 * GIB, exact + 1.3 * moving + 1.6 * GIB
-    else:
-        framework = 0.7 * GIB + 0.06 * exact
-        low, high = 0.85 * exact, 1.3 * exact + 1.5 * GIB
-    return replace(tensors, framework_bytes=framework, low_bytes=low, high_bytes=high)
 
 
 def _tokens(workload: Workload, techniques: Techniques) -> float:
@@ -186,8 +180,11 @@ def saved_per_token(
     q, k, heads = shape.query_size, shape.key_value_size, shape.num_heads
     family = shape.family
     is_eager = techniques.attn_implementation == "eager" or shape.softcap
+    kernels = stack.kernels(techniques)
     if family.norm_bias:  # LayerNorm is one operation: it keeps its input, which parallel branches share
         norms = (1 if family.parallel else family.norms) * e * h
+    elif kernels != "plain":  # RMSNorm in one kernel: its input; the normed vector is computed again
+        norms = family.norms * e * h
     else:  # RMSNorm in steps: its input in fp32, and the normed vector where the scale trains
         scaled = e * h if footprint.norms_train else 0
         norms = family.norms * (4 * h + scaled)
@@ -198,7 +195,9 @@ def saved_per_token(
     if is_eager or (g == 4 and footprint.output_is_kept and techniques.attn_implementation != "document"):
         attention -= g * q  # eager products do not keep their output; in fp32 a fused kernel's is the next map's input
     if is_eager:
-        attention += heads * attended * (g if shape.model_type == "gpt2" else 4 + (g if g < 4 else 0))
+        softmax = g if shape.model_type == "gpt2" else 4
+        cast = g if softmax != g or shape.attention_dropout else 0  # what meets the values: the cast, or what is left
+        attention += heads * attended * (softmax + cast + shape.attention_dropout)  # of a mask a byte
         if shape.softcap:  # tanh keeps its output
             attention += heads * attended * g
     elif (len(family.attention) == 2 and family.positions is None) or stack.fuses_values:
@@ -207,8 +206,8 @@ def saved_per_token(
         attention += heads * attended * (4 + 2 * g) + g * (q + 2 * k)  # short documents share a product: scores, copies
     if shape.num_experts:
         mlp = (3 * f + shape.num_experts_per_token * 2 * h) * g
-    elif shape.gated_mlp:
-        mlp = 3 * g * f
+    elif shape.gated_mlp:  # gate, its activation, up; the activation is computed again where kernels are not plain
+        mlp = (3 if kernels == "plain" else 2) * g * f
     elif shape.activation == "gelu_new":  # in plain operations: each keeps its result
         mlp = 4 * g * f
     else:
@@ -233,15 +232,17 @@ def activation_bytes(
     attended = min(workload.attended_length if techniques.packing else workload.longest_sample, techniques.max_length)
     layer = tokens * saved_per_token(shape, techniques, footprint, stack, attended, batches_short)
     g = BYTES_PER_ELEMENT[techniques.dtype]
-    plain = g == 4 and not footprint.norms_train  # frozen maps in fp32: no weight gradients, no casts
-    widths = _GRADIENTS_OF_F_PLAIN if plain else _GRADIENTS_OF_F
+    kernels = stack.kernels(techniques)
+    widths = _GRADIENTS_OF_F[kernels]
+    if (
+        kernels == "plain" and g == 4 and not footprint.norms_train
+    ):  # frozen maps in fp32: no weight gradients, no casts
+        widths = _GRADIENTS_OF_F_PLAIN
     transient = tokens * widths * g * shape.mlp_width + footprint.dequantised_bytes
     if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast
         transient = max(transient, tokens * shape.num_heads * attended * (4 + g) + footprint.dequantised_bytes)
     if techniques.gradient_checkpointing:
         return tokens * footprint.stream_bytes * shape.hidden_size * layers, layer + transient
-    if techniques.torch_compile:  # the compiler recomputes what is cheap: torchtune's ladder 60.0 -> 51.0 GiB
-        layer *= 0.74
     return layer * layers, transient
 
 
@@ -260,17 +261,20 @@ def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint
 
     Ours: stage 3 reduces in a bucket and holds up to LIVE_PARAMETERS gathered, one map at least, and what it fetches
     ahead twice, since parts of the workers are put together in a copy (measured, tests/benchmarks/zero.py).
-    DeepSpeed's defaults: stage 3 gathers up to 1e9 parameters, two layers at least; stage 1 reduces in buckets of 2e8
-    elements, 4.5 of them when communication overlaps (transformers' DeepSpeed docs).
+    DeepSpeed's defaults: two buckets of 5e8 elements to reduce in, in full however little is trained (stage_1_and_2.py
+    and stage3.py allocate them by their size; overlap_comm doubles them); stage 3 gathers up to 1e9 parameters.
+    FSDP: a layer and the next one in the precision of computing.
     """
     g = BYTES_PER_ELEMENT[techniques.dtype]
     if not techniques.uses_engine:
         return 0.0
+    if stack.fsdp:
+        layer = sum(linear.inputs * linear.outputs for linear in shape.linears)
+        whole_layer = min(1.0, footprint.weights_bytes / (g * shape.num_parameters)) * g * layer
+        return max(2 * whole_layer, g * shape.vocab_size * shape.hidden_size) if techniques.zero_stage >= 3 else 0.0
     if stack.deepspeed_defaults:
-        if techniques.zero_stage >= 3:
-            live = 2 * footprint.weights_bytes / shape.num_layers + g * shape.num_embedding_parameters
-            return min(live, g * 1e9 + live / 2)
-        return 4.5 * 2 * g * min(2e8, footprint.num_trainable) if techniques.zero_stage == 1 else 0.0
+        gathered = g * min(DEEPSPEED_LIVE, shape.num_parameters) if techniques.zero_stage >= 3 else 0.0
+        return gathered + 2 * g * DEEPSPEED_BUCKET
     if techniques.zero_stage < 3 and techniques.offload != "parameters":
         return 4.0 * footprint.num_trainable if techniques.zero_stage == 1 and footprint.trained_bytes < 4 else 0.0
     bucket = 4.0 * min(BUCKET_ELEMENTS, footprint.num_trainable)

@@ -124,7 +124,8 @@ def estimate(
     if techniques.torch_compile:  # fused element-wise work, fewer launches (LOG.md: CPU 1.4x; torchtune: 1.27x)
         moved, overhead = 0.5 * moved, 0.4 * overhead
     update, transfer = _update(device, node, techniques, work, bandwidth)
-    transfer += _offload_per_step(shape, device, techniques, num_micro, tokens, compute)
+    transfer += num_micro * _fetch_weights_s(shape, device, techniques, work)
+    transfer += _fetch_activations_s(shape, device, techniques, tokens, compute)
     update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
     if device.kind != "cpu":  # kernels are queued ahead: what shows is only what the GPU waits for
         overhead = max(0.0, overhead - compute - moved / bandwidth)
@@ -230,19 +231,30 @@ def host_update_rate(node: NodeCapability) -> float:
     return ((node.cpu.memory_bytes_per_s if node.cpu else None) or _CPU_BYTES_PER_S) / 36.0
 
 
-def _offload_per_step(
-    shape: ModelShape, device: DeviceCapability, techniques: Techniques, num_micro: int, tokens: float, compute: float
+def _fetch_weights_s(shape: ModelShape, device: DeviceCapability, techniques: Techniques, work: Work) -> float:
+    """Seconds that the weights of a micro-batch need from the host: quantised ones cross as they lie there.
+
+    Not hidden: published runs are this slow.
+    """
+    if techniques.offload != "parameters":
+        return 0.0
+    g = BYTES_PER_ELEMENT[techniques.dtype]
+    quantised = work.dequantised_parameters
+    expanded = 2 * g  # written and read again as the product needs them; the rest of what an expansion moves lies there
+    crossing = g * (shape.num_parameters - quantised) + quantised * (work.dequantise_bytes_per_parameter - expanded)
+    return (2 + techniques.gradient_checkpointing) * crossing / bus_rate(device)
+
+
+def _fetch_activations_s(
+    shape: ModelShape, device: DeviceCapability, techniques: Techniques, tokens: float, compute: float
 ) -> float:
-    g, bus = BYTES_PER_ELEMENT[techniques.dtype], bus_rate(device)
-    if techniques.offload == "parameters":
-        passes = 2 + techniques.gradient_checkpointing
-        return num_micro * passes * g * shape.num_parameters / bus  # not hidden: published runs are this slow
-    if techniques.offload == "activations":
-        kept = g * shape.hidden_size * shape.num_layers * tokens
-        if not techniques.gradient_checkpointing:
-            kept *= 12
-        return max(0.0, 2 * kept / bus - compute)
-    return 0.0
+    """Seconds that activations cross the bus beyond what computing hides."""
+    if techniques.offload != "activations":
+        return 0.0
+    kept = BYTES_PER_ELEMENT[techniques.dtype] * shape.hidden_size * shape.num_layers * tokens
+    if not techniques.gradient_checkpointing:
+        kept *= 12
+    return max(0.0, 2 * kept / bus_rate(device) - compute)
 
 
 def bus_rate(device: DeviceCapability) -> float:

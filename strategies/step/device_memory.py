@@ -12,9 +12,8 @@ import os
 
 import torch
 
-from clusters.units import GIB
+from clusters.capability import CONTEXT_BYTES
 
-CONTEXT_BYTES = 0.7 * GIB  # what a process holds on a card outside torch's allocator
 # A user's own, which stand: https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage
 _SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 _GROWING = "expandable_segments:True"

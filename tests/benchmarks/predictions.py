@@ -23,63 +23,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 from clusters.units import GIB
 from strategies.contract import Techniques, Workload
 from strategies.shape import ModelShape
-from tests.benchmarks import time_errors
-from tests.benchmarks.published import Published, from_columns, read
-from tests.benchmarks.stacks import predict_memory
+from tests.benchmarks import memory_errors, time_errors
+from tests.benchmarks.published import from_columns, read
 
 SHARED = Path(__file__).resolve().parents[3] / "shared"
-
-
-_CANNOT = {"lora-head", "trained-embeddings", "activation-offload", "norm-head"}
 
 
 def published(table: Path | None, worst: int) -> None:
     rows, skipped = from_columns(table) if table else read(SHARED / "tables")
     rows = [row for row in rows if row.kind == "measured"]
-    _published_memory([row for row in rows if row.metric == "memory_bytes"], worst)
+    memory_errors.report(rows, worst)
     time_errors.report(rows, worst)
     print(f"\n{sum(skipped.values())} rows of the tables are not used, published.py has the reasons")
-
-
-def _published_memory(rows: list[Published], worst: int) -> None:
-    usable = [r for r in rows if not (_CANNOT & set(r.extras)) and not r.offload]
-    found = []
-    for row in usable:
-        expected, low, high = predict_memory(row)
-        found.append((expected / row.value - 1, low <= row.value <= high, row, expected))
-    print("Memory of a GPU")
-    _table("all", found)
-    for stack in sorted({row.stack for _, _, row, _ in found}):
-        _table(stack, [entry for entry in found if entry[2].stack == stack])
-    exact = [entry for entry in found if entry[2].length_is_exact]
-    _table("exact lengths", exact)
-    print(f"left out: {len(rows) - len(usable)} rows with offload or {', '.join(sorted(_CANNOT))}")
-    print("worst:")
-    for error, inside, row, expected in sorted(found, key=lambda e: -abs(e[0]))[:worst]:
-        print(
-            f"{error:+6.1%} {'in ' if inside else 'OUT'} {row.value / GIB:6.2f} GiB, predicted {expected / GIB:6.2f}"
-            f"  {_described(row)} {row.trained_dtype} {row.measured_as} {','.join(row.extras)}"
-        )
-
-
-def _described(row: Published) -> str:
-    return (
-        f"{row.stack} {row.model} {row.method} {row.quantization or ''} b{row.micro_batch} x {row.length}"
-        f"{'' if row.length_is_exact else ' max'} ck={int(row.gradient_checkpointing)} {row.attention}"
-        f" z{row.zero_stage} n{row.num_gpus}"
-    )
-
-
-def _table(name: str, found) -> None:
-    errors = [abs(error) for error, *_ in found]
-    if not errors:
-        return
-    inside = sum(ok for _, ok, *_ in found) / len(found)
-    signed = statistics.median(error for error, *_ in found)
-    print(
-        f"{name:<14} {len(found):4} rows  median |error| {statistics.median(errors):5.1%}  mean"
-        f" {statistics.mean(errors):5.1%}  median signed {signed:+5.1%}  inside low..high {inside:.0%}"
-    )
 
 
 SMOLLM2 = {  # a third of its 30 layers: the grid takes minutes instead of a quarter of an hour

@@ -675,6 +675,7 @@ def _litgpt(source: str, row: Row) -> list[Published]:
     extras = ("fsdp",) if several else ()
     extras += ("untied-head",) if record.model.startswith(_UNTIED_IN_LITGPT) else ()
     extras += ("head-quantized", "bnb-inputs") if quantized else ()
+    extras += ("bnb-inputs-twice",) if quantized and hub else ()
     extras += () if full else ("lora-dropout",)
     extras += ("lora-head",) if head else ()
     return [
@@ -771,7 +772,7 @@ def _peft(source: str, row: Row) -> list[Published]:
     record = generic(source, row | {"method": name})
     targets = "gate,up,down" if "target-mlp" in row["method"] else "q,v"
     note = "fp32 LoRA on a bf16 base, no autocast" if name == "lora" else ""
-    return [replace(record, targets=targets if name == "lora" else "", note=note)]
+    return [replace(record, targets=targets if name == "lora" else "", note=note, extras=("cache-emptied",))]
 
 
 # Optimization flags of torchtune's README, in the order in which each adds to the one before.

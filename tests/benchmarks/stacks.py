@@ -6,15 +6,17 @@ Other trainers differ from ours in what they keep (fp32 copies of logits, inputs
 
 from __future__ import annotations
 
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
+from functools import cache
 
-from clusters.capability import DeviceCapability, NodeCapability
+from clusters.capability import CONTEXT_BYTES, DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
-from clusters.units import GIB
-from strategies.contract import Techniques, TimeEstimate, Workload
-from strategies.cost import memory, time
+from strategies.contract import MemoryEstimate, Techniques, TimeEstimate, Workload
+from strategies.cost import memory, reserved, time
 from strategies.cost.memory import Footprint, Stack
 from strategies.cost.network import Network
+from strategies.cost.reserved import GAPS, Gaps
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from tests.benchmarks.published import Published, config
@@ -25,34 +27,81 @@ _FOREACH = "adamw_torch"  # a copy of the weights while it steps
 _SEPARATE_KERNELS = {"ms-swift", "litgpt"}  # their full training uses it; states stand in the footprint
 _ADAM = {"adamw": 2, "paged_adamw": 0, "adamw_8bit": 1, "paged_adamw_8bit": 0, "sgd": 0}  # states of the weight's width
 _GPU = DeviceCapability("cuda", "published", None)
+# litgpt quantises from fp16 and computes in bf16: bitsandbytes expands to one and casts to the other.
+_DEQUANTISED_COPIES = 2
 
 
-def predict_memory(row: Published) -> tuple[float, float, float]:
-    """(expected, low, high) bytes of one GPU, as the row's tool would have reported them."""
+@dataclass(frozen=True)
+class Peak:
+    """What a row's tool sees of a GPU's memory, before the gaps of the allocator are counted."""
+
+    tensors: MemoryEstimate
+    changing_bytes: float  # of tensors that change in size from batch to batch
+    beside_bytes: float  # context and NCCL, where the tool sees them
+    has_gaps: bool
+    most_bytes: float  # of the card: before it fails, the allocator gives back what it holds unused
+
+    def expected_bytes(self, gaps: Gaps = GAPS) -> float:
+        """The figure that the tool should report."""
+        exact = self.tensors.tensors_bytes
+        unused = gaps.total(self.tensors, self.changing_bytes) if self.has_gaps else 0.0
+        return max(exact, min(exact + self.beside_bytes + unused, self.most_bytes))
+
+
+@cache
+def predict_peak(row: Published) -> Peak:
+    """The peak of one GPU of a row."""
+    tensors = _tensors(row)
+    gathered = tensors.buffers_bytes if row.zero_stage >= 3 else 0.0
+    beside = CONTEXT_BYTES + (reserved.NCCL_BYTES if row.num_gpus > 1 else 0.0)
+    card = datasheet.find(row.gpu)
+    return Peak(
+        tensors,
+        gathered + (tensors.logits_bytes if _lengths_change(row) else 0.0),
+        beside if row.measured_as == "nvidia-smi" else 0.0,
+        row.measured_as != "allocated",
+        card.usable_bytes if card else math.inf,
+    )
+
+
+def _lengths_change(row: Published) -> bool:
+    """Whether batches of different lengths pass through the allocator while it keeps what it has.
+
+    ms-swift evaluates on unpacked samples between the steps; the PEFT benchmark empties the cache every 10 steps.
+    """
+    return row.stack == "ms-swift" or not (row.length_is_exact or "cache-emptied" in row.extras)
+
+
+def _tensors(row: Published) -> MemoryEstimate:
+    """What the row's tensors take."""
     shape = ModelShape.from_config(config(row.model))
     if row.stack == "litgpt" and shape.activation == "gelu_new":  # one kernel there
         shape = replace(shape, activation="gelu")
     g = {"float32": 4, "float16": 2, "bfloat16": 2}[row.compute_dtype]
-    techniques = _techniques(row)
     tokens = row.micro_batch * row.length
-    logits = row.logits_bytes_per_entry
+    workload = Workload(shape, row.micro_batch, tokens, tokens, row.length, row.micro_batch, 1, row.micro_batch)
+    estimate = memory.estimate(workload, _GPU, _techniques(row), _footprint(row, shape, g), _stack(row, shape, g))
+    return replace(estimate, framework_bytes=0.0)
+
+
+def _stack(row: Published, shape: ModelShape, g: int) -> Stack:
+    """What the row's trainer does differently from ours."""
+    logits, head_bytes = row.logits_bytes_per_entry, 0.0
     if row.stack == "ms-swift":  # accelerate hands the outputs on as fp32 copies, which have gradients too
         logits += 8
-    workload = Workload(shape, row.micro_batch, tokens, tokens, row.length, row.micro_batch, 1, row.micro_batch)
-    footprint = _footprint(row, shape, g)
-    fuses = row.stack == "litgpt" and shape.key_value_size == shape.query_size
-    stack = Stack(
-        logits_bytes=logits, repeats_keys=row.attention == "sdpa", fuses_values=fuses, deepspeed_defaults=True
+    if "kbit-fp32" in row.extras:  # autocast's 16-bit copy of the fp32 head, kept for the backward pass
+        head_bytes = g * shape.vocab_size * shape.hidden_size
+    if "head-quantized" in row.extras:
+        head_bytes = _DEQUANTISED_COPIES * g * shape.vocab_size * shape.hidden_size
+    return Stack(
+        logits_bytes=logits,
+        head_bytes=head_bytes,
+        repeats_keys=row.attention == "sdpa",
+        fuses_values=row.stack == "litgpt" and shape.key_value_size == shape.query_size,
+        deepspeed_defaults=row.stack != "lsp",
+        fsdp="fsdp" in row.extras,
+        fused_kernels=row.stack == "unsloth",
     )
-    tensors = memory.estimate(workload, _GPU, techniques, footprint, stack)
-    exact = tensors.tensors_bytes
-    high = tensors.high_bytes
-    if row.stack == "ms-swift" and not row.length_is_exact:
-        # Blocks of one length do not fit the next: freed ones pile up.  Half of what changes with length, again.
-        moving = tensors.activations_bytes + tensors.logits_bytes
-        exact, high = exact + 0.5 * moving, high + moving
-    expected = {"allocated": exact, "reserved": 1.06 * exact, "nvidia-smi": 1.06 * exact + 0.7 * GIB}[row.measured_as]
-    return expected, tensors.low_bytes, high
 
 
 def _techniques(row: Published) -> Techniques:
@@ -119,6 +168,8 @@ def _footprint(row: Published, shape: ModelShape, g: int) -> Footprint:
         inputs = (g if not without_autocast else 4) * sum(m.inputs for m in targets) + sum(m.inputs for m in targets)
     if "bnb-inputs" in row.extras:
         inputs += g * _distinct(shape.linears)
+    if "bnb-inputs-twice" in row.extras:
+        inputs += g * _distinct(shape.linears)
     head_bytes = 0.0
     if "head-quantized" in row.extras:
         head_bytes = shape.vocab_size * shape.hidden_size * (frozen_bytes - g)
@@ -130,9 +181,16 @@ def _footprint(row: Published, shape: ModelShape, g: int) -> Footprint:
         inputs_per_token=inputs + g * rank * len(targets),
         output_is_kept=any(m.reads == "attended" for m in targets),
         product_is_kept=any(m.reads == "product" for m in targets),
-        dequantised_bytes=g * max(m.inputs * m.outputs for m in shape.linears) if row.quantization else 0.0,
+        dequantised_bytes=_dequantised(row) * g * max(m.inputs * m.outputs for m in shape.linears),
         master_bytes=_ADAM.get(row.optimizer, 2) * (1 if "8bit" in row.optimizer else width),
     )
+
+
+def _dequantised(row: Published) -> int:
+    """16-bit copies of a weight while it is not quantised."""
+    if row.quantization is None:
+        return 0
+    return _DEQUANTISED_COPIES if row.stack == "litgpt" else 1
 
 
 def _distinct(linears) -> int:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmarks import predictions, time_errors
+from strategies.cost import reserved
+from tests.benchmarks import memory_errors, time_errors
 from tests.benchmarks.published import read
-from tests.benchmarks.stacks import predict_memory
 
 TABLES = Path(__file__).resolve().parents[3] / "shared/tables"
 pytestmark = pytest.mark.skipif(not TABLES.is_dir(), reason="the published tables are not on this machine")
@@ -19,13 +19,29 @@ def rows():
 
 
 def test_published_memory_lies_in_the_predicted_range(rows):
-    usable = [r for r in rows if r.metric == "memory_bytes" and not predictions._CANNOT & set(r.extras)]
-    found = [(predict_memory(row), row.value) for row in usable]
-    errors = [abs(expected / value - 1) for (expected, _, _), value in found]
+    usable = memory_errors.usable(rows)
+    errors = [memory_errors.error(row) for row in usable]
 
-    assert len(found) > 130
-    assert statistics.median(errors) < 0.10
-    assert sum(low <= value <= high for (_, low, high), value in found) >= 0.945 * len(found)
+    assert len(usable) > 150
+    assert statistics.median(abs(error) for error in errors) < 0.06
+    assert abs(statistics.median(errors)) < 0.03
+    assert sum(map(memory_errors.is_inside, usable)) >= 0.945 * len(usable)
+    assert reserved.HIGH / reserved.LOW <= 1.6
+
+
+def test_the_planner_accepts_what_fits_and_refuses_what_does_not(rows):
+    found = [decision for row in memory_errors.usable(rows) for decision in memory_errors.decisions(row)]
+
+    assert len(found) > 800
+    assert memory_errors.wrong_accepts(found) <= 0.03
+    assert memory_errors.wrong_refusals(found) <= 0.10
+
+
+def test_the_gaps_are_those_that_fit_the_tables(rows):
+    gaps, _ = memory_errors.fit(memory_errors.usable(rows))
+
+    assert abs(gaps.changing - reserved.GAPS.changing) <= 0.2
+    assert max(abs(gaps.steady - reserved.GAPS.steady), abs(gaps.moving - reserved.GAPS.moving)) <= 0.05
 
 
 def test_published_step_times_are_met(rows):

@@ -34,7 +34,7 @@ class StrategySection(Section):
     )
     nvme_path: str | None = key(None, "offload to this folder on a fast disk instead of host memory (ZeRO-3)")
     preflight: bool = key(True, "before the run: the longest batch, an evaluation step, a checkpoint and back")
-    memory_safety: float = key(0.08, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
+    memory_safety: float = key(0.05, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
 
 
 class GoalSection(Section):

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from clusters.hardware.datasheet import CARDS, device, find, nearest
@@ -137,7 +139,7 @@ def test_a_card_becomes_a_device_whose_every_figure_is_from_the_datasheet():
 
     assert (gpu.kind, gpu.name, gpu.compute_capability, gpu.power_w) == ("cuda", "RTX 3090", (8, 6), 350)
     assert gpu.memory_total_bytes == 24 * GIB
-    assert gpu.memory_bytes / GIB == pytest.approx(23.4)
+    assert gpu.memory_bytes / GIB == pytest.approx(24 - 0.2 - 0.0075 * 24)
     assert gpu.host_to_device_bytes_per_s == gpu.device_to_host_bytes_per_s == find("RTX 3090").host_link_bytes_per_s
     assert set(gpu.sources.values()) == {"datasheet"}
     assert {"memory_bytes", "memory_bytes_per_s", "flops_per_s.bfloat16", "power_w"} <= set(gpu.sources)
@@ -152,4 +154,17 @@ def test_a_figure_that_nobody_published_has_no_source():
 
 
 def test_error_correction_in_the_memory_itself_costs_a_sixteenth():
-    assert device(find("T4")).memory_bytes / GIB == pytest.approx(16 * 15 / 16 - 0.6)
+    assert device(find("T4")).memory_bytes / GIB == pytest.approx(15 - 0.2 - 0.0075 * 15)
+
+
+@pytest.mark.parametrize(("name", "gib"), [("RTX 3070", 7.78), ("RTX 3080", 9.78), ("A100 40GB", 39.39), ("T4", 14.58)])
+def test_what_the_driver_leaves_is_what_pytorch_reports_as_the_capacity(name, gib):
+    assert find(name).usable_bytes / GIB == pytest.approx(gib, abs=0.12)
+
+
+def test_the_screen_of_a_laptop_holds_some_of_its_card():
+    laptop = find("RTX 3050 Laptop 4GB")
+
+    assert laptop.display_bytes / GIB == pytest.approx(0.4)
+    assert replace(laptop, display_bytes=0).usable_bytes - laptop.usable_bytes == laptop.display_bytes
+    assert find("RTX 3070").display_bytes == 0

@@ -46,7 +46,7 @@ def test_the_home_lab_is_four_machines_of_which_three_have_a_gpu():
         "RTX 3060 12GB",
         "RTX 3050 Laptop 4GB",
     ]
-    assert [round(gpu.memory_bytes / GIB, 1) for machine in cluster.nodes for gpu in machine.gpus] == [23.4, 11.4, 3.4]
+    assert [round(gpu.memory_bytes / GIB, 1) for machine in cluster.nodes for gpu in machine.gpus] == [23.6, 11.7, 3.4]
     assert all(machine.cpu for machine in cluster.nodes)
     assert cluster.nodes[3].cpu.flops_per_s == {"float32": 1.6e12, "bfloat16": 3.2e12}
     assert cluster.nodes[3].cpu.has_bf16_units
@@ -117,11 +117,20 @@ def test_memory_chooses_among_variants_of_a_card(read):
     assert (gpu.name, gpu.memory_bytes_per_s) == ("RTX 3060 8GB", 240e9)
 
 
+def test_what_a_screen_holds_of_a_card_is_declared(read):
+    (bare,) = read(node("gpus: [{name: RTX 3070}]")).nodes[0].gpus
+    (screen,) = read(node("gpus: [{name: RTX 3070, display_gib: 0.75}]")).nodes[0].gpus
+    (closed,) = read(node("gpus: [{name: RTX 3050 Laptop 4GB, display_gib: 0}]")).nodes[0].gpus
+
+    assert (bare.memory_bytes - screen.memory_bytes) / GIB == pytest.approx(0.75)
+    assert closed.memory_bytes / GIB == pytest.approx(4 - 0.2 - 0.0075 * 4)
+
+
 def test_a_card_with_its_memory_doubled_is_believed(read):
     gpu = read(node("gpus: [{name: RTX 4090, memory_gib: 48}]")).nodes[0].gpus[0]
 
     assert gpu.memory_total_bytes == 48 * GIB
-    assert gpu.memory_bytes / GIB == pytest.approx(47.4)
+    assert gpu.memory_bytes / GIB == pytest.approx(48 - 0.2 - 0.0075 * 48)
     assert gpu.sources["memory_bytes"] == "declared"
 
 

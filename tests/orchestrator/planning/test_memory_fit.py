@@ -6,7 +6,7 @@ import pytest
 
 from clusters.units import GIB
 from orchestrator.planning.candidates import Placed, Slot
-from orchestrator.planning.memory_fit import cautious_bytes, device_shortage, host_usable_bytes, node_shortage
+from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes, needed_bytes, node_shortage
 from strategies import METHODS
 from tests.orchestrator.planning.machines import machine, strategy_plan
 
@@ -23,12 +23,7 @@ def slot(node=NODE):
     [
         (strategy_plan(weights_bytes=10 * GIB), NODE, None),
         (strategy_plan(weights_bytes=11 * GIB), NODE, "needs 11.0 GiB, has 10.0 GiB usable"),
-        (strategy_plan(weights_bytes=9 * GIB, high_bytes=12 * GIB), NODE, None),  # 10.5 on the way to the worst
-        (
-            strategy_plan(weights_bytes=9 * GIB, high_bytes=14 * GIB),
-            NODE,
-            "may need 14.0 GiB at worst, has 10.0 GiB usable",
-        ),
+        (strategy_plan(weights_bytes=9 * GIB, high_bytes=14 * GIB), NODE, None),  # a GPU's margin covers that
         (strategy_plan(host_bytes=30 * GIB), NODE, None),  # 2 GiB are left to the system
         (
             strategy_plan(host_bytes=31 * GIB),
@@ -112,6 +107,22 @@ def test_deepspeed_loads_the_whole_model_in_every_worker_s_host_memory():
     assert "whose size is unknown" in node_shortage([unknown], num_parameters, lora).reason
 
 
-def test_half_way_to_the_worst_is_the_cautious_estimate():
-    assert cautious_bytes(strategy_plan(weights_bytes=8 * GIB, high_bytes=12 * GIB)) == 10 * GIB
+def test_a_cpu_needs_half_way_to_the_worst_beside_its_margin():
+    memory = strategy_plan(weights_bytes=8 * GIB, high_bytes=12 * GIB).memory
+
+    assert needed_bytes(memory, "cuda") == 8 * GIB
+    assert needed_bytes(memory, "cpu") == pytest.approx(9.5 * GIB)  # 10 of which the margin is a twentieth
+    assert needed_bytes(strategy_plan(weights_bytes=8 * GIB).memory, "cpu") == 8 * GIB
+
+
+def test_a_plan_on_a_cpu_names_its_worst():
+    node = machine("c", memory_gib=32)
+    plan = strategy_plan(weights_bytes=9 * GIB, high_bytes=14 * GIB)
+
+    shortage = device_shortage(plan, Slot(node, node.devices[0], 10 * GIB, 1))
+
+    assert shortage.reason == "may need 14.0 GiB at worst, has 10.0 GiB usable"
+
+
+def test_memory_of_unknown_size_holds_nothing():
     assert host_usable_bytes(UNKNOWN) == 0 and host_usable_bytes(machine("b", memory_gib=1)) == 0

@@ -107,8 +107,8 @@ def test_every_refusal_is_true_and_every_remedy_is_accepted(count, seed):
         (
             SMALL,
             "RTX 2060 6GB",
-            2048,
-            2048,
+            4096,
+            4096,
             "method: {type: lora}\nstrategy: {offload: none}\ntrain: {gradient_checkpointing: false}",
             "train.gradient_checkpointing: auto",
         ),
@@ -128,7 +128,7 @@ def test_every_refusal_is_true_and_every_remedy_is_accepted(count, seed):
             "method: {type: lora}\nstrategy: {offload: none}",
             r"method: \{type: qlora\}",
         ),
-        (LARGE, "RTX 4090", 2048, 2048, "", "a card of 80 GiB, such as A100 PCIe 80GB, in a"),
+        (LARGE, "RTX 4090", 2048, 2048, "", "a card of 48 GiB, such as RTX A6000, in a"),
     ],
 )
 def test_the_change_that_changes_least_comes_first(shape, card, length, longest, text, remedy):
