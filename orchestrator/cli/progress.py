@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from clusters.units import format_bytes
+from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import Quiet
@@ -21,12 +21,14 @@ from orchestrator.runs.events import (
     Note,
     PreflightReport,
     QualityReport,
+    StateChange,
     StepReport,
     TrackingReport,
 )
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.plan import plan_view
 from orchestrator.views.screen import Screen, out
+from strategies.cost.phases import Phases
 
 
 class Lines(Quiet):
@@ -34,12 +36,14 @@ class Lines(Quiet):
 
     def __init__(self, console: Console) -> None:
         self.console, self._num_steps = console, 0
+        self._predicted = Phases()
+        self._begun: float | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
-        self._num_steps = plan.num_steps
+        self._num_steps, self._predicted = plan.num_steps, plan.phases
         self.console.print(plan_view(job, plan, statistics, full=False))
         if statistics.get("train"):
             self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
@@ -49,12 +53,15 @@ class Lines(Quiet):
         match event:
             case StepReport():
                 self._step(event)
+            case StateChange(state="running"):
+                self._begun = event.time
             case ModelReady():
-                self.say(f"model ready after {event.seconds} s")
+                self.say(f"model ready after {event.seconds} s{self._start(event.time)}")
             case QualityReport():
                 numbers = {"eval_loss": event.eval_loss, **event.extra}
                 scores = {k: v for k, v in numbers.items() if isinstance(v, float) and k != "seconds"}
-                self.say(f"{event.when}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+                took = f", in {format_s(seconds)}" if (seconds := event.extra.get("seconds")) else ""
+                self.say(f"{event.when}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) + took)
             case PreflightReport():
                 self.say(f"preflight: {event.text}")
             case Evaluation():
@@ -63,6 +70,12 @@ class Lines(Quiet):
                 self.say(event.text)
             case TrackingReport():
                 self.say(f"tracked in {event.text}" if event.ok else f"not tracked: {event.text}")
+
+    def _start(self, ready: float) -> str:
+        """What the whole start took, beside its prediction; nothing where it was not seen from its beginning."""
+        if self._begun is None or not self._predicted.start_s:
+            return ""
+        return f"; start {format_s(ready - self._begun)} (predicted {format_s(self._predicted.start_s)})"
 
     def _step(self, event: StepReport) -> None:
         every = max(1, self._num_steps // 10)

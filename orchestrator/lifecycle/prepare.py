@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -87,12 +88,15 @@ def prepare(
     check_tokens(model_folder, shape.vocab_size)
     max_length, _ = planner.resolve_max_length(job.spec, config)
     capability = declared or _probe(job, say, refresh)
+    began = time.monotonic()
     data = prepare_data(job, model_folder, max_length, cache_beside(output_dir(job)), say)
+    prepared_s = time.monotonic() - began
     train, held_out = data.train, data.held_out
     sizes = sizes_of(train, held_out)
     if held_out and (repeated := train.overlap(held_out)):
         say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
+    plan = replace(plan, phases=plan.phases.with_preparation(prepared_s))
     if declared is None or has_weights(model_folder):  # for other machines a config.json and a tokenizer are enough
         for notice in model_check.check_model(model_folder, job.spec.methods(), model.trust_remote_code):
             say(notice)

@@ -1,4 +1,4 @@
-"""When held-out rows are measured, and with what: the `auto` values of the eval section.  Pure."""
+"""When held-out rows are measured, with what, and how long a job takes with it.  Pure."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from clusters.units import format_bytes
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Candidate
 from orchestrator.planning.plan import NodePlan
 from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Workload
+from strategies.cost.phases import Phases, decode_step_s, forward_share, preparation_s, saving_s, start_s
 from strategies.shape import ModelShape
 
 CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
@@ -132,3 +134,54 @@ def cache_usable_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> fl
     """
     free = (usable_bytes or memory.total_bytes) - memory.weights_bytes - memory.framework_bytes
     return max(0.0, min(CACHE_BYTES, free))
+
+
+def phases_of(
+    spec: JobSpec,
+    candidate: Candidate,
+    workload: Workload,
+    held_out: HeldOutCounts | None,
+    evaluation: EvaluationPlan,
+    helped: bool = False,
+) -> Phases:
+    """Seconds of every phase of the job but saving, which depends on how often.
+
+    A preflight is a step's two heaviest micro-batches, an evaluation of one and a checkpoint.  The trained model is
+    evaluated after its last step, the base model before the first unless a helper does, the loss alone as planned.
+    """
+    first = candidate.placed[0]
+    plan, slot, techniques = first.plan, first.slot, first.plan.techniques
+    share = forward_share(techniques)
+    evaluation_s = 0.0
+    if held_out:
+        both = 1 + (spec.eval.before and not helped)
+        meanwhile = workload.num_steps // evaluation.eval_steps if evaluation.eval_steps else 0
+        evaluation_s = (both + meanwhile) * share * held_out.num_tokens / candidate.tokens_per_s
+        if evaluation.metrics:
+            num_answers = min(held_out.num_references, spec.eval.max_rows)
+            evaluation_s += both * _generation_s(candidate, workload, num_answers, evaluation.max_new_tokens)
+    micro_s = plan.time.step_s / plan.num_micro_batches * max(1.0, workload.longest_sample / workload.mean_length)
+    checkpoint_s = saving_s(plan.checkpoint_bytes)
+    return Phases(
+        preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
+        start_s=start_s(workload.shape, slot.device, plan.memory.weights_bytes),
+        preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
+        evaluation_s=evaluation_s,
+        training_s=candidate.total_s,
+        guesses=("start", "preparation", "saving"),
+    )
+
+
+def _generation_s(candidate: Candidate, workload: Workload, num_answers: int, num_tokens: int) -> float:
+    """Answers to all prompts, the workers' parts at once; a batch takes as many steps as its longest answer."""
+    found = []
+    for part in candidate.placed:
+        own = math.ceil(num_answers / len(candidate.placed))
+        techniques, slot = part.plan.techniques, part.slot
+        one = cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[techniques.dtype])
+        fits = cache_usable_bytes(part.plan.memory, slot.memory_bytes) // (one * (workload.longest_sample + num_tokens))
+        rows = max(1, min(own, MOST_PROMPTS, int(fits)))
+        cache = rows * one * (workload.mean_length + num_tokens / 2)
+        step_s = decode_step_s(workload.shape, slot.device, slot.node, techniques, cache, rows)
+        found.append(math.ceil(own / rows) * num_tokens * step_s)
+    return max(found)

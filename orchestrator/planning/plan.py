@@ -15,6 +15,7 @@ from orchestrator.errors import JobError, RunFailed
 from orchestrator.planning.price import Price
 from strategies import METHODS
 from strategies.contract import MemoryEstimate, Method, Techniques, TimeEstimate
+from strategies.cost.phases import Phases
 
 VERSION = 4
 
@@ -97,6 +98,7 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
     helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
     in_bank: tuple[InBank, ...] = ()
+    phases: Phases = Phases()  # seconds of the whole job
     version: int = VERSION
 
     @property
@@ -141,6 +143,11 @@ class Plan:
     def total_s(self) -> float:
         """Of the training itself, without start and evaluation."""
         return self.step_s * self.num_steps
+
+    @property
+    def whole_s(self) -> float:
+        """Of the whole job; of the training, where an earlier version wrote the plan."""
+        return self.phases.total_s or self.total_s
 
     def build_method(self) -> Method:
         """The method's dataclass with the options of this plan."""
@@ -223,4 +230,4 @@ def in_bank_sentence(found: Sequence[InBank]) -> str:
 def summary(plan: Plan) -> str:
     """The plan in one sentence."""
     where = ", ".join(dict.fromkeys(f"{part.device} ({part.node})" for part in plan.nodes))
-    return f"{plan.method['type']} on {where}: {format_s(plan.total_s)}, {plan.tokens_per_s:.0f} tokens/s"
+    return f"{plan.method['type']} on {where}: {format_s(plan.whole_s)}, {plan.tokens_per_s:.0f} tokens/s"

@@ -17,7 +17,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Placed, Slot, Switches, limit_per_node
 from orchestrator.planning.enumeration import Enumeration
-from orchestrator.planning.evaluation import HeldOutCounts, resolve_evaluation
+from orchestrator.planning.evaluation import HeldOutCounts, phases_of, resolve_evaluation
 from orchestrator.planning.explain import (
     alternatives,
     describe_larger_steps,
@@ -33,6 +33,7 @@ from orchestrator.planning.refusals import refuse_contradictions
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions
 from strategies.contract import BYTES_PER_ELEMENT, Workload
+from strategies.cost.phases import saving_s
 from strategies.cost.time import product_rate
 
 _LONGEST_AUTO = 2048
@@ -216,6 +217,9 @@ def _plan_of(
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
     keep_best, why_best = _resolve_keep_best(spec, workload, evaluation.eval_steps)
     save_steps, why_save = _resolve_save_steps(spec, workload, first.checkpoint_bytes)
+    phases = phases_of(spec, chosen, workload, held_out, evaluation, helper is not None)
+    num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
+    phases = replace(phases, saving_s=num_saved * saving_s(first.checkpoint_bytes))
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
     reasons = explain_choice(spec, chosen, enumeration.fitting) | reasons | evaluation.reasons | why_options
@@ -226,7 +230,8 @@ def _plan_of(
         sync_s=chosen.sync_s,
         step_s=chosen.step_s,
         tokens_per_s=chosen.tokens_per_s,
-        price=price_of(spec, chosen),
+        phases=phases,
+        price=price_of(spec, chosen, phases.total_s),
         calibration=chosen.placed[0].slot.device.calibration.get(first.techniques.dtype, 1.0),
         is_guess=chosen.is_guess,
         quality_prior=asdict(prior) if prior else None,

@@ -26,6 +26,7 @@ from orchestrator.runs.events import (
     WorkerKilled,
 )
 from orchestrator.runs.json_files import RunResult
+from orchestrator.runs.phases import measured_phases
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.runs.worker_stats import WorkerStats, stats_of_run
 from orchestrator.views.plan import shown
@@ -214,7 +215,9 @@ def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | No
     spec, tokens = job.spec, result.tokens
     capability = run.capability()
     trained_s, again_s = trained_seconds(events)
-    cost = tco.of_plan(spec, w("this run"), plan, tokens, trained_s / plan.total_s)
+    spent_s, planned_s = measured_phases(events).total_s, plan.phases.total_s - plan.phases.preparation_s
+    scale = spent_s / planned_s if planned_s else trained_s / plan.total_s  # a plan of an earlier version has no phases
+    cost = tco.of_plan(spec, w("this run"), plan, tokens, scale)
     sittings = sum(isinstance(event, ModelReady) for event in events)
     if (energy := result.energy) and sittings == 1:  # the counters saw the last sitting only
         owned = all(node.price_per_hour is None for node in price.priced(spec, capability).nodes)

@@ -159,8 +159,8 @@ def _cost(w: Word, job: Job, folder: SearchFolder, summary: dict[str, Any]) -> l
     chosen = summary.get("recommended")
     facts = [(w("time"), format_s(summary.get("trial_seconds", 0.0)))]
     plan = folder.plan()
-    if plan.price.total is not None and plan.total_s:
-        rate = plan.price.total / plan.total_s  # of the machines the job would use
+    if plan.price.total is not None:
+        rate = plan.price.total / plan.whole_s  # of the machines the job would use
         currency = plan.price.currency
         facts += [
             (w("cost"), money_text(rate * summary.get("trial_seconds", 0.0), currency)),

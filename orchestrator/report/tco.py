@@ -40,7 +40,7 @@ class Cost:
 
 
 def of_plan(spec: JobSpec, what: str, plan: Plan, num_tokens: float, scale: float = 1.0) -> Cost:
-    """The cost of a planned run; `scale` is measured over planned time."""
+    """The cost of a planned run; `scale` is measured over planned time, all phases."""
     price = plan.price
 
     def scaled(value: float | None) -> float | None:
@@ -49,7 +49,7 @@ def of_plan(spec: JobSpec, what: str, plan: Plan, num_tokens: float, scale: floa
     keys = {"cost.nodes": price.machines, "cost.power_w": price.electricity}
     cost = Cost(
         what=what,
-        seconds=scale * plan.total_s,
+        seconds=scale * plan.whole_s,
         energy_wh=scaled(price.energy_wh),
         machines=scaled(price.machines),
         electricity=scaled(price.electricity),

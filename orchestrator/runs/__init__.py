@@ -8,6 +8,7 @@ events           every kind of line in events.jsonl as a dataclass
 json_files       the JSON files of a run folder, each parsed in one place
 locks            who holds a folder
 markdown         text of a user, a model or a library inside a Markdown page
+phases           seconds that a run spent in each phase
 model_card       the model card that goes with what a run hands back
 record           what a folder was begun with
 recorded_folder  a folder whose deciding files are recorded

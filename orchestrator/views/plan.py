@@ -13,6 +13,7 @@ from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan, in_bank_sentence, settings_of
 from orchestrator.views.screen import new_table
+from strategies.cost.phases import Phases
 
 _BAR = 30  # characters
 _COLOURS = ("blue", "cyan", "green", "yellow", "magenta", "red", "white")
@@ -169,6 +170,9 @@ def _totals(plan: Plan) -> Text:
         )
     if plan.calibration != 1.0:
         text.append(f"\nTimes are {plan.calibration:.2f}x the formulas' estimate, calibrated by finished runs here.")
+    if plan.phases.total_s:
+        text.append("\nin all   ", style="bold")
+        text.append(whole_text(plan.phases))
     prior = plan.quality_prior
     if prior:
         text.append(
@@ -197,6 +201,13 @@ def alternatives_table(plan: Plan) -> Table:
         mark = "* " if way.on_front else "  "
         table.add_row(mark + way.what, format_s(way.total_s), format_bytes(way.peak_bytes), way.why_not)
     return table
+
+
+def whole_text(phases: Phases) -> str:
+    """How long a job takes and with what, in one line; figures that no machine here gave are called guesses."""
+    shown = [name for name in phases.guesses if phases.parts[name] >= 0.005 * phases.total_s]
+    guesses = f" ({', '.join(shown)}: a guess)" if shown else ""
+    return f"{format_s(phases.total_s)}: {phases.text}{guesses}"
 
 
 def _rejections(plan: Plan) -> RenderableType:

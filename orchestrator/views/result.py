@@ -15,8 +15,10 @@ from orchestrator.runs.checkpoints import ChosenStep
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.events import ErrorReport, Event, StateChange
 from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes
+from orchestrator.runs.phases import measured_phases
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.views.screen import new_table
+from strategies.cost.phases import Phases
 
 
 def result_view(run: RunFolder) -> RenderableType:
@@ -36,6 +38,8 @@ def result_view(run: RunFolder) -> RenderableType:
     if text := handed_back_text(result.handed_back):
         parts.append(Text(text, style="yellow"))
     parts.append(Text(_cost_sentence(result)))
+    if (measured := measured_phases(run.events()[0])).total_s:
+        parts.append(Text(phases_text(measured, run.plan().phases)))
     exported = run.exported()
     if exported:
         parts.append(_text(f"{exported.name}: {exported}"))
@@ -63,6 +67,19 @@ def _cost_sentence(result: RunResult) -> str:
         f" ({result.tokens_per_s:.0f} tokens/s){step}; peak memory {format_bytes(memory.measured_peak_bytes)}"
         f" (predicted {format_bytes(memory.predicted_bytes)})"
     )
+
+
+def phases_text(measured: Phases, predicted: Phases) -> str:
+    """Seconds of each phase, the predicted beside the measured; preparing the data comes before a run begins."""
+    planned = {name: seconds for name, seconds in predicted.parts.items() if name != "preparation"}
+    if not sum(planned.values()):  # a plan of an earlier version
+        return f"in all {format_s(measured.total_s)}: {measured.text}"
+    words = [
+        f"{name} {format_s(seconds)} ({format_s(planned[name])})"
+        for name, seconds in measured.parts.items()
+        if name in planned and seconds + planned[name] >= 0.005 * measured.total_s
+    ]
+    return f"in all {format_s(measured.total_s)} (predicted {format_s(sum(planned.values()))}): {', '.join(words)}"
 
 
 def scores_view(quality: Quality) -> RenderableType:

@@ -3,6 +3,7 @@
 kernels   what products, attention and experts cost a GPU beyond their FLOPs
 memory    start here: bytes of a training step, by part
 network   seconds that workers wait for each other's gradients, by transport
+phases    seconds of a job outside of its steps: start, evaluation, saving
 plan      a method's footprint and work on one device -> its StrategyPlan
 reserved  what a process holds beside its tensors, and the range of the whole
 time      seconds of a training step, by what is waited for

@@ -84,7 +84,7 @@ def test_the_price_is_hours_times_rent_or_write_off_and_power():
     rented = plan(SMALL, machine("a", "RTX 3090", price_per_hour=1.5)).price
     owned = plan(SMALL, machine("a", "RTX 3090", purchase_price=6000, years=3, load_w=400))
 
-    hours = owned.total_s / 3600
+    hours = owned.whole_s / 3600
     assert rented.total == pytest.approx(hours * 1.5)
     assert owned.price.machines == pytest.approx(hours * 6000 / (3 * 2000))
     assert owned.price.electricity == pytest.approx(hours * 0.4 * 0.30)

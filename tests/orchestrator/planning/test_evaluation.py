@@ -1,11 +1,14 @@
 """The eval section's `auto` values, each with its reason."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from clusters.capability import ClusterCapability
 from clusters.units import GIB
 from orchestrator.errors import JobError
+from orchestrator.job.job_file import parse_job
 from orchestrator.job.sections.training import DataSection, EvalSection, ModelSection
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import (
@@ -15,9 +18,10 @@ from orchestrator.planning.evaluation import (
     resolve_max_new_tokens,
     resolve_metrics,
 )
+from orchestrator.planning.planner import make_plan
 from orchestrator.planning.workload import describe
 from strategies.contract import MemoryEstimate
-from tests.orchestrator.planning.machines import SMALL
+from tests.orchestrator.planning.machines import SMALL, machine
 
 ROWS = HeldOutCounts(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
 NO_ROWS = "there are no held-out rows"
@@ -95,3 +99,27 @@ def test_generation_uses_what_training_leaves_beside_the_weights(usable, free):
     memory = MemoryEstimate(2 * GIB, 3 * GIB, 3 * GIB, 0, 0, framework_bytes=GIB)
 
     assert cache_usable_bytes(memory, usable) == free
+
+
+def test_evaluation_generation_start_and_saving_are_part_of_how_long():
+    text = "eval: {max_new_tokens: 64, metrics: [rouge_l], eval_steps: null}\n"
+
+    whole, without = make(text), make("", held_out=None)
+    after = make(text.replace("{", "{before: false, "))
+
+    assert whole.whole_s == pytest.approx(sum(whole.phases.parts.values())) and whole.total_s == without.total_s
+    assert whole.phases.evaluation_s == pytest.approx(2 * after.phases.evaluation_s)  # base and trained model
+    assert after.phases.evaluation_s > 64 * 0.001 and without.phases.evaluation_s == 0
+    assert min(whole.phases.start_s, whole.phases.saving_s, whole.phases.preparation_s) > 0
+    assert whole.price.electricity / without.price.electricity == pytest.approx(whole.whole_s / without.whole_s)
+
+
+def test_no_preflight_takes_no_time():
+    assert make("strategy: {preflight: false}\n").phases.preflight_s == 0
+
+
+def make(text, held_out=ROWS):
+    card = machine("pc", "RTX 3060 12GB", load_w=300.0)
+    job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
+    work, _, _ = describe(job, SMALL, [100] * 800, 40_000, 1)
+    return make_plan(job, work, ClusterCapability((card,)), 512, held_out, {})

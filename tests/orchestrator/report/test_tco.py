@@ -23,7 +23,7 @@ def spec_of(text=TEXT):
 
 def test_an_owned_machine_is_written_off_and_takes_electricity():
     planned = plan(SMALL, machine("pc", "RTX 3060", purchase_price=300_000, years=3, load_w=250.0), text=TEXT)
-    hours = planned.total_s / 3600
+    hours = planned.whole_s / 3600
 
     cost = tco.of_plan(spec_of(), "pc", planned, num_tokens=2e6)
 
@@ -40,7 +40,7 @@ def test_a_rented_machine_costs_its_rate_and_no_electricity():
 
     cost = tco.of_plan(spec_of(), "cloud", planned, 1e6)
 
-    assert cost.machines == pytest.approx(120 * planned.total_s / 3600)
+    assert cost.machines == pytest.approx(120 * planned.whole_s / 3600)
     assert not cost.electricity
     unmetered = plan(SMALL, machine("cloud", "RTX 4090", price_per_hour=120.0), text=TEXT)
     assert tco.of_plan(spec_of(), "cloud", unmetered, 1e6).missing == ()  # its draw is in its rate
@@ -58,7 +58,7 @@ def test_measured_time_and_energy_take_the_place_of_the_plans():
 
     counted = tco.measured(spec_of(), slow, wh=100.0, source="RAPL", num_tokens=1e6, owned=True)
 
-    assert slow.seconds == pytest.approx(2 * planned.total_s)
+    assert slow.seconds == pytest.approx(2 * planned.whole_s)
     assert counted.electricity == pytest.approx(0.1 * 30) and counted.energy_source == "RAPL"
     assert counted.machines == slow.machines
 
