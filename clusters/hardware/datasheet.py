@@ -58,7 +58,7 @@ class Accelerator:
     def usable_bytes(self) -> int:
         """What is left to processes beside error correction, driver and display."""
         whole = self.memory_bytes * 15 // 16 if self.ecc_in_memory else self.memory_bytes
-        return whole - round(DRIVER_BYTES + DRIVER_SHARE * whole) - self.display_bytes
+        return whole - driver_bytes(whole) - self.display_bytes
 
 
 @dataclass(frozen=True)
@@ -257,6 +257,21 @@ def part_reached(device: DeviceCapability) -> tuple[str, float] | None:
     }
     best = max(parts, key=lambda name: parts[name], default=None)
     return None if best is None else (best, parts[best])
+
+
+def driver_bytes(memory_bytes: float) -> int:
+    """What the driver keeps of a card's memory."""
+    return round(DRIVER_BYTES + DRIVER_SHARE * memory_bytes)
+
+
+def display_bytes(device: DeviceCapability) -> int:
+    """What a screen is taken to hold of a card whose free memory nobody measured."""
+    total, usable = device.memory_total_bytes, device.memory_bytes
+    if total is None or usable is None or device.kind == "cpu" or device.sources.get("memory_bytes") == "measured":
+        return 0
+    card = find(device.name, total)
+    whole = total * 15 // 16 if card and card.ecc_in_memory else total
+    return max(0, whole - driver_bytes(whole) - usable)
 
 
 def nearest(name: str) -> list[str]:

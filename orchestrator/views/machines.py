@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
+from clusters.hardware import datasheet
 from clusters.units import format_bytes
 from orchestrator.planning.explain import explain_unusable
 from orchestrator.views.screen import new_table
@@ -30,7 +31,7 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
             table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
         parts += [table, Text()]
     parts += [Text(f"{name}: {why}", style="yellow") for name, why in explain_unusable(cluster).items()]
-    parts += [Text(text, style="dim") for text in _missing(cluster)]
+    parts += [Text(text, style="dim") for text in (*_missing(cluster), *_screens(cluster))]
     doubtful = [(node, device) for node in cluster.nodes for device in node.gpus if device.doubt]
     parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]
     parts += [Text(f"{node}: could not be probed: {reason}", style="red") for node, reason in cluster.failed.items()]
@@ -43,6 +44,16 @@ def _missing(cluster: ClusterCapability) -> list[str]:
     devices = [device for node in cluster.nodes for device in node.devices]
     found = [lacks(device, name) for device in devices for name in device.libraries]
     return list(dict.fromkeys(text for text in found if text is not None))
+
+
+def _screens(cluster: ClusterCapability) -> list[str]:
+    """Which cards are taken to hold a screen's memory, and how much."""
+    held = {(node.name, device.name): datasheet.display_bytes(device) for node in cluster.nodes for device in node.gpus}
+    return [
+        f"{name} ({node}): {format_bytes(size)} are taken to be its screen's; display_gib in a hardware file states it"
+        for (node, name), size in held.items()
+        if size
+    ]
 
 
 def _node(node: NodeCapability) -> Text:

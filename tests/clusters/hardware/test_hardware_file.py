@@ -1,11 +1,13 @@
 import json
 import textwrap
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from clusters.capability import ClusterCapability
 from clusters.hardware import hardware_file
+from clusters.hardware.datasheet import display_bytes
 from clusters.hardware.hardware_file import ImpossibleHardware, read_hardware
 from clusters.units import GIB
 
@@ -123,6 +125,8 @@ def test_what_a_screen_holds_of_a_card_is_declared(read):
     (closed,) = read(node("gpus: [{name: RTX 3050 Laptop 4GB, display_gib: 0}]")).nodes[0].gpus
 
     assert (bare.memory_bytes - screen.memory_bytes) / GIB == pytest.approx(0.75)
+    assert (display_bytes(bare), display_bytes(screen)) == (0, 0.75 * GIB)
+    assert display_bytes(replace(screen, sources={"memory_bytes": "measured"})) == 0
     assert closed.memory_bytes / GIB == pytest.approx(4 - 0.2 - 0.0075 * 4)
 
 
