@@ -104,9 +104,9 @@ def other_bytes(workload: Workload, techniques: Techniques) -> float:
 
 def attention_rate(device: DeviceCapability, techniques: Techniques, products_rate: float, attended: float) -> float:
     """FLOP/s of attention where each token looks at that many on average."""
-    limit = _OTHER_ATTENTION
-    if techniques.attn_implementation == "flash_attention_2":
-        limit = _FLASH_ON_HOPPER if (device.compute_capability or (0, 0))[0] in (9, 10) else _FLASH
+    limit = _FLASH_ON_HOPPER if (device.compute_capability or (0, 0))[0] in (9, 10) else _FLASH
+    if techniques.attn_implementation != "flash_attention_2":
+        limit = min(limit, _OTHER_ATTENTION)
     return products_rate * limit * attended / (attended + _HALF_RATE_LENGTH)
 
 

@@ -210,6 +210,16 @@ def test_flash_attention_reaches_what_its_papers_publish_on_long_rows(card, tflo
     assert short == pytest.approx(long / 2, rel=0.05)
 
 
+@pytest.mark.parametrize("card", ["A100 80GB", "H100 SXM", "RTX 4090"])
+def test_no_other_kernel_is_faster_than_flash_attention(card):
+    rates = {
+        name: kernels.attention_rate(gpu(card), dataclasses.replace(BF16, attn_implementation=name), 1e14, 4096)
+        for name in ("flash_attention_2", "document", "sdpa", "eager")
+    }
+
+    assert max(rates.values()) == rates["flash_attention_2"]
+
+
 def test_experts_read_the_weights_of_all_that_tokens_are_sent_to():
     moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_size=32)
     one = 3 * 64 * 32 + 64  # an expert and its line of the router
