@@ -125,11 +125,27 @@ class ClusterCapability:
 
     def link(self, first: str, second: str) -> Link | None:
         """The link between two nodes; None = never measured nor declared."""
-        return self._by_pair.get(frozenset((first, second)))
+        return self._rows.get(first, {}).get(second)
 
     @cached_property
-    def _by_pair(self) -> dict[frozenset[str], Link]:
-        return {frozenset(link.between): link for link in reversed(self.links)}
+    def has_like_links(self) -> bool:
+        """Whether a link is the same whichever two nodes it joins; also where none is known."""
+        if not self.links:
+            return True
+        count, first = len(self.nodes), self.links[0]
+        speed = first.bytes_per_s, first.round_trip_s
+        pairs = sum(map(len, self._rows.values())) // 2
+        return pairs == count * (count - 1) // 2 and all(
+            (link.bytes_per_s, link.round_trip_s) == speed for link in self.links
+        )
+
+    @cached_property
+    def _rows(self) -> dict[str, dict[str, Link]]:
+        rows: dict[str, dict[str, Link]] = {}
+        for link in reversed(self.links):
+            first, second = link.between
+            rows.setdefault(first, {})[second] = rows.setdefault(second, {})[first] = link
+        return rows
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)

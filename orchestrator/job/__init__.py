@@ -14,5 +14,6 @@ model_check         checks a model before anything starts, without reading a wei
 architecture_cache  keeps in the user's cache what the library reported about a model
 weights             the tensors that a model folder holds, by the headers of its files
 tokenizer_size      whether every token of a model's tokenizer has a row in its embedding, by their files alone
+space               what a search may try: job-file keys with their values
 manifest            folders that are whole or not there
 """

@@ -18,9 +18,9 @@ from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file, resolve_path
 from orchestrator.job.secrets import secret_names
 from orchestrator.job.sections.training import HeldOutFraction
+from orchestrator.job.space import stated_space
 from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.planning import planner, workload
-from orchestrator.planning.space import stated_space
 from strategies.model.targets import architecture_of_shape
 
 _ROWS = 1000  # of each data key that are checked, without --exact

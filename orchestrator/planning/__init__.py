@@ -3,6 +3,7 @@
 planner      start here: workload + ClusterCapability + the job's wishes -> Plan
 candidates   one way to run a workload on given devices, with its price: slots, shares, the network's part
 enumeration  all candidates that fit, and why the other combinations do not
+groups       which slots could train together: groups worth a full estimate
 settings     the settings that one slot could train with, and which of them fit
 memory_fit   whether plans fit into the memory of their devices and nodes
 refusals     settings of a job that no device could train with
@@ -13,6 +14,5 @@ remedies     the smallest changes that would make a job fit, each found by plann
 price        what a plan costs: machines and electricity
 pareto       the Pareto front
 plan         the Plan: what the planner decided, written to plan.json and read again
-space        what a search may try: job-file keys with their values
 workload     JobSpec + the model's config.json + counts of the data -> Workload
 """

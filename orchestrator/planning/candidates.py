@@ -157,9 +157,11 @@ class Candidate:
 def limit_per_node(slots: Iterable[Slot]) -> list[Slot]:
     """In this order, as many slots of each node as the node gives to training."""
     taken: list[Slot] = []
+    counts: dict[str, int] = {}
     for slot in slots:
-        limit = slot.node.num_slots
-        if limit is None or sum(other.node.name == slot.node.name for other in taken) < limit:
+        limit, count = slot.node.num_slots, counts.get(slot.node.name, 0)
+        if limit is None or count < limit:
+            counts[slot.node.name] = count + 1
             taken.append(slot)
     return taken
 
@@ -171,11 +173,19 @@ def network_between(slots: Sequence[Slot], cluster: ClusterCapability) -> tuple[
     names = list(dict.fromkeys(slot.node.name for slot in slots))
     if len(names) == 1:
         return Network(len(slots), _INSIDE_BYTES_PER_S, _INSIDE_ROUND_TRIP_S), False
+    bytes_per_s, round_trip_s, is_assumed = slowest_link(names, cluster)
+    return Network(len(slots), bytes_per_s, round_trip_s), is_assumed
+
+
+def slowest_link(names: Sequence[str], cluster: ClusterCapability) -> tuple[float, float, bool]:
+    """The lowest rate and the longest round trip among nodes, and whether a typical rate stood in for an unknown."""
+    if cluster.has_like_links:
+        names = names[:2]
     links = [cluster.link(first, second) for first, second in itertools.combinations(names, 2)]
     rates = [link.bytes_per_s if link else None for link in links]
     slowest = min(rate or _ASSUMED_NETWORK_BYTES_PER_S for rate in rates)
     trips = max((link.round_trip_s if link else None) or _ASSUMED_ROUND_TRIP_S for link in links)
-    return Network(len(slots), slowest, trips), any(rate is None for rate in rates)
+    return slowest, trips, any(rate is None for rate in rates)
 
 
 def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:

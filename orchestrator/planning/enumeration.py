@@ -1,28 +1,38 @@
-"""Every way to run a workload on given devices: what the planner chooses from.  Pure."""
+"""Every way to run a workload on given devices: what the planner chooses from.  Pure.
+
+Equal slots of equal nodes are one kind, which is estimated once.  `groups.py` says which slots are worth being placed
+together; placed, each gets its best settings and the share with which all finish a step together.
+"""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from clusters.capability import ClusterCapability, NodeCapability
-from orchestrator.planning.candidates import (
-    Candidate,
-    Division,
-    Placed,
-    Slot,
-    Switches,
-    limit_per_node,
-    network_between,
-    waiting_s,
-)
+from orchestrator.planning.candidates import Candidate, Division, Placed, Slot, Switches, waiting_s
+from orchestrator.planning.groups import Groups, Links, Pace, balance
 from orchestrator.planning.memory_fit import needed_bytes, node_shortage
-from orchestrator.planning.settings import Assignment, Miss, Prefer, Rejections, describe_combination, preferred_plan
-from strategies.contract import Method, Offload, StrategyPlan, Workload
+from orchestrator.planning.settings import (
+    Assignment,
+    FittingPlans,
+    Miss,
+    Prefer,
+    Rejections,
+    describe_combination,
+    preferred_plan,
+)
+from strategies.contract import Method, Offload, StrategyPlan, Techniques, Workload
 
-_ROUNDS = 3  # a share decides the micro-batch, which decides the speed, which decides the share
+_ROUNDS = 4  # a share decides the micro-batch, which decides the speed, which decides the share
+_SETTLED = 0.02  # shares that move less than this part of themselves are final
+_LEVEL = 4  # all settings are estimated for shares of 1, 1/4, 1/16 ...; between them only the best of those
+_ABOUT = 1.1  # times the fastest at a level: settings that may be the best of another share
+_SMALL_STATE = 0.05  # of a device's memory
+_MOST_SETTINGS = 2  # of a level that are estimated for another share
 
 
 @dataclass(frozen=True)
@@ -34,9 +44,10 @@ class Common:
     switches: Switches  # with one optimizer: all workers make the same update
     prefer: Prefer
 
-    def divides_equally(self, num_devices: int) -> bool:
-        """Whether DeepSpeed divides: into equal parts, whatever the devices."""
-        return num_devices > 1 and (self.stage > 1 or (self.stage == 1 and self.switches.deepspeed))
+    @property
+    def equal_parts(self) -> bool:
+        """Whether DeepSpeed divides a group: into equal parts, whatever the devices."""
+        return self.stage > 1 or (self.stage == 1 and self.switches.deepspeed)
 
 
 @dataclass
@@ -48,13 +59,18 @@ class Enumeration:
     cluster: ClusterCapability
     methods: Sequence[Method]
     switches: Switches
+    num_workers: int | None = None  # as the job states them: groups of that size are looked at too
     fitting: list[Candidate] = field(default_factory=list, init=False)
     other_groups: list[Candidate] = field(default_factory=list, init=False)  # with more or fewer workers than stated
     rejections: Rejections = field(default_factory=Rejections, init=False)
-    _plans: dict[Any, list[StrategyPlan]] = field(default_factory=dict, init=False)
-    _preferred: dict[Any, StrategyPlan | None] = field(default_factory=dict, init=False)
-    _twins: dict[str, str] = field(default_factory=dict, init=False)
-    _unnamed: dict[str, NodeCapability] = field(default_factory=dict, init=False)
+    _plans: dict[Any, FittingPlans] = field(default_factory=dict, init=False)
+    _best: dict[Any, StrategyPlan | None] = field(default_factory=dict, init=False)
+    _paces: dict[Any, Pace | None] = field(default_factory=dict, init=False)
+    _seen: set[Any] = field(default_factory=set, init=False)
+
+    def __post_init__(self) -> None:
+        self._kinds = Kinds(self.slots)
+        self._links = Links(self.cluster, self.slots)
 
     def run(self) -> Self:
         """Look at all combinations; at offloading only where nothing fits without it, whatever the method."""
@@ -62,143 +78,278 @@ class Enumeration:
         moved: list[Offload] = [offload for offload in self.switches.offloads if offload != "none"]
         for offloads in (plain, moved):
             if offloads and not self.fitting:
-                self._plans.clear()
-                self._preferred.clear()
+                for known in (self._plans, self._best, self._paces):
+                    known.clear()
                 self._collect(replace(self.switches, offloads=offloads))
         for slot, method in itertools.product(self.slots, self.methods):
-            self.rejections.share(f"{self._twin_of(slot.node)} ({slot.device.name})", slot.label, method.name)
+            self.rejections.share(self._kinds.first(slot).label, slot.label, method.name)
         return self
+
+    def slots_like(self, slot: Slot) -> list[Slot]:
+        """All slots of a kind."""
+        return [other for other in self.slots if self._kinds.first(other) is self._kinds.first(slot)]
 
     def _collect(self, switches: Switches) -> None:
         for method, stage, optim in itertools.product(self.methods, switches.zero_stages, switches.optims):
             if stage and len(self.slots) < 2:
                 continue
-            for prefer in ("time", "memory"):
-                for candidate in self._groups(Common(method, stage, replace(switches, optims=(optim,)), prefer)):
-                    if candidate not in self.fitting:
-                        self.fitting.append(candidate)
+            common = Common(method, stage, replace(switches, optims=(optim,)), "time")
+            if self._is_pointless(common, switches):
+                continue
+            groups = list(self._groups(common))
+            lean = [groups[0], min(groups, key=len), max(groups, key=len)] if groups else []
+            alone = [[slot] for slot in self._kinds.firsts] if not stage else []
+            for group in (*alone, *groups):
+                self._add(self._place(group, common))
+            for group in (*alone, *lean):
+                self._add(self._place(group, replace(common, prefer="memory")))
 
-    def _groups(self, common: Common) -> Iterator[Candidate]:
-        """Each device alone, then the fastest two, three ... together."""
-        alone = self._each_alone(common)
-        seen = set()
-        for candidate in alone:
-            slot = candidate.placed[0].slot
-            if (slot.node.name, slot.kind) not in seen:  # two like cards alone are one way
-                seen.add((slot.node.name, slot.kind))
-                yield candidate
-        order = limit_per_node(_largest_first(self.slots) if common.stage else [c.placed[0].slot for c in alone])
-        for count in range(2, len(order) + 1):
-            if together := self._place(order[:count], common):
-                yield together
-        if alone and len(order) > 2:
-            best = self._grow(alone[0], order[1:], common)
-            if len(best.placed) > 1:
-                yield best
+    def _is_pointless(self, common: Common, switches: Switches) -> bool:
+        """Whether a division or an optimizer saves only state, of which there is so little that nothing would change.
 
-    def _each_alone(self, common: Common) -> list[Candidate]:
-        """One candidate for each slot that it fits, the fastest first; none of what must be divided."""
-        if common.stage:
-            return []
-        found = [self._place([slot], common) for slot in self.slots]
-        return sorted((candidate for candidate in found if candidate), key=lambda candidate: candidate.step_s)
+        Nothing changes on a device where the state is small beside its memory, or where nothing fits without it.
+        """
+        plain = replace(common, stage=0, switches=replace(switches, optims=switches.optims[:1]))
+        saves_state = common.stage == 1 or (common.stage == 0 and common.switches.optims[0] != switches.optims[0])
+        if not saves_state or 0 not in switches.zero_stages:
+            return False
+        for slot in self._kinds.firsts:
+            found = self._plans_at(1.0, slot, plain, Division(0, 1))
+            plan = found.leanest
+            if plan is None:
+                continue
+            state, needs = plan.memory.optimizer_bytes, plan.memory.total_bytes
+            if state > _SMALL_STATE * slot.memory_bytes and (found.plans or needs - state < slot.memory_bytes):
+                return False
+        return True
 
-    def _grow(self, best: Candidate, others: Sequence[Slot], common: Common) -> Candidate:
-        """Add each slot that makes a step faster: one behind a slow link must not keep out those after it."""
-        for slot in others:
-            wider = self._place([*(part.slot for part in best.placed), slot], common)
-            if wider and wider.step_s < best.step_s:
-                best = wider
-        return best
+    def _add(self, candidate: Candidate | None) -> None:
+        if candidate is None:
+            return
+        key = (
+            candidate.method.name,
+            candidate.zero_stage,
+            candidate.total_s,
+            candidate.peak_bytes,
+            tuple(id(part.slot) for part in candidate.placed),
+        )
+        if key not in self._seen:
+            self._seen.add(key)
+            self.fitting.append(candidate)
+
+    def _groups(self, common: Common) -> Iterator[list[Slot]]:
+        """Groups worth placing; where DeepSpeed divides, of devices of one kind."""
+        if len(self.slots) < 2:
+            return
+        # Each worker needs a sample of every step, unless the job states so many.
+        most = max(self.workload.global_batch_size, self.num_workers or 0)
+
+        def pace(slot: Slot, size: int) -> Pace | None:
+            return self._pace(slot, size, common)
+
+        groups = Groups(self._links, pace, most, common.equal_parts, self.num_workers)
+        if not common.equal_parts:
+            yield from groups.best(self.slots)
+            return
+        by_name: dict[str, list[Slot]] = {}
+        for slot in self.slots:
+            by_name.setdefault(slot.device.name, []).append(slot)
+        if len(by_name) > 1:
+            label = f"{common.method.name} + ZeRO-{common.stage} x {len(self.slots)} on {self.slots[-1].label}"
+            why = "DeepSpeed divides into equal parts: it needs devices of one kind (zero1 works by memory)"
+            self.rejections.add(label, why)
+        for slots in by_name.values():
+            yield from groups.best(slots)
+
+    def _pace(self, slot: Slot, size: int, common: Common) -> Pace | None:
+        """What a slot takes by its share in groups of about this size; None where nothing fits."""
+        first = self._kinds.first(slot)
+        share, division = 1 / _LEVEL ** _level(1 / size), Division(common.stage, size)
+        if common.equal_parts:
+            share = 1 / size
+        elif common.stage:
+            division = _rounded(replace(division, state_share=1 / size))
+        else:
+            division = _rounded(division)
+        key = (id(first), common.method.name, common.switches.optims[0], share, division)
+        if key not in self._paces:
+            plans = self._plans_at(share, first, common, division).plans
+            if not plans and division.state_share is not None:  # others may keep all of the state
+                plans = self._plans_at(share, first, common, replace(division, state_share=0.0)).plans
+            plan = preferred_plan(plans, "time")
+            self._paces[key] = Pace.of(plan, share) if plan else None
+        return self._paces[key]
 
     def _place(self, slots: Sequence[Slot], common: Common) -> Candidate | None:
         """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
-        divisions = self._divisions(slots, common)
-        balanced = self._balance(slots, divisions, common) if divisions else None
+        kinds = self._kinds.count(slots)
+        divisions = self._divisions(kinds, len(slots), common)
+        balanced = self._balance(kinds, len(slots), divisions, common) if divisions else None
         if balanced is None:
             return None
-        plans, shares = balanced
-        placed = tuple(Placed(*part) for part in zip(slots, plans, shares, strict=True))
+        parts = {id(kind): part for (kind, _), part in zip(kinds, balanced, strict=True)}
+        placed = tuple(Placed(slot, *parts[id(self._kinds.first(slot))]) for slot in slots)
+        plans = [plan for plan, _ in balanced]
         if shortage := node_shortage(placed, self.workload.shape.num_parameters, common.method):
-            combination = describe_combination(common.method, plans[-1].techniques, slots[-1])
+            combination = describe_combination(common.method, placed[-1].plan.techniques, slots[-1])
             self.rejections.add(f"{len(slots)} x {combination}", shortage.reason)
-            for slot, plan in zip(slots, plans, strict=True):
-                self.rejections.offer(slot.label, Miss(plan, shortage))
+            for part in placed:
+                self.rejections.offer(part.slot.label, Miss(part.plan, shortage))
             return None
-        network, assumed = network_between(slots, self.cluster)
+        network, assumed = self._links.network(slots)
         wait_s = waiting_s(network, plans) if network else 0.0
         work = self.workload
         return Candidate(common.method, placed, wait_s, work.num_steps, work.tokens_per_step, network, assumed)
 
-    def _divisions(self, slots: Sequence[Slot], common: Common) -> list[Division] | None:
-        """How each slot's part of a group is divided; None where this group cannot be."""
-        count, stage = len(slots), common.stage
-        if common.divides_equally(count):
-            if len({slot.device.name for slot in slots}) > 1:
-                self.rejections.add(
-                    f"{common.method.name} + ZeRO-{stage} x {count} on {slots[-1].label}",
-                    "DeepSpeed divides into equal parts: it needs devices of one kind (zero1 works by memory)",
-                )
-                return None
-            return [Division(stage, count)] * count
-        if stage != 1:
-            return [Division(stage, count)] * count
-        parts = self._state_shares(slots, common)
-        return None if parts is None else [Division(stage, count, part) for part in parts]
+    def _divisions(self, kinds: Sequence[tuple[Slot, int]], count: int, common: Common) -> list[Division] | None:
+        """How each kind's part of a group is divided; None where this group cannot be."""
+        if common.stage != 1 or common.equal_parts:
+            return [Division(common.stage, count)] * len(kinds)
+        parts = self._state_shares(kinds, count, common)
+        return None if parts is None else [Division(1, count, part) for part in parts]
 
-    def _state_shares(self, slots: Sequence[Slot], common: Common) -> list[float] | None:
+    def _state_shares(self, kinds: Sequence[tuple[Slot, int]], count: int, common: Common) -> list[float] | None:
         """The optimizer's state by what memory is free beside everything else; None where there is none at all."""
         free = []
-        for slot in slots:
-            division = Division(1, len(slots), 0.0)
-            smallest = self._best_plan(1.0 / len(slots), slot, replace(common, prefer="memory"), division)
+        for slot, _ in kinds:
+            division = Division(1, count, 0.0)
+            smallest = self._best_plan(1.0 / count, slot, replace(common, prefer="memory"), division)
             if smallest is None:
                 return None
             free.append(max(0.0, slot.memory_bytes - needed_bytes(smallest.memory, slot.device.kind)))
-        return [each / sum(free) for each in free] if sum(free) else None
+        whole = sum(number * each for (_, number), each in zip(kinds, free, strict=True))
+        return [each / whole for each in free] if whole else None
 
     def _balance(
-        self, slots: Sequence[Slot], divisions: Sequence[Division], common: Common
-    ) -> tuple[list[StrategyPlan], list[float]] | None:
-        """The plan and the share of each slot, so that all finish a step together; None where one does not fit."""
-        count = len(slots)
-        shares, plans = [1.0 / count] * count, list[StrategyPlan]()
-        equally = common.divides_equally(count)
-        for _ in range(1 if count == 1 or equally else _ROUNDS):
-            plans, alike = [], dict[Any, StrategyPlan | None]()
-            for slot, share, division in zip(slots, shares, divisions, strict=True):
-                key = (slot.node.name, slot.kind, share, division)
-                if key not in alike:  # cards of one node are often of one kind
-                    alike[key] = self._best_plan(share, slot, common, division)
-                if (plan := alike[key]) is None:
-                    return None
-                plans.append(plan)
-            if not equally:
-                speeds = [share / plan.time.step_s for share, plan in zip(shares, plans, strict=True)]
-                shares = [speed / sum(speeds) for speed in speeds]
-        return plans, shares
+        self, kinds: Sequence[tuple[Slot, int]], count: int, divisions: Sequence[Division], common: Common
+    ) -> list[tuple[StrategyPlan, float]] | None:
+        """The plan and the share of each kind's slots, so that all finish a step together; None where one lacks one.
+
+        Beside the shares by speed equal ones: a little more can be too much for a slot's fastest settings.
+        """
+        equal = [1.0 / count] * len(kinds)
+        paces = [self._pace(slot, count, common) for slot, _ in kinds]
+        known = [pace for pace in paces if pace]
+        if len(kinds) == 1 or common.equal_parts:
+            tries = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
+        elif len(known) < len(kinds):
+            tries = self._tries(kinds, equal, divisions, common)
+        else:
+            _, paced = balance(known, [number for _, number in kinds])
+            first = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
+            tries = itertools.chain(first, self._tries(kinds, paced, divisions, common))
+        return min(tries, key=lambda parts: max(plan.time.step_s for plan, _ in parts), default=None)
+
+    def _tries(
+        self, kinds: Sequence[tuple[Slot, int]], shares: list[float], divisions: Sequence[Division], common: Common
+    ) -> Iterator[list[tuple[StrategyPlan, float]]]:
+        """The best plans for some shares, then for the shares that follow from those plans, until they settle."""
+        for number in range(_ROUNDS):
+            plans = [
+                self._best_plan(share, slot, common, division)
+                for (slot, _), share, division in zip(kinds, shares, divisions, strict=True)
+            ]
+            found = [plan for plan in plans if plan]
+            if len(found) < len(plans):
+                return
+            yield list(zip(found, shares, strict=True))
+            paces = [Pace.of(plan, share) for plan, share in zip(found, shares, strict=True)]
+            _, wanted = balance(paces, [number for _, number in kinds])
+            if all(abs(new - old) <= _SETTLED * old for new, old in zip(wanted, shares, strict=True)):
+                return
+            # A share that is a little larger can take much longer: half-way there the shares do not swing.
+            shares = wanted if not number else [(new + old) / 2 for new, old in zip(wanted, shares, strict=True)]
 
     def _best_plan(self, share: float, slot: Slot, common: Common, division: Division) -> StrategyPlan | None:
-        """The preferred plan of those that fit one slot; looked up where an equal slot had one."""
-        method, switches, twin = common.method, common.switches, self._twin_of(slot.node)
-        key = (twin, slot.kind, method.name, division, round(share, 3), switches.optims[0])
+        """The preferred plan of those that fit a slot, with the settings that are best for a share about as large."""
+        if not common.stage:
+            division = _rounded(division)  # nothing is divided: how many take part changes nothing
+        key = (id(slot), common.method.name, division, share, common.switches.optims[0], common.prefer)
+        if key in self._best:
+            return self._best[key]
+        around, usual = (share, division) if common.equal_parts else (1 / _LEVEL ** _level(share), _rounded(division))
+        known = self._plans_at(around, slot, common, usual).plans
+        if known and (share, division) != (around, usual):
+            part = self._assignment(share, slot, common, division)
+            alike = part.leanest_like if common.prefer == "memory" else part.fastest_like
+            plans = alike(_worthwhile_settings(known, share / around, common.prefer), self.rejections)
+        else:
+            plans = known
+        plans = plans or self._plans_at(share, slot, common, division).plans
+        self._best[key] = preferred_plan(plans, common.prefer)
+        return self._best[key]
+
+    def _plans_at(self, share: float, slot: Slot, common: Common, division: Division) -> FittingPlans:
+        """The plans for all settings that fit."""
+        key = (id(slot), common.method.name, division, share, common.switches.optims[0])
         if key not in self._plans:
-            part = Assignment(replace(self.workload, share=share), slot, method, division, switches)
+            part = self._assignment(share, slot, common, division)
             self._plans[key] = part.fitting_plans(self.rejections)
-        if (key, common.prefer) not in self._preferred:
-            self._preferred[key, common.prefer] = preferred_plan(self._plans[key], common.prefer)
-        return self._preferred[key, common.prefer]
+        return self._plans[key]
 
-    def _twin_of(self, node: NodeCapability) -> str:
-        """The name of the first node that equals this one but for its name: what fits the one fits the other."""
-        if node.name not in self._twins:
-            devices = tuple(replace(device, uuid=None, pci_bus_id=None) for device in node.devices)
-            unnamed = replace(node, name="", devices=devices)
-            self._unnamed.setdefault(node.name, unnamed)
-            self._twins[node.name] = next(name for name, other in self._unnamed.items() if other == unnamed)
-        return self._twins[node.name]
+    def _assignment(self, share: float, slot: Slot, common: Common, division: Division) -> Assignment:
+        return Assignment(replace(self.workload, share=share), slot, common.method, division, common.switches)
 
 
-def _largest_first(slots: Sequence[Slot]) -> list[Slot]:
-    """GPUs before CPUs, each by memory."""
-    return sorted(slots, key=lambda slot: (slot.device.kind == "cpu", -slot.memory_bytes))
+class Kinds:
+    """Which slots are equal but for their names: what is estimated for the first of them holds for all."""
+
+    def __init__(self, slots: Sequence[Slot]) -> None:
+        self._first: dict[tuple[str, Any], Slot] = {}  # by node and kind
+        nodes: dict[str, str] = {}
+        found: dict[Any, Slot] = {}
+        for slot in slots:
+            name = slot.node.name
+            if name not in nodes:
+                nodes[name] = repr(_unnamed(slot.node))
+            self._first.setdefault((name, slot.kind), found.setdefault((nodes[name], slot.kind, slot.threads), slot))
+        self.firsts = list(found.values())
+
+    def first(self, slot: Slot) -> Slot:
+        return self._first[slot.node.name, slot.kind]
+
+    def count(self, slots: Iterable[Slot]) -> list[tuple[Slot, int]]:
+        """The first slot of each kind, and how many of that kind there are."""
+        counts: dict[int, tuple[Slot, int]] = {}
+        for slot in slots:
+            first = self.first(slot)
+            counts[id(first)] = first, counts.get(id(first), (first, 0))[1] + 1
+        return list(counts.values())
+
+
+def _unnamed(node: NodeCapability) -> NodeCapability:
+    devices = tuple(replace(device, uuid=None, pci_bus_id=None) for device in node.devices)
+    return replace(node, name="", hardware_hash=None, devices=devices)
+
+
+def _level(share: float) -> int:
+    """The nearest power of `_LEVEL` that divides the samples into such shares."""
+    return max(0, round(math.log(1 / share, _LEVEL)))
+
+
+def _rounded(division: Division) -> Division:
+    """A division that stands for many: of state that is divided by memory as much or a little more."""
+    part = division.state_share
+    if part:
+        part = 2.0 ** math.ceil(math.log2(part))
+    return Division(division.stage, min(2, division.num_devices), part)
+
+
+def _worthwhile_settings(plans: Sequence[StrategyPlan], factor: float, prefer: Prefer) -> list[Techniques]:
+    """Settings that may be the best where the share is `factor` times that of these plans."""
+    if prefer == "memory":
+        ranked = sorted(plans, key=lambda plan: plan.memory.total_bytes)
+    else:
+        seconds = {id(plan): Pace.of(plan, 1.0).step_s(factor) for plan in plans}
+        ranked = sorted(plans, key=lambda plan: seconds[id(plan)])
+        ranked = [plan for plan in ranked if seconds[id(plan)] <= _ABOUT * seconds[id(ranked[0])]]
+    kept = dict.fromkeys(map(_settings_of, ranked))
+    kept = dict.fromkeys(itertools.islice(kept, _MOST_SETTINGS))
+    first = {_settings_of(plan): plan.techniques for plan in reversed(plans)}
+    return [first[each] for each in dict.fromkeys(map(_settings_of, plans)) if each in kept]  # the plainest first
+
+
+def _settings_of(plan: StrategyPlan) -> tuple[Any, ...]:
+    """What is open of a slot's settings, but for its micro-batch."""
+    t = plan.techniques
+    return t.dtype, t.attn_implementation, t.packing, t.gradient_checkpointing, t.loss_type, t.offload

@@ -176,7 +176,9 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
             "\n".join([*lines, *(f"{device}: {why}" for device, why in explain_unusable(cluster).items())])
         )
     refuse_contradictions(spec, inputs.workload, slots, switches)
-    return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches), len(slots_of(spec, cluster))
+    num_slots = len(slots_of(spec, cluster))
+    stated = _stated_workers(spec, num_slots)
+    return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches, stated), num_slots
 
 
 def accepts(inputs: PlanInputs) -> bool:
@@ -325,12 +327,16 @@ def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | No
     return replace(_node_plan_of(min(free, key=lambda part: part.plan.time.step_s)), share=0.0)
 
 
-def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
-    """Whether a candidate has as many workers as the job states."""
-    stated, mode, count = spec.cluster.num_workers, spec.strategy.mode, len(candidate.placed)
+def _stated_workers(spec: JobSpec, num_slots: int) -> int | None:
+    """How many workers the job states, by their number or by its mode; None where it leaves that open."""
+    stated, mode = spec.cluster.num_workers, spec.strategy.mode
     if isinstance(stated, int):
-        return count == min(stated, num_slots)
-    return count == num_slots if mode == "ddp" else mode != "single" or count == 1
+        return min(stated, num_slots)
+    return {"ddp": num_slots, "single": 1}.get(mode)
+
+
+def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
+    return _stated_workers(spec, num_slots) in (None, len(candidate.placed))
 
 
 def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -16,8 +16,9 @@ from strategies.compatibility import conflict
 from strategies.contract import Dtype, Method, Offload, StrategyPlan, Techniques, Workload
 from strategies.cost.time import product_rate
 
-_MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
+MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _EQUAL = 1.01  # times this close are equal
+_SLOWER = 0.8  # of another's rate
 
 Prefer = Literal["time", "memory"]
 
@@ -76,49 +77,70 @@ class Assignment:
     division: Division
     switches: Switches
 
-    def fitting_plans(self, rejections: Rejections) -> list[StrategyPlan]:
-        """A plan for every setting that fits."""
-        fitting: list[StrategyPlan] = []
-        nearest: Miss | None = None
-        for techniques in self._settings(rejections):
-            plan = self.method.estimate(self.workload, self.slot.device, self.slot.node, techniques)
-            shortage = device_shortage(plan, self.slot)
-            if shortage is None:
-                fitting.append(plan)
-            elif nearest is None or shortage.times < nearest.shortage.times:
-                nearest = Miss(plan, shortage)
-        if not fitting and nearest is not None:
-            rejections.offer(self.slot.label, nearest)
-            combination = describe_combination(self.method, nearest.plan.techniques, self.slot)
-            rejections.add(combination, nearest.shortage.reason)
-        return fitting
-
-    def _settings(self, rejections: Rejections) -> Iterator[Techniques]:
-        """Settings worth an estimate: of kernels that compute the same only the best that the device has."""
-        switches = self.switches
-        dtypes = _worthwhile_dtypes(switches.dtypes, self.slot)
+    def fitting_plans(self, rejections: Rejections) -> FittingPlans:
+        """A plan for every setting worth one that fits."""
+        switches, estimates, fitting = self.switches, Estimates(self, rejections), list[StrategyPlan]()
         for packing, offload, optim in itertools.product(switches.packings, switches.offloads, switches.optims):
-            for dtype in dtypes:
-                allowed = self._best_kernel(dtype, packing, offload, optim, rejections)
-                if allowed is None:
-                    continue
-                rows = self._row_counts(packing)
-                for checkpointing, loss, count in itertools.product(switches.checkpointings, switches.losses, rows):
-                    full = replace(
-                        allowed,
-                        gradient_checkpointing=checkpointing,
-                        loss_type=loss,
-                        per_device_train_batch_size=count,
-                    )
-                    if (reason := self._conflict(full)) is None:
-                        yield full
-                    else:
-                        rejections.add(describe_combination(self.method, full, self.slot), reason)
+            found: list[StrategyPlan] = []
+            for dtype in _worthwhile_dtypes(switches.dtypes, self.slot):
+                for base in self._best_kernels(dtype, packing, offload, optim, rejections):
+                    # A slower number format is worth its leanest form where a faster one fits.
+                    lean = bool(found) and _is_slower(self.slot, dtype, found[0].techniques.dtype)
+                    found += self._with_and_without(base, lean, estimates)
+            fitting += found
+        if not fitting:
+            estimates.explain()
+        return FittingPlans(fitting, estimates.nearest.plan if estimates.nearest else None)
 
-    def _best_kernel(
+    def fastest_like(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
+        """The fastest plan that fits with each of known settings: micro-batch and division are this assignment's."""
+        estimates = Estimates(self, rejections)
+        found = (estimates.fastest(self._divided(one), self._row_counts(one.packing)) for one in known)
+        return [plan for plan in found if plan]
+
+    def leanest_like(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
+        """The plans that fit with known settings and the smallest micro-batch."""
+        estimates = Estimates(self, rejections)
+        found = (estimates.fitting(self._divided(one), self._row_counts(one.packing)[-1:]) for one in known)
+        return list(itertools.chain.from_iterable(found))
+
+    def _divided(self, techniques: Techniques) -> Techniques:
+        shards = self.division.num_devices if self.division.stage else 1
+        return replace(techniques, num_shards=shards, state_share=self.division.state_share)
+
+    def _with_and_without(self, base: Techniques, lean: bool, estimates: Estimates) -> list[StrategyPlan]:
+        """Settings that save memory for time, the plainest first: where one fits whole, others in their leanest form.
+
+        Where the leanest of all does not fit, none does.
+        """
+        switches, rows, allowed = self.switches, self._row_counts(base.packing), list[Techniques]()
+        for checkpointing, loss in itertools.product(switches.checkpointings, switches.losses):
+            techniques = replace(base, gradient_checkpointing=checkpointing, loss_type=loss)
+            if (reason := self._conflict(techniques)) is None:
+                allowed.append(techniques)
+            else:
+                estimates.rejections.add(describe_combination(self.method, techniques, self.slot), reason)
+        leanest = estimates.fitting(allowed[-1], rows[-1:]) if allowed else []
+        if lean or not leanest:
+            return leanest or (
+                estimates.fitting(allowed[-1], rows[:1]) if estimates.may_fit_whole(allowed[-1:]) else []
+            )
+        fitting: list[StrategyPlan] = []
+        for techniques in allowed:
+            found = estimates.fitting(techniques, rows)
+            fitting += found
+            if any(plan.techniques.per_device_train_batch_size == rows[0] for plan in found):
+                break
+        return [*fitting, *(plan for plan in leanest if plan.techniques not in [one.techniques for one in fitting])]
+
+    def _best_kernels(
         self, dtype: Dtype, packing: bool, offload: Offload, optim: str, rejections: Rejections
-    ) -> Techniques | None:
-        """The smallest settings with the best attention kernel that may be combined with the rest; None without one."""
+    ) -> list[Techniques]:
+        """The smallest settings with the attention kernels that may be combined with the rest: the best one.
+
+        Beside one call a document also the next best: of many short documents one call with a mask is faster.
+        """
+        found: list[Techniques] = []
         switches, division = self.switches, self.division
         refused: list[tuple[str, str]] = []
         for attention in _kernels(switches.attentions, self.slot.device, packing):
@@ -138,19 +160,24 @@ class Assignment:
                 state_share=division.state_share,
             )
             if (reason := self._conflict(techniques)) is None:
-                for each in refused:
-                    rejections.add(*each)
-                return techniques
+                found.append(techniques)
+                if attention != "document":
+                    break
+                continue
             refused.append((describe_combination(self.method, techniques, self.slot), reason))
+        if found or not refused:  # or no stated kernel is for such rows
+            for each in refused:
+                rejections.add(*each)
+            return found
         rejections.add(*refused[-1])  # what refuses the plainest kernel is what must change
         rejections.rules[self.slot.label, self.method.name].append(refused[-1][1])
-        return None
+        return []
 
     def _conflict(self, techniques: Techniques) -> str | None:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
 
     def _row_counts(self, packing: bool) -> list[int]:
-        """Micro-batch sizes worth an estimate: the whole share, and its halvings."""
+        """Micro-batch sizes worth an estimate, largest first: the whole share, its halvings and the powers of two."""
         switches, workload = self.switches, self.workload
         if switches.rows is not None:
             return [switches.rows]
@@ -159,8 +186,109 @@ class Assignment:
             share = math.ceil(share / switches.accumulation)
         if packing:  # rows of max_length tokens, each holding several samples
             share = math.ceil(share * workload.mean_length / switches.max_length)
-        share = max(1, min(share, _MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length))
-        return sorted({max(1, share >> halvings) for halvings in range(share.bit_length())}, reverse=True)
+        share = max(1, min(share, MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length))
+        powers = range(share.bit_length())
+        return sorted({max(1, share >> power) for power in powers} | {2**power for power in powers}, reverse=True)
+
+
+@dataclass(frozen=True)
+class FittingPlans:
+    """Of all settings those that fit, and of the others what comes nearest to it."""
+
+    plans: list[StrategyPlan]
+    nearest_refused: StrategyPlan | None
+
+    @property
+    def leanest(self) -> StrategyPlan | None:
+        """What needs least memory, whether it fits or not."""
+        return preferred_plan(self.plans, "memory") or self.nearest_refused
+
+
+@dataclass
+class Estimates:
+    """The plans for settings of an assignment: those that fit, and what the others lack."""
+
+    assignment: Assignment
+    rejections: Rejections
+    refused: dict[Techniques, Miss] = field(default_factory=dict)
+    known: dict[Techniques, StrategyPlan] = field(default_factory=dict)
+
+    @property
+    def nearest(self) -> Miss | None:
+        """Of those that do not fit, what comes nearest to it."""
+        return min(self.refused.values(), key=lambda miss: miss.shortage.times, default=None)
+
+    def fitting(self, techniques: Techniques, rows: Sequence[int]) -> list[StrategyPlan]:
+        """The plans that fit by the rows of a micro-batch, which are given and come out largest first.
+
+        Where some rows do not fit, more do not either; but for the whole share, with which nothing is accumulated.
+        """
+        found: list[StrategyPlan] = []
+        for count in reversed(rows):
+            here = replace(techniques, per_device_train_batch_size=count)
+            if plan := self._estimate(here):
+                found.append(plan)
+                continue
+            if count < rows[0] and self.may_fit_whole([here]):
+                whole = self._estimate(replace(techniques, per_device_train_batch_size=rows[0]))
+                found += [whole] if whole else []
+            return [*found[::-1], *self._between(found, count)]
+        return found[::-1]
+
+    def _between(self, fitting: Sequence[StrategyPlan], refused: int) -> list[StrategyPlan]:
+        """The most rows that fit between those that do and those that do not, where there are any."""
+        best = [plan for plan in fitting if plan.techniques.per_device_train_batch_size < refused][-1:]
+        found: list[StrategyPlan] = []
+        while best and refused - (fits := best[0].techniques.per_device_train_batch_size) > 1:
+            middle = (fits + refused) // 2
+            if plan := self._estimate(replace(best[0].techniques, per_device_train_batch_size=middle)):
+                best = found = [plan]
+            else:
+                refused = middle
+        return found
+
+    def fastest(self, techniques: Techniques, rows: Sequence[int]) -> StrategyPlan | None:
+        """The fastest that fits by the rows of a micro-batch, largest first: until twice fewer of them gain nothing."""
+        best: StrategyPlan | None = None
+        refused, misses = 0, 0
+        for count in rows:
+            plan = self._estimate(replace(techniques, per_device_train_batch_size=count))
+            if plan and best and plan.time.step_s >= best.time.step_s:
+                misses += 1
+                if misses > 1:
+                    break
+                continue
+            if plan and not best and refused:
+                between = self._between([plan], refused)
+                plan = min([plan, *between], key=lambda one: one.time.step_s)
+            best, refused = plan or best, refused if plan else count
+        return best
+
+    def may_fit_whole(self, refused: Sequence[Techniques]) -> bool:
+        """Whether settings that do not fit could without gradients beside the activations."""
+        plans = [self.refused[one].plan.memory for one in refused if one in self.refused]
+        usable = self.assignment.slot.memory_bytes
+        return any(memory.total_bytes - memory.gradients_bytes < usable for memory in plans)
+
+    def explain(self) -> None:
+        """Note why the nearest of those that do not fit does not."""
+        if (miss := self.nearest) is not None:
+            slot = self.assignment.slot
+            self.rejections.offer(slot.label, miss)
+            combination = describe_combination(self.assignment.method, miss.plan.techniques, slot)
+            self.rejections.add(combination, miss.shortage.reason)
+
+    def _estimate(self, techniques: Techniques) -> StrategyPlan | None:
+        if techniques in self.known or techniques in self.refused:
+            return self.known.get(techniques)
+        slot = self.assignment.slot
+        plan = self.assignment.method.estimate(self.assignment.workload, slot.device, slot.node, techniques)
+        shortage = device_shortage(plan, slot)
+        if shortage is None:
+            self.known[techniques] = plan
+            return plan
+        self.refused[techniques] = Miss(plan, shortage)
+        return None
 
 
 def preferred_plan(fitting: Sequence[StrategyPlan], prefer: Prefer) -> StrategyPlan | None:
@@ -201,6 +329,12 @@ def _kernels(stated: Sequence[str], device: DeviceCapability, packing: bool) -> 
     return allowed
 
 
+def _is_slower(slot: Slot, dtype: Dtype, than: Dtype) -> bool:
+    """Whether products of a number format are clearly slower than those of another."""
+    rate, other = (product_rate(slot.device, slot.node, each)[0] for each in (dtype, than))
+    return rate < _SLOWER * other
+
+
 def _worthwhile_dtypes(dtypes: Sequence[Dtype], slot: Slot) -> list[Dtype]:
     """The faster 16-bit format, of equals bfloat16 since it needs no loss scaling; and fp32 beside it."""
     half: list[Dtype] = [dtype for dtype in dtypes if dtype != "float32"]
@@ -209,4 +343,5 @@ def _worthwhile_dtypes(dtypes: Sequence[Dtype], slot: Slot) -> list[Dtype]:
         if slot.device.kind != "cpu" and slot.device.has_bf16_units is False:
             rate["bfloat16"] = 0.0
         half = [max(half, key=lambda dtype: (rate[dtype], dtype == "bfloat16"))]
-    return [*half, "float32"] if "float32" in dtypes else half
+    found: list[Dtype] = [*half, "float32"] if "float32" in dtypes else half
+    return sorted(found, key=lambda dtype: _is_slower(slot, dtype, "float32"))

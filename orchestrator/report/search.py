@@ -7,7 +7,7 @@ from typing import Any
 from clusters.safe.masking import masked
 from clusters.units import format_bytes, format_s
 from orchestrator.job.job_file import Job
-from orchestrator.planning.space import phrase
+from orchestrator.job.space import phrase
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import command, money_text, notes_on_cost

@@ -21,7 +21,7 @@ from typing import Any, Literal
 from clusters.safe.reading import BadInput, load_json, read_bytes, record
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
-from orchestrator.planning.space import Point, key_of
+from orchestrator.job.space import Point, key_of
 from orchestrator.runs.json_files import finite, parse, parse_record
 from orchestrator.runs.run_folder import RunFolder
 

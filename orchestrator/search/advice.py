@@ -18,13 +18,13 @@ from clusters.capability import ClusterCapability, DeviceCapability, NodeCapabil
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import spec_with
+from orchestrator.job.space import Point, Space, key_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner, workload
 from orchestrator.planning.goal import by_goal
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.space import Point, Space, key_of
 from strategies.shape import ModelShape
 
 # A point is dropped where another gives the same result this much faster and in no more memory: predicted steps are

@@ -7,7 +7,7 @@ from typing import Any
 
 from clusters.units import format_bytes, format_s
 from orchestrator.job.job_file import Job, text_with
-from orchestrator.planning.space import phrase
+from orchestrator.job.space import phrase
 from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.search.advice import Planning
 from orchestrator.search.recommend import Outcome, front, outcomes, recommend

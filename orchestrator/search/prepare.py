@@ -12,10 +12,10 @@ from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job, spec_with
+from orchestrator.job.space import Point, Space
 from orchestrator.lifecycle.prepare import Ready, prepare, sizes_of
 from orchestrator.planning import workload
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.space import Point, Space
 from orchestrator.runs.search_folder import Samples, SearchFolder
 from orchestrator.search.advice import Forecast, Planning
 from orchestrator.search.subset import representative

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from orchestrator.errors import JobError, NothingFits
+from orchestrator.job.space import Point
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.goal import by_goal
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.space import Point
 from orchestrator.runs.search_folder import Trial
 
 

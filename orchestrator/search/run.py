@@ -19,13 +19,13 @@ from clusters.ray.connect import connect
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job, value_of
+from orchestrator.job.space import Point, Space, canonical, space_of
 from orchestrator.lifecycle import calibration, machines
 from orchestrator.lifecycle.background import run_in_background
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
 from orchestrator.planning import planner, price
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.space import Point, Space, canonical, space_of
 from orchestrator.runs.events import StateChange
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Forecast, Planning, advice_json, advise, by_kind
@@ -238,7 +238,8 @@ def _prepare(
 
 def _space_of(job: Job, capability: ClusterCapability, batch: int, named: list[tuple[str, Point]]) -> Space:
     """What a sampler may try; nothing beside the points of a study."""
-    return Space({}) if named else space_of(job.spec, planner.slots_of(job.spec, capability), batch)
+    devices = [slot.device for slot in planner.slots_of(job.spec, capability)]
+    return Space({}) if named else space_of(job.spec, devices, batch)
 
 
 def predict(job: Job, say: Callable[[str], None], bank: BankHooks = NO_BANK) -> tuple[Space, Forecast]:

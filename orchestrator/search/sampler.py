@@ -20,8 +20,8 @@ import numpy
 import optuna
 
 from orchestrator.job.sections.search import LogUniform, RandInt
+from orchestrator.job.space import Point, Range, Space, key_of
 from orchestrator.planning.goal import by_goal
-from orchestrator.planning.space import Point, Range, Space, key_of
 from orchestrator.search.advice import Advice, Forecast
 
 optuna.logging.set_verbosity(optuna.logging.ERROR)

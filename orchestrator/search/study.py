@@ -14,8 +14,8 @@ from clusters.safe.reading import BadInput, load_yaml
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with
 from orchestrator.job.paths import read_text_file
+from orchestrator.job.space import Point, canonical
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.space import Point, canonical
 
 SHIPPED = Path(__file__).parent.parent / "recipes" / "studies"
 _PARTS = ("baseline", "one_factor", "combinations")

@@ -26,8 +26,8 @@ from clusters.hardware.gpus import look_at_gpus
 from clusters.ray import gpu_reservation
 from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import Job, spec_with
+from orchestrator.job.space import Point
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.space import Point
 from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
 from orchestrator.search.advice import plan_for
 from strategies.step import host_memory

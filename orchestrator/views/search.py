@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.units import format_bytes, format_s
-from orchestrator.planning.space import Space, phrase
+from orchestrator.job.space import Space, phrase
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Forecast
 from orchestrator.search.recommend import Outcome, front

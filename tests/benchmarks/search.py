@@ -136,9 +136,9 @@ def grid(out: Path) -> None:
 
 def _set_up(folder: Path, prefer: str = "time"):
     from orchestrator.data.prepare import datasets
+    from orchestrator.job.space import space_of
     from orchestrator.lifecycle.prepare import prepare
     from orchestrator.planning import planner
-    from orchestrator.planning.space import space_of
     from orchestrator.runs.search_folder import Samples
     from orchestrator.search.prepare import planning_of
     from orchestrator.search.subset import representative
@@ -153,7 +153,7 @@ def _set_up(folder: Path, prefer: str = "time"):
     )
     planning = planning_of(job, {"256": files}, ready.capability, ready.plan.global_batch_size)
     slots = planner.slots_of(job.spec, ready.capability)
-    return job, files, planning, space_of(job.spec, slots, ready.plan.global_batch_size)
+    return job, files, planning, space_of(job.spec, [slot.device for slot in slots], ready.plan.global_batch_size)
 
 
 def judge(file: Path) -> None:
@@ -221,7 +221,7 @@ def judge(file: Path) -> None:
 
 
 def _key(point) -> str:
-    from orchestrator.planning.space import key_of
+    from orchestrator.job.space import key_of
 
     return key_of(point)
 

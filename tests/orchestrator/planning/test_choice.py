@@ -277,8 +277,8 @@ def test_a_job_has_one_batch_size_whatever_machines_and_networks(method):
     draw = random.Random(0)
     cards = ("A100 80GB", "RTX 4090", "RTX 3090", "RTX 3060")
     found = set()
-    for _ in range(4):
-        nodes = [machine(f"m{i}", draw.choice(cards)) for i in range(draw.randint(1, 3))]
+    for _ in range(12):
+        nodes = [machine(f"m{i}", *draw.choices(cards, k=draw.randint(i > 0, 2))) for i in range(draw.randint(1, 4))]
         made = plan(TINY, *nodes, link_bytes_per_s=10 ** draw.uniform(5, 10), samples=6400,
                     text=f"method: {{type: {method}}}\n")  # fmt: skip
         found.add((made.global_batch_size, made.num_steps))
@@ -414,7 +414,7 @@ def test_without_optional_libraries_a_plan_takes_what_is_there():
 def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted():
     node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), memory_bytes=None)
     with pytest.raises(NothingFits, match=r"loading needs .* of a's own memory, whose size is unknown"):
-        plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {per_device_train_batch_size: 1}\n")
+        plan(SMALL, node, text="strategy: {mode: zero3, offload: none}\ntrain: {global_batch_size: 2}\n")
     with pytest.raises(NothingFits, match=r"needs .* of the node's own memory, whose size is unknown"):
         plan(SMALL, node, text="strategy: {mode: zero3, offload: parameters}\n")
 

@@ -70,7 +70,7 @@ def test_nodes_that_differ_only_in_name_are_estimated_once():
 
     found = enumeration(SMALL, *[replace(node, name=name) for name in "abc"], methods=[CountedLora()]).run()
 
-    assert groups(found) >= {("a",), ("b",), ("c",)}
+    assert groups(found) == {("a",), ("a", "b"), ("a", "b", "c")}  # equal ones alone are one way
     assert ESTIMATED and set(ESTIMATED) == {"a"}
 
 
@@ -131,20 +131,20 @@ def test_of_plans_about_as_fast_the_one_listed_first_is_preferred():
     ("text", "share", "rows"),
     [
         ("data: {packing: false}\n", 1.0, {16, 8, 4, 2, 1}),
-        ("data: {packing: false}\n", 0.3, {5, 2, 1}),
+        ("data: {packing: false}\n", 0.3, {5, 4, 2, 1}),
         ("data: {packing: true}\n", 1.0, {4, 2, 1}),  # of 2048 tokens, four samples each
         ("data: {packing: false}\ntrain: {gradient_accumulation_steps: 4, global_batch_size: 16}\n", 1.0, {4, 2, 1}),
         ("data: {packing: false}\ntrain: {per_device_train_batch_size: 3, global_batch_size: 16}\n", 1.0, {3}),
     ],
 )
-def test_micro_batches_are_the_share_and_its_halvings(text, share, rows):
+def test_micro_batches_are_the_share_its_halvings_and_powers_of_two(text, share, rows):
     spec = spec_of(text.replace("{packing", "{train: a.jsonl, packing"))
     work, _, _ = describe(spec, SMALL, [512] * 1600, 1600 * 256, 1)
     node = machine("a", "A100 80GB")
     (slot,) = offered_slots(spec, ClusterCapability((node,)))
     part = Assignment(replace(work, share=share), slot, METHODS["lora"](), Division(), switches_of(spec, 2048))
 
-    found = {plan.techniques.per_device_train_batch_size for plan in part.fitting_plans(Rejections())}
+    found = {plan.techniques.per_device_train_batch_size for plan in part.fitting_plans(Rejections()).plans}
 
     assert found == rows
 

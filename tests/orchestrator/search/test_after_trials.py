@@ -7,8 +7,8 @@ from dataclasses import asdict, replace
 import pytest
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from orchestrator.job.space import key_of
 from orchestrator.lifecycle.calibration import calibrated
-from orchestrator.planning.space import key_of
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import advise
 from orchestrator.search.recommend import front, outcome_of, outcomes, recommend

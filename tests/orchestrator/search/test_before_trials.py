@@ -8,9 +8,9 @@ import pytest
 from clusters.capability import ClusterCapability
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job, spec_with, text_with
+from orchestrator.job.space import canonical, key_of, phrase, space_of
 from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner
-from orchestrator.planning.space import canonical, key_of, phrase, space_of
 from orchestrator.search.advice import Planning, advise, by_kind, plan_for
 from orchestrator.search.study import read_study
 from orchestrator.search.subset import representative
@@ -28,7 +28,7 @@ def spec_of(text=""):
 def space_for(text="", *nodes):
     spec = spec_of(text)
     cluster = ClusterCapability(nodes or (machine("pc", "RTX 3060"),))
-    return spec, space_of(spec, planner.slots_of(spec, cluster), 16)
+    return spec, space_of(spec, [slot.device for slot in planner.slots_of(spec, cluster)], 16)
 
 
 def planning(spec, shape=SMALL, *nodes):

@@ -6,7 +6,7 @@ import dataclasses
 import itertools
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with, value_of
 from orchestrator.job.sections.search import Choices, LogUniform, RandInt, Uniform
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Slot
 from strategies import METHODS
 
 Point = dict[str, Any]  # job-file key -> value
@@ -49,10 +48,10 @@ class Space:
                 yield point
 
 
-def space_of(spec: JobSpec, slots: list[Slot], global_batch_size: int) -> Space:
+def space_of(spec: JobSpec, devices: Sequence[DeviceCapability], global_batch_size: int) -> Space:
     """The job's own space, or what it leaves open.  Raises JobError for keys and values that cannot be."""
     if not spec.search.space:
-        return Space(_open_choices(spec, [slot.device for slot in slots], global_batch_size))
+        return Space(_open_choices(spec, devices, global_batch_size))
     return stated_space(spec)
 
 
@@ -121,7 +120,9 @@ def _methods(spec: JobSpec) -> list[str]:
     return [method.name for method in spec.methods()]
 
 
-def _open_choices(spec: JobSpec, devices: list[DeviceCapability], global_batch_size: int) -> dict[str, tuple[Any, ...]]:
+def _open_choices(
+    spec: JobSpec, devices: Sequence[DeviceCapability], global_batch_size: int
+) -> dict[str, tuple[Any, ...]]:
     """Every optimization that the job leaves open, with the values that could make a difference on the devices."""
     on_gpu = any(device.kind != "cpu" for device in devices)
     dtypes = ("float32", "bfloat16", "float16") if on_gpu else ("float32", "bfloat16")

@@ -1,0 +1,229 @@
+"""Which slots could train together: groups worth a full estimate, found by arithmetic alone.  Pure.
+
+A slot's pace is the seconds of a step by its share of the samples, and equal slots have one.  From paces and links the
+time of any group follows in closed form, so that many groups are compared for the price of a few estimates.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.capability import ClusterCapability
+from orchestrator.planning.candidates import Slot, limit_per_node, network_between, slowest_link, waiting_s
+from strategies.contract import StrategyPlan
+from strategies.cost.network import Network
+
+_MOST_SUBSETS = 64  # of so many all are compared; of more those of the fastest slots with good links
+_KEPT = 2  # subsets of one size that are worth a full estimate: the best may not fit together
+_MESSAGE_BYTES = 25 * 2**20  # of the sums that rank links: a bucket of gradients
+_QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)  # of links' seconds: worse links are avoided
+_RING = 16  # workers whose round trips a link's rank counts
+_REFINED = 8  # sizes between two others that are compared
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a step on one slot: those of any share, and those of all samples together."""
+
+    plan: StrategyPlan
+    fixed_s: float
+    whole_s: float
+
+    @classmethod
+    def of(cls, plan: StrategyPlan, share: float) -> Pace:
+        """By a plan for one share of the samples."""
+        time = plan.time
+        fixed_s = time.update_s + (time.transfer_s if plan.techniques.offload == "optimizer" else 0.0)
+        return cls(plan, fixed_s, max(time.step_s - fixed_s, 1e-12) / share)
+
+    def step_s(self, share: float) -> float:
+        return self.fixed_s + share * self.whole_s
+
+
+def balance(paces: Sequence[Pace], counts: Sequence[int]) -> tuple[float, list[float]]:
+    """When all finish a step together, and the share of one slot of each kind: n (t - fixed) / whole add up to 1.
+
+    One that updates its weights for longer than that gets a share by its speed all the same: it takes part.
+    """
+    speed = sum(count / pace.whole_s for pace, count in zip(paces, counts, strict=True))
+    late = sum(count * pace.fixed_s / pace.whole_s for pace, count in zip(paces, counts, strict=True))
+    finish_s = (1 + late) / speed
+    shares = [(finish_s - pace.fixed_s) / pace.whole_s for pace in paces]
+    if min(shares) <= 0:
+        shares = [1 / pace.whole_s / speed for pace in paces]
+        finish_s = max(pace.step_s(share) for pace, share in zip(paces, shares, strict=True))
+    return finish_s, shares
+
+
+@dataclass
+class Chain:
+    """Slots in an order, and the slowest link among the first so many of them."""
+
+    slots: list[Slot] = field(default_factory=list)
+    links: list[tuple[float, float]] = field(default_factory=list)  # bytes a second, round trip
+
+
+class Links:
+    """The links between the nodes of some slots, and which slots are linked well enough to be grouped."""
+
+    def __init__(self, cluster: ClusterCapability, slots: Sequence[Slot]) -> None:
+        self.cluster = cluster
+        self._names = list(dict.fromkeys(slot.node.name for slot in slots))
+        self._places = {name: place for place, name in enumerate(self._names)}
+        self._networks: dict[tuple[str, ...], tuple[Network | None, bool]] = {}
+        self._rates: list[list[float]] = []
+        self._trips: list[list[float]] = []
+        self.are_alike = cluster.has_like_links or len(self._names) < 2
+        self.limits = [math.inf] if self.are_alike else self._rank()
+
+    def _rank(self) -> list[float]:
+        """Note each link; the limits of a link's seconds that groups are formed by."""
+        count = len(self._names)
+        self._rates = [[math.inf] * count for _ in range(count)]
+        self._trips = [[0.0] * count for _ in range(count)]
+        for i, j in itertools.combinations(range(count), 2):
+            rate, trip, _ = slowest_link((self._names[i], self._names[j]), self.cluster)
+            self._rates[i][j] = self._rates[j][i] = rate
+            self._trips[i][j] = self._trips[j][i] = trip
+        found = sorted(self._link_s(i, j) for i, j in itertools.combinations(range(count), 2))
+        return sorted({found[int(part * (len(found) - 1))] for part in _QUANTILES})
+
+    def _link_s(self, i: int, j: int) -> float:
+        """What a bucket of a ring takes over a link: what links are compared by."""
+        return _MESSAGE_BYTES / self._rates[i][j] + min(len(self._names), _RING) * self._trips[i][j]
+
+    def network(self, slots: Sequence[Slot]) -> tuple[Network | None, bool]:
+        """As `network_between`; looked up where the same nodes were asked for before."""
+        key = tuple(slot.node.name for slot in slots)
+        if key not in self._networks:
+            self._networks[key] = network_between(slots, self.cluster)
+        return self._networks[key]
+
+    def chain(self, order: Sequence[Slot], limit: float) -> Chain:
+        """The slots in their order without those that have a link worse than `limit` to one before them."""
+        chain = Chain()
+        if self.are_alike:
+            link = slowest_link(self._names, self.cluster)[:2] if len(self._names) > 1 else (math.inf, 0.0)
+            return Chain(list(order), [link] * len(order))
+        members: dict[int, None] = {}
+        rate, trip = math.inf, 0.0
+        for slot in order:
+            place = self._places[slot.node.name]
+            if place not in members:
+                if limit < self.limits[-1] and any(self._link_s(place, other) > limit for other in members):
+                    continue
+                rate = min(rate, min(map(self._rates[place].__getitem__, members), default=math.inf))
+                trip = max(trip, max(map(self._trips[place].__getitem__, members), default=0.0))
+                members[place] = None
+            chain.slots.append(slot)
+            chain.links.append((rate, trip))
+        return chain
+
+
+@dataclass
+class Groups:
+    """Groups of slots by what a step of theirs would take."""
+
+    links: Links
+    pace: Callable[[Slot, int], Pace | None]  # of a slot in a group of that size; None where it does not fit there
+    most: int  # slots of a group
+    equal_parts: bool = False  # whatever the paces
+    stated: int | None = None  # a number of slots that the job states
+    _chains: dict[tuple[tuple[int, ...], float], Chain] = field(default_factory=dict, init=False)
+
+    def best(self, slots: Sequence[Slot]) -> list[list[Slot]]:
+        """The best groups of each number of slots that is looked at, the best of all first."""
+        few = 2 ** len(slots) <= _MOST_SUBSETS
+        scored = self._subsets(slots) if few else self._prefixes(slots)
+        by_size: dict[int, list[tuple[float, int, list[Slot]]]] = {}
+        for number, (seconds, group) in enumerate(scored):
+            if math.isfinite(seconds):
+                by_size.setdefault(len(group), []).append((seconds, number, group))
+        kept = [sorted(found)[: _KEPT if few else 1] for found in by_size.values()]
+        return [group for _, _, group in sorted(itertools.chain.from_iterable(kept))]
+
+    def _score(self, slots: Sequence[Slot], network: Network | None) -> float:
+        """Seconds of a step of these slots together; infinite where one of them does not fit."""
+        counts: dict[int, int] = {}
+        paces: dict[int, Pace] = {}
+        for slot in slots:
+            pace = self.pace(slot, len(slots))
+            if pace is None:
+                return math.inf
+            counts[id(pace)] = counts.get(id(pace), 0) + 1
+            paces[id(pace)] = pace
+        known = list(paces.values())
+        if self.equal_parts:
+            seconds = max(pace.step_s(1 / len(slots)) for pace in known)
+        else:
+            seconds, _ = balance(known, list(counts.values()))
+        return seconds + (waiting_s(network, [pace.plan for pace in known]) if network else 0.0)
+
+    def _subsets(self, slots: Sequence[Slot]) -> Iterator[tuple[float, list[Slot]]]:
+        seen = set[Any]()
+        for count in range(2, min(self.most, len(slots)) + 1):
+            for chosen in itertools.combinations(slots, count):
+                alike = self._kind_of(chosen)
+                if alike not in seen and len(limit_per_node(chosen)) == count:
+                    seen.add(alike)
+                    yield self._score(chosen, self.links.network(chosen)[0]), list(chosen)
+
+    def _kind_of(self, slots: Sequence[Slot]) -> Any:
+        """Equal for groups of equal slots, where all links are alike: one of them stands for all."""
+        if not self.links.are_alike:
+            return tuple(map(id, slots))
+        by_node: dict[str, list[int]] = {}
+        for slot in slots:
+            by_node.setdefault(slot.node.name, []).append(id(self.pace(slot, len(slots))))
+        return tuple(sorted(tuple(sorted(ids)) for ids in by_node.values()))
+
+    def _prefixes(self, slots: Sequence[Slot]) -> Iterator[tuple[float, list[Slot]]]:
+        """The fastest two, three, four, six ... of those that are linked well enough, and sizes around the best."""
+        sizes = self._sizes(len(slots))
+        best: dict[int, float] = {}
+        for size in sizes:
+            for seconds, group in self._of_size(slots, size):
+                best[size] = min(best.get(size, math.inf), seconds)
+                yield seconds, group
+        if not best or self.equal_parts:
+            return
+        middle = sizes.index(min(best, key=best.__getitem__))
+        low, high = sizes[max(0, middle - 1)], sizes[min(len(sizes) - 1, middle + 1)]
+        for size in range(low + 1, high, max(1, (high - low) // _REFINED)):
+            if size not in best:
+                yield from self._of_size(slots, size)
+
+    def _of_size(self, slots: Sequence[Slot], size: int) -> Iterator[tuple[float, list[Slot]]]:
+        order, seen = self._order(slots, size), set[tuple[int, ...]]()
+        key = tuple(map(id, order))
+        for limit in self.links.limits:
+            if (key, limit) not in self._chains:
+                self._chains[key, limit] = self.links.chain(order, limit)
+            chain = self._chains[key, limit]
+            group = chain.slots[:size]
+            if len(group) < size or (ids := tuple(map(id, group))) in seen:
+                continue
+            seen.add(ids)
+            yield self._score(group, self._network(group, chain.links[size - 1])), group
+
+    def _network(self, group: Sequence[Slot], link: tuple[float, float]) -> Network | None:
+        if all(slot.node.name == group[0].node.name for slot in group):
+            return self.links.network(group)[0]
+        return Network(len(group), *link)
+
+    def _order(self, slots: Sequence[Slot], size: int) -> list[Slot]:
+        """The slots that fit in groups of a size, the fastest first."""
+        timed = [(pace.step_s(1 / size), slot) for slot in slots if (pace := self.pace(slot, size))]
+        return limit_per_node([slot for _, slot in sorted(timed, key=lambda item: item[0])])
+
+    def _sizes(self, num_slots: int) -> list[int]:
+        most = min(self.most, num_slots)
+        doubled = itertools.takewhile(lambda size: size < most, (2**power for power in itertools.count(1)))
+        # Each size of equal parts is a division of its own, with all settings to be estimated.
+        between = doubled if self.equal_parts else (size for each in doubled for size in (each, each * 3 // 2))
+        sizes = {*between, most, self.stated or most}
+        return sorted(size for size in sizes if 2 <= size <= most)
