@@ -14,7 +14,7 @@ from strategies.step.device_memory import _SETTINGS, grow_segments, limit, share
     [
         (None, 24 * GIB, None),  # nobody knew: no end is made up
         (24.7 * GIB, 24 * GIB, 1.0),
-        (6.7 * GIB, 24 * GIB, 0.25),  # a display and others hold the rest
+        (6.5 * GIB, 24 * GIB, 0.25),  # a display and others hold the rest
         (0.5 * GIB, 24 * GIB, 0.0),
     ],
 )
