@@ -139,8 +139,8 @@ def _of_job(job: Job) -> tuple[str, Workload]:
 
 def _measured(technique: Technique, device: DeviceCapability, node: NodeCapability, level: str) -> dict[str, Any]:
     """Expected and measured ratios on the small model of strategies.measure.techniques."""
-    if level == "impossible":
-        return {"problem": "impossible here"}
+    if level in ("impossible", "not installed"):
+        return {"problem": "impossible here" if level == "impossible" else level}
     if technique.needs_devices > 1:
         return {"problem": "needs several workers: tests/benchmarks/zero.py measures it"}
     from strategies.measure.techniques import measure, small_workload

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 
 from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.units import format_bytes, format_s
@@ -16,7 +18,11 @@ from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
-from strategies.contract import Workload
+from strategies.compatibility import conflict
+from strategies.contract import Techniques, Workload
+from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
+
+_GAIN = 0.95  # of memory or time: less is no reason to install something
 
 
 def describe_candidate(candidate: Candidate) -> str:
@@ -167,6 +173,41 @@ def _why_dtype(dtype: str, device: DeviceCapability) -> str:
         by = f" ({', '.join(device.instruction_sets)})" if device.instruction_sets else ""
         return f"{device.name} computes it in hardware{by}"
     return f"{device.name} has fp16 but no bf16 units"
+
+
+def explain_absent_libraries(enumeration: Enumeration, chosen: Candidate) -> dict[str, str]:
+    """Library that is not installed -> what it would bring, in the settings chosen for the first device.
+
+    What the job states stays; a gain is 5 % of the memory or of a step.
+    """
+    part, workload = chosen.placed[0], enumeration.workload
+    slot, techniques = part.slot, part.plan.techniques
+    device, switches = slot.device, enumeration.switches
+    variants = [(method, techniques) for method in enumeration.methods if method.is_quantised]
+    variants += [(chosen.method, replace(techniques, attn_implementation=kernel)) for kernel in switches.attentions]
+    variants += [(chosen.method, replace(techniques, optim=optim)) for optim in switches.optims]
+    found: dict[str, str] = {}
+    for library, (method, changed) in itertools.product(absent_libraries(device), variants):
+        equipped = with_installed(device, [library])
+        if library in found or not conflict(method, changed, device, workload.shape, techniques.num_shards):
+            continue
+        if conflict(method, changed, equipped, workload.shape, techniques.num_shards):
+            continue
+        plan = method.estimate(replace(workload, share=part.share), equipped, slot.node, changed)
+        needs, had = plan.memory.total_bytes, part.plan.memory.total_bytes
+        step_s, before_s = plan.time.step_s, part.plan.time.step_s
+        if needs > _GAIN * had and step_s > _GAIN * before_s:
+            continue
+        what = [method.name] + [new for new, old in _choices(changed, techniques) if new != old]
+        found[library] = (
+            f"{', '.join(what)}: {format_bytes(needs)} instead of {format_bytes(had)}, {format_s(step_s)} a step"
+            f" instead of {format_s(before_s)} ({INSTALL[library]})"
+        )
+    return found
+
+
+def _choices(changed: Techniques, techniques: Techniques) -> tuple[tuple[str, str], ...]:
+    return (changed.attn_implementation, techniques.attn_implementation), (changed.optim, techniques.optim)
 
 
 def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Accepts) -> str:

@@ -96,6 +96,7 @@ class Plan:
     alternatives: tuple[Alternative, ...] = ()
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
     left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
+    if_installed: dict[str, str] = field(default_factory=dict)  # absent library -> what it would bring, and its command
     helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job

@@ -21,6 +21,7 @@ from orchestrator.planning.evaluation import HeldOutCounts, phases_of, resolve_e
 from orchestrator.planning.explain import (
     alternatives,
     describe_larger_steps,
+    explain_absent_libraries,
     explain_choice,
     explain_excluded,
     explain_unusable,
@@ -253,6 +254,7 @@ def _plan_of(
         rejected=enumeration.rejections.reasons,
         left_out=explain_excluded(chosen, enumeration, helper.node if helper else None)
         | explain_unusable(enumeration.cluster),
+        if_installed=explain_absent_libraries(enumeration, chosen),
         helper=helper,
     )
 

@@ -16,7 +16,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.workload import grows_with_workers
 from strategies import METHODS
 from strategies.contract import Workload
-from strategies.techniques.libraries import EXTRAS, lacks
+from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
 
 _MOST = 3
 _SHORTEST, _LENGTHS = 128, 64  # max_length in tokens: the least that is proposed, and its steps
@@ -135,11 +135,19 @@ def _openings(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
 
 
 def _installed_libraries(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:
+    """Absent libraries: each alone, and all together where none alone helps."""
     devices = [device for node in inputs.cluster.nodes for device in node.devices]
-    missing = [text for device in devices for library in EXTRAS if (text := lacks(device, library))]
-    equipped = _with_devices(inputs, lambda device: replace(device, libraries={}))
-    if missing and accepts(equipped):
-        yield Remedy(" and ".join(dict.fromkeys(text.rpartition(": ")[2] for text in missing)), equipped)
+    absent = list(dict.fromkeys(library for device in devices for library in absent_libraries(device)))
+
+    def installed(*libraries: str) -> Remedy | None:
+        equipped = _with_devices(inputs, lambda device: with_installed(device, libraries))
+        text = " and ".join(INSTALL[library] for library in libraries)
+        return Remedy(text, equipped) if accepts(equipped) else None
+
+    found = [remedy for library in absent if (remedy := installed(library))]
+    if not found and len(absent) > 1:
+        found = [remedy for remedy in [installed(*absent)] if remedy]
+    yield from found
 
 
 def _usual_methods(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:

@@ -33,7 +33,7 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
     for part in _kinds(plan):
         parts += [_bars(part, plan.sync_s), Text()]
     parts += [_group(plan)] if plan.sync.options or plan.left_out else []
-    parts += [_totals(plan), Text(), settings_table(plan)]
+    parts += [_totals(plan), *_if_installed(plan), Text(), settings_table(plan)]
     if full and plan.alternatives:
         parts += [Text(), alternatives_table(plan)]
     if full and plan.rejected:
@@ -181,6 +181,14 @@ def _totals(plan: Plan) -> Text:
             style="dim",
         )
     return text
+
+
+def _if_installed(plan: Plan) -> list[Text]:
+    """What libraries would bring that are not installed, a line each."""
+    return [
+        Text(f"with {library.replace('_', '-')}, which is not installed: {gain}", style="cyan")
+        for library, gain in plan.if_installed.items()
+    ]
 
 
 def settings_table(plan: Plan) -> Table:

@@ -9,7 +9,17 @@ from rich.text import Text
 
 from orchestrator.views.screen import new_table
 
-_COLOURS = {"effective": "green", "works": "cyan", "little gain": "white", "harmful": "yellow", "impossible": "red"}
+_COLOURS = {
+    "effective": "green",
+    "works": "cyan",
+    "little gain": "white",
+    "harmful": "yellow",
+    "not installed": "magenta",
+    "impossible": "red",
+}
+
+
+_WITH_REASON = ("not installed", "impossible")  # of the others the ratios have columns of their own
 
 
 def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
@@ -21,7 +31,7 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
         table = new_table(*names, fold=True)
         for row in mine:
             level = Text(row["level"], style=_COLOURS[row["level"]])
-            why = row["reason"].split("; ", 1)[-1] if row["memory_ratio"] else row["reason"]
+            why = row["reason"] if row["level"] in _WITH_REASON else row["reason"].split("; ", 1)[-1]
             table.add_row(
                 row["technique"],
                 level,

@@ -24,14 +24,14 @@ def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> s
     if kernel == "flash_attention_2":
         if device.kind == "cpu":
             return "flash-attn is a GPU library"
-        if (reason := lacks(device, "flash_attn")) is not None:
-            return reason
         if device.kind == "cuda" and device.compute_capability and device.compute_capability < (8, 0):
             return f"flash-attn 2 needs Ampere or newer, {device.name} has {device.compute_capability}"
-        if device.kind == "rocm" and "flash_attn" not in device.libraries:
-            return "not known to run on this Radeon; measure it there"
         if shape.head_dim > 256:
             return f"flash-attn 2 supports heads up to 256, these have {shape.head_dim}"
+        if (reason := lacks(device, "flash_attn")) is not None:
+            return reason
+        if device.kind == "rocm" and "flash_attn" not in device.libraries:
+            return "not known to run on this Radeon; measure it there"
     if kernel == "flex_attention" and device.kind == "cpu":
         return "flex_attention has no backward pass on a CPU"
     if kernel == "flex_attention" and device.compute_capability and device.compute_capability < (7, 0):

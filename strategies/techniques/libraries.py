@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 from clusters.capability import DeviceCapability
 
-# Library -> extra of pyproject.toml that brings it.  flash-attn has none: it is compiled from source for an hour, and
-# torch's own kernels do its work.
-EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero"}
+EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero"}  # library -> extra of pyproject.toml that brings it
+# flash-attn has no extra: it is compiled from source for an hour, against the torch that is there.
+INSTALL = {library: f"pip install -e '.[{extra}]'" for library, extra in EXTRAS.items()} | {
+    "flash_attn": "pip install flash-attn --no-build-isolation"
+}
 
 
 def lacks(device: DeviceCapability, library: str) -> str | None:
@@ -16,5 +21,17 @@ def lacks(device: DeviceCapability, library: str) -> str | None:
         return None
     if found.state == "broken":
         return f"{name} is installed and does not run on {device.name}: {found.error}"
-    extra = EXTRAS.get(library)
-    return f"{name} is not installed" + (f": pip install -e '.[{extra}]'" if extra else "")
+    return f"{name} is not installed: {INSTALL[library]}"
+
+
+def absent_libraries(device: DeviceCapability) -> list[str]:
+    """Libraries that were looked for on a device and are not installed."""
+    return [
+        library for library in INSTALL if library in device.libraries and device.libraries[library].state == "absent"
+    ]
+
+
+def with_installed(device: DeviceCapability, libraries: Iterable[str]) -> DeviceCapability:
+    """The device as if these libraries were installed and nobody had tried them."""
+    rest = {name: found for name, found in device.libraries.items() if name not in set(libraries)}
+    return replace(device, libraries=rest)

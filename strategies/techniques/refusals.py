@@ -14,13 +14,13 @@ def refuse_bf16(device: DeviceCapability, shape: ModelShape) -> str | None:
 
 
 def refuse_bitsandbytes(device: DeviceCapability, shape: ModelShape) -> str | None:
-    """Quantised weights and optimizer states need a library that runs on this device."""
+    """Quantised weights and optimizer states need a library that runs on this device: first what rules it out there."""
+    if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
+        return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
     if (reason := lacks(device, "bitsandbytes")) is not None:
         return reason
     if device.kind == "rocm" and "bitsandbytes" not in device.libraries:
         return "bitsandbytes is not known to run on this Radeon; measure it there"
-    if device.kind == "cuda" and device.compute_capability is not None and device.compute_capability < (6, 0):
-        return f"bitsandbytes needs compute capability 6.0, {device.name} has {device.compute_capability}"
     return None
 
 

@@ -13,8 +13,9 @@ from typing import Any, Literal
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import Method, StrategyPlan, Techniques, Workload
 from strategies.shape import ModelShape
+from strategies.techniques.libraries import absent_libraries, with_installed
 
-Level = Literal["effective", "works", "little gain", "harmful", "impossible"]
+Level = Literal["effective", "works", "little gain", "harmful", "not installed", "impossible"]
 Refusal = Callable[[DeviceCapability, ModelShape], str | None]  # why it cannot be used there; None where it can
 
 
@@ -66,13 +67,17 @@ def judge(
     """The verdict on one device for one workload, from the estimates with and without.
 
     Memory counts for what it is worth: a saving on a device that has room to spare buys nothing, and is harmful when it
-    costs time.
+    costs time.  What only lacks a library has the ratios that it would have with it.
     """
     reason = technique.impossible(device, choice.workload.shape)
     if reason is None and num_devices < technique.needs_devices:
         reason = f"it divides work among devices; this cluster has {num_devices}"
     if reason is not None:
-        return Verdict(technique.name, "impossible", reason)
+        equipped = with_installed(device, absent_libraries(device))
+        found = judge(technique, choice, equipped, node, num_devices) if equipped != device else None
+        if found is None or found.level == "impossible":
+            return Verdict(technique.name, "impossible", reason)
+        return replace(found, level="not installed", reason=f"{reason}; with it: {found.reason}")
     without = technique.off(choice).estimate(device, node)
     with_it = technique.on(choice).estimate(device, node)
     memory = with_it.memory.total_bytes / without.memory.total_bytes

@@ -185,6 +185,18 @@ def test_a_library_that_is_absent_or_broken_rules_out_what_needs_it_and_says_whi
     assert says in conflict(METHODS["full"](), eight, device, SHAPE)
 
 
+def test_what_only_lacks_a_library_has_the_ratios_it_would_have_with_it():
+    absent = dataclasses.replace(card("RTX 3090"), libraries={"bitsandbytes": Library("absent")})
+    old = dataclasses.replace(card("RTX 2080 Ti"), libraries={"flash_attn": Library("absent")})
+
+    found, complete = verdict("QLoRA nf4", absent), verdict("QLoRA nf4", card("RTX 3090"))
+
+    assert found.level == "not installed" and found.memory_ratio == complete.memory_ratio
+    assert found.reason.startswith("bitsandbytes is not installed: pip install -e '.[quant]'; with it: memory x")
+    assert verdict("flash-attn 2", old).level == "impossible"
+    assert "needs Ampere or newer" in verdict("flash-attn 2", old).reason
+
+
 RADEON, OLD_RADEON = card("RX 7900 XTX"), card("RX 6800 XT")
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import re
 import time
 from pathlib import Path
 
@@ -408,7 +409,40 @@ def test_without_optional_libraries_a_plan_takes_what_is_there():
     made = plan(MIDDLE, node)
 
     assert made.techniques.attn_implementation != "flash_attention_2" and made.method["type"] != "qlora"
-    assert "flash_attention_2 attention: flash-attn is not installed" in made.rejected.values()
+    missing = "flash_attention_2 attention: flash-attn is not installed: pip install flash-attn --no-build-isolation"
+    assert missing in made.rejected.values()
+
+
+def test_a_plan_says_what_an_absent_library_would_bring():
+    absent = {"flash_attn": "absent", "bitsandbytes": "absent", "deepspeed": "absent"}
+    made = plan(MIDDLE, lacking(machine("a", "RTX 3090"), **absent))
+    complete = plan(MIDDLE, machine("a", "RTX 3090"))
+    cpu = plan(SMALL, lacking(machine("a"), **absent))
+    stated = plan(MIDDLE, lacking(machine("a", "RTX 3090"), **absent), text="method: {type: lora}\n")
+
+    gain = made.if_installed["bitsandbytes"]
+    assert re.match(
+        r"qlora: [\d.]+ GiB instead of [\d.]+ GiB, .* a step instead of .* \(pip install -e '\.\[quant\]'", gain
+    )
+    needs, had = map(float, re.findall(r"([\d.]+) GiB", gain))
+    assert needs < had == round(made.memory.total_bytes / GIB, 1)
+    assert not complete.if_installed  # nobody looked for any
+    assert "flash_attn" not in cpu.if_installed  # a GPU's library
+    assert "qlora" not in str(stated.if_installed)  # the job wants another method
+
+
+def test_what_would_fit_with_a_library_is_proposed_with_the_command():
+    node = lacking(machine("a", "RTX 3060 12GB", memory_gib=16), bitsandbytes="absent", deepspeed="absent")
+    broken = lacking(machine("a", "RTX 3060 12GB", memory_gib=16), bitsandbytes="broken", deepspeed="absent")
+
+    with pytest.raises(NothingFits) as caught:
+        plan(MIDDLE, node)
+    with pytest.raises(NothingFits) as other:
+        plan(MIDDLE, broken)
+
+    assert "qlora on a (RTX 3060 12GB): bitsandbytes is not installed: pip install -e '.[quant]'" in str(caught.value)
+    assert "It would fit with: pip install -e '.[quant]'" in str(caught.value)
+    assert "would fit with: pip" not in str(other.value)  # it is installed, and installing it again helps nobody
 
 
 def test_loading_on_a_machine_whose_memory_nobody_knows_is_not_taken_for_granted():
