@@ -12,7 +12,7 @@ def format_bytes(num_bytes: float) -> str:
 
 
 def format_s(seconds: float) -> str:
-    """Seconds as `0.42 s`, `42 s`, `3 min 05 s` or `2 h 07 min`."""
+    """Seconds as `0.42 s`, `42 s`, `3 min 05 s`, `2 h 07 min` or `12 days`."""
     if seconds < 10:
         return f"{seconds:.2g} s"
     if seconds < 100:
@@ -21,6 +21,8 @@ def format_s(seconds: float) -> str:
     if minutes < 60:
         return f"{minutes} min {rest_s:02d} s"
     hours, minutes = divmod(minutes, 60)
+    if hours >= 100:
+        return f"{hours / 24:.0f} days"
     return f"{hours} h {minutes:02d} min"
 
 

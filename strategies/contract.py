@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.model.architecture import Architecture
+from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -326,15 +327,6 @@ class TrainSetup:
         return list(self.streaming.summed if self.streaming else self.parameters.values())
 
 
-@dataclass(frozen=True)
-class QualityPrior:
-    """What published runs say of a method's quality before anything was trained; a prior, never a promise."""
-
-    score: float  # accuracy on the benchmark named in `source`, 0 .. 1
-    uncertainty: float  # one standard deviation
-    source: str
-
-
 def option(default: Any, doc: str, tried: tuple[Any, ...] = (), **limits: Any) -> Any:
     """A method's field, with the sentence and limits of the job file's schema; an open one is `tried` in a search."""
     return field(default=default, metadata={"doc": doc, "tried": tried, **limits})
@@ -370,7 +362,7 @@ class MethodDefaults(Protocol):
         return []
 
     def quality_prior(self) -> QualityPrior | None:
-        """What to expect of the result; None where nothing comparable was published."""
+        """What published runs found, on one model and task; None where nothing comparable was published."""
         return None
 
     def load_dtype(self, techniques: Techniques) -> Dtype:

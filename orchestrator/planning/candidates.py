@@ -133,13 +133,9 @@ class Candidate:
 
     @property
     def quality(self) -> float | None:
+        """The score that orders the methods, whatever the model: what is shown is `goal.prior_of`."""
         prior = self.method.quality_prior()
         return prior.score if prior else None
-
-    @property
-    def costs(self) -> tuple[float, float, float]:
-        """Seconds, bytes, lacking quality (a prior): less is better in each."""
-        return self.total_s, self.peak_bytes, -(self.quality or 0.0)
 
     @property
     def zero_stage(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from clusters.capability import ClusterCapability, DeviceCapability
@@ -14,6 +14,7 @@ from orchestrator.job.job_file import value_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Slot
 from orchestrator.planning.enumeration import Enumeration
+from orchestrator.planning.goal import prior_of
 from orchestrator.planning.pareto import pareto
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
@@ -76,9 +77,23 @@ def explain_unusable(cluster: ClusterCapability) -> dict[str, str]:
     return found
 
 
-def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> tuple[Alternative, ...]:
-    """The Pareto front, and the best candidate of each other method and number of devices."""
-    front = sorted(pareto(fitting, lambda candidate: candidate.costs), key=lambda candidate: candidate.total_s)
+def alternatives(
+    spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate], num_parameters: int
+) -> tuple[Alternative, ...]:
+    """The Pareto front, and the best candidate of each other method and number of devices.
+
+    Expected quality is the third cost where published runs say something of this model and task.
+    """
+    scores = {
+        name: prior.score
+        for name, method in {candidate.method.name: candidate.method for candidate in fitting}.items()
+        if (prior := prior_of(spec, num_parameters, method))
+    }
+
+    def costs(candidate: Candidate) -> tuple[float, float, float]:
+        return candidate.total_s, candidate.peak_bytes, -scores.get(candidate.method.name, 0.0)
+
+    front = sorted(pareto(fitting, costs), key=lambda candidate: candidate.total_s)
     worth = [candidate for candidate in front if candidate is not chosen]
     seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
     for candidate in sorted(fitting, key=lambda c: c.total_s):
@@ -92,8 +107,8 @@ def alternatives(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate])
             what=describe_candidate(other),
             total_s=other.total_s,
             peak_bytes=other.peak_bytes,
-            quality=other.quality,
-            why_not=_why_not(spec, chosen, other),
+            quality=scores.get(other.method.name),
+            why_not=_why_not(chosen, other, scores),
             on_front=other in front,
         )
         for other in worth
@@ -109,16 +124,17 @@ def describe_larger_steps(chosen: Candidate, larger: Candidate, workload: Worklo
         what=f"train.global_batch_size: {size}, {describe_candidate(larger)}",
         total_s=larger.total_s,
         peak_bytes=larger.peak_bytes,
-        quality=larger.quality,
+        quality=None,  # priors are of the usual batches
         why_not=f"{_compare(chosen, larger)}; {changes}",
         on_front=False,
     )
 
 
-def _why_not(spec: JobSpec, chosen: Candidate, other: Candidate) -> str:
+def _why_not(chosen: Candidate, other: Candidate, scores: Mapping[str, float]) -> str:
     parts = [_compare(chosen, other)]
-    if other.quality is not None and chosen.quality is not None and other.quality != chosen.quality:
-        parts.append(f"expected score {other.quality:.3f} against {chosen.quality:.3f} (prior)")
+    theirs, ours = scores.get(other.method.name), scores.get(chosen.method.name)
+    if theirs is not None and ours is not None and theirs != ours:
+        parts.append(f"expected score {theirs:.3f} against {ours:.3f} (prior)")
     if other.sync_s > 0.3 * other.step_s:
         parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for the network")
     return ", ".join(parts)
@@ -220,11 +236,14 @@ def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Acce
             f" cluster.num_workers: {spec.cluster.num_workers}, strategy.mode: {spec.strategy.mode}"
         )
     lines += [f"{device} is not used: {why}" for device, why in explain_unusable(enumeration.cluster).items()]
-    if found := find_remedies(inputs, accepts):
-        lines.append("It would fit with: " + "; or ".join(remedy.text for remedy in found))
-    else:
-        lines.append("No single change helps: choose a smaller model and larger devices")
+    lines += describe_remedies(inputs, accepts) or ["No single change helps: choose a smaller model and larger devices"]
     return "\n".join(dict.fromkeys(lines))
+
+
+def describe_remedies(inputs: PlanInputs, accepts: Accepts) -> list[str]:
+    """A line with the smallest changes that would help; none where none helps."""
+    found = find_remedies(inputs, accepts)
+    return ["It would fit with: " + "; or ".join(remedy.text for remedy in found)] if found else []
 
 
 def _shortages(enumeration: Enumeration) -> list[str]:

@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+from clusters.units import format_s
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 from orchestrator.planning.price import price_of
+from strategies.contract import Method
+from strategies.quality import QualityPrior
 
+# Beyond two weeks a stated goal.max_hours must allow the plan: nobody plans that by mistake.  Published fine-tunings of
+# one machine take minutes to days; in two weeks a machine is restarted (updates, heat, power), the loss says in hours
+# whether a run is worth it, and a rented card does the same work in a day.
+LONG_S = 14 * 86400.0
 _ABOUT_AS_FAST = 1.15  # times the fastest: a model's error in time is larger than this
 
 
 def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
     """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps."""
     kept = _within_limits(spec, fitting)
+    if spec.goal.max_hours is None:
+        kept = [candidate for candidate in kept if candidate.total_s <= LONG_S] or kept
     keys = {
         "time": lambda c: (c.total_s, c.peak_bytes),
         "memory": lambda c: (c.memory_fraction, c.total_s),
@@ -28,6 +38,24 @@ def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
     # steps may be repeated, before one that is divided.
     about = [candidate for candidate in kept if candidate.total_s <= _ABOUT_AS_FAST * best.total_s]
     return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
+
+
+def too_long(spec: JobSpec, candidate: Candidate) -> str | None:
+    """Why a plan needs a stated goal.max_hours; None where it takes less than two weeks, or one is stated."""
+    if spec.goal.max_hours is not None or candidate.total_s <= LONG_S:
+        return None
+    devices = ", ".join(dict.fromkeys(part.slot.device.name for part in candidate.placed))
+    hours = math.ceil(1.05 * candidate.total_s / 3600)
+    return (
+        f"{candidate.method.name} on {devices} would take {format_s(candidate.total_s)}, the best that fits: more than"
+        f" {format_s(LONG_S)} are planned only where the job allows them (goal.max_hours: {hours})"
+    )
+
+
+def prior_of(spec: JobSpec, num_parameters: float, method: Method) -> QualityPrior | None:
+    """A method's prior where it is one for this job: measured on a model of the same size and the same kind of task."""
+    prior = method.quality_prior()
+    return prior if prior and prior.applies(num_parameters, str(spec.data.train)) else None
 
 
 def by_goal(prefer: str, seconds: float, peak_bytes: float, lack: float, cost: float | None) -> tuple[float, float]:

@@ -21,13 +21,14 @@ from orchestrator.planning.evaluation import HeldOutCounts, phases_of, resolve_e
 from orchestrator.planning.explain import (
     alternatives,
     describe_larger_steps,
+    describe_remedies,
     explain_absent_libraries,
     explain_choice,
     explain_excluded,
     explain_unusable,
     why_nothing_fits,
 )
-from orchestrator.planning.goal import choose_candidate
+from orchestrator.planning.goal import choose_candidate, prior_of, too_long
 from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions
@@ -163,6 +164,8 @@ def make_plan(
     choice = _choose(spec, enumeration, num_slots)
     if choice is None:
         raise NothingFits(why_nothing_fits(inputs, enumeration, accepts))
+    if too_slow := too_long(spec, choice.candidate):
+        raise NothingFits("\n".join([too_slow, *describe_remedies(inputs, accepts)]))
     larger = _larger_steps(spec, choice, num_slots)
     return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
 
@@ -189,7 +192,8 @@ def accepts(inputs: PlanInputs) -> bool:
         enumeration, num_slots = _enumeration(inputs)
         if enumeration.switches.rows is None and goal.max_hours is None and goal.max_cost is None:
             enumeration = replace(enumeration, switches=replace(enumeration.switches, rows=1))
-        return _choose(inputs.spec, enumeration, num_slots) is not None
+        choice = _choose(inputs.spec, enumeration, num_slots)
+        return choice is not None and too_long(inputs.spec, choice.candidate) is None
     except (JobError, NothingFits):
         return False
 
@@ -214,7 +218,7 @@ def _plan_of(
 ) -> Plan:
     """The plan that runs a candidate, with what the evaluation and the checkpoints leave open resolved."""
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
-    first, prior = chosen.placed[0].plan, chosen.method.quality_prior()
+    first, prior = chosen.placed[0].plan, prior_of(spec, workload.shape.num_parameters, chosen.method)
     nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
     helper = _helper(spec, choice, held_out)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
@@ -250,7 +254,7 @@ def _plan_of(
         max_new_tokens=evaluation.max_new_tokens,
         metrics=evaluation.metrics,
         reasons=reasons | {key: why for key, why in checkpoint.items() if why},
-        alternatives=(*larger, *alternatives(spec, chosen, enumeration.fitting)),
+        alternatives=(*larger, *alternatives(spec, chosen, enumeration.fitting, workload.shape.num_parameters)),
         rejected=enumeration.rejections.reasons,
         left_out=explain_excluded(chosen, enumeration, helper.node if helper else None)
         | explain_unusable(enumeration.cluster),

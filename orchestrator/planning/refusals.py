@@ -6,10 +6,12 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from clusters.units import format_count
 from orchestrator.errors import JobError
 from orchestrator.job.model_check import check_targets
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Slot, Switches, limit_per_node
+from orchestrator.planning.goal import prior_of
 from strategies.compatibility import conflict, refuses_local_steps
 from strategies.contract import Techniques, Workload
 from strategies.model.targets import architecture_of_shape
@@ -27,6 +29,12 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
     if spec.goal.full_rank and not method.full_rank:
         raise JobError(
             f"goal.full_rank: {method.name} changes weights by a low rank only; set method.type to full or auto"
+        )
+    shape, goal = workload.shape, spec.goal
+    if goal.min_quality is not None and not any(prior_of(spec, shape.num_parameters, one) for one in spec.methods()):
+        raise JobError(
+            f"goal.min_quality is {goal.min_quality:g}, and no published run says what to expect of a model of"
+            f" {format_count(shape.num_parameters)} parameters on this data; remove it, and measure with data.eval"
         )
     if spec.strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")

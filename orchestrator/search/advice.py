@@ -73,8 +73,9 @@ class Advice:
 
     @property
     def score(self) -> float:
-        prior = self.plan.quality_prior
-        return prior["score"] if prior else 0.0
+        """The score that orders the methods, whatever the model."""
+        prior = self.plan.build_method().quality_prior()
+        return prior.score if prior else 0.0
 
 
 @dataclass
@@ -192,7 +193,7 @@ def advice_json(space: Space, advised: Forecast) -> dict[str, Any]:
             "point": advice.point,
             "total_s": advice.plan.total_s,
             "peak_bytes": advice.plan.memory.total_bytes,
-            "quality_prior": advice.score,
+            "quality_prior": advice.plan.quality_prior["score"] if advice.plan.quality_prior else None,
         }
 
     return {

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
+from orchestrator.planning.goal import LONG_S
 from orchestrator.planning.plan import NodePlan, Plan, in_bank_sentence, settings_of
 from orchestrator.views.screen import new_table
 from strategies.cost.phases import Phases
@@ -42,7 +43,9 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
 
 
 def _head(job: Job, plan: Plan) -> Text:
+    is_long = plan.total_s > LONG_S
     return Text.assemble(
+        (f"This takes {format_s(plan.total_s)}, as goal.max_hours allows.\n" if is_long else "", "bold red"),
         (f"{plan.method['type']} on {job.spec.model.model_name_or_path}", "bold"),
         f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
         f" {plan.global_batch_size} samples",
@@ -174,12 +177,12 @@ def _totals(plan: Plan) -> Text:
         text.append("\nin all   ", style="bold")
         text.append(whole_text(plan.phases))
     prior = plan.quality_prior
-    if prior:
-        text.append(
-            f"\nexpected quality (a prior, not a prediction): {prior['score']:.3f} +- {prior['uncertainty']:.3f}"
-            f" ({prior['source']})",
-            style="dim",
-        )
+    expected = (
+        f" (a prior, not a prediction): {prior['score']:.3f} +- {prior['uncertainty']:.3f} ({prior['source']})"
+        if prior
+        else ": no prior, since no published run of this method is of a model of this size and this kind of task"
+    )
+    text.append(f"\nexpected quality{expected}", style="dim")
     return text
 
 

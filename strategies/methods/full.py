@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from strategies.contract import BYTES_PER_ELEMENT, Dtype, QualityPrior, Techniques, TrainSettings, TrainSetup
+from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, TrainSettings, TrainSetup
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
+from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 
 

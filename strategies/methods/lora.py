@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from strategies.contract import BYTES_PER_ELEMENT, QualityPrior, Techniques, TrainSettings, TrainSetup, option
+from strategies.contract import BYTES_PER_ELEMENT, Techniques, TrainSettings, TrainSetup, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
+from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]

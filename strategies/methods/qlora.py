@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 
 from strategies.contract import (
     BYTES_PER_ELEMENT,
-    QualityPrior,
     Quantization,
     Techniques,
     TrainSettings,
@@ -18,6 +17,7 @@ from strategies.cost.plan import Costs
 from strategies.methods.lora import Lora
 from strategies.model import targets
 from strategies.model.architecture import Architecture
+from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 
 # Bytes of one quantised weight: half a byte and an fp32 scale a block of 64; with double quantisation the scales take

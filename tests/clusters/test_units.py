@@ -13,9 +13,16 @@ def test_bytes_are_written_in_binary_units(value, text):
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(0.421, "0.42 s"), (42, "42 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (3599.6, "1 h 00 min")],
+    [
+        (0.421, "0.42 s"),
+        (42, "42 s"),
+        (185, "3 min 05 s"),
+        (7620, "2 h 07 min"),
+        (3599.6, "1 h 00 min"),
+        (252 * 86400, "252 days"),
+    ],
 )
-def test_seconds_grow_into_minutes_and_hours(value, text):
+def test_seconds_grow_into_minutes_hours_and_days(value, text):
     assert format_s(value) == text
 
 

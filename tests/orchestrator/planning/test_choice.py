@@ -15,12 +15,17 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan, summary
-from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, TINY, machine
+from tests.orchestrator.planning.machines import LARGE, MIDDLE, SMALL, TINY, llama, machine
+
+THREE_B = llama(3072, 28, 24, 8, 8192, tied=True)  # as large as Llama-3.2-3B
 
 
 def plan(shape, *nodes, text="", link_bytes_per_s=None, length=512, samples=1600):
+    data = "data: {train: a.jsonl, max_length: 2048}\n"
+    if "data:" in text:
+        data = ""
     model = "" if "\nmodel:" in text else "model: {model_name_or_path: m}\n"
-    spec = parse_job(f"{model}data: {{train: a.jsonl, max_length: 2048}}\n{text}", Path()).spec
+    spec = parse_job(f"{model}{data}{text}", Path()).spec
     names = [node.name for node in nodes]
     links = tuple(
         Link((a, b), link_bytes_per_s, 3e-4) for i, a in enumerate(names) for b in names[i + 1 :] if link_bytes_per_s
@@ -62,11 +67,47 @@ def test_memory_is_what_prefer_memory_saves():
     assert lean.total_s > fast.total_s
 
 
-def test_quality_prefers_what_published_runs_found_better():
-    made = plan(SMALL, machine("a", "RTX 3090"), text="goal: {prefer: quality}\n")
+@pytest.mark.parametrize(
+    ("shape", "data", "is_known"),
+    [
+        (THREE_B, "MetaMathQA.jsonl", True),
+        (THREE_B, "tickets.jsonl", False),
+        (SMALL, "MetaMathQA.jsonl", False),
+        (MIDDLE, "MetaMathQA.jsonl", False),
+    ],
+)
+def test_a_prior_is_one_for_its_size_of_model_and_kind_of_task_only(shape, data, is_known):
+    made = plan(shape, machine("a", "RTX 3090"), text=f"goal: {{prefer: quality}}\ndata: {{train: {data}}}\n")
 
-    best = max(score for score in [made.quality_prior["score"], *(a.quality for a in made.alternatives)])
-    assert made.quality_prior["score"] == best
+    assert (made.quality_prior is not None) == is_known
+    assert any(way.quality is not None for way in made.alternatives) == is_known
+    assert made.method["type"] == "lora"  # the order of the methods is that of the published runs everywhere
+    if is_known:
+        assert made.quality_prior["score"] == max(way.quality for way in made.alternatives)
+
+
+def test_a_least_quality_is_kept_where_there_is_a_prior():
+    text = "goal: {min_quality: %s}\ndata: {train: gsm8k.jsonl}\n"
+
+    assert plan(THREE_B, machine("a", "RTX 3090"), text=text % 0.4).quality_prior["score"] > 0.4
+    with pytest.raises(NothingFits, match=r"goal.min_quality is 0.9, and the best that fits promises 0.47"):
+        plan(THREE_B, machine("a", "RTX 3090"), text=text % 0.9)
+
+
+def test_what_takes_longer_than_two_weeks_needs_a_stated_limit():
+    slow, samples = machine("a", memory_gib=256), 20_000
+
+    with pytest.raises(NothingFits) as caught:
+        plan(MIDDLE, slow, text="method: {type: lora}\n", samples=samples)
+    allowed = plan(MIDDLE, slow, text="method: {type: lora}\ngoal: {max_hours: 20000}\n", samples=samples)
+
+    first, second = str(caught.value).split("\n")
+    assert re.match(r"lora on cpu of a would take \d\d+ days, the best that fits: more than 14 days are planned", first)
+    assert second.startswith("It would fit with: ")
+    hours = int(re.search(r"goal.max_hours: (\d+)", first)[1])
+    assert 14 * 24 < allowed.total_s / 3600 < hours
+    assert plan(MIDDLE, slow, text=f"method: {{type: lora}}\ngoal: {{max_hours: {hours}}}\n", samples=samples)
+    assert caught.value.exit_code == 3
 
 
 def test_cost_prefers_the_cheaper_machine():
@@ -167,7 +208,11 @@ def test_checkpointing_that_was_forbidden_is_proposed():
     ("goal", "error", "words"),
     [
         ("max_hours: 0.0001", NothingFits, "goal.max_hours is 0.0001, and the best that fits takes"),
-        ("min_quality: 0.9", NothingFits, "goal.min_quality is 0.9"),
+        (
+            "min_quality: 0.9",
+            JobError,
+            "goal.min_quality is 0.9, and no published run says what to expect of a model of",
+        ),
         ("max_cost: 1", JobError, "no machine's price or power is known"),
     ],
 )
@@ -192,9 +237,8 @@ def test_alternatives_on_the_front_are_beaten_by_nobody():
     assert front
     for one in front:
         for other in made.alternatives:
-            better = (other.total_s, other.peak_bytes, -other.quality) < (one.total_s, one.peak_bytes, -one.quality)
-            assert not (better and other.total_s <= one.total_s and other.peak_bytes <= one.peak_bytes
-                        and other.quality >= one.quality)  # fmt: skip
+            better = (other.total_s, other.peak_bytes) < (one.total_s, one.peak_bytes)
+            assert not (better and other.total_s <= one.total_s and other.peak_bytes <= one.peak_bytes)
 
 
 def test_nothing_that_could_train_is_an_error_of_its_own():
