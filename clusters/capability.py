@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any, Literal
@@ -72,6 +72,17 @@ class DeviceCapability:
 
 
 @dataclass(frozen=True)
+class Link:
+    """The network between two nodes, as one stream sees it, or the way between two GPUs of a node; symmetric."""
+
+    between: tuple[str, str]
+    bytes_per_s: float | None
+    round_trip_s: float | None = None
+    source: Source = "measured"
+    peer_access: bool | None = None  # GPUs: whether one writes into the other's memory, without the host's
+
+
+@dataclass(frozen=True)
 class NodeCapability:
     """One machine: its cores and memory as this process may use them, and its devices."""
 
@@ -81,6 +92,8 @@ class NodeCapability:
     devices: tuple[DeviceCapability, ...]
     num_slots: int | None = None  # devices it gives to training; None = all it has
     disk_write_bytes_per_s: float | None = None
+    gpu_link_bytes_per_s: float | None = None  # between any two of its GPUs, in each direction at once
+    gpu_links: tuple[Link, ...] = ()  # likewise, pair by pair as measured, by pci_bus_id
     idle_w: float | None = None  # the whole machine, doing nothing
     load_w: float | None = None  # the whole machine, training
     price_per_hour: float | None = None  # rented: what an hour costs; owned: None
@@ -103,16 +116,6 @@ class NodeCapability:
     @property
     def cpu(self) -> DeviceCapability | None:
         return next((device for device in self.devices if device.kind == "cpu"), None)
-
-
-@dataclass(frozen=True)
-class Link:
-    """The network between two nodes, as one stream sees it; symmetric."""
-
-    between: tuple[str, str]
-    bytes_per_s: float | None
-    round_trip_s: float | None = None
-    source: Source = "measured"
 
 
 @dataclass(frozen=True)
@@ -154,14 +157,18 @@ class ClusterCapability:
     def from_dict(cls, values: Mapping[str, Any]) -> ClusterCapability:
         """The inverse of `as_dict`, also after a way through JSON."""
         nodes = tuple(node_from_dict(node) for node in values["nodes"])
-        links = tuple(Link(**{**link, "between": tuple(link["between"])}) for link in values.get("links", ()))
-        return cls(nodes, links, dict(values.get("failed", {})))
+        return cls(nodes, _links(values.get("links", ())), dict(values.get("failed", {})))
 
 
 def node_from_dict(values: Mapping[str, Any]) -> NodeCapability:
     """A node as `asdict` and JSON leave it."""
     devices = tuple(_device(device) for device in values["devices"])
-    return NodeCapability(**{**values, "devices": devices, "problems": tuple(values.get("problems", ()))})
+    changed = {"problems": tuple(values.get("problems", ())), "gpu_links": _links(values.get("gpu_links", ()))}
+    return NodeCapability(**{**values, **changed, "devices": devices})
+
+
+def _links(values: Iterable[Mapping[str, Any]]) -> tuple[Link, ...]:
+    return tuple(Link(**{**link, "between": tuple(link["between"])}) for link in values)
 
 
 def _device(values: Mapping[str, Any]) -> DeviceCapability:

@@ -26,6 +26,7 @@ ROOMS = (
     ("clusters",),
     ("strategies.families",),
     ("strategies.shape",),
+    ("strategies.quality",),
     ("strategies.model",),
     ("strategies.contract",),
     ("strategies.techniques",),

@@ -34,7 +34,12 @@ _MI210, _MI250, _MI300X = (
     for name in ("mi200/mi210", "mi200/mi250", "mi300/mi300x")
 )
 _WITHOUT_BF16 = ("6.0", "6.1", "7.0", "7.5", "rdna2")
-_GT_PER_S = {3: 8, 4: 16, 5: 32}  # PCIe generation -> giga-transfers per second of a lane; 128 of 130 bits are data
+GT_PER_S = {3: 8, 4: 16, 5: 32}  # PCIe generation -> giga-transfers per second of a lane; 128 of 130 bits are data
+
+
+def slot_bytes_per_s(generation: int, lanes: int) -> float:
+    """What a PCIe slot carries in each direction, theoretically."""
+    return GT_PER_S[generation] * 1e9 * lanes / 8 * 128 / 130
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ class Accelerator:
     power_w: float | None = None  # of the board; of laptops the highest the vendor allows
     host_link_bytes_per_s: float | None = None  # in each direction, theoretical
     url: str = ""
+    nvlink_bytes_per_s: float | None = None  # all its links together, in each direction; MI300X: Infinity Fabric
+    has_switched_nvlink: bool = False  # on the board of its machine, to all others; else a bridge joins two, if bought
     ecc_in_memory: bool = False  # error correction, on by default, kept in the memory itself: costs a sixteenth of it
     display_bytes: int = 0  # held by a screen on this card
 
@@ -97,8 +104,9 @@ class _Card:
             self.gb_per_s * 1e9,
             (int(major), int(minor)) if dot else None,
             self.power_w,
-            _GT_PER_S[generation] * 1e9 * lanes / 8 * 128 / 130,
+            slot_bytes_per_s(generation, lanes),
             self.page if self.page.startswith("https://") else folder + self.page,
+            *_NVLINK.get(self.name, (None, False)),
             self.ecc,
             DISPLAY_BYTES if "Laptop" in self.name else 0,
         )
@@ -226,6 +234,19 @@ _SPECS = (
     _Card("MI300X",              192, 5300, 163.4,  1307,  2615, "cdna3", "5x16", 750, _MI300X),
 )
 # fmt: on
+# Half of the vendors' figures, which add both directions: NVIDIA's whitepapers of V100, TU102, GA102, A100 and H100,
+# its pages of professional boards, AMD's of MI300X (seven links to the seven others).
+_NVLINK: dict[str, tuple[float, bool]] = {
+    **dict.fromkeys(("V100 SXM 16GB", "V100 SXM 32GB"), (150e9, True)),
+    **dict.fromkeys(("A100 SXM 40GB", "A100 SXM 80GB"), (300e9, True)),
+    **dict.fromkeys(("H100 SXM", "H200"), (450e9, True)),
+    "MI300X": (448e9, True),
+    **dict.fromkeys(("RTX 2080", "RTX 2080 Super"), (25e9, False)),
+    **dict.fromkeys(("RTX 2080 Ti", "Titan RTX"), (50e9, False)),
+    **dict.fromkeys(("RTX 3090", "RTX 3090 Ti", "RTX A5000", "RTX A6000", "A40"), (56.25e9, False)),
+    "A30": (100e9, False),
+    **dict.fromkeys(("A100 PCIe 40GB", "A100 PCIe 80GB", "H100 PCIe"), (300e9, False)),
+}
 CARDS: tuple[Accelerator, ...] = tuple(spec.card for spec in _SPECS)
 
 

@@ -6,6 +6,7 @@
         memory_gib: 64
         gpus: [RTX 3090, RTX 3090]        # names of clusters/hardware/datasheet.py, each is one device
         cpu: {name: Ryzen 9 5950X, fp32_gflops: 900, memory_gb_per_s: 45, instruction_sets: [avx2]}
+        gpu_link: {nvlink: true}          # between its GPUs; or {pcie: 4x8, peer_access: false}, or {gb_per_s: 40}
         disk_write_mb_per_s: 1500
         power_w: {idle: 60, load: 820}    # of the whole machine
         price: {purchase: 3400, years: 3} # written off over so many years; in the job's currency
@@ -23,7 +24,10 @@
 
 Only `nodes` with `name`, `cores` and `memory_gib` are needed.  Every machine has a CPU that can train.  A GPU may also
 declare fp32_tflops, fp16_tflops, int8_tops, memory_gb_per_s, host_link_gb_per_s and compute_capability; a CPU
-fp16_gflops, bf16_gflops and int8_gops.  A GPU that is not in the datasheet is `kind: cuda` unless the file says rocm.
+fp16_gflops, bf16_gflops and int8_gops.  `gpu_link` states what two GPUs exchange in each direction at once: NVLink at
+the board's published rate, a PCIe generation and lanes (with or without peer access; it is the GPUs' way to the host
+too), or a figure.  Without it boards whose machines always have NVLink have it, and others a guess over PCIe.  A GPU
+that is not in the datasheet is `kind: cuda` unless the file says rocm.
 """
 
 from __future__ import annotations
@@ -31,7 +35,6 @@ from __future__ import annotations
 import difflib
 import itertools
 import re
-import reprlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -41,11 +44,13 @@ import yaml
 
 from clusters.capability import ClusterCapability, DeviceCapability, Link, NodeCapability, Source
 from clusters.hardware import datasheet
+from clusters.hardware.gpu_links import HOST_REACHED, NVLINK_REACHED, PEER_REACHED
+from clusters.hardware.hardware_section import HardwareSection, shown
 from clusters.safe.reading import BadInput, compose_yaml, printable, read_text, yaml_value
 from clusters.units import GIB
 
 _TOP = ("nodes", "network", "links")
-_NODE = ("name", "count", "cores", "memory_gib", "gpus", "cpu", "disk_write_mb_per_s", "power_w", "price")
+_NODE = ("name", "count", "cores", "memory_gib", "gpus", "gpu_link", "cpu", "disk_write_mb_per_s", "power_w", "price")
 _PRICE = {"purchase": "purchase_price", "years": "years", "per_hour": "price_per_hour"}
 _GPU = ("name", "count", "memory_gib", "display_gib", "kind", "compute_capability")
 _LINK = ("mbit_per_s", "round_trip_ms")
@@ -64,10 +69,8 @@ _CPU_FIGURES = {
     "memory_gb_per_s": (1e9, ("memory_bytes_per_s",)),
 }
 _MOST_GIB = 64 * 1024
-_MOST = 1e12  # of anything, in any unit of the file
 _LEAST = 1e-3  # of any rate, in its unit: a millionth of what is slow would take longer than a life
 _MOST_MS = 1e6  # of a round trip
-_LONGEST_TEXT = 100
 _MOST_VALUES, _MOST_NODES = 50_000, 1000  # of a file
 _MOST_DEVICES = 64  # GPUs, and machines without one: planning looks at every number of them, about 10 s for 64
 
@@ -91,7 +94,7 @@ def read_hardware(path: Path) -> ClusterCapability:
 
 def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
     """The machines that a mapping declares, as a file would.  Raises ImpossibleHardware."""
-    top = _Section("", values, _TOP, [])
+    top = HardwareSection("", values, _TOP, [])
     groups = _nodes(top)
     nodes = tuple(itertools.chain.from_iterable(groups.values()))
     links = _links(top, groups)
@@ -100,99 +103,7 @@ def hardware_of(values: Mapping[Any, Any]) -> ClusterCapability:
     return ClusterCapability(nodes, links)
 
 
-class _Section:
-    """One mapping of the file: hands out its values and notes each mistake with where it is.
-
-    A value that is wrong comes out as None, so that the next mistake is found as well.
-    """
-
-    def __init__(self, where: str, values: Any, known: Sequence[str], mistakes: list[str]) -> None:
-        self.where, self.mistakes = where, mistakes
-        self.values: dict[Any, Any] = values if isinstance(values, dict) else {}
-        if not isinstance(values, dict):
-            self.wrong("", f"{_shown(values)} is not a mapping with {', '.join(known)}")
-        for key in self.values:
-            if key not in known:
-                near = difflib.get_close_matches(str(key), known, n=1)
-                hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-                self.wrong(key, f"there is no such key; {hint}")
-
-    def path(self, key: Any) -> str:
-        return ".".join(part for part in (self.where, str(key)) if part)
-
-    def wrong(self, key: Any, what: str) -> None:
-        self.mistakes.append(f"{self.path(key)}: {what}")
-
-    def has(self, key: str) -> bool:
-        return self.values.get(key) is not None
-
-    def need(self, *keys: str) -> None:
-        for key in keys:
-            if not self.has(key):
-                self.wrong(key, "is missing")
-
-    def number(self, key: str, above: float = 0, at_most: float = _MOST, at_least: float = 0) -> float | None:
-        value = self.values.get(key)
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
-            self.wrong(key, f"{_shown(value)} is not a number")
-        elif value <= above:
-            self.wrong(key, f"{_shown(value)} is not above {above:g}")
-        elif value < at_least:
-            self.wrong(key, f"{_shown(value)} is below {at_least:g}, less than any machine has")
-        elif value > at_most:
-            self.wrong(key, f"{_shown(value)} is above {at_most:g}, more than any machine has")
-        else:
-            return float(value)
-        return None
-
-    def whole(self, key: str, at_most: int) -> int | None:
-        value = self.number(key, at_most=at_most)
-        if value is not None and not value.is_integer():
-            self.wrong(key, f"{value:g} is not a whole number")
-        return None if value is None else int(value)
-
-    def text(self, key: str) -> str | None:
-        value = self.values.get(key)
-        if isinstance(value, str) and value.strip():
-            if len(value) > _LONGEST_TEXT:
-                self.wrong(key, f"has {len(value)} characters, more than {_LONGEST_TEXT}")
-            return value.strip()[:_LONGEST_TEXT]
-        if value is not None:
-            self.wrong(key, f"{_shown(value)} is not a text")
-        return None
-
-    def items(self, key: str) -> list[tuple[str, Any]]:
-        """The entries of a list, each with where it is."""
-        value = self.values.get(key)
-        if value is not None and not isinstance(value, list):
-            self.wrong(key, f"{_shown(value)} is not a list")
-        return [(f"{self.path(key)}[{i}]", item) for i, item in enumerate(value)] if isinstance(value, list) else []
-
-    def texts(self, key: str) -> tuple[str, ...]:
-        found = []
-        for where, item in self.items(key):
-            if isinstance(item, str) and item.strip():
-                found.append(item.strip())
-            else:
-                self.mistakes.append(f"{where}: {_shown(item)} is not a text")
-        return tuple(found)
-
-    def section(self, key: str, known: Sequence[str]) -> _Section:
-        """The mapping at `key`, empty where the file has none."""
-        return _Section(self.path(key), self.values[key] if self.has(key) else {}, known, self.mistakes)
-
-    def sections(self, key: str, known: Sequence[str]) -> Iterator[_Section]:
-        """The mappings of a list; where they have a name, a plain text stands for one with nothing else."""
-        for where, item in self.items(key):
-            values = {"name": item} if isinstance(item, str) and "name" in known else item
-            section = _Section(where, values, known, self.mistakes)
-            if isinstance(values, dict):
-                yield section
-
-
-def _nodes(top: _Section) -> dict[str, tuple[NodeCapability, ...]]:
+def _nodes(top: HardwareSection) -> dict[str, tuple[NodeCapability, ...]]:
     """Each name of the file -> its machines."""
     groups: dict[str, tuple[NodeCapability, ...]] = {}
     owners: dict[str, str] = {}
@@ -214,7 +125,7 @@ def _nodes(top: _Section) -> dict[str, tuple[NodeCapability, ...]]:
     return groups
 
 
-def _node(section: _Section) -> NodeCapability:
+def _node(section: HardwareSection) -> NodeCapability:
     """A machine without its name."""
     section.need("name", "cores", "memory_gib")
     gib, disk = section.number("memory_gib", at_most=_MOST_GIB), section.number("disk_write_mb_per_s", at_least=_LEAST)
@@ -229,11 +140,13 @@ def _node(section: _Section) -> NodeCapability:
     }
     if figures["idle_w"] and figures["load_w"] and figures["idle_w"] > figures["load_w"]:
         power.wrong("idle", f"{figures['idle_w']:g} is above load, {figures['load_w']:g}")
-    devices = (*_gpus(section), _cpu(section, figures["memory_bytes"]))
+    gpus, link_bytes_per_s = _linked(section, list(_gpus(section)))
+    figures["gpu_link_bytes_per_s"] = link_bytes_per_s
+    devices = (*gpus, _cpu(section, figures["memory_bytes"]))
     return NodeCapability("", devices=devices, sources=_declared(figures), **figures)
 
 
-def _price(node: _Section) -> _Section:
+def _price(node: HardwareSection) -> HardwareSection:
     price = node.section("price", tuple(_PRICE))
     given = {key for key in _PRICE if price.has(key)}
     if given not in (set(), {"purchase", "years"}, {"per_hour"}):
@@ -241,7 +154,7 @@ def _price(node: _Section) -> _Section:
     return price
 
 
-def _cpu(node: _Section, memory_bytes: int | None) -> DeviceCapability:
+def _cpu(node: HardwareSection, memory_bytes: int | None) -> DeviceCapability:
     cpu = node.section("cpu", ("name", "instruction_sets", *_CPU_FIGURES))
     sets = tuple(each.lower() for each in cpu.texts("instruction_sets"))
     figures = {"memory_bytes": memory_bytes, "memory_total_bytes": memory_bytes, **_figures(cpu, _CPU_FIGURES)}
@@ -250,13 +163,13 @@ def _cpu(node: _Section, memory_bytes: int | None) -> DeviceCapability:
     return _declare(DeviceCapability("cpu", cpu.text("name") or "CPU", None), figures)
 
 
-def _gpus(node: _Section) -> Iterator[DeviceCapability]:
+def _gpus(node: HardwareSection) -> Iterator[DeviceCapability]:
     for gpu in node.sections("gpus", (*_GPU, *_GPU_FIGURES)):
         device = _gpu(gpu)
         yield from [device] * (gpu.whole("count", at_most=64) or 1) if device else []
 
 
-def _gpu(gpu: _Section) -> DeviceCapability | None:
+def _gpu(gpu: HardwareSection) -> DeviceCapability | None:
     """The card of the datasheet with the figures that the file has of it; None = not enough is known."""
     gpu.need("name")
     name, kind, capability = gpu.text("name"), gpu.text("kind"), _compute_capability(gpu)
@@ -284,12 +197,61 @@ def _gpu(gpu: _Section) -> DeviceCapability | None:
     return _declare(datasheet.device(card), figures | ({"compute_capability": capability} if capability else {}))
 
 
-def _compute_capability(gpu: _Section) -> tuple[int, int] | None:
+def _linked(node: HardwareSection, gpus: list[DeviceCapability]) -> tuple[list[DeviceCapability], float | None]:
+    """The GPUs with the slots that the file states, and what any two of them exchange a second."""
+    link = node.section("gpu_link", ("nvlink", "pcie", "peer_access", "gb_per_s"))
+    ways = [key for key in ("nvlink", "pcie", "gb_per_s") if link.has(key)]
+    if not link.values:
+        return gpus, None
+    if len(ways) != 1:
+        link.wrong("", f"has {' and '.join(ways) or 'none'} of nvlink, pcie and gb_per_s; give one")
+        return gpus, None
+    if link.has("peer_access") and ways != ["pcie"]:
+        link.wrong("peer_access", "says how GPUs reach each other over PCIe; give it with pcie")
+    for key in ("nvlink", "peer_access"):
+        if link.has(key) and not isinstance(link.values[key], bool):
+            link.wrong(key, f"{shown(link.values[key])} is neither true nor false")
+    if ways == ["gb_per_s"]:
+        given = link.number("gb_per_s", at_least=_LEAST)
+        return gpus, given and given * 1e9
+    if ways == ["nvlink"]:
+        return gpus, _nvlink(link, gpus) if link.values["nvlink"] is True else None
+    slot = _slot(link)
+    if slot is None:
+        return gpus, None
+    figures: dict[str, Any] = dict.fromkeys(("host_to_device_bytes_per_s", "device_to_host_bytes_per_s"), slot)
+    slotted = [gpu if "declared" in map(gpu.sources.get, figures) else _declare(gpu, figures) for gpu in gpus]
+    return slotted, slot * (PEER_REACHED if link.values.get("peer_access") is True else HOST_REACHED)
+
+
+def _nvlink(link: HardwareSection, gpus: Sequence[DeviceCapability]) -> float | None:
+    cards = [datasheet.find(gpu.name, gpu.memory_total_bytes) for gpu in gpus]
+    rates = [card.nvlink_bytes_per_s for card in cards if card and card.nvlink_bytes_per_s]
+    if len(rates) < max(2, len(gpus)):
+        names = ", ".join(dict.fromkeys(gpu.name for gpu in gpus)) or "none"
+        link.wrong("nvlink", f"needs two GPUs that have it, and here are {len(gpus)}: {names}; give pcie or gb_per_s")
+    elif len(gpus) > 2 and not all(card and card.has_switched_nvlink for card in cards):
+        link.wrong("nvlink", f"a bridge joins two {gpus[0].name}, and {len(gpus)} are reached over PCIe; give gb_per_s")
+    else:
+        return NVLINK_REACHED * min(rates)
+    return None
+
+
+def _slot(link: HardwareSection) -> float | None:
+    match = re.fullmatch(r"(\d)x(\d{1,2})", str(link.values["pcie"]))
+    if match is None or int(match[1]) not in datasheet.GT_PER_S or int(match[2]) not in (1, 2, 4, 8, 16):
+        generations = ", ".join(map(str, datasheet.GT_PER_S))
+        link.wrong("pcie", f"{shown(link.values['pcie'])} is not like 4x16: generation {generations}, then lanes")
+        return None
+    return datasheet.slot_bytes_per_s(int(match[1]), int(match[2]))
+
+
+def _compute_capability(gpu: HardwareSection) -> tuple[int, int] | None:
     if not gpu.has("compute_capability"):
         return None
     match = re.fullmatch(r"(\d{1,2})\.(\d)", str(gpu.values["compute_capability"]))
     if match is None:
-        gpu.wrong("compute_capability", f"{_shown(gpu.values['compute_capability'])} is not like 8.6")
+        gpu.wrong("compute_capability", f"{shown(gpu.values['compute_capability'])} is not like 8.6")
         return None
     return int(match[1]), int(match[2])
 
@@ -298,7 +260,7 @@ def _bytes(gib: float | None) -> int | None:
     return None if gib is None else round(gib * GIB)
 
 
-def _figures(section: _Section, units: Mapping[str, tuple[float, tuple[str, ...]]]) -> dict[str, Any]:
+def _figures(section: HardwareSection, units: Mapping[str, tuple[float, tuple[str, ...]]]) -> dict[str, Any]:
     """The figures that a section mentions, by their name in DeviceCapability; None where it says null."""
     found: dict[str, Any] = {}
     for key, (unit, figures) in units.items():
@@ -321,7 +283,7 @@ def _declared(figures: Mapping[str, Any]) -> dict[str, Source]:
     return {name: "declared" for name, value in figures.items() if value is not None}
 
 
-def _links(top: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> tuple[Link, ...]:
+def _links(top: HardwareSection, groups: Mapping[str, tuple[NodeCapability, ...]]) -> tuple[Link, ...]:
     """The network between every two machines, exceptions applied; none where nobody declared one."""
     network = top.section("network", _LINK)
     if network.values:
@@ -340,21 +302,21 @@ def _links(top: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> t
     return tuple(Link(pair, *speed, source="declared") for pair, speed in speeds.items() if speed != (None, None))
 
 
-def _speed(section: _Section) -> tuple[float | None, float | None]:
+def _speed(section: HardwareSection) -> tuple[float | None, float | None]:
     """Bytes per second and round trip in seconds."""
     mbit = section.number("mbit_per_s", at_least=_LEAST)
     milliseconds = section.number("round_trip_ms", at_most=_MOST_MS)
     return mbit and mbit * 1e6 / 8, milliseconds and milliseconds / 1e3
 
 
-def _pairs(link: _Section, groups: Mapping[str, tuple[NodeCapability, ...]]) -> list[frozenset[str]]:
+def _pairs(link: HardwareSection, groups: Mapping[str, tuple[NodeCapability, ...]]) -> list[frozenset[str]]:
     """The machines that a link joins, two and two."""
     machines = {node.name: (node.name,) for nodes in groups.values() for node in nodes}
     machines |= {name: tuple(node.name for node in nodes) for name, nodes in groups.items()}
     ends = link.values.get("between") or []
     two_texts = isinstance(ends, list) and [type(end) for end in ends] == [str, str]
     if link.has("between") and not two_texts:
-        link.wrong("between", f"{_shown(ends)} is not a list of two machines")
+        link.wrong("between", f"{shown(ends)} is not a list of two machines")
         return []
     for end in ends:
         if end not in machines:
@@ -376,7 +338,7 @@ def _load(path: Path) -> dict[Any, Any]:
         raise ImpossibleHardware([str(error)]) from None
     if isinstance(values, dict):
         return values
-    seen = "is empty" if values is None else f"holds {_shown(values)}"
+    seen = "is empty" if values is None else f"holds {shown(values)}"
     raise ImpossibleHardware([f"{path}: {seen}; give a mapping with {', '.join(_TOP)}"])
 
 
@@ -394,7 +356,3 @@ def _refuse_doubles(node: yaml.Node | None, label: str) -> None:
                     line = key.start_mark.line + 1
                     raise BadInput(f"{label}: line {line}: is not YAML: {printable(key.value)} is written twice")
                 seen.add(str(key.value))
-
-
-def _shown(value: Any) -> str:
-    return printable(reprlib.repr(value))

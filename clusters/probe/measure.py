@@ -24,6 +24,7 @@ from clusters.safe.cache import cache_folder
 
 LIMIT_S = 180  # with the import of torch on a busy machine; what hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
+_LINK_SHARE = 0.02  # for a pair of GPUs, of which eight have 28
 _PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
 _log = logging.getLogger(__name__)
@@ -36,6 +37,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
     """
     import torch
 
+    from clusters.probe.gpu_links import measure_gpu_links
     from clusters.probe.measure_device import measure_speed, try_libraries
 
     threads = torch.get_num_threads()
@@ -46,6 +48,8 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
             device if index is None else measure_speed(device, index, seconds * _share(device))
             for device, index in places
         ]
+        usable = [(device, index) for device, (_, index) in zip(devices, places, strict=True) if index is not None]
+        links = measure_gpu_links([pair for pair in usable if pair[0].kind != "cpu"], seconds * _LINK_SHARE)
         pairs = zip(devices, places, strict=True)
         devices = [device if index is None else try_libraries(device, index) for device, (_, index) in pairs]
         devices = [replace(device, doubt=device.doubt or doubt_of(device)) for device in devices]
@@ -53,7 +57,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
         torch.set_num_threads(threads)
     written = disk_write_bytes_per_s(folder, seconds * _DISK_SHARE)
     sources = node.sources if written is None else {**node.sources, "disk_write_bytes_per_s": "measured"}
-    return replace(node, devices=tuple(devices), disk_write_bytes_per_s=written, sources=sources)
+    return replace(node, devices=tuple(devices), disk_write_bytes_per_s=written, gpu_links=links, sources=sources)
 
 
 def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None:

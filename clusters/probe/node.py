@@ -125,7 +125,8 @@ def _join(node: NodeCapability, measured: object) -> NodeCapability:
     if any((now.kind, now.name) != (then.kind, then.name) for now, then in pairs):
         raise ValueError("other devices")
     sources = {**old.sources, **node.sources}
-    return replace(node, devices=devices, disk_write_bytes_per_s=written, sources=sources)
+    links = old.gpu_links
+    return replace(node, devices=devices, disk_write_bytes_per_s=written, gpu_links=links, sources=sources)
 
 
 def _figures(device: DeviceCapability) -> Iterator[tuple[str, float]]:

@@ -13,13 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
+from clusters.hardware.gpu_links import slowest_inside
 from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan
 from strategies.cost.network import Network
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
-_INSIDE_BYTES_PER_S = 8e9  # between GPUs of one machine, over PCIe
-_INSIDE_ROUND_TRIP_S = 20e-6
 
 LOCAL_STEPS = 32  # of the fastest worker between two sums, where the job does not state them
 
@@ -168,7 +167,8 @@ def network_between(slots: Sequence[Slot], cluster: ClusterCapability) -> tuple[
         return None, False
     names = list(dict.fromkeys(slot.node.name for slot in slots))
     if len(names) == 1:
-        return Network(len(slots), _INSIDE_BYTES_PER_S, _INSIDE_ROUND_TRIP_S), False
+        inside = slowest_inside(slots[0].node, [slot.device for slot in slots])
+        return Network(len(slots), inside.bytes_per_s, inside.round_trip_s), inside.is_assumed
     bytes_per_s, round_trip_s, is_assumed = slowest_link(names, cluster)
     return Network(len(slots), bytes_per_s, round_trip_s), is_assumed
 

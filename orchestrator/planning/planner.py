@@ -175,10 +175,9 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
     spec, cluster = inputs.spec, inputs.cluster
     slots, switches = offered_slots(spec, cluster), switches_of(spec, inputs.max_length)
     if not slots:
-        lines = ["no machine has a device that could train; declare one with --hardware FILE"]
-        raise NothingFits(
-            "\n".join([*lines, *(f"{device}: {why}" for device, why in explain_unusable(cluster).items())])
-        )
+        unusable = [f"{device}: {why}" for device, why in explain_unusable(cluster).items()]
+        first = "no machine has a device that could train; declare one with --hardware FILE"
+        raise NothingFits("\n".join([first, *unusable]))
     refuse_contradictions(spec, inputs.workload, slots, switches)
     num_slots = len(slots_of(spec, cluster))
     stated = _stated_workers(spec, num_slots)
@@ -187,10 +186,9 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
 
 def accepts(inputs: PlanInputs) -> bool:
     """Whether a plan can be made that keeps the goal; where no time or price is limited, one row a pass decides."""
-    goal = inputs.spec.goal
     try:
         enumeration, num_slots = _enumeration(inputs)
-        if enumeration.switches.rows is None and goal.max_hours is None and goal.max_cost is None:
+        if enumeration.switches.rows is None and {inputs.spec.goal.max_hours, inputs.spec.goal.max_cost} == {None}:
             enumeration = replace(enumeration, switches=replace(enumeration.switches, rows=1))
         choice = _choose(inputs.spec, enumeration, num_slots)
         return choice is not None and too_long(inputs.spec, choice.candidate) is None

@@ -58,8 +58,10 @@ def _screens(cluster: ClusterCapability) -> list[str]:
 
 def _node(node: NodeCapability) -> Text:
     memory = "unknown memory" if node.memory_bytes is None else format_bytes(node.memory_bytes)
+    rate = node.gpu_link_bytes_per_s
+    gpus = "" if rate is None else f", {rate / 1e9:.1f} GB/s between its GPUs"
     disk = "" if node.disk_write_bytes_per_s is None else f", disk {node.disk_write_bytes_per_s / 1e6:.0f} MB/s"
-    return Text.assemble((node.name, "bold"), f": {node.num_cores} cores, {memory} usable{disk}")
+    return Text.assemble((node.name, "bold"), f": {node.num_cores} cores, {memory} usable{disk}{gpus}")
 
 
 def _devices(node: NodeCapability) -> Table:

@@ -43,7 +43,7 @@ def test_one_worker_has_no_network_and_cards_of_one_node_have_their_bus():
 
     assert network_between(slots(B), cluster) == (None, False)
     network, assumed = network_between(slots(A), cluster)
-    assert network.num_workers == 2 and network.bytes_per_s > 1e9 and not assumed
+    assert network.num_workers == 2 and network.bytes_per_s > 1e9 and assumed  # over slots that nobody measured
 
 
 def test_dividing_more_waits_longer():
