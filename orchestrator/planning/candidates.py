@@ -141,6 +141,15 @@ class Candidate:
         return self.placed[0].plan.techniques.zero_stage
 
     @property
+    def dtype(self) -> Dtype:
+        """The precision of the first device."""
+        return self.placed[0].plan.techniques.dtype
+
+    @property
+    def device_names(self) -> list[str]:
+        return [part.slot.device.name for part in self.placed]
+
+    @property
     def is_guess(self) -> bool:
         return self.assumed_network or any(part.plan.time.is_guess for part in self.placed)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -25,12 +25,15 @@ from strategies.techniques.libraries import INSTALL, absent_libraries, with_inst
 
 _GAIN = 0.95  # of memory or time: less is no reason to install something
 
+_MOST_OTHER_WAYS = 8
+_NEAR = 1.05  # times this close are no reason to decide otherwise
+
 
 def describe_candidate(candidate: Candidate) -> str:
     """A candidate in one phrase: method, what matters of its techniques, where."""
     first = candidate.placed[0].plan.techniques
     parts = [candidate.method.name, first.dtype, *describe_techniques(first, with_loss=True)]
-    names = [part.slot.device.name for part in candidate.placed]
+    names = candidate.device_names
     where = " + ".join(
         f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
     )
@@ -40,18 +43,18 @@ def describe_candidate(candidate: Candidate) -> str:
 def explain_excluded(chosen: Candidate, enumeration: Enumeration, helper: str | None = None) -> dict[str, str]:
     """Node -> why it does not train beside the others, and what it does or is good for instead."""
     taking_part = {node.name for node in chosen.nodes}
+    wider = [
+        (names, other)
+        for other in sorted(enumeration.fitting, key=lambda other: other.step_s)
+        if other.method.name == chosen.method.name and (names := {node.name for node in other.nodes}) > taking_part
+    ]
     found = {}
     for slot in enumeration.slots:
         name = slot.node.name
         if name in taking_part or name in found:
             continue
-        wider = [
-            other
-            for other in enumeration.fitting
-            if other.method.name == chosen.method.name and {node.name for node in other.nodes} >= taking_part | {name}
-        ]
-        if wider:
-            best = min(wider, key=lambda other: other.step_s)
+        best = next((other for names, other in wider if name in names), None)
+        if best:
             waits = (
                 f", {format_s(best.sync_s)} of it waiting for the network" if best.sync_s > 0.05 * best.step_s else ""
             )
@@ -78,9 +81,14 @@ def explain_unusable(cluster: ClusterCapability) -> dict[str, str]:
 
 
 def alternatives(
-    spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate], num_parameters: int
+    spec: JobSpec,
+    chosen: Candidate,
+    fitting: Sequence[Candidate],
+    num_parameters: int,
+    larger: Sequence[Alternative] = (),
 ) -> tuple[Alternative, ...]:
-    """The Pareto front, and the best candidate of each other method and number of devices.
+    """At most eight other ways that differ in what a user would decide: those with more samples a step, the Pareto
+    front, and the fastest of each other method, division and number of devices.
 
     Expected quality is the third cost where published runs say something of this model and task.
     """
@@ -94,14 +102,15 @@ def alternatives(
         return candidate.total_s, candidate.peak_bytes, -scores.get(candidate.method.name, 0.0)
 
     front = sorted(pareto(fitting, costs), key=lambda candidate: candidate.total_s)
-    worth = [candidate for candidate in front if candidate is not chosen]
-    seen = {(chosen.method.name, chosen.zero_stage, len(chosen.placed))}
+    fastest: dict[tuple[str, int, int], Candidate] = {}
     for candidate in sorted(fitting, key=lambda c: c.total_s):
-        key = (candidate.method.name, candidate.zero_stage, len(candidate.placed))
-        if key not in seen:
-            seen.add(key)
-            if candidate not in worth:
-                worth.append(candidate)
+        fastest.setdefault((candidate.method.name, candidate.zero_stage, len(candidate.placed)), candidate)
+    shown = [chosen]
+    for candidate in (*fastest.values(), *front):
+        if not any(_offers_as_much(known, candidate) for known in shown):
+            shown.append(candidate)
+    on_front = {id(candidate) for candidate in front}
+    ranked = sorted(shown[1:], key=lambda candidate: (id(candidate) not in on_front, candidate.total_s))
     described = (
         Alternative(
             what=describe_candidate(other),
@@ -109,11 +118,24 @@ def alternatives(
             peak_bytes=other.peak_bytes,
             quality=scores.get(other.method.name),
             why_not=_why_not(chosen, other, scores),
-            on_front=other in front,
+            on_front=id(other) in on_front,
         )
-        for other in worth
+        for other in ranked
     )
-    return tuple(described)
+    return (*larger, *described)[:_MOST_OTHER_WAYS]
+
+
+def _offers_as_much(known: Candidate, other: Candidate) -> bool:
+    """Whether a way is no other decision: the same method in the same precision, neither faster nor leaner by more than
+    the near-equal part, on the same machines, or on more of them in about the same time.
+    """
+    if (known.method.name, known.dtype) != (other.method.name, other.dtype):
+        return False
+    if Counter(known.device_names) - Counter(other.device_names):
+        return False
+    if len(other.placed) > len(known.placed) and other.total_s > _NEAR * known.total_s:
+        return False
+    return known.total_s <= _NEAR * other.total_s and known.peak_bytes <= _NEAR * other.peak_bytes
 
 
 def describe_larger_steps(chosen: Candidate, larger: Candidate, workload: Workload) -> Alternative:
@@ -142,8 +164,10 @@ def _why_not(chosen: Candidate, other: Candidate, scores: Mapping[str, float]) -
 
 def _compare(chosen: Candidate, other: Candidate) -> str:
     slower, lighter = other.total_s / chosen.total_s, other.peak_bytes / chosen.peak_bytes
-    speed = f"{slower:.2g}x the time" if slower > 1.005 else f"{1 / slower:.2g}x as fast"
-    return f"{speed}, {lighter:.2g}x the memory"
+    speed = f"{slower:.2g}x the time" if slower > 1 else f"{1 / slower:.2g}x as fast"
+    parts = ["about as fast" if 1 / _NEAR <= slower <= _NEAR else speed]
+    parts.append("about as much memory" if 1 / _NEAR <= lighter <= _NEAR else f"{lighter:.2g}x the memory")
+    return ", ".join(parts)
 
 
 def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:

@@ -252,7 +252,7 @@ def _plan_of(
         max_new_tokens=evaluation.max_new_tokens,
         metrics=evaluation.metrics,
         reasons=reasons | {key: why for key, why in checkpoint.items() if why},
-        alternatives=(*larger, *alternatives(spec, chosen, enumeration.fitting, workload.shape.num_parameters)),
+        alternatives=alternatives(spec, chosen, enumeration.fitting, workload.shape.num_parameters, larger),
         rejected=enumeration.rejections.reasons,
         left_out=explain_excluded(chosen, enumeration, helper.node if helper else None)
         | explain_unusable(enumeration.cluster),
@@ -320,11 +320,11 @@ def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | No
     chosen = choice.candidate
     taking_part = {node.name for node in chosen.nodes}
     free = [
-        found.placed[0]
+        replace(found.placed[0], slot=slot)
         for found in choice.enumeration.fitting
-        if len(found.placed) == 1
-        and found.method.name == chosen.method.name
-        and found.placed[0].slot.node.name not in taking_part
+        if len(found.placed) == 1 and found.method.name == chosen.method.name
+        for slot in choice.enumeration.slots_like(found.placed[0].slot)
+        if slot.node.name not in taking_part
     ]
     if not free:
         return None

@@ -1,6 +1,7 @@
 """What the planner chooses on declared machines: goals, limits, groups, remedies, golden plans."""
 
 import dataclasses
+import itertools
 import json
 import random
 import re
@@ -162,10 +163,14 @@ def test_a_slow_network_leaves_the_slow_machine_out_and_says_so():
 
 
 def test_zero_3_is_slower_than_plain_data_parallel_on_a_slow_link():
-    ways = plan(SMALL, machine("a", "RTX 3090"), machine("b", "RTX 3090"), link_bytes_per_s=1.2e8)
+    machines = machine("a", "RTX 3090"), machine("b", "RTX 3090")
+    plain, third = (
+        plan(SMALL, *machines, link_bytes_per_s=1.2e8, text=f"strategy: {{mode: {mode}}}\nmethod: {{type: lora}}\n")
+        for mode in ("ddp", "zero3")
+    )
 
-    third = next(way for way in ways.alternatives if "ZeRO-3" in way.what)
-    assert third.total_s > 2 * ways.total_s
+    assert third.techniques.zero_stage == 3
+    assert third.total_s > 2 * plain.total_s
 
 
 def test_very_large_models_come_out_as_zero_3_with_lora_and_checkpointing():
@@ -239,6 +244,23 @@ def test_alternatives_on_the_front_are_beaten_by_nobody():
         for other in made.alternatives:
             better = (other.total_s, other.peak_bytes) < (one.total_s, one.peak_bytes)
             assert not (better and other.total_s <= one.total_s and other.peak_bytes <= one.peak_bytes)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_other_ways_are_at_most_eight_and_differ_in_what_a_user_decides(seed):
+    draw = random.Random(seed)
+    cards = ("A100 PCIe 80GB", "RTX 4090", "RTX 3090", "RTX 3060 12GB")
+    nodes = [machine(f"m{i}", *draw.choices(cards, k=draw.randint(1, 2))) for i in range(draw.randint(1, 3))]
+    made = plan(draw.choice((SMALL, MIDDLE)), *nodes, link_bytes_per_s=10 ** draw.uniform(7, 10), samples=6400)
+
+    assert 0 < len(made.alternatives) <= 8
+    names = [way.what.partition(",")[0] + way.what.rpartition(" on ")[2] for way in made.alternatives]
+    for (name, one), (other_name, other) in itertools.combinations(zip(names, made.alternatives, strict=True), 2):
+        near = max(one.total_s, other.total_s) <= 1.05 * min(one.total_s, other.total_s)
+        near = near and max(one.peak_bytes, other.peak_bytes) <= 1.05 * min(one.peak_bytes, other.peak_bytes)
+        assert not (name == other_name and near), (one, other)
+    assert not [way for way in made.alternatives if way.why_not.startswith("about as fast, about as much memory")
+                and way.what.startswith(made.method["type"] + ",")]  # fmt: skip
 
 
 def test_nothing_that_could_train_is_an_error_of_its_own():
