@@ -137,8 +137,39 @@ def cpu(out: Path | None, steps: int = 4) -> None:
     judge(found)
 
 
+_LLAMA = {
+    "model_type": "llama",
+    "hidden_size": 128,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 384,
+    "vocab_size": 1024,
+    "tie_word_embeddings": True,
+    "hidden_act": "silu",
+}
+_EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 96}
+FAMILIES = {  # small models whose modules differ: norms, MLPs, heads, experts
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": None},
+    "qwen2": _LLAMA,
+    "qwen3": {**_LLAMA, "head_dim": 32},
+    "gemma3_text": {**_LLAMA, "head_dim": 32, "hidden_activation": "gelu_pytorch_tanh"},
+    "phi3": {**_LLAMA, "pad_token_id": 0},
+    "olmo2": _LLAMA,
+    "gpt2": {"n_embd": 128, "n_layer": 6, "n_head": 4, "vocab_size": 1024},
+    "gpt_neox": {**_LLAMA, "hidden_act": "gelu"},
+    "opt": {**_LLAMA, "ffn_dim": 384, "word_embed_proj_dim": 128, "activation_function": "relu"},
+    "mixtral": {**_LLAMA, **_EXPERTS},
+    "qwen3_moe": {**_LLAMA, **_EXPERTS, "head_dim": 32},
+}
+
+
 def traced() -> None:
-    """The tracer beside what PyTorch's CPU allocator hands out for the same step, over 24 ways to train."""
+    """The tracer beside what PyTorch's CPU allocator hands out for the same step, and the formula beside the tracer.
+
+    32 ways to train one model, then every family.
+    """
     from strategies import METHODS
     from strategies.contract import TrainSettings
     from strategies.measure import trace
@@ -157,8 +188,36 @@ def traced() -> None:
         real = allocated_peak(METHODS[method](), settings, lengths)
         errors.append(fake / real - 1)
         print(f"{method:5} {dtype:9} ck={int(checkpointing)} {loss:12} 4 x {length:4} {errors[-1]:+.2%}")
+    _traced_families(errors)
     sizes = [abs(error) for error in errors]
     print(f"{len(errors)} steps: mean |error| {statistics.mean(sizes):.2%}, largest {max(sizes):.2%}")
+
+
+def _traced_families(errors: list[float]) -> None:
+    """One step of every family: adds the tracer's errors, prints the formula's beside them."""
+    from clusters.capability import DeviceCapability, NodeCapability
+    from strategies import METHODS
+    from strategies.contract import TrainSettings
+    from strategies.measure import trace
+    from tests.strategies.test_trace import allocated_peak
+
+    device = DeviceCapability("cpu", "here", 64 * GIB)
+    node = NodeCapability("here", 4, 64 * GIB, (device,))
+    formulas = []
+    for family, values in FAMILIES.items():
+        config = {**values, "model_type": family}
+        shape = ModelShape.from_config(config)
+        techniques = Techniques("bfloat16", "document", True, False, 4, 1024)
+        settings = TrainSettings(1e-4, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, techniques, 1)
+        lengths = trace.even(4, 200, 0.5)
+        fake = trace.trace(config, METHODS["lora"](), settings, lengths).peak_bytes
+        real = allocated_peak(METHODS["lora"](), settings, lengths, config)
+        work = workload_of(lengths.tokens, shape)
+        formula = METHODS["lora"]().estimate(work, device, node, techniques).memory.tensors_bytes
+        errors.append(fake / real - 1)
+        formulas.append(formula / fake - 1)
+        print(f"{family:12} tracer {errors[-1]:+.2%}  formula {formulas[-1]:+.1%}", flush=True)
+    print(f"formula beside the tracer: mean |error| {statistics.mean(map(abs, formulas)):.1%}")
 
 
 def card(file: Path) -> None:

@@ -30,14 +30,14 @@ def settings(dtype, checkpointing, packing=True):
     return TrainSettings(1e-4, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, switched, 1)
 
 
-def allocated_peak(method, asked, lengths):
+def allocated_peak(method, asked, lengths, config=CONFIG):
     """Peak bytes that PyTorch's CPU allocator handed out in a second step, by its own profiler; weights included."""
     from torch.profiler import ProfilerActivity, profile
 
     from strategies.step.step import Update, forward_backward, update
     from strategies.techniques.precision import gradient_scaler
 
-    setup = trace.build(CONFIG, CONFIG["num_hidden_layers"], method, asked, "cpu")
+    setup = trace.build(config, ModelShape.from_config(config).num_layers, method, asked, "cpu")
     batch = lengths.batch(asked.techniques.packing)
     scaler = gradient_scaler("cpu", asked.techniques.dtype)
 
