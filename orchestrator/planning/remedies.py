@@ -199,14 +199,14 @@ def _more_devices(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:
 
 
 def _larger_cards(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:
-    """The smallest card since Ampere that holds the job, in place of the largest one, or beside the CPU."""
+    """The smallest board since Ampere that holds the job, in place of the largest one, or beside the CPU."""
     largest = _largest_gpu(inputs.cluster)
     node, card = largest or (inputs.cluster.nodes[0], None)
     rest = [device for device in node.devices if device is not card]
     sizes: dict[int, datasheet.Accelerator] = {}
     for one in datasheet.CARDS:
         is_larger = card is None or one.usable_bytes > (card.memory_bytes or 0)
-        if is_larger and (one.compute_capability or (0, 0)) >= _AMPERE:
+        if is_larger and (one.compute_capability or (0, 0)) >= _AMPERE and "Laptop" not in one.name:
             sizes.setdefault(one.memory_bytes, one)
     cards = [sizes[size] for size in sorted(sizes, reverse=True)]
 
