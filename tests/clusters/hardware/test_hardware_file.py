@@ -300,7 +300,7 @@ def test_rates_of_nothing_and_numbers_that_are_none_are_refused(mistakes, keys, 
 def test_more_devices_than_planning_takes_are_refused_with_the_limit(mistakes):
     many = "nodes: [{name: a, count: 100, cores: 4, memory_gib: 16, gpus: [{name: RTX 3090, count: 64}]}]"
 
-    assert mistakes(many) == ["nodes: 6400 devices are declared; a plan takes at most 64. Declare a part of them"]
+    assert mistakes(many) == ["nodes: 6400 devices are declared; a plan takes at most 2000. Declare a part of them"]
 
 
 def test_yaml_that_stands_for_too_much_is_refused_at_once(mistakes):
