@@ -25,6 +25,7 @@ ROOMS = (
     ("clusters.kubernetes",),
     ("clusters",),
     ("strategies.families",),
+    ("strategies.config_values",),
     ("strategies.shape",),
     ("strategies.quality",),
     ("strategies.model",),

@@ -9,8 +9,9 @@ from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
+from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
 from strategies.contract import Workload
-from strategies.shape import ModelShape, UnknownArchitecture, longest_sequence, stored_quantised
+from strategies.shape import ModelShape
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:

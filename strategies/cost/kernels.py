@@ -71,7 +71,7 @@ def product_rows(shape: ModelShape, tokens: float) -> float:
     if not shape.num_experts:
         return tokens
     experts = shape.num_expert_parameters * shape.num_experts_per_token / shape.num_experts
-    share = experts / shape.num_active_parameters
+    share = experts / shape.num_product_weights
     return tokens / (1 - share + share * shape.num_experts / shape.num_experts_per_token)
 
 

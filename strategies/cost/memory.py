@@ -62,6 +62,7 @@ class Footprint:
     dequantised_bytes: float = 0.0  # the largest weight while it is not quantised
     first_layer: int = 0  # below it nothing trains: nothing is kept
     embeddings_train: bool = False
+    scattered_bytes: float = 0.0  # the whole gradient of an embedding of which only some rows train
     master_bytes: float = 0.0  # fp32 copies the optimizer keeps of half-precision weights, a parameter
     optimizer_bytes: float | None = None  # where it is not that of `optim`
     streamed: Streamed | None = None  # where gradients do not stay
@@ -291,4 +292,4 @@ def update_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint
     tied = footprint.embeddings_train and shape.tied_embeddings
     # Both uses' gradients, and their sum.
     embedding = 2 * footprint.trained_bytes * shape.vocab_size * shape.hidden_size if tied else 0.0
-    return max(foreach, embedding)
+    return max(foreach, embedding, footprint.scattered_bytes)

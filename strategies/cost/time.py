@@ -57,8 +57,9 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     shape = workload.shape
     share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = share if techniques.gradient_checkpointing else 0.0
-    linear = 2.0 * shape.num_active_parameters
+    linear = 2.0 * shape.num_product_weights
     products = linear * (1 + share + again + (share if work.trains_weights else 0.0))
+    products += 2.0 * work.full_parameters
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
     logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
     products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll"))

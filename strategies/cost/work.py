@@ -12,6 +12,7 @@ class Work:
     trains_weights: bool  # the linear maps' own weight gradients
     trains_output: bool = False
     adapter_parameters: int = 0  # low-rank corrections: forward, input gradient, weight gradient
+    full_parameters: int = 0  # of maps whose own weight gradients are computed where trains_weights is false
     adapter_inputs: int = 0  # sum of the widths of the inputs they read and outputs they add to, one layer
     dropped_inputs: int = 0  # of these widths, those that pass through dropout first
     num_adapters: int = 0  # a layer

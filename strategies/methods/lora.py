@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+from clusters.safe.reading import BadInput
 from strategies.contract import BYTES_PER_ELEMENT, Techniques, TrainSettings, TrainSetup, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
@@ -17,6 +18,14 @@ from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """Counts of what trains: parameters of corrections that each token is multiplied with, and all together."""
+
+    multiplied: int
+    total: int
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,15 @@ class Lora(PredictedMethod):
         None, "only these decoder layers (0 = first); below them nothing trains"
     )
     modules_to_save: list[str] | None = option(None, "modules trained in full beside the adapters")
-    bias: Literal["none", "all", "lora_only"] = option("none", "which biases train")
+    trainable_token_indices: list[int] | None = option(
+        None, "numbers of tokens whose embeddings train, e.g. new special ones; with tied embeddings their logits too"
+    )
+    target_parameters: list[str] | None = option(
+        None, "stacked tensors of experts that get a correction an expert, e.g. mlp.experts.gate_up_proj"
+    )
+    bias: Literal["none", "all", "lora_only"] = option(
+        "none", "which biases train: all of the model's or those of adapted maps"
+    )
     use_dora: bool = option(False, "DoRA: train magnitude and direction apart (arXiv 2402.09353)")
     use_rslora: bool = option(False, "rsLoRA: scale by alpha / sqrt(r) (arXiv 2312.03732)")
     init_lora_weights: bool | _INIT | str = option(True, "how A and B start: true, gaussian, pissa, olora, ...")
@@ -69,54 +86,99 @@ class Lora(PredictedMethod):
             )
         if start in ("loftq", "corda"):
             return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
+        return self._refuse_expert_corrections(shape)
+
+    def _refuse_expert_corrections(self, shape: ModelShape) -> str | None:
+        """What PEFT cannot combine with corrections of stacked tensors."""
+        try:
+            chosen = targets.adapted_maps(shape, self._choice)
+        except BadInput as error:
+            return f"lora_target_modules: {error}"
+        if not chosen.stacks:
+            return None
+        others = {
+            "lora_dropout": self.lora_dropout > 0,
+            "use_dora": self.use_dora,
+            "init_adapter": self.init_adapter is not None,
+            "init_lora_weights": self.init_lora_weights not in (True, "gaussian"),
+        }
+        if named := [name for name, is_set in others.items() if is_set]:
+            return (
+                f"lora_target_modules and target_parameters correct stacked tensors of experts, which"
+                f" {' and '.join(named)} cannot be combined with: leave that out, or name attention's maps alone"
+            )
+        if self.target_parameters and any(ranks > 1 for _, _, ranks in chosen.stacks):
+            return "lora_target_modules corrects the experts already: leave target_parameters out"
         return None
 
     def find_misfits(self, architecture: Architecture) -> list[str]:
-        return targets.mistakes(
-            architecture,
-            "lora_target_modules",
-            self.lora_target_modules,
-            self.layers_to_transform,
-            self.modules_to_save,
+        found = targets.mistakes(architecture, "lora_target_modules", self._choice)
+        return found + targets.wrong_tokens(architecture, self.trainable_token_indices, self._choice)
+
+    @property
+    def _choice(self) -> targets.AdapterChoice:
+        named = self.lora_target_modules
+        return targets.AdapterChoice(
+            named if isinstance(named, str) else tuple(named),
+            None if self.layers_to_transform is None else tuple(self.layers_to_transform),
+            tuple(self.modules_to_save or ()),
+            tuple(self.target_parameters or ()),
+            takes_earlier_names=True,
         )
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        chosen = targets.adapted_maps(shape, self.lora_target_modules, self.layers_to_transform, self.modules_to_save)
-        in_adapters = self.lora_r * chosen.sides + (chosen.outputs if self.use_dora else 0)
-        num_trainable = in_adapters + chosen.num_saved
+        chosen = targets.adapted_maps(shape, self._choice)
+        trained = self._count(shape, chosen)
         # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
         # that read one tensor share it.
         engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
         cast = g < 4 and not engine
         inputs = chosen.inputs if cast else chosen.distinct_inputs
-        trained = g if engine else 4.0
-        head = chosen.saves("last")
+        trained_bytes = g if engine else 4.0
+        scaled = 2 * chosen.outputs if self.use_dora else 0  # the magnitude's gradient asks for both summands
+        # Rows of tied embeddings are put into a copy of the matrix, which the output's product keeps; so are
+        # corrections of experts into a copy of their tensors, and the gradients of both are whole matrices.
+        rows = shape.vocab_size * shape.embedding_width if self.trainable_token_indices else 0
+        copied = chosen.stacked_elements + (rows if shape.tied_embeddings else 0)
         footprint = Footprint(
-            weights_bytes=g * shape.num_parameters + trained * num_trainable,
-            num_trainable=num_trainable,
-            trained_bytes=trained,
+            weights_bytes=g * shape.num_parameters + trained_bytes * trained.total,
+            num_trainable=trained.total,
+            trained_bytes=trained_bytes,
             master_bytes=4.0 if engine else 0.0,
-            stream_bytes=trained if chosen.saves("tokens") else g,
-            inputs_per_token=g * (inputs + self.lora_r * len(chosen.maps)) / shape.num_layers,
+            stream_bytes=trained_bytes if chosen.saves("tokens") else g,
+            inputs_per_token=g * (inputs + self.lora_r * len(chosen.maps) + scaled) / shape.num_layers,
             output_is_kept=chosen.reads("attended"),
             product_is_kept=chosen.reads("product"),
-            cast_bytes=g * chosen.num_cast if cast else 0.0,
-            first_layer=chosen.first_layer,
+            norms_train=chosen.saves_norms,
+            cast_bytes=(g * chosen.num_cast if cast else 0.0) + g * copied,
+            dequantised_bytes=g * chosen.stacked_elements / chosen.layers,
+            first_layer=0 if self.trainable_token_indices or self.bias == "all" else chosen.first_layer,
+            scattered_bytes=g * rows,
         )
         work = Work(
             trains_weights=False,
-            trains_output=head,
-            adapter_parameters=in_adapters,
+            trains_output=chosen.saves("last") or bool(rows and shape.tied_embeddings),
+            adapter_parameters=trained.multiplied,
+            full_parameters=chosen.num_saved_in_layers + shape.active_part(chosen.stacked_elements),
             adapter_inputs=chosen.sides // chosen.layers,
             dropped_inputs=chosen.inputs // chosen.layers if self.lora_dropout else 0,
             num_adapters=len(chosen.maps) // chosen.layers,
-            num_trainable=num_trainable,
-            num_tensors=2 * len(chosen.maps) + len(chosen.saved),
-            first_layer=chosen.first_layer,
-            cast_parameters=chosen.num_cast if cast else 0,
+            num_trainable=trained.total,
+            num_tensors=2 * (len(chosen.maps) + len(chosen.stacks)) + len(chosen.saved),
+            first_layer=footprint.first_layer,
+            cast_parameters=(chosen.num_cast if cast else 0) + copied,
         )
         return Costs(footprint, work)
+
+    def _count(self, shape: ModelShape, chosen: targets.AdaptedMaps) -> _Trained:
+        """Parameters that PEFT trains under these options, copies of modules_to_save included."""
+        multiplied = self.lora_r * chosen.sides
+        biases = {"none": 0, "lora_only": chosen.biases, "all": shape.num_bias_parameters - chosen.num_saved_biases}
+        beside = self.lora_r * chosen.stacked_sides + chosen.num_saved + biases[self.bias]
+        beside += chosen.outputs if self.use_dora else 0
+        beside += len(self.trainable_token_indices or ()) * shape.embedding_width
+        return _Trained(multiplied, multiplied + beside)
 
     def quality_prior(self) -> QualityPrior:
         return QualityPrior(0.478, 0.014, "PEFT MetaMathQA: Llama-3.2-3B LoRA r32, GSM8K accuracy, one seed")
@@ -138,6 +200,8 @@ class Lora(PredictedMethod):
             target_modules=self._targets(model),
             layers_to_transform=self.layers_to_transform,
             modules_to_save=self.modules_to_save,
+            trainable_token_indices=self.trainable_token_indices,
+            target_parameters=self.target_parameters,
             bias=self.bias,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,

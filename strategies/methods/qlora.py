@@ -44,19 +44,19 @@ class QLora(Lora):
             f"method.modules_to_save: {name!r} is kept in few bits, which cannot be trained: only modules outside the"
             " layers can, such as lm_head and embed_tokens"
             for name in self.modules_to_save or ()
-            if any(targets.is_in(module, name) for module in quantised)
+            if any(targets.is_saved(module, name) for module in quantised)
         ]
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         costs = super().costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        every = targets.adapted_maps(shape, targets.ALL)
+        every = targets.adapted_maps(shape, targets.AdapterChoice())
         quantised = every.elements
         saved = quantised * (g - self._bytes)
         footprint = replace(
             costs.footprint,
             weights_bytes=costs.footprint.weights_bytes - saved,
-            dequantised_bytes=float(g * every.largest),
+            dequantised_bytes=costs.footprint.dequantised_bytes + g * every.largest,
         )
         # A pass reads the codes and writes the expanded weight, which the product reads again.
         work = replace(

@@ -66,7 +66,7 @@ class Shira(MethodDefaults):
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
         if shape.model_type == "gpt2":
             return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
-        chosen = targets.adapted_maps(shape, self.shira_target_modules, self.layers_to_transform)
+        chosen = targets.adapted_maps(shape, self._choice)
         if not chosen.maps:
             return f"shira_target_modules {self.shira_target_modules!r} is no linear map of this model"
         for linear in dict.fromkeys(linear for _, linear in chosen.maps):
@@ -79,15 +79,21 @@ class Shira(MethodDefaults):
         return None
 
     def find_misfits(self, architecture: Architecture) -> list[str]:
-        return targets.mistakes(
-            architecture, "shira_target_modules", self.shira_target_modules, self.layers_to_transform
+        return targets.mistakes(architecture, "shira_target_modules", self._choice)
+
+    @property
+    def _choice(self) -> targets.AdapterChoice:
+        named = self.shira_target_modules
+        layers = self.layers_to_transform
+        return targets.AdapterChoice(
+            named if isinstance(named, str) else tuple(named), None if layers is None else tuple(layers)
         )
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
-        chosen = targets.adapted_maps(shape, self.shira_target_modules, self.layers_to_transform)
+        chosen = targets.adapted_maps(shape, self._choice)
         num_trainable, num_adapted = self.shira_r * chosen.sides, chosen.elements
         sums_bytes = float(g * num_adapted) if self.mask == "sensitivity" else 0.0  # lie in host memory
         footprint = Footprint(

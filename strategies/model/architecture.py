@@ -99,7 +99,7 @@ def architecture_of(model: Any) -> Architecture:
     """What a built model consists of."""
     import torch
 
-    modules = {name: type(module).__name__ for name, module in model.named_modules() if name}
+    modules = {name: _kind(module) for name, module in model.named_modules() if name}
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     layers = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
     output = model.get_output_embeddings()
@@ -112,6 +112,14 @@ def architecture_of(model: Any) -> Architecture:
         next((name for name, module in model.named_modules() if module is output), None) if output else None,
         sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def _kind(module: Any) -> str:
+    """The class's name; for what is a linear map or an embedding under another one (Falcon, Gemma 3, 4 bits) theirs."""
+    import torch
+
+    kinds = (torch.nn.Linear, torch.nn.Embedding)
+    return next((kind.__name__ for kind in kinds if isinstance(module, kind)), type(module).__name__)
 
 
 def load_report(model: Any, stored: Mapping[str, tuple[tuple[int, ...] | None, str | None]]) -> LoadReport:

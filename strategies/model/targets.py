@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from clusters.safe.reading import BadInput, matches, printable
+from strategies.families import FAMILIES
 from strategies.model.architecture import Architecture
-from strategies.shape import Linear, ModelShape
+from strategies.shape import ExpertStack, Linear, ModelShape, Part
 
 ALL = "all-linear"
 _PATTERN_S = 5.0  # for all names of a model
@@ -40,18 +41,21 @@ class AdaptedMaps:
     """The linear maps that adapters correct, all layers together, and what trains in full beside them."""
 
     maps: tuple[tuple[int | None, Linear], ...]  # with the layer of each; None outside the layers
-    saved: tuple[tuple[int | None, Linear], ...] = ()
+    saved: tuple[tuple[int | None, Linear | Part], ...] = ()
+    stacks: tuple[tuple[int, ExpertStack, int], ...] = ()  # tensors of experts that adapters correct; ranks an expert
 
     @cached_property
     def layers(self) -> int:
         """How many decoder layers hold one of them, at least 1."""
-        return len({layer for layer, _ in self.maps if layer is not None}) or 1
+        found = {layer for layer, _ in self.maps} | {layer for layer, _, _ in self.stacks}
+        return len(found - {None}) or 1
 
     @cached_property
     def first_layer(self) -> int:
         """Below it nothing trains."""
-        found = [layer for layer, _ in (*self.maps, *(one for one in self.saved if one[1].reads != "last"))]
-        return min((layer or 0 for layer in found), default=0)
+        beside = [layer for layer, one in self.saved if isinstance(one, ExpertStack) or one.reads != "last"]
+        corrected = [layer for layer, _ in self.maps] + [layer for layer, _, _ in self.stacks]
+        return min((layer or 0 for layer in (*corrected, *beside)), default=0)
 
     @cached_property
     def sides(self) -> int:
@@ -59,12 +63,22 @@ class AdaptedMaps:
         return sum(linear.inputs + linear.outputs for _, linear in self.maps)
 
     @cached_property
+    def stacked_sides(self) -> int:
+        """The same of the tensors of experts, each expert with a correction of its own."""
+        return sum(ranks * stack.num_experts * (stack.inputs + stack.outputs) for _, stack, ranks in self.stacks)
+
+    @cached_property
     def inputs(self) -> int:
-        return sum(linear.inputs for _, linear in self.maps)
+        """Widths of the vectors that they read; tokens, which an embedding reads, are none."""
+        return sum(linear.inputs for _, linear in self._products)
 
     @cached_property
     def outputs(self) -> int:
         return sum(linear.outputs for _, linear in self.maps)
+
+    @cached_property
+    def biases(self) -> int:
+        return sum(linear.outputs for _, linear in self.maps if linear.bias)
 
     @cached_property
     def elements(self) -> int:
@@ -72,9 +86,13 @@ class AdaptedMaps:
         return sum(linear.inputs * linear.outputs for _, linear in self.maps)
 
     @cached_property
+    def stacked_elements(self) -> int:
+        return sum(stack.num_parameters for _, stack, _ in self.stacks)
+
+    @cached_property
     def distinct_inputs(self) -> int:
         """Widths of the different tensors that they read."""
-        return sum({(layer, linear.reads): linear.inputs for layer, linear in self.maps}.values())
+        return sum({(layer, linear.reads): linear.inputs for layer, linear in self._products}.values())
 
     @cached_property
     def largest(self) -> int:
@@ -82,49 +100,116 @@ class AdaptedMaps:
 
     @cached_property
     def num_saved(self) -> int:
-        return sum(linear.num_parameters for _, linear in self.saved)
+        return sum(one.num_parameters for _, one in self.saved)
+
+    @cached_property
+    def num_saved_biases(self) -> int:
+        return sum(one.outputs for _, one in self.saved if isinstance(one, Linear) and one.bias)
+
+    @cached_property
+    def num_saved_in_layers(self) -> int:
+        """Of those trained in full the weights that are multiplied inside the layers."""
+        return sum(one.num_parameters for layer, one in self.saved if layer is not None and not isinstance(one, Part))
 
     @cached_property
     def num_cast(self) -> int:
         """Of those trained in full the weights of products, which 16-bit training casts; an embedding is looked up."""
-        return sum(linear.num_parameters for _, linear in self.saved if linear.reads != "tokens")
+        products = (one for _, one in self.saved if not isinstance(one, Part))
+        return sum(one.num_parameters for one in products if isinstance(one, ExpertStack) or one.reads != "tokens")
 
     def reads(self, tensor: str) -> bool:
-        return any(linear.reads == tensor for _, linear in self.maps)
+        return any(linear.reads == tensor for _, linear in self._products)
 
     def saves(self, tensor: str) -> bool:
-        """Whether what trains in full reads this: `tokens` = the embedding, `last` = the output matrix."""
-        return any(linear.reads == tensor for _, linear in self.saved)
+        """Whether a map that trains in full reads this: `tokens` = the embedding, `last` = the output matrix."""
+        return any(isinstance(one, Linear) and one.reads == tensor for _, one in self.saved)
+
+    @property
+    def saves_norms(self) -> bool:
+        return any(isinstance(one, Part) and one.reads in ("normed", "last") for _, one in self.saved)
+
+    @property
+    def _products(self) -> list[tuple[int | None, Linear]]:
+        """What trains and multiplies vectors inside the layers, or corrects what does so outside them."""
+        saved = [(layer, one) for layer, one in self.saved if layer is not None and isinstance(one, Linear)]
+        return [(layer, linear) for layer, linear in self.maps if linear.reads != "tokens"] + saved
 
 
-def adapted_maps(
-    shape: ModelShape,
-    targets: str | Sequence[str],
-    layers: Sequence[int] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-) -> AdaptedMaps:
-    """What an adapter's options mean on a model of this shape.  Raises ValueError for what means nothing."""
-    return _adapted(
-        shape,
-        targets if isinstance(targets, str) else tuple(targets),
-        None if layers is None else tuple(layers),
-        tuple(modules_to_save or ()),
-    )
+@dataclass(frozen=True)
+class AdapterChoice:
+    """The options that choose what an adapter corrects and what trains in full beside it, as PEFT names them."""
+
+    targets: str | tuple[str, ...] = ALL
+    layers_to_transform: tuple[int, ...] | None = None
+    modules_to_save: tuple[str, ...] = ()
+    target_parameters: tuple[str, ...] = ()
+    takes_earlier_names: bool = False  # experts' maps by the names they had before they were stacked
 
 
 @lru_cache(256)
-def _adapted(
-    shape: ModelShape, targets: str | tuple[str, ...], layers: tuple[int, ...] | None, modules_to_save: tuple[str, ...]
-) -> AdaptedMaps:
-    maps = shape.named_maps
-    inside = [name for name, (layer, _) in maps.items() if layer is not None]
-    saved = [name for name in maps if any(is_in(name, module) for module in modules_to_save)]
+def adapted_maps(shape: ModelShape, choice: AdapterChoice) -> AdaptedMaps:
+    """What an adapter's options mean on a model of this shape.  Raises BadInput for what cannot be matched."""
+    maps, layers = shape.named_maps, choice.layers_to_transform
+    inside = [name for name in maps if name not in shape.outside]
+    whole = {**maps, **shape.named_parts, **shape.named_stacks}
+    saved = {name: one for name, one in whole.items() if any(is_saved(name, it) for it in choice.modules_to_save)}
+    targets, experts = _split_experts(shape, choice)
     chosen = [
         name
         for name in resolve_targets(targets, tuple(maps), inside)
         if name not in saved and (layers is None or maps[name][0] in layers)
     ]
-    return AdaptedMaps(tuple(maps[name] for name in chosen), tuple(maps[name] for name in saved))
+    routers = _routers(shape) if "gate" in experts else []
+    stacks = [
+        (layer, stack, experts.get(stack.name, 1))
+        for name, (layer, stack) in shape.named_stacks.items()
+        if stack.name in experts or any(ends_with(name, target) for target in choice.target_parameters)
+    ]
+    return AdaptedMaps((*(maps[name] for name in chosen), *routers), tuple(saved.values()), tuple(stacks))
+
+
+def _split_experts(shape: ModelShape, choice: AdapterChoice) -> tuple[str | tuple[str, ...], dict[str, int]]:
+    """The targets that name modules, and the tensors of experts that the others name, with ranks an expert.
+
+    Raises BadInput where half of a tensor is named.
+
+    In the families whose experts had maps of their own before transformers stacked them, PEFT takes the earlier names:
+    gate and up, which lie in one tensor, for a correction of twice the rank, `all-linear` for all of them.
+    """
+    earlier, targets = shape.family.earlier_maps, choice.targets
+    if not earlier or not choice.takes_earlier_names:
+        return targets, {}
+    tensors = dict(zip(earlier, ("gate_up_proj", "gate_up_proj", "down_proj"), strict=True)) | {"gate": "gate"}
+    if isinstance(targets, str):
+        names = [name for name, (layer, _) in shape.named_maps.items() if layer is not None]
+        if targets == ALL:
+            targets = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names))
+            targets += tuple(tensors) if choice.layers_to_transform is None else ()
+        elif choice.layers_to_transform is None:
+            holders = {name.rsplit(".", 1)[0] for name in shape.named_stacks}
+            names += [f"{holder}.{old}" for holder in holders for old in earlier]
+            names += [f"{holder.rsplit('.', 1)[0]}.gate" for holder in holders]
+            targets = tuple(dict.fromkeys(name.rsplit(".", 1)[-1] for name in _matching(targets, tuple(names))))
+        else:
+            targets = _matching(targets, tuple(names))
+    found = [tensors[last] for target in targets if (last := target.rsplit(".", 1)[-1]) in tensors]
+    named = {last for target in targets if (last := target.rsplit(".", 1)[-1]) in earlier[:2]}
+    if len(named) == 1:
+        raise BadInput(f"{' and '.join(earlier[:2])} of experts lie in one tensor: name both of them or none")
+    modules = tuple(target for target in targets if target.rsplit(".", 1)[-1] not in tensors)
+    return modules, {name: 2 if name == "gate_up_proj" else 1 for name in found}
+
+
+def _routers(shape: ModelShape) -> list[tuple[int, Linear]]:
+    """What chooses the experts of each layer, as a map."""
+    router = Linear(shape.family.router, shape.hidden_size, shape.num_experts, reads="normed for the MLP")
+    return [(layer, router) for layer in range(shape.num_layers) if layer not in shape.dense_layers]
+
+
+def is_saved(name: str, module: str) -> bool:
+    """Whether modules_to_save trains this map in full.  PEFT compares the ends of names, whole parts or not."""
+    parts = name.split(".")
+    return any(".".join(parts[: end + 1]).endswith(module) for end in range(len(parts)))
 
 
 def is_in(name: str, module: str) -> bool:
@@ -158,7 +243,8 @@ def architecture_of_shape(shape: ModelShape) -> Architecture:
     return Architecture(
         shape.model_type,
         modules,
-        {f"{name}.weight": (linear.outputs, linear.inputs) for name, (_, linear) in maps.items()},
+        {f"{name}.weight": (linear.outputs, linear.inputs) for name, (_, linear) in maps.items()}
+        | {name: (one.num_experts, one.outputs, one.inputs) for name, (_, one) in shape.named_stacks.items()},
         shape.family.layers,
         shape.num_layers,
         shape.family.output,
@@ -167,31 +253,64 @@ def architecture_of_shape(shape: ModelShape) -> Architecture:
     )
 
 
-def mistakes(
-    architecture: Architecture,
-    key: str,
-    targets: str | Sequence[str],
-    layers: Sequence[int] | None = None,
-    modules_to_save: Sequence[str] | None = None,
-) -> list[str]:
+def mistakes(architecture: Architecture, key: str, choice: AdapterChoice) -> list[str]:
     """What is wrong with the options that choose modules; `key` is the option that holds the targets."""
+    layers, targets = choice.layers_to_transform, choice.targets
     found = _wrong_layers(architecture, layers)
-    found += _wrong_saved(architecture, modules_to_save or ())
+    found += _wrong_saved(architecture, choice.modules_to_save)
+    found += _wrong_parameters(architecture, choice)
     try:
-        wrong = _wrong_targets(architecture, key, targets)
+        only_experts = choice.target_parameters and not targets
+        wrong = [] if only_experts else _wrong_targets(architecture, key, targets)
         chosen = resolve_targets(targets, tuple(architecture.modules), architecture.linear_maps)
     except BadInput as error:
         return [*found, f"method.{key}: {error}"]
     found += wrong
     if not wrong and not found and layers and not any(architecture.layer_of(name) in layers for name in chosen):
         found.append(f"method.{key}: none of these modules lies in the layers {_words(map(str, layers))}")
-    both = [name for name in chosen if any(ends_with(name, saved) for saved in modules_to_save or ())]
+    both = [name for name in chosen if any(ends_with(name, saved) for saved in choice.modules_to_save)]
     if both and targets != ALL:
         found.append(
             f"method.modules_to_save: {_words(architecture.last_names(both))} would be trained in full and by an"
             f" adapter; leave it out here or in method.{key}"
         )
     return found
+
+
+def wrong_tokens(architecture: Architecture, tokens: Sequence[int] | None, choice: AdapterChoice) -> list[str]:
+    """What is wrong with the numbers of tokens whose embeddings train."""
+    if tokens is None:
+        return []
+    key = "method.trainable_token_indices"
+    name = next((name for name, kind in architecture.modules.items() if kind == "Embedding"), "")
+    rows = architecture.parameters.get(f"{name}.weight", (0,))[0]
+    if not tokens:
+        return [f"{key} is an empty list: no token would train; leave it out"]
+    if len(set(tokens)) < len(tokens):
+        return [f"{key} names {_words(map(str, sorted(t for t in set(tokens) if tokens.count(t) > 1)))} twice"]
+    if outside := [token for token in tokens if not 0 <= token < rows]:
+        return [f"{key}: {_words(map(str, outside))}: the model has tokens 0 to {rows - 1}"]
+    adapted = () if isinstance(choice.targets, str) else choice.targets
+    others = (("modules_to_save", choice.modules_to_save), ("lora_target_modules", adapted))
+    return [
+        f"{key}: method.{other} trains all of {name}, and its rows could not train apart: leave one of them out"
+        for other, listed in others
+        if any(ends_with(name, one) for one in listed)
+    ]
+
+
+def _wrong_parameters(architecture: Architecture, choice: AdapterChoice) -> list[str]:
+    if not choice.target_parameters:
+        return []
+    stacked = [name for name, shape in architecture.parameters.items() if len(shape) == 3]
+    if not stacked:
+        return [f"method.target_parameters: this {architecture.model_type} model has no stacked tensors of experts"]
+    known = dict.fromkeys(".".join(name.split(".")[-3:]) for name in stacked)
+    return [
+        f"method.target_parameters: {printable(one)!r} is no stacked tensor of experts; those are {_words(known)}"
+        for one in choice.target_parameters
+        if not any(ends_with(name, one) for name in stacked)
+    ]
 
 
 def _wrong_targets(architecture: Architecture, key: str, targets: str | Sequence[str]) -> list[str]:
@@ -209,7 +328,10 @@ def _wrong_targets(architecture: Architecture, key: str, targets: str | Sequence
     if not targets:
         return [f"method.{key} is an empty list: nothing would be adapted. The linear maps are {_words(there)}"]
     found = []
+    earlier = (*family.earlier_maps, "gate") if (family := FAMILIES.get(architecture.model_type)) else ()
     for target in targets:
+        if len(earlier) > 1 and target.rsplit(".", 1)[-1] in earlier:
+            continue
         matching = [name for name in names if ends_with(name, target)]
         if not matching:
             found.append(
@@ -253,7 +375,7 @@ def _wrong_saved(architecture: Architecture, saved: Sequence[str]) -> list[str]:
         f"method.modules_to_save: {printable(name)!r} is no module of this model; outside its layers it has"
         f" {_words([name for name in outside if any(p.startswith(f'{name}.') for p in architecture.parameters)])}"
         for name in saved
-        if not any(ends_with(module, name) for module in architecture.modules)
+        if not any(module.endswith(name) for module in architecture.modules)
     ]
 
 

@@ -14,8 +14,8 @@ from strategies.model.architecture import (
     faults,
     load_report,
 )
-from strategies.model.targets import mistakes
-from tests.strategies.test_shape import OWN_NAMES, SMALL
+from strategies.model.targets import AdapterChoice, mistakes
+from tests.strategies.test_families import random_config
 
 MODULES = {
     "model.embed_tokens": "Embedding",
@@ -54,7 +54,9 @@ BUILT = Architecture("phi3", MODULES, PARAMETERS, "model.layers", 2, "lm_head", 
     ],
 )
 def test_every_name_of_an_adapter_must_match_a_module(targets, layers, saved, words):
-    found = mistakes(BUILT, "lora_target_modules", targets, layers, saved)
+    named = targets if isinstance(targets, str) else tuple(targets)
+    choice = AdapterChoice(named, None if layers is None else tuple(layers), tuple(saved or ()))
+    found = mistakes(BUILT, "lora_target_modules", choice)
 
     assert (found == []) if words is None else (words in found[0]), found
 
@@ -124,7 +126,7 @@ def test_what_the_library_saves_of_every_family_is_found_whole(name, tmp_path):
 
     from orchestrator.job.weights import stored_tensors
 
-    sizes = OWN_NAMES.get(name, {**SMALL, "num_key_value_heads": 2})
+    sizes = {key: value for key, value in random_config(name, 0).items() if key != "model_type"}
     AutoModelForCausalLM.from_config(AutoConfig.for_model(name, **sizes)).save_pretrained(tmp_path)
     stored = {tensor: (one.shape, one.dtype) for tensor, one in stored_tensors(tmp_path).items()}
 
