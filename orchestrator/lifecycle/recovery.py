@@ -360,7 +360,7 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
         # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
         "strategy.mode": "auto" if num_slots < 2 and mode.startswith("zero") else mode,
     }
-    goal = type(job.spec.goal)(prefer=job.spec.goal.prefer)
+    goal = type(job.spec.goal)(prefer=job.spec.goal.prefer, max_hours=1e6)  # what has begun continues, however slow
     spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)
 
