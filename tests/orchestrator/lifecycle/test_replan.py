@@ -1,7 +1,7 @@
 """What planning again after a fault may and may not decide."""
 
 from orchestrator.job.job_file import parse_job
-from orchestrator.job.sections.methods import method_section
+from orchestrator.job.sections.methods import METHOD_SECTIONS
 from orchestrator.lifecycle.recovery import fixed_job
 from orchestrator.planning.goal import LONG_S
 from tests.orchestrator.planning.machines import TINY, machine
@@ -12,7 +12,7 @@ def test_a_run_that_has_begun_is_not_refused_for_its_length(tmp_path):
     text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 2048}\n"
     first = plan(TINY, machine("a"))
 
-    again = fixed_job(parse_job(text, tmp_path), first, method_section, 1)
+    again = fixed_job(parse_job(text, tmp_path), first, METHOD_SECTIONS[first.method["type"]], 1)
 
     assert again.spec.train.global_batch_size == first.global_batch_size
     assert 3600 * (again.spec.goal.max_hours or 0) > 100 * LONG_S
