@@ -59,7 +59,7 @@ def _sides(shape: ModelShape) -> float:
 def _read_weights(shape: ModelShape, tokens: float) -> float:
     """Weights of the layers that a pass over that many tokens reads: of experts those that a token is sent to."""
     sent = min(1.0, tokens * shape.num_experts_per_token / shape.num_experts) if shape.num_experts else 0.0
-    return shape.num_linear_parameters + sent * shape.num_expert_parameters
+    return shape.num_linear_parameters + shape.num_router_parameters + sent * shape.num_expert_parameters
 
 
 def _moe_layers(shape: ModelShape) -> int:

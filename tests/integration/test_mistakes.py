@@ -71,7 +71,7 @@ MISTAKES = {
     "early stopping without held-out rows": (
         swap("  eval: eval.jsonl\n", "") , 2, ["early_stopping_patience needs data.eval"],
     ),
-    "a model that does not fit": (too_large, 3, ["needs", "GiB", "lower data.max_length", "smaller model"]),
+    "a model that does not fit": (too_large, 3, ["needs", "GiB", "It would fit with: a model of at most"]),
     "a cluster that is not there": (
         swap("checkpoint:", "cluster: {address: '127.0.0.1:1'}\ncheckpoint:"), 4, ["127.0.0.1:1", "`local`"],
     ),

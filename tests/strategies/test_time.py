@@ -222,7 +222,7 @@ def test_no_other_kernel_is_faster_than_flash_attention(card):
 
 def test_experts_read_the_weights_of_all_that_tokens_are_sent_to():
     moe = dataclasses.replace(SHAPE, num_experts=8, num_experts_per_token=2, expert_size=32)
-    one = 3 * 64 * 32 + 64  # an expert and its line of the router
+    one = 3 * 64 * 32  # an expert; all lines of the router are read for any token
 
     alone, many = (kernels._read_weights(moe, tokens) for tokens in (1, 100))
 

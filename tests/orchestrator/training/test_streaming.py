@@ -235,10 +235,10 @@ def test_an_image_as_large_as_every_weight_is_refused(model_folder, size, match)
         prepared(model_folder, method=LspOffload(subspace_size=size))
 
 
-def test_weights_shorter_than_an_image_travel_whole_and_it_is_said(model_folder):
+def test_weights_shorter_than_an_image_are_sent_whole_and_a_note_says_so(model_folder):
     setup = prepared(model_folder, method=LspOffload(subspace_size=32))
 
-    assert any("travel whole: k_proj, v_proj" in note for note in setup.notes)
+    assert any("are sent whole: k_proj, v_proj" in note for note in setup.notes)
     assert any("stay frozen" in note for note in setup.notes)
 
 
