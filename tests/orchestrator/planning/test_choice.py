@@ -344,7 +344,7 @@ def test_a_job_has_one_batch_size_whatever_machines_and_networks(method):
     draw = random.Random(0)
     cards = ("A100 80GB", "RTX 4090", "RTX 3090", "RTX 3060")
     found = set()
-    for _ in range(12):
+    for _ in range(5):
         nodes = [machine(f"m{i}", *draw.choices(cards, k=draw.randint(i > 0, 2))) for i in range(draw.randint(1, 4))]
         made = plan(TINY, *nodes, link_bytes_per_s=10 ** draw.uniform(5, 10), samples=6400,
                     text=f"method: {{type: {method}}}\n")  # fmt: skip

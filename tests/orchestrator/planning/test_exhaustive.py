@@ -31,7 +31,7 @@ OPEN = {
     "optims": ("adamw_torch_fused", "adamw_bnb_8bit"),
 }
 ROUNDS = 6  # of shares that follow speeds
-LIGHT, ALL = 30, 500  # instances
+LIGHT, ALL = 16, 500  # instances
 MISSED = 0.015
 
 
