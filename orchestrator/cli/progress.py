@@ -37,7 +37,7 @@ class Lines(Quiet):
     def __init__(self, console: Console) -> None:
         self.console, self._num_steps = console, 0
         self._predicted = Phases()
-        self._begun: float | None = None
+        self._running_since: float | None = None
 
     def say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False)
@@ -54,7 +54,7 @@ class Lines(Quiet):
             case StepReport():
                 self._step(event)
             case StateChange(state="running"):
-                self._begun = event.time
+                self._running_since = event.time
             case ModelReady():
                 self.say(f"model ready after {event.seconds} s{self._start(event.time)}")
             case QualityReport():
@@ -73,9 +73,9 @@ class Lines(Quiet):
 
     def _start(self, ready: float) -> str:
         """What the whole start took, beside its prediction; nothing where it was not seen from its beginning."""
-        if self._begun is None or not self._predicted.start_s:
+        if self._running_since is None or not self._predicted.start_s:
             return ""
-        return f"; start {format_s(ready - self._begun)} (predicted {format_s(self._predicted.start_s)})"
+        return f"; start {format_s(ready - self._running_since)} (predicted {format_s(self._predicted.start_s)})"
 
     def _step(self, event: StepReport) -> None:
         every = max(1, self._num_steps // 10)

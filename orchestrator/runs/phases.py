@@ -37,17 +37,17 @@ _ENDS: dict[type[Event], str] = {
 def measured_phases(events: Sequence[Event]) -> Phases:
     """Over all sittings of a run; what was measured before it began, its data, is not among them."""
     spent = dict.fromkeys(Phases().parts, 0.0)
-    begun: float | None = None
+    since: float | None = None
     evaluates = False  # the last evaluation runs, whose end comes with the check of what was handed back
     for event in events:
         if isinstance(event, StateChange):
-            begun = event.time if event.state in ("running", "replanning") else None
+            since = event.time if event.state in ("running", "replanning") else None
             continue
         phase = _ENDS.get(type(event))
-        if phase is None or begun is None:
+        if phase is None or since is None:
             continue
         if evaluates and isinstance(event, HandBack):
             phase = "evaluation"
-        spent[phase] += max(0.0, event.time - begun)
-        begun, evaluates = event.time, isinstance(event, FinalEvaluation)
+        spent[phase] += max(0.0, event.time - since)
+        since, evaluates = event.time, isinstance(event, FinalEvaluation)
     return Phases(**{f"{phase}_s": seconds for phase, seconds in spent.items()}, guesses=())

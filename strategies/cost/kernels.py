@@ -53,7 +53,9 @@ def _sides(shape: ModelShape) -> float:
     """Inputs and outputs of all products that a token passes, all layers."""
     sides = sum(linear.inputs + linear.outputs for n in range(shape.num_layers) for linear in shape.linears_of(n))
     products = 3 if shape.gated_mlp else 2
-    return sides + _moe_layers(shape) * shape.num_experts_per_token * products * (shape.hidden_size + shape.expert_size)
+    return sides + shape.num_expert_layers * shape.num_experts_per_token * products * (
+        shape.hidden_size + shape.expert_size
+    )
 
 
 def _read_weights(shape: ModelShape, tokens: float) -> float:
@@ -62,16 +64,11 @@ def _read_weights(shape: ModelShape, tokens: float) -> float:
     return shape.num_linear_parameters + shape.num_router_parameters + sent * shape.num_expert_parameters
 
 
-def _moe_layers(shape: ModelShape) -> int:
-    return shape.num_layers - len(shape.dense_layers) if shape.num_experts else 0
-
-
 def product_rows(shape: ModelShape, tokens: float) -> float:
     """Rows of a product, on average by their arithmetic (harmonic): an expert's are those of the tokens sent to it."""
     if not shape.num_experts:
         return tokens
-    experts = shape.num_expert_parameters * shape.num_experts_per_token / shape.num_experts
-    share = experts / shape.num_product_weights
+    share = shape.active_part(shape.num_expert_parameters) / shape.num_product_weights
     return tokens / (1 - share + share * shape.num_experts / shape.num_experts_per_token)
 
 
@@ -84,7 +81,7 @@ def expert_operations(device: DeviceCapability, shape: ModelShape, tokens: float
     products = 0.0
     if device.kind != "cuda" or (device.compute_capability or (0, 0)) < (8, 0):
         products = (3 if shape.gated_mlp else 2) * min(shape.num_experts, tokens * shape.num_experts_per_token)
-    return _moe_layers(shape) * (_ROUTING_OPERATIONS + products)
+    return shape.num_expert_layers * (_ROUTING_OPERATIONS + products)
 
 
 def score_bytes(shape: ModelShape, techniques: Techniques, attended: float) -> float:
@@ -99,7 +96,7 @@ def other_bytes(workload: Workload, techniques: Techniques) -> float:
     shape = workload.shape
     logits = _LOGIT_BYTES * shape.vocab_size * workload.supervised_fraction
     g = BYTES_PER_ELEMENT[techniques.dtype]
-    return logits + _ROUTED_BYTES * g * shape.num_experts_per_token * shape.hidden_size * _moe_layers(shape)
+    return logits + _ROUTED_BYTES * g * shape.num_experts_per_token * shape.hidden_size * shape.num_expert_layers
 
 
 def attention_rate(device: DeviceCapability, techniques: Techniques, products_rate: float, attended: float) -> float:

@@ -235,9 +235,7 @@ def activation_bytes(
     g = BYTES_PER_ELEMENT[techniques.dtype]
     kernels = stack.kernels(techniques)
     widths = _GRADIENTS_OF_F[kernels]
-    if (
-        kernels == "plain" and g == 4 and not footprint.norms_train
-    ):  # frozen maps in fp32: no weight gradients, no casts
+    if kernels == "plain" and g == 4 and not footprint.norms_train:  # frozen, fp32: no weight gradients, no casts
         widths = _GRADIENTS_OF_F_PLAIN
     transient = tokens * widths * g * shape.mlp_width + footprint.dequantised_bytes
     if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast

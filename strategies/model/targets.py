@@ -212,12 +212,6 @@ def is_saved(name: str, module: str) -> bool:
     return any(".".join(parts[: end + 1]).endswith(module) for end in range(len(parts)))
 
 
-def is_in(name: str, module: str) -> bool:
-    """Whether a map is this module or lies in it."""
-    parts = name.split(".")
-    return any(ends_with(".".join(parts[: end + 1]), module) for end in range(len(parts)))
-
-
 @lru_cache(256)
 def _matching(pattern: str, names: tuple[str, ...]) -> tuple[str, ...]:
     until = time.monotonic() + _PATTERN_S

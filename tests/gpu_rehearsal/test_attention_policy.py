@@ -4,8 +4,8 @@ import pytest
 
 from clusters.capability import DeviceCapability
 from strategies.contract import Techniques
-from strategies.shape import ModelShape
 from strategies.techniques.attention import Heads, copies_keys, sharing
+from tests.orchestrator.planning.machines import MIDDLE as LLAMA_3_8B
 
 GROUPED, WIDE, VERY_WIDE, ODD = Heads(32, 8, 128), Heads(8, 4, 256), Heads(8, 4, 288), Heads(8, 4, 90)
 TABLE = [
@@ -38,19 +38,6 @@ TABLE = [
 @pytest.mark.parametrize(("kind", "capability", "dtype", "heads", "torch", "wanted"), TABLE)
 def test_kernel_of_a_device(kind, capability, dtype, heads, torch, wanted):
     assert sharing(kind, capability, dtype, heads, torch) == wanted
-
-
-LLAMA_3_8B = ModelShape.from_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    }
-)
 
 
 @pytest.mark.parametrize(

@@ -88,8 +88,9 @@ def of_evaluate(made, monkeypatch):
 
 
 def of_helper(made, monkeypatch):
-    data = lambda: SimpleNamespace(model="m")  # noqa: E731
-    run = SimpleNamespace(plan=lambda: replace(made, helper=made.nodes[0]), job=lambda: None, data=data)
+    files = SimpleNamespace(model="m")
+    planned = replace(made, helper=made.nodes[0])
+    run = SimpleNamespace(plan=lambda: planned, job=lambda: None, data=lambda: files)
     monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
     monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))
     monkeypatch.setattr(baseline, "prepare_model", _end)

@@ -8,20 +8,9 @@ from clusters.capability import NodeCapability
 from clusters.hardware import datasheet
 from strategies.contract import Techniques
 from strategies.cost.phases import Phases, decode_step_s, start_s
-from strategies.shape import ModelShape
+from tests.orchestrator.planning.machines import MIDDLE as LLAMA_8B
 from tests.strategies.test_time import CPU, NODE
 
-LLAMA_8B = ModelShape.from_config(
-    {
-        "model_type": "llama",
-        "hidden_size": 4096,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-        "intermediate_size": 14336,
-        "vocab_size": 128256,
-    }
-)
 BF16 = Techniques("bfloat16", "sdpa", False, False, 1, 2048)
 
 

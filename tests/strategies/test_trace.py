@@ -10,18 +10,9 @@ from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, Workload
 from strategies.measure import trace
 from strategies.shape import ModelShape
+from tests.benchmarks.predictions import FAMILIES
 
-CONFIG = {
-    "model_type": "llama",
-    "hidden_size": 128,
-    "num_hidden_layers": 6,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "intermediate_size": 384,
-    "vocab_size": 1024,
-    "tie_word_embeddings": True,
-    "hidden_act": "silu",
-}
+CONFIG = FAMILIES["llama"]
 
 
 def settings(dtype, checkpointing, packing=True):
