@@ -44,9 +44,19 @@ class RefusesToken(CannotConnect):
 
 @dataclass(frozen=True)
 class Connection:
-    """What one training worker asks the cluster for."""
+    """A cluster that this process is connected to."""
 
-    slot_resources: dict[str, float]
+    cores_per_slot: int  # where its nodes offer no slots
+
+    @property
+    def slot_resources(self) -> dict[str, float]:
+        """What one training worker asks for.
+
+        Looked up at each use: a node that offers slots may join after its head has let us in, as pods do.
+        """
+        import ray
+
+        return {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {"CPU": float(self.cores_per_slot)}
 
 
 def _resolved(address: str) -> str:
@@ -255,8 +265,7 @@ def connect(
             signal.signal(signal.SIGTERM, on_sigterm)
         _keep_quiet()
         try:
-            slots = {SLOT: 1.0} if ray.cluster_resources().get(SLOT) else {}
-            yield Connection(slots or {"CPU": float(cores_per_slot)})
+            yield Connection(cores_per_slot)
         finally:
             ray.shutdown()
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from clusters.ray.connect import CannotConnect, connect
+from clusters.ray.connect import SLOT, CannotConnect, Connection, connect
 from clusters.ray.node_daemon import CannotServe, address_towards
 from tests.clusters.stranger import tries
 
@@ -110,3 +110,17 @@ def test_a_folder_for_temporary_files_that_cannot_be_written_is_named(tmp_path, 
 
     with pytest.raises(CannotConnect, match=r"no space for Ray's own files .*TMPDIR"), connect("local", 1, 1):
         pytest.fail("it started")
+
+
+def test_a_node_that_offers_slots_may_join_after_the_connection(monkeypatch):
+    """A pod's Ray starts beside the job that waits for it: cores of a head are not what its workers offer."""
+    import ray
+
+    connection = Connection(cores_per_slot=2)
+    offered = {"CPU": 2.0}
+    monkeypatch.setattr(ray, "cluster_resources", lambda: offered)
+    assert connection.slot_resources == {"CPU": 2.0}
+
+    offered[SLOT] = 1.0
+
+    assert connection.slot_resources == {SLOT: 1.0}
