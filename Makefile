@@ -30,7 +30,7 @@ $(VENV)/.installed: pyproject.toml
 quickstart: $(VENV)/.installed
 	@$(PY) -m orchestrator submit quickstart
 	@echo
-	@echo "Go on with .venv/bin/orchestrator, or type 'source .venv/bin/activate' once in each shell: then it is"
+	@echo "Continue with .venv/bin/orchestrator, or type 'source .venv/bin/activate' once in each shell: then it is"
 	@echo "just 'orchestrator'.  Your own job: orchestrator init job.yaml --train mydata.jsonl"
 
 # pyright needs one core for a minute, the light tests the other.
