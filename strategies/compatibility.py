@@ -19,6 +19,7 @@ def conflict(
     """Why this combination cannot be used on this device; None where it can."""
     reasons = itertools.chain(
         [method.refuses(techniques, shape)],
+        _streaming_conflicts(method, techniques),
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
@@ -74,6 +75,20 @@ def _sharding_conflicts(is_quantised: bool, t: Techniques, num_devices: int) -> 
         yield "an offloaded optimizer runs on the CPU in fp32"
     if t.offload == "parameters" and t.zero_stage not in (0, 3):
         yield "parameter offload needs ZeRO-3 or a single device"
+
+
+def _streaming_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What weights that stay on the host cannot be combined with."""
+    if not t.streams_weights:
+        return
+    if not method.keeps_base_frozen:
+        yield f"only frozen weights can stay on the host, and {method.name} trains the base's: set strategy.offload"
+    if not t.gradient_checkpointing:
+        yield "a layer's weights leave before its backward pass computes it again: set train.gradient_checkpointing"
+    if t.torch_compile:
+        yield "weights that come and go break torch.compile's graph: set train.torch_compile: false"
+    if t.uses_engine:
+        yield "DeepSpeed divides weights on the devices: set strategy.mode to ddp or zero1"
 
 
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:

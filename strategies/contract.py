@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # torch is for workers; planning must not load it
 Dtype = Literal["float32", "bfloat16", "float16"]
 LossType = Literal["nll", "chunked_nll"]
 Quantization = Literal["nf4", "int8"]
-Offload = Literal["none", "optimizer", "parameters", "activations"]
+Offload = Literal["none", "optimizer", "parameters", "activations", "weights"]
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -91,6 +91,11 @@ class Techniques:
     def offloads_optimizer(self) -> bool:
         """Whether the optimizer, or the weights with it, lie in the host's memory."""
         return self.offload in ("optimizer", "parameters")
+
+    @property
+    def streams_weights(self) -> bool:
+        """Whether frozen weights lie in the host's memory and visit the device layer by layer."""
+        return self.offload == "weights"
 
     @property
     def has_eight_bit_optimizer(self) -> bool:
@@ -182,7 +187,9 @@ class StrategyPlan:
     checkpoint_bytes: float  # one checkpoint: trained weights and optimizer state
     gradient_bytes: float = 0.0  # what workers add up once a step
     gathered_bytes: float = 0.0  # weights that ZeRO-3 collects for each pass of a micro-batch
+    streamed_bytes: float = 0.0  # frozen weights that cross the bus in each micro-batch
     num_micro_batches: int = 1  # a step, on this device
+    tokens_per_micro_batch: float = 0.0  # padding included
     resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # of `auto` options: value here, reason
 
 
@@ -336,6 +343,7 @@ class MethodDefaults(Protocol):
     """What holds for a method that does not say otherwise: methods inherit this and state what differs."""
 
     is_quantised: ClassVar[bool] = False  # the frozen weights lie in bitsandbytes' 4 or 8 bits
+    keeps_base_frozen: ClassVar[bool] = False  # no weight of the base's layers moves: they may stream from the host
     streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
 
     @property

@@ -52,7 +52,7 @@ class Switches:
     packings: Sequence[bool] = (True, False)
     checkpointings: Sequence[bool] = (False, True)
     losses: Sequence[LossType] = ("nll", "chunked_nll")
-    offloads: Sequence[Offload] = ("none", "activations", "optimizer", "parameters")
+    offloads: Sequence[Offload] = ("none", "activations", "optimizer", "parameters", "weights")
     optims: Sequence[str] = ("adamw_torch_fused", "adamw_bnb_8bit")
     rows: int | None = None  # None = open
     accumulation: int | None = None

@@ -73,17 +73,25 @@ class Enumeration:
         self._links = Links(self.cluster, self.slots)
 
     def run(self) -> Self:
-        """Look at all combinations; at offloading only where nothing fits without it, whatever the method."""
+        """Look at all combinations; at offloading only where nothing fits without it, whatever the method.
+
+        What fits on CPUs alone beside GPUs that hold nothing is not enough: there offloading is looked at too.
+        """
         plain: list[Offload] = [offload for offload in self.switches.offloads if offload == "none"]
         moved: list[Offload] = [offload for offload in self.switches.offloads if offload != "none"]
         for offloads in (plain, moved):
-            if offloads and not self.fitting:
+            if offloads and not self._uses_its_gpus():
                 for known in (self._plans, self._best, self._paces):
                     known.clear()
                 self._collect(replace(self.switches, offloads=offloads))
         for slot, method in itertools.product(self.slots, self.methods):
             self.rejections.share(self._kinds.first(slot).label, slot.label, method.name)
         return self
+
+    def _uses_its_gpus(self) -> bool:
+        """Whether something fits, on a GPU where there is one."""
+        wanted = {slot.device.kind for slot in self.slots} - {"cpu"} or {"cpu"}
+        return any(part.slot.device.kind in wanted for candidate in self.fitting for part in candidate.placed)
 
     def slots_like(self, slot: Slot) -> list[Slot]:
         """All slots of a kind."""

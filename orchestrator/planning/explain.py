@@ -20,7 +20,8 @@ from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
 from strategies.compatibility import conflict
-from strategies.contract import Techniques, Workload
+from strategies.contract import StrategyPlan, Techniques, Workload
+from strategies.cost.time import bus_rate
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
 
 _GAIN = 0.95  # of memory or time: less is no reason to install something
@@ -196,10 +197,28 @@ def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate
         "train.optim": "AdamW with one kernel for all weights"
         if "8bit" not in techniques.optim
         else "fp32 moments do not fit",
-        "strategy.offload": "fits without" if techniques.offload == "none" else "does not fit without",
+        "strategy.offload": _why_offload(part.plan, device),
         "cluster.num_workers": "the devices that together are best by the goal",
     }
     return {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
+
+
+def _why_offload(plan: StrategyPlan, device: DeviceCapability) -> str:
+    """Whether something must lie on the host; of streamed weights, what their way over the bus costs."""
+    if plan.techniques.offload == "none":
+        return "fits without"
+    if not plan.streamed_bytes:
+        return "does not fit without"
+    bus, computing_s = bus_rate(device), (plan.time.compute_s + plan.time.memory_s) / plan.num_micro_batches
+    sent_s, tokens = plan.streamed_bytes / bus, plan.tokens_per_micro_batch
+    knows = device.host_to_device_bytes_per_s or device.device_to_host_bytes_per_s
+    rate = f"{'' if knows else 'a guessed '}{bus / 1e9:.3g} GB/s"
+    crossing = f"a micro-batch sends {format_bytes(plan.streamed_bytes)} over the bus, {format_s(sent_s)} at {rate}"
+    if sent_s <= computing_s:
+        return f"does not fit without; {crossing}, hidden behind {format_s(computing_s)} of computing"
+    enough = math.ceil(tokens * sent_s / computing_s / 100) * 100
+    why = f"the bus is the limit, {enough:,} tokens instead of {round(tokens):,} would hide it"
+    return f"does not fit without; {crossing}: {why}"
 
 
 def _why_dtype(dtype: str, device: DeviceCapability) -> str:

@@ -81,7 +81,8 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
         "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
         "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
         "packing": packing if packing != "auto" else attention == "document",
-        "gradient_checkpointing": spec.train.gradient_checkpointing is True,
+        "gradient_checkpointing": spec.train.gradient_checkpointing is True
+        or (spec.strategy.offload == "weights" and spec.train.gradient_checkpointing == "auto"),
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
     }
     kernels = (attention,) if attention != "auto" else ("sdpa", "eager")  # eager computes every model's attention

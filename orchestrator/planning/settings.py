@@ -148,7 +148,7 @@ class Assignment:
                 dtype=dtype,
                 attn_implementation=attention,
                 packing=packing,
-                gradient_checkpointing=switches.checkpointings[0],
+                gradient_checkpointing=switches.checkpointings[-1 if offload == "weights" else 0],  # which need it
                 per_device_train_batch_size=1,
                 max_length=switches.max_length,
                 optim=optim,

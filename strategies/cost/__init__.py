@@ -1,11 +1,12 @@
 """Arithmetic of memory and time: a formula a function, its source beside it.
 
-kernels   what products, attention and experts cost a GPU beyond their FLOPs
-memory    start here: bytes of a training step, by part
-network   seconds that workers wait for each other's gradients, by transport
-phases    seconds of a job outside of its steps: start, evaluation, saving
-plan      a method's footprint and work on one device -> its StrategyPlan
-reserved  what a process holds beside its tensors, and the range of the whole
-time      seconds of a training step, by what is waited for
-work      what a method computes: trained weights, adapters, weights to cast or expand
+kernels    what products, attention and experts cost a GPU beyond their FLOPs
+memory     start here: bytes of a training step, by part
+network    seconds that workers wait for each other's gradients, by transport
+phases     seconds of a job outside of its steps: start, evaluation, saving
+plan       a method's footprint and work on one device -> its StrategyPlan
+reserved   what a process holds beside its tensors, and the range of the whole
+streaming  weights that stay on the host: what of them is where, and what crosses the bus
+time       seconds of a training step, by what is waited for
+work       what a method computes: trained weights, adapters, weights to cast or expand
 """

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability
 from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, Workload
+from strategies.cost import streaming
 from strategies.cost.reserved import with_framework
 from strategies.shape import ModelShape
 from strategies.techniques.attention import copies_keys
@@ -67,6 +68,11 @@ class Footprint:
     optimizer_bytes: float | None = None  # where it is not that of `optim`
     streamed: Streamed | None = None  # where gradients do not stay
 
+    @property
+    def frozen_bytes(self) -> float:
+        """Of the weights, those that do not train."""
+        return self.weights_bytes - self.trained_bytes * self.num_trainable
+
 
 @dataclass(frozen=True)
 class Stack:
@@ -111,8 +117,7 @@ def estimate(
     cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
     buffers = buffer_bytes(workload.shape, techniques, footprint, stack)
     host = 0.0
-    if footprint.streamed:
-        streamed = footprint.streamed
+    if (streamed := footprint.streamed) is not None:
         gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, streamed.host_bytes
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
         host, saved = saved, saved / workload.shape.num_layers
@@ -123,6 +128,10 @@ def estimate(
         gradients = footprint.trained_bytes * min(footprint.num_trainable, largest)
     if techniques.offload == "parameters":
         host, weights = host + weights, 0.0  # what is here of them, buffer_bytes counts
+    if techniques.streams_weights:
+        frozen = streaming.split(workload.shape, techniques, footprint.frozen_bytes)
+        host, weights = host + frozen.host_bytes, weights - footprint.frozen_bytes + frozen.device_bytes
+        logits = _sliced_logits_bytes(workload, techniques, frozen, tokens)
     accumulates = workload.share * workload.tokens_per_step > 1.05 * tokens
     accumulates |= techniques.uses_engine and techniques.zero_stage >= 3  # its gradients have a place of their own
     forward_end = cast + saved + max(logits, hump) + (gradients if accumulates else 0.0)
@@ -253,6 +262,17 @@ def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, token
     if techniques.loss_type == "chunked_nll":
         positions = min(positions, CHUNK)
     return _NLL_BYTES * workload.shape.vocab_size * positions
+
+
+def _sliced_logits_bytes(
+    workload: Workload, techniques: Techniques, frozen: streaming.FrozenParts, tokens: float
+) -> float:
+    """Of a chunked loss: logits of a slice of the output matrix, which all positions meet at its visit."""
+    positions = tokens * workload.supervised_fraction
+    if techniques.loss_type != "chunked_nll":
+        return _NLL_BYTES * workload.shape.vocab_size * positions
+    rows = workload.shape.vocab_size * frozen.slice_bytes / frozen.output
+    return _NLL_BYTES * rows * min(positions, streaming.POSITIONS)
 
 
 def buffer_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint, stack: Stack) -> float:

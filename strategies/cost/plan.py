@@ -43,7 +43,9 @@ def predict(
         checkpoint_bytes=12.0 * footprint.num_trainable,
         gradient_bytes=footprint.trained_bytes * footprint.num_trainable,
         gathered_bytes=min(footprint.weights_bytes, element_bytes * workload.shape.num_parameters) if gathers else 0.0,
+        streamed_bytes=time.streamed_bytes(workload.shape, techniques, work),
         num_micro_batches=time.num_micro_batches(workload, techniques),
+        tokens_per_micro_batch=time.tokens_per_micro_batch(workload, techniques),
     )
 
 

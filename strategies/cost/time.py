@@ -11,7 +11,7 @@ import math
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import BYTES_PER_ELEMENT, Techniques, TimeEstimate, Workload
-from strategies.cost import kernels
+from strategies.cost import kernels, streaming
 from strategies.cost.memory import SHORT
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
@@ -88,8 +88,7 @@ def estimate(
     """One step on one device, its share of the samples; waiting for other devices is added by `with_sync`."""
     shape = workload.shape
     tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
-    micro_tokens = min(tokens, _micro_tokens(workload, techniques))
-    num_micro = max(1, math.ceil(tokens / micro_tokens - 0.05))
+    micro_tokens, num_micro = tokens_per_micro_batch(workload, techniques), num_micro_batches(workload, techniques)
     products, attention = flops_per_token(workload, techniques, work)
     rate, guessed_rate = product_rate(device, node, techniques.dtype)
     bandwidth, guessed_bandwidth = memory_rate(device)
@@ -126,6 +125,10 @@ def estimate(
         moved, overhead = 0.5 * moved, 0.4 * overhead
     update, transfer = _update(device, node, techniques, work, bandwidth)
     transfer += num_micro * _fetch_weights_s(shape, device, techniques, work)
+    if techniques.streams_weights:  # layers come while those before compute
+        computing = (compute + moved / bandwidth) / num_micro
+        sent = streamed_bytes(shape, techniques, work)
+        transfer += num_micro * max(0.0, sent / bus_rate(device) - computing)
     transfer += _fetch_activations_s(shape, device, techniques, tokens, compute)
     update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
     if device.kind != "cpu":  # kernels are queued ahead: what shows is only what the GPU waits for
@@ -239,11 +242,23 @@ def _fetch_weights_s(shape: ModelShape, device: DeviceCapability, techniques: Te
     """
     if techniques.offload != "parameters":
         return 0.0
+    return (2 + techniques.gradient_checkpointing) * _frozen_bytes(shape, techniques, work) / bus_rate(device)
+
+
+def _frozen_bytes(shape: ModelShape, techniques: Techniques, work: Work) -> float:
+    """The base's weights as they lie on the host."""
     g = BYTES_PER_ELEMENT[techniques.dtype]
     quantised = work.dequantised_parameters
     expanded = 2 * g  # written and read again as the product needs them; the rest of what an expansion moves lies there
-    crossing = g * (shape.num_parameters - quantised) + quantised * (work.dequantise_bytes_per_parameter - expanded)
-    return (2 + techniques.gradient_checkpointing) * crossing / bus_rate(device)
+    return g * (shape.num_parameters - quantised) + quantised * (work.dequantise_bytes_per_parameter - expanded)
+
+
+def streamed_bytes(shape: ModelShape, techniques: Techniques, work: Work) -> float:
+    """Frozen weights that a micro-batch sends over the bus; none where they lie on the device."""
+    if not techniques.streams_weights:
+        return 0.0
+    frozen = streaming.split(shape, techniques, _frozen_bytes(shape, techniques, work))
+    return frozen.sent_bytes(work.first_layer, shape.num_layers)
 
 
 def _fetch_activations_s(
@@ -270,7 +285,13 @@ def bus_rate(device: DeviceCapability) -> float:
 def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
     """Micro-batches of one step on one device."""
     tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
-    return max(1, math.ceil(tokens / min(tokens, _micro_tokens(workload, techniques)) - 0.05))
+    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - 0.05))
+
+
+def tokens_per_micro_batch(workload: Workload, techniques: Techniques) -> float:
+    """Tokens of a full micro-batch, padding included."""
+    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
+    return min(tokens, _micro_tokens(workload, techniques))
 
 
 def _micro_tokens(workload: Workload, techniques: Techniques) -> float:

@@ -64,6 +64,7 @@ class Lora(PredictedMethod):
 
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
+    keeps_base_frozen: ClassVar[bool] = True
 
     @property
     def layers_are_alike(self) -> bool:
@@ -86,7 +87,21 @@ class Lora(PredictedMethod):
             )
         if start in ("loftq", "corda"):
             return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
-        return self._refuse_expert_corrections(shape)
+        return self._refuse_expert_corrections(shape) or self._refuse_streaming(shape, techniques)
+
+    def _refuse_streaming(self, shape: ModelShape, techniques: Techniques) -> str | None:
+        """What trains beside the layers' maps while the base's weights stay on the host."""
+        if not techniques.streams_weights:
+            return None
+        chosen = targets.adapted_maps(shape, self._choice)
+        outside = any(linear.reads in ("tokens", "last") for _, linear in chosen.maps)
+        if outside or chosen.saved or self.trainable_token_indices or chosen.stacks:
+            return (
+                "strategy.offload: weights keeps embedding and output matrix on the host and corrects linear maps of"
+                " layers alone: leave out modules_to_save, trainable_token_indices, target_parameters, and targets"
+                " outside the layers"
+            )
+        return None
 
     def _refuse_expert_corrections(self, shape: ModelShape) -> str | None:
         """What PEFT cannot combine with corrections of stacked tensors."""

@@ -54,6 +54,7 @@ class Shira(MethodDefaults):
 
     name: ClassVar[str] = "experimental_shira"
     full_rank: ClassVar[bool] = True
+    keeps_base_frozen: ClassVar[bool] = True
 
     @property
     def layers_are_alike(self) -> bool:
@@ -64,6 +65,8 @@ class Shira(MethodDefaults):
             return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16" and self.mask == "sensitivity":
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
+        if techniques.streams_weights and self.mask == "sensitivity":
+            return "entries are chosen over all weights at once, which stay on the host: set method.mask: random"
         if shape.model_type == "gpt2":
             return "PEFT's SHiRA knows no Conv1D, which GPT-2's linear maps are"
         chosen = targets.adapted_maps(shape, self._choice)

@@ -8,6 +8,8 @@ host_memory         keep freed memory in the process instead of returning it to 
 optimizers          build the optimizers that a job names as Hugging Face does
 side_stream         copies between a GPU and pinned host memory beside the computation
 state               gather a training's state for a checkpoint, and put it back
+streamed_output     an output matrix on the host, whose slices visit the device
 supervised_logits   the loss at supervised positions only
 thread_waits        let waiting OpenMP threads sleep soon
+weight_stream       frozen weights on the host, which visit the device layer by layer
 """

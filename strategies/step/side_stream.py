@@ -27,9 +27,22 @@ class SideStream:
             tensor = host.to(self._device, non_blocking=True)
         return tensor, self._stream.record_event()
 
+    def copy(self, host: torch.Tensor, tensor: torch.Tensor) -> torch.Event:
+        """Fill a tensor of the device from pinned memory, after the work that was queued before; the event of the end.
+
+        The tensor may be freed after `await_event`.
+        """
+        self._stream.wait_stream(torch.accelerator.current_stream(self._device))
+        with self._stream:
+            tensor.copy_(host, non_blocking=True)
+        return self._stream.record_event()
+
+    def await_event(self, event: torch.Event) -> None:
+        """Let the stream that computes now wait for a copy; the host does not."""
+        torch.accelerator.current_stream(self._device).wait_event(event)
+
     def arrived(self, tensor: torch.Tensor, event: torch.Event) -> torch.Tensor:
         """What `up` brought, for the stream that computes now, which waits for it; the host does not."""
-        now = torch.accelerator.current_stream(self._device)
-        now.wait_event(event)
-        tensor.record_stream(now)
+        self.await_event(event)
+        tensor.record_stream(torch.accelerator.current_stream(self._device))
         return tensor

@@ -95,11 +95,16 @@ def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
 def _chunked(model: Any, batch: Batch) -> torch.Tensor:
     """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
     head = inner_model(model).get_output_embeddings()
+    streamed = getattr(head, "streamed", None)  # a `streamed_output.OutputMatrix`
     head.forward = lambda hidden: hidden  # the model then hands over what it would multiply with the output matrix
     try:
         hidden_SH = supervised_logits(model, batch)
     finally:
         del head.forward
+        if streamed is not None:
+            head.forward = streamed.multiply
+    if streamed is not None:  # all positions at each visit of a slice: chunk by chunk it would be sent again and again
+        return streamed.loss_sum(hidden_SH, batch.targets_S)
 
     def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="sum")

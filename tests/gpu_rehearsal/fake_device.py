@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from strategies.measure.trace import LiveStorages
 
@@ -32,16 +32,40 @@ def pretend() -> None:
     torch.cuda.get_device_capability = lambda device=None: CAPABILITIES[str(torch.device(device or "cuda:0"))]
     torch.cuda.Stream = torch.Stream
     torch.Tensor.pin_memory = _pinned
+    torch.Tensor.data_ptr = _address
+    torch.cuda.cudart = _Runtime
     torch.Tensor.record_stream = lambda self, s: None
     torch.nn.Module._apply = _apply
+    FakeTensor.data = property(_DATA.__get__, _set_data)  # type: ignore[assignment]
     # Else a copied tensor is of another mode, which does not mix with this one (and a mode's caches are no small copy).
     FakeTensorMode.__deepcopy__ = lambda self, memo: self  # type: ignore[attr-defined]
     torch.nn.functional.scaled_dot_product_attention = _scaled_dot_product_attention
 
 
 FAKE = FakeTensorMode()  # one for all: what a library caches of a model would not mix with another's
+_DATA: Any = torch.Tensor.data
 _SDPA = torch.nn.functional.scaled_dot_product_attention
 _watches: list[Watch] = []
+_addresses: dict[int, Any] = {}  # what a tensor without memory says instead of an address -> its storage
+
+
+class _Runtime:
+    """Of CUDA's own calls, those that lock pages of memory by their address."""
+
+    def cudaHostRegister(self, address: int, num_bytes: int, flags: int) -> int:
+        storage = _addresses[address]
+        assert storage.nbytes() == num_bytes
+        storage.reads_in_background = True
+        return 0
+
+    def cudaHostUnregister(self, address: int) -> int:
+        return 0
+
+
+def _address(self: torch.Tensor) -> int:
+    storage = _marks(self)
+    _addresses[id(storage)] = storage
+    return id(storage)
 
 
 def _pinned(self: torch.Tensor, device: Any = None) -> torch.Tensor:
@@ -54,6 +78,12 @@ def _scaled_dot_product_attention(query: torch.Tensor, key: torch.Tensor, *args:
     for watch in _watches:
         watch.attention.add("sdpa, shared" if query.shape[1] != key.shape[1] else "sdpa")
     return _SDPA(query, key, *args, **kwargs)
+
+
+def _set_data(self: FakeTensor, value: FakeTensor) -> None:
+    """The inside of a tensor becomes another's, its card too: a fake one notes that beside its inside."""
+    _DATA.__set__(self, value)
+    self.fake_device = value.fake_device
 
 
 def _apply(self: torch.nn.Module, fn: Any, recurse: bool = True) -> torch.nn.Module:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,9 +12,12 @@ from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies.contract import TrainSetup, TrainState
 from strategies.engines.uneven_zero import shard_by_memory
 from strategies.lsp_offload.method import LspOffload
+from strategies.methods.lora import Lora
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import Batch
+from strategies.step.weight_stream import stream_weights
+from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from tests.gpu_rehearsal import fake_device, inputs
 from tests.gpu_rehearsal.cases import Case
@@ -114,4 +118,26 @@ def streaming_optimizer() -> dict[str, Any]:
         return {"fresh": fresh, "restored": fake_device.places(optimizer.state.values())}
 
 
-PIECES = (buckets, batches, divided_optimizer, streaming_optimizer)
+def streamed_weights() -> dict[str, Any]:
+    """Frozen weights that visit the card: what waits, how many layers are there at once, what crosses."""
+    techniques = replace(PLAIN.techniques(), gradient_checkpointing=True, loss_type="chunked_nll", offload="weights")
+    method, settings, card = Lora(lora_r=4), inputs.settings_of(techniques), torch.device("cuda:0")
+    with fake_device.FAKE:
+        setup = method.setup(inputs.model_on("cpu", method, settings, num_layers=4), settings)
+        checkpointing.enable(setup.model)
+        stream = stream_weights(setup, card, slice_bytes=2**13)
+        setup.model.train()
+        batch = inputs.batch_of(PLAIN).to(card)
+        with fake_device.Watch() as watch:
+            scaler = gradient_scaler("cuda", "bfloat16")
+            forward_backward(setup, batch, 9, techniques, scaler)
+            update(setup, scaler, Update(1.0, 1.0))
+        return {
+            "waits": watch.waits,
+            "trained on": sorted({str(parameter.device) for parameter in setup.parameters.values()}),
+            "slices": len(setup.model.get_output_embeddings().streamed.rows),
+            **vars(stream.counts),
+        }
+
+
+PIECES = (streamed_weights, buckets, batches, divided_optimizer, streaming_optimizer)

@@ -95,6 +95,16 @@ def test_activation_offload_sends_no_weight(case):
         assert step["sent_weights"] == 0
 
 
+def test_streamed_weights_come_without_waiting_and_two_at_a_time(rehearsed):
+    found = rehearsed["streamed_weights"]
+
+    assert "error" not in found, found["error"]
+    assert found["waits"] == ["cuda to cpu in enter"]  # which rows of the embedding are looked up
+    assert (found["trained on"], found["most_visitors"], found["slices"]) == (["cuda:0"], 2, 4)
+    up, down, ahead = 4 + 4, 3 + 4, 1  # layers and slices; the top slice is still there; the next micro-batch's second
+    assert found["visits"] == up + down + ahead
+
+
 def test_gradients_travel_over_the_host_while_the_backward_pass_runs(rehearsed):
     found = rehearsed["buckets"]
 

@@ -17,8 +17,10 @@ class StrategySection(Section):
         "one worker; ddp: several, each with everything; zero1: the optimizer's state divided by memory, over any"
         " devices; zero2, zero3: gradients and weights too, by DeepSpeed, over devices of one kind",
     )
-    offload: Auto | Literal["none", "optimizer", "parameters", "activations"] = key(
-        "auto", "what is kept in host memory: the optimizer with its step, the weights too, or activations"
+    offload: Auto | Literal["none", "optimizer", "parameters", "activations", "weights"] = key(
+        "auto",
+        "what is kept in host memory: the optimizer with its step; parameters: the weights too; activations; weights:"
+        " frozen ones, which visit the device layer by layer",
     )
     shares: Literal["measured", "planned"] = key(
         "measured", "of each worker: measured = follow its pace; planned = stay, so that a rerun is bit-equal"

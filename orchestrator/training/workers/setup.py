@@ -27,6 +27,7 @@ from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.engines.shard import shard
 from strategies.step import device_memory
+from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 
 
@@ -103,8 +104,9 @@ def train_settings(
 def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     """The model set up for the planned method, and the techniques as this model really supports them."""
     job, method, techniques = context.job, context.plan.build_method(), context.part.techniques
-    # What DeepSpeed divides or keeps on the host never lies whole on the device.
-    first = torch.device("cpu") if techniques.uses_engine else context.device
+    # What DeepSpeed divides or what stays on the host never lies whole on the device.
+    on_host = techniques.uses_engine or techniques.streams_weights
+    first = torch.device("cpu") if on_host else context.device
     dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
     model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
     if techniques.packing:
@@ -117,6 +119,8 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     techniques = with_loss_that_runs(setup.model, techniques, context)
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
+    if techniques.streams_weights:
+        stream_weights(setup, context.device)
     if techniques.torch_compile:
         setup.model.compile(dynamic=True)
     setup = _divide(context, setup, settings)

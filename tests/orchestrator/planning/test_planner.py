@@ -106,8 +106,8 @@ def test_the_reason_that_is_given_is_the_one_that_decided():
         plan("method: {type: lora}\n", AMPERE, shape=huge)
 
     told = str(caught.value)
-    assert "lora with optimizer offload on here (RTX 3090): needs" in told
-    assert "has 22.8 GiB usable" in told
+    assert "lora with weights offload on here (RTX 3090): needs" in told
+    assert "has 22.0 GiB usable of the node's own memory" in told
     for needs, has in re.findall(r"needs ([\d.]+) GiB, has ([\d.]+) GiB", told):
         assert float(needs) > float(has), told
 
