@@ -1,6 +1,6 @@
 """The capability of this machine, measured once and remembered: what a plan is made from.  Light: torch runs elsewhere.
 
-look -> hardware hash -> ~/.cache/finetune-orchestrator/probe/HASH.json, else `python -m clusters.probe.measure`
+look -> hardware hash -> ~/.cache/finetune-orchestrator/probe/HASH-2.json, else `python -m clusters.probe.measure`
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from clusters.safe.writing import write_whole
 
 # What a look tells, and better than an old file.
 _SEEN = ("memory_bytes", "memory_total_bytes", "power_w", "uuid", "pci_bus_id", "driver_version")
+_WAY = 2  # of measuring: figures that were measured in another way mean something else, and are measured again
 _SAME = 0.8  # times this close are one speed
 _log = logging.getLogger(__name__)
 
@@ -46,7 +47,7 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
     asked_at = time.time()
     node = look_at_this_node()
     try:
-        file = cache_folder("probe") / f"{node.hardware_hash}.json"
+        file = figures_file(node.hardware_hash)
     except RuntimeError as error:
         _log.warning("figures are not cached: %s", error)
         return _measure(node, None, seconds)
@@ -56,6 +57,11 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
     with _one_at_a_time(file):  # two nodes of a cluster may be one machine; measured together, each would seem slow
         known = _read(file, node, since=asked_at)
         return known or _measure(node, file, seconds, before)
+
+
+def figures_file(hardware_hash: str) -> Path:
+    """Where the figures of such hardware are remembered.  Raises RuntimeError where there is no home."""
+    return cache_folder("probe") / f"{hardware_hash}-{_WAY}.json"
 
 
 def _judged(node: NodeCapability) -> NodeCapability:

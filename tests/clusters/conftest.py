@@ -8,8 +8,7 @@ import pytest
 
 from clusters.capability import NodeCapability
 from clusters.probe.machine import look_at_this_node
-from clusters.probe.node import probe_node
-from clusters.safe.cache import cache_folder
+from clusters.probe.node import figures_file, probe_node
 
 BRIEF_S = 0.3
 
@@ -31,7 +30,7 @@ def measured(tmp_path_factory) -> Measured:
         patch.setenv("XDG_CACHE_HOME", str(root))
         seen = look_at_this_node()
         cpu = replace(seen.cpu, flops_per_s={"float32": 7.0}, sources={"flops_per_s.float32": "measured"})
-        file = cache_folder("probe") / f"{seen.hardware_hash}.json"
+        file = figures_file(seen.hardware_hash)
         file.parent.mkdir(parents=True)
         file.write_text(json.dumps(asdict(replace(seen, devices=(*seen.gpus, cpu)))))
         assert probe_node().cpu.flops_per_s == {"float32": 7.0}

@@ -22,7 +22,6 @@ from clusters.hardware.torch_build import TorchBuild
 from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judged
 from clusters.probe import node as node_probe
 from clusters.probe.machine import look_at_this_node
-from clusters.safe.cache import cache_folder
 from clusters.units import GIB, format_bytes
 from orchestrator.errors import OrchestratorError
 from orchestrator.job.job_file import parse_job
@@ -98,7 +97,7 @@ def standing_in(tmp_path, monkeypatch):
         build = FOR_CPUS if state == "unusable to torch" else ROCM if machine.amd else CUDA
         seen = seen_by(build, machine, node)
         devices = tuple(as_measured(device, node, seen, state) for device in node.devices)
-        file = cache_folder("probe") / f"{node.hardware_hash}.json"
+        file = node_probe.figures_file(node.hardware_hash)
         file.parent.mkdir(parents=True, exist_ok=True)
         file.write_text(json.dumps(asdict(replace(node, devices=devices))))
         os.utime(file, (time.time() + 600,) * 2)  # measured just now: what is in doubt is not measured again

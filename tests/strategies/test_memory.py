@@ -1,7 +1,6 @@
 """Memory formulas against numbers worked out by hand, and against the traced step."""
 
 import dataclasses
-import itertools
 
 import pytest
 
@@ -12,6 +11,7 @@ from strategies.cost import memory
 from strategies.cost.memory import Footprint, Stack
 from strategies.measure import trace
 from strategies.shape import ModelShape
+from tests.axes import half_now
 
 GIB = 2**30
 CPU = DeviceCapability("cpu", "test", 64 * GIB)
@@ -145,10 +145,10 @@ def test_layers_below_the_first_trained_one_keep_nothing():
     assert half < 0.65 * all_layers
 
 
-GRID = list(itertools.product(("lora", "full"), ("float32", "bfloat16"), (False, True), ("nll", "chunked_nll")))
+AXES = (("lora", "full"), ("float32", "bfloat16"), (False, True), ("nll", "chunked_nll"))
 
 
-@pytest.mark.parametrize(("method", "dtype", "checkpointing", "loss"), GRID)
+@pytest.mark.parametrize(("method", "dtype", "checkpointing", "loss"), half_now(*AXES))
 def test_formulas_agree_with_the_traced_step(method, dtype, checkpointing, loss):
     """On 300-token documents the formula is within 5 % of running the real model code on fake tensors."""
     lengths = trace.even(4, 300, 0.5)

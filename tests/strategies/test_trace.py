@@ -10,6 +10,7 @@ from strategies import METHODS
 from strategies.contract import Techniques, TrainSettings, Workload
 from strategies.measure import trace
 from strategies.shape import ModelShape
+from tests.axes import half_now
 from tests.benchmarks.predictions import FAMILIES
 
 CONFIG = FAMILIES["llama"]
@@ -49,10 +50,10 @@ def allocated_peak(method, asked, lengths, config=CONFIG):
     return held + peak
 
 
-CASES = list(itertools.product(("lora", "full"), ("float32", "bfloat16"), (False, True)))
+AXES = (("lora", "full"), ("float32", "bfloat16"), (False, True))
 
 
-@pytest.mark.parametrize(("method", "dtype", "checkpointing"), CASES)
+@pytest.mark.parametrize(("method", "dtype", "checkpointing"), half_now(*AXES))
 def test_traced_peak_is_what_the_allocator_hands_out(method, dtype, checkpointing):
     asked, lengths = settings(dtype, checkpointing), trace.even(4, 200, 0.5)
 
