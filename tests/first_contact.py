@@ -36,6 +36,7 @@ PARTS: dict[str, Callable[[Bench], Iterable[Check]]] = {
     "facts": facts.facts,
     "exact": numbers.exact,
     "memory": costs.memory,
+    "streamed": numbers.streamed,
     "resume": numbers.resume,
     "divided": numbers.divided,
     "full_card": limits.full_card,

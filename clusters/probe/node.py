@@ -59,7 +59,7 @@ def _probed(refresh: bool, seconds: float) -> NodeCapability:
         return known or _measure(node, file, seconds, before)
 
 
-def figures_file(hardware_hash: str) -> Path:
+def figures_file(hardware_hash: str | None) -> Path:
     """Where the figures of such hardware are remembered.  Raises RuntimeError where there is no home."""
     return cache_folder("probe") / f"{hardware_hash}-{_WAY}.json"
 

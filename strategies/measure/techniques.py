@@ -24,6 +24,7 @@ from strategies.measure import trace
 from strategies.measure.trace import Lengths
 from strategies.shape import ModelShape
 from strategies.step.step import Update, forward_backward, update
+from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.technique import Choice, Technique
@@ -102,8 +103,10 @@ class Side:
         self.choice, self.device = choice, torch.device(device.torch_device)
         self.settings = TrainSettings(1e-4, 0.0, choice.techniques.optim, 0.9, 0.999, 1e-8, choice.techniques, seed=1)
         arguments = choice.method.load_arguments(choice.techniques)
-        built = _build(choice, self.settings, arguments, self.device, config)
+        streams = choice.techniques.streams_weights
+        built = _build(choice, self.settings, arguments, torch.device("cpu") if streams else self.device, config)
         self.setup: TrainSetup = shard(built, self.settings, self.device)
+        self.stream = stream_weights(self.setup, self.device) if streams else None
         if choice.techniques.torch_compile:
             self.setup.model.compile(dynamic=True)
         self.batches = self._batches(lengths)
@@ -139,7 +142,8 @@ class Side:
         """Most bytes that tensors take in a step, weights and optimizer included."""
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
-            held = sum(t.untyped_storage().nbytes() for t in trace.tensors_of(self.setup))
+            storages = {t.untyped_storage()._cdata: t.untyped_storage() for t in trace.tensors_of(self.setup)}
+            held = sum(storage.nbytes() for storage in storages.values())
             before = torch.cuda.memory_allocated()
             self.step()
             return torch.cuda.max_memory_allocated() - before + held
@@ -169,4 +173,5 @@ def _build(
     setup = choice.method.setup(model, settings)
     if choice.techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
+    setup.model.train()  # as a model without weights of its own is from the beginning
     return setup

@@ -16,6 +16,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -172,7 +173,7 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
     stream = WeightStream(device, visitors, lowest)
     for place, modules in enumerate(modules_at):
         for module in modules:
-            module.register_forward_pre_hook(lambda *_, place=place: stream.need(place))
+            module.register_forward_pre_hook(partial(_enter, stream, place))
     if rows:
         first = len(modules_at)
         parts = {first + number: visitor.visiting[0] for number, visitor in enumerate(visitors[first:])}
@@ -182,6 +183,15 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
     _look_up_on_host(embedding, host_rows, device)
     _move_rest(setup, embedding, device)
     return stream
+
+
+def _enter(stream: WeightStream, place: int, module: torch.nn.Module, arguments: Any) -> None:
+    if torch.is_grad_enabled() and not module.training:
+        raise RuntimeError(
+            "weights that visit are gone when the backward pass of a model in evaluation mode needs them, since nothing"
+            " is computed again there: call train(), or compute under no_grad()"
+        )
+    stream.need(place)
 
 
 @dataclass(frozen=True)

@@ -97,12 +97,13 @@ def _memory_of_this_process() -> int | None:
 
 
 def offload(bench: Bench) -> Iterator[Check]:
-    """Activations in the host's memory: what a step costs beside none and beside checkpointing."""
+    """Activations or frozen weights in the host's memory: what a step costs beside none and beside checkpointing."""
     plain = Techniques(bench.half, "document", True, False, 2, bench.long)
     for name, techniques in (
         ("no offload", plain),
         ("checkpointing", replace(plain, gradient_checkpointing=True)),
         ("activations on the host", replace(plain, offload="activations")),
+        ("weights on the host", replace(plain, gradient_checkpointing=True, offload="weights")),
     ):
         bench.clear()
         side = bench.side(METHODS["lora"](), techniques, (bench.long,) * 2, bench.large)

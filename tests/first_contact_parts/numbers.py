@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -93,6 +94,33 @@ def _loss_and_gradients(side: Side) -> tuple[float, torch.Tensor]:
     gradients = [parameter.grad for parameter in side.setup.parameters.values()]
     flat = torch.cat([gradient.detach().float().cpu().flatten() for gradient in gradients if gradient is not None])
     return sum(loss.item() for loss in losses), flat
+
+
+def streamed(bench: Bench) -> Iterator[Check]:
+    """Two steps with frozen weights that visit the card, and with resident ones: the same bits, two layers at once."""
+    for name in ("lora", "nf4", "int8"):
+        reason = None if name == "lora" else lacks(bench.capability, "bitsandbytes")
+        if reason:
+            yield not_run(name, reason)
+            continue
+        method = METHODS["lora"](lora_r=8) if name == "lora" else METHODS["qlora"](lora_r=8, bnb_quant_type=name)
+        plain = replace(_techniques(bench.half, "document", True), gradient_checkpointing=True)
+        try:
+            yield _against_resident(bench, name, method, plain)
+        except Exception as error:  # a driver or a library may refuse in any way: that is the finding
+            yield raised(name, error)
+
+
+def _against_resident(bench: Bench, name: str, method: Method, techniques: Techniques) -> Check:
+    found, most = [], 0
+    for one in (techniques, techniques, replace(techniques, offload="weights")):
+        side = bench.side(method, one, bench.lengths, bench.tiny)
+        side.step(), side.step()
+        found.append(weights_of(side))
+        most = side.stream.counts.most_visitors if side.stream else 0
+    noise, difference = largest_difference(*found[:2]), largest_difference(found[0], found[2])
+    text = f"weights differ by {difference:.1e}, two resident runs by {noise:.1e}; {most} layers on the device at most"
+    return judged(name, difference <= noise and most <= 2, text, difference=difference, noise=noise)
 
 
 def resume(bench: Bench) -> Iterator[Check]:

@@ -154,6 +154,14 @@ def test_held_out_logits_and_generated_tokens_are_the_resident_ones(name, folder
     assert torch.equal(*logits) and torch.equal(*tokens)
 
 
+def test_gradients_of_a_model_in_evaluation_mode_are_refused(folders):
+    setup, _ = set_up(folders("llama"), METHODS["nf4"], techniques(gradient_checkpointing=True), streamed=True)
+    setup.model.eval()
+
+    with pytest.raises(RuntimeError, match="call train"):
+        supervised_logits(setup.model, SAMPLES[0].batch(False))
+
+
 @pytest.mark.parametrize(("layers", "visits"), [(None, 4 + 3), ([1, 2], 4 + 2), ([2], 4 + 1)], ids=str)
 def test_a_layer_visits_twice_a_micro_batch_and_below_the_trained_ones_once(layers, visits, folders):
     """Up: three layers and the output matrix.  Down, where it still is: the layers, to the lowest that trains."""
