@@ -41,8 +41,10 @@ def _device_conflicts(
         yield refusals.refuse_bf16(device, shape)
     if is_quantised or t.has_eight_bit_optimizer:
         yield refusals.refuse_bitsandbytes(device, shape)
-    if t.offload != "none":
+    if t.offload != "none" and not t.streams_weights:
         yield refusals.refuse_offload(device, shape)
+    if t.streams_weights and device.kind == "cpu" and is_quantised:
+        yield "on a CPU weights are read from the model's files as they lie there: 4 and 8 bits are made in memory"
     if t.uses_engine:
         yield lacks(device, "deepspeed")
     if is_quantised and shape.num_experts:

@@ -209,6 +209,8 @@ def _why_offload(plan: StrategyPlan, device: DeviceCapability) -> str:
         return "fits without"
     if not plan.streamed_bytes:
         return "does not fit without"
+    if device.kind == "cpu":
+        return f"does not fit without; a micro-batch reads {format_bytes(plan.streamed_bytes)} of the model's files"
     bus, computing_s = bus_rate(device), (plan.time.compute_s + plan.time.memory_s) / plan.num_micro_batches
     sent_s, tokens = plan.streamed_bytes / bus, plan.tokens_per_micro_batch
     knows = device.host_to_device_bytes_per_s or device.device_to_host_bytes_per_s

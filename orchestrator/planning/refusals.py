@@ -70,8 +70,8 @@ def _refuse_on_cpus(spec: JobSpec) -> None:
     attention = spec.model.attn_implementation
     if attention.startswith("flash") or attention == "flex_attention":
         raise JobError(f"model.attn_implementation: {attention} needs a GPU; set it to auto")
-    if spec.strategy.offload not in ("auto", "none"):
-        raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto")
+    if spec.strategy.offload not in ("auto", "none", "weights"):
+        raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto, or to weights")
 
 
 def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:

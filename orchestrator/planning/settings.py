@@ -80,7 +80,10 @@ class Assignment:
     def fitting_plans(self, rejections: Rejections) -> FittingPlans:
         """A plan for every setting worth one that fits."""
         switches, estimates, fitting = self.switches, Estimates(self, rejections), list[StrategyPlan]()
-        for packing, offload, optim in itertools.product(switches.packings, switches.offloads, switches.optims):
+        offloads: Sequence[Offload] = switches.offloads
+        if self.slot.device.kind == "cpu" and len(offloads) > 1:  # streams from files: where the job says so
+            offloads = [offload for offload in offloads if offload != "weights"]
+        for packing, offload, optim in itertools.product(switches.packings, offloads, switches.optims):
             found: list[StrategyPlan] = []
             for dtype in _worthwhile_dtypes(switches.dtypes, self.slot):
                 for base in self._best_kernels(dtype, packing, offload, optim, rejections):

@@ -129,8 +129,9 @@ def estimate(
     if techniques.offload == "parameters":
         host, weights = host + weights, 0.0  # what is here of them, buffer_bytes counts
     if techniques.streams_weights:
-        frozen = streaming.split(workload.shape, techniques, footprint.frozen_bytes)
-        host, weights = host + frozen.host_bytes, weights - footprint.frozen_bytes + frozen.device_bytes
+        frozen, is_cpu = streaming.split(workload.shape, techniques, footprint.frozen_bytes), device.kind == "cpu"
+        host += 0.0 if is_cpu else frozen.host_bytes  # a CPU's stay in the model's files
+        weights += frozen.device_bytes(1 if is_cpu else 2) - footprint.frozen_bytes
         logits = _sliced_logits_bytes(workload, techniques, frozen, tokens)
     accumulates = workload.share * workload.tokens_per_step > 1.05 * tokens
     accumulates |= techniques.uses_engine and techniques.zero_stage >= 3  # its gradients have a place of their own

@@ -35,10 +35,9 @@ class FrozenParts:
     def slice_bytes(self) -> float:
         return min(self.output, max(LEAST_SLICE_BYTES, self.largest_layer))
 
-    @property
-    def device_bytes(self) -> float:
-        """Two visitors, and what stays."""
-        return self.rest + 2 * max(self.largest_layer, self.slice_bytes)
+    def device_bytes(self, num_visitors: int) -> float:
+        """What stays, and the layers or slices that are there at once."""
+        return self.rest + num_visitors * max(self.largest_layer, self.slice_bytes)
 
     def sent_bytes(self, first_layer: int, num_layers: int) -> float:
         """A micro-batch: up all layers and the output matrix, down to the lowest layer in which something trains.

@@ -22,6 +22,7 @@ _CPU_BYTES_PER_S = 20e9
 _GPU_BYTES_PER_S = 300e9
 _CPU_KERNEL_S = 6e-6
 _BUS_BYTES_PER_S = 10e9
+_DISK_BYTES_PER_S = 0.5e9
 _BF16_WITHOUT_UNITS = 0.25  # of the fp32 rate: converted to fp32 and back
 
 # A published peak is not reached: large products get this much of it, beside what they read and write (kernels.py).
@@ -39,6 +40,7 @@ _GPU_OP_S = 15e-6  # an operation started through Python and autograd; shows whe
 _CPU_CACHED = 0.5  # element-wise traffic that the caches do not catch
 _FETCH_S = 0.32e-3  # a sharded weight asked for by a hook of ZeRO-3 (Qwen-1.8B on one A100: 0.26 s whatever the length)
 _BUS_OF_DATASHEET = 0.8
+_PAGES = 0.7  # of a node's memory, what pages of files may take beside a training that streams them
 # A CPU training beside its probe (32 runs on each of two days, LOG.md "Time on a CPU"): products are narrower than the
 # probe's and their weights are packed anew in each call, more so in 16 bits; each operation passes through Python,
 # autograd and, in 16 bits, autocast.  The days differ by 1.3 with the same probe (0.72 and 0.98, 0.52 and 0.64): other
@@ -125,10 +127,12 @@ def estimate(
         moved, overhead = 0.5 * moved, 0.4 * overhead
     update, transfer = _update(device, node, techniques, work, bandwidth)
     transfer += num_micro * _fetch_weights_s(shape, device, techniques, work)
-    if techniques.streams_weights:  # layers come while those before compute
-        computing = (compute + moved / bandwidth) / num_micro
+    if techniques.streams_weights:
         sent = streamed_bytes(shape, techniques, work)
-        transfer += num_micro * max(0.0, sent / bus_rate(device) - computing)
+        if device.kind == "cpu":  # read from a file, copied by the cores that compute
+            transfer += num_micro * sent / file_rate(device, node, _frozen_bytes(shape, techniques, work))
+        else:  # layers come while those before compute
+            transfer += num_micro * max(0.0, sent / bus_rate(device) - (compute + moved / bandwidth) / num_micro)
     transfer += _fetch_activations_s(shape, device, techniques, tokens, compute)
     update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
     if device.kind != "cpu":  # kernels are queued ahead: what shows is only what the GPU waits for
@@ -140,7 +144,7 @@ def estimate(
         overhead_s=learnt * overhead,
         update_s=learnt * update,
         transfer_s=learnt * transfer,
-        is_guess=guessed_rate or guessed_bandwidth,
+        is_guess=guessed_rate or guessed_bandwidth or (techniques.streams_weights and device.kind == "cpu"),
     )
 
 
@@ -280,6 +284,16 @@ def bus_rate(device: DeviceCapability) -> float:
         return _BUS_BYTES_PER_S
     is_datasheet = device.sources.get("host_to_device_bytes_per_s") != "measured"
     return min(known) * (_BUS_OF_DATASHEET if is_datasheet else 1.0)
+
+
+def file_rate(device: DeviceCapability, node: NodeCapability, num_bytes: float) -> float:
+    """Bytes a second of weights that are read from files: from the page cache where they fit beside the training.
+
+    Else from the disk, which reads about as fast as it writes.
+    """
+    if num_bytes < _PAGES * (node.memory_bytes or 0):
+        return memory_rate(device)[0] / 3  # a copy reads and writes, and the write reads its line first
+    return node.disk_write_bytes_per_s or _DISK_BYTES_PER_S
 
 
 def num_micro_batches(workload: Workload, techniques: Techniques) -> int:

@@ -14,6 +14,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
+from orchestrator.job.weights import stored_tensors
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import is_out_of_memory
 from orchestrator.training.model import export
@@ -81,6 +82,19 @@ def load_model(
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
         raise JobError(f"model.model_name_or_path: {location}: {wrong}")
     return model if getattr(model, "is_quantized", False) else model.to(device)
+
+
+def refuse_conversion(folder: Path, dtype: str) -> None:
+    """Raises JobError where weights would be converted in memory: on a CPU what streams is read from the files."""
+    wanted = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}[dtype]
+    held = {tensor.dtype for tensor in stored_tensors(folder).values()} - {wanted}
+    if not held:
+        return
+    known = sorted(name for name in held if name) or ["another form than safetensors"]
+    raise JobError(
+        f"strategy.offload: weights reads the model's files as they lie there: they hold {', '.join(known)}, training"
+        f" computes in {dtype}. Set model.dtype to what they hold, or strategy.offload: none"
+    )
 
 
 def straight_to(device: torch.device) -> dict[str, Any]:

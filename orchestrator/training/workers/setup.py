@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from orchestrator.runs.events import ModelReady
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
-from orchestrator.training.model.loading import load_data, load_model, tokenizer_of
+from orchestrator.training.model.loading import load_data, load_model, refuse_conversion, tokenizer_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
@@ -108,6 +109,8 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     on_host = techniques.uses_engine or techniques.streams_weights
     first = torch.device("cpu") if on_host else context.device
     dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
+    if techniques.streams_weights and context.device.type == "cpu":
+        refuse_conversion(Path(context.model_folder), dtype)
     model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
     if techniques.packing:
         techniques = without_leaks(model, techniques, context)
