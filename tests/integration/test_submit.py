@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from orchestrator.runs.events import StateChange, TrackingReport
+from orchestrator.runs.events import Evaluation, QualityReport, StateChange, TrackingReport
 from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
@@ -47,6 +47,33 @@ def finished(place):
 
 def losses(run):
     return {step: report.loss for step, report in run.steps().items()}
+
+
+@pytest.mark.slow
+def test_weights_that_stream_from_the_model_s_files_train_evaluate_and_answer_as_resident_ones(place):
+    found = []
+    for offload in ("none", "weights"):
+        here = [
+            "--set",
+            "train.max_steps=6",
+            "--set",
+            "train.gradient_checkpointing=true",
+            "--set",
+            "eval.eval_steps=3",
+        ]
+        done = orchestrator(
+            "submit", "job.yaml", "--json", *here, "--set", f"strategy.offload={offload}", cwd=place, check=0
+        )
+        run = RunFolder(Path(json.loads(done.stdout)["path"]))
+        quality = [one.eval_loss for kind in (Evaluation, QualityReport) for one in run.events_of(kind)]
+        weights = load_file(run.path / "adapter" / "adapter_model.safetensors")
+        found.append((losses(run), quality, weights))
+        assert run.plan().techniques.offload == offload
+
+    (losses_a, quality_a, weights_a), (losses_b, quality_b, weights_b) = found
+    assert losses_a == losses_b and len(losses_a) == 6
+    assert quality_a == quality_b and len(quality_a) == 4
+    assert all((weights_a[name] == weights_b[name]).all() for name in weights_a | weights_b)
 
 
 def test_the_run_folder_holds_the_whole_story(finished):
