@@ -6,6 +6,7 @@ alternating steps, so that a busy moment hits both sides.
 
 from __future__ import annotations
 
+import contextlib
 import statistics
 import tempfile
 import time
@@ -23,6 +24,7 @@ from strategies.engines.shard import shard
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
 from strategies.shape import ModelShape
+from strategies.step.quantise import quantise_on
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
@@ -104,7 +106,9 @@ class Side:
         self.settings = TrainSettings(1e-4, 0.0, choice.techniques.optim, 0.9, 0.999, 1e-8, choice.techniques, seed=1)
         arguments = choice.method.load_arguments(choice.techniques)
         streams = choice.techniques.streams_weights
-        built = _build(choice, self.settings, arguments, torch.device("cpu") if streams else self.device, config)
+        visits = streams and bool(arguments) and self.device.type != "cpu"
+        with quantise_on(self.device) if visits else contextlib.nullcontext():
+            built = _build(choice, self.settings, arguments, torch.device("cpu") if streams else self.device, config)
         self.setup: TrainSetup = shard(built, self.settings, self.device)
         self.stream = stream_weights(self.setup, self.device) if streams else None
         if choice.techniques.torch_compile:

@@ -1,5 +1,6 @@
 """Streamed frozen weights: the same numbers as resident ones, with one layer at a time where copies have no stream."""
 
+import bitsandbytes
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,6 +9,7 @@ from strategies.methods.lora import Lora
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
 from strategies.step import document_attention
+from strategies.step.quantise import quantise_on
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import supervised_logits
 from strategies.step.weight_stream import stream_weights
@@ -152,6 +154,26 @@ def test_held_out_logits_and_generated_tokens_are_the_resident_ones(name, folder
         tokens = [model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=2) for model in models]
 
     assert torch.equal(*logits) and torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4 without double quantisation", "int8"])
+def test_what_another_device_quantises_is_the_same(name, folders):
+    """The other device is the same one here; what is tested is the way there and back."""
+    chosen, seen = techniques(gradient_checkpointing=True, packing=False), []
+    plain, _ = set_up(folders("llama"), METHODS[name], chosen, streamed=False)
+
+    with quantise_on(torch.device("cpu")):
+        functional = bitsandbytes.functional
+        for function in ("quantize_4bit", "int8_vectorwise_quant"):
+            inner = getattr(functional, function)
+            setattr(functional, function, lambda *a, inner=inner, **k: (seen.append(a[0].shape), inner(*a, **k))[1])
+        moved, _ = set_up(folders("llama"), METHODS[name], chosen, streamed=False)
+
+    assert len(seen) >= 7 * 3  # the maps of three layers
+    assert functional.quantize_4bit.__module__ == functional.int8_vectorwise_quant.__module__ == functional.__name__
+    expected, found = (dict(setup.model.state_dict()) for setup in (plain, moved))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
 
 
 def test_gradients_of_a_model_in_evaluation_mode_are_refused(folders):

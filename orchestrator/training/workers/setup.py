@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.engines.shard import shard
 from strategies.step import device_memory
+from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 
@@ -111,7 +113,9 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
     if techniques.streams_weights and context.device.type == "cpu":
         refuse_conversion(Path(context.model_folder), dtype)
-    model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
+    visits = method.is_quantised and techniques.streams_weights and context.device.type != "cpu"
+    with quantise_on(context.device) if visits else contextlib.nullcontext():
+        model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
     if techniques.packing:
         techniques = without_leaks(model, techniques, context)
     settings = train_settings(job, context.plan, techniques, remote_objects.reachable())
