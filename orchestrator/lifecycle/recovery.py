@@ -200,8 +200,9 @@ class Recovery:
         news = self._failure(error)
         decision, probed = self._decide(news), dict[str, NodeCapability]()
         if decision.act is Act.PROBE_MEMORY:
-            probed = {} if self.is_local else self._probe(decision.nodes)
-            decision = self._decide(replace(news, memory=self._memory(probed)))
+            asked = frozenset() if self.is_local else decision.nodes
+            probed = self._probe(asked) if asked else {}
+            decision = self._decide(replace(news, memory=self._memory(asked, probed)))
         if decision.act is Act.FAIL:
             raise RunFailed(decision.texts[0]) from error
         self.run.record(Failure(news.reason, step=news.step, failures=self.state.failures))
@@ -234,11 +235,13 @@ class Recovery:
                 found = []
         return found
 
-    def _memory(self, probed: Mapping[str, NodeCapability]) -> dict[str, policy.NodeMemory]:
+    def _memory(self, asked: frozenset[str], probed: Mapping[str, NodeCapability]) -> dict[str, policy.NodeMemory]:
         """Of each node: what is planned with, and what was probed."""
         return {
             node.name: policy.NodeMemory(
-                node.memory_bytes, now.memory_bytes if (now := probed.get(node.name)) else None
+                planned=node.memory_bytes,
+                now=now.memory_bytes if (now := probed.get(node.name)) else None,
+                is_silent=node.name in asked and node.name not in probed,
             )
             for node in self.capability.nodes
         }

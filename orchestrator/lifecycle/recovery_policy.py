@@ -86,6 +86,7 @@ class NodeMemory:
 
     planned: int | None
     now: int | None = None
+    is_silent: bool = False  # it was asked, and what should have answered ended there
 
 
 @dataclass(frozen=True)
@@ -192,6 +193,11 @@ def _after_failure(state: State, news: Failed) -> Decision:
     may_shrink = tries > 1 and state.shrinks < _MOST_SHRINKS
     if may_shrink and news.memory is None:
         return Decision(state, Act.PROBE_MEMORY, news.killed or state.planned)
+    silent = frozenset(name for name, memory in (news.memory or {}).items() if memory.is_silent) - news.killed
+    if may_shrink and silent and state.planned - silent:
+        text = f"{', '.join(sorted(silent))}: no process lives there long enough to be asked; planning without"
+        counted = replace(counted, shrinks=state.shrinks + 1, tries=0, refused=state.refused | silent)
+        return Decision(counted, Act.PLAN, state.planned - silent, (f"a worker failed ({news.reason})", text))
     measured, shrunk, texts = _less_memory(news) if may_shrink else (frozenset(), frozenset(), ())
     if measured or shrunk:
         counted = replace(counted, shrinks=state.shrinks + 1, tries=0)

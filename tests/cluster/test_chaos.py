@@ -11,7 +11,11 @@ from tests.cluster.emulator import unavailable
 from tests.cluster.test_faults import compare, events, finished, lab, reference, training_pid  # noqa: F401
 from tests.processes import PATIENCE_S
 
-pytestmark = [pytest.mark.cluster, pytest.mark.skipif(unavailable() is not None, reason=unavailable() or "")]
+pytestmark = [
+    pytest.mark.cluster,
+    pytest.mark.skipif(unavailable() is not None, reason=unavailable() or ""),
+    pytest.mark.timeout(3600),  # a fault costs a restart, some 45 s of two busy cores
+]
 SEED, FAULTS, STEPS = 20, 20, 120
 KINDS = ("worker", "power", "blip", "cable", "hang", "slow", "driver")
 

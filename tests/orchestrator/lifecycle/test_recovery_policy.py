@@ -108,6 +108,19 @@ def test_a_node_that_has_much_less_memory_than_planned_is_planned_with_that():
     assert decision.texts[0] == "b has only 4.0 GiB: planning with that"
 
 
+def test_a_node_where_not_even_the_probe_lives_is_planned_without_and_not_taken_back():
+    silent = {"a": NodeMemory(8 * GIB, 8 * GIB), "b": NodeMemory(8 * GIB, is_silent=True)}
+
+    decision = decide(ONCE, Failed(7, "workers did not start", memory=silent))
+    alone = decide(ONCE, Failed(7, "x", memory={name: NodeMemory(8 * GIB, is_silent=True) for name in BOTH}))
+
+    assert (decision.act, decision.nodes, decision.state.tries) == (Act.PLAN, A, 0)
+    assert decision.texts[-1].startswith("b: no process lives there")
+    later = decide(replace(decision.state, planned=A), NodeList(BOTH, 100.0))
+    assert later.act is Act.WAIT and not later.nodes
+    assert alone.act is Act.ASK_NODES  # nowhere else to go: another try
+
+
 def test_probing_leaves_the_count_to_the_decision_that_follows():
     decision = decide(ONCE, Failed(7, "x", killed=B))
 
