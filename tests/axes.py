@@ -10,6 +10,9 @@ def half_now(*axes):
 
     Those are the combinations with an even number of second choices (a half-fraction of a factorial design).
     """
-    for chosen in itertools.product(*([(0, first), (1, second)] for first, second in axes)):
-        is_odd = sum(number for number, _ in chosen) % 2
-        yield pytest.param(*(value for _, value in chosen), marks=pytest.mark.slow if is_odd else ())
+    every = list(itertools.product(*([(0, first), (1, second)] for first, second in axes)))
+    is_odd = [sum(number for number, _ in chosen) % 2 for chosen in every]
+    return [
+        pytest.param(*(value for _, value in chosen), marks=pytest.mark.slow if odd else ())
+        for chosen, odd in zip(every, is_odd, strict=True)
+    ]
