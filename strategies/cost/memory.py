@@ -105,8 +105,7 @@ def estimate(
     """
     stack = stack or Stack(repeats_keys=copies_keys(device, workload.shape, techniques))
     tokens = _tokens(workload, techniques)
-    shards = techniques.num_shards
-    weights = footprint.weights_bytes / (shards if techniques.zero_stage >= 3 else 1)
+    weights = footprint.weights_bytes / (techniques.num_shards if techniques.zero_stage >= 3 else 1)
     gradients = gradient_bytes(techniques, footprint)
     state = _OPTIMIZER_BYTES[techniques.optim] + footprint.master_bytes
     optimizer = state * footprint.num_trainable * techniques.state_part

@@ -128,11 +128,8 @@ def estimate(
     update, transfer = _update(device, node, techniques, work, bandwidth)
     transfer += num_micro * _fetch_weights_s(shape, device, techniques, work)
     if techniques.streams_weights:
-        sent = streamed_bytes(shape, techniques, work)
-        if device.kind == "cpu":  # read from a file, copied by the cores that compute
-            transfer += num_micro * sent / file_rate(device, node, _frozen_bytes(shape, techniques, work))
-        else:  # layers come while those before compute
-            transfer += num_micro * max(0.0, sent / bus_rate(device) - (compute + moved / bandwidth) / num_micro)
+        computing_s = (compute + moved / bandwidth) / num_micro
+        transfer += num_micro * _await_layers_s(shape, device, node, techniques, work, computing_s)
     transfer += _fetch_activations_s(shape, device, techniques, tokens, compute)
     update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
     if device.kind != "cpu":  # kernels are queued ahead: what shows is only what the GPU waits for
@@ -284,6 +281,21 @@ def bus_rate(device: DeviceCapability) -> float:
         return _BUS_BYTES_PER_S
     is_datasheet = device.sources.get("host_to_device_bytes_per_s") != "measured"
     return min(known) * (_BUS_OF_DATASHEET if is_datasheet else 1.0)
+
+
+def _await_layers_s(
+    shape: ModelShape,
+    device: DeviceCapability,
+    node: NodeCapability,
+    techniques: Techniques,
+    work: Work,
+    computing_s: float,
+) -> float:
+    """Seconds that a micro-batch waits for streamed layers: on a GPU beyond the computing of those before them."""
+    sent = streamed_bytes(shape, techniques, work)
+    if device.kind == "cpu":  # read from a file, copied by the cores that compute
+        return sent / file_rate(device, node, _frozen_bytes(shape, techniques, work))
+    return max(0.0, sent / bus_rate(device) - computing_s)
 
 
 def file_rate(device: DeviceCapability, node: NodeCapability, num_bytes: float) -> float:
