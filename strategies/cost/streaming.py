@@ -12,8 +12,8 @@ from clusters.units import MIB
 from strategies.contract import BYTES_PER_ELEMENT, Techniques
 from strategies.shape import ModelShape
 
-LEAST_SLICE_BYTES = 64 * MIB  # of the output matrix, as in step/weight_stream.py
-POSITIONS = 2048  # whose logits of one slice are held at once, as in step/streamed_output.py
+LEAST_SLICE_BYTES = 64 * MIB  # of the output matrix; larger where a layer is larger
+POSITIONS = 2048  # whose logits of one slice are held at once
 
 
 @dataclass(frozen=True)

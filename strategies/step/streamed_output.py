@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-_POSITIONS = 2048  # whose logits of one slice are held at once
+POSITIONS = 2048  # whose logits of one slice are held at once, as in cost/streaming.py
 
 
 class OutputMatrix:
@@ -116,7 +116,7 @@ class _SlicedLoss(torch.autograd.Function):
 
 
 def _positions(number: int) -> list[slice]:
-    return [slice(start, start + _POSITIONS) for start in range(0, number, _POSITIONS)]
+    return [slice(start, start + POSITIONS) for start in range(0, number, POSITIONS)]
 
 
 def _logits(

@@ -28,7 +28,7 @@ from strategies.step.streamed_output import OutputMatrix, slices_of
 from strategies.step.supervised_logits import inner_model
 
 _ALIGNMENT = 256  # bytes, as CUDA's own allocations
-_LEAST_SLICE_BYTES = 64 * 2**20  # of the output matrix; larger where a layer is larger
+LEAST_SLICE_BYTES = 64 * 2**20  # of the output matrix, as in cost/streaming.py; larger where a layer is larger
 
 
 @dataclass
@@ -62,10 +62,6 @@ class Visitor:
             home.copy_(tensor)
         self._flat_home, self._flat = pinned, flat
 
-    @property
-    def is_here(self) -> bool:
-        return self._storage.nbytes() > 0
-
     def make_room(self) -> None:
         self._storage.resize_(self.num_bytes)
 
@@ -97,19 +93,14 @@ class WeightStream:
         if place == self._at:
             return
         self._descends = place != 0 and place < self._at
-        self._at = place
+        self._at = -1  # where memory runs out below, nothing counts as here
         wanted = [place] if self._copies is None else [place, self._after(place)]  # a copy ahead needs a stream
         for other in self._here.difference(wanted):
             self._send_home(other)
         self._fetch(place)
         self._await(place)
+        self._at = place
         self._fetch(wanted[-1])
-
-    def clear(self) -> None:
-        """Take all from the device."""
-        for place in list(self._here):
-            self._send_home(place)
-        self._at = -1
 
     def _after(self, place: int) -> int:
         last = len(self._visitors) - 1
@@ -165,7 +156,7 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
         modules_at.append([module for module, slots in found if slots])
     output = model.get_output_embeddings()
     largest = max((visitor.num_bytes for visitor in visitors), default=0)
-    size = slice_bytes or max(_LEAST_SLICE_BYTES, largest)
+    size = slice_bytes or max(LEAST_SLICE_BYTES, largest)
     embedding, is_frozen = model.get_input_embeddings(), not output.weight.requires_grad
     rows = slices_of(output.weight, size) if is_frozen else []
     host_rows = embedding.weight.data

@@ -5,14 +5,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from strategies.cost import streaming
 from strategies.methods.lora import Lora
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
-from strategies.step import document_attention
+from strategies.step import document_attention, streamed_output, weight_stream
 from strategies.step.quantise import quantise_on
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import supervised_logits
-from strategies.step.weight_stream import stream_weights
+from strategies.step.weight_stream import Visitor, WeightStream, stream_weights
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from tests.strategies.test_adapter_options import MODELS
@@ -174,6 +175,28 @@ def test_what_another_device_quantises_is_the_same(name, folders):
     expected, found = (dict(setup.model.state_dict()) for setup in (plain, moved))
     assert expected.keys() == found.keys()
     assert all(torch.equal(expected[key], found[key]) for key in expected)
+
+
+def test_the_estimate_counts_the_slices_that_are_cut():
+    assert streaming.LEAST_SLICE_BYTES == weight_stream.LEAST_SLICE_BYTES
+    assert streaming.POSITIONS == streamed_output.POSITIONS
+
+
+def test_a_layer_for_which_there_was_no_memory_comes_when_it_is_asked_for_again(monkeypatch):
+    weights = [torch.full((4,), float(number)) for number in range(3)]
+    visitors = [Visitor([weight], torch.device("cpu")) for weight in weights]
+    stream = WeightStream(torch.device("cpu"), visitors)
+    stream.need(0)
+
+    def fails():
+        raise torch.OutOfMemoryError("no memory")
+
+    with monkeypatch.context() as full, pytest.raises(torch.OutOfMemoryError):
+        full.setattr(visitors[1], "make_room", fails)
+        stream.need(1)
+    for place in (0, 1, 1, 0, 2):
+        stream.need(place)
+        assert torch.equal(visitors[place].visiting[0], weights[place])
 
 
 def test_gradients_of_a_model_in_evaluation_mode_are_refused(folders):
