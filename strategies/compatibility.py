@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Iterator
 
 from clusters.capability import DeviceCapability
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.shape import ModelShape
 from strategies.techniques import refusals
 from strategies.techniques.attention import refuse_kernel
 from strategies.techniques.libraries import lacks
+from strategies.workload import Techniques
 
 
 def conflict(

@@ -15,7 +15,8 @@ from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.trial import Below, corrected
-from strategies.contract import Techniques, TrainSetup
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 _ROWS = 8  # of a batch
 

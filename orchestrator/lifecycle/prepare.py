@@ -26,8 +26,8 @@ from orchestrator.planning import planner, price, workload
 from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import InBank, Plan, in_bank_sentence
 from orchestrator.runs.run_folder import RunFolder
-from strategies.contract import Workload
 from strategies.shape import ModelShape
+from strategies.workload import Workload
 
 _Say = Callable[[str], None]
 

@@ -14,10 +14,10 @@ from orchestrator.planning import planner, workload
 from orchestrator.planning.explain import explain_unusable
 from strategies import METHODS, TECHNIQUES
 from strategies.compatibility import conflict
-from strategies.contract import Dtype, Techniques, Workload
 from strategies.cost.time import product_rate
 from strategies.shape import ModelShape
 from strategies.techniques.technique import Choice, Technique, judge
+from strategies.workload import Dtype, Techniques, Workload
 
 _TOO_SLOW = 8.0  # times longer than without
 

@@ -10,7 +10,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from strategies.contract import Workload
+from strategies.workload import Workload
 
 _AGREES = 0.10
 

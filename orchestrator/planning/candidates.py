@@ -14,8 +14,9 @@ from functools import cached_property
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware.gpu_links import slowest_inside
-from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan
+from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
+from strategies.workload import Dtype, LossType, Offload
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3

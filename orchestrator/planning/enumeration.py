@@ -25,7 +25,8 @@ from orchestrator.planning.settings import (
     describe_combination,
     preferred_plan,
 )
-from strategies.contract import Method, Offload, StrategyPlan, Techniques, Workload
+from strategies.contract import Method, StrategyPlan
+from strategies.workload import Offload, Techniques, Workload
 
 _ROUNDS = 4  # a share decides the micro-batch, which decides the speed, which decides the share
 _SETTLED = 0.02  # shares that move less than this part of themselves are final

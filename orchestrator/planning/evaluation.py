@@ -11,9 +11,10 @@ from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 from orchestrator.planning.plan import NodePlan
-from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Workload
+from strategies.contract import MemoryEstimate
 from strategies.cost.phases import Phases, decode_step_s, forward_share, preparation_s, saving_s, start_s
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Workload
 
 CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
 

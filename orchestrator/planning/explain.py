@@ -20,9 +20,10 @@ from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
 from strategies.compatibility import conflict
-from strategies.contract import StrategyPlan, Techniques, Workload
+from strategies.contract import StrategyPlan
 from strategies.cost.time import bus_rate
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
+from strategies.workload import Techniques, Workload
 
 _GAIN = 0.95  # of memory or time: less is no reason to install something
 

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from clusters.capability import Kind, NodeCapability
 from clusters.units import GIB, format_bytes
 from orchestrator.planning.candidates import Placed, Slot
-from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Method, StrategyPlan
+from strategies.contract import MemoryEstimate, Method, StrategyPlan
+from strategies.workload import BYTES_PER_ELEMENT
 
 _HOST_RESERVE_BYTES = 2 * GIB  # of a node's memory: its system and one worker's process
 _PROCESS_BYTES = 0.7 * GIB  # of each further worker: its libraries, as strategies/cost/reserved.py has them of a CPU's

@@ -14,8 +14,9 @@ from clusters.units import format_s
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.planning.price import Price
 from strategies import METHODS
-from strategies.contract import MemoryEstimate, Method, Techniques, TimeEstimate
+from strategies.contract import MemoryEstimate, Method, TimeEstimate
 from strategies.cost.phases import Phases
+from strategies.workload import Techniques
 
 VERSION = 4
 
@@ -161,7 +162,7 @@ class Plan:
             "version": self.version,
             "method": self.method,
             "nodes": [
-                (part.node, part.device, part.share, part.threads, asdict(part.techniques)) for part in self.nodes
+                (part.node, part.device, part.share, part.threads, _deciding(part.techniques)) for part in self.nodes
             ],
             "sync": (self.sync.dtype, self.local_batch_size),
             "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
@@ -192,6 +193,12 @@ class Plan:
         if (written := values.get("hash")) is not None and written != plan.hash:
             raise JobError(f"{label}: was edited: its values have the hash {plan.hash}, and it says {written}")
         return plan
+
+
+def _deciding(techniques: Techniques) -> dict[str, Any]:
+    """The switches that are in use: a plan without stages keeps the hash it had before there were any."""
+    values = asdict(techniques)
+    return values if techniques.stage else {key: value for key, value in values.items() if key != "stage"}
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:

@@ -34,9 +34,9 @@ from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions
-from strategies.contract import BYTES_PER_ELEMENT, Workload
 from strategies.cost.phases import saving_s
 from strategies.cost.time import product_rate
+from strategies.workload import BYTES_PER_ELEMENT, Workload
 
 _LONGEST_AUTO = 2048
 _MORE_SAMPLES = (2, 4, 8, 16)  # times those of a step, where a group waits for its network

@@ -13,9 +13,9 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Slot, Switches, limit_per_node
 from orchestrator.planning.goal import prior_of
 from strategies.compatibility import conflict, refuses_local_steps
-from strategies.contract import Techniques, Workload
 from strategies.model.targets import architecture_of_shape
 from strategies.techniques.sharding import refused_keys
+from strategies.workload import Techniques, Workload
 
 
 def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:

@@ -15,8 +15,8 @@ from orchestrator.job.job_file import spec_with, value_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.workload import grows_with_workers
 from strategies import METHODS
-from strategies.contract import Workload
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
+from strategies.workload import Workload
 
 _MOST = 3
 _SHORTEST, _LENGTHS = 128, 64  # max_length in tokens: the least that is proposed, and its steps

@@ -13,8 +13,9 @@ from clusters.capability import DeviceCapability
 from orchestrator.planning.candidates import Division, Slot, Switches
 from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
-from strategies.contract import Dtype, Method, Offload, StrategyPlan, Techniques, Workload
+from strategies.contract import Method, StrategyPlan
 from strategies.cost.time import product_rate
+from strategies.workload import Dtype, Offload, Techniques, Workload
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _EQUAL = 1.01  # times this close are equal

@@ -10,8 +10,8 @@ from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
-from strategies.contract import Workload
 from strategies.shape import ModelShape
+from strategies.workload import Workload
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:

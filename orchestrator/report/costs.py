@@ -19,7 +19,7 @@ from orchestrator.report import tco
 from orchestrator.report.blocks import Table
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.run_folder import RunFolder
-from strategies.contract import Workload
+from strategies.workload import Workload
 
 
 def alternatives_of(job: Job, plan: Plan, files: DataFiles, num_tokens: float) -> list[tco.Cost]:

@@ -8,7 +8,7 @@ determinism     the same bits in every run of a plan, a resumed one included
 evaluate        loss and generated answers on held-out rows
 feed            micro-batches on the device, the next one made ahead
 local_steps     workers train alone for several steps, then average what they changed
-memory          memory in use, out-of-memory errors, ways to do the same in less
+memory          memory in use, and ways to run the same samples in less
 metrics         scores of generated texts against their references, each in [0, 1]
 parallel        sums over the workers
 repair          repairs an update that ran out of memory on some workers

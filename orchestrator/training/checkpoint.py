@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 from clusters.safe.writing import sync
 from orchestrator.job import manifest
 from orchestrator.runs.checkpoints import complete, verify
-from strategies.contract import TrainSetup, TrainState
 from strategies.step.state import restore
+from strategies.train_setup import TrainSetup, TrainState
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Checkpoint:
     def restore(self, setup: TrainSetup, with_optimizer: bool = True) -> None:
         """Load weights, and optimizer state unless only the weights are wanted, into `setup`."""
         weights = load_file(self.path / "weights.safetensors")
-        if weights.keys() != setup.parameters.keys() | setup.buffers.keys():
+        if weights.keys() != setup.all_names:
             raise ValueError(f"{self.path} holds other weights than this method trains")
         moments: dict[str, dict[str, torch.Tensor]] = {}
         if with_optimizer:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,15 @@ from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import in_halves
-from orchestrator.training.parallel import ProcessGroup, even_passes
+from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
-from strategies.contract import Dtype, Techniques, TrainSetup
 from strategies.shape import ModelShape
-from strategies.step.supervised_logits import inner_model, loss_sum
+from strategies.step.out_of_memory import in_halves
+from strategies.step.passes import passes_of
+from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
+from strategies.train_setup import Passes, TrainSetup
+from strategies.workload import Dtype, Techniques
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,8 @@ def evaluate_loss(
     def run(members: list[int]) -> None:
         losses.append(_loss_of(setup, data, [mine[i] for i in members], techniques))
 
-    error = None
-    if setup.engine:
-        for members in even_passes(group, batches):
-            run(members)
-    else:
-        unfit, reason = in_halves(batches, run)
-        error = reason if unfit else None
+    unfit, reason = passes_of(setup).each(batches, run)
+    error = reason if unfit else None
     setup.model.train(was_training)
     total, failed = group.sum([sum(losses), error is not None])
     if failed:
@@ -79,8 +76,7 @@ def evaluate_loss(
 def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
     """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
     batch = collate(data, sample_ids or [0], techniques.packing).to(setup.device)
-    with contextlib.nullcontext() if setup.engine else autocast(setup.device.type, techniques.dtype):
-        loss = loss_sum(setup.model, batch, techniques.loss_type).item()
+    loss = passes_of(setup).loss_sum(batch, techniques).item()
     return loss if sample_ids else 0.0
 
 
@@ -90,7 +86,7 @@ class Generation:
 
     max_new_tokens: int
     dtype: Dtype  # that the model computes in
-    together: ProcessGroup | None = None  # workers that divide the weights: as many passes everywhere, none is repeated
+    passes: Passes | None = None  # of a training whose model is shared with other workers
     cache_bytes: float = CACHE_BYTES  # that keys and values may take
 
 
@@ -107,22 +103,18 @@ def generate_answers(
     prompts = _prompts(inner, tokenizer, data, indices, how.max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
+    generate = how.passes.generate if how.passes else model.generate
 
     def answer(batch: Sequence[_Prompt]) -> None:
         ids = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
         new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
         with autocast(model.device.type, how.dtype):
-            generated = _generate(model, tokenizer, ids, new_tokens, stops, how.together is not None)
+            generated = _generate(generate, model.device, tokenizer, ids, new_tokens, stops)
         texts.update({prompt.index: text for prompt, text in zip(batch, generated, strict=False)})
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
-    unfit: list[_Prompt] = []
     with _generating(model):
-        if how.together:
-            for batch in even_passes(how.together, batches):
-                answer(batch)
-        else:
-            unfit, _ = in_halves(batches, answer)
+        unfit, _ = (how.passes.each if how.passes else in_halves)(batches, answer)
     failed = {prompt.index for prompt in unfit}
     return [
         GeneratedAnswer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])
@@ -201,12 +193,12 @@ def _start_token(tokenizer: Any) -> int:
 
 
 def _generate(
-    model: Any,
+    generate: Callable[..., torch.Tensor],
+    device: torch.device,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     stops: Stops,
-    together: bool = False,
 ) -> list[str]:
     width = max(len(ids) for ids in prompts)
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
@@ -215,16 +207,15 @@ def _generate(
     for row, ids in enumerate(prompts):
         input_ids[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
         mask[row, width - len(ids) :] = 1
-    output = model.generate(
-        input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+    output = generate(
+        input_ids=input_ids.to(device),
+        attention_mask=mask.to(device),
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,
         eos_token_id=list(stops.ids) or None,
         stopping_criteria=stops.criterion(tokenizer, width),
         use_cache=True,
-        synced_gpus=together,
     )
     answers = (stops.before(row[width:].tolist()) for row in output)
     return [stops.cut(tokenizer.decode(answer, skip_special_tokens=True)).strip() for answer in answers]

@@ -9,8 +9,8 @@ import torch
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches
-from strategies.contract import Techniques
 from strategies.step.supervised_logits import Batch
+from strategies.workload import Techniques
 
 
 def micro_batches_of(lengths: Sequence[int], techniques: Techniques) -> list[list[int]]:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
-from strategies.contract import TrainSetup
+from strategies.train_setup import TrainSetup
 
 _OUTER_RATE, _OUTER_MOMENTUM = 0.7, 0.9  # Nesterov's, as the paper found best
 _MOMENTUM = "outer_momentum"

@@ -79,23 +79,6 @@ class ProcessGroup:
         return dist.all_reduce(tensor, async_op=True, group=self.process_group)
 
 
-def even_passes(group: ProcessGroup, batches: Sequence[list[T]]) -> list[list[T]]:
-    """As many micro-batches as the worker with the most has: the largest are halved, then empty ones are added.
-
-    Collective.  An engine's workers gather and reduce in every pass, so none may run fewer.
-    """
-    most = int(max(group.sum(group.at_own_rank(len(batches)))))
-    evened = list(batches)
-    while len(evened) < most:
-        largest = max(range(len(evened)), key=lambda index: len(evened[index]), default=None)
-        if largest is None or len(evened[largest]) < 2:
-            evened.append([])
-        else:
-            whole = evened.pop(largest)
-            evened += [whole[: len(whole) // 2], whole[len(whole) // 2 :]]
-    return evened
-
-
 class GradientSum:
     """Replaces every gradient by its sum over the workers, beginning while the backward pass still runs.
 

@@ -12,10 +12,10 @@ from typing import Any
 import torch
 
 from orchestrator.errors import NothingFits
-from orchestrator.training.memory import catch_out_of_memory, release_cache
 from orchestrator.training.parallel import ProcessGroup
-from strategies.contract import TrainSetup, TrainState
+from strategies.step.out_of_memory import catch_out_of_memory, release_cache
 from strategies.step.state import gather, restore
+from strategies.train_setup import TrainSetup, TrainState
 
 
 class UpdateFailed(Exception):

@@ -20,14 +20,17 @@ from orchestrator.errors import Diverged, NothingFits
 from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
-from orchestrator.training.memory import fallback, release_cache
+from orchestrator.training.memory import fallback
 from orchestrator.training.parallel import GradientSum, ProcessGroup
 from orchestrator.training.repair import Updates
 from orchestrator.training.shares import Shares
-from strategies.contract import Dtype, Techniques, TrainSetup
+from strategies.pipeline.layer_randomness import LayerRandomness
+from strategies.step.out_of_memory import release_cache
 from strategies.step.step import Update
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSetup
+from strategies.workload import Dtype, Techniques
 
 
 @dataclass(frozen=True)
@@ -136,6 +139,7 @@ class Training:
         self._scaler_dtype: Dtype = "float16" if any_fp16 else self.techniques.dtype
         self._set_scaler(self.progress.loss_scale)
         self.progress.loss_scale = self.scaler.state_dict()
+        self.random = LayerRandomness(setup.model)
         self.feed = Feed(self.data, self.techniques.packing, self.device)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
         self.gradients = GradientSum(group, [] if setup.engine else setup.summed, self.updates.check)

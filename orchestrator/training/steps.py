@@ -1,8 +1,8 @@
 """One step of a training on one worker: its samples, their gradients, the update.
 
-Three ways to compute gradients, one function each: `synchronous_gradients`, where every worker adds its part to a sum;
-`engine_gradients`, where DeepSpeed sums and updates; `local_gradients`, where workers train apart inside a step and
-what they changed is summed in place of gradients.
+Two ways to compute gradients, one function each: `synchronous_gradients`, where every worker adds its part to a sum;
+`local_gradients`, where workers train apart inside a step and what they changed is summed in place of gradients.  How
+micro-batches go through the model is the setup's `Passes`.
 
 Legend: N samples of a step over all workers, W workers.
 """
@@ -11,9 +11,9 @@ from __future__ import annotations
 
 import math
 import time
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,12 +23,14 @@ from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import LearningReport
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import catch_out_of_memory, is_out_of_memory, peak_bytes
-from orchestrator.training.parallel import even_passes
+from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
 from orchestrator.training.state import STOP_REQUESTS, Training
+from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
+from strategies.step.passes import passes_of
 from strategies.step.step import forward_backward, last_pass, update
 from strategies.step.supervised_logits import Batch
+from strategies.train_setup import StepPasses
 
 
 @dataclass(frozen=True)
@@ -66,36 +68,36 @@ def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]
     return [[samples.ids_N[part[i]] for i in group] for group in groups]
 
 
-def _take(training: Training, step: int, sample_ids: list[int]) -> Batch:
-    """A micro-batch on the device.  Its random numbers follow from what is in it: a resumed run draws the same."""
-    batch = training.feed.take(sample_ids)
-    torch.manual_seed(zlib.crc32(f"{training.schedule.seed}/{step}/{batch.sample_ids[0]}".encode()))
-    return batch
+def _begin(training: Training, step: int, batch: Batch) -> None:
+    """A micro-batch's random numbers follow from what is in it: a resumed run draws the same."""
+    training.random.begin(f"{training.schedule.seed}/{step}/{batch.sample_ids[0]}")
 
 
 def synchronous_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
     """Gradients of this worker's samples; they leave for the other workers during the last backward pass."""
-    setup, loss = training.setup, torch.zeros((), device=training.device)
-    batches = _micro_batches(training, samples, samples.own)
-    for number, sample_ids in enumerate(batches, start=1):
-        batch = _take(training, samples.step, sample_ids)
-        if number == len(batches):
-            training.gradients.arm()
-            if training.group.size == 1:
-                last_pass(setup, training.schedule.update(samples.step))
-        loss += forward_backward(setup, batch, samples.num_supervised, training.techniques, training.scaler)
-    return loss
+    setup = training.setup
+
+    def before_last() -> None:
+        training.gradients.arm()
+        if training.group.size == 1:
+            last_pass(setup, training.schedule.update(samples.step))
+
+    step = _passes(training, samples, samples.num_supervised, before_last)
+    return passes_of(setup).run(_micro_batches(training, samples, samples.own), step)
 
 
-def engine_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
-    """The same under DeepSpeed, which sums inside the passes, so that every worker must run as many as the others."""
-    loss = torch.zeros((), device=training.device)
-    for sample_ids in even_passes(training.group, _micro_batches(training, samples, samples.own)):
-        # A pass without samples takes any and counts for nothing.
-        batch = _take(training, samples.step, sample_ids or samples.ids_N[:1])
-        counted = samples.num_supervised if sample_ids else math.inf
-        loss += forward_backward(training.setup, batch, counted, training.techniques, training.scaler)
-    return loss
+def _passes(
+    training: Training, samples: StepSamples, num_supervised: int, before_last: Callable[[], None] = lambda: None
+) -> StepPasses:
+    return StepPasses(
+        num_supervised,
+        training.techniques,
+        training.scaler,
+        take=training.feed.take,
+        begin=partial(_begin, training, samples.step),
+        filler=samples.ids_N[:1],
+        before_last=before_last,
+    )
 
 
 def local_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
@@ -104,17 +106,15 @@ def local_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
     assert local
     waiting = local.split(samples.own)
     while waiting:
-        part, loss_of_part = waiting[0], torch.zeros((), device=training.device)
+        part = waiting[0]
         num_supervised = int(training.data.num_supervised[[samples.ids_N[i] for i in part]].sum())
-        for sample_ids in _micro_batches(training, samples, part):
-            batch = _take(training, samples.step, sample_ids)
-            mean = forward_backward(training.setup, batch, num_supervised, training.techniques, training.scaler)
-            loss_of_part += mean * (num_supervised / samples.num_supervised)
+        step = _passes(training, samples, num_supervised)
+        mean = passes_of(training.setup).run(_micro_batches(training, samples, part), step)
         update(training.setup, training.scaler, training.schedule.update(samples.step))
         if overflow := training.overflow(samples.step, samples.ids_N):
             training.hooks.note(f"{overflow}; the local step is repeated")
             continue
-        loss += loss_of_part
+        loss += mean * (num_supervised / samples.num_supervised)
         del waiting[0]
     local.changes_to_gradients(sum(samples.lengths_N[i] for i in samples.own) / samples.num_tokens)
     return loss
@@ -131,7 +131,7 @@ class Attempt:
 def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
     """This worker's gradients, on their way to the others; what the last update left undone ends the passes early."""
     setup = training.setup
-    compute = engine_gradients if setup.engine else local_gradients if training.local else synchronous_gradients
+    compute = local_gradients if training.local else synchronous_gradients
     try:
         loss_on_device = compute(training, samples)
         if samples.step + 1 < training.order.num_steps:

@@ -11,9 +11,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 from clusters.capability import DeviceCapability
-from strategies.contract import BYTES_PER_ELEMENT, Techniques, Workload
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 # Of the products' rate, forward and backward together, on long rows.  FlashAttention-2 reaches 73 % of an A100's peak
 # forward and 63 % backward (arXiv 2307.08691); on an H100, whose asynchronous units it does not use, 335 of 989 TFLOP/s

@@ -11,11 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from clusters.capability import DeviceCapability
-from strategies.contract import BYTES_PER_ELEMENT, MemoryEstimate, Techniques, Workload
+from strategies.contract import MemoryEstimate
 from strategies.cost import streaming
 from strategies.cost.reserved import with_framework
 from strategies.shape import ModelShape
 from strategies.techniques.attention import copies_keys
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 CHUNK = 256  # positions of chunked_nll, as in techniques/supervised_logits.py
 LIVE_PARAMETERS = 100_000_000  # that ZeRO-3 may hold gathered

@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.units import format_s
-from strategies.contract import BYTES_PER_ELEMENT, Techniques
 from strategies.cost import time
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 # Measured on two cores of a shared x86 server, quick start (LOG.md "How long a job is"): Ray's processes, the worker's
 # imports of torch, transformers and peft, the process group.

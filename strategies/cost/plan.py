@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import BYTES_PER_ELEMENT, MethodDefaults, StrategyPlan, Techniques, Workload
+from strategies.contract import MethodDefaults, StrategyPlan
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from clusters.units import MIB
-from strategies.contract import BYTES_PER_ELEMENT, Techniques
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 LEAST_SLICE_BYTES = 64 * MIB  # of the output matrix; larger where a layer is larger
 POSITIONS = 2048  # whose logits of one slice are held at once

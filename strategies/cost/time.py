@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import BYTES_PER_ELEMENT, Techniques, TimeEstimate, Workload
+from strategies.contract import TimeEstimate
 from strategies.cost import kernels, streaming
 from strategies.cost.memory import SHORT
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 # Typical figures that stand in for unknown ones; an estimate that used one says so (`is_guess`).
 _CPU_FLOPS_PER_CORE = 40e9

@@ -21,9 +21,11 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from clusters.safe.reading import first_line
-from strategies.contract import Techniques, TrainSettings, TrainSetup, TrainState
 from strategies.cost.memory import BUCKET_ELEMENTS, LIVE_PARAMETERS
+from strategies.engines.even_passes import EvenPasses
 from strategies.step.state import to_cpu, zero
+from strategies.train_setup import TrainSettings, TrainSetup, TrainState
+from strategies.workload import Techniques
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,7 @@ def shard_by_deepspeed(
     gc.collect()  # what stays of the undivided weights hangs in cycles
     divided = DeepSpeedZero(engine, setup.parameters)
     setup.optimizer, setup.sharding, setup.engine = engine.optimizer, divided, divided
+    setup.passes = EvenPasses(setup, device if dist.get_backend() == "nccl" else torch.device("cpu"))
     return setup
 
 

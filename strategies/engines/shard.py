@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from strategies.contract import TrainSettings, TrainSetup
+from strategies.train_setup import TrainSettings, TrainSetup
 
 if TYPE_CHECKING:
     import torch

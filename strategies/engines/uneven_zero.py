@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from strategies.contract import TrainSetup, TrainState
 from strategies.step.state import homes, to_cpu, zero
+from strategies.train_setup import TrainSetup, TrainState
 
 _SENT_BYTES = 25 * 2**20  # that travel together
 

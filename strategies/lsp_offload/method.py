@@ -10,21 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import (
-    BYTES_PER_ELEMENT,
-    MethodDefaults,
-    StrategyPlan,
-    Techniques,
-    TrainSettings,
-    TrainSetup,
-    Workload,
-    option,
-)
+from strategies.contract import MethodDefaults, StrategyPlan, option
 from strategies.cost.memory import Footprint, Streamed
 from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work, bus_rate, host_update_rate, memory_rate
 from strategies.lsp_offload.sizing import LayerTimes, Rates, Sized, largest_that_hides, seconds_by_lane, step_s
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 if TYPE_CHECKING:
     from strategies.lsp_offload.adam import AdamNumbers

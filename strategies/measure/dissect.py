@@ -16,11 +16,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from strategies.contract import Techniques, TrainSetup
 from strategies.measure.trace import LiveStorages, tensors_of
 from strategies.step.step import Update, backward, forward, update
 from strategies.step.supervised_logits import Batch, inner_model
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 PHASES: tuple[str, ...] = ("data", "transfer", "forward", "backward", "optimizer")
 _MARK = "part:"

@@ -19,7 +19,6 @@ from transformers import AutoModelForCausalLM
 
 from clusters.capability import DeviceCapability
 from clusters.safe.reading import first_line
-from strategies.contract import TrainSettings, TrainSetup, Workload
 from strategies.engines.shard import shard
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
@@ -30,6 +29,8 @@ from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.technique import Choice, Technique
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Workload
 
 # 34 million parameters: large enough that matrix products count, small enough for two cores.
 SMALL_MODEL: dict[str, Any] = {

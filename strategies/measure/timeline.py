@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from strategies.contract import Techniques, TrainSetup
 from strategies.step.step import Update, backward, forward, last_pass, update
 from strategies.step.supervised_logits import Batch
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 LAYER = re.compile(r"(?:.*\.)?(?:layers|h|layer)\.(\d+)")
 

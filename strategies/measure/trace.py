@@ -18,13 +18,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from strategies.contract import Method, TrainSettings, TrainSetup
+from strategies.contract import Method
 from strategies.shape import ModelShape
 from strategies.step import document_attention
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import Batch
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSettings, TrainSetup
 
 
 class LiveStorages(TorchDispatchMode):

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
 
-from strategies.contract import BYTES_PER_ELEMENT, Dtype, Techniques, TrainSettings, TrainSetup
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT, Dtype, Techniques
 
 
 @dataclass(frozen=True)

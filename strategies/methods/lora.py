@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clusters.safe.reading import BadInput
-from strategies.contract import BYTES_PER_ELEMENT, Techniques, TrainSettings, TrainSetup, option
+from strategies.contract import option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
@@ -16,6 +16,8 @@ from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
 

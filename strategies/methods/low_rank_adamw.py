@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from strategies.contract import TrainSettings
+from strategies.train_setup import TrainSettings
 
 _GROWTH = 1.01  # of an update's norm from one step to the next (Fira, arXiv 2410.01623, as APOLLO limits it)
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, ClassVar, Literal
 
-from strategies.contract import Techniques, TrainSettings, TrainSetup, option
+from strategies.contract import option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs
 from strategies.methods.full import Full
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Techniques
 
 
 @dataclass(frozen=True)

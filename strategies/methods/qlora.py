@@ -5,20 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from strategies.contract import (
-    BYTES_PER_ELEMENT,
-    Quantization,
-    Techniques,
-    TrainSettings,
-    TrainSetup,
-    option,
-)
+from strategies.contract import option
 from strategies.cost.plan import Costs
 from strategies.methods.lora import Lora
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT, Quantization, Techniques
 
 # Bytes of one quantised weight: half a byte and an fp32 scale a block of 64; with double quantisation the scales take
 # 8 bits and an fp32 scale a block of 256 of them.  int8: one byte, an fp32 scale a row is too little to count.
@@ -95,4 +90,16 @@ class QLora(Lora):
                 "the model was loaded without quantisation; pass load_arguments() to the loader, and use a model"
                 " whose linear maps bitsandbytes knows"
             )
+        _keep_from_packing(model)
         return super().setup(model, settings)
+
+
+def _keep_from_packing(model: Any) -> None:
+    """Let bitsandbytes evaluate 4-bit maps whose outputs are no multiple of 32 as it trains them.
+
+    On CPUs with bf16 units it packs weights before an evaluation, and its `_convert_weight_packed_for_cpu` ends the
+    process with an assertion for such maps.
+    """
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", False) and module.out_features % 32:
+            module.support_avx512bf16_for_cpu = False

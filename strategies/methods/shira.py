@@ -8,16 +8,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import (
-    BYTES_PER_ELEMENT,
-    MethodDefaults,
-    StrategyPlan,
-    Techniques,
-    TrainSettings,
-    TrainSetup,
-    Workload,
-    option,
-)
+from strategies.contract import MethodDefaults, StrategyPlan, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
 from strategies.cost.work import Work
@@ -25,6 +16,8 @@ from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import resolve_targets
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 
 @dataclass(frozen=True)

@@ -114,6 +114,12 @@ def architecture_of(model: Any) -> Architecture:
     )
 
 
+def decoder_layers(model: Any) -> Any:
+    """The list of decoder layers of a model, with or without an adapter around it: a ModuleList of torch's."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.get_submodule(architecture_of(inner).layers)
+
+
 def _kind(module: Any) -> str:
     """The class's name; for what is a linear map or an embedding under another one (Falcon, Gemma 3, 4 bits) theirs."""
     import torch

@@ -6,6 +6,8 @@ device_memory       a GPU's allocator: segments that grow, and the limit that th
 document_attention  attention over documents packed in one row, each seeing only itself
 host_memory         keep freed memory in the process instead of returning it to the kernel after every operation
 optimizers          build the optimizers that a job names as Hugging Face does
+out_of_memory       memory that runs out: free what can be freed, try again with less
+passes              micro-batches through the model, one after the other
 quantise            quantise on a GPU what will lie in the host's memory
 side_stream         copies between a GPU and pinned host memory beside the computation
 state               gather a training's state for a checkpoint, and put it back

@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from strategies.contract import Dtype
 from strategies.techniques.attention import Heads, Sharing, sharing
+from strategies.workload import Dtype
 
 NAME = "document"
 _SHORT = 128  # tokens; longer documents would save more scores for the backward pass than they win

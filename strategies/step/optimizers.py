@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import torch
 
-from strategies.contract import TrainSettings
+from strategies.train_setup import TrainSettings
 
 OptimName = Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"]
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from strategies.contract import TrainSetup, TrainState
+from strategies.train_setup import TrainSetup, TrainState
 
 
 def gather(setup: TrainSetup) -> TrainState | None:
@@ -17,8 +17,11 @@ def gather(setup: TrainSetup) -> TrainState | None:
     What lies there already is not copied: the next step changes it.
     """
     _settle(setup)
-    if setup.sharding:
-        return setup.sharding.gather()
+    return setup.sharding.gather() if setup.sharding else gather_own(setup)
+
+
+def gather_own(setup: TrainSetup) -> TrainState:
+    """What this worker itself holds."""
     moments = {}
     for name, parameter in setup.parameters.items():
         held = setup.optimizer.state.get(parameter, {})
@@ -31,7 +34,12 @@ def restore(setup: TrainSetup, state: TrainState) -> None:
     _settle(setup)
     if setup.sharding:
         setup.sharding.restore(state)
-        return
+    else:
+        restore_own(setup, state)
+
+
+def restore_own(setup: TrainSetup, state: TrainState) -> None:
+    """Put back what this worker itself holds, of a whole state."""
     with torch.no_grad():
         for name, held in _held(setup).items():
             held.copy_(state.weights[name])

@@ -6,15 +6,17 @@ The training loop runs these on real tensors, the tracer on fake ones, `techniqu
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 
-from strategies.contract import Techniques, TrainSetup
 from strategies.step.activation_offload import offload_activations
 from strategies.step.supervised_logits import Batch, loss_sum
 from strategies.techniques.precision import autocast
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 
 def forward_backward(
@@ -74,13 +76,21 @@ def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> 
     _set_rates(setup, numbers)
     if setup.engine or setup.streaming:
         return (setup.engine or setup.streaming).update(numbers.max_grad_norm)  # type: ignore[union-attr]
+    if setup.passes and scaler.is_enabled():
+        setup.passes.spread_overflow()
     scaler.unscale_(setup.optimizer)
+    grad_norm = setup.passes.gradient_norm() if setup.passes else norm_of(setup.parameters.values())
     limit = numbers.max_grad_norm or math.inf
-    grad_norm = torch.nn.utils.clip_grad_norm_(list(setup.parameters.values()), limit)
+    torch.nn.utils.clip_grads_with_norm_(list(setup.parameters.values()), limit, grad_norm)
     scaler.step(setup.optimizer)
     scaler.update()
     setup.optimizer.zero_grad(set_to_none=True)
     return grad_norm
+
+
+def norm_of(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:
+    """The norm of the gradients that these parameters have."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 def _set_rates(setup: TrainSetup, numbers: Update) -> None:

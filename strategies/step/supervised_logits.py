@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from strategies.contract import LossType
 from strategies.step.document_attention import borders, packed_arguments
+from strategies.workload import LossType
 
 CHUNK = 256  # positions
 
@@ -76,13 +76,7 @@ def loss_sum(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Ten
 
 def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
     """Logits (S, V) that predict `batch.targets_S`."""
-    arguments: dict[str, Any] = {"use_cache": False}
-    if batch.document_lengths is not None:
-        assert batch.positions_BT is not None and batch.borders_D is not None
-        at = batch.positions_BT, batch.borders_D
-        arguments |= packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)
-    else:
-        arguments |= {"attention_mask": batch.attention_mask_BT}
+    arguments = arguments_of(batch)
     if _can_select(model):
         logits_BCV = model(batch.input_ids_BT, logits_to_keep=batch.columns_C, **arguments).logits
     else:
@@ -90,6 +84,15 @@ def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
     if batch.picked_S is None:
         return logits_BCV[0]
     return logits_BCV.flatten(0, 1)[batch.picked_S]
+
+
+def arguments_of(batch: Batch) -> dict[str, Any]:
+    """What a model needs beside token ids: borders and positions of documents, or the mask of padding."""
+    if batch.document_lengths is None:
+        return {"use_cache": False, "attention_mask": batch.attention_mask_BT}
+    assert batch.positions_BT is not None and batch.borders_D is not None
+    at = batch.positions_BT, batch.borders_D
+    return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}
 
 
 def _chunked(model: Any, batch: Batch) -> torch.Tensor:

@@ -21,11 +21,11 @@ from typing import Any
 
 import torch
 
-from strategies.contract import TrainSetup
 from strategies.model.architecture import architecture_of
 from strategies.step.side_stream import SideStream
 from strategies.step.streamed_output import OutputMatrix, slices_of
 from strategies.step.supervised_logits import inner_model
+from strategies.train_setup import TrainSetup
 
 _ALIGNMENT = 256  # bytes, as CUDA's own allocations
 LEAST_SLICE_BYTES = 64 * 2**20  # of the output matrix, as in cost/streaming.py; larger where a layer is larger

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from clusters.capability import DeviceCapability, Kind
-from strategies.contract import Dtype, Techniques
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import lacks
+from strategies.workload import Dtype, Techniques
 
 
 def refuse_kernel(kernel: str, device: DeviceCapability, shape: ModelShape) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from typing import TYPE_CHECKING, Any
 
-from strategies.contract import Dtype
+from strategies.workload import Dtype
 
 if TYPE_CHECKING:
     import torch

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from clusters.capability import DeviceCapability, NodeCapability
-from strategies.contract import Method, StrategyPlan, Techniques, Workload
+from strategies.contract import Method, StrategyPlan
 from strategies.shape import ModelShape
 from strategies.techniques.libraries import absent_libraries, with_installed
+from strategies.workload import Techniques, Workload
 
 Level = Literal["effective", "works", "little gain", "harmful", "not installed", "impossible"]
 Refusal = Callable[[DeviceCapability, ModelShape], str | None]  # why it cannot be used there; None where it can

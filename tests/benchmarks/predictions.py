@@ -21,8 +21,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
 from clusters.units import GIB
-from strategies.contract import Techniques, Workload
 from strategies.shape import ModelShape
+from strategies.workload import Techniques, Workload
 from tests.benchmarks import memory_errors, time_errors
 from tests.benchmarks.published import from_columns, read
 
@@ -171,8 +171,8 @@ def traced() -> None:
     32 ways to train one model, then every family.
     """
     from strategies import METHODS
-    from strategies.contract import TrainSettings
     from strategies.measure import trace
+    from strategies.train_setup import TrainSettings
     from tests.strategies.test_trace import CONFIG, allocated_peak
 
     errors = []
@@ -197,8 +197,8 @@ def _traced_families(errors: list[float]) -> None:
     """One step of every family: adds the tracer's errors, prints the formula's beside them."""
     from clusters.capability import DeviceCapability, NodeCapability
     from strategies import METHODS
-    from strategies.contract import TrainSettings
     from strategies.measure import trace
+    from strategies.train_setup import TrainSettings
     from tests.strategies.test_trace import allocated_peak
 
     device = DeviceCapability("cpu", "here", 64 * GIB)

@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.lsp_offload.method import LspOffload, linear_maps
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
 from strategies.step.step import Update, last_pass, update
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Techniques
 
 ASSETS = Path(__file__).resolve().parents[3] / "shared/assets"
 LENGTH, ROWS, HELD_OUT_ROWS = 128, 8, 96

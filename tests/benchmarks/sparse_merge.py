@@ -28,7 +28,8 @@ from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank import sparse
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.generation import Recipe, generate
-from strategies.contract import Techniques, TrainSetup
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 _LAYERS = list(range(20, 30))
 _SPARSE = {"type": "experimental_shira", "shira_r": 8, "layers_to_transform": _LAYERS}

@@ -12,13 +12,14 @@ from functools import cache
 
 from clusters.capability import CONTEXT_BYTES, DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
-from strategies.contract import MemoryEstimate, Techniques, TimeEstimate, Workload
+from strategies.contract import MemoryEstimate, TimeEstimate
 from strategies.cost import memory, reserved, time
 from strategies.cost.memory import Footprint, Stack
 from strategies.cost.network import Network
 from strategies.cost.reserved import GAPS, Gaps
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import Techniques, Workload
 from tests.benchmarks.published import Published, config
 
 _WEIGHT_BYTES = {"nf4": 0.5 + 4 / 64, "fp4": 0.5 + 4 / 64, "nf4-dq": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.0}

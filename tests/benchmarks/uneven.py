@@ -78,8 +78,8 @@ def work(rank: int, head: str, port: int, modes: list[str], steps: int) -> None:
     from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.shares import Shares
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
-    from strategies.contract import Techniques
     from strategies.cost.network import Network
+    from strategies.workload import Techniques
 
     torch.set_num_threads(1)
     speeds_s = list(ACCELERATORS_S.values())
@@ -137,7 +137,8 @@ def model(seconds: float) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from strategies import METHODS
-    from strategies.contract import Techniques, TrainSettings
+    from strategies.train_setup import TrainSettings
+    from strategies.workload import Techniques
 
     torch.manual_seed(0)
     config = LlamaConfig(hidden_size=64, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,

@@ -162,10 +162,10 @@ def report(step_s: list[float], step_tokens: list[int], supervised: int, dtype: 
 def useful_flops_per_token() -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
     from orchestrator.job.model_files import read_config
-    from strategies.contract import Techniques, Workload
     from strategies.cost.time import flops_per_token
     from strategies.cost.work import Work
     from strategies.shape import ModelShape
+    from strategies.workload import Techniques, Workload
 
     shape = ModelShape.from_config(read_config(model_folder()))
     adapters = shape.num_layers * sum(16 * (m.inputs + m.outputs) for m in shape.linears)
@@ -191,8 +191,8 @@ def ours(arguments) -> dict:
     from orchestrator.training.loop import train
     from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
-    from strategies.contract import Techniques
     from strategies.step import host_memory
+    from strategies.workload import Techniques
 
     in_half = look_at_this_node().cpu.has_bf16_units and not arguments.only.endswith("fp32")
     dtype = "bfloat16" if in_half else "float32"
@@ -222,8 +222,8 @@ def our_setup(techniques, seed=0):
     from transformers import AutoModelForCausalLM
 
     from strategies import METHODS
-    from strategies.contract import TrainSettings
     from strategies.step import document_attention
+    from strategies.train_setup import TrainSettings
 
     document_attention.register()
     method = METHODS["lora"](lora_r=16, lora_alpha=32)
@@ -368,8 +368,9 @@ def evaluate(arguments) -> dict:
 
     from orchestrator.training.evaluate import evaluate_loss
     from orchestrator.training.parallel import ProcessGroup
-    from strategies.contract import Techniques, TrainSetup
     from strategies.step import document_attention
+    from strategies.train_setup import TrainSetup
+    from strategies.workload import Techniques
 
     document_attention.register()
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="document")
@@ -407,8 +408,8 @@ def loop(arguments) -> dict:
     from orchestrator.training.loop import train
     from orchestrator.training.parallel import ProcessGroup
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
-    from strategies.contract import Techniques
     from strategies.step.supervised_logits import loss_sum
+    from strategies.workload import Techniques
 
     techniques = Techniques("float32", "sdpa", False, False, ROWS_A_STEP, 1024)
     setup, data = our_setup(techniques), our_dataset(8 * ROWS_A_STEP)

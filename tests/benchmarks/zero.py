@@ -44,7 +44,7 @@ def cases():
 
 
 def techniques_of(dtype: str, stage: int, shares: Any, rank: int, size: int) -> Any:
-    from strategies.contract import Techniques
+    from strategies.workload import Techniques
 
     return Techniques(
         dtype, "sdpa", False, False, len(LENGTHS), max(LENGTHS),
@@ -55,8 +55,8 @@ def techniques_of(dtype: str, stage: int, shares: Any, rank: int, size: int) -> 
 def predicted(method: str, techniques: Any, size: int) -> Any:
     from clusters.probe.node import look_at_this_node
     from strategies import METHODS
-    from strategies.contract import Workload
     from strategies.shape import ModelShape
+    from strategies.workload import Workload
 
     node = look_at_this_node()
     tokens = sum(LENGTHS)
@@ -105,11 +105,11 @@ def peak_of(method: str, techniques: Any, shares: Any) -> int:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from strategies import METHODS
-    from strategies.contract import TrainSettings
     from strategies.engines.shard import shard
     from strategies.measure.trace import Lengths, LiveStorages
     from strategies.step.step import Update, forward_backward, update
     from strategies.techniques.precision import gradient_scaler
+    from strategies.train_setup import TrainSettings
 
     way = METHODS[method]()
     live = LiveStorages()

@@ -12,7 +12,7 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle.prepare import plan_without_data
 from orchestrator.lifecycle.validate import check
-from strategies.contract import TrainSettings
+from strategies.train_setup import TrainSettings
 from tests.cases.models import TEMPLATES
 
 

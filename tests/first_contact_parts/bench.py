@@ -12,10 +12,11 @@ import torch
 
 from clusters.capability import DeviceCapability, NodeCapability
 from orchestrator.lifecycle.technique_report import REFERENCES
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.measure.techniques import Side
 from strategies.shape import ModelShape
 from strategies.techniques.technique import Choice
+from strategies.workload import Techniques
 from tests.benchmarks.predictions import workload_of
 
 TINY: dict[str, Any] = {

@@ -15,9 +15,10 @@ import torch
 from clusters.safe.reading import first_line
 from clusters.units import GIB, MIB
 from strategies import METHODS
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.step import document_attention
 from strategies.techniques.libraries import lacks
+from strategies.workload import Techniques
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run, raised
 

@@ -9,11 +9,12 @@ import torch
 
 from clusters.safe.reading import first_line
 from clusters.units import MIB
-from orchestrator.training.memory import is_out_of_memory
 from strategies import METHODS
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.measure.trace import Lengths
+from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.step import Update, forward_backward, update
+from strategies.workload import Techniques
 from tests.first_contact_parts.bench import Bench
 from tests.first_contact_parts.checks import Check, judged, not_run, raised
 

@@ -11,12 +11,13 @@ import torch
 
 from orchestrator.training import checkpoint
 from strategies import METHODS
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.engines.uneven_zero import shard_by_memory
 from strategies.measure.techniques import Side
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, last_pass, update
 from strategies.techniques.libraries import lacks
+from strategies.workload import Techniques
 from tests.first_contact_parts.bench import Bench, largest_difference, weights_of
 from tests.first_contact_parts.checks import Check, judged, not_run, raised
 

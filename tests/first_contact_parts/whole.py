@@ -17,11 +17,12 @@ import torch.distributed as dist
 
 from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Techniques
 from tests.first_contact_parts.bench import TINY, Bench, largest_difference
 from tests.first_contact_parts.checks import Check, judged, not_run
 

@@ -8,12 +8,13 @@ from typing import Any
 
 from clusters.capability import DeviceCapability
 from strategies import compatibility
-from strategies.contract import Method, Techniques
+from strategies.contract import Method
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
 from strategies.methods.shira import Shira
 from strategies.shape import ModelShape
+from strategies.workload import Techniques
 
 CONFIG: dict[str, Any] = {
     "model_type": "qwen2",  # its biases make `bias: all` train something

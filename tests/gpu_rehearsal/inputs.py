@@ -12,10 +12,12 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from orchestrator.data import batches
 from orchestrator.data.counts import Statistics
 from orchestrator.data.dataset import Dataset
-from strategies.contract import Method, Techniques, TrainSettings, TrainSetup
+from strategies.contract import Method
 from strategies.measure import trace
 from strategies.step.supervised_logits import Batch
 from strategies.techniques import checkpointing
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Techniques
 from tests.gpu_rehearsal import cases, fake_device
 from tests.gpu_rehearsal.cases import Case
 

@@ -9,7 +9,6 @@ import torch
 import torch.distributed as dist
 
 from orchestrator.training.parallel import GradientSum, ProcessGroup
-from strategies.contract import TrainSetup, TrainState
 from strategies.engines.uneven_zero import shard_by_memory
 from strategies.lsp_offload.method import LspOffload
 from strategies.methods.lora import Lora
@@ -19,6 +18,7 @@ from strategies.step.supervised_logits import Batch
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSetup, TrainState
 from tests.gpu_rehearsal import fake_device, inputs
 from tests.gpu_rehearsal.cases import Case
 

@@ -19,9 +19,10 @@ from orchestrator.training.loop import train
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
-from strategies.contract import Techniques, TrainSetup, TrainState
 from strategies.step.state import forget, gather, restore
 from strategies.techniques.precision import autocast, gradient_scaler
+from strategies.train_setup import TrainSetup, TrainState
+from strategies.workload import Techniques
 from tests.gpu_rehearsal import cases, fake_device, inputs, pieces
 from tests.gpu_rehearsal.cases import Case
 from tests.gpu_rehearsal.fake_device import Watch

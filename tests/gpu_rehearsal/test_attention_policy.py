@@ -3,8 +3,8 @@
 import pytest
 
 from clusters.capability import DeviceCapability
-from strategies.contract import Techniques
 from strategies.techniques.attention import Heads, copies_keys, sharing
+from strategies.workload import Techniques
 from tests.orchestrator.planning.machines import MIDDLE as LLAMA_3_8B
 
 GROUPED, WIDE, VERY_WIDE, ODD = Heads(32, 8, 128), Heads(8, 4, 256), Heads(8, 4, 288), Heads(8, 4, 90)

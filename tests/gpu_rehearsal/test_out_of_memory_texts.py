@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from orchestrator.training.memory import in_halves, is_out_of_memory
 from orchestrator.training.workers.failures import describe
+from strategies.step.out_of_memory import in_halves, is_out_of_memory
 
 
 def accelerator_error(text):

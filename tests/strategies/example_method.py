@@ -4,10 +4,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar
 
-from strategies.contract import BYTES_PER_ELEMENT, MethodDefaults, TrainSetup, option
+from strategies.contract import MethodDefaults, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
 from strategies.cost.work import Work
+from strategies.train_setup import TrainSetup
+from strategies.workload import BYTES_PER_ELEMENT
 
 
 @dataclass(frozen=True)

@@ -6,10 +6,10 @@ import pytest
 import torch
 from peft import PeftModel
 
-from strategies.contract import Techniques
 from strategies.methods.lora import Lora
 from strategies.model.architecture import architecture_of
 from strategies.shape import ModelShape
+from strategies.workload import Techniques
 from tests.strategies.test_contract import settings
 from tests.strategies.test_families import built
 

@@ -12,12 +12,14 @@ import torch.distributed as dist
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
 from strategies.compatibility import conflict
-from strategies.contract import Method, MethodDefaults, Techniques, TrainSettings, Workload
+from strategies.contract import Method, MethodDefaults
 from strategies.measure.trace import Lengths
 from strategies.shape import ModelShape
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques, Workload
 from tests.processes import run_ranks
 from tests.strategies.example_method import NormTuning
 

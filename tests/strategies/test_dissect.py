@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings
 from strategies.measure import dissect, trace
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 from tests.strategies.test_trace import CONFIG
 
 CPU = torch.device("cpu")

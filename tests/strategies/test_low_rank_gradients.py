@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from strategies.contract import Techniques, TrainSettings
 from strategies.methods.low_rank_adamw import LowRankAdamW, Window
 from strategies.methods.low_rank_gradients import Galore
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 from tests.strategies.test_contract import CPU, NODE, settings, techniques, workload
 
 SETTINGS = TrainSettings(

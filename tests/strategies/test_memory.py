@@ -6,11 +6,12 @@ import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings, Workload
 from strategies.cost import memory
 from strategies.cost.memory import Footprint, Stack
 from strategies.measure import trace
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques, Workload
 from tests.axes import half_now
 
 GIB = 2**30

@@ -6,8 +6,8 @@ import pytest
 
 from clusters.capability import NodeCapability
 from clusters.hardware import datasheet
-from strategies.contract import Techniques
 from strategies.cost.phases import Phases, decode_step_s, start_s
+from strategies.workload import Techniques
 from tests.orchestrator.planning.machines import MIDDLE as LLAMA_8B
 from tests.strategies.test_time import CPU, NODE
 

@@ -6,12 +6,13 @@ import pytest
 
 from clusters.capability import CONTEXT_BYTES, DeviceCapability, NodeCapability
 from clusters.units import GIB
-from strategies.contract import MemoryEstimate, Techniques, Workload
+from strategies.contract import MemoryEstimate
 from strategies.cost import memory, time
 from strategies.cost.memory import Footprint, Stack
 from strategies.cost.reserved import GAPS, HIGH, LOW, NCCL_BYTES, with_framework
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import Techniques, Workload
 
 GPU = DeviceCapability("cuda", "test", 24 * GIB, {"bfloat16": 1e14}, compute_capability=(8, 6))
 NODE = NodeCapability("here", 4, 64 * GIB, (GPU,))

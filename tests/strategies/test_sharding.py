@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings
 from strategies.engines import deepspeed_zero
 from strategies.engines.deepspeed_zero import CannotOffload, DeepSpeedOptions, config_of, missing_piece
 from strategies.engines.shard import shard
@@ -19,6 +18,8 @@ from strategies.step.state import forget, gather, restore
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.sharding import refused_keys
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 from tests.processes import run_ranks
 
 pytest.importorskip("deepspeed")

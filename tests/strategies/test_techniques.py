@@ -11,10 +11,10 @@ from clusters.capability import DeviceCapability, Library, NodeCapability
 from clusters.hardware import datasheet
 from strategies import METHODS, TECHNIQUES
 from strategies.compatibility import conflict
-from strategies.contract import Techniques, Workload
 from strategies.shape import ModelShape
 from strategies.step import thread_waits
 from strategies.techniques.technique import Choice, judge
+from strategies.workload import Techniques, Workload
 
 GIB = 2**30
 SIZES = {

@@ -7,10 +7,10 @@ import pytest
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
 from strategies import METHODS
-from strategies.contract import Techniques, Workload
 from strategies.cost import kernels, time
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.workload import Techniques, Workload
 
 SHAPE = ModelShape.from_config(
     {

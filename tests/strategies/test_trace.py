@@ -7,9 +7,10 @@ import torch
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings, Workload
 from strategies.measure import trace
 from strategies.shape import ModelShape
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques, Workload
 from tests.axes import half_now
 from tests.benchmarks.predictions import FAMILIES
 

@@ -21,8 +21,9 @@ from clusters.safe.reading import first_line
 from clusters.units import format_bytes
 from orchestrator.errors import RunFailed
 from orchestrator.training.evaluate import evaluating
-from orchestrator.training.memory import is_out_of_memory, resident_bytes
+from orchestrator.training.memory import resident_bytes
 from strategies.step import document_attention
+from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
 

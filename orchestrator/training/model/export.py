@@ -18,8 +18,8 @@ from clusters.safe.reading import BadInput, read_json
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.training.stops import stops_of
-from strategies.contract import TrainSetup
 from strategies.step.supervised_logits import inner_model
+from strategies.train_setup import TrainSetup
 
 _ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
 

@@ -17,13 +17,14 @@ from orchestrator.job.job_file import Job
 from orchestrator.runs import checkpoints, digests
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
-from orchestrator.training.memory import is_out_of_memory, release_cache
 from orchestrator.training.model import agreement, export
 from orchestrator.training.model.agreement import Agreement, Portrait
 from orchestrator.training.model.loading import load_exported
 from orchestrator.training.state import Progress
 from orchestrator.training.worker_context import WorkerContext
-from strategies.contract import Techniques, TrainSetup, TrainState
+from strategies.step.out_of_memory import is_out_of_memory, release_cache
+from strategies.train_setup import TrainSetup, TrainState
+from strategies.workload import Techniques
 
 
 def best_weights(

@@ -9,12 +9,12 @@ import torch
 
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
-from orchestrator.training.memory import is_out_of_memory
 from orchestrator.training.worker_context import WorkerContext
-from strategies.contract import Techniques
 from strategies.step import document_attention
+from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import can_chunk
 from strategies.techniques.precision import autocast
+from strategies.workload import Techniques
 
 # packing_error of a model that does not leak stays below
 _ROUNDING = {"float32": 1e-3, "bfloat16": 0.15, "float16": 0.05}

@@ -16,12 +16,12 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.weights import stored_tensors
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.memory import is_out_of_memory
 from orchestrator.training.model import export
 from orchestrator.training.worker_context import WorkerContext
-from strategies.contract import Techniques
 from strategies.model.architecture import LoadReport, faults
 from strategies.step import document_attention
+from strategies.step.out_of_memory import is_out_of_memory
+from strategies.workload import Techniques
 
 
 def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:

@@ -32,11 +32,12 @@ from orchestrator.training.model.devices import planned_device
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import finished, preflight
 from orchestrator.training.workers.setup import prepare_model
-from strategies.contract import Techniques, TrainSetup
 from strategies.measure import dissect, timeline
 from strategies.measure.trace import LiveStorages
 from strategies.step import host_memory
 from strategies.step.supervised_logits import Batch
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 _WARM_UP = 2  # steps that compile kernels and fill caches
 

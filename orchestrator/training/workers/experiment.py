@@ -26,9 +26,10 @@ from orchestrator.training.state import Hooks, Progress, Training
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.setup import prepare_model, schedule_of
-from strategies.contract import Techniques, TrainSetup
 from strategies.measure.trace import LiveStorages, tensors_of
 from strategies.step import host_memory
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 
 class Experiment:

@@ -27,8 +27,8 @@ from orchestrator.training.model.loading import load_data, load_exported, load_m
 from orchestrator.training.model.tied import merged_model
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
-from strategies.contract import TrainSetup
 from strategies.step.supervised_logits import inner_model
+from strategies.train_setup import TrainSetup
 
 _STORED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 

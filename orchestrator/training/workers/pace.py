@@ -12,13 +12,13 @@ from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.runs.events import Member, WorkerGroup
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import catch_out_of_memory, release_cache
 from orchestrator.training.shares import Shares
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
-from strategies.contract import Techniques
+from strategies.step.out_of_memory import catch_out_of_memory, release_cache
 from strategies.step.step import forward_backward
 from strategies.techniques.precision import gradient_scaler
+from strategies.workload import Techniques
 
 
 def has_fixed_shares(job: Job, techniques: Techniques) -> bool:

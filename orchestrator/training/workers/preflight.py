@@ -29,16 +29,18 @@ from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.training import checkpoint
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.feed import micro_batches_of
-from orchestrator.training.memory import is_out_of_memory, peak_bytes
+from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model.devices import planned_device
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import prepare_model
-from strategies.contract import Techniques, TrainSetup
+from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.state import forget, gather
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import Batch
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 T = TypeVar("T")
 

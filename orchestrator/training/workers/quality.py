@@ -22,7 +22,8 @@ from orchestrator.training.evaluate import (
 from orchestrator.training.metrics import how_compared, score
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
-from strategies.contract import Techniques, TrainSetup
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
 
 _HELPER_S = 120.0  # that a finished training waits for the baseline helper
 _MOST_TRIES = 3  # of the last evaluation: a run whose process was killed in it each time ends without one
@@ -43,7 +44,7 @@ def measure(
         generation = Generation(
             plan.max_new_tokens,
             techniques.dtype,
-            together=group if setup.engine else None,
+            passes=setup.passes,
             cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
         )
         own = generate_answers(setup.model, tokenizer, held_out, indices[group.rank :: group.size], generation)

@@ -26,12 +26,13 @@ from orchestrator.training.model.loading import load_data, load_model, refuse_co
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
-from strategies.contract import Techniques, TrainSettings, TrainSetup
 from strategies.engines.shard import shard
 from strategies.step import device_memory
 from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
+from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.workload import Techniques
 
 
 @dataclass(frozen=True)

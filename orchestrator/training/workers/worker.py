@@ -27,9 +27,9 @@ from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.pace import agree_on_shares, has_fixed_shares
 from orchestrator.training.workers.result import TrainingOutcome
 from orchestrator.training.workers.setup import Inputs, load_inputs, schedule_of, start_worker
-from strategies.contract import TrainSetup, TrainState
 from strategies.step import host_memory
 from strategies.step.state import gather
+from strategies.train_setup import TrainSetup, TrainState
 
 _STEPS_A_TRIM = 10
 

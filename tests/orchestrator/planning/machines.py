@@ -5,8 +5,9 @@ from clusters.hardware import datasheet
 from clusters.units import GIB
 from orchestrator.planning.candidates import Candidate, Placed, Slot
 from strategies import METHODS
-from strategies.contract import MemoryEstimate, StrategyPlan, Techniques, TimeEstimate
+from strategies.contract import MemoryEstimate, StrategyPlan, TimeEstimate
 from strategies.shape import ModelShape
+from strategies.workload import Techniques
 
 
 def llama(hidden, layers, heads, kv, mlp, vocab=128256, tied=False):

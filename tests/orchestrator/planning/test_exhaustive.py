@@ -18,7 +18,7 @@ from orchestrator.planning.settings import MICRO_BATCH_TOKENS
 from orchestrator.planning.workload import describe
 from strategies import METHODS
 from strategies.compatibility import conflict
-from strategies.contract import Techniques
+from strategies.workload import Techniques
 from tests.orchestrator.planning.machines import MIDDLE, SMALL, TINY, machine
 
 CARDS = ("RTX 3090", "RTX 3060 12GB", "RTX 4090", "A100 PCIe 80GB", "RTX 2080 Ti", None)

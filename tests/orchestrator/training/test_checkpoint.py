@@ -10,8 +10,8 @@ import torch
 
 from orchestrator.job import manifest
 from orchestrator.training import checkpoint
-from strategies.contract import TrainSetup
 from strategies.step.state import gather
+from strategies.train_setup import TrainSetup
 
 
 @pytest.fixture

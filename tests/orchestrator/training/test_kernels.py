@@ -8,8 +8,8 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.training.model.kernels import without_leaks
 from orchestrator.training.worker_context import WorkerContext
-from strategies.contract import Techniques
 from strategies.step import document_attention
+from strategies.workload import Techniques
 
 CPU = torch.device("cpu")
 

@@ -15,8 +15,8 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.shares import Shares
 from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
-from strategies.contract import TrainSettings, TrainSetup
 from strategies.step.state import gather, restore
+from strategies.train_setup import TrainSettings, TrainSetup
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE
 from tests.orchestrator.training.test_uneven import joined
 from tests.processes import run_ranks

@@ -13,9 +13,10 @@ from orchestrator.runs.events import StepReport
 from orchestrator.training.loop import train
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
-from strategies.contract import Techniques, TrainSettings
 from strategies.methods.lora import Lora
 from strategies.step import document_attention
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 
 FP16 = Techniques("float16", "sdpa", False, False, 8, 64)
 STEPS = 2

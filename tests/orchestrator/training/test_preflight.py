@@ -10,10 +10,11 @@ from orchestrator.data.packing import micro_batches
 from orchestrator.errors import NothingFits
 from orchestrator.training.workers import preflight
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings
 from strategies.measure.trace import LiveStorages, tensors_of
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques.precision import gradient_scaler
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 
 TWO_ROWS = Techniques("float32", "sdpa", False, False, 2, 64)
 PADDED, PACKED = {"rows": 2, "max_length": 16, "packing": False}, {"rows": 1, "max_length": 16, "packing": True}

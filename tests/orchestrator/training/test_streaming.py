@@ -16,11 +16,12 @@ from orchestrator.training.loop import train
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
-from strategies.contract import Techniques, TrainSettings
 from strategies.lsp_offload.method import LspOffload
 from strategies.step import document_attention
 from strategies.step.state import gather
 from strategies.techniques import checkpointing
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 from tests.processes import run_ranks
 
 ONE_BY_ONE = Techniques("float32", "sdpa", False, False, 1, 64)

@@ -11,14 +11,16 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
 from orchestrator.runs.events import Note, StepReport
 from orchestrator.training.loop import train
-from orchestrator.training.memory import fallback, is_out_of_memory
+from orchestrator.training.memory import fallback
 from orchestrator.training.parallel import GradientSum, ProcessGroup, _buckets
 from orchestrator.training.shares import Shares
 from orchestrator.training.state import Hooks, Progress, Training
 from strategies import METHODS
-from strategies.contract import Techniques, TrainSettings
 from strategies.step import document_attention
+from strategies.step.out_of_memory import is_out_of_memory
 from strategies.techniques import checkpointing
+from strategies.train_setup import TrainSettings
+from strategies.workload import Techniques
 from tests.orchestrator.training.test_loop import ONE_BY_ONE, SCHEDULE, close, run
 from tests.processes import run_ranks
 

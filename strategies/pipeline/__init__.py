@@ -1,0 +1,11 @@
+"""A model in stages: consecutive decoder layers on each of several machines, one micro-batch behind the other.
+
+stages            start here: makes one stage of a prepared training
+passes            a stage's forward and backward passes, generation, the norm over all stages
+schedule          the order of a stage's forward and backward passes; pure
+cut               load one stage of a model, under the names of the whole
+sharding          checkpoints of stages are those of the whole
+exchange          hidden states and their gradients between neighbours
+wire              the form in which they travel
+layer_randomness  random numbers of each layer, whichever process computes it
+"""

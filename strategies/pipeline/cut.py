@@ -1,0 +1,223 @@
+"""Cuts a model by its layers: a worker reads the tensors of its stage alone, whatever their quantisation.
+
+What is loaded is a smaller model, this stage's layers renumbered from 0; its layers then take their places among those
+of the whole, which stay on `meta`.  So a method sets up the whole: every name, target and random number is that of a
+model in one piece.  Afterwards layers of other stages become a passage for the hidden state.
+
+Where a stage looks no ids up, what stands for the embedding hands over the hidden state that arrived; all but the last
+leave out the final norm and the output matrix.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from strategies.model.architecture import Architecture, architecture_of, build
+from strategies.step.supervised_logits import inner_model
+from strategies.train_setup import TrainSetup
+from strategies.workload import StagePart
+
+_FEW = 8  # rows of an embedding that no stage in the middle looks at
+_FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
+
+
+class CannotCut(ValueError):
+    """A model that cannot be divided into stages; the text says why."""
+
+
+class Received(torch.nn.Module):
+    """In place of the embedding: whatever the ids, the hidden state that another stage computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden_BTH: torch.Tensor | None = None
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        assert self.hidden_BTH is not None
+        return self.hidden_BTH
+
+
+class Passage(torch.nn.Module):
+    """In place of a layer of another stage: the hidden state as it is."""
+
+    def __init__(self, layer: torch.nn.Module) -> None:
+        super().__init__()
+        plain = {name: value for name, value in vars(layer).items() if isinstance(value, str)}
+        vars(self).update(plain)  # e.g. which of the masks a layer of its kind sees
+
+    def forward(self, hidden_states: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def load_stage(folder: Path, stage: StagePart, load: Callable[[Any, Any, dict[str, torch.Tensor]], Any]) -> Any:
+    """The whole model with this stage's weights in it, everything else on `meta`.
+
+    `load(model_class, config, tensors)` is transformers' `from_pretrained` of a class with dtype, device and
+    quantisation.  Raises CannotCut.
+    """
+    whole = build(folder)
+    return assemble(whole, stage, load, read_tensors(folder))
+
+
+def read_tensors(folder: Path) -> Callable[[Callable[[str], bool]], dict[str, torch.Tensor]]:
+    """Reads the tensors of a folder's safetensors whose names are wanted, mapped into memory.  Raises CannotCut."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CannotCut(f"{folder} holds no safetensors: a stage reads only its own tensors, which needs that form")
+
+    def read(is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        for file in files:
+            with safe_open(file, framework="pt") as opened:
+                found |= {name: opened.get_tensor(name) for name in opened.keys() if is_wanted(name)}  # noqa: SIM118
+        return found
+
+    return read
+
+
+def assemble(
+    whole: Any,
+    stage: StagePart,
+    load: Callable[[Any, Any, dict[str, torch.Tensor]], Any],
+    read: Callable[[Callable[[str], bool]], dict[str, torch.Tensor]],
+) -> Any:
+    """As `load_stage`, into a model on `meta`, from any source of tensors."""
+    built = architecture_of(whole)
+    if stage.end_layer > built.num_layers:
+        raise CannotCut(f"a stage ends with layer {stage.end_layer}, and the model has {built.num_layers}")
+    config = _config_of(whole.config, stage)
+    tensors = _rename(read(lambda name: _is_own(name, built, stage)), built, stage)
+    if stage.is_last and not stage.is_first and (output := f"{built.output}.weight") in tensors:
+        tensors[_embedding_of(whole)] = tensors.pop(output)  # tied to what then stands for both
+    part = load(type(whole), config, tensors)
+    _move(part, whole, built, stage)
+    return whole
+
+
+def _config_of(config: Any, stage: StagePart) -> Any:
+    """The configuration of a model that is this stage's layers alone."""
+    own = copy.deepcopy(config)
+    text = own.get_text_config()
+    for name, value in vars(text).items():
+        if isinstance(value, list) and len(value) == config.get_text_config().num_hidden_layers:
+            setattr(text, name, value[stage.first_layer : stage.end_layer])  # e.g. layer_types
+    _shift_dense_layers(text, stage)
+    text.num_hidden_layers = stage.num_layers
+    # One matrix is loaded: the embedding, or in its place the output matrix.
+    for one in {id(c): c for c in (own, text)}.values():
+        one.tie_word_embeddings = True
+    if not stage.is_first and not stage.is_last:
+        text.vocab_size = _FEW
+        text.pad_token_id = None
+    return own
+
+
+def _shift_dense_layers(text: Any, stage: StagePart) -> None:
+    """Layers without experts are named by their numbers, which begin at 0 in a stage."""
+    if hasattr(text, "first_k_dense_replace"):
+        text.first_k_dense_replace = max(0, text.first_k_dense_replace - stage.first_layer)
+    if hasattr(text, "decoder_sparse_step"):
+        named, every = text.mlp_only_layers or (), text.decoder_sparse_step
+        dense = [n for n in range(stage.first_layer, stage.end_layer) if n in named or (n + 1) % every]
+        text.mlp_only_layers, text.decoder_sparse_step = [number - stage.first_layer for number in dense], 1
+
+
+def _embedding_of(whole: Any) -> str:
+    """The name of the embedding's weight."""
+    names = {id(module): name for name, module in whole.named_modules()}
+    return f"{names[id(whole.get_input_embeddings())]}.weight"
+
+
+def _layer_pattern(built: Architecture) -> re.Pattern[str]:
+    """Where a tensor's name has the number of its layer: files may lack the prefix of the model."""
+    return re.compile(rf"(^|\.){re.escape(built.layers.rpartition('.')[2])}\.(\d+)\.")
+
+
+def _is_own(name: str, built: Architecture, stage: StagePart) -> bool:
+    """Whether a stage needs a tensor of the files."""
+    if found := _layer_pattern(built).search(name):
+        return stage.first_layer <= int(found[2]) < stage.end_layer
+    return stage.is_first or stage.is_last
+
+
+def _rename(tensors: Mapping[str, torch.Tensor], built: Architecture, stage: StagePart) -> dict[str, torch.Tensor]:
+    """Layers numbered from 0."""
+    pattern = _layer_pattern(built)
+
+    def renamed(name: str) -> str:
+        if found := pattern.search(name):
+            return f"{name[: found.start(2)]}{int(found[2]) - stage.first_layer}{name[found.end(2) :]}"
+        return name
+
+    return {renamed(name): tensor for name, tensor in tensors.items()}
+
+
+def _move(part: Any, whole: Any, built: Architecture, stage: StagePart) -> None:
+    """Put what was loaded into its places in the whole, which is on `meta`."""
+    layers, loaded = whole.get_submodule(built.layers), part.get_submodule(built.layers)
+    for number, layer in enumerate(loaded):
+        layers[stage.first_layer + number] = layer
+    for name, owns in owners(whole, built).items():
+        if owns(stage):
+            whole.set_submodule(name, _of_whole(part.get_submodule(name), whole.config.get_text_config()))
+    whole.set_attn_implementation(part.config._attn_implementation)
+    whole.config.dtype = part.config.dtype
+    for module in whole.modules():  # kernels are chosen by one configuration
+        if getattr(module, "config", None) is part.config:
+            module.config = whole.config
+    for flag in _FLAGS:
+        if hasattr(part, flag):
+            setattr(whole, flag, getattr(part, flag))
+
+
+def _of_whole(module: torch.nn.Module, config: Any) -> torch.nn.Module:
+    """A module without weights, such as rotary positions, made anew for the kinds of layers of the whole model."""
+    buffers = list(module.buffers())
+    if list(module.parameters()) or not buffers or not hasattr(module, "config"):
+        return module
+    return type(module)(config).to(buffers[0].device)
+
+
+def owners(whole: Any, built: Architecture) -> dict[str, Callable[[StagePart], bool]]:
+    """Modules beside the layers, by name: which stages need each."""
+    names = {id(module): name for name, module in whole.named_modules()}
+    embedding = names[id(whole.get_input_embeddings())]
+    parent = built.layers.rpartition(".")[0]
+    found: dict[str, Callable[[StagePart], bool]] = {embedding: lambda stage: stage.is_first}
+    for name, module in whole.get_submodule(parent).named_children():
+        full = f"{parent}.{name}" if parent else name
+        if full not in (built.layers, embedding):
+            is_final = "norm" in type(module).__name__.lower()
+            found[full] = (lambda stage: stage.is_last) if is_final else (lambda _: True)
+    if built.output:
+        found[built.output] = lambda stage: stage.is_last
+    return found
+
+
+def keep_own(setup: TrainSetup, stage: StagePart) -> TrainSetup:
+    """Take out of a training of the whole what other stages train; `names` keeps what all of them do."""
+    inner = inner_model(setup.model)
+    setup.names = frozenset(setup.parameters.keys() | setup.buffers.keys())
+    setup.parameters = {name: p for name, p in setup.parameters.items() if not p.is_meta}
+    setup.buffers = {name: held for name, held in setup.buffers.items() if not held.is_meta}
+    for group in setup.optimizer.param_groups:
+        group["params"] = [p for p in group["params"] if not p.is_meta]
+    built = architecture_of(inner)
+    layers = inner.get_submodule(built.layers)
+    for number, layer in enumerate(layers):
+        if not stage.first_layer <= number < stage.end_layer:
+            layers[number] = Passage(layer)
+    for name, owns in owners(inner, built).items():
+        if not owns(stage):
+            is_embedding = inner.get_submodule(name) is inner.get_input_embeddings()
+            inner.set_submodule(name, Received() if is_embedding else torch.nn.Identity())
+    if left := [name for name, tensor in (*inner.named_parameters(), *inner.named_buffers()) if tensor.is_meta]:
+        raise CannotCut(f"the stage of layers {stage.first_layer} to {stage.end_layer - 1} lacks {left[0]}")
+    return setup

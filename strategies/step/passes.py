@@ -1,0 +1,56 @@
+"""How a worker's micro-batches go through the model when nobody else shares it: one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+
+from strategies.step.out_of_memory import in_halves
+from strategies.step.step import forward_backward, norm_of
+from strategies.step.supervised_logits import Batch, loss_sum
+from strategies.techniques.precision import autocast
+from strategies.train_setup import Passes, StepPasses, TrainSetup
+from strategies.workload import Techniques
+
+T = TypeVar("T")
+
+
+@dataclass
+class InTurn:
+    """The default `Passes`: a micro-batch's forward and backward pass, then the next one's."""
+
+    setup: TrainSetup
+
+    def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
+        loss = torch.zeros((), device=self.setup.device)
+        for number, sample_ids in enumerate(micro_batches, start=1):
+            batch = step.take(sample_ids)
+            step.begin(batch)
+            if number == len(micro_batches):
+                step.before_last()
+            loss += forward_backward(self.setup, batch, step.num_supervised, step.techniques, step.scaler)
+        return loss
+
+    def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
+        return in_halves(batches, call)
+
+    def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
+        with autocast(batch.input_ids_BT.device.type, techniques.dtype):
+            return loss_sum(self.setup.model, batch, techniques.loss_type)
+
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        return self.setup.model.generate(**arguments)  # type: ignore[operator]
+
+    def gradient_norm(self) -> torch.Tensor:
+        return norm_of(self.setup.parameters.values())
+
+    def spread_overflow(self) -> None:
+        """Sums over workers hold it already."""
+
+
+def passes_of(setup: TrainSetup) -> Passes:
+    """The way in which a training's passes run: its own, or one after the other."""
+    return setup.passes or InTurn(setup)

@@ -1,0 +1,221 @@
+"""What a worker trains: all that the training loop may know about a method, and who takes over which part of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from strategies.workload import Techniques
+
+if TYPE_CHECKING:  # torch is for workers; planning must not load it
+    import torch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a method needs to know of the job to build its optimizer."""
+
+    learning_rate: float
+    weight_decay: float
+    optim: str
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    techniques: Techniques
+    seed: int
+    start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """What a checkpoint holds of a training, whole and on the CPU."""
+
+    weights: dict[str, torch.Tensor]  # trained weights and buffers by name
+    moments: dict[str, dict[str, torch.Tensor]]  # the optimizer's tensors by weight and by their own name
+
+
+class Sharding(Protocol):
+    """Workers that keep parts of the optimizer's state, or of more: every call is made by all of them together."""
+
+    def gather(self) -> TrainState | None:
+        """The whole state on the first worker, None on the others."""
+        ...
+
+    def restore(self, state: TrainState) -> None:
+        """Take this worker's part of a whole state; without moments only the weights."""
+
+    def forget(self) -> None:
+        """The optimizer as if it had made no step."""
+
+
+@dataclass(frozen=True)
+class StepPasses:
+    """What the passes of one step need to know beside the samples of each."""
+
+    num_supervised: int  # tokens of the whole step, over all workers
+    techniques: Techniques
+    scaler: torch.amp.GradScaler
+    take: Callable[[Sequence[int]], Any]  # the `Batch` of some samples, on the device
+    begin: Callable[[Any], None]  # called before a batch's forward pass: its random numbers begin
+    filler: list[int]  # a sample for a pass that counts for nothing
+    before_last: Callable[[], None] = lambda: None  # called once, before the backward pass of the last micro-batch
+
+
+class Passes(Protocol):
+    """How micro-batches go through the model.  Workers that share one copy of it make each call together.
+
+    The default is `strategies.step.passes.InTurn`.
+    """
+
+    def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
+        """Add the gradients of micro-batches, given by their samples; this worker's part of the step's loss."""
+        ...
+
+    def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
+        """Call `call` with every batch; what did not fit in memory even alone, and why."""
+        ...
+
+    def loss_sum(self, batch: Any, techniques: Techniques) -> torch.Tensor:
+        """Summed loss of a batch's supervised tokens, without gradients; 0 where another worker computes it."""
+        ...
+
+    def generate(self, **arguments: Any) -> torch.Tensor:
+        """Prompts with what the model adds to them; arguments of transformers' `generate`."""
+        ...
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The norm of all gradients of the update, those of other workers' layers included."""
+        ...
+
+    def spread_overflow(self) -> None:
+        """Let a gradient of fp16's that is not finite anywhere be found here as well, before they are unscaled."""
+
+
+class Between(Protocol):
+    """What a method does between passes and after updates: every worker calls it, with equal inputs.
+
+    It may be collective, and may change weights, buffers and the optimizer's state.
+    """
+
+    def gradients_ready(self, step: int) -> None:
+        """The gradients of all workers are summed and not yet clipped."""
+
+    def step_done(self, step: int) -> dict[str, Any] | None:
+        """The weights have moved; what it did, for the run's record, with a sentence `text`."""
+        ...
+
+
+class Engine(Protocol):
+    """A library that takes over backward pass, sum of gradients and update; all workers run equally many passes."""
+
+    model: torch.nn.Module  # what a training pass must go through
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add a loss's gradients to those of the step; what workers add is summed."""
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """Clip (0 = never), move the weights, forget the gradients; the norm before clipping."""
+        ...
+
+
+class Learner(Protocol):
+    """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
+
+    rows: int  # samples whose gradients it learns from
+
+    def is_due(self, step: int) -> bool:
+        """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""
+        ...
+
+    def begin_learning(self, num_passes: int) -> None:
+        """The next backward passes move nothing."""
+
+    def next_learning(self) -> None: ...
+
+    def end_learning(self) -> dict[str, Any]:
+        """What was learnt, for the run's record, with a sentence `text`; no gradient is left behind."""
+        ...
+
+
+class Streaming(Protocol):
+    """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
+
+    It takes each gradient as the backward pass makes it; what workers have to add up hangs on `summed` instead.
+    """
+
+    summed: Sequence[torch.nn.Parameter]
+
+    def last_pass(self, max_grad_norm: float) -> None:
+        """The next backward pass is the step's last, and no other worker's gradients are to be added."""
+
+    def update(self, max_grad_norm: float) -> torch.Tensor:
+        """End the step (0 = never clip); the norm before clipping.  Raises FloatingPointError."""
+        ...
+
+    def settle(self) -> None:
+        """Until every weight has moved.  Raises FloatingPointError."""
+
+    def collect(self) -> None:
+        """Settle, and have all that a checkpoint needs in the optimizer's `state`."""
+
+    def home(self, parameter: torch.nn.Parameter, key: str) -> torch.device:
+        """Where it keeps a part of a weight's state: what a checkpoint brings back belongs there at once."""
+        ...
+
+    def report(self) -> dict[str, Any]:
+        """Bytes and seconds since the last report."""
+        ...
+
+    def spans(self) -> list[tuple[str, int, float, float]]:
+        """What its lanes did since they were last asked: lane, layer, start and end in time.perf_counter's seconds."""
+        ...
+
+    def emulate_bus(self, bytes_per_s: float) -> None:
+        """On a machine without a bus, let copies take as long as they would on one.  Raises ValueError elsewhere."""
+
+
+@dataclass
+class TrainSetup:
+    """A model ready to train: all that the loop may know about a method."""
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, torch.nn.Parameter]  # the trained ones, by name: what a checkpoint must hold
+    export: Callable[[Path, Mapping[str, torch.Tensor] | None], None]  # writes what the run hands back; trained
+    # weights are given where no worker holds them whole
+    export_name: str  # "adapter" or "model": the folder of the run that receives it
+    sharding: Sharding | None = None
+    engine: Engine | None = None
+    streaming: Streaming | None = None
+    learner: Learner | None = None
+    passes: Passes | None = None  # None = one after the other
+    between: Between | None = None
+    names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
+    buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
+    notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
+
+    @property
+    def device(self) -> torch.device:
+        """Where what is trained lies; the model, where all that trains lies on other workers."""
+        return next(iter(self.parameters.values()), next(self.model.parameters())).device
+
+    def release(self) -> None:
+        """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
+        nothing: Any = None
+        self.model = self.optimizer = self.export = nothing
+        self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = None
+        self.parameters, self.buffers = {}, {}
+
+    @property
+    def all_names(self) -> frozenset[str]:
+        """Names of every weight and buffer that a checkpoint of the run holds."""
+        return self.names or frozenset(self.parameters.keys() | self.buffers.keys())
+
+    @property
+    def summed(self) -> list[torch.nn.Parameter]:
+        """Whose gradients workers add up and the update clips."""
+        return list(self.streaming.summed if self.streaming else self.parameters.values())
