@@ -83,6 +83,10 @@ class Passes(Protocol):
         """Summed loss of a batch's supervised tokens, without gradients; 0 where another worker computes it."""
         ...
 
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        """Logits (B, T, V) of rows without padding, without gradients."""
+        ...
+
     def generate(self, **arguments: Any) -> torch.Tensor:
         """Prompts with what the model adds to them; arguments of transformers' `generate`."""
         ...

@@ -10,7 +10,7 @@ import torch
 from orchestrator.data.dataset import Dataset
 from orchestrator.job.job_file import Job
 from orchestrator.training.evaluate import evaluate_loss
-from orchestrator.training.model.loading import load_model
+from orchestrator.training.model.loading import Placing, load_model
 from orchestrator.training.parallel import ProcessGroup
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.algebra import Factors
@@ -26,7 +26,7 @@ class AdapterTrial:
 
     def __init__(self, job: Job, folder: Path, max_length: int, adapters: Sequence[Adapter]) -> None:
         """`adapters` are those that will be tried, alone or added up."""
-        self.model = load_model(str(folder), job, "float32", torch.device("cpu"), "sdpa")
+        self.model = load_model(str(folder), job, Placing("float32", torch.device("cpu"), "sdpa"))
         self._techniques = Techniques("float32", "sdpa", False, False, _ROWS, max_length)
         self._below = Below(self.model, {name for adapter in adapters for name in adapter.targets})
         self._data: Dataset | None = None

@@ -45,6 +45,7 @@ class NodePlan:
     share: float  # of each step's samples
     kind: Kind = "cpu"  # whose device it is
     uuid: str | None = None  # of the GPU; None = its driver reports none
+    replica: int | None = None  # the copy of the model of which it is a stage; None = it has one of its own
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,19 @@ class Plan:
         return parts[slot]
 
     @property
+    def replica_of(self) -> tuple[int, ...]:
+        """Of each worker the copy of the model that it is a stage of; empty where each has its own."""
+        return tuple(part.replica or 0 for part in self.nodes) if self.techniques.stage else ()
+
+    @property
     def backend(self) -> str:
-        """The collective backend: nccl among GPUs of one maker (RCCL has that name too), gloo among others."""
+        """The collective backend: nccl among GPUs of one maker (RCCL has that name too), gloo among others.
+
+        Stages send hidden states by way of the host, so that unlike machines understand each other.
+        """
         kinds = {part.kind for part in self.nodes}
+        if self.techniques.stage:
+            return "gloo"
         return "nccl" if len(self.nodes) > 1 and len(kinds) == 1 and "cpu" not in kinds else "gloo"
 
     @property

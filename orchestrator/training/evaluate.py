@@ -52,11 +52,11 @@ def evaluate_loss(
     A batch that runs out of memory is halved.  Raises NothingFits, on every worker, where one row does not fit on one
     of them.
     """
-    shares = shares or [1.0 / group.size] * group.size
+    shares = shares or [1.0 / group.num_replicas] * group.num_replicas
     was_training = setup.model.training
     setup.model.eval()
     lengths = data.lengths.tolist()
-    mine = split_by_share(lengths, shares)[group.rank]
+    mine = split_by_share(lengths, shares)[group.replica]
     batches = micro_batches_of([lengths[i] for i in mine], techniques)
     losses: list[float] = []
 
@@ -153,7 +153,8 @@ def _batches(model: Any, prompts: list[_Prompt], how: Generation) -> list[list[_
     """Prompts generated together: as many as the cache may hold, all with as much room for their answers."""
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + how.max_new_tokens
     shape = ModelShape.from_config(model.config.to_dict())
-    needed_bytes = longest * cache_bytes_per_token(shape, model.dtype.itemsize)
+    dtype = model.config.dtype or model.dtype  # not a stage's own weights': all stages generate as many together
+    needed_bytes = longest * cache_bytes_per_token(shape, dtype.itemsize)
     rows = max(1, int(min(MOST_PROMPTS, how.cache_bytes // needed_bytes)))
     roomy = [prompt for prompt in prompts if prompt.new_tokens == how.max_new_tokens]
     whole = [roomy[start : start + rows] for start in range(0, len(roomy), rows)]

@@ -59,7 +59,7 @@ def train(training: Training) -> Progress:
         # Over all workers: the loss of the step, who wants to stop or needs it again, how long each took.
         report = report_to_group(training, attempt, time.perf_counter() - started)
         if report.repeat:
-            repeat_in_less_memory(training, attempt)
+            repeat_in_less_memory(training, attempt, report)
             continue
         if not math.isfinite(report.loss):
             own = [] if math.isfinite(attempt.loss) else [samples.ids_N[i] for i in samples.own]
@@ -97,11 +97,11 @@ def _record_step(
 ) -> None:
     progress, setup, hooks = training.progress, training.setup, training.hooks
     of_group: dict[str, Any] = {} if training.group.size == 1 else {
-        "worker_tokens": samples.tokens_W,
+        "worker_tokens": [samples.tokens_R[replica] for replica in training.group.replicas],
         "worker_s": [round(s, 4) for s in report.seconds_W],
         "worker_peak_bytes": report.peak_bytes_W,
         "step_bytes_sent": None if setup.engine else training.bytes_sent - sent_before,  # DeepSpeed counts nothing
-        "slowest": training.shares.slowest,
+        "slowest": training.group.ranks_of(training.shares.slowest)[0],
     }  # fmt: skip
     reported = StepReport(
         step=progress.step,
@@ -123,9 +123,10 @@ def _record_step(
 
 
 def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport) -> None:
-    """Let the shares follow the workers' pace."""
-    shares = training.shares
-    if training.group.size > 1 and shares.observe(samples.tokens_W, report.seconds_W):
+    """Let the shares follow the replicas' pace."""
+    shares, group = training.shares, training.group
+    seconds_R = [max(report.seconds_W[rank] for rank in group.ranks_of(one)) for one in range(group.num_replicas)]
+    if group.num_replicas > 1 and shares.observe(samples.tokens_R, seconds_R):
         rounded = [round(share, 4) for share in shares.shares]
         training.hooks.record(ShareChange(step=training.progress.step, shares=rounded))
 
@@ -150,8 +151,8 @@ def _save(training: Training, is_best: bool) -> None:
         progress.best_checkpoint = f"step-{progress.step:08d}"
     # Unlike devices round differently, and local steps leave each worker moments of its own; from here on all continue
     # from what a restart would begin with.
-    if (training.local or not group.alike) and not sharding:
-        group.broadcast(training.replicated(), 0)
+    if training.local or not group.alike:
+        training.align()
     if group.rank == 0 or sharding:
         name = training.hooks.save(progress)
         training.hooks.record(CheckpointReport(progress.step, name))

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from strategies.step.side_stream import SideStream
 
-T = TypeVar("T")
 _PATIENCE = timedelta(hours=1)
 BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its round trip
 
@@ -22,7 +21,8 @@ BUCKET_BYTES = 4 * 2**20  # enough that a link's bandwidth counts and not its ro
 class ProcessGroup:
     """The workers of a run and this one's place among them.
 
-    `wire` is where tensors must lie to be sent: a GPU where all workers have one, else the host.
+    `wire` is where tensors must lie to be sent: a GPU where all workers have one, else the host.  A replica is a copy
+    of the model: on one worker, or in stages on several.
     """
 
     rank: int = 0
@@ -32,6 +32,30 @@ class ProcessGroup:
     bucket_bytes: int = BUCKET_BYTES
     alike: bool = True  # the same kind of device everywhere: equal sums move equal weights equally
     process_group: Any = None  # of torch.distributed; None = its default one
+    replica_of: tuple[int, ...] = ()  # of each rank: the copy of the model that it is a part of; () = each has its own
+
+    @property
+    def replicas(self) -> tuple[int, ...]:
+        """The replica of each rank."""
+        return self.replica_of or tuple(range(self.size))
+
+    @property
+    def replica(self) -> int:
+        """This worker's."""
+        return self.replicas[self.rank]
+
+    @property
+    def num_replicas(self) -> int:
+        return max(self.replicas) + 1
+
+    def ranks_of(self, replica: int) -> list[int]:
+        """The workers of a replica, in the order of its stages."""
+        return [rank for rank, own in enumerate(self.replicas) if own == replica]
+
+    @property
+    def leads(self) -> bool:
+        """Whether it is the first worker of its replica."""
+        return self.rank == self.ranks_of(self.replica)[0]
 
     def patient(self) -> ProcessGroup:
         """The same workers with a timeout of an hour.  Collective."""
@@ -179,6 +203,62 @@ class GradientSum:
     def _start_sum(self, flat: torch.Tensor) -> None:
         self.bytes_sent += flat.numel() * flat.element_size()
         self._sent.append((flat, self._group._all_reduce(flat)))
+
+
+class LayerSums:
+    """As `GradientSum` where replicas are cut into stages: each layer's gradients are summed among its holders alone.
+
+    Makes process groups, so all workers make one together.
+    """
+
+    def __init__(self, group: ProcessGroup, parameters: Mapping[str, torch.nn.Parameter]) -> None:
+        held = group.gather(list(parameters))
+        holders: dict[str, tuple[int, ...]] = {}
+        for rank, names in enumerate(held):
+            for name in names:
+                holders[name] = (*holders.get(name, ()), rank)
+        self._sums: list[GradientSum] = []
+        self._shared: list[tuple[int, ProcessGroup, list[torch.nn.Parameter]]] = []  # first holder, holders, weights
+        for ranks in sorted({ranks for ranks in holders.values() if len(ranks) > 1}):
+            made = dist.new_group(list(ranks))
+            if group.rank in ranks:
+                own = replace(group, rank=ranks.index(group.rank), size=len(ranks), process_group=made, replica_of=())
+                shared = [p for name, p in parameters.items() if holders[name] == ranks]
+                self._sums.append(GradientSum(own, shared))
+                self._shared.append((ranks[0], own, shared))
+
+    @property
+    def bytes_sent(self) -> int:
+        return sum(one.bytes_sent for one in self._sums)
+
+    def align(self, state_of: Callable[[torch.nn.Parameter], list[torch.Tensor]]) -> None:
+        """Let all holders of a layer continue with the weights and the optimizer's state of the first of them."""
+        for first, holders, parameters in self._shared:
+            holders.broadcast([tensor for p in parameters for tensor in state_of(p)], first)
+
+    def arm(self) -> None:
+        for one in self._sums:
+            one.arm()
+
+    def flush(self) -> None:
+        for one in self._sums:
+            one.flush()
+
+    def abandon(self) -> None:
+        for one in self._sums:
+            one.abandon()
+
+    def finish(self) -> None:
+        for one in self._sums:
+            one.finish()
+
+    def discard(self) -> None:
+        for one in self._sums:
+            one.discard()
+
+    def close(self) -> None:
+        for one in self._sums:
+            one.close()
 
 
 def _buckets(parameters: list[torch.nn.Parameter], size_bytes: int) -> list[list[torch.nn.Parameter]]:

@@ -21,7 +21,7 @@ from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.memory import fallback
-from orchestrator.training.parallel import GradientSum, ProcessGroup
+from orchestrator.training.parallel import GradientSum, LayerSums, ProcessGroup
 from orchestrator.training.repair import Updates
 from orchestrator.training.shares import Shares
 from strategies.pipeline.layer_randomness import LayerRandomness
@@ -113,7 +113,7 @@ class Hooks:
 class Training:
     """One worker's training.  Every worker of the group makes one: that is a collective call.
 
-    `techniques` are this worker's own, the shares those of all workers, equal where not planned.  With
+    `techniques` are this worker's own, the shares those of all replicas, equal where not planned.  With
     `local_batch_size` workers train alone inside a step (local_steps.py).
     """
 
@@ -132,7 +132,7 @@ class Training:
     def __post_init__(self) -> None:
         setup, group = self.setup, self.group
         self.device = setup.device
-        self.shares = self.planned_shares or Shares([1.0 / group.size] * group.size)
+        self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)
         self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None
         # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
         any_fp16 = group.sum([self.techniques.dtype == "float16"])[0] > 0
@@ -142,11 +142,15 @@ class Training:
         self.random = LayerRandomness(setup.model)
         self.feed = Feed(self.data, self.techniques.packing, self.device)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
-        self.gradients = GradientSum(group, [] if setup.engine else setup.summed, self.updates.check)
+        if self.techniques.stage:
+            self.gradients: GradientSum | LayerSums = LayerSums(group, setup.parameters)
+        else:
+            self.gradients = GradientSum(group, [] if setup.engine else setup.summed, self.updates.check)
 
     @property
     def bytes_sent(self) -> int:
-        return self.gradients.bytes_sent + getattr(self.setup.optimizer, "bytes_sent", 0)
+        others = (self.setup.optimizer, self.setup.passes)  # that send by themselves
+        return self.gradients.bytes_sent + sum(getattr(other, "bytes_sent", 0) for other in others)
 
     def _set_scaler(self, state: dict[str, Any]) -> None:
         self.scaler: torch.amp.GradScaler = gradient_scaler(self.device.type, self._scaler_dtype)
@@ -192,8 +196,16 @@ class Training:
 
     def replicated(self) -> list[torch.Tensor]:
         """Trained weights, buffers and optimizer state, in an order that is the same on every worker."""
-        tensors: list[torch.Tensor] = list(self.setup.buffers.values())
-        for parameter in self.setup.parameters.values():
-            state = self.setup.optimizer.state.get(parameter, {})
-            tensors += [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]
-        return tensors
+        parameters = self.setup.parameters.values()
+        return [*self.setup.buffers.values(), *(tensor for p in parameters for tensor in self._with_state(p))]
+
+    def _with_state(self, parameter: torch.nn.Parameter) -> list[torch.Tensor]:
+        state = self.setup.optimizer.state.get(parameter, {})
+        return [parameter, *(state[key] for key in sorted(state) if torch.is_tensor(state[key]))]
+
+    def align(self) -> None:
+        """Let all workers that hold the same weights continue with those of the first of them.  Collective."""
+        if isinstance(self.gradients, LayerSums):
+            self.gradients.align(self._with_state)
+        elif not self.setup.sharding:
+            self.group.broadcast(self.replicated(), 0)

@@ -4,7 +4,7 @@ Two ways to compute gradients, one function each: `synchronous_gradients`, where
 `local_gradients`, where workers train apart inside a step and what they changed is summed in place of gradients.  How
 micro-batches go through the model is the setup's `Passes`.
 
-Legend: N samples of a step over all workers, W workers.
+Legend: N samples of a step over all workers, W workers, R replicas of the model (as many as workers, but for stages).
 """
 
 from __future__ import annotations
@@ -41,25 +41,25 @@ class StepSamples:
     ids_N: list[int]
     lengths_N: list[int]  # tokens
     num_supervised: int  # tokens
-    parts_W: list[list[int]]  # places in N of each worker's samples
-    own: list[int]  # this worker's part
+    parts_R: list[list[int]]  # places in N of each replica's samples
+    own: list[int]  # this worker's replica's part
 
     @property
     def num_tokens(self) -> int:
         return sum(self.lengths_N)
 
     @property
-    def tokens_W(self) -> list[int]:
-        return [sum(self.lengths_N[i] for i in part) for part in self.parts_W]
+    def tokens_R(self) -> list[int]:
+        return [sum(self.lengths_N[i] for i in part) for part in self.parts_R]
 
 
 def draw_samples(training: Training, step: int) -> StepSamples:
-    """The samples of a step, divided by the workers' shares."""
+    """The samples of a step, divided by the replicas' shares."""
     ids_N = training.order.sample_ids(step)
     lengths_N = training.data.lengths[ids_N].tolist()
-    parts_W = split_by_share(lengths_N, training.shares.shares)
+    parts_R = split_by_share(lengths_N, training.shares.shares)
     num_supervised = int(training.data.num_supervised[ids_N].sum())
-    return StepSamples(step, ids_N, lengths_N, num_supervised, parts_W, parts_W[training.group.rank])
+    return StepSamples(step, ids_N, lengths_N, num_supervised, parts_R, parts_R[training.group.replica])
 
 
 def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]) -> list[list[int]]:
@@ -160,6 +160,7 @@ class GroupReport:
 
     loss: float  # of the whole step
     repeat: bool  # memory ran out somewhere
+    short_of_memory: bool  # in this worker's replica
     stop: str | None  # one of STOP_REQUESTS, where any worker has one
     seconds_W: list[float]
     peak_bytes_W: list[int]
@@ -169,22 +170,23 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
     """Sum losses, requests and what each worker took.  Collective."""
     group, request = training.group, training.hooks.stop_request()
     requests = [float(request == known) for known in STOP_REQUESTS]
-    own = [*group.at_own_rank(seconds), *group.at_own_rank(peak_bytes(training.device))]
-    loss, repeat, *rest = group.sum([attempt.loss, attempt.out_of_memory is not None, *requests, *own])
+    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None))
+    loss, *rest = group.sum([attempt.loss, *requests, *(value for one in own for value in group.at_own_rank(one))])
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
-    measured = rest[len(STOP_REQUESTS) :]
-    peaks = [int(peak) for peak in measured[group.size :]]
-    return GroupReport(loss, bool(repeat), stop, measured[: group.size], peaks)
+    measured, size = rest[len(STOP_REQUESTS) :], group.size
+    seconds_W, peaks_W, short_W = (measured[start : start + size] for start in range(0, 3 * size, size))
+    short = any(short_W[rank] for rank in group.ranks_of(group.replica))
+    return GroupReport(loss, any(short_W), short, stop, seconds_W, [int(peak) for peak in peaks_W])
 
 
-def repeat_in_less_memory(training: Training, attempt: Attempt) -> None:
-    """Memory ran out somewhere: there less at a time, and the same step again, everywhere."""
+def repeat_in_less_memory(training: Training, attempt: Attempt, report: GroupReport) -> None:
+    """Memory ran out somewhere: in that replica less at a time, and the same step again, everywhere."""
     training.gradients.discard()
     training.setup.optimizer.zero_grad(set_to_none=True)
     if training.local:
         training.local.reset()
-    if attempt.out_of_memory is not None:
-        training.use_less_memory(attempt.out_of_memory)
+    if report.short_of_memory:
+        training.use_less_memory(attempt.out_of_memory or "memory ran out on another stage of the pipeline")
 
 
 def update_weights(training: Training, step: int, is_awaited: bool) -> float:

@@ -45,6 +45,9 @@ class EvenPasses:
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
         return loss_sum(self.setup.model, batch, techniques.loss_type)  # the weights are in that precision already
 
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.setup.model(input_ids=ids_BT, use_cache=False).logits
+
     def generate(self, **arguments: Any) -> torch.Tensor:
         return self.setup.model.generate(**arguments, synced_gpus=True)  # type: ignore[operator]
 

@@ -145,7 +145,7 @@ def load_report(model: Any, stored: Mapping[str, tuple[tuple[int, ...] | None, s
         for name, (shape, dtype) in stored.items()
     }
     try:
-        with _quiet():
+        with quiet():
             _, info = type(model).from_pretrained(
                 None,
                 config=model.config,
@@ -162,7 +162,7 @@ def load_report(model: Any, stored: Mapping[str, tuple[tuple[int, ...] | None, s
     return report
 
 
-class _quiet:
+class quiet:
     """The library draws a bar and prints a report of its own; one sentence replaces them."""
 
     def __enter__(self) -> None:

@@ -24,6 +24,9 @@ from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSetup
 from strategies.workload import StagePart
 
+# (class of a model, config, tensors by name) -> the model and its loading info: transformers' `from_pretrained` with
+# the dtype, device and quantisation of the caller
+Loader = Callable[[Any, Any, dict[str, torch.Tensor]], tuple[Any, Mapping[str, Any]]]
 _FEW = 8  # rows of an embedding that no stage in the middle looks at
 _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 
@@ -56,13 +59,13 @@ class Passage(torch.nn.Module):
         return hidden_states
 
 
-def load_stage(folder: Path, stage: StagePart, load: Callable[[Any, Any, dict[str, torch.Tensor]], Any]) -> Any:
-    """The whole model with this stage's weights in it, everything else on `meta`.
+def load_stage(folder: Path, stage: StagePart, load: Loader) -> Any:
+    """The whole model with this stage's weights in it, everything else on `meta`.  Raises CannotCut."""
+    from transformers import GenerationConfig
 
-    `load(model_class, config, tensors)` is transformers' `from_pretrained` of a class with dtype, device and
-    quantisation.  Raises CannotCut.
-    """
     whole = build(folder)
+    if (folder / "generation_config.json").exists():  # what ends an answer
+        whole.generation_config = GenerationConfig.from_pretrained(folder)
     return assemble(whole, stage, load, read_tensors(folder))
 
 
@@ -85,7 +88,7 @@ def read_tensors(folder: Path) -> Callable[[Callable[[str], bool]], dict[str, to
 def assemble(
     whole: Any,
     stage: StagePart,
-    load: Callable[[Any, Any, dict[str, torch.Tensor]], Any],
+    load: Loader,
     read: Callable[[Callable[[str], bool]], dict[str, torch.Tensor]],
 ) -> Any:
     """As `load_stage`, into a model on `meta`, from any source of tensors."""
@@ -96,7 +99,10 @@ def assemble(
     tensors = _rename(read(lambda name: _is_own(name, built, stage)), built, stage)
     if stage.is_last and not stage.is_first and (output := f"{built.output}.weight") in tensors:
         tensors[_embedding_of(whole)] = tensors.pop(output)  # tied to what then stands for both
-    part = load(type(whole), config, tensors)
+    part, info = load(type(whole), config, tensors)
+    others = tuple(f"{name}." for name, owns in owners(whole, built).items() if not owns(stage))
+    if missing := [name for name in info["missing_keys"] if not name.startswith(others)]:
+        raise CannotCut(f"{len(missing)} tensors of the stage are missing in the files, e.g. {min(missing)}")
     _move(part, whole, built, stage)
     return whole
 

@@ -10,6 +10,7 @@ Legend: B rows, T tokens, H hidden size, N trained tensors of the whole model.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
@@ -28,21 +29,30 @@ from strategies.workload import StagePart, Techniques
 T = TypeVar("T")
 
 
+@dataclass(frozen=True)
+class Neighbours:
+    """A stage and the workers of its pipeline."""
+
+    stage: StagePart
+    ranks: Sequence[int]  # of all stages, in the default process group
+    group: Any  # of torch.distributed, of these ranks
+
+
 class StagePasses:
     """The `Passes` of one stage of a pipeline; every call is made by all its stages together.
 
-    `ranks` are the stages' in the default group, `names` all trained tensors of the model in their order.
+    `names` are all trained tensors of the model in their order.
     """
 
-    def __init__(self, setup: TrainSetup, stage: StagePart, ranks: Sequence[int], names: Sequence[str]) -> None:
-        self._setup, self._stage, self._ranks, self._names = setup, stage, list(ranks), list(names)
+    def __init__(self, setup: TrainSetup, neighbours: Neighbours, names: Sequence[str]) -> None:
+        stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
+        self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)
         self._decoder, self._device = inner.get_decoder(), setup.device
         self._width = inner.config.get_text_config().hidden_size
         self._dtype: torch.dtype = inner.config.dtype  # of the hidden state
         self._embedding: Received | None = None if stage.is_first else inner.get_input_embeddings()
         self._flag: torch.nn.Parameter | None = None
-        self._group: Any = dist.new_group(self._ranks) if len(self._ranks) < dist.get_world_size() else None
         lowest = self._lowest_that_trains()
         self._sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
         before, after = self._ranks[max(0, stage.index - 1)], self._ranks[min(stage.count - 1, stage.index + 1)]
@@ -83,6 +93,19 @@ class StagePasses:
                 return loss_sum(self._setup.model, batch, techniques.loss_type)
             self._hidden_out.send(self.hidden(batch.input_ids_BT, **arguments_of(batch)))
         return torch.zeros((), device=self._device)
+
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        self._expect_hidden((*ids_BT.shape, self._width))
+        self._receive_hidden()
+        vocabulary = inner_model(self._setup.model).config.get_text_config().vocab_size
+        logits_BTV = torch.empty(*ids_BT.shape, vocabulary)
+        if self._stage.is_last:
+            logits_BTV = self._setup.model(input_ids=ids_BT, use_cache=False).logits.float().cpu().contiguous()
+        else:
+            self._hidden_out.send(self.hidden(ids_BT, use_cache=False))
+        dist.broadcast(logits_BTV, self._ranks[-1], group=self._group)
+        self._settle()
+        return logits_BTV
 
     def gradient_norm(self) -> torch.Tensor:
         """Norms of single tensors in the order of the whole model, then their norm: the bits of one process."""

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from strategies.contract import Method
 from strategies.model.architecture import build
 from strategies.pipeline.cut import CannotCut, keep_own
-from strategies.pipeline.passes import StagePasses
+from strategies.pipeline.passes import Neighbours, StagePasses
 from strategies.pipeline.sharding import StageSharding
+from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSettings, TrainSetup
 
 
@@ -35,19 +37,24 @@ class WholeExport:
         whole.export(folder, weights)
 
 
-def make_stage(setup: TrainSetup, settings: TrainSettings, ranks: Sequence[int], export: WholeExport) -> TrainSetup:
-    """`setup` of a model from `cut.load_stage`, reduced to its stage; `ranks` are those of the pipeline's stages.
+def make_stage(
+    setup: TrainSetup, settings: TrainSettings, pipelines: Sequence[Sequence[int]], export: WholeExport
+) -> TrainSetup:
+    """`setup` of a model from `cut.load_stage`, reduced to its stage; `pipelines` are the ranks of each one's stages.
 
-    Needs the default process group.  Raises CannotCut.
+    Needs the default process group, and makes one for each pipeline: collective.  Raises CannotCut.
     """
     stage = settings.techniques.stage
     assert stage is not None
     if setup.streaming or setup.learner:
         raise CannotCut("this method's optimizer works beside the computation, over all layers of the model")
-    names = list(setup.parameters)
+    refuse_tied(inner_model(setup.model), setup.parameters)
+    names, rank = list(setup.parameters), dist.get_rank()
+    groups = {tuple(ranks): dist.new_group(list(ranks)) for ranks in pipelines}  # all of them, in one order, everywhere
+    ranks = next(own for own in groups if rank in own)
     keep_own(setup, stage)
-    setup.passes = StagePasses(setup, stage, ranks, names)
-    setup.sharding = StageSharding(setup, ranks, [*names, *(name for name in sorted(setup.names - set(names)))])
+    setup.passes = StagePasses(setup, Neighbours(stage, ranks, groups[ranks]), names)
+    setup.sharding = StageSharding(setup, pipelines[0], [*names, *(name for name in sorted(setup.names - set(names)))])
     setup.export = export
     return setup
 

@@ -41,6 +41,9 @@ class InTurn:
         with autocast(batch.input_ids_BT.device.type, techniques.dtype):
             return loss_sum(self.setup.model, batch, techniques.loss_type)
 
+    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
+        return self.setup.model(input_ids=ids_BT, use_cache=False).logits
+
     def generate(self, **arguments: Any) -> torch.Tensor:
         return self.setup.model.generate(**arguments)  # type: ignore[operator]
 

@@ -26,6 +26,7 @@ from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
+from strategies.train_setup import Passes
 
 _ROWS, _TOKENS = 2, 32  # of the batch that is compared
 # Largest difference of two logits over the largest logit.  The same weights in the same precision differ by the order
@@ -73,19 +74,32 @@ def probe(data: Any, vocab_size: int) -> torch.Tensor:
 
 
 @torch.no_grad()
-def logits_of(model: Any, ids_BT: torch.Tensor, attention: str, dtype: Any) -> torch.Tensor:
-    """The logits of a model that computes in `dtype`, in fp32 on the CPU; nothing of the model is changed."""
+def logits_of(
+    model: Any, ids_BT: torch.Tensor, attention: str, dtype: Any, passes: Passes | None = None
+) -> torch.Tensor:
+    """The logits of a model that computes in `dtype`, in fp32 on the CPU; nothing of the model is changed.
+
+    `passes` compute them where workers share the model.
+    """
     with evaluating(model, attention), torch.compiler.set_stance("force_eager"), autocast(model.device.type, dtype):
-        return model(input_ids=ids_BT.to(model.device), use_cache=False).logits.float().cpu()
+        ids_BT = ids_BT.to(model.device)
+        logits_BTV = passes.logits(ids_BT) if passes else model(input_ids=ids_BT, use_cache=False).logits
+        return logits_BTV.float().cpu()
 
 
-def portrait_of(model: Any, parameters: Mapping[str, torch.Tensor], ids_BT: torch.Tensor, dtype: Any) -> Portrait:
+def portrait_of(
+    model: Any,
+    parameters: Mapping[str, torch.Tensor],
+    ids_BT: torch.Tensor,
+    dtype: Any,
+    passes: Passes | None = None,
+) -> Portrait:
     """Of a trained model that computes in `dtype`; `parameters` are its trained weights as they will be written."""
     trained_with = inner_model(model).config._attn_implementation
     attention = "sdpa" if trained_with == document_attention.NAME else trained_with  # rows without document borders
     return Portrait(
         ids_BT,
-        logits_of(model, ids_BT, attention, dtype),
+        logits_of(model, ids_BT, attention, dtype, passes),
         dtype,
         attention,
         {name: digest(weight) for name, weight in parameters.items()},

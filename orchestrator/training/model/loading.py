@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from orchestrator.job.weights import stored_tensors
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import export
 from orchestrator.training.worker_context import WorkerContext
-from strategies.model.architecture import LoadReport, faults
+from strategies.model.architecture import LoadReport, faults, quiet
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.workload import Techniques
@@ -45,43 +47,70 @@ def load_tokenizer(location: str, job: Job, chat_template: str | None = None) ->
     return tokenizer
 
 
-def load_model(
-    location: str,
-    job: Job,
-    dtype: str,
-    device: torch.device,
-    attn_implementation: str,
-    arguments: dict[str, Any] | None = None,
-) -> Any:
-    """The pretrained model, in `dtype` on `device`.
+@dataclass(frozen=True)
+class Placing:
+    """How a model's weights are read: in which precision, where to, with which attention and quantisation."""
 
-    On a GPU each weight goes from its file straight to the device: the host never holds the model, whatever number of
-    workers load it.  Raises JobError; an out-of-memory error passes unchanged.
-    """
+    dtype: str
+    device: torch.device
+    attn_implementation: str
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # more of `from_pretrained`
+
+    def as_arguments(self) -> dict[str, Any]:
+        """Of transformers' `from_pretrained`.
+
+        On a GPU each weight goes from its file straight to the device: the host never holds the model, whatever number
+        of workers load it.
+        """
+        return {
+            "dtype": getattr(torch, self.dtype),
+            "attn_implementation": self.attn_implementation,
+            "output_loading_info": True,
+            **straight_to(self.device),
+            **self.arguments,
+        }
+
+
+def load_model(location: str, job: Job, placing: Placing) -> Any:
+    """The pretrained model.  Raises JobError; an out-of-memory error passes unchanged."""
     from transformers import AutoModelForCausalLM
+
+    with _loading(location):
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            location, trust_remote_code=job.spec.model.trust_remote_code, **placing.as_arguments()
+        )
+    model, info = loaded
+    report = LoadReport.from_loading_info(info)
+    if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
+        raise JobError(f"model.model_name_or_path: {location}: {wrong}")
+    return model if getattr(model, "is_quantized", False) else model.to(placing.device)
+
+
+def load_layers(
+    kind: Any, config: Any, tensors: dict[str, torch.Tensor], placing: Placing
+) -> tuple[Any, dict[str, Any]]:
+    """A smaller model of some layers of another, from their tensors, and what transformers says of its loading.
+
+    Raises as `load_model`.
+    """
+    with _loading("a stage of the model"), quiet():  # its other parts are missing on purpose
+        model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **placing.as_arguments())
+    return (model if getattr(model, "is_quantized", False) else model.to(placing.device)), info
+
+
+@contextlib.contextmanager
+def _loading(what: str) -> Iterator[None]:
+    """Name a failure of the library as the job's."""
     from transformers.utils import logging as hf_logging
 
     hf_logging.disable_progress_bar()
     document_attention.register()
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            location,
-            dtype=getattr(torch, dtype),
-            attn_implementation=attn_implementation,
-            trust_remote_code=job.spec.model.trust_remote_code,
-            output_loading_info=True,
-            **straight_to(device),
-            **(arguments or {}),
-        )
+        yield
     except (ValueError, OSError, ImportError, KeyError, RuntimeError) as error:
         if is_out_of_memory(error):
             raise
-        raise JobError(f"model.model_name_or_path: {location} cannot be loaded: {first_line(error)}") from error
-    model, info = loaded
-    report = LoadReport.from_loading_info(info)
-    if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
-        raise JobError(f"model.model_name_or_path: {location}: {wrong}")
-    return model if getattr(model, "is_quantized", False) else model.to(device)
+        raise JobError(f"model.model_name_or_path: {what} cannot be loaded: {first_line(error)}") from error
 
 
 def refuse_conversion(folder: Path, dtype: str) -> None:
@@ -105,14 +134,8 @@ def straight_to(device: torch.device) -> dict[str, Any]:
 def load_exported(context: WorkerContext, folder: Path, techniques: Techniques, attention: str) -> Any:
     """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
     method = context.plan.build_method()
-    load = partial(
-        load_model,
-        job=context.job,
-        dtype=method.load_dtype(techniques),
-        device=context.device,
-        attn_implementation=attention,
-        arguments=method.load_arguments(techniques),
-    )
+    placing = Placing(method.load_dtype(techniques), context.device, attention, method.load_arguments(techniques))
+    load = partial(load_model, job=context.job, placing=placing)
     return load_tuned(load, folder, context.model_folder)
 
 

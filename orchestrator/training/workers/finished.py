@@ -23,7 +23,14 @@ from orchestrator.training.model import agreement, export
 from orchestrator.training.model.agreement import Agreement
 from orchestrator.training.model.devices import device_like
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
-from orchestrator.training.model.loading import load_data, load_exported, load_model, load_tokenizer, load_tuned
+from orchestrator.training.model.loading import (
+    Placing,
+    load_data,
+    load_exported,
+    load_model,
+    load_tokenizer,
+    load_tuned,
+)
 from orchestrator.training.model.tied import merged_model
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
@@ -68,7 +75,7 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
     try:
         ids_BT, tuned_BTV = _write_merged(run, job, exported, base, dtype, temporary)
         gc.collect()
-        found = load_model(str(temporary), job, dtype, torch.device("cpu"), "sdpa")
+        found = load_model(str(temporary), job, Placing(dtype, torch.device("cpu"), "sdpa"))
         merged_BTV = agreement.logits_of(found, ids_BT, "sdpa", "float32")
         result = agreement.judge(tuned_BTV, merged_BTV, dtype, "the merged model", rounded=dtype != "float32")
         write_merged_card(run, job, temporary, output, result.text)
@@ -118,7 +125,7 @@ def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]
     """
     exported, techniques, method = exported_whole(run), context.part.techniques, context.plan.build_method()
     dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
-    yield "base", load_model(context.model_folder, context.job, dtype, context.device, "sdpa", arguments)
+    yield "base", load_model(context.model_folder, context.job, Placing(dtype, context.device, "sdpa", arguments))
     gc.collect()
     tuned = load_exported(context, exported, techniques, "sdpa")
     if not hasattr(tuned, "merge_and_unload"):

@@ -40,8 +40,8 @@ def agree_on_shares(context: WorkerContext, inputs: Inputs, order: Order, step: 
         "device": part.device,
         "pid": os.getpid(),
         "planned_share": part.share,
-        # Under DeepSpeed a worker cannot run a pass by itself, and all are alike.
-        "tokens_per_s": None if inputs.setup.engine else measure_pace(inputs, sample_ids, part.share),
+        # Under DeepSpeed and in stages a worker cannot run a pass by itself.
+        "tokens_per_s": None if inputs.setup.passes else measure_pace(inputs, sample_ids, part.share),
         "plan": plan.hash,
     }
     members = group.gather(own)
@@ -50,7 +50,7 @@ def agree_on_shares(context: WorkerContext, inputs: Inputs, order: Order, step: 
             "the workers read different plans: is the run folder the same on every machine? "
             + ", ".join(f"{member['node']}: {member['plan']}" for member in members)
         )
-    planned = [member["planned_share"] for member in members]
+    planned = [members[group.ranks_of(replica)[0]]["planned_share"] for replica in range(group.num_replicas)]
     paces = [member["tokens_per_s"] for member in members]
     is_fixed = has_fixed_shares(context.job, inputs.techniques)
     shares = Shares(planned, is_fixed) if is_fixed or None in paces else Shares.choose(planned, paces)

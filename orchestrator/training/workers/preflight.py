@@ -35,11 +35,12 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import prepare_model
 from strategies.step.out_of_memory import is_out_of_memory
+from strategies.step.passes import passes_of
 from strategies.step.state import forget, gather
-from strategies.step.step import Update, forward_backward, update
+from strategies.step.step import Update, update
 from strategies.step.supervised_logits import Batch
 from strategies.techniques.precision import gradient_scaler
-from strategies.train_setup import TrainSetup
+from strategies.train_setup import StepPasses, TrainSetup
 from strategies.workload import Techniques
 
 T = TypeVar("T")
@@ -154,8 +155,15 @@ def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passe
     # Without a loss scale, which would begin with gradients that overflow and so with an update that is skipped.
     scaler = gradient_scaler(batch.input_ids_BT.device.type, "float32")
     setup.model.train()
-    for _ in range(passes):
-        forward_backward(setup, batch, passes * max(1, batch.targets_S.numel()), techniques, scaler)
+    step = StepPasses(
+        passes * max(1, batch.targets_S.numel()),
+        techniques,
+        scaler,
+        take=lambda _: batch,
+        begin=lambda _: None,
+        filler=[0],
+    )
+    passes_of(setup).run([[0]] * passes, step)
     update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
 
 

@@ -47,8 +47,9 @@ def measure(
             passes=setup.passes,
             cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
         )
-        own = generate_answers(setup.model, tokenizer, held_out, indices[group.rank :: group.size], generation)
-        answers: list[GeneratedAnswer] = [answer for part in group.gather(own) for answer in part]
+        mine = indices[group.replica :: group.num_replicas]
+        own = generate_answers(setup.model, tokenizer, held_out, mine, generation)
+        answers: list[GeneratedAnswer] = [one for part in group.gather(own if group.leads else []) for one in part]
         quality |= score(plan.metrics, [(answer.generated, answer.reference) for answer in answers])
         quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
         if without_room := num_without_room(setup.model, held_out, indices):

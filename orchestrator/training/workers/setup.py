@@ -22,11 +22,21 @@ from orchestrator.runs.events import ModelReady
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
-from orchestrator.training.model.loading import load_data, load_model, refuse_conversion, tokenizer_of
+from orchestrator.training.model.loading import (
+    Placing,
+    load_data,
+    load_layers,
+    load_model,
+    refuse_conversion,
+    tokenizer_of,
+)
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
+from strategies.contract import Method
 from strategies.engines.shard import shard
+from strategies.pipeline.cut import load_stage
+from strategies.pipeline.stages import WholeExport, make_stage
 from strategies.step import device_memory
 from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
@@ -84,6 +94,7 @@ def group_of(rank: int, size: int, plan: Plan) -> ProcessGroup:
         sync_dtype=getattr(torch, plan.sync.dtype),
         bucket_bytes=plan.sync.bucket_bytes,
         alike=len({(part.device, part.techniques.dtype) for part in plan.nodes}) == 1,
+        replica_of=plan.replica_of,
     )
 
 
@@ -107,24 +118,17 @@ def train_settings(
 
 def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     """The model set up for the planned method, and the techniques as this model really supports them."""
-    job, method, techniques = context.job, context.plan.build_method(), context.part.techniques
-    # What DeepSpeed divides or what stays on the host never lies whole on the device.
-    on_host = techniques.uses_engine or techniques.streams_weights
-    first = torch.device("cpu") if on_host else context.device
-    dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
-    if techniques.streams_weights and context.device.type == "cpu":
-        refuse_conversion(Path(context.model_folder), dtype)
-    visits = method.is_quantised and techniques.streams_weights and context.device.type != "cpu"
-    with quantise_on(context.device) if visits else contextlib.nullcontext():
-        model = load_model(context.model_folder, job, dtype, first, techniques.attn_implementation, arguments)
-    if techniques.packing:
-        techniques = without_leaks(model, techniques, context)
-    settings = train_settings(job, context.plan, techniques, remote_objects.reachable())
+    method, group = context.plan.build_method(), context.group
+    model, techniques = _load_base(context, method)
+    settings = train_settings(context.job, context.plan, techniques, remote_objects.reachable())
     try:
         setup = method.setup(model, settings)
+        techniques = with_loss_that_runs(setup.model, techniques, context)
+        if techniques.stage:
+            export = WholeExport(Path(context.model_folder), method, settings)
+            make_stage(setup, settings, [group.ranks_of(replica) for replica in range(group.num_replicas)], export)
     except (ValueError, KeyError) as error:
         raise JobError(f"method: {first_line(error)}") from error
-    techniques = with_loss_that_runs(setup.model, techniques, context)
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     if techniques.streams_weights:
@@ -135,6 +139,35 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     for text in setup.notes:
         context.note(text)
     return setup, techniques
+
+
+def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]:
+    """The base model, or this worker's stage of it, and the techniques with an attention that it supports."""
+    job, techniques, folder = context.job, context.part.techniques, context.model_folder
+    # What DeepSpeed divides or what stays on the host never lies whole on the device.
+    on_host = techniques.uses_engine or techniques.streams_weights
+    dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
+    placed = Placing(
+        dtype, torch.device("cpu") if on_host else context.device, techniques.attn_implementation, arguments
+    )
+    if techniques.streams_weights and context.device.type == "cpu":
+        refuse_conversion(Path(folder), dtype)
+    visits = method.is_quantised and techniques.streams_weights and context.device.type != "cpu"
+    supported = techniques
+
+    def checked(model: Any) -> Any:
+        nonlocal supported
+        supported = without_leaks(model, techniques, context) if techniques.packing else techniques
+        return model
+
+    def load_part(kind: Any, config: Any, tensors: dict[str, torch.Tensor]) -> tuple[Any, dict[str, Any]]:
+        model, info = load_layers(kind, config, tensors, placed)
+        return checked(model), info
+
+    with quantise_on(context.device) if visits else contextlib.nullcontext():
+        if techniques.stage:
+            return load_stage(Path(folder), techniques.stage, load_part), supported
+        return checked(load_model(folder, job, placed)), supported
 
 
 def _divide(context: WorkerContext, setup: TrainSetup, settings: TrainSettings) -> TrainSetup:

@@ -173,10 +173,14 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
 
 
 def _portrait(context: WorkerContext, inputs: Inputs, held: TrainState | None) -> Portrait | None:
-    """What the model that will be loaded again is compared with; an engine's workers compute it together."""
-    setup = inputs.setup
-    if not context.is_first and not setup.engine:
+    """What the model that will be loaded again is compared with; workers that share the model compute it together."""
+    setup, group = inputs.setup, context.group
+    if not context.is_first and not setup.passes:
         return None
-    weights = held.weights if held else {} if setup.engine else setup.parameters
+    weights = held.weights if held else {} if setup.passes else setup.parameters
     probe = agreement.probe(inputs.data, len(inputs.tokenizer))
-    return agreement.portrait_of(setup.model, weights, probe, inputs.techniques.dtype)
+    portrait = agreement.portrait_of(setup.model, weights, probe, inputs.techniques.dtype, setup.passes)
+    if not inputs.techniques.stage:
+        return portrait
+    own = [float(portrait.bytes) if replica == group.replica else 0.0 for replica in range(group.num_replicas)]
+    return replace(portrait, bytes=int(group.sum(own)[group.replica]))  # of all stages

@@ -17,7 +17,7 @@ def stage_model(config, weights, stage):
     whole = built(config)
 
     def load(kind, own, tensors):
-        return kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32)
+        return kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
 
     return assemble(whole, stage, load, lambda is_wanted: {n: t for n, t in weights.items() if is_wanted(n)})
 

@@ -86,6 +86,7 @@ def load(method, techniques, cls, config, tensors):
     return cls.from_pretrained(
         None, config=config, state_dict=tensors, dtype=getattr(torch, method.load_dtype(techniques)),
         attn_implementation=techniques.attn_implementation, **arguments,
+        output_loading_info=True,
     )  # fmt: skip
 
 
@@ -99,7 +100,7 @@ def set_up(folder, method, techniques, ranks=()):
     else:
         model = load_stage(folder, techniques.stage, partial(load, method, techniques))
         chosen = settings(techniques)
-        setup = make_stage(method.setup(model, chosen), chosen, ranks, WholeExport(folder, method, chosen))
+        setup = make_stage(method.setup(model, chosen), chosen, [ranks], WholeExport(folder, method, chosen))
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     return setup
