@@ -256,7 +256,7 @@ class CheckpointReport(Event, kind="checkpoint"):
 
 @dataclass(frozen=True)
 class FinalEvaluation(Event, kind="last_evaluation"):
-    """The last evaluation begins; a process that ends in it comes back with fewer rows."""
+    """The last evaluation begins; a process that ends in it may come back with fewer rows."""
 
     rows: int
 

@@ -4,6 +4,10 @@ On a CPU that holds as it is: every sum has its order.  On CUDA some kernels add
 (the backward passes of attention and of embeddings, cuBLAS with several streams), so a run and its repetition differ in
 last bits, and so do a run and its resumed twin.  `train.deterministic` chooses kernels that do not; they are slower,
 and an operation that has none ends the run with its name.  https://docs.pytorch.org/docs/stable/notes/randomness.html
+
+The weights, that is, and the losses on the way.  A last evaluation whose process was killed is repeated with fewer rows
+at a time where training measured no loss, and products of other shapes round differently on a CPU too: that held-out
+loss is equal up to rounding, and a note says so (workers/quality.py).
 """
 
 from __future__ import annotations

@@ -73,20 +73,27 @@ def measure_first(context: WorkerContext, inputs: Inputs) -> dict[str, Any] | No
     return found
 
 
-def measure_last(run: RunFolder, context: WorkerContext, inputs: Inputs) -> dict[str, Any] | None:
+def measure_last(
+    run: RunFolder, context: WorkerContext, inputs: Inputs, known_loss: float | None
+) -> dict[str, Any] | None:
     """Evaluate the trained model, whose result is handed back already: what does not fit is noted and ends no run.
 
-    A process that the system killed in this very evaluation evaluates fewer rows at a time when it is started again.
+    `known_loss` is what training measured with the same weights.  Without it nobody knows that the rows fit, so a
+    process that was killed in this very evaluation evaluates fewer at a time when it is started again.  With it the
+    rows stay as they are: other batches are other sums, and the loss would differ in its last bits from that of a run
+    that was never killed.
     """
     assert inputs.held_out is not None
     tries = context.group.gather(num_cut_short(run.events()[0]))[0]
     remedy = f"`orchestrator evaluate {run.run_id}` measures it, on this machine or another"
     if tries >= _MOST_TRIES:
-        context.note(f"the last evaluation ended the process {tries} times and is not tried again; {remedy}")
-        return None
-    rows = max(1, inputs.techniques.per_device_train_batch_size >> 2 * tries)
-    context.record(FinalEvaluation(rows))
-    techniques = dataclasses.replace(inputs.techniques, per_device_train_batch_size=rows)
+        known = "" if known_loss is None else "; its loss is what training measured with the same weights"
+        context.note(f"the last evaluation ended the process {tries} times and is not tried again{known}; {remedy}")
+        return None if known_loss is None else {"eval_loss": known_loss, "rows": len(inputs.held_out)}
+    techniques = inputs.techniques
+    if tries and known_loss is None:
+        techniques = _in_fewer_rows(context, techniques, tries)
+    context.record(FinalEvaluation(techniques.per_device_train_batch_size))
     try:
         found = measure(context, inputs.setup, techniques, inputs.tokenizer, inputs.held_out)
     except NothingFits as error:
@@ -95,6 +102,17 @@ def measure_last(run: RunFolder, context: WorkerContext, inputs: Inputs) -> dict
     if count := found.get("out_of_memory"):
         context.note(f"{count} held-out prompts ran out of memory and are not scored; {remedy}")
     return found
+
+
+def _in_fewer_rows(context: WorkerContext, techniques: Techniques, tries: int) -> Techniques:
+    """A quarter of the rows at a time for each process that was killed, and a note that says so."""
+    rows, length = max(1, techniques.per_device_train_batch_size >> 2 * tries), techniques.max_length
+    if rows < techniques.per_device_train_batch_size:
+        context.note(
+            f"the last evaluation ended the process, so it takes at most {rows} x {length} tokens at a time: its loss"
+            " is equal up to rounding to that of a run that never stopped"
+        )
+    return dataclasses.replace(techniques, per_device_train_batch_size=rows)
 
 
 def num_cut_short(events: Sequence[Event]) -> int:

@@ -161,7 +161,8 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
         found["handed_back"] = hand_back.describe_export(run, choice) | {"check": written.as_dict()}
         result.write_result(run, found, outcome)
     context.group.gather(None)  # nobody waits inside a pass for the first worker to have written
-    after = quality.measure_last(run, context, inputs) if inputs.held_out else None
+    known_loss = progress.eval_losses.get(str(choice.step))
+    after = quality.measure_last(run, context, inputs, known_loss) if inputs.held_out else None
     if context.is_first and portrait:
         checked = hand_back.check(run, context, setup, inputs.techniques, portrait)
         context.record(HandBack(checked.text))

@@ -84,6 +84,38 @@ def test_a_run_that_is_killed_in_its_last_evaluation_has_handed_its_result_back(
     assert run.result().values["handed_back"]["check"]["largest_difference"] == 0.0
 
 
+# Two packed rows of 64 tokens hold all held-out rows, one does not: fewer at a time are other sums.
+IN_TWO_ROWS = ("model.dtype=float32", "data.max_length=64", "train.per_device_train_batch_size=2")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(job_file):
+    return trained(job_file, *IN_TWO_ROWS, "eval.eval_steps=1", name="undisturbed")[0].result().after
+
+
+@pytest.mark.parametrize("kills", [1, 2, 3])
+def test_killed_in_its_last_evaluation_a_run_ends_with_the_loss_of_one_that_was_not(job_file, undisturbed, kills):
+    run, _, node = begun(job_file, *IN_TWO_ROWS, "eval.eval_steps=1", name=f"killed-{kills}-times")
+    for _ in range(kills):
+        killed_in_the_last_evaluation(run, node)
+
+    work(run, 0, 1, node, 0)
+
+    after = run.result().after
+    assert after.eval_loss == undisturbed.eval_loss and after.rows == undisturbed.rows
+    assert after.answers == (undisturbed.answers if kills < 3 else None)  # after three it is not tried again
+
+
+def test_where_training_measured_no_loss_fewer_rows_are_evaluated_after_a_kill_and_it_is_said(job_file):
+    run, _, node = begun(job_file, *IN_TWO_ROWS, "eval.eval_steps=null", name="killed-unmeasured")
+    killed_in_the_last_evaluation(run, node)
+
+    work(run, 0, 1, node, 0)
+
+    assert [event.rows for event in run.events_of(FinalEvaluation)] == [2, 1]
+    assert "at most 1 x 64 tokens at a time: its loss is equal up to rounding" in run.events_of(Note)[-1].text
+
+
 def test_an_evaluation_that_ends_the_process_every_time_is_not_tried_for_ever(job_file):
     run, _, node = begun(job_file, name="killed-thrice")
     for _ in range(3):
@@ -100,11 +132,11 @@ def test_the_optimizer_is_let_go_of_before_the_result_is_measured(job_file, monk
     """What it holds on a card is the room that an evaluation needs."""
     seen, measure = [], quality.measure_last
 
-    def looked_at(run, context, inputs):
+    def looked_at(run, context, inputs, known_loss):
         setup = inputs.setup
         gradients = [parameter.grad for parameter in setup.parameters.values() if parameter.grad is not None]
         seen.append((len(setup.parameters), len(setup.optimizer.state), len(gradients)))
-        return measure(run, context, inputs)
+        return measure(run, context, inputs, known_loss)
 
     monkeypatch.setattr(quality, "measure_last", looked_at)
     trained(job_file, name="let-go")
