@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class Neighbours:
+class StagePlace:
     """A stage and the workers of its pipeline."""
 
     stage: StagePart
@@ -44,7 +44,7 @@ class StagePasses:
     `names` are all trained tensors of the model in their order.
     """
 
-    def __init__(self, setup: TrainSetup, neighbours: Neighbours, names: Sequence[str]) -> None:
+    def __init__(self, setup: TrainSetup, neighbours: StagePlace, names: Sequence[str]) -> None:
         stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
         self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from strategies.contract import Method
 from strategies.model.architecture import build
 from strategies.pipeline.cut import CannotCut, keep_own
-from strategies.pipeline.passes import Neighbours, StagePasses
+from strategies.pipeline.passes import StagePlace, StagePasses
 from strategies.pipeline.sharding import StageSharding
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSettings, TrainSetup
@@ -53,7 +53,7 @@ def make_stage(
     groups = {tuple(ranks): dist.new_group(list(ranks)) for ranks in pipelines}  # all of them, in one order, everywhere
     ranks = next(own for own in groups if rank in own)
     keep_own(setup, stage)
-    setup.passes = StagePasses(setup, Neighbours(stage, ranks, groups[ranks]), names)
+    setup.passes = StagePasses(setup, StagePlace(stage, ranks, groups[ranks]), names)
     setup.sharding = StageSharding(setup, pipelines[0], [*names, *(name for name in sorted(setup.names - set(names)))])
     setup.export = export
     return setup

@@ -92,7 +92,7 @@ def _write_merged(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Merge and write in `dtype`; the batch that is compared, and what base and adapter say to it."""
     # On the CPU and without quantisation: what is merged into is the model that is written.
-    load = partial(load_model, job=job, dtype=dtype, device=torch.device("cpu"), attn_implementation="sdpa")
+    load = partial(load_model, job=job, placing=Placing(dtype, torch.device("cpu"), "sdpa"))
     model = load_tuned(load, exported, model_of(run))
     data = None
     with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
