@@ -156,7 +156,8 @@ class Lora(PredictedMethod):
         scaled = 2 * chosen.outputs if self.use_dora else 0  # the magnitude's gradient asks for both summands
         # Rows of tied embeddings are put into a copy of the matrix, which the output's product keeps; so are
         # corrections of experts into a copy of their tensors, and the gradients of both are whole matrices.
-        rows = shape.vocab_size * shape.embedding_width if self.trainable_token_indices else 0
+        trains_rows = bool(self.trainable_token_indices) and shape.has_embedding
+        rows = shape.vocab_size * shape.embedding_width if trains_rows else 0
         copied = chosen.stacked_elements + (rows if shape.tied_embeddings else 0)
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + trained_bytes * trained.total,
@@ -194,7 +195,7 @@ class Lora(PredictedMethod):
         biases = {"none": 0, "lora_only": chosen.biases, "all": shape.num_bias_parameters - chosen.num_saved_biases}
         beside = self.lora_r * chosen.stacked_sides + chosen.num_saved + biases[self.bias]
         beside += chosen.outputs if self.use_dora else 0
-        beside += len(self.trainable_token_indices or ()) * shape.embedding_width
+        beside += shape.has_embedding * len(self.trainable_token_indices or ()) * shape.embedding_width
         return _Trained(multiplied, multiplied + beside)
 
     def quality_prior(self) -> QualityPrior:
