@@ -304,7 +304,7 @@ class ModelShape:
         """All but the experts that a token is not sent to: what model cards call active, embeddings included."""
         return self.num_parameters - self._num_idle_parameters
 
-    @property
+    @cached_property
     def num_product_weights(self) -> int:
         """Weights of the layers that one token's vectors are multiplied with: maps, routers, its own experts."""
         maps = sum(one.inputs * one.outputs for layer in range(self.num_layers) for one in self.linears_of(layer))

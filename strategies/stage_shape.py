@@ -20,6 +20,9 @@ class StageShape(ModelShape):
     whole: ModelShape | None = None
     of: StagePart | None = None
 
+    def __hash__(self) -> int:  # of few fields: caches look shapes up often
+        return hash((self.num_layers, self.of, self.hidden_size))
+
     @property
     def has_embedding(self) -> bool:
         return self._part.is_first

@@ -45,6 +45,7 @@ class NodePlan:
     share: float  # of each step's samples
     kind: Kind = "cpu"  # whose device it is
     uuid: str | None = None  # of the GPU; None = its driver reports none
+    replica: int | None = None  # which pipeline it is a stage of, whose samples are all its own; None = no stage
 
 
 @dataclass(frozen=True)
@@ -117,8 +118,11 @@ class Plan:
 
     @property
     def backend(self) -> str:
-        """The collective backend: nccl among GPUs of one maker (RCCL has that name too), gloo among others."""
-        kinds = {part.kind for part in self.nodes}
+        """The collective backend: nccl among GPUs of one maker (RCCL has that name too), gloo among others.
+
+        Stages send each other hidden states by way of the host, which gloo does.
+        """
+        kinds = {"cpu" if part.techniques.stage else part.kind for part in self.nodes}
         return "nccl" if len(self.nodes) > 1 and len(kinds) == 1 and "cpu" not in kinds else "gloo"
 
     @property
@@ -203,7 +207,8 @@ def _deciding(techniques: Techniques) -> dict[str, Any]:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The resolved values by job-file key, for printing and tracking."""
-    techniques = plan.techniques
+    techniques, stage = plan.techniques, plan.techniques.stage
+    pipeline = {"stages": stage.count, "wire": stage.wire, "ahead": stage.ahead} if stage else {}
     return {
         "method.type": plan.method["type"],
         "cluster.num_workers": plan.num_workers,
@@ -217,6 +222,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,
+        **{f"strategy.pipeline.{key}": value for key, value in pipeline.items()},
         "checkpoint.save_steps": plan.save_steps,
         "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
         "eval.eval_steps": plan.eval_steps,

@@ -8,6 +8,7 @@ pipeline   seconds of a step of stages: simulation, the best cut of layers, the 
 phases     seconds of a job outside of its steps: start, evaluation, saving
 plan       a method's footprint and work on one device -> its StrategyPlan
 reserved   what a process holds beside its tensors, and the range of the whole
+stages     what a stage costs on each device by its layers: lines through few estimates
 streaming  weights that stay on the host: what of them is where, and what crosses the bus
 time       seconds of a training step, by what is waited for
 work       what a method computes: trained weights, adapters, weights to cast or expand

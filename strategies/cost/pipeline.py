@@ -19,11 +19,14 @@ import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from typing import Any
 
 from strategies.pipeline.schedule import num_in_flight, operations
 
 MOST_DEVICES = 6  # of which all orders are looked at
+LEAST_BYTES_PER_S = 5e6 / 8  # of a link: below it hidden states of a small model take seconds each
 AHEADS = (0, 1, 2)
+WORTH_A_DEVICE = 0.95  # of a step without it: what one more device has to bring
 
 
 @dataclass(frozen=True)
@@ -177,7 +180,7 @@ class Way:
     forward_s: Line
     backward_s: Line
     most_layers: int
-    name: Hashable = None  # whatever tells ways apart
+    name: Any = None  # whatever tells ways apart
 
     def total_s(self, layers: int) -> float:
         return self.forward_s.at(layers) + self.backward_s.at(layers)
@@ -211,35 +214,38 @@ def partition(stages: Sequence[Sequence[Way]], num_layers: int, slowest_link_s: 
     Exact: the seconds of a stage never fall with its layers, so each further layer goes where the stage is then the
     fastest.  O(L log P) comparisons.
     """
-    if len(stages) > num_layers:
+    if len(stages) > num_layers or not all(stages):
         return None
-    chosen = [_best_way(ways, 1) for ways in stages]
-    if any(way is None for way in chosen):
-        return None
+    offers = [_Offers(ways) for ways in stages]
+    chosen = [one.fastest(1) for one in offers]
     layers = [1] * len(stages)
-    heap: list[tuple[float, int, Way]] = []
-
-    def offer(stage: int) -> None:
-        if way := _best_way(stages[stage], layers[stage] + 1):
-            heapq.heappush(heap, (way.total_s(layers[stage] + 1), stage, way))
-
-    for stage in range(len(stages)):
-        offer(stage)
+    heap = [(*one.fastest(2), stage) for stage, one in enumerate(offers)]
+    heapq.heapify(heap)
     for _ in range(num_layers - len(stages)):
-        if not heap:
-            return None
-        _, stage, way = heapq.heappop(heap)
+        seconds, way, stage = heap[0]
         layers[stage] += 1
-        chosen[stage] = way
-        offer(stage)
-    ways = [way for way in chosen if way]
-    slowest = max(way.total_s(count) for way, count in zip(ways, layers, strict=True))
-    return Partition(tuple(layers), tuple(ways), max(slowest, slowest_link_s))
+        chosen[stage] = seconds, way
+        heapq.heapreplace(heap, (*offers[stage].fastest(layers[stage] + 1), stage))
+    slowest = max(seconds for seconds, _ in chosen)
+    if not math.isfinite(slowest):
+        return None
+    ways = tuple(ways[way] for ways, (_, way) in zip(stages, chosen, strict=True))
+    return Partition(tuple(layers), ways, max(slowest, slowest_link_s))
 
 
-def _best_way(ways: Sequence[Way], layers: int) -> Way | None:
-    """The fastest that fits so many layers; of equals the first."""
-    return min((way for way in ways if way.most_layers >= layers), key=lambda way: way.total_s(layers), default=None)
+class _Offers:
+    """The ways of one stage, as numbers."""
+
+    def __init__(self, ways: Sequence[Way]) -> None:
+        self._lines = [(way.most_layers, way.total_s(0), way.total_s(1) - way.total_s(0)) for way in ways]
+
+    def fastest(self, layers: int) -> tuple[float, int]:
+        """Seconds of so many layers and the number of the way; infinite where they do not fit."""
+        best, chosen = math.inf, 0
+        for number, (most, fixed, a_layer) in enumerate(self._lines):
+            if most >= layers and (seconds := fixed + a_layer * layers) < best:
+                best, chosen = seconds, number
+        return best, chosen
 
 
 @dataclass(frozen=True)
@@ -266,19 +272,27 @@ class Search:
     links: Links
     aheads: Sequence[int] = AHEADS
     alike: Sequence[Hashable] = ()  # of each device: those equal in this may stand for each other
+    worth_a_device: float = WORTH_A_DEVICE
 
     def best(self, orders: Iterator[tuple[int, ...]], limit_s: float = math.inf) -> Arrangement | None:
-        """The fastest step of all these orders of devices that takes less than the limit."""
+        """The fastest step of all these orders of devices that takes less than the limit.
+
+        A further device has to save something: it may fail, and draws power.
+        """
         found: Arrangement | None = None
         distinct: dict[tuple[Hashable, ...], tuple[int, ...]] = {}
         for order in orders:
             distinct.setdefault(tuple(self.alike[one] for one in order) if self.alike else order, order)
         bounds = {members: self._bound_s(members) for members in {frozenset(order) for order in distinct.values()}}
-        for order in sorted(distinct.values(), key=lambda order: (bounds[frozenset(order)], len(order))):
-            if bounds[frozenset(order)] >= limit_s:
-                break
-            if better := self.best_of(order, limit_s):
-                found, limit_s = better, better.step_s
+        ranked = sorted(distinct.values(), key=lambda order: (len(order), bounds[frozenset(order)]))
+        for count, same in itertools.groupby(ranked, key=len):
+            if found and len(found.devices) < count:
+                limit_s = self.worth_a_device * found.step_s
+            for order in same:
+                if bounds[frozenset(order)] >= limit_s:
+                    break
+                if better := self.best_of(order, limit_s):
+                    found, limit_s = better, better.step_s
         return found
 
     def best_of(self, order: tuple[int, ...], limit_s: float = math.inf) -> Arrangement | None:
@@ -289,10 +303,12 @@ class Search:
             return None
         found: Arrangement | None = None
         link_s = max((one.message_s for one in boundaries), default=0.0)
-        for ahead in self.aheads:
+        for ahead in sorted(self.aheads):
             stages = [self.ways(device, self._role(place, len(order), ahead)) for place, device in enumerate(order)]
             cut = partition(stages, self.num_layers, link_s)
-            if cut is None or self._least_s(cut, boundaries) >= limit_s:
+            if cut is None or self.num_micro_batches * cut.slowest_s >= limit_s:
+                break  # more micro-batches in flight leave less room
+            if self._least_s(cut, boundaries) >= limit_s:
                 continue
             step_s = simulate(cut.passes, boundaries, self.num_micro_batches, ahead).step_s
             if step_s < limit_s * (1 - 1e-9):  # of equals the fewest micro-batches in flight
@@ -304,16 +320,14 @@ class Search:
         return Role(place == 0, place == count - 1, flight)
 
     def _bound_s(self, devices: frozenset[int]) -> float:
-        """No step of these devices is shorter: layers divided without a rest, nothing beside the layers."""
-        speed = sum(1 / max(1e-12, self._least_layer_s(device)) for device in devices)
-        return self.num_micro_batches * self.num_layers / speed if speed else math.inf
-
-    def _least_layer_s(self, device: int) -> float:
-        """What a layer takes at least there: in a stage in the middle, which has nothing beside its layers."""
-        ways = self.ways(device, Role(False, False, 1))
-        return min((way.total_s(self.num_layers) - max(0.0, way.total_s(0)) for way in ways), default=math.inf) / (
-            self.num_layers
+        """No step of these devices is shorter, whatever their order: all as stages in the middle, and then one last."""
+        middle = {device: self.ways(device, Role(False, False, 1)) for device in devices}
+        last = {device: self.ways(device, Role(len(devices) == 1, True, 1)) for device in devices}
+        found = (
+            partition([last[one] if one == end else middle[one] for one in devices], self.num_layers) for end in devices
         )
+        slowest_s = min((cut.slowest_s for cut in found if cut), default=math.inf)
+        return self.num_micro_batches * slowest_s
 
     def _least_s(self, cut: Partition, boundaries: Sequence[Boundary]) -> float:
         """No step is shorter: a stage computes all micro-batches, after the first has come and until the last is back;

@@ -51,6 +51,9 @@ class Full(PredictedMethod):
         )
         return Costs(footprint, work)
 
+    def trains_outside_layers(self, shape: ModelShape) -> bool:
+        return True
+
     def quality_prior(self) -> QualityPrior | None:
         return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
 

@@ -128,6 +128,12 @@ class Lora(PredictedMethod):
             return "lora_target_modules corrects the experts already: leave target_parameters out"
         return None
 
+    def trains_outside_layers(self, shape: ModelShape) -> bool:
+        chosen = targets.adapted_maps(shape, self._choice)
+        corrected = any(linear.reads in ("tokens", "last") for _, linear in chosen.maps)
+        saved = chosen.saves("tokens") or chosen.saves("last")
+        return corrected or saved or bool(self.trainable_token_indices)
+
     def find_misfits(self, architecture: Architecture) -> list[str]:
         found = targets.mistakes(architecture, "lora_target_modules", self._choice)
         return found + targets.wrong_tokens(architecture, self.trainable_token_indices, self._choice)

@@ -219,7 +219,7 @@ def test_the_order_is_the_best_of_all_orders():
     for _ in range(40):
         layer_s = [chance.uniform(0.1, 2.0) for _ in range(4)]
         most = [chance.randint(1, 9) for _ in range(4)]
-        search = search_of(layer_s, most, rate=chance.choice([1e2, 1e3, 1e5]))
+        search = search_of(layer_s, most, rate=chance.choice([1e2, 1e3, 1e5]), worth_a_device=1.0)
         every = [search.best_of(order) for order in orders_of(range(4), range(2, 5))]
         steps = [one.step_s for one in every if one]
 
@@ -237,6 +237,18 @@ def test_a_device_that_would_hold_all_others_up_stays_out():
     found = search_of([1.0, 1.0, 400.0], [9, 9, 9], rate=1e6).best(orders_of(range(3), (2, 3)))
 
     assert sorted(found.devices) == [0, 1]
+
+
+def test_one_more_device_has_to_save_a_twentieth_of_a_step():
+    layer_s, orders = [1.0, 1.0, 29.0], list(orders_of(range(3), (2, 3)))
+
+    two, three = (
+        search_of(layer_s, [99] * 3, 61, num_micro_batches=64, rate=1e6, worth_a_device=worth).best(iter(orders))
+        for worth in (0.95, 1.0)
+    )
+
+    assert (len(two.devices), len(three.devices)) == (2, 3)
+    assert 0.95 * two.step_s < three.step_s < two.step_s
 
 
 def test_small_memory_belongs_where_few_micro_batches_are_in_flight():
