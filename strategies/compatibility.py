@@ -21,6 +21,7 @@ def conflict(
     reasons = itertools.chain(
         [method.refuses(techniques, shape)],
         _streaming_conflicts(method, techniques),
+        _stage_conflicts(method, techniques, shape) if techniques.stage else (),
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
@@ -92,6 +93,26 @@ def _streaming_conflicts(method: Method, t: Techniques) -> Iterator[str]:
         yield "weights that come and go break torch.compile's graph: set train.torch_compile: false"
     if t.uses_engine:
         yield "DeepSpeed divides weights on the devices: set strategy.mode to ddp or zero1"
+
+
+def _stage_conflicts(method: Method, t: Techniques, shape: ModelShape) -> Iterator[str]:
+    """What a model in stages cannot be combined with."""
+    if shape.family.uncut:
+        yield f"{shape.model_type} models are not cut into stages: {shape.family.uncut}: set strategy.mode: auto"
+    if method.streams:
+        yield f"{method.name} updates weights beside the computation, over all layers: set strategy.mode: auto"
+    if shape.tied_embeddings and method.trains_outside_layers(shape):
+        yield (
+            "embedding and output matrix are one tensor of this model, and it trains: the first stage and the last"
+            " would each have a copy. Train neither of them (method.modules_to_save, trainable_token_indices), use an"
+            " adapter of the layers, or set strategy.mode: auto"
+        )
+    if t.zero_stage or t.uses_engine:
+        yield "a stage has its own weights and optimizer: nothing is left for ZeRO or DeepSpeed to divide"
+    if t.offload not in ("none", "weights"):
+        yield f"stages do not offload their {t.offload}: set strategy.offload to none or weights"
+    if t.torch_compile:
+        yield "torch.compile is untested on a part of a model: set train.torch_compile: false"
 
 
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:

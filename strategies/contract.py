@@ -129,6 +129,10 @@ class MethodDefaults(Protocol):
         """Why it cannot train this model with these techniques; None where it can."""
         return None
 
+    def trains_outside_layers(self, shape: ModelShape) -> bool:
+        """Whether something of the embedding or of the output matrix trains."""
+        return False
+
     def find_misfits(self, architecture: Architecture) -> list[str]:
         """Options that name modules or layers which the model does not have, a sentence each."""
         return []

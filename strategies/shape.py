@@ -131,6 +131,14 @@ class ModelShape:
         return replace(family, **dict(self.variant)) if self.variant else family
 
     @property
+    def has_embedding(self) -> bool:
+        return True  # in a pipeline only on the first stage
+
+    @property
+    def has_output(self) -> bool:
+        return True  # in a pipeline only on the last stage
+
+    @property
     def query_size(self) -> int:
         return self.num_heads * self.head_dim
 
@@ -296,7 +304,7 @@ class ModelShape:
         """All but the experts that a token is not sent to: what model cards call active, embeddings included."""
         return self.num_parameters - self._num_idle_parameters
 
-    @property
+    @cached_property
     def num_product_weights(self) -> int:
         """Weights of the layers that one token's vectors are multiplied with: maps, routers, its own experts."""
         maps = sum(one.inputs * one.outputs for layer in range(self.num_layers) for one in self.linears_of(layer))
@@ -318,8 +326,8 @@ class ModelShape:
         tokens = self.vocab_size * width * (1 if self.tied_embeddings else 2)
         projections = 2 * width * self.hidden_size if self.embedding_size else 0
         types = 2 * self.hidden_size if self.family.encoder else 0
-        bias = self.vocab_size * self.family.head_bias
-        return tokens + projections + types + bias + self.num_positions * self.hidden_size
+        bias, positions = self.vocab_size * self.family.head_bias, self.num_positions * self.hidden_size
+        return tokens + projections + types + bias + positions
 
     @property
     def num_norm_parameters(self) -> int:

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware.gpu_links import slowest_inside
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
-from strategies.workload import Dtype, LossType, Offload
+from strategies.cost.pipeline import Boundary, Simulation
+from strategies.workload import Dtype, LossType, Offload, Wire
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
@@ -81,16 +82,39 @@ class Placed:
 
 
 @dataclass(frozen=True)
+class Pipeline:
+    """How the devices of a candidate pass micro-batches on: a stage each, in their order."""
+
+    simulation: Simulation
+    boundaries: tuple[Boundary, ...]
+    wire: Wire
+
+
+@dataclass(frozen=True)
 class Candidate:
     """One way to run the job, and what it would cost."""
 
     method: Method
     placed: tuple[Placed, ...]
-    sync_s: float
+    sync_s: float  # of stages: what the slowest waits for the others and for the links
     num_steps: int
     tokens_per_step: float
     network: Network | None = None  # None: one worker
     assumed_network: bool = False
+    pipeline: Pipeline | None = None
+
+    @cached_property
+    def whole_plan(self) -> StrategyPlan:
+        """The first device's; of stages with what all of them train, save and compute."""
+        plans = [part.plan for part in self.placed]
+        if not self.pipeline:
+            return plans[0]
+        return replace(
+            plans[0],
+            num_trainable_parameters=sum(plan.num_trainable_parameters for plan in plans),
+            flops_per_token=sum(plan.flops_per_token for plan in plans),
+            checkpoint_bytes=sum(plan.checkpoint_bytes for plan in plans),
+        )
 
     @cached_property
     def step_s(self) -> float:

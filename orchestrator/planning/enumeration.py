@@ -94,6 +94,10 @@ class Enumeration:
         wanted = {slot.device.kind for slot in self.slots} - {"cpu"} or {"cpu"}
         return any(part.slot.device.kind in wanted for candidate in self.fitting for part in candidate.placed)
 
+    def first_like(self, slot: Slot) -> Slot:
+        """The slot that stands for all of a kind."""
+        return self._kinds.first(slot)
+
     def slots_like(self, slot: Slot) -> list[Slot]:
         """All slots of a kind."""
         return [other for other in self.slots if self._kinds.first(other) is self._kinds.first(slot)]

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from clusters.units import format_bytes
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Candidate
+from orchestrator.planning.candidates import Candidate, Placed
 from orchestrator.planning.plan import NodePlan
 from strategies.contract import MemoryEstimate
 from strategies.cost.phases import Phases, decode_step_s, forward_share, preparation_s, saving_s, start_s
 from strategies.shape import ModelShape
+from strategies.stage_shape import shape_of_stage
 from strategies.workload import BYTES_PER_ELEMENT, Workload
 
 CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
@@ -114,7 +115,8 @@ def generation_memory(nodes: Sequence[NodePlan], workload: Workload, new_tokens:
     """Whether an answer surely fits on the device with least memory for it, and what the answers take there."""
     usable = min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in nodes)
     tokens = workload.longest_sample + new_tokens
-    one = tokens * cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[nodes[0].techniques.dtype])
+    shape = max((shape_of_stage(workload.shape, part.techniques.stage) for part in nodes), key=lambda it: it.num_layers)
+    one = tokens * cache_bytes_per_token(shape, BYTES_PER_ELEMENT[nodes[0].techniques.dtype])
     if count := int(min(MOST_PROMPTS, usable // one)):
         return True, f"up to {count} prompts at a time: their keys and values take {format_bytes(count * one)} at most"
     return False, (
@@ -165,7 +167,7 @@ def phases_of(
     checkpoint_s = saving_s(plan.checkpoint_bytes)
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
-        start_s=start_s(workload.shape, slot.device, plan.memory.weights_bytes),
+        start_s=start_s(shape_of_stage(workload.shape, techniques.stage), slot.device, plan.memory.weights_bytes),
         preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
         evaluation_s=evaluation_s,
         training_s=candidate.total_s,
@@ -174,15 +176,28 @@ def phases_of(
 
 
 def _generation_s(candidate: Candidate, workload: Workload, num_answers: int, num_tokens: int) -> float:
-    """Answers to all prompts, the workers' parts at once; a batch takes as many steps as its longest answer."""
+    """Answers to all prompts; a batch takes as many steps as its longest answer.
+
+    Workers answer their parts at once; a token passes the stages of a pipeline one after the other.
+    """
+    stages = candidate.pipeline is not None
+    own = num_answers if stages else math.ceil(num_answers / len(candidate.placed))
+    counts = [_prompts_at_once(part, workload, own, num_tokens) for part in candidate.placed]
+    counts = [min(counts)] * len(counts) if stages else counts
     found = []
-    for part in candidate.placed:
-        own = math.ceil(num_answers / len(candidate.placed))
+    for part, rows in zip(candidate.placed, counts, strict=True):
         techniques, slot = part.plan.techniques, part.slot
-        one = cache_bytes_per_token(workload.shape, BYTES_PER_ELEMENT[techniques.dtype])
-        fits = cache_usable_bytes(part.plan.memory, slot.memory_bytes) // (one * (workload.longest_sample + num_tokens))
-        rows = max(1, min(own, MOST_PROMPTS, int(fits)))
+        shape = shape_of_stage(workload.shape, techniques.stage)
+        one = cache_bytes_per_token(shape, BYTES_PER_ELEMENT[techniques.dtype])
         cache = rows * one * (workload.mean_length + num_tokens / 2)
-        step_s = decode_step_s(workload.shape, slot.device, slot.node, techniques, cache, rows)
+        step_s = decode_step_s(shape, slot.device, slot.node, techniques, cache, rows)
         found.append(math.ceil(own / rows) * num_tokens * step_s)
-    return max(found)
+    return sum(found) if stages else max(found)
+
+
+def _prompts_at_once(part: Placed, workload: Workload, own: int, num_tokens: int) -> int:
+    """Prompts whose keys and values fit on a device together."""
+    shape = shape_of_stage(workload.shape, part.plan.techniques.stage)
+    one = cache_bytes_per_token(shape, BYTES_PER_ELEMENT[part.plan.techniques.dtype])
+    usable = cache_usable_bytes(part.plan.memory, part.slot.memory_bytes)
+    return max(1, min(own, MOST_PROMPTS, int(usable // (one * (workload.longest_sample + num_tokens)))))

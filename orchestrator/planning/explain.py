@@ -14,8 +14,7 @@ from orchestrator.job.job_file import value_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Slot
 from orchestrator.planning.enumeration import Enumeration
-from orchestrator.planning.goal import prior_of
-from orchestrator.planning.pareto import pareto
+from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
@@ -42,8 +41,13 @@ def describe_candidate(candidate: Candidate) -> str:
     return f"{', '.join(parts)} on {where}"
 
 
-def explain_excluded(chosen: Candidate, enumeration: Enumeration, helper: str | None = None) -> dict[str, str]:
-    """Node -> why it does not train beside the others, and what it does or is good for instead."""
+def explain_excluded(
+    chosen: Candidate, enumeration: Enumeration, helper: str | None = None, stages: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Node -> why it does not train beside the others, and what it does or is good for instead.
+
+    `stages` has that of nodes without a stage of the chosen pipeline.
+    """
     taking_part = {node.name for node in chosen.nodes}
     wider = [
         (names, other)
@@ -56,7 +60,9 @@ def explain_excluded(chosen: Candidate, enumeration: Enumeration, helper: str | 
         if name in taking_part or name in found:
             continue
         best = next((other for names, other in wider if name in names), None)
-        if best:
+        if stages and name in stages:
+            why = stages[name]
+        elif best:
             waits = (
                 f", {format_s(best.sync_s)} of it waiting for the network" if best.sync_s > 0.05 * best.step_s else ""
             )
@@ -106,7 +112,8 @@ def alternatives(
     front = sorted(pareto(fitting, costs), key=lambda candidate: candidate.total_s)
     fastest: dict[tuple[str, int, int], Candidate] = {}
     for candidate in sorted(fitting, key=lambda c: c.total_s):
-        fastest.setdefault((candidate.method.name, candidate.zero_stage, len(candidate.placed)), candidate)
+        division = -1 if candidate.pipeline else candidate.zero_stage
+        fastest.setdefault((candidate.method.name, division, len(candidate.placed)), candidate)
     shown = [chosen]
     for candidate in (*fastest.values(), *front):
         if not any(_offers_as_much(known, candidate) for known in shown):
@@ -160,7 +167,8 @@ def _why_not(chosen: Candidate, other: Candidate, scores: Mapping[str, float]) -
     if theirs is not None and ours is not None and theirs != ours:
         parts.append(f"expected score {theirs:.3f} against {ours:.3f} (prior)")
     if other.sync_s > 0.3 * other.step_s:
-        parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for the network")
+        whom = "other stages" if other.pipeline else "the network"
+        parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for {whom}")
     return ", ".join(parts)
 
 
@@ -201,7 +209,37 @@ def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate
         "strategy.offload": _why_offload(part.plan, device),
         "cluster.num_workers": "the devices that together are best by the goal",
     }
-    return {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
+    reasons = {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
+    return reasons | _explain_pipeline(spec, chosen, fitting)
+
+
+def _explain_pipeline(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:
+    """Which layers lie where, what each stage and the slowest link take, and why the model is divided at all."""
+    if chosen.pipeline is None:
+        return {}
+    fastest = min((one for one in fitting if not one.pipeline), key=lambda one: one.step_s, default=None)
+    why = "nothing else fits"
+    if fastest is not None:
+        why = f"a step takes {format_s(chosen.step_s)}, {format_s(fastest.step_s)} by {describe_candidate(fastest)}"
+    parts, run = chosen.placed, chosen.pipeline
+    stages = []
+    for part, one in zip(parts, run.simulation.passes, strict=True):
+        stage = part.plan.techniques.stage
+        assert stage is not None
+        streams = ", streamed from the host" if part.plan.techniques.streams_weights else ""
+        layers = f"{stage.first_layer} to {stage.end_layer - 1}"
+        stages.append(f"layers {layers} on {part.slot.label}{streams}: {format_s(one.total_s)}")
+    slowest = max(range(len(run.boundaries)), key=lambda number: run.boundaries[number].message_s)
+    names = " - ".join(part.slot.node.name for part in parts[slowest : slowest + 2])
+    link_s = format_s(run.boundaries[slowest].message_s)
+    stated = spec.strategy.pipeline
+    reasons = {
+        "strategy.mode": (spec.strategy.mode, f"pipeline of {len(parts)} stages: {why}"),
+        "strategy.pipeline": ("auto", f"a micro-batch: {'; '.join(stages)}; slowest link {names}: {link_s} each way"),
+        "strategy.pipeline.wire": (stated.wire, f"{run.wire}: what hidden states are computed in"),
+        "strategy.pipeline.ahead": (stated.ahead, f"{run.simulation.ahead}: the shortest step of those that fit"),
+    }
+    return {key: why for key, (value, why) in reasons.items() if value == "auto"}
 
 
 def _why_offload(plan: StrategyPlan, device: DeviceCapability) -> str:

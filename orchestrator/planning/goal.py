@@ -1,9 +1,10 @@
-"""The best candidate by the job's goal, among those that keep its limits.  Pure."""
+"""The best candidate by the job's goal, among those that keep its limits, and the Pareto front.  Pure."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from clusters.units import format_s
 from orchestrator.errors import JobError, NothingFits
@@ -12,6 +13,8 @@ from orchestrator.planning.candidates import Candidate
 from orchestrator.planning.price import price_of
 from strategies.contract import Method
 from strategies.quality import QualityPrior
+
+T = TypeVar("T")
 
 # Beyond two weeks a stated goal.max_hours must allow the plan: nobody plans that by mistake.  Published fine-tunings of
 # one machine take minutes to days; in two weeks a machine is restarted (updates, heat, power), the loss says in hours
@@ -98,3 +101,17 @@ def _within_limits(spec: JobSpec, fitting: Sequence[Candidate]) -> list[Candidat
 def _cost_or_time(spec: JobSpec, candidate: Candidate) -> float:
     total = price_of(spec, candidate).total
     return candidate.total_s / 3600 if total is None else total
+
+
+def pareto(items: Sequence[T], costs: Callable[[T], tuple[float, ...]]) -> list[T]:
+    """The items that no other one beats in every cost at once, in their order; of equal costs all stay.
+
+    Less is better in each cost.
+    """
+    known = [costs(item) for item in items]
+    different = set(known)
+
+    def is_beaten(mine: tuple[float, ...]) -> bool:
+        return any(theirs != mine and all(a <= b for a, b in zip(theirs, mine, strict=True)) for theirs in different)
+
+    return [item for item, mine in zip(items, known, strict=True) if not is_beaten(mine)]

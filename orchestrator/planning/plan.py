@@ -214,7 +214,8 @@ def _deciding(techniques: Techniques) -> dict[str, Any]:
 
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The resolved values by job-file key, for printing and tracking."""
-    techniques = plan.techniques
+    techniques, stage = plan.techniques, plan.techniques.stage
+    pipeline = {"stages": stage.count, "wire": stage.wire, "ahead": stage.ahead} if stage else {}
     return {
         "method.type": plan.method["type"],
         "cluster.num_workers": plan.num_workers,
@@ -228,6 +229,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,
+        **{f"strategy.pipeline.{key}": value for key, value in pipeline.items()},
         "checkpoint.save_steps": plan.save_steps,
         "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
         "eval.eval_steps": plan.eval_steps,

@@ -29,9 +29,10 @@ from orchestrator.planning.explain import (
     why_nothing_fits,
 )
 from orchestrator.planning.goal import choose_candidate, prior_of, too_long
+from orchestrator.planning.pipelines import why_no_stage, with_pipelines
 from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
-from orchestrator.planning.refusals import refuse_contradictions
+from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_links
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions
 from strategies.cost.phases import saving_s
@@ -179,6 +180,7 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
         first = "no machine has a device that could train; declare one with --hardware FILE"
         raise NothingFits("\n".join([first, *unusable]))
     refuse_contradictions(spec, inputs.workload, slots, switches)
+    refuse_slow_links(spec, slots, cluster)
     num_slots = len(slots_of(spec, cluster))
     stated = _stated_workers(spec, num_slots)
     return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches, stated), num_slots
@@ -196,10 +198,10 @@ def accepts(inputs: PlanInputs) -> bool:
         return False
 
 
-def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int) -> ChosenCandidate | None:
-    """The best candidate with as many workers as the job states; None where nothing fits."""
+def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int, whole: bool = False) -> ChosenCandidate | None:
+    """The best candidate with as many workers as the job states, each `whole` or not; None where nothing fits."""
     enumeration.run()
-    fitting = enumeration.fitting
+    fitting = enumeration.fitting if whole else with_pipelines(spec, enumeration)
     enumeration.fitting = [found for found in fitting if _has_stated_workers(spec, found, num_slots)]
     enumeration.other_groups = [found for found in fitting if not _has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
@@ -216,7 +218,7 @@ def _plan_of(
 ) -> Plan:
     """The plan that runs a candidate, with what the evaluation and the checkpoints leave open resolved."""
     workload, enumeration, chosen = choice.workload, choice.enumeration, choice.candidate
-    first, prior = chosen.placed[0].plan, prior_of(spec, workload.shape.num_parameters, chosen.method)
+    first, prior = chosen.whole_plan, prior_of(spec, workload.shape.num_parameters, chosen.method)
     nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
     helper = _helper(spec, choice, held_out)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
@@ -228,6 +230,7 @@ def _plan_of(
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
     reasons = explain_choice(spec, chosen, enumeration.fitting) | reasons | evaluation.reasons | why_options
+    excluded = explain_excluded(chosen, enumeration, helper and helper.node, why_no_stage(spec, enumeration, chosen))
     return Plan(
         method={"type": chosen.method.name, **asdict(chosen.method), **options},  # type: ignore[call-overload]
         nodes=nodes,
@@ -244,7 +247,7 @@ def _plan_of(
         flops_per_token=first.flops_per_token,
         checkpoint_bytes=first.checkpoint_bytes,
         global_batch_size=workload.global_batch_size,
-        local_batch_size=_local_batch_size(spec, workload),
+        local_batch_size=workload.global_batch_size // steps if (steps := spec.strategy.local_steps) else None,
         num_steps=workload.num_steps,
         save_steps=save_steps,
         eval_steps=evaluation.eval_steps,
@@ -254,8 +257,7 @@ def _plan_of(
         reasons=reasons | {key: why for key, why in checkpoint.items() if why},
         alternatives=alternatives(spec, chosen, enumeration.fitting, workload.shape.num_parameters, larger),
         rejected=enumeration.rejections.reasons,
-        left_out=explain_excluded(chosen, enumeration, helper.node if helper else None)
-        | explain_unusable(enumeration.cluster),
+        left_out=excluded | explain_unusable(enumeration.cluster),
         if_installed=explain_absent_libraries(enumeration, chosen),
         helper=helper,
     )
@@ -310,6 +312,7 @@ def _node_plan_of(part: Placed) -> NodePlan:
         share=part.share,
         kind=slot.device.kind,
         uuid=slot.device.uuid,
+        replica=0 if plan.techniques.stage else None,
     )
 
 
@@ -340,6 +343,8 @@ def _stated_workers(spec: JobSpec, num_slots: int) -> int | None:
 
 
 def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
+    if spec.strategy.mode == "pipeline" and not candidate.pipeline:
+        return False
     return _stated_workers(spec, num_slots) in (None, len(candidate.placed))
 
 
@@ -350,11 +355,6 @@ def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:
     network, dtype = candidate.network, spec.strategy.sync_dtype
     sent = candidate.sent_bytes / BYTES_PER_ELEMENT["float32"] * BYTES_PER_ELEMENT[dtype]
     return Sync(dtype, network.bucket_bytes(sent), candidate.sync_options)
-
-
-def _local_batch_size(spec: JobSpec, workload: Workload) -> int | None:
-    steps = spec.strategy.local_steps
-    return workload.global_batch_size // steps if steps else None
 
 
 def _larger_steps(spec: JobSpec, choice: ChosenCandidate, num_slots: int) -> Alternative | None:
@@ -376,7 +376,7 @@ def _larger_steps(spec: JobSpec, choice: ChosenCandidate, num_slots: int) -> Alt
         if workload is None:
             break
         same_way = replace(enumeration, workload=workload, methods=[chosen.method], switches=switches)
-        wider = _choose(spec, same_way, num_slots)
+        wider = _choose(spec, same_way, num_slots, whole=True)
         if wider and len(wider.candidate.placed) > 1 and _is_faster(wider, best):
             best = wider
     return None if best is choice else describe_larger_steps(chosen, best.candidate, best.workload)

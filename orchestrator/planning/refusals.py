@@ -6,21 +6,24 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
+from clusters.capability import ClusterCapability
 from clusters.units import format_count
 from orchestrator.errors import JobError
 from orchestrator.job.model_check import check_targets
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Slot, Switches, limit_per_node
+from orchestrator.planning.candidates import Slot, Switches, limit_per_node, slowest_link
 from orchestrator.planning.goal import prior_of
 from strategies.compatibility import conflict, refuses_local_steps
+from strategies.cost.pipeline import LEAST_BYTES_PER_S, MOST_DEVICES
 from strategies.model.targets import architecture_of_shape
 from strategies.techniques.sharding import refused_keys
-from strategies.workload import Techniques, Workload
+from strategies.workload import StagePart, Techniques, Workload
 
 
 def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError for settings that no device could train with, whatever the plan chose for the rest."""
     _refuse_strategy(spec, slots)
+    _refuse_pipeline(spec, workload, slots)
     _refuse_kernels(spec)
     if all(slot.device.kind == "cpu" for slot in slots):
         _refuse_on_cpus(spec)
@@ -56,6 +59,71 @@ def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
         raise JobError("strategy.local_steps: workers that train apart hold everything; set strategy.mode to ddp")
 
 
+def _refuse_pipeline(spec: JobSpec, workload: Workload, slots: Sequence[Slot]) -> None:
+    """Raises JobError with what the job states of a pipeline that cannot be."""
+    strategy, pipeline, found = spec.strategy, spec.strategy.pipeline, list[str]()
+    if strategy.mode not in ("auto", "pipeline"):
+        if pipeline.model_fields_set:
+            keys = ", ".join(f"strategy.pipeline.{key}" for key in sorted(pipeline.model_fields_set))
+            raise JobError(f"{keys}: strategy.mode is {strategy.mode}; set it to pipeline, or leave these keys out")
+        return
+    if pipeline.replicas not in ("auto", 1):
+        found.append(
+            f"strategy.pipeline.replicas is {pipeline.replicas}: several pipelines beside each other are not made yet;"
+            " set it to auto"
+        )
+    layers, count = workload.shape.num_layers, len(limit_per_node(slots))
+    if isinstance(pipeline.stages, int) and pipeline.stages > layers:
+        found.append(
+            f"strategy.pipeline.stages is {pipeline.stages}, and the model has {layers} layers, of which each stage"
+            " needs one; lower it"
+        )
+    if strategy.mode == "pipeline":
+        found += _stated_pipeline_mistakes(spec, count)
+    if found:
+        raise JobError(found)
+
+
+def _stated_pipeline_mistakes(spec: JobSpec, num_slots: int) -> list[str]:
+    strategy, stages, workers = spec.strategy, spec.strategy.pipeline.stages, spec.cluster.num_workers
+    found = []
+    if num_slots < 2:
+        found.append("strategy.mode: pipeline divides layers among devices, and here is one worker; set it to auto")
+    elif isinstance(stages, int) and stages > num_slots:
+        found.append(
+            f"strategy.pipeline.stages is {stages}, and {num_slots} devices can train; lower it to {num_slots}"
+        )
+    if isinstance(workers, int) and not 2 <= workers <= MOST_DEVICES:
+        found.append(
+            f"cluster.num_workers is {workers}, and a pipeline has 2 to {MOST_DEVICES} stages, one on each; set it to"
+            " auto"
+        )
+    if isinstance(stages, int) and isinstance(workers, int) and stages != workers:
+        found.append(f"strategy.pipeline.stages is {stages} and cluster.num_workers {workers}; set one of them to auto")
+    if strategy.deepspeed is not None:
+        found.append(
+            "strategy.deepspeed configures ZeRO, of which a pipeline has none: remove it, or set strategy.mode to zero2"
+        )
+    if strategy.local_steps:
+        found.append("strategy.local_steps: stages pass on every micro-batch; remove it, or set strategy.mode to ddp")
+    return found
+
+
+def refuse_slow_links(spec: JobSpec, slots: Sequence[Slot], cluster: ClusterCapability) -> None:
+    """Raises JobError where a pipeline is stated and no link could carry its hidden states."""
+    names = list(dict.fromkeys(slot.node.name for slot in slots))
+    if spec.strategy.mode != "pipeline" or len(names) < len(slots) or len(names) < 2:
+        return
+    rates = {pair: slowest_link(pair, cluster)[0] for pair in itertools.combinations(names, 2)}
+    (one, other), best = max(rates.items(), key=lambda item: item[1])
+    if best < LEAST_BYTES_PER_S:
+        raise JobError(
+            f"strategy.mode: the best link of these machines, {one} - {other}, carries {8e-6 * best:.2g} Mbit/s, and a"
+            f" pipeline needs {8e-6 * LEAST_BYTES_PER_S:.0f}: hidden states cross it with every micro-batch. Join the"
+            " machines by a faster one, or set strategy.mode to auto"
+        )
+
+
 def _refuse_kernels(spec: JobSpec) -> None:
     attention, packing, compiled = spec.model.attn_implementation, spec.data.packing, spec.train.torch_compile
     if attention == "document" and packing is False:
@@ -84,6 +152,8 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
         "gradient_checkpointing": spec.train.gradient_checkpointing is True
         or (spec.strategy.offload == "weights" and spec.train.gradient_checkpointing == "auto"),
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
+        "torch_compile": switches.torch_compile if spec.strategy.mode == "pipeline" else False,
+        "stage": StagePart(0, 2, 0, 1) if spec.strategy.mode == "pipeline" else None,
     }
     kernels = (attention,) if attention != "auto" else ("sdpa", "eager")  # eager computes every model's attention
     devices = {slot.kind: slot.device for slot in slots}.values()

@@ -86,8 +86,8 @@ class Assignment:
             offloads = [offload for offload in offloads if offload != "weights"]
         for packing, offload, optim in itertools.product(switches.packings, offloads, switches.optims):
             found: list[StrategyPlan] = []
-            for dtype in _worthwhile_dtypes(switches.dtypes, self.slot):
-                for base in self._best_kernels(dtype, packing, offload, optim, rejections):
+            for dtype in worthwhile_dtypes(switches.dtypes, self.slot):
+                for base in self.best_kernels(dtype, packing, offload, optim, rejections):
                     # A slower number format is worth its leanest form where a faster one fits.
                     lean = bool(found) and _is_slower(self.slot, dtype, found[0].techniques.dtype)
                     found += self._with_and_without(base, lean, estimates)
@@ -137,7 +137,7 @@ class Assignment:
                 break
         return [*fitting, *(plan for plan in leanest if plan.techniques not in [one.techniques for one in fitting])]
 
-    def _best_kernels(
+    def best_kernels(
         self, dtype: Dtype, packing: bool, offload: Offload, optim: str, rejections: Rejections
     ) -> list[Techniques]:
         """The smallest settings with the attention kernels that may be combined with the rest: the best one.
@@ -321,6 +321,7 @@ def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list
         "8-bit optimizer": techniques.optim.startswith("adamw_bnb"),
         f"{techniques.offload} offload": techniques.offload != "none",
         f"ZeRO-{techniques.zero_stage}": techniques.zero_stage > 0,
+        f"{techniques.stage.count if techniques.stage else 0} stages": techniques.stage is not None,
     }
     return [word for word, on in is_on.items() if on]
 
@@ -339,7 +340,7 @@ def _is_slower(slot: Slot, dtype: Dtype, than: Dtype) -> bool:
     return rate < _SLOWER * other
 
 
-def _worthwhile_dtypes(dtypes: Sequence[Dtype], slot: Slot) -> list[Dtype]:
+def worthwhile_dtypes(dtypes: Sequence[Dtype], slot: Slot) -> list[Dtype]:
     """The faster 16-bit format, of equals bfloat16 since it needs no loss scaling; and fp32 beside it."""
     half: list[Dtype] = [dtype for dtype in dtypes if dtype != "float32"]
     if len(half) > 1:

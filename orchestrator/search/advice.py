@@ -22,8 +22,7 @@ from orchestrator.job.space import Point, Space, key_of
 from orchestrator.job.spec import JobSpec
 from orchestrator.lifecycle.prepare import Sizes
 from orchestrator.planning import planner, workload
-from orchestrator.planning.goal import by_goal
-from orchestrator.planning.pareto import pareto
+from orchestrator.planning.goal import by_goal, pareto
 from orchestrator.planning.plan import Plan
 from strategies.shape import ModelShape
 

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.space import Point
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.goal import by_goal
-from orchestrator.planning.pareto import pareto
+from orchestrator.planning.goal import by_goal, pareto
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.search_folder import Trial
 

@@ -44,7 +44,7 @@ def product_bytes(workload: Workload, techniques: Techniques, work: Work, tokens
     moved += adapter_passes * tokens * work.adapter_inputs * (shape.num_layers - work.first_layer)
     head_passes = 2 + work.trains_output + (techniques.loss_type == "chunked_nll")
     supervised, h, vocabulary = tokens * workload.supervised_fraction, shape.hidden_size, shape.vocab_size
-    moved += head_passes * (supervised * (h + vocabulary) + h * vocabulary)
+    moved += shape.has_output * head_passes * (supervised * (h + vocabulary) + h * vocabulary)
     return BYTES_PER_ELEMENT[techniques.dtype] * moved
 
 

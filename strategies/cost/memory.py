@@ -13,7 +13,9 @@ from dataclasses import dataclass
 from clusters.capability import DeviceCapability
 from strategies.contract import MemoryEstimate
 from strategies.cost import streaming
+from strategies.cost.micro_batches import micro_batches_in_flight
 from strategies.cost.reserved import with_framework
+from strategies.pipeline.wire_size import message_bytes
 from strategies.shape import ModelShape
 from strategies.techniques.attention import copies_keys
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
@@ -99,7 +101,7 @@ def estimate(
     footprint: Footprint,
     stack: Stack | None = None,
 ) -> MemoryEstimate:
-    """Memory of a step on one device, low and high included.
+    """Memory of a step on one device, low and high included; of a stage, `workload` and `footprint` are the stage's.
 
     The peak is the larger of two moments: the end of the forward pass (everything saved, the logits) and the end of
     the backward pass (all gradients, the optimizer's temporaries).
@@ -114,11 +116,11 @@ def estimate(
         optimizer = footprint.optimizer_bytes
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
     logits = stack.head_bytes + logits_bytes(workload, techniques, stack, tokens)
-    cast = footprint.cast_bytes / (workload.shape.num_layers if techniques.gradient_checkpointing else 1)
-    buffers = buffer_bytes(workload.shape, techniques, footprint, stack)
-    host = 0.0
+    cast, saved = _in_flight(workload, techniques, footprint, tokens, saved)
+    messages, host = message_buffers(workload, device, techniques, tokens)
+    buffers = messages + buffer_bytes(workload.shape, techniques, footprint, stack)
     if (streamed := footprint.streamed) is not None:
-        gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, streamed.host_bytes
+        gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, host + streamed.host_bytes
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
         host, saved = saved, saved / workload.shape.num_layers
     if techniques.offloads_optimizer:
@@ -255,6 +257,36 @@ def activation_bytes(
     return layer * layers, transient
 
 
+def _in_flight(
+    workload: Workload, techniques: Techniques, footprint: Footprint, tokens: float, saved: float
+) -> tuple[float, float]:
+    """(cast weights, what is kept) of all micro-batches whose backward pass is to come; `saved` is one's.
+
+    A stage keeps the hidden state that it sent on, from which its backward pass begins.  What it received is the input
+    of its first layer, which counts with the layer.
+    """
+    stage, flight = techniques.stage, micro_batches_in_flight(workload, techniques)
+    sent = 0.0 if stage is None or stage.is_last else tokens * footprint.stream_bytes * workload.shape.hidden_size
+    if techniques.gradient_checkpointing:
+        return footprint.cast_bytes / workload.shape.num_layers, flight * (saved + sent)
+    return flight * footprint.cast_bytes, flight * (saved + sent)
+
+
+def message_buffers(
+    workload: Workload, device: DeviceCapability, techniques: Techniques, tokens: float
+) -> tuple[float, float]:
+    """Bytes (on the device, on the host) of a stage's messages, which gloo sends from and to a CPU's memory.
+
+    Receives posted in advance from each neighbour, `ahead + 2` deep, and one on its way to it.
+    """
+    stage = techniques.stage
+    if stage is None:
+        return 0.0, 0.0
+    neighbours = (not stage.is_first) + (not stage.is_last)
+    held = neighbours * (stage.ahead + 2 + 1) * message_bytes(tokens, workload.shape.hidden_size, stage.wire)
+    return (held, 0.0) if device.kind == "cpu" else (0.0, held)
+
+
 def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, tokens: float) -> float:
     """The output at the positions where a loss is computed, when the backward pass begins."""
     if stack.logits_bytes is not None:
@@ -270,7 +302,7 @@ def _sliced_logits_bytes(
 ) -> float:
     """Of a chunked loss: logits of a slice of the output matrix, which all positions meet at its visit."""
     positions = tokens * workload.supervised_fraction
-    if techniques.loss_type != "chunked_nll":
+    if techniques.loss_type != "chunked_nll" or not frozen.output:
         return _NLL_BYTES * workload.shape.vocab_size * positions
     rows = workload.shape.vocab_size * frozen.slice_bytes / frozen.output
     return _NLL_BYTES * rows * min(positions, streaming.POSITIONS)

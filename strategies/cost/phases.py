@@ -95,7 +95,7 @@ def decode_step_s(
     """
     rate, _ = time.product_rate(device, node, techniques.dtype)
     bandwidth, _ = time.memory_rate(device)
-    weights = shape.num_product_weights + shape.vocab_size * shape.hidden_size
+    weights = shape.num_product_weights + shape.has_output * shape.vocab_size * shape.hidden_size
     moved = BYTES_PER_ELEMENT[techniques.dtype] * weights + _CACHE_PASSES * cache_bytes
     computing = moved / bandwidth + 2.0 * rows * weights / rate
     starting = _DECODE_OPERATIONS * shape.num_layers * time.operation_s(device, techniques)

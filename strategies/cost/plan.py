@@ -7,10 +7,11 @@ from typing import ClassVar
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import MethodDefaults, StrategyPlan
-from strategies.cost import memory, time
+from strategies.cost import memory, micro_batches, time
 from strategies.cost.memory import Footprint
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
+from strategies.stage_shape import workload_of_stage
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
 
@@ -30,7 +31,10 @@ def predict(
     techniques: Techniques,
     costs: Costs,
 ) -> StrategyPlan:
-    """Memory and time of a step, and the bytes that cross the network and the disk."""
+    """Memory and time of a step, and the bytes that cross the network and the disk.
+
+    Of a stage, `workload` and `costs` are those of its part (`workload_of_stage`).
+    """
     footprint, work = costs.footprint, costs.work
     gathers = techniques.zero_stage >= 3
     element_bytes = BYTES_PER_ELEMENT[techniques.dtype]
@@ -45,8 +49,8 @@ def predict(
         gradient_bytes=footprint.trained_bytes * footprint.num_trainable,
         gathered_bytes=min(footprint.weights_bytes, element_bytes * workload.shape.num_parameters) if gathers else 0.0,
         streamed_bytes=time.streamed_bytes(workload.shape, techniques, work),
-        num_micro_batches=time.num_micro_batches(workload, techniques),
-        tokens_per_micro_batch=time.tokens_per_micro_batch(workload, techniques),
+        num_micro_batches=micro_batches.num_micro_batches(workload, techniques),
+        tokens_per_micro_batch=micro_batches.tokens_per_micro_batch(workload, techniques),
     )
 
 
@@ -62,4 +66,5 @@ class PredictedMethod(MethodDefaults):
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
-        return predict(self.name, workload, device, node, techniques, self.costs(workload.shape, techniques))
+        part = workload_of_stage(workload, techniques.stage)
+        return predict(self.name, part, device, node, techniques, self.costs(part.shape, techniques))

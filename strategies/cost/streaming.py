@@ -52,11 +52,13 @@ def split(shape: ModelShape, techniques: Techniques, frozen_bytes: float) -> Fro
     """Frozen weights of that many bytes in all, whatever form the layers' have."""
     g = BYTES_PER_ELEMENT[techniques.dtype]
     tokens = float(g * shape.vocab_size * shape.embedding_width)
-    outside = tokens * (1 if shape.tied_embeddings else 2)
-    final_norm = shape.hidden_size * (1 + shape.family.norm_bias) * shape.family.final_norm
+    embedding, output = tokens * shape.has_embedding, tokens * shape.has_output
+    is_tied = shape.tied_embeddings and shape.has_embedding and shape.has_output
+    outside = embedding + (0.0 if is_tied else output)
+    final_norm = shape.hidden_size * (1 + shape.family.norm_bias) * shape.family.final_norm * shape.has_output
     rest = g * (shape.num_embedding_parameters + final_norm) - outside
     layers = max(0.0, frozen_bytes - outside - rest)
-    return FrozenParts(layers, layers * _largest_share(shape), tokens, tokens, rest, shape.tied_embeddings)
+    return FrozenParts(layers, layers * _largest_share(shape), embedding, output, rest, is_tied)
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import TimeEstimate
 from strategies.cost import kernels, streaming
 from strategies.cost.memory import SHORT
+from strategies.cost.micro_batches import num_micro_batches, padded_length, padding, tokens_per_micro_batch
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
@@ -79,7 +80,7 @@ def _masks_rows(techniques: Techniques) -> bool:
 def _attended(workload: Workload, techniques: Techniques) -> float:
     """Tokens of the row or document that an average token stands in."""
     if not techniques.packing:
-        return _padded_length(workload, techniques)
+        return padded_length(workload, techniques)
     if workload.shape.family.encoder or _masks_rows(techniques):  # one mask over the whole packed row
         return min(techniques.max_length, workload.share * workload.tokens_per_step)
     return workload.attended_length
@@ -90,7 +91,7 @@ def estimate(
 ) -> TimeEstimate:
     """One step on one device, its share of the samples; waiting for other devices is added by `with_sync`."""
     shape = workload.shape
-    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
+    tokens = workload.share * workload.tokens_per_step * padding(workload, techniques)
     micro_tokens, num_micro = tokens_per_micro_batch(workload, techniques), num_micro_batches(workload, techniques)
     products, attention = flops_per_token(workload, techniques, work)
     rate, guessed_rate = product_rate(device, node, techniques.dtype)
@@ -307,37 +308,3 @@ def file_rate(device: DeviceCapability, node: NodeCapability, num_bytes: float) 
     if num_bytes < _PAGES * (node.memory_bytes or 0):
         return memory_rate(device)[0] / 3  # a copy reads and writes, and the write reads its line first
     return node.disk_write_bytes_per_s or _DISK_BYTES_PER_S
-
-
-def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
-    """Micro-batches of one step on one device."""
-    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
-    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - 0.05))
-
-
-def tokens_per_micro_batch(workload: Workload, techniques: Techniques) -> float:
-    """Tokens of a full micro-batch, padding included."""
-    tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
-    return min(tokens, _micro_tokens(workload, techniques))
-
-
-def _micro_tokens(workload: Workload, techniques: Techniques) -> float:
-    rows = techniques.per_device_train_batch_size
-    if techniques.packing:
-        return rows * techniques.max_length
-    return rows * _padded_length(workload, techniques)
-
-
-def _padding(workload: Workload, techniques: Techniques) -> float:
-    """Processed over real tokens.  Rows of similar length share a micro-batch."""
-    if techniques.packing:
-        return 1.0
-    known = workload.padded_ratio
-    if not known:
-        return 1.0
-    rows = techniques.per_device_train_batch_size
-    return known[min(known, key=lambda count: abs(math.log(count / rows)))]
-
-
-def _padded_length(workload: Workload, techniques: Techniques) -> float:
-    return workload.mean_length * _padding(workload, techniques)

@@ -24,7 +24,7 @@ class Full(PredictedMethod):
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        num_parameters, output = shape.num_parameters, shape.vocab_size * shape.hidden_size
+        num_parameters, output = shape.num_parameters, shape.has_output * shape.vocab_size * shape.hidden_size
         engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
         half = g < 4 and not engine  # autocast: each linear map keeps a copy of its input and of its weight in that
         inputs = sum(linear.inputs for linear in shape.linears) if half else shape.distinct_inputs(shape.linears)
@@ -50,6 +50,9 @@ class Full(PredictedMethod):
             cast_parameters=shape.num_linear_parameters + output if half else 0,
         )
         return Costs(footprint, work)
+
+    def trains_outside_layers(self, shape: ModelShape) -> bool:
+        return True
 
     def quality_prior(self) -> QualityPrior | None:
         return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")

@@ -128,6 +128,12 @@ class Lora(PredictedMethod):
             return "lora_target_modules corrects the experts already: leave target_parameters out"
         return None
 
+    def trains_outside_layers(self, shape: ModelShape) -> bool:
+        chosen = targets.adapted_maps(shape, self._choice)
+        corrected = any(linear.reads in ("tokens", "last") for _, linear in chosen.maps)
+        saved = chosen.saves("tokens") or chosen.saves("last")
+        return corrected or saved or bool(self.trainable_token_indices)
+
     def find_misfits(self, architecture: Architecture) -> list[str]:
         found = targets.mistakes(architecture, "lora_target_modules", self._choice)
         return found + targets.wrong_tokens(architecture, self.trainable_token_indices, self._choice)
@@ -156,7 +162,8 @@ class Lora(PredictedMethod):
         scaled = 2 * chosen.outputs if self.use_dora else 0  # the magnitude's gradient asks for both summands
         # Rows of tied embeddings are put into a copy of the matrix, which the output's product keeps; so are
         # corrections of experts into a copy of their tensors, and the gradients of both are whole matrices.
-        rows = shape.vocab_size * shape.embedding_width if self.trainable_token_indices else 0
+        trains_rows = bool(self.trainable_token_indices) and shape.has_embedding
+        rows = shape.vocab_size * shape.embedding_width if trains_rows else 0
         copied = chosen.stacked_elements + (rows if shape.tied_embeddings else 0)
         footprint = Footprint(
             weights_bytes=g * shape.num_parameters + trained_bytes * trained.total,
@@ -194,7 +201,7 @@ class Lora(PredictedMethod):
         biases = {"none": 0, "lora_only": chosen.biases, "all": shape.num_bias_parameters - chosen.num_saved_biases}
         beside = self.lora_r * chosen.stacked_sides + chosen.num_saved + biases[self.bias]
         beside += chosen.outputs if self.use_dora else 0
-        beside += len(self.trainable_token_indices or ()) * shape.embedding_width
+        beside += shape.has_embedding * len(self.trainable_token_indices or ()) * shape.embedding_width
         return _Trained(multiplied, multiplied + beside)
 
     def quality_prior(self) -> QualityPrior:

@@ -16,6 +16,7 @@ from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import resolve_targets
 from strategies.shape import ModelShape
+from strategies.stage_shape import workload_of_stage
 from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
@@ -58,6 +59,8 @@ class Shira(MethodDefaults):
             return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16" and self.mask == "sensitivity":
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
+        if techniques.stage and self.mask == "sensitivity":
+            return "entries are chosen over the gradients of all layers at once: set method.mask: random, or mode: auto"
         if techniques.streams_weights and self.mask == "sensitivity":
             return "entries are chosen over all weights at once, which stay on the host: set method.mask: random"
         if shape.model_type == "gpt2":
@@ -88,6 +91,7 @@ class Shira(MethodDefaults):
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
+        workload = workload_of_stage(workload, techniques.stage)
         shape, g = workload.shape, BYTES_PER_ELEMENT[techniques.dtype]
         chosen = targets.adapted_maps(shape, self._choice)
         num_trainable, num_adapted = self.shira_r * chosen.sides, chosen.elements

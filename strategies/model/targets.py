@@ -14,6 +14,8 @@ from clusters.safe.reading import BadInput, matches, printable
 from strategies.families import FAMILIES
 from strategies.model.architecture import Architecture
 from strategies.shape import ExpertStack, Linear, ModelShape, Part
+from strategies.stage_shape import StageShape
+from strategies.workload import StagePart
 
 ALL = "all-linear"
 _PATTERN_S = 5.0  # for all names of a model
@@ -43,6 +45,7 @@ class AdaptedMaps:
     maps: tuple[tuple[int | None, Linear], ...]  # with the layer of each; None outside the layers
     saved: tuple[tuple[int | None, Linear | Part], ...] = ()
     stacks: tuple[tuple[int, ExpertStack, int], ...] = ()  # tensors of experts that adapters correct; ranks an expert
+    lowest: int | None = None  # of a stage: the layer of its own below which nothing trains, in this stage or before it
 
     @cached_property
     def layers(self) -> int:
@@ -55,7 +58,8 @@ class AdaptedMaps:
         """Below it nothing trains."""
         beside = [layer for layer, one in self.saved if isinstance(one, ExpertStack) or one.reads != "last"]
         corrected = [layer for layer, _ in self.maps] + [layer for layer, _, _ in self.stacks]
-        return min((layer or 0 for layer in (*corrected, *beside)), default=0)
+        lowest = min((layer or 0 for layer in (*corrected, *beside)), default=0)
+        return lowest if self.lowest is None else self.lowest
 
     @cached_property
     def sides(self) -> int:
@@ -149,6 +153,8 @@ class AdapterChoice:
 @lru_cache(256)
 def adapted_maps(shape: ModelShape, choice: AdapterChoice) -> AdaptedMaps:
     """What an adapter's options mean on a model of this shape.  Raises BadInput for what cannot be matched."""
+    if isinstance(shape, StageShape) and shape.whole and shape.of:
+        return _of_stage(adapted_maps(shape.whole, choice), shape.of)
     maps, layers = shape.named_maps, choice.layers_to_transform
     inside = [name for name in maps if name not in shape.outside]
     whole = {**maps, **shape.named_parts, **shape.named_stacks}
@@ -166,6 +172,22 @@ def adapted_maps(shape: ModelShape, choice: AdapterChoice) -> AdaptedMaps:
         if stack.name in experts or any(ends_with(name, target) for target in choice.target_parameters)
     ]
     return AdaptedMaps((*(maps[name] for name in chosen), *routers), tuple(saved.values()), tuple(stacks))
+
+
+def _of_stage(every: AdaptedMaps, stage: StagePart) -> AdaptedMaps:
+    """Those that lie on one stage of a pipeline."""
+
+    def is_here(layer: int | None, reads: str) -> bool:
+        if layer is None:
+            return stage.is_last if reads in ("last", "projected") else stage.is_first
+        return stage.first_layer <= layer < stage.end_layer
+
+    return AdaptedMaps(
+        tuple((layer, one) for layer, one in every.maps if is_here(layer, one.reads)),
+        tuple((layer, one) for layer, one in every.saved if is_here(layer, getattr(one, "reads", ""))),
+        tuple((layer, stack, ranks) for layer, stack, ranks in every.stacks if is_here(layer, "")),
+        lowest=min(max(0, every.first_layer - stage.first_layer), stage.num_layers),
+    )
 
 
 def _split_experts(shape: ModelShape, choice: AdapterChoice) -> tuple[str | tuple[str, ...], dict[str, int]]:

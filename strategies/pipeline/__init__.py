@@ -7,5 +7,6 @@ cut               load one stage of a model, under the names of the whole
 sharding          checkpoints of stages are those of the whole
 exchange          hidden states and their gradients between neighbours
 wire              the form in which they travel
+wire_size         their bytes in that form; pure
 layer_randomness  random numbers of each layer, whichever process computes it
 """

@@ -13,19 +13,16 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
+from strategies.pipeline.wire_size import BLOCK, OUTLIERS, message_bytes
 from strategies.workload import Wire
 
-BLOCK, OUTLIERS = 64, 8  # values with one scale; of each row, exact
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def num_bytes(shape: Sequence[int], wire: Wire) -> int:
     """What a hidden state of this shape takes on the wire."""
     *rows, width = shape
-    count = int(torch.Size(rows).numel())
-    if wire != "int8":
-        return count * width * _DTYPES[wire].itemsize
-    return count * (_blocks(width) * (BLOCK + 4) + OUTLIERS * (4 + 4))
+    return int(message_bytes(torch.Size(rows).numel(), width, wire))
 
 
 def pack(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:

@@ -9,14 +9,33 @@ from pydantic import Field
 from orchestrator.job.sections.section import MOST, Anything, Auto, Section, key
 
 
+class PipelineSection(Section):
+    """How layers lie on devices in turn, which micro-batches pass one behind the other (strategy.mode: pipeline)."""
+
+    stages: Auto | Annotated[int, Field(ge=2, le=6)] = key(
+        "auto", "devices in turn, each with layers of its own; auto = those with which a step is shortest"
+    )
+    wire: Auto | Literal["float32", "bfloat16", "int8"] = key(
+        "auto",
+        "form of hidden states and their gradients between stages; auto = as they are computed; int8 is for links"
+        " below 50 Mbit/s and rounds gradients by about 1 %",
+    )
+    ahead: Auto | Annotated[int, Field(ge=0, le=16)] = key(
+        "auto", "micro-batches that wait at each boundary beyond the fewest: they hide a slow link and take memory"
+    )
+    replicas: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "pipelines beside each other; auto = one")
+
+
 class StrategySection(Section):
     """How the work is laid on the machines."""
 
-    mode: Auto | Literal["single", "ddp", "zero1", "zero2", "zero3"] = key(
+    mode: Auto | Literal["single", "ddp", "zero1", "zero2", "zero3", "pipeline"] = key(
         "auto",
         "one worker; ddp: several, each with everything; zero1: the optimizer's state divided by memory, over any"
-        " devices; zero2, zero3: gradients and weights too, by DeepSpeed, over devices of one kind",
+        " devices; zero2, zero3: gradients and weights too, by DeepSpeed, over devices of one kind; pipeline: layers"
+        " divided, over any devices",
     )
+    pipeline: PipelineSection = key(PipelineSection(), "how a pipeline is made, where the mode is pipeline or auto")
     offload: Auto | Literal["none", "optimizer", "parameters", "activations", "weights"] = key(
         "auto",
         "what is kept in host memory: the optimizer with its step; parameters: the weights too; activations; weights:"

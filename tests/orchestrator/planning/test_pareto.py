@@ -2,7 +2,7 @@
 
 import pytest
 
-from orchestrator.planning.pareto import pareto
+from orchestrator.planning.goal import pareto
 
 
 @pytest.mark.parametrize(

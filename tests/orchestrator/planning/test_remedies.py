@@ -128,7 +128,8 @@ def test_every_refusal_is_true_and_every_remedy_is_accepted(count, seed):
             "method: {type: lora}\nstrategy: {offload: none}",
             r"method: \{type: qlora\}",
         ),
-        (LARGE, "RTX 4090", 2048, 2048, "", r"a card of (48|80) GiB, such as .*, in a"),
+        (LARGE, "RTX 4090", 2048, 2048, "", r"3 more RTX 4090 in a"),  # a quarter of the layers on each
+        (LARGE, "RTX 4090", 2048, 2048, "strategy: {mode: single}", r"a card of (48|80) GiB, such as .*, in a"),
     ],
 )
 def test_the_change_that_changes_least_comes_first(shape, card, length, longest, text, remedy):

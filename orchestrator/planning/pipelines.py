@@ -1,0 +1,399 @@
+"""Pipelines: candidates whose devices have layers of their own and pass micro-batches on.  Pure.
+
+Stages share the layout of micro-batches and the optimizer; each has its own precision, kernel, checkpointing and way to
+hold its weights.  `strategies/cost/stages.py` gives what a stage costs by its layers, `strategies/cost/pipeline.py` the
+best cut and order; what they find is estimated as it is.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from clusters.hardware.gpu_links import slowest_inside
+from clusters.units import format_s
+from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import (
+    Candidate,
+    Division,
+    Pipeline,
+    Placed,
+    Slot,
+    limit_per_node,
+    slowest_link,
+)
+from orchestrator.planning.enumeration import Enumeration
+from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes, needed_bytes, node_shortage
+from orchestrator.planning.settings import MICRO_BATCH_TOKENS, Assignment, Rejections, worthwhile_dtypes
+from strategies.compatibility import conflict
+from strategies.contract import Method, StrategyPlan
+from strategies.cost.micro_batches import num_micro_batches, tokens_per_micro_batch
+from strategies.cost.network import Network
+from strategies.cost.pipeline import (
+    AHEADS,
+    LEAST_BYTES_PER_S,
+    MOST_DEVICES,
+    WORTH_A_DEVICE,
+    Arrangement,
+    Boundary,
+    Role,
+    Search,
+    orders_of,
+    simulate,
+)
+from strategies.cost.stages import Place, StageCosts, pass_of
+from strategies.cost.time import product_rate
+from strategies.pipeline.wire_size import message_bytes
+from strategies.workload import BYTES_PER_ELEMENT, Dtype, StagePart, Techniques, Wire
+
+CLEARLY = 1.1  # times as fast as the best undivided way, or a pipeline is not worth its parts
+_GLOO_BYTES_PER_S = 1.5e9  # one connection on the loopback of two shared cores: what a pair of stages gets at most
+_GLOO_ROUND_TRIP_S = 0.1e-3
+_MOST_PLACES = 24  # devices whose stages are estimated, the fastest
+_MOST_MICRO_BATCHES = 128
+_MOST_LAYOUTS = 3  # that are cut, of those with the lowest bounds, until one brings nothing
+_TRIES = 5  # cuts that are estimated as they are, each after the last one did not fit
+_SEEDS = 3  # devices around which the best linked others are gathered, where there are more than six
+_NEAR_LINK = 0.5  # of the best link's rate: as good
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What all stages have in common."""
+
+    packing: bool
+    rows: int
+    optim: str
+    is_fp16: bool  # one loss scale for all stages; else each computes in bfloat16 or float32
+
+
+def is_possible(spec: JobSpec, enumeration: Enumeration) -> bool:
+    """Whether the job allows a pipeline, and there are devices for one."""
+    strategy = spec.strategy
+    allowed = strategy.mode in ("auto", "pipeline") and not strategy.local_steps and strategy.deepspeed is None
+    return allowed and len(enumeration.slots) > 1 and enumeration.workload.shape.num_layers > 1
+
+
+def with_pipelines(spec: JobSpec, enumeration: Enumeration) -> list[Candidate]:
+    """The candidates that fit, and each method's pipeline where the job wants one or it clearly wins."""
+    fitting = enumeration.fitting
+    if not is_possible(spec, enumeration):
+        return fitting
+    fastest_s = min((candidate.step_s for candidate in fitting), default=math.inf)
+    limit_s = math.inf if spec.strategy.mode == "pipeline" else fastest_s / CLEARLY
+    found = (PipelineSearch(spec, enumeration, method).best(limit_s) for method in enumeration.methods)
+    return [*fitting, *(candidate for candidate in found if candidate)]
+
+
+def why_no_stage(spec: JobSpec, enumeration: Enumeration, chosen: Candidate) -> dict[str, str]:
+    """Node -> why it has no stage of the chosen pipeline; none where the choice is no pipeline."""
+    if chosen.pipeline is None:
+        return {}
+    first, search = chosen.placed[0].plan.techniques, PipelineSearch(spec, enumeration, chosen.method)
+    layout = Layout(first.packing, first.per_device_train_batch_size, first.optim, first.dtype == "float16")
+    stages = StageSearch(search, layout)
+    slowest_s = max(one.total_s for one in chosen.pipeline.simulation.passes)
+    taking_part = {node.name for node in chosen.nodes}
+    found: dict[str, str] = {}
+    for place, slot in enumerate(stages.slots):
+        if slot.node.name not in taking_part and slot.node.name not in found:
+            found[slot.node.name] = _why_not_there(stages, place, slowest_s)
+    return found
+
+
+def _why_not_there(stages: StageSearch, place: int, slowest_s: float) -> str:
+    ways = stages.costs.ways(place, Role(False, False, 2))
+    name = stages.slots[place].node.name
+    if not ways:
+        return f"a stage on {name} has no room for a single layer"
+    layer_s = min(way.total_s(1) for way in ways)
+    if layer_s > slowest_s:
+        return (
+            f"a stage on {name} would take {format_s(layer_s)} a micro-batch for one layer, where the others take"
+            f" {format_s(slowest_s)} for all of theirs"
+        )
+    if isinstance(stages.search.spec.strategy.pipeline.stages, int):
+        return f"with a stage on {name} a step is no shorter, of as many stages as the job states"
+    return f"a stage on {name} would not make a step {1 - WORTH_A_DEVICE:.0%} shorter"
+
+
+@dataclass
+class PipelineSearch:
+    """The fastest pipeline of one method over the devices of an enumeration."""
+
+    spec: JobSpec
+    enumeration: Enumeration
+    method: Method
+
+    def best(self, limit_s: float) -> Candidate | None:
+        """The fastest whose step takes less than the limit; by the first optimizer with which one fits."""
+        for optim, is_fp16 in itertools.product(self.enumeration.switches.optims, self._precisions()):
+            searches = [StageSearch(self, layout) for layout in self._layouts(optim, is_fp16)]
+            searches = [one for one in searches if len(one.slots) > 1]
+            if not searches or not min(searches, key=lambda one: one.layout.rows).costs.may_fit():
+                continue
+            found: Candidate | None = None
+            for search in sorted(searches, key=lambda one: one.filled_s)[:_MOST_LAYOUTS]:
+                if (better := search.best(limit_s)) is None:
+                    break
+                found, limit_s = better, better.step_s
+            if found is not None:
+                return found
+        return None
+
+    def _precisions(self) -> list[bool]:
+        """Whether stages compute in float16: where the job says so, or a GPU has no units for bfloat16."""
+        dtypes = self.enumeration.switches.dtypes
+        lacking = any(slot.device.has_bf16_units is False for slot in self.slots if slot.device.kind != "cpu")
+        others = any(dtype != "float16" for dtype in dtypes)
+        return [False] * others + [True] * ("float16" in dtypes and (lacking or not others))
+
+    def _layouts(self, optim: str, is_fp16: bool) -> list[Layout]:
+        """By rows of a micro-batch: several micro-batches a step, and not too many."""
+        found: list[Layout] = []
+        for packing in self.enumeration.switches.packings:
+            layouts = [Layout(packing, rows, optim, is_fp16) for rows in self._row_counts(packing)]
+            numbers = {one: num_micro_batches(self.enumeration.workload, self.plain(one)) for one in layouts}
+            found += [one for one in layouts if 2 <= numbers[one] <= _MOST_MICRO_BATCHES] or layouts[:1]
+        return found
+
+    def _row_counts(self, packing: bool) -> list[int]:
+        switches, workload = self.enumeration.switches, self.enumeration.workload
+        if switches.rows is not None:
+            return [switches.rows]
+        if switches.accumulation is not None:
+            rows = workload.global_batch_size / switches.accumulation
+            return [max(1, math.ceil(rows * (workload.mean_length / switches.max_length if packing else 1)))]
+        largest = max(MICRO_BATCH_TOKENS[slot.device.kind] for slot in self.slots) // switches.max_length
+        return [2**power for power in range(max(1, largest).bit_length())]
+
+    def plain(self, layout: Layout) -> Techniques:
+        """Settings with a layout's micro-batches."""
+        return Techniques("float32", "sdpa", layout.packing, False, layout.rows, self.enumeration.switches.max_length)
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """The devices that a stage may lie on, the fastest first."""
+
+        def rate(slot: Slot) -> float:
+            return max(product_rate(slot.device, slot.node, dtype)[0] for dtype in BYTES_PER_ELEMENT)
+
+        return sorted(self.enumeration.slots, key=rate, reverse=True)[:_MOST_PLACES]
+
+    @property
+    def num_stages(self) -> Sequence[int]:
+        """As the job states them, or all there may be."""
+        stated = [self.spec.strategy.pipeline.stages, self.spec.cluster.num_workers]
+        known = [count for count in stated if isinstance(count, int)]
+        return known[:1] or range(2, MOST_DEVICES + 1)
+
+    @property
+    def aheads(self) -> Sequence[int]:
+        stated = self.spec.strategy.pipeline.ahead
+        return (stated,) if isinstance(stated, int) else AHEADS
+
+    def link(self, one: Slot, other: Slot) -> tuple[float, float, bool]:
+        """Bytes a second, round trip, and whether a typical link stood in: gloo carries messages of GPUs as well."""
+        if one.node.name == other.node.name:
+            inside = slowest_inside(one.node, [one.device, other.device])
+            return min(inside.bytes_per_s, _GLOO_BYTES_PER_S), _GLOO_ROUND_TRIP_S, inside.is_assumed
+        rate, trip_s, is_assumed = slowest_link((one.node.name, other.node.name), self.enumeration.cluster)
+        return min(rate, _GLOO_BYTES_PER_S), trip_s, is_assumed
+
+    def settings(self, slot: Slot, layout: Layout) -> tuple[Techniques, ...]:
+        """What a stage on a slot may be trained with, the plainest first; in the fastest format that can be."""
+        switches = self.enumeration.switches
+        dtypes: list[Dtype] = ["float16"]
+        if not layout.is_fp16:
+            dtypes = worthwhile_dtypes([dtype for dtype in switches.dtypes if dtype != "float16"], slot)
+        for dtype in dtypes:
+            if found := tuple(self._settings(slot, layout, dtype)):
+                return found
+        return ()
+
+    def _settings(self, slot: Slot, layout: Layout, dtype: Dtype) -> Iterator[Techniques]:
+        switches, shape = self.enumeration.switches, self.enumeration.workload.shape
+        part = Assignment(self.enumeration.workload, slot, self.method, Division(), switches)
+        for offload in switches.offloads:
+            if offload not in ("none", "weights") or (offload == "weights" and slot.device.kind == "cpu"):
+                continue
+            kernels = part.best_kernels(dtype, layout.packing, offload, layout.optim, Rejections())
+            for base, checkpointing, loss in itertools.product(kernels, switches.checkpointings, switches.losses):
+                one = replace(
+                    base,
+                    per_device_train_batch_size=layout.rows,
+                    gradient_checkpointing=checkpointing,
+                    loss_type=loss,
+                )
+                if not conflict(self.method, replace(one, stage=StagePart(0, 2, 0, 1)), slot.device, shape):
+                    yield one
+
+
+@dataclass
+class StageSearch:
+    """The fastest pipeline with one layout of micro-batches."""
+
+    search: PipelineSearch
+    layout: Layout
+    _boundaries: dict[tuple[int, int], Boundary | None] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        return [slot for slot in self.search.slots if self.search.settings(slot, self.layout)]
+
+    @cached_property
+    def costs(self) -> StageCosts:
+        def needed(plan: StrategyPlan, place: Place) -> float:
+            return needed_bytes(plan.memory, place.device.kind)
+
+        def place(slot: Slot) -> Place:
+            settings = self.search.settings(slot, self.layout)
+            return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings)
+
+        places = list(map(place, self.slots))
+        return StageCosts(self.search.method, self.search.enumeration.workload, places, needed)
+
+    @cached_property
+    def bound_s(self) -> float:
+        """No step with this layout is shorter."""
+        seconds = [self.costs.layer_s(number) for number in range(len(self.slots))]
+        speeds = sorted((1 / max(one, 1e-12) for one in seconds), reverse=True)[:MOST_DEVICES]
+        return self.num_micro_batches * self.costs.num_layers / sum(speeds)
+
+    @property
+    def filled_s(self) -> float:
+        """The bound, and the time in which two stages fill and drain."""
+        return self.bound_s * (1 + 1 / self.num_micro_batches)
+
+    @cached_property
+    def num_micro_batches(self) -> int:
+        return num_micro_batches(self.search.enumeration.workload, self.search.plain(self.layout))
+
+    def best(self, limit_s: float) -> Candidate | None:
+        """The fastest whose step takes less than the limit, estimated as it is."""
+        if self.bound_s >= limit_s:
+            return None
+        for _ in range(_TRIES):
+            found = self.arrangements.best(self._orders(), limit_s)
+            if found is None:
+                return None
+            candidate, too_small = self._candidate(found)
+            if not too_small:
+                return candidate if candidate.step_s < limit_s else None
+            for place in too_small:
+                self.costs.tighten(place)
+        return None
+
+    @property
+    def arrangements(self) -> Search:
+        return Search(
+            self.costs.num_layers,
+            self.num_micro_batches,
+            self.costs.ways,
+            self._boundary,
+            self.search.aheads,
+            [self._alike(slot) for slot in self.slots],
+        )
+
+    def _alike(self, slot: Slot) -> Any:
+        """Slots equal in this may stand for each other: of one kind, with the same links."""
+        enumeration = self.search.enumeration
+        alone = sum(other.node.name == slot.node.name for other in self.slots) == 1
+        name = None if alone and enumeration.cluster.has_like_links else slot.node.name
+        return id(enumeration.first_like(slot)), name
+
+    def _orders(self) -> Iterator[tuple[int, ...]]:
+        orders = itertools.chain.from_iterable(orders_of(group, self.search.num_stages) for group in self._groups())
+        return (order for order in orders if self._may_train(order))
+
+    def _may_train(self, order: Sequence[int]) -> bool:
+        """Whether nodes give so many of their devices."""
+        return len(limit_per_node([self.slots[place] for place in order])) == len(order)
+
+    def _groups(self) -> list[list[int]]:
+        """Six devices at most: of more, those with good links to one of the fastest, the fastest of them first."""
+        places = range(len(self.slots))
+        if len(places) <= MOST_DEVICES:
+            return [list(places)]
+        found: dict[frozenset[int], list[int]] = {}
+        for seed in places[:_SEEDS]:
+            rates = {other: self._rate(seed, other) for other in places if other != seed}
+            near = _NEAR_LINK * max(rates.values())
+            others = sorted(rates, key=lambda other: (rates[other] < near, other))
+            group = [seed, *others[: MOST_DEVICES - 1]]
+            found.setdefault(frozenset(group), group)
+        return list(found.values())
+
+    def _rate(self, one: int, other: int) -> float:
+        return self.search.link(self.slots[one], self.slots[other])[0]
+
+    def _boundary(self, one: int, other: int) -> Boundary | None:
+        pair = min(one, other), max(one, other)
+        if pair not in self._boundaries:
+            self._boundaries[pair] = self._boundary_of(one, other, self._wire(pair))
+        return self._boundaries[pair]
+
+    def _boundary_of(self, one: int, other: int, wire: Wire) -> Boundary | None:
+        rate, trip_s, _ = self.search.link(self.slots[one], self.slots[other])
+        if rate < LEAST_BYTES_PER_S:
+            return None
+        workload = self.search.enumeration.workload
+        tokens = tokens_per_micro_batch(workload, self.search.plain(self.layout))
+        return Boundary(message_bytes(tokens, workload.shape.hidden_size, wire), rate, trip_s / 2)
+
+    def _wire(self, places: Sequence[int]) -> Wire:
+        """As the job states it, or the form in which all of these places compute hidden states."""
+        stated = self.search.spec.strategy.pipeline.wire
+        if stated != "auto":
+            return stated
+        method = self.search.method
+        forms = {method.load_dtype(self.costs.places[place].settings[0]) for place in places}
+        return "bfloat16" if forms == {"bfloat16"} else "float32"
+
+    def _candidate(self, found: Arrangement) -> tuple[Candidate, list[int]]:
+        """The candidate that an arrangement is, estimated as it is, and the places on which it does not fit."""
+        enumeration, wire = self.search.enumeration, self._wire(found.devices)
+        placed: list[Placed] = []
+        too_small: list[int] = []
+        for place, techniques in zip(found.devices, self._techniques(found, wire), strict=True):
+            plan = self.costs.plan(place, techniques)
+            placed.append(Placed(self.slots[place], plan, 1.0))
+            if device_shortage(plan, self.slots[place]):
+                too_small.append(place)
+        work = enumeration.workload
+        if not too_small and node_shortage(placed, work.shape.num_parameters, self.search.method):
+            too_small = list(found.devices)
+        links = [self.search.link(one.slot, other.slot) for one, other in itertools.pairwise(placed)]
+        boundaries = [self._boundary_of(one, other, wire) for one, other in itertools.pairwise(found.devices)]
+        known = tuple(one for one in boundaries if one)
+        simulation = simulate([pass_of(part.plan) for part in placed], known, self.num_micro_batches, found.ahead)
+        network = Network(len(placed), min(link[0] for link in links), max(link[1] for link in links))
+        update_s = max(part.plan.time.update_s for part in placed)
+        step_s = simulation.step_s + update_s + network.step_s
+        candidate = Candidate(
+            self.search.method,
+            tuple(placed),
+            step_s - max(part.plan.time.step_s for part in placed),
+            work.num_steps,
+            work.tokens_per_step,
+            assumed_network=any(link[2] for link in links),
+            pipeline=Pipeline(simulation, known, wire),
+        )
+        return candidate, too_small
+
+    def _techniques(self, found: Arrangement, wire: Wire) -> list[Techniques]:
+        """Each stage's settings; the loss is the last one's, which computes it."""
+        ways, count = [way.name for way in found.partition.ways], len(found.devices)
+        edges = [0, *itertools.accumulate(found.partition.layers)]
+        return [
+            replace(
+                way,
+                loss_type=ways[-1].loss_type,
+                stage=StagePart(index, count, edges[index], edges[index + 1], found.ahead, wire),
+            )
+            for index, way in enumerate(ways)
+        ]
