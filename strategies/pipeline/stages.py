@@ -13,7 +13,7 @@ import torch.distributed as dist
 from strategies.contract import Method
 from strategies.model.architecture import build
 from strategies.pipeline.cut import CannotCut, keep_own
-from strategies.pipeline.passes import StagePlace, StagePasses
+from strategies.pipeline.passes import StagePasses, StagePlace
 from strategies.pipeline.sharding import StageSharding
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSettings, TrainSetup
