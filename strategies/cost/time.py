@@ -335,6 +335,8 @@ def _padding(workload: Workload, techniques: Techniques) -> float:
     if not known:
         return 1.0
     rows = techniques.per_device_train_batch_size
+    if rows in known:
+        return known[rows]
     return known[min(known, key=lambda count: abs(math.log(count / rows)))]
 
 
