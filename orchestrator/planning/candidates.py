@@ -193,6 +193,11 @@ def slowest_link(names: Sequence[str], cluster: ClusterCapability) -> tuple[floa
     return slowest, trips, any(rate is None for rate in rates)
 
 
+def step_s_of(plans: Sequence[StrategyPlan], network: Network | None) -> float:
+    """Seconds of a step in which each slot, or one of each kind, runs one of these plans."""
+    return max(plan.time.step_s for plan in plans) + (waiting_s(network, plans) if network else 0.0)
+
+
 def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
     """Seconds a step waits: for gradients that the backward pass does not hide, and for weights that ZeRO moves."""
     gradient = max(plan.gradient_bytes for plan in plans)

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from clusters.capability import ClusterCapability, NodeCapability
-from orchestrator.planning.candidates import Candidate, Division, Placed, Slot, Switches, waiting_s
-from orchestrator.planning.groups import Groups, Links, Pace, balance
+from orchestrator.planning.candidates import Candidate, Division, Placed, Slot, Switches, step_s_of, waiting_s
+from orchestrator.planning.groups import Curve, Groups, Links, Pace, balance, share_out
 from orchestrator.planning.memory_fit import needed_bytes, node_shortage
 from orchestrator.planning.settings import (
     Assignment,
@@ -26,12 +26,14 @@ from orchestrator.planning.settings import (
     preferred_plan,
 )
 from strategies.contract import Method, Offload, StrategyPlan, Techniques, Workload
+from strategies.cost.network import Network
 
-_ROUNDS = 4  # a share decides the micro-batch, which decides the speed, which decides the share
-_SETTLED = 0.02  # shares that move less than this part of themselves are final
+_ROUNDS = 6  # a share decides the micro-batch, which decides the speed, which decides the share
+_SETTLED = 0.005  # of a step: where other shares gain less, they are final
 _LEVEL = 4  # all settings are estimated for shares of 1, 1/4, 1/16 ...; between them only the best of those
 _ABOUT = 1.1  # times the fastest at a level: settings that may be the best of another share
 _SMALL_STATE = 0.05  # of a device's memory
+_WAITS = 0.02  # of a step for the network: settings are chosen by what they wait, too
 _MOST_SETTINGS = 2  # of a level that are estimated for another share
 
 
@@ -43,6 +45,7 @@ class Common:
     stage: int  # of ZeRO
     switches: Switches  # with one optimizer: all workers make the same update
     prefer: Prefer
+    network: Network | None = None  # where known: settings that wait less for it are preferred
 
     @property
     def equal_parts(self) -> bool:
@@ -107,8 +110,12 @@ class Enumeration:
             groups = list(self._groups(common))
             lean = [groups[0], min(groups, key=len), max(groups, key=len)] if groups else []
             alone = [[slot] for slot in self._kinds.firsts] if not stage else []
-            for group in (*alone, *groups):
-                self._add(self._place(group, common))
+            placed = [self._place(group, common) for group in (*alone, *groups)]
+            for candidate in placed:
+                self._add(candidate)
+            best = min((found for found in placed if found), key=lambda found: found.step_s, default=None)
+            if best and best.sync_s > _WAITS * best.step_s:
+                self._add(self._place([part.slot for part in best.placed], replace(common, network=best.network)))
             for group in (*alone, *lean):
                 self._add(self._place(group, replace(common, prefer="memory")))
 
@@ -149,13 +156,11 @@ class Enumeration:
         """Groups worth placing; where DeepSpeed divides, of devices of one kind."""
         if len(self.slots) < 2:
             return
-        # Each worker needs a sample of every step, unless the job states so many.
-        most = max(self.workload.global_batch_size, self.num_workers or 0)
 
         def pace(slot: Slot, size: int) -> Pace | None:
             return self._pace(slot, size, common)
 
-        groups = Groups(self._links, pace, most, common.equal_parts, self.num_workers)
+        groups = Groups(self._links, pace, self.workload.global_batch_size, common.equal_parts, self.num_workers)
         if not common.equal_parts:
             yield from groups.best(self.slots)
             return
@@ -185,16 +190,27 @@ class Enumeration:
             if not plans and division.state_share is not None:  # others may keep all of the state
                 plans = self._plans_at(share, first, common, replace(division, state_share=0.0)).plans
             plan = preferred_plan(plans, "time")
-            self._paces[key] = Pace.of(plan, share) if plan else None
+            self._paces[key] = self._pace_around(plan, share, first, common) if plan else None
         return self._paces[key]
+
+    def _pace_around(self, plan: StrategyPlan, share: float, slot: Slot, common: Common) -> Pace:
+        """The pace of a plan for a share, and for the least that takes part: a sample of each step."""
+        least, techniques = 1 / self.workload.global_batch_size, plan.techniques
+        if common.equal_parts or least >= share:
+            return Pace.of(plan, share)
+        division = Division(techniques.zero_stage, techniques.num_shards, techniques.state_share)
+        single = self._assignment(least, slot, common, division).fastest_like([techniques], self.rejections)
+        return Pace.through(plan, share, single[0], least) if single else Pace.of(plan, share)
 
     def _place(self, slots: Sequence[Slot], common: Common) -> Candidate | None:
         """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
         kinds = self._kinds.count(slots)
         divisions = self._divisions(kinds, len(slots), common)
-        balanced = self._balance(kinds, len(slots), divisions, common) if divisions else None
-        if balanced is None:
+        tries = list(self._balanced(kinds, divisions, common)) if divisions else []
+        if not tries:
             return None
+        network, assumed = self._links.network(slots)
+        balanced = min(tries, key=lambda parts: step_s_of([plan for plan, _ in parts], network))
         parts = {id(kind): part for (kind, _), part in zip(kinds, balanced, strict=True)}
         placed = tuple(Placed(slot, *parts[id(self._kinds.first(slot))]) for slot in slots)
         plans = [plan for plan, _ in balanced]
@@ -204,7 +220,6 @@ class Enumeration:
             for part in placed:
                 self.rejections.offer(part.slot.label, Miss(part.plan, shortage))
             return None
-        network, assumed = self._links.network(slots)
         wait_s = waiting_s(network, plans) if network else 0.0
         work = self.workload
         return Candidate(common.method, placed, wait_s, work.num_steps, work.tokens_per_step, network, assumed)
@@ -228,63 +243,64 @@ class Enumeration:
         whole = sum(number * each for (_, number), each in zip(kinds, free, strict=True))
         return [each / whole for each in free] if whole else None
 
-    def _balance(
-        self, kinds: Sequence[tuple[Slot, int]], count: int, divisions: Sequence[Division], common: Common
-    ) -> list[tuple[StrategyPlan, float]] | None:
-        """The plan and the share of each kind's slots, so that all finish a step together; None where one lacks one.
-
-        Beside the shares by speed equal ones: a little more can be too much for a slot's fastest settings.
-        """
-        equal = [1.0 / count] * len(kinds)
-        paces = [self._pace(slot, count, common) for slot, _ in kinds]
-        known = [pace for pace in paces if pace]
-        if len(kinds) == 1 or common.equal_parts:
-            tries = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
-        elif len(known) < len(kinds):
-            tries = self._tries(kinds, equal, divisions, common)
-        else:
-            _, paced = balance(known, [number for _, number in kinds])
-            first = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
-            tries = itertools.chain(first, self._tries(kinds, paced, divisions, common))
-        return min(tries, key=lambda parts: max(plan.time.step_s for plan, _ in parts), default=None)
-
-    def _tries(
-        self, kinds: Sequence[tuple[Slot, int]], shares: list[float], divisions: Sequence[Division], common: Common
+    def _balanced(
+        self, kinds: Sequence[tuple[Slot, int]], divisions: Sequence[Division], common: Common
     ) -> Iterator[list[tuple[StrategyPlan, float]]]:
-        """The best plans for some shares, then for the shares that follow from those plans, until they settle."""
+        """The plans and shares of each kind's slots with which all finish a step together, and those on the way there.
+
+        Equal shares come first, since a little more can be too much for a slot's fastest settings; where those do not
+        fit, shares by pace.
+        """
+        counts = [number for _, number in kinds]
+        size = sum(counts)
+        shares, least = [1.0 / size] * len(kinds), min(1.0 / size, 1.0 / self.workload.global_batch_size)
+        paces = [self._pace(slot, size, common) for slot, _ in kinds]
+        curves, fastest_s = list[Curve](), math.inf
         for number in range(_ROUNDS):
             plans = [
                 self._best_plan(share, slot, common, division)
                 for (slot, _), share, division in zip(kinds, shares, divisions, strict=True)
             ]
             found = [plan for plan in plans if plan]
+            known = [pace for pace in paces if pace]
             if len(found) < len(plans):
-                return
+                if number or common.equal_parts or len(known) < len(kinds):
+                    return
+                _, shares = balance(known, counts)
+                continue
             yield list(zip(found, shares, strict=True))
-            paces = [Pace.of(plan, share) for plan, share in zip(found, shares, strict=True)]
-            _, wanted = balance(paces, [number for _, number in kinds])
-            if all(abs(new - old) <= _SETTLED * old for new, old in zip(wanted, shares, strict=True)):
+            if len(kinds) == 1 or common.equal_parts:
                 return
-            # A share that is a little larger can take much longer: half-way there the shares do not swing.
-            shares = wanted if not number else [(new + old) / 2 for new, old in zip(wanted, shares, strict=True)]
+            if not curves:
+                starts = [pace or Pace.of(plan, shares[0]) for pace, plan in zip(paces, found, strict=True)]
+                curves = [Curve([(0.0, pace.fixed_s)]) for pace in starts]
+            for curve, plan, share in zip(curves, found, shares, strict=True):
+                curve.add(share, plan.time.step_s)
+            fastest_s = min(fastest_s, max(plan.time.step_s for plan in found))
+            finish_s, shares = share_out(curves, counts, least)
+            if finish_s >= (1 - _SETTLED) * fastest_s:
+                return
 
     def _best_plan(self, share: float, slot: Slot, common: Common, division: Division) -> StrategyPlan | None:
         """The preferred plan of those that fit a slot, with the settings that are best for a share about as large."""
         if not common.stage:
             division = _rounded(division)  # nothing is divided: how many take part changes nothing
-        key = (id(slot), common.method.name, division, share, common.switches.optims[0], common.prefer)
+        key = (id(slot), common.method.name, division, share, common.switches.optims[0], common.prefer, common.network)
         if key in self._best:
             return self._best[key]
         around, usual = (share, division) if common.equal_parts else (1 / _LEVEL ** _level(share), _rounded(division))
         known = self._plans_at(around, slot, common, usual).plans
         if known and (share, division) != (around, usual):
             part = self._assignment(share, slot, common, division)
-            alike = part.leanest_like if common.prefer == "memory" else part.fastest_like
-            plans = alike(_worthwhile_settings(known, share / around, common.prefer), self.rejections)
+            settings = _worthwhile_settings(known, share / around, common.prefer)
+            if common.prefer == "memory":
+                plans = part.leanest_like(settings, self.rejections)
+            else:
+                plans = part.fastest_like(settings, self.rejections, common.network)
         else:
             plans = known
         plans = plans or self._plans_at(share, slot, common, division).plans
-        self._best[key] = preferred_plan(plans, common.prefer)
+        self._best[key] = preferred_plan(plans, common.prefer, common.network)
         return self._best[key]
 
     def _plans_at(self, share: float, slot: Slot, common: Common, division: Division) -> FittingPlans:
