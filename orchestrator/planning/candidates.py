@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware.gpu_links import slowest_inside
-from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan
+from strategies.contract import Dtype, LossType, Method, Offload, StrategyPlan, Techniques
 from strategies.cost.network import Network
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
@@ -59,6 +59,17 @@ class Switches:
     zero_stages: Sequence[int] = (0, 1, 2, 3)
     torch_compile: bool = False
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
+
+    def used_by(self, found: Sequence[Techniques]) -> Switches:
+        """The values of each device's own switches that some of these have; but all losses: logits grow with a step."""
+        return replace(
+            self,
+            dtypes=[dtype for dtype in self.dtypes if any(dtype == one.dtype for one in found)],
+            attentions=[name for name in self.attentions if any(name == one.attn_implementation for one in found)],
+            packings=[packing for packing in self.packings if any(packing == one.packing for one in found)],
+            checkpointings=[on for on in self.checkpointings if any(on == one.gradient_checkpointing for one in found)],
+            offloads=[offload for offload in self.offloads if any(offload == one.offload for one in found)],
+        )
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,9 @@ class Enumeration:
     methods: Sequence[Method]
     switches: Switches
     num_workers: int | None = None  # as the job states them: groups of that size are looked at too
+    looks_lean: bool = True  # beside what is fastest, what needs least memory
+    kinds: Kinds | None = None  # of these slots, and the links between them: found where they are not given
+    links: Links | None = None
     fitting: list[Candidate] = field(default_factory=list, init=False)
     other_groups: list[Candidate] = field(default_factory=list, init=False)  # with more or fewer workers than stated
     rejections: Rejections = field(default_factory=Rejections, init=False)
@@ -72,8 +75,8 @@ class Enumeration:
     _seen: set[Any] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        self._kinds = Kinds(self.slots)
-        self._links = Links(self.cluster, self.slots)
+        self._kinds = self.kinds = self.kinds or Kinds(self.slots)
+        self._links = self.links = self.links or Links(self.cluster, self.slots)
 
     def run(self) -> Self:
         """Look at all combinations; at offloading only where nothing fits without it, whatever the method.
@@ -116,7 +119,7 @@ class Enumeration:
             best = min((found for found in placed if found), key=lambda found: found.step_s, default=None)
             if best and best.sync_s > _WAITS * best.step_s:
                 self._add(self._place([part.slot for part in best.placed], replace(common, network=best.network)))
-            for group in (*alone, *lean):
+            for group in (*alone, *lean) if self.looks_lean else ():
                 self._add(self._place(group, replace(common, prefer="memory")))
 
     def _is_pointless(self, common: Common, switches: Switches) -> bool:

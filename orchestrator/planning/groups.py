@@ -134,6 +134,7 @@ class Links:
         self._names = list(dict.fromkeys(slot.node.name for slot in slots))
         self._places = {name: place for place, name in enumerate(self._names)}
         self._networks: dict[tuple[str, ...], tuple[Network | None, bool]] = {}
+        self._chains: dict[tuple[tuple[int, ...], float], list[Chain]] = {}
         self._rates: list[list[float]] = []
         self._trips: list[list[float]] = []
         self.are_alike = cluster.has_like_links or len(self._names) < 2
@@ -161,6 +162,20 @@ class Links:
         if key not in self._networks:
             self._networks[key] = network_between(slots, self.cluster)
         return self._networks[key]
+
+    def chains(self, order: Sequence[Slot], limit: float) -> list[Chain]:
+        """The slots linked well enough to the fastest, then to the fastest of the rest: islands with slow links between
+        them, of which the one with the fastest slot need not be the best.
+        """
+        key = tuple(map(id, order)), limit
+        if key not in self._chains:
+            found, rest = list[Chain](), list(order)
+            while rest and len(found) < _ISLANDS:
+                found.append(self.chain(rest, limit))
+                taken = set(map(id, found[-1].slots))
+                rest = [slot for slot in rest if id(slot) not in taken]
+            self._chains[key] = found
+        return self._chains[key]
 
     def chain(self, order: Sequence[Slot], limit: float) -> Chain:
         """The slots in their order without those that have a link worse than `limit` to one before them."""
@@ -192,7 +207,6 @@ class Groups:
     batch_size: int  # samples of a step: each slot of a group has one, unless the job states more slots
     equal_parts: bool = False  # whatever the paces
     stated: int | None = None  # a number of slots that the job states
-    _chains: dict[tuple[tuple[int, ...], float], list[Chain]] = field(default_factory=dict, init=False)
 
     @property
     def most(self) -> int:
@@ -264,26 +278,12 @@ class Groups:
 
     def _of_size(self, slots: Sequence[Slot], size: int) -> Iterator[tuple[float, list[Slot]]]:
         order, seen = self._order(slots, size), set[tuple[int, ...]]()
-        for chain in itertools.chain.from_iterable(self._chains_of(order, limit) for limit in self.links.limits):
+        for chain in itertools.chain.from_iterable(self.links.chains(order, limit) for limit in self.links.limits):
             group = chain.slots[:size]
             if len(group) < size or (ids := tuple(map(id, group))) in seen:
                 continue
             seen.add(ids)
             yield self._score(group, self._network(group, chain.links[size - 1])), group
-
-    def _chains_of(self, order: list[Slot], limit: float) -> list[Chain]:
-        """The slots linked well enough to the fastest, then to the fastest of the rest: islands with slow links between
-        them, of which the one with the fastest slot need not be the best.
-        """
-        key = tuple(map(id, order)), limit
-        if key not in self._chains:
-            found, rest = list[Chain](), order
-            while rest and len(found) < _ISLANDS:
-                found.append(self.links.chain(rest, limit))
-                taken = set(map(id, found[-1].slots))
-                rest = [slot for slot in rest if id(slot) not in taken]
-            self._chains[key] = found
-        return self._chains[key]
 
     def _inside_nodes(self, slots: Sequence[Slot]) -> Iterator[tuple[float, list[Slot]]]:
         """The slots of one node, nodes of one kind once: no network is as fast as the links inside a machine."""
