@@ -29,7 +29,7 @@ from strategies.contract import Method, Offload, StrategyPlan, Techniques, Workl
 from strategies.cost.network import Network
 
 _ROUNDS = 6  # a share decides the micro-batch, which decides the speed, which decides the share
-_SETTLED = 0.005  # of a step: where other shares gain less, they are final
+_SETTLED = 0.002  # of a step: where other shares gain less, they are final
 _LEVEL = 4  # all settings are estimated for shares of 1, 1/4, 1/16 ...; between them only the best of those
 _ABOUT = 1.1  # times the fastest at a level: settings that may be the best of another share
 _SMALL_STATE = 0.05  # of a device's memory

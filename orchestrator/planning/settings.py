@@ -15,7 +15,7 @@ from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
 from strategies.contract import Dtype, Method, Offload, StrategyPlan, Techniques, Workload
 from strategies.cost.network import Network
-from strategies.cost.time import product_rate
+from strategies.cost.time import SPREAD, product_rate
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _EQUAL = 1.01  # times this close are equal
@@ -184,20 +184,21 @@ class Assignment:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
 
     def _row_counts(self, packing: bool) -> list[int]:
-        """Micro-batch sizes worth an estimate, largest first: the share's even parts, twice as many each time."""
+        """Micro-batch sizes worth an estimate, largest first: the share, even parts of it and the powers of two."""
         switches, workload = self.switches, self.workload
         if switches.rows is not None:
             return [switches.rows]
-        share = math.ceil(workload.global_batch_size * workload.share)
-        if switches.accumulation is not None:
-            share = math.ceil(share / switches.accumulation)
+        part = workload.share / (switches.accumulation or 1)
+        share = part * workload.global_batch_size
+        usual = part * workload.tokens_per_step / workload.mean_length  # an epoch's last step has fewer
         if packing:  # rows of max_length tokens, each holding several samples
-            share = math.ceil(share * workload.mean_length / switches.max_length)
-        share, most = max(1, share), max(1, MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length)
-        fewest = math.ceil(share / most)  # micro-batches; parts as even as can be hold no nearly empty one
-        even = {math.ceil(share / (fewest << power)) for power in range(min(share, most).bit_length())}
-        powers = {2**power for power in range(min(share, most).bit_length())}
-        return sorted(even | powers | {min(share, most)}, reverse=True)
+            share, usual = (each * workload.mean_length / switches.max_length for each in (share, usual))
+        most = max(1, MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length)
+        whole = max(1, min(math.ceil(share), most))
+        fewest = max(1, math.ceil(usual / most - SPREAD))
+        even = {math.ceil(usual / ((fewest << power) + SPREAD)) for power in range(whole.bit_length())}
+        powers = {2**power for power in range(whole.bit_length())}
+        return sorted({min(rows, most) for rows in even} | powers | {whole}, reverse=True)
 
 
 @dataclass(frozen=True)

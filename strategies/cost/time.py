@@ -50,6 +50,7 @@ _CPU_PRODUCTS_16_BITS = 0.58
 _CPU_OP_S = {"float32": 22e-6}
 _CPU_OP_16_BITS_S = 33e-6
 _MEMORY_OF_DATASHEET = 0.8
+SPREAD = 0.05  # of a micro-batch: so few tokens more are spread over the others
 _CPU_HALF_RATE_TOKENS = 24.0  # rows at which a product runs at half its rate
 _CPU_ATTENTION = {"eager": 0.25}  # of the products' rate
 
@@ -311,7 +312,7 @@ def file_rate(device: DeviceCapability, node: NodeCapability, num_bytes: float) 
 def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
     """Micro-batches of one step on one device."""
     tokens = workload.share * workload.tokens_per_step * _padding(workload, techniques)
-    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - 0.05))
+    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - SPREAD))
 
 
 def tokens_per_micro_batch(workload: Workload, techniques: Techniques) -> float:
