@@ -81,15 +81,16 @@ class Enumeration:
     def run(self) -> Self:
         """Look at all combinations; at offloading only where nothing fits without it, whatever the method.
 
-        What fits on CPUs alone beside GPUs that hold nothing is not enough: there offloading is looked at too.
+        What fits on CPUs alone beside GPUs that hold nothing is not enough: there offloading is looked at too, and at
+        last what saves a little of a small state.
         """
         plain: list[Offload] = [offload for offload in self.switches.offloads if offload == "none"]
         moved: list[Offload] = [offload for offload in self.switches.offloads if offload != "none"]
-        for offloads in (plain, moved):
+        for offloads, last_resort in ((plain, False), (moved, False), (plain, True)):
             if offloads and not self._uses_its_gpus():
                 for known in (self._plans, self._best, self._paces):
                     known.clear()
-                self._collect(replace(self.switches, offloads=offloads))
+                self._collect(replace(self.switches, offloads=offloads), last_resort)
         for slot, method in itertools.product(self.slots, self.methods):
             self.rejections.share(self._kinds.first(slot).label, slot.label, method.name)
         return self
@@ -103,17 +104,19 @@ class Enumeration:
         """All slots of a kind."""
         return [other for other in self.slots if self._kinds.first(other) is self._kinds.first(slot)]
 
-    def _collect(self, switches: Switches) -> None:
+    def _collect(self, switches: Switches, last_resort: bool) -> None:
         for method, stage, optim in itertools.product(self.methods, switches.zero_stages, switches.optims):
             if stage and len(self.slots) < 2:
                 continue
             common = Common(method, stage, replace(switches, optims=(optim,)), "time")
-            if self._is_pointless(common, switches):
+            if self._is_pointless(common, switches, last_resort):
                 continue
             groups = list(self._groups(common))
-            lean = [groups[0], min(groups, key=len), max(groups, key=len)] if groups else []
+            firsts = [group for group, *_ in groups]
+            lean = [firsts[0], min(firsts, key=len), max(firsts, key=len)] if firsts else []
             alone = [[slot] for slot in self._kinds.firsts] if not stage else []
-            placed = [self._place(group, common) for group in (*alone, *groups)]
+            placed = [self._place(group, common) for group in alone]
+            placed += [self._place_first(found, common) for found in groups]
             for candidate in placed:
                 self._add(candidate)
             best = min((found for found in placed if found), key=lambda found: found.step_s, default=None)
@@ -122,22 +125,24 @@ class Enumeration:
             for group in (*alone, *lean) if self.looks_lean else ():
                 self._add(self._place(group, replace(common, prefer="memory")))
 
-    def _is_pointless(self, common: Common, switches: Switches) -> bool:
+    def _is_pointless(self, common: Common, switches: Switches, last_resort: bool) -> bool:
         """Whether a division or an optimizer saves only state, of which there is so little that nothing would change.
 
         Nothing changes on a device where the state is small beside its memory, or where nothing fits without it.
+        As the last resort little counts, where something fits without the state and not with it.
         """
         plain = replace(common, stage=0, switches=replace(switches, optims=switches.optims[:1]))
         saves_state = common.stage == 1 or (common.stage == 0 and common.switches.optims[0] != switches.optims[0])
         if not saves_state or 0 not in switches.zero_stages:
-            return False
+            return last_resort
         for slot in self._kinds.firsts:
             found = self._plans_at(1.0, slot, plain, Division(0, 1))
             plan = found.leanest
             if plan is None:
                 continue
             state, needs = plan.memory.optimizer_bytes, plan.memory.total_bytes
-            if state > _SMALL_STATE * slot.memory_bytes and (found.plans or needs - state < slot.memory_bytes):
+            is_large, decides = state > _SMALL_STATE * slot.memory_bytes, needs - state < slot.memory_bytes
+            if decides and not is_large and not found.plans if last_resort else is_large and (found.plans or decides):
                 return False
         return True
 
@@ -155,8 +160,8 @@ class Enumeration:
             self._seen.add(key)
             self.fitting.append(candidate)
 
-    def _groups(self, common: Common) -> Iterator[list[Slot]]:
-        """Groups worth placing; where DeepSpeed divides, of devices of one kind."""
+    def _groups(self, common: Common) -> Iterator[list[list[Slot]]]:
+        """Groups worth placing, each before those to place instead; where DeepSpeed divides, of devices of one kind."""
         if len(self.slots) < 2:
             return
 
@@ -189,10 +194,14 @@ class Enumeration:
             division = _rounded(division)
         key = (id(first), common.method.name, common.switches.optims[0], share, division)
         if key not in self._paces:
-            plans = self._plans_at(share, first, common, division).plans
-            if not plans and division.state_share is not None:  # others may keep all of the state
-                plans = self._plans_at(share, first, common, replace(division, state_share=0.0)).plans
-            plan = preferred_plan(plans, "time")
+            found = self._plans_at(share, first, common, division)
+            if not found.plans and division.state_share is not None:  # others may keep all of the state
+                division = replace(division, state_share=0.0)
+                found = self._plans_at(share, first, common, division)
+            if not found.plans and found.may_fit_whole and not common.equal_parts:
+                share /= _LEVEL
+                found = self._plans_at(share, first, common, division)
+            plan = preferred_plan(found.plans, "time")
             self._paces[key] = self._pace_around(plan, share, first, common) if plan else None
         return self._paces[key]
 
@@ -204,6 +213,10 @@ class Enumeration:
         division = Division(techniques.zero_stage, techniques.num_shards, techniques.state_share)
         single = self._assignment(least, slot, common, division).fastest_like([techniques], self.rejections)
         return Pace.through(plan, share, single[0], least) if single else Pace.of(plan, share)
+
+    def _place_first(self, groups: Sequence[Sequence[Slot]], common: Common) -> Candidate | None:
+        """The first of some groups that fits."""
+        return next((found for group in groups if (found := self._place(group, common))), None)
 
     def _place(self, slots: Sequence[Slot], common: Common) -> Candidate | None:
         """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
@@ -292,10 +305,14 @@ class Enumeration:
         if key in self._best:
             return self._best[key]
         around, usual = (share, division) if common.equal_parts else (1 / _LEVEL ** _level(share), _rounded(division))
-        known = self._plans_at(around, slot, common, usual).plans
+        found = self._plans_at(around, slot, common, usual)
+        known = found.plans
         if known and (share, division) != (around, usual):
             part = self._assignment(share, slot, common, division)
             settings = _worthwhile_settings(known, share / around, common.prefer)
+            if found.may_fit_whole and share < around:
+                fewer = self._plans_at(around / _LEVEL, slot, common, usual).plans
+                settings += _worthwhile_settings(fewer, share * _LEVEL / around, common.prefer)
             if common.prefer == "memory":
                 plans = part.leanest_like(settings, self.rejections)
             else:

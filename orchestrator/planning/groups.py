@@ -21,6 +21,7 @@ from strategies.cost.network import Network
 _MOST_SUBSETS = 64  # of so many all are compared; of more those of the fastest slots with good links
 _KEPT = 2  # subsets of one size that are worth a full estimate: the best may not fit together
 _CLOSE, _MOST_CLOSE = 1.02, 4  # times the best of a size: subsets that are worth one as well, and how many in all
+_SPARE = 2  # groups of a size that are placed where the best does not fit, among many slots
 _MESSAGE_BYTES = 25 * 2**20  # of the sums that rank links: a bucket of gradients
 _QUANTILES = (0.0, 0.25, 0.5, 0.75, 0.9, 0.99, 1.0)  # of links' seconds: worse links are avoided
 _ISLANDS = 3  # of slots that are linked well enough, for each limit
@@ -213,16 +214,21 @@ class Groups:
         """Slots of a group."""
         return max(self.batch_size, self.stated or 0)
 
-    def best(self, slots: Sequence[Slot]) -> list[list[Slot]]:
-        """The best groups of each number of slots that is looked at, the best of all first."""
+    def best(self, slots: Sequence[Slot]) -> list[list[list[Slot]]]:
+        """The best groups of each number of slots that is looked at, the best of all first.
+
+        Each stands before those to place where it turns out not to fit: a score knows no division of the state.
+        """
         few = 2 ** len(slots) <= _MOST_SUBSETS
         scored = self._subsets(slots) if few else itertools.chain(self._prefixes(slots), self._inside_nodes(slots))
         by_size: dict[int, list[tuple[float, int, list[Slot]]]] = {}
         for number, (seconds, group) in enumerate(scored):
             if math.isfinite(seconds):
                 by_size.setdefault(len(group), []).append((seconds, number, group))
-        kept = [_closest(sorted(found)) if few else [min(found)] for found in by_size.values()]
-        return [group for _, _, group in sorted(itertools.chain.from_iterable(kept))]
+        kept = list[list[tuple[float, int, list[Slot]]]]()
+        for found in map(sorted, by_size.values()):
+            kept += [[one] for one in _closest(found)] if few else [found[: 1 + _SPARE]]
+        return [[group for _, _, group in entry] for entry in sorted(kept)]
 
     def _score(self, slots: Sequence[Slot], network: Network | None) -> float:
         """Seconds of a step of these slots together; infinite where one of them does not fit."""

@@ -95,7 +95,9 @@ class Assignment:
             fitting += found
         if not fitting:
             estimates.explain()
-        return FittingPlans(fitting, estimates.nearest.plan if estimates.nearest else None)
+        single = [one for one in estimates.refused if one.per_device_train_batch_size == 1]
+        nearest = estimates.nearest.plan if estimates.nearest else None
+        return FittingPlans(fitting, nearest, estimates.may_fit_whole(single))
 
     def fastest_like(
         self, known: Iterable[Techniques], rejections: Rejections, network: Network | None = None
@@ -207,6 +209,7 @@ class FittingPlans:
 
     plans: list[StrategyPlan]
     nearest_refused: StrategyPlan | None
+    may_fit_whole: bool  # some of the others may, where a share is one micro-batch: no gradients wait for the next
 
     @property
     def leanest(self) -> StrategyPlan | None:

@@ -180,6 +180,20 @@ def test_the_choice_is_within_two_percent_of_the_exhaustive_one():
     assert {seed: part for seed, part in found.items() if part > 0.02} == {}
 
 
+@pytest.mark.parametrize(
+    ("seed", "what"),
+    [
+        (307, "a CPU whose first sample takes longer than the step"),
+        (473, "shares that follow one straight line do not settle"),
+        (823, "settings that fit where a share is one micro-batch, and not where gradients are added up"),
+        (1234, "the pair that looks best does not fit, and the next one does"),
+        (1296, "an 8-bit state that is small, and without which nothing fits"),
+    ],
+)
+def test_what_was_missed_once_is_found(seed, what):
+    assert excess(seed) <= 0.02, what
+
+
 @pytest.mark.slow
 def test_the_choice_is_within_two_percent_of_the_exhaustive_one_on_all_instances():
     found = {seed: excess(seed) for seed in range(ALL)}
