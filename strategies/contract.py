@@ -76,7 +76,7 @@ class TimeEstimate:
 
     @cached_property
     def step_s(self) -> float:
-        return sum(self.parts.values())
+        return self.compute_s + self.memory_s + self.overhead_s + self.update_s + self.transfer_s + self.sync_s
 
 
 @dataclass(frozen=True)

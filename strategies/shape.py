@@ -33,7 +33,7 @@ class Linear:
         """Its name within the layer, e.g. self_attn.q_proj."""
         return f"{self.at}.{self.name}" if self.at else self.name
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return self.inputs * self.outputs + self.outputs * self.bias
 
@@ -55,7 +55,7 @@ class ExpertStack:
     inputs: int
     outputs: int
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         return self.num_experts * self.inputs * self.outputs
 
@@ -265,7 +265,7 @@ class ModelShape:
             found[family.positions_at] = (None, Part(self.num_positions * self.hidden_size, "tokens"))
         return found
 
-    @property
+    @cached_property
     def num_bias_parameters(self) -> int:
         """Of all biases: those of linear maps, of norms and of the output matrix."""
         linears = sum(one.outputs * one.bias for layer in range(self.num_layers) for one in self.linears_of(layer))
@@ -299,7 +299,7 @@ class ModelShape:
         expert = (3 if self.gated_mlp else 2) * self.hidden_size * self.expert_size
         return self.num_expert_layers * self.num_experts * expert
 
-    @property
+    @cached_property
     def num_active_parameters(self) -> int:
         """All but the experts that a token is not sent to: what model cards call active, embeddings included."""
         return self.num_parameters - self._num_idle_parameters
@@ -342,7 +342,7 @@ class ModelShape:
         query, key = widths[self.family.qk_norm]
         return query * (1 + self.family.qk_norm_bias), key * (1 + self.family.qk_norm_bias)
 
-    @property
+    @cached_property
     def num_parameters(self) -> int:
         in_layers = self.num_linear_parameters + self.num_router_parameters + self.num_expert_parameters
         return in_layers + self.num_embedding_parameters + self.num_norm_parameters

@@ -17,7 +17,7 @@ from clusters.hardware.gpu_links import slowest_inside
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
 from strategies.cost.pipeline import Boundary, Simulation
-from strategies.workload import Dtype, LossType, Offload, Wire
+from strategies.workload import Dtype, LossType, Offload, Techniques, Wire
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
@@ -61,6 +61,17 @@ class Switches:
     zero_stages: Sequence[int] = (0, 1, 2, 3)
     torch_compile: bool = False
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
+
+    def used_by(self, found: Sequence[Techniques]) -> Switches:
+        """The values of each device's own switches that some of these have; but all losses: logits grow with a step."""
+        return replace(
+            self,
+            dtypes=[dtype for dtype in self.dtypes if any(dtype == one.dtype for one in found)],
+            attentions=[name for name in self.attentions if any(name == one.attn_implementation for one in found)],
+            packings=[packing for packing in self.packings if any(packing == one.packing for one in found)],
+            checkpointings=[on for on in self.checkpointings if any(on == one.gradient_checkpointing for one in found)],
+            offloads=[offload for offload in self.offloads if any(offload == one.offload for one in found)],
+        )
 
 
 @dataclass(frozen=True)
@@ -216,6 +227,11 @@ def slowest_link(names: Sequence[str], cluster: ClusterCapability) -> tuple[floa
     slowest = min(rate or _ASSUMED_NETWORK_BYTES_PER_S for rate in rates)
     trips = max((link.round_trip_s if link else None) or _ASSUMED_ROUND_TRIP_S for link in links)
     return slowest, trips, any(rate is None for rate in rates)
+
+
+def step_s_of(plans: Sequence[StrategyPlan], network: Network | None) -> float:
+    """Seconds of a step in which each slot, or one of each kind, runs one of these plans."""
+    return max(plan.time.step_s for plan in plans) + (waiting_s(network, plans) if network else 0.0)
 
 
 def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:

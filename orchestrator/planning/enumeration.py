@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from clusters.capability import ClusterCapability, NodeCapability
-from orchestrator.planning.candidates import Candidate, Division, Placed, Slot, Switches, waiting_s
-from orchestrator.planning.groups import Groups, Links, Pace, balance
+from orchestrator.planning.candidates import Candidate, Division, Placed, Slot, Switches, step_s_of, waiting_s
+from orchestrator.planning.groups import Curve, Groups, Links, Pace, balance, share_out
 from orchestrator.planning.memory_fit import needed_bytes, node_shortage
 from orchestrator.planning.settings import (
     Assignment,
@@ -26,13 +26,15 @@ from orchestrator.planning.settings import (
     preferred_plan,
 )
 from strategies.contract import Method, StrategyPlan
+from strategies.cost.network import Network
 from strategies.workload import Offload, Techniques, Workload
 
-_ROUNDS = 4  # a share decides the micro-batch, which decides the speed, which decides the share
-_SETTLED = 0.02  # shares that move less than this part of themselves are final
+_ROUNDS = 6  # a share decides the micro-batch, which decides the speed, which decides the share
+_SETTLED = 0.002  # of a step: where other shares gain less, they are final
 _LEVEL = 4  # all settings are estimated for shares of 1, 1/4, 1/16 ...; between them only the best of those
 _ABOUT = 1.1  # times the fastest at a level: settings that may be the best of another share
 _SMALL_STATE = 0.05  # of a device's memory
+_WAITS = 0.02  # of a step for the network: settings are chosen by what they wait, too
 _MOST_SETTINGS = 2  # of a level that are estimated for another share
 
 
@@ -44,6 +46,7 @@ class Common:
     stage: int  # of ZeRO
     switches: Switches  # with one optimizer: all workers make the same update
     prefer: Prefer
+    network: Network | None = None  # where known: settings that wait less for it are preferred
 
     @property
     def equal_parts(self) -> bool:
@@ -61,6 +64,9 @@ class Enumeration:
     methods: Sequence[Method]
     switches: Switches
     num_workers: int | None = None  # as the job states them: groups of that size are looked at too
+    looks_lean: bool = True  # beside what is fastest, what needs least memory
+    kinds: Kinds | None = None  # of these slots, and the links between them: found where they are not given
+    links: Links | None = None
     fitting: list[Candidate] = field(default_factory=list, init=False)
     other_groups: list[Candidate] = field(default_factory=list, init=False)  # with more or fewer workers than stated
     rejections: Rejections = field(default_factory=Rejections, init=False)
@@ -70,21 +76,22 @@ class Enumeration:
     _seen: set[Any] = field(default_factory=set, init=False)
 
     def __post_init__(self) -> None:
-        self._kinds = Kinds(self.slots)
-        self._links = Links(self.cluster, self.slots)
+        self._kinds = self.kinds = self.kinds or Kinds(self.slots)
+        self._links = self.links = self.links or Links(self.cluster, self.slots)
 
     def run(self) -> Self:
         """Look at all combinations; at offloading only where nothing fits without it, whatever the method.
 
-        What fits on CPUs alone beside GPUs that hold nothing is not enough: there offloading is looked at too.
+        What fits on CPUs alone beside GPUs that hold nothing is not enough: there offloading is looked at too, and at
+        last what saves a little of a small state.
         """
         plain: list[Offload] = [offload for offload in self.switches.offloads if offload == "none"]
         moved: list[Offload] = [offload for offload in self.switches.offloads if offload != "none"]
-        for offloads in (plain, moved):
+        for offloads, last_resort in ((plain, False), (moved, False), (plain, True)):
             if offloads and not self._uses_its_gpus():
                 for known in (self._plans, self._best, self._paces):
                     known.clear()
-                self._collect(replace(self.switches, offloads=offloads))
+                self._collect(replace(self.switches, offloads=offloads), last_resort)
         for slot, method in itertools.product(self.slots, self.methods):
             self.rejections.share(self._kinds.first(slot).label, slot.label, method.name)
         return self
@@ -94,45 +101,49 @@ class Enumeration:
         wanted = {slot.device.kind for slot in self.slots} - {"cpu"} or {"cpu"}
         return any(part.slot.device.kind in wanted for candidate in self.fitting for part in candidate.placed)
 
-    def first_like(self, slot: Slot) -> Slot:
-        """The slot that stands for all of a kind."""
-        return self._kinds.first(slot)
-
     def slots_like(self, slot: Slot) -> list[Slot]:
         """All slots of a kind."""
         return [other for other in self.slots if self._kinds.first(other) is self._kinds.first(slot)]
 
-    def _collect(self, switches: Switches) -> None:
+    def _collect(self, switches: Switches, last_resort: bool) -> None:
         for method, stage, optim in itertools.product(self.methods, switches.zero_stages, switches.optims):
             if stage and len(self.slots) < 2:
                 continue
             common = Common(method, stage, replace(switches, optims=(optim,)), "time")
-            if self._is_pointless(common, switches):
+            if self._is_pointless(common, switches, last_resort):
                 continue
             groups = list(self._groups(common))
-            lean = [groups[0], min(groups, key=len), max(groups, key=len)] if groups else []
+            firsts = [group for group, *_ in groups]
+            lean = [firsts[0], min(firsts, key=len), max(firsts, key=len)] if firsts else []
             alone = [[slot] for slot in self._kinds.firsts] if not stage else []
-            for group in (*alone, *groups):
-                self._add(self._place(group, common))
-            for group in (*alone, *lean):
+            placed = [self._place(group, common) for group in alone]
+            placed += [self._place_first(found, common) for found in groups]
+            for candidate in placed:
+                self._add(candidate)
+            best = min((found for found in placed if found), key=lambda found: found.step_s, default=None)
+            if best and best.sync_s > _WAITS * best.step_s:
+                self._add(self._place([part.slot for part in best.placed], replace(common, network=best.network)))
+            for group in (*alone, *lean) if self.looks_lean else ():
                 self._add(self._place(group, replace(common, prefer="memory")))
 
-    def _is_pointless(self, common: Common, switches: Switches) -> bool:
+    def _is_pointless(self, common: Common, switches: Switches, last_resort: bool) -> bool:
         """Whether a division or an optimizer saves only state, of which there is so little that nothing would change.
 
         Nothing changes on a device where the state is small beside its memory, or where nothing fits without it.
+        As the last resort little counts, where something fits without the state and not with it.
         """
         plain = replace(common, stage=0, switches=replace(switches, optims=switches.optims[:1]))
         saves_state = common.stage == 1 or (common.stage == 0 and common.switches.optims[0] != switches.optims[0])
         if not saves_state or 0 not in switches.zero_stages:
-            return False
+            return last_resort
         for slot in self._kinds.firsts:
             found = self._plans_at(1.0, slot, plain, Division(0, 1))
             plan = found.leanest
             if plan is None:
                 continue
             state, needs = plan.memory.optimizer_bytes, plan.memory.total_bytes
-            if state > _SMALL_STATE * slot.memory_bytes and (found.plans or needs - state < slot.memory_bytes):
+            is_large, decides = state > _SMALL_STATE * slot.memory_bytes, needs - state < slot.memory_bytes
+            if decides and not is_large and not found.plans if last_resort else is_large and (found.plans or decides):
                 return False
         return True
 
@@ -150,17 +161,15 @@ class Enumeration:
             self._seen.add(key)
             self.fitting.append(candidate)
 
-    def _groups(self, common: Common) -> Iterator[list[Slot]]:
-        """Groups worth placing; where DeepSpeed divides, of devices of one kind."""
+    def _groups(self, common: Common) -> Iterator[list[list[Slot]]]:
+        """Groups worth placing, each before those to place instead; where DeepSpeed divides, of devices of one kind."""
         if len(self.slots) < 2:
             return
-        # Each worker needs a sample of every step, unless the job states so many.
-        most = max(self.workload.global_batch_size, self.num_workers or 0)
 
         def pace(slot: Slot, size: int) -> Pace | None:
             return self._pace(slot, size, common)
 
-        groups = Groups(self._links, pace, most, common.equal_parts, self.num_workers)
+        groups = Groups(self._links, pace, self.workload.global_batch_size, common.equal_parts, self.num_workers)
         if not common.equal_parts:
             yield from groups.best(self.slots)
             return
@@ -186,20 +195,39 @@ class Enumeration:
             division = _rounded(division)
         key = (id(first), common.method.name, common.switches.optims[0], share, division)
         if key not in self._paces:
-            plans = self._plans_at(share, first, common, division).plans
-            if not plans and division.state_share is not None:  # others may keep all of the state
-                plans = self._plans_at(share, first, common, replace(division, state_share=0.0)).plans
-            plan = preferred_plan(plans, "time")
-            self._paces[key] = Pace.of(plan, share) if plan else None
+            found = self._plans_at(share, first, common, division)
+            if not found.plans and division.state_share is not None:  # others may keep all of the state
+                division = replace(division, state_share=0.0)
+                found = self._plans_at(share, first, common, division)
+            if not found.plans and found.may_fit_whole and not common.equal_parts:
+                share /= _LEVEL
+                found = self._plans_at(share, first, common, division)
+            plan = preferred_plan(found.plans, "time")
+            self._paces[key] = self._pace_around(plan, share, first, common) if plan else None
         return self._paces[key]
+
+    def _pace_around(self, plan: StrategyPlan, share: float, slot: Slot, common: Common) -> Pace:
+        """The pace of a plan for a share, and for the least that takes part: a sample of each step."""
+        least, techniques = 1 / self.workload.global_batch_size, plan.techniques
+        if common.equal_parts or least >= share:
+            return Pace.of(plan, share)
+        division = Division(techniques.zero_stage, techniques.num_shards, techniques.state_share)
+        single = self._assignment(least, slot, common, division).fastest_like([techniques], self.rejections)
+        return Pace.through(plan, share, single[0], least) if single else Pace.of(plan, share)
+
+    def _place_first(self, groups: Sequence[Sequence[Slot]], common: Common) -> Candidate | None:
+        """The first of some groups that fits."""
+        return next((found for group in groups if (found := self._place(group, common))), None)
 
     def _place(self, slots: Sequence[Slot], common: Common) -> Candidate | None:
         """The best settings of each slot, shares in proportion to speed; None where one of them does not fit."""
         kinds = self._kinds.count(slots)
         divisions = self._divisions(kinds, len(slots), common)
-        balanced = self._balance(kinds, len(slots), divisions, common) if divisions else None
-        if balanced is None:
+        tries = list(self._balanced(kinds, divisions, common)) if divisions else []
+        if not tries:
             return None
+        network, assumed = self._links.network(slots)
+        balanced = min(tries, key=lambda parts: step_s_of([plan for plan, _ in parts], network))
         parts = {id(kind): part for (kind, _), part in zip(kinds, balanced, strict=True)}
         placed = tuple(Placed(slot, *parts[id(self._kinds.first(slot))]) for slot in slots)
         plans = [plan for plan, _ in balanced]
@@ -209,7 +237,6 @@ class Enumeration:
             for part in placed:
                 self.rejections.offer(part.slot.label, Miss(part.plan, shortage))
             return None
-        network, assumed = self._links.network(slots)
         wait_s = waiting_s(network, plans) if network else 0.0
         work = self.workload
         return Candidate(common.method, placed, wait_s, work.num_steps, work.tokens_per_step, network, assumed)
@@ -233,63 +260,68 @@ class Enumeration:
         whole = sum(number * each for (_, number), each in zip(kinds, free, strict=True))
         return [each / whole for each in free] if whole else None
 
-    def _balance(
-        self, kinds: Sequence[tuple[Slot, int]], count: int, divisions: Sequence[Division], common: Common
-    ) -> list[tuple[StrategyPlan, float]] | None:
-        """The plan and the share of each kind's slots, so that all finish a step together; None where one lacks one.
-
-        Beside the shares by speed equal ones: a little more can be too much for a slot's fastest settings.
-        """
-        equal = [1.0 / count] * len(kinds)
-        paces = [self._pace(slot, count, common) for slot, _ in kinds]
-        known = [pace for pace in paces if pace]
-        if len(kinds) == 1 or common.equal_parts:
-            tries = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
-        elif len(known) < len(kinds):
-            tries = self._tries(kinds, equal, divisions, common)
-        else:
-            _, paced = balance(known, [number for _, number in kinds])
-            first = itertools.islice(self._tries(kinds, equal, divisions, common), 1)
-            tries = itertools.chain(first, self._tries(kinds, paced, divisions, common))
-        return min(tries, key=lambda parts: max(plan.time.step_s for plan, _ in parts), default=None)
-
-    def _tries(
-        self, kinds: Sequence[tuple[Slot, int]], shares: list[float], divisions: Sequence[Division], common: Common
+    def _balanced(
+        self, kinds: Sequence[tuple[Slot, int]], divisions: Sequence[Division], common: Common
     ) -> Iterator[list[tuple[StrategyPlan, float]]]:
-        """The best plans for some shares, then for the shares that follow from those plans, until they settle."""
+        """The plans and shares of each kind's slots with which all finish a step together, and those on the way there.
+
+        Equal shares come first, since a little more can be too much for a slot's fastest settings; where those do not
+        fit, shares by pace.
+        """
+        counts = [number for _, number in kinds]
+        size = sum(counts)
+        shares, least = [1.0 / size] * len(kinds), min(1.0 / size, 1.0 / self.workload.global_batch_size)
+        paces = [self._pace(slot, size, common) for slot, _ in kinds]
+        curves, fastest_s = list[Curve](), math.inf
         for number in range(_ROUNDS):
             plans = [
                 self._best_plan(share, slot, common, division)
                 for (slot, _), share, division in zip(kinds, shares, divisions, strict=True)
             ]
             found = [plan for plan in plans if plan]
+            known = [pace for pace in paces if pace]
             if len(found) < len(plans):
-                return
+                if number or common.equal_parts or len(known) < len(kinds):
+                    return
+                _, shares = balance(known, counts)
+                continue
             yield list(zip(found, shares, strict=True))
-            paces = [Pace.of(plan, share) for plan, share in zip(found, shares, strict=True)]
-            _, wanted = balance(paces, [number for _, number in kinds])
-            if all(abs(new - old) <= _SETTLED * old for new, old in zip(wanted, shares, strict=True)):
+            if len(kinds) == 1 or common.equal_parts:
                 return
-            # A share that is a little larger can take much longer: half-way there the shares do not swing.
-            shares = wanted if not number else [(new + old) / 2 for new, old in zip(wanted, shares, strict=True)]
+            if not curves:
+                starts = [pace or Pace.of(plan, shares[0]) for pace, plan in zip(paces, found, strict=True)]
+                curves = [Curve([(0.0, pace.fixed_s)]) for pace in starts]
+            for curve, plan, share in zip(curves, found, shares, strict=True):
+                curve.add(share, plan.time.step_s)
+            fastest_s = min(fastest_s, max(plan.time.step_s for plan in found))
+            finish_s, shares = share_out(curves, counts, least)
+            if finish_s >= (1 - _SETTLED) * fastest_s:
+                return
 
     def _best_plan(self, share: float, slot: Slot, common: Common, division: Division) -> StrategyPlan | None:
         """The preferred plan of those that fit a slot, with the settings that are best for a share about as large."""
         if not common.stage:
             division = _rounded(division)  # nothing is divided: how many take part changes nothing
-        key = (id(slot), common.method.name, division, share, common.switches.optims[0], common.prefer)
+        key = (id(slot), common.method.name, division, share, common.switches.optims[0], common.prefer, common.network)
         if key in self._best:
             return self._best[key]
         around, usual = (share, division) if common.equal_parts else (1 / _LEVEL ** _level(share), _rounded(division))
-        known = self._plans_at(around, slot, common, usual).plans
+        found = self._plans_at(around, slot, common, usual)
+        known = found.plans
         if known and (share, division) != (around, usual):
             part = self._assignment(share, slot, common, division)
-            alike = part.leanest_like if common.prefer == "memory" else part.fastest_like
-            plans = alike(_worthwhile_settings(known, share / around, common.prefer), self.rejections)
+            settings = _worthwhile_settings(known, share / around, common.prefer)
+            if found.may_fit_whole and share < around:
+                fewer = self._plans_at(around / _LEVEL, slot, common, usual).plans
+                settings += _worthwhile_settings(fewer, share * _LEVEL / around, common.prefer)
+            if common.prefer == "memory":
+                plans = part.leanest_like(settings, self.rejections)
+            else:
+                plans = part.fastest_like(settings, self.rejections, common.network)
         else:
             plans = known
         plans = plans or self._plans_at(share, slot, common, division).plans
-        self._best[key] = preferred_plan(plans, common.prefer)
+        self._best[key] = preferred_plan(plans, common.prefer, common.network)
         return self._best[key]
 
     def _plans_at(self, share: float, slot: Slot, common: Common, division: Division) -> FittingPlans:

@@ -1,4 +1,4 @@
-"""When held-out rows are measured, with what, and how long a job takes with it.  Pure."""
+"""When held-out rows are measured and checkpoints saved, and how long a job takes with both.  Pure."""
 
 from __future__ import annotations
 
@@ -139,40 +139,72 @@ def cache_usable_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> fl
     return max(0.0, min(CACHE_BYTES, free))
 
 
+def resolve_save_steps(spec: JobSpec, workload: Workload, checkpoint_bytes: float) -> tuple[int, str | None]:
+    """Steps between two checkpoints; and why, where it was open."""
+    stated = spec.checkpoint.save_steps
+    if stated != "auto":
+        return stated, None
+    size = format_bytes(checkpoint_bytes)
+    return max(1, math.ceil(workload.num_steps / 5)), f"five checkpoints of {size} over the run"
+
+
+def resolve_keep_best(spec: JobSpec, workload: Workload, eval_steps: int | None) -> tuple[bool, str | None]:
+    """Whether the weights with the lowest held-out loss are handed back; and why, where it was open."""
+    stated = spec.checkpoint.load_best_model_at_end
+    if spec.eval.early_stopping_patience and eval_steps is None:
+        raise JobError("eval.early_stopping_patience needs data.eval and eval.eval_steps; add them or remove it")
+    if stated == "auto":
+        if eval_steps is not None and eval_steps < workload.num_steps:
+            return True, "held-out loss is measured during training"
+        return False, "held-out loss is measured at the end only"
+    if stated and eval_steps is None:
+        raise JobError(
+            "checkpoint.load_best_model_at_end needs data.eval and eval.eval_steps; add them or set it to false"
+        )
+    return stated, None
+
+
 def phases_of(
-    spec: JobSpec,
-    candidate: Candidate,
-    workload: Workload,
-    held_out: HeldOutCounts | None,
-    evaluation: EvaluationPlan,
-    helped: bool = False,
+    spec: JobSpec, candidate: Candidate, workload: Workload, held_out: HeldOutCounts | None, is_helped: bool = False
 ) -> Phases:
-    """Seconds of every phase of the job but saving, which depends on how often.
+    """Seconds of every phase of the job.
 
     A preflight is a step's two heaviest micro-batches, an evaluation of one and a checkpoint.  The trained model is
     evaluated after its last step, the base model before the first unless a helper does, the loss alone as planned.
     """
     first = candidate.placed[0]
-    plan, slot, techniques = first.plan, first.slot, first.plan.techniques
-    share = forward_share(techniques)
-    evaluation_s = 0.0
-    if held_out:
-        both = 1 + (spec.eval.before and not helped)
-        meanwhile = workload.num_steps // evaluation.eval_steps if evaluation.eval_steps else 0
-        evaluation_s = (both + meanwhile) * share * held_out.num_tokens / candidate.tokens_per_s
-        if evaluation.metrics:
-            num_answers = min(held_out.num_references, spec.eval.max_rows)
-            evaluation_s += both * _generation_s(candidate, workload, num_answers, evaluation.max_new_tokens)
+    plan, slot = first.plan, first.slot
+    share, checkpoint_s = forward_share(plan.techniques), saving_s(plan.checkpoint_bytes)
     micro_s = plan.time.step_s / plan.num_micro_batches * max(1.0, workload.longest_sample / workload.mean_length)
-    checkpoint_s = saving_s(plan.checkpoint_bytes)
+    save_steps, _ = resolve_save_steps(spec, workload, plan.checkpoint_bytes)
+    num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
-        start_s=start_s(shape_of_stage(workload.shape, techniques.stage), slot.device, plan.memory.weights_bytes),
+        start_s=start_s(shape_of_stage(workload.shape, plan.techniques.stage), slot.device, plan.memory.weights_bytes),
         preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
-        evaluation_s=evaluation_s,
+        evaluation_s=_evaluation_s(spec, candidate, workload, held_out, is_helped) if held_out else 0.0,
         training_s=candidate.total_s,
+        saving_s=num_saved * checkpoint_s,
         guesses=("start", "preparation", "saving"),
     )
+
+
+def _evaluation_s(
+    spec: JobSpec, candidate: Candidate, workload: Workload, held_out: HeldOutCounts, is_helped: bool
+) -> float:
+    """Held-out losses before, meanwhile and after, and the answers of both ends."""
+    eval_steps, _ = resolve_eval_steps(spec, workload, held_out)
+    both = 1 + (spec.eval.before and not is_helped)
+    meanwhile = workload.num_steps // eval_steps if eval_steps else 0
+    share = forward_share(candidate.placed[0].plan.techniques)
+    losses_s = (both + meanwhile) * share * held_out.num_tokens / candidate.tokens_per_s
+    if not resolve_metrics(spec, held_out)[0]:
+        return losses_s
+    num_answers, (num_tokens, _) = (
+        min(held_out.num_references, spec.eval.max_rows),
+        resolve_max_new_tokens(spec, held_out),
+    )
+    return losses_s + both * _generation_s(candidate, workload, num_answers, num_tokens)
 
 
 def _generation_s(candidate: Candidate, workload: Workload, num_answers: int, num_tokens: int) -> float:

@@ -12,6 +12,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 from orchestrator.planning.price import price_of
 from strategies.contract import Method
+from strategies.cost.phases import Phases
 from strategies.quality import QualityPrior
 
 T = TypeVar("T")
@@ -23,15 +24,18 @@ LONG_S = 14 * 86400.0
 _ABOUT_AS_FAST = 1.15  # times the fastest: a model's error in time is larger than this
 
 
-def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
-    """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps."""
-    kept = _within_limits(spec, fitting)
+def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate], phases: Callable[[Candidate], Phases]) -> Candidate:
+    """The best by the goal.  Raises NothingFits naming the limit that no candidate keeps.
+
+    Limits hold for the whole job, whose phases are given; what is fastest is asked of the training.
+    """
+    kept = _within_limits(spec, fitting, phases)
     if spec.goal.max_hours is None:
-        kept = [candidate for candidate in kept if candidate.total_s <= LONG_S] or kept
+        kept = [candidate for candidate in kept if phases(candidate).total_s <= LONG_S] or kept
     keys = {
         "time": lambda c: (c.total_s, c.peak_bytes),
         "memory": lambda c: (c.memory_fraction, c.total_s),
-        "cost": lambda c: (_cost_or_time(spec, c), c.total_s),
+        "cost": lambda c: (_cost_or_time(spec, c, phases), c.total_s),
         "quality": lambda c: (-(c.quality or 0.0), c.total_s),
     }
     best = min(kept, key=keys[spec.goal.prefer])
@@ -43,14 +47,14 @@ def choose_candidate(spec: JobSpec, fitting: Sequence[Candidate]) -> Candidate:
     return min(about, key=lambda c: (-(c.quality or 0.0), c.zero_stage, c.total_s, c.peak_bytes))
 
 
-def too_long(spec: JobSpec, candidate: Candidate) -> str | None:
+def too_long(spec: JobSpec, candidate: Candidate, phases: Phases) -> str | None:
     """Why a plan needs a stated goal.max_hours; None where it takes less than two weeks, or one is stated."""
-    if spec.goal.max_hours is not None or candidate.total_s <= LONG_S:
+    if spec.goal.max_hours is not None or phases.total_s <= LONG_S:
         return None
     devices = ", ".join(dict.fromkeys(part.slot.device.name for part in candidate.placed))
-    hours = math.ceil(1.05 * candidate.total_s / 3600)
+    hours = math.ceil(1.05 * phases.total_s / 3600)
     return (
-        f"{candidate.method.name} on {devices} would take {format_s(candidate.total_s)}, the best that fits: more than"
+        f"{candidate.method.name} on {devices} would take {format_s(phases.total_s)}, the best that fits: more than"
         f" {format_s(LONG_S)} are planned only where the job allows them (goal.max_hours: {hours})"
     )
 
@@ -70,36 +74,45 @@ def by_goal(prefer: str, seconds: float, peak_bytes: float, lack: float, cost: f
     return (seconds if prefer == "time" or cost is None else cost), peak_bytes
 
 
-def _within_limits(spec: JobSpec, fitting: Sequence[Candidate]) -> list[Candidate]:
+def _within_limits(
+    spec: JobSpec, fitting: Sequence[Candidate], phases: Callable[[Candidate], Phases]
+) -> list[Candidate]:
     goal, kept = spec.goal, list(fitting)
     limits = (
-        ("goal.max_hours", goal.max_hours, lambda c: c.total_s / 3600, "takes {:.2g} h", True),
-        ("goal.max_cost", goal.max_cost, lambda c: price_of(spec, c).total, "costs {:.2f}", True),
+        ("goal.max_hours", goal.max_hours, lambda c: phases(c).total_s / 3600, "takes {:.2g} h", True),
+        ("goal.max_cost", goal.max_cost, lambda c: price_of(spec, c, phases(c).total_s).total, "costs {:.2f}", True),
         ("goal.min_quality", goal.min_quality, lambda c: c.quality, "promises {:.3f}", False),
     )
     for key, limit, measure, phrase, at_most in limits:
         if limit is None:
             continue
-        known = [(measure(candidate), candidate) for candidate in kept]
-        passing = [c for value, c in known if value is not None and (value <= limit if at_most else value >= limit)]
+        measured = [(measure(candidate), candidate) for candidate in kept]
+        known = [(value, candidate) for value, candidate in measured if value is not None]
+        if not known:
+            raise JobError(f"{key}: cannot be kept, because no machine's price or power is known; state it in cost")
+        passing = [candidate for value, candidate in known if (value <= limit if at_most else value >= limit)]
         if not passing:
-            values = [value for value, _ in known if value is not None]
-            if not values:
-                raise JobError(f"{key}: cannot be kept, because no machine's price or power is known; state it in cost")
-            best = min(values) if at_most else max(values)
+            value, best = (min if at_most else max)(known, key=lambda pair: pair[0])
+            why = f"{key} is {limit:g}, and the best that fits {phrase.format(value)}"
             raise NothingFits(
-                f"{key} is {limit:g}, and the best that fits {phrase.format(best)}. Raise the limit, lower"
-                " train.num_train_epochs or data.max_length, choose a smaller model, or add a device"
+                f"{why} as a whole job ({phases(best).text}). {_how_to_shorten(phases(best))}"
                 if at_most
-                else f"{key} is {limit:g}, and the best that fits {phrase.format(best)} (a prior from published runs)."
-                " Lower it, or use a larger model and measure"
+                else f"{why} (a prior from published runs). Lower it, or use a larger model and measure"
             )
         kept = passing
     return kept
 
 
-def _cost_or_time(spec: JobSpec, candidate: Candidate) -> float:
-    total = price_of(spec, candidate).total
+def _how_to_shorten(phases: Phases) -> str:
+    """What to change about a job that is too long or too dear: evaluation first where that takes longest."""
+    train = "lower train.num_train_epochs or data.max_length, choose a smaller model, or add a device"
+    if phases.evaluation_s <= phases.training_s:
+        return f"Raise the limit, {train}"
+    return f"Raise the limit, lower eval.max_rows or eval.max_new_tokens, set eval.before to false, {train}"
+
+
+def _cost_or_time(spec: JobSpec, candidate: Candidate, phases: Callable[[Candidate], Phases]) -> float:
+    total = price_of(spec, candidate, phases(candidate).total_s).total
     return candidate.total_s / 3600 if total is None else total
 
 

@@ -304,7 +304,7 @@ class StageSearch:
         enumeration = self.search.enumeration
         alone = sum(other.node.name == slot.node.name for other in self.slots) == 1
         name = None if alone and enumeration.cluster.has_like_links else slot.node.name
-        return id(enumeration.first_like(slot)), name
+        return id(enumeration.slots_like(slot)[0]), name
 
     def _orders(self) -> Iterator[tuple[int, ...]]:
         orders = itertools.chain.from_iterable(orders_of(group, self.search.num_stages) for group in self._groups())

@@ -6,18 +6,23 @@ chooses among it.
 
 from __future__ import annotations
 
-import math
+import itertools
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from typing import Any
 
 from clusters.capability import ClusterCapability, NodeCapability
-from clusters.units import format_bytes
-from orchestrator.data.order import Order
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Placed, Slot, Switches, limit_per_node
 from orchestrator.planning.enumeration import Enumeration
-from orchestrator.planning.evaluation import HeldOutCounts, phases_of, resolve_evaluation
+from orchestrator.planning.evaluation import (
+    HeldOutCounts,
+    phases_of,
+    resolve_evaluation,
+    resolve_keep_best,
+    resolve_save_steps,
+)
 from orchestrator.planning.explain import (
     alternatives,
     describe_larger_steps,
@@ -34,8 +39,8 @@ from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_links
 from orchestrator.planning.remedies import PlanInputs
-from orchestrator.planning.workload import grows_with_workers, max_positions
-from strategies.cost.phases import saving_s
+from orchestrator.planning.workload import grows_with_workers, max_positions, with_more_samples
+from strategies.cost.phases import Phases
 from strategies.cost.time import product_rate
 from strategies.workload import BYTES_PER_ELEMENT, Workload
 
@@ -43,7 +48,6 @@ _LONGEST_AUTO = 2048
 _MORE_SAMPLES = (2, 4, 8, 16)  # times those of a step, where a group waits for its network
 _WAITS = 0.05  # of a step for the network: larger steps are looked at
 _WORTH_LARGER_STEPS = 1.1  # so much faster, or larger steps are not worth a line
-_LEAST_STEPS_PER_EPOCH = 8
 
 
 def resolve_workers(spec: JobSpec, node: NodeCapability, several: bool = False) -> tuple[int, str | None]:
@@ -147,6 +151,12 @@ class ChosenCandidate:
     enumeration: Enumeration
     candidate: Candidate
 
+    def phases(self, inputs: PlanInputs) -> Phases:
+        """Seconds of the whole job, by phase."""
+        spec, held_out = inputs.spec, inputs.held_out
+        is_helped = _helper(spec, self, held_out) is not None
+        return phases_of(spec, self.candidate, self.workload, held_out, is_helped)
+
 
 def make_plan(
     spec: JobSpec,
@@ -160,14 +170,14 @@ def make_plan(
 
     Raises NothingFits when nothing fits or keeps the goal, JobError for mistakes.
     """
-    inputs = PlanInputs(spec, workload, cluster, max_length)
+    inputs = PlanInputs(spec, workload, cluster, max_length, held_out)
     enumeration, num_slots = _enumeration(inputs)
-    choice = _choose(spec, enumeration, num_slots)
+    choice = _choose(inputs, enumeration, num_slots)
     if choice is None:
         raise NothingFits(why_nothing_fits(inputs, enumeration, accepts))
-    if too_slow := too_long(spec, choice.candidate):
+    if too_slow := too_long(spec, choice.candidate, choice.phases(inputs)):
         raise NothingFits("\n".join([too_slow, *describe_remedies(inputs, accepts)]))
-    larger = _larger_steps(spec, choice, num_slots)
+    larger = _larger_steps(inputs, choice, num_slots)
     return _plan_of(spec, choice, held_out, reasons, (larger,) if larger else ())
 
 
@@ -192,21 +202,28 @@ def accepts(inputs: PlanInputs) -> bool:
         enumeration, num_slots = _enumeration(inputs)
         if enumeration.switches.rows is None and {inputs.spec.goal.max_hours, inputs.spec.goal.max_cost} == {None}:
             enumeration = replace(enumeration, switches=replace(enumeration.switches, rows=1))
-        choice = _choose(inputs.spec, enumeration, num_slots)
-        return choice is not None and too_long(inputs.spec, choice.candidate) is None
+        choice = _choose(inputs, enumeration, num_slots)
+        return choice is not None and too_long(inputs.spec, choice.candidate, choice.phases(inputs)) is None
     except (JobError, NothingFits):
         return False
 
 
-def _choose(spec: JobSpec, enumeration: Enumeration, num_slots: int, whole: bool = False) -> ChosenCandidate | None:
+def _choose(
+    inputs: PlanInputs, enumeration: Enumeration, num_slots: int, whole: bool = False
+) -> ChosenCandidate | None:
     """The best candidate with as many workers as the job states, each `whole` or not; None where nothing fits."""
-    enumeration.run()
-    fitting = enumeration.fitting if whole else with_pipelines(spec, enumeration)
+    spec, fitting = inputs.spec, enumeration.run().fitting
+    fitting = fitting if whole else with_pipelines(spec, enumeration)
     enumeration.fitting = [found for found in fitting if _has_stated_workers(spec, found, num_slots)]
     enumeration.other_groups = [found for found in fitting if not _has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
         return None
-    return ChosenCandidate(enumeration.workload, enumeration, choose_candidate(spec, enumeration.fitting))
+
+    def phases(candidate: Candidate) -> Phases:
+        return ChosenCandidate(enumeration.workload, enumeration, candidate).phases(inputs)
+
+    best = choose_candidate(spec, enumeration.fitting, phases)
+    return ChosenCandidate(enumeration.workload, enumeration, best)
 
 
 def _plan_of(
@@ -222,11 +239,9 @@ def _plan_of(
     nodes = tuple(_node_plan_of(part) for part in sorted(chosen.placed, key=lambda part: -part.share))
     helper = _helper(spec, choice, held_out)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
-    keep_best, why_best = _resolve_keep_best(spec, workload, evaluation.eval_steps)
-    save_steps, why_save = _resolve_save_steps(spec, workload, first.checkpoint_bytes)
-    phases = phases_of(spec, chosen, workload, held_out, evaluation, helper is not None)
-    num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
-    phases = replace(phases, saving_s=num_saved * saving_s(first.checkpoint_bytes))
+    keep_best, why_best = resolve_keep_best(spec, workload, evaluation.eval_steps)
+    save_steps, why_save = resolve_save_steps(spec, workload, first.checkpoint_bytes)
+    phases = phases_of(spec, chosen, workload, held_out, helper is not None)
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
     reasons = explain_choice(spec, chosen, enumeration.fitting) | reasons | evaluation.reasons | why_options
@@ -272,30 +287,6 @@ def _resolve_options(chosen: Candidate) -> tuple[dict[str, Any], dict[str, str]]
             if key not in values or value < values[key]:
                 values[key], reasons[f"method.{key}"] = value, reason
     return values, reasons
-
-
-def _resolve_save_steps(spec: JobSpec, workload: Workload, checkpoint_bytes: float) -> tuple[int, str | None]:
-    stated = spec.checkpoint.save_steps
-    if stated != "auto":
-        return stated, None
-    size = format_bytes(checkpoint_bytes)
-    return max(1, math.ceil(workload.num_steps / 5)), f"five checkpoints of {size} over the run"
-
-
-def _resolve_keep_best(spec: JobSpec, workload: Workload, eval_steps: int | None) -> tuple[bool, str | None]:
-    """Whether the weights with the lowest held-out loss are handed back; and why, where it was open."""
-    stated = spec.checkpoint.load_best_model_at_end
-    if spec.eval.early_stopping_patience and eval_steps is None:
-        raise JobError("eval.early_stopping_patience needs data.eval and eval.eval_steps; add them or remove it")
-    if stated == "auto":
-        if eval_steps is not None and eval_steps < workload.num_steps:
-            return True, "held-out loss is measured during training"
-        return False, "held-out loss is measured at the end only"
-    if stated and eval_steps is None:
-        raise JobError(
-            "checkpoint.load_best_model_at_end needs data.eval and eval.eval_steps; add them or set it to false"
-        )
-    return stated, None
 
 
 def _node_plan_of(part: Placed) -> NodePlan:
@@ -357,44 +348,52 @@ def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:
     return Sync(dtype, network.bucket_bytes(sent), candidate.sync_options)
 
 
-def _larger_steps(spec: JobSpec, choice: ChosenCandidate, num_slots: int) -> Alternative | None:
+def _larger_steps(inputs: PlanInputs, choice: ChosenCandidate, num_slots: int) -> Alternative | None:
     """The chosen way with more samples a step, where steps wait for the network: fewer sums for the same samples.
 
     It is never chosen: fewer, larger updates make another model, and how large they are is not the machines' to say.
+    The fewest samples that gain enough are offered; more never gain less, so that most sizes need no look.
     """
-    train, enumeration, chosen = spec.train, choice.enumeration, choice.candidate
-    is_open = train.global_batch_size == "auto" and not grows_with_workers(spec) and train.max_steps <= 0
+    train, enumeration, chosen = inputs.spec.train, choice.enumeration, choice.candidate
+    is_open = train.global_batch_size == "auto" and not grows_with_workers(inputs.spec) and train.max_steps <= 0
     waits = any(found.sync_s > _WAITS * found.step_s for found in enumeration.fitting)
-    if not is_open or not waits or spec.strategy.local_steps:
+    if not is_open or not waits or inputs.spec.strategy.local_steps:
         return None
-    switches = replace(
-        enumeration.switches, optims=(chosen.placed[0].plan.techniques.optim,), zero_stages=(chosen.zero_stage,)
-    )
-    best = choice
-    for factor in _MORE_SAMPLES:
-        workload = _with_more_samples(choice.workload, factor, train.num_train_epochs)
-        if workload is None:
-            break
-        same_way = replace(enumeration, workload=workload, methods=[chosen.method], switches=switches)
-        wider = _choose(spec, same_way, num_slots, whole=True)
-        if wider and len(wider.candidate.placed) > 1 and _is_faster(wider, best):
-            best = wider
+    larger = (with_more_samples(choice.workload, factor, train.num_train_epochs) for factor in _MORE_SAMPLES)
+    workloads = list(itertools.takewhile(lambda workload: workload is not None, larger))
+    same_way = _same_way(inputs.spec, choice)
+
+    @cache
+    def wider(index: int) -> ChosenCandidate | None:
+        try:
+            found = _choose(inputs, replace(same_way, workload=workloads[index]), num_slots, whole=True)
+        except NothingFits:  # steps rounded up may break a limit that is just kept
+            return None
+        return found if found and len(found.candidate.placed) > 1 else None
+
+    best, first = choice, 0
+    while first < len(workloads) and _is_faster(wider(len(workloads) - 1), best):
+        last = len(workloads) - 1
+        while first < last:
+            middle = (first + last) // 2
+            first, last = (first, middle) if _is_faster(wider(middle), best) else (middle + 1, last)
+        best, first = wider(first) or best, first + 1
     return None if best is choice else describe_larger_steps(chosen, best.candidate, best.workload)
 
 
-def _is_faster(choice: ChosenCandidate, than: ChosenCandidate) -> bool:
-    return choice.candidate.total_s < than.candidate.total_s / _WORTH_LARGER_STEPS
+def _same_way(spec: JobSpec, choice: ChosenCandidate) -> Enumeration:
+    """The chosen method and division, with the settings that are the fastest of some group."""
+    enumeration, chosen = choice.enumeration, choice.candidate
+    fastest: dict[tuple[int, ...], Candidate] = {}
+    for found in sorted(enumeration.fitting, key=lambda found: found.step_s):
+        if (found.method.name, found.zero_stage) == (chosen.method.name, chosen.zero_stage):
+            fastest.setdefault(tuple(id(part.slot) for part in found.placed), found)
+    used = [part.plan.techniques for found in (chosen, *fastest.values()) for part in found.placed]
+    optims, stages = (used[0].optim,), (chosen.zero_stage,)
+    switches = replace(enumeration.switches.used_by(used), optims=optims, zero_stages=stages)
+    looks_lean = spec.goal.prefer == "memory"
+    return replace(enumeration, methods=[chosen.method], switches=switches, looks_lean=looks_lean)
 
 
-def _with_more_samples(workload: Workload, factor: int, num_epochs: float) -> Workload | None:
-    """The same samples in fewer, larger steps; None where an epoch would have too few of them."""
-    size = factor * workload.global_batch_size
-    order = Order(workload.num_samples, size, 0, num_epochs)
-    if order.steps_per_epoch < _LEAST_STEPS_PER_EPOCH:
-        return None
-    return replace(
-        workload,
-        global_batch_size=size,
-        num_steps=order.num_steps,
-        fullest_step_tokens=factor * workload.fullest_step_tokens if workload.fullest_step_tokens else None,
-    )
+def _is_faster(choice: ChosenCandidate | None, than: ChosenCandidate) -> bool:
+    return choice is not None and choice.candidate.total_s < than.candidate.total_s / _WORTH_LARGER_STEPS

@@ -49,12 +49,12 @@ def priced(spec: JobSpec, cluster: ClusterCapability) -> ClusterCapability:
     return replace(cluster, nodes=tuple(map(one, cluster.nodes)))
 
 
-def price_of(spec: JobSpec, candidate: Candidate, total_s: float | None = None) -> Price:
-    """Hours x (rent or write-off) and watt-hours x tariff, over the nodes that take part; by default of the training.
+def price_of(spec: JobSpec, candidate: Candidate, total_s: float) -> Price:
+    """Hours x (rent or write-off) and watt-hours x tariff, over the nodes that take part.
 
     The whole job draws as much as its training, which is too much while answers are generated.
     """
-    hours = (candidate.total_s if total_s is None else total_s) / 3600
+    hours = total_s / 3600
     rates = [_per_hour(spec, node) for node in candidate.nodes]
     rented = [node.price_per_hour is not None for node in candidate.nodes]
     watts = [_watts(spec, node, candidate) for node in candidate.nodes]

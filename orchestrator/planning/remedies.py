@@ -13,6 +13,7 @@ from clusters.units import GIB, format_count
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import spec_with, value_of
 from orchestrator.job.spec import JobSpec
+from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.workload import grows_with_workers
 from strategies import METHODS
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
@@ -45,6 +46,7 @@ class PlanInputs:
     workload: Workload
     cluster: ClusterCapability
     max_length: int
+    held_out: HeldOutCounts | None = None
 
     def with_values(self, values: Mapping[str, Any]) -> PlanInputs:
         """The same job with some keys (`section.key`) at other values.  Raises JobError for what cannot be."""

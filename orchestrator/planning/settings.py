@@ -10,15 +10,18 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from clusters.capability import DeviceCapability
-from orchestrator.planning.candidates import Division, Slot, Switches
+from orchestrator.planning.candidates import Division, Slot, Switches, step_s_of
 from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
+from strategies.cost.micro_batches import SPREAD
+from strategies.cost.network import Network
 from strategies.cost.time import product_rate
 from strategies.workload import Dtype, Offload, Techniques, Workload
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _EQUAL = 1.01  # times this close are equal
+_MISSES = 2  # counts of rows that gain nothing
 _SLOWER = 0.8  # of another's rate
 
 Prefer = Literal["time", "memory"]
@@ -94,12 +97,16 @@ class Assignment:
             fitting += found
         if not fitting:
             estimates.explain()
-        return FittingPlans(fitting, estimates.nearest.plan if estimates.nearest else None)
+        single = [one for one in estimates.refused if one.per_device_train_batch_size == 1]
+        nearest = estimates.nearest.plan if estimates.nearest else None
+        return FittingPlans(fitting, nearest, estimates.may_fit_whole(single))
 
-    def fastest_like(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
+    def fastest_like(
+        self, known: Iterable[Techniques], rejections: Rejections, network: Network | None = None
+    ) -> list[StrategyPlan]:
         """The fastest plan that fits with each of known settings: micro-batch and division are this assignment's."""
         estimates = Estimates(self, rejections)
-        found = (estimates.fastest(self._divided(one), self._row_counts(one.packing)) for one in known)
+        found = (estimates.fastest(self._divided(one), self._row_counts(one.packing), network) for one in known)
         return [plan for plan in found if plan]
 
     def leanest_like(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
@@ -181,18 +188,21 @@ class Assignment:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
 
     def _row_counts(self, packing: bool) -> list[int]:
-        """Micro-batch sizes worth an estimate, largest first: the whole share, its halvings and the powers of two."""
+        """Micro-batch sizes worth an estimate, largest first: the share, even parts of it and the powers of two."""
         switches, workload = self.switches, self.workload
         if switches.rows is not None:
             return [switches.rows]
-        share = math.ceil(workload.global_batch_size * workload.share)
-        if switches.accumulation is not None:
-            share = math.ceil(share / switches.accumulation)
+        part = workload.share / (switches.accumulation or 1)
+        share = part * workload.global_batch_size
+        usual = part * workload.tokens_per_step / workload.mean_length  # an epoch's last step has fewer
         if packing:  # rows of max_length tokens, each holding several samples
-            share = math.ceil(share * workload.mean_length / switches.max_length)
-        share = max(1, min(share, MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length))
-        powers = range(share.bit_length())
-        return sorted({max(1, share >> power) for power in powers} | {2**power for power in powers}, reverse=True)
+            share, usual = (each * workload.mean_length / switches.max_length for each in (share, usual))
+        most = max(1, MICRO_BATCH_TOKENS[self.slot.device.kind] // switches.max_length)
+        whole = max(1, min(math.ceil(share), most))
+        fewest = max(1, math.ceil(usual / most - SPREAD))
+        even = {math.ceil(usual / ((fewest << power) + SPREAD)) for power in range(whole.bit_length())}
+        powers = {2**power for power in range(whole.bit_length())}
+        return sorted({min(rows, most) for rows in even} | powers | {whole}, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -201,6 +211,7 @@ class FittingPlans:
 
     plans: list[StrategyPlan]
     nearest_refused: StrategyPlan | None
+    may_fit_whole: bool  # some of the others may, where a share is one micro-batch: no gradients wait for the next
 
     @property
     def leanest(self) -> StrategyPlan | None:
@@ -251,20 +262,25 @@ class Estimates:
                 refused = middle
         return found
 
-    def fastest(self, techniques: Techniques, rows: Sequence[int]) -> StrategyPlan | None:
-        """The fastest that fits by the rows of a micro-batch, largest first: until twice fewer of them gain nothing."""
+    def fastest(
+        self, techniques: Techniques, rows: Sequence[int], network: Network | None = None
+    ) -> StrategyPlan | None:
+        """The fastest that fits by the rows of a micro-batch, largest first: until fewer of them gain nothing.
+
+        Padding grows in steps, so that one count may gain nothing where the next does.
+        """
         best: StrategyPlan | None = None
         refused, misses = 0, 0
         for count in rows:
             plan = self._estimate(replace(techniques, per_device_train_batch_size=count))
-            if plan and best and plan.time.step_s >= best.time.step_s:
+            if plan and best and step_s_of([plan], network) >= step_s_of([best], network):
                 misses += 1
-                if misses > 1:
+                if misses > _MISSES:
                     break
                 continue
             if plan and not best and refused:
                 between = self._between([plan], refused)
-                plan = min([plan, *between], key=lambda one: one.time.step_s)
+                plan = min([plan, *between], key=lambda one: step_s_of([one], network))
             best, refused = plan or best, refused if plan else count
         return best
 
@@ -295,14 +311,17 @@ class Estimates:
         return None
 
 
-def preferred_plan(fitting: Sequence[StrategyPlan], prefer: Prefer) -> StrategyPlan | None:
+def preferred_plan(
+    fitting: Sequence[StrategyPlan], prefer: Prefer, network: Network | None = None
+) -> StrategyPlan | None:
     """The fastest plan or the one that needs least memory; of equals the plainest, which is listed first."""
     if not fitting:
         return None
     if prefer == "memory":
         return min(fitting, key=lambda plan: (plan.memory.total_bytes, plan.time.step_s))
-    fastest = min(plan.time.step_s for plan in fitting)
-    return next(plan for plan in fitting if plan.time.step_s <= _EQUAL * fastest)
+    seconds = [step_s_of([plan], network) for plan in fitting]
+    enough_s = _EQUAL * min(seconds)
+    return next(plan for plan, each in zip(fitting, seconds, strict=True) if each <= enough_s)
 
 
 def describe_combination(method: Method, techniques: Techniques, slot: Slot) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.data.order import Order
@@ -100,6 +101,7 @@ def _padded_ratios(lengths: list[int], global_batch_size: int) -> dict[int, floa
 
 _ROWS_OF_TRANSFORMERS = 8  # its default of per_device_train_batch_size
 _OPEN_SIZE = 16
+_LEAST_STEPS_PER_EPOCH = 8  # of larger steps that are offered
 
 
 def _global_batch_size(spec: JobSpec, num_samples: int, num_workers: int) -> tuple[int, str | None]:
@@ -201,3 +203,17 @@ def step_notices(spec: JobSpec) -> list[str]:
             f" {train.num_train_epochs:g} is not used"
         ]
     return []
+
+
+def with_more_samples(workload: Workload, factor: int, num_epochs: float) -> Workload | None:
+    """The same samples in fewer, larger steps; None where an epoch would have too few of them."""
+    size = factor * workload.global_batch_size
+    order = Order(workload.num_samples, size, 0, num_epochs)
+    if order.steps_per_epoch < _LEAST_STEPS_PER_EPOCH:
+        return None
+    return replace(
+        workload,
+        global_batch_size=size,
+        num_steps=order.num_steps,
+        fullest_step_tokens=factor * workload.fullest_step_tokens if workload.fullest_step_tokens else None,
+    )

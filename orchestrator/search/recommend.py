@@ -20,6 +20,7 @@ class Outcome:
     trial: Trial
     plan: Plan
     total_s: float  # of the training
+    whole_s: float  # of the whole job, which the limits of the goal are for
     peak_bytes: float
     cost: float | None  # in cost.currency; None where the machines have no price
     lack: float  # of quality: the held-out loss, or 1 - score; less is better
@@ -41,12 +42,15 @@ def outcome_of(trial: Trial, plan: Plan, metric: str) -> Outcome | None:
     slower = trial.step_s / trial.predicted_step_s
     heavier = (trial.tensors_bytes or 0.0) / (trial.predicted_tensors_bytes or 1.0)
     memory, price = plan.memory, plan.price.total
+    total_s = plan.total_s * slower
+    whole_s = plan.whole_s - plan.total_s + total_s
     return Outcome(
         trial=trial,
         plan=plan,
-        total_s=plan.total_s * slower,
+        total_s=total_s,
+        whole_s=whole_s,
         peak_bytes=memory.framework_bytes + memory.tensors_bytes * heavier,
-        cost=None if price is None else price * slower,
+        cost=None if price is None else price * whole_s / plan.whole_s,
         lack=1.0 - trial.quality[metric] if metric in trial.quality else trial.eval_loss,
     )
 
@@ -91,5 +95,5 @@ def recommend(spec: JobSpec, found: Sequence[Outcome]) -> tuple[Outcome | None, 
 
 def _keeps(spec: JobSpec, outcome: Outcome) -> bool:
     goal = spec.goal
-    in_time = goal.max_hours is None or outcome.total_s <= 3600 * goal.max_hours
+    in_time = goal.max_hours is None or outcome.whole_s <= 3600 * goal.max_hours
     return in_time and (goal.max_cost is None or outcome.cost is None or outcome.cost <= goal.max_cost)

@@ -43,9 +43,9 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
 
 
 def _head(job: Job, plan: Plan) -> Text:
-    is_long = plan.total_s > LONG_S
+    is_long = plan.whole_s > LONG_S
     return Text.assemble(
-        (f"This takes {format_s(plan.total_s)}, as goal.max_hours allows.\n" if is_long else "", "bold red"),
+        (f"This takes {format_s(plan.whole_s)}, as goal.max_hours allows.\n" if is_long else "", "bold red"),
         (f"{plan.method['type']} on {job.spec.model.model_name_or_path}", "bold"),
         f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
         f" {plan.global_batch_size} samples",

@@ -7,11 +7,13 @@ import math
 from strategies.pipeline.schedule import num_in_flight
 from strategies.workload import Techniques, Workload
 
+SPREAD = 0.05  # of a micro-batch: so few tokens more are spread over the others
+
 
 def num_micro_batches(workload: Workload, techniques: Techniques) -> int:
     """Micro-batches of one step on one device."""
     tokens = workload.share * workload.tokens_per_step * padding(workload, techniques)
-    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - 0.05))
+    return max(1, math.ceil(tokens / tokens_per_micro_batch(workload, techniques) - SPREAD))
 
 
 def tokens_per_micro_batch(workload: Workload, techniques: Techniques) -> float:
@@ -35,6 +37,8 @@ def padding(workload: Workload, techniques: Techniques) -> float:
     if not known:
         return 1.0
     rows = techniques.per_device_train_batch_size
+    if rows in known:
+        return known[rows]
     return known[min(known, key=lambda count: abs(math.log(count / rows)))]
 
 

@@ -132,7 +132,7 @@ class AdaptedMaps:
     def saves_norms(self) -> bool:
         return any(isinstance(one, Part) and one.reads in ("normed", "last") for _, one in self.saved)
 
-    @property
+    @cached_property
     def _products(self) -> list[tuple[int | None, Linear]]:
         """What trains and multiplies vectors inside the layers, or corrects what does so outside them."""
         saved = [(layer, one) for layer, one in self.saved if layer is not None and isinstance(one, Linear)]

@@ -63,8 +63,10 @@ class GoalSection(Section):
 
     prefer: Literal["time", "memory", "cost", "quality"] = key("time", "what the plan makes best among what fits")
     full_rank: bool = key(False, "only methods that may change weights beyond a low rank: what adapters cannot learn")
-    max_hours: float | None = key(None, "longest training time in hours", gt=0, le=1e6)
-    max_cost: float | None = key(None, "most the run may cost, in cost.currency", gt=0, le=1e12)
+    max_hours: float | None = key(
+        None, "longest time of the whole job in hours: start, evaluation, training, saving", gt=0, le=1e6
+    )
+    max_cost: float | None = key(None, "most the whole job may cost, in cost.currency", gt=0, le=1e12)
     max_memory_fraction: float | None = key(None, "most of a device's memory the plan may use", gt=0, le=1)
     min_quality: float | None = key(None, "least expected score (a prior from published runs, 0 to 1)", ge=0, le=1)
 

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from clusters.capability import ClusterCapability, Link
-from orchestrator.planning.candidates import Slot, limit_per_node, network_between, waiting_s
+from orchestrator.planning.candidates import Slot, Switches, limit_per_node, network_between, waiting_s
 from strategies.cost.network import Network
 from tests.orchestrator.planning.machines import machine, strategy_plan
 
@@ -13,8 +13,21 @@ A, B, C = machine("a", "RTX 3090", "RTX 3090"), machine("b", "RTX 3090"), machin
 LINKS = (Link(("a", "b"), 1e9, 1e-4), Link(("b", "c"), 2e9, 3e-4), Link(("a", "c"), 4e9, 2e-4))
 
 
+OWN = ("dtypes", "attentions", "packings", "checkpointings", "offloads")
+
+
 def slots(*nodes):
     return [Slot(node, device, device.memory_bytes, 1) for node in nodes for device in node.gpus]
+
+
+def test_switches_keep_the_values_that_were_used_in_their_order():
+    open_switches, plan = Switches(2048), strategy_plan()
+
+    used = open_switches.used_by([plan.techniques, replace(plan.techniques, dtype="float32", packing=True)])
+
+    assert (used.dtypes, used.attentions, used.packings) == (["bfloat16", "float32"], ["sdpa"], [True, False])
+    assert (used.checkpointings, used.offloads) == ([False], ["none"])
+    assert replace(open_switches, **{name: getattr(used, name) for name in OWN}) == used
 
 
 @pytest.mark.parametrize(

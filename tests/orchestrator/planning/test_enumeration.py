@@ -14,6 +14,7 @@ from orchestrator.planning.planner import offered_slots, switches_of
 from orchestrator.planning.settings import Assignment, Rejections, preferred_plan
 from orchestrator.planning.workload import describe
 from strategies import METHODS
+from strategies.cost.network import Network
 from strategies.methods.lora import Lora
 from tests.orchestrator.planning.machines import LARGE, SMALL, machine, strategy_plan
 
@@ -127,17 +128,27 @@ def test_of_plans_about_as_fast_the_one_listed_first_is_preferred():
     assert preferred_plan([], "time") is None
 
 
+def test_where_gradients_wait_for_the_network_fewer_micro_batches_that_hide_more_are_preferred():
+    many, few = replace(strategy_plan(1.0), num_micro_batches=8), strategy_plan(1.05)
+    many, few = (replace(plan, gradient_bytes=1e8) for plan in (many, few))
+    slow = Network(2, 1e8, 1e-4)
+
+    assert preferred_plan([many, few], "time") is many
+    assert preferred_plan([many, few], "time", slow) is few
+    assert preferred_plan([many, few], "time", replace(slow, bytes_per_s=1e12)) is many
+
+
 @pytest.mark.parametrize(
     ("text", "share", "rows"),
     [
         ("data: {packing: false}\n", 1.0, {16, 8, 4, 2, 1}),
-        ("data: {packing: false}\n", 0.3, {5, 4, 2, 1}),
+        ("data: {packing: false}\n", 0.3, {5, 4, 3, 2, 1}),  # halves of five: 3 and 2, not 2, 2 and 1
         ("data: {packing: true}\n", 1.0, {4, 2, 1}),  # of 2048 tokens, four samples each
         ("data: {packing: false}\ntrain: {gradient_accumulation_steps: 4, global_batch_size: 16}\n", 1.0, {4, 2, 1}),
         ("data: {packing: false}\ntrain: {per_device_train_batch_size: 3, global_batch_size: 16}\n", 1.0, {3}),
     ],
 )
-def test_micro_batches_are_the_share_its_halvings_and_powers_of_two(text, share, rows):
+def test_micro_batches_are_even_parts_of_the_share_and_powers_of_two(text, share, rows):
     spec = spec_of(text.replace("{packing", "{train: a.jsonl, packing"))
     work, _, _ = describe(spec, SMALL, [512] * 1600, 1600 * 256, 1)
     node = machine("a", "A100 80GB")

@@ -7,7 +7,7 @@ import pytest
 
 from clusters.capability import ClusterCapability
 from clusters.units import GIB
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
 from orchestrator.job.sections.training import DataSection, EvalSection, ModelSection
 from orchestrator.job.spec import JobSpec
@@ -112,6 +112,20 @@ def test_evaluation_generation_start_and_saving_are_part_of_how_long():
     assert after.phases.evaluation_s > 64 * 0.001 and without.phases.evaluation_s == 0
     assert min(whole.phases.start_s, whole.phases.saving_s, whole.phases.preparation_s) > 0
     assert whole.price.electricity / without.price.electricity == pytest.approx(whole.whole_s / without.whole_s)
+
+
+def test_a_limit_between_the_training_and_the_whole_job_is_not_kept():
+    text = "eval: {max_new_tokens: 64, metrics: [rouge_l], eval_steps: null}\ngoal: {%s: %s}\n"
+    whole = make(text % ("prefer", "time"))
+    of_training = whole.total_s / whole.whole_s
+
+    assert of_training < 0.9
+    for limit, value in (("max_hours", whole.whole_s / 3600), ("max_cost", whole.price.total)):
+        with pytest.raises(
+            NothingFits, match=rf"goal.{limit} is .* the best that fits .* as a whole job \(.*evaluation"
+        ):
+            make(text % (limit, value * (of_training + 1) / 2))
+        assert make(text % (limit, 1.001 * value)).whole_s == whole.whole_s
 
 
 def test_no_preflight_takes_no_time():

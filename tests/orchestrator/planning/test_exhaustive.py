@@ -32,7 +32,6 @@ OPEN = {
 }
 ROUNDS = 6  # of shares that follow speeds
 LIGHT, ALL = 16, 500  # instances
-MISSED = 0.015
 
 
 def instance(seed):
@@ -181,10 +180,23 @@ def test_the_choice_is_within_two_percent_of_the_exhaustive_one():
     assert {seed: part for seed, part in found.items() if part > 0.02} == {}
 
 
-@pytest.mark.slow
-def test_the_choice_is_within_two_percent_of_the_exhaustive_one_on_almost_all_instances():
-    """What is missed: rows that hide more of the network, and a state's division that gives a slot other settings."""
-    found = {seed: excess(seed) for seed in range(ALL)}
-    missed = {seed: part for seed, part in found.items() if part > 0.02}
+@pytest.mark.parametrize(
+    ("seed", "what"),
+    [
+        (307, "a CPU whose first sample takes longer than the step"),
+        (473, "shares that follow one straight line do not settle"),
+        (823, "settings that fit where a share is one micro-batch, and not where gradients are added up"),
+        (1234, "the pair that looks best does not fit, and the next one does"),
+        (1296, "an 8-bit state that is small, and without which nothing fits"),
+    ],
+)
+def test_what_was_missed_once_is_found(seed, what):
+    assert excess(seed) <= 0.02, what
 
-    assert len(missed) <= MISSED * ALL, missed
+
+@pytest.mark.slow
+def test_the_choice_is_within_two_percent_of_the_exhaustive_one_on_all_instances():
+    found = {seed: excess(seed) for seed in range(ALL)}
+
+    assert len(found) == ALL
+    assert {seed: part for seed, part in found.items() if part > 0.02} == {}

@@ -110,6 +110,7 @@ def test_a_trial_is_scaled_to_the_real_job():
     found = outcome_of(trial(1, advised.worth[0].point, plan, slower=2.0, heavier=1.5), plan, "eval_loss")
 
     assert found.total_s == pytest.approx(2.0 * plan.total_s)
+    assert found.whole_s == pytest.approx(plan.whole_s + plan.total_s)  # starting and saving take what they took
     assert found.peak_bytes == pytest.approx(plan.memory.framework_bytes + 1.5 * plan.memory.tensors_bytes)
     assert outcome_of(Trial(2, {}, "failed", reason="no"), plan, "eval_loss") is None
 
