@@ -47,7 +47,7 @@ class StageShape(ModelShape):
         every = super().named_parts
         return {name: (at, part) for name, (at, part) in every.items() if at is not None or has[part.reads]}
 
-    @property
+    @cached_property
     def num_bias_parameters(self) -> int:
         missing = 0 if self.has_output else self.vocab_size * self.family.head_bias
         missing += 0 if self.has_output else self.family.final_norm * self.family.norm_bias * self.hidden_size
