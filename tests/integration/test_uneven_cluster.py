@@ -191,3 +191,22 @@ def test_lsp_offload_lets_another_node_keep_the_optimizer(place):
     assert per_step(runs[1], "loss") == per_step(runs[0], "loss")
     told, _ = answer(submit(place, *here, "--set", "method.cpu_side=nowhere"), code=5)
     assert "nowhere is not in the cluster" in told["error"]
+
+
+def test_a_model_in_stages_over_two_nodes_survives_the_loss_of_one(place, undisturbed):
+    process = submit(place, "--set", "strategy.mode=pipeline")
+    known = {undisturbed.run_id}
+    (run,) = wait_for(lambda: [one for one in RunFolder.all(place / "runs") if one.run_id not in known], process)
+    known.add(run.run_id)
+    wait_for(lambda: max(run.steps(), default=0) >= 12, process)
+    (group,) = events(run, "group")
+
+    os.kill(group.members[1].extra["pid"], signal.SIGKILL)
+    told, _ = answer(process)
+
+    assert told["state"] == "finished"
+    stages = [part.techniques.stage for part in run.plan().nodes]
+    assert [(stage.first_layer, stage.end_layer) for stage in stages] == [(0, 1), (1, 2)]
+    assert len(events(run, "group")) == 2
+    assert per_step(run, "loss") == pytest.approx(per_step(undisturbed, "loss"), rel=1e-5)
+    assert run.plan().backend == "gloo"
