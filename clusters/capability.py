@@ -101,6 +101,7 @@ class NodeCapability:
     years: float | None = None  # over which the purchase is written off
     hardware_hash: str | None = None
     problems: tuple[str, ...] = ()  # why GPUs may be missing from `devices`, a sentence each
+    held_layers: tuple[tuple[int, int], ...] = ()  # of the job's model, [first, end): read before, so near its devices
     sources: Mapping[str, Source] = field(default_factory=dict)
 
     @property
@@ -164,6 +165,7 @@ def node_from_dict(values: Mapping[str, Any]) -> NodeCapability:
     """A node as `asdict` and JSON leave it."""
     devices = tuple(_device(device) for device in values["devices"])
     changed = {"problems": tuple(values.get("problems", ())), "gpu_links": _links(values.get("gpu_links", ()))}
+    changed["held_layers"] = tuple((first, end) for first, end in values.get("held_layers", ()))
     return NodeCapability(**{**values, **changed, "devices": devices})
 
 

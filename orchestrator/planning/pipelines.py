@@ -31,6 +31,7 @@ from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes,
 from orchestrator.planning.settings import MICRO_BATCH_TOKENS, Assignment, Rejections, worthwhile_dtypes
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
+from strategies.cost.kept_layers import best_kept
 from strategies.cost.micro_batches import num_micro_batches, tokens_per_micro_batch
 from strategies.cost.network import Network
 from strategies.cost.pipeline import (
@@ -278,7 +279,7 @@ class StageSearch:
         if self.bound_s >= limit_s:
             return None
         for _ in range(_TRIES):
-            found = self.arrangements.best(self._orders(), limit_s)
+            found = best_kept(self.arrangements, self._orders(), [one.node.held_layers for one in self.slots], limit_s)
             if found is None:
                 return None
             candidate, too_small = self._candidate(found)

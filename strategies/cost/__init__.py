@@ -1,5 +1,6 @@
 """Arithmetic of memory and time: a formula a function, its source beside it.
 
+kept_layers  of cuts about as fast, the one for which the fewest layers move
 kernels    what products, attention and experts cost a GPU beyond their FLOPs
 memory     start here: bytes of a training step, by part
 micro_batches  how a step falls into micro-batches, and how many of them a stage keeps
