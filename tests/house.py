@@ -56,6 +56,7 @@ ROOMS = (
     ("orchestrator.training",),
     ("orchestrator.training.model",),
     ("orchestrator.training.workers",),
+    ("orchestrator.lifecycle.stages",),
     ("orchestrator.lifecycle",),
     ("orchestrator.search", "orchestrator.bank", "orchestrator.remote"),
     ("orchestrator.views",),

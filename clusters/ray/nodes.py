@@ -92,7 +92,7 @@ def _other_drivers() -> list[str]:
 class CallOn:
     """A call that runs on one node beside whatever else happens; it asks for no resources but GPUs."""
 
-    def __init__(self, node_id: str, call: Callable[..., None], *arguments: Any, num_gpus: int = 0) -> None:
+    def __init__(self, node_id: str, call: Callable[..., Any], *arguments: Any, num_gpus: int = 0) -> None:
         import ray
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -114,6 +114,12 @@ class CallOn:
         except Exception as error:  # whatever it raised, or the node is gone
             return str(getattr(error, "cause", None) or error).strip().splitlines()[-1]
         return None
+
+    def result(self) -> Any:
+        """What a call that has ended without an error returned."""
+        import ray
+
+        return ray.get(self._task)
 
 
 def inventory() -> list[dict[str, Any]]:

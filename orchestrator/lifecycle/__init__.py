@@ -13,6 +13,7 @@ machines          where a plan's machines come from: a probe, a Ray cluster, a h
 calibration       measured over predicted step times of finished runs -> better predictions
 validate          a job checked without starting it
 inspect_data      rows as the model will see them, and what packing makes of them
+stages            a model in stages while it runs: which layers are where, who stands by, which stage is slow
 trace_check       `plan --trace`: the predicted memory against the model code on fake tensors
 technique_report  every technique judged on every device
 """

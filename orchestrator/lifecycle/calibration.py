@@ -48,11 +48,16 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
 
 
 def _calibrate(device: DeviceCapability, ratios: Mapping[tuple[str, str], float]) -> DeviceCapability:
-    """With the ratios of this very device; of others of its name for number formats that it has not run."""
+    """With the ratios of this very device; of others of its name for number formats that it has not run.
+
+    What a device has already is what a run measures beside the plan that it runs by (stages/slow.py).
+    """
     own = {
         dtype: ratio for label in (device.name, device.uuid) for (name, dtype), ratio in ratios.items() if name == label
     }
-    return replace(device, calibration=own) if own else device
+    known = device.calibration
+    both = {dtype: own.get(dtype, 1.0) * known.get(dtype, 1.0) for dtype in (*own, *known)}
+    return replace(device, calibration=both) if both else device
 
 
 def _results(runs: Path) -> Iterable[Mapping[str, Any]]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from clusters.capability import ClusterCapability, DeviceCapability
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
 from clusters.ray.connect import CannotConnect
 from clusters.units import format_bytes
@@ -99,3 +99,18 @@ def _known(device: DeviceCapability) -> DeviceCapability:
         for name in ("memory_bytes_per_s", "host_to_device_bytes_per_s", "device_to_host_bytes_per_s", "power_w")
     }
     return replace(device, flops_per_s=flops, sources={**published.sources, **device.sources}, **filled)
+
+
+def with_less_memory(node: NodeCapability, part: float) -> NodeCapability:
+    """A node of which only a part of each device's memory is counted on."""
+    devices = tuple(
+        replace(device, memory_bytes=int(part * device.memory_bytes)) if device.memory_bytes else device
+        for device in node.devices
+    )
+    return replace(node, devices=devices)
+
+
+def with_devices(node: NodeCapability, used: Collection[tuple[str | None, str]]) -> NodeCapability:
+    """A node with these devices alone, by UUID and name, and its CPU."""
+    devices = (device for device in node.devices if device.kind == "cpu" or (device.uuid, device.name) in used)
+    return replace(node, devices=tuple(devices))

@@ -21,6 +21,7 @@ from orchestrator.job.tokenizer_size import check_tokens
 from orchestrator.job.weights import has_weights
 from orchestrator.lifecycle import calibration, machines
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
+from orchestrator.lifecycle.stages.spare import with_spares
 from orchestrator.lifecycle.verify import verified_files
 from orchestrator.planning import planner, price, workload
 from orchestrator.planning.evaluation import HeldOutCounts
@@ -195,7 +196,7 @@ def plan_job(
         known = {key: why for key, why in reasons.items() if why}
         with _with_bank(found):
             plan = planner.make_plan(spec, work, priced, max_length, sizes.held_out, known)
-        return replace(plan, in_bank=found), work
+        return with_spares(replace(plan, in_bank=found), priced, shape), work
 
     num_slots = len(planner.slots_of(spec, capability))
     fixed = workload.workers_of_the_batch(spec, num_slots)

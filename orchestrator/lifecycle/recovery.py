@@ -25,6 +25,7 @@ from orchestrator.lifecycle import recovery_policy as policy
 from orchestrator.lifecycle.hooks import BankHooks
 from orchestrator.lifecycle.prepare import plan_job, sizes_of
 from orchestrator.lifecycle.recovery_policy import Act, Decision, News, decide
+from orchestrator.lifecycle.stages import held, slow
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import ErrorReport, Failure, Replan, StateChange, WorkerKilled
@@ -70,7 +71,7 @@ class Recovery:
             max_failures=auto if cluster.max_failures == "auto" else cluster.max_failures,
             patience_s=cluster.wait_for_nodes_s,
         )
-        self._looked_at = 0.0
+        self._looked_at, self._steps = 0.0, slow.RecentSteps()
         self._use(plan)
 
     def _use(self, plan: Plan) -> None:
@@ -79,6 +80,7 @@ class Recovery:
             self.state,
             planned=frozenset(part.node for part in plan.nodes),
             excluded=frozenset(plan.left_out),
+            judged=(),
             lacks_workers=isinstance(stated, int) and len(plan.nodes) < stated,
         )
 
@@ -161,11 +163,15 @@ class Recovery:
     # While they train.
 
     def look(self) -> None:
-        """Notice nodes that joined: ask the run to save and plan again where one of them makes it faster."""
+        """Notice slow stages and nodes that joined: ask the run to save and plan again where that makes it faster."""
         now = time.monotonic()
-        if self.is_local or now - self._looked_at < _LOOK_EVERY_S or self.run.replan_file.exists():
+        if now - self._looked_at < _LOOK_EVERY_S or self.run.replan_file.exists():
             return
         self._looked_at = now
+        if self.plan.techniques.stage and self._look_at_stages():
+            return
+        if self.is_local:
+            return
         from clusters.ray import nodes
 
         present = nodes.present()
@@ -182,6 +188,23 @@ class Recovery:
         )
         if self._decide(news).act is Act.REPLAN_RUN:
             self.run.replan_file.touch()
+
+    def _look_at_stages(self) -> bool:
+        """Whether layers are to be cut anew: a stage is slower than planned, and others could take some of them."""
+        pace = slow.measured_pace(self.plan, self._steps.read(self.run))
+        if pace is None or self.job.spec.strategy.shares == "planned" or self.job.spec.train.deterministic:
+            return False
+        found = policy.SlowStage(self.plan.nodes[pace.slowest].node, pace.ratios[pace.slowest], pace.ratios)
+        if self._decide(found).act is not Act.PLAN_AHEAD:
+            return False
+        before, self.capability = self.capability, slow.at_pace(self.capability, self.plan, pace.ratios)
+        other = self._plan_with(frozenset(self.present()))
+        steps_left = other.num_steps - max(self.run.steps(), default=0)
+        if self._decide(policy.OtherCut(found, pace.step_s, other.step_s, steps_left)).act is Act.REPLAN_RUN:
+            self.run.replan_file.touch()
+            return True
+        self.capability = before
+        return False
 
     # After they ended.
 
@@ -252,7 +275,7 @@ class Recovery:
         def as_decided(node: NodeCapability) -> NodeCapability:
             if node.name in decision.measured:
                 return probed.get(node.name, node)
-            return _with_less_memory(node) if node.name in decision.shrunk else node
+            return machines.with_less_memory(node, policy.LESS_MEMORY) if node.name in decision.shrunk else node
 
         self.capability = replace(self.capability, nodes=tuple(map(as_decided, self.capability.nodes)))
 
@@ -287,7 +310,12 @@ class Recovery:
         return self.plan if decision.act is Act.CONTINUE else self._plan_with(decision.nodes)
 
     def _plan_with(self, names: frozenset[str]) -> Plan:
-        """The plan for those of the named nodes that offer a slot; new ones are probed."""
+        """The plan for those of the named nodes that offer a slot; new ones are probed.  Where Ray was started here:
+        for the devices that it was started with.
+        """
+        if self.is_local:
+            used = {(part.uuid, part.device) for part in self.plan.nodes}
+            return self._plan_for(machines.with_devices(node, used) for node in self.capability.nodes)
         from clusters.ray import nodes
         from clusters.ray.probe import probe_connected
 
@@ -330,14 +358,6 @@ def _uuids(nodes: Iterable[NodeCapability]) -> frozenset[str | None]:
     return frozenset(gpu.uuid for node in nodes for gpu in node.gpus)
 
 
-def _with_less_memory(node: NodeCapability) -> NodeCapability:
-    devices = tuple(
-        replace(device, memory_bytes=int(policy.LESS_MEMORY * device.memory_bytes)) if device.memory_bytes else device
-        for device in node.devices
-    )
-    return replace(node, devices=devices)
-
-
 def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: ClusterCapability) -> Plan:
     """The run's plan for other machines: the same method and steps, divided among others."""
     from orchestrator.job.sections.methods import METHOD_SECTIONS
@@ -346,6 +366,7 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
     config = model_files.read_config(Path(run.data().model))
     num_slots = len(planner.slots_of(job.spec, cluster))
     fixed = fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], num_slots)
+    cluster = held.with_held_layers(cluster, first)
     again, _ = plan_job(fixed, config, workload.model_shape(config), cluster, sizes_of(*load_data(run)), bank)
     return keep_numbers(first, again)
 
@@ -353,16 +374,18 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
     size, rows = plan.local_batch_size or plan.global_batch_size, job.spec.train.per_device_train_batch_size
-    stated, mode = job.spec.cluster.num_workers, job.spec.strategy.mode
+    stated, mode, pipeline = job.spec.cluster.num_workers, job.spec.strategy.mode, job.spec.strategy.pipeline
     fixed = {
         "train.global_batch_size": size,
         "train.per_device_train_batch_size": min(rows, size) if isinstance(rows, int) else rows,
         "train.optim": plan.optim,
         "train.gradient_accumulation_steps": "auto",
         "cluster.num_workers": min(stated, max(1, num_slots)) if isinstance(stated, int) else stated,
-        # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
-        "strategy.mode": "auto" if num_slots < 2 and mode.startswith("zero") else mode,
+        # ZeRO and stages need several; one worker that is left alone continues without, from the same whole checkpoint.
+        "strategy.mode": "auto" if num_slots < 2 and mode.startswith(("zero", "pipeline")) else mode,
     }
+    if isinstance(pipeline.stages, int) and 1 < num_slots < pipeline.stages:
+        fixed["strategy.pipeline"] = pipeline.model_copy(update={"stages": num_slots})
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer, max_hours=1e6)  # what has begun continues, however slow
     spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)

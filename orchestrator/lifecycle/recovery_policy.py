@@ -18,7 +18,8 @@ _TRIES_WITHOUT_A_STEP = 3
 _MOST_SHRINKS = 4
 _SEEN_FOR_S = 10.0  # before a node that joined is counted on
 _RESTART_S = 45.0  # what a new start costs, about
-_GAIN = 1.1  # a node that joins must make steps so much faster
+_GAIN = 1.1  # a node that joins, or another cut of the layers, must make steps so much faster
+_OTHER_PACE = 1.15  # times as a stage was judged: worth another look
 
 
 class Act(Enum):
@@ -54,6 +55,7 @@ class State:
     is_waiting: bool = False  # the user knows
     seen_since: Mapping[str, float] = field(default_factory=dict)  # new node -> when it was first seen, s
     refused: frozenset[str] = frozenset()  # nodes that would not make the run faster
+    judged: tuple[float, ...] = ()  # of stages measured over planned seconds, for which no other cut was worth it
 
 
 @dataclass(frozen=True)
@@ -137,13 +139,32 @@ class WiderPlan:
 
 
 @dataclass(frozen=True)
+class SlowStage:
+    """A pipeline waits for a stage that is slower than planned."""
+
+    node: str
+    slower: float  # times as planned
+    ratios: tuple[float, ...]  # of every stage
+
+
+@dataclass(frozen=True)
+class OtherCut:
+    """A plan with what was measured of the stages."""
+
+    slow: SlowStage
+    step_s: float  # now
+    other_step_s: float
+    steps_left: int
+
+
+@dataclass(frozen=True)
 class DoesNotFit:
     """No plan fits these nodes: name -> bytes of memory."""
 
     memory: Mapping[str, int | None]
 
 
-News = Started | Ended | Failed | GpusProbed | Answers | NodeList | WiderPlan | DoesNotFit
+News = Started | Ended | Failed | GpusProbed | Answers | NodeList | WiderPlan | SlowStage | OtherCut | DoesNotFit
 
 
 def decide(state: State, news: News) -> Decision:
@@ -163,6 +184,10 @@ def decide(state: State, news: News) -> Decision:
             return _look_at_new(state, news)
         case WiderPlan():
             return _judge_wider_plan(state, news)
+        case SlowStage():
+            return _look_at_slow(state, news)
+        case OtherCut():
+            return _judge_other_cut(state, news)
         case DoesNotFit():
             return _without_smallest(state, news)
 
@@ -174,7 +199,10 @@ def _at_start(state: State, news: Started) -> Decision:
 
 
 def _after_end(state: State, news: Ended) -> Decision:
-    return _restart(replace(state, is_patient=False)) if news.state == "replanning" else Decision(state, Act.END)
+    if news.state != "replanning":
+        return Decision(state, Act.END)
+    restart = _restart(replace(state, is_patient=False))
+    return replace(restart, act=Act.PLAN, nodes=state.planned) if state.is_local else restart
 
 
 def _restart(state: State, texts: tuple[str, ...] = ()) -> Decision:
@@ -261,6 +289,24 @@ def _judge_wider_plan(state: State, news: WiderPlan) -> Decision:
         return Decision(state, Act.REPLAN_RUN, texts=(f"{again}, {format_s(gain_s)} faster",))
     text = f"{', '.join(sorted(news.new))} joined, and would not make the rest of this run faster"
     return Decision(replace(state, refused=state.refused | news.new), Act.WAIT, texts=(text,))
+
+
+def _look_at_slow(state: State, news: SlowStage) -> Decision:
+    """Another cut is looked for, once for each pace."""
+    pairs = zip(news.ratios, state.judged, strict=False)
+    known = bool(state.judged) and all(1 / _OTHER_PACE < now / before < _OTHER_PACE for now, before in pairs)
+    return Decision(state, Act.WAIT if known else Act.PLAN_AHEAD)
+
+
+def _judge_other_cut(state: State, news: OtherCut) -> Decision:
+    """Plan the run again where that makes its steps so much shorter that the rest of it gains more than a restart."""
+    slow, gain_s = news.slow, news.steps_left * (news.step_s - news.other_step_s)
+    what = f"{slow.node} takes {slow.slower:.2f} times as long for its layers as planned"
+    if news.step_s >= _GAIN * news.other_step_s and gain_s > _RESTART_S:
+        text = f"{what}: planning again at the next step, {format_s(gain_s)} faster"
+        return Decision(state, Act.REPLAN_RUN, texts=(text,))
+    text = f"{what}, and no other cut would make the rest of this run faster"
+    return Decision(replace(state, judged=slow.ratios), Act.WAIT, texts=(text,))
 
 
 def _without_smallest(state: State, news: DoesNotFit) -> Decision:

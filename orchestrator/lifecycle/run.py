@@ -27,6 +27,7 @@ from orchestrator.lifecycle.baseline_helper import BaselineHelper
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks, Watcher
 from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
 from orchestrator.lifecycle.recovery import Recovery, replan
+from orchestrator.lifecycle.stages.spare import StandBy
 from orchestrator.lifecycle.verify import check_same_job, is_handed_back, verified_files
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import checkpoints
@@ -188,15 +189,16 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
         if job.spec.cluster.wait_for_slots and address != "local":
             wait_for_slots(job.spec.cluster.wait_for_slots)  # a resumed run may meet a cluster that is just starting
         next_plan: Plan | None = recovery.at_start()
-        helper = BaselineHelper(run, plan, recovery.present())
+        helper, spares = BaselineHelper(run, plan, recovery.present()), StandBy(run)
         while next_plan:
-            error = _attempt(live, next_plan, cluster.slot_resources, recovery, helper)
+            spares.begin(next_plan, recovery.present())
+            error = _attempt(live, next_plan, cluster.slot_resources, recovery, (helper, spares))
             next_plan = recovery.after(error)
             live.report()
 
 
 def _attempt(
-    live: LiveRun, plan: Plan, slot: dict[str, float], recovery: Recovery, helper: BaselineHelper
+    live: LiveRun, plan: Plan, slot: dict[str, float], recovery: Recovery, beside: tuple[BaselineHelper, StandBy]
 ) -> BaseException | None:
     """Run the workers of a plan to their end and report meanwhile; what went wrong."""
     from orchestrator.training.workers.launch import launch
@@ -209,7 +211,8 @@ def _attempt(
     def poll() -> None:
         live.report()
         live.mirror.now_and_then()
-        helper.poll()
+        for one in beside:
+            one.poll()
         recovery.look()
 
     live.is_interrupted = False

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from clusters.units import format_bytes
+from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate, Placed
@@ -18,6 +18,8 @@ from strategies.stage_shape import shape_of_stage
 from strategies.workload import BYTES_PER_ELEMENT, Workload
 
 CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and values may take, and rows
+_STAGES_SAVE_EVERY_S = 120.0  # of work, at most
+_MOST_SAVING = 0.1  # of that work: where a checkpoint takes longer to write there are fewer
 
 _NO_ROWS = "there are no held-out rows"
 _NEEDS_ROWS = "{} needs held-out rows; add data.eval, e.g. data.eval: {{split: 0.05}}"
@@ -139,13 +141,23 @@ def cache_usable_bytes(memory: MemoryEstimate, usable_bytes: float | None) -> fl
     return max(0.0, min(CACHE_BYTES, free))
 
 
-def resolve_save_steps(spec: JobSpec, workload: Workload, checkpoint_bytes: float) -> tuple[int, str | None]:
-    """Steps between two checkpoints; and why, where it was open."""
+def resolve_save_steps(spec: JobSpec, workload: Workload, chosen: Candidate) -> tuple[int, str | None]:
+    """Steps between two checkpoints; and why, where it was open.
+
+    Stages are saved more often: of several machines one is lost more often than of one, and all go back with it.
+    """
     stated = spec.checkpoint.save_steps
     if stated != "auto":
         return stated, None
-    size = format_bytes(checkpoint_bytes)
-    return max(1, math.ceil(workload.num_steps / 5)), f"five checkpoints of {size} over the run"
+    saved_bytes, fifth = chosen.whole_plan.checkpoint_bytes, max(1, math.ceil(workload.num_steps / 5))
+    size = format_bytes(saved_bytes)
+    if chosen.pipeline:
+        between_s = max(_STAGES_SAVE_EVERY_S, saving_s(saved_bytes) / _MOST_SAVING)
+        steps = max(1, round(between_s / chosen.step_s))
+        if steps < fifth:
+            work = format_s(steps * chosen.step_s)
+            return steps, f"a lost stage takes all back to the last checkpoint of {size}: {work} of work between two"
+    return fifth, f"five checkpoints of {size} over the run"
 
 
 def resolve_keep_best(spec: JobSpec, workload: Workload, eval_steps: int | None) -> tuple[bool, str | None]:
@@ -174,9 +186,9 @@ def phases_of(
     """
     first = candidate.placed[0]
     plan, slot = first.plan, first.slot
-    share, checkpoint_s = forward_share(plan.techniques), saving_s(plan.checkpoint_bytes)
+    share, checkpoint_s = forward_share(plan.techniques), saving_s(candidate.whole_plan.checkpoint_bytes)
     micro_s = plan.time.step_s / plan.num_micro_batches * max(1.0, workload.longest_sample / workload.mean_length)
-    save_steps, _ = resolve_save_steps(spec, workload, plan.checkpoint_bytes)
+    save_steps, _ = resolve_save_steps(spec, workload, candidate)
     num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),

@@ -26,6 +26,7 @@ from strategies.workload import Techniques, Workload
 
 _GAIN = 0.95  # of memory or time: less is no reason to install something
 
+IDLE = "is free for other jobs"  # what an excluded node does
 _MOST_OTHER_WAYS = 8
 _NEAR = 1.05  # times this close are no reason to decide otherwise
 
@@ -69,7 +70,7 @@ def explain_excluded(
             why = f"a step would take {format_s(best.step_s)} with it{waits}, {format_s(chosen.step_s)} without"
         else:
             why = enumeration.rejections.of_slot(slot.label) or "it does not fit there"
-        instead = "evaluates the base model meanwhile" if name == helper else "is free for other jobs"
+        instead = "evaluates the base model meanwhile" if name == helper else IDLE
         found[name] = f"{why}. It {instead}"
     return found
 

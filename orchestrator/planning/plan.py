@@ -16,7 +16,7 @@ from orchestrator.planning.price import Price
 from strategies import METHODS
 from strategies.contract import MemoryEstimate, Method, TimeEstimate
 from strategies.cost.phases import Phases
-from strategies.workload import Techniques
+from strategies.workload import StagePart, Techniques
 
 VERSION = 4
 
@@ -46,6 +46,19 @@ class NodePlan:
     kind: Kind = "cpu"  # whose device it is
     uuid: str | None = None  # of the GPU; None = its driver reports none
     replica: int | None = None  # the copy of the model of which it is a stage; None = it has one of its own
+
+
+@dataclass(frozen=True)
+class Spare:
+    """A node without a stage that reads one, to take it over where its node is lost."""
+
+    node: str
+    stage: StagePart
+    num_bytes: float  # in the model's files
+
+    @property
+    def what(self) -> str:
+        return f"layers {self.stage.first_layer} to {self.stage.end_layer - 1}"
 
 
 @dataclass(frozen=True)
@@ -100,6 +113,7 @@ class Plan:
     left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
     if_installed: dict[str, str] = field(default_factory=dict)  # absent library -> what it would bring, and its command
     helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
+    stands_by: tuple[Spare, ...] = ()  # excluded nodes that read a stage of the pipeline meanwhile
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
     version: int = VERSION

@@ -240,7 +240,7 @@ def _plan_of(
     helper = _helper(spec, choice, held_out)
     evaluation = resolve_evaluation(spec, workload, held_out, nodes)
     keep_best, why_best = resolve_keep_best(spec, workload, evaluation.eval_steps)
-    save_steps, why_save = resolve_save_steps(spec, workload, first.checkpoint_bytes)
+    save_steps, why_save = resolve_save_steps(spec, workload, chosen)
     phases = phases_of(spec, chosen, workload, held_out, helper is not None)
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}

@@ -217,6 +217,7 @@ class StepReport(Event, kind="step"):
     worker_tokens: list[float] | None = None  # of several workers, by rank
     worker_s: list[float] | None = None
     worker_peak_bytes: list[float] | None = None
+    stage_busy_s: list[float] | None = None  # of stages of a pipeline: what each computed, waiting excluded, by rank
     step_bytes_sent: float | None = None  # None as well where an engine counts none
     slowest: int | None = None
     bus_down_bytes: float | None = None  # of an optimizer that streams

@@ -101,6 +101,7 @@ def _record_step(
         "worker_s": [round(s, 4) for s in report.seconds_W],
         "worker_peak_bytes": report.peak_bytes_W,
         "step_bytes_sent": None if setup.engine else training.bytes_sent - sent_before,  # DeepSpeed counts nothing
+        "stage_busy_s": [round(s, 4) for s in report.busy_s_W] if training.techniques.stage else None,
         "slowest": training.group.ranks_of(training.shares.slowest)[0],
     }  # fmt: skip
     reported = StepReport(

@@ -163,6 +163,7 @@ class GroupReport:
     short_of_memory: bool  # in this worker's replica
     stop: str | None  # one of STOP_REQUESTS, where any worker has one
     seconds_W: list[float]
+    busy_s_W: list[float]  # of stages: what each computed, waiting excluded
     peak_bytes_W: list[int]
 
 
@@ -170,13 +171,15 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
     """Sum losses, requests and what each worker took.  Collective."""
     group, request = training.group, training.hooks.stop_request()
     requests = [float(request == known) for known in STOP_REQUESTS]
-    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None))
+    busy_s = getattr(training.setup.passes, "busy_s", 0.0)  # of stages, which wait for each other
+    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None), busy_s)
     loss, *rest = group.sum([attempt.loss, *requests, *(value for one in own for value in group.at_own_rank(one))])
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
-    seconds_W, peaks_W, short_W = (measured[start : start + size] for start in range(0, 3 * size, size))
+    parts = (measured[start : start + size] for start in range(0, len(own) * size, size))
+    seconds_W, peaks_W, short_W, busy_s_W = parts
     short = any(short_W[rank] for rank in group.ranks_of(group.replica))
-    return GroupReport(loss, any(short_W), short, stop, seconds_W, [int(peak) for peak in peaks_W])
+    return GroupReport(loss, any(short_W), short, stop, seconds_W, busy_s_W, [int(peak) for peak in peaks_W])
 
 
 def repeat_in_less_memory(training: Training, attempt: Attempt, report: GroupReport) -> None:

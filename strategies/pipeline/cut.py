@@ -27,6 +27,7 @@ from strategies.workload import StagePart
 # (class of a model, config, tensors by name) -> the model and its loading info: transformers' `from_pretrained` with
 # the dtype, device and quantisation of the caller
 Loader = Callable[[Any, Any, dict[str, torch.Tensor]], tuple[Any, Mapping[str, Any]]]
+_PAGE_BYTES = 4096
 _FEW = 8  # rows of an embedding that no stage in the middle looks at
 _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 
@@ -83,6 +84,15 @@ def read_tensors(folder: Path) -> Callable[[Callable[[str], bool]], dict[str, to
         return found
 
     return read
+
+
+def touch_tensors(folder: Path, stage: StagePart) -> int:
+    """Read a stage's tensors and keep none: they lie in the page cache then.  Their bytes.  Raises CannotCut."""
+    built = architecture_of(build(folder))
+    tensors = read_tensors(folder)(lambda name: _is_own(name, built, stage))
+    for tensor in tensors.values():  # mapped: what nobody looks at is not read
+        tensor.flatten().view(torch.uint8)[::_PAGE_BYTES].sum()
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def assemble(

@@ -9,6 +9,7 @@ Legend: B rows, T tokens, H hidden size, N trained tensors of the whole model.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -59,6 +60,7 @@ class StagePasses:
         depth = stage.ahead + 2
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
+        self.busy_s = 0.0  # of the last `run`: what it computed, waiting for messages excluded
 
     @property
     def bytes_sent(self) -> int:
@@ -66,7 +68,7 @@ class StagePasses:
 
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         batches = [step.take(sample_ids) for sample_ids in micro_batches]
-        work = _StepWork(self, batches, step)
+        work, self.busy_s = _StepWork(self, batches, step), 0.0
         shapes = [self._shape(batch) for batch in batches]
         if not self._stage.is_first:
             self._hidden_in.expect(shapes)
@@ -257,8 +259,13 @@ class _StepWork:
         """What was computed; None once memory has run out."""
         if self.shortage is not None:
             return None
+        started = time.perf_counter()
         try:
-            return compute()
+            result = compute()
+            if self._passes._device.type == "cuda":  # it is sent or waited for next, which waits for it as well
+                torch.cuda.current_stream(self._passes._device).synchronize()
+            self._passes.busy_s += time.perf_counter() - started
+            return result
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

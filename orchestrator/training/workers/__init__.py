@@ -12,5 +12,6 @@ finished    evaluates and merges what a finished run handed back
 gpu_locks   which of a user's programs on this machine trains on which GPU
 launch      starts the workers with Ray Train; the only module that imports it
 preflight   what would fail hours into a run, tried first
+stand_by    reads a stage's tensors on a node that may have to take it over
 quality     held-out loss and answers of a model, before and after training
 """

@@ -13,6 +13,8 @@ from orchestrator.lifecycle.recovery_policy import (
     GpusProbed,
     NodeList,
     NodeMemory,
+    OtherCut,
+    SlowStage,
     Started,
     State,
     WiderPlan,
@@ -28,6 +30,10 @@ ONCE = replace(STATE, failures=1, tries=1, last_step=7)  # a try ended at step 7
 TWICE = replace(STATE, failures=2, tries=2, last_step=7)
 WHOLE = {name: NodeMemory(8 * GIB, 8 * GIB) for name in BOTH}
 JOINED = WiderPlan(new=C, used=BOTH | C, step_s=1.0, wider_step_s=0.5, steps_left=1000)
+PIPELINE = State(planned=BOTH | C, patience_s=40.0)  # a stage each
+SLOW = SlowStage("c", slower=1.5, ratios=(1.0, 1.0, 1.5))
+CUT = OtherCut(SLOW, step_s=1.1, other_step_s=1.0, steps_left=1000)
+JUDGED = replace(PIPELINE, judged=SLOW.ratios)
 
 FAULTS = {
     "all planned nodes are there at the start": (STATE, Started(BOTH), Act.CONTINUE),
@@ -63,6 +69,19 @@ FAULTS = {
     "it saves less than a restart costs": (STATE, replace(JOINED, steps_left=80), Act.WAIT),
     "it is hardly faster": (STATE, replace(JOINED, wider_step_s=0.95), Act.WAIT),
     "workers lack": (replace(STATE, lacks_workers=True), replace(JOINED, wider_step_s=2.0), Act.REPLAN_RUN),
+    "a stage's node is lost": (PIPELINE, Failed(7, "another worker stopped answering"), Act.ASK_NODES),
+    "a lost stage may come back": (replace(PIPELINE, tries=1, is_patient=True), Answers(BOTH, 39.0), Act.WAIT),
+    "a lost stage does not come back": (replace(PIPELINE, tries=1, is_patient=True), Answers(BOTH, 40.0), Act.PLAN),
+    "a lost stage's node comes back later": (STATE, replace(JOINED, step_s=12.0, wider_step_s=8.0), Act.REPLAN_RUN),
+    "the node that stands by is none that joined": (replace(STATE, excluded=C), NodeList(BOTH | C, 99.0), Act.WAIT),
+    "a stage is slower than planned": (PIPELINE, SLOW, Act.PLAN_AHEAD),
+    "a stage is as slow as was judged": (JUDGED, replace(SLOW, ratios=(1.0, 1.1, 1.6)), Act.WAIT),
+    "a stage is slower than was judged": (JUDGED, replace(SLOW, ratios=(1.0, 1.0, 1.8)), Act.PLAN_AHEAD),
+    "another stage is slow now": (JUDGED, replace(SLOW, ratios=(1.5, 1.0, 1.5)), Act.PLAN_AHEAD),
+    "another cut makes the rest faster": (PIPELINE, CUT, Act.REPLAN_RUN),
+    "another cut is hardly faster": (PIPELINE, replace(CUT, step_s=1.09), Act.WAIT),
+    "another cut saves less than a restart costs": (PIPELINE, replace(CUT, steps_left=400), Act.WAIT),
+    "the workers of one machine ended to be planned again": (LOCAL, Ended("replanning"), Act.PLAN),
     "no plan fits both nodes": (STATE, DoesNotFit({"a": 8 * GIB, "b": 4 * GIB}), Act.PLAN),
     "no plan fits what is left": (STATE, DoesNotFit({"a": 8 * GIB}), Act.FAIL),
 }
@@ -159,3 +178,18 @@ def test_the_node_of_least_memory_is_left_out_where_nothing_fits():
     decision = decide(STATE, DoesNotFit({"a": None, "b": 4 * GIB, "c": 8 * GIB}))
 
     assert decision.nodes == A | C
+
+
+def test_a_cut_that_is_not_worth_it_is_judged_once_and_said():
+    judged = decide(PIPELINE, replace(CUT, steps_left=1))
+
+    assert judged.texts == (
+        "c takes 1.50 times as long for its layers as planned, and no other cut would make the rest of this run faster",
+    )
+    assert decide(judged.state, SLOW).act is Act.WAIT
+
+
+def test_a_new_cut_says_why_and_what_it_saves():
+    assert decide(PIPELINE, replace(CUT, step_s=1.5)).texts == (
+        "c takes 1.50 times as long for its layers as planned: planning again at the next step, 8 min 20 s faster",
+    )

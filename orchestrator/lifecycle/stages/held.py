@@ -1,0 +1,20 @@
+"""Which layers a node has read: planned again, they stay where they are if they can.  Pure."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from clusters.capability import ClusterCapability
+from orchestrator.planning.plan import Plan
+
+
+def with_held_layers(cluster: ClusterCapability, plan: Plan) -> ClusterCapability:
+    """The machines with the layers that they train or stand by with in a plan; with none where it has no stages."""
+    held: dict[str, list[tuple[int, int]]] = {}
+    for part in plan.nodes:
+        if stage := part.techniques.stage:
+            held.setdefault(part.node, []).append((stage.first_layer, stage.end_layer))
+    for spare in plan.stands_by:
+        held.setdefault(spare.node, []).append((spare.stage.first_layer, spare.stage.end_layer))
+    nodes = (replace(node, held_layers=tuple(sorted(held.get(node.name, ())))) for node in cluster.nodes)
+    return replace(cluster, nodes=tuple(nodes))

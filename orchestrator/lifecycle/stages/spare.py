@@ -1,0 +1,94 @@
+"""Nodes without a stage stand by: each reads the tensors of a stage whose loss would hurt, so that they lie there.
+
+Which stage is a pure choice.  What is read lies in the node's page cache; a plan that is made again after a loss
+prefers it there (strategies/cost/kept_layers.py), and that worker then starts from memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from clusters.capability import ClusterCapability
+from orchestrator.planning.explain import IDLE
+from orchestrator.planning.memory_fit import host_usable_bytes
+from orchestrator.planning.plan import Plan, Spare
+from orchestrator.runs.events import Note
+from orchestrator.runs.run_folder import RunFolder
+from strategies.shape import ModelShape
+from strategies.stage_shape import shape_of_stage
+from strategies.workload import StagePart
+
+_FILE_BYTES = 2  # of a parameter: model files hold 16-bit weights; where they hold fewer bits there is room to spare
+
+
+def with_spares(plan: Plan, cluster: ClusterCapability, shape: ModelShape) -> Plan:
+    """The plan with the nodes that stand by: each left-out one that has room for a stage, for the worst loss first.
+
+    A stage has one node that stands by at most; a plan without stages has none.
+    """
+    free = {
+        node.name: host_usable_bytes(node)
+        for node in cluster.nodes
+        if node.name in plan.left_out  # those that could train
+    }
+    spares: list[Spare] = []
+    for stage in stages_by_loss(plan):
+        needed = _FILE_BYTES * float(shape_of_stage(shape, stage).num_parameters)
+        fitting = [name for name, usable in free.items() if usable >= needed]
+        if fitting:
+            name = max(fitting, key=lambda name: free[name])
+            spares.append(Spare(name, stage, needed))
+            del free[name]
+    left_out = dict(plan.left_out)
+    for spare in spares:
+        left_out[spare.node] = _with_task(left_out[spare.node], f"stands by with {spare.what}")
+    return replace(plan, stands_by=tuple(spares), left_out=left_out)
+
+
+def stages_by_loss(plan: Plan) -> list[StagePart]:
+    """Stages with layers that no other node has, the most such layers first."""
+    holders: dict[int, set[str]] = {}
+    for part in plan.nodes:
+        if stage := part.techniques.stage:
+            for layer in range(stage.first_layer, stage.end_layer):
+                holders.setdefault(layer, set()).add(part.node)
+    stages = [part.techniques.stage for part in plan.nodes if part.techniques.stage]
+    alone = {
+        stage: sum(len(holders[layer]) == 1 for layer in range(stage.first_layer, stage.end_layer)) for stage in stages
+    }
+    return sorted((stage for stage in alone if alone[stage]), key=lambda stage: -alone[stage])
+
+
+def _with_task(why: str, task: str) -> str:
+    before, _, instead = why.rpartition(". It ")
+    return f"{before}. It {task}" if instead == IDLE else f"{why} and {task}"
+
+
+class StandBy:
+    """Has the nodes that stand by read their stages, each once; training does not depend on it."""
+
+    def __init__(self, run: RunFolder) -> None:
+        self._run = run
+        self._begun: set[tuple[str, StagePart]] = set()
+        self._calls: dict[str, Any] = {}  # by node
+
+    def begin(self, plan: Plan, node_ids: Mapping[str, str]) -> None:
+        """Start what a plan asks for and was not started before; nodes that are not there are passed over."""
+        for spare in plan.stands_by:
+            if spare.node not in node_ids or spare.node in self._calls or (spare.node, spare.stage) in self._begun:
+                continue
+            from clusters.ray.nodes import CallOn
+            from orchestrator.training.workers.stand_by import read_stage
+
+            self._begun.add((spare.node, spare.stage))
+            self._calls[spare.node] = CallOn(node_ids[spare.node], read_stage, self._run.data().model, spare.stage)
+
+    def poll(self) -> None:
+        """Record what came of each, once."""
+        for node, call in list(self._calls.items()):
+            if call.has_ended():
+                del self._calls[node]
+                reason = call.error()
+                self._run.record(Note(f"{node} cannot stand by: {reason}" if reason else f"{node} {call.result()}"))
