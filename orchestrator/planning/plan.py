@@ -58,7 +58,8 @@ class Spare:
 
     @property
     def what(self) -> str:
-        return f"layers {self.stage.first_layer} to {self.stage.end_layer - 1}"
+        first, last = self.stage.first_layer, self.stage.end_layer - 1
+        return f"layers {first} to {last}" if first < last else f"layer {first}"
 
 
 @dataclass(frozen=True)

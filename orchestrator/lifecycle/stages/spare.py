@@ -83,7 +83,7 @@ class StandBy:
             from orchestrator.training.workers.stand_by import read_stage
 
             self._begun.add((spare.node, spare.stage))
-            self._calls[spare.node] = CallOn(node_ids[spare.node], read_stage, self._run.data().model, spare.stage)
+            self._calls[spare.node] = CallOn(node_ids[spare.node], read_stage, self._run.data().model, spare)
 
     def poll(self) -> None:
         """Record what came of each, once."""

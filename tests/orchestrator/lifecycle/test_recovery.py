@@ -13,9 +13,10 @@ from orchestrator.errors import HardwareChanged, JobError, NothingFits, RunFaile
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle import recovery as recovery_module
 from orchestrator.lifecycle.recovery import Recovery
-from orchestrator.runs.events import ErrorReport, Replan, StateChange, WorkerKilled
+from orchestrator.lifecycle.stages.held import with_held_layers
+from orchestrator.runs.events import ErrorReport, Replan, StateChange, StepReport, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
-from tests.orchestrator.planning.test_choice import SMALL, machine, plan
+from tests.orchestrator.planning.test_choice import MIDDLE, SMALL, machine, plan
 
 JOB = """\
 model: {model_name_or_path: m}
@@ -286,3 +287,111 @@ def test_a_stop_while_nodes_are_busy_stops_the_run(start):
     assert not recovery.wait_until_free({"train_slot": 1.0}, recovery.node_ids())
     assert recovery.run.state_by_events() == "stopped"
     assert said == ["waiting for 1 train_slot of slow. Ctrl-C ends this"]
+
+
+# A model in stages, by the planner itself.
+
+STAGES = "strategy: {mode: pipeline}\n"
+TWIN = machine("twin", "RTX 3090")
+
+
+def cut(first, capability):
+    """The planner, for the model in stages that the first plan is for."""
+    nodes = with_held_layers(capability, first).nodes if first else capability.nodes
+    return plan(MIDDLE, *nodes, text=STAGES if len(nodes) > 1 else "", link_bytes_per_s=118e6)
+
+
+@pytest.fixture
+def start_stages(start):
+    """As `start`, in stages."""
+
+    def started(*there, text=""):
+        recovery, cluster, said = start(*there)
+        recovery.job, recovery.capability = parse_job(JOB % "auto" + text, recovery.run.path), ClusterCapability(there)
+        recovery.replan = cut
+        recovery._use(cut(None, recovery.capability))
+        return recovery, cluster, said
+
+    return started
+
+
+def record_steps(recovery, slower, count=3):
+    """Steps in which each stage computes so many times as long as planned, and the whole step as that takes."""
+    now = recovery.plan
+    zeros = dict.fromkeys(("epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "peak_bytes"), 0.0)
+    planned_s = [part.time.step_s - part.time.update_s for part in now.nodes]
+    busy_s = [own * slower.get(part.node, 1.0) for own, part in zip(planned_s, now.nodes, strict=True)]
+    values = {"tokens": now.tokens_per_s * now.step_s, "seconds": now.step_s + max(busy_s) - max(planned_s)}
+    for step in range(1, count + 1):
+        recovery.run.record(StepReport(step=step, **zeros, **values, tokens_per_s=0.0, stage_busy_s=busy_s))
+
+
+def num_layers(made):
+    return {part.node: part.techniques.stage.num_layers for part in made.nodes}
+
+
+def test_layers_of_a_slow_stage_go_to_others_at_a_checkpoint(start_stages):
+    recovery, cluster, said = start_stages(SLOW, TWIN)
+    before = recovery.plan
+    record_steps(recovery, {"twin": 2.0})
+
+    recovery.look()
+    assert recovery.run.replan_file.exists(), said
+    recovery.run.record(StateChange("replanning"))
+    again = recovery.after(None)
+
+    assert said[0].startswith("twin takes 2.00 times as long for its layers as planned: planning again")
+    assert num_layers(again)["twin"] < num_layers(before)["twin"]
+    assert recovery.capability.nodes[1].devices[0].calibration == {"bfloat16": 2.0}
+    assert recovery.run.capability().nodes[1].devices[0].calibration == {"bfloat16": 2.0}
+    cluster.now += 4
+    record_steps(recovery, {})  # as planned now
+    recovery.look()
+    assert not recovery.run.replan_file.exists()
+
+
+def test_a_pace_that_no_cut_helps_is_said_once(start_stages):
+    recovery, cluster, said = start_stages(SLOW, TWIN)
+    record_steps(recovery, {"twin": 1.5, "slow": 1.5})
+
+    for _ in range(3):
+        cluster.now += 4
+        recovery.look()
+
+    assert len(said) == 1
+    assert said[0].endswith("and no other cut would make the rest of this run faster")
+    assert not recovery.run.replan_file.exists()
+    assert not recovery.capability.nodes[1].devices[0].calibration
+
+
+@pytest.mark.parametrize("text", ["strategy: {shares: planned}\n", "train: {deterministic: true}\n"])
+def test_what_has_to_be_repeatable_is_not_cut_anew(start_stages, text):
+    recovery, _, said = start_stages(SLOW, TWIN, text=text)
+    record_steps(recovery, {"twin": 3.0})
+
+    recovery.look()
+
+    assert not said
+    assert not recovery.run.replan_file.exists()
+
+
+def test_a_lost_stage_is_taken_over_and_a_node_that_comes_back_taken_in(start_stages):
+    big, small, third = machine("big", "RTX 4090"), machine("small", "RTX 3060 12GB"), machine("third", "RTX 3090")
+    recovery, cluster, said = start_stages(big, small, third)
+    before = recovery.plan
+    assert {"big", "third"} <= set(num_layers(before))
+    gone = cluster.nodes.pop("third")
+
+    rest = fail(recovery)
+    assert "third" not in names(rest)
+    assert replanned(recovery)[0].lost == ["third"]
+    cluster.nodes["third"] = gone
+    for _ in range(5):
+        recovery.look()
+        cluster.now += 4
+    recovery.run.record(StateChange("replanning"))
+    back = recovery.after(None)
+
+    assert said[-1].startswith("third joined: planning again at the next step")
+    assert "third" in num_layers(back)
+    assert replanned(recovery)[1].joined == ["third"]

@@ -1,11 +1,13 @@
 """The eval section's `auto` values, each with its reason."""
 
+import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from clusters.capability import ClusterCapability
+from clusters.capability import ClusterCapability, Link
 from clusters.units import GIB
 from orchestrator.errors import JobError, NothingFits
 from orchestrator.job.job_file import parse_job
@@ -21,7 +23,8 @@ from orchestrator.planning.evaluation import (
 from orchestrator.planning.planner import make_plan
 from orchestrator.planning.workload import describe
 from strategies.contract import MemoryEstimate
-from tests.orchestrator.planning.machines import SMALL, machine
+from strategies.cost.phases import saving_s
+from tests.orchestrator.planning.machines import MIDDLE, SMALL, machine
 
 ROWS = HeldOutCounts(num_samples=80, num_tokens=5000, longest_answer=40, num_references=80, is_classification=False)
 NO_ROWS = "there are no held-out rows"
@@ -130,6 +133,53 @@ def test_a_limit_between_the_training_and_the_whole_job_is_not_kept():
 
 def test_no_preflight_takes_no_time():
     assert make("strategy: {preflight: false}\n").phases.preflight_s == 0
+
+
+def stages(text="", samples=1600):
+    nodes = machine("a", "RTX 3090"), machine("b", "RTX 3060 12GB")
+    job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
+    work, _, _ = describe(job, MIDDLE, [512] * samples, 256 * samples, 1)
+    return make_plan(job, work, ClusterCapability(nodes, (Link(("a", "b"), 118e6, 3e-4),)), 2048, None, {})
+
+
+PIPELINE = "strategy: {mode: pipeline}\n"
+
+
+def test_stages_save_after_about_two_minutes_of_work():
+    made = stages(PIPELINE)
+
+    assert 110 < made.save_steps * made.step_s < 130
+    assert made.save_steps < made.num_steps / 5
+    assert re.fullmatch(
+        r"a lost stage takes all back to the last checkpoint of .* MiB: (1 min 5\d s|2 min.*) of work between two",
+        made.reasons["checkpoint.save_steps"],
+    )
+
+
+def test_stages_of_a_short_run_save_five_times_like_any_other():
+    made = stages(PIPELINE, samples=80)
+
+    assert made.save_steps == math.ceil(made.num_steps / 5)
+    assert made.reasons["checkpoint.save_steps"].startswith("five checkpoints of ")
+
+
+def test_checkpoints_that_take_long_to_write_are_fewer():
+    """All weights and their moments: a tenth of the time goes into writing them, and not more."""
+    text = "method: {type: full}\nmodel: {model_name_or_path: m}\n" + PIPELINE
+    nodes = machine("a", *["A100 SXM 80GB"], memory_gib=256), machine("b", "A100 SXM 80GB", memory_gib=256)
+    job = parse_job(f"data: {{train: a.jsonl}}\n{text}", Path()).spec
+    work, _, _ = describe(job, MIDDLE, [512] * 100_000, 256 * 100_000, 1)
+    made = make_plan(job, work, ClusterCapability(nodes, (Link(("a", "b"), 1e9, 3e-4),)), 2048, None, {})
+
+    assert made.save_steps * made.step_s > 120
+    assert saving_s(made.checkpoint_bytes) == pytest.approx(0.1 * made.save_steps * made.step_s, rel=0.05)
+
+
+def test_what_the_job_states_holds_for_stages_too():
+    made = stages(f"{PIPELINE}checkpoint: {{save_steps: 7}}\n")
+
+    assert made.save_steps == 7
+    assert "checkpoint.save_steps" not in made.reasons
 
 
 def make(text, held_out=ROWS):

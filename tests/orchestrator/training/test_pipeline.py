@@ -135,6 +135,10 @@ def test_a_run_in_three_stages_is_the_run_of_one_process(place, whole):
     assert numbers(run) == numbers(whole)
     assert_same_result(run, whole)
     assert run.events_of(HandBack)[-1].text == whole.events_of(HandBack)[-1].text
+    for report in run.steps().values():
+        assert len(report.stage_busy_s) == 3
+        assert all(0 < own < report.seconds for own in report.stage_busy_s)
+    assert {report.stage_busy_s for report in whole.steps().values()} == {None}
 
 
 @pytest.mark.parametrize("then", [None, (0, 2, LAYERS)], ids=["one process", "other stages"])

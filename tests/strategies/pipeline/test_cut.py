@@ -1,11 +1,16 @@
 """Every family is cut exactly or refused by its name."""
 
+import ctypes
+import mmap
+import os
+
 import pytest
 import torch
+from safetensors import safe_open
 
 from strategies.families import FAMILIES
 from strategies.model.architecture import architecture_of
-from strategies.pipeline.cut import Received, assemble, owners
+from strategies.pipeline.cut import CannotCut, Received, assemble, owners, touch_tensors
 from strategies.workload import StagePart
 from tests.strategies.test_families import DECODERS, built, random_config
 
@@ -76,3 +81,61 @@ def test_a_family_is_cut_exactly_or_is_refused(name):
         except Exception:
             found.append(True)
     assert not found or any(found), "it can be cut: take the sentence out of families.toml"
+
+
+def resident_bytes(file):
+    """Bytes of a file that lie in the page cache, by the kernel's word (mincore)."""
+    with file.open("r+b") as stream, mmap.mmap(stream.fileno(), 0) as mapped:
+        pages = -(-len(mapped) // mmap.PAGESIZE)
+        found = (ctypes.c_ubyte * pages)()
+        view = (ctypes.c_char * len(mapped)).from_buffer(mapped)
+        failed = ctypes.CDLL(None, use_errno=True).mincore(
+            ctypes.c_void_p(ctypes.addressof(view)), ctypes.c_size_t(len(mapped)), found
+        )
+        del view
+    assert not failed, os.strerror(ctypes.get_errno())
+    return mmap.PAGESIZE * sum(one & 1 for one in found)
+
+
+def drop(file):
+    with file.open("r+b") as stream:
+        os.fsync(stream.fileno())
+        os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def test_a_node_that_stands_by_has_the_layers_of_its_stage_in_memory_and_no_others(tmp_path):
+    import transformers
+
+    config = transformers.LlamaConfig(
+        hidden_size=512, intermediate_size=3072, num_hidden_layers=4, num_attention_heads=4, vocab_size=64
+    )
+    # A file a layer, of which a kernel that reads 8 MiB ahead takes a part with the header.
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path, max_shard_size="23.3MB")
+    files = sorted(tmp_path.glob("*.safetensors"))
+    of_layer = {number: [] for number in range(4)}
+    for file in files:
+        with safe_open(file, "pt") as opened:
+            own = {int(name.split(".")[2]) for name in opened.keys() if ".layers." in name}  # noqa: SIM118
+        if len(own) == 1:
+            of_layer[own.pop()].append(file)
+        drop(file)
+    if any(resident_bytes(file) for file in files):
+        pytest.skip("this file system keeps all files in memory")
+
+    num_bytes = touch_tensors(tmp_path, StagePart(1, 3, 1, 3))
+
+    a_layer = 4 * (4 * 512 * 512 + 3 * 512 * 3072 + 2 * 512)
+    assert num_bytes == 2 * a_layer
+    assert all(of_layer.values())
+    for number, own in of_layer.items():
+        lying = sum(resident_bytes(file) for file in own) / sum(file.stat().st_size for file in own)
+        assert lying >= 1 if number in (1, 2) else lying < 0.6, number
+
+
+def test_a_folder_without_safetensors_cannot_be_stood_by_with(tmp_path):
+    import transformers
+
+    transformers.LlamaConfig(num_hidden_layers=2).save_pretrained(tmp_path)
+
+    with pytest.raises(CannotCut, match="holds no safetensors"):
+        touch_tensors(tmp_path, StagePart(0, 2, 0, 1))
