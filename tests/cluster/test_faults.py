@@ -30,7 +30,7 @@ model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: train.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
 train: {{global_batch_size: 8, max_steps: {steps}, learning_rate: 1e-4, lr_scheduler_type: constant}}
-strategy: {{shares: {shares}}}
+strategy: {{shares: {shares}, mode: {mode}}}
 cluster: {{address: "{address}:6379", num_workers: 2, wait_for_nodes_s: {wait}}}
 checkpoint: {{save_steps: {every}}}
 tracking: {{report_to: []}}
@@ -38,7 +38,7 @@ tracking: {{report_to: []}}
 
 
 class Lab:
-    """Three machines, a head without a device among them, and jobs on them."""
+    """Machines, a head without a device among them, and jobs on them."""
 
     def __init__(self, cluster, folder, model):
         self.cluster, self.folder, self.model = cluster, folder, model
@@ -98,10 +98,9 @@ class Lab:
         out, _ = done.communicate(timeout=60)
         return {node["name"] for node in json.loads(out) if node["state"] == "alive"} if done.returncode == 0 else set()
 
-    def submit(self, *verb, steps=120, shares="planned", wait=40):
-        text = JOB.format(
-            model=self.model, address=self.cluster.address("head"), steps=steps, shares=shares, wait=wait, every=EVERY
-        )
+    def submit(self, *verb, steps=120, shares="planned", wait=40, mode="auto"):
+        values = {"steps": steps, "shares": shares, "wait": wait, "mode": mode, "every": EVERY}
+        text = JOB.format(model=self.model, address=self.cluster.address("head"), **values)
         (self.folder / "job.yaml").write_text(text)
         before = {run.run_id for run in RunFolder.all(self.folder / "runs")}
         process = self.cluster.run(
@@ -122,18 +121,18 @@ class Lab:
         pytest.fail(process.communicate()[0])
 
 
-@pytest.fixture(scope="module")
-def lab(tmp_path_factory, model_folder):
-    folder = tmp_path_factory.mktemp("lab")
+@contextlib.contextmanager
+def started_lab(machines, folder, model_folder):
+    """A lab whose machines are up, the head first."""
     write_jsonl(folder / "train.jsonl", rows(40))
-    machines = [Machine("head"), Machine("fast"), Machine("slow", rate_bits_per_s=1e8, delay_s=2e-3)]
+    names = [machine.name for machine in machines]
     with EmulatedCluster(machines, folder / "machines") as cluster:
         lab = Lab(cluster, folder, model_folder)
-        lab.start("head")
-        lab.until_up(("head",))  # it makes the token
-        lab.start("fast")
-        lab.start("slow")
-        lab.until_up(("head", "fast", "slow"))
+        for name in names:
+            lab.start(name)
+            if name == "head":
+                lab.until_up(("head",))  # it makes the token
+        lab.until_up(names)
         yield lab
         for process in lab.jobs:
             if process.poll() is None:
@@ -142,6 +141,13 @@ def lab(tmp_path_factory, model_folder):
             process.stdout.close()
         for name in list(lab.agents):
             lab.power_off(name)
+
+
+@pytest.fixture(scope="module")
+def lab(tmp_path_factory, model_folder):
+    machines = [Machine("head"), Machine("fast"), Machine("slow", rate_bits_per_s=1e8, delay_s=2e-3)]
+    with started_lab(machines, tmp_path_factory.mktemp("lab"), model_folder) as lab:
+        yield lab
 
 
 @pytest.fixture(scope="module")
