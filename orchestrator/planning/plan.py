@@ -229,6 +229,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,
+        **({"strategy.mode": "pipeline"} if stage else {}),
         **{f"strategy.pipeline.{key}": value for key, value in pipeline.items()},
         "checkpoint.save_steps": plan.save_steps,
         "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,
