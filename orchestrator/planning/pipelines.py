@@ -252,7 +252,8 @@ class StageSearch:
 
         def place(slot: Slot) -> Place:
             settings = self.search.settings(slot, self.layout)
-            return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings)
+            kind = id(self.search.enumeration.first_like(slot))
+            return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings, kind)
 
         places = list(map(place, self.slots))
         return StageCosts(self.search.method, self.search.enumeration.workload, places, needed)

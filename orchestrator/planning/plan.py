@@ -47,6 +47,12 @@ class NodePlan:
     uuid: str | None = None  # of the GPU; None = its driver reports none
     replica: int | None = None  # which pipeline it is a stage of, whose samples are all its own; None = no stage
 
+    @property
+    def share_text(self) -> str:
+        """Its part of the work: of the samples, or of the layers."""
+        stage = self.techniques.stage
+        return f"layers {stage.first_layer}-{stage.end_layer - 1}" if stage else f"{self.share:.0%}"
+
 
 @dataclass(frozen=True)
 class Alternative:

@@ -78,7 +78,7 @@ def _nodes_table(plan: Plan) -> Table:
         table.add_row(
             part.node,
             part.device,
-            f"{part.share:.0%}",
+            part.share_text,
             part.techniques.dtype,
             part.techniques.attn_implementation,
             f"{rows} x {length}",
