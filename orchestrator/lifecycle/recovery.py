@@ -360,9 +360,12 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
         "train.optim": plan.optim,
         "train.gradient_accumulation_steps": "auto",
         "cluster.num_workers": min(stated, max(1, num_slots)) if isinstance(stated, int) else stated,
-        # ZeRO needs several workers; one that is left alone continues without it, from the same whole checkpoint.
-        "strategy.mode": "auto" if num_slots < 2 and mode.startswith("zero") else mode,
+        # ZeRO and stages need several workers; one that is left alone continues whole, from the same whole checkpoint.
+        "strategy.mode": "auto" if num_slots < 2 and (mode.startswith("zero") or mode == "pipeline") else mode,
     }
+    pipeline = job.spec.strategy.pipeline
+    if isinstance(pipeline.stages, int) and pipeline.stages > num_slots:
+        fixed["strategy.pipeline"] = pipeline.model_dump(exclude_unset=True) | {"stages": "auto"}
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer, max_hours=1e6)  # what has begun continues, however slow
     spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)

@@ -315,6 +315,11 @@ def _choices(changed: Techniques, techniques: Techniques) -> tuple[tuple[str, st
 def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Accepts) -> str:
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
     spec, lines = inputs.spec, _shortages(enumeration)
+    if spec.strategy.mode == "pipeline":
+        layers = enumeration.workload.shape.num_layers
+        lines.insert(
+            0, f"no cut of the model's {layers} layers fits these devices as stages of a pipeline; each whole:"
+        )
     if enumeration.other_groups:
         other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(

@@ -47,6 +47,11 @@ class NodePlan:
     uuid: str | None = None  # of the GPU; None = its driver reports none
     replica: int | None = None  # the copy of the model of which it is a stage; None = it has one of its own
 
+    @property
+    def share_text(self) -> str:
+        """Its part of the work: of the samples, or of the layers."""
+        return str(self.techniques.stage or f"{self.share:.0%}")
+
 
 @dataclass(frozen=True)
 class Alternative:

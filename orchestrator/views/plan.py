@@ -79,7 +79,7 @@ def _nodes_table(plan: Plan) -> Table:
         table.add_row(
             part.node,
             part.device,
-            str(part.techniques.stage or f"{part.share:.0%}").removeprefix("layers "),
+            part.share_text.removeprefix("layers "),
             part.techniques.dtype,
             part.techniques.attn_implementation,
             f"{rows} x {length}",

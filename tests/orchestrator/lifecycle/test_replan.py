@@ -16,3 +16,17 @@ def test_a_run_that_has_begun_is_not_refused_for_its_length(tmp_path):
 
     assert again.spec.train.global_batch_size == first.global_batch_size
     assert 3600 * (again.spec.goal.max_hours or 0) > 100 * LONG_S
+
+
+def test_stages_that_were_stated_are_as_many_as_machines_are_left(tmp_path):
+    text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 2048}\n"
+    job = parse_job(f"{text}strategy: {{mode: pipeline, pipeline: {{stages: 3, ahead: 1}}}}\n", tmp_path)
+    first = plan(TINY, machine("a"))
+
+    found = [fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], left).spec.strategy for left in (3, 2, 1)]
+
+    assert [(one.mode, one.pipeline.stages, one.pipeline.ahead) for one in found] == [
+        ("pipeline", 3, 1),
+        ("pipeline", "auto", 1),
+        ("auto", "auto", 1),
+    ]
