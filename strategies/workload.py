@@ -78,6 +78,11 @@ class StagePart:
     def num_layers(self) -> int:
         return self.end_layer - self.first_layer
 
+    def __str__(self) -> str:
+        """Its layers, counted from 0."""
+        last = self.end_layer - 1
+        return f"layer {last}" if self.num_layers == 1 else f"layers {self.first_layer} to {last}"
+
 
 @dataclass(frozen=True)
 class Techniques:

@@ -374,18 +374,19 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
 def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slots: int) -> Job:
     """The job with what the first plan decided written into it, so that planning again cannot change the result."""
     size, rows = plan.local_batch_size or plan.global_batch_size, job.spec.train.per_device_train_batch_size
-    stated, mode, pipeline = job.spec.cluster.num_workers, job.spec.strategy.mode, job.spec.strategy.pipeline
+    stated, mode = job.spec.cluster.num_workers, job.spec.strategy.mode
     fixed = {
         "train.global_batch_size": size,
         "train.per_device_train_batch_size": min(rows, size) if isinstance(rows, int) else rows,
         "train.optim": plan.optim,
         "train.gradient_accumulation_steps": "auto",
         "cluster.num_workers": min(stated, max(1, num_slots)) if isinstance(stated, int) else stated,
-        # ZeRO and stages need several; one worker that is left alone continues without, from the same whole checkpoint.
-        "strategy.mode": "auto" if num_slots < 2 and mode.startswith(("zero", "pipeline")) else mode,
+        # ZeRO and stages need several workers; one that is left alone continues whole, from the same whole checkpoint.
+        "strategy.mode": "auto" if num_slots < 2 and (mode.startswith("zero") or mode == "pipeline") else mode,
     }
-    if isinstance(pipeline.stages, int) and 1 < num_slots < pipeline.stages:
-        fixed["strategy.pipeline"] = pipeline.model_copy(update={"stages": num_slots})
+    pipeline = job.spec.strategy.pipeline
+    if isinstance(pipeline.stages, int) and pipeline.stages > num_slots:
+        fixed["strategy.pipeline"] = pipeline.model_dump(exclude_unset=True) | {"stages": "auto"}
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer, max_hours=1e6)  # what has begun continues, however slow
     spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)

@@ -228,15 +228,17 @@ def _explain_pipeline(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candid
         stage = part.plan.techniques.stage
         assert stage is not None
         streams = ", streamed from the host" if part.plan.techniques.streams_weights else ""
-        layers = f"{stage.first_layer} to {stage.end_layer - 1}"
-        stages.append(f"layers {layers} on {part.slot.label}{streams}: {format_s(one.total_s)}")
+        stages.append(f"{stage} on {part.slot.label}{streams}: {format_s(one.total_s)}")
     slowest = max(range(len(run.boundaries)), key=lambda number: run.boundaries[number].message_s)
     names = " - ".join(part.slot.node.name for part in parts[slowest : slowest + 2])
     link_s = format_s(run.boundaries[slowest].message_s)
     stated = spec.strategy.pipeline
     reasons = {
         "strategy.mode": (spec.strategy.mode, f"pipeline of {len(parts)} stages: {why}"),
-        "strategy.pipeline": ("auto", f"a micro-batch: {'; '.join(stages)}; slowest link {names}: {link_s} each way"),
+        "strategy.pipeline.stages": (
+            "auto",
+            f"a micro-batch: {'; '.join(stages)}; slowest link {names}: {link_s} each way",
+        ),
         "strategy.pipeline.wire": (stated.wire, f"{run.wire}: what hidden states are computed in"),
         "strategy.pipeline.ahead": (stated.ahead, f"{run.simulation.ahead}: the shortest step of those that fit"),
     }
@@ -314,6 +316,11 @@ def _choices(changed: Techniques, techniques: Techniques) -> tuple[tuple[str, st
 def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Accepts) -> str:
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
     spec, lines = inputs.spec, _shortages(enumeration)
+    if spec.strategy.mode == "pipeline":
+        layers = enumeration.workload.shape.num_layers
+        lines.insert(
+            0, f"no cut of the model's {layers} layers fits these devices as stages of a pipeline; each whole:"
+        )
     if enumeration.other_groups:
         other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(

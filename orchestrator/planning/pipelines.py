@@ -1,8 +1,7 @@
 """Pipelines: candidates whose devices have layers of their own and pass micro-batches on.  Pure.
 
-Stages share the layout of micro-batches and the optimizer; each has its own precision, kernel, checkpointing and way to
-hold its weights.  `strategies/cost/stages.py` gives what a stage costs by its layers, `strategies/cost/pipeline.py` the
-best cut and order; what they find is estimated as it is.
+Stages share micro-batches and optimizer; each has its own precision, kernel, checkpointing and way to hold its weights.
+`strategies/cost/stages.py` says what a stage costs by its layers, `strategies/cost/pipeline.py` finds cut and order.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from orchestrator.planning.candidates import (
 from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes, needed_bytes, node_shortage
 from orchestrator.planning.settings import MICRO_BATCH_TOKENS, Assignment, Rejections, worthwhile_dtypes
+from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.kept_layers import best_kept
@@ -73,9 +73,13 @@ class Layout:
 
 
 def is_possible(spec: JobSpec, enumeration: Enumeration) -> bool:
-    """Whether the job allows a pipeline, and there are devices for one."""
-    strategy = spec.strategy
-    allowed = strategy.mode in ("auto", "pipeline") and not strategy.local_steps and strategy.deepspeed is None
+    """Whether the job allows a pipeline, and there are devices for one.
+
+    A step that is stated as so many samples a worker is one of workers with all layers, unless a pipeline is stated.
+    """
+    strategy, accumulation = spec.strategy, spec.train.gradient_accumulation_steps
+    is_open = strategy.mode == "auto" and not grows_with_workers(spec) and accumulation == "auto"
+    allowed = (is_open or strategy.mode == "pipeline") and not strategy.local_steps and strategy.deepspeed is None
     return allowed and len(enumeration.slots) > 1 and enumeration.workload.shape.num_layers > 1
 
 
@@ -94,9 +98,9 @@ def why_no_stage(spec: JobSpec, enumeration: Enumeration, chosen: Candidate) -> 
     """Node -> why it has no stage of the chosen pipeline; none where the choice is no pipeline."""
     if chosen.pipeline is None:
         return {}
-    first, search = chosen.placed[0].plan.techniques, PipelineSearch(spec, enumeration, chosen.method)
+    first = chosen.placed[0].plan.techniques
     layout = Layout(first.packing, first.per_device_train_batch_size, first.optim, first.dtype == "float16")
-    stages = StageSearch(search, layout)
+    stages = StageSearch(PipelineSearch(spec, enumeration, chosen.method), layout)
     slowest_s = max(one.total_s for one in chosen.pipeline.simulation.passes)
     taking_part = {node.name for node in chosen.nodes}
     found: dict[str, str] = {}
@@ -107,8 +111,7 @@ def why_no_stage(spec: JobSpec, enumeration: Enumeration, chosen: Candidate) -> 
 
 
 def _why_not_there(stages: StageSearch, place: int, slowest_s: float) -> str:
-    ways = stages.costs.ways(place, Role(False, False, 2))
-    name = stages.slots[place].node.name
+    ways, name = stages.costs.ways(place, Role(False, False, 2)), stages.slots[place].node.name
     if not ways:
         return f"a stage on {name} has no room for a single layer"
     layer_s = min(way.total_s(1) for way in ways)
@@ -253,7 +256,8 @@ class StageSearch:
 
         def place(slot: Slot) -> Place:
             settings = self.search.settings(slot, self.layout)
-            return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings)
+            kind = id(self.search.enumeration.slots_like(slot)[0])
+            return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings, kind)
 
         places = list(map(place, self.slots))
         return StageCosts(self.search.method, self.search.enumeration.workload, places, needed)
@@ -322,15 +326,12 @@ class StageSearch:
             return [list(places)]
         found: dict[frozenset[int], list[int]] = {}
         for seed in places[:_SEEDS]:
-            rates = {other: self._rate(seed, other) for other in places if other != seed}
+            rates = {n: self.search.link(self.slots[seed], self.slots[n])[0] for n in places if n != seed}
             near = _NEAR_LINK * max(rates.values())
             others = sorted(rates, key=lambda other: (rates[other] < near, other))
             group = [seed, *others[: MOST_DEVICES - 1]]
             found.setdefault(frozenset(group), group)
         return list(found.values())
-
-    def _rate(self, one: int, other: int) -> float:
-        return self.search.link(self.slots[one], self.slots[other])[0]
 
     def _boundary(self, one: int, other: int) -> Boundary | None:
         pair = min(one, other), max(one, other)

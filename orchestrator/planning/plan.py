@@ -47,6 +47,11 @@ class NodePlan:
     uuid: str | None = None  # of the GPU; None = its driver reports none
     replica: int | None = None  # the copy of the model of which it is a stage; None = it has one of its own
 
+    @property
+    def share_text(self) -> str:
+        """Its part of the work: of the samples, or of the layers."""
+        return str(self.techniques.stage or f"{self.share:.0%}")
+
 
 @dataclass(frozen=True)
 class Spare:
@@ -244,6 +249,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,
+        **({"strategy.mode": "pipeline"} if stage else {}),
         **{f"strategy.pipeline.{key}": value for key, value in pipeline.items()},
         "checkpoint.save_steps": plan.save_steps,
         "checkpoint.load_best_model_at_end": plan.load_best_model_at_end,

@@ -62,6 +62,7 @@ def describe(
 ) -> tuple[Workload, Order, str | None]:
     """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
     train = spec.train
+    num_workers = 1 if spec.strategy.mode == "pipeline" else num_workers  # whose stages all see every sample
     global_batch_size, reason = _global_batch_size(spec, len(lengths), num_workers)
     global_batch_size *= spec.strategy.local_steps or 1  # all of them are one step as the run counts
     order = Order(len(lengths), global_batch_size, train.seed, train.num_train_epochs, train.max_steps)
@@ -158,21 +159,23 @@ def check_batch(spec: JobSpec, num_slots: int | None) -> None:
     size = spec.train.global_batch_size
     if isinstance(size, int):
         rows, steps = spec.train.per_device_train_batch_size, spec.train.gradient_accumulation_steps
-        _check_parts(size, rows, steps, workers_of_the_batch(spec, num_slots or size) or num_slots or 1)
+        fixed = 1 if spec.strategy.mode == "pipeline" else workers_of_the_batch(spec, num_slots or size)
+        _check_parts(size, rows, steps, fixed or num_slots or 1)
 
 
 def grows_with_workers(spec: JobSpec) -> bool:
     """Whether the samples a step are stated as so many a worker."""
     train = spec.train
     parts = (train.per_device_train_batch_size, train.gradient_accumulation_steps)
-    return train.global_batch_size == "auto" and any(isinstance(part, int) for part in parts)
+    several = train.global_batch_size == "auto" and spec.strategy.mode != "pipeline"
+    return several and any(isinstance(part, int) for part in parts)
 
 
 def workers_of_the_batch(spec: JobSpec, num_slots: int) -> int | None:
     """How many workers the stated batch keys fix together; None where they leave that open."""
     train = spec.train
     parts = (train.global_batch_size, train.per_device_train_batch_size, train.gradient_accumulation_steps)
-    if not all(isinstance(part, int) for part in parts):
+    if not all(isinstance(part, int) for part in parts) or spec.strategy.mode == "pipeline":
         return None
     size, rows, steps = parts
     workers, rest = divmod(size, rows * steps)  # type: ignore[operator]

@@ -160,7 +160,7 @@ def _step_time(w: Word, plan: Plan, result: RunResult | None) -> Block:
 def _machines(w: Word, plan: Plan, events: list[Event]) -> list[Block]:
     measured = [row for row in stats_of_run(events) if isinstance(row, WorkerStats)]
     if not measured:
-        rows = [(part.node, part.device, f"{part.share:.0%}", "", "", "") for part in plan.nodes]
+        rows = [(part.node, part.device, part.share_text, "", "", "") for part in plan.nodes]
     else:
         rows = [
             (

@@ -280,7 +280,7 @@ def _try_rest(search: _Search) -> SearchFolder:
     conclude(folder, job, search.planning)
     folder.record(StateChange("stopped" if search.stopped else "finished"))
     if search.stopped:
-        raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` continues with the trials that are left")
+        raise RunFailed(f"stopped. `orchestrator resume {folder.run_id}` continues with the remaining trials")
     return folder
 
 

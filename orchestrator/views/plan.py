@@ -69,8 +69,9 @@ def data_sentence(statistics: Mapping[str, Any]) -> str:
 
 
 def _nodes_table(plan: Plan) -> Table:
+    what = "layers" if plan.techniques.stage else "share"
     table = new_table(
-        "node", "device", "share", "precision", "attention", "micro-batch", "extras", "memory", "step", fold=True
+        "node", "device", what, "precision", "attention", "micro-batch", "extras", "memory", "step", fold=True
     )
     for part in plan.nodes:
         memory, room = format_bytes(part.memory.total_bytes), part.memory_usable_bytes
@@ -78,7 +79,7 @@ def _nodes_table(plan: Plan) -> Table:
         table.add_row(
             part.node,
             part.device,
-            f"{part.share:.0%}",
+            part.share_text.removeprefix("layers "),
             part.techniques.dtype,
             part.techniques.attn_implementation,
             f"{rows} x {length}",

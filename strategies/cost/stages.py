@@ -7,7 +7,7 @@ of them lies above: a cut may be a little too careful, and what is chosen is est
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field, replace
 
 from clusters.capability import DeviceCapability, NodeCapability
@@ -26,6 +26,7 @@ class Place:
     device_bytes: float
     host_bytes: float  # of the node's own memory
     settings: tuple[Techniques, ...]  # the plainest first; without a stage
+    kind: Hashable = None  # places of one kind cost the same; None = of its own
 
 
 @dataclass(frozen=True)
@@ -56,17 +57,24 @@ class StageCosts:
     _plans: dict[tuple[int, Techniques], StrategyPlan] = field(default_factory=dict, init=False)
     _ways: dict[tuple[int, Role], list[Way]] = field(default_factory=dict, init=False)
 
+    def __post_init__(self) -> None:
+        known: dict[Hashable, int] = {}
+        kinds = [number if one.kind is None else (one.kind,) for number, one in enumerate(self.places)]
+        self._first = [known.setdefault(kind, number) for number, kind in enumerate(kinds)]
+
     @property
     def num_layers(self) -> int:
         return self.workload.shape.num_layers
 
     def tighten(self, place: int) -> None:
         """Count on a little less of a place's memory."""
+        place = self._first[place]
         self.margins[place] = 0.97 * self.margins.get(place, 1.0)
         self._ways.clear()
 
     def ways(self, place: int, role: Role) -> list[Way]:
         """What `pipeline.Search` asks for: those with which one layer fits at least."""
+        place = self._first[place]
         if (place, role) not in self._ways:
             settings = self.places[place].settings
             if not role.is_last:  # the loss is computed elsewhere
@@ -82,6 +90,7 @@ class StageCosts:
 
     def plan(self, place: int, techniques: Techniques) -> StrategyPlan:
         """The estimate of a stage."""
+        place = self._first[place]
         if (place, techniques) not in self._plans:
             at = self.places[place]
             self._plans[place, techniques] = self.method.estimate(self.workload, at.device, at.node, techniques)

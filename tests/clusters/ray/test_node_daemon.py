@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -279,7 +280,7 @@ def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
         ("first", "alive", 1.0),
         ("second", "alive", 2.0),
     }
-    session = Path("/tmp/ray/session_latest").resolve()
+    session = session_of(port)
     assert stat.S_IMODE(session.stat().st_mode) == 0o700
     if os.getuid() == 0:
         found = tries(session, where, user="65534")
@@ -293,6 +294,15 @@ def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
         process.send_signal(signal.SIGTERM)
         assert outcome(process).returncode == 0
     wait_for(lambda: not [path for path in Path("/proc").glob("[0-9]*/cmdline") if f":{port}" in _text(path)])
+
+
+def session_of(port):
+    """The folder of the session whose processes name this port; `session_latest` may be of another cluster."""
+    texts = map(_text, Path("/proc").glob("[0-9]*/cmdline"))
+    return Path(next(found[0] for text in texts if f":{port}" in text and (found := _SESSION.search(text))))
+
+
+_SESSION = re.compile(r"/tmp/ray/session_2[\w-]+")
 
 
 def _text(path):
