@@ -207,6 +207,53 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, hi
     return _draw_svg(draw, width=9.0, height=1.5 + 0.12 * len(rows))
 
 
+def stage_timelines(pictures: Mapping[str, Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]], x: str) -> str:
+    """Pictures one below the other with one axis: in each a row a stage, of spans (begin, seconds) by kind.
+
+    Kinds keep their colours and hatches over all pictures; the last one is waiting, drawn pale.
+    """
+    pictures = {title: {name: _escape_names(kinds) for name, kinds in _escape_names(rows).items()}
+                for title, rows in _escape_names(pictures).items()}  # fmt: skip
+    names = list(dict.fromkeys(kind for rows in pictures.values() for kinds in rows.values() for kind in kinds))
+    heights = [len(rows) for rows in pictures.values()]
+
+    def draw(figure: Any, axes: Any) -> None:
+        axes.remove()
+        drawn = figure.subplots(len(pictures), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        figure.subplots_adjust(hspace=0.9 / (sum(heights) / len(heights)))
+        for one, (title, rows) in zip(drawn, pictures.items(), strict=True):
+            for place, kinds in enumerate(rows.values()):
+                for kind, spans in kinds.items():
+                    _draw_spans(one, spans, place, names.index(kind), len(names))
+            one.set_title(title, loc="left", fontsize=11)
+            one.set_yticks(range(len(rows)), list(rows))
+            one.set_ylim(len(rows) - 0.5, -0.5)
+            one.grid(axis="y", visible=False)
+            one.spines["left"].set_visible(False)
+            one.tick_params(axis="y", length=0)
+        drawn[-1].set(xlabel=x, xlim=(0, None))
+        marks = [_draw_spans(drawn[-1], [], 0, number, len(names), label) for number, label in enumerate(names)]
+        drawn[-1].legend(handles=marks, loc="upper center", bbox_to_anchor=(0.5, -0.9 / heights[-1]), ncol=4)
+
+    return _draw_svg(draw, width=9.6, height=1.3 + 0.7 * len(pictures) + 0.42 * sum(heights))
+
+
+def _draw_spans(
+    axes: Any, spans: Sequence[tuple[float, float]], place: int, kind: int, kinds: int, label: str = ""
+) -> Any:
+    """Spans of one kind in a row; the patches, for a legend."""
+    is_last = kind == kinds - 1
+    return axes.broken_barh(
+        list(spans),
+        (place - 0.36, 0.72),
+        facecolors="#88888833" if is_last else _COLOURS[kind],
+        hatch="" if is_last else _HATCHES[kind],
+        edgecolor="#888888" if is_last else "#ffffff",
+        linewidth=0.0 if is_last else 0.4,
+        label=label,
+    )
+
+
 def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]], x: str, depth: str) -> str:
     """A row a lane, of spans (start, seconds, layer) by kind; darker is deeper, kinds differ by hatch."""
     from matplotlib import colormaps

@@ -10,6 +10,7 @@ from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
+from orchestrator.report.stages import stage_blocks
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.events import (
     ErrorReport,
@@ -50,6 +51,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report.section(w("Training"), _losses(w, steps, events))
     report.section(w("Memory"), _memory(w, plan, result))
     report.section(w("Time of a step"), _step_time(w, plan, result))
+    report.section(w("Stages"), *stage_blocks(w, plan, events))
     report.section(w("Machines"), *_machines(w, plan, events))
     report.section(w("Faults and recoveries"), _faults(w, events))
     report.section(w("Sample outputs"), *_samples(result))

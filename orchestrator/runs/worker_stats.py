@@ -1,16 +1,19 @@
-"""Each worker's pace, waiting time, memory and traffic, read from a run's events."""
+"""Each worker's pace, waiting time, memory and traffic, read from a run's events; of a pipeline, each stage's."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.runs.events import Event, Member, StepReport, WorkerGroup
+from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.events import Event, Member, StageTimeline, StepReport, WorkerGroup
+from orchestrator.runs.stage_spans import StageSpans, of_simulation
 
 _LAST_STEPS = 10  # that the medians are of
+_STAGE_METRICS = ("busy_s", "busy_share", "wait_s", "bytes_sent", "bytes_received", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,46 @@ class WorkerStats:
     bytes_sent: float | None
     peak_bytes: float
     is_slowest: bool
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class StageStats:
+    """A stage's numbers beside the plan's: medians over several steps, None while there was none."""
+
+    node: str
+    device: str
+    replica: int  # which pipeline
+    num_replicas: int
+    stage: int
+    first_layer: int
+    end_layer: int
+    busy_s: float | None = None  # of a step, it computes
+    busy_share: float | None = None  # of a step
+    wait_s: float | None = None  # of a step, for a neighbour
+    bytes_sent: float | None = None  # a step: hidden states and their gradients
+    bytes_received: float | None = None
+    peak_bytes: float | None = None
+    predicted_busy_share: float | None = None
+    predicted_wait_s: float | None = None
+    predicted_bytes_sent: float | None = None
+    predicted_peak_bytes: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Its number, that of its pipeline before it where there are several."""
+        return f"{self.replica}.{self.stage}" if self.num_replicas > 1 else str(self.stage)
+
+    @property
+    def layers(self) -> str:
+        """The first and the last, from 0."""
+        return (
+            f"{self.first_layer}-{self.end_layer - 1}"
+            if self.end_layer - self.first_layer > 1
+            else str(self.first_layer)
+        )
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -63,6 +106,90 @@ def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
     tokens = [sum(one) for one in zip(*(step.worker_tokens or () for step in latest), strict=True)]
     by_worker = zip(*(stats_of_step(members, step) for step in latest), strict=True)
     return [_median(rows, own / (sum(tokens) or 1)) for rows, own in zip(by_worker, tokens, strict=True)]
+
+
+def stages_of_run(plan: Plan, events: Sequence[Event]) -> list[StageStats]:
+    """Each stage, by rank: medians over the last steps of the group that runs or ran last.  Nothing without stages."""
+    planned = [_planned_stage(plan, part) for part in plan.nodes if part.techniques.stage]
+    steps = [step for step in _last_group(events)[1] if _has_stages(step, len(planned))][-_LAST_STEPS:]
+    return [_with_measured(one, rank, steps) if steps else one for rank, one in enumerate(planned)]
+
+
+def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
+    stage, known = part.techniques.stage, plan.pipeline
+    assert stage
+    planned = StageStats(
+        part.node or "this machine",
+        part.device,
+        part.replica or 0,
+        max(plan.replica_of) + 1,
+        stage.index,
+        stage.first_layer,
+        stage.end_layer,
+        predicted_peak_bytes=part.memory.total_bytes,
+    )
+    if known is None or len(known.passes) != stage.count:
+        return planned
+    return replace(
+        planned,
+        predicted_busy_share=known.simulation.busy_s[stage.index] / plan.step_s,
+        predicted_wait_s=known.simulation.waiting_s[stage.index],
+        predicted_bytes_sent=known.bytes_sent[stage.index],
+    )
+
+
+def _columns(step: StepReport) -> tuple[Sequence[float], ...]:
+    found = (step.stage_busy_s, step.stage_wait_s, step.stage_bytes_sent, step.stage_bytes_received)
+    return tuple(column or () for column in (*found, step.worker_peak_bytes))
+
+
+def _has_stages(step: StepReport, count: int) -> bool:
+    return count > 0 and all(len(column) == count for column in _columns(step))
+
+
+def _with_measured(planned: StageStats, rank: int, steps: Sequence[StepReport]) -> StageStats:
+    busy, waits, sent, received, peaks = zip(
+        *([column[rank] for column in _columns(step)] for step in steps), strict=True
+    )
+    return replace(
+        planned,
+        busy_s=statistics.median(busy),
+        busy_share=statistics.median(one / step.seconds for one, step in zip(busy, steps, strict=True)),
+        wait_s=statistics.median(waits),
+        bytes_sent=statistics.median(sent),
+        bytes_received=statistics.median(received),
+        peak_bytes=max(peaks),
+    )
+
+
+def timelines(plan: Plan, events: Sequence[Event]) -> tuple[list[StageSpans], list[StageSpans]]:
+    """One step of the pipeline as the plan simulated it, and as it was measured of the last group; [] where unknown."""
+    predicted = of_simulation(plan.pipeline.simulation) if plan.pipeline else []
+    measured: list[StageSpans] = []
+    for event in events:
+        if isinstance(event, WorkerGroup):
+            measured = []
+        elif isinstance(event, StageTimeline):
+            measured = event.stages
+    return predicted, measured
+
+
+def stage_metrics(plan: Plan, step: StepReport | None = None) -> dict[str, float]:
+    """What a step measured of each stage as flat metrics, `stage.NUMBER.NAME`; without a step what was predicted.
+
+    Of several pipelines `pipeline.NUMBER.stage.NUMBER.NAME`.
+    """
+    found: dict[str, float] = {}
+    for row in stages_of_run(plan, [] if step is None else [WorkerGroup(members=[Member("", "")]), step]):
+        name = f"stage.{row.stage}" if row.num_replicas == 1 else f"pipeline.{row.replica}.stage.{row.stage}"
+        for key, value in row.to_json().items():
+            if (
+                key.startswith("predicted_") == (step is None)
+                and key.removeprefix("predicted_") in _STAGE_METRICS
+                and value is not None
+            ):
+                found[f"{name}.{key}"] = float(value)
+    return found
 
 
 def metrics(members: Sequence[Member], step: StepReport) -> dict[str, float]:
