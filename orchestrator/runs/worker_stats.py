@@ -51,6 +51,7 @@ class StageStats:
     bytes_sent: float | None = None  # a step: hidden states and their gradients
     bytes_received: float | None = None
     peak_bytes: float | None = None
+    predicted_busy_s: float | None = None
     predicted_busy_share: float | None = None
     predicted_wait_s: float | None = None
     predicted_bytes_sent: float | None = None
@@ -77,21 +78,31 @@ class StageStats:
 def stats_of_step(members: Sequence[Member], step: StepReport) -> list[WorkerStats]:
     """The numbers of one step by rank; nothing where one worker did it all."""
     columns = (step.worker_tokens or [], step.worker_s or [], step.worker_peak_bytes or [])
-    total = sum(columns[0])
+    total, stages = (
+        _all_tokens([step]),
+        len(step.stage_busy_s or ()) == len(step.stage_bytes_sent or ()) == len(members),
+    )
+    computes = (step.stage_busy_s if stages else step.worker_s) or []
+    sent = (step.stage_bytes_sent if stages else None) or [step.step_bytes_sent] * len(members)
     return [
         WorkerStats(
             node=member.node or f"worker {rank}",
             device=member.device,
             share=tokens / total if total else 0.0,
             tokens_per_s=tokens / seconds if seconds else 0.0,
-            seconds=seconds,
-            wait_s=max(0.0, step.seconds - seconds),
+            seconds=computes[rank],
+            wait_s=max(0.0, step.seconds - computes[rank]),
             peak_bytes=peak,
-            bytes_sent=step.step_bytes_sent,
+            bytes_sent=sent[rank],
             is_slowest=rank == step.slowest,
         )
         for rank, (member, tokens, seconds, peak) in enumerate(zip(members, *columns, strict=bool(columns[1])))
     ]
+
+
+def _all_tokens(steps: Sequence[StepReport]) -> float:
+    """Of some steps; all stages of a pipeline work on the same ones."""
+    return sum(step.tokens if step.stage_busy_s else sum(step.worker_tokens or ()) for step in steps)
 
 
 def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
@@ -105,7 +116,8 @@ def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
     latest = steps[-_LAST_STEPS:]
     tokens = [sum(one) for one in zip(*(step.worker_tokens or () for step in latest), strict=True)]
     by_worker = zip(*(stats_of_step(members, step) for step in latest), strict=True)
-    return [_median(rows, own / (sum(tokens) or 1)) for rows, own in zip(by_worker, tokens, strict=True)]
+    total = _all_tokens(latest) or 1
+    return [_median(rows, own / total) for rows, own in zip(by_worker, tokens, strict=True)]
 
 
 def stages_of_run(plan: Plan, events: Sequence[Event]) -> list[StageStats]:
@@ -132,6 +144,7 @@ def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
         return planned
     return replace(
         planned,
+        predicted_busy_s=known.simulation.busy_s[stage.index],
         predicted_busy_share=known.simulation.busy_s[stage.index] / plan.step_s,
         predicted_wait_s=known.simulation.waiting_s[stage.index],
         predicted_bytes_sent=known.bytes_sent[stage.index],
