@@ -130,6 +130,8 @@ class Training:
     local_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        # Its passes are recorded one by one: the third since the start, as the first ones take longer.
+        self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         setup, group = self.setup, self.group
         self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)

@@ -24,7 +24,7 @@ from strategies.pipeline.schedule import operations
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import Batch, arguments_of, inner_model, loss_sum
 from strategies.techniques.precision import autocast
-from strategies.train_setup import StepPasses, TrainSetup
+from strategies.train_setup import PassTimes, StepPasses, TrainSetup
 from strategies.workload import StagePart, Techniques
 
 T = TypeVar("T")
@@ -60,15 +60,26 @@ class StagePasses:
         depth = stage.ahead + 2
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
-        self.busy_s = 0.0  # of the last `run`: what it computed, waiting for messages excluded
+        self._times = PassTimes()
 
     @property
     def bytes_sent(self) -> int:
         return self._hidden_out.bytes_sent + self._gradient_out.bytes_sent
 
+    @property
+    def bytes_received(self) -> int:
+        return self._hidden_in.bytes_received + self._gradient_in.bytes_received
+
+    def times(self) -> PassTimes:
+        """By the host's clock.  On a GPU a pass ends when what it hands on lies on the host, or when the next message
+        is waited for: its copy waits for the device as well.  What a first stage computes last has no such moment.
+        """
+        return self._times
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         batches = [step.take(sample_ids) for sample_ids in micro_batches]
-        work, self.busy_s = _StepWork(self, batches, step), 0.0
+        work = _StepWork(self, batches, step)
+        self._times, sent, received = work.times, self.bytes_sent, self.bytes_received
         shapes = [self._shape(batch) for batch in batches]
         if not self._stage.is_first:
             self._hidden_in.expect(shapes)
@@ -76,7 +87,10 @@ class StagePasses:
             self._gradient_in.expect(shapes)
         for operation in operations(self._stage.index, self._stage.count, len(batches), self._stage.ahead):
             (work.forward if operation.is_forward else work.backward)(operation.micro_batch)
+        begin = time.perf_counter()
         self._settle()
+        work.times.waits.append((begin, time.perf_counter()))
+        work.times.bytes_sent, work.times.bytes_received = self.bytes_sent - sent, self.bytes_received - received
         if work.shortage is not None:
             raise work.shortage
         return work.loss
@@ -214,10 +228,12 @@ class _StepWork:
         self._passes, self._batches, self._step = passes, batches, step
         self._kept: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # what came in and what came of it
         self.loss = torch.zeros((), device=passes._device)
+        self.times = PassTimes()
         self.shortage: Exception | None = None
 
     def forward(self, number: int) -> None:
         passes, batch = self._passes, self._batches[number]
+        begin = self._wait_for(None if passes._stage.is_first else passes._hidden_in)
         received = passes._receive_hidden()
         if received is not None and passes._sends_back:
             received.requires_grad_()
@@ -227,6 +243,7 @@ class _StepWork:
         if not passes._stage.is_last:
             shape = passes._shape(batch)
             passes._hidden_out.send(torch.zeros(shape, dtype=passes._dtype) if result is None else result)
+        self.times.passes.append((True, number, begin, time.perf_counter()))
 
     def _compute(self, batch: Batch) -> torch.Tensor:
         """The hidden state, or the last stage's part of the loss."""
@@ -241,6 +258,7 @@ class _StepWork:
 
     def backward(self, number: int) -> None:
         passes, step = self._passes, self._step
+        begin = self._wait_for(passes._gradient_in if passes._is_sent_back else None)
         received, result = self._kept.pop(number, (None, None))
         if number == len(self._batches) - 1:
             step.before_last()
@@ -254,18 +272,27 @@ class _StepWork:
             found = None if received is None or self.shortage is not None else received.grad
             shape = passes._shape(self._batches[number])
             passes._gradient_out.send(torch.zeros(shape, dtype=passes._dtype) if found is None else found)
+        self.times.passes.append((False, number, begin, time.perf_counter()))
+
+    def _wait_for(self, inbox: Inbox | None) -> float:
+        """Until the next message of an inbox is there; the moment from which this worker computes."""
+        if inbox is None:
+            return time.perf_counter()
+        if self._passes._device.type == "cuda" and self.times.passes:  # what was launched is no waiting
+            torch.cuda.current_stream(self._passes._device).synchronize()
+            self.times.passes[-1] = (*self.times.passes[-1][:3], time.perf_counter())
+        begin = time.perf_counter()
+        inbox.wait()
+        end = time.perf_counter()
+        self.times.waits.append((begin, end))
+        return end
 
     def _guard(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
         """What was computed; None once memory has run out."""
         if self.shortage is not None:
             return None
-        started = time.perf_counter()
         try:
-            result = compute()
-            if self._passes._device.type == "cuda":  # it is sent or waited for next, which waits for it as well
-                torch.cuda.current_stream(self._passes._device).synchronize()
-            self._passes.busy_s += time.perf_counter() - started
-            return result
+            return compute()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

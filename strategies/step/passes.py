@@ -53,6 +53,9 @@ class InTurn:
     def spread_overflow(self) -> None:
         """Sums over workers hold it already."""
 
+    def times(self) -> None:
+        """It waits for nobody."""
+
 
 def passes_of(setup: TrainSetup) -> Passes:
     """The way in which a training's passes run: its own, or one after the other."""
