@@ -48,17 +48,21 @@ class StagePasses:
         stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
         self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)
-        self._decoder, self._device = inner.get_decoder(), setup.device
+        self._decoder = inner.get_decoder()
         self._width = inner.config.get_text_config().hidden_size
         self._dtype: torch.dtype = inner.config.dtype  # of the hidden state
         self._embedding: Received | None = None if stage.is_first else inner.get_input_embeddings()
         self._flag: torch.nn.Parameter | None = None
         lowest = self._lowest_that_trains()
-        self._sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
+        self.sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
         before, after = self._ranks[max(0, stage.index - 1)], self._ranks[min(stage.count - 1, stage.index + 1)]
         depth = stage.ahead + 2
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._setup.device  # where weights are streamed the model moves there after this was made
 
     @property
     def bytes_sent(self) -> int:
@@ -217,7 +221,7 @@ class _StepWork:
     def forward(self, number: int) -> None:
         passes, batch = self._passes, self._batches[number]
         received = passes._receive_hidden()
-        if received is not None and passes._sends_back:
+        if received is not None and passes.sends_back:
             received.requires_grad_()
         result = self._guard(lambda: self._compute(batch))
         if result is not None:
@@ -248,7 +252,7 @@ class _StepWork:
             step.begin(self._batches[number])  # for what is computed again
             root = step.scaler.scale(result) if passes._stage.is_last else result
             self._guard(lambda: root.backward(seed))
-        if passes._sends_back:
+        if passes.sends_back:
             found = None if received is None or self.shortage is not None else received.grad
             shape = passes._shape(self._batches[number])
             passes._gradient_out.send(torch.zeros(shape, dtype=passes._dtype) if found is None else found)
