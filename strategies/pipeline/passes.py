@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from clusters.safe.reading import first_line
+from strategies.pipeline import wire as form
 from strategies.pipeline.cut import Received
 from strategies.pipeline.exchange import Inbox, Outbox
 from strategies.pipeline.schedule import operations
@@ -185,11 +186,19 @@ class StagePasses:
         if not self._stage.is_first:
             self._hidden_in.expect([shape])
 
-    def _receive_hidden(self) -> torch.Tensor | None:
-        """Have the next hidden state stand for the embedding; itself where this is not the first stage."""
-        if self._embedding is None:
+    def _receive_hidden(self) -> None:
+        """Have the next hidden state stand for the embedding."""
+        self._enter(self._next_hidden())
+
+    def _next_hidden(self) -> torch.Tensor | None:
+        """What the stage before sent, on the CPU; None on the first stage."""
+        return None if self._embedding is None else self._hidden_in.receive()
+
+    def _enter(self, arrived: torch.Tensor | None) -> torch.Tensor | None:
+        """Have it stand for the embedding, on the device."""
+        if self._embedding is None or arrived is None:
             return None
-        hidden_BTH = self._hidden_in.receive().to(self._device, self._dtype)
+        hidden_BTH = arrived.to(self._device, self._dtype)
         self._embedding.hidden_BTH = hidden_BTH
         return hidden_BTH
 
@@ -208,8 +217,8 @@ class StagePasses:
 class _StepWork:
     """The passes of one step on one stage.
 
-    Where memory runs out, the stage takes and hands on zeros to the step's end: its neighbours wait for messages, and
-    the whole step is repeated.
+    Where memory runs out, be it for what arrives or leaves, the stage takes messages and hands on zeros to the step's
+    end: its neighbours wait for them, and the whole step is repeated.
     """
 
     def __init__(self, passes: StagePasses, batches: Sequence[Batch], step: StepPasses) -> None:
@@ -219,19 +228,22 @@ class _StepWork:
         self.shortage: Exception | None = None
 
     def forward(self, number: int) -> None:
-        passes, batch = self._passes, self._batches[number]
-        received = passes._receive_hidden()
-        if received is not None and passes.sends_back:
-            received.requires_grad_()
-        result = self._guard(lambda: self._compute(batch))
-        if result is not None:
-            self._kept[number] = received, result
+        passes = self._passes
+        arrived = passes._next_hidden()
+        result = self._guard(lambda: self._compute(number, arrived))
         if not passes._stage.is_last:
-            shape = passes._shape(batch)
-            passes._hidden_out.send(torch.zeros(shape, dtype=passes._dtype) if result is None else result)
+            self._send(passes._hidden_out, number, result)
 
-    def _compute(self, batch: Batch) -> torch.Tensor:
-        """The hidden state, or the last stage's part of the loss."""
+    def _compute(self, number: int, arrived: torch.Tensor | None) -> torch.Tensor:
+        """The hidden state, or the last stage's part of the loss; kept for the backward pass."""
+        received = self._passes._enter(arrived)
+        if received is not None and self._passes.sends_back:
+            received.requires_grad_()
+        result = self._result(self._batches[number])
+        self._kept[number] = received, result
+        return result
+
+    def _result(self, batch: Batch) -> torch.Tensor:
         passes, step = self._passes, self._step
         step.begin(batch)
         with autocast(passes._device.type, step.techniques.dtype):
@@ -248,16 +260,25 @@ class _StepWork:
             step.before_last()
         gradient = passes._gradient_in.receive() if passes._is_sent_back else None
         if result is not None and result.requires_grad:
-            seed = None if gradient is None else gradient.to(result.device, result.dtype)
             step.begin(self._batches[number])  # for what is computed again
-            root = step.scaler.scale(result) if passes._stage.is_last else result
-            self._guard(lambda: root.backward(seed))
+            self._guard(lambda: self._go_back(result, gradient))
         if passes.sends_back:
-            found = None if received is None or self.shortage is not None else received.grad
-            shape = passes._shape(self._batches[number])
-            passes._gradient_out.send(torch.zeros(shape, dtype=passes._dtype) if found is None else found)
+            self._send(passes._gradient_out, number, None if received is None else received.grad)
 
-    def _guard(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    def _go_back(self, result: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        seed = None if gradient is None else gradient.to(result.device, result.dtype)
+        root = self._step.scaler.scale(result) if self._passes._stage.is_last else result
+        root.backward(seed)
+
+    def _send(self, outbox: Outbox, number: int, tensor: torch.Tensor | None) -> None:
+        """Send a micro-batch's hidden state or gradient; zeros where there is none."""
+        flat = None if tensor is None else self._guard(lambda: form.pack(tensor, outbox.wire))
+        if flat is None:
+            nothing = torch.zeros(self._passes._shape(self._batches[number]), dtype=self._passes._dtype)
+            flat = form.pack(nothing, outbox.wire)
+        outbox.post(flat)
+
+    def _guard(self, compute: Callable[[], T]) -> T | None:
         """What was computed; None once memory has run out."""
         if self.shortage is not None:
             return None
