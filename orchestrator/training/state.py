@@ -181,8 +181,8 @@ class Training:
     def use_less_memory(self, error: str | None) -> None:
         """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none.
 
-        Without an error another stage of its pipeline ran short: it takes the smaller micro-batches with all stages, and
-        where they cannot be smaller it is for that stage alone to find another way.
+        Without an error another stage of its pipeline ran short: all its stages take smaller micro-batches, and where
+        they cannot be smaller that stage alone finds another way.
         """
         less = fallback(self.techniques, int(self.data.lengths.max()))
         if error is None and (less is None or less.micro_batch_tokens == self.techniques.micro_batch_tokens):
