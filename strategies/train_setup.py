@@ -90,6 +90,11 @@ class Passes(Protocol):
     The default is `strategies.step.passes.InTurn`.
     """
 
+    @property
+    def sends_back(self) -> bool:
+        """Whether gradients go on to layers of another worker, below all of this one's."""
+        ...
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         """Add the gradients of micro-batches, given by their samples; this worker's part of the step's loss."""
         ...

@@ -207,7 +207,7 @@ def repeat_in_less_memory(training: Training, attempt: Attempt, report: GroupRep
     if training.local:
         training.local.reset()
     if report.short_of_memory:
-        training.use_less_memory(attempt.out_of_memory or "memory ran out on another stage of the pipeline")
+        training.use_less_memory(attempt.out_of_memory)
 
 
 def update_weights(training: Training, step: int, is_awaited: bool) -> float:

@@ -28,6 +28,10 @@ class EvenPasses:
     setup: TrainSetup
     wire: torch.device  # where tensors must lie to be sent
 
+    @property
+    def sends_back(self) -> bool:
+        return False
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         loss = torch.zeros((), device=self.setup.device)
         for sample_ids in self._even(micro_batches):

@@ -33,7 +33,10 @@ class Outbox:
     _count: int = 0
 
     def send(self, tensor: torch.Tensor) -> None:
-        flat = form.pack(tensor, self.wire)
+        self.post(form.pack(tensor, self.wire))
+
+    def post(self, flat: torch.Tensor) -> None:
+        """Send what is packed."""
         work = dist.isend(flat, self.peer, tag=self._count % _TAGS)
         self._sent.append((flat, work))
         self._count += 1

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 from clusters.safe.reading import first_line
+from strategies.pipeline import wire as form
 from strategies.pipeline.cut import Received
 from strategies.pipeline.exchange import Inbox, Outbox
 from strategies.pipeline.schedule import operations
@@ -49,18 +50,22 @@ class StagePasses:
         stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
         self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)
-        self._decoder, self._device = inner.get_decoder(), setup.device
+        self._decoder = inner.get_decoder()
         self._width = inner.config.get_text_config().hidden_size
         self._dtype: torch.dtype = inner.config.dtype  # of the hidden state
         self._embedding: Received | None = None if stage.is_first else inner.get_input_embeddings()
         self._flag: torch.nn.Parameter | None = None
         lowest = self._lowest_that_trains()
-        self._sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
+        self.sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
         before, after = self._ranks[max(0, stage.index - 1)], self._ranks[min(stage.count - 1, stage.index + 1)]
         depth = stage.ahead + 2
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
         self._times = PassTimes()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._setup.device  # where weights are streamed the model moves there after this was made
 
     @property
     def bytes_sent(self) -> int:
@@ -197,11 +202,19 @@ class StagePasses:
         if not self._stage.is_first:
             self._hidden_in.expect([shape])
 
-    def _receive_hidden(self) -> torch.Tensor | None:
-        """Have the next hidden state stand for the embedding; itself where this is not the first stage."""
-        if self._embedding is None:
+    def _receive_hidden(self) -> None:
+        """Have the next hidden state stand for the embedding."""
+        self._enter(self._next_hidden())
+
+    def _next_hidden(self) -> torch.Tensor | None:
+        """What the stage before sent, on the CPU; None on the first stage."""
+        return None if self._embedding is None else self._hidden_in.receive()
+
+    def _enter(self, arrived: torch.Tensor | None) -> torch.Tensor | None:
+        """Have it stand for the embedding, on the device."""
+        if self._embedding is None or arrived is None:
             return None
-        hidden_BTH = self._hidden_in.receive().to(self._device, self._dtype)
+        hidden_BTH = arrived.to(self._device, self._dtype)
         self._embedding.hidden_BTH = hidden_BTH
         return hidden_BTH
 
@@ -220,8 +233,8 @@ class StagePasses:
 class _StepWork:
     """The passes of one step on one stage.
 
-    Where memory runs out, the stage takes and hands on zeros to the step's end: its neighbours wait for messages, and
-    the whole step is repeated.
+    Where memory runs out, be it for what arrives or leaves, the stage takes messages and hands on zeros to the step's
+    end: its neighbours wait for them, and the whole step is repeated.
     """
 
     def __init__(self, passes: StagePasses, batches: Sequence[Batch], step: StepPasses) -> None:
@@ -232,21 +245,24 @@ class _StepWork:
         self.shortage: Exception | None = None
 
     def forward(self, number: int) -> None:
-        passes, batch = self._passes, self._batches[number]
+        passes = self._passes
         begin = self._wait_for(None if passes._stage.is_first else passes._hidden_in)
-        received = passes._receive_hidden()
-        if received is not None and passes._sends_back:
-            received.requires_grad_()
-        result = self._guard(lambda: self._compute(batch))
-        if result is not None:
-            self._kept[number] = received, result
+        arrived = passes._next_hidden()
+        result = self._guard(lambda: self._compute(number, arrived))
         if not passes._stage.is_last:
-            shape = passes._shape(batch)
-            passes._hidden_out.send(torch.zeros(shape, dtype=passes._dtype) if result is None else result)
+            self._send(passes._hidden_out, number, result)
         self.times.passes.append((True, number, begin, time.perf_counter()))
 
-    def _compute(self, batch: Batch) -> torch.Tensor:
-        """The hidden state, or the last stage's part of the loss."""
+    def _compute(self, number: int, arrived: torch.Tensor | None) -> torch.Tensor:
+        """The hidden state, or the last stage's part of the loss; kept for the backward pass."""
+        received = self._passes._enter(arrived)
+        if received is not None and self._passes.sends_back:
+            received.requires_grad_()
+        result = self._result(self._batches[number])
+        self._kept[number] = received, result
+        return result
+
+    def _result(self, batch: Batch) -> torch.Tensor:
         passes, step = self._passes, self._step
         step.begin(batch)
         with autocast(passes._device.type, step.techniques.dtype):
@@ -264,14 +280,10 @@ class _StepWork:
             step.before_last()
         gradient = passes._gradient_in.receive() if passes._is_sent_back else None
         if result is not None and result.requires_grad:
-            seed = None if gradient is None else gradient.to(result.device, result.dtype)
             step.begin(self._batches[number])  # for what is computed again
-            root = step.scaler.scale(result) if passes._stage.is_last else result
-            self._guard(lambda: root.backward(seed))
-        if passes._sends_back:
-            found = None if received is None or self.shortage is not None else received.grad
-            shape = passes._shape(self._batches[number])
-            passes._gradient_out.send(torch.zeros(shape, dtype=passes._dtype) if found is None else found)
+            self._guard(lambda: self._go_back(result, gradient))
+        if passes.sends_back:
+            self._send(passes._gradient_out, number, None if received is None else received.grad)
         self.times.passes.append((False, number, begin, time.perf_counter()))
 
     def _wait_for(self, inbox: Inbox | None) -> float:
@@ -287,7 +299,20 @@ class _StepWork:
         self.times.waits.append((begin, end))
         return end
 
-    def _guard(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    def _go_back(self, result: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        seed = None if gradient is None else gradient.to(result.device, result.dtype)
+        root = self._step.scaler.scale(result) if self._passes._stage.is_last else result
+        root.backward(seed)
+
+    def _send(self, outbox: Outbox, number: int, tensor: torch.Tensor | None) -> None:
+        """Send a micro-batch's hidden state or gradient; zeros where there is none."""
+        flat = None if tensor is None else self._guard(lambda: form.pack(tensor, outbox.wire))
+        if flat is None:
+            nothing = torch.zeros(self._passes._shape(self._batches[number]), dtype=self._passes._dtype)
+            flat = form.pack(nothing, outbox.wire)
+        outbox.post(flat)
+
+    def _guard(self, compute: Callable[[], T]) -> T | None:
         """What was computed; None once memory has run out."""
         if self.shortage is not None:
             return None
