@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from clusters.capability import Kind
 from clusters.safe.reading import BadInput, load_json, printable, record
@@ -46,6 +46,15 @@ class NodePlan:
     kind: Kind = "cpu"  # whose device it is
     uuid: str | None = None  # of the GPU; None = its driver reports none
     replica: int | None = None  # the copy of the model of which it is a stage; None = it has one of its own
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A node that does not train, and what it does for the run meanwhile."""
+
+    node: str
+    does: Literal["measures", "stands by"]  # evaluates the base model | keeps ready to take over: in no plan yet
+    part: NodePlan  # with what and on which device; its share is 0
 
 
 @dataclass(frozen=True)
@@ -99,7 +108,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
     left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
     if_installed: dict[str, str] = field(default_factory=dict)  # absent library -> what it would bring, and its command
-    helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
+    beside: tuple[Beside, ...] = ()  # excluded nodes that do something for the run
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
     version: int = VERSION
@@ -108,6 +117,11 @@ class Plan:
     def techniques(self) -> Techniques:
         """Those of the first device; the only ones where all devices are alike."""
         return self.nodes[0].techniques
+
+    @property
+    def measuring(self) -> NodePlan | None:
+        """What the excluded node does that evaluates the base model while the others train; None without one."""
+        return next((beside.part for beside in self.beside if beside.does == "measures"), None)
 
     def part_of(self, node: str, slot: int) -> NodePlan:
         """What the `slot`-th worker on a node does; on a single unnamed machine, that machine's."""
@@ -193,7 +207,7 @@ class Plan:
                     f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
                     " submit the job again"
                 )
-            plan = record(cls, values, label)
+            plan = record(cls, _with_beside(values), label)
             plan.build_method()
         except BadInput as error:
             raise JobError(str(error)) from None
@@ -204,6 +218,15 @@ class Plan:
         if (written := values.get("hash")) is not None and written != plan.hash:
             raise JobError(f"{label}: was edited: its values have the hash {plan.hash}, and it says {written}")
         return plan
+
+
+def _with_beside(values: Any) -> Any:
+    """The values of plan.json, of an earlier program's too: its `helper` is the node beside that measures."""
+    if not isinstance(values, dict) or "beside" in values or values.get("helper") is None:
+        return values
+    helper = values["helper"]
+    node = helper.get("node") if isinstance(helper, dict) else None
+    return {**values, "beside": [{"node": node, "does": "measures", "part": helper}]}
 
 
 def _deciding(techniques: Techniques) -> dict[str, Any]:
