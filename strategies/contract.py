@@ -116,6 +116,11 @@ class MethodDefaults(Protocol):
         return True
 
     @property
+    def acts_between(self) -> bool:
+        """Whether its setup has a `Between`."""
+        return False
+
+    @property
     def adapter_rank(self) -> int | None:
         """The rank of the low-rank adapter it trains; None where it trains none."""
         return None

@@ -102,14 +102,17 @@ class Passes(Protocol):
 class Between(Protocol):
     """What a method does between passes and after updates: every worker calls it, with equal inputs.
 
-    It may be collective, and may change weights, buffers and the optimizer's state.
+    It may be collective, and may change weights, buffers and the optimizer's state.  What it keeps from step to step
+    lies in the setup's `buffers`, or a checkpoint would not hold it.  Steps count from 0; each is seen once, whether it
+    was repeated for lack of memory or for an overflow, or the run was resumed before it.  What runs it not on every
+    worker with whole gradients and moments is refused (`compatibility.py`): `MethodDefaults.acts_between` says so.
     """
 
     def gradients_ready(self, step: int) -> None:
-        """The gradients of all workers are summed and not yet clipped."""
+        """The gradients of all workers are summed, free of fp16's scale and finite, and not yet clipped."""
 
     def step_done(self, step: int) -> dict[str, Any] | None:
-        """The weights have moved; what it did, for the run's record, with a sentence `text`."""
+        """The weights have moved; what it did, for the run's record, with a sentence `text`, or None."""
         ...
 
 

@@ -131,6 +131,10 @@ def test_training_changes_exactly_the_declared_parameters(method, model):
     assert changed == set(setup.parameters)
 
 
+def test_the_plan_knows_whether_setup_acts_between_steps(method, model):
+    assert (method.setup(model, settings()).between is not None) == method.acts_between
+
+
 def test_two_setups_with_one_seed_are_equal(method, model):
     twin = copy.deepcopy(model)
 
