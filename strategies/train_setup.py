@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from strategies.export import ExportFormat, export_folder
 from strategies.workload import Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -194,7 +195,7 @@ class TrainSetup:
     parameters: dict[str, torch.nn.Parameter]  # the trained ones, by name: what a checkpoint must hold
     export: Callable[[Path, Mapping[str, torch.Tensor] | None], None]  # writes what the run hands back; trained
     # weights are given where no worker holds them whole
-    export_name: str  # "adapter" or "model": the folder of the run that receives it
+    export_format: ExportFormat  # of what it writes: as the method's `exports` says
     sharding: Sharding | None = None
     engine: Engine | None = None
     streaming: Streaming | None = None
@@ -209,6 +210,11 @@ class TrainSetup:
     def device(self) -> torch.device:
         """Where what is trained lies; the model, where all that trains lies on other workers."""
         return next(iter(self.parameters.values()), next(self.model.parameters())).device
+
+    @property
+    def export_folder(self) -> str:
+        """The folder of the run that receives what it hands back."""
+        return export_folder(self.export_format)
 
     def release(self) -> None:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
