@@ -261,6 +261,19 @@ class LearningReport(Event, kind="learnt"):
 
 
 @dataclass(frozen=True)
+class BetweenReport(Event, kind="between"):
+    """What a method did after an update beside it; its numbers are extra."""
+
+    step: int  # steps done, as in StepReport
+    text: str
+
+    @classmethod
+    def of(cls, step: int, values: Mapping[str, Any]) -> BetweenReport:
+        """From what a method says, its sentence `text` among the numbers."""
+        return cls(step, values["text"], extra=_without(values, "text"))
+
+
+@dataclass(frozen=True)
 class Evaluation(Event, kind="eval"):
     """The held-out loss after a step."""
 
