@@ -48,7 +48,7 @@ def in_training(lab, **changes):
     process, run = submit(lab, **changes)
     wait_for_step(run, AT_STEP, process)
     plan = run.plan()
-    ((spare, stage),) = plan.stands_by.items()
+    (spare,) = plan.stands_by
     assert {*layers(plan), spare} == set(NAMES)
     return process, run, plan
 
