@@ -107,10 +107,13 @@ def _stage_conflicts(method: Method, t: Techniques, shape: ModelShape) -> Iterat
             " would each have a copy. Train neither of them (method.modules_to_save, trainable_token_indices), use an"
             " adapter of the layers, or set strategy.mode: auto"
         )
-    if t.zero_stage or t.uses_engine:
-        yield "a stage has its own weights and optimizer: nothing is left for ZeRO or DeepSpeed to divide"
     if t.offload not in ("none", "weights"):
         yield f"stages do not offload their {t.offload}: set strategy.offload to none or weights"
+    if t.zero_stage or t.uses_engine:
+        yield (
+            "a stage has its own weights and optimizer, and nothing is left for ZeRO or DeepSpeed to divide: set"
+            " strategy.mode to pipeline without them, or to a mode without stages"
+        )
     if t.torch_compile:
         yield "torch.compile is untested on a part of a model: set train.torch_compile: false"
 

@@ -65,11 +65,35 @@ class StepPasses:
     before_last: Callable[[], None] = lambda: None  # called once, before the backward pass of the last micro-batch
 
 
+@dataclass
+class PassTimes:
+    """What a stage of a pipeline did in one step; seconds of time.perf_counter."""
+
+    passes: list[tuple[bool, int, float, float]] = field(default_factory=list)  # is forward, micro-batch, begin, end
+    waits: list[tuple[float, float]] = field(default_factory=list)  # for a neighbour's message, or for its own to leave
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+    @property
+    def busy_s(self) -> float:
+        """It computes, packs and unpacks."""
+        return sum(end - begin for *_, begin, end in self.passes)
+
+    @property
+    def wait_s(self) -> float:
+        return sum(end - begin for begin, end in self.waits)
+
+
 class Passes(Protocol):
     """How micro-batches go through the model.  Workers that share one copy of it make each call together.
 
     The default is `strategies.step.passes.InTurn`.
     """
+
+    @property
+    def sends_back(self) -> bool:
+        """Whether gradients go on to layers of another worker, below all of this one's."""
+        ...
 
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         """Add the gradients of micro-batches, given by their samples; this worker's part of the step's loss."""
@@ -97,6 +121,10 @@ class Passes(Protocol):
 
     def spread_overflow(self) -> None:
         """Let a gradient of fp16's that is not finite anywhere be found here as well, before they are unscaled."""
+
+    def times(self) -> PassTimes | None:
+        """When the last `run` computed and waited; None where it waits for no other worker's passes."""
+        ...
 
 
 class Between(Protocol):

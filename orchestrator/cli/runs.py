@@ -50,9 +50,9 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Show how far a run is, and how good its result is."""
     from orchestrator.runs.condition import damage, passed_over
-    from orchestrator.runs.worker_stats import stats_of_run
+    from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
     from orchestrator.views.result import result_view, run_row
-    from orchestrator.views.workers import workers_view
+    from orchestrator.views.workers import stages_view, workers_view
 
     if search := search_verbs.find(run, runs):
         _complete_mirror(search)
@@ -67,16 +67,19 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if text := passed_over(found):
         say(text)
     _complete_mirror(found)
-    row, by_worker = run_row(found), stats_of_run(found.events()[0])
+    row, events = run_row(found), found.events()[0]
+    stages = stages_of_run(found.plan(), events) if (found.path / "plan.json").exists() else []
+    by_worker = stats_of_run(events)
     if json_:
-        print_json({**row, "workers": [one.to_json() for one in by_worker]} if by_worker else row)
+        lists = {"workers": by_worker, "stages": stages}
+        print_json(row | {name: [one.to_json() for one in rows] for name, rows in lists.items() if rows})
         return
     for key, value in row.items():
         if value is not None:
             show(f"{key:<14}{value}")
-    if by_worker:
+    if stages or by_worker:
         out.print()
-        out.print(workers_view(by_worker))
+        out.print(stages_view(stages) if stages else workers_view(by_worker))
     if row["state"] == "finished":
         out.print()
         out.print(result_view(found))

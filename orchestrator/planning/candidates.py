@@ -16,7 +16,7 @@ from clusters.capability import ClusterCapability, DeviceCapability, NodeCapabil
 from clusters.hardware.gpu_links import slowest_inside
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
-from strategies.cost.pipeline import Boundary, Simulation
+from strategies.cost.pipeline import Boundary, PlannedPasses, Simulation
 from strategies.workload import Dtype, LossType, Offload, Techniques, Wire
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
@@ -99,6 +99,11 @@ class Pipeline:
     simulation: Simulation
     boundaries: tuple[Boundary, ...]
     wire: Wire
+
+    @property
+    def planned(self) -> PlannedPasses:
+        one = self.simulation
+        return PlannedPasses(one.passes, self.boundaries, one.num_micro_batches, one.ahead)
 
 
 @dataclass(frozen=True)

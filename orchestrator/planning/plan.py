@@ -16,6 +16,7 @@ from orchestrator.planning.price import Price
 from strategies import METHODS
 from strategies.contract import MemoryEstimate, Method, TimeEstimate
 from strategies.cost.phases import Phases
+from strategies.cost.pipeline import PlannedPasses
 from strategies.workload import StagePart, Techniques
 
 VERSION = 4
@@ -122,6 +123,7 @@ class Plan:
     stands_by: tuple[Spare, ...] = ()  # excluded nodes that read a stage of the pipeline meanwhile
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
+    pipeline: PlannedPasses | None = None  # None = no stages
     version: int = VERSION
 
     @property
@@ -201,7 +203,10 @@ class Plan:
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        return json.dumps({**asdict(self), "total_s": self.total_s, "hash": self.hash}, indent=1)
+        values = asdict(self)
+        if self.pipeline is None:
+            del values["pipeline"]
+        return json.dumps({**values, "total_s": self.total_s, "hash": self.hash}, indent=1)
 
     @classmethod
     def from_json(cls, text: str, label: str = "plan.json") -> Plan:

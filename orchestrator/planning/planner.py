@@ -275,6 +275,7 @@ def _plan_of(
         left_out=excluded | explain_unusable(enumeration.cluster),
         if_installed=explain_absent_libraries(enumeration, chosen),
         helper=helper,
+        pipeline=chosen.pipeline and chosen.pipeline.planned,
     )
 
 

@@ -79,14 +79,31 @@ def _refuse_pipeline(spec: JobSpec, workload: Workload, slots: Sequence[Slot]) -
             " needs one; lower it"
         )
     if strategy.mode == "pipeline":
-        found += _stated_pipeline_mistakes(spec, count)
+        found += _stated_pipeline_mistakes(spec, count, layers)
+    elif pipeline.model_fields_set and (other := _rules_out_pipelines(spec)):
+        keys = ", ".join(f"strategy.pipeline.{key}" for key in sorted(pipeline.model_fields_set))
+        found.append(f"{keys}: with {other} no pipeline is made; remove one of them")
     if found:
         raise JobError(found)
 
 
-def _stated_pipeline_mistakes(spec: JobSpec, num_slots: int) -> list[str]:
+def _rules_out_pipelines(spec: JobSpec) -> str | None:
+    """What the job states beside a pipeline's keys that belongs to other modes."""
+    if spec.strategy.deepspeed is not None:
+        return "strategy.deepspeed"
+    return "strategy.local_steps" if spec.strategy.local_steps else None
+
+
+def _stated_pipeline_mistakes(spec: JobSpec, num_slots: int, num_layers: int) -> list[str]:
     strategy, stages, workers = spec.strategy, spec.strategy.pipeline.stages, spec.cluster.num_workers
     found = []
+    if num_layers < 2:
+        found.append("strategy.mode: pipeline divides layers among devices, and the model has one; set it to auto")
+    elif isinstance(workers, int) and num_layers < workers <= MOST_DEVICES:
+        found.append(
+            f"cluster.num_workers is {workers}, and the model has {num_layers} layers, of which each stage needs one;"
+            " lower it"
+        )
     if num_slots < 2:
         found.append("strategy.mode: pipeline divides layers among devices, and here is one worker; set it to auto")
     elif isinstance(stages, int) and stages > num_slots:

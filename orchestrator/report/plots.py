@@ -207,6 +207,61 @@ def heat_map(rows: Mapping[str, Mapping[str, float]], label: str, low: float, hi
     return _draw_svg(draw, width=9.0, height=1.5 + 0.12 * len(rows))
 
 
+Spans = Sequence[tuple[float, float, str]]  # begin, length, what is written into it
+
+
+def stage_timelines(pictures: Mapping[str, Mapping[str, Mapping[str, Spans]]], x: str) -> str:
+    """Pictures one below the other with one axis: in each a row a stage, of spans by kind; the last kind is waiting."""
+    named = {
+        title: {name: _escape_names(kinds) for name, kinds in _escape_names(rows).items()}
+        for title, rows in _escape_names(pictures).items()
+    }
+    kinds = list(dict.fromkeys(kind for rows in named.values() for own in rows.values() for kind in own))
+    heights = [len(rows) for rows in named.values()]
+    every = [span for rows in named.values() for own in rows.values() for spans in own.values() for span in spans]
+    end = max((begin + length for begin, length, _ in every), default=0.0)
+
+    def draw(figure: Any, axes: Any) -> None:
+        axes.remove()
+        drawn = figure.subplots(len(named), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+        figure.subplots_adjust(hspace=0.9 * len(heights) / sum(heights))
+        for one, (title, rows) in zip(drawn, named.items(), strict=True):
+            for place, own in enumerate(rows.values()):
+                for kind, spans in own.items():
+                    _draw_spans(one, spans, place, (kinds.index(kind), len(kinds)), end)
+            one.set_title(title, loc="left", fontsize=11)
+            one.set_yticks(range(len(rows)), list(rows))
+            one.set_ylim(len(rows) - 0.5, -0.5)
+            one.grid(axis="y", visible=False)
+            one.set_axisbelow(True)
+            one.spines["left"].set_visible(False)
+            one.tick_params(axis="y", length=0)
+        drawn[-1].set(xlabel=x, xlim=(0, 1.01 * end))
+        marks = [_draw_spans(drawn[-1], (), 0, (number, len(kinds)), end) for number in range(len(kinds))]
+        drawn[-1].legend(marks, kinds, loc="upper center", bbox_to_anchor=(0.5, -1.0 / heights[-1]), ncol=4)
+
+    return _draw_svg(draw, width=9.6, height=1.3 + 0.7 * len(named) + 0.42 * sum(heights))
+
+
+def _draw_spans(axes: Any, spans: Spans, place: int, kind: tuple[int, int], end: float) -> Any:
+    """Spans of one kind, of so many, in a row; what is written where it has room; the patches, for a legend."""
+    is_waiting = kind[0] == kind[1] - 1
+    colour = "#88888844" if is_waiting else _COLOURS[kind[0]]
+    for begin, length, text in spans:
+        if text and length > 0.011 * end * (1 + len(text)):
+            box = {"facecolor": colour, "edgecolor": "none", "pad": 1.8}
+            centre = begin + length / 2, place
+            axes.text(*centre, text, color="#ffffff", fontsize=8, ha="center", va="center_baseline", bbox=box)
+    return axes.broken_barh(
+        [(begin, length) for begin, length, _ in spans],
+        (place - 0.36, 0.72),
+        facecolors=colour,
+        hatch="" if is_waiting else _HATCHES[kind[0]],
+        edgecolor="#ffffff",
+        linewidth=0.0 if is_waiting else 0.4,
+    )
+
+
 def timeline(rows: Mapping[str, Mapping[str, Sequence[tuple[float, float, int]]]], x: str, depth: str) -> str:
     """A row a lane, of spans (start, seconds, layer) by kind; darker is deeper, kinds differ by hatch."""
     from matplotlib import colormaps

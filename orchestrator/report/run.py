@@ -10,6 +10,7 @@ from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
+from orchestrator.report.stages import stage_blocks
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.events import (
     ErrorReport,
@@ -28,7 +29,7 @@ from orchestrator.runs.events import (
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.phases import measured_phases
 from orchestrator.runs.run_folder import RunFolder, utc
-from orchestrator.runs.worker_stats import WorkerStats, stats_of_run
+from orchestrator.runs.worker_stats import WorkerStats, stages_of_run, stats_of_run
 from orchestrator.views.plan import shown
 from orchestrator.views.result import score
 
@@ -48,8 +49,9 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
     report.section(w("Training"), _losses(w, steps, events))
-    report.section(w("Memory"), _memory(w, plan, result))
+    report.section(w("Memory"), _memory(w, plan, result, events))
     report.section(w("Time of a step"), _step_time(w, plan, result))
+    report.section(w("Stages"), *stage_blocks(w, plan, events))
     report.section(w("Machines"), *_machines(w, plan, events))
     report.section(w("Faults and recoveries"), _faults(w, events))
     report.section(w("Sample outputs"), *_samples(result))
@@ -134,23 +136,32 @@ def _losses(w: Word, steps: list[StepReport], events: list[Event]) -> Block | No
     return Figure("loss", svg, w("The loss of every step; dots are the held-out loss."))
 
 
-def _memory(w: Word, plan: Plan, result: RunResult | None) -> Block:
-    rows, marks = {}, {}
-    for part in plan.nodes:
-        name = f"{part.device} ({part.node})"
-        rows[name] = {w(key): value / 2**30 for key, value in part.memory.parts.items() if value}
-    if result:
-        first = plan.nodes[0]
-        marks[f"{first.device} ({first.node})"] = result.memory.measured_peak_bytes / 2**30
+def _memory(w: Word, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:
+    names = _names(w, plan)
+    rows = {
+        name: {w(key): value / 2**30 for key, value in part.memory.parts.items() if value}
+        for name, part in zip(names, plan.nodes, strict=True)
+    }
+    marks = {names[0]: result.memory.measured_peak_bytes / 2**30} if result else {}
+    peaks = [stage.peak_bytes for stage in stages_of_run(plan, events)]
+    marks |= {name: peak / 2**30 for name, peak in zip(names, peaks, strict=False) if peak}
     caption = w("Bytes at the peak of a step by part, as predicted; the line is what was measured.")
     return Figure("memory", plots.stacked(rows, w("GiB"), marks), caption)
 
 
+def _names(w: Word, plan: Plan) -> list[str]:
+    """Of each worker: its device and node, and its stage where it has one."""
+    places = {rank: row.place for rank, row in enumerate(stages_of_run(plan, []))}
+    names = [f"{part.device} ({part.node})" for part in plan.nodes]
+    return [f"{w('stage')} {places[rank]}: {name}" if rank in places else name for rank, name in enumerate(names)]
+
+
 def _step_time(w: Word, plan: Plan, result: RunResult | None) -> Block:
     rows, marks = {}, {}
-    for part in plan.nodes:
-        parts = {**part.time.parts, "sync": plan.sync_s}
-        rows[f"{part.device} ({part.node})"] = {w(key): value for key, value in parts.items() if value}
+    for name, part in zip(_names(w, plan), plan.nodes, strict=True):
+        waits = {"waits": plan.step_s - part.time.step_s} if part.techniques.stage else {"sync": plan.sync_s}
+        parts = {**part.time.parts, **waits}
+        rows[name] = {w(key): value for key, value in parts.items() if value}
     if result and result.measured_step_s:
         marks = dict.fromkeys(rows, result.measured_step_s)
     caption = w("Seconds of a step by what is waited for, as predicted; the line is what was measured.")

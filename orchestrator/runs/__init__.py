@@ -13,6 +13,7 @@ model_card       the model card that goes with what a run hands back
 record           what a folder was begun with
 recorded_folder  a folder whose deciding files are recorded
 search_folder    the files of a search
+stage_spans      when the stages of a pipeline computed in one step
 worker_stats     each worker's pace, waiting time, memory and traffic
 mirror           MLflow as a mirror of run folders
 """

@@ -9,11 +9,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import KW_ONLY, MISSING, dataclass, field, fields
+from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Self
 
-from clusters.safe.reading import BadInput
+from clusters.safe.reading import BadInput, record
+from orchestrator.runs.stage_spans import StageSpans
 
 
 @dataclass(frozen=True)
@@ -217,12 +218,32 @@ class StepReport(Event, kind="step"):
     worker_tokens: list[float] | None = None  # of several workers, by rank
     worker_s: list[float] | None = None
     worker_peak_bytes: list[float] | None = None
-    stage_busy_s: list[float] | None = None  # of stages of a pipeline: what each computed, waiting excluded, by rank
     step_bytes_sent: float | None = None  # None as well where an engine counts none
     slowest: int | None = None
+    stage_busy_s: list[float] | None = None  # of stages of a pipeline, by rank: seconds in passes
+    stage_wait_s: list[float] | None = None  # for a neighbour
+    stage_bytes_sent: list[float] | None = None  # hidden states and their gradients
+    stage_bytes_received: list[float] | None = None
     bus_down_bytes: float | None = None  # of an optimizer that streams
     bus_up_bytes: float | None = None
     lane_s: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class StageTimeline(Event, kind="timeline"):
+    """When each stage of a pipeline computed and waited in one step, by rank."""
+
+    step: int
+    stages: list[StageSpans]
+
+    def to_json(self) -> dict[str, Any]:
+        return super().to_json() | {"stages": [asdict(one) for one in self.stages]}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        if isinstance(stages := values.get("stages"), list):
+            values = {**values, "stages": [record(StageSpans, one, "timeline: stages") for one in stages]}
+        return super().from_json(values)
 
 
 @dataclass(frozen=True)
@@ -347,7 +368,7 @@ def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in names} if len(values) > len(names) else {}
 
 
-_TYPES: dict[str, tuple[type, ...]] = {one.__name__: (one,) for one in (str, int, bool, list, dict, Member)}
+_TYPES: dict[str, tuple[type, ...]] = {one.__name__: (one,) for one in (str, int, bool, list, dict, Member, StageSpans)}
 _TYPES |= {"float": (int, float), "None": (type(None),)}
 
 

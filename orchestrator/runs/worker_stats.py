@@ -1,16 +1,19 @@
-"""Each worker's pace, waiting time, memory and traffic, read from a run's events."""
+"""Each worker's pace, waiting time, memory and traffic, read from a run's events; of a pipeline, each stage's."""
 
 from __future__ import annotations
 
 import statistics
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from orchestrator.runs.events import Event, Member, StepReport, WorkerGroup
+from orchestrator.planning.plan import NodePlan, Plan
+from orchestrator.runs.events import Event, Member, StageTimeline, StepReport, WorkerGroup
+from orchestrator.runs.stage_spans import StageSpans, of_simulation
 
 _LAST_STEPS = 10  # that the medians are of
+_STAGE_METRICS = ("busy_s", "busy_share", "wait_s", "bytes_sent", "bytes_received", "peak_bytes")
 
 
 @dataclass(frozen=True)
@@ -31,24 +34,75 @@ class WorkerStats:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class StageStats:
+    """A stage's numbers beside the plan's: medians over several steps, None while there was none."""
+
+    node: str
+    device: str
+    replica: int  # which pipeline
+    num_replicas: int
+    stage: int
+    first_layer: int
+    end_layer: int
+    busy_s: float | None = None  # of a step, it computes
+    busy_share: float | None = None  # of a step
+    wait_s: float | None = None  # of a step, for a neighbour
+    bytes_sent: float | None = None  # a step: hidden states and their gradients
+    bytes_received: float | None = None
+    peak_bytes: float | None = None
+    predicted_busy_s: float | None = None
+    predicted_busy_share: float | None = None
+    predicted_wait_s: float | None = None
+    predicted_bytes_sent: float | None = None
+    predicted_peak_bytes: float | None = None
+
+    @property
+    def place(self) -> str:
+        """Its number, that of its pipeline before it where there are several."""
+        return f"{self.replica}.{self.stage}" if self.num_replicas > 1 else str(self.stage)
+
+    @property
+    def layers(self) -> str:
+        """The first and the last, from 0."""
+        return (
+            f"{self.first_layer}-{self.end_layer - 1}"
+            if self.end_layer - self.first_layer > 1
+            else str(self.first_layer)
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def stats_of_step(members: Sequence[Member], step: StepReport) -> list[WorkerStats]:
     """The numbers of one step by rank; nothing where one worker did it all."""
     columns = (step.worker_tokens or [], step.worker_s or [], step.worker_peak_bytes or [])
-    total = sum(columns[0])
+    total, stages = (
+        _all_tokens([step]),
+        len(step.stage_busy_s or ()) == len(step.stage_bytes_sent or ()) == len(members),
+    )
+    computes = (step.stage_busy_s if stages else step.worker_s) or []
+    sent = (step.stage_bytes_sent if stages else None) or [step.step_bytes_sent] * len(members)
     return [
         WorkerStats(
             node=member.node or f"worker {rank}",
             device=member.device,
             share=tokens / total if total else 0.0,
             tokens_per_s=tokens / seconds if seconds else 0.0,
-            seconds=seconds,
-            wait_s=max(0.0, step.seconds - seconds),
+            seconds=computes[rank],
+            wait_s=max(0.0, step.seconds - computes[rank]),
             peak_bytes=peak,
-            bytes_sent=step.step_bytes_sent,
+            bytes_sent=sent[rank],
             is_slowest=rank == step.slowest,
         )
         for rank, (member, tokens, seconds, peak) in enumerate(zip(members, *columns, strict=bool(columns[1])))
     ]
+
+
+def _all_tokens(steps: Sequence[StepReport]) -> float:
+    """Of some steps; all stages of a pipeline work on the same ones."""
+    return sum(step.tokens if step.stage_busy_s else sum(step.worker_tokens or ()) for step in steps)
 
 
 def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
@@ -62,7 +116,93 @@ def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
     latest = steps[-_LAST_STEPS:]
     tokens = [sum(one) for one in zip(*(step.worker_tokens or () for step in latest), strict=True)]
     by_worker = zip(*(stats_of_step(members, step) for step in latest), strict=True)
-    return [_median(rows, own / (sum(tokens) or 1)) for rows, own in zip(by_worker, tokens, strict=True)]
+    total = _all_tokens(latest) or 1
+    return [_median(rows, own / total) for rows, own in zip(by_worker, tokens, strict=True)]
+
+
+def stages_of_run(plan: Plan, events: Sequence[Event]) -> list[StageStats]:
+    """Each stage, by rank: medians over the last steps of the group that runs or ran last.  Nothing without stages."""
+    planned = [_planned_stage(plan, part) for part in plan.nodes if part.techniques.stage]
+    steps = [step for step in _last_group(events)[1] if _has_stages(step, len(planned))][-_LAST_STEPS:]
+    return [_with_measured(one, rank, steps) if steps else one for rank, one in enumerate(planned)]
+
+
+def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
+    stage, known = part.techniques.stage, plan.pipeline
+    assert stage
+    planned = StageStats(
+        part.node or "this machine",
+        part.device,
+        part.replica or 0,
+        max(plan.replica_of) + 1,
+        stage.index,
+        stage.first_layer,
+        stage.end_layer,
+        predicted_peak_bytes=part.memory.total_bytes,
+    )
+    if known is None or len(known.passes) != stage.count:
+        return planned
+    return replace(
+        planned,
+        predicted_busy_s=known.simulation.busy_s[stage.index],
+        predicted_busy_share=known.simulation.busy_s[stage.index] / plan.step_s,
+        predicted_wait_s=known.simulation.waiting_s[stage.index],
+        predicted_bytes_sent=known.bytes_sent[stage.index],
+    )
+
+
+def _columns(step: StepReport) -> tuple[Sequence[float], ...]:
+    found = (step.stage_busy_s, step.stage_wait_s, step.stage_bytes_sent, step.stage_bytes_received)
+    return tuple(column or () for column in (*found, step.worker_peak_bytes))
+
+
+def _has_stages(step: StepReport, count: int) -> bool:
+    return count > 0 and all(len(column) == count for column in _columns(step))
+
+
+def _with_measured(planned: StageStats, rank: int, steps: Sequence[StepReport]) -> StageStats:
+    busy, waits, sent, received, peaks = zip(
+        *([column[rank] for column in _columns(step)] for step in steps), strict=True
+    )
+    return replace(
+        planned,
+        busy_s=statistics.median(busy),
+        busy_share=statistics.median(one / step.seconds for one, step in zip(busy, steps, strict=True)),
+        wait_s=statistics.median(waits),
+        bytes_sent=statistics.median(sent),
+        bytes_received=statistics.median(received),
+        peak_bytes=max(peaks),
+    )
+
+
+def timelines(plan: Plan, events: Sequence[Event]) -> tuple[list[StageSpans], list[StageSpans]]:
+    """One step of the pipeline as the plan simulated it, and as it was measured of the last group; [] where unknown."""
+    predicted = of_simulation(plan.pipeline.simulation) if plan.pipeline else []
+    measured: list[StageSpans] = []
+    for event in events:
+        if isinstance(event, WorkerGroup):
+            measured = []
+        elif isinstance(event, StageTimeline):
+            measured = event.stages
+    return predicted, measured
+
+
+def stage_metrics(plan: Plan, step: StepReport | None = None) -> dict[str, float]:
+    """What a step measured of each stage as flat metrics, `stage.NUMBER.NAME`; without a step what was predicted.
+
+    Of several pipelines `pipeline.NUMBER.stage.NUMBER.NAME`.
+    """
+    found: dict[str, float] = {}
+    for row in stages_of_run(plan, [] if step is None else [WorkerGroup(members=[Member("", "")]), step]):
+        name = f"stage.{row.stage}" if row.num_replicas == 1 else f"pipeline.{row.replica}.stage.{row.stage}"
+        for key, value in row.to_json().items():
+            if (
+                key.startswith("predicted_") == (step is None)
+                and key.removeprefix("predicted_") in _STAGE_METRICS
+                and value is not None
+            ):
+                found[f"{name}.{key}"] = float(value)
+    return found
 
 
 def metrics(members: Sequence[Member], step: StepReport) -> dict[str, float]:

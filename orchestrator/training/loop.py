@@ -14,7 +14,14 @@ from typing import Any
 
 from orchestrator.data.order import hash_ids
 from orchestrator.errors import Diverged, NothingFits
-from orchestrator.runs.events import CheckpointReport, Evaluation, ShareChange, StepReport
+from orchestrator.runs.events import (
+    CheckpointReport,
+    Evaluation,
+    ShareChange,
+    StageTimeline,
+    StepReport,
+)
+from orchestrator.runs.stage_spans import StageSpans, from_first_pass
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.state import Progress, Training
@@ -28,6 +35,7 @@ from orchestrator.training.steps import (
     report_to_group,
     update_weights,
 )
+from strategies.train_setup import PassTimes
 
 
 def train(training: Training) -> Progress:
@@ -101,7 +109,6 @@ def _record_step(
         "worker_s": [round(s, 4) for s in report.seconds_W],
         "worker_peak_bytes": report.peak_bytes_W,
         "step_bytes_sent": None if setup.engine else training.bytes_sent - sent_before,  # DeepSpeed counts nothing
-        "stage_busy_s": [round(s, 4) for s in report.busy_s_W] if training.techniques.stage else None,
         "slowest": training.group.ranks_of(training.shares.slowest)[0],
     }  # fmt: skip
     reported = StepReport(
@@ -118,9 +125,20 @@ def _record_step(
         samples=hash_ids(samples.ids_N),
         loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
         **of_group,
+        **report.stages,
         **(setup.streaming.report() if setup.streaming else {}),
     )
     hooks.record(reported)
+    if report.times and progress.step == training.timeline_step:
+        _record_timeline(training, report, report.times)
+
+
+def _record_timeline(training: Training, report: GroupReport, times: PassTimes) -> None:
+    """Record when each stage computed and waited in this step.  Collective."""
+    stage, group = training.techniques.stage, training.group
+    assert stage
+    own = StageSpans.of(group.replica, stage.index, times, report.ended)
+    training.hooks.record(StageTimeline(training.progress.step, from_first_pass(group.gather(own))))
 
 
 def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport) -> None:

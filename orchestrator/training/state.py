@@ -130,6 +130,8 @@ class Training:
     local_batch_size: int | None = None
 
     def __post_init__(self) -> None:
+        # Its passes are recorded one by one: the third since the start, as the first ones take longer.
+        self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         setup, group = self.setup, self.group
         self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)
@@ -178,9 +180,17 @@ class Training:
             raise Diverged(step, sample_ids)
         return f"step {step}: a gradient left fp16's range at a loss scale of {before['scale']:g}, now {now['scale']:g}"
 
-    def use_less_memory(self, error: str) -> None:
-        """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none."""
+    def use_less_memory(self, error: str | None) -> None:
+        """Switch this worker to the next way that takes less memory.  Raises NothingFits where there is none.
+
+        Without an error another stage of its pipeline ran short: all its stages take smaller micro-batches, and where
+        they cannot be smaller that stage alone finds another way.
+        """
         less = fallback(self.techniques, int(self.data.lengths.max()))
+        if error is None and (less is None or less.micro_batch_tokens == self.techniques.micro_batch_tokens):
+            self.hooks.note("out of memory on another stage, which finds another way; the step is repeated")
+            return
+        error = error or "on another stage of the pipeline"
         if less is None:
             raise NothingFits(f"not even one sample at a time fits: {error}. Lower data.max_length, or add a device")
         if less.gradient_checkpointing and not self.techniques.gradient_checkpointing:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -30,7 +30,7 @@ from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
 from strategies.step.passes import passes_of
 from strategies.step.step import forward_backward, last_pass, update
 from strategies.step.supervised_logits import Batch
-from strategies.train_setup import StepPasses
+from strategies.train_setup import PassTimes, StepPasses
 
 
 @dataclass(frozen=True)
@@ -163,23 +163,41 @@ class GroupReport:
     short_of_memory: bool  # in this worker's replica
     stop: str | None  # one of STOP_REQUESTS, where any worker has one
     seconds_W: list[float]
-    busy_s_W: list[float]  # of stages: what each computed, waiting excluded
     peak_bytes_W: list[int]
+    ended: float  # when the sum ended, of time.perf_counter: on all workers the same moment, up to a round trip
+    times: PassTimes | None = None  # of this worker's stage
+    stages: dict[str, list[float]] = field(default_factory=dict)  # fields of StepReport
 
 
 def report_to_group(training: Training, attempt: Attempt, seconds: float) -> GroupReport:
     """Sum losses, requests and what each worker took.  Collective."""
     group, request = training.group, training.hooks.stop_request()
     requests = [float(request == known) for known in STOP_REQUESTS]
-    busy_s = getattr(training.setup.passes, "busy_s", 0.0)  # of stages, which wait for each other
-    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None), busy_s)
+    times = training.setup.passes.times() if training.setup.passes else None
+    of_stage = {} if times is None else {
+        "stage_busy_s": times.busy_s,
+        "stage_wait_s": times.wait_s,
+        "stage_bytes_sent": times.bytes_sent,
+        "stage_bytes_received": times.bytes_received,
+    }  # fmt: skip
+    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None), *of_stage.values())
     loss, *rest = group.sum([attempt.loss, *requests, *(value for one in own for value in group.at_own_rank(one))])
+    ended = time.perf_counter()
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
-    parts = (measured[start : start + size] for start in range(0, len(own) * size, size))
-    seconds_W, peaks_W, short_W, busy_s_W = parts
+    seconds_W, peaks_W, short_W, *stages = (measured[start : start + size] for start in range(0, len(measured), size))
     short = any(short_W[rank] for rank in group.ranks_of(group.replica))
-    return GroupReport(loss, any(short_W), short, stop, seconds_W, busy_s_W, [int(peak) for peak in peaks_W])
+    return GroupReport(
+        loss,
+        any(short_W),
+        short,
+        stop,
+        seconds_W,
+        [int(peak) for peak in peaks_W],
+        ended,
+        times,
+        {name: [round(value, 5) for value in values] for name, values in zip(of_stage, stages, strict=True)},
+    )
 
 
 def repeat_in_less_memory(training: Training, attempt: Attempt, report: GroupReport) -> None:
@@ -189,7 +207,7 @@ def repeat_in_less_memory(training: Training, attempt: Attempt, report: GroupRep
     if training.local:
         training.local.reset()
     if report.short_of_memory:
-        training.use_less_memory(attempt.out_of_memory or "memory ran out on another stage of the pipeline")
+        training.use_less_memory(attempt.out_of_memory)
 
 
 def update_weights(training: Training, step: int, is_awaited: bool) -> float:

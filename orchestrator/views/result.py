@@ -175,6 +175,6 @@ def runs_table(rows: list[dict[str, Any]]) -> Table:
 
 def event_line(event: Event) -> str:
     """An event in one line."""
-    hidden = ("event", "time", "traceback", "samples")
+    hidden = ("event", "time", "traceback", "samples", "stages")
     rest = " ".join(f"{key}={value}" for key, value in event.to_json().items() if key not in hidden)
     return f"{utc(event.time)} {event.kind:<10} {rest}"

@@ -142,6 +142,26 @@ def simulate(
     return Simulation(tuple(passes), tuple(map(tuple, begins)), num_micro_batches, ahead)
 
 
+@dataclass(frozen=True)
+class PlannedPasses:
+    """What the step of a pipeline was simulated from, by stage: its passes of a micro-batch, and its links."""
+
+    passes: tuple[Pass, ...]
+    boundaries: tuple[Boundary, ...]
+    num_micro_batches: int
+    ahead: int
+
+    @cached_property
+    def simulation(self) -> Simulation:
+        return simulate(self.passes, self.boundaries, self.num_micro_batches, self.ahead)
+
+    @property
+    def bytes_sent(self) -> list[float]:
+        """Of each stage in a step: hidden states to the next, gradients to the one before."""
+        messages = [one.message_bytes * self.num_micro_batches for one in self.boundaries]
+        return [up + down for up, down in zip([*messages, 0.0], [0.0, *messages], strict=True)]
+
+
 @lru_cache(256)
 def _order(stage: int, count: int, num_micro_batches: int, ahead: int) -> tuple[tuple[bool, int], ...]:
     return tuple((one.is_forward, one.micro_batch) for one in operations(stage, count, num_micro_batches, ahead))

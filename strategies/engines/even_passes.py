@@ -28,6 +28,10 @@ class EvenPasses:
     setup: TrainSetup
     wire: torch.device  # where tensors must lie to be sent
 
+    @property
+    def sends_back(self) -> bool:
+        return False
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         loss = torch.zeros((), device=self.setup.device)
         for sample_ids in self._even(micro_batches):
@@ -56,6 +60,9 @@ class EvenPasses:
 
     def spread_overflow(self) -> None:
         """DeepSpeed's sums hold it already."""
+
+    def times(self) -> None:
+        """DeepSpeed's workers wait inside its passes."""
 
     def _even(self, batches: Sequence[list[T]]) -> list[list[T]]:
         if dist.get_world_size() == 1:

@@ -33,7 +33,10 @@ class Outbox:
     _count: int = 0
 
     def send(self, tensor: torch.Tensor) -> None:
-        flat = form.pack(tensor, self.wire)
+        self.post(form.pack(tensor, self.wire))
+
+    def post(self, flat: torch.Tensor) -> None:
+        """Send what is packed."""
         work = dist.isend(flat, self.peer, tag=self._count % _TAGS)
         self._sent.append((flat, work))
         self._count += 1
@@ -54,6 +57,7 @@ class Inbox:
     peer: int
     wire: Wire
     depth: int  # receives posted in advance
+    bytes_received: int = 0
     _expected: deque[Sequence[int]] = field(default_factory=deque)  # shapes, in order
     _posted: deque[tuple[Sequence[int], torch.Tensor, Any]] = field(default_factory=deque)
     _count: int = 0
@@ -63,10 +67,18 @@ class Inbox:
         self._expected.extend(shapes)
         self._post()
 
+    def wait(self) -> None:
+        """Until the next one is there."""
+        shape, flat, work = self._posted[0]
+        if work is not None:  # gloo's wait a second time would be for a second message
+            work.wait()
+            self._posted[0] = shape, flat, None
+
     def receive(self) -> torch.Tensor:
         """The next one, in the form that its wire gives; waits for it."""
-        shape, flat, work = self._posted.popleft()
-        work.wait()
+        self.wait()
+        shape, flat, _ = self._posted.popleft()
+        self.bytes_received += flat.nbytes
         self._post()
         return form.unpack(flat, shape, self.wire)
 

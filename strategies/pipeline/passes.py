@@ -18,13 +18,14 @@ import torch
 import torch.distributed as dist
 
 from clusters.safe.reading import first_line
+from strategies.pipeline import wire as form
 from strategies.pipeline.cut import Received
 from strategies.pipeline.exchange import Inbox, Outbox
 from strategies.pipeline.schedule import operations
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import Batch, arguments_of, inner_model, loss_sum
 from strategies.techniques.precision import autocast
-from strategies.train_setup import StepPasses, TrainSetup
+from strategies.train_setup import PassTimes, StepPasses, TrainSetup
 from strategies.workload import StagePart, Techniques
 
 T = TypeVar("T")
@@ -49,26 +50,41 @@ class StagePasses:
         stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
         self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)
-        self._decoder, self._device = inner.get_decoder(), setup.device
+        self._decoder = inner.get_decoder()
         self._width = inner.config.get_text_config().hidden_size
         self._dtype: torch.dtype = inner.config.dtype  # of the hidden state
         self._embedding: Received | None = None if stage.is_first else inner.get_input_embeddings()
         self._flag: torch.nn.Parameter | None = None
         lowest = self._lowest_that_trains()
-        self._sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
+        self.sends_back, self._is_sent_back = lowest < stage.index, lowest <= stage.index and not stage.is_last
         before, after = self._ranks[max(0, stage.index - 1)], self._ranks[min(stage.count - 1, stage.index + 1)]
         depth = stage.ahead + 2
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
-        self.busy_s = 0.0  # of the last `run`: what it computed, waiting for messages excluded
+        self._times = PassTimes()
+
+    @property
+    def _device(self) -> torch.device:
+        return self._setup.device  # where weights are streamed the model moves there after this was made
 
     @property
     def bytes_sent(self) -> int:
         return self._hidden_out.bytes_sent + self._gradient_out.bytes_sent
 
+    @property
+    def bytes_received(self) -> int:
+        return self._hidden_in.bytes_received + self._gradient_in.bytes_received
+
+    def times(self) -> PassTimes:
+        """By the host's clock.  On a GPU a pass ends when what it hands on lies on the host, or when the next message
+        is waited for: its copy waits for the device as well.  What a first stage computes last has no such moment.
+        """
+        return self._times
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         batches = [step.take(sample_ids) for sample_ids in micro_batches]
-        work, self.busy_s = _StepWork(self, batches, step), 0.0
+        work = _StepWork(self, batches, step)
+        self._times, sent, received = work.times, self.bytes_sent, self.bytes_received
         shapes = [self._shape(batch) for batch in batches]
         if not self._stage.is_first:
             self._hidden_in.expect(shapes)
@@ -76,7 +92,10 @@ class StagePasses:
             self._gradient_in.expect(shapes)
         for operation in operations(self._stage.index, self._stage.count, len(batches), self._stage.ahead):
             (work.forward if operation.is_forward else work.backward)(operation.micro_batch)
+        begin = time.perf_counter()
         self._settle()
+        work.times.waits.append((begin, time.perf_counter()))
+        work.times.bytes_sent, work.times.bytes_received = self.bytes_sent - sent, self.bytes_received - received
         if work.shortage is not None:
             raise work.shortage
         return work.loss
@@ -183,11 +202,19 @@ class StagePasses:
         if not self._stage.is_first:
             self._hidden_in.expect([shape])
 
-    def _receive_hidden(self) -> torch.Tensor | None:
-        """Have the next hidden state stand for the embedding; itself where this is not the first stage."""
-        if self._embedding is None:
+    def _receive_hidden(self) -> None:
+        """Have the next hidden state stand for the embedding."""
+        self._enter(self._next_hidden())
+
+    def _next_hidden(self) -> torch.Tensor | None:
+        """What the stage before sent, on the CPU; None on the first stage."""
+        return None if self._embedding is None else self._hidden_in.receive()
+
+    def _enter(self, arrived: torch.Tensor | None) -> torch.Tensor | None:
+        """Have it stand for the embedding, on the device."""
+        if self._embedding is None or arrived is None:
             return None
-        hidden_BTH = self._hidden_in.receive().to(self._device, self._dtype)
+        hidden_BTH = arrived.to(self._device, self._dtype)
         self._embedding.hidden_BTH = hidden_BTH
         return hidden_BTH
 
@@ -206,30 +233,36 @@ class StagePasses:
 class _StepWork:
     """The passes of one step on one stage.
 
-    Where memory runs out, the stage takes and hands on zeros to the step's end: its neighbours wait for messages, and
-    the whole step is repeated.
+    Where memory runs out, be it for what arrives or leaves, the stage takes messages and hands on zeros to the step's
+    end: its neighbours wait for them, and the whole step is repeated.
     """
 
     def __init__(self, passes: StagePasses, batches: Sequence[Batch], step: StepPasses) -> None:
         self._passes, self._batches, self._step = passes, batches, step
         self._kept: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # what came in and what came of it
         self.loss = torch.zeros((), device=passes._device)
+        self.times = PassTimes()
         self.shortage: Exception | None = None
 
     def forward(self, number: int) -> None:
-        passes, batch = self._passes, self._batches[number]
-        received = passes._receive_hidden()
-        if received is not None and passes._sends_back:
-            received.requires_grad_()
-        result = self._guard(lambda: self._compute(batch))
-        if result is not None:
-            self._kept[number] = received, result
+        passes = self._passes
+        begin = self._wait_for(None if passes._stage.is_first else passes._hidden_in)
+        arrived = passes._next_hidden()
+        result = self._guard(lambda: self._compute(number, arrived))
         if not passes._stage.is_last:
-            shape = passes._shape(batch)
-            passes._hidden_out.send(torch.zeros(shape, dtype=passes._dtype) if result is None else result)
+            self._send(passes._hidden_out, number, result)
+        self.times.passes.append((True, number, begin, time.perf_counter()))
 
-    def _compute(self, batch: Batch) -> torch.Tensor:
-        """The hidden state, or the last stage's part of the loss."""
+    def _compute(self, number: int, arrived: torch.Tensor | None) -> torch.Tensor:
+        """The hidden state, or the last stage's part of the loss; kept for the backward pass."""
+        received = self._passes._enter(arrived)
+        if received is not None and self._passes.sends_back:
+            received.requires_grad_()
+        result = self._result(self._batches[number])
+        self._kept[number] = received, result
+        return result
+
+    def _result(self, batch: Batch) -> torch.Tensor:
         passes, step = self._passes, self._step
         step.begin(batch)
         with autocast(passes._device.type, step.techniques.dtype):
@@ -241,31 +274,50 @@ class _StepWork:
 
     def backward(self, number: int) -> None:
         passes, step = self._passes, self._step
+        begin = self._wait_for(passes._gradient_in if passes._is_sent_back else None)
         received, result = self._kept.pop(number, (None, None))
         if number == len(self._batches) - 1:
             step.before_last()
         gradient = passes._gradient_in.receive() if passes._is_sent_back else None
         if result is not None and result.requires_grad:
-            seed = None if gradient is None else gradient.to(result.device, result.dtype)
             step.begin(self._batches[number])  # for what is computed again
-            root = step.scaler.scale(result) if passes._stage.is_last else result
-            self._guard(lambda: root.backward(seed))
-        if passes._sends_back:
-            found = None if received is None or self.shortage is not None else received.grad
-            shape = passes._shape(self._batches[number])
-            passes._gradient_out.send(torch.zeros(shape, dtype=passes._dtype) if found is None else found)
+            self._guard(lambda: self._go_back(result, gradient))
+        if passes.sends_back:
+            self._send(passes._gradient_out, number, None if received is None else received.grad)
+        self.times.passes.append((False, number, begin, time.perf_counter()))
 
-    def _guard(self, compute: Callable[[], torch.Tensor | None]) -> torch.Tensor | None:
+    def _wait_for(self, inbox: Inbox | None) -> float:
+        """Until the next message of an inbox is there; the moment from which this worker computes."""
+        if inbox is None:
+            return time.perf_counter()
+        if self._passes._device.type == "cuda" and self.times.passes:  # what was launched is no waiting
+            torch.cuda.current_stream(self._passes._device).synchronize()
+            self.times.passes[-1] = (*self.times.passes[-1][:3], time.perf_counter())
+        begin = time.perf_counter()
+        inbox.wait()
+        end = time.perf_counter()
+        self.times.waits.append((begin, end))
+        return end
+
+    def _go_back(self, result: torch.Tensor, gradient: torch.Tensor | None) -> None:
+        seed = None if gradient is None else gradient.to(result.device, result.dtype)
+        root = self._step.scaler.scale(result) if self._passes._stage.is_last else result
+        root.backward(seed)
+
+    def _send(self, outbox: Outbox, number: int, tensor: torch.Tensor | None) -> None:
+        """Send a micro-batch's hidden state or gradient; zeros where there is none."""
+        flat = None if tensor is None else self._guard(lambda: form.pack(tensor, outbox.wire))
+        if flat is None:
+            nothing = torch.zeros(self._passes._shape(self._batches[number]), dtype=self._passes._dtype)
+            flat = form.pack(nothing, outbox.wire)
+        outbox.post(flat)
+
+    def _guard(self, compute: Callable[[], T]) -> T | None:
         """What was computed; None once memory has run out."""
         if self.shortage is not None:
             return None
-        started = time.perf_counter()
         try:
-            result = compute()
-            if self._passes._device.type == "cuda":  # it is sent or waited for next, which waits for it as well
-                torch.cuda.current_stream(self._passes._device).synchronize()
-            self._passes.busy_s += time.perf_counter() - started
-            return result
+            return compute()
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from strategies.pipeline.wire_size import BLOCK, OUTLIERS, message_bytes
+from strategies.pipeline.wire_size import BLOCK, int8_parts, message_bytes, num_blocks, num_outliers
 from strategies.workload import Wire
 
 _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -26,16 +26,17 @@ def num_bytes(shape: Sequence[int], wire: Wire) -> int:
 
 
 def pack(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """The bytes that travel, in one flat tensor on the CPU."""
+    """The bytes that travel, in one flat tensor on the CPU; int8 is made where the tensor lies."""
     if wire != "int8":
         return tensor.detach().to("cpu", _DTYPES[wire]).contiguous().view(-1)
     rows_RH = tensor.detach().float().reshape(-1, tensor.shape[-1])
-    at = rows_RH.abs().topk(OUTLIERS, dim=1).indices
+    width = rows_RH.shape[1]
+    at = rows_RH.abs().topk(num_outliers(width), dim=1).indices
     exact = rows_RH.gather(1, at)
     rest = rows_RH.scatter(1, at, 0.0)
-    blocks = F.pad(rest, (0, _blocks(rest.shape[1]) * BLOCK - rest.shape[1])).view(-1, BLOCK)
-    scale = blocks.abs().amax(1, keepdim=True) / 127
-    codes = (blocks / scale.clamp_min(torch.finfo(torch.float32).tiny)).round().to(torch.int8)
+    blocks = F.pad(rest, (0, num_blocks(width) * BLOCK - width)).view(-1, BLOCK)
+    scale = (blocks.abs().amax(1, keepdim=True) / 127).clamp_min(torch.finfo(torch.float32).tiny)
+    codes = (blocks / scale).round().to(torch.int8)
     parts = (codes, scale, at.to(torch.int32), exact)
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts]).cpu()
 
@@ -45,13 +46,12 @@ def unpack(flat: torch.Tensor, shape: Sequence[int], wire: Wire) -> torch.Tensor
     if wire != "int8":
         return flat.view(*shape)
     *rows, width = shape
-    count, blocks = int(torch.Size(rows).numel()), _blocks(width)
-    sizes = [count * blocks * BLOCK, count * blocks * 4, count * OUTLIERS * 4, count * OUTLIERS * 4]
-    codes, scale, at, exact = flat.split(sizes)
+    count = int(torch.Size(rows).numel())
+    codes, scale, at, exact = flat.split([count * size for size in int8_parts(width)])
     values = codes.view(torch.int8).view(-1, BLOCK) * scale.view(torch.float32).view(-1, 1)
-    rows_RH = values.view(count, blocks * BLOCK)[:, :width].contiguous()
-    places = at.view(torch.int32).view(count, OUTLIERS).long()
-    return rows_RH.scatter(1, places, exact.view(torch.float32).view(count, OUTLIERS)).view(*shape)
+    rows_RH = values.view(count, num_blocks(width) * BLOCK)[:, :width].contiguous()
+    places = at.view(torch.int32).view(count, num_outliers(width)).long()
+    return rows_RH.scatter(1, places, exact.view(torch.float32).view_as(places)).view(*shape)
 
 
 def buffer(shape: Sequence[int], wire: Wire) -> torch.Tensor:
@@ -59,7 +59,3 @@ def buffer(shape: Sequence[int], wire: Wire) -> torch.Tensor:
     if wire == "int8":
         return torch.empty(num_bytes(shape, wire), dtype=torch.uint8)
     return torch.empty(int(torch.Size(shape).numel()), dtype=_DTYPES[wire])
-
-
-def _blocks(width: int) -> int:
-    return -(-width // BLOCK)

@@ -24,6 +24,10 @@ class InTurn:
 
     setup: TrainSetup
 
+    @property
+    def sends_back(self) -> bool:
+        return False
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         loss = torch.zeros((), device=self.setup.device)
         for number, sample_ids in enumerate(micro_batches, start=1):
@@ -52,6 +56,9 @@ class InTurn:
 
     def spread_overflow(self) -> None:
         """Sums over workers hold it already."""
+
+    def times(self) -> None:
+        """It waits for nobody."""
 
 
 def passes_of(setup: TrainSetup) -> Passes:

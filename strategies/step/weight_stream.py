@@ -14,7 +14,7 @@ A visitor's tensors keep their place in the model and their storage: only its by
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 
 from strategies.model.architecture import architecture_of
+from strategies.step.passes import passes_of
 from strategies.step.side_stream import SideStream
 from strategies.step.streamed_output import OutputMatrix, slices_of
 from strategies.step.supervised_logits import inner_model
@@ -77,10 +78,10 @@ class WeightStream:
     """Which visitors are on a device: the one that is needed and the one that is needed next.
 
     Visitors stand in a line, decoder layers first, then slices of the output matrix.  A forward pass walks up the line;
-    a backward pass walks down to the lowest layer in which something trains.
+    a backward pass walks down to the lowest one that it reaches; None where there is no backward pass.
     """
 
-    def __init__(self, device: torch.device, visitors: Sequence[Visitor], lowest: int = 0) -> None:
+    def __init__(self, device: torch.device, visitors: Sequence[Visitor], lowest: int | None = 0) -> None:
         self._visitors, self._lowest = visitors, lowest
         self._copies = SideStream(device) if device.type != "cpu" else None
         self._coming: dict[int, torch.Event] = {}
@@ -103,12 +104,12 @@ class WeightStream:
         self._fetch(wanted[-1])
 
     def _after(self, place: int) -> int:
-        last = len(self._visitors) - 1
+        last, lowest = len(self._visitors) - 1, self._lowest
         if self._descends:
-            return place - 1 if place > self._lowest else 0
+            return place - 1 if lowest is not None and place > lowest else 0
         if place < last:
             return place + 1
-        return max(place - 1, self._lowest) if torch.is_grad_enabled() else 0
+        return max(place - 1, lowest) if lowest is not None and torch.is_grad_enabled() else 0
 
     def _fetch(self, place: int) -> None:
         if place in self._here:
@@ -141,11 +142,11 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
     """Stream the frozen weights of a model that was set up in the host's memory; all else moves to `device`.
 
     `slice_bytes` is the size of a slice of the output matrix, by default about a layer's.  The stream belongs to the
-    model: its hooks hold it.
+    model: its hooks hold it.  A stage of a pipeline streams what it has: its layers, and at the ends the embedding and
+    the output matrix.
     """
     model = inner_model(setup.model)
     held = _held_in_layers(model)
-    lowest = min((layer for layer, modules in held.items() if any(_trains(module) for module in modules)), default=0)
     visitors, modules_at = [], []
     for layer in sorted(held):
         found = [(module, list(_frozen(module))) for module in held[layer]]
@@ -154,14 +155,14 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
             slot.put(visiting)
         visitors.append(visitor)
         modules_at.append([module for module, slots in found if slots])
-    output = model.get_output_embeddings()
+    embedding, output = model.get_input_embeddings(), model.get_output_embeddings()
+    looked_up, multiplied = (getattr(module, "weight", None) for module in (embedding, output))
     largest = max((visitor.num_bytes for visitor in visitors), default=0)
     size = slice_bytes or max(LEAST_SLICE_BYTES, largest)
-    embedding, is_frozen = model.get_input_embeddings(), not output.weight.requires_grad
-    rows = slices_of(output.weight, size) if is_frozen else []
-    host_rows = embedding.weight.data
+    rows = slices_of(multiplied, size) if multiplied is not None and not multiplied.requires_grad else []
+    host_rows = None if looked_up is None else looked_up.data
     visitors += [Visitor([output.weight.data[start:stop]], device) for start, stop in rows]
-    stream = WeightStream(device, visitors, lowest)
+    stream = WeightStream(device, visitors, _lowest_reached(setup, held))
     for place, modules in enumerate(modules_at):
         for module in modules:
             module.register_forward_pre_hook(partial(_enter, stream, place))
@@ -171,9 +172,18 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
         output.streamed = OutputMatrix(output, rows, parts, stream.need)
         output.weight.data = _without_bytes(output.weight.data, device)
         output.forward = output.streamed.multiply
-    _look_up_on_host(embedding, host_rows, device)
+    if host_rows is not None:
+        _look_up_on_host(embedding, host_rows, device)
     _move_rest(setup, embedding, device)
     return stream
+
+
+def _lowest_reached(setup: TrainSetup, held: Mapping[int, Sequence[torch.nn.Module]]) -> int | None:
+    """Where backward passes end: the place of the lowest layer that trains, or the first where they go on below."""
+    if passes_of(setup).sends_back:
+        return 0
+    trained = [place for place, layer in enumerate(sorted(held)) if any(map(_trains, held[layer]))]
+    return min(trained, default=0 if setup.parameters else None)
 
 
 def _enter(stream: WeightStream, place: int, module: torch.nn.Module, arguments: Any) -> None:

@@ -334,12 +334,15 @@ class _Sender(_Store):
         from mlflow.entities import Metric
 
         events, offset = self.run.events(self.sent.offset)
+        plan = self.run.plan() if any(isinstance(event, StepReport | PredictionReport) for event in events) else None
         metrics = []
         for event in events:
             if isinstance(event, WorkerGroup):
                 self.sent.members = [{"node": one.node, "device": one.device} for one in event.members]
             when_ms, step = int(event.time * 1000), getattr(event, "step", None) or 0
             numbers = _metrics_of(event, [Member(**one) for one in self.sent.members])
+            if plan and plan.techniques.stage and isinstance(event, StepReport | PredictionReport):
+                numbers |= worker_stats.stage_metrics(plan, event if isinstance(event, StepReport) else None)
             metrics += [Metric(name, float(value), when_ms, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), _METRICS_A_CALL):
             self.client.log_batch(run_id, metrics=metrics[start : start + _METRICS_A_CALL])

@@ -6,6 +6,7 @@ pace        how fast each worker computes, and the shares that follow
 result      what a training came to: counts, times, energy, result.json
 baseline    the baseline helper: evaluates the base model on an idle node while the others train
 bench       benchmarks a training step and generation on this machine
+connections  whether workers can connect to each other directly, before they train
 experiment  one trial of a search: a combination of options on a small part of the data
 failures    the sentence for an error that ended a worker
 finished    evaluates and merges what a finished run handed back

@@ -31,6 +31,7 @@ from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import ErrorReport, Note, WorkerGroup, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.workers.connections import refuse_unreachable
 from orchestrator.training.workers.failures import describe
 from orchestrator.training.workers.gpu_locks import equivalent_gpus
 from strategies.step import host_memory
@@ -113,6 +114,7 @@ class _WorkerSetup(TorchConfig):
     """How workers connect, and which GPU of its node each of them sees."""
 
     environments: dict[str, list[dict[str, str]]] = field(default_factory=dict)
+    names: dict[str, str] = field(default_factory=dict)  # Ray's id of a node -> its name
 
     @property
     def backend_cls(self) -> type[_TorchBackend]:
@@ -121,8 +123,8 @@ class _WorkerSetup(TorchConfig):
 
 class _Backend(_TorchBackend):
     def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, and gloo is bound to its
-        node's address."""
+        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, gloo is bound to its node's
+        address, and all can connect to each other."""
         from strategies.step import device_memory
 
         nodes = worker_group.execute(gpu_reservation.own_node_id)
@@ -130,6 +132,8 @@ class _Backend(_TorchBackend):
             worker_group.execute_single(index, gpu_reservation.see, own)
         worker_group.execute(device_memory.grow_segments)  # a group's first messages are tensors of nccl
         worker_group.execute(_bind_gloo_to_node_address)
+        names = [backend_config.names.get(node, node) for node in nodes]
+        refuse_unreachable(worker_group.execute, ray.util.get_node_ip_address, names)
         super().on_start(worker_group, backend_config)
 
 
@@ -174,14 +178,20 @@ def _train(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
         ),
-        torch_config=_WorkerSetup(backend=plan.backend, timeout_s=_START_TIMEOUT_S, environments=environments),
+        torch_config=_WorkerSetup(
+            backend=plan.backend,
+            timeout_s=_START_TIMEOUT_S,
+            environments=environments,
+            names={node_id: name for name, node_id in node_ids.items()},
+        ),
     )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
         for rank in _dead(error):
             run.record(WorkerKilled(rank, plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank)))
-        raise RunFailed(_last_line(error)) from error
+        refused = getattr(error, "controller_failure", None)  # before the workers started
+        raise RunFailed(str(refused) if isinstance(refused, RunFailed) else _last_line(error)) from error
     finally:
         shutil.rmtree(storage.parent, ignore_errors=True)
 

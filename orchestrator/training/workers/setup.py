@@ -14,11 +14,13 @@ import torch
 from clusters.ray import remote_objects
 from clusters.safe.reading import first_line
 from orchestrator.data.dataset import Dataset
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from orchestrator.runs.condition import check_model
+from orchestrator.runs.condition import check_model, model_digests
+from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.events import ModelReady
+from orchestrator.runs.record import few
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
@@ -75,12 +77,36 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
     """Load samples, model and tokenizer of a run.  Raises OrchestratorError."""
     started, libraries_bytes = time.perf_counter(), resident_bytes(context.device)
     data, held_out = load_data(run)
+    if context.group.size > 1:
+        refuse_unlike_models(context)
     if context.slot == 0:
         check_model(run)
     setup, techniques = prepare_model(context)
     seconds = round(time.perf_counter() - started, 2)
     context.record(ModelReady(seconds, context.plan.num_trainable_parameters))
     return Inputs(setup, techniques, tokenizer_of(run, context.job), data, held_out, libraries_bytes)
+
+
+def refuse_unlike_models(context: WorkerContext) -> None:
+    """Raises JobError, on all workers, where two nodes hold different base models: stages of both would be no model.
+
+    The first worker of each node reads it.  Collective.
+    """
+    own: dict[str, FileDigest] | None = None
+    if context.slot == 0:
+        with bad_input_as_job_error("model.model_name_or_path"):
+            own = model_digests(Path(context.model_folder))
+    members = context.group.gather((context.part.node, context.model_folder, own))
+    (first, folder, expected), *others = (member for member in members if member[2] is not None)
+    unlike = []
+    for node, other, files in others:
+        if names := sorted(n for n in {*expected, *files} if expected.get(n) != files.get(n)):
+            unlike.append(f"{other} on {node} ({few(names)})")
+    if unlike:
+        raise JobError(
+            f"model.model_name_or_path: {folder} on {first} is not the model of {', '.join(unlike)}. Copy it from one"
+            " machine to the others"
+        )
 
 
 def group_of(rank: int, size: int, plan: Plan) -> ProcessGroup:
