@@ -8,7 +8,7 @@ speed, and a step lasts as long as its slowest part plus the network.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -35,9 +35,11 @@ class Slot:
     threads: int
 
     @property
-    def kind(self) -> tuple[str, float]:
-        """Slots of one node that are equal in this are equal; a display takes memory from one of two like cards."""
-        return self.device.name, self.memory_bytes
+    def kind(self) -> Hashable:
+        """Slots of one node that are equal in this are equal; a display takes memory from one of two like cards, and
+        one may be slower than the other.
+        """
+        return self.device.name, self.memory_bytes, tuple(sorted(self.device.calibration.items()))
 
     @property
     def label(self) -> str:

@@ -259,8 +259,7 @@ class StageSearch:
             kind = id(self.search.enumeration.slots_like(slot)[0])
             return Place(slot.device, slot.node, slot.memory_bytes, host_usable_bytes(slot.node), settings, kind)
 
-        places = list(map(place, self.slots))
-        return StageCosts(self.search.method, self.search.enumeration.workload, places, needed)
+        return StageCosts(self.search.method, self.search.enumeration.workload, list(map(place, self.slots)), needed)
 
     @cached_property
     def bound_s(self) -> float:

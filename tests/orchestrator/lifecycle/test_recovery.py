@@ -315,12 +315,14 @@ def start_stages(start):
     return started
 
 
-def record_steps(recovery, slower, count=3):
+def record_steps(recovery, slower, count=3, slower_uuids=None):
     """Steps in which each stage computes so many times as long as planned, and the whole step as that takes."""
     now = recovery.plan
     zeros = dict.fromkeys(("epoch", "loss", "grad_norm", "learning_rate", "supervised_tokens", "peak_bytes"), 0.0)
     planned_s = [part.time.step_s - part.time.update_s for part in now.nodes]
-    busy_s = [own * slower.get(part.node, 1.0) for own, part in zip(planned_s, now.nodes, strict=True)]
+    slower = slower | (slower_uuids or {})
+    times = [slower.get(part.uuid, slower.get(part.node, 1.0)) for part in now.nodes]
+    busy_s = [own * times_as_long for own, times_as_long in zip(planned_s, times, strict=True)]
     values = {"tokens": now.tokens_per_s * now.step_s, "seconds": now.step_s + max(busy_s) - max(planned_s)}
     for step in range(1, count + 1):
         recovery.run.record(StepReport(step=step, **zeros, **values, tokens_per_s=0.0, stage_busy_s=busy_s))
@@ -395,3 +397,34 @@ def test_a_lost_stage_is_taken_over_and_a_node_that_comes_back_taken_in(start_st
     assert said[-1].startswith("third joined: planning again at the next step")
     assert "third" in num_layers(back)
     assert replanned(recovery)[1].joined == ["third"]
+
+
+def test_two_cards_of_one_machine_are_cut_anew_among_themselves(tmp_path):
+    """Ray was started here with these two: a third card, which is free now, has no part in it."""
+    cards = machine("pc", "RTX 3090", "RTX 3090", "RTX 3090")
+    named = [replace(card, uuid=f"GPU-{number}") for number, card in enumerate(cards.gpus)]
+    both, three = (replace(cards, devices=(*named[:count], cards.cpu)) for count in (2, 3))
+    (tmp_path / "run").mkdir()
+    run, first = RunFolder(tmp_path / "run"), cut_here(None, ClusterCapability((both,)))
+    job, said = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl}\n", tmp_path), []
+    recovery = Recovery(run, job, first, ClusterCapability((three,)), cut_here, said.append)
+    slow_card = first.nodes[0].uuid
+    record_steps(recovery, {}, slower_uuids={slow_card: 2.5})
+
+    recovery.look()
+    run.record(StateChange("replanning"))
+    again = recovery.after(None)
+
+    assert len(said) == 1
+    assert "pc takes 2.50 times as long" in said[0]
+    assert {part.uuid for part in again.nodes} == {"GPU-0", "GPU-1"}
+    before, now = (
+        next(part.techniques.stage.num_layers for part in made.nodes if part.uuid == slow_card)
+        for made in (first, again)
+    )
+    assert now < before
+
+
+def cut_here(first, capability):
+    nodes = with_held_layers(capability, first).nodes if first else capability.nodes
+    return plan(MIDDLE, *nodes, text=STAGES)
