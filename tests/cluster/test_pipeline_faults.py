@@ -105,9 +105,7 @@ def test_a_stage_lost_for_good_goes_to_the_machine_that_stood_by(lab, reference)
     lab.cluster.boot(lost)
     lab.start(lost)
 
-    assert layers(run.plan()) == {node: own for node, own in layers(plan).items() if node != lost} | {
-        spare: lost_range
-    }
+    assert layers(run.plan()) == {node: own for node, own in layers(plan).items() if node != lost} | {spare: lost_range}
     assert any(event.text.startswith(f"{spare} stands by with") for event in events(run, "note"))
     compare(run, reference, exact=False)
     tell("stage lost for good", run, began)
