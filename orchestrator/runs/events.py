@@ -248,23 +248,20 @@ class StageTimeline(Event, kind="timeline"):
 
 @dataclass(frozen=True)
 class _MethodReport(Event):
-    """What a method says of itself; its numbers are extra."""
+    """What a method says of itself: what it learned, or what it did after an update; its numbers are extra."""
 
     step: int
     text: str
 
     @classmethod
-    def of(cls, step: int, values: Mapping[str, Any]) -> Self:
-        """From its numbers, its sentence `text` among them."""
+    def of(cls, step: int, values: Mapping[str, Any]) -> Self:  # its sentence `text` is among the values
         return cls(step, values["text"], extra=_without(values, "text"))
 
 
-class LearningReport(_MethodReport, kind="learnt"):
-    """What a method learned from gradients between two steps."""
+class LearningReport(_MethodReport, kind="learnt"): ...  # from gradients between two steps
 
 
-class BetweenReport(_MethodReport, kind="between"):
-    """What a method did after an update beside it; `step` counts steps done, as in StepReport."""
+class BetweenReport(_MethodReport, kind="between"): ...  # after an update; `step` counts steps done
 
 
 @dataclass(frozen=True)
