@@ -1,7 +1,7 @@
 """The contract between a training method and everything that plans or runs it.
 
 A method is a frozen dataclass whose fields are its options, with three promises: `estimate` and `exports` (pure, no
-torch) and `setup` (in a worker, with torch).  The training loop knows a method only through the `TrainSetup` it returns.
+torch) and `setup` (in a worker, with torch).  The training loop knows a method only by the `TrainSetup` it returns.
 """
 
 from __future__ import annotations
