@@ -21,6 +21,9 @@ FIGURES = {
     "curves": lambda: plots.curves({"a": [(1, 2.0), (2, 1.0)], "b": [(0, 3.0)]}, "step", "loss", ("b",), log=True),
     "stacked": lambda: plots.stacked({"card (pc)": {"weights": 1.0, "重み": 2.0}}, "GiB", {"card (pc)": 2.5}),
     "bars": lambda: plots.bars({"exact_match": {"before": 0.0, "after": 0.9}}, "", percent=True),
+    "stages": lambda: plots.stage_timelines(
+        {"predicted": {"stage 0": {"forward": [(0.0, 1.0, "0")], "waits": [(1.0, 2.0, "")]}}}, "seconds"
+    ),
     "scatter": lambda: plots.scatter({"x": [(1.0, 2.0, "1")], "y": []}, "a", "b", [(1.0, 2.0)], diagonal=True),
 }
 

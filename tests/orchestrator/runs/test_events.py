@@ -28,6 +28,10 @@ LINES = [
     '{"event": "group", "time": 1.5, "step": 0, "plan": "h", "members": [{"node": "a", "device": "CPU", "pid": 1,'
     ' "planned_share": 0.5, "tokens_per_s": null, "plan": "h"}], "shares": [1.0]}',
     '{"event": "shares", "time": 1.5, "step": 4, "shares": [0.4, 0.6]}',
+    f'{{"event": "step", "time": 1.5, {STEP}, {WORKERS}, "slowest": 0, "stage_busy_s": [0.3, 0.2], "stage_wait_s":'
+    ' [0.0, 0.1], "stage_bytes_sent": [8.0, 8.0], "stage_bytes_received": [8.0, 8.0]}',
+    '{"event": "timeline", "time": 1.5, "step": 3, "stages": [{"replica": 0, "stage": 0, "passes": [[1, 0, 0.0, 0.25],'
+    ' [0, 0, 0.5, 0.75]], "waits": [[0.25, 0.5]]}]}',
     f'{{"event": "step", "time": 1.5, {STEP}}}',
     f'{{"event": "step", "time": 1.5, {STEP}, "loss_scale": 65536.0, {WORKERS}, "slowest": 1, "bus_down_bytes": 1,'
     ' "bus_up_bytes": 2, "lane_s": {"up": 0.1}}',
