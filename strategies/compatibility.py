@@ -22,6 +22,7 @@ def conflict(
         [method.refuses(techniques, shape)],
         _streaming_conflicts(method, techniques),
         _stage_conflicts(method, techniques, shape) if techniques.stage else (),
+        _between_conflicts(method, techniques) if method.acts_between else (),
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
@@ -118,6 +119,22 @@ def _stage_conflicts(method: Method, t: Techniques, shape: ModelShape) -> Iterat
         yield "torch.compile is untested on a part of a model: set train.torch_compile: false"
 
 
+def _between_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What a method that acts between steps cannot be combined with: it sees whole gradients and moments, everywhere.
+
+    Which a worker may change alike on all of them, and a checkpoint must hold what it keeps in buffers.
+    """
+    what = f"{method.name} acts between gradients and update"
+    if t.uses_engine:
+        yield f"{what}, which DeepSpeed makes in one: set strategy.mode to ddp and strategy.offload to none"
+    if t.zero_stage:
+        yield f"{what} and on moments, of which ZeRO leaves each worker a part: set strategy.mode to ddp"
+    if t.stage:
+        yield f"{what} of all layers, of which a stage has some: set strategy.mode to auto or ddp"
+    if method.streams:
+        yield f"{what}, and its optimizer takes gradients one by one as they come: there is no such moment"
+
+
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:
     """What one step on one device cannot combine."""
     if t.offload == "activations" and t.gradient_checkpointing:
@@ -134,4 +151,9 @@ def refuses_local_steps(method: Method) -> str | None:
     """Why workers that train apart cannot use a method; None where they can."""
     if method.streams:
         return "local steps average weights, which this method updates asynchronously: set strategy.local_steps: null"
+    if method.acts_between:
+        return (
+            f"{method.name} acts between steps on weights that are equal everywhere, which local steps let drift apart:"
+            " set strategy.local_steps: null"
+        )
     return None

@@ -1,7 +1,7 @@
 """The contract between a training method and everything that plans or runs it.
 
-A method is a frozen dataclass whose fields are its options, with two promises: `estimate` (pure arithmetic, no torch)
-and `setup` (in a worker, with torch).  The training loop knows a method only through the `TrainSetup` it returns.
+A method is a frozen dataclass whose fields are its options, with three promises: `estimate` and `exports` (pure, no
+torch) and `setup` (in a worker, with torch).  The training loop knows a method only by the `TrainSetup` it returns.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from clusters.capability import DeviceCapability, NodeCapability
+from strategies.export import Export
 from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
@@ -116,6 +117,11 @@ class MethodDefaults(Protocol):
         return True
 
     @property
+    def acts_between(self) -> bool:
+        """Whether its setup has a `Between`."""
+        return False
+
+    @property
     def adapter_rank(self) -> int | None:
         """The rank of the low-rank adapter it trains; None where it trains none."""
         return None
@@ -161,6 +167,10 @@ class Method(MethodDefaults, Protocol):
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         """Predict memory and time of one device; pure, no torch."""
+        ...
+
+    def exports(self, shape: ModelShape) -> Export:
+        """What it hands back under these options of such a model, and which engines load that."""
         ...
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+from strategies.export import ExportFormat, export_folder
 from strategies.workload import Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -130,14 +131,17 @@ class Passes(Protocol):
 class Between(Protocol):
     """What a method does between passes and after updates: every worker calls it, with equal inputs.
 
-    It may be collective, and may change weights, buffers and the optimizer's state.
+    It may be collective, and may change weights, buffers and the optimizer's state.  What it keeps from step to step
+    lies in the setup's `buffers`, or a checkpoint would not hold it.  Steps count from 0; each is seen once, whether it
+    was repeated for lack of memory or for an overflow, or the run was resumed before it.  What runs it not on every
+    worker with whole gradients and moments is refused (`compatibility.py`): `MethodDefaults.acts_between` says so.
     """
 
     def gradients_ready(self, step: int) -> None:
-        """The gradients of all workers are summed and not yet clipped."""
+        """The gradients of all workers are summed, free of fp16's scale and finite, and not yet clipped."""
 
     def step_done(self, step: int) -> dict[str, Any] | None:
-        """The weights have moved; what it did, for the run's record, with a sentence `text`."""
+        """The weights have moved; what it did, for the run's record, with a sentence `text`, or None."""
         ...
 
 
@@ -219,7 +223,7 @@ class TrainSetup:
     parameters: dict[str, torch.nn.Parameter]  # the trained ones, by name: what a checkpoint must hold
     export: Callable[[Path, Mapping[str, torch.Tensor] | None], None]  # writes what the run hands back; trained
     # weights are given where no worker holds them whole
-    export_name: str  # "adapter" or "model": the folder of the run that receives it
+    export_format: ExportFormat  # of what it writes: as the method's `exports` says
     sharding: Sharding | None = None
     engine: Engine | None = None
     streaming: Streaming | None = None
@@ -234,6 +238,11 @@ class TrainSetup:
     def device(self) -> torch.device:
         """Where what is trained lies; the model, where all that trains lies on other workers."""
         return next(iter(self.parameters.values()), next(self.model.parameters())).device
+
+    @property
+    def export_folder(self) -> str:
+        """The folder of the run that receives what it hands back."""
+        return export_folder(self.export_format)
 
     def release(self) -> None:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""

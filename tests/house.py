@@ -31,6 +31,7 @@ ROOMS = (
     ("strategies.workload",),
     ("strategies.stage_shape",),
     ("strategies.model",),
+    ("strategies.export",),
     ("strategies.train_setup",),
     ("strategies.contract",),
     ("strategies.techniques",),

@@ -15,7 +15,7 @@ from orchestrator.data.readers.sources import digest_of
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job
-from orchestrator.runs.condition import require_finished
+from orchestrator.runs.condition import export_of, require_finished
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Adapter, fits_base
 from strategies.adapter_bank.card import AdapterCard
@@ -80,7 +80,7 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
 
     finished = require_finished(run)
     exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
-    if exported.name != "adapter":
+    if not export_of(run).is_adapter:
         raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which produces no adapter")
     folder = Path(files.model)
     base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))

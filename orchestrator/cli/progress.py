@@ -15,6 +15,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import (
+    BetweenReport,
     Evaluation,
     Event,
     ModelReady,
@@ -66,6 +67,8 @@ class Lines(Quiet):
                 self.say(f"preflight: {event.text}")
             case Evaluation():
                 self.say(f"step {event.step}: eval_loss {event.eval_loss:.4f}")
+            case BetweenReport():
+                self.say(f"step {event.step}: {event.text}")
             case Note():
                 self.say(event.text)
             case TrackingReport():

@@ -18,17 +18,18 @@ class BaselineHelper:
     def __init__(self, run: RunFolder, plan: Plan, node_ids: Mapping[str, str]) -> None:
         self._run, self._call = run, None
         (run.path / "before-failed.json").unlink(missing_ok=True)  # of an earlier try
-        if plan.helper is None or _is_measured(run):
+        part = plan.measuring
+        if part is None or _is_measured(run):
             return
-        if plan.helper.node not in node_ids:
-            run.write("before-failed.json", json.dumps({"text": f"{plan.helper.node} is not in the cluster"}))
+        if part.node not in node_ids:
+            run.write("before-failed.json", json.dumps({"text": f"{part.node} is not in the cluster"}))
             return
         from clusters.ray import gpu_reservation
         from clusters.ray.nodes import CallOn
         from orchestrator.training.workers.baseline import measure
 
-        node_id = node_ids[plan.helper.node]
-        num_gpus = int(plan.helper.torch_device != "cpu" and gpu_reservation.offers_gpus(node_id))
+        node_id = node_ids[part.node]
+        num_gpus = int(part.torch_device != "cpu" and gpu_reservation.offers_gpus(node_id))
         self._call: Any = CallOn(node_id, measure, str(run.path), num_gpus=num_gpus)
 
     def poll(self) -> None:

@@ -43,7 +43,7 @@ _FIXED = (  # by the first plan
     "eval_steps",
     "load_best_model_at_end",
     "max_new_tokens",
-    "helper",
+    "beside",
     "metrics",
 )
 

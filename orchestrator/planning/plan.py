@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from clusters.capability import Kind
 from clusters.safe.reading import BadInput, load_json, printable, record
@@ -55,17 +55,17 @@ class NodePlan:
 
 
 @dataclass(frozen=True)
-class Spare:
-    """A node without a stage that reads one, to take it over where its node is lost."""
+class Beside:
+    """A node that does not train, and what it does for the run meanwhile.
+
+    One that measures evaluates the base model; one that stands by reads a stage, to take it over if its node is lost.
+    """
 
     node: str
-    stage: StagePart
-    num_bytes: float  # in the model's files
-
-    @property
-    def what(self) -> str:
-        first, last = self.stage.first_layer, self.stage.end_layer - 1
-        return f"layers {first} to {last}" if first < last else f"layer {first}"
+    does: Literal["measures", "stands by"]
+    part: NodePlan | None = None  # of one that measures: with what and on which device; its share is 0
+    stage: StagePart | None = None  # of one that stands by
+    num_bytes: float = 0.0  # of that stage in the model's files
 
 
 @dataclass(frozen=True)
@@ -119,8 +119,7 @@ class Plan:
     rejected: dict[str, str] = field(default_factory=dict)  # combination -> why it cannot be
     left_out: dict[str, str] = field(default_factory=dict)  # node or device -> why it is excluded, and what it does
     if_installed: dict[str, str] = field(default_factory=dict)  # absent library -> what it would bring, and its command
-    helper: NodePlan | None = None  # an excluded node: evaluates the base model meanwhile
-    stands_by: tuple[Spare, ...] = ()  # excluded nodes that read a stage of the pipeline meanwhile
+    beside: tuple[Beside, ...] = ()  # excluded nodes that do something for the run
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
     pipeline: PlannedPasses | None = None  # None = no stages
@@ -130,6 +129,16 @@ class Plan:
     def techniques(self) -> Techniques:
         """Those of the first device; the only ones where all devices are alike."""
         return self.nodes[0].techniques
+
+    @property
+    def measuring(self) -> NodePlan | None:
+        """What the excluded node does that evaluates the base model while the others train; None without one."""
+        return next((beside.part for beside in self.beside if beside.does == "measures"), None)
+
+    @property
+    def stands_by(self) -> dict[str, StagePart]:
+        """Excluded nodes that read a stage of the pipeline, and which."""
+        return {one.node: one.stage for one in self.beside if one.does == "stands by" and one.stage}
 
     def part_of(self, node: str, slot: int) -> NodePlan:
         """What the `slot`-th worker on a node does; on a single unnamed machine, that machine's."""
@@ -218,7 +227,7 @@ class Plan:
                     f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
                     " submit the job again"
                 )
-            plan = record(cls, values, label)
+            plan = record(cls, _with_beside(values), label)
             plan.build_method()
         except BadInput as error:
             raise JobError(str(error)) from None
@@ -229,6 +238,15 @@ class Plan:
         if (written := values.get("hash")) is not None and written != plan.hash:
             raise JobError(f"{label}: was edited: its values have the hash {plan.hash}, and it says {written}")
         return plan
+
+
+def _with_beside(values: Any) -> Any:
+    """The values of plan.json, of an earlier program's too: its `helper` is the node beside that measures."""
+    if not isinstance(values, dict) or "beside" in values or values.get("helper") is None:
+        return values
+    helper = values["helper"]
+    node = helper.get("node") if isinstance(helper, dict) else None
+    return {**values, "beside": [{"node": node, "does": "measures", "part": helper}]}
 
 
 def _deciding(techniques: Techniques) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from orchestrator.planning.explain import (
 )
 from orchestrator.planning.goal import choose_candidate, prior_of, too_long
 from orchestrator.planning.pipelines import why_no_stage, with_pipelines
-from orchestrator.planning.plan import Alternative, NodePlan, Plan, Sync
+from orchestrator.planning.plan import Alternative, Beside, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
 from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_links
 from orchestrator.planning.remedies import PlanInputs
@@ -274,8 +274,8 @@ def _plan_of(
         rejected=enumeration.rejections.reasons,
         left_out=excluded | explain_unusable(enumeration.cluster),
         if_installed=explain_absent_libraries(enumeration, chosen),
-        helper=helper,
         pipeline=chosen.pipeline and chosen.pipeline.planned,
+        beside=(Beside(helper.node, "measures", helper),) if helper else (),
     )
 
 

@@ -15,12 +15,15 @@ from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
+from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.workload import model_shape
 from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder
+from strategies.export import Export
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,12 @@ def exported_whole(run: RunFolder) -> Path:
         raise JobError(f"{damage}. `orchestrator resume {run.run_id}` exports it again from its best checkpoint")
     assert exported is not None  # exported_damage would have said so
     return exported
+
+
+def export_of(run: RunFolder) -> Export:
+    """What the run's method hands back of this model, and which engines load it.  Raises JobError."""
+    shape = model_shape(model_files.read_config(Path(run.data().model)))
+    return run.plan().build_method().exports(shape)
 
 
 def check_model(run: RunFolder) -> None:

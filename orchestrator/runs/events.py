@@ -247,17 +247,24 @@ class StageTimeline(Event, kind="timeline"):
 
 
 @dataclass(frozen=True)
-class LearningReport(Event, kind="learnt"):
-    """What a method learned from gradients between two steps; its numbers are extra."""
+class _MethodReport(Event):
+    """What a method says of itself; its numbers are extra."""
 
     step: int
     text: str
 
     @classmethod
-    def of(cls, step: int, values: Mapping[str, Any]) -> LearningReport:
-        """From what a method says, its sentence `text` among the numbers."""
-        numbers = {name: value for name, value in values.items() if name != "text"}
-        return cls(step, values["text"], extra=numbers)
+    def of(cls, step: int, values: Mapping[str, Any]) -> Self:
+        """From its numbers, its sentence `text` among them."""
+        return cls(step, values["text"], extra=_without(values, "text"))
+
+
+class LearningReport(_MethodReport, kind="learnt"):
+    """What a method learned from gradients between two steps."""
+
+
+class BetweenReport(_MethodReport, kind="between"):
+    """What a method did after an update beside it; `step` counts steps done, as in StepReport."""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,20 @@ import yaml
 
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
+from orchestrator.runs.condition import export_of
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.markdown import inline_code, plain
 from orchestrator.runs.run_folder import RunFolder
+from strategies.export import WHOLE_MODEL, Export
 
 NAME = "README.md"
 
 
 def write_card(run: RunFolder, job: Job) -> None:
-    """Write README.md into the exported folder: base, data, method, the measured quality, and commands that run."""
+    """Write README.md into the exported folder: base, data, method, quality, engines, and commands that run.
+
+    Raises JobError where the base model's sizes cannot be read.
+    """
     folder, result = run.exported(), run.result()
     if folder is None or result is None:
         return
@@ -27,18 +32,19 @@ def write_card(run: RunFolder, job: Job) -> None:
         f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
-    facts = _facts(run, job, folder, result, result.check)
-    is_adapter = folder.name == "adapter"
-    lines = _card(job, facts, result, is_adapter, _usage(job, folder, is_adapter, _has_template(folder)))
+    made = export_of(run)
+    facts = _facts(run, job, folder, result, result.check, made)
+    lines = _card(job, facts, result, made, _usage(job, folder, made, _has_template(folder)))
     _write(folder, [*lines, "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""])
 
 
 def write_merged_card(run: RunFolder, job: Job, folder: Path, place: Path, check: str) -> None:
     """The same into `folder` for a merged model that will lie at `place`; `check` says how it was compared."""
-    usage = _usage(job, place, False, _has_template(folder))
+    usage = _usage(job, place, WHOLE_MODEL, _has_template(folder))
     result = run.result()
     assert result is not None  # it was merged from what the run handed back
-    _write(folder, _card(job, _facts(run, job, folder, result, check), result, False, usage))
+    facts = _facts(run, job, folder, result, check, WHOLE_MODEL)
+    _write(folder, _card(job, facts, result, WHOLE_MODEL, usage))
 
 
 def _write(folder: Path, lines: list[str]) -> None:
@@ -46,14 +52,14 @@ def _write(folder: Path, lines: list[str]) -> None:
     (folder / NAME).chmod(0o644)
 
 
-def _card(job: Job, facts: list[str], result: RunResult, is_adapter: bool, usage: list[str]) -> list[str]:
-    base, library = job.spec.model.model_name_or_path, "peft" if is_adapter else "transformers"
+def _card(job: Job, facts: list[str], result: RunResult, made: Export, usage: list[str]) -> list[str]:
+    base, library = job.spec.model.model_name_or_path, "peft" if made.is_adapter else "transformers"
     head = yaml.safe_dump({"base_model": base, "library_name": library}, allow_unicode=True, sort_keys=False)
     lines = ["---", head.strip(), "---", f"# {plain(job.spec.name)}", "", *facts, "", *_quality(result)]
     return [*lines, "## How to use it", "", *usage, ""]
 
 
-def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str | None) -> list[str]:
+def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str | None, made: Export) -> list[str]:
     """Where a model comes from, a line each."""
     method = ", ".join(f"{key}={value}" for key, value in run.plan().method.items() if value is not None)
     lines = [
@@ -71,7 +77,8 @@ def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str
         )
         lines.append(f"- {plain(text)}")
     lines += [f"- Checked: {plain(check)}"] if check else []
-    return [*lines, f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}"]
+    lines += [f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}"]
+    return lines + [f"- {plain(sentence)}" for sentence in made.sentences]
 
 
 def _quality(result: RunResult) -> list[str]:
@@ -86,14 +93,14 @@ def _quality(result: RunResult) -> list[str]:
     return [*lines, "", *([f"Compared by {'; '.join(compared)}.", ""] if compared else [])]
 
 
-def _usage(job: Job, folder: Path, is_adapter: bool, has_template: bool) -> list[str]:
+def _usage(job: Job, folder: Path, made: Export, has_template: bool) -> list[str]:
     """The code block that loads the model and asks it something."""
     spec = job.spec.model
     remote = ", trust_remote_code=True" if spec.trust_remote_code else ""
-    code = ["from peft import PeftModel"] if is_adapter else []
+    code = ["from peft import PeftModel"] if made.is_adapter else []
     code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
     code += [f"folder = {str(folder.absolute())!r}  # this folder, wherever it is moved to"]
-    if is_adapter:
+    if made.is_adapter:
         code += [*_base_code(job, remote), "model = PeftModel.from_pretrained(base, folder)"]
     else:
         code += [f"model = AutoModelForCausalLM.from_pretrained(folder{remote})"]

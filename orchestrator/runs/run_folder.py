@@ -34,6 +34,7 @@ from orchestrator.runs import record as recorded
 from orchestrator.runs.events import Event, StateChange, StepReport
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.recorded_folder import Folder
+from strategies.export import EXPORT_FOLDERS
 
 E = TypeVar("E", bound=Event)
 _LEFTOVERS = ("logs", "package")  # of a start that was killed, beside hidden files
@@ -63,7 +64,7 @@ class RunFolder(Folder):
 
     def exported(self) -> Path | None:
         """What the run hands back, once it is there."""
-        return next((self.path / name for name in ("adapter", "model") if (self.path / name).is_dir()), None)
+        return next((self.path / name for name in EXPORT_FOLDERS if (self.path / name).is_dir()), None)
 
     # Beginning and finding.
 

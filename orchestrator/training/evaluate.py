@@ -154,6 +154,8 @@ def _batches(model: Any, prompts: list[_Prompt], how: Generation) -> list[list[_
     longest = max((len(prompt.ids) for prompt in prompts), default=0) + how.max_new_tokens
     shape = ModelShape.from_config(model.config.to_dict())
     dtype = model.config.dtype or model.dtype  # not a stage's own weights': all stages generate as many together
+    if isinstance(dtype, str):  # `save_pretrained` leaves its name there
+        dtype = getattr(torch, dtype)
     needed_bytes = longest * cache_bytes_per_token(shape, dtype.itemsize)
     rows = max(1, int(min(MOST_PROMPTS, how.cache_bytes // needed_bytes)))
     roomy = [prompt for prompt in prompts if prompt.new_tokens == how.max_new_tokens]

@@ -30,7 +30,8 @@ from orchestrator.training.steps import (
     StepSamples,
     compute_gradients,
     draw_samples,
-    learn,
+    finish_step,
+    learn_if_due,
     repeat_in_less_memory,
     report_to_group,
     update_weights,
@@ -52,8 +53,7 @@ def train(training: Training) -> Progress:
 
         # Which samples, and which of them are this worker's.  Every worker computes the same division.
         samples = draw_samples(training, step)
-        if setup.learner and setup.learner.is_due(step):
-            learn(training, samples)
+        learn_if_due(training, samples)
 
         # Forward and backward, one micro-batch after the other; gradients add up, here and over the workers.
         attempt = compute_gradients(training, samples)
@@ -80,6 +80,7 @@ def train(training: Training) -> Progress:
         if not training.local and (overflow := training.overflow(step, samples.ids_N)):
             training.hooks.note(f"{overflow}; the step is repeated")
             continue
+        finish_step(training, step)
 
         # What happened.
         progress.step = step + 1

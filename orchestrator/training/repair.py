@@ -29,7 +29,9 @@ class Updates:
         self._setup, self._group, self._note = setup, group, note
         # Another worker has the same state, and none waits for another inside the update.
         own_state = setup.engine or setup.sharding or setup.streaming or is_local
-        self.can_repair = group.size > 1 and not own_state
+        self.can_repair = group.size > 1 and not own_state and not setup.between
+        # What all workers do together around an update, one whose memory ran out in it has missed.
+        self.why_not_repaired = "; the method acts between steps on all workers at once" if setup.between else ""
         self._error: str | None = None
         self._sums: Callable[[], list[float]] | None = None
         self._failed: list[float] = []
@@ -76,11 +78,11 @@ class Updates:
         return scale if error is not None else None, norm
 
 
-def update_does_not_fit(reasons: str) -> NothingFits:
-    """The error for an update that fits on no worker."""
+def update_does_not_fit(reasons: str, why_not_repaired: str = "") -> NothingFits:
+    """The error for an update that fits on no worker, or not on this one where another's is of no use."""
     return NothingFits(
-        f"the optimizer's update does not fit: {reasons}. Choose a train.optim with less state, or strategy.offload:"
-        " optimizer"
+        f"the optimizer's update does not fit: {reasons}{why_not_repaired}. Choose a train.optim with less state, or"
+        " strategy.offload: optimizer"
     )
 
 

@@ -16,7 +16,7 @@ import torch
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from orchestrator.errors import Diverged, NothingFits
+from orchestrator.errors import Diverged, JobError, NothingFits
 from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
@@ -133,6 +133,12 @@ class Training:
         # Its passes are recorded one by one: the third since the start, as the first ones take longer.
         self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         setup, group = self.setup, self.group
+        if setup.between and (setup.engine or setup.sharding or setup.streaming or self.local_batch_size):
+            raise JobError(
+                "method: it acts between gradients and update, on every worker with all of both. DeepSpeed, ZeRO,"
+                " stages, an optimizer that streams and local steps have no such moment: set strategy.mode: ddp,"
+                " strategy.offload: none and strategy.local_steps: null"
+            )
         self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)
         self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None

@@ -21,7 +21,7 @@ import torch
 from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
-from orchestrator.runs.events import LearningReport
+from orchestrator.runs.events import BetweenReport, LearningReport
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -216,16 +216,17 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     Whether it went through everywhere is learnt during the next step, unless the weights are needed before
     (`is_awaited`).  Raises NothingFits where it fits nowhere.
     """
-    grad_norm = math.nan
+    grad_norm, between = math.nan, training.setup.between
+    ready = partial(between.gradients_ready, step) if between else None
     with catch_out_of_memory() as shortage:
         training.gradients.finish()
         if training.local:
             grad_norm = training.local.outer_step()
         else:
-            grad_norm = update(training.setup, training.scaler, training.schedule.update(step)).item()
+            grad_norm = update(training.setup, training.scaler, training.schedule.update(step), ready).item()
     if shortage.reason is not None:
         if not training.updates.can_repair:
-            raise update_does_not_fit(shortage.reason)
+            raise update_does_not_fit(shortage.reason, training.updates.why_not_repaired)
         training.gradients.discard()
     training.updates.announce(shortage.reason)
     if (shortage.reason is not None or is_awaited) and not training.updates.went_through():
@@ -233,8 +234,20 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     return grad_norm
 
 
-def learn(training: Training, samples: StepSamples) -> None:
-    """Let the method learn from gradients of the step's first samples, then take over what the first worker learnt.
+def finish_step(training: Training, step: int) -> None:
+    """Let the method do what it does after an update, and record it."""
+    if training.setup.between and (found := training.setup.between.step_done(step)):
+        training.hooks.record(BetweenReport.of(step + 1, found))
+
+
+def learn_if_due(training: Training, samples: StepSamples) -> None:
+    """Let the method learn from gradients of the step's first samples, where it does before this step."""
+    if training.setup.learner and training.setup.learner.is_due(samples.step):
+        _learn(training, samples)
+
+
+def _learn(training: Training, samples: StepSamples) -> None:
+    """Learn, then take over what the first worker learnt.
 
     Two devices of one kind differ in the last bits of a gradient, and so may choose other entries.  A worker whose
     memory runs out learns again in less.

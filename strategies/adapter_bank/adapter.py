@@ -216,6 +216,11 @@ def header_of(folder: Path) -> dict[str, TensorEntry]:
         raise Unusable(str(error)) from None
 
 
+def changes_base(init_lora_weights: Any) -> bool:
+    """Whether PEFT takes a part of the base's weights away where A and B begin so, each time it loads the adapter."""
+    return _CHANGES_BASE.fullmatch(str(init_lora_weights).lower()) is not None
+
+
 def _lora_settings(folder: Path) -> LoraSettings:
     values = config_of(folder)
     if values.get("peft_type") != "LORA":
@@ -230,7 +235,7 @@ def _lora_settings(folder: Path) -> LoraSettings:
         raise Unusable(
             f"{folder} changes more than a product of two factors ({', '.join(refused)}): it cannot be added up"
         )
-    if _CHANGES_BASE.fullmatch(start := str(settings.init_lora_weights).lower()):
+    if changes_base(start := str(settings.init_lora_weights).lower()):
         raise Unusable(
             f"{folder} was initialised with a part of its base's weights (init_lora_weights: {start}), which training"
             " took out of the base: PEFT's path_initial_model_for_weight_conversion saves it as a plain LoRA"

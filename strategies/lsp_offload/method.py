@@ -14,6 +14,7 @@ from strategies.contract import MethodDefaults, StrategyPlan, option
 from strategies.cost.memory import Footprint, Streamed
 from strategies.cost.plan import Costs, predict
 from strategies.cost.time import Work, bus_rate, host_update_rate, memory_rate
+from strategies.export import WHOLE_MODEL, Export
 from strategies.lsp_offload.sizing import LayerTimes, Rates, Sized, largest_that_hides, seconds_by_lane, step_s
 from strategies.shape import ModelShape
 from strategies.train_setup import TrainSettings, TrainSetup
@@ -73,6 +74,9 @@ class LspOffload(MethodDefaults):
         if shape.num_experts:
             return "experts are stacked tensors, which LSP-Offload does not project"
         return None
+
+    def exports(self, shape: ModelShape) -> Export:
+        return WHOLE_MODEL
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
@@ -206,7 +210,7 @@ class LspOffload(MethodDefaults):
             optimizer,
             {**names, **others},
             export,
-            export_name="model",
+            export_format="model",
             streaming=optimizer,
             learner=optimizer,
             notes=self._notes(model, projected, names, others),

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
+from strategies.export import WHOLE_MODEL, Export
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 from strategies.train_setup import TrainSettings, TrainSetup
@@ -57,6 +58,9 @@ class Full(PredictedMethod):
     def quality_prior(self) -> QualityPrior | None:
         return QualityPrior(0.472, 0.014, "PEFT MetaMathQA: Llama-3.2-3B full fine-tuning, GSM8K accuracy, one seed")
 
+    def exports(self, shape: ModelShape) -> Export:
+        return WHOLE_MODEL
+
     def load_dtype(self, techniques: Techniques) -> Dtype:
         return "float32"  # master weights: autocast computes in the planned precision
 
@@ -67,4 +71,4 @@ class Full(PredictedMethod):
         model.requires_grad_(True)
         parameters = dict(model.named_parameters())
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
-        return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_name="model")
+        return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_format="model")

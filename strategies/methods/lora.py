@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from clusters.safe.reading import BadInput
+from strategies.adapter_bank.adapter import changes_base
 from strategies.contract import option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
+from strategies.export import Export, Loader
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.quality import QualityPrior
@@ -20,6 +22,9 @@ from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
+
+
+_VLLM_RANKS = 512
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,44 @@ class Lora(PredictedMethod):
         corrected = any(linear.reads in ("tokens", "last") for _, linear in chosen.maps)
         saved = chosen.saves("tokens") or chosen.saves("last")
         return corrected or saved or bool(self.trainable_token_indices)
+
+    def exports(self, shape: ModelShape) -> Export:
+        """A LoRA adapter of PEFT's; which engines take it follows from the options.
+
+        vLLM refuses DoRA, biases, whole modules and ranks beyond its limit (vllm/lora/peft_helper.py, validate_legal;
+        MaxLoRARanks in vllm/config/lora.py: up to 512) and names of other tensors than A and B (vllm/lora/utils.py).
+        llama.cpp's convert_lora_to_gguf.py takes A and B alone, and writes alpha as it stands, which is divided by r.
+        transformers' `load_adapter` (5.23) leaves DoRA's magnitudes as they begin (LOG.md, 2026-11-29).
+        """
+        chosen = targets.adapted_maps(shape, self._choice)
+        beside = {
+            "magnitudes (use_dora)": self.use_dora,
+            "modules trained in full (modules_to_save)": bool(self.modules_to_save),
+            "biases": self.bias != "none",
+            "rows of single tokens (trainable_token_indices)": bool(self.trainable_token_indices),
+        }
+        others = {  # true of engines that read the files by themselves
+            f"it takes pairs of A and B alone, no {' and no '.join(name for name in beside if beside[name])}": any(
+                beside.values()
+            ),
+            f"PEFT takes a part of the base's weights away first (init_lora_weights: {self.init_lora_weights}), and it"
+            " does not": changes_base(self.init_lora_weights),
+            "corrections of stacked experts were not tried with it": bool(chosen.stacks),
+            "corrections of embedding or output matrix were not tried with it": any(
+                linear.reads in ("tokens", "last") for _, linear in chosen.maps
+            ),
+        }
+        own: dict[Loader, dict[str, bool]] = {
+            "transformers": {"its load_adapter leaves DoRA's magnitudes out, and does not say so": self.use_dora},
+            "vllm": {**others, f"its ranks end at {_VLLM_RANKS}, this is {self.lora_r}": self.lora_r > _VLLM_RANKS},
+            "llama.cpp": {**others, "it scales by alpha / r, not by alpha / sqrt(r) (use_rslora)": self.use_rslora},
+        }
+        cannot: dict[Loader, str] = {
+            engine: "; ".join(why for why, holds in reasons.items() if holds)
+            for engine, reasons in own.items()
+            if any(reasons.values())
+        }
+        return Export("peft-lora", cannot)
 
     def find_misfits(self, architecture: Architecture) -> list[str]:
         found = targets.mistakes(architecture, "lora_target_modules", self._choice)
@@ -258,7 +301,7 @@ class Lora(PredictedMethod):
                 state_dict=dict(weights) if weights else None,
             )
 
-        return TrainSetup(peft_model, optimizer, parameters, export, export_name="adapter")
+        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-lora")
 
     def _targets(self, model: Any) -> str | list[str]:
         """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""

@@ -77,7 +77,7 @@ class Galore(Full):
         taken = {id(p) for p in seen}
         rest = [p for p in parameters.values() if id(p) not in taken]
         optimizer = LowRankAdamW(seen, rest, window, settings)
-        return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_name="model", notes=notes)
+        return TrainSetup(model, optimizer, parameters, partial(save_model, model), export_format="model", notes=notes)
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from strategies.contract import MethodDefaults, StrategyPlan, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
 from strategies.cost.work import Work
+from strategies.export import Export
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.model.targets import resolve_targets
@@ -88,6 +89,14 @@ class Shira(MethodDefaults):
             named if isinstance(named, str) else tuple(named), None if layers is None else tuple(layers)
         )
 
+    def exports(self, shape: ModelShape) -> Export:
+        """PEFT's alone.  transformers' `load_adapter` (5.23) gave other logits without a word (LOG.md, 2026-11-29);
+        vLLM's and llama.cpp's loaders know the tensors of LoRA and no others (see `Lora.exports`).
+        """
+        unknown = "it knows LoRA's pairs of A and B, and no entries of weights (SHiRA)"
+        silent = "its load_adapter puts the entries in other places, and does not say so"
+        return Export("peft-other", {"transformers": silent, "vllm": unknown, "llama.cpp": unknown})
+
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
@@ -144,7 +153,7 @@ class Shira(MethodDefaults):
 
         places = {f"{one.name}.places": one.places for one in entries}
         return TrainSetup(
-            peft_model, optimizer, parameters, export, export_name="adapter", buffers=places, learner=learner
+            peft_model, optimizer, parameters, export, export_format="peft-other", buffers=places, learner=learner
         )
 
     def _names(self, model: Any) -> list[str]:

@@ -6,7 +6,7 @@ The training loop runs these on real tensors, the tracer on fake ones, `techniqu
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -71,14 +71,22 @@ def last_pass(setup: TrainSetup, numbers: Update) -> None:
         setup.streaming.last_pass(numbers.max_grad_norm)
 
 
-def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> torch.Tensor:
-    """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping."""
+def update(
+    setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update, before_clipping: Callable[[], None] | None = None
+) -> torch.Tensor:
+    """Clip the gradients, move the weights, forget the gradients; returns the norm before clipping.
+
+    `before_clipping` is called when the gradients are as they are to be clipped, but for an overflow, which moves
+    nothing.  Engines and optimizers that stream have no such moment.
+    """
     _set_rates(setup, numbers)
     if setup.engine or setup.streaming:
         return (setup.engine or setup.streaming).update(numbers.max_grad_norm)  # type: ignore[union-attr]
     if setup.passes and scaler.is_enabled():
         setup.passes.spread_overflow()
     scaler.unscale_(setup.optimizer)
+    if before_clipping and not _has_overflowed(scaler, setup.optimizer):
+        before_clipping()
     grad_norm = setup.passes.gradient_norm() if setup.passes else norm_of(setup.parameters.values())
     limit = numbers.max_grad_norm or math.inf
     torch.nn.utils.clip_grads_with_norm_(list(setup.parameters.values()), limit, grad_norm)
@@ -86,6 +94,11 @@ def update(setup: TrainSetup, scaler: torch.amp.GradScaler, numbers: Update) -> 
     scaler.update()
     setup.optimizer.zero_grad(set_to_none=True)
     return grad_norm
+
+
+def _has_overflowed(scaler: torch.amp.GradScaler, optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an unscaled gradient is not finite, so that the scaler will pass over this update."""
+    return scaler.is_enabled() and any(found.item() for found in scaler._found_inf_per_device(optimizer).values())
 
 
 def norm_of(parameters: Iterable[torch.nn.Parameter]) -> torch.Tensor:

@@ -375,7 +375,7 @@ def evaluate(arguments) -> dict:
     document_attention.register()
     base = AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32, attn_implementation="document")
     model = PeftModel.from_pretrained(base, str(arguments.out / arguments.only.split(":")[1]))
-    setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "adapter")  # type: ignore[arg-type]
+    setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "peft-lora")  # type: ignore[arg-type]
     techniques = Techniques("float32", "document", True, False, 1, 1024)
     return {"eval_loss": evaluate_loss(setup, our_dataset(80, "eval.jsonl"), techniques, ProcessGroup())}
 

@@ -68,6 +68,19 @@ def test_what_was_compared_is_told_with_its_number(chat):
     assert check["text"] in (run.path / "adapter" / "README.md").read_text()
 
 
+def test_the_card_says_which_engines_load_it_and_why_another_does_not(chat, tmp_path):
+    run, job, _ = chat
+    card = (run.path / "adapter" / "README.md").read_text()
+    assert "- Loads with: PEFT, transformers, vLLM, llama.cpp, by its converters to GGUF\n" in card
+    assert "- Not with" not in card
+
+    finished.merge(run, job, tmp_path / "merged")
+
+    merged = (tmp_path / "merged" / "README.md").read_text()
+    assert "- Loads with: transformers, vLLM, llama.cpp, by its converters to GGUF\n" in merged
+    assert "- Not with PEFT: it is a whole model" in merged
+
+
 def test_evaluating_again_gives_the_numbers_of_the_end_of_training(chat):
     run, job, _ = chat
     after = run.read_json("result.json")["after"]

@@ -49,7 +49,7 @@ def in_training(lab, **changes):
     wait_for_step(run, AT_STEP, process)
     plan = run.plan()
     (spare,) = plan.stands_by
-    assert {*layers(plan), spare.node} == set(NAMES)
+    assert {*layers(plan), spare} == set(NAMES)
     return process, run, plan
 
 
@@ -96,8 +96,8 @@ def test_a_stage_that_hangs(lab, reference):
 
 def test_a_stage_lost_for_good_goes_to_the_machine_that_stood_by(lab, reference):
     process, run, plan = in_training(lab, wait=5)
-    (spare,) = plan.stands_by
-    lost_range = spare.stage.first_layer, spare.stage.end_layer
+    ((spare, stage),) = plan.stands_by.items()
+    lost_range = stage.first_layer, stage.end_layer
     lost = next(node for node, own in layers(plan).items() if own == lost_range)
     began = time.time()
     lab.power_off(lost)
@@ -105,10 +105,8 @@ def test_a_stage_lost_for_good_goes_to_the_machine_that_stood_by(lab, reference)
     lab.cluster.boot(lost)
     lab.start(lost)
 
-    assert layers(run.plan()) == {node: own for node, own in layers(plan).items() if node != lost} | {
-        spare.node: lost_range
-    }
-    assert any(event.text.startswith(f"{spare.node} stands by with") for event in events(run, "note"))
+    assert layers(run.plan()) == {node: own for node, own in layers(plan).items() if node != lost} | {spare: lost_range}
+    assert any(event.text.startswith(f"{spare} stands by with") for event in events(run, "note"))
     compare(run, reference, exact=False)
     tell("stage lost for good", run, began)
     lab.until_up(NAMES)

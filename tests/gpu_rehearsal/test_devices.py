@@ -9,6 +9,7 @@ import torch
 
 from orchestrator.errors import JobError
 from orchestrator.lifecycle import calibration
+from orchestrator.planning.plan import Beside
 from orchestrator.training.model.devices import device_like, gpu_in_use, planned_device
 from orchestrator.training.workers import baseline, bench, finished, preflight
 from orchestrator.training.workers.experiment import measured_on
@@ -89,7 +90,7 @@ def of_evaluate(made, monkeypatch):
 
 def of_helper(made, monkeypatch):
     files = SimpleNamespace(model="m")
-    planned = replace(made, helper=made.nodes[0])
+    planned = replace(made, beside=(Beside(made.nodes[0].node, "measures", made.nodes[0]),))
     run = SimpleNamespace(plan=lambda: planned, job=lambda: None, data=lambda: files)
     monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
     monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))

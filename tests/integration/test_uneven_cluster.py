@@ -171,10 +171,11 @@ def test_a_machine_that_does_not_train_evaluates_the_base_model_meanwhile(cluste
 
     plan = run.read_json("plan.json")
     (trains,) = [part["node"] for part in plan["nodes"]]
-    assert plan["helper"]["node"] in {"left", "right"} - {trains}
-    assert "evaluates the base model" in plan["left_out"][plan["helper"]["node"]], said
+    (beside,) = plan["beside"]
+    assert beside["does"] == "measures" and beside["node"] in {"left", "right"} - {trains}
+    assert "evaluates the base model" in plan["left_out"][beside["node"]], said
     before = run.read_json("before.json")
-    assert before["node"] == plan["helper"]["node"]
+    assert before["node"] == beside["node"]
     assert run.read_json("result.json")["before"]["eval_loss"] == before["eval_loss"] > 0
     assert [event.when for event in events(run, "quality")] == ["before", "after"]
 

@@ -8,6 +8,7 @@ from strategies.contract import MethodDefaults, option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, predict
 from strategies.cost.work import Work
+from strategies.export import WHOLE_MODEL
 from strategies.train_setup import TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT
 
@@ -29,6 +30,9 @@ class NormTuning(MethodDefaults):
         work = Work(trains_weights=False, num_trainable=num_trainable)
         return predict(self.name, workload, device, node, techniques, Costs(footprint, work))
 
+    def exports(self, shape):
+        return WHOLE_MODEL
+
     def setup(self, model, settings):
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_model
@@ -39,4 +43,4 @@ class NormTuning(MethodDefaults):
         train_in_fp32(model)
         norms = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
         optimizer = build_optimizer([{"params": list(norms.values()), "lr_factor": self.lr_factor}], settings)
-        return TrainSetup(model, optimizer, norms, partial(save_model, model), export_name="model")
+        return TrainSetup(model, optimizer, norms, partial(save_model, model), export_format="model")

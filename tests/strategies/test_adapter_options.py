@@ -138,12 +138,56 @@ def test_what_is_exported_computes_the_same_when_peft_loads_it(model, name, tmp_
         trained = setup.model.eval()(input_ids=tokens).logits
     setup.export(tmp_path, None)
 
-    again = built(config, "cpu")
-    again.load_state_dict(weights)
-    loaded = PeftModel.from_pretrained(again, str(tmp_path)).eval()
+    def base_again():
+        again = built(config, "cpu")
+        again.load_state_dict(weights)
+        return again
+
+    loaded, by_transformers = PeftModel.from_pretrained(base_again(), str(tmp_path)).eval(), base_again()
+    by_transformers.load_adapter(str(tmp_path))
 
     assert (trained - before).abs().max() > 1e-3
     torch.testing.assert_close(loaded(input_ids=tokens).logits, trained, atol=1e-5, rtol=1e-4)
+    is_same = torch.allclose(by_transformers.eval()(input_ids=tokens).logits, trained, atol=1e-5, rtol=1e-4)
+    assert is_same == ("transformers" in method.exports(ModelShape.from_config(config)).loads_with)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "vllm", "llama_cpp"),
+    [
+        ("llama", {}, None, None),
+        ("llama", {"lora_r": 512, "init_lora_weights": "orthogonal", "layers_to_transform": [1]}, None, None),
+        ("llama", {"lora_r": 513}, "its ranks end at 512, this is 513", None),
+        ("llama", {"use_rslora": True}, None, "it scales by alpha / r"),
+        ("llama", {"use_dora": True}, "no magnitudes (use_dora)", "no magnitudes (use_dora)"),
+        ("llama", {"bias": "all"}, "no biases", "no biases"),
+        ("llama", {"modules_to_save": ["lm_head"]}, "no modules trained in full", "no modules trained in full"),
+        ("llama", {"trainable_token_indices": [3]}, "no rows of single tokens", "no rows of single tokens"),
+        ("llama", {"init_lora_weights": "pissa_niter_4"}, "(init_lora_weights: pissa_niter_4)", "weights away first"),
+        ("llama", {"lora_target_modules": ["embed_tokens"]}, "embedding or output matrix", "were not tried with it"),
+        ("qwen3_moe", {}, "corrections of stacked experts", "corrections of stacked experts"),
+    ],
+)
+def test_engines_that_read_the_files_themselves_take_pairs_of_a_and_b(model, options, vllm, llama_cpp):
+    exports = Lora(**options).exports(ModelShape.from_config(config_of(model)))
+
+    for engine, words in (("vllm", vllm), ("llama.cpp", llama_cpp)):
+        assert (engine in exports.loads_with) == (words is None)
+        assert words is None or words in exports.cannot[engine]
+    assert exports.format == "peft-lora" and "peft" in exports.loads_with
+    assert ("transformers" in exports.loads_with) == (not options.get("use_dora"))
+
+
+def test_a_sentence_names_every_engine_once():
+    exports = Lora(use_rslora=True, bias="all").exports(ModelShape.from_config(config_of("llama")))
+
+    pairs = "it takes pairs of A and B alone, no biases"
+    assert exports.sentences == [
+        "Loads with: PEFT, transformers",
+        f"Not with vLLM: {pairs}",
+        f"Not with llama.cpp, by its converters to GGUF: {pairs}; it scales by alpha / r, not by alpha / sqrt(r)"
+        " (use_rslora)",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
 from strategies.compatibility import conflict
 from strategies.contract import Method, MethodDefaults
+from strategies.export import LOADERS
 from strategies.measure.trace import Lengths
 from strategies.shape import ModelShape
 from strategies.step.state import gather, restore
@@ -131,6 +132,10 @@ def test_training_changes_exactly_the_declared_parameters(method, model):
     assert changed == set(setup.parameters)
 
 
+def test_the_plan_knows_whether_setup_acts_between_steps(method, model):
+    assert (method.setup(model, settings()).between is not None) == method.acts_between
+
+
 def test_two_setups_with_one_seed_are_equal(method, model):
     twin = copy.deepcopy(model)
 
@@ -140,26 +145,47 @@ def test_two_setups_with_one_seed_are_equal(method, model):
         assert torch.equal(parameter, second.parameters[name])
 
 
-def test_export_is_loadable_by_plain_libraries(method, model, model_folder, tmp_path):
+def test_a_method_says_what_it_hands_back_and_of_every_engine_whether_it_loads_it(method, model):
+    exports = method.exports(ModelShape.from_config(model.config.to_dict()))
+
+    assert exports.loads_with and exports.loads_with | set(exports.cannot) == set(LOADERS)
+    assert all(len(why) > 20 for why in exports.cannot.values())
+    assert method.setup(model, settings()).export_format == exports.format
+
+
+def loads_as_trained(loader, exports, base, folder, trained):
+    """Whether an installed engine loads what lies in `folder` and computes, in one pass, what was trained to 1e-5."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
+    if loader == "transformers" and not exports.is_adapter:
+        base = AutoModelForCausalLM.from_pretrained(folder)
+    elif loader == "transformers":
+        base.load_adapter(str(folder))
+    loaded = PeftModel.from_pretrained(base, str(folder)) if loader == "peft" else base
+    trained.eval(), loaded.eval()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        return torch.allclose(loaded(ids).logits, trained(ids).logits, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("loader", ["peft", "transformers"])
+def test_engines_that_are_named_load_what_was_trained_and_others_do_not(loader, method, model, model_folder, tmp_path):
     setup = method.setup(model, settings())
     with torch.no_grad():
         for parameter in setup.parameters.values():
             parameter.add_(0.01)
+    exports, base = method.exports(ModelShape.from_config(model.config.to_dict())), base_model(method, model_folder)
 
     setup.export(tmp_path / "out")
 
-    if (tmp_path / "out" / "adapter_config.json").exists():
-        loaded = PeftModel.from_pretrained(base_model(method, model_folder), str(tmp_path / "out"))
-    else:
-        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    ids = torch.arange(20)[None]
-    setup.model.eval(), loaded.eval()
-    with torch.no_grad():
-        assert torch.allclose(loaded(ids).logits, setup.model(ids).logits, atol=1e-5)
     assert not list((tmp_path / "out").rglob("*.bin"))
+    if loader in exports.loads_with or exports.is_adapter:
+        found = loads_as_trained(loader, exports, base, tmp_path / "out", setup.model)
+        assert found == (loader in exports.loads_with)
+    else:
+        with pytest.raises(ValueError, match=r"adapter_config\.json"):
+            loads_as_trained(loader, exports, base, tmp_path / "out", setup.model)
 
 
 def test_training_goes_the_same_way_from_a_checkpoint(method, model):

@@ -14,7 +14,7 @@ def with_held_layers(cluster: ClusterCapability, plan: Plan) -> ClusterCapabilit
     for part in plan.nodes:
         if stage := part.techniques.stage:
             held.setdefault(part.node, []).append((stage.first_layer, stage.end_layer))
-    for spare in plan.stands_by:
-        held.setdefault(spare.node, []).append((spare.stage.first_layer, spare.stage.end_layer))
+    for name, stage in plan.stands_by.items():
+        held.setdefault(name, []).append((stage.first_layer, stage.end_layer))
     nodes = (replace(node, held_layers=tuple(sorted(held.get(node.name, ())))) for node in cluster.nodes)
     return replace(cluster, nodes=tuple(nodes))

@@ -13,7 +13,7 @@ from typing import Any
 from clusters.capability import ClusterCapability
 from orchestrator.planning.explain import IDLE
 from orchestrator.planning.memory_fit import host_usable_bytes
-from orchestrator.planning.plan import Plan, Spare
+from orchestrator.planning.plan import Beside, Plan
 from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from strategies.shape import ModelShape
@@ -33,18 +33,18 @@ def with_spares(plan: Plan, cluster: ClusterCapability, shape: ModelShape) -> Pl
         for node in cluster.nodes
         if node.name in plan.left_out  # those that could train
     }
-    spares: list[Spare] = []
+    spares: list[Beside] = []
     for stage in stages_by_loss(plan):
         needed = _FILE_BYTES * float(shape_of_stage(shape, stage).num_parameters)
         fitting = [name for name, usable in free.items() if usable >= needed]
         if fitting:
             name = max(fitting, key=lambda name: free[name])
-            spares.append(Spare(name, stage, needed))
+            spares.append(Beside(name, "stands by", stage=stage, num_bytes=needed))
             del free[name]
     left_out = dict(plan.left_out)
     for spare in spares:
-        left_out[spare.node] = _with_task(left_out[spare.node], f"stands by with {spare.what}")
-    return replace(plan, stands_by=tuple(spares), left_out=left_out)
+        left_out[spare.node] = _with_task(left_out[spare.node], f"stands by with {spare.stage}")
+    return replace(plan, beside=(*plan.beside, *spares), left_out=left_out)
 
 
 def stages_by_loss(plan: Plan) -> list[StagePart]:
@@ -76,14 +76,14 @@ class StandBy:
 
     def begin(self, plan: Plan, node_ids: Mapping[str, str]) -> None:
         """Start what a plan asks for and was not started before; nodes that are not there are passed over."""
-        for spare in plan.stands_by:
-            if spare.node not in node_ids or spare.node in self._calls or (spare.node, spare.stage) in self._begun:
+        for name, stage in plan.stands_by.items():
+            if name not in node_ids or name in self._calls or (name, stage) in self._begun:
                 continue
             from clusters.ray.nodes import CallOn
             from orchestrator.training.workers.stand_by import read_stage
 
-            self._begun.add((spare.node, spare.stage))
-            self._calls[spare.node] = CallOn(node_ids[spare.node], read_stage, self._run.data().model, spare)
+            self._begun.add((name, stage))
+            self._calls[name] = CallOn(node_ids[name], read_stage, self._run.data().model, stage)
 
     def poll(self) -> None:
         """Record what came of each, once."""

@@ -23,6 +23,7 @@ from orchestrator.job.secrets import SecretMissing, secret_names
 from orchestrator.planning.plan import settings_of
 from orchestrator.runs import worker_stats
 from orchestrator.runs.events import (
+    BetweenReport,
     Evaluation,
     Event,
     LearningReport,
@@ -369,6 +370,8 @@ def _metrics_of(event: Event, members: Sequence[Member]) -> dict[str, float]:
             found |= worker_stats.metrics(members, event) | busy
         case LearningReport():
             found |= {f"learnt.{name}": value for name, value in _numbers(event.extra).items()}
+        case BetweenReport():
+            found |= {f"between.{name}": value for name, value in _numbers(event.extra).items()}
         case QualityReport():
             values = {"eval_loss": event.eval_loss, **event.extra}
             found |= {f"{event.when}.{name}": value for name, value in _numbers(values).items()}

@@ -68,7 +68,7 @@ def write(
     portrait: Portrait,
 ) -> Agreement:
     """Export beside the final place, then rename; how many trained weights are on the disk as they were trained."""
-    temporary, final = run.path / f"{setup.export_name}.tmp", run.path / setup.export_name
+    temporary, final = run.path / f"{setup.export_folder}.tmp", run.path / setup.export_folder
     shutil.rmtree(temporary, ignore_errors=True)
     export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(run.data().model))
     found = agreement.on_disk(portrait, temporary, f"the {final.name}")
@@ -85,7 +85,7 @@ def check(
 
     Raises RunFailed where the two differ; then nothing is handed back.
     """
-    folder, device, is_engine = run.path / setup.export_name, context.device, bool(setup.engine)
+    folder, device, is_engine = run.path / setup.export_folder, context.device, bool(setup.engine)
     what = f"the {folder.name}"
     setup.release()
     release_cache()

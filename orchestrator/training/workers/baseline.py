@@ -16,10 +16,10 @@ from orchestrator.training.workers.setup import prepare_model
 
 
 def measure(folder: str) -> None:
-    """Evaluate the run's base model on its held-out rows, on the plan's `helper`, and write before.json."""
+    """Evaluate the run's base model on its held-out rows, on the node beside that measures, and write before.json."""
     run = RunFolder(Path(folder))
     job, plan = run.job(), run.plan()
-    part = plan.helper
+    part = plan.measuring
     held_out = loading.load_data(run)[1]
     if part is None or held_out is None:
         return

@@ -57,7 +57,7 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
         techniques = without_leaks(inner_model(model), techniques, context)
     techniques = with_loss_that_runs(model, techniques, context)
     nothing: Any = None
-    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, exported.name)
+    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, nothing)
     return measure(context, setup, techniques, load_tokenizer(str(exported), job), held_out)
 
 

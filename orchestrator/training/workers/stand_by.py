@@ -6,11 +6,11 @@ import time
 from pathlib import Path
 
 from clusters.units import format_bytes, format_s
-from orchestrator.planning.plan import Spare
 from strategies.pipeline.cut import CannotCut, touch_tensors
+from strategies.workload import StagePart
 
 
-def read_stage(model_folder: str, spare: Spare) -> str:
+def read_stage(model_folder: str, stage: StagePart) -> str:
     """What came of it, as the end of a sentence that begins with the node's name.
 
     Where the model's folder is not on this node's disk nothing is done: its bytes would have to come from another one.
@@ -19,7 +19,7 @@ def read_stage(model_folder: str, spare: Spare) -> str:
     if not folder.is_dir():
         return f"does not stand by: the model's folder {folder} is not on its disk"
     try:
-        num_bytes = touch_tensors(folder, spare.stage)
+        num_bytes = touch_tensors(folder, stage)
     except CannotCut as error:
         return f"does not stand by: {error}"
-    return f"stands by with {spare.what}: {format_bytes(num_bytes)} read in {format_s(time.perf_counter() - began)}"
+    return f"stands by with {stage}: {format_bytes(num_bytes)} read in {format_s(time.perf_counter() - began)}"

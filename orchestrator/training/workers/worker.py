@@ -76,7 +76,13 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
     job, plan, spec = context.job, context.plan, context.job.spec.train
     order = Order(len(inputs.data), plan.global_batch_size, spec.seed, spec.num_train_epochs, spec.max_steps)
     shares = agree_on_shares(context, inputs, order, progress.step)
-    if progress.before is None and progress.step == 0 and inputs.held_out and job.spec.eval.before and not plan.helper:
+    if (
+        progress.before is None
+        and progress.step == 0
+        and inputs.held_out
+        and job.spec.eval.before
+        and not plan.measuring
+    ):
         progress.before = quality.measure_first(context, inputs)
 
     # The first worker of a node counts its CPUs, each worker its own GPU.
@@ -166,7 +172,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     if context.is_first and portrait:
         checked = hand_back.check(run, context, setup, inputs.techniques, portrait)
         context.record(HandBack(checked.text))
-        found["before"] = progress.before or (quality.wait_for_helper(run, context) if context.plan.helper else None)
+        found["before"] = progress.before or (quality.wait_for_helper(run, context) if context.plan.measuring else None)
         found["after"] = after
         found["handed_back"]["check"] = checked.as_dict()
         result.write_result(run, found, outcome)

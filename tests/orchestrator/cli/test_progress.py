@@ -11,7 +11,7 @@ from orchestrator.cli.progress import Lines
 from orchestrator.job.job_file import Job, parse_job
 from orchestrator.planning.planner import make_plan
 from orchestrator.planning.workload import describe
-from orchestrator.runs.events import ModelReady, QualityReport, StateChange
+from orchestrator.runs.events import BetweenReport, ModelReady, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
 from strategies.cost.phases import Phases
 from tests.orchestrator.planning.machines import SMALL, machine
@@ -48,3 +48,10 @@ def test_a_plan_of_an_earlier_version_predicts_no_start(tmp_path):
     found = printed((StateChange("running", time=100.0), ModelReady(6.2, time=131.0)), Phases(), tmp_path)
 
     assert "model ready after 6.2 s\n" in found and "in all" not in found
+
+
+def test_what_a_method_did_between_steps_is_a_line(tmp_path):
+    event = BetweenReport.of(3, {"text": "8 of 64 channels are cut", "channels": 8})
+
+    assert event == BetweenReport(3, "8 of 64 channels are cut", extra={"channels": 8})
+    assert "\nstep 3: 8 of 64 channels are cut\n" in printed((event,), Phases(), tmp_path)

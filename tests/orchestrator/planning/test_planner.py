@@ -1,5 +1,7 @@
 """Every `auto` is resolved with a reason, from what the machines report."""
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -167,6 +169,38 @@ def test_a_plan_survives_its_file_and_its_hash_follows_its_content():
     assert Plan.from_json(made.to_json()).hash == made.hash != plan("train: {optim: sgd}\n").hash
     with pytest.raises(JobError, match="version"):
         Plan.from_json(made.to_json().replace(f'"version": {VERSION}', '"version": 0'))
+
+
+def two_nodes(held_out=HELD_OUT, more=""):
+    """A plan for one worker on two equal nodes."""
+    text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl}\ncluster: {address: auto, num_workers: 1}\n"
+    spec = parse_job(text + more, Path()).spec
+    nodes = tuple(NodeCapability(name, 4, 24 * GIB, (OLD_CPU,)) for name in ("left", "right"))
+    work, _, _ = workload.describe(spec, SMOL, [70] * 800, 800 * 30, 1)
+    return planner.make_plan(spec, work, ClusterCapability(nodes), 512, held_out, {})
+
+
+def test_a_node_that_does_not_train_measures_the_base_model_beside_it():
+    made = two_nodes()
+
+    (beside,) = made.beside
+    assert beside.does == "measures" and beside.part is made.measuring
+    assert {beside.node, made.nodes[0].node} == {"left", "right"}
+    assert beside.part.node == beside.node and beside.part.share == 0.0
+    assert "evaluates the base model meanwhile" in made.left_out[beside.node]
+    assert Plan.from_json(made.to_json()) == made
+    assert two_nodes(held_out=None).beside == two_nodes(more="eval: {before: false}\n").beside == ()
+
+
+def test_a_plan_of_an_earlier_program_names_the_node_that_measures_as_its_helper():
+    made = two_nodes()
+    written = json.loads(made.to_json())
+    (beside,) = written.pop("beside")
+
+    assert Plan.from_json(json.dumps({**written, "helper": beside["part"]})) == made
+    assert Plan.from_json(json.dumps({**written, "helper": None})) == dataclasses.replace(made, beside=())
+    with pytest.raises(JobError, match=r"beside\.0\.part"):
+        Plan.from_json(json.dumps({**written, "helper": "left"}))
 
 
 LLAMA_3B = ModelShape(3072, 28, 24, 8, 128, 8192, 128256, True)

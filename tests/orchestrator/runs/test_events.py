@@ -32,6 +32,7 @@ LINES = [
     f'{{"event": "step", "time": 1.5, {STEP}, "loss_scale": 65536.0, {WORKERS}, "slowest": 1, "bus_down_bytes": 1,'
     ' "bus_up_bytes": 2, "lane_s": {"up": 0.1}}',
     '{"event": "learnt", "time": 1.5, "step": 0, "text": "a", "bias": 0.5, "seconds": 2.0}',
+    '{"event": "between", "time": 1.5, "step": 4, "text": "a", "rank": 8}',
     '{"event": "eval", "time": 1.5, "step": 4, "eval_loss": 1.25}',
     '{"event": "checkpoint", "time": 1.5, "step": 4, "name": "step-00000004"}',
     '{"event": "last_evaluation", "time": 1.5, "rows": 8}',

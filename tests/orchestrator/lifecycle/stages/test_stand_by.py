@@ -9,7 +9,7 @@ import pytest
 from clusters.ray import nodes
 from orchestrator.data.data_files import DataFiles
 from orchestrator.lifecycle.stages.spare import StandBy
-from orchestrator.planning.plan import Spare
+from orchestrator.planning.plan import Beside
 from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from strategies.workload import StagePart
@@ -59,7 +59,7 @@ def stand_by(tmp_path, monkeypatch, request):
 
 
 def planned(stage=STAGE, node="box"):
-    return replace(plan(TINY, machine("a")), stands_by=(Spare(node, stage, 1e6),))
+    return replace(plan(TINY, machine("a")), beside=(Beside(node, "stands by", stage=stage, num_bytes=1e6),))
 
 
 def notes(run):

@@ -1,0 +1,55 @@
+"""What a method hands back, and which engines compute with it what was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+ExportFormat = Literal["peft-lora", "peft-other", "model", "own"]  # own: nobody but this program reads it
+Loader = Literal["peft", "transformers", "vllm", "llama.cpp"]
+LOADERS: tuple[Loader, ...] = get_args(Loader)
+NAMES: dict[Loader, str] = {
+    "peft": "PEFT",
+    "transformers": "transformers",
+    "vllm": "vLLM",
+    "llama.cpp": "llama.cpp, by its converters to GGUF",
+}
+EXPORT_FOLDERS = ("adapter", "model")
+
+
+@dataclass(frozen=True)
+class Export:
+    """The form of a result, and of each engine that does not load it the reason.
+
+    An engine counts where its own loader takes the folder as it is: `peft` is `PeftModel.from_pretrained` on the base,
+    `transformers` is `from_pretrained`, for an adapter `load_adapter` on the base, llama.cpp's are its converters.
+    Whether an engine knows the model's architecture is not the method's to say.
+    """
+
+    format: ExportFormat
+    cannot: Mapping[Loader, str] = field(default_factory=dict)  # engine -> why, to be read after its name
+
+    @property
+    def loads_with(self) -> frozenset[Loader]:
+        return frozenset(LOADERS) - self.cannot.keys()
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it belongs to a base model, which it does not hold."""
+        return self.format != "model"
+
+    @property
+    def sentences(self) -> list[str]:
+        """Which engines load it, and why another one does not, a line each."""
+        loads = ", ".join(NAMES[engine] for engine in LOADERS if engine in self.loads_with)
+        lines = [f"Loads with: {loads}"] if loads else []
+        return lines + [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
+
+
+def export_folder(format: ExportFormat) -> str:
+    """The folder of a run that receives it."""
+    return "model" if format == "model" else "adapter"
+
+
+WHOLE_MODEL = Export("model", {"peft": "it is a whole model, and PEFT puts adapters onto one"})
