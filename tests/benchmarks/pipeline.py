@@ -283,7 +283,8 @@ def wire(steps: int, seeds: int) -> None:
         change = statistics.mean(one - other for one, other in zip(found, base, strict=True))
         print(
             f"{form:<9} {'  '.join(f'{loss:.4f}' for loss in found)}   mean {statistics.mean(found):.4f}"
-            f" ({change:+.4f})   {sent / 1e6:.1f} MB sent by the last stage"
+            f" ({change:+.4f})   {sent / 1e6:.1f} MB sent by the last stage",
+            flush=True,
         )
 
 
