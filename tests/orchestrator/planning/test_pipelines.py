@@ -176,7 +176,7 @@ def test_the_plan_says_which_layers_lie_where_and_why_a_machine_stays_out():
 
     made = plan(QWEN["14B"], replace(HOME_LAB, nodes=nodes, links=()))
 
-    said = made.reasons["strategy.pipeline"]
+    said = made.reasons["strategy.pipeline.stages"]
     for part in made.nodes:
         stage = part.techniques.stage
         assert f"layers {stage.first_layer} to {stage.end_layer - 1} on {part.node} ({part.device})" in said
