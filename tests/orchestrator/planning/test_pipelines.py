@@ -98,7 +98,7 @@ def test_a_plan_of_stages_holds_together():
     assert [part.share for part in made.nodes] == [1.0] * len(stages)
     assert [part.replica for part in made.nodes] == [0] * len(stages)
     assert all(part.memory.total_bytes <= part.memory_usable_bytes for part in made.nodes)
-    assert made.nodes[0].share_text == f"layers 0-{stages[0].end_layer - 1}"
+    assert made.nodes[0].share_text == f"layers 0 to {stages[0].end_layer - 1}"
     assert made.backend == "gloo"
     assert Plan.from_json(made.to_json()) == made
 
