@@ -118,6 +118,11 @@ class NodeCapability:
     def cpu(self) -> DeviceCapability | None:
         return next((device for device in self.devices if device.kind == "cpu"), None)
 
+    @property
+    def doubtful(self) -> list[DeviceCapability]:
+        """Devices that may be planned with and whose figures may be wrong."""
+        return [device for device in self.devices if device.doubt and device.problem is None]
+
 
 @dataclass(frozen=True)
 class ClusterCapability:

@@ -76,9 +76,8 @@ def notes(cluster: ClusterCapability) -> list[str]:
     """What a user should know before a plan is read: nodes that are not used, figures in doubt, GPUs in use."""
     texts = [f"{node} could not be probed and is not used: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
-        for device in node.devices:
-            if device.doubt:
-                texts.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
+        for device in node.doubtful:
+            texts.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
         for device in node.gpus:
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:

@@ -32,7 +32,7 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
         parts += [table, Text()]
     parts += [Text(f"{name}: {why}", style="yellow") for name, why in explain_unusable(cluster).items()]
     parts += [Text(text, style="dim") for text in (*_missing(cluster), *_screens(cluster))]
-    doubtful = [(node, device) for node in cluster.nodes for device in node.devices if device.doubt]
+    doubtful = [(node, device) for node in cluster.nodes for device in node.doubtful]
     parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]
     parts += [Text(f"{node}: could not be probed: {reason}", style="red") for node, reason in cluster.failed.items()]
     parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))

@@ -85,6 +85,8 @@ class StagePasses:
         batches = [step.take(sample_ids) for sample_ids in micro_batches]
         work = _StepWork(self, batches, step)
         self._times, sent, received = work.times, self.bytes_sent, self.bytes_received
+        if not self._stage.is_last:
+            step.scaler.scale(work.loss)  # it makes its tensors with the first loss, and the update asks for them
         shapes = [self._shape(batch) for batch in batches]
         if not self._stage.is_first:
             self._hidden_in.expect(shapes)

@@ -30,6 +30,8 @@ class InTurn:
 
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         loss = torch.zeros((), device=self.setup.device)
+        if not micro_batches:
+            step.scaler.scale(loss)  # it makes its tensors with the first loss, and the update asks for them
         for number, sample_ids in enumerate(micro_batches, start=1):
             batch = step.take(sample_ids)
             step.begin(batch)

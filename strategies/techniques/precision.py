@@ -33,7 +33,4 @@ def gradient_scaler(device_type: str, dtype: Dtype) -> torch.amp.GradScaler:
     """Loss scaling, which fp16 needs (Micikevicius et al., arXiv 1710.03740); a pass-through for the others."""
     import torch
 
-    scaler = torch.amp.GradScaler(device_type, enabled=dtype == "float16")
-    if scaler.is_enabled():  # it makes its tensors with the first loss, and not every worker has one
-        scaler.scale(torch.zeros((), device=device_type))
-    return scaler
+    return torch.amp.GradScaler(device_type, enabled=dtype == "float16")
