@@ -130,8 +130,6 @@ class Training:
     local_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        # Its passes are recorded one by one: the third since the start, as the first ones take longer.
-        self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         setup, group = self.setup, self.group
         if setup.between and (setup.engine or setup.sharding or setup.streaming or self.local_batch_size):
             raise JobError(
@@ -139,6 +137,8 @@ class Training:
                 " stages, an optimizer that streams and local steps have no such moment: set strategy.mode: ddp,"
                 " strategy.offload: none and strategy.local_steps: null"
             )
+        # Its passes are recorded one by one: the third since the start, as the first ones take longer.
+        self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)
         self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None

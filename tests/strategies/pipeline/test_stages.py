@@ -162,7 +162,7 @@ def assert_stages_equal(folder, method, techniques, cuts, out):
         assert all(torch.equal(state.moments[name][key], held[key]) for key in held), name
 
 
-@pytest.mark.parametrize("cuts", [(2,), (1, 3)], ids=["two", "three"])
+@pytest.mark.parametrize("cuts", [pytest.param((2,), marks=pytest.mark.slow), (1, 3)], ids=["two", "three"])
 @pytest.mark.parametrize("name", METHODS)
 def test_stages_train_bit_for_bit_as_one_process(name, cuts, folders, tmp_path):
     folder = folders("llama", tie_word_embeddings=name not in ("full", "head"))
@@ -170,7 +170,9 @@ def test_stages_train_bit_for_bit_as_one_process(name, cuts, folders, tmp_path):
     assert_stages_equal(folder, METHODS[name], PADDED, cuts, tmp_path)
 
 
-@pytest.mark.parametrize("cuts", [(1,), (3,), (4,), (1, 2, 3, 4)], ids=str)
+@pytest.mark.parametrize(
+    "cuts", [*(pytest.param(one, marks=pytest.mark.slow) for one in ((1,), (3,))), (4,), (1, 2, 3, 4)]
+)
 def test_so_does_any_cut(cuts, folders, tmp_path):
     assert_stages_equal(folders("llama tied"), METHODS["lora"], PADDED, cuts, tmp_path)
 
@@ -187,7 +189,7 @@ def test_so_does_any_cut(cuts, folders, tmp_path):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("name", ["dropout", "nf4"])
+@pytest.mark.parametrize("name", ["dropout", pytest.param("nf4", marks=pytest.mark.slow)])
 def test_so_does_every_layout(name, changes, folders, tmp_path):
     assert_stages_equal(folders("llama tied"), METHODS[name], dataclasses.replace(PADDED, **changes), (2,), tmp_path)
 
