@@ -13,7 +13,6 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -26,7 +25,6 @@ from clusters.safe.cache import cache_folder
 LIMIT_S = 180  # with the import of torch on a busy machine; what hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
 _LINK_SHARE = 0.02  # for a pair of GPUs, of which eight have 28
-_DISTURBED = 0.15  # of the time in which threads could have run: an idle machine has 0 to 2 %
 _PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
 _log = logging.getLogger(__name__)
@@ -47,7 +45,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
     try:
         places = _places(node)
         devices = [
-            device if index is None else _unless_disturbed(measure_speed, device, index, seconds * _share(device))
+            device if index is None else measure_speed(device, index, seconds * _share(device))
             for device, index in places
         ]
         usable = [(device, index) for device, (_, index) in zip(devices, places, strict=True) if index is not None]
@@ -89,40 +87,6 @@ def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None
 
 def _share(device: DeviceCapability) -> float:
     return _CPU_SHARE if device.kind == "cpu" else _GPU_SHARE
-
-
-def _unless_disturbed(
-    measure: Callable[[DeviceCapability, int, float], DeviceCapability],
-    device: DeviceCapability,
-    index: int,
-    seconds: float,
-) -> DeviceCapability:
-    """Measure a device; in doubt where it is a CPU that other programs computed on meanwhile."""
-    before = _scheduled_ns()
-    measured = measure(device, index, seconds)
-    after = _scheduled_ns()
-    if device.kind != "cpu" or before is None or after is None:
-        return measured
-    ran, waited = after[0] - before[0], after[1] - before[1]
-    part = waited / max(1, ran + waited)
-    if part < _DISTURBED:
-        return measured
-    return replace(measured, doubt=f"its cores were busy with other programs for {part:.0%} of the measurement.")
-
-
-def _scheduled_ns() -> tuple[int, int] | None:
-    """Nanoseconds that this process's threads ran and that they waited for a core; None where Linux does not say.
-
-    https://docs.kernel.org/scheduler/sched-stats.html, /proc/<pid>/schedstat
-    """
-    ran = waited = 0
-    try:
-        for file in Path("/proc/self/task").glob("*/schedstat"):
-            fields = file.read_text().split()
-            ran, waited = ran + int(fields[0]), waited + int(fields[1])
-    except (OSError, ValueError, IndexError):
-        return None
-    return (ran, waited) if ran else None
 
 
 def doubt_of(device: DeviceCapability) -> str | None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,29 +138,3 @@ def test_a_cache_that_cannot_be_written_costs_only_the_memory_of_it(tmp_path, ca
     _write(tmp_path / "missing" / "x.json", look_at_this_node())
 
     assert "not cached" in caplog.text
-
-
-def test_a_cpu_measured_beside_another_program_is_in_doubt():
-    """Both on one core: each has half of it."""
-    cores, cpu = os.sched_getaffinity(0), DeviceCapability("cpu", "here", 2**30)
-    spinner = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        core = {min(cores)}
-        os.sched_setaffinity(spinner.pid, core)
-        os.sched_setaffinity(0, core)
-        found = measure._unless_disturbed(spin, cpu, 0, 1.0)
-        of_a_card = measure._unless_disturbed(spin, replace(cpu, kind="cuda"), 0, 0.1)
-    finally:
-        os.sched_setaffinity(0, cores)
-        spinner.kill()
-        spinner.wait()
-
-    assert "its cores were busy with other programs for" in found.doubt
-    assert of_a_card.doubt is None  # a card's own rates are not the host's
-
-
-def spin(device, index, seconds):
-    until = time.process_time() + seconds / 2
-    while time.process_time() < until:
-        pass
-    return device
