@@ -110,14 +110,25 @@ class GradientSum:
     before it are ready, so the number and order of collectives is the same on every worker, whatever share it has: what
     has no gradient counts as zero.  Bucketing and overlap as in PyTorch DDP (Li et al., arXiv 2006.15704).
 
-    `first` is called before a step's first bucket leaves; what it raises ends the pass, and nothing has left.
+    `first` is called before a step's first bucket leaves; what it raises ends the pass, and nothing has left.  Where
+    `holders` are given, gradients are summed among those of each layer alone.
     """
 
     def __init__(
-        self, group: ProcessGroup, parameters: Iterable[torch.nn.Parameter], first: Callable[[], None] = lambda: None
+        self,
+        group: ProcessGroup,
+        parameters: Iterable[torch.nn.Parameter],
+        first: Callable[[], None] = lambda: None,
+        holders: Sequence[Holders] | None = None,
     ) -> None:
         self._group, self._first = group, first
-        self._buckets = _buckets(list(parameters)[::-1], group.bucket_bytes) if group.size > 1 else []
+        self._buckets: list[list[torch.nn.Parameter]] = []
+        self._groups: list[ProcessGroup] = []  # of each bucket
+        whole = [(group, list(parameters))] if holders is None else [(one.group, one.parameters) for one in holders]
+        for own, shared in whole:
+            made = _buckets(shared[::-1], own.bucket_bytes) if own.size > 1 else []
+            self._buckets += made
+            self._groups += [own] * len(made)
         self._place = {parameter: at for at, bucket in enumerate(self._buckets) for parameter in bucket}
         self._armed = False
         self._missing: list[int] = []
@@ -202,63 +213,31 @@ class GradientSum:
 
     def _start_sum(self, flat: torch.Tensor) -> None:
         self.bytes_sent += flat.numel() * flat.element_size()
-        self._sent.append((flat, self._group._all_reduce(flat)))
+        self._sent.append((flat, self._groups[len(self._sent)]._all_reduce(flat)))
 
 
-class LayerSums:
-    """As `GradientSum` where replicas are cut into stages: each layer's gradients are summed among its holders alone.
+@dataclass(frozen=True)
+class Holders:
+    """The workers that hold the same layers, where replicas are cut into stages, and what trains in those."""
 
-    Makes process groups, so all workers make one together.
-    """
+    group: ProcessGroup
+    parameters: list[torch.nn.Parameter]
+    first: int  # the first of them, by its rank among all workers
 
-    def __init__(self, group: ProcessGroup, parameters: Mapping[str, torch.nn.Parameter]) -> None:
-        held = group.gather(list(parameters))
-        holders: dict[str, tuple[int, ...]] = {}
-        for rank, names in enumerate(held):
-            for name in names:
-                holders[name] = (*holders.get(name, ()), rank)
-        self._sums: list[GradientSum] = []
-        self._shared: list[tuple[int, ProcessGroup, list[torch.nn.Parameter]]] = []  # first holder, holders, weights
-        for ranks in sorted({ranks for ranks in holders.values() if len(ranks) > 1}):
-            made = dist.new_group(list(ranks))
-            if group.rank in ranks:
-                own = replace(group, rank=ranks.index(group.rank), size=len(ranks), process_group=made, replica_of=())
-                shared = [p for name, p in parameters.items() if holders[name] == ranks]
-                self._sums.append(GradientSum(own, shared))
-                self._shared.append((ranks[0], own, shared))
 
-    @property
-    def bytes_sent(self) -> int:
-        return sum(one.bytes_sent for one in self._sums)
-
-    def align(self, state_of: Callable[[torch.nn.Parameter], list[torch.Tensor]]) -> None:
-        """Let all holders of a layer continue with the weights and the optimizer's state of the first of them."""
-        for first, holders, parameters in self._shared:
-            holders.broadcast([tensor for p in parameters for tensor in state_of(p)], first)
-
-    def arm(self) -> None:
-        for one in self._sums:
-            one.arm()
-
-    def flush(self) -> None:
-        for one in self._sums:
-            one.flush()
-
-    def abandon(self) -> None:
-        for one in self._sums:
-            one.abandon()
-
-    def finish(self) -> None:
-        for one in self._sums:
-            one.finish()
-
-    def discard(self) -> None:
-        for one in self._sums:
-            one.discard()
-
-    def close(self) -> None:
-        for one in self._sums:
-            one.close()
+def holders_of(group: ProcessGroup, parameters: Mapping[str, torch.nn.Parameter]) -> list[Holders]:
+    """Those that this worker is one of, beside others.  Makes their process groups: collective."""
+    ranks_of: dict[str, tuple[int, ...]] = {}
+    for rank, names in enumerate(group.gather(list(parameters))):
+        for name in names:
+            ranks_of[name] = (*ranks_of.get(name, ()), rank)
+    found = []
+    for ranks in sorted({ranks for ranks in ranks_of.values() if len(ranks) > 1}):
+        made = dist.new_group(list(ranks))
+        if group.rank in ranks:
+            own = replace(group, rank=ranks.index(group.rank), size=len(ranks), process_group=made, replica_of=())
+            found.append(Holders(own, [p for name, p in parameters.items() if ranks_of[name] == ranks], ranks[0]))
+    return found
 
 
 def _buckets(parameters: list[torch.nn.Parameter], size_bytes: int) -> list[list[torch.nn.Parameter]]:

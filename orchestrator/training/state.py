@@ -21,7 +21,7 @@ from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
 from orchestrator.training.local_steps import LocalSteps
 from orchestrator.training.memory import fallback
-from orchestrator.training.parallel import GradientSum, LayerSums, ProcessGroup
+from orchestrator.training.parallel import GradientSum, ProcessGroup, holders_of
 from orchestrator.training.repair import Updates
 from orchestrator.training.shares import Shares
 from strategies.pipeline.layer_randomness import LayerRandomness
@@ -150,10 +150,9 @@ class Training:
         self.random = LayerRandomness(setup.model)
         self.feed = Feed(self.data, self.techniques.packing, self.device)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
-        if self.techniques.stage:
-            self.gradients: GradientSum | LayerSums = LayerSums(group, setup.parameters)
-        else:
-            self.gradients = GradientSum(group, [] if setup.engine else setup.summed, self.updates.check)
+        self.holders = holders_of(group, setup.parameters) if self.techniques.stage else None
+        own = [] if setup.engine else setup.summed
+        self.gradients = GradientSum(group, own, self.updates.check, self.holders)
 
     @property
     def bytes_sent(self) -> int:
@@ -221,7 +220,8 @@ class Training:
 
     def align(self) -> None:
         """Let all workers that hold the same weights continue with those of the first of them.  Collective."""
-        if isinstance(self.gradients, LayerSums):
-            self.gradients.align(self._with_state)
+        if self.holders is not None:
+            for one in self.holders:
+                one.group.broadcast([tensor for p in one.parameters for tensor in self._with_state(p)], one.first)
         elif not self.setup.sharding:
             self.group.broadcast(self.replicated(), 0)

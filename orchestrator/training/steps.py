@@ -259,7 +259,7 @@ def _learn(training: Training, samples: StepSamples) -> None:
             learnt = _learn_once(training, sample_ids)
         if shortage.reason is not None:
             training.use_less_memory(shortage.reason)
-    training.hooks.record(LearningReport(samples.step, learnt["text"], extra=learnt))
+    training.hooks.record(LearningReport.of(samples.step, learnt))
     training.hooks.note(learnt["text"])
     training.group.broadcast(training.replicated(), 0)
 

@@ -10,27 +10,24 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from strategies.step.passes import InTurn
 from strategies.step.step import forward_backward
 from strategies.step.supervised_logits import Batch, loss_sum
-from strategies.train_setup import StepPasses, TrainSetup
+from strategies.train_setup import StepPasses
 from strategies.workload import Techniques
 
 T = TypeVar("T")
 
 
 @dataclass
-class EvenPasses:
+class EvenPasses(InTurn):
     """`Passes` of workers that divide the weights; every call is made by all of them together.
 
-    What runs out of memory is not repeated: the others wait inside that very pass.
+    What runs out of memory is not repeated: the others wait inside that very pass.  Gradients and their norm are
+    DeepSpeed's own, in its update.
     """
 
-    setup: TrainSetup
     wire: torch.device  # where tensors must lie to be sent
-
-    @property
-    def sends_back(self) -> bool:
-        return False
 
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         loss = torch.zeros((), device=self.setup.device)
@@ -49,20 +46,8 @@ class EvenPasses:
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
         return loss_sum(self.setup.model, batch, techniques.loss_type)  # the weights are in that precision already
 
-    def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        return self.setup.model(input_ids=ids_BT, use_cache=False).logits
-
     def generate(self, **arguments: Any) -> torch.Tensor:
-        return self.setup.model.generate(**arguments, synced_gpus=True)  # type: ignore[operator]
-
-    def gradient_norm(self) -> torch.Tensor:
-        raise NotImplementedError("DeepSpeed's update measures it")
-
-    def spread_overflow(self) -> None:
-        """DeepSpeed's sums hold it already."""
-
-    def times(self) -> None:
-        """DeepSpeed's workers wait inside its passes."""
+        return super().generate(**arguments, synced_gpus=True)
 
     def _even(self, batches: Sequence[list[T]]) -> list[list[T]]:
         if dist.get_world_size() == 1:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from clusters.safe.reading import read_json
 from strategies.model.architecture import Architecture, architecture_of, build
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSetup
@@ -71,9 +72,16 @@ def load_stage(folder: Path, stage: StagePart, load: Loader) -> Any:
 
 
 def read_tensors(folder: Path) -> Callable[[Callable[[str], bool]], dict[str, torch.Tensor]]:
-    """Reads the tensors of a folder's safetensors whose names are wanted, mapped into memory.  Raises CannotCut."""
-    files = sorted(folder.glob("*.safetensors"))
-    if not files:
+    """Reads the tensors of a model folder whose names are wanted, mapped into memory.  Raises CannotCut.
+
+    Of the files that transformers would load: a folder may hold the same weights in its authors' form as well.
+    """
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        files = [single]
+    elif index.is_file():
+        files = sorted({folder / name for name in read_json(index)["weight_map"].values()})
+    else:
         raise CannotCut(f"{folder} holds no safetensors: a stage reads only its own tensors, which needs that form")
 
     def read(is_wanted: Callable[[str], bool]) -> dict[str, torch.Tensor]:
@@ -217,23 +225,29 @@ def owners(whole: Any, built: Architecture) -> dict[str, Callable[[StagePart], b
     return found
 
 
-def keep_own(setup: TrainSetup, stage: StagePart) -> TrainSetup:
+def keep_own(setup: TrainSetup, stage: StagePart) -> None:
     """Take out of a training of the whole what other stages train; `names` keeps what all of them do."""
-    inner = inner_model(setup.model)
     setup.names = frozenset(setup.parameters.keys() | setup.buffers.keys())
     setup.parameters = {name: p for name, p in setup.parameters.items() if not p.is_meta}
     setup.buffers = {name: held for name, held in setup.buffers.items() if not held.is_meta}
     for group in setup.optimizer.param_groups:
         group["params"] = [p for p in group["params"] if not p.is_meta]
-    built = architecture_of(inner)
-    layers = inner.get_submodule(built.layers)
+    take_out_others(inner_model(setup.model), stage)
+
+
+def take_out_others(model: Any, stage: StagePart) -> None:
+    """Replace what other stages have: layers by a passage, the embedding by what arrives, the end by nothing.
+
+    Raises CannotCut where something that this stage needs has no weights.
+    """
+    built = architecture_of(model)
+    layers = model.get_submodule(built.layers)
     for number, layer in enumerate(layers):
         if not stage.first_layer <= number < stage.end_layer:
             layers[number] = Passage(layer)
-    for name, owns in owners(inner, built).items():
+    for name, owns in owners(model, built).items():
         if not owns(stage):
-            is_embedding = inner.get_submodule(name) is inner.get_input_embeddings()
-            inner.set_submodule(name, Received() if is_embedding else torch.nn.Identity())
-    if left := [name for name, tensor in (*inner.named_parameters(), *inner.named_buffers()) if tensor.is_meta]:
-        raise CannotCut(f"the stage of layers {stage.first_layer} to {stage.end_layer - 1} lacks {left[0]}")
-    return setup
+            is_embedding = model.get_submodule(name) is model.get_input_embeddings()
+            model.set_submodule(name, Received() if is_embedding else torch.nn.Identity())
+    if left := [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]:
+        raise CannotCut(f"the stage of {stage} lacks {left[0]}")

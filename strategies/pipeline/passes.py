@@ -46,8 +46,8 @@ class StagePasses:
     `names` are all trained tensors of the model in their order.
     """
 
-    def __init__(self, setup: TrainSetup, neighbours: StagePlace, names: Sequence[str]) -> None:
-        stage, self._ranks, self._group = neighbours.stage, list(neighbours.ranks), neighbours.group
+    def __init__(self, setup: TrainSetup, place: StagePlace, names: Sequence[str]) -> None:
+        stage, self._ranks, self._group = place.stage, list(place.ranks), place.group
         self._setup, self._stage, self._names = setup, stage, list(names)
         inner = inner_model(setup.model)
         self._decoder = inner.get_decoder()

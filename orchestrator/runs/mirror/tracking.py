@@ -335,14 +335,14 @@ class _Sender(_Store):
         from mlflow.entities import Metric
 
         events, offset = self.run.events(self.sent.offset)
-        plan = self.run.plan() if any(isinstance(event, StepReport | PredictionReport) for event in events) else None
+        plan = self.run.plan() if any(map(_tells_of_stages, events)) else None
         metrics = []
         for event in events:
             if isinstance(event, WorkerGroup):
                 self.sent.members = [{"node": one.node, "device": one.device} for one in event.members]
             when_ms, step = int(event.time * 1000), getattr(event, "step", None) or 0
             numbers = _metrics_of(event, [Member(**one) for one in self.sent.members])
-            if plan and plan.techniques.stage and isinstance(event, StepReport | PredictionReport):
+            if plan and plan.techniques.stage and _tells_of_stages(event):
                 numbers |= worker_stats.stage_metrics(plan, event if isinstance(event, StepReport) else None)
             metrics += [Metric(name, float(value), when_ms, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), _METRICS_A_CALL):
@@ -359,6 +359,11 @@ class _Sender(_Store):
                 continue
             folder = str(Path(*relative.parts[:-1])) if len(relative.parts) > 1 else None
             self.send_file(run_id, file, folder)
+
+
+def _tells_of_stages(event: Event) -> bool:
+    """Whether a plan with stages says more of it: of a step in stages, or of the end of any run."""
+    return isinstance(event, PredictionReport) or (isinstance(event, StepReport) and event.stage_busy_s is not None)
 
 
 def _metrics_of(event: Event, members: Sequence[Member]) -> dict[str, float]:

@@ -87,6 +87,7 @@ def train_in_stages(*replicas, stops_after=None):
                 stage = StagePart(index, len(edges) - 1, first, end, ahead=1)
                 techniques = dataclasses.replace(plan.techniques, stage=stage)
                 own = {"techniques": techniques, "share": 1 / len(replicas), "replica": number}
+                own["device"] = plan.nodes[0].device + " of another kind" * number  # which are aligned when they save
                 parts.append(dataclasses.replace(plan.nodes[0], **own))
         run.keep("plan.json", dataclasses.replace(plan, nodes=tuple(parts)).to_json())
         run_ranks(part_of_group, len(parts), run.path, stops_after)

@@ -7,10 +7,11 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from strategies.families import FAMILIES
 from strategies.model.architecture import architecture_of
-from strategies.pipeline.cut import CannotCut, Received, assemble, owners, touch_tensors
+from strategies.pipeline.cut import CannotCut, assemble, read_tensors, take_out_others, touch_tensors
 from strategies.workload import StagePart
 from tests.strategies.test_families import DECODERS, built, random_config
 
@@ -27,21 +28,6 @@ def stage_model(config, weights, stage):
     return assemble(whole, stage, load, lambda is_wanted: {n: t for n, t in weights.items() if is_wanted(n)})
 
 
-def strip(model, stage):
-    from strategies.pipeline.cut import Passage
-
-    built_of = architecture_of(model)
-    layers = model.get_submodule(built_of.layers)
-    for number, layer in enumerate(layers):
-        if not stage.first_layer <= number < stage.end_layer:
-            layers[number] = Passage(layer)
-    for name, owns in owners(model, built_of).items():
-        if not owns(stage):
-            is_embedding = model.get_submodule(name) is model.get_input_embeddings()
-            model.set_submodule(name, Received() if is_embedding else torch.nn.Identity())
-    return model
-
-
 def difference(config):
     """The largest difference of logits and of one gradient, in one piece and in two stages."""
     torch.manual_seed(0)
@@ -49,7 +35,9 @@ def difference(config):
     num_layers = architecture_of(model).num_layers
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     stages = [StagePart(0, 2, 0, 1), StagePart(1, 2, 1, num_layers)]
-    lower, upper = (strip(stage_model(config, weights, stage), stage).eval() for stage in stages)
+    lower, upper = (stage_model(config, weights, stage).eval() for stage in stages)
+    for part, stage in zip((lower, upper), stages, strict=True):
+        take_out_others(part, stage)
     mask = torch.ones_like(IDS)
     expected = model(IDS, attention_mask=mask, use_cache=False).logits
     hidden = lower.get_decoder()(IDS, attention_mask=mask, use_cache=False).last_hidden_state
@@ -61,6 +49,17 @@ def difference(config):
     name = next(n for n, p in lower.named_parameters() if ".0." in n and p.dim() == 2)
     gradients = [dict(one.named_parameters())[name].grad for one in (model, lower)]
     return max((one - other).detach().abs().max().item() for one, other in ((expected, found), gradients))
+
+
+def test_only_the_files_that_transformers_loads_are_read(tmp_path):
+    torch.manual_seed(0)
+    model = built(random_config("llama", 0), "cpu")
+    model.save_pretrained(tmp_path)
+    wrong = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    save_file(wrong, tmp_path / "consolidated.safetensors")
+    layers = read_tensors(tmp_path)(lambda name: ".layers." in name)
+
+    assert layers and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in layers.items())
 
 
 @pytest.mark.parametrize("name", DECODERS)

@@ -203,39 +203,44 @@ PROMPT = torch.tensor([[0, 0, 5, 9, 14], [7, 3, 2, 8, 60], [0, 4, 4, 31, 2]])
 ANSWER = {"max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": [3, 77], "do_sample": False, "use_cache": True}
 
 
-def answering(rank, size, port, folder, out):
+def answering(rank, size, port, folder, method, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     techniques = dataclasses.replace(PADDED, stage=stage_of(rank, (1, 3)))
-    setup = set_up(folder, METHODS["lora"], techniques, range(size))
+    setup = set_up(folder, method, techniques, range(size))
     train(setup, techniques)
     with torch.no_grad():
         ids = setup.passes.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **ANSWER)
     held = gather(setup)
     if rank == 0:
-        setup.export(out / "adapter", held.weights)
+        setup.export(out / "found", held.weights)
     torch.save(ids, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("family", ["llama tied", "gemma3_text"])
-def test_stages_answer_token_for_token_and_hand_back_the_adapter_of_one_process(family, folders, tmp_path):
-    folder = folders(family)
-    setup = set_up(folder, METHODS["lora"], PADDED)
+@pytest.mark.parametrize(
+    ("family", "name"),
+    [("llama tied", "lora"), ("gemma3_text", "lora"), ("llama tied", "dora"), ("llama", "head"), ("llama", "full")],
+)
+def test_stages_answer_token_for_token_and_hand_back_what_one_process_does(family, name, folders, tmp_path):
+    folder, method = folders(family), METHODS[name]
+    setup = set_up(folder, method, PADDED)
     train(setup, PADDED)
     with torch.no_grad():
         expected = setup.model.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **ANSWER)
     setup.export(tmp_path / "expected", None)
 
-    run_ranks(answering, 3, folder, tmp_path)
+    run_ranks(answering, 3, folder, method, tmp_path)
 
     for rank in range(3):
         assert torch.load(tmp_path / f"{rank}.pt").tolist() == expected.tolist()
-    whole, found = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("expected", "adapter"))
+    stem = "model" if name == "full" else "adapter_model"
+    whole, found = (load_file(tmp_path / part / f"{stem}.safetensors") for part in ("expected", "found"))
     assert whole.keys() == found.keys()
     assert all(torch.equal(whole[name], found[name]) for name in whole)
-    configs = [json.loads((tmp_path / name / "adapter_config.json").read_text()) for name in ("expected", "adapter")]
+    file = "config.json" if name == "full" else "adapter_config.json"
+    configs = [json.loads((tmp_path / part / file).read_text()) for part in ("expected", "found")]
     for config in configs:
-        config["target_modules"].sort()
-        del config["base_model_name_or_path"]  # the run's export writes it
+        config.get("target_modules", []).sort()
+        config.pop("base_model_name_or_path", None)  # the run's export writes it
     assert configs[0] == configs[1]
