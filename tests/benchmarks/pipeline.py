@@ -3,6 +3,7 @@
     python tests/benchmarks/pipeline.py simulation     virtual stages, 2 and 3 processes of this machine
     python tests/benchmarks/pipeline.py overhead       one stage beside plain micro-batches
     python tests/benchmarks/pipeline.py wire           held-out loss after training, by the form of hidden states
+    python tests/benchmarks/pipeline.py links          three unequal machines, emulated links, other ways (needs root)
 
 simulation: the executor that trains, on a tiny model whose layers sleep in place of large ones; a stage's seconds are
 its sleeps and what the tiny model takes by itself, measured before.  The link is the loopback.
@@ -104,9 +105,12 @@ def llama(folder: Path, layers: int, width: int, vocabulary: int, seed: int = 0)
     return folder
 
 
+def settings_of(techniques: Techniques, learning_rate: float = 1e-3) -> TrainSettings:
+    return TrainSettings(learning_rate, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, techniques, seed=1)
+
+
 def set_up(folder: Path, method: Any, stage: StagePart | None, learning_rate: float = 1e-3) -> TrainSetup:
-    techniques = replace(TECHNIQUES, stage=stage)
-    settings = TrainSettings(learning_rate, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, techniques, seed=1)
+    settings = settings_of(replace(TECHNIQUES, stage=stage), learning_rate)
     arguments: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "sdpa"}
     if stage is None:
         from transformers import AutoModelForCausalLM
@@ -290,7 +294,7 @@ def wire(steps: int, seeds: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("simulation", "overhead", "wire"))
+    parser.add_argument("what", choices=("simulation", "overhead", "wire", "links"))
     parser.add_argument("--steps", type=int, default=120, help="of each training of `wire`")
     parser.add_argument("--seeds", type=int, default=3)
     options = parser.parse_args()
@@ -298,6 +302,10 @@ def main() -> None:
         simulation()
     elif options.what == "overhead":
         overhead()
+    elif options.what == "links":
+        from tests.benchmarks.pipeline_links import report
+
+        report()
     else:
         wire(options.steps, options.seeds)
 

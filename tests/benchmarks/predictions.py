@@ -3,6 +3,7 @@
     python tests/benchmarks/predictions.py published [--table FILE.csv] [--worst 20]
     python tests/benchmarks/predictions.py traced          the tracer against real allocations on this CPU
     python tests/benchmarks/predictions.py cpu             time and memory of a grid of real runs on this CPU
+    python tests/benchmarks/predictions.py again           several runs of one job, what each plan said beside it
     python tests/benchmarks/predictions.py card FILE.json  what tests/first_contact.py measured on a card
 
 Published rows come from other trainers; what those do differently is put into the footprint and the work (stacks.py),
@@ -16,6 +17,7 @@ import itertools
 import json
 import statistics
 import sys
+import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
@@ -242,6 +244,23 @@ def card(file: Path) -> None:
     judge(found)
 
 
+def again(runs: int) -> None:
+    """The same job several times in an empty folder: the first plan knows the probe's figures, later ones the runs."""
+    from tests.processes import orchestrator
+
+    job = ["quickstart", "--set", "train.max_steps=16", "--set", "data.eval=null", "--json"]
+    with tempfile.TemporaryDirectory() as folder:
+        for number in range(1, runs + 1):
+            done = orchestrator("submit", *job, cwd=folder, check=0, OMP_NUM_THREADS=None)
+            time = json.loads(done.stdout)["result"]["time"]
+            predicted_s, measured_s = time["predicted_step_s"], time["measured_step_s"]
+            print(
+                f"run {number}: {predicted_s:.2f} s a step predicted, {measured_s:.2f} measured"
+                f" ({predicted_s / measured_s - 1:+.1%})",
+                flush=True,
+            )
+
+
 def judge(found) -> None:
     """Mean errors, and how well the predicted order agrees with the measured one."""
     from scipy.stats import kendalltau
@@ -258,16 +277,19 @@ def judge(found) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["published", "traced", "cpu", "card"])
+    parser.add_argument("what", choices=["published", "traced", "cpu", "again", "card"])
     parser.add_argument("file", type=Path, nargs="?", help="card: what tests/first_contact.py wrote")
     parser.add_argument("--table", type=Path)
     parser.add_argument("--worst", type=int, default=20)
+    parser.add_argument("--runs", type=int, default=3, help="again: of the same job")
     parser.add_argument("--out", type=Path, help="cpu: write every run as JSON")
     asked = parser.parse_args()
     if asked.what == "traced":
         traced()
     if asked.what == "cpu":
         cpu(asked.out)
+    if asked.what == "again":
+        again(asked.runs)
     if asked.what == "card":
         if asked.file is None:
             parser.error("card: give the file that tests/first_contact.py wrote")

@@ -120,7 +120,7 @@ class EmulatedCluster:
             (folder / part).mkdir(parents=True)
         Path("/tmp/ray").mkdir(exist_ok=True)
         for controller in _CONTROLLERS:
-            self._cgroup(name, controller).mkdir(exist_ok=True)
+            self.cgroup(name, controller).mkdir(exist_ok=True)
         if self.machines[name].memory_bytes:
             self.limit_memory(name, self.machines[name].memory_bytes or 0)
         inside = (
@@ -130,7 +130,7 @@ class EmulatedCluster:
             " mount -t cgroup -o memory cgroup /sys/fs/cgroup/memory;"
             f" touch {folder}/up; exec sleep infinity"
         )
-        joins = "; ".join(f"echo $$ > {self._cgroup(name, c)}/tasks" for c in _CONTROLLERS)
+        joins = "; ".join(f"echo $$ > {self.cgroup(name, c)}/tasks" for c in _CONTROLLERS)
         command = (
             f"{joins}; exec ip netns exec {self._namespace(name)} unshare -m -u -p -f --mount-proc --kill-child=KILL"
             f" bash -c {shlex.quote(inside)}"
@@ -152,7 +152,7 @@ class EmulatedCluster:
             **self.machines[name].env,
             **(env or {}),
         }
-        joins = "; ".join(f"echo $$ > {self._cgroup(name, c)}/tasks" for c in _CONTROLLERS)
+        joins = "; ".join(f"echo $$ > {self.cgroup(name, c)}/tasks" for c in _CONTROLLERS)
         enter = ["nsenter", "-t", str(self._first(name)), "-m", "-u", "-n", "-p", "--", "env", "-C", str(cwd), *argv]
         return subprocess.Popen(
             ["bash", "-c", f"{joins}; exec {shlex.join(enter)}"], env=variables, start_new_session=True, **popen
@@ -168,10 +168,10 @@ class EmulatedCluster:
 
     def freeze(self, name: str) -> None:
         """The machine hangs: its processes stand still, its connections stay open."""
-        (self._cgroup(name, "freezer") / "freezer.state").write_text("FROZEN")
+        (self.cgroup(name, "freezer") / "freezer.state").write_text("FROZEN")
 
     def thaw(self, name: str) -> None:
-        (self._cgroup(name, "freezer") / "freezer.state").write_text("THAWED")
+        (self.cgroup(name, "freezer") / "freezer.state").write_text("THAWED")
 
     def set_link(self, name: str, **changes: Any) -> None:
         """rate (bits/s), delay (s), jitter (s), loss (0..1), up: what is given changes."""
@@ -182,18 +182,18 @@ class EmulatedCluster:
         self._tell({"op": "cut", "between": [self.address(first), self.address(second)], "is_cut": is_cut})
 
     def limit_memory(self, name: str, num_bytes: int) -> None:
-        (self._cgroup(name, "memory") / "memory.limit_in_bytes").write_text(str(num_bytes))
+        (self.cgroup(name, "memory") / "memory.limit_in_bytes").write_text(str(num_bytes))
 
     def slow_down(self, name: str, fraction: float) -> None:
         """Of one core; 0 lifts the limit."""
-        group = self._cgroup(name, "cpu")
+        group = self.cgroup(name, "cpu")
         (group / "cpu.cfs_period_us").write_text(str(_PERIOD_US))
         (group / "cpu.cfs_quota_us").write_text(str(int(fraction * _PERIOD_US)) if fraction else "-1")
 
     def pids(self, name: str) -> list[int]:
         """Processes of a machine, by the numbers of this one."""
         with contextlib.suppress(FileNotFoundError):
-            return [int(pid) for pid in (self._cgroup(name, "freezer") / "cgroup.procs").read_text().split()]
+            return [int(pid) for pid in (self.cgroup(name, "freezer") / "cgroup.procs").read_text().split()]
         return []
 
     def _kill_rest(self, name: str) -> list[int]:
@@ -214,7 +214,7 @@ class EmulatedCluster:
         for name in self.machines:
             subprocess.run(["ip", "netns", "del", self._namespace(name)], check=False, capture_output=True)
             for controller in _CONTROLLERS:
-                _until(partial(_removed, self._cgroup(name, controller)), 10, f"{name}'s cgroup is busy")
+                _until(partial(_removed, self.cgroup(name, controller)), 10, f"{name}'s cgroup is busy")
         Path(self._socket).unlink(missing_ok=True)
 
     def _tell(self, command: dict[str, Any]) -> None:
@@ -230,7 +230,8 @@ class EmulatedCluster:
     def _namespace(self, name: str) -> str:
         return f"{self._tag}-{name}"
 
-    def _cgroup(self, name: str, controller: str) -> Path:
+    def cgroup(self, name: str, controller: str) -> Path:
+        """The folder of a machine's control group."""
         return _CGROUPS / controller / f"{self._tag}-{name}"
 
 
