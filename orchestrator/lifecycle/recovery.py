@@ -302,11 +302,12 @@ class Recovery:
         from clusters.ray import nodes
 
         began = time.monotonic()
+        idle = {node.name for node in self.capability.nodes if node.num_slots == 0}  # a head that does not train
         while decision.act in (Act.ASK_NODES, Act.WAIT):
             if decision.act is Act.WAIT:
                 time.sleep(_ASK_EVERY_S)
-            answering = nodes.answering(nodes.present())
-            decision = self._decide(policy.Answers(frozenset(answering), time.monotonic() - began))
+            answering = frozenset(nodes.answering(nodes.present())) - idle
+            decision = self._decide(policy.Answers(answering, time.monotonic() - began))
         return self.plan if decision.act is Act.CONTINUE else self._plan_with(decision.nodes)
 
     def _plan_with(self, names: frozenset[str]) -> Plan:

@@ -46,6 +46,7 @@ def layers(plan):
 
 def in_training(lab, **changes):
     """A run that has trained some steps past a checkpoint, the nodes of its stages, and the one that stands by."""
+    lab.until_up(NAMES)
     process, run = submit(lab, **changes)
     wait_for_step(run, AT_STEP, process)
     plan = run.plan()
@@ -86,8 +87,10 @@ def test_a_stage_that_hangs(lab, reference):
     name = list(layers(plan))[-1]
     began = time.time()
     lab.cluster.freeze(name)
-    finished(process, run)
-    lab.cluster.thaw(name)
+    try:
+        finished(process, run)
+    finally:
+        lab.cluster.thaw(name)
 
     assert set(layers(run.plan())) == set(NAMES) - {name}
     compare(run, reference, exact=False, rel=1e-6)
@@ -102,9 +105,11 @@ def test_a_stage_lost_for_good_goes_to_the_machine_that_stood_by(lab, reference)
     lost = next(node for node, own in layers(plan).items() if own == lost_range)
     began = time.time()
     lab.power_off(lost)
-    finished(process, run)
-    lab.cluster.boot(lost)
-    lab.start(lost)
+    try:
+        finished(process, run)
+    finally:
+        lab.cluster.boot(lost)
+        lab.start(lost)
 
     assert layers(run.plan()) == {node: own for node, own in layers(plan).items() if node != lost} | {spare: lost_range}
     assert any(event.text.startswith(f"{spare} stands by with") for event in events(run, "note"))

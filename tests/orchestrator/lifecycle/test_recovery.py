@@ -163,6 +163,18 @@ def test_a_node_that_comes_back_in_time_trains_on_by_the_same_plan(start):
     assert 110.0 <= cluster.now < 112.0
 
 
+def test_a_head_that_gives_no_slot_is_nobody_to_plan_with(start):
+    head = replace(machine("head", "RTX 3090"), num_slots=0)
+    recovery, cluster, said = start(head, planned=(FAST, SLOW))
+    recovery.capability = ClusterCapability((head, FAST, SLOW))
+    cluster.later[300.0] = lambda: cluster.nodes.update(fast=FAST)
+
+    rest = recovery.at_start()
+
+    assert names(rest) == ("fast",) and cluster.now == 300.0
+    assert said == ["fast, slow does not answer; waiting 40 s"]
+
+
 def test_a_node_that_joins_and_makes_it_faster_has_the_run_planned_again(start):
     recovery, cluster, said = start(SLOW, FAST, planned=(SLOW,))
 
