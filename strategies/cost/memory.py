@@ -185,7 +185,7 @@ def saved_per_token(
     footprint: Footprint,
     stack: Stack,
     attended: float,
-    batches_short: bool = False,
+    on_cpu: bool = False,
 ) -> float:
     """What one layer keeps for its backward pass, per token; `attended` is how many tokens a token may look at."""
     g, e = BYTES_PER_ELEMENT[techniques.dtype], footprint.stream_bytes
@@ -215,7 +215,9 @@ def saved_per_token(
             attention += heads * attended * g
     elif (len(family.attention) == 2 and family.positions is None) or stack.fuses_values:
         attention += g * (q + k)  # the values are a view of the fused map's output and keep all of it
-    if techniques.attn_implementation == "document" and batches_short and attended <= SHORT and g < 4:
+    if on_cpu and shape.attention_dropout and not is_eager:  # no fused kernel drops: products in fp32, as eager ones
+        attention += heads * attended * 12 + (4 - g) * (q + 2 * k)  # softmax, mask, what is left; queries, keys, values
+    elif techniques.attn_implementation == "document" and on_cpu and attended <= SHORT and g < 4:
         attention += heads * attended * (4 + 2 * g) + g * (q + 2 * k)  # short documents share a product: scores, copies
     if shape.num_experts:
         mlp = (3 * f + shape.num_experts_per_token * 2 * h) * g
@@ -237,13 +239,13 @@ def activation_bytes(
     footprint: Footprint,
     stack: Stack,
     tokens: float,
-    batches_short: bool = False,
+    on_cpu: bool = False,
 ) -> tuple[float, float]:
     """(kept from forward to backward, alive beside it while one layer is recomputed or run backward)."""
     shape = workload.shape
     layers = shape.num_layers - footprint.first_layer
     attended = min(workload.attended_length if techniques.packing else workload.longest_sample, techniques.max_length)
-    layer = tokens * saved_per_token(shape, techniques, footprint, stack, attended, batches_short)
+    layer = tokens * saved_per_token(shape, techniques, footprint, stack, attended, on_cpu)
     g = BYTES_PER_ELEMENT[techniques.dtype]
     kernels = stack.kernels(techniques)
     widths = _GRADIENTS_OF_F[kernels]
