@@ -18,7 +18,7 @@ pytestmark = [
     pytest.mark.timeout(3600),
 ]
 NAMES = ("one", "two", "three")
-SPEEDS = (1.0, 0.6, 0.3)  # of a core each
+SPEEDS = (1.0, 0.7, 0.5)  # of a core each
 MEMORY_BYTES = 2 * 2**30  # of a machine, of which Ray's own processes take a quarter and a worker's libraries another
 SMALL_JOB = """\
 name: larger-than-a-machine
@@ -45,7 +45,7 @@ def test_the_quick_start_through_three_unequal_stages(tmp_path, model_folder):
             lab.cluster.slow_down(name, speed)
         address = f"cluster.address={lab.cluster.address('head')}:6379"
         ways = {
-            "stages": ("strategy.mode=pipeline", "strategy.pipeline.stages=3"),
+            "stages": ("strategy.mode=pipeline", "strategy.pipeline.stages=3", "strategy.shares=planned"),
             "alone": ("cluster.num_workers=1",),
         }
         matches, stages = {}, {}
