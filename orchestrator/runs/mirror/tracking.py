@@ -36,7 +36,7 @@ from orchestrator.runs.events import (
 )
 from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, knock
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.runs.search_folder import SearchFolder, Trial, read_trials
+from orchestrator.runs.search_folder import Concluded, SearchFolder, Trial, read_trials
 
 _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
@@ -259,20 +259,20 @@ class _Store:
 class _SearchSender(_Store):
     def send(self) -> None:
         summary = SearchFolder(self.run.path).summary()
-        chosen = summary.get("recommended") or {}
+        chosen = summary.recommended if summary else None
         parent = self.open({"kind": "search"})
-        outcomes = {outcome["trial"]: outcome for outcome in summary.get("outcomes", [])}
+        outcomes = {outcome.trial: outcome for outcome in (summary.outcomes if summary else ())}
         for trial in read_trials(self.run.path / "trials.jsonl"):
             if str(trial.number) not in self.sent.trials:
                 self._send_trial(parent, trial, outcomes.get(trial.number))
         for number, run_id in self.sent.trials.items():
-            self.client.set_tag(run_id, "best", str(int(number) == chosen.get("trial")).lower())
-        for key in ("total_s", "peak_bytes", "cost", "eval_loss"):
-            if chosen.get(key) is not None:
-                self.client.log_metric(parent, f"recommended.{key}", chosen[key])
+            self.client.set_tag(run_id, "best", str(chosen is not None and int(number) == chosen.trial).lower())
         if chosen:
-            self.client.set_tag(parent, "best_trial", self.sent.trials[str(chosen["trial"])])
-            self.client.set_tag(parent, "best_combination", chosen["name"][:5000])
+            for key in ("total_s", "peak_bytes", "cost", "eval_loss"):
+                if (value := getattr(chosen, key)) is not None:
+                    self.client.log_metric(parent, f"recommended.{key}", value)
+            self.client.set_tag(parent, "best_trial", self.sent.trials[str(chosen.trial)])
+            self.client.set_tag(parent, "best_combination", chosen.name[:5000])
         for file in sorted(self.run.path.iterdir()):
             if file.is_file() and not file.name.startswith(".") and file.name not in ("stop", "tracking.json"):
                 self.send_file(parent, file)
@@ -283,7 +283,7 @@ class _SearchSender(_Store):
         self.sent.state = state
         self.sent.keep(self.run)
 
-    def _send_trial(self, parent: str, trial: Trial, outcome: dict[str, Any] | None) -> None:
+    def _send_trial(self, parent: str, trial: Trial, outcome: Concluded | None) -> None:
         """One nested run, in two calls: each takes a server 30 ms."""
         from mlflow.entities import Metric, Param
 
@@ -293,7 +293,7 @@ class _SearchSender(_Store):
         numbers = {
             **trial.quality,
             **{key: getattr(trial, key) for key in _TRIAL_NUMBERS},
-            **{f"real.{key}": (outcome or {}).get(key) for key in ("total_s", "peak_bytes", "cost")},
+            **{f"real.{key}": getattr(outcome, key, None) for key in ("total_s", "peak_bytes", "cost")},
         }
         now_ms = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now_ms, 0) for key, value in numbers.items() if value is not None]
