@@ -106,7 +106,7 @@ class Folder:
             return []
         return [line.split(" ")[0] for line in self._changed_keys(found.files[self.document], text)]
 
-    def _needed(self, name: str) -> str:
+    def _require_text(self, name: str) -> str:
         text = self._text(name)
         if text is None:
             raise JobError(

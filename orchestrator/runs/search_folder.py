@@ -134,7 +134,7 @@ class SearchFolder(RunFolder):
 
     def samples(self) -> dict[str, Samples]:
         """By max_length: where the samples lie, and which of them the trials see.  Raises JobError."""
-        return parse_record(dict[str, Samples], self._needed("data.json"), str(self.path / "data.json"))
+        return parse_record(dict[str, Samples], self._require_text("data.json"), str(self.path / "data.json"))
 
     def study(self) -> list[tuple[str, Point]]:
         """A study's list of combinations; empty for a search of its own.  Raises JobError."""

@@ -11,7 +11,6 @@ from orchestrator.job.job_file import read_job
 from orchestrator.remote import kube_submit
 from orchestrator.remote.kube_objects import check_name
 from orchestrator.remote.record import ClusterTarget, Remote
-from orchestrator.runs.run_folder import RunFolder
 from tests.conftest import SMALL_MODEL, rows, write_jsonl
 from tests.kube_api import KubeApi
 
