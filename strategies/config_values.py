@@ -81,7 +81,7 @@ class ConfigValues:
             raise ValueError(f"its {name} is {shown(value)}, neither true nor false")
         return bool(value)
 
-    def drops_out(self, *names: str) -> bool:
+    def has_dropout(self, *names: str) -> bool:
         """Whether one of these probabilities is not zero."""
         return any(self.get(name) for name in names)
 

@@ -121,8 +121,8 @@ class ModelShape:
             **_experts(config, family, layers),
             activation=_activation(config, family),
             softcap=config.get("attn_logit_softcapping") is not None,
-            dropout=config.drops_out("resid_pdrop", "residual_dropout", "hidden_dropout_prob", "dropout"),
-            attention_dropout=config.drops_out("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
+            dropout=config.has_dropout("resid_pdrop", "residual_dropout", "hidden_dropout_prob", "dropout"),
+            attention_dropout=config.has_dropout("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
         )
 
     @cached_property

@@ -88,7 +88,7 @@ class PassTimes:
 class Passes(Protocol):
     """How micro-batches go through the model.  Workers that share one copy of it make each call together.
 
-    The default is `strategies.step.passes.InTurn`.
+    The default is `strategies.step.passes.SequentialPasses`.
     """
 
     @property

@@ -64,7 +64,8 @@ class KubeApi:
         self._version, self._lock, self._loop = 0, threading.RLock(), asyncio.new_event_loop()
         self.port = free_port()
         ready = threading.Event()
-        threading.Thread(target=self._serve, args=(ready,), daemon=True).start()
+        self._thread = threading.Thread(target=self._serve, args=(ready,), daemon=True)
+        self._thread.start()
         assert ready.wait(10)
 
     def kubeconfig(self, token: str = TOKEN, namespace: str = "team") -> Path:
@@ -159,6 +160,7 @@ class KubeApi:
 
         self._loop.run_until_complete(start())
         self._loop.run_forever()
+        self._loop.close()
 
     def close(self) -> None:
         async def stop() -> None:
@@ -166,6 +168,7 @@ class KubeApi:
             self._loop.stop()
 
         asyncio.run_coroutine_threadsafe(stop(), self._loop)
+        self._thread.join(10)
 
     @web.middleware
     async def _gate(self, request: web.Request, handler: Any) -> web.StreamResponse:

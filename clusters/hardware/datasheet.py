@@ -265,7 +265,7 @@ def find(name: str, memory_bytes: int | None = None) -> Accelerator | None:
     return next(fitting, None)
 
 
-def part_reached(device: DeviceCapability) -> tuple[str, float] | None:
+def best_part_of_datasheet(device: DeviceCapability) -> tuple[str, float] | None:
     """The number format in which a device's measured products come closest to its datasheet, and how close.
 
     None where the card is not listed, or nothing of it is measured.

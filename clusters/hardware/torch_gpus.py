@@ -73,7 +73,7 @@ def index_of(device: DeviceCapability, alike: Sequence[DeviceCapability], gpus: 
     return gpus[position].index
 
 
-def judged(device: DeviceCapability, index: int | None, seen: Seen) -> DeviceCapability:
+def judge(device: DeviceCapability, index: int | None, seen: Seen) -> DeviceCapability:
     """The device with what stands against training on it, and with memory that its driver's tool did not tell."""
     if device.kind == "cpu" or device.problem is not None:
         return device

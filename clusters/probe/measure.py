@@ -17,8 +17,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
-from clusters.hardware.datasheet import part_reached
-from clusters.hardware.torch_gpus import index_of, judged, seen_by_torch
+from clusters.hardware.datasheet import best_part_of_datasheet
+from clusters.hardware.torch_gpus import index_of, judge, seen_by_torch
 from clusters.probe.machine import look_at_this_node
 from clusters.safe.cache import cache_folder
 
@@ -91,7 +91,7 @@ def _share(device: DeviceCapability) -> float:
 
 def doubt_of(device: DeviceCapability) -> str | None:
     """Why what was measured of a card may say more about the moment than about the card."""
-    found = part_reached(device)
+    found = best_part_of_datasheet(device)
     if found is None or found[1] >= _PLAUSIBLE:
         return None
     number_format, part = found
@@ -105,7 +105,7 @@ def _places(node: NodeCapability) -> list[tuple[DeviceCapability, int | None]]:
     for device in node.devices:
         alike = [other for other in node.devices if other.kind == device.kind]
         index = 0 if device.kind == "cpu" else index_of(device, alike, seen.gpus)
-        device = judged(device, index, seen)
+        device = judge(device, index, seen)
         places.append((device, index if device.problem is None else None))
         if device.problem is not None:
             _log.info("%s: not measured: %s", device.name, device.problem)

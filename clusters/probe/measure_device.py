@@ -93,7 +93,7 @@ def try_libraries(device: DeviceCapability, index: int) -> DeviceCapability:
     }
     if place.type == "cuda":
         calls["flash_attn"] = lambda: _flash_attention(place)
-    found = {name: _tried(name, call) for name, call in calls.items()}
+    found = {name: _try_library(name, call) for name, call in calls.items()}
     return replace(device, libraries={name: library for name, library in found.items() if library is not None})
 
 
@@ -198,7 +198,7 @@ def _try(what: str, measure: Callable[[], float]) -> float | None:
         return None
 
 
-def _tried(library: str, call: Callable[[], torch.Tensor | None]) -> Library | None:
+def _try_library(library: str, call: Callable[[], torch.Tensor | None]) -> Library | None:
     """Whether it is installed, loads and computes something finite; None where there was no memory left to try."""
     if importlib.util.find_spec(library) is None:
         return Library("absent")

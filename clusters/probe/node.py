@@ -40,10 +40,10 @@ def probe_node(refresh: bool = False, seconds: float = 5.0) -> NodeCapability:
     Where nothing can be measured - torch is not installed, the measuring crashed or took longer than LIMIT_S - the
     figures are None and the log (WARNING) says why.
     """
-    return _judged(_probed(refresh, seconds))
+    return _judge_gpus(_probe(refresh, seconds))
 
 
-def _probed(refresh: bool, seconds: float) -> NodeCapability:
+def _probe(refresh: bool, seconds: float) -> NodeCapability:
     asked_at = time.time()
     node = look_at_this_node()
     try:
@@ -64,11 +64,11 @@ def figures_file(hardware_hash: str | None) -> Path:
     return cache_folder("probe") / f"{hardware_hash}-{_WAY}.json"
 
 
-def _judged(node: NodeCapability) -> NodeCapability:
+def _judge_gpus(node: NodeCapability) -> NodeCapability:
     """GPUs that must not be planned with say so, also where nothing could be measured."""
     build = installed_build()
 
-    def judged(device: DeviceCapability) -> DeviceCapability:
+    def judge(device: DeviceCapability) -> DeviceCapability:
         if device.kind == "cpu" or device.problem is not None:
             return device
         problem = why_unusable(device, build) if build and not device.is_measured else None
@@ -76,7 +76,7 @@ def _judged(node: NodeCapability) -> NodeCapability:
             problem = "its memory is unknown: neither its driver's tool nor torch reports it"
         return replace(device, problem=problem)
 
-    return replace(node, devices=tuple(judged(device) for device in node.devices))
+    return replace(node, devices=tuple(judge(device) for device in node.devices))
 
 
 def _measure(
@@ -100,13 +100,13 @@ def _measure(
     except (ValueError, IndexError):
         _log.warning("measuring ended with exit status %d: %s", answer.returncode, lines[-1] if lines else "no message")
         return node
-    known = _settled(known, before) if before else known
+    known = _settle_doubts(known, before) if before else known
     if file:
         _write(file, known)
     return known
 
 
-def _settled(node: NodeCapability, before: NodeCapability) -> NodeCapability:
+def _settle_doubts(node: NodeCapability, before: NodeCapability) -> NodeCapability:
     """A card that is twice as slow as the other time is not in doubt again: it is so."""
 
     def is_as_before(now: DeviceCapability, then: DeviceCapability) -> bool:

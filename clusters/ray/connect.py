@@ -80,7 +80,7 @@ def _refuse_unreachable(address: str) -> None:
 
 
 @contextlib.contextmanager
-def _token_as_asked(address: str) -> Iterator[None]:
+def _send_token_if_wanted(address: str) -> Iterator[None]:
     """Show the token inside the block where the cluster at HOST:PORT wants one, and only there.
 
     Ray shows a token whenever this machine has one, and a cluster without tokens then starts no actor; with a wrong one
@@ -92,7 +92,7 @@ def _token_as_asked(address: str) -> Iterator[None]:
     from ray._raylet import Config, GcsClient  # pyright: ignore[reportAttributeAccessIssue]
     from ray.exceptions import AuthenticationError
 
-    def lets_in(mode: str) -> bool:
+    def is_let_in(mode: str) -> bool:
         os.environ["RAY_AUTH_MODE"] = mode
         Config.initialize("")  # Ray reads the mode once; so it does itself when it changes it
         try:
@@ -103,7 +103,7 @@ def _token_as_asked(address: str) -> Iterator[None]:
         return True
 
     try:
-        if not lets_in("disabled") and not (has_token() and lets_in("token")):
+        if not is_let_in("disabled") and not (has_token() and is_let_in("token")):
             raise RefusesToken(refusal(address))
         yield
     finally:
@@ -212,11 +212,11 @@ def _keep_quiet() -> None:
     """Ray prints what nodes say of dying workers to our standard output, where `--json` belongs."""
     from ray._private import worker
 
-    def to_the_log(data: dict[str, Any], **_: Any) -> None:
+    def log_lines(data: dict[str, Any], **_: Any) -> None:
         logging.getLogger("ray.cluster").info("%s", data.get("lines"))
 
     if hasattr(worker, "print_to_stdstream"):  # a private name of Ray 2.60
-        worker.print_to_stdstream = to_the_log
+        worker.print_to_stdstream = log_lines
 
 
 @contextlib.contextmanager
@@ -253,7 +253,7 @@ def connect(
         else:
             address = _resolved(address)
             _refuse_unreachable(address)
-            until_the_end.enter_context(_token_as_asked(address))
+            until_the_end.enter_context(_send_token_if_wanted(address))
             begin = {"address": address}
         try:
             with _on_loopback() if address == "local" else contextlib.nullcontext():

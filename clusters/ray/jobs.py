@@ -33,7 +33,7 @@ class RayJobsClient:
         """
         self.address, self._folder = address, folder
         self._printed: dict[str, int] = {}  # characters by job
-        with _shown_as_asked(address):
+        with _send_token_if_wanted(address):
             try:
                 self._client: Any = _client(address)  # takes the token with it
             except Exception as error:  # ConnectionError, RuntimeError, AuthenticationError ... by Ray's mood
@@ -109,7 +109,7 @@ def _client(address: str) -> Any:
 
 
 @contextlib.contextmanager
-def _shown_as_asked(address: str) -> Iterator[None]:
+def _send_token_if_wanted(address: str) -> Iterator[None]:
     """A token is shown only to a cluster that asks for one: it is not everybody's business."""
     if "RAY_AUTH_MODE" in os.environ:
         yield

@@ -201,7 +201,7 @@ def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     return {**_HEALTH, **kept, **own}
 
 
-def knock(head: str, timeout_s: float = 3.0) -> str | None:
+def check_reachable(head: str, timeout_s: float = 3.0) -> str | None:
     """Why HOST:PORT does not answer, None where it does."""
     host, _, port = head.rpartition(":")
     try:
@@ -222,7 +222,7 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
         signal.signal(number, node.end)
     tries = 0
     while not node.is_over:
-        if own.head and (silent := knock(own.head)):
+        if own.head and (silent := check_reachable(own.head)):
             if tries == 0:
                 say(f"{own.head} does not answer yet ({silent}); trying until it does")
             tries += 1

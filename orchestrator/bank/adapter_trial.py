@@ -38,7 +38,7 @@ class AdapterTrial:
         if data is not self._data:
             self._below.forget()
             self._data = data
-        with corrected(self.model, adapter or {}) as model, self._below.pass_by(), torch.no_grad():
+        with corrected(self.model, adapter or {}) as model, self._below.keep_outputs(), torch.no_grad():
             optimizer = torch.optim.SGD([next(model.parameters())])  # evaluation asks for none, a set-up has one
             setup = TrainSetup(model, optimizer, dict(model.named_parameters()), lambda *_: None, "model")
             return evaluate_loss(setup, data, self._techniques, ProcessGroup())

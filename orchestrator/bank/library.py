@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, parse_job
 from orchestrator.runs.condition import export_of, require_finished
+from orchestrator.runs.json_files import Values
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Adapter, fits_base
 from strategies.adapter_bank.card import AdapterCard
@@ -87,7 +87,8 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     adapter = Adapter(exported)
     fits_base(adapter, base.folder)
     data, _ = datasets(files)
-    scores = {when: numbers for when in ("before", "after") if (numbers := _numbers(result.values.get(when)))}
+    measured = {"before": result.before, "after": result.after}
+    scores = {when: numbers for when, one in measured.items() if one and (numbers := _numbers(one.values))}
     card = AdapterCard(
         name=name or bank.name_of(exported) or run.run_id,
         base_name=base.name,
@@ -132,10 +133,9 @@ def _tokenised(model: str, data: Path) -> Any:
     return prepare_data(job, folder, max_length, cache_folder("data"), lambda text: None).train
 
 
-def _numbers(quality: Any) -> dict[str, float]:
-    """The finite numbers of a quality."""
-    values = quality.items() if isinstance(quality, dict) else ()
-    return {key: value for key, value in values if type(value) in (int, float) and math.isfinite(value)}
+def _numbers(values: Values) -> dict[str, float]:
+    """The scores and the counts of a quality."""
+    return {key: value for key, value in values.items() if type(value) in (int, float)}
 
 
 def _last(name: str) -> str:

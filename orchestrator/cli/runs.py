@@ -49,7 +49,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 @verbs.command()
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Show how far a run is, and how good its result is."""
-    from orchestrator.runs.condition import damage, passed_over
+    from orchestrator.runs.condition import damage, find_skipped_lines
     from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
     from orchestrator.views.result import result_view, run_row
     from orchestrator.views.workers import stages_view, workers_view
@@ -64,7 +64,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         return
     if not found.is_locked() and (wrong := damage(found)):
         raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
-    if text := passed_over(found):
+    if text := find_skipped_lines(found):
         say(text)
     _complete_mirror(found)
     row, events = run_row(found), found.events()[0]

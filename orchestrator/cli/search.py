@@ -136,7 +136,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
                 "search": folder.run_id,
                 "path": str(folder.path),
                 "state": state,
-                **summary,
+                **(summary.values if summary else {}),
                 "trials": [*map(asdict, trials)],
             }
         )
@@ -144,7 +144,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
     job = folder.job()
     planning = planning_in(folder, job)
     done = outcomes(trials, planning.real, job.spec.search.metric)
-    recommended = (summary.get("recommended") or {}).get("trial")
+    recommended = summary.best_trial if summary else None
     out.print()
     out.print(
         trials_table(done, [trial for trial in trials if not trial.measured], recommended, planning.steps_per_epoch)

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from clusters.safe.masking import masked, masked_values
 from clusters.safe.reading import BadInput, compose_yaml, load_yaml, printable, yaml_value
 from orchestrator.errors import JobError, bad_input_as_job_error
 
@@ -73,7 +74,7 @@ def apply_overrides(document: Document, overrides: Sequence[str], mistakes: list
     """Lay `section.key=value` texts over a document, values read as YAML; adds what is wrong to `mistakes`."""
     for override in overrides:
         dotted, equals, value = override.partition("=")
-        path, label = tuple(dotted.strip().split(".")), f"--set {printable(override[:80])}"
+        path, label = tuple(dotted.strip().split(".")), f"--set {printable(masked(override)[:80])}"
         if not equals or not all(path) or len(path) > _MOST_STEPS:
             mistakes.append(f"{label}: write it as section.key=value, e.g. --set train.learning_rate=1e-4")
             continue
@@ -104,6 +105,6 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 60
 
 
 def shown(value: Any) -> str:
-    """A value as a mistake names it: one line of at most 60 characters."""
-    text = printable(_SHORT.repr(value))
+    """A value as a mistake names it: one line of at most 60 characters, its passwords masked before it is cut."""
+    text = printable(_SHORT.repr(masked_values(value)))
     return text if len(text) <= 60 else text[:57] + "..."

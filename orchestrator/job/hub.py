@@ -113,7 +113,7 @@ def find_similar(name: str) -> str | None:
 
 def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str]) -> str:
     """What the hub gives or, where it cannot be reached, its cache.  Raises JobError."""
-    trouble = cannot_reach()
+    trouble = why_unreachable()
     try:
         return find_cached() if trouble else download()
     except JobError:
@@ -127,7 +127,7 @@ def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str])
         ) from None
 
 
-def cannot_reach() -> str | None:
+def why_unreachable() -> str | None:
     """Why the hub cannot be reached; None where it can.
 
     The hub's client repeats a request to an address that it cannot reach for half a minute.

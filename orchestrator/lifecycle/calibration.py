@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,13 @@ from orchestrator.runs.json_files import StepTimes, finite
 
 _PRIOR_RUNS = 0.5  # weight of "the formulas are right", in runs: off by 25 % in the first run, by 8 % in the second
 _BELIEVABLE = (0.1, 10.0)  # beyond it something else went wrong
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """What is read of a result, of a run or of a trial."""
+
+    time: StepTimes | None = None
 
 
 def calibrated(cluster: ClusterCapability, runs: Path) -> ClusterCapability:
@@ -35,10 +42,10 @@ def ratios(results: Iterable[Mapping[str, Any]]) -> dict[tuple[str, str], float]
     logs: dict[tuple[str, str], list[float]] = {}
     for result in results:
         try:
-            times = record(StepTimes, result.get("time") or {}, "time")
-        except (BadInput, AttributeError):  # damaged: not used
+            times = record(_Measured, result, "result").time
+        except BadInput:  # damaged: not used
             continue
-        if not times.formula_step_s or not times.measured_step_s or not times.device or not times.dtype:
+        if not times or not times.formula_step_s or not times.measured_step_s or not times.device or not times.dtype:
             continue
         ratio = times.measured_step_s / times.formula_step_s
         if _BELIEVABLE[0] <= ratio <= _BELIEVABLE[1]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from orchestrator.errors import JobError, OrchestratorError, RunFailed
@@ -103,5 +103,6 @@ def _done(run: RunFolder) -> dict[str, Any]:
 def _mark(run: RunFolder, target: str) -> str:
     """What a step was done for: the bytes handed back and the place, as a digest (a place may hold a password)."""
     result = run.result()
-    files = (result.values.get("handed_back") or {}).get("files") if result else None
+    handed = result.handed_back if result else None
+    files = {name: asdict(one) for name, one in handed.files.items()} if handed else None
     return hashlib.sha256(json.dumps([files, target], sort_keys=True).encode()).hexdigest()[:16]

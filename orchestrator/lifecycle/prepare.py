@@ -199,7 +199,7 @@ def plan_job(
         return with_spares(replace(plan, in_bank=found), priced, shape), work
 
     num_slots = len(planner.slots_of(spec, capability))
-    fixed = workload.workers_of_the_batch(spec, num_slots)
+    fixed = workload.num_workers_of_batch(spec, num_slots)
     if fixed not in (None, num_slots):
         return plan_for(spec_with(spec, {"cluster.num_workers": fixed}), fixed, "the stated parts of a step fix it")
     why = planner.resolve_workers(spec, capability.nodes[0])[1] if len(capability.nodes) == 1 else None

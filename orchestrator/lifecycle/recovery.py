@@ -25,7 +25,7 @@ from orchestrator.lifecycle import recovery_policy as policy
 from orchestrator.lifecycle.hooks import BankHooks
 from orchestrator.lifecycle.prepare import plan_job, sizes_of
 from orchestrator.lifecycle.recovery_policy import Act, Decision, News, decide
-from orchestrator.lifecycle.stages import held, slow
+from orchestrator.lifecycle.stages import node_layers, slow
 from orchestrator.planning import planner, workload
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import ErrorReport, Failure, Replan, StateChange, WorkerKilled
@@ -191,13 +191,13 @@ class Recovery:
 
     def _look_at_stages(self) -> bool:
         """Whether layers are to be cut anew: a stage is slower than planned, and others could take some of them."""
-        pace = slow.measured_pace(self.plan, self._steps.read(self.run))
+        pace = slow.find_slow_stage(self.plan, self._steps.read(self.run))
         if pace is None or self.job.spec.strategy.shares == "planned" or self.job.spec.train.deterministic:
             return False
         found = policy.SlowStage(self.plan.nodes[pace.slowest].node, pace.ratios[pace.slowest], pace.ratios)
         if self._decide(found).act is not Act.PLAN_AHEAD:
             return False
-        before, self.capability = self.capability, slow.at_pace(self.capability, self.plan, pace.ratios)
+        before, self.capability = self.capability, slow.with_measured_pace(self.capability, self.plan, pace.ratios)
         other = self._plan_with(frozenset(self.present()))
         steps_left = other.num_steps - max(self.run.steps(), default=0)
         if self._decide(policy.OtherCut(found, pace.step_s, other.step_s, steps_left)).act is Act.REPLAN_RUN:
@@ -272,12 +272,12 @@ class Recovery:
     def _apply(self, decision: Decision, probed: Mapping[str, NodeCapability]) -> None:
         """Plan with nodes as they were probed, or with less of their memory."""
 
-        def as_decided(node: NodeCapability) -> NodeCapability:
+        def apply_to(node: NodeCapability) -> NodeCapability:
             if node.name in decision.measured:
                 return probed.get(node.name, node)
             return machines.with_less_memory(node, policy.LESS_MEMORY) if node.name in decision.shrunk else node
 
-        self.capability = replace(self.capability, nodes=tuple(map(as_decided, self.capability.nodes)))
+        self.capability = replace(self.capability, nodes=tuple(map(apply_to, self.capability.nodes)))
 
     def _probe(self, names: frozenset[str]) -> dict[str, NodeCapability]:
         """The named nodes as they are now, as far as they answer."""
@@ -367,7 +367,7 @@ def replan(run: RunFolder, job: Job, bank: BankHooks, first: Plan, cluster: Clus
     config = model_files.read_config(Path(run.data().model))
     num_slots = len(planner.slots_of(job.spec, cluster))
     fixed = fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], num_slots)
-    cluster = held.with_held_layers(cluster, first)
+    cluster = node_layers.with_held_layers(cluster, first)
     again, _ = plan_job(fixed, config, workload.model_shape(config), cluster, sizes_of(*load_data(run)), bank)
     return keep_numbers(first, again)
 

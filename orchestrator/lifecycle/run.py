@@ -210,7 +210,7 @@ def _attempt(
 
     def poll() -> None:
         live.report()
-        live.mirror.now_and_then()
+        live.mirror.send_if_due()
         for one in beside:
             one.poll()
         recovery.look()

@@ -53,7 +53,7 @@ def catalogue(
     for node, device in _kinds(cluster):
         model, work = _of_job(job) if job else _reference(device)
         max_length = min(2048, work.longest_sample)
-        choice = _usual(work, device, node, max_length)
+        choice = _default_choice(work, device, node, max_length)
         num_devices = sum(len(n.gpus) for n in cluster.nodes) if device.kind != "cpu" else len(cluster.nodes)
         for technique in TECHNIQUES:
             verdict = judge(technique, choice, device, node, num_devices)
@@ -98,7 +98,7 @@ def _not_with(technique: Technique, choice: Choice, device: DeviceCapability) ->
     return found
 
 
-def _usual(work: Workload, device: DeviceCapability, node: NodeCapability, max_length: int) -> Choice:
+def _default_choice(work: Workload, device: DeviceCapability, node: NodeCapability, max_length: int) -> Choice:
     """What a technique is added to or taken from: the default method, packed, in the device's fastest format."""
     method = next(iter(METHODS.values()))()
     dtypes: tuple[Dtype, ...] = ("bfloat16", "float16", "float32")
@@ -146,7 +146,7 @@ def _measured(technique: Technique, device: DeviceCapability, node: NodeCapabili
     from strategies.measure.techniques import measure, small_workload
 
     work = small_workload()
-    choice = _usual(work, device, node, work.longest_sample)
+    choice = _default_choice(work, device, node, work.longest_sample)
     choice = choice.with_(per_device_train_batch_size=4)
     expected = judge(technique, choice, device, node)
     if expected.time_ratio is not None and expected.time_ratio > _TOO_SLOW:

@@ -315,7 +315,7 @@ class Enumeration:
                 fewer = self._plans_at(around / _LEVEL, slot, common, usual).plans
                 settings += _worthwhile_settings(fewer, share * _LEVEL / around, common.prefer)
             if common.prefer == "memory":
-                plans = part.leanest_like(settings, self.rejections)
+                plans = part.find_leanest(settings, self.rejections)
             else:
                 plans = part.fastest_like(settings, self.rejections, common.network)
         else:
@@ -346,7 +346,7 @@ class Kinds:
         for slot in slots:
             name = slot.node.name
             if name not in nodes:
-                nodes[name] = repr(_unnamed(slot.node))
+                nodes[name] = repr(_without_name(slot.node))
             self._first.setdefault((name, slot.kind), found.setdefault((nodes[name], slot.kind, slot.threads), slot))
         self.firsts = list(found.values())
 
@@ -362,7 +362,7 @@ class Kinds:
         return list(counts.values())
 
 
-def _unnamed(node: NodeCapability) -> NodeCapability:
+def _without_name(node: NodeCapability) -> NodeCapability:
     devices = tuple(replace(device, uuid=None, pci_bus_id=None) for device in node.devices)
     return replace(node, name="", hardware_hash=None, devices=devices)
 

@@ -90,7 +90,7 @@ def find_remedies(inputs: PlanInputs, accepts: Accepts) -> list[Remedy]:
     is_small = shorter is not None and shorter.inputs.max_length >= _SHORTENS_LITTLE * inputs.max_length
     small = itertools.chain(
         [shorter] if shorter and is_small else [],
-        _opened_switches(inputs, accepts),
+        _open_switches(inputs, accepts),
         _installed_libraries(inputs, accepts),
         _usual_methods(inputs, accepts),
         [shorter] if shorter and not is_small else [],
@@ -113,7 +113,7 @@ def _shorter_samples(inputs: PlanInputs, accepts: Accepts) -> Remedy | None:
     return Remedy(f"data.max_length: {length} instead of {inputs.max_length}{cuts}", inputs.with_length(length))
 
 
-def _opened_switches(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:
+def _open_switches(inputs: PlanInputs, accepts: Accepts) -> Iterator[Remedy]:
     """Stated switches left to the planner: each alone, and all together where none alone helps."""
     opened = [change for change in _openings(inputs) if change]
     found = [remedy for change in opened if (remedy := _with_values(inputs, change, accepts))]

@@ -109,7 +109,7 @@ class Assignment:
         found = (estimates.fastest(self._divided(one), self._row_counts(one.packing), network) for one in known)
         return [plan for plan in found if plan]
 
-    def leanest_like(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
+    def find_leanest(self, known: Iterable[Techniques], rejections: Rejections) -> list[StrategyPlan]:
         """The plans that fit with known settings and the smallest micro-batch."""
         estimates = Estimates(self, rejections)
         found = (estimates.fitting(self._divided(one), self._row_counts(one.packing)[-1:]) for one in known)

@@ -159,7 +159,7 @@ def check_batch(spec: JobSpec, num_slots: int | None) -> None:
     size = spec.train.global_batch_size
     if isinstance(size, int):
         rows, steps = spec.train.per_device_train_batch_size, spec.train.gradient_accumulation_steps
-        fixed = 1 if spec.strategy.mode == "pipeline" else workers_of_the_batch(spec, num_slots or size)
+        fixed = 1 if spec.strategy.mode == "pipeline" else num_workers_of_batch(spec, num_slots or size)
         _check_parts(size, rows, steps, fixed or num_slots or 1)
 
 
@@ -171,7 +171,7 @@ def grows_with_workers(spec: JobSpec) -> bool:
     return several and any(isinstance(part, int) for part in parts)
 
 
-def workers_of_the_batch(spec: JobSpec, num_slots: int) -> int | None:
+def num_workers_of_batch(spec: JobSpec, num_slots: int) -> int | None:
     """How many workers the stated batch keys fix together; None where they leave that open."""
     train = spec.train
     parts = (train.global_batch_size, train.per_device_train_batch_size, train.gradient_accumulation_steps)

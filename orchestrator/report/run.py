@@ -253,9 +253,9 @@ def _points(w: Word, currency: str, cost: tco.Cost, result: RunResult) -> list[t
         gained = 100 * (after[key] - before[key]) if key != "eval_loss" and key in before else 0.0
         if gained > 0:
             return [(f"{w('a quality point')} ({key})", f"{cost.per_run / gained:.3g} {currency}")]
-    if "eval_loss" in before and "eval_loss" in after and before["eval_loss"] > after["eval_loss"]:
-        gained = 10 * (before["eval_loss"] - after["eval_loss"])
-        return [(f"{w('a quality point')} (0.1 eval_loss)", f"{cost.per_run / gained:.3g} {currency}")]
+    first, last = (quality.eval_loss if quality else None for quality in (result.before, result.after))
+    if first is not None and last is not None and first > last:
+        return [(f"{w('a quality point')} (0.1 eval_loss)", f"{cost.per_run / (10 * (first - last)):.3g} {currency}")]
     return []
 
 

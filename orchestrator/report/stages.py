@@ -16,7 +16,7 @@ from orchestrator.views.workers import slowest_stages, stage_cells
 
 
 def stage_blocks(w: Word, plan: Plan, events: Sequence[Event]) -> list[Block]:
-    """Nothing where the plan has no stages."""
+    """The table of the stages and the timeline of a step; none where the plan has no stages."""
     rows = stages_of_run(plan, events)
     if not rows:
         return []

@@ -131,7 +131,7 @@ def damage(run: RunFolder) -> list[str]:
     return wrong
 
 
-def passed_over(run: RunFolder) -> str | None:
+def find_skipped_lines(run: RunFolder) -> str | None:
     """Lines of events.jsonl that were cut by a power loss or damaged since; the rest of the file is read."""
     faults = run.event_faults()
     return f"{run.path / 'events.jsonl'}: {record.few(faults)}; passed over" if faults else None

@@ -6,7 +6,7 @@ Numbers that are no numbers (a loss of NaN) are read as not measured.  Fields th
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from clusters.capability import ClusterCapability
@@ -135,7 +135,7 @@ class RunResult:
 
 def parse_result(text: str, label: str) -> RunResult:
     """result.json.  Raises JobError with file and fault."""
-    values, found = _typed(RunResult, text, label)
+    values, found = parse_values(RunResult, text, label)
     before, after = (values.get(when) and quality_of(values[when]) for when in ("before", "after"))
     return replace(found, before=before, after=after, values=values)
 
@@ -147,31 +147,19 @@ def quality_of(values: Values) -> Quality:
 
 def parse_quality(text: str, label: str) -> Quality:
     """before.json.  Raises JobError with file and fault."""
-    return quality_of(_typed(Quality, text, label)[0])
+    return quality_of(parse_values(Quality, text, label)[0])
 
 
 def parse_record(kind: type[T], text: str, label: str) -> T:
     """A JSON text as a record of this kind.  Raises JobError with file and fault."""
-    return _typed(kind, text, label)[1]
+    return parse_values(kind, text, label)[1]
 
 
-def parse(kind: Any, text: str, label: str) -> Values:
-    """The fields of a JSON text after each that `kind` names has its type, or its default where it is not there.
-
-    Raises JobError with file and fault.
-    """
-    return _completed(*_typed(kind, text, label))
-
-
-def _typed(kind: Any, text: str, label: str) -> tuple[Values, Any]:
+def parse_values(kind: type[T], text: str, label: str) -> tuple[Values, T]:
+    """A JSON text as it is, and as a record of this kind.  Raises JobError with file and fault."""
     with bad_input_as_job_error():
         values = finite(load_json(text, label, allow_nan=True))
         return values, record(kind, values, label)
-
-
-def _completed(values: Values, found: Any) -> Values:
-    absent = [one.name for one in fields(found) if one.name not in values] if is_dataclass(found) else []
-    return values | {name: getattr(found, name) for name in absent}
 
 
 def parse_capability(text: str, label: str) -> ClusterCapability:

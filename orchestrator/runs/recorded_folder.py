@@ -106,7 +106,7 @@ class Folder:
             return []
         return [line.split(" ")[0] for line in self._changed_keys(found.files[self.document], text)]
 
-    def _needed(self, name: str) -> str:
+    def _require_text(self, name: str) -> str:
         text = self._text(name)
         if text is None:
             raise JobError(
@@ -148,9 +148,9 @@ class Folder:
     def _origin(self) -> Path:
         text, label = self._text("origin.json"), str(self.path / "origin.json")
         with bad_input_as_job_error(f"{label}: folder"):
-            return (
-                self.path if text is None else checked_path(json_files.parse(json_files.Origin, text, label)["folder"])
-            )
+            if text is None:
+                return self.path
+            return checked_path(json_files.parse_record(json_files.Origin, text, label).folder)
 
     def _write_record(self, found: Recorded) -> None:
         try:

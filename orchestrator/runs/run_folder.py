@@ -175,7 +175,7 @@ class RunFolder(Folder):
 
     def plan(self) -> Plan:
         """Raises JobError."""
-        return Plan.from_json(self._needed("plan.json"), str(self.path / "plan.json"))
+        return Plan.from_json(self._require_text("plan.json"), str(self.path / "plan.json"))
 
     def capability(self) -> ClusterCapability:
         """The machines; none where none were looked at.  Raises JobError."""
@@ -184,7 +184,7 @@ class RunFolder(Folder):
 
     def data(self) -> DataFiles:
         """Where model and samples lie.  Raises JobError."""
-        return json_files.parse_record(DataFiles, self._needed("data.json"), str(self.path / "data.json"))
+        return json_files.parse_record(DataFiles, self._require_text("data.json"), str(self.path / "data.json"))
 
     def result(self) -> RunResult | None:
         """What the run came to, None while it has no result.  Raises JobError."""

@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -22,7 +22,7 @@ from clusters.safe.reading import BadInput, load_json, read_bytes, record
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.space import Point, key_of
-from orchestrator.runs.json_files import finite, parse, parse_record
+from orchestrator.runs.json_files import Values, finite, parse_record, parse_values
 from orchestrator.runs.run_folder import RunFolder
 
 Status = Literal["finished", "stopped", "failed"]  # stopped: its quality lagged
@@ -77,7 +77,8 @@ class Concluded:
     status: Status
     total_s: float
     peak_bytes: float
-    eval_loss: float | None = None
+    eval_loss: float
+    lack: float  # of quality: the held-out loss, or 1 - score; less is better
     cost: float | None = None
     currency: str = ""
 
@@ -92,6 +93,12 @@ class Summary:
     front: list[int] = field(default_factory=list)
     trial_seconds: float = 0.0
     wasted_seconds: float = 0.0
+    values: Values = field(default_factory=dict)  # as in the file
+
+    @property
+    def best_trial(self) -> int | None:
+        """The number of the trial that is recommended."""
+        return self.recommended.trial if self.recommended else None
 
 
 @dataclass(frozen=True)
@@ -127,29 +134,28 @@ class SearchFolder(RunFolder):
 
     def samples(self) -> dict[str, Samples]:
         """By max_length: where the samples lie, and which of them the trials see.  Raises JobError."""
-        return parse_record(dict[str, Samples], self._needed("data.json"), str(self.path / "data.json"))
+        return parse_record(dict[str, Samples], self._require_text("data.json"), str(self.path / "data.json"))
 
     def study(self) -> list[tuple[str, Point]]:
         """A study's list of combinations; empty for a search of its own.  Raises JobError."""
         text, label = self._text("study.json"), str(self.path / "study.json")
-        named = parse(Study, f'{{"named": {text or "[]"}}}', label)["named"]
-        return [(name, point) for name, point in named]
+        return parse_record(Study, f'{{"named": {text or "[]"}}}', label).named
 
-    def advice(self) -> dict[str, Any] | None:
-        """What was predicted (Advised), None for a study.  Raises JobError."""
+    def advice(self) -> Advised | None:
+        """What was predicted, None for a study.  Raises JobError."""
         text = self._text("advice.json")
-        return None if text is None else parse(Advised, text, str(self.path / "advice.json"))
+        return None if text is None else parse_record(Advised, text, str(self.path / "advice.json"))
 
-    def summary(self) -> dict[str, Any]:
-        """What it came to (Summary), empty before its end.  Raises JobError."""
+    def summary(self) -> Summary | None:
+        """What it came to, None before its end.  Raises JobError."""
         text = self._text("summary.json")
         if text is None:
-            return {}
-        found = parse(Summary, text, str(self.path / "summary.json"))
+            return None
+        values, found = parse_values(Summary, text, str(self.path / "summary.json"))
         known = {trial.number for trial in self.trials()}
-        if lost := [one["trial"] for one in found.get("outcomes", []) if one["trial"] not in known]:
+        if lost := [one.trial for one in found.outcomes if one.trial not in known]:
             raise JobError(f"{self.path / 'trials.jsonl'}: trial {lost[0]}, listed in summary.json, is missing")
-        return found
+        return replace(found, values=values)
 
     def readers(self) -> list[Callable[[], Any]]:
         """A call for each file that must be readable."""

@@ -22,7 +22,7 @@ class StageSpans:
 
     @classmethod
     def of(cls, replica: int, stage: int, times: PassTimes, moment: float) -> StageSpans:
-        """From what a stage noted; `moment` is the common one, by its own clock."""
+        """From the times that a stage recorded; `moment` is the common one, by its own clock."""
         return cls(
             replica,
             stage,
@@ -38,8 +38,8 @@ class StageSpans:
     def end_s(self) -> float:
         return max((end for *_, end in self.passes), default=0.0)
 
-    def later(self, seconds: float) -> StageSpans:
-        """The same by a clock that began so much earlier; waits that round to nothing are left out."""
+    def shift(self, seconds: float) -> StageSpans:
+        """The spans by a clock that started so many seconds earlier; waits that round to zero are dropped."""
         waits = ((round(begin + seconds, _DIGITS), round(end + seconds, _DIGITS)) for begin, end in self.waits)
         return replace(
             self,
@@ -51,15 +51,15 @@ class StageSpans:
         )
 
 
-def from_first_pass(stages: Iterable[StageSpans]) -> list[StageSpans]:
-    """The same with the begin of the first pass as the common moment."""
+def align_to_first_pass(stages: Iterable[StageSpans]) -> list[StageSpans]:
+    """The spans with the start of the first pass as the common moment."""
     found = list(stages)
     first = min((one.begin_s for one in found if one.passes), default=0.0)
-    return [one.later(-first) for one in found]
+    return [one.shift(-first) for one in found]
 
 
-def of_simulation(simulated: Simulation) -> list[StageSpans]:
-    """A step as it was predicted; a stage waits whenever it does not compute."""
+def spans_of_simulation(simulated: Simulation) -> list[StageSpans]:
+    """The spans of a predicted step; a stage waits whenever it does not compute."""
     found: list[StageSpans] = []
     for stage in range(len(simulated.passes)):
         events = [event for event in simulated.events if event.stage == stage]

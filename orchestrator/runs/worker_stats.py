@@ -10,7 +10,7 @@ from typing import Any
 
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Member, StageTimeline, StepReport, WorkerGroup
-from orchestrator.runs.stage_spans import StageSpans, of_simulation
+from orchestrator.runs.stage_spans import StageSpans, spans_of_simulation
 
 _LAST_STEPS = 10  # that the medians are of
 _STAGE_METRICS = ("busy_s", "busy_share", "wait_s", "bytes_sent", "bytes_received", "peak_bytes")
@@ -177,7 +177,7 @@ def _with_measured(planned: StageStats, rank: int, steps: Sequence[StepReport]) 
 
 def timelines(plan: Plan, events: Sequence[Event]) -> tuple[list[StageSpans], list[StageSpans]]:
     """One step of the pipeline as the plan simulated it, and as it was measured of the last group; [] where unknown."""
-    predicted = of_simulation(plan.pipeline.simulation) if plan.pipeline else []
+    predicted = spans_of_simulation(plan.pipeline.simulation) if plan.pipeline else []
     measured: list[StageSpans] = []
     for event in events:
         if isinstance(event, WorkerGroup):

@@ -167,7 +167,7 @@ def advise(planning: Planning, space: Space) -> Forecast:
         except (JobError, NothingFits) as error:
             advised.impossible[first_line(error)] += 1
             continue
-        if not _as_said(point, advice.plan):
+        if not _follows_point(point, advice.plan):
             continue  # it resolves to another point's plan, which is listed by itself
         possible.setdefault(advice.same, advice)
     if not possible:
@@ -204,7 +204,7 @@ def advice_json(space: Space, advised: Forecast) -> dict[str, Any]:
     }
 
 
-def _as_said(point: Point, plan: Plan) -> bool:
+def _follows_point(point: Point, plan: Plan) -> bool:
     """Whether the plan is the point: some keys are wishes that a plan may not follow."""
     attention = point.get("model.attn_implementation")
     return attention is None or attention == plan.techniques.attn_implementation

@@ -18,7 +18,7 @@ from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
 from strategies.shape import ModelShape
-from strategies.step.out_of_memory import in_halves
+from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import passes_of
 from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
@@ -114,7 +114,7 @@ def generate_answers(
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
     with _generating(model):
-        unfit, _ = (how.passes.each if how.passes else in_halves)(batches, answer)
+        unfit, _ = (how.passes.each if how.passes else run_in_halves)(batches, answer)
     failed = {prompt.index for prompt in unfit}
     return [
         GeneratedAnswer(tokenizer.decode(prompt.ids, skip_special_tokens=True), prompt.reference, texts[prompt.index])

@@ -21,7 +21,7 @@ from orchestrator.runs.events import (
     StageTimeline,
     StepReport,
 )
-from orchestrator.runs.stage_spans import StageSpans, from_first_pass
+from orchestrator.runs.stage_spans import StageSpans, align_to_first_pass
 from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.state import Progress, Training
@@ -57,7 +57,7 @@ def train(training: Training) -> Progress:
 
         # Forward and backward, one micro-batch after the other; gradients add up, here and over the workers.
         attempt = compute_gradients(training, samples)
-        if not training.updates.went_through():
+        if not training.updates.has_succeeded():
             # This worker's last update did, so it hands its state over, and computes these gradients again.
             training.repair_update()
             continue
@@ -139,7 +139,7 @@ def _record_timeline(training: Training, report: GroupReport, times: PassTimes) 
     stage, group = training.techniques.stage, training.group
     assert stage
     own = StageSpans.of(group.replica, stage.index, times, report.ended)
-    training.hooks.record(StageTimeline(training.progress.step, from_first_pass(group.gather(own))))
+    training.hooks.record(StageTimeline(training.progress.step, align_to_first_pass(group.gather(own))))
 
 
 def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport) -> None:

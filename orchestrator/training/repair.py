@@ -42,7 +42,7 @@ class Updates:
             self._error = error
             self._sums = self._group.start_sum(self._group.at_own_rank(float(error is not None)))
 
-    def went_through(self) -> bool:
+    def has_succeeded(self) -> bool:
         """Whether it did on every worker; waits for their reports."""
         if self._sums:
             self._failed, self._sums = self._sums(), None
@@ -50,7 +50,7 @@ class Updates:
 
     def check(self) -> None:
         """Raises UpdateFailed where it did not."""
-        if not self.went_through():
+        if not self.has_succeeded():
             raise UpdateFailed
 
     def repair(self, scale: dict[str, Any], norm: float) -> tuple[dict[str, Any] | None, float]:

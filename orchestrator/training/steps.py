@@ -229,7 +229,7 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
             raise update_does_not_fit(shortage.reason, training.updates.why_not_repaired)
         training.gradients.discard()
     training.updates.announce(shortage.reason)
-    if (shortage.reason is not None or is_awaited) and not training.updates.went_through():
+    if (shortage.reason is not None or is_awaited) and not training.updates.has_succeeded():
         return training.repair_update(grad_norm)
     return grad_norm
 

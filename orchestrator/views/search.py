@@ -91,14 +91,13 @@ def trials_table(
 def recommendation_text(folder: SearchFolder) -> str:
     """What to do next."""
     summary = folder.summary()
-    chosen = summary.get("recommended")
-    if not chosen:
-        return summary.get("why", "no trial has run")
-    cost = "" if chosen["cost"] is None else f", {chosen['cost']:.3g} {chosen['currency']}"
+    if summary is None or summary.recommended is None:
+        return summary.why if summary else "no trial has run"
+    chosen = summary.recommended
+    cost = "" if chosen.cost is None else f", {chosen.cost:.3g} {chosen.currency}"
     return (
-        f"recommended: {phrase(chosen['point'])}\n"
-        f"the real job with it: {format_s(chosen['total_s'])}, {format_bytes(chosen['peak_bytes'])}{cost}"
-        f" ({summary['why']})\n"
+        f"recommended: {phrase(chosen.point)}\n"
+        f"the real job with it: {format_s(chosen.total_s)}, {format_bytes(chosen.peak_bytes)}{cost} ({summary.why})\n"
         f"run it: orchestrator submit {folder.path / 'recommended.yaml'}"
     )
 

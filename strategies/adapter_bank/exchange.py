@@ -70,7 +70,7 @@ def import_(bank: Bank, file: Path) -> Transfer:
     bounds = _checked_bounds(file)
     taken, refused = [], []
     with bank.writing():
-        work, others = bank.under_way("import"), bank.cards()
+        work, others = bank.temporary_name("import"), bank.cards()
         try:
             with open_regular(file) as stream:
                 unpack(stream, work, bounds)

@@ -45,7 +45,7 @@ class Sparse:
         return cls(places, delta_OI.flatten()[places], (delta_OI.shape[0], delta_OI.shape[1]))
 
 
-def sensitive(weight_OI: torch.Tensor, grad_OI: torch.Tensor, num_entries: int, block: int = 1) -> torch.Tensor:
+def select_sensitive(weight_OI: torch.Tensor, grad_OI: torch.Tensor, num_entries: int, block: int = 1) -> torch.Tensor:
     """A mask of the entries that the loss depends on most; of whole block x block squares where `block` is above 1.
 
     `num_entries` is met exactly, or to the next block.  Raises ValueError where blocks do not divide the weight.
@@ -61,23 +61,23 @@ def sensitive(weight_OI: torch.Tensor, grad_OI: torch.Tensor, num_entries: int, 
     return mask.repeat_interleave(block, 0).repeat_interleave(block, 1)
 
 
-def averaged_where_they_meet(experts: Sequence[Sparse]) -> Sparse:
+def average_shared_entries(experts: Sequence[Sparse]) -> Sparse:
     """dW = sum_k S_k / max(1, how many experts have the entry): disjoint experts add up, each as it was."""
-    places, which = _met(experts)
+    places, which = _join_places(experts)
     values = torch.cat([expert.values for expert in experts])
     sums = torch.zeros(len(places), dtype=values.dtype).index_add_(0, which, values)
     return Sparse(places, sums / which.bincount(minlength=len(places)).to(values.dtype), experts[0].shape)
 
 
-def merged_by(experts: Sequence[Sparse], weights: Sequence[float], how: Merge, density: float = 0.5) -> Sparse:
+def merge_by(experts: Sequence[Sparse], weights: Sequence[float], how: Merge, density: float = 0.5) -> Sparse:
     """As algebra.py merges whole corrections, on the entries that any expert has; `density` is of those."""
-    places, which = _met(experts)
+    places, which = _join_places(experts)
     at = which.split([len(expert.places) for expert in experts])
     filled = [torch.zeros(len(places)).index_copy_(0, own, one.values) for own, one in zip(at, experts, strict=True)]
     return Sparse(places, by_entries(filled, weights, how, density), experts[0].shape)
 
 
-def _met(experts: Sequence[Sparse]) -> tuple[torch.Tensor, torch.Tensor]:
+def _join_places(experts: Sequence[Sparse]) -> tuple[torch.Tensor, torch.Tensor]:
     """The places that any of them has, ascending, and which of these each expert's entries are, one after the other."""
     if len(shapes := {expert.shape for expert in experts}) > 1:
         raise Unusable(f"corrections of {sorted(shapes)} are of different models")
@@ -150,8 +150,8 @@ def merge(
     def of_map(name: str) -> Sparse:
         there = [(expert[name], share) for expert, share in zip(experts, shares, strict=True) if name in expert]
         if how is None:
-            return averaged_where_they_meet([one for one, _ in there])
-        return merged_by([one for one, _ in there], [share for _, share in there], how, density)
+            return average_shared_entries([one for one, _ in there])
+        return merge_by([one for one, _ in there], [share for _, share in there], how, density)
 
     merged = {name: of_map(name) for name in sorted({name for expert in experts for name in expert})}
     rank = max(-(-len(one.places) // one.shape[0]) for one in merged.values())

@@ -217,7 +217,7 @@ class Bank:
         if any(one.name == card.name and one.digest != card.digest for one in others):
             raise BankError(f"another adapter is called {card.name}; give a --name, or remove that one first")
         self._fits(adapter, card, others)
-        temporary = self.under_way("new")
+        temporary = self.temporary_name("new")
         try:
             write(temporary, adapter.folder, card, evidence)
             self._settle(temporary, card)
@@ -230,7 +230,7 @@ class Bank:
         folder = which.path if isinstance(which, Damaged) else self.folder(which.digest)
         with self.writing():
             if os.path.lexists(folder):
-                os.rename(self._inside(folder), trash := self.under_way("removed"))
+                os.rename(self._inside(folder), trash := self.temporary_name("removed"))
                 delete(trash)
 
     @contextmanager
@@ -253,7 +253,7 @@ class Bank:
         finally:
             os.close(descriptor)
 
-    def under_way(self, what: str) -> Path:
+    def temporary_name(self, what: str) -> Path:
         """A new name for a folder made under the lock; found without a lock, it is a leftover."""
         return self._objects / f"{_UNDER_WAY}{what}-{uuid.uuid4().hex[:8]}"
 

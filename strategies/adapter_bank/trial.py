@@ -34,8 +34,8 @@ def corrected(model: Any, corrections: Mapping[str, Factors]) -> Iterator[Any]:
 class Below:
     """The layers below the first that some adapters correct: their outputs are the same under each, so they run once.
 
-    A pass over a data set inside `pass_by` keeps their outputs for each batch (rows x length x hidden size numbers);
-    later passes, of the same batches in the same order, begin there.
+    A pass over a data set inside `keep_outputs` keeps their outputs for each batch (rows x length x hidden size
+    numbers); later passes, of the same batches in the same order, begin there.
     """
 
     def __init__(self, model: Any, targets: Iterable[str]) -> None:
@@ -52,7 +52,7 @@ class Below:
         self._outputs = None
 
     @contextmanager
-    def pass_by(self) -> Iterator[None]:
+    def keep_outputs(self) -> Iterator[None]:
         if not self._layers:
             yield
         elif self._outputs is None:

@@ -1,10 +1,10 @@
-"""Of arrangements about as fast, the one for which the fewest layers move.  Pure arithmetic.
+"""Of pipelines that are about equally fast, the one for which the fewest layers move.  Pure arithmetic.
 
-Planned again, a pipeline reads each stage's tensors anew.  What a node has read before lies in its page cache, so that
-a layer that stays costs next to nothing and one that moves costs its bytes over a disk or a network.
+Planned again, a pipeline reads each stage's tensors anew.  What a node has read before is in its page cache, so a layer
+that stays costs next to nothing and one that moves costs its bytes over a disk or a network.
 
-Cuts of an order of devices are looked at from the one that keeps the most layers on, of as many the one whose slowest
-stage is the fastest; the first whose simulated step is about as short as the best is taken.
+The cuts of an order of devices are tried by the layers that they keep, the most first, and among equals by their
+slowest stage; the first whose simulated step is about as short as the best one is taken.
 
 Legend: P stages, L layers, M micro-batches.
 """
@@ -31,7 +31,7 @@ Ranges = Sequence[tuple[int, int]]  # of layers, [first, end)
 def best_kept(
     search: Search, orders: Iterator[tuple[int, ...]], held: Sequence[Ranges], limit_s: float = math.inf
 ) -> Arrangement | None:
-    """As `search.best`; where devices hold layers, of the arrangements about as fast the one that moves the fewest.
+    """As `search.best`; where devices hold layers, of about equally fast arrangements the one that moves the fewest.
 
     `held` has the layers near each device.
     """
@@ -45,7 +45,7 @@ def best_kept(
 
 
 def num_moved(devices: Sequence[int], layers: Sequence[int], held: Sequence[Ranges]) -> int:
-    """Layers that come to a device which does not hold them."""
+    """Layers whose device does not hold them yet."""
     moved, first = 0, 0
     for device, count in zip(devices, layers, strict=True):
         moved += sum(not _holds(held[device], layer) for layer in range(first, first + count))
@@ -58,16 +58,16 @@ def _holds(ranges: Ranges, layer: int) -> bool:
 
 
 class _KeptSearch:
-    """Looks for arrangements within a limit that keep more layers."""
+    """Searches the arrangements within a limit for the one that keeps the most layers."""
 
     def __init__(self, search: Search, held: Sequence[Ranges], limit_s: float) -> None:
         self._search, self._held, self._limit_s = search, held, limit_s
         layers = range(search.num_layers)
         # [device][n]: how many of the first n layers it holds
-        self._counts = [[0, *_running(_holds(ranges, layer) for layer in layers)] for ranges in held]
+        self._counts = [[0, *_cumulate(_holds(ranges, layer) for layer in layers)] for ranges in held]
 
     def better(self, orders: Iterable[tuple[int, ...]], best: Arrangement) -> Arrangement:
-        """The arrangement that keeps the most layers, which is the best where none keeps more."""
+        """The arrangement that keeps the most layers; `best` where none keeps more than it."""
         layers = self._search.num_layers
         most = {order: self._most_kept(order, [layers] * len(order))[0][0] for order in orders}
         found, kept = best, layers - num_moved(best.devices, best.partition.layers, self._held)
@@ -81,7 +81,9 @@ class _KeptSearch:
         return found
 
     def _most_kept(self, order: Sequence[int], most: Sequence[int]) -> list[list[float]]:
-        """[stage][border]: layers that it and those after it keep of the layers from there, each of so many at most.
+        """[stage][border]: the most layers that this stage and those after it keep, of the layers from the border on.
+
+        `most` limits each stage's layers.
 
         O(P L): the best next border of a stage is the first of a sliding window.
         """
@@ -126,7 +128,7 @@ class _KeptSearch:
     ) -> Arrangement | None:
         search, (ahead, least) = self._search, ahead_and_least
         cap_s = self._limit_s / search.num_micro_batches
-        offers = [_offers(own, search.num_layers, cap_s) for own in ways]
+        offers = [_list_offers(own, search.num_layers, cap_s) for own in ways]
         seconds = [[one for one, _ in own] for own in offers]
         link_s = max((one.message_s for one in boundaries), default=0.0)
         for layers in itertools.islice(self._cuts(order, seconds, least), _TRIES):
@@ -141,9 +143,9 @@ class _KeptSearch:
         return None
 
     def _cuts(self, order: Sequence[int], seconds: Sequence[Sequence[float]], least: int) -> Iterator[tuple[int, ...]]:
-        """Layers of each stage with which `least` stay: the most kept first, of as many the fastest slowest stage.
+        """Layers of each stage, of cuts that keep at least `least`: the most kept first, then by the slowest stage.
 
-        `seconds` has those of each stage by its layers, from one to the most it may have.
+        `seconds` lists those of each stage by its number of layers, from one to the most that it may have.
         """
         layers = self._search.num_layers
         rest = self._most_kept(order, [len(own) for own in seconds])
@@ -166,8 +168,8 @@ class _KeptSearch:
                     heapq.heappush(heap, (-value, max(slowest_s, own_s), (*done, number)))
 
 
-def _offers(ways: Sequence[Way], num_layers: int, cap_s: float) -> list[tuple[float, Way]]:
-    """Seconds and way of a stage of one layer, two and so on, as far as they fit and take no longer than a limit."""
+def _list_offers(ways: Sequence[Way], num_layers: int, cap_s: float) -> list[tuple[float, Way]]:
+    """Seconds and the fastest way of a stage of one layer, of two and so on, while one fits within `cap_s`."""
     found: list[tuple[float, Way]] = []
     for layers in range(1, num_layers + 1):
         fitting = [(way.total_s(layers), number) for number, way in enumerate(ways) if way.most_layers >= layers]
@@ -179,12 +181,12 @@ def _offers(ways: Sequence[Way], num_layers: int, cap_s: float) -> list[tuple[fl
 
 
 def _least_s(seconds: Sequence[float], search: Search) -> float:
-    """No step is shorter: each stage computes all micro-batches after the first has come and until the last is back."""
+    """A lower bound of a step: a stage computes all micro-batches after the first arrives."""
     before = itertools.accumulate(seconds, initial=0.0)
     return max(first + search.num_micro_batches * own for first, own in zip(before, seconds, strict=False))
 
 
-def _running(values: Iterable[bool]) -> Iterator[int]:
+def _cumulate(values: Iterable[bool]) -> Iterator[int]:
     total = 0
     for value in values:
         total += value

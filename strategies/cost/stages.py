@@ -1,8 +1,8 @@
-"""What a stage of a pipeline costs on each device, by its layers: the lines that `pipeline` cuts by.  Pure arithmetic.
+"""What a stage of a pipeline costs on each device as a function of its layers; `pipeline` cuts by it.  Pure arithmetic.
 
-Memory and seconds of a stage are affine in its layers, and memory in its micro-batches in flight, so that a method's
-estimates of few stages give all.  Where a peak's moment changes with the layers the line between a few and nearly all
-of them lies above: a cut may be a little too careful, and what is chosen is estimated as it is.
+Memory and seconds of a stage are affine in its layers, and memory in its micro-batches in flight, so a method's
+estimates of a few stages give all.  Where the moment of the peak changes with the layers, the line through two of them
+lies above the peak: a cut may be a little too careful.  The stages that are chosen are estimated as they are.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Held:
+class StageMemory:
     """Memory of a stage at two numbers of layers, on the device and on its host."""
 
     device: tuple[float, float]
     host: tuple[float, float]
 
-    def towards(self, other: Held, part: float) -> Held:
-        """On the line through both, so far on the way to the other."""
+    def interpolate(self, other: StageMemory, part: float) -> StageMemory:
+        """On the line through both: `part` of the way to the other, or beyond it."""
 
         def between(one: tuple[float, float], two: tuple[float, float]) -> tuple[float, float]:
             return one[0] + part * (two[0] - one[0]), one[1] + part * (two[1] - one[1])
 
-        return Held(between(self.device, other.device), between(self.host, other.host))
+        return StageMemory(between(self.device, other.device), between(self.host, other.host))
 
 
 @dataclass
@@ -67,13 +67,13 @@ class StageCosts:
         return self.workload.shape.num_layers
 
     def tighten(self, place: int) -> None:
-        """Count on a little less of a place's memory."""
+        """Use 3 % less of a place's memory than before."""
         place = self._first[place]
         self.margins[place] = 0.97 * self.margins.get(place, 1.0)
         self._ways.clear()
 
     def ways(self, place: int, role: Role) -> list[Way]:
-        """What `pipeline.Search` asks for: those with which one layer fits at least."""
+        """The ways to compute a stage in this role at a place, each with room for at least one layer."""
         place = self._first[place]
         if (place, role) not in self._ways:
             settings = self.places[place].settings
@@ -89,7 +89,7 @@ class StageCosts:
         return self._ways[place, role]
 
     def plan(self, place: int, techniques: Techniques) -> StrategyPlan:
-        """The estimate of a stage."""
+        """The method's estimate of a stage."""
         place = self._first[place]
         if (place, techniques) not in self._plans:
             at = self.places[place]
@@ -97,7 +97,7 @@ class StageCosts:
         return self._plans[place, techniques]
 
     def layer_s(self, place: int) -> float:
-        """Seconds of a micro-batch that each further layer takes there with the plainest settings."""
+        """Seconds of a micro-batch that each further layer adds at a place, with the plainest settings."""
         few, many = self._counts
         one, role = self.places[place].settings[0], Role(False, False, 2)
         first, last = (pass_of(self.plan(place, self._probe(one, role, n, 2))).total_s for n in (few, many))
@@ -111,7 +111,7 @@ class StageCosts:
 
     @property
     def _counts(self) -> tuple[int, int]:
-        """Layers of the stages that are estimated: one, and nearly all."""
+        """Numbers of layers of the two stages that are estimated: one, and nearly all."""
         return 1, max(2, self.num_layers - 2)
 
     def _probe(self, one: Techniques, role: Role, layers: int, flight: int) -> Techniques:
@@ -128,7 +128,7 @@ class StageCosts:
         held = self._held(place, plans)
         if not role.is_last and role.num_in_flight != 2:
             more = [self.plan(place, self._probe(one, inner, layers, 3)) for layers in (few, many)]
-            held = held.towards(self._held(place, more), role.num_in_flight - 2)
+            held = held.interpolate(self._held(place, more), role.num_in_flight - 2)
         device, host = (_line(values, few, many) for values in (held.device, held.host))
         if role.is_first and not role.is_last:  # a stage in the middle, and the embedding
             first = self._held(place, [self.plan(place, self._probe(one, role, few, 2))] * 2)
@@ -141,10 +141,10 @@ class StageCosts:
         forward = _line((passes[0].forward_s, passes[1].forward_s), few, many)
         return Way(forward, _line((passes[0].backward_s, passes[1].backward_s), few, many), most, one)
 
-    def _held(self, place: int, plans: Sequence[StrategyPlan]) -> Held:
+    def _held(self, place: int, plans: Sequence[StrategyPlan]) -> StageMemory:
         few, many = plans
         needed = [self.needed(plan, self.places[place]) for plan in plans]
-        return Held((needed[0], needed[1]), (few.memory.host_bytes, many.memory.host_bytes))
+        return StageMemory((needed[0], needed[1]), (few.memory.host_bytes, many.memory.host_bytes))
 
 
 def pass_of(plan: StrategyPlan) -> Pass:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from strategies.step.passes import InTurn
+from strategies.step.passes import SequentialPasses
 from strategies.step.step import forward_backward
 from strategies.step.supervised_logits import Batch, loss_sum
 from strategies.train_setup import StepPasses
@@ -20,7 +20,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class EvenPasses(InTurn):
+class EvenPasses(SequentialPasses):
     """`Passes` of workers that divide the weights; every call is made by all of them together.
 
     What runs out of memory is not repeated: the others wait inside that very pass.  Gradients and their norm are

@@ -20,7 +20,7 @@ class AdamNumbers:
     weight_decay: float = 0.0
 
 
-def no_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
+def zero_moments(shape: Sequence[int], device: torch.device) -> dict[str, torch.Tensor]:
     """Under torch's names."""
     return {
         "step": torch.zeros((), device=device),

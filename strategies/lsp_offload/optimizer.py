@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments, round_at_random
+from strategies.lsp_offload.adam import AdamNumbers, direction, round_at_random, zero_moments
 from strategies.lsp_offload.projector import Subspace, Whole
 from strategies.lsp_offload.remote_update import CpuSide, take_moments
 from strategies.lsp_offload.schedule import LANES, Lanes, Step
@@ -313,7 +313,7 @@ class LspAdamW(torch.optim.Optimizer):
                 continue
             state = self.state[parameter]
             if not state:
-                state |= no_moments(parameter.shape, parameter.device)
+                state |= zero_moments(parameter.shape, parameter.device)
             gradient, parameter.grad = parameter.grad.float() * factor, None
             change = direction(state, gradient, self.numbers, torch.empty_like(gradient))
             self._move(parameter, change, rate, (len(self.weights) + place, int(state["step"])))
@@ -336,7 +336,7 @@ class LspAdamW(torch.optim.Optimizer):
             if one.size is not None:
                 state |= self._draw(one, 0).state()
                 state |= {"num_learnt": torch.zeros(()), "bias": torch.tensor(math.inf)}
-            state |= no_moments(one.image_shape, torch.device("cpu"))
+            state |= zero_moments(one.image_shape, torch.device("cpu"))
         return state
 
     def _space_of(self, one: Projected) -> Subspace | Whole:
@@ -381,7 +381,7 @@ class LspAdamW(torch.optim.Optimizer):
         new, bias = start.fitted(gradient_MN, self._fits_left, asked.bias_threshold)
         state |= {**new.state(), "bias": torch.tensor(bias)}
         if asked.moments == "reset" or not int(state["step"]):
-            state |= no_moments(one.image_shape, torch.device("cpu"))
+            state |= zero_moments(one.image_shape, torch.device("cpu"))
             return
         left, right = new.rows.overlap(old.rows).cpu(), old.columns.overlap(new.columns).cpu()
         state["exp_avg"] = left @ state["exp_avg"] @ right

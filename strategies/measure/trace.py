@@ -55,9 +55,9 @@ class LiveStorages(TorchDispatchMode):
         self._known.add(key)
         self.live_bytes += size
         self.peak_bytes = max(self.peak_bytes, self.live_bytes)
-        weakref.finalize(storage, self._gone, key, size).atexit = False
+        weakref.finalize(storage, self._on_free, key, size).atexit = False
 
-    def _gone(self, key: int, size: int) -> None:
+    def _on_free(self, key: int, size: int) -> None:
         self._known.discard(key)
         self.live_bytes -= size
 
@@ -246,17 +246,17 @@ class _Phases:
     def _forward_ended(self, *_: Any) -> None:
         self.saved_bytes = self._live.live_bytes
 
-    def _when_gradient(self, phase: str, value: Any) -> None:
+    def _on_gradient(self, phase: str, value: Any) -> None:
         tensor = value[0] if isinstance(value, tuple) else value
         if phase not in self._seen and isinstance(tensor, torch.Tensor) and tensor.requires_grad:
             self._seen.add(phase)  # checkpointing runs a layer twice: only the first has the gradient's path
             tensor.register_hook(lambda _: self.ended(phase))
 
     def _on_output(self, phase: str) -> Any:
-        return lambda module, args, output: self._when_gradient(phase, output)
+        return lambda module, args, output: self._on_gradient(phase, output)
 
     def _on_input(self, phase: str) -> Any:
-        return lambda module, args, kwargs: self._when_gradient(phase, args[0] if args else kwargs["hidden_states"])
+        return lambda module, args, kwargs: self._on_gradient(phase, args[0] if args else kwargs["hidden_states"])
 
 
 def build(config: dict[str, Any], num_layers: int, method: Method, settings: TrainSettings, device: str) -> TrainSetup:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from strategies.adapter_bank.sparse import sensitive
+from strategies.adapter_bank.sparse import select_sensitive
 
 
 class _Corrected(torch.autograd.Function):
@@ -106,7 +106,7 @@ class Sensitivity:
         return step == 0
 
     def begin_learning(self, num_passes: int) -> None:
-        self._let_go()
+        self._release()
         self._sums = {}
         for index, one in enumerate(self._entries):
             one.weight_OI.requires_grad_(True)
@@ -122,11 +122,11 @@ class Sensitivity:
 
     def end_learning(self) -> dict[str, Any]:
         """What part of all sensitivity the chosen entries carry, beside their part of all entries."""
-        self._let_go()
+        self._release()
         carried = total = 0.0
         for index, one in enumerate(self._entries):
             weight_OI, grad_OI = one.weight_OI.detach().to("cpu"), self._sums.pop(index)
-            chosen = sensitive(weight_OI, grad_OI, len(one.places), self._block).flatten().nonzero()[:, 0]
+            chosen = select_sensitive(weight_OI, grad_OI, len(one.places), self._block).flatten().nonzero()[:, 0]
             one.places.copy_(chosen)
             scores = (weight_OI.flatten() * grad_OI.flatten()).abs()
             carried, total = carried + float(scores[chosen].sum()), total + float(scores.sum())
@@ -138,7 +138,7 @@ class Sensitivity:
             "sensitivity": round(share, 4),
         }
 
-    def _let_go(self) -> None:
+    def _release(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks = []

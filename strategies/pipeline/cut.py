@@ -2,10 +2,10 @@
 
 What is loaded is a smaller model, this stage's layers renumbered from 0; its layers then take their places among those
 of the whole, which stay on `meta`.  So a method sets up the whole: every name, target and random number is that of a
-model in one piece.  Afterwards layers of other stages become a passage for the hidden state.
+model in one piece.  Afterwards layers of other stages pass the hidden state through.
 
-Where a stage looks no ids up, what stands for the embedding hands over the hidden state that arrived; all but the last
-leave out the final norm and the output matrix.
+In all stages but the first a module in place of the embedding returns the hidden state that arrived; all but the last
+have neither the final norm nor the output matrix.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from strategies.workload import StagePart
 # the dtype, device and quantisation of the caller
 Loader = Callable[[Any, Any, dict[str, torch.Tensor]], tuple[Any, Mapping[str, Any]]]
 _PAGE_BYTES = 4096
-_FEW = 8  # rows of an embedding that no stage in the middle looks at
+_FEW_ROWS = 8  # rows of an embedding that no stage in the middle looks at
 _FLAGS = ("is_quantized", "is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 
 
@@ -38,7 +38,7 @@ class CannotCut(ValueError):
 
 
 class Received(torch.nn.Module):
-    """In place of the embedding: whatever the ids, the hidden state that another stage computed."""
+    """In place of the embedding: returns the hidden state of the stage before, whatever the ids."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -49,8 +49,8 @@ class Received(torch.nn.Module):
         return self.hidden_BTH
 
 
-class Passage(torch.nn.Module):
-    """In place of a layer of another stage: the hidden state as it is."""
+class PassThrough(torch.nn.Module):
+    """In place of a layer of another stage: returns the hidden state as it is."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
@@ -95,7 +95,7 @@ def read_tensors(folder: Path) -> Callable[[Callable[[str], bool]], dict[str, to
 
 
 def touch_tensors(folder: Path, stage: StagePart) -> int:
-    """Read a stage's tensors and keep none: they lie in the page cache then.  Their bytes.  Raises CannotCut."""
+    """Bring a stage's tensors into the page cache: read them and keep none; their bytes.  Raises CannotCut."""
     built = architecture_of(build(folder))
     tensors = read_tensors(folder)(lambda name: _is_own(name, built, stage))
     for tensor in tensors.values():  # mapped: what nobody looks at is not read
@@ -138,13 +138,13 @@ def _config_of(config: Any, stage: StagePart) -> Any:
     for one in {id(c): c for c in (own, text)}.values():
         one.tie_word_embeddings = True
     if not stage.is_first and not stage.is_last:
-        text.vocab_size = _FEW
+        text.vocab_size = _FEW_ROWS
         text.pad_token_id = None
     return own
 
 
 def _shift_dense_layers(text: Any, stage: StagePart) -> None:
-    """Layers without experts are named by their numbers, which begin at 0 in a stage."""
+    """Renumber the layers without experts: a stage's layers begin at 0."""
     if hasattr(text, "first_k_dense_replace"):
         text.first_k_dense_replace = max(0, text.first_k_dense_replace - stage.first_layer)
     if hasattr(text, "decoder_sparse_step"):
@@ -172,25 +172,25 @@ def _is_own(name: str, built: Architecture, stage: StagePart) -> bool:
 
 
 def _rename(tensors: Mapping[str, torch.Tensor], built: Architecture, stage: StagePart) -> dict[str, torch.Tensor]:
-    """Layers numbered from 0."""
+    """The tensors under the names of a model whose first layer is this stage's."""
     pattern = _layer_pattern(built)
 
-    def renamed(name: str) -> str:
+    def rename(name: str) -> str:
         if found := pattern.search(name):
             return f"{name[: found.start(2)]}{int(found[2]) - stage.first_layer}{name[found.end(2) :]}"
         return name
 
-    return {renamed(name): tensor for name, tensor in tensors.items()}
+    return {rename(name): tensor for name, tensor in tensors.items()}
 
 
 def _move(part: Any, whole: Any, built: Architecture, stage: StagePart) -> None:
-    """Put what was loaded into its places in the whole, which is on `meta`."""
+    """Move the loaded modules to their places in the whole model, which is on `meta`."""
     layers, loaded = whole.get_submodule(built.layers), part.get_submodule(built.layers)
     for number, layer in enumerate(loaded):
         layers[stage.first_layer + number] = layer
     for name, owns in owners(whole, built).items():
         if owns(stage):
-            whole.set_submodule(name, _of_whole(part.get_submodule(name), whole.config.get_text_config()))
+            whole.set_submodule(name, _rebuild_for_whole(part.get_submodule(name), whole.config.get_text_config()))
     whole.set_attn_implementation(part.config._attn_implementation)
     whole.config.dtype = part.config.dtype
     for module in whole.modules():  # kernels are chosen by one configuration
@@ -201,8 +201,8 @@ def _move(part: Any, whole: Any, built: Architecture, stage: StagePart) -> None:
             setattr(whole, flag, getattr(part, flag))
 
 
-def _of_whole(module: torch.nn.Module, config: Any) -> torch.nn.Module:
-    """A module without weights, such as rotary positions, made anew for the kinds of layers of the whole model."""
+def _rebuild_for_whole(module: torch.nn.Module, config: Any) -> torch.nn.Module:
+    """A module without weights, such as rotary positions, built again for the kinds of layers of the whole model."""
     buffers = list(module.buffers())
     if list(module.parameters()) or not buffers or not hasattr(module, "config"):
         return module
@@ -226,25 +226,25 @@ def owners(whole: Any, built: Architecture) -> dict[str, Callable[[StagePart], b
 
 
 def keep_own(setup: TrainSetup, stage: StagePart) -> None:
-    """Take out of a training of the whole what other stages train; `names` keeps what all of them do."""
+    """Remove from a training of the whole model what other stages train; `names` still lists all of it."""
     setup.names = frozenset(setup.parameters.keys() | setup.buffers.keys())
     setup.parameters = {name: p for name, p in setup.parameters.items() if not p.is_meta}
     setup.buffers = {name: held for name, held in setup.buffers.items() if not held.is_meta}
     for group in setup.optimizer.param_groups:
         group["params"] = [p for p in group["params"] if not p.is_meta]
-    take_out_others(inner_model(setup.model), stage)
+    remove_other_stages(inner_model(setup.model), stage)
 
 
-def take_out_others(model: Any, stage: StagePart) -> None:
-    """Replace what other stages have: layers by a passage, the embedding by what arrives, the end by nothing.
+def remove_other_stages(model: Any, stage: StagePart) -> None:
+    """Replace the modules of other stages: layers by PassThrough, the embedding by Received, the rest by Identity.
 
-    Raises CannotCut where something that this stage needs has no weights.
+    Raises CannotCut where a module that this stage needs has no weights.
     """
     built = architecture_of(model)
     layers = model.get_submodule(built.layers)
     for number, layer in enumerate(layers):
         if not stage.first_layer <= number < stage.end_layer:
-            layers[number] = Passage(layer)
+            layers[number] = PassThrough(layer)
     for name, owns in owners(model, built).items():
         if not owns(stage):
             is_embedding = model.get_submodule(name) is model.get_input_embeddings()

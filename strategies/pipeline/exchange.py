@@ -18,7 +18,7 @@ import torch.distributed as dist
 from strategies.pipeline import wire as form
 from strategies.workload import Wire
 
-_TAGS = 2**14  # messages of one direction that are told apart
+_TAGS = 2**14  # of one direction, then they start again: fewer messages are on their way
 _MOST_SENT = 64  # messages on their way before a sender waits for the oldest
 
 
@@ -36,7 +36,7 @@ class Outbox:
         self.post(form.pack(tensor, self.wire))
 
     def post(self, flat: torch.Tensor) -> None:
-        """Send what is packed."""
+        """Send a packed tensor."""
         work = dist.isend(flat, self.peer, tag=self._count % _TAGS)
         self._sent.append((flat, work))
         self._count += 1
@@ -45,7 +45,7 @@ class Outbox:
             self._sent.popleft()[1].wait()
 
     def settle(self) -> None:
-        """Until all has left."""
+        """Wait until everything was sent."""
         while self._sent:
             self._sent.popleft()[1].wait()
 
@@ -63,19 +63,19 @@ class Inbox:
     _count: int = 0
 
     def expect(self, shapes: Iterable[Sequence[int]]) -> None:
-        """These tensors will come, in this order."""
+        """Announce the shapes of the next tensors, in their order."""
         self._expected.extend(shapes)
         self._post()
 
     def wait(self) -> None:
-        """Until the next one is there."""
+        """Wait for the next tensor."""
         shape, flat, work = self._posted[0]
         if work is not None:  # gloo's wait a second time would be for a second message
             work.wait()
             self._posted[0] = shape, flat, None
 
     def receive(self) -> torch.Tensor:
-        """The next one, in the form that its wire gives; waits for it."""
+        """Wait for the next tensor and unpack it."""
         self.wait()
         shape, flat, _ = self._posted.popleft()
         self.bytes_received += flat.nbytes

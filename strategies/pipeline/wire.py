@@ -20,13 +20,13 @@ _DTYPES: dict[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.b
 
 
 def num_bytes(shape: Sequence[int], wire: Wire) -> int:
-    """What a hidden state of this shape takes on the wire."""
+    """Bytes of a hidden state of this shape on the wire."""
     *rows, width = shape
     return int(message_bytes(torch.Size(rows).numel(), width, wire))
 
 
 def pack(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
-    """The bytes that travel, in one flat tensor on the CPU; int8 is made where the tensor lies."""
+    """A message as one flat tensor on the CPU; int8 is quantised on the tensor's device."""
     if wire != "int8":
         return tensor.detach().to("cpu", _DTYPES[wire]).contiguous().view(-1)
     rows_RH = tensor.detach().float().reshape(-1, tensor.shape[-1])
@@ -42,7 +42,7 @@ def pack(tensor: torch.Tensor, wire: Wire) -> torch.Tensor:
 
 
 def unpack(flat: torch.Tensor, shape: Sequence[int], wire: Wire) -> torch.Tensor:
-    """What was packed; of `float32` and `bfloat16` in that type, of `int8` in fp32."""
+    """The tensor of a message; of `float32` and `bfloat16` in that type, of `int8` in fp32."""
     if wire != "int8":
         return flat.view(*shape)
     *rows, width = shape
@@ -55,7 +55,7 @@ def unpack(flat: torch.Tensor, shape: Sequence[int], wire: Wire) -> torch.Tensor
 
 
 def buffer(shape: Sequence[int], wire: Wire) -> torch.Tensor:
-    """Room for what arrives."""
+    """An empty buffer for a message that holds a tensor of this shape."""
     if wire == "int8":
         return torch.empty(num_bytes(shape, wire), dtype=torch.uint8)
     return torch.empty(int(torch.Size(shape).numel()), dtype=_DTYPES[wire])

@@ -12,7 +12,7 @@ _FP32_BYTES = _INT32_BYTES = 4
 
 
 class Int8Parts(NamedTuple):
-    """Bytes of what int8 sends of a token, in the order in which it lies in a message."""
+    """Bytes of a token in int8, part by part in the order of a message."""
 
     codes: int
     scales: int
@@ -31,11 +31,11 @@ def num_blocks(width: int) -> int:
 
 
 def int8_parts(width: int) -> Int8Parts:
-    """Of one token of a hidden state of this width."""
+    """Bytes of one token of a hidden state of this width."""
     blocks, outliers = num_blocks(width), num_outliers(width)
     return Int8Parts(blocks * BLOCK, blocks * _FP32_BYTES, outliers * _INT32_BYTES, outliers * _FP32_BYTES)
 
 
 def message_bytes(num_tokens: float, width: int, wire: Wire) -> float:
-    """What the hidden state (num_tokens, width) takes, or its gradient."""
+    """Bytes of the hidden state (num_tokens, width), or of its gradient."""
     return num_tokens * (sum(int8_parts(width)) if wire == "int8" else width * BYTES_PER_ELEMENT[wire])

@@ -85,8 +85,8 @@ def document_attention(
     return torch.cat(outputs_tHD)[None], None
 
 
-def _choose_sharing(query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, is_windowed: bool, drops_out: bool) -> Sharing:
-    heads = Heads(query_1HTD.shape[1], key_1KTD.shape[1], query_1HTD.shape[3], is_windowed, drops_out)
+def _choose_sharing(query_1HTD: torch.Tensor, key_1KTD: torch.Tensor, is_windowed: bool, has_dropout: bool) -> Sharing:
+    heads = Heads(query_1HTD.shape[1], key_1KTD.shape[1], query_1HTD.shape[3], is_windowed, has_dropout)
     kind, capability = _device_kind(query_1HTD.device)
     dtype = cast(Dtype, str(_compute_dtype(query_1HTD)).removeprefix("torch."))
     return sharing(kind, capability, dtype, heads, _TORCH)
@@ -228,8 +228,8 @@ def _sdpa(
 
     is_grouped = query_BHTD.shape[1] != key_BKTD.shape[1]
     if is_grouped and attention_mask is None and query_BHTD.shape[2] > 1:
-        drops_out = bool(others.get("dropout"))
-        if _choose_sharing(query_BHTD, key_BKTD, False, drops_out) == "expanded":
+        has_dropout = bool(others.get("dropout"))
+        if _choose_sharing(query_BHTD, key_BKTD, False, has_dropout) == "expanded":
             key_BKTD, value_BKTD = expand_heads(key_BKTD, query_BHTD), expand_heads(value_BKTD, query_BHTD)
     return sdpa_attention_forward(module, query_BHTD, key_BKTD, value_BKTD, attention_mask, **others)
 

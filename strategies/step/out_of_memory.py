@@ -1,4 +1,4 @@
-"""Memory that runs out: telling it from other errors, freeing what can be freed, and trying again with less."""
+"""Out-of-memory errors: recognise them, free what can be freed, and try again with less."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _TEXTS = (
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that memory of the device or the host is used up."""
+    """Whether an error, or what it was raised from, says that the device or the host is out of memory."""
     if error is None:
         return False
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
@@ -61,7 +61,7 @@ class Shortage:
 
 @contextlib.contextmanager
 def catch_out_of_memory() -> Iterator[Shortage]:
-    """Catch an error of the block that says that memory is used up; what the error holds is free afterwards."""
+    """Catch an out-of-memory error of the block; the tensors that it holds are free afterwards."""
     shortage = Shortage()
     try:
         yield shortage
@@ -79,7 +79,7 @@ def release_cache() -> None:
         torch.cuda.empty_cache()
 
 
-def in_halves(batches: Iterable[list[T]], run: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
+def run_in_halves(batches: Iterable[list[T]], run: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
     """Call `run` with every batch; one that runs out of memory is halved, and so are all that follow it.
 
     Returns the items that do not fit even alone and the first reason.  Only for passes without communication.

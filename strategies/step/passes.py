@@ -1,4 +1,4 @@
-"""How a worker's micro-batches go through the model when nobody else shares it: one after the other."""
+"""How a worker that has the whole model computes its micro-batches: one after the other."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from strategies.step.out_of_memory import in_halves
+from strategies.step.out_of_memory import run_in_halves
 from strategies.step.step import forward_backward, norm_of
 from strategies.step.supervised_logits import Batch, loss_sum
 from strategies.techniques.precision import autocast
@@ -19,7 +19,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class InTurn:
+class SequentialPasses:
     """The default `Passes`: a micro-batch's forward and backward pass, then the next one's."""
 
     setup: TrainSetup
@@ -41,7 +41,7 @@ class InTurn:
         return loss
 
     def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
-        return in_halves(batches, call)
+        return run_in_halves(batches, call)
 
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
         with autocast(batch.input_ids_BT.device.type, techniques.dtype):
@@ -57,12 +57,12 @@ class InTurn:
         return norm_of(self.setup.parameters.values())
 
     def spread_overflow(self) -> None:
-        """Sums over workers hold it already."""
+        """Nothing to do: sums over workers hold it already."""
 
     def times(self) -> None:
-        """It waits for nobody."""
+        """None: it waits for no other worker."""
 
 
 def passes_of(setup: TrainSetup) -> Passes:
-    """The way in which a training's passes run: its own, or one after the other."""
-    return setup.passes or InTurn(setup)
+    """How a training's passes run: in its own way, or one after the other."""
+    return setup.passes or SequentialPasses(setup)

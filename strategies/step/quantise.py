@@ -1,7 +1,7 @@
-"""Quantise on a GPU what will lie in the host's memory: bitsandbytes does it where a weight lies.
+"""Quantise weights of the host's memory on a GPU: bitsandbytes quantises a weight on the device that holds it.
 
 On a CPU that takes seventy billion weights an hour (17 million a second and thread, bitsandbytes 0.50, an EPYC without
-AVX-512).  Each weight visits the device alone.
+AVX-512).  One weight at a time is on the device.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ import torch
 
 @contextlib.contextmanager
 def quantise_on(device: torch.device) -> Iterator[None]:
-    """Inside the block, weights in the host's memory are quantised on `device`; the results lie on the host again."""
+    """Inside the block, weights in the host's memory are quantised on `device`; the results are on the host."""
     from bitsandbytes import functional
 
     names = ("quantize_4bit", "int8_vectorwise_quant")
     plain = {name: getattr(functional, name) for name in names}
 
-    def there_and_back(quantise: Callable[..., Any]) -> Callable[..., Any]:
+    def on_device(quantise: Callable[..., Any]) -> Callable[..., Any]:
         def call(weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             made = quantise(weight.to(device), *args, **kwargs)
-            return tuple(_moved(part, weight.device) for part in made)
+            return tuple(_move(part, weight.device) for part in made)
 
         return call
 
     for name in names:
-        setattr(functional, name, there_and_back(plain[name]))
+        setattr(functional, name, on_device(plain[name]))
     try:
         yield
     finally:
@@ -37,8 +37,8 @@ def quantise_on(device: torch.device) -> Iterator[None]:
             setattr(functional, name, plain[name])
 
 
-def _moved(part: Any, device: torch.device) -> Any:
-    """A tensor, a QuantState, which moves in place, or None, on `device`."""
+def _move(part: Any, device: torch.device) -> Any:
+    """Move a tensor, or in place a QuantState, to `device`; None stays."""
     if isinstance(part, torch.Tensor):
         return part.to(device)
     if part is not None:

@@ -1,4 +1,4 @@
-"""An output matrix that lies in the host's memory: slices of its rows visit the device, one after the other.
+"""An output matrix in the host's memory: slices of its rows are brought to the device one after the other.
 
 Legend: S supervised positions, P of them, H hidden size, V vocabulary, v rows of a slice.
 """

@@ -51,7 +51,7 @@ class Heads:
     num_key_heads: int
     head_dim: int
     is_windowed: bool = False  # some document is longer than the model's sliding window
-    drops_out: bool = False
+    has_dropout: bool = False
 
 
 def sharing(
@@ -65,7 +65,7 @@ def sharing(
     that keep every score: 20.2 GiB in place of 1.8 for 2048 tokens of Llama-3-8B.
     """
     flash = kind == "cuda" and _flash_runs(compute_capability, dtype, heads)
-    if flash and torch >= _VARLEN_TORCH and heads.head_dim % 8 == 0 and not heads.drops_out:
+    if flash and torch >= _VARLEN_TORCH and heads.head_dim % 8 == 0 and not heads.has_dropout:
         return "packed"
     shares = kind == "cpu" or heads.num_heads == heads.num_key_heads or (flash and not heads.is_windowed)
     return "shared" if shares else "expanded"
@@ -76,7 +76,7 @@ def _flash_runs(compute_capability: tuple[int, int] | None, dtype: Dtype, heads:
     if compute_capability is None or compute_capability < (8, 0) or dtype == "float32" or heads.head_dim > 256:
         return False
     if compute_capability not in ((8, 0), (9, 0), (10, 0)) and heads.head_dim > 192:  # too little shared memory
-        return heads.head_dim > 224 and not heads.drops_out
+        return heads.head_dim > 224 and not heads.has_dropout
     return True
 
 

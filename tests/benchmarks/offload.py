@@ -16,7 +16,7 @@ import time
 
 import torch
 
-from strategies.lsp_offload.adam import AdamNumbers, direction, no_moments
+from strategies.lsp_offload.adam import AdamNumbers, direction, zero_moments
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.sizing import LayerTimes, Rates, largest_that_hides, seconds_by_lane, step_s
 from strategies.lsp_offload.transport import EmulatedBus
@@ -28,7 +28,7 @@ FORWARD_S, BACKWARD_S, LAYER_WEIGHTS, BUS_BYTES_PER_S = 12.2e-3, 28.1e-3, 202e6,
 def adam_rate(num_elements: int) -> float:
     """Elements a second of the update this package makes."""
     side = int(num_elements**0.5)
-    state, image, took = no_moments((side, side), torch.device("cpu")), torch.randn(side, side), []
+    state, image, took = zero_moments((side, side), torch.device("cpu")), torch.randn(side, side), []
     out = torch.empty_like(image)
     for _ in range(9):
         start = time.perf_counter()
@@ -40,7 +40,7 @@ def adam_rate(num_elements: int) -> float:
 def measured(num_layers: int, side: int, times: LayerTimes, overlapped: bool, steps: int) -> float:
     """Median seconds of a step whose images are side x side."""
     bus, lanes = EmulatedBus(BUS_BYTES_PER_S), Lanes(transition=num_layers // 4, overlapped=overlapped)
-    states = [no_moments((side, side), torch.device("cpu")) for _ in range(num_layers)]
+    states = [zero_moments((side, side), torch.device("cpu")) for _ in range(num_layers)]
     image, numbers, took = torch.randn(side, side), AdamNumbers(1e-4), []
     for _ in range(steps):
         start = time.perf_counter()

@@ -16,12 +16,12 @@ TABLE = [
     ("cuda", (12, 0), "bfloat16", GROUPED, (2, 14), "packed"),
     ("cuda", (8, 6), "bfloat16", GROUPED, (2, 12), "shared"),  # an older torch
     ("cuda", (8, 6), "bfloat16", ODD, (2, 13), "shared"),  # not a multiple of 8: SDPA pads it
-    ("cuda", (8, 6), "bfloat16", Heads(32, 8, 128, drops_out=True), (2, 13), "shared"),
+    ("cuda", (8, 6), "bfloat16", Heads(32, 8, 128, has_dropout=True), (2, 13), "shared"),
     ("cuda", (8, 6), "bfloat16", Heads(32, 8, 128, is_windowed=True), (2, 13), "packed"),
     ("cuda", (8, 6), "bfloat16", Heads(32, 8, 128, is_windowed=True), (2, 12), "expanded"),  # needs a mask
     ("cuda", (8, 0), "bfloat16", WIDE, (2, 13), "packed"),
     ("cuda", (8, 6), "bfloat16", WIDE, (2, 13), "packed"),
-    ("cuda", (8, 6), "bfloat16", Heads(8, 4, 256, drops_out=True), (2, 13), "expanded"),
+    ("cuda", (8, 6), "bfloat16", Heads(8, 4, 256, has_dropout=True), (2, 13), "expanded"),
     ("cuda", (8, 6), "bfloat16", Heads(8, 4, 208), (2, 13), "expanded"),
     ("cuda", (9, 0), "bfloat16", Heads(8, 4, 208), (2, 13), "packed"),
     ("cuda", (8, 0), "bfloat16", VERY_WIDE, (2, 13), "expanded"),

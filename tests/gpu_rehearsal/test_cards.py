@@ -19,7 +19,7 @@ import pytest
 from clusters.capability import ClusterCapability, DeviceCapability, Library, NodeCapability
 from clusters.hardware import datasheet
 from clusters.hardware.torch_build import TorchBuild
-from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judged
+from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judge
 from clusters.probe import node as node_probe
 from clusters.probe.machine import look_at_this_node
 from clusters.units import GIB, format_bytes
@@ -57,7 +57,7 @@ def as_measured(device: DeviceCapability, node: NodeCapability, seen: Seen, stat
     if device.kind == "cpu":
         return replace(device, libraries=FOUND if state != "extras absent" else {})
     alike = [other for other in node.devices if other.kind == device.kind]
-    device = judged(device, index_of(device, alike, seen.gpus), seen)
+    device = judge(device, index_of(device, alike, seen.gpus), seen)
     if device.problem:
         return device
     card = datasheet.find(device.name, device.memory_total_bytes) or datasheet.find("RTX 3090")

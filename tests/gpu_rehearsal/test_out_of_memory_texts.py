@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError
 
 from orchestrator.training.workers.failures import describe
-from strategies.step.out_of_memory import in_halves, is_out_of_memory
+from strategies.step.out_of_memory import is_out_of_memory, run_in_halves
 
 
 def accelerator_error(text):
@@ -132,7 +132,7 @@ def test_a_batch_that_does_not_fit_is_halved_with_all_that_follow_and_what_never
             raise MemoryError("no room")
         done.extend(batch)
 
-    unfit, reason = in_halves([[0, 1, 2, 3, 4], [5, 6, 7, 8]], run)
+    unfit, reason = run_in_halves([[0, 1, 2, 3, 4], [5, 6, 7, 8]], run)
 
     assert sorted(done) == [0, 1, 2, 3, 4, 5, 6, 8]
     assert (unfit, reason) == ([7], "no room")
@@ -147,5 +147,5 @@ def test_an_error_of_another_kind_is_not_tried_again():
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(RuntimeError, match="mat1"):
-        in_halves([[1, 2]], run)
+        run_in_halves([[1, 2]], run)
     assert calls == [[1, 2]]

@@ -233,7 +233,7 @@ def test_layers_below_all_adapters_run_once_and_change_nothing(tmp_path, archite
 
     def answers(adapter, passed_by=True):
         corrections = adapter.corrections()
-        with corrected(model, corrections), below.pass_by() if passed_by else nullcontext(), torch.no_grad():
+        with corrected(model, corrections), below.keep_outputs() if passed_by else nullcontext(), torch.no_grad():
             return [model(input_ids=ids, use_cache=False).logits for ids in batches]
 
     expected = [answers(adapter, passed_by=False) for adapter in adapters]

@@ -8,12 +8,12 @@ import torch
 from strategies.adapter_bank.adapter import Unusable
 from strategies.adapter_bank.sparse import (
     Sparse,
-    averaged_where_they_meet,
+    average_shared_entries,
     is_sparse,
     merge,
-    merged_by,
+    merge_by,
     read,
-    sensitive,
+    select_sensitive,
 )
 
 
@@ -26,7 +26,7 @@ def an_expert(seed, low, high, shape=(8, 12)):
 def test_disjoint_experts_merge_to_the_exact_sum():
     experts = [an_expert(0, 0, 30), an_expert(1, 30, 50), an_expert(2, 60, 96)]
 
-    merged = averaged_where_they_meet(experts)
+    merged = average_shared_entries(experts)
 
     assert torch.equal(merged.delta(), sum(expert.delta() for expert in experts))
     for expert in experts:
@@ -36,7 +36,7 @@ def test_disjoint_experts_merge_to_the_exact_sum():
 def test_entries_that_two_have_are_averages():
     one, other = an_expert(0, 0, 40), an_expert(1, 30, 60)
 
-    merged = averaged_where_they_meet([one, other]).delta().flatten()
+    merged = average_shared_entries([one, other]).delta().flatten()
 
     torch.testing.assert_close(merged[30:40], (one.values[30:40] + other.values[:10]) / 2)
     assert torch.equal(merged[:30], one.values[:30]) and torch.equal(merged[40:60], other.values[10:])
@@ -46,7 +46,7 @@ def test_a_mask_has_the_density_that_was_asked_for_and_the_largest_scores():
     draw = torch.Generator().manual_seed(0)
     weight, grad = torch.randn(32, 48, generator=draw), torch.randn(32, 48, generator=draw)
 
-    mask = sensitive(weight, grad, 200)
+    mask = select_sensitive(weight, grad, 200)
 
     scores = (weight * grad).abs()
     assert int(mask.sum()) == 200
@@ -56,24 +56,24 @@ def test_a_mask_has_the_density_that_was_asked_for_and_the_largest_scores():
 def test_blocks_are_chosen_whole():
     draw = torch.Generator().manual_seed(0)
 
-    mask = sensitive(torch.randn(32, 48, generator=draw), torch.randn(32, 48, generator=draw), 3 * 256, block=16)
+    mask = select_sensitive(torch.randn(32, 48, generator=draw), torch.randn(32, 48, generator=draw), 3 * 256, block=16)
 
     squares = mask.view(2, 16, 3, 16).sum((1, 3))
     assert sorted(squares.flatten().tolist()) == [0, 0, 0, 256, 256, 256]
     with pytest.raises(ValueError, match="do not divide"):
-        sensitive(torch.ones(30, 48), torch.ones(30, 48), 5, block=16)
+        select_sensitive(torch.ones(30, 48), torch.ones(30, 48), 5, block=16)
 
 
 def test_experts_of_two_models_are_refused():
     with pytest.raises(ValueError, match="different models"):
-        averaged_where_they_meet([an_expert(0, 0, 4), an_expert(0, 0, 4, (12, 8))])
+        average_shared_entries([an_expert(0, 0, 4), an_expert(0, 0, 4, (12, 8))])
 
 
 def test_task_arithmetic_takes_away_and_ties_elects_signs():
     one, other = an_expert(0, 0, 40), an_expert(1, 30, 60)
 
-    less = merged_by([one, other], [1.0, -0.5], "linear").delta()
-    elected = merged_by([one, other], [1.0, 1.0], "ties", density=1.0).delta().flatten()
+    less = merge_by([one, other], [1.0, -0.5], "linear").delta()
+    elected = merge_by([one, other], [1.0, 1.0], "ties", density=1.0).delta().flatten()
 
     torch.testing.assert_close(less, one.delta() - 0.5 * other.delta())
     here, there = one.values[30:40], other.values[:10]

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO
 from clusters.safe.reading import first_line
 from orchestrator.data.rows.row import Row
 from orchestrator.errors import JobError
-from orchestrator.job.hub import cannot_reach
+from orchestrator.job.hub import why_unreachable
 
 _ROWS = 1024
 _ARROW_FILE = b"ARROW1"
@@ -55,7 +55,7 @@ def read_hub_rows(name: str, split: str) -> Iterator[Row]:
     """The rows of a hub data set's split, through the `datasets` library."""
     import datasets
 
-    trouble = cannot_reach()
+    trouble = why_unreachable()
     try:
         with _offline() if trouble else contextlib.nullcontext():
             data: Any = datasets.load_dataset(name, split=split)

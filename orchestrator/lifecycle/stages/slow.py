@@ -1,7 +1,7 @@
-"""Stages that compute slower than planned: what is measured of them, and what machines are planned with then.
+"""Stages that compute slower than planned, and the machines as measured, to plan again with.
 
-`measured_pace` and `at_pace` are pure; `RecentSteps` reads a run's events.  Whether a new cut of the layers is worth a
-restart is decided in recovery_policy.py.
+`find_slow_stage` and `with_measured_pace` are pure; `RecentSteps` reads a run's events.  Whether a new cut of the
+layers is worth a restart is decided in recovery_policy.py.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ NUM_STEPS = 3  # in a row
 
 @dataclass(frozen=True)
 class StagePace:
-    """What the stages of a plan were measured at."""
+    """How fast the stages of a plan compute, as measured."""
 
     ratios: tuple[float, ...]  # of each worker of the plan: measured over planned seconds of computing
     slowest: int  # the worker for which the others wait
@@ -37,7 +37,7 @@ class RecentSteps:
     _reports: deque[StepReport] = field(default_factory=lambda: deque(maxlen=NUM_STEPS))
 
     def read(self, run: RunFolder) -> Sequence[StepReport]:
-        """With what the run has recorded since the last look."""
+        """Read what the run has recorded since the last call; the last steps."""
         events, self._offset = run.events(self._offset)
         for event in events:
             if isinstance(event, WorkerGroup):
@@ -47,11 +47,11 @@ class RecentSteps:
         return tuple(self._reports)
 
 
-def measured_pace(plan: Plan, reports: Sequence[StepReport]) -> StagePace | None:
-    """The pace where in each of the last three steps the slowest stage took over 15 % longer than planned for it.
+def find_slow_stage(plan: Plan, reports: Sequence[StepReport]) -> StagePace | None:
+    """The measured pace if the slowest stage took over 15 % longer than planned in each of the last three steps.
 
-    None else, and where there are no stages, several pipelines, or too few steps.  Steps have unequal numbers of
-    tokens, by which seconds are scaled.
+    None otherwise, and where there are no stages, several pipelines, or too few steps.  Steps have unequal numbers of
+    tokens, so seconds are scaled to those of a planned step.
     """
     planned_s = [_computing_s(part) for part in plan.nodes]
     if not plan.techniques.stage or len(set(plan.replica_of)) > 1 or not all(planned_s):
@@ -78,24 +78,24 @@ def _is_slow(seconds: Sequence[float], planned_s: Sequence[float]) -> bool:
 
 
 def _computing_s(part: NodePlan) -> float:
-    """Of a step, without the update."""
+    """Seconds of a step without its update."""
     return part.time.step_s - part.time.update_s
 
 
-def at_pace(cluster: ClusterCapability, plan: Plan, ratios: Sequence[float]) -> ClusterCapability:
-    """The machines with devices that compute as measured: that much longer than the plan has it."""
+def with_measured_pace(cluster: ClusterCapability, plan: Plan, ratios: Sequence[float]) -> ClusterCapability:
+    """The machines with each planned device's speed as measured: `ratios` are measured over planned seconds."""
     nodes = list(cluster.nodes)
     for part, ratio in zip(plan.nodes, ratios, strict=True):
-        nodes = [_node_at_pace(node, part, ratio) if node.name == part.node else node for node in nodes]
+        nodes = [_node_with_pace(node, part, ratio) if node.name == part.node else node for node in nodes]
     return replace(cluster, nodes=tuple(nodes))
 
 
-def _node_at_pace(node: NodeCapability, part: NodePlan, ratio: float) -> NodeCapability:
+def _node_with_pace(node: NodeCapability, part: NodePlan, ratio: float) -> NodeCapability:
     dtype = part.techniques.dtype
 
-    def slowed(device: DeviceCapability) -> DeviceCapability:
+    def slow_down(device: DeviceCapability) -> DeviceCapability:
         if (device.uuid, device.name) != (part.uuid, part.device):
             return device
         return replace(device, calibration={**device.calibration, dtype: ratio * device.calibration.get(dtype, 1.0)})
 
-    return replace(node, devices=tuple(map(slowed, node.devices)))
+    return replace(node, devices=tuple(map(slow_down, node.devices)))

@@ -1,7 +1,7 @@
-"""Nodes without a stage stand by: each reads the tensors of a stage whose loss would hurt, so that they lie there.
+"""Nodes without a stage stand by: each reads the tensors of a stage that no other node has, into its page cache.
 
-Which stage is a pure choice.  What is read lies in the node's page cache; a plan that is made again after a loss
-prefers it there (strategies/cost/kept_layers.py), and that worker then starts from memory.
+Which stage is a pure choice.  A plan that is made again after a loss prefers that node for those layers
+(strategies/cost/kept_layers.py), and its worker then starts from memory.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ _FILE_BYTES = 2  # of a parameter: model files hold 16-bit weights; where they h
 
 
 def with_spares(plan: Plan, cluster: ClusterCapability, shape: ModelShape) -> Plan:
-    """The plan with the nodes that stand by: each left-out one that has room for a stage, for the worst loss first.
+    """The plan with excluded nodes standing by: one for each stage that fits into a node, the costliest loss first.
 
-    A stage has one node that stands by at most; a plan without stages has none.
+    A stage has at most one node that stands by; a plan without stages has none.
     """
     free = {
         node.name: host_usable_bytes(node)
@@ -67,26 +67,26 @@ def _with_task(why: str, task: str) -> str:
 
 
 class StandBy:
-    """Has the nodes that stand by read their stages, each once; training does not depend on it."""
+    """Makes the nodes that stand by read their stages, each once; training does not wait for them."""
 
     def __init__(self, run: RunFolder) -> None:
         self._run = run
-        self._begun: set[tuple[str, StagePart]] = set()
+        self._started: set[tuple[str, StagePart]] = set()
         self._calls: dict[str, Any] = {}  # by node
 
     def begin(self, plan: Plan, node_ids: Mapping[str, str]) -> None:
-        """Start what a plan asks for and was not started before; nodes that are not there are passed over."""
+        """Start the reads that a plan asks for, each once; nodes that are not in the cluster are skipped."""
         for name, stage in plan.stands_by.items():
-            if name not in node_ids or name in self._calls or (name, stage) in self._begun:
+            if name not in node_ids or name in self._calls or (name, stage) in self._started:
                 continue
             from clusters.ray.nodes import CallOn
             from orchestrator.training.workers.stand_by import read_stage
 
-            self._begun.add((name, stage))
+            self._started.add((name, stage))
             self._calls[name] = CallOn(node_ids[name], read_stage, self._run.data().model, stage)
 
     def poll(self) -> None:
-        """Record what came of each, once."""
+        """Record the result of each read that has ended, once."""
         for node, call in list(self._calls.items()):
             if call.has_ended():
                 del self._calls[node]

@@ -84,7 +84,7 @@ def address_of(run: RunFolder, job: Job) -> str:
     return sent.uri if sent and sent.asked_uri == asked_uri(job) else f"sqlite:///{Path(file).absolute()}"
 
 
-def knock(uri: str) -> None:
+def check_reachable(uri: str) -> None:
     """Fail within seconds where no server listens: MLflow's own client would try for minutes."""
     parts = urlsplit(uri)
     port = parts.port or _PORTS.get(parts.scheme.partition("+")[0])

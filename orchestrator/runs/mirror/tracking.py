@@ -34,9 +34,9 @@ from orchestrator.runs.events import (
     TrackingReport,
     WorkerGroup,
 )
-from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, knock
+from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, check_reachable
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.runs.search_folder import SearchFolder, Trial, read_trials
+from orchestrator.runs.search_folder import Concluded, SearchFolder, Trial, read_trials
 
 _METRICS_A_CALL = 500
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
@@ -78,7 +78,7 @@ class Mirror:
         self._next = time.monotonic() + _FIRST_S
         self.offset_at_start = run.events()[1]
 
-    def now_and_then(self) -> None:
+    def send_if_due(self) -> None:
         """Send what is new if the last time was long enough ago."""
         if self._wanted and time.monotonic() >= self._next:
             self._send("running")
@@ -92,7 +92,7 @@ class Mirror:
 
     def _send(self, state: str) -> None:
         try:
-            address = _sent(self._run, self._job, lambda uri: _Sender(self._run, self._job, uri).send(state))
+            address = _send_to(self._run, self._job, lambda uri: _Sender(self._run, self._job, uri).send(state))
         except OrchestratorError as error:
             self._run.record(TrackingReport(ok=False, text=str(error)))
             self._wanted = state != "running" and self._wanted  # say it once; `sync` sends everything later
@@ -108,7 +108,7 @@ def sync(run: RunFolder, job: Job, experiment: str | None = None, state: str | N
     job's, now and later; `state` is given by the driver that holds the lock.  Raises TrackingFailed.
     """
     state = state or run.state()
-    return _sent(run, job, lambda uri: _Sender(run, job, uri, experiment).send(state))
+    return _send_to(run, job, lambda uri: _Sender(run, job, uri, experiment).send(state))
 
 
 def sync_search(folder: SearchFolder, job: Job, experiment: str | None = None) -> str:
@@ -116,7 +116,7 @@ def sync_search(folder: SearchFolder, job: Job, experiment: str | None = None) -
 
     What is there already is not sent twice.  Raises TrackingFailed.
     """
-    return _sent(folder, job, lambda uri: _SearchSender(folder, job, uri, experiment).send())
+    return _send_to(folder, job, lambda uri: _SearchSender(folder, job, uri, experiment).send())
 
 
 def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
@@ -136,14 +136,14 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     return sync(run, job, state=state)
 
 
-def _sent(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
+def _send_to(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
     shown = asked_uri(job) or ""
     try:
         Sent.of(run)  # a damaged record is said before a server is asked
         uri = address_of(run, job)
         shown = masked(uri)
-        knock(uri)
+        check_reachable(uri)
         send(uri)
     except TrackingFailed:
         raise
@@ -194,12 +194,12 @@ class _Store:
             sent.key = uuid.uuid4().hex
             sent.keep(self.run)  # first: a process that is killed now finds the run by it
         tags |= {"run_folder": str(self.run.path), "run_key": sent.key or ""}
-        sent.mlflow_run_id = known[0].info.run_id if known else self.opened(experiment, self.run.run_id, tags)
+        sent.mlflow_run_id = known[0].info.run_id if known else self.open_run(experiment, self.run.run_id, tags)
         sent.state = "running"
         sent.keep(self.run)
         return sent.mlflow_run_id
 
-    def opened(self, experiment: str, name: str, tags: dict[str, str]) -> str:
+    def open_run(self, experiment: str, name: str, tags: dict[str, str]) -> str:
         return self.client.create_run(experiment, run_name=name, tags=tags).info.run_id
 
     def _found(self, run_id: str) -> Any | None:
@@ -259,20 +259,20 @@ class _Store:
 class _SearchSender(_Store):
     def send(self) -> None:
         summary = SearchFolder(self.run.path).summary()
-        chosen = summary.get("recommended") or {}
+        chosen = summary.recommended if summary else None
         parent = self.open({"kind": "search"})
-        outcomes = {outcome["trial"]: outcome for outcome in summary.get("outcomes", [])}
+        outcomes = {outcome.trial: outcome for outcome in (summary.outcomes if summary else ())}
         for trial in read_trials(self.run.path / "trials.jsonl"):
             if str(trial.number) not in self.sent.trials:
                 self._send_trial(parent, trial, outcomes.get(trial.number))
         for number, run_id in self.sent.trials.items():
-            self.client.set_tag(run_id, "best", str(int(number) == chosen.get("trial")).lower())
-        for key in ("total_s", "peak_bytes", "cost", "eval_loss"):
-            if chosen.get(key) is not None:
-                self.client.log_metric(parent, f"recommended.{key}", chosen[key])
+            self.client.set_tag(run_id, "best", str(chosen is not None and int(number) == chosen.trial).lower())
         if chosen:
-            self.client.set_tag(parent, "best_trial", self.sent.trials[str(chosen["trial"])])
-            self.client.set_tag(parent, "best_combination", chosen["name"][:5000])
+            for key in ("total_s", "peak_bytes", "cost", "eval_loss"):
+                if (value := getattr(chosen, key)) is not None:
+                    self.client.log_metric(parent, f"recommended.{key}", value)
+            self.client.set_tag(parent, "best_trial", self.sent.trials[str(chosen.trial)])
+            self.client.set_tag(parent, "best_combination", chosen.name[:5000])
         for file in sorted(self.run.path.iterdir()):
             if file.is_file() and not file.name.startswith(".") and file.name not in ("stop", "tracking.json"):
                 self.send_file(parent, file)
@@ -283,17 +283,17 @@ class _SearchSender(_Store):
         self.sent.state = state
         self.sent.keep(self.run)
 
-    def _send_trial(self, parent: str, trial: Trial, outcome: dict[str, Any] | None) -> None:
+    def _send_trial(self, parent: str, trial: Trial, outcome: Concluded | None) -> None:
         """One nested run, in two calls: each takes a server 30 ms."""
         from mlflow.entities import Metric, Param
 
         tags = {"mlflow.parentRunId": parent, "status": trial.status, "node": trial.node}
         tags |= {"reason": trial.reason[:5000]} if trial.reason else {}
-        run_id = self.opened(self._experiment(), trial.name or f"trial-{trial.number}", tags)
+        run_id = self.open_run(self._experiment(), trial.name or f"trial-{trial.number}", tags)
         numbers = {
             **trial.quality,
             **{key: getattr(trial, key) for key in _TRIAL_NUMBERS},
-            **{f"real.{key}": (outcome or {}).get(key) for key in ("total_s", "peak_bytes", "cost")},
+            **{f"real.{key}": getattr(outcome, key, None) for key in ("total_s", "peak_bytes", "cost")},
         }
         now_ms = int(time.time() * 1000)
         metrics = [Metric(key, float(value), now_ms, 0) for key, value in numbers.items() if value is not None]
@@ -335,14 +335,14 @@ class _Sender(_Store):
         from mlflow.entities import Metric
 
         events, offset = self.run.events(self.sent.offset)
-        plan = self.run.plan() if any(map(_tells_of_stages, events)) else None
+        plan = self.run.plan() if any(map(_is_about_stages, events)) else None
         metrics = []
         for event in events:
             if isinstance(event, WorkerGroup):
                 self.sent.members = [{"node": one.node, "device": one.device} for one in event.members]
             when_ms, step = int(event.time * 1000), getattr(event, "step", None) or 0
             numbers = _metrics_of(event, [Member(**one) for one in self.sent.members])
-            if plan and plan.techniques.stage and _tells_of_stages(event):
+            if plan and plan.techniques.stage and _is_about_stages(event):
                 numbers |= worker_stats.stage_metrics(plan, event if isinstance(event, StepReport) else None)
             metrics += [Metric(name, float(value), when_ms, step) for name, value in numbers.items()]
         for start in range(0, len(metrics), _METRICS_A_CALL):
@@ -361,7 +361,7 @@ class _Sender(_Store):
             self.send_file(run_id, file, folder)
 
 
-def _tells_of_stages(event: Event) -> bool:
+def _is_about_stages(event: Event) -> bool:
     """Whether a plan with stages says more of it: of a step in stages, or of the end of any run."""
     return isinstance(event, PredictionReport) or (isinstance(event, StepReport) and event.stage_busy_s is not None)
 

@@ -66,7 +66,7 @@ class Placing:
             "dtype": getattr(torch, self.dtype),
             "attn_implementation": self.attn_implementation,
             "output_loading_info": True,
-            **straight_to(self.device),
+            **placement_arguments(self.device),
             **self.arguments,
         }
 
@@ -126,7 +126,7 @@ def refuse_conversion(folder: Path, dtype: str) -> None:
     )
 
 
-def straight_to(device: torch.device) -> dict[str, Any]:
+def placement_arguments(device: torch.device) -> dict[str, Any]:
     """Arguments of `from_pretrained` that put each weight on `device` as it is read."""
     return {"device_map": {"": device}} if device.type != "cpu" else {}
 

@@ -35,7 +35,7 @@ def refuse_unreachable(execute: Callable[..., list[Any]], address: Callable[[], 
         return
     try:
         places: list[Address] = execute(_listen, address)
-        failed: list[dict[int, str]] = execute(try_all, places)
+        failed: list[dict[int, str]] = execute(try_connections, places)
     finally:
         execute(_stop_listening)
     found = [(one, other, why) for one, reasons in enumerate(failed) for other, why in reasons.items() if one != other]
@@ -53,8 +53,8 @@ def refuse_unreachable(execute: Callable[..., list[Any]], address: Callable[[], 
     )
 
 
-def try_all(places: Sequence[Address]) -> dict[int, str]:
-    """Why a connection to each of the places failed, by its number; those that took one are not in it."""
+def try_connections(places: Sequence[Address]) -> dict[int, str]:
+    """Try to connect to each of the places; the number of each that failed, and why."""
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         reasons = list(pool.map(_why_not, places))
     return {number: reason for number, reason in enumerate(reasons) if reason is not None}

@@ -95,7 +95,7 @@ def longest_batch(setup: TrainSetup, data: Dataset, techniques: Techniques, num_
     """Train on the heaviest micro-batches of a step as its second step would; no weight moves.  Tokens of the first."""
     batches = heaviest(setup, data, techniques, num_samples)
     make_state(setup, data, techniques)
-    for batch in as_many_everywhere(batches) if setup.sharding else batches:
+    for batch in repeat_to_two(batches) if setup.sharding else batches:
         step_in_place(setup, batch, techniques, num_passes(data, techniques, num_samples))
     forget(setup)
     return batches[0].input_ids_BT.numel()
@@ -111,7 +111,7 @@ def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_sampl
     return [collate(data, members, techniques.packing).to(setup.device) for members in chosen]
 
 
-def as_many_everywhere(batches: Sequence[T]) -> list[T]:
+def repeat_to_two(batches: Sequence[T]) -> list[T]:
     """Two of the one or two heaviest batches: workers that divide an optimizer update together, as often as the others.
 
     Unequal shares have unequal heaviest batches, on one worker the same one twice and on another two.

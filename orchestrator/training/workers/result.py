@@ -77,15 +77,17 @@ def write_result(run: RunFolder, result: dict[str, Any], outcome: TrainingOutcom
     run.keep("result.json", json.dumps(result, indent=1))
 
 
-def record_result(run: RunFolder, result: dict[str, Any], step: int) -> None:
+def record_result(run: RunFolder) -> None:
     """Record the predictions beside what was measured, the quality, and that the run is finished."""
-    times, memory = result["time"], result["memory"]
-    if times["measured_step_s"]:
-        step_s = (times["predicted_step_s"], times["measured_step_s"])
-        run.record(PredictionReport(*step_s, memory["predicted_bytes"], memory["measured_peak_bytes"]))
-    if result["after"]:
-        run.record(QualityReport.of("after", result["after"]))
-    run.record(StateChange("finished", step=step))
+    result = run.result()
+    assert result is not None  # it has just been written
+    times, memory = result.time, result.memory
+    if times and times.predicted_step_s and times.measured_step_s:
+        step_s = (times.predicted_step_s, times.measured_step_s)
+        run.record(PredictionReport(*step_s, memory.predicted_bytes, memory.measured_peak_bytes))
+    if result.after:
+        run.record(QualityReport.of("after", result.after.values))
+    run.record(StateChange("finished", step=result.steps))
 
 
 def skip_warm_up(steps: Sequence[T]) -> Sequence[T]:

@@ -11,9 +11,9 @@ from strategies.workload import StagePart
 
 
 def read_stage(model_folder: str, stage: StagePart) -> str:
-    """What came of it, as the end of a sentence that begins with the node's name.
+    """Read a stage's tensors; the result, as the end of a sentence that begins with the node's name.
 
-    Where the model's folder is not on this node's disk nothing is done: its bytes would have to come from another one.
+    Nothing is read where the model's folder is not on this node's disk: its bytes would have to come from another one.
     """
     folder, began = Path(model_folder), time.perf_counter()
     if not folder.is_dir():

@@ -176,7 +176,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
         found["after"] = after
         found["handed_back"]["check"] = checked.as_dict()
         result.write_result(run, found, outcome)
-        result.record_result(run, found, progress.step)
+        result.record_result(run)
 
 
 def _portrait(context: WorkerContext, inputs: Inputs, held: TrainState | None) -> Portrait | None:

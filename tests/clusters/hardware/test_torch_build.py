@@ -4,7 +4,7 @@ import pytest
 
 from clusters.capability import DeviceCapability
 from clusters.hardware.torch_build import TorchBuild, covers, installed_build, why_unusable
-from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judged
+from clusters.hardware.torch_gpus import Seen, SeenGpu, index_of, judge
 
 ARCHES_130 = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120", "compute_120")
 CUDA_130 = TorchBuild("2.13.0+cu130", "13.0", None, ARCHES_130)
@@ -115,7 +115,7 @@ def test_a_card_is_found_among_those_of_torch_by_what_it_is_not_by_its_place(dev
 
 
 def test_a_card_that_torch_does_not_see_says_so_with_the_words_of_cuda_and_is_looked_at_again():
-    found = judged(card(), None, Seen(CUDA_130, error="CUDA unknown error"))
+    found = judge(card(), None, Seen(CUDA_130, error="CUDA unknown error"))
 
     assert "torch 2.13.0+cu130 does not see it (CUDA unknown error): restart the machine" in found.problem
     assert found.doubt is not None

@@ -41,13 +41,13 @@ def test_optional_libraries_run_or_say_why_not(measured):
     [(None, "absent"), ("", "runs"), ("raise OSError('libcudart.so.13: cannot open\\nmore')", "broken")],
 )
 def test_a_library_is_absent_broken_with_its_words_or_runs(tmp_path, monkeypatch, text, state):
-    from clusters.probe.measure_device import _imported, _tried
+    from clusters.probe.measure_device import _imported, _try_library
 
     if text is not None:
         (tmp_path / "some_library.py").write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "some_library", raising=False)
-    found = _tried("some_library", lambda: _imported("some_library"))
+    found = _try_library("some_library", lambda: _imported("some_library"))
 
     assert found == Library(state, "OSError: libcudart.so.13: cannot open" if state == "broken" else "")
 

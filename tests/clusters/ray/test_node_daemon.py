@@ -19,9 +19,9 @@ from clusters.ray.node_daemon import (
     address_of,
     check_address,
     check_port,
+    check_reachable,
     environment,
     keep_running,
-    knock,
     ray_arguments,
     token_file,
 )
@@ -105,10 +105,10 @@ def test_an_interface_has_an_address_or_the_others_are_named():
 
 def test_a_silent_head_has_a_reason():
     with socket.create_server(("127.0.0.1", 0)) as server:
-        assert knock(f"127.0.0.1:{server.getsockname()[1]}") is None
+        assert check_reachable(f"127.0.0.1:{server.getsockname()[1]}") is None
         port = server.getsockname()[1]
-    assert "refused" in knock(f"127.0.0.1:{port}")
-    assert knock("nowhere:port")
+    assert "refused" in check_reachable(f"127.0.0.1:{port}")
+    assert check_reachable("nowhere:port")
 
 
 @pytest.mark.parametrize("where", ["127.0.0.1", "0.0.0.0", "127.0.0.5", "::1"])

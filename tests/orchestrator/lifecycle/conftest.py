@@ -1,6 +1,6 @@
 """A job that is planned in a moment: a config.json, eight rows, declared machines; no torch, no weights."""
 
-import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,26 +8,14 @@ import pytest
 
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle.machines import declared
-from tests.conftest import rows, write_jsonl
-
-CONFIG = {
-    "model_type": "llama",
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
+from tests.conftest import SMALL_MODEL, rows, write_jsonl
 
 
 @pytest.fixture
 def job_with(tmp_path):
     """A function that makes the job, with more text in its file."""
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    shutil.copy(SMALL_MODEL / "config.json", tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", rows(8))
 
     def make(text="", data=""):

@@ -13,7 +13,7 @@ from orchestrator.errors import HardwareChanged, JobError, NothingFits, RunFaile
 from orchestrator.job.job_file import parse_job
 from orchestrator.lifecycle import recovery as recovery_module
 from orchestrator.lifecycle.recovery import Recovery
-from orchestrator.lifecycle.stages.held import with_held_layers
+from orchestrator.lifecycle.stages.node_layers import with_held_layers
 from orchestrator.runs.events import ErrorReport, Replan, StateChange, StepReport, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
 from tests.orchestrator.planning.test_choice import MIDDLE, SMALL, machine, plan

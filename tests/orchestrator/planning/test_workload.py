@@ -59,8 +59,8 @@ def test_keys_that_contradict_each_other_are_refused_before_and_while_planning(t
 def test_stated_parts_of_a_step_fix_how_many_workers_train():
     spec = spec_of("{global_batch_size: 16, per_device_train_batch_size: 2, gradient_accumulation_steps: 4}")
 
-    assert workload.workers_of_the_batch(spec, 4) == 2
-    assert workload.workers_of_the_batch(spec, 1) is None
+    assert workload.num_workers_of_batch(spec, 4) == 2
+    assert workload.num_workers_of_batch(spec, 1) is None
     workload.check_batch(spec, 4)
 
 

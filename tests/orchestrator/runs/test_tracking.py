@@ -1,6 +1,7 @@
 """MLflow as a mirror: states, what was deleted there, kills between two calls, and passwords that never get there."""
 
 import json
+import shutil
 import sqlite3
 import stat
 from pathlib import Path
@@ -15,21 +16,9 @@ from orchestrator.runs.events import StateChange, StepReport, TrackingReport
 from orchestrator.runs.mirror import tracking
 from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, is_left_running
 from orchestrator.runs.run_folder import RunFolder
-from tests.conftest import rows, write_jsonl
+from tests.conftest import SMALL_MODEL, rows, write_jsonl
 
 PASSWORD = "pa55w0rd"
-CONFIG = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 400,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": True,
-}
 
 
 @pytest.fixture
@@ -38,7 +27,7 @@ def run_of(tmp_path):
     from orchestrator.lifecycle.prepare import plan_without_data
 
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "config.json").write_text(json.dumps(CONFIG))
+    shutil.copy(SMALL_MODEL / "config.json", tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", rows(8))
 
     def make(uri, experiment="shop", **tracked):

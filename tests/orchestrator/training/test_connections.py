@@ -9,7 +9,7 @@ import pytest
 from clusters.hardware.interfaces import GLOO
 from orchestrator.errors import RunFailed
 from orchestrator.training.workers import connections
-from orchestrator.training.workers.connections import refuse_unreachable, try_all
+from orchestrator.training.workers.connections import refuse_unreachable, try_connections
 
 
 def loopback():
@@ -72,7 +72,7 @@ def test_a_machine_that_does_not_answer_is_given_up_after_seconds(monkeypatch):
     server, waiting = full_queue()
     began = time.monotonic()
 
-    reasons = try_all([server.getsockname()] * 5)
+    reasons = try_connections([server.getsockname()] * 5)
 
     assert reasons == dict.fromkeys(range(5), "no answer within 1 s")
     assert time.monotonic() - began < 4  # all at once

@@ -11,7 +11,7 @@ from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
 from orchestrator.runs.events import FinalEvaluation, Note, StateChange
 from orchestrator.training.determinism import deterministic, resume_note
-from orchestrator.training.model.loading import straight_to
+from orchestrator.training.model.loading import placement_arguments
 from orchestrator.training.workers import finished, quality
 from orchestrator.training.workers.quality import num_cut_short
 from orchestrator.training.workers.worker import work
@@ -233,7 +233,7 @@ def test_an_operation_without_a_deterministic_kernel_is_named_with_the_way_out()
     ("device", "arguments"), [("cuda:1", {"device_map": {"": torch.device("cuda:1")}}), ("cpu", {})]
 )
 def test_weights_go_from_their_file_straight_to_a_gpu(device, arguments):
-    assert straight_to(torch.device(device)) == arguments
+    assert placement_arguments(torch.device(device)) == arguments
 
 
 def test_transformers_takes_a_device_for_all_weights(model_folder):

@@ -99,4 +99,4 @@ def test_workers_that_divide_an_optimizer_update_equally_often():
     ]
 
     assert [len(batches) for batches in chosen] == [2, 1]
-    assert [len(preflight.as_many_everywhere(batches)) for batches in chosen] == [2, 2]
+    assert [len(preflight.repeat_to_two(batches)) for batches in chosen] == [2, 2]

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from strategies.families import FAMILIES
 from strategies.model.architecture import architecture_of
-from strategies.pipeline.cut import CannotCut, assemble, read_tensors, take_out_others, touch_tensors
+from strategies.pipeline.cut import CannotCut, assemble, read_tensors, remove_other_stages, touch_tensors
 from strategies.workload import StagePart
 from tests.strategies.test_families import DECODERS, built, random_config
 
@@ -37,7 +37,7 @@ def difference(config):
     stages = [StagePart(0, 2, 0, 1), StagePart(1, 2, 1, num_layers)]
     lower, upper = (stage_model(config, weights, stage).eval() for stage in stages)
     for part, stage in zip((lower, upper), stages, strict=True):
-        take_out_others(part, stage)
+        remove_other_stages(part, stage)
     mask = torch.ones_like(IDS)
     expected = model(IDS, attention_mask=mask, use_cache=False).logits
     hidden = lower.get_decoder()(IDS, attention_mask=mask, use_cache=False).last_hidden_state

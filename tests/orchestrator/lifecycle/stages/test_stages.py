@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from clusters.capability import ClusterCapability, Link
-from orchestrator.lifecycle.stages.held import with_held_layers
-from orchestrator.lifecycle.stages.slow import NUM_STEPS, at_pace, measured_pace
+from orchestrator.lifecycle.stages.node_layers import with_held_layers
+from orchestrator.lifecycle.stages.slow import NUM_STEPS, find_slow_stage, with_measured_pace
 from orchestrator.lifecycle.stages.spare import stages_by_loss, with_spares
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import StepReport
@@ -160,7 +160,7 @@ def reports(made, slower, count=NUM_STEPS, tokens=None, **changes):
 def test_a_stage_that_takes_longer_in_three_steps_is_slow():
     made = pipeline(BIG, SMALL_CARD)
 
-    pace = measured_pace(made, reports(made, {"small": 1.5}))
+    pace = find_slow_stage(made, reports(made, {"small": 1.5}))
 
     assert made.nodes[pace.slowest].node == "small"
     assert [round(ratio, 6) for ratio in pace.ratios] == [1.5 if part.node == "small" else 1.0 for part in made.nodes]
@@ -172,15 +172,17 @@ def test_a_stage_that_takes_longer_in_three_steps_is_slow():
 def test_a_step_that_was_measured_shorter_counts():
     made = pipeline(BIG, SMALL_CARD)
 
-    assert measured_pace(made, reports(made, {"small": 1.5}, seconds=0.1)).step_s == pytest.approx(0.1)
+    assert find_slow_stage(made, reports(made, {"small": 1.5}, seconds=0.1)).step_s == pytest.approx(0.1)
 
 
 def test_the_last_step_of_an_epoch_has_fewer_tokens():
     made = pipeline(BIG, SMALL_CARD)
     fewer = reports(made, {"small": 1.5}, tokens=100.0)
 
-    assert measured_pace(made, fewer).ratios == pytest.approx(measured_pace(made, reports(made, {"small": 1.5})).ratios)
-    assert measured_pace(made, reports(made, {}, tokens=100.0)) is None
+    assert find_slow_stage(made, fewer).ratios == pytest.approx(
+        find_slow_stage(made, reports(made, {"small": 1.5})).ratios
+    )
+    assert find_slow_stage(made, reports(made, {}, tokens=100.0)) is None
 
 
 @pytest.mark.parametrize(
@@ -195,23 +197,23 @@ def test_the_last_step_of_an_epoch_has_fewer_tokens():
 def test_a_pace_about_as_planned_is_none(why):
     made = pipeline(BIG, SMALL_CARD)
 
-    assert measured_pace(made, reports(made, why[1])) is None
+    assert find_slow_stage(made, reports(made, why[1])) is None
 
 
 def test_two_slow_steps_and_one_as_planned_are_not_enough():
     made = pipeline(BIG, SMALL_CARD)
     steps = reports(made, {"small": 2.0}, count=2)
 
-    assert measured_pace(made, steps) is None
-    assert measured_pace(made, [*steps, *reports(made, {}, count=1)]) is None
-    assert measured_pace(made, [*reports(made, {}, count=1), *reports(made, {"small": 2.0})]) is not None
+    assert find_slow_stage(made, steps) is None
+    assert find_slow_stage(made, [*steps, *reports(made, {}, count=1)]) is None
+    assert find_slow_stage(made, [*reports(made, {}, count=1), *reports(made, {"small": 2.0})]) is not None
 
 
 def test_steps_without_seconds_of_stages_say_nothing():
     made = pipeline(BIG, SMALL_CARD)
 
-    assert measured_pace(made, reports(made, {}, stage_busy_s=None)) is None
-    assert measured_pace(plan(MIDDLE, BIG), reports(made, {"small": 2.0})) is None
+    assert find_slow_stage(made, reports(made, {}, stage_busy_s=None)) is None
+    assert find_slow_stage(plan(MIDDLE, BIG), reports(made, {"small": 2.0})) is None
 
 
 def test_machines_are_planned_with_at_the_pace_that_was_measured():
@@ -220,7 +222,7 @@ def test_machines_are_planned_with_at_the_pace_that_was_measured():
     made = pipeline(*nodes)
     ratios = [2.0 if part.node == "twin" else 1.0 for part in made.nodes]
 
-    slowed = at_pace(cluster_of(*nodes), made, ratios)
+    slowed = with_measured_pace(cluster_of(*nodes), made, ratios)
     again = plan(MIDDLE, *slowed.nodes, text=PIPELINE, link_bytes_per_s=RATE)
 
     def count(which, name):
@@ -228,7 +230,7 @@ def test_machines_are_planned_with_at_the_pace_that_was_measured():
         return end - first
 
     assert count(again, "twin") < count(made, "twin")
-    measured = measured_pace(made, reports(made, {"twin": 2.0}, seconds=10 * made.step_s))
+    measured = find_slow_stage(made, reports(made, {"twin": 2.0}, seconds=10 * made.step_s))
     assert again.step_s < measured.step_s / 1.1
-    assert at_pace(slowed, made, ratios).nodes[1].devices[0].calibration == {made.techniques.dtype: 4.0}
+    assert with_measured_pace(slowed, made, ratios).nodes[1].devices[0].calibration == {made.techniques.dtype: 4.0}
     assert not slowed.nodes[1].cpu.calibration

@@ -9,7 +9,7 @@ from orchestrator.planning.plan import Plan
 
 
 def with_held_layers(cluster: ClusterCapability, plan: Plan) -> ClusterCapability:
-    """The machines with the layers that they train or stand by with in a plan; with none where it has no stages."""
+    """The machines with the layers that each trains, or has read to stand by; none in a plan without stages."""
     held: dict[str, list[tuple[int, int]]] = {}
     for part in plan.nodes:
         if stage := part.techniques.stage:
