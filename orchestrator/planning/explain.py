@@ -338,10 +338,11 @@ def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Acce
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
     spec, lines = inputs.spec, _shortages(enumeration)
     if spec.strategy.mode == "pipeline":
-        layers = enumeration.workload.shape.num_layers
-        lines.insert(
-            0, f"no cut of the model's {layers} layers fits these devices as stages of a pipeline; each whole:"
-        )
+        layers, replicas = enumeration.workload.shape.num_layers, spec.strategy.pipeline.replicas
+        what = "a pipeline"
+        if replicas not in ("auto", 1):
+            what = f"{replicas} pipelines, each with all of them"
+        lines.insert(0, f"no cut of the model's {layers} layers fits these devices as stages of {what}; each whole:")
     if enumeration.other_groups:
         other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(

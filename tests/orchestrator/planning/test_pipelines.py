@@ -289,11 +289,6 @@ REFUSED = {
         "strategy: {mode: pipeline, pipeline: {stages: 5}}",
         "strategy.pipeline.stages is 5, and 4 devices can train; lower it to 4",
     ),
-    "several pipelines": (
-        MIDDLE,
-        "strategy: {mode: pipeline, pipeline: {replicas: 2}}",
-        "strategy.pipeline.replicas is 2: several pipelines beside each other are not made yet; set it to auto",
-    ),
     "DeepSpeed's keys": (
         MIDDLE,
         "strategy: {mode: pipeline, deepspeed: {}}",
