@@ -386,8 +386,11 @@ def fixed_job(job: Job, plan: Plan, method_section: Callable[..., Any], num_slot
         "strategy.mode": "auto" if num_slots < 2 and (mode.startswith("zero") or mode == "pipeline") else mode,
     }
     pipeline = job.spec.strategy.pipeline
-    if isinstance(pipeline.stages, int) and pipeline.stages > num_slots:
-        fixed["strategy.pipeline"] = pipeline.model_dump(exclude_unset=True) | {"stages": "auto"}
+    opened = {"stages": "auto"} if isinstance(pipeline.stages, int) and pipeline.stages > num_slots else {}
+    if pipeline.replicas not in ("auto", 1) and num_slots < max(len(plan.nodes), pipeline.replicas + 1):
+        opened["replicas"] = fixed["cluster.num_workers"] = "auto"
+    if opened:
+        fixed["strategy.pipeline"] = pipeline.model_dump(exclude_unset=True) | opened
     goal = type(job.spec.goal)(prefer=job.spec.goal.prefer, max_hours=1e6)  # what has begun continues, however slow
     spec = spec_with(job.spec, fixed).model_copy(update={"method": method_section(**plan.method), "goal": goal})
     return Job(spec, job.folder, job.text)

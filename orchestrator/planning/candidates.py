@@ -17,10 +17,13 @@ from clusters.hardware.gpu_links import slowest_inside
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
 from strategies.cost.pipeline import Boundary, PlannedPasses, Simulation
-from strategies.workload import Dtype, LossType, Offload, Techniques, Wire
+from strategies.cost.replicas import Replicas
+from strategies.workload import Dtype, LossType, Offload, Techniques, Wire, Workload
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
+_GLOO_BYTES_PER_S = 1.5e9  # one connection on the loopback of two shared cores: what a pair of stages gets at most
+_GLOO_ROUND_TRIP_S = 0.1e-3
 
 LOCAL_STEPS = 32  # of the fastest worker between two sums, where the job does not state them
 
@@ -92,11 +95,12 @@ class Placed:
     slot: Slot
     plan: StrategyPlan
     share: float  # of each step's samples
+    replica: int | None = None  # the pipeline of which it is a stage; None = it has all layers
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """How the devices of a candidate pass micro-batches on: a stage each, in their order."""
+    """How some devices of a candidate pass micro-batches on: a stage each, in their order."""
 
     simulation: Simulation
     boundaries: tuple[Boundary, ...]
@@ -117,16 +121,21 @@ class Candidate:
     sync_s: float  # of stages: what the slowest waits for the others and for the links
     num_steps: int
     tokens_per_step: float
-    network: Network | None = None  # None: one worker
+    network: Network | None = None  # over which gradients are added up; None: one worker, or one pipeline
     assumed_network: bool = False
-    pipeline: Pipeline | None = None
+    pipelines: tuple[Pipeline, ...] = ()
+
+    @property
+    def replicas(self) -> list[list[Placed]]:
+        """The copies of the model: a device each, or the stages of one."""
+        if not self.pipelines:
+            return [[part] for part in self.placed]
+        return [[part for part in self.placed if part.replica == one] for one in range(len(self.pipelines))]
 
     @cached_property
     def whole_plan(self) -> StrategyPlan:
-        """The first device's; of stages with what all of them train, save and compute."""
-        plans = [part.plan for part in self.placed]
-        if not self.pipeline:
-            return plans[0]
+        """The first device's; of stages with what all of its pipeline train, save and compute."""
+        plans = [part.plan for part in self.replicas[0]]
         return replace(
             plans[0],
             num_trainable_parameters=sum(plan.num_trainable_parameters for plan in plans),
@@ -170,7 +179,8 @@ class Candidate:
         for dtype, factor in (("float32", 1.0), ("bfloat16", 0.5)):
             sent = factor * self.sent_bytes
             ways[f"all-reduce {dtype}"] = self.network.exposed_s(sent, micro_s, self.network.bucket_bytes(sent))
-        ways["local steps"] = self.network.all_reduce_s(self.sent_bytes) / LOCAL_STEPS
+        if not self.pipelines:
+            ways["local steps"] = self.network.all_reduce_s(self.sent_bytes) / LOCAL_STEPS
         return ways
 
     @property
@@ -236,9 +246,47 @@ def slowest_link(names: Sequence[str], cluster: ClusterCapability) -> tuple[floa
     return slowest, trips, any(rate is None for rate in rates)
 
 
+def stage_link(one: Slot, other: Slot, cluster: ClusterCapability) -> tuple[float, float, bool]:
+    """Bytes a second, round trip, and whether a typical link stood in: gloo carries messages of GPUs as well."""
+    if one.node.name == other.node.name:
+        inside = slowest_inside(one.node, [one.device, other.device])
+        return min(inside.bytes_per_s, _GLOO_BYTES_PER_S), _GLOO_ROUND_TRIP_S, inside.is_assumed
+    rate, trip_s, is_assumed = slowest_link((one.node.name, other.node.name), cluster)
+    return min(rate, _GLOO_BYTES_PER_S), trip_s, is_assumed
+
+
 def step_s_of(plans: Sequence[StrategyPlan], network: Network | None) -> float:
     """Seconds of a step in which each slot, or one of each kind, runs one of these plans."""
     return max(plan.time.step_s for plan in plans) + (waiting_s(network, plans) if network else 0.0)
+
+
+def in_stages(
+    method: Method,
+    work: Workload,
+    cluster: ClusterCapability,
+    placed: Sequence[Placed],
+    pipelines: Sequence[Pipeline],
+    found: Replicas,
+) -> Candidate:
+    """The candidate of pipelines beside each other, or of one, with the stages of each in their order.
+
+    A step ends with the slowest pipeline's last pass, the sums that were found, the update and everybody's numbers.
+    """
+    update_s = max(part.plan.time.update_s for part in placed)
+    boundaries = [one for pipeline in pipelines for one in pipeline.boundaries]
+    trips = [2 * one.latency_s for one in boundaries] + ([found.network.round_trip_s] if found.network else [])
+    numbers = Network(len(placed), min(one.bytes_per_s for one in boundaries), max(trips))
+    step_s = max(one.simulation.step_s for one in pipelines) + found.sum_s + update_s + numbers.step_s
+    return Candidate(
+        method,
+        tuple(placed),
+        step_s - max(part.plan.time.step_s for part in placed),
+        work.num_steps,
+        work.tokens_per_step,
+        found.network,
+        any(stage_link(one.slot, other.slot, cluster)[2] for one, other in itertools.pairwise(placed)),
+        pipelines=tuple(pipelines),
+    )
 
 
 def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:

@@ -151,7 +151,7 @@ def resolve_save_steps(spec: JobSpec, workload: Workload, chosen: Candidate) -> 
         return stated, None
     saved_bytes, fifth = chosen.whole_plan.checkpoint_bytes, max(1, math.ceil(workload.num_steps / 5))
     size = format_bytes(saved_bytes)
-    if chosen.pipeline:
+    if chosen.pipelines:
         between_s = max(_STAGES_SAVE_EVERY_S, saving_s(saved_bytes) / _MOST_SAVING)
         steps = max(1, round(between_s / chosen.step_s))
         if steps < fifth:
@@ -222,21 +222,21 @@ def _evaluation_s(
 def _generation_s(candidate: Candidate, workload: Workload, num_answers: int, num_tokens: int) -> float:
     """Answers to all prompts; a batch takes as many steps as its longest answer.
 
-    Workers answer their parts at once; a token passes the stages of a pipeline one after the other.
+    Copies of the model answer their parts at once; a token passes the stages of one one after the other.
     """
-    stages = candidate.pipeline is not None
-    own = num_answers if stages else math.ceil(num_answers / len(candidate.placed))
-    counts = [_prompts_at_once(part, workload, own, num_tokens) for part in candidate.placed]
-    counts = [min(counts)] * len(counts) if stages else counts
+    own = math.ceil(num_answers / len(candidate.replicas))
     found = []
-    for part, rows in zip(candidate.placed, counts, strict=True):
-        techniques, slot = part.plan.techniques, part.slot
-        shape = shape_of_stage(workload.shape, techniques.stage)
-        one = cache_bytes_per_token(shape, BYTES_PER_ELEMENT[techniques.dtype])
-        cache = rows * one * (workload.mean_length + num_tokens / 2)
-        step_s = decode_step_s(shape, slot.device, slot.node, techniques, cache, rows)
-        found.append(math.ceil(own / rows) * num_tokens * step_s)
-    return sum(found) if stages else max(found)
+    for parts in candidate.replicas:
+        rows = min(_prompts_at_once(part, workload, own, num_tokens) for part in parts)
+        token_s = 0.0
+        for part in parts:
+            techniques, slot = part.plan.techniques, part.slot
+            shape = shape_of_stage(workload.shape, techniques.stage)
+            one = cache_bytes_per_token(shape, BYTES_PER_ELEMENT[techniques.dtype])
+            cache = rows * one * (workload.mean_length + num_tokens / 2)
+            token_s += decode_step_s(shape, slot.device, slot.node, techniques, cache, rows)
+        found.append(math.ceil(own / rows) * num_tokens * token_s)
+    return max(found)
 
 
 def _prompts_at_once(part: Placed, workload: Workload, own: int, num_tokens: int) -> int:

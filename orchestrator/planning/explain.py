@@ -12,7 +12,7 @@ from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.units import format_bytes, format_s
 from orchestrator.job.job_file import value_of
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Candidate, Slot
+from orchestrator.planning.candidates import Candidate, Pipeline, Placed, Slot
 from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
@@ -20,6 +20,7 @@ from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
 from strategies.compatibility import conflict
 from strategies.contract import StrategyPlan
+from strategies.cost.pipeline import WORTH_A_DEVICE
 from strategies.cost.time import bus_rate
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
 from strategies.workload import Techniques, Workload
@@ -35,6 +36,7 @@ def describe_candidate(candidate: Candidate) -> str:
     """A candidate in one phrase: method, what matters of its techniques, where."""
     first = candidate.placed[0].plan.techniques
     parts = [candidate.method.name, first.dtype, *describe_techniques(first, with_loss=True)]
+    parts += [f"{len(candidate.pipelines)} pipelines"] if len(candidate.pipelines) > 1 else []
     names = candidate.device_names
     where = " + ".join(
         f"{names.count(name)} x {name}" if names.count(name) > 1 else name for name in dict.fromkeys(names)
@@ -113,7 +115,7 @@ def alternatives(
     front = sorted(pareto(fitting, costs), key=lambda candidate: candidate.total_s)
     fastest: dict[tuple[str, int, int], Candidate] = {}
     for candidate in sorted(fitting, key=lambda c: c.total_s):
-        division = -1 if candidate.pipeline else candidate.zero_stage
+        division = -len(candidate.pipelines) or candidate.zero_stage
         fastest.setdefault((candidate.method.name, division, len(candidate.placed)), candidate)
     shown = [chosen]
     for candidate in (*fastest.values(), *front):
@@ -168,7 +170,7 @@ def _why_not(chosen: Candidate, other: Candidate, scores: Mapping[str, float]) -
     if theirs is not None and ours is not None and theirs != ours:
         parts.append(f"expected score {theirs:.3f} against {ours:.3f} (prior)")
     if other.sync_s > 0.3 * other.step_s:
-        whom = "other stages" if other.pipeline else "the network"
+        whom = "other stages" if other.pipelines else "the network"
         parts.append(f"{other.sync_s / other.step_s:.0%} of each step waits for {whom}")
     return ", ".join(parts)
 
@@ -211,38 +213,57 @@ def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate
         "cluster.num_workers": "the devices that together are best by the goal",
     }
     reasons = {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
-    return reasons | _explain_pipeline(spec, chosen, fitting)
+    return reasons | _explain_pipelines(spec, chosen, fitting)
 
 
-def _explain_pipeline(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:
+def _explain_pipelines(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:
     """Which layers lie where, what each stage and the slowest link take, and why the model is divided at all."""
-    if chosen.pipeline is None:
+    if not chosen.pipelines:
         return {}
-    fastest = min((one for one in fitting if not one.pipeline), key=lambda one: one.step_s, default=None)
+    fastest = min((one for one in fitting if not one.pipelines), key=lambda one: one.step_s, default=None)
     why = "nothing else fits"
     if fastest is not None:
         why = f"a step takes {format_s(chosen.step_s)}, {format_s(fastest.step_s)} by {describe_candidate(fastest)}"
-    parts, run = chosen.placed, chosen.pipeline
-    stages = []
-    for part, one in zip(parts, run.simulation.passes, strict=True):
-        stage = part.plan.techniques.stage
-        assert stage is not None
-        streams = ", streamed from the host" if part.plan.techniques.streams_weights else ""
-        stages.append(f"{stage} on {part.slot.label}{streams}: {format_s(one.total_s)}")
-    slowest = max(range(len(run.boundaries)), key=lambda number: run.boundaries[number].message_s)
-    names = " - ".join(part.slot.node.name for part in parts[slowest : slowest + 2])
-    link_s = format_s(run.boundaries[slowest].message_s)
-    stated = spec.strategy.pipeline
+    run, stated, several = chosen.pipelines[0], spec.strategy.pipeline, len(chosen.pipelines) > 1
+    counts = " and ".join(str(len(parts)) for parts in chosen.replicas)
+    what = f"{len(chosen.pipelines)} pipelines of {counts} stages" if several else f"pipeline of {counts} stages"
+    stages = [_describe_stages(parts, one) for parts, one in zip(chosen.replicas, chosen.pipelines, strict=True)]
+    if several:
+        shares = [f"{parts[0].share:.0%}" for parts in chosen.replicas]
+        stages = [f"{share} of the samples, {text}" for share, text in zip(shares, stages, strict=True)]
     reasons = {
-        "strategy.mode": (spec.strategy.mode, f"pipeline of {len(parts)} stages: {why}"),
-        "strategy.pipeline.stages": (
-            "auto",
-            f"a micro-batch: {'; '.join(stages)}; slowest link {names}: {link_s} each way",
-        ),
+        "strategy.mode": (spec.strategy.mode, f"{what}: {why}"),
+        "strategy.pipeline.stages": ("auto", ". ".join(stages)),
         "strategy.pipeline.wire": (stated.wire, f"{run.wire}: what hidden states are computed in"),
         "strategy.pipeline.ahead": (stated.ahead, f"{run.simulation.ahead}: the shortest step of those that fit"),
+        "strategy.pipeline.replicas": (stated.replicas, _why_so_many(chosen, fitting)),
     }
     return {key: why for key, (value, why) in reasons.items() if value == "auto"}
+
+
+def _describe_stages(parts: Sequence[Placed], run: Pipeline) -> str:
+    """The stages of one pipeline, and its slowest link."""
+    stages = []
+    for part, one in zip(parts, run.simulation.passes, strict=True):
+        streams = ", streamed from the host" if part.plan.techniques.streams_weights else ""
+        stages.append(f"{part.plan.techniques.stage} on {part.slot.label}{streams}: {format_s(one.total_s)}")
+    text = f"a micro-batch: {'; '.join(stages)}"
+    if not run.boundaries:
+        return text
+    slowest = max(range(len(run.boundaries)), key=lambda number: run.boundaries[number].message_s)
+    names = " - ".join(part.slot.node.name for part in parts[slowest : slowest + 2])
+    return f"{text}; slowest link {names}: {format_s(run.boundaries[slowest].message_s)} each way"
+
+
+def _why_so_many(chosen: Candidate, fitting: Sequence[Candidate]) -> str:
+    """Why there are so many pipelines beside each other."""
+    count = len(chosen.pipelines)
+    if count == 1:
+        return f"1: several beside each other, each with all layers, make no step {1 - WORTH_A_DEVICE:.0%} shorter"
+    fewer = [one for one in fitting if 0 < len(one.pipelines) < count]
+    single = min(fewer, key=lambda one: one.step_s, default=None)
+    than = f", {format_s(single.step_s)} with {len(single.pipelines)}" if single else ""
+    return f"{count}: a step takes {format_s(chosen.step_s)}{than}; a layer's gradients are summed between its holders"
 
 
 def _why_offload(plan: StrategyPlan, device: DeviceCapability) -> str:
@@ -317,10 +338,11 @@ def why_nothing_fits(inputs: PlanInputs, enumeration: Enumeration, accepts: Acce
     """What is missing where, and the smallest changes that would help, each checked by planning again."""
     spec, lines = inputs.spec, _shortages(enumeration)
     if spec.strategy.mode == "pipeline":
-        layers = enumeration.workload.shape.num_layers
-        lines.insert(
-            0, f"no cut of the model's {layers} layers fits these devices as stages of a pipeline; each whole:"
-        )
+        layers, replicas = enumeration.workload.shape.num_layers, spec.strategy.pipeline.replicas
+        what = "a pipeline"
+        if replicas not in ("auto", 1):
+            what = f"{replicas} pipelines, each with all of them"
+        lines.insert(0, f"no cut of the model's {layers} layers fits these devices as stages of {what}; each whole:")
     if enumeration.other_groups:
         other = min(enumeration.other_groups, key=lambda candidate: candidate.total_s)
         lines.append(

@@ -29,6 +29,8 @@ _RING = 16  # workers whose round trips a link's rank counts
 _APART = 1e-3  # of a share: nearer ones say nothing of what a sample takes
 _HALVINGS = 16  # of the time in which all finish
 _REFINED = 8  # sizes between two others that are compared
+_SEEDS = 3  # slots around which the best linked others are gathered
+_NEAR_LINK = 0.5  # of the best link's rate: as good
 
 
 @dataclass(frozen=True)
@@ -328,3 +330,21 @@ def _closest(scored: Sequence[tuple[float, int, list[Slot]]]) -> list[tuple[floa
     """Of subsets of one size, best first, those worth a full estimate: a score is right to some percent."""
     enough_s = _CLOSE * scored[0][0]
     return [one for place, one in enumerate(scored[:_MOST_CLOSE]) if place < _KEPT or one[0] <= enough_s]
+
+
+def linked_groups(num_slots: int, most: int, rate: Callable[[int, int], float]) -> list[list[int]]:
+    """All places where there are so many at most; of more, those with good links to one of the first, first ones first.
+
+    Slots stand in order of their speed; `rate` is of the link between two places.
+    """
+    places = range(num_slots)
+    if num_slots <= most:
+        return [list(places)]
+    found: dict[frozenset[int], list[int]] = {}
+    for seed in places[:_SEEDS]:
+        rates = {other: rate(seed, other) for other in places if other != seed}
+        near = _NEAR_LINK * max(rates.values())
+        others = sorted(rates, key=lambda other: (rates[other] < near, other))
+        group = [seed, *others[: most - 1]]
+        found.setdefault(frozenset(group), group)
+    return list(found.values())

@@ -1,7 +1,8 @@
 """Pipelines: candidates whose devices have layers of their own and pass micro-batches on.  Pure.
 
 Stages share micro-batches and optimizer; each has its own precision, kernel, checkpointing and way to hold its weights.
-`strategies/cost/stages.py` says what a stage costs by its layers, `strategies/cost/pipeline.py` finds cut and order.
+`strategies/cost/stages.py` says what a stage costs by its layers, `strategies/cost/pipeline.py` finds cut and order,
+`strategies/cost/replicas.py` which devices make pipelines of their own.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from clusters.hardware.gpu_links import slowest_inside
 from clusters.units import format_s
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import (
@@ -22,18 +22,19 @@ from orchestrator.planning.candidates import (
     Pipeline,
     Placed,
     Slot,
+    in_stages,
     limit_per_node,
-    slowest_link,
+    stage_link,
 )
 from orchestrator.planning.enumeration import Enumeration
+from orchestrator.planning.groups import linked_groups
 from orchestrator.planning.memory_fit import device_shortage, host_usable_bytes, needed_bytes, node_shortage
+from orchestrator.planning.refusals import allows_pipelines
 from orchestrator.planning.settings import MICRO_BATCH_TOKENS, Assignment, Rejections, worthwhile_dtypes
-from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
-from strategies.cost.kept_layers import best_kept
+from strategies.cost.kept_layers import best_kept, best_kept_replicas
 from strategies.cost.micro_batches import num_micro_batches, tokens_per_micro_batch
-from strategies.cost.network import Network
 from strategies.cost.pipeline import (
     AHEADS,
     LEAST_BYTES_PER_S,
@@ -46,20 +47,17 @@ from strategies.cost.pipeline import (
     orders_of,
     simulate,
 )
+from strategies.cost.replicas import Groups, Replicas, ReplicaSearch, divisions_of
 from strategies.cost.stages import Place, StageCosts, pass_of
 from strategies.cost.time import product_rate
 from strategies.pipeline.wire_size import message_bytes
 from strategies.workload import BYTES_PER_ELEMENT, Dtype, StagePart, Techniques, Wire
 
 CLEARLY = 1.1  # times as fast as the best undivided way, or a pipeline is not worth its parts
-_GLOO_BYTES_PER_S = 1.5e9  # one connection on the loopback of two shared cores: what a pair of stages gets at most
-_GLOO_ROUND_TRIP_S = 0.1e-3
 _MOST_PLACES = 24  # devices whose stages are estimated, the fastest
 _MOST_MICRO_BATCHES = 128
-_MOST_LAYOUTS = 3  # that are cut, of those with the lowest bounds, until one brings nothing
 _TRIES = 5  # cuts that are estimated as they are, each after the last one did not fit
-_SEEDS = 3  # devices around which the best linked others are gathered, where there are more than six
-_NEAR_LINK = 0.5  # of the best link's rate: as good
+_NO_SHARE = 1e-3  # of a step's samples: so near, shares are equal
 
 
 @dataclass(frozen=True)
@@ -72,36 +70,25 @@ class Layout:
     is_fp16: bool  # one loss scale for all stages; else each computes in bfloat16 or float32
 
 
-def is_possible(spec: JobSpec, enumeration: Enumeration) -> bool:
-    """Whether the job allows a pipeline, and there are devices for one.
-
-    A step that is stated as so many samples a worker is one of workers with all layers, unless a pipeline is stated.
-    """
-    strategy, accumulation = spec.strategy, spec.train.gradient_accumulation_steps
-    is_open = strategy.mode == "auto" and not grows_with_workers(spec) and accumulation == "auto"
-    allowed = (is_open or strategy.mode == "pipeline") and not strategy.local_steps and strategy.deepspeed is None
-    return allowed and len(enumeration.slots) > 1 and enumeration.workload.shape.num_layers > 1
-
-
 def with_pipelines(spec: JobSpec, enumeration: Enumeration) -> list[Candidate]:
     """The candidates that fit, and each method's pipeline where the job wants one or it clearly wins."""
     fitting = enumeration.fitting
-    if not is_possible(spec, enumeration):
+    if not allows_pipelines(spec) or len(enumeration.slots) < 2 or enumeration.workload.shape.num_layers < 2:
         return fitting
     fastest_s = min((candidate.step_s for candidate in fitting), default=math.inf)
     limit_s = math.inf if spec.strategy.mode == "pipeline" else fastest_s / CLEARLY
     found = (PipelineSearch(spec, enumeration, method).best(limit_s) for method in enumeration.methods)
-    return [*fitting, *(candidate for candidate in found if candidate)]
+    return [*fitting, *itertools.chain.from_iterable(found)]
 
 
 def why_no_stage(spec: JobSpec, enumeration: Enumeration, chosen: Candidate) -> dict[str, str]:
     """Node -> why it has no stage of the chosen pipeline; none where the choice is no pipeline."""
-    if chosen.pipeline is None:
+    if not chosen.pipelines:
         return {}
     first = chosen.placed[0].plan.techniques
     layout = Layout(first.packing, first.per_device_train_batch_size, first.optim, first.dtype == "float16")
     stages = StageSearch(PipelineSearch(spec, enumeration, chosen.method), layout)
-    slowest_s = max(one.total_s for one in chosen.pipeline.simulation.passes)
+    slowest_s = max(one.total_s for pipeline in chosen.pipelines for one in pipeline.simulation.passes)
     taking_part = {node.name for node in chosen.nodes}
     found: dict[str, str] = {}
     for place, slot in enumerate(stages.slots):
@@ -127,27 +114,30 @@ def _why_not_there(stages: StageSearch, place: int, slowest_s: float) -> str:
 
 @dataclass
 class PipelineSearch:
-    """The fastest pipeline of one method over the devices of an enumeration."""
+    """The fastest pipelines of one method over the devices of an enumeration."""
 
     spec: JobSpec
     enumeration: Enumeration
     method: Method
 
-    def best(self, limit_s: float) -> Candidate | None:
-        """The fastest whose step takes less than the limit; by the first optimizer with which one fits."""
+    def best(self, limit_s: float) -> list[Candidate]:
+        """The fastest whose step takes less than the limit, by the first optimizer with which one fits.
+
+        Several pipelines, each with all layers, have to save as much as a further device.
+        """
         for optim, is_fp16 in itertools.product(self.enumeration.switches.optims, self._precisions()):
             searches = [StageSearch(self, layout) for layout in self._layouts(optim, is_fp16)]
             searches = [one for one in searches if len(one.slots) > 1]
             if not searches or not min(searches, key=lambda one: one.layout.rows).costs.may_fit():
                 continue
-            found: Candidate | None = None
-            for search in sorted(searches, key=lambda one: one.filled_s)[:_MOST_LAYOUTS]:
-                if (better := search.best(limit_s)) is None:
-                    break
-                found, limit_s = better, better.step_s
-            if found is not None:
+            found = list[Candidate]()
+            for count in self.num_replicas:
+                if better := _fastest(searches, count, limit_s):
+                    found.append(better)
+                    limit_s = WORTH_A_DEVICE * better.step_s
+            if found:
                 return found
-        return None
+        return []
 
     def _precisions(self) -> list[bool]:
         """Whether stages compute in float16: where the job says so, or a GPU has no units for bfloat16."""
@@ -189,11 +179,16 @@ class PipelineSearch:
         return sorted(self.enumeration.slots, key=rate, reverse=True)[:_MOST_PLACES]
 
     @property
+    def num_replicas(self) -> Sequence[int]:
+        """As the job states them, or all that devices allow: of several pipelines one at least has two."""
+        stated = self.spec.strategy.pipeline.replicas
+        return (stated,) if isinstance(stated, int) else range(1, min(MOST_DEVICES, len(self.slots)))
+
+    @property
     def num_stages(self) -> Sequence[int]:
-        """As the job states them, or all there may be."""
-        stated = [self.spec.strategy.pipeline.stages, self.spec.cluster.num_workers]
-        known = [count for count in stated if isinstance(count, int)]
-        return known[:1] or range(2, MOST_DEVICES + 1)
+        """Of each pipeline as the job states them, or all there may be: beside others a device may hold all layers."""
+        stated = self.spec.strategy.pipeline.stages
+        return (stated,) if isinstance(stated, int) else range(1, MOST_DEVICES + 1)
 
     @property
     def aheads(self) -> Sequence[int]:
@@ -201,12 +196,7 @@ class PipelineSearch:
         return (stated,) if isinstance(stated, int) else AHEADS
 
     def link(self, one: Slot, other: Slot) -> tuple[float, float, bool]:
-        """Bytes a second, round trip, and whether a typical link stood in: gloo carries messages of GPUs as well."""
-        if one.node.name == other.node.name:
-            inside = slowest_inside(one.node, [one.device, other.device])
-            return min(inside.bytes_per_s, _GLOO_BYTES_PER_S), _GLOO_ROUND_TRIP_S, inside.is_assumed
-        rate, trip_s, is_assumed = slowest_link((one.node.name, other.node.name), self.enumeration.cluster)
-        return min(rate, _GLOO_BYTES_PER_S), trip_s, is_assumed
+        return stage_link(one, other, self.enumeration.cluster)
 
     def settings(self, slot: Slot, layout: Layout) -> tuple[Techniques, ...]:
         """What a stage on a slot may be trained with, the plainest first; in the fastest format that can be."""
@@ -226,20 +216,27 @@ class PipelineSearch:
             if offload not in ("none", "weights") or (offload == "weights" and slot.device.kind == "cpu"):
                 continue
             kernels = part.best_kernels(dtype, layout.packing, offload, layout.optim, Rejections())
-            for base, checkpointing, loss in itertools.product(kernels, switches.checkpointings, switches.losses):
-                one = replace(
-                    base,
-                    per_device_train_batch_size=layout.rows,
-                    gradient_checkpointing=checkpointing,
-                    loss_type=loss,
-                )
+            for base, recomputes, loss in itertools.product(kernels, switches.checkpointings, switches.losses):
+                one = replace(base, gradient_checkpointing=recomputes, loss_type=loss)
+                one = replace(one, per_device_train_batch_size=layout.rows)
                 if not conflict(self.method, replace(one, stage=StagePart(0, 2, 0, 1)), slot.device, shape):
                     yield one
 
 
+def _fastest(searches: Sequence[StageSearch], num_replicas: int, limit_s: float) -> Candidate | None:
+    """The fastest of so many pipelines: layouts in the order of their bounds, until one brings nothing."""
+    found: Candidate | None = None
+    for search in sorted(searches, key=lambda one: one.filled_s(num_replicas)):
+        if better := search.best(num_replicas, limit_s):
+            found, limit_s = better, better.step_s
+        elif limit_s < math.inf:  # else it does not fit, and one of fewer rows may
+            break
+    return found
+
+
 @dataclass
 class StageSearch:
-    """The fastest pipeline with one layout of micro-batches."""
+    """The fastest pipelines with one layout of micro-batches."""
 
     search: PipelineSearch
     layout: Layout
@@ -268,29 +265,35 @@ class StageSearch:
         speeds = sorted((1 / max(one, 1e-12) for one in seconds), reverse=True)[:MOST_DEVICES]
         return self.num_micro_batches * self.costs.num_layers / sum(speeds)
 
-    @property
-    def filled_s(self) -> float:
-        """The bound, and the time in which two stages fill and drain."""
-        return self.bound_s * (1 + 1 / self.num_micro_batches)
+    def filled_s(self, num_replicas: int) -> float:
+        """The bound, and the time in which two stages of each pipeline fill and drain."""
+        return self.bound_s * (1 + num_replicas / self.num_micro_batches)
 
     @cached_property
     def num_micro_batches(self) -> int:
         return num_micro_batches(self.search.enumeration.workload, self.search.plain(self.layout))
 
-    def best(self, limit_s: float) -> Candidate | None:
-        """The fastest whose step takes less than the limit, estimated as it is."""
+    def best(self, num_replicas: int, limit_s: float) -> Candidate | None:
+        """The fastest of so many pipelines whose step takes less than the limit, estimated as it is."""
         if self.bound_s >= limit_s:
             return None
         for _ in range(_TRIES):
-            found = best_kept(self.arrangements, self._orders(), [one.node.held_layers for one in self.slots], limit_s)
+            found = self._best_arranged(num_replicas, limit_s)
             if found is None:
                 return None
-            candidate, too_small = self._candidate(found)
+            candidate, too_small = self._best_shared(found)
             if not too_small:
                 return candidate if candidate.step_s < limit_s else None
             for place in too_small:
                 self.costs.tighten(place)
         return None
+
+    def _best_arranged(self, num_replicas: int, limit_s: float) -> Replicas | None:
+        held = [slot.node.held_layers for slot in self.slots]
+        if num_replicas == 1:
+            found = best_kept(self.arrangements, self._orders(), held, limit_s)
+            return found and Replicas((found,), (self.num_micro_batches,))
+        return best_kept_replicas(ReplicaSearch(self.arrangements), self._divisions(num_replicas), held, limit_s)
 
     @property
     def arrangements(self) -> Search:
@@ -311,26 +314,28 @@ class StageSearch:
         return id(enumeration.slots_like(slot)[0]), name
 
     def _orders(self) -> Iterator[tuple[int, ...]]:
-        orders = itertools.chain.from_iterable(orders_of(group, self.search.num_stages) for group in self._groups())
+        counts = [count for count in self.search.num_stages if count > 1]
+        orders = itertools.chain.from_iterable(orders_of(group, counts) for group in self._groups())
         return (order for order in orders if self._may_train(order))
 
-    def _may_train(self, order: Sequence[int]) -> bool:
-        """Whether nodes give so many of their devices."""
-        return len(limit_per_node([self.slots[place] for place in order])) == len(order)
+    def _divisions(self, num_replicas: int) -> Iterator[Groups]:
+        for group in self._groups():
+            for groups in divisions_of(group, num_replicas, self.search.num_stages):
+                if self._may_train([place for one in groups for place in one]):
+                    yield groups
+
+    def _may_train(self, places: Sequence[int]) -> bool:
+        """Whether they are as many as the job states, and nodes give so many of their devices."""
+        stated = self.search.spec.cluster.num_workers
+        if isinstance(stated, int) and len(places) != stated:
+            return False
+        return len(limit_per_node([self.slots[place] for place in places])) == len(places)
 
     def _groups(self) -> list[list[int]]:
-        """Six devices at most: of more, those with good links to one of the fastest, the fastest of them first."""
-        places = range(len(self.slots))
-        if len(places) <= MOST_DEVICES:
-            return [list(places)]
-        found: dict[frozenset[int], list[int]] = {}
-        for seed in places[:_SEEDS]:
-            rates = {n: self.search.link(self.slots[seed], self.slots[n])[0] for n in places if n != seed}
-            near = _NEAR_LINK * max(rates.values())
-            others = sorted(rates, key=lambda other: (rates[other] < near, other))
-            group = [seed, *others[: MOST_DEVICES - 1]]
-            found.setdefault(frozenset(group), group)
-        return list(found.values())
+        def rate(one: int, other: int) -> float:
+            return self.search.link(self.slots[one], self.slots[other])[0]
+
+        return linked_groups(len(self.slots), MOST_DEVICES, rate)
 
     def _boundary(self, one: int, other: int) -> Boundary | None:
         pair = min(one, other), max(one, other)
@@ -338,11 +343,11 @@ class StageSearch:
             self._boundaries[pair] = self._boundary_of(one, other, self._wire(pair))
         return self._boundaries[pair]
 
-    def _boundary_of(self, one: int, other: int, wire: Wire) -> Boundary | None:
+    def _boundary_of(self, one: int, other: int, wire: Wire, share: float = 1.0) -> Boundary | None:
         rate, trip_s, _ = self.search.link(self.slots[one], self.slots[other])
         if rate < LEAST_BYTES_PER_S:
             return None
-        workload = self.search.enumeration.workload
+        workload = replace(self.search.enumeration.workload, share=share)
         tokens = tokens_per_micro_batch(workload, self.search.plain(self.layout))
         return Boundary(message_bytes(tokens, workload.shape.hidden_size, wire), rate, trip_s / 2)
 
@@ -355,36 +360,31 @@ class StageSearch:
         forms = {method.load_dtype(self.costs.places[place].settings[0]) for place in places}
         return "bfloat16" if forms == {"bfloat16"} else "float32"
 
-    def _candidate(self, found: Arrangement) -> tuple[Candidate, list[int]]:
-        """The candidate that an arrangement is, estimated as it is, and the places on which it does not fit."""
-        enumeration, wire = self.search.enumeration, self._wire(found.devices)
-        placed: list[Placed] = []
-        too_small: list[int] = []
-        for place, techniques in zip(found.devices, self._techniques(found, wire), strict=True):
-            plan = self.costs.plan(place, techniques)
-            placed.append(Placed(self.slots[place], plan, 1.0))
-            if device_shortage(plan, self.slots[place]):
-                too_small.append(place)
-        work = enumeration.workload
+    def _best_shared(self, found: Replicas) -> tuple[Candidate, list[int]]:
+        """The candidate with whole micro-batches for each pipeline, or that with shares by speed where it is faster."""
+        best = self._candidate(found, found.shares)
+        speeds = [one / run.simulation.step_s for one, run in zip(found.shares, best[0].pipelines, strict=True)]
+        by_speed = [speed / sum(speeds) for speed in speeds]
+        if max(abs(one - other) for one, other in zip(by_speed, found.shares, strict=True)) < _NO_SHARE:
+            return best
+        return min(best, self._candidate(found, by_speed), key=lambda it: (len(it[1]) > 0, it[0].step_s))
+
+    def _candidate(self, found: Replicas, shares: Sequence[float]) -> tuple[Candidate, list[int]]:
+        """The candidate that some pipelines are, estimated as it is, and the places on which it does not fit."""
+        work, placed, pipelines, too_small = self.costs.workload, list[Placed](), list[Pipeline](), list[int]()
+        for run, share in sorted(zip(found.pipelines, shares, strict=True), key=lambda one: -one[1]):
+            wire = self._wire(run.devices)
+            boundaries = [self._boundary_of(*pair, wire, share) for pair in itertools.pairwise(run.devices)]
+            plans = [self.costs.plan(*one, share) for one in zip(run.devices, self._techniques(run, wire), strict=True)]
+            for place, plan in zip(run.devices, plans, strict=True):
+                placed.append(Placed(self.slots[place], plan, share, len(pipelines)))
+                too_small += [place] if device_shortage(plan, self.slots[place]) else []
+            known, count = tuple(one for one in boundaries if one), plans[0].num_micro_batches
+            pipelines.append(Pipeline(simulate(list(map(pass_of, plans)), known, count, run.ahead), known, wire))
         if not too_small and node_shortage(placed, work.shape.num_parameters, self.search.method):
-            too_small = list(found.devices)
-        links = [self.search.link(one.slot, other.slot) for one, other in itertools.pairwise(placed)]
-        boundaries = [self._boundary_of(one, other, wire) for one, other in itertools.pairwise(found.devices)]
-        known = tuple(one for one in boundaries if one)
-        simulation = simulate([pass_of(part.plan) for part in placed], known, self.num_micro_batches, found.ahead)
-        network = Network(len(placed), min(link[0] for link in links), max(link[1] for link in links))
-        update_s = max(part.plan.time.update_s for part in placed)
-        step_s = simulation.step_s + update_s + network.step_s
-        candidate = Candidate(
-            self.search.method,
-            tuple(placed),
-            step_s - max(part.plan.time.step_s for part in placed),
-            work.num_steps,
-            work.tokens_per_step,
-            assumed_network=any(link[2] for link in links),
-            pipeline=Pipeline(simulation, known, wire),
-        )
-        return candidate, too_small
+            too_small = [place for run in found.pipelines for place in run.devices]
+        cluster = self.search.enumeration.cluster
+        return in_stages(self.search.method, work, cluster, placed, pipelines, found), too_small
 
     def _techniques(self, found: Arrangement, wire: Wire) -> list[Techniques]:
         """Each stage's settings; the loss is the last one's, which computes it."""

@@ -50,8 +50,9 @@ class NodePlan:
 
     @property
     def share_text(self) -> str:
-        """Its part of the work: of the samples, or of the layers."""
-        return str(self.techniques.stage or f"{self.share:.0%}")
+        """Its part of the work: of the samples, of the layers, or of both."""
+        stage, share = self.techniques.stage, f"{self.share:.0%}"
+        return share if stage is None else str(stage) if self.share == 1.0 else f"{stage}, {share}"
 
 
 @dataclass(frozen=True)
@@ -122,7 +123,7 @@ class Plan:
     beside: tuple[Beside, ...] = ()  # excluded nodes that do something for the run
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
-    pipeline: PlannedPasses | None = None  # None = no stages
+    pipelines: tuple[PlannedPasses, ...] = ()  # by `replica`; empty = no stages
     version: int = VERSION
 
     @property
@@ -213,8 +214,8 @@ class Plan:
 
     def to_json(self) -> str:
         values = asdict(self)
-        if self.pipeline is None:
-            del values["pipeline"]
+        if not self.pipelines:
+            del values["pipelines"]
         return json.dumps({**values, "total_s": self.total_s, "hash": self.hash}, indent=1)
 
     @classmethod
@@ -227,7 +228,7 @@ class Plan:
                     f"{label}: has version {printable(str(values.get('version')))}, this program writes {VERSION};"
                     " submit the job again"
                 )
-            plan = record(cls, _with_beside(values), label)
+            plan = record(cls, _of_this_version(values), label)
             plan.build_method()
         except BadInput as error:
             raise JobError(str(error)) from None
@@ -240,9 +241,15 @@ class Plan:
         return plan
 
 
-def _with_beside(values: Any) -> Any:
-    """The values of plan.json, of an earlier program's too: its `helper` is the node beside that measures."""
-    if not isinstance(values, dict) or "beside" in values or values.get("helper") is None:
+def _of_this_version(values: Any) -> Any:
+    """The values of plan.json, of an earlier program's too: its `helper` is the node beside that measures, its
+    `pipeline` the only one.
+    """
+    if not isinstance(values, dict):
+        return values
+    if values.get("pipeline") is not None:
+        values = {**values, "pipelines": [values["pipeline"]]}
+    if "beside" in values or values.get("helper") is None:
         return values
     helper = values["helper"]
     node = helper.get("node") if isinstance(helper, dict) else None
@@ -258,7 +265,11 @@ def _deciding(techniques: Techniques) -> dict[str, Any]:
 def settings_of(plan: Plan) -> dict[str, Any]:
     """The resolved values by job-file key, for printing and tracking."""
     techniques, stage = plan.techniques, plan.techniques.stage
-    pipeline = {"stages": stage.count, "wire": stage.wire, "ahead": stage.ahead} if stage else {}
+    counts = [
+        one.techniques.stage.count for one in plan.nodes if one.techniques.stage and one.techniques.stage.is_first
+    ]
+    stages = " + ".join(map(str, counts)) if len(set(counts)) > 1 else stage and stage.count
+    pipeline = {"stages": stages, "wire": stage.wire, "ahead": stage.ahead, "replicas": len(counts)} if stage else {}
     return {
         "method.type": plan.method["type"],
         "cluster.num_workers": plan.num_workers,

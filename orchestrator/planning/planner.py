@@ -274,7 +274,7 @@ def _plan_of(
         rejected=enumeration.rejections.reasons,
         left_out=excluded | explain_unusable(enumeration.cluster),
         if_installed=explain_absent_libraries(enumeration, chosen),
-        pipeline=chosen.pipeline and chosen.pipeline.planned,
+        pipelines=tuple(pipeline.planned for pipeline in chosen.pipelines),
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
     )
 
@@ -304,7 +304,7 @@ def _node_plan_of(part: Placed) -> NodePlan:
         share=part.share,
         kind=slot.device.kind,
         uuid=slot.device.uuid,
-        replica=0 if plan.techniques.stage else None,
+        replica=part.replica,
     )
 
 
@@ -335,7 +335,7 @@ def _stated_workers(spec: JobSpec, num_slots: int) -> int | None:
 
 
 def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
-    if spec.strategy.mode == "pipeline" and not candidate.pipeline:
+    if spec.strategy.mode == "pipeline" and not candidate.pipelines:
         return False
     return _stated_workers(spec, num_slots) in (None, len(candidate.placed))
 

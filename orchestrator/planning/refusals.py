@@ -13,6 +13,7 @@ from orchestrator.job.model_check import check_targets
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Slot, Switches, limit_per_node, slowest_link
 from orchestrator.planning.goal import prior_of
+from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict, refuses_local_steps
 from strategies.cost.pipeline import LEAST_BYTES_PER_S, MOST_DEVICES
 from strategies.model.targets import architecture_of_shape
@@ -67,12 +68,9 @@ def _refuse_pipeline(spec: JobSpec, workload: Workload, slots: Sequence[Slot]) -
             keys = ", ".join(f"strategy.pipeline.{key}" for key in sorted(pipeline.model_fields_set))
             raise JobError(f"{keys}: strategy.mode is {strategy.mode}; set it to pipeline, or leave these keys out")
         return
-    if pipeline.replicas not in ("auto", 1):
-        found.append(
-            f"strategy.pipeline.replicas is {pipeline.replicas}: several pipelines beside each other are not made yet;"
-            " set it to auto"
-        )
     layers, count = workload.shape.num_layers, len(limit_per_node(slots))
+    if isinstance(pipeline.replicas, int) and pipeline.replicas > 1:
+        found += _replica_mistakes(spec, workload, pipeline.replicas, count)
     if isinstance(pipeline.stages, int) and pipeline.stages > layers:
         found.append(
             f"strategy.pipeline.stages is {pipeline.stages}, and the model has {layers} layers, of which each stage"
@@ -87,6 +85,36 @@ def _refuse_pipeline(spec: JobSpec, workload: Workload, slots: Sequence[Slot]) -
         raise JobError(found)
 
 
+def _replica_mistakes(spec: JobSpec, workload: Workload, replicas: int, num_slots: int) -> list[str]:
+    """What stands against so many pipelines beside each other."""
+    stated, workers, samples = spec.strategy.pipeline.stages, spec.cluster.num_workers, workload.global_batch_size
+    key, usable = f"strategy.pipeline.replicas is {replicas}", min(num_slots, MOST_DEVICES)
+    have = f"{usable} devices can train" if num_slots <= MOST_DEVICES else f"at most {MOST_DEVICES} make pipelines"
+    found = []
+    if replicas > samples:
+        found.append(f"{key}, and a step has {samples} samples; lower it, or raise train.global_batch_size")
+    if isinstance(stated, int) and replicas * stated > usable:
+        found.append(f"{key} with {stated} stages each: that takes {replicas * stated} devices, and {have}; lower one")
+    elif replicas >= usable > 1:
+        enough = f"lower it to {usable - 1}" if usable > 2 else "set it to auto"
+        found.append(f"{key}: one of them at least has two devices, and {have}; {enough}, or set strategy.mode to ddp")
+    if isinstance(workers, int) and isinstance(stated, int) and replicas * stated != workers:
+        found.append(f"{key} with {stated} stages each, and cluster.num_workers {workers}; set one of them to auto")
+    elif isinstance(workers, int) and replicas >= workers > 1:
+        found.append(f"{key}, and cluster.num_workers {workers}: one of them at least has two devices; lower it")
+    return found
+
+
+def allows_pipelines(spec: JobSpec) -> bool:
+    """Whether the job leaves room for a pipeline.
+
+    A step that is stated as so many samples a worker is one of workers with all layers, unless a pipeline is stated.
+    """
+    is_open = spec.strategy.mode == "auto" and not grows_with_workers(spec)
+    is_open &= spec.train.gradient_accumulation_steps == "auto"
+    return (is_open or spec.strategy.mode == "pipeline") and _rules_out_pipelines(spec) is None
+
+
 def _rules_out_pipelines(spec: JobSpec) -> str | None:
     """What the job states beside a pipeline's keys that belongs to other modes."""
     if spec.strategy.deepspeed is not None:
@@ -94,12 +122,17 @@ def _rules_out_pipelines(spec: JobSpec) -> str | None:
     return "strategy.local_steps" if spec.strategy.local_steps else None
 
 
+def _make_pipelines(workers: int, stages: int, replicas: int | str) -> bool:
+    """Whether so many workers make pipelines of so many stages; several that are stated are looked at elsewhere."""
+    return workers == stages or (replicas == "auto" and workers % stages == 0) or replicas not in ("auto", 1)
+
+
 def _stated_pipeline_mistakes(spec: JobSpec, num_slots: int, num_layers: int) -> list[str]:
     strategy, stages, workers = spec.strategy, spec.strategy.pipeline.stages, spec.cluster.num_workers
-    found = []
+    replicas, found = strategy.pipeline.replicas, []
     if num_layers < 2:
         found.append("strategy.mode: pipeline divides layers among devices, and the model has one; set it to auto")
-    elif isinstance(workers, int) and num_layers < workers <= MOST_DEVICES:
+    elif isinstance(workers, int) and num_layers < workers <= MOST_DEVICES and replicas in ("auto", 1):
         found.append(
             f"cluster.num_workers is {workers}, and the model has {num_layers} layers, of which each stage needs one;"
             " lower it"
@@ -115,7 +148,7 @@ def _stated_pipeline_mistakes(spec: JobSpec, num_slots: int, num_layers: int) ->
             f"cluster.num_workers is {workers}, and a pipeline has 2 to {MOST_DEVICES} stages, one on each; set it to"
             " auto"
         )
-    if isinstance(stages, int) and isinstance(workers, int) and stages != workers:
+    if isinstance(stages, int) and isinstance(workers, int) and not _make_pipelines(workers, stages, replicas):
         found.append(f"strategy.pipeline.stages is {stages} and cluster.num_workers {workers}; set one of them to auto")
     if strategy.deepspeed is not None:
         found.append(

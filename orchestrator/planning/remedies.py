@@ -129,6 +129,9 @@ def _openings(inputs: PlanInputs) -> Iterator[dict[str, Any]]:
         size = inputs.workload.global_batch_size // (spec.strategy.local_steps or 1)
         same_step = {} if spec.train.global_batch_size == size else {"train.global_batch_size": size}
         yield {"train.per_device_train_batch_size": "auto"} | same_step
+    pipeline = spec.strategy.pipeline
+    if pipeline.replicas not in ("auto", 1):
+        yield {"strategy.pipeline": pipeline.model_dump(exclude_unset=True) | {"replicas": "auto"}}
     for key in _SWITCHES:
         if key in ("strategy.mode", "cluster.num_workers") and grows_with_workers(spec):
             continue  # a step would have other samples
@@ -242,8 +245,11 @@ def _with_values(inputs: PlanInputs, values: Mapping[str, Any], accepts: Accepts
 
 def _as_written(values: Mapping[str, Any]) -> str:
     """Keys and values as in a job file."""
+    sections = {key: value for key, value in values.items() if isinstance(value, dict)}
+    flow = {key: f"{{{', '.join(f'{name}: {one}' for name, one in own.items())}}}" for key, own in sections.items()}
     lines = (
-        f"method: {{type: {value}}}" if key == "method.type" else f"{key}: {value}" for key, value in values.items()
+        f"method: {{type: {value}}}" if key == "method.type" else f"{key}: {flow.get(key, value)}"
+        for key, value in values.items()
     )
     return " and ".join(lines)
 

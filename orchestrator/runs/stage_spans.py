@@ -58,7 +58,7 @@ def align_to_first_pass(stages: Iterable[StageSpans]) -> list[StageSpans]:
     return [one.shift(-first) for one in found]
 
 
-def spans_of_simulation(simulated: Simulation) -> list[StageSpans]:
+def spans_of_simulation(simulated: Simulation, replica: int = 0) -> list[StageSpans]:
     """The spans of a predicted step; a stage waits whenever it does not compute."""
     found: list[StageSpans] = []
     for stage in range(len(simulated.passes)):
@@ -67,7 +67,7 @@ def spans_of_simulation(simulated: Simulation) -> list[StageSpans]:
         begins = [*(event.begin_s for event in events), simulated.step_s]
         found.append(
             StageSpans(
-                0,
+                replica,
                 stage,
                 tuple((int(event.is_forward), event.micro_batch, event.begin_s, event.end_s) for event in events),
                 tuple((end, begin) for end, begin in zip(ends, begins, strict=True) if begin > end),

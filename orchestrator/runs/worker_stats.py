@@ -128,18 +128,19 @@ def stages_of_run(plan: Plan, events: Sequence[Event]) -> list[StageStats]:
 
 
 def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
-    stage, known = part.techniques.stage, plan.pipeline
+    stage, replica = part.techniques.stage, part.replica or 0
     assert stage
     planned = StageStats(
         part.node or "this machine",
         part.device,
-        part.replica or 0,
+        replica,
         max(plan.replica_of) + 1,
         stage.index,
         stage.first_layer,
         stage.end_layer,
         predicted_peak_bytes=part.memory.total_bytes,
     )
+    known = plan.pipelines[replica] if replica < len(plan.pipelines) else None
     if known is None or len(known.passes) != stage.count:
         return planned
     return replace(
@@ -176,9 +177,10 @@ def _with_measured(planned: StageStats, rank: int, steps: Sequence[StepReport]) 
 
 
 def timelines(plan: Plan, events: Sequence[Event]) -> tuple[list[StageSpans], list[StageSpans]]:
-    """One step of the pipeline as the plan simulated it, and as it was measured of the last group; [] where unknown."""
-    predicted = spans_of_simulation(plan.pipeline.simulation) if plan.pipeline else []
-    measured: list[StageSpans] = []
+    """One step of the pipelines as simulated by the plan, and as measured of the last group; [] where unknown."""
+    predicted, measured = list[StageSpans](), list[StageSpans]()
+    for replica, pipeline in enumerate(plan.pipelines):
+        predicted += spans_of_simulation(pipeline.simulation, replica)
     for event in events:
         if isinstance(event, WorkerGroup):
             measured = []

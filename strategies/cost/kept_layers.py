@@ -16,8 +16,10 @@ import itertools
 import math
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from strategies.cost.pipeline import Arrangement, Boundary, Partition, Role, Search, Way, simulate
+from strategies.cost.replicas import Groups, Replicas, ReplicaSearch
 from strategies.pipeline.schedule import num_in_flight
 
 ABOUT_AS_FAST = 1.05  # times the best step
@@ -42,6 +44,32 @@ def best_kept(
     if best is None:
         return None
     return _KeptSearch(search, held, min(limit_s, ABOUT_AS_FAST * best.step_s)).better(known, best)
+
+
+def best_kept_replicas(
+    search: ReplicaSearch, divisions: Iterable[Groups], held: Sequence[Ranges], limit_s: float = math.inf
+) -> Replicas | None:
+    """As `search.best`; where devices hold layers, each pipeline moves the fewest of its own.
+
+    Of divisions among devices that are alike the one whose pipelines hold the most layers is looked at.
+    """
+    if not any(held):
+        return search.best(divisions, limit_s)
+    layers = range(search.search.num_layers)
+
+    def num_held(groups: Groups) -> int:
+        return sum(any(_holds(held[one], layer) for one in group) for group in groups for layer in layers)
+
+    best = search.best(sorted(divisions, key=num_held, reverse=True), limit_s)
+    if best is None:
+        return None
+    about_s, runs = ABOUT_AS_FAST * max(one.step_s for one in best.pipelines), list[Arrangement]()
+    for run, count in zip(best.pipelines, best.num_micro_batches, strict=True):
+        orders = itertools.permutations(run.devices)
+        one = replace(search.search, num_micro_batches=count)
+        runs.append(best_kept(one, orders, held, about_s) or run)
+    kept = search.summed(runs, best.num_micro_batches)
+    return kept if kept and kept.step_s < limit_s else best
 
 
 def num_moved(devices: Sequence[int], layers: Sequence[int], held: Sequence[Ranges]) -> int:

@@ -60,11 +60,14 @@ class Network:
         return int(min(_LARGEST_BUCKET_BYTES, max(least, num_bytes / _BUCKETS)))
 
     def exposed_s(self, num_bytes: float, micro_batch_s: float, bucket_bytes: float) -> float:
-        """What a step waits beyond the backward pass of its last micro-batch.
-
-        At least for the last bucket, and then for the step's numbers (loss, wishes, paces), which leave after it.
+        """What a step waits beyond the backward pass of its last micro-batch: for gradients, and then for the step's
+        numbers (loss, wishes, paces), which leave after them.
         """
+        return self.unhidden_s(num_bytes, micro_batch_s, bucket_bytes) + self.step_s
+
+    def unhidden_s(self, num_bytes: float, micro_batch_s: float, bucket_bytes: float) -> float:
+        """Of the sum of gradients what that backward pass does not hide, the last bucket at least."""
         buckets = max(1, math.ceil(num_bytes / bucket_bytes))
         all_s = self.all_reduce_s(num_bytes) + (buckets - 1) * self.latency_s
         last_s = self.all_reduce_s(min(num_bytes, bucket_bytes))
-        return max(last_s, all_s - _BACKWARD * micro_batch_s) + self.step_s
+        return max(last_s, all_s - _BACKWARD * micro_batch_s)

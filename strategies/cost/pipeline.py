@@ -17,7 +17,7 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -201,6 +201,7 @@ class Way:
     backward_s: Line
     most_layers: int
     name: Any = None  # whatever tells ways apart
+    gradient_bytes: Line = Line(0.0, 0.0)  # of what trains in it: pipelines beside each other add them up
 
     def total_s(self, layers: int) -> float:
         return self.forward_s.at(layers) + self.backward_s.at(layers)
@@ -226,6 +227,11 @@ class Partition:
             Pass(way.forward_s.at(count), way.backward_s.at(count))
             for way, count in zip(self.ways, self.layers, strict=True)
         ]
+
+    @property
+    def gradient_bytes(self) -> list[float]:
+        """Of each stage."""
+        return [way.gradient_bytes.at(count) for way, count in zip(self.ways, self.layers, strict=True)]
 
 
 def partition(stages: Sequence[Sequence[Way]], num_layers: int, slowest_link_s: float = 0.0) -> Partition | None:
@@ -293,6 +299,8 @@ class Search:
     aheads: Sequence[int] = AHEADS
     alike: Sequence[Hashable] = ()  # of each device: those equal in this may stand for each other
     worth_a_device: float = WORTH_A_DEVICE
+    # Cuts that were made; shared by searches that differ in their number of micro-batches.
+    cuts: dict[Any, Partition | None] = field(default_factory=dict, compare=False, repr=False)
 
     def best(self, orders: Iterator[tuple[int, ...]], limit_s: float = math.inf) -> Arrangement | None:
         """The fastest step of all these orders of devices that takes less than the limit.
@@ -303,7 +311,7 @@ class Search:
         distinct: dict[tuple[Hashable, ...], tuple[int, ...]] = {}
         for order in orders:
             distinct.setdefault(tuple(self.alike[one] for one in order) if self.alike else order, order)
-        bounds = {members: self._bound_s(members) for members in {frozenset(order) for order in distinct.values()}}
+        bounds = {members: self.bound_s(members) for members in {frozenset(order) for order in distinct.values()}}
         ranked = sorted(distinct.values(), key=lambda order: (len(order), bounds[frozenset(order)]))
         for count, same in itertools.groupby(ranked, key=len):
             if found and len(found.devices) < count:
@@ -324,8 +332,7 @@ class Search:
         found: Arrangement | None = None
         link_s = max((one.message_s for one in boundaries), default=0.0)
         for ahead in sorted(self.aheads):
-            stages = [self.ways(device, self._role(place, len(order), ahead)) for place, device in enumerate(order)]
-            cut = partition(stages, self.num_layers, link_s)
+            cut = self._cut(order, ahead, link_s)
             if cut is None or self.num_micro_batches * cut.slowest_s >= limit_s:
                 break  # more micro-batches in flight leave less room
             if self._least_s(cut, boundaries) >= limit_s:
@@ -335,11 +342,18 @@ class Search:
                 found, limit_s = Arrangement(order, ahead, cut, tuple(boundaries), step_s), step_s
         return found
 
+    def _cut(self, order: tuple[int, ...], ahead: int, link_s: float) -> Partition | None:
+        roles = tuple(self._role(place, len(order), ahead) for place in range(len(order)))
+        if (order, roles) not in self.cuts:
+            stages = [self.ways(device, role) for device, role in zip(order, roles, strict=True)]
+            self.cuts[order, roles] = partition(stages, self.num_layers, link_s)
+        return self.cuts[order, roles]
+
     def _role(self, place: int, count: int, ahead: int) -> Role:
         flight = num_in_flight(place, count, self.num_micro_batches, ahead)
         return Role(place == 0, place == count - 1, flight)
 
-    def _bound_s(self, devices: frozenset[int]) -> float:
+    def bound_s(self, devices: frozenset[int]) -> float:
         """No step of these devices is shorter, whatever their order: all as stages in the middle, and then one last."""
         middle = {device: self.ways(device, Role(False, False, 1)) for device in devices}
         last = {device: self.ways(device, Role(len(devices) == 1, True, 1)) for device in devices}

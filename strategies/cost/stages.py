@@ -54,7 +54,7 @@ class StageCosts:
     places: Sequence[Place]
     needed: Callable[[StrategyPlan, Place], float]  # what a device must have for a plan
     margins: dict[int, float] = field(default_factory=dict)  # of a place's limits, where the lines were too hopeful
-    _plans: dict[tuple[int, Techniques], StrategyPlan] = field(default_factory=dict, init=False)
+    _plans: dict[tuple[int, Techniques, float], StrategyPlan] = field(default_factory=dict, init=False)
     _ways: dict[tuple[int, Role], list[Way]] = field(default_factory=dict, init=False)
 
     def __post_init__(self) -> None:
@@ -88,13 +88,13 @@ class StageCosts:
             self._ways[place, role] = [way for way in found if way.most_layers > 0]
         return self._ways[place, role]
 
-    def plan(self, place: int, techniques: Techniques) -> StrategyPlan:
-        """The method's estimate of a stage."""
-        place = self._first[place]
-        if (place, techniques) not in self._plans:
-            at = self.places[place]
-            self._plans[place, techniques] = self.method.estimate(self.workload, at.device, at.node, techniques)
-        return self._plans[place, techniques]
+    def plan(self, place: int, techniques: Techniques, share: float = 1.0) -> StrategyPlan:
+        """The method's estimate of a stage of a pipeline that has this share of each step's samples."""
+        key = place, techniques, share = self._first[place], techniques, share
+        if key not in self._plans:
+            at, workload = self.places[place], replace(self.workload, share=share)
+            self._plans[key] = self.method.estimate(workload, at.device, at.node, techniques)
+        return self._plans[key]
 
     def layer_s(self, place: int) -> float:
         """Seconds of a micro-batch that each further layer adds at a place, with the plainest settings."""
@@ -116,6 +116,8 @@ class StageCosts:
 
     def _probe(self, one: Techniques, role: Role, layers: int, flight: int) -> Techniques:
         """Settings of a stage in a role, with so many micro-batches in flight where it is not the last."""
+        if role.is_first and role.is_last:
+            return replace(one, stage=StagePart(0, 1, 0, layers))
         if role.is_last:
             return replace(one, stage=StagePart(1, 2, self.num_layers - layers, self.num_layers))
         index = 0 if role.is_first else 1
@@ -139,7 +141,8 @@ class StageCosts:
         most = min(device.most_layers(margin * at.device_bytes), host.most_layers(margin * at.host_bytes))
         passes = [pass_of(plan) for plan in plans]
         forward = _line((passes[0].forward_s, passes[1].forward_s), few, many)
-        return Way(forward, _line((passes[0].backward_s, passes[1].backward_s), few, many), most, one)
+        backward = _line((passes[0].backward_s, passes[1].backward_s), few, many)
+        return Way(forward, backward, most, one, _line((plans[0].gradient_bytes, plans[1].gradient_bytes), few, many))
 
     def _held(self, place: int, plans: Sequence[StrategyPlan]) -> StageMemory:
         few, many = plans

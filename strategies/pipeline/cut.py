@@ -134,9 +134,9 @@ def _config_of(config: Any, stage: StagePart) -> Any:
             setattr(text, name, value[stage.first_layer : stage.end_layer])  # e.g. layer_types
     _shift_dense_layers(text, stage)
     text.num_hidden_layers = stage.num_layers
-    # One matrix is loaded: the embedding, or in its place the output matrix.
-    for one in {id(c): c for c in (own, text)}.values():
-        one.tie_word_embeddings = True
+    if not (stage.is_first and stage.is_last):  # one matrix is loaded: the embedding, or in its place the output matrix
+        for one in {id(c): c for c in (own, text)}.values():
+            one.tie_word_embeddings = True
     if not stage.is_first and not stage.is_last:
         text.vocab_size = _FEW_ROWS
         text.pad_token_id = None

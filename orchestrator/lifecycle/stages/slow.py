@@ -50,11 +50,11 @@ class RecentSteps:
 def find_slow_stage(plan: Plan, reports: Sequence[StepReport]) -> StagePace | None:
     """The measured pace if the slowest stage took over 15 % longer than planned in each of the last three steps.
 
-    None otherwise, and where there are no stages, several pipelines, or too few steps.  Steps have unequal numbers of
-    tokens, so seconds are scaled to those of a planned step.
+    None otherwise, and where there are no stages or too few steps.  Seconds are scaled by a step's tokens, of several
+    pipelines each by its own.
     """
     planned_s = [_computing_s(part) for part in plan.nodes]
-    if not plan.techniques.stage or len(set(plan.replica_of)) > 1 or not all(planned_s):
+    if not plan.techniques.stage or not all(planned_s):
         return None
     planned_tokens, recent = plan.tokens_per_s * plan.step_s, reports[-NUM_STEPS:]
     measured: list[list[float]] = []
@@ -62,7 +62,9 @@ def find_slow_stage(plan: Plan, reports: Sequence[StepReport]) -> StagePace | No
         busy_s = report.stage_busy_s
         if busy_s is None or len(busy_s) != len(planned_s) or not report.tokens or not all(busy_s):
             return None
-        measured.append([one * planned_tokens / report.tokens for one in busy_s])
+        own = report.worker_tokens or [report.tokens] * len(busy_s)
+        planned = [planned_tokens * part.share for part in plan.nodes]
+        measured.append([s * wanted / tokens for s, wanted, tokens in zip(busy_s, planned, own, strict=True)])
     if len(measured) < NUM_STEPS or not all(_is_slow(one, planned_s) for one in measured):
         return None
     seconds = [statistics.median(own) for own in zip(*measured, strict=True)]

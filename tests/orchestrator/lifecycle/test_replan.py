@@ -30,3 +30,20 @@ def test_stages_that_were_stated_are_as_many_as_machines_are_left(tmp_path):
         ("pipeline", "auto", 1),
         ("auto", "auto", 1),
     ]
+
+
+def test_pipelines_that_were_stated_may_be_fewer_when_a_machine_is_lost(tmp_path):
+    text = "model: {model_name_or_path: m}\ndata: {train: a.jsonl, max_length: 2048}\ncluster: {num_workers: 4}\n"
+    job = parse_job(f"{text}strategy: {{mode: pipeline, pipeline: {{stages: 2, replicas: 2}}}}\n", tmp_path)
+    nodes = [machine(name, "RTX 3060 12GB") for name in "abcd"]
+    first = plan(TINY, *nodes, text=text.partition("max_length: 2048}\n")[2] + STATED, link_bytes_per_s=118e6)
+
+    four, three = (fixed_job(job, first, METHOD_SECTIONS[first.method["type"]], left).spec for left in (4, 3))
+
+    assert len(first.nodes) == 4
+    assert (four.strategy.pipeline.replicas, four.cluster.num_workers) == (2, 4)
+    assert (three.strategy.pipeline.replicas, three.cluster.num_workers) == ("auto", "auto")
+    assert three.strategy.pipeline.stages == 2
+
+
+STATED = "strategy: {mode: pipeline, pipeline: {stages: 2, replicas: 2}}\n"

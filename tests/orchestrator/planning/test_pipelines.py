@@ -289,11 +289,6 @@ REFUSED = {
         "strategy: {mode: pipeline, pipeline: {stages: 5}}",
         "strategy.pipeline.stages is 5, and 4 devices can train; lower it to 4",
     ),
-    "several pipelines": (
-        MIDDLE,
-        "strategy: {mode: pipeline, pipeline: {replicas: 2}}",
-        "strategy.pipeline.replicas is 2: several pipelines beside each other are not made yet; set it to auto",
-    ),
     "DeepSpeed's keys": (
         MIDDLE,
         "strategy: {mode: pipeline, deepspeed: {}}",
@@ -428,3 +423,9 @@ def test_every_method_says_whether_embedding_or_output_matrix_train():
 
     assert {name for name, trains in told.items() if trains} == {"full", "experimental_galore", "experimental_apollo"}
     assert METHODS["lora"](lora_target_modules=["embed_tokens", "q_proj"]).trains_outside_layers(SMALL)
+
+
+def test_one_stated_worker_of_several_machines_is_no_pipeline():
+    made = plan(SMALL, two(), "cluster: {num_workers: 1}")
+
+    assert not made.pipelines and len(made.nodes) == 1

@@ -93,6 +93,13 @@ def test_every_refusal_is_true_and_every_remedy_is_accepted(count, seed):
     assert sum(map(bool, found)) > 0.5 * len(found)  # and most of these have a remedy
 
 
+def test_stages_of_few_rows_are_found_where_those_of_many_do_not_fit():
+    """70B in nf4 on two cards of 24 GB, of which nothing else makes use; what the remedy of a longer job promises."""
+    made = plan(inputs_of("", LARGE, machine("a", "Titan RTX", "Titan RTX", memory_gib=16), 704))
+
+    assert made.pipelines and made.techniques.per_device_train_batch_size == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "card", "length", "longest", "text", "remedy"),
     [

@@ -170,12 +170,12 @@ def test_the_plan_keeps_what_its_step_was_simulated_from(run):
     predicted, measured = timelines(plan, run.events()[0])
 
     assert Plan.from_json(plan.to_json()) == plan
-    assert plan.pipeline.simulation.step_s < plan.step_s
+    assert plan.pipelines[0].simulation.step_s < plan.step_s
     assert [one.stage for one in predicted] == [one.stage for one in measured]
-    assert max(one.end_s for one in predicted) == pytest.approx(plan.pipeline.simulation.step_s)
+    assert max(one.end_s for one in predicted) == pytest.approx(plan.pipelines[0].simulation.step_s)
     for simulated, found in zip(predicted, measured, strict=True):
         assert [one[:2] for one in simulated.passes] == [one[:2] for one in found.passes]
-        waiting_s = plan.pipeline.simulation.waiting_s[simulated.stage]
+        waiting_s = plan.pipelines[0].simulation.waiting_s[simulated.stage]
         assert sum(end - begin for begin, end in simulated.waits) == pytest.approx(waiting_s)
 
 

@@ -177,6 +177,12 @@ def test_so_does_any_cut(cuts, folders, tmp_path):
     assert_stages_equal(folders("llama tied"), METHODS["lora"], PADDED, cuts, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["dropout", "head", "full", "nf4"])
+def test_so_does_one_device_with_all_layers_beside_pipelines(name, folders, tmp_path):
+    """A matrix of its own for the output, which stages have on their last alone."""
+    assert_stages_equal(folders("llama", tie_word_embeddings=False), METHODS[name], PADDED, (), tmp_path)
+
+
 @pytest.mark.parametrize(
     "changes",
     [

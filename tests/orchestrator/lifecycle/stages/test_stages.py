@@ -209,6 +209,48 @@ def test_two_slow_steps_and_one_as_planned_are_not_enough():
     assert find_slow_stage(made, [*reports(made, {}, count=1), *reports(made, {"small": 2.0})]) is not None
 
 
+def test_of_several_pipelines_each_stage_is_measured_by_its_own_tokens():
+    """Shares have followed the slow stage: its pipeline has two thirds of the planned tokens, in the planned time."""
+    text = "strategy: {mode: pipeline, pipeline: {replicas: 2, stages: 2}}\n"
+    nodes = [machine(name, "RTX 3060 12GB") for name in "abcd"]
+    made = plan(MIDDLE, *nodes, text=text, link_bytes_per_s=RATE)
+    assert made.replica_of == (0, 0, 1, 1)
+    slow, tokens = made.nodes[3].node, made.tokens_per_s * made.step_s
+    own = [tokens * (2 / 3 if number == 0 else 1 / 3) for number in made.replica_of]
+    busy_s = [
+        (part.time.step_s - part.time.update_s) * count / (part.share * tokens)
+        for part, count in zip(made.nodes, own, strict=True)
+    ]
+    busy_s[3] *= 2
+
+    pace = find_slow_stage(made, reports(made, {}, worker_tokens=own, stage_busy_s=busy_s))
+
+    assert made.nodes[pace.slowest].node == slow
+    assert pace.ratios == pytest.approx([1.0, 1.0, 1.0, 2.0])
+    assert find_slow_stage(made, reports(made, {}, worker_tokens=[tokens / 2] * 4)) is None
+
+
+def test_layers_of_two_pipelines_have_two_holders_and_nobody_stands_by():
+    text = "strategy: {mode: pipeline, pipeline: {replicas: 2, stages: 2}}\n"
+    nodes = [*(machine(name, "RTX 3060 12GB") for name in "abcd"), machine("box", cores=2)]
+    made = plan(MIDDLE, *nodes, text=text, link_bytes_per_s=RATE)
+
+    assert "box" in made.left_out
+    assert with_spares(made, cluster_of(*nodes), MIDDLE) == made
+
+
+def test_two_pipelines_planned_again_keep_their_machines_and_layers():
+    text = "strategy: {mode: pipeline, pipeline: {replicas: 2, stages: 2}}\n"
+    nodes = [machine(name, "RTX 3060 12GB") for name in "abcd"]
+    best = plan(MIDDLE, *nodes, text=text, link_bytes_per_s=RATE)
+    swapped = {"b": "c", "c": "b"}  # a stays with the first layers of its pipeline, the others change
+    other = replace(best, nodes=tuple(replace(part, node=swapped.get(part.node, part.node)) for part in best.nodes))
+
+    again = plan(MIDDLE, *with_held_layers(cluster_of(*nodes), other).nodes, text=text, link_bytes_per_s=RATE)
+
+    assert layers(again) == layers(other) != layers(best)
+
+
 def test_steps_without_seconds_of_stages_say_nothing():
     made = pipeline(BIG, SMALL_CARD)
 
