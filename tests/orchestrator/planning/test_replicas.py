@@ -71,7 +71,8 @@ def test_stated_pipelines_over_unequal_devices_hold_together_and_share_by_speed(
 
 
 def test_what_is_trained_saved_and_computed_is_that_of_one_copy():
-    two, one = (plan(MIDDLE, pairs(1000, 1000), f"method: {{type: lora}}\n{text}") for text in (TWO, ONE))
+    same = "method: {type: lora}\ntrain: {global_batch_size: 64, gradient_checkpointing: true}\n"
+    two, one = (plan(MIDDLE, pairs(1000, 1000), same + text) for text in (TWO, ONE))
 
     assert len(two.pipelines) == 2
     assert two.num_trainable_parameters == one.num_trainable_parameters
@@ -254,4 +255,4 @@ def test_two_copies_that_do_not_fit_are_refused_by_their_number():
     assert "It would fit with: strategy.pipeline: {replicas: auto}" in str(caught.value)
 
 
-LORA_TWICE = f"method: {{type: lora}}\n{TWO}"
+LORA_TWICE = "method: {type: lora}\nstrategy: {mode: pipeline, offload: none, pipeline: {replicas: 2}}"

@@ -14,6 +14,7 @@ from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle import run as path_of_a_job
 from orchestrator.runs.events import Evaluation, HandBack
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.worker_stats import stages_of_run
 from strategies.workload import StagePart
 from tests.conftest import write_jsonl
 from tests.orchestrator.conftest import Listener, train_here
@@ -154,14 +155,47 @@ def test_a_checkpoint_of_stages_is_taken_up_by_any_other_division(then, place, w
     assert_same_result(run, whole)
 
 
-def test_two_unequal_pipelines_share_the_samples_of_a_step(place):
-    # Other micro-batches draw other random numbers, and AdamW's first steps follow the signs of vanishing gradients.
-    plain = "method.lora_dropout=0", "train.optim=sgd"
-    whole = submit(place, "plain", train_here, *plain)
-    run = submit(place, "pipelines", train_in_stages((0, 2, LAYERS), (0, 1, 3, LAYERS)), *plain)
+# Other micro-batches draw other random numbers, and AdamW's first steps follow the signs of vanishing gradients.
+PLAIN = "method.lora_dropout=0", "train.optim=sgd"
 
+
+@pytest.fixture(scope="module")
+def plain(place):
+    return submit(place, "plain", train_here, *PLAIN)
+
+
+def assert_nearly_equal(run, whole):
     for found, expected in zip(numbers(run), numbers(whole), strict=True):
         assert found == pytest.approx(expected, rel=1e-6)
     found, expected = (load_file(one.path / "adapter" / "adapter_model.safetensors") for one in (run, whole))
     for name, weight in expected.items():
         torch.testing.assert_close(found[name], weight, rtol=1e-4, atol=1e-6)
+
+
+def test_two_unequal_pipelines_share_the_samples_of_a_step(place, plain):
+    run = submit(place, "pipelines", train_in_stages((0, 2, LAYERS), (0, 1, 3, LAYERS)), *PLAIN)
+
+    assert_nearly_equal(run, plain)
+
+
+def train_as_planned(training, *_):
+    """In place of Ray: a process for each worker of the planner's own plan."""
+    run_ranks(part_of_group, training.run.plan().num_workers, training.run.path, None)
+    training.report()
+
+
+@pytest.mark.parametrize("count", [3, 4])
+def test_two_pipelines_train_as_they_were_planned(count, place, plain):
+    """Of three workers one has all layers beside two stages."""
+    stated = f"cluster.num_workers={count}", "strategy.mode=pipeline", "strategy.pipeline={replicas: 2}"
+    run = submit(place, f"planned-{count}", train_as_planned, *PLAIN, *stated)
+
+    made = run.plan()
+    stages = [(part.techniques.stage.first_layer, part.techniques.stage.end_layer) for part in made.nodes]
+    assert made.replica_of in ({3: ((0, 0, 1), (0, 1, 1)), 4: ((0, 0, 1, 1), (0, 0, 0, 1))}[count])
+    assert stages.count((0, LAYERS)) == (made.replica_of != (0, 0, 1, 1))
+    assert len({part.share for part in made.nodes}) <= 2
+    assert_nearly_equal(run, plain)
+    assert {row.place for row in stages_of_run(made, run.events()[0])} >= {"0.0", "1.0"}
+    for report in run.steps().values():
+        assert len(report.stage_busy_s) == count
