@@ -301,8 +301,7 @@ class Recovery:
         """The plan that a decision comes to; the nodes are asked as often as it takes."""
         from clusters.ray import nodes
 
-        began = time.monotonic()
-        idle = {node.name for node in self.capability.nodes if node.num_slots == 0}  # a head that does not train
+        began, idle = time.monotonic(), {node.name for node in self.capability.nodes if node.num_slots == 0}
         while decision.act in (Act.ASK_NODES, Act.WAIT):
             if decision.act is Act.WAIT:
                 time.sleep(_ASK_EVERY_S)

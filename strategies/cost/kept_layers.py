@@ -49,25 +49,30 @@ def best_kept(
 def best_kept_replicas(
     search: ReplicaSearch, divisions: Iterable[Groups], held: Sequence[Ranges], limit_s: float = math.inf
 ) -> Replicas | None:
-    """As `search.best`; where devices hold layers, each pipeline moves the fewest of its own.
-
-    Of divisions among devices that are alike the one whose pipelines hold the most layers is looked at.
+    """As `search.best`; where devices hold layers, of divisions about as fast one whose pipelines hold the most layers,
+    and of each pipeline the cut that moves the fewest.
     """
     if not any(held):
         return search.best(divisions, limit_s)
-    layers = range(search.search.num_layers)
 
     def num_held(groups: Groups) -> int:
+        layers = range(search.search.num_layers)
         return sum(any(_holds(held[one], layer) for one in group) for group in groups for layer in layers)
 
-    best = search.best(sorted(divisions, key=num_held, reverse=True), limit_s)
+    known = sorted(divisions, key=num_held, reverse=True)
+    best = search.best(known, limit_s)
     if best is None:
         return None
-    about_s, runs = ABOUT_AS_FAST * max(one.step_s for one in best.pipelines), list[Arrangement]()
-    for run, count in zip(best.pipelines, best.num_micro_batches, strict=True):
-        orders = itertools.permutations(run.devices)
-        one = replace(search.search, num_micro_batches=count)
-        runs.append(best_kept(one, orders, held, about_s) or run)
+    about_s, groups = min(limit_s, ABOUT_AS_FAST * best.step_s), tuple(run.devices for run in best.pipelines)
+    few, count = sum(map(len, groups)), num_held(groups)
+    others = (one for one in known if num_held(one) > count and sum(map(len, one)) <= few)
+    best = next(
+        (found for one in itertools.islice(others, _MOST_ORDERS) if (found := search.best_of(one, about_s))), best
+    )
+    runs = list[Arrangement]()
+    for run, number in zip(best.pipelines, best.num_micro_batches, strict=True):
+        one = replace(search.search, num_micro_batches=number)
+        runs.append(best_kept(one, itertools.permutations(run.devices), held, about_s) or run)
     kept = search.summed(runs, best.num_micro_batches)
     return kept if kept and kept.step_s < limit_s else best
 

@@ -97,7 +97,7 @@ class ReplicaSearch:
         go to another that then takes less, no division of them is better.
         """
         counts = self._by_speed(groups)
-        if counts is None:
+        if counts is None or self._bound_s(groups) >= limit_s:
             return None
         runs = [self._best_order(one, count, limit_s) for one, count in zip(groups, counts, strict=True)]
         while True:
