@@ -19,7 +19,7 @@ from orchestrator.views.screen import out
 from strategies.adapter_bank.store import Bank
 
 verbs = typer.Typer()
-_ENGINES = ("auto", "transformers", "llama.cpp")
+_ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
 WhatArgument = Annotated[
     list[str] | None,
     typer.Argument(help="runs, folders of adapters or models; with --bank its adapters", autocompletion=complete_run),
@@ -28,7 +28,7 @@ MaxAdaptersOption = Annotated[
     int, typer.Option("--max-adapters", min=1, help="held in memory; the least recently used one makes room")
 ]
 EngineOption = Annotated[
-    str, typer.Option("--engine", help="auto, transformers or llama.cpp", autocompletion=lambda: list(_ENGINES))
+    str, typer.Option("--engine", help="auto, transformers, llama.cpp or vllm", autocompletion=lambda: list(_ENGINES))
 ]
 GgufOption = Annotated[Path | None, typer.Option("--gguf", help="of llama.cpp: the base model as a GGUF file")]
 DtypeOption = Annotated[
@@ -55,6 +55,9 @@ def serve(
     api_key_file: KeyFileOption = None,
     engine: EngineOption = "auto",
     gguf: GgufOption = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm-python", help="of the environment that holds vLLM; default: vllm on PATH")
+    ] = None,
     max_adapters: MaxAdaptersOption = 8,
     dtype: DtypeOption = None,
     runs: RunsOption = Path("runs"),
@@ -73,7 +76,8 @@ def serve(
     from orchestrator.serving import server
 
     address = server.Address(host, port, _api_key(api_key, api_key_file))
-    options = _options(engine, gguf, max_adapters, dtype)
+    python = vllm_python and resolve_path(vllm_python, "--vllm-python", kind="file")
+    options = _options(engine, gguf, max_adapters, dtype, python)
     with server.bind(address) as listening:
         catalog = _catalog(what, Bank(bank_folder) if from_bank else None, runs)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -159,10 +163,10 @@ def _engines(catalog: Any, options: Any) -> Any:
     )
 
 
-def _options(engine: str, gguf: Path | None, max_adapters: int, dtype: str | None) -> Any:
+def _options(engine: str, gguf: Path | None, most: int, dtype: str | None, vllm_python: Path | None = None) -> Any:
     from orchestrator.serving.engine_choice import EngineOptions
 
-    return EngineOptions(engine, gguf and resolve_path(gguf, "--gguf", kind="file"), max_adapters, dtype)
+    return EngineOptions(engine, gguf and resolve_path(gguf, "--gguf", kind="file"), most, dtype, vllm_python)
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:

@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from clusters.hardware.gpus import look_at_gpus
+from clusters.safe.reading import BadInput, read_json
 from orchestrator.errors import JobError, MissingExtra
 from orchestrator.job import model_files
 from orchestrator.serving.catalog import ServedBase
 from orchestrator.serving.engines.process import ProcessEngine
-from orchestrator.serving.engines.protocol import ServedModel
+from orchestrator.serving.engines.protocol import ServedModel, ServingEngine
+from orchestrator.serving.engines.vllm import VllmEngine
 
-ENGINES = ("auto", "transformers", "llama.cpp")
+ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
 ADAPTER_FILE = "adapter.gguf"
 _PACKAGE = "xllamacpp"
+_LEAST_RANK = 16  # room for adapters that come later
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,7 @@ class EngineOptions:
     gguf: Path | None = None  # the base model as GGUF
     max_adapters: int = 8
     dtype: str | None = None
+    vllm_python: Path | None = None  # of the environment that vLLM is installed in
 
     def __post_init__(self) -> None:
         if self.engine not in ENGINES:
@@ -40,8 +46,10 @@ class EngineOptions:
 
 def engine_of(
     base: ServedBase, models: Sequence[ServedModel], options: EngineOptions, say: Callable[[str], None]
-) -> ProcessEngine:
+) -> ServingEngine:
     """The engine for a base model and what is served of it.  Raises JobError where the one that is wanted cannot."""
+    if options.engine == "vllm":
+        return VllmEngine(base.folder, _vllm_command(options), options.max_adapters, _most_rank(models))
     file = options.gguf or _packaged(base.name)
     settings: dict[str, Any] = {"base": base.folder, "run": base.run, "dtype": options.dtype}
     settings["max_adapters"] = options.max_adapters
@@ -65,6 +73,29 @@ def _why_not_llama_cpp(file: Path | None, models: Sequence[ServedModel]) -> str 
         return "no GGUF file of it is known (--gguf FILE)"
     lacking = [model.name for model in models if model.folder and not (Path(model.folder) / ADAPTER_FILE).is_file()]
     return f"{', '.join(lacking[:3])} has no {ADAPTER_FILE}" if lacking else None
+
+
+def _vllm_command(options: EngineOptions) -> list[str]:
+    """What starts its server.  Raises JobError where there is none."""
+    if options.vllm_python:
+        return [str(options.vllm_python), "-m", "vllm.entrypoints.cli.main", "serve"]
+    if found := shutil.which("vllm"):
+        return [found, "serve"]
+    raise JobError(
+        "--engine vllm: there is no vllm on PATH. Install it into an environment of its own (python -m venv vllm &&"
+        " vllm/bin/pip install vllm) and give --vllm-python vllm/bin/python"
+    )
+
+
+def _most_rank(models: Sequence[ServedModel]) -> int:
+    """The highest rank of adapters that vLLM is started for."""
+    ranks = [_LEAST_RANK]
+    for model in models:
+        with contextlib.suppress(BadInput):
+            settings = read_json(Path(model.folder or "") / "adapter_config.json")
+            patterns = settings.get("rank_pattern") or {}
+            ranks += [rank for rank in (settings.get("r"), *patterns.values()) if isinstance(rank, int)]
+    return max(ranks)
 
 
 def _is_installed() -> bool:

@@ -11,20 +11,20 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from peft import PeftConfig, PeftModel
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 
-from clusters.safe.reading import BadInput, first_line, read_json
+from clusters.safe.reading import BadInput, first_line
 from orchestrator.errors import JobError
+from orchestrator.serving.engines.kinds import Kind, kind_of_adapter
 from orchestrator.serving.engines.protocol import Refused, ServedModel
 from orchestrator.serving.engines.weights import Weights
-from orchestrator.training.model.export import is_adapter
 from orchestrator.training.stops import Stops, stops_of
 from strategies.adapter_bank.adapter import Unusable
 from strategies.adapter_bank.card import CARD, BankError
@@ -33,17 +33,7 @@ from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
 from strategies.workload import Dtype
 
-Kind = Literal["shared", "in turn", "alone"]
 BASE = "__base__"  # PEFT's name for rows without an adapter
-# Options of PEFT's LoRA that a batch of different adapters computes; whatever else is switched on, now or in a later
-# version, is given a model of its own.
-_MIXED = {"r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "rank_pattern", "alpha_pattern"}
-_MIXED |= {"layers_to_transform", "layers_pattern", "use_rslora", "use_dora", "lora_bias", "peft_type", "task_type"}
-_MIXED |= {"auto_mapping", "base_model_name_or_path", "revision", "inference_mode", "peft_version"}
-_MIXED |= {"megatron_core", "qalora_group_size", "runtime_config"}  # their defaults are not empty
-_UNCHANGED = (True, False, None, "gaussian", "orthogonal")  # init_lora_weights that leave the base as it is
-
-
 _FAILURES = (JobError, BadInput, BankError, Unusable, SafetensorError, OSError, ValueError, TypeError, KeyError)
 _FAILURES += (RuntimeError, AttributeError)
 
@@ -197,20 +187,6 @@ class Seats:
     def _drop(self, seat: Seat) -> None:
         if seat.lane.shared:
             self._shared.remove(seat.adapter)
-
-
-def kind_of_adapter(folder: Path) -> Kind:
-    """How an adapter, or a whole model, is computed beside others.  Raises BadInput where it cannot be read."""
-    if not is_adapter(folder):
-        return "alone"
-    settings = read_json(folder / "adapter_config.json")
-    if not isinstance(settings, Mapping) or settings.get("peft_type") != "LORA":
-        return "alone"
-    begin, biases = settings.get("init_lora_weights"), settings.get("bias") or "none"
-    others = [key for key, value in settings.items() if value and key not in {*_MIXED, "init_lora_weights", "bias"}]
-    if others or biases != "none" or begin not in _UNCHANGED:
-        return "alone"
-    return "in turn" if settings.get("use_dora") else "shared"
 
 
 def check_digest(folder: Path) -> None:

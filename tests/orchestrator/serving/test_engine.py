@@ -2,14 +2,15 @@
 
 import itertools
 import json
+import random
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from orchestrator.serving.engines.adapters import kind_of_adapter
 from orchestrator.serving.engines.batch import RowBatch
+from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.prompts import prompt_tokens
 from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.transformers_engine import TransformersEngine
@@ -162,6 +163,43 @@ def test_the_least_recently_used_adapter_makes_room(start, adapters, model_folde
     }
     assert engine.counts["adapters_loaded"] == 2
     assert answers.text(0) == answers.text(2) == answers.text(4) and answers.text(1) == answers.text(5)
+
+
+def test_a_hundred_adapters_take_turns_in_eight_places(start, adapters, model_folder, tmp_path):
+    engine, answers = start(max_adapters=8)
+    folders = [shutil.copytree(adapters["plain"], tmp_path / f"a{number}") for number in range(100)]
+    draw = random.Random(5)
+    order = [*range(100), *(draw.randrange(12) for _ in range(40))]
+
+    for number, which in enumerate(order):
+        engine.submit(number, asked(served(model_folder, folders[which]), 1, max_tokens=1))
+        run(engine)
+
+    held, hits, evictions = [], 0, 0  # the least recently used one first
+    for which in order:
+        hits += which in held
+        evictions += which not in held and len(held) == 8
+        held = [*(one for one in held if one != which), which][-8:]
+    assert len(answers.pieces) == len(order) and hits > 10
+    assert engine.counts["adapter_hits"] == hits
+    assert engine.counts["adapter_loads"] == len(order) - hits
+    assert engine.counts["adapter_evictions"] == evictions
+
+
+def test_eight_answers_take_the_steps_of_one(start, adapters, model_folder):
+    engine, answers = start()
+    models = [served(model_folder, folder) for folder in (None, adapters["plain"], adapters["scaled"])]
+    queries = [asked(models[number % 3], 3, max_tokens=20, temperature=1.0, seed=number) for number in range(8)]
+    for number, query in enumerate(queries):
+        engine.submit(number, query)
+
+    steps = 0
+    while engine.is_busy:
+        engine.step()
+        steps += 1
+
+    longest = max(answers.pieces[number][-1].completion_tokens for number in range(8))
+    assert steps == longest
 
 
 def test_more_adapters_at_a_time_than_there_are_places_wait_for_one(start, adapters, model_folder):
