@@ -123,6 +123,8 @@ def chat(
     from orchestrator.serving.terminal import ApiClient
 
     if url:
+        if not url.startswith(("http://", "https://")):
+            raise JobError(f"--url {url}: give an address such as http://localhost:8000")
         client = ApiClient(url.rstrip("/").removesuffix("/v1"), _api_key(api_key, api_key_file))
         _talk(client, (what or [""])[0], system, max_tokens)
         return

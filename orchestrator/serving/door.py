@@ -53,7 +53,7 @@ class Door:
             Route("/v1/chat/completions", self._answering(self._chat), methods=["POST"]),
             Route("/v1/completions", self._answering(self._complete), methods=["POST"]),
         ]
-        return Starlette(routes=routes, exception_handlers={HTTPException: _not_here})
+        return Starlette(routes=routes, exception_handlers={HTTPException: _not_here, Exception: _bug})
 
     def _answering(self, handler: Handler) -> Handler:
         """A handler whose refusals become answers in the API's form."""
@@ -214,3 +214,8 @@ def _refusal(refusal: Refused) -> Response:
 async def _not_here(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     return _refusal(Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+
+
+async def _bug(request: Request, error: Exception) -> Response:
+    """Ours: the client gets an answer, the server's output the traceback."""
+    return _refusal(Refused(500, f"{request.method} {request.url.path}: the server failed ({type(error).__name__})"))

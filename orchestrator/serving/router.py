@@ -7,6 +7,7 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 from clusters.safe.reading import printable
+from orchestrator.errors import JobError
 from orchestrator.serving.catalog import Catalog, ServedBase
 from orchestrator.serving.engines.protocol import EngineState, Piece, Query, Refused, ServedModel, ServingEngine
 from strategies.adapter_bank.card import BankError
@@ -84,7 +85,7 @@ class Router:
             await asyncio.sleep(_LOOK_S)
             try:
                 gone = await asyncio.to_thread(self._catalog.refresh)
-            except BankError as error:
+            except (BankError, JobError, OSError) as error:
                 self._catalog.say(str(error))
                 continue
             self._models = self._catalog.models

@@ -93,6 +93,9 @@ class ProcessEngine:
             self._keeper.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._keeper
+        await self._end_process()
+
+    async def _end_process(self) -> None:
         process = self._process
         if process and process.returncode is None:
             if process.stdin:
@@ -106,7 +109,11 @@ class ProcessEngine:
     async def _keep(self, begun: asyncio.Future[None]) -> None:
         """Run the process, again and again."""
         while True:
-            failure = await self._run(begun)
+            try:
+                failure = await self._run(begun)
+            except (OSError, ValueError) as error:  # it cannot be started; it writes what is no message
+                failure = f"the engine's process does not answer: {error}"
+                await self._end_process()
             self._is_ready.clear()
             self._reason = failure
             if not begun.done():

@@ -14,7 +14,7 @@ from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.prompts import prompt_tokens
 from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.transformers_engine import TransformersEngine
-from orchestrator.serving.engines.weights import EngineSettings
+from orchestrator.serving.engines.weights import EngineSettings, Weights
 from tests.conftest import question
 from tests.orchestrator.serving.conftest import write_adapter
 
@@ -336,3 +336,31 @@ def test_options_that_a_later_version_brings_get_a_model_of_their_own(adapters, 
         "dora": "in turn",
         **dict.fromkeys(("norm", "biased", "sparse", "whole"), "alone"),
     }
+
+
+def test_a_run_is_served_as_it_trained(finished, place, tokenizer):
+    answers, base = Answers(), finished.data().model
+    engine = TransformersEngine(EngineSettings(base, run=str(finished.path)), answers)
+    model = ServedModel("finished", base, str(finished.exported()), system="red green")
+    query, bare = asked(model, 3), asked(ServedModel("finished", base, model.folder), 3)
+
+    for number, one in enumerate((query, bare)):
+        engine.submit(number, one)
+    run(engine)
+
+    assert prompt_tokens(tokenizer, query) != prompt_tokens(tokenizer, bare), "its system message is not there"
+    for number, one in enumerate((query, bare)):
+        assert answers.text(number) == tokenizer.decode(generated(one, tokenizer, base), skip_special_tokens=True)
+
+
+def test_a_model_that_memory_cannot_hold_is_refused_with_both_sizes(tmp_path):
+    """A file of four TiB, of which the disk holds the header."""
+    header = json.dumps({"w": {"dtype": "F32", "shape": [2**20, 2**20], "data_offsets": [0, 2**42]}}).encode()
+    with (tmp_path / "model.safetensors").open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.truncate(8 + len(header) + 2**42)
+
+    with pytest.raises(Refused, match=r"takes 4096\.0 GiB and .* GiB are free on cpu") as caught:
+        Weights(EngineSettings(str(tmp_path))).load(str(tmp_path))
+
+    assert caught.value.status == 503 and "orchestrator merge" in caught.value.message
