@@ -286,6 +286,16 @@ def test_a_chat_reads_a_pipe(server, tmp_path, monkeypatch):
     assert done.stdout.strip().startswith(said.strip()[:2])
 
 
+def test_a_chat_starts_a_server_of_its_own_and_ends_it(adapters, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello cat\n/model\n/base\nhello dog\n"))
+    before = set(psutil.Process().children(recursive=True))
+
+    done = called("chat", adapters["plain"], "--max-tokens", 4, cwd=tmp_path, check=0)
+
+    assert "* plain" in done.stdout and "  base" in done.stdout and "base answers now" in done.stdout
+    assert not {one for one in psutil.Process().children(recursive=True) if one not in before and one.is_running()}
+
+
 def test_a_server_with_a_key_answers_nobody_without_it(adapters, tmp_path):
     server = served(tmp_path, adapters["plain"], "--host", "0.0.0.0", key="a secret")
     stranger = Server(server.process, server.url)
