@@ -26,7 +26,9 @@ EXTRAS = {
     **dict.fromkeys(("torch", "ray", "transformers", "peft", "datasets", "safetensors", "mlflow", "numpy"), "train"),
     **dict.fromkeys(("pyarrow", "huggingface_hub", "rouge_score", "sacrebleu", "sklearn", "regex"), "train"),
     **dict.fromkeys(("optuna", "matplotlib", "jinja2"), "train"),
+    **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "aiohttp"), "train"),
     "gguf": "quickstart",
+    "xllamacpp": "serve",
     **libraries.EXTRAS,
     "kubernetes": "k8s",
 }

@@ -9,5 +9,6 @@ progress  prints the progress of a run
 remote    the verb `fetch`, and how the verbs of a run work on a cluster that only HTTP reaches
 report    the verbs `bench`, `report` and `tco`
 runs      the verbs of a run: list, status, logs, stop, resume, evaluate, merge, sync
+serving   the verbs `serve` and `chat`
 search    the verb `search`, and how `status` and `resume` show and continue a search
 """

@@ -1,0 +1,110 @@
+"""Which engine serves a base model, and why."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from clusters.hardware.gpus import look_at_gpus
+from clusters.safe.reading import BadInput, read_json
+from orchestrator.errors import JobError, MissingExtra
+from orchestrator.job import model_files
+from orchestrator.serving.catalog import ServedBase
+from orchestrator.serving.engines.process import ProcessEngine
+from orchestrator.serving.engines.protocol import ServedModel, ServingEngine
+from orchestrator.serving.engines.vllm import VllmEngine
+
+ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
+ADAPTER_FILE = "adapter.gguf"
+_PACKAGE = "xllamacpp"
+_LEAST_RANK = 16  # room for adapters that come later
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a command says of the engines."""
+
+    engine: str = "auto"
+    gguf: Path | None = None  # the base model as GGUF
+    max_adapters: int = 8
+    dtype: str | None = None
+    vllm_python: Path | None = None  # of the environment that vLLM is installed in
+
+    def __post_init__(self) -> None:
+        if self.engine not in ENGINES:
+            raise JobError(f"--engine {self.engine}: one of {', '.join(ENGINES)}")
+        if self.dtype not in (None, "float32", "bfloat16", "float16"):
+            raise JobError(f"--dtype {self.dtype}: one of float32, bfloat16, float16")
+        if self.engine == "llama.cpp" and not _is_installed():
+            raise MissingExtra(_PACKAGE)
+
+
+def engine_of(
+    base: ServedBase, models: Sequence[ServedModel], options: EngineOptions, say: Callable[[str], None]
+) -> ServingEngine:
+    """The engine for a base model and what is served of it.  Raises JobError where the one that is wanted cannot."""
+    if options.engine == "vllm":
+        return VllmEngine(base.folder, _vllm_command(options), options.max_adapters, _most_rank(models))
+    file = options.gguf or _packaged(base.name)
+    settings: dict[str, Any] = {"base": base.folder, "run": base.run, "dtype": options.dtype}
+    settings["max_adapters"] = options.max_adapters
+    if options.engine == "llama.cpp" and file is None:
+        raise JobError(f"--engine llama.cpp: give {base.name} as a GGUF file with --gguf FILE")
+    reason = "as asked" if options.engine != "auto" else _why_not_llama_cpp(file, models)
+    if options.engine == "llama.cpp" or (options.engine == "auto" and reason is None):
+        settings |= {"engine": "llama.cpp", "gguf": str(file), "run": None}
+    elif options.engine == "auto":
+        say(f"{base.name} is served by transformers: {reason}")
+    return ProcessEngine(settings, say)
+
+
+def _why_not_llama_cpp(file: Path | None, models: Sequence[ServedModel]) -> str | None:
+    """Why `auto` passes over it; None where it is the faster one and has all it needs."""
+    if look_at_gpus()[0]:
+        return "there is a GPU"
+    if not _is_installed():
+        return f"{_PACKAGE} (llama.cpp) is not installed"
+    if file is None:
+        return "no GGUF file of it is known (--gguf FILE)"
+    lacking = [model.name for model in models if model.folder and not (Path(model.folder) / ADAPTER_FILE).is_file()]
+    return f"{', '.join(lacking[:3])} has no {ADAPTER_FILE}" if lacking else None
+
+
+def _vllm_command(options: EngineOptions) -> list[str]:
+    """What starts its server.  Raises JobError where there is none."""
+    if options.vllm_python:
+        return [str(options.vllm_python), "-m", "vllm.entrypoints.cli.main", "serve"]
+    if found := shutil.which("vllm"):
+        return [found, "serve"]
+    raise JobError(
+        "--engine vllm: there is no vllm on PATH. Install it into an environment of its own (python -m venv vllm &&"
+        " vllm/bin/pip install vllm) and give --vllm-python vllm/bin/python"
+    )
+
+
+def _most_rank(models: Sequence[ServedModel]) -> int:
+    """The highest rank of adapters that vLLM is started for."""
+    ranks = [_LEAST_RANK]
+    for model in models:
+        with contextlib.suppress(BadInput):
+            settings = read_json(Path(model.folder or "") / "adapter_config.json")
+            patterns = settings.get("rank_pattern") or {}
+            ranks += [rank for rank in (settings.get("r"), *patterns.values()) if isinstance(rank, int)]
+    return max(ranks)
+
+
+def _is_installed() -> bool:
+    return importlib.util.find_spec(_PACKAGE) is not None
+
+
+def _packaged(name: str) -> Path | None:
+    """The GGUF file of a packaged model that is installed."""
+    package, file, _ = model_files.PACKAGED.get(name.lower(), ("", "", ""))
+    spec = importlib.util.find_spec(package) if package else None
+    places = spec.submodule_search_locations if spec else None
+    return Path(places[0]) / file if places else None

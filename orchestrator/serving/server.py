@@ -1,0 +1,122 @@
+"""Runs a server: binds its address, starts its engines, answers until it is asked to end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import ipaddress
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import uvicorn
+
+from orchestrator.errors import ClusterError, JobError
+from orchestrator.serving.catalog import Catalog
+from orchestrator.serving.door import Door
+from orchestrator.serving.engines.protocol import Refused
+from orchestrator.serving.router import Build, Router
+
+_ENDING_S = 5  # that answers on their way may still take
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a server listens, and the key it asks for."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000  # 0: any free one
+    api_key: str | None = None
+
+
+def bind(address: Address) -> socket.socket:
+    """The socket.  Raises JobError for an address that cannot be had, or one that needs a key."""
+    if address.api_key is None and not _is_loopback(address.host):
+        raise JobError(
+            f"--host {address.host}: other machines could use this server, so it needs a key: give one with"
+            " --api-key-file FILE or the variable ORCHESTRATOR_API_KEY, or leave --host out"
+        )
+    try:
+        family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind)
+    except OSError as error:
+        raise JobError(f"--host {address.host}: {error.strerror or error}") from None
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listening.bind(place)
+        listening.listen(128)
+    except OSError as error:
+        listening.close()
+        if error.errno == errno.EADDRINUSE:
+            raise JobError(
+                f"--port {address.port}: another program listens there; choose another, or 0 for any"
+            ) from None
+        raise JobError(f"--host {address.host} --port {address.port}: {error.strerror or error}") from None
+    return listening
+
+
+async def serve(
+    catalog: Catalog, build: Build, listening: socket.socket, api_key: str | None, begun: Callable[[], None]
+) -> None:
+    """Until a signal, or the task is cancelled.  `begun` is called when it answers.  Raises ClusterError."""
+    router = Router(catalog, build)
+    app = Door(router, api_key).app()
+    config = uvicorn.Config(
+        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_ENDING_S
+    )
+    server = uvicorn.Server(config)
+    try:
+        await router.start()
+        begun()
+        await server.serve([listening])
+    except Refused as refusal:
+        raise ClusterError(refusal.message) from None
+    finally:
+        await router.stop()
+
+
+@contextlib.contextmanager
+def serving(catalog: Catalog, build: Build) -> Iterator[Address]:
+    """A server in a thread of this process inside the block, for it alone: it has a key that nobody else knows.
+
+    Raises ClusterError where it does not start.
+    """
+    key, began, loop = secrets.token_urlsafe(), threading.Event(), asyncio.new_event_loop()
+    listening = bind(Address(port=0, api_key=key))
+    failures: list[BaseException] = []
+    task = loop.create_task(serve(catalog, build, listening, key, began.set))
+
+    def run() -> None:
+        asyncio.set_event_loop(loop)
+        try:
+            loop.run_until_complete(task)
+        except asyncio.CancelledError:
+            pass
+        except BaseException as error:
+            failures.append(error)
+        finally:
+            began.set()
+            loop.close()
+
+    thread = threading.Thread(target=run, name="server")
+    thread.start()
+    try:
+        began.wait()
+        if failures:
+            raise failures[0]
+        yield Address("127.0.0.1", listening.getsockname()[1], key)
+    finally:
+        with contextlib.suppress(RuntimeError):  # it has ended by itself
+            loop.call_soon_threadsafe(task.cancel)
+        thread.join()
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return False

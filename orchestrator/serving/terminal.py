@@ -1,0 +1,178 @@
+"""A chat in the terminal, with a server of the OpenAI API: this machine's, started for it, or another."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from clusters.safe.cache import cache_folder
+from clusters.safe.reading import printable
+from orchestrator.errors import ClusterError, JobError
+
+HELP = """\
+/base /tuned     answer by the model that was not tuned, or by the tuned one
+/model NAME      answer by another model; without a name: list them
+/system TEXT     the system message; without a text: none
+/clear           forget the conversation
+/quit            end; so does Ctrl-D.  Ctrl-C stops an answer
+A line that ends in a backslash goes on in the next one, and so does all between two lines of \"\"\"."""
+_MOST_LINE = 2**20
+
+
+@dataclass(frozen=True)
+class ApiClient:
+    """Speaks to a server of the OpenAI API."""
+
+    url: str  # up to and without /v1
+    api_key: str | None = None
+
+    def models(self) -> list[str]:
+        with self._open("/v1/models") as answer:
+            return [str(model["id"]) for model in json.load(answer)["data"]]
+
+    def stream(self, model: str, messages: list[dict[str, str]], most: int | None) -> Iterator[str]:
+        """The parts of an answer of at most `most` tokens.  Raises JobError or ClusterError as the server says."""
+        body = {"model": model, "messages": messages, "stream": True, "max_tokens": most}
+        with self._open("/v1/chat/completions", body) as answer:
+            for line in iter(lambda: answer.readline(_MOST_LINE), b""):
+                kind, _, data = line.partition(b":")
+                if kind != b"data" or data.strip() == b"[DONE]":
+                    continue
+                chunk = json.loads(data)
+                if "error" in chunk:
+                    raise ClusterError(str(chunk["error"].get("message")))
+                yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
+
+    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.api_key:
+            headers["Authorization"] = f"Bearer {self.api_key}"
+        data = None if body is None else json.dumps(body).encode()
+        try:
+            return urllib.request.urlopen(urllib.request.Request(f"{self.url}{path}", data, headers))
+        except urllib.error.HTTPError as error:
+            raise JobError(_message_of(error)) from None
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            raise ClusterError(f"{self.url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+@dataclass
+class ChatSession:
+    """One conversation, and which model answers."""
+
+    client: ApiClient
+    models: list[str]
+    model: str
+    tuned: str  # that /tuned returns to
+    show: Callable[[str], None]  # a part of an answer, without an end of line
+    system: str = ""
+    most: int | None = None  # tokens of an answer
+    turns: list[dict[str, str]] = field(default_factory=list)
+
+    def take(self, text: str) -> bool:
+        """A command or a message; whether the chat goes on."""
+        if not text.strip():
+            return True
+        if not text.startswith("/"):
+            self._ask(text)
+            return True
+        command, _, value = text.strip().partition(" ")
+        if command in ("/quit", "/exit"):
+            return False
+        self.show(self._command(command, value.strip()) + "\n")
+        return True
+
+    def _command(self, command: str, value: str) -> str:
+        if command == "/clear":
+            self.turns.clear()
+            return "the conversation is forgotten"
+        if command == "/system":
+            self.system = value
+            return "system message set" if value else "no system message"
+        if command in ("/base", "/tuned", "/model"):
+            return self._switch({"/base": "base", "/tuned": self.tuned}.get(command, value))
+        return HELP
+
+    def _switch(self, model: str) -> str:
+        if not model:
+            return "\n".join(f"{'*' if one == self.model else ' '} {one}" for one in self.models)
+        if model not in self.models:
+            return f"{printable(model)} is not served; there are {', '.join(self.models)}"
+        self.model = model
+        self.tuned = self.tuned if model == "base" else model
+        return f"{model} answers now"
+
+    def _ask(self, text: str) -> None:
+        """Print the answer as it comes; one that fails or is stopped with Ctrl-C leaves no turn."""
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        asked = [*self.turns, {"role": "user", "content": text}]
+        parts = []
+        try:
+            for part in self.client.stream(self.model, said + asked, self.most):
+                parts.append(part)
+                self.show(part)
+        except KeyboardInterrupt:
+            self.show("\n(stopped)")
+        except (JobError, ClusterError) as error:
+            self.show(f"{''.join(parts) and chr(10)}{error}\n")
+            return
+        self.show("\n")
+        self.turns = [*asked, {"role": "assistant", "content": "".join(parts)}]
+
+
+def run_chat(session: ChatSession) -> None:
+    """Read messages until the input ends."""
+    read = _reader()
+    while True:
+        try:
+            text = _whole_message(read, session.model)
+        except (EOFError, KeyboardInterrupt):
+            return
+        if not session.take(text):
+            return
+
+
+def _whole_message(read: Callable[[str], str], model: str) -> str:
+    """A message of one line, or of several."""
+    line = read(f"{model}> ")
+    if line.strip() == '"""':
+        lines = []
+        while (line := read("... ")).strip() != '"""':
+            lines.append(line)
+        return "\n".join(lines)
+    lines = []
+    while line.endswith("\\"):
+        lines.append(line[:-1])
+        line = read("... ")
+    return "\n".join([*lines, line])
+
+
+def _reader() -> Callable[[str], str]:
+    """Reads a line: in a terminal with history and editing, from a pipe as it comes."""
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
+        return lambda prompt: input()
+    try:
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory, InMemoryHistory
+    except ImportError:  # a terminal without history is a terminal
+        return input
+    history = InMemoryHistory()
+    with contextlib.suppress(OSError):
+        file = cache_folder("chat-history")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch(mode=0o600)
+        history = FileHistory(str(file))
+    return PromptSession(history=history).prompt
+
+
+def _message_of(error: urllib.error.HTTPError) -> str:
+    """What the server says of an error, in the API's form or not."""
+    with contextlib.suppress(ValueError, KeyError, TypeError, OSError):
+        return f"{error.code}: {json.loads(error.read(_MOST_LINE))['error']['message']}"
+    return f"the server answers {error.code} {error.reason}"
