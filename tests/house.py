@@ -59,7 +59,7 @@ ROOMS = (
     ("orchestrator.training.workers",),
     ("orchestrator.lifecycle.stages",),
     ("orchestrator.lifecycle",),
-    ("orchestrator.search", "orchestrator.bank", "orchestrator.remote"),
+    ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.export"),
     ("orchestrator.views",),
     ("orchestrator.report",),
     ("orchestrator.cli",),
