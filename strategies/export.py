@@ -15,7 +15,8 @@ NAMES: dict[Loader, str] = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp, by its converters to GGUF",
 }
-EXPORT_FOLDERS = ("adapter", "model")
+ADAPTER_FOLDER = "adapter"
+EXPORT_FOLDERS = (ADAPTER_FOLDER, "model")
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Export:
 
 def export_folder(format: ExportFormat) -> str:
     """The folder of a run that receives it."""
-    return "model" if format == "model" else "adapter"
+    return "model" if format == "model" else ADAPTER_FOLDER
 
 
 WHOLE_MODEL = Export("model", {"peft": "it is a whole model, and PEFT puts adapters onto one"})

@@ -60,7 +60,7 @@ ROOMS = (
     ("orchestrator.lifecycle.stages",),
     ("orchestrator.lifecycle",),
     ("orchestrator.serving.engines",),
-    ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.serving"),
+    ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.export", "orchestrator.serving"),
     ("orchestrator.views",),
     ("orchestrator.report",),
     ("orchestrator.cli",),

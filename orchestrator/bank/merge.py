@@ -33,7 +33,12 @@ def merge_adapters(bank: Bank, cards: list[AdapterCard], output: Path, options: 
     how = options.how or "linear"
     shares = _parse_weights(how, typing.get_args(Merge), options.weights, len(cards))
     adapters = [bank.adapter(card) for card in cards]
-    made = generate(adapters, shares, output, Recipe(cast(Merge, how), options.rank, options.density))
+    base = adapters[0].base_name
+    if (
+        Path(base).is_absolute() and not Path(base).is_dir()
+    ):  # a copy of the adapter does not know the way to the folder
+        base = cards[0].base_name
+    made = generate(adapters, shares, output, Recipe(cast(Merge, how), options.rank, options.density), base)
     parts = [{"name": c.name, "digest": c.digest, "share": share} for c, share in zip(cards, shares, strict=True)]
     return {
         "path": str(output.absolute()),

@@ -2,6 +2,7 @@
 
 app       start here: the verbs together, and every error as a message with an exit code
 bank      the verbs `bank ...` and `adapt`
+export    the verb `export`
 jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
 machines  the verbs of machines: probe, techniques, head, join, nodes
 options   what the verbs share: arguments and options, loading a job, printing

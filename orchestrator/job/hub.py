@@ -15,7 +15,7 @@ import socket
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlsplit
 
 from clusters.safe.reading import first_line, printable
@@ -31,6 +31,7 @@ _SMALL = (  # configuration, tokenizers of every kind, templates
 )
 _NOT_NEEDED = ("*.index.*.json", "onnx*", "*trainer_state.json", "flax_model*", "tf_model*", "rust_model*")
 _SAFETENSORS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_SNAPSHOT = re.compile(r"/models--([\w.-]+)/snapshots/([0-9a-f]{40})/?$", re.ASCII)
 _BIN = re.compile(r"pytorch_model(-\d+-of-\d+)?\.bin")
 
 
@@ -95,6 +96,26 @@ def fetch_config(name: str, revision: str | None) -> Path:
 
     download = partial(hf_hub_download, name, "config.json", revision=revision)
     return Path(_ask(name, download, partial(download, local_files_only=True))).parent
+
+
+def name_in_cache(folder: Path) -> tuple[str, str] | None:
+    """Name and commit of a hub model by its folder in a hub's cache; None for any other folder."""
+    if (found := _SNAPSHOT.search(folder.as_posix())) is None:
+        return None
+    return found[1].replace("--", "/", 1), found[2]
+
+
+def metadata_of(name: str, revision: str | None = None, kind: Literal["model", "dataset"] = "model") -> dict[str, Any]:
+    """The head of a repository's card; empty where the hub does not answer or has none."""
+    if why_unreachable():
+        return {}
+    from huggingface_hub import HfApi
+
+    try:
+        card = getattr(HfApi().repo_info(name, revision=revision, repo_type=kind), "card_data", None)
+    except Exception:  # the hub's client raises many types; what is not known is said as such
+        return {}
+    return card.to_dict() if card else {}
 
 
 def find_similar(name: str) -> str | None:

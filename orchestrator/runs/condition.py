@@ -23,7 +23,7 @@ from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder
-from strategies.export import Export
+from strategies.export import ADAPTER_FOLDER, Export
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,11 @@ class Finished:
     data: DataFiles
     result: RunResult
     exported: Path
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it belongs to a base model, which it does not hold."""
+        return self.exported.name == ADAPTER_FOLDER
 
 
 def require_finished(run: RunFolder) -> Finished:

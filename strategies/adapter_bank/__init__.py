@@ -9,6 +9,7 @@ distances     how far a data set is from others
 evidence      what a bank keeps of a data set
 exchange      copies adapters from one bank to another
 folders       one adapter's folder inside a bank
+gguf_adapter  an adapter as GGUF, which llama.cpp adds to its base
 generation    the weighted sum of adapters, written as a new one
 selection     improves shares on labelled rows, without gradients
 sparse        adapters of single entries (SHiRA, arXiv 2406.13175), and their merge (arXiv 2507.07140)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import time
 from collections.abc import Iterable, Mapping
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # listing a bank must not load torch
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PICKLED = "adapter_model.bin"  # what PEFT wrote before safetensors; reading it runs its code
 _KEY = re.compile(r"base_model\.model\.((?:[\w-]+\.)*[\w-]+)\.lora_([AB])\.weight")
+_FROM_HERE = ("./", "../")
 _PATTERNS_S = 1.0  # for all patterns of a configuration
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _CHANGES_BASE = re.compile(r"(pissa|corda).*|olora|loftq|lora_ga")  # ways to begin that take a part of W away
@@ -80,7 +82,9 @@ class Adapter:
 
     @property
     def base_name(self) -> str:
-        return self.settings.base_model_name_or_path or ""
+        """The base as it is loaded from here: a folder that is named from the adapter's own by its whole path."""
+        name = self.settings.base_model_name_or_path or ""
+        return str((self.folder / name).resolve()) if name.startswith(_FROM_HERE) else name
 
     @property
     def ranks(self) -> list[int]:
@@ -149,7 +153,7 @@ def fits_base(adapter: Adapter, base: Path) -> None:
         raise Unusable(str(error)) from None
     shapes = {key: entry.shape for header in headers for key, entry in header.items()}
     for name, target in adapter.targets.items():
-        there = next((shape for key, shape in shapes.items() if _same_map(key.removesuffix(".weight"), name)), None)
+        there = next((shape for key, shape in shapes.items() if same_map(key.removesuffix(".weight"), name)), None)
         if there is None:
             raise Unusable(f"{adapter.folder} corrects {name}, which {base.name} has not: it belongs to another model")
         if sorted(there) != sorted((target.inputs, target.outputs)):
@@ -159,13 +163,16 @@ def fits_base(adapter: Adapter, base: Path) -> None:
             )
 
 
-def _same_map(one: str, other: str) -> bool:
+def same_map(one: str, other: str) -> bool:
     """Whether one name ends with the other: files may leave out the model's own prefix, as GPT-2's do."""
     return f".{one}".endswith(f".{other}") or f".{other}".endswith(f".{one}")
 
 
 def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank: int) -> None:
-    """A PEFT adapter of one rank: alpha equals it, so that dW = B A.  Lower ranks are filled up with zeros."""
+    """A PEFT adapter of one rank: alpha equals it, so that dW = B A.  Lower ranks are filled up with zeros.
+
+    The name of a base that is a folder of this machine is written as the way to it from the adapter's own.
+    """
     import torch
     from safetensors.torch import save_file
 
@@ -178,10 +185,13 @@ def write(folder: Path, corrections: Mapping[str, Factors], base_name: str, rank
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     folder.mkdir(parents=True, exist_ok=True)
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    base = Path(base_name)
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        "base_model_name_or_path": os.path.relpath(base.resolve(), folder.resolve())
+        if base.is_absolute()
+        else base_name,
         "r": rank,
         "lora_alpha": rank,
         "lora_dropout": 0.0,

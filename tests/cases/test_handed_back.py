@@ -1,6 +1,7 @@
 """What is handed back is what was trained: reloaded by others' tools it says the same, and knows where to stop."""
 
 import json
+import os
 import shlex
 import shutil
 
@@ -51,7 +52,8 @@ def test_the_adapter_names_its_base_as_the_job_does_and_is_readable_by_all(chat)
     run, job, _ = chat
     config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
 
-    assert config["base_model_name_or_path"] == str(job.path(job.spec.model.model_name_or_path))
+    base = job.path(job.spec.model.model_name_or_path).resolve()
+    assert config["base_model_name_or_path"] == os.path.relpath(base, (run.path / "adapter").resolve())
     assert (config["lora_alpha"], type(config["lora_alpha"])) == (32, int)
     modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (run.path / "adapter").iterdir()}
     assert set(modes.values()) == {"0o644"} and len(modes) >= 6

@@ -10,6 +10,7 @@ from pathlib import Path
 from orchestrator.job.job_file import Job, read_job
 from orchestrator.lifecycle.prepare import prepare
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.condition import model_digests
 from orchestrator.runs.model_card import write_card
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.worker import work
@@ -32,7 +33,7 @@ def begun(
         "job.yaml": job.text,
     }
     with RunFolder.take(runs, job.spec.name, name) as run:
-        run.begin(texts)
+        run.begin(texts, model_digests(Path(ready.data_files.model)))
     return run, job, ready.plan.nodes[0].node
 
 

@@ -6,5 +6,6 @@ devices    the planned GPU in a process that Ray Train did not start
 export     the exported folder: weights, tokenizer, generation settings
 hand_back  the end of a training: the best weights, exported and checked
 kernels    which of the planned attention, packing and loss a model supports
+merged     writes base and adapter as one plain model, tensor by tensor or in memory
 tied       merges adapters of a model whose output matrix is its embedding
 """

@@ -3,6 +3,7 @@
 weights          adapter_config.json + adapter_model.safetensors, or config.json + model*.safetensors
 tokenizer        its files, with the chat template that was trained with (chat_template.jinja)
 generation       generation_config.json: the base model's, with every token that ends an answer
+base_model.json  of an adapter: name and revision of its base, size and SHA-256 of the base's files
 README.md        the model card (orchestrator/runs/model_card.py), written when everything is known
 """
 
@@ -10,32 +11,43 @@ from __future__ import annotations
 
 import contextlib
 import json
+import stat
 from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import BadInput, read_json
-from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
+from orchestrator.job.model_files import BaseName
+from orchestrator.runs.digests import FileDigest
 from orchestrator.training.stops import stops_of
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSetup
 
-_ADAPTER, _GENERATION = "adapter_config.json", "generation_config.json"
+_ADAPTER, _GENERATION, _BASE = "adapter_config.json", "generation_config.json", "base_model.json"
 
 
-def write(
-    folder: Path, setup: TrainSetup, weights: Mapping[str, Any] | None, tokenizer: Any, job: Job, base: Path
-) -> None:
-    """Export a training into `folder`; `weights` where no worker holds them whole, `base` is the model's folder."""
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a result belongs to: where it lies here, how others get it, and which files it is."""
+
+    folder: Path
+    name: BaseName
+    files: Mapping[str, FileDigest]
+
+
+def write(folder: Path, setup: TrainSetup, weights: Mapping[str, Any] | None, tokenizer: Any, base: BaseModel) -> None:
+    """Export a training into `folder`; `weights` where no worker holds them whole."""
     inner = inner_model(setup.model)
     with plain_generation(inner):
         setup.export(folder, weights)
-    write_beside(folder, inner, tokenizer, base)
-    if (folder / _ADAPTER).exists():
-        names = {"base_model_name_or_path": base_name(job), "revision": job.spec.model.model_revision}
+    write_beside(folder, inner, tokenizer, base.folder)
+    if is_adapter(folder):
+        names = {"base_model_name_or_path": base.name.name, "revision": base.name.revision}
         _write_json(folder / _ADAPTER, _json(folder / _ADAPTER) | names)
-    make_readable(folder)
+        files = {name: asdict(digest) for name, digest in base.files.items()}
+        _write_json(folder / _BASE, {"name": base.name.name, "revision": base.name.revision, "files": files})
+    share(folder)
 
 
 def write_beside(folder: Path, model: Any, tokenizer: Any, base: Path) -> None:
@@ -47,13 +59,6 @@ def write_beside(folder: Path, model: Any, tokenizer: Any, base: Path) -> None:
         if settings.get(key) is None and (token := getattr(tokenizer, key, None)) is not None:
             settings[key] = token
     _write_json(folder / _GENERATION, settings)
-
-
-def base_name(job: Job) -> str:
-    """The base model's name as others can load it: of the hub or a package as given, a folder by its full path."""
-    name = job.spec.model.model_name_or_path
-    is_folder = name.lower() not in model_files.PACKAGED and job.path(name).is_dir()
-    return str(job.path(name)) if is_folder else name
 
 
 @contextlib.contextmanager
@@ -71,10 +76,11 @@ def plain_generation(model: Any) -> Iterator[None]:
             model.generation_config = own
 
 
-def make_readable(folder: Path) -> None:
-    """Make a result readable for all: files written by way of temporary ones are private."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+def share(folder: Path) -> None:
+    """Let the umask decide who reads a result, as it did for its folder: files made as temporary ones are private."""
+    mode = stat.S_IMODE(folder.stat().st_mode)
+    for path in folder.rglob("*"):
+        path.chmod(mode if path.is_dir() else mode & 0o666)
 
 
 def is_adapter(folder: Path) -> bool:

@@ -14,7 +14,8 @@ from typing import Any
 
 from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
-from orchestrator.runs import checkpoints, digests
+from orchestrator.job.model_files import name_for_others
+from orchestrator.runs import checkpoints, digests, record
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from orchestrator.training.model import agreement, export
@@ -70,7 +71,9 @@ def write(
     """Export beside the final place, then rename; how many trained weights are on the disk as they were trained."""
     temporary, final = run.path / f"{setup.export_folder}.tmp", run.path / setup.export_folder
     shutil.rmtree(temporary, ignore_errors=True)
-    export.write(temporary, setup, held.weights if held else None, tokenizer, job, Path(run.data().model))
+    located, known = Path(run.data().model), record.read(run.path)
+    base = export.BaseModel(located, name_for_others(job, located, final), known.model if known else {})
+    export.write(temporary, setup, held.weights if held else None, tokenizer, base)
     found = agreement.on_disk(portrait, temporary, f"the {final.name}")
     if final.exists():  # of a process that ended before the evaluation
         shutil.rmtree(final)

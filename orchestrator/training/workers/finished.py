@@ -19,7 +19,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.runs.condition import check_model, exported_whole
 from orchestrator.runs.model_card import write_merged_card
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.model import agreement, export
+from orchestrator.training.model import agreement, merged
 from orchestrator.training.model.agreement import Agreement
 from orchestrator.training.model.devices import device_like
 from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
@@ -64,21 +64,15 @@ def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
 def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
     """Write base + adapter as a plain transformers model into `output`, in the base's precision; whole or not at all.
 
-    Returns how far the written model's logits are from those of base and adapter on one batch.  Raises JobError when
-    there is nothing to merge or `output` exists, RunFailed where the two differ by more than the precision explains.
+    Returns how far the written model's logits are from those of base and adapter on one batch, or why they were not
+    compared: writing needs the memory of one tensor, comparing that of the model.  Raises JobError when there is
+    nothing to merge or `output` exists, RunFailed where the two differ by more than the precision explains.
     """
     if output.exists() or output.is_symlink():
         raise JobError(f"--output {output} exists already; choose a new folder")
-    exported, base = exported_whole(run), Path(model_of(run))
-    dtype = stored_dtype(base)
     temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        ids_BT, tuned_BTV = _write_merged(run, job, exported, base, dtype, temporary)
-        gc.collect()
-        found = load_model(str(temporary), job, Placing(dtype, torch.device("cpu"), "sdpa"))
-        merged_BTV = agreement.logits_of(found, ids_BT, "sdpa", "float32")
-        result = agreement.judge(tuned_BTV, merged_BTV, dtype, "the merged model", rounded=dtype != "float32")
-        write_merged_card(run, job, temporary, output, result.text)
+        result = write_merged(run, job, temporary, output)
         temporary.rename(output)
     except OSError as error:
         raise JobError(f"--output {output}: cannot be written: {error.strerror or error}") from error
@@ -87,34 +81,39 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
     return result
 
 
-def _write_merged(
-    run: RunFolder, job: Job, exported: Path, base: Path, dtype: str, folder: Path
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Merge and write in `dtype`; the batch that is compared, and what base and adapter say to it."""
-    # On the CPU and without quantisation: what is merged into is the model that is written.
-    load = partial(load_model, job=job, placing=Placing(dtype, torch.device("cpu"), "sdpa"))
-    model = load_tuned(load, exported, model_of(run))
+def write_merged(run: RunFolder, job: Job, folder: Path, place: Path) -> Agreement:
+    """The same into a new folder whose files will lie at `place`.  Raises OSError too."""
+    exported, base = exported_whole(run), Path(model_of(run))
+    try:
+        is_written, dtype = True, merged.stream(exported, base, folder)
+    except merged.NotStreamable:
+        is_written, dtype = False, merged.stored_dtype(base)
+    result = _compare(run, job, exported, folder, dtype, is_written)
+    write_merged_card(run, job, folder, place, result.text)
+    return result
+
+
+def _compare(run: RunFolder, job: Job, exported: Path, folder: Path, dtype: str, is_written: bool) -> Agreement:
+    """Logits of base and adapter beside those of the merged model in `folder`, which is written here if it is not."""
+    what, device = "the merged model", torch.device("cpu")
+    needed_bytes = sum(file.stat().st_size for file in folder.glob("*.safetensors")) if is_written else 0
+    if reason := agreement.no_room(needed_bytes, device):
+        text = f"{what} is base + correction, tensor by tensor; logits not compared: {reason}"
+        return Agreement(text, dtype, reason=reason)
+    # Without quantisation: what is merged into is the model that is written.
+    placing = Placing(dtype, device, "sdpa")
+    model = load_tuned(partial(load_model, job=job, placing=placing), exported, model_of(run))
     data = None
     with contextlib.suppress(RunFailed, JobError):  # the cache was cleared: any tokens will do
         data = load_data(run)[0]
     ids_BT = agreement.probe(data, model.get_input_embeddings().weight.shape[0])
     tuned_BTV = agreement.logits_of(model, ids_BT, "sdpa", "float32")
-    model = merged_model(model).to(_STORED[dtype])
-    tokenizer = load_tokenizer(str(exported), job)
-    with export.plain_generation(model):
-        model.save_pretrained(folder)
-    export.write_beside(folder, model, tokenizer, exported)
-    export.make_readable(folder)
-    return ids_BT, tuned_BTV
-
-
-def stored_dtype(folder: Path) -> str:
-    """The precision that a model's weights are stored in: of most of their bytes."""
-    sizes: dict[torch.dtype, int] = {}
-    for _, tensor in agreement.tensors_in(folder):
-        sizes[tensor.dtype] = sizes.get(tensor.dtype, 0) + tensor.nbytes
-    most = max(sizes, key=lambda kind: sizes[kind], default=torch.float32)
-    return next((name for name, kind in _STORED.items() if kind == most), "bfloat16")
+    if not is_written:
+        merged.write_whole(model, load_tokenizer(str(exported), job), exported, folder, _STORED[dtype])
+    del model
+    gc.collect()
+    merged_BTV = agreement.logits_of(load_model(str(folder), job, placing), ids_BT, "sdpa", "float32")
+    return agreement.judge(tuned_BTV, merged_BTV, dtype, what, rounded=dtype != "float32")
 
 
 def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]]:

@@ -11,6 +11,7 @@ from orchestrator.errors import JobError
 from orchestrator.runs.condition import exported_whole
 from orchestrator.runs.events import FinalEvaluation, Note, StateChange
 from orchestrator.training.determinism import deterministic, resume_note
+from orchestrator.training.model import merged
 from orchestrator.training.model.loading import placement_arguments
 from orchestrator.training.workers import finished, quality
 from orchestrator.training.workers.quality import num_cut_short
@@ -183,7 +184,7 @@ def test_merge_loads_no_model_in_more_precision_than_it_writes(finished_run, loa
 
     result = finished.merge(run, job, tmp_path / "merged")
 
-    stored = finished.stored_dtype(model_folder)
+    stored = merged.stored_dtype(model_folder)
     assert loaded == [getattr(torch, stored)] * 2 and result.largest_difference <= result.tolerance
 
 

@@ -1,0 +1,78 @@
+"""The verb `export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, print_json, say, show
+from orchestrator.errors import JobError
+from orchestrator.job.paths import resolve_path
+from orchestrator.runs.run_folder import RunFolder
+
+verbs = typer.Typer()
+
+
+@verbs.command()
+def export(
+    run: RunArgument = "latest",
+    gguf: Annotated[bool, typer.Option("--gguf", help="the adapter for llama.cpp; with --merged the model")] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="a folder for `ollama create`")] = False,
+    merged: Annotated[bool, typer.Option("--merged", help="base and adapter as one model, in 16 bits")] = False,
+    hub_folder: Annotated[bool, typer.Option("--hub-folder", help="a folder for the hub, with its card")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="the folder to write; default: RUN-KIND here")] = None,
+    base: Annotated[
+        str | None, typer.Option("--base", help="the base elsewhere: a GGUF file, or its name on Ollama or the hub")
+    ] = None,
+    converter: Annotated[
+        Path | None, typer.Option("--converter", help="llama.cpp's convert_hf_to_gguf.py, where it is not on PATH")
+    ] = None,
+    licence: Annotated[str | None, typer.Option("--licence", help="for the hub: e.g. apache-2.0")] = None,
+    language: Annotated[list[str], typer.Option("--language", help="for the hub: en, ja; may be repeated")] = [],
+    check: Annotated[bool, typer.Option("--check", help="load it again and compare answers with the run's")] = False,
+    force: Annotated[bool, typer.Option("--force", help="write an export anew that lies there")] = False,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Write a finished run's result for llama.cpp, Ollama, the hub, or any program that loads plain models.
+
+    Examples: orchestrator export latest --gguf --check
+              orchestrator export latest --ollama --base llama3.2:1b
+    """
+    wanted = [name for name, is_set in (("gguf", gguf), ("ollama", ollama), ("hub-folder", hub_folder)) if is_set]
+    if len(wanted) > 1 or not (wanted or merged):
+        raise JobError("export writes one form: --gguf, --ollama or --hub-folder, each with --merged or without it,"
+                       " or --merged alone")  # fmt: skip
+    found = RunFolder.find(run, runs)
+    from orchestrator.export.hub_folder import Stated
+    from orchestrator.export.write import ExportWish
+    from orchestrator.export.write import export as write
+
+    kind = wanted[0] if wanted else "merged"
+    output = resolve_path(out or Path(f"{found.run_id}-{kind}"), "--out", kind="new folder")
+    script = converter and resolve_path(converter, "--converter", kind="file")
+    stated = Stated(base if kind == "hub-folder" else None, licence, tuple(language))
+    wish = ExportWish(kind, merged, base, script, stated, force)  # type: ignore[arg-type]  # of the four
+    written = write(found, output, wish, say)
+    if check:
+        written["check"] = _check(found, output, base if kind != "hub-folder" else None)
+    if json_:
+        print_json(written)
+        return
+    for note in written["notes"]:
+        show(note)
+    if check:
+        show(written["check"]["text"])
+    show(f"wrote {output}")
+
+
+def _check(run: RunFolder, folder: Path, base: str | None) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from orchestrator.export.check import check
+    from orchestrator.runs.condition import require_finished
+
+    report = check(require_finished(run), folder, base)
+    return {**asdict(report), "text": report.text}
