@@ -21,6 +21,7 @@ from orchestrator.serving.engines.sampling import TokenSampler, score
 from orchestrator.serving.engines.text import AnswerText
 from orchestrator.serving.engines.weights import EngineSettings, Weights
 from orchestrator.training.evaluate import context_of
+from orchestrator.training.model.agreement import free_bytes
 from strategies.shape import ModelShape
 from strategies.step.out_of_memory import is_out_of_memory, release_cache
 from strategies.step.supervised_logits import inner_model
@@ -43,8 +44,11 @@ class TransformersEngine:
         self._batches: dict[Lane, list[RowBatch]] = defaultdict(list)
         config = inner_model(self._seats.base.lane.model).config
         self._context = context_of(inner_model(self._seats.base.lane.model)) or _UNKNOWN_CONTEXT
-        itemsize = getattr(torch, weights.dtype).itemsize
-        self._most_tokens = CACHE_BYTES // cache_bytes_per_token(ModelShape.from_config(config.to_dict()), itemsize)
+        per_token = cache_bytes_per_token(
+            ModelShape.from_config(config.to_dict()), getattr(torch, weights.dtype).itemsize
+        )
+        free = free_bytes(weights.device) or 0  # beside the model; the other half is for adapters and activations
+        self._most_tokens = max(CACHE_BYTES, free // 2) // per_token
 
     @property
     def is_busy(self) -> bool:
