@@ -15,12 +15,13 @@ from clusters.safe.reading import BadInput, read_json
 from orchestrator.errors import JobError, MissingExtra
 from orchestrator.job import model_files
 from orchestrator.serving.catalog import ServedBase
+from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.process import ProcessEngine
 from orchestrator.serving.engines.protocol import ServedModel, ServingEngine
 from orchestrator.serving.engines.vllm import VllmEngine
+from strategies.adapter_bank import gguf_adapter
 
 ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
-ADAPTER_FILE = "adapter.gguf"
 _PACKAGE = "xllamacpp"
 _LEAST_RANK = 16  # room for adapters that come later
 
@@ -71,8 +72,15 @@ def _why_not_llama_cpp(file: Path | None, models: Sequence[ServedModel]) -> str 
         return f"{_PACKAGE} (llama.cpp) is not installed"
     if file is None:
         return "no GGUF file of it is known (--gguf FILE)"
-    lacking = [model.name for model in models if model.folder and not (Path(model.folder) / ADAPTER_FILE).is_file()]
-    return f"{', '.join(lacking[:3])} has no {ADAPTER_FILE}" if lacking else None
+    other = [model.name for model in models if model.folder and not _as_gguf(Path(model.folder))]
+    return f"{', '.join(other[:3])}: llama.cpp takes pairs of A and B alone" if other else None
+
+
+def _as_gguf(folder: Path) -> bool:
+    """Whether an adapter is there as GGUF or can be written so."""
+    with contextlib.suppress(BadInput):
+        return (folder / gguf_adapter.FILE).is_file() or kind_of_adapter(folder) == "shared"
+    return False
 
 
 def _vllm_command(options: EngineOptions) -> list[str]:

@@ -1,28 +1,35 @@
 """The engine for quantised models without a GPU: llama.cpp, by the package xllamacpp.
 
-The base is a GGUF file, an adapter the `adapter.gguf` in its folder.  llama.cpp reads its adapters when it starts, so
-one that is not among them waits until no answer is on its way, and a start with it.  Requests for one adapter are
-computed together; llama.cpp takes those for different ones in turn.
+The base is a GGUF file, an adapter the `adapter.gguf` in its folder or one that is written for it.  llama.cpp reads its
+adapters when it starts, so one that is not among them waits until no answer is on its way, and a start with it.
+Requests for one adapter are computed together; llama.cpp takes those for different ones in turn.
 """
 
 from __future__ import annotations
 
 import queue
+import shutil
+import tempfile
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
 
 from clusters.safe.reading import first_line
+from orchestrator.errors import JobError
+from orchestrator.job.model_files import read_config
 from orchestrator.serving.engines.adapters import check_digest
 from orchestrator.serving.engines.prompts import prompt_tokens
 from orchestrator.serving.engines.protocol import Piece, Query, Refused
 from orchestrator.serving.engines.weights import EngineSettings, Weights
+from strategies.adapter_bank import gguf_adapter
+from strategies.adapter_bank.adapter import Unusable
 
-ADAPTER = "adapter.gguf"  # as `export --gguf` calls it
 _ROWS = 4  # computed at a time
 _WAIT_S = 0.05
 
@@ -59,6 +66,8 @@ class LlamaCppEngine:
         self._answers: queue.Queue[tuple[int, Piece | Refused]] = queue.Queue()
         self._adapters: list[str] = []  # folders, the least recently used one first
         self._counts = {"adapter_hits": 0, "adapter_loads": 0, "adapter_evictions": 0}
+        self._written = Path(tempfile.mkdtemp(prefix="adapters-"))
+        weakref.finalize(self, shutil.rmtree, self._written, ignore_errors=True)
         self._files: list[str] = []
         self._server: Any = self._start([])
 
@@ -125,6 +134,7 @@ class LlamaCppEngine:
         if self._running:
             return False
         _check(Path(folder))
+        self._file(Path(folder))
         kept = self._adapters[-self._settings.max_adapters + 1 :] if self._settings.max_adapters > 1 else []
         self._counts["adapter_evictions"] += len(self._adapters) - len(kept)
         self._adapters = [*kept, folder]
@@ -144,13 +154,28 @@ class LlamaCppEngine:
         params.n_parallel = _ROWS
         params.n_ctx = 0  # the model's own
         params.port = 0
-        params.lora_adapters = [_adapter(Path(folder) / ADAPTER) for folder in folders]
+        params.lora_adapters = [_adapter(self._file(Path(folder))) for folder in folders]
         try:
             server = Server(params)
         except (RuntimeError, ValueError, OSError) as error:
             raise Refused(503, f"llama.cpp does not start: {first_line(error)}", "engine_failed") from error
         self._files = list(folders)
         return server
+
+    def _file(self, folder: Path) -> Path:
+        """An adapter as GGUF, written where there is no such file.  Raises Refused for what llama.cpp cannot add."""
+        own = folder / gguf_adapter.FILE
+        if own.is_file():
+            return own
+        made = self._written / f"{sha256(str(folder).encode()).hexdigest()}.gguf"
+        if not made.is_file():
+            base = Path(self._settings.base)
+            try:
+                gguf_adapter.write(folder, read_config(base), base.name, made)
+            except (Unusable, JobError) as error:
+                way = "Serve it with --engine transformers, or `orchestrator merge` it"
+                raise Refused(400, f"{folder.name}: {error}. {way}", "engine_cannot", "model") from None
+        return made
 
     def _body(self, query: Query) -> dict[str, Any]:
         """As llama.cpp's server reads it.  Raises Refused."""
@@ -191,15 +216,7 @@ class LlamaCppEngine:
 
 
 def _check(folder: Path) -> None:
-    """Raises Refused for what llama.cpp cannot add to its base."""
-    if not (folder / ADAPTER).is_file():
-        raise Refused(
-            400,
-            f"{folder.name} has no {ADAPTER}: llama.cpp takes pairs of A and B alone, as GGUF. Serve it with --engine"
-            " transformers, or `orchestrator merge` it",
-            "engine_cannot",
-            "model",
-        )
+    """Raises Refused for an adapter of a bank that is not what was added."""
     try:
         check_digest(folder)
     except ValueError as error:

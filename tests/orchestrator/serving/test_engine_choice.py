@@ -38,7 +38,9 @@ def test_llama_cpp_is_taken_where_every_adapter_is_gguf(tmp_path, files, engine)
     found, said = choice(tmp_path, files, gguf=tmp_path / "model.gguf")
 
     assert found == engine
-    assert said == ([] if files else ["some-model is served by transformers: tuned has no adapter.gguf"])
+    assert said == (
+        [] if files else ["some-model is served by transformers: tuned: llama.cpp takes pairs of A and B alone"]
+    )
 
 
 def test_what_is_asked_for_is_taken_without_a_word(tmp_path):

@@ -15,6 +15,7 @@ from orchestrator.job.model_files import PACKAGED, locate
 from orchestrator.serving.engines.llama_cpp import LlamaCppEngine
 from orchestrator.serving.engines.protocol import Query, ServedModel
 from orchestrator.serving.engines.weights import EngineSettings
+from tests.adapters import write_adapter
 from tests.conftest import needs_smollm2
 from tests.orchestrator.serving.test_engine import Answers, run
 
@@ -104,3 +105,15 @@ def test_an_answer_that_nobody_waits_for_ends(engine, base):
     run(served)
 
     assert not answers.pieces.get(0) or answers.pieces[0][-1].finish is None
+
+
+def test_an_adapter_of_peft_is_written_for_it(engine, base, tmp_path):
+    served, answers = engine
+    tuned = write_adapter(tmp_path / "tuned", base[0])
+
+    for number, folder in enumerate((None, tuned)):
+        served.submit(number, asked(base, folder))
+    run(served)
+
+    assert not answers.refusals and answers.text(1)
+    assert served.counts["adapter_loads"] == 1
