@@ -75,6 +75,7 @@ async def serve(
     except Refused as refusal:
         raise ClusterError(refusal.message) from None
     finally:
+        listening.close()  # uvicorn does it where it ends by itself, not where the task is cancelled
         await router.stop()
 
 

@@ -7,7 +7,10 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 import threading
+import uuid
 from types import SimpleNamespace
 
 import psutil
@@ -18,7 +21,7 @@ from orchestrator.serving.terminal import ApiClient, ChatSession
 from strategies.adapter_bank.store import Bank
 from tests.cli import called
 from tests.orchestrator.serving.conftest import add_to, write_adapter
-from tests.processes import end, start, wait_for
+from tests.processes import PATIENCE_S, ROOT, end, start, wait_for
 
 HELLO = [{"role": "user", "content": "the cat sees a dog"}]
 
@@ -286,14 +289,18 @@ def test_a_chat_reads_a_pipe(server, tmp_path, monkeypatch):
     assert done.stdout.strip().startswith(said.strip()[:2])
 
 
-def test_a_chat_starts_a_server_of_its_own_and_ends_it(adapters, tmp_path, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO("hello cat\n/model\n/base\nhello dog\n"))
-    before = set(psutil.Process().children(recursive=True))
+def test_a_chat_starts_a_server_of_its_own_and_ends_it(adapters, tmp_path):
+    command = [sys.executable, "-m", "orchestrator", "chat", str(adapters["plain"]), "--max-tokens", "4"]
+    typed, mark = "hello cat\n/model\n/base\nhello dog\n", uuid.uuid4().hex
 
-    done = called("chat", adapters["plain"], "--max-tokens", 4, cwd=tmp_path, check=0)
+    done = subprocess.run(
+        command, input=typed, capture_output=True, text=True, cwd=tmp_path, timeout=PATIENCE_S,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MARK": mark},
+    )  # fmt: skip
 
+    assert done.returncode == 0, done.stderr
     assert "* plain" in done.stdout and "  base" in done.stdout and "base answers now" in done.stdout
-    assert not {one for one in psutil.Process().children(recursive=True) if one not in before and one.is_running()}
+    assert not [one for one in psutil.process_iter(["environ"]) if (one.info["environ"] or {}).get("MARK") == mark]
 
 
 def test_a_server_with_a_key_answers_nobody_without_it(adapters, tmp_path):
