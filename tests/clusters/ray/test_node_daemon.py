@@ -208,6 +208,19 @@ def test_a_node_that_ends_is_started_again_after_pauses_that_grow(tmp_path, monk
     assert said[0] == "the node ended (it fell); starting it again in 1 s"
 
 
+def test_a_node_whose_process_failed_names_it(tmp_path, monkeypatch, signals):
+    """Ray 2.60 names the process, then prints the end of its log, then that it ends the others."""
+    stamp = "2026-11-29 15:48:35,459\tERR scripts.py:90 --"
+    lines = ("Some Ray subprocesses exited unexpectedly:", "  gcs_server [exit code=-6]", "no space", "Remaining ...")
+    child(tmp_path, monkeypatch, "".join(f"echo '{stamp} {line}'\n" for line in lines) + "exit 1")
+    said = []
+    monkeypatch.setattr(node_daemon, "time", Clock(lambda _: signal.raise_signal(signal.SIGTERM)))
+
+    keep_running(own(), BOX, said.append)
+
+    assert said == ["the node ended (gcs_server [exit code=-6]); starting it again in 1 s"]
+
+
 def test_a_minute_of_life_makes_the_pauses_short_again(tmp_path, monkeypatch, signals):
     child(tmp_path, monkeypatch, "echo Ray runtime started; exit 1")
     clock, said, num_lives = Clock(), [], 0
