@@ -7,25 +7,23 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import interfaces
-from clusters.ray.connect import SLOT, close_own_token, own_token, write_token
+from clusters.ray.connect import SLOT, close_own_token, close_sessions, own_token, write_token
 from clusters.ray.gpu_reservation import by_uuid
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
@@ -296,15 +294,6 @@ class _RayNode:
                 close_sessions(_folders(self.own))
                 self.say(f"{self.own.name} is up at {self.own.address}")
         return lines, was_up
-
-
-def close_sessions(folders: Iterable[Path]) -> None:
-    """Keep other users of the machine out of this user's logs and sockets: Ray lets everybody in, and write."""
-    for session in {found for folder in folders for found in folder.glob("session_2*")}:
-        with contextlib.suppress(OSError):  # it was removed meanwhile
-            known = session.lstat()
-            if stat.S_ISDIR(known.st_mode) and known.st_uid == os.getuid():
-                session.chmod(0o700)
 
 
 def _folders(own: OwnNode) -> list[Path]:

@@ -13,6 +13,7 @@ import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.ray import node_daemon
+from clusters.ray.connect import close_sessions
 from clusters.ray.node_daemon import (
     CannotServe,
     OwnNode,
@@ -153,7 +154,7 @@ def test_sessions_that_ray_opened_to_everyone_are_closed_and_no_link_is_followed
     (tmp_path / "session_latest").symlink_to(session)
     (tmp_path / "session_2026-link").symlink_to(other)
 
-    node_daemon.close_sessions([tmp_path, tmp_path / "nowhere"])
+    close_sessions([tmp_path, tmp_path / "nowhere"])
 
     assert [stat.S_IMODE(path.stat().st_mode) for path in (session, other)] == [0o700, 0o777]
 
