@@ -17,7 +17,7 @@ import stat
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -219,6 +219,23 @@ def _keep_quiet() -> None:
         worker.print_to_stdstream = log_lines
 
 
+def close_sessions(folders: Iterable[Path]) -> None:
+    """Keep other users of the machine out of this user's logs and sockets: Ray lets everybody in, and write."""
+    for session in {found for folder in folders for found in folder.glob("session_2*")}:
+        with contextlib.suppress(OSError):  # it was removed meanwhile
+            known = session.lstat()
+            if stat.S_ISDIR(known.st_mode) and known.st_uid == os.getuid():
+                session.chmod(0o700)
+
+
+def _close_session() -> None:
+    """A driver beside a node of its cluster opens the session's folder to everybody again."""
+    from ray._private import worker
+
+    if node := getattr(worker, "_global_node", None):  # a private name of Ray 2.60
+        close_sessions([Path(node.get_session_dir_path()).parent])
+
+
 @contextlib.contextmanager
 def connect(
     address: str,
@@ -263,6 +280,7 @@ def connect(
             raise CannotConnect(f"no Ray cluster at {address!r}: {reason}") from error
         if is_main and callable(on_sigterm):
             signal.signal(signal.SIGTERM, on_sigterm)
+        _close_session()
         _keep_quiet()
         try:
             yield Connection(cores_per_slot)

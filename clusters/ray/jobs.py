@@ -6,6 +6,7 @@ https://docs.ray.io/en/latest/cluster/running-applications/job-submission/
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shlex
 import time
@@ -100,6 +101,8 @@ class RayJobsClient:
 def _client(address: str) -> Any:
     """Ray's client, whose every request ends."""
     from ray.job_submission import JobSubmissionClient
+
+    logging.getLogger("ray.dashboard.modules.dashboard_sdk").setLevel(logging.WARNING)  # else it prints each upload
 
     class Patient(JobSubmissionClient):
         def _do_request(self, *arguments: Any, **options: Any) -> Any:

@@ -7,25 +7,23 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import os
 import re
 import signal
 import socket
-import stat
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import interfaces
-from clusters.ray.connect import SLOT, close_own_token, own_token, write_token
+from clusters.ray.connect import SLOT, close_own_token, close_sessions, own_token, write_token
 from clusters.ray.gpu_reservation import by_uuid
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
@@ -39,6 +37,7 @@ _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pau
 _CLOSE_EVERY_S = 5.0  # what other processes of Ray may have opened
 _END_S = 10.0
 _LONGEST_TOKEN = 64 * 2**10  # bytes
+_PROCESS_FAILED = re.compile(r" -- +(\S+ \[exit code=[^\]]*\])")  # a process of the node, as Ray prints its end
 _TOKEN_REFUSED = re.compile(
     r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", flags=re.IGNORECASE
 )
@@ -229,12 +228,12 @@ def keep_running(own: OwnNode, capability: NodeCapability, say: Callable[[str], 
             _sleep(_PAUSES_S[min(tries, len(_PAUSES_S)) - 1], lambda: node.is_over)
             continue
         began = time.monotonic()
-        last_line = node.run_once()
+        reason = node.run_once()
         if node.is_over:
             break
         tries = 0 if time.monotonic() - began > _STEADY_S else tries + 1
         pause_s = _PAUSES_S[min(tries, len(_PAUSES_S)) - 1] if tries else _PAUSES_S[0]
-        say(f"the node ended ({last_line or 'without a message'}); starting it again in {pause_s:.0f} s")
+        say(f"the node ended ({reason or 'without a message'}); starting it again in {pause_s:.0f} s")
         _sleep(pause_s, lambda: node.is_over)
     node.end_group()
 
@@ -257,7 +256,7 @@ class _RayNode:
             killer.start()
 
     def run_once(self) -> str | None:
-        """Start the node and wait for its end; the last line it printed.  Raises CannotServe for a refused token."""
+        """Start the node and wait for its end; why it ended, by its output.  Raises CannotServe for a refused token."""
         self._child = child = subprocess.Popen(
             ray_arguments(self.own, self.capability),
             env={**environment(self.own.token_file, os.environ), **by_uuid(offered_gpus(self.own, self.capability))},
@@ -277,7 +276,8 @@ class _RayNode:
         if self.own.head and not was_up and not self.is_over and _TOKEN_REFUSED.search("\n".join(lines)):
             token = self.own.token_file
             raise CannotServe(f"{self.own.head} refuses the token in {token}: copy the head's token file there")
-        return lines[-1] if lines else None
+        failed = [found[1] for line in lines if (found := _PROCESS_FAILED.search(line))]
+        return ", ".join(failed) or (lines[-1] if lines else None)
 
     def end_group(self) -> None:
         """End what the node left."""
@@ -302,15 +302,6 @@ class _RayNode:
         while child.poll() is None:
             time.sleep(_CLOSE_EVERY_S)
             close_sessions(_folders(self.own))
-
-
-def close_sessions(folders: Iterable[Path]) -> None:
-    """Keep other users of the machine out of this user's logs and sockets: Ray lets everybody in, and write."""
-    for session in {found for folder in folders for found in folder.glob("session_2*")}:
-        with contextlib.suppress(OSError):  # it was removed meanwhile
-            known = session.lstat()
-            if stat.S_ISDIR(known.st_mode) and known.st_uid == os.getuid():
-                session.chmod(0o700)
 
 
 def _folders(own: OwnNode) -> list[Path]:

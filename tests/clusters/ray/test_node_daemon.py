@@ -13,6 +13,7 @@ import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.ray import node_daemon
+from clusters.ray.connect import close_sessions
 from clusters.ray.node_daemon import (
     CannotServe,
     OwnNode,
@@ -153,7 +154,7 @@ def test_sessions_that_ray_opened_to_everyone_are_closed_and_no_link_is_followed
     (tmp_path / "session_latest").symlink_to(session)
     (tmp_path / "session_2026-link").symlink_to(other)
 
-    node_daemon.close_sessions([tmp_path, tmp_path / "nowhere"])
+    close_sessions([tmp_path, tmp_path / "nowhere"])
 
     assert [stat.S_IMODE(path.stat().st_mode) for path in (session, other)] == [0o700, 0o777]
 
@@ -206,6 +207,19 @@ def test_a_node_that_ends_is_started_again_after_pauses_that_grow(tmp_path, monk
 
     assert [int(line.split()[-2]) for line in said] == [1, 2, 4, 8, 16, 30, 30, 30]
     assert said[0] == "the node ended (it fell); starting it again in 1 s"
+
+
+def test_a_node_whose_process_failed_names_it(tmp_path, monkeypatch, signals):
+    """Ray 2.60 names the process, then prints the end of its log, then that it ends the others."""
+    stamp = "2026-11-29 15:48:35,459\tERR scripts.py:90 --"
+    lines = ("Some Ray subprocesses exited unexpectedly:", "  gcs_server [exit code=-6]", "no space", "Remaining ...")
+    child(tmp_path, monkeypatch, "".join(f"echo '{stamp} {line}'\n" for line in lines) + "exit 1")
+    said = []
+    monkeypatch.setattr(node_daemon, "time", Clock(lambda _: signal.raise_signal(signal.SIGTERM)))
+
+    keep_running(own(), BOX, said.append)
+
+    assert said == ["the node ended (gcs_server [exit code=-6]); starting it again in 1 s"]
 
 
 def test_a_minute_of_life_makes_the_pauses_short_again(tmp_path, monkeypatch, signals):
