@@ -297,7 +297,8 @@ class Lora(PredictedMethod):
                 " base it belongs to; leave that one out"
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
-        peft_model = get_peft_model(model, config)
+        is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names alone: nothing is drawn
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         if self.init_adapter:
