@@ -100,8 +100,18 @@ class Passes(Protocol):
         """Add the gradients of micro-batches, given by their samples; this worker's part of the step's loss."""
         ...
 
+    def tell_order(self, follow: Callable[[bool, bool], None]) -> None:
+        """Where a backward pass does not follow each forward pass, call `follow` before every pass of a step.
+
+        With whether it is a forward pass, and whether the next one is.
+        """
+
     def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
-        """Call `call` with every batch; what did not fit in memory even alone, and why."""
+        """Call `call` with every batch; what did not fit in memory even alone, and why.
+
+        A batch that runs out of memory on any of the workers is called again in halves by all of them, so a call must
+        overwrite what one with the same first item left behind.
+        """
         ...
 
     def loss_sum(self, batch: Any, techniques: Techniques) -> torch.Tensor:
@@ -119,6 +129,12 @@ class Passes(Protocol):
     def gradient_norm(self) -> torch.Tensor:
         """The norm of all gradients of the update, those of other workers' layers included."""
         ...
+
+    def end_together(self, reason: str | None) -> None:
+        """Raises MemoryError on every worker that shares the model where one of them has a reason: no memory."""
+
+    def leave_update(self) -> None:
+        """Give up an update for lack of memory: nobody waits any more for this worker's part of the norm."""
 
     def spread_overflow(self) -> None:
         """Let a gradient of fp16's that is not finite anywhere be found here as well, before they are unscaled."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
 from strategies.shape import ModelShape
 from strategies.step.out_of_memory import run_in_halves
+from strategies.step.passes import generate as generate_with
 from strategies.step.passes import passes_of
 from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import autocast
@@ -58,15 +60,15 @@ def evaluate_loss(
     lengths = data.lengths.tolist()
     mine = split_by_share(lengths, shares)[group.replica]
     batches = micro_batches_of([lengths[i] for i in mine], techniques)
-    losses: list[float] = []
+    losses: dict[int | None, float] = {}  # by the first member: what is repeated in halves replaces the whole
 
     def run(members: list[int]) -> None:
-        losses.append(_loss_of(setup, data, [mine[i] for i in members], techniques))
+        losses[next(iter(members), None)] = _loss_of(setup, data, [mine[i] for i in members], techniques)
 
     unfit, reason = passes_of(setup).each(batches, run)
     error = reason if unfit else None
     setup.model.train(was_training)
-    total, failed = group.sum([sum(losses), error is not None])
+    total, failed = group.sum([sum(losses.values()), error is not None])
     if failed:
         reason = next(reason for reason in group.gather(error) if reason)
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
@@ -75,7 +77,7 @@ def evaluate_loss(
 
 def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
     """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
-    batch = collate(data, sample_ids or [0], techniques.packing).to(setup.device)
+    batch = collate(data, sample_ids or [0], techniques.packing)
     loss = passes_of(setup).loss_sum(batch, techniques).item()
     return loss if sample_ids else 0.0
 
@@ -103,13 +105,13 @@ def generate_answers(
     prompts = _prompts(inner, tokenizer, data, indices, how.max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
-    generate = how.passes.generate if how.passes else model.generate
+    generate = how.passes.generate if how.passes else partial(generate_with, model)
 
     def answer(batch: Sequence[_Prompt]) -> None:
         ids = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
         new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
         with autocast(model.device.type, how.dtype):
-            generated = _generate(generate, model.device, tokenizer, ids, new_tokens, stops)
+            generated = _generate(generate, tokenizer, ids, new_tokens, stops)
         texts.update({prompt.index: text for prompt, text in zip(batch, generated, strict=False)})
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
@@ -197,7 +199,6 @@ def _start_token(tokenizer: Any) -> int:
 
 def _generate(
     generate: Callable[..., torch.Tensor],
-    device: torch.device,
     tokenizer: Any,
     prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
@@ -211,8 +212,8 @@ def _generate(
         input_ids[row, width - len(ids) :] = torch.tensor(ids, dtype=torch.long)
         mask[row, width - len(ids) :] = 1
     output = generate(
-        input_ids=input_ids.to(device),
-        attention_mask=mask.to(device),
+        input_ids=input_ids,
+        attention_mask=mask,
         max_new_tokens=max_new_tokens,
         do_sample=False,
         pad_token_id=pad,

@@ -30,6 +30,8 @@ class Updates:
         # Another worker has the same state, and none waits for another inside the update.
         own_state = setup.engine or setup.sharding or setup.streaming or is_local
         self.can_repair = group.size > 1 and not own_state and not setup.between
+        # Stages have none to copy from, but would wait for each other in the next step: all of them end together.
+        self.are_shared = self.can_repair or bool(setup.passes and not setup.engine)
         # What all workers do together around an update, one whose memory ran out in it has missed.
         self.why_not_repaired = "; the method acts between steps on all workers at once" if setup.between else ""
         self._error: str | None = None
@@ -38,7 +40,7 @@ class Updates:
 
     def announce(self, error: str | None) -> None:
         """Send the others how this worker's update went: the error where it failed.  Nobody waits for it."""
-        if self.can_repair:
+        if self.are_shared:
             self._error = error
             self._sums = self._group.start_sum(self._group.at_own_rank(float(error is not None)))
 
@@ -49,20 +51,21 @@ class Updates:
         return not any(self._failed)
 
     def check(self) -> None:
-        """Raises UpdateFailed where it did not."""
-        if not self.has_succeeded():
+        """Raises UpdateFailed where it did not and can be repaired."""
+        if self.can_repair and not self.has_succeeded():
             raise UpdateFailed
 
     def repair(self, scale: dict[str, Any], norm: float) -> tuple[dict[str, Any] | None, float]:
         """Bring workers whose update failed to the state of the first one that has it.
 
         Collective.  Returns, on a worker that was repaired, the state of the loss scale for a new scaler, and the
-        gradients' norm.  Raises NothingFits on all workers where none has it, or where it does not fit even so.
+        gradients' norm.  Raises NothingFits on all workers where none has it, or none that another can copy, or where
+        it does not fit even so.
         """
         error, failed = self._error, self._failed
         reasons = {rank: reason for rank, reason in enumerate(self._group.gather(error)) if reason is not None}
         text = "; ".join(f"worker {rank}: {reason}" for rank, reason in reasons.items())
-        if all(failed):
+        if all(failed) or not self.can_repair:
             raise update_does_not_fit(text)
         source = failed.index(0.0)
         if error is not None:

@@ -164,6 +164,14 @@ class Training:
         if state:
             self.scaler.load_state_dict(state)
 
+    def give_up_update(self) -> None:
+        """Leave an update for which there was no memory: no worker waits for this one's part in it any more."""
+        if self.setup.passes:
+            self.setup.passes.leave_update()
+        self.gradients.discard()
+        self.setup.optimizer.zero_grad(set_to_none=True)
+        release_cache()
+
     def repair_update(self, grad_norm: float = 0.0) -> float:
         """Give its result to the workers where the last update failed; returns the gradients' norm.  Collective."""
         scale, grad_norm = self.updates.repair(self.scaler.state_dict(), grad_norm)

@@ -216,7 +216,7 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     Whether it went through everywhere is learnt during the next step, unless the weights are needed before
     (`is_awaited`).  Raises NothingFits where it fits nowhere.
     """
-    grad_norm, between = math.nan, training.setup.between
+    grad_norm, between, updates = math.nan, training.setup.between, training.updates
     ready = partial(between.gradients_ready, step) if between else None
     with catch_out_of_memory() as shortage:
         training.gradients.finish()
@@ -225,11 +225,13 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
         else:
             grad_norm = update(training.setup, training.scaler, training.schedule.update(step), ready).item()
     if shortage.reason is not None:
-        if not training.updates.can_repair:
-            raise update_does_not_fit(shortage.reason, training.updates.why_not_repaired)
-        training.gradients.discard()
-    training.updates.announce(shortage.reason)
-    if (shortage.reason is not None or is_awaited) and not training.updates.has_succeeded():
+        if not updates.are_shared:
+            raise update_does_not_fit(shortage.reason, updates.why_not_repaired)
+        training.give_up_update()
+    updates.announce(shortage.reason)
+    # Stages that went through are in the next step's passes already: one that did not follows them there.
+    is_repaired_now = shortage.reason is not None and updates.can_repair
+    if (is_repaired_now or is_awaited) and not updates.has_succeeded():
         return training.repair_update(grad_norm)
     return grad_norm
 

@@ -44,7 +44,8 @@ class EvenPasses(SequentialPasses):
         return [], None
 
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
-        return loss_sum(self.setup.model, batch, techniques.loss_type)  # the weights are in that precision already
+        own = batch.to(self.setup.device)
+        return loss_sum(self.setup.model, own, techniques.loss_type)  # the weights are in that precision already
 
     def generate(self, **arguments: Any) -> torch.Tensor:
         return super().generate(**arguments, synced_gpus=True)

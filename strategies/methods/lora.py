@@ -94,7 +94,23 @@ class Lora(PredictedMethod):
             )
         if start in ("loftq", "corda"):
             return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
-        return self._refuse_expert_corrections(shape) or self._refuse_streaming(shape, techniques)
+        return (
+            self._refuse_expert_corrections(shape)
+            or self._refuse_streaming(shape, techniques)
+            or self._refuse_rows(shape)
+        )
+
+    def _refuse_rows(self, shape: ModelShape) -> str | None:
+        """Rows of a tied matrix beside all of it: PEFT's layers for the two do not fit into each other."""
+        is_whole = shape.tied_embeddings and targets.adapted_maps(shape, self._choice).saves("last")
+        if not (self.trainable_token_indices and is_whole):
+            return None
+        output = shape.family.output
+        return (
+            f"trainable_token_indices: of this model {output} is the embedding's own matrix, which modules_to_save"
+            f" trains as a whole: leave trainable_token_indices out, or take {output} out of modules_to_save, since the"
+            " rows of single tokens train in both"
+        )
 
     def _refuse_streaming(self, shape: ModelShape, techniques: Techniques) -> str | None:
         """What trains beside the layers' maps while the base's weights stay on the host."""
@@ -281,7 +297,8 @@ class Lora(PredictedMethod):
                 " base it belongs to; leave that one out"
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
-        peft_model = get_peft_model(model, config)
+        is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names alone: nothing is drawn
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         if self.init_adapter:

@@ -10,19 +10,18 @@ Legend: B rows, T tokens, H hidden size, N trained tensors of the whole model.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from clusters.safe.reading import first_line
 from strategies.pipeline import wire as form
 from strategies.pipeline.cut import Received
 from strategies.pipeline.exchange import Inbox, Outbox
 from strategies.pipeline.schedule import operations
-from strategies.step.out_of_memory import is_out_of_memory
+from strategies.pipeline.shortage import Guard, in_rounds
 from strategies.step.supervised_logits import Batch, arguments_of, inner_model, loss_sum
 from strategies.techniques.precision import autocast
 from strategies.train_setup import PassTimes, StepPasses, TrainSetup
@@ -62,6 +61,8 @@ class StagePasses:
         self._hidden_in, self._hidden_out = Inbox(before, stage.wire, depth), Outbox(after, stage.wire)
         self._gradient_in, self._gradient_out = Inbox(after, stage.wire, depth), Outbox(before, stage.wire)
         self._times = PassTimes()
+        self._follow: Callable[[bool, bool], None] = lambda *_: None
+        self._num_norms = 0  # of the update to come that have not been summed over the stages
 
     @property
     def _device(self) -> torch.device:
@@ -81,10 +82,14 @@ class StagePasses:
         """
         return self._times
 
+    def tell_order(self, follow: Callable[[bool, bool], None]) -> None:
+        self._follow = follow
+
     def run(self, micro_batches: Sequence[list[int]], step: StepPasses) -> torch.Tensor:
         batches = [step.take(sample_ids) for sample_ids in micro_batches]
         work = _StepWork(self, batches, step)
         self._times, sent, received = work.times, self.bytes_sent, self.bytes_received
+        self._num_norms = 2 if step.scaler.is_enabled() else 1  # one more in `spread_overflow`
         if not self._stage.is_last:
             step.scaler.scale(work.loss)  # it makes its tensors with the first loss, and the update asks for them
         shapes = [self._shape(batch) for batch in batches]
@@ -92,46 +97,74 @@ class StagePasses:
             self._hidden_in.expect(shapes)
         if self._is_sent_back:
             self._gradient_in.expect(shapes)
-        for operation in operations(self._stage.index, self._stage.count, len(batches), self._stage.ahead):
+        order = operations(self._stage.index, self._stage.count, len(batches), self._stage.ahead)
+        for operation, following in zip(order, [*order[1:], None], strict=True):
+            self._follow(operation.is_forward, following is None or following.is_forward)
             (work.forward if operation.is_forward else work.backward)(operation.micro_batch)
+        self._follow(True, True)  # whatever comes until the next step
         begin = time.perf_counter()
         self._settle()
         work.times.waits.append((begin, time.perf_counter()))
         work.times.bytes_sent, work.times.bytes_received = self.bytes_sent - sent, self.bytes_received - received
-        if work.shortage is not None:
-            raise work.shortage
+        work.guard.check()
         return work.loss
 
     def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
-        for batch in batches:
-            call(batch)
+        return in_rounds(batches, call, self._agree)
+
+    def _agree(self, short: Mapping[int, str]) -> dict[int, str]:
         self._settle()
-        return [], None
+        found: dict[int, str] = {}
+        for stage, reasons in enumerate(self._gather(short), start=1):
+            for number, reason in reasons.items():
+                found.setdefault(number, f"stage {stage} of {self._stage.count}: {reason}")
+        return dict(sorted(found.items()))
+
+    def end_together(self, reason: str | None) -> None:
+        for stage, found in enumerate(self._gather(reason), start=1):
+            if found is not None:
+                raise MemoryError(f"stage {stage} of {self._stage.count}: {found}")
+
+    def _gather(self, value: T) -> list[T]:
+        """The value of every stage."""
+        values: list[Any] = [None] * self._stage.count
+        dist.all_gather_object(values, value, group=self._group)
+        return values
 
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
-        self._expect_hidden(self._shape(batch))
-        self._receive_hidden()
-        with autocast(self._device.type, techniques.dtype):
-            if self._stage.is_last:
-                return loss_sum(self._setup.model, batch, techniques.loss_type)
-            self._hidden_out.send(self.hidden(batch.input_ids_BT, **arguments_of(batch)))
-        return torch.zeros((), device=self._device)
+        def compute() -> torch.Tensor:
+            own = batch.to(self._device)
+            with autocast(self._device.type, techniques.dtype):
+                if self._stage.is_last:
+                    return loss_sum(self._setup.model, own, techniques.loss_type)
+                return self.hidden(own.input_ids_BT, **arguments_of(own))
+
+        guard = Guard()
+        found = self._pass_on(guard, self._shape(batch), compute)
+        guard.check()
+        return found if found is not None and self._stage.is_last else torch.zeros(())
 
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
-        self._expect_hidden((*ids_BT.shape, self._width))
-        self._receive_hidden()
+        def compute() -> torch.Tensor:
+            ids = ids_BT.to(self._device)
+            if not self._stage.is_last:
+                return self.hidden(ids, use_cache=False)
+            return self._setup.model(input_ids=ids, use_cache=False).logits.float().cpu().contiguous()
+
+        guard = Guard()
+        found = self._pass_on(guard, (*ids_BT.shape, self._width), compute)
+        self.end_together(guard.reason)
         vocabulary = inner_model(self._setup.model).config.get_text_config().vocab_size
-        logits_BTV = torch.empty(*ids_BT.shape, vocabulary)
-        if self._stage.is_last:
-            logits_BTV = self._setup.model(input_ids=ids_BT, use_cache=False).logits.float().cpu().contiguous()
-        else:
-            self._hidden_out.send(self.hidden(ids_BT, use_cache=False))
+        logits_BTV = found if found is not None and self._stage.is_last else torch.empty(*ids_BT.shape, vocabulary)
         dist.broadcast(logits_BTV, self._ranks[-1], group=self._group)
         self._settle()
         return logits_BTV
 
     def gradient_norm(self) -> torch.Tensor:
-        """Norms of single tensors in the order of the whole model, then their norm: the bits of one process."""
+        """Norms of single tensors in the order of the whole model, then their norm: the bits of one process.
+
+        Every stage adds its part, also one that `leave_update`s.
+        """
         place = {name: number for number, name in enumerate(self._names)}
         own = {name: p.grad for name, p in self._setup.parameters.items() if p.grad is not None}
         norms_2N = torch.zeros(2, len(self._names), device=self._device)
@@ -139,9 +172,17 @@ class StagePasses:
             at = [place[name] for name in own]
             norms_2N[0, at] = torch.stack([torch.linalg.vector_norm(gradient) for gradient in own.values()]).float()
             norms_2N[1, at] = 1.0
-        summed = norms_2N.cpu()
-        dist.all_reduce(summed, group=self._group)
+        summed = self._sum_norms(norms_2N.cpu())
         return torch.linalg.vector_norm(summed[0][summed[1] > 0].to(self._device))
+
+    def _sum_norms(self, norms_2N: torch.Tensor) -> torch.Tensor:
+        self._num_norms -= 1
+        dist.all_reduce(norms_2N, group=self._group)
+        return norms_2N
+
+    def leave_update(self) -> None:
+        while self._num_norms > 0:
+            self._sum_norms(torch.zeros(2, len(self._names)))
 
     def spread_overflow(self) -> None:
         if self._flag is None:  # a weight that never moves, whose gradient tells this worker's scaler
@@ -164,49 +205,79 @@ class StagePasses:
         stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
         **_: Any,
     ) -> torch.Tensor:
-        """Greedy: the last stage chooses a token, all learn it."""
+        """Greedy: the last stage chooses a token, all learn it.
+
+        What has been chosen lies on the host: all stages end together where memory runs out on one, which then raises.
+        """
         from transformers import DynamicCache
 
-        cache, ids, mask = DynamicCache(), input_ids, attention_mask
-        unfinished_B = torch.ones(len(ids), dtype=torch.long, device=self._device)
+        guard, cache, ids, mask = Guard(), DynamicCache(), input_ids.cpu(), attention_mask.cpu()
+        unfinished_B = torch.ones(len(ids), dtype=torch.long)
         new_ids, positions = ids, (mask.cumsum(-1) - 1).clamp_min(0)
         for _number in range(max_new_tokens):
-            chosen_B = self._choose(new_ids, attention_mask=mask, position_ids=positions, past_key_values=cache)
+            where = {"attention_mask": mask, "position_ids": positions}
+            chosen_B = self._choose(guard, new_ids, where, cache)
+            if chosen_B is None:
+                break
             new_ids = (chosen_B * unfinished_B + pad_token_id * (1 - unfinished_B))[:, None]
             ids, mask = torch.cat([ids, new_ids], 1), torch.cat([mask, torch.ones_like(new_ids)], 1)
             positions = positions[:, -1:] + 1
-            ended_B = torch.isin(new_ids[:, 0], torch.tensor(list(eos_token_id or ()), device=self._device))
+            ended_B = torch.isin(new_ids[:, 0], torch.tensor(list(eos_token_id or ())))
             for criterion in stopping_criteria:
                 ended_B |= criterion(ids, None)
             unfinished_B &= ~ended_B
             if not unfinished_B.any():
                 break
         self._settle()
+        guard.check()
         return ids
 
-    def _choose(self, ids_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:
-        """The next token of each row (B)."""
-        self._expect_hidden((*ids_BT.shape, self._width))
-        self._receive_hidden()
-        chosen_B = torch.zeros(len(ids_BT), dtype=torch.long)
-        if self._stage.is_last:
-            logits = self._setup.model(input_ids=ids_BT, use_cache=True, logits_to_keep=1, **arguments).logits
-            chosen_B = logits[:, -1].float().argmax(-1).cpu()
-        else:
-            self._hidden_out.send(self.hidden(ids_BT, use_cache=True, **arguments))
-        dist.broadcast(chosen_B, self._ranks[-1], group=self._group)
-        return chosen_B.to(self._device)
+    def _choose(
+        self, guard: Guard, ids_BT: torch.Tensor, where: Mapping[str, torch.Tensor], cache: Any
+    ) -> torch.Tensor | None:
+        """The next token of each row (B); None where memory has run out on any stage."""
+
+        def compute() -> torch.Tensor:
+            ids, *others = (tensor.to(self._device) for tensor in (ids_BT, *where.values()))
+            arguments = {**dict(zip(where, others, strict=True)), "use_cache": True, "past_key_values": cache}
+            if not self._stage.is_last:
+                return self.hidden(ids, **arguments)
+            logits = self._setup.model(input_ids=ids, logits_to_keep=1, **arguments).logits
+            return logits[:, -1].float().argmax(-1).cpu()
+
+        found = self._pass_on(guard, (*ids_BT.shape, self._width), compute)
+        chosen = torch.zeros(len(ids_BT) + 1, dtype=torch.long)
+        if guard.shortage is not None:
+            chosen[-1] = 1
+        elif found is not None and self._stage.is_last:
+            chosen[:-1] = found
+        dist.all_reduce(chosen, group=self._group)
+        return None if chosen[-1] else chosen[:-1]
 
     def _shape(self, batch: Batch) -> tuple[int, int, int]:
         return (*batch.input_ids_BT.shape, self._width)  # type: ignore[return-value]
 
-    def _expect_hidden(self, shape: Sequence[int]) -> None:
+    def _pass_on(self, guard: Guard, shape: Sequence[int], compute: Callable[[], torch.Tensor]) -> torch.Tensor | None:
+        """Receive a hidden state, compute from it, and hand that on where a stage follows."""
         if not self._stage.is_first:
             self._hidden_in.expect([shape])
+        arrived = self._next_hidden()
 
-    def _receive_hidden(self) -> None:
-        """Have the next hidden state stand for the embedding."""
-        self._enter(self._next_hidden())
+        def entered() -> torch.Tensor:
+            self._enter(arrived)
+            return compute()
+
+        found = guard(entered)
+        if not self._stage.is_last:
+            self.hand_on(guard, self._hidden_out, found, shape)
+        return found
+
+    def hand_on(self, guard: Guard, outbox: Outbox, tensor: torch.Tensor | None, shape: Sequence[int]) -> None:
+        """Send a hidden state or a gradient; zeros where there is none."""
+        flat = None if tensor is None else guard(lambda: form.pack(tensor, outbox.wire))
+        if flat is None:
+            flat = form.pack(torch.zeros(*shape, dtype=self._dtype), outbox.wire)
+        outbox.post(flat)
 
     def _next_hidden(self) -> torch.Tensor | None:
         """What the stage before sent, on the CPU; None on the first stage."""
@@ -244,13 +315,13 @@ class _StepWork:
         self._kept: dict[int, tuple[torch.Tensor | None, torch.Tensor]] = {}  # what came in and what came of it
         self.loss = torch.zeros((), device=passes._device)
         self.times = PassTimes()
-        self.shortage: Exception | None = None
+        self.guard = Guard(free=self._kept.clear)
 
     def forward(self, number: int) -> None:
         passes = self._passes
         begin = self._wait_for(None if passes._stage.is_first else passes._hidden_in)
         arrived = passes._next_hidden()
-        result = self._guard(lambda: self._compute(number, arrived))
+        result = self.guard(lambda: self._compute(number, arrived))
         if not passes._stage.is_last:
             self._send(passes._hidden_out, number, result)
         self.times.passes.append((True, number, begin, time.perf_counter()))
@@ -283,7 +354,7 @@ class _StepWork:
         gradient = passes._gradient_in.receive() if passes._is_sent_back else None
         if result is not None and result.requires_grad:
             step.begin(self._batches[number])  # for what is computed again
-            self._guard(lambda: self._go_back(result, gradient))
+            self.guard(lambda: self._go_back(result, gradient))
         if passes.sends_back:
             self._send(passes._gradient_out, number, None if received is None else received.grad)
         self.times.passes.append((False, number, begin, time.perf_counter()))
@@ -307,22 +378,4 @@ class _StepWork:
         root.backward(seed)
 
     def _send(self, outbox: Outbox, number: int, tensor: torch.Tensor | None) -> None:
-        """Send a micro-batch's hidden state or gradient; zeros where there is none."""
-        flat = None if tensor is None else self._guard(lambda: form.pack(tensor, outbox.wire))
-        if flat is None:
-            nothing = torch.zeros(self._passes._shape(self._batches[number]), dtype=self._passes._dtype)
-            flat = form.pack(nothing, outbox.wire)
-        outbox.post(flat)
-
-    def _guard(self, compute: Callable[[], T]) -> T | None:
-        """What was computed; None once memory has run out."""
-        if self.shortage is not None:
-            return None
-        try:
-            return compute()
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            self._kept.clear()
-            self.shortage = MemoryError(first_line(error))  # holds no tensor of the failed pass
-            return None
+        self._passes.hand_on(self.guard, outbox, tensor, self._passes._shape(self._batches[number]))

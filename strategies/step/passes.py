@@ -40,27 +40,44 @@ class SequentialPasses:
             loss += forward_backward(self.setup, batch, step.num_supervised, step.techniques, step.scaler)
         return loss
 
+    def tell_order(self, follow: Callable[[bool, bool], None]) -> None:
+        """One backward pass follows each forward pass."""
+
     def each(self, batches: Sequence[list[T]], call: Callable[[list[T]], None]) -> tuple[list[T], str | None]:
         return run_in_halves(batches, call)
 
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
-        with autocast(batch.input_ids_BT.device.type, techniques.dtype):
-            return loss_sum(self.setup.model, batch, techniques.loss_type)
+        device = self.setup.device
+        with autocast(device.type, techniques.dtype):
+            return loss_sum(self.setup.model, batch.to(device), techniques.loss_type)
 
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.setup.model(input_ids=ids_BT, use_cache=False).logits
 
     def generate(self, **arguments: Any) -> torch.Tensor:
-        return self.setup.model.generate(**arguments)  # type: ignore[operator]
+        return generate(self.setup.model, **arguments)
 
     def gradient_norm(self) -> torch.Tensor:
         return norm_of(self.setup.parameters.values())
+
+    def end_together(self, reason: str | None) -> None:
+        if reason is not None:
+            raise MemoryError(reason)
+
+    def leave_update(self) -> None:
+        """Nobody waits for it."""
 
     def spread_overflow(self) -> None:
         """Nothing to do: sums over workers hold it already."""
 
     def times(self) -> None:
         """None: it waits for no other worker."""
+
+
+def generate(model: Any, input_ids: torch.Tensor, attention_mask: torch.Tensor, **others: Any) -> torch.Tensor:
+    """The model's own `generate`, of prompts that lie anywhere."""
+    device = model.device
+    return model.generate(input_ids=input_ids.to(device), attention_mask=attention_mask.to(device), **others)
 
 
 def passes_of(setup: TrainSetup) -> Passes:

@@ -93,7 +93,17 @@ def chosen(model, name):
     return options
 
 
-CASES = [(model, name) for model in MODELS for name in OPTIONS if chosen(model, name) is not None]
+def is_refused(model, name):
+    """Rows of a tied matrix beside all of it."""
+    return name == "tokens beside a saved output matrix" and ModelShape.from_config(config_of(model)).tied_embeddings
+
+
+CASES = [
+    (model, name)
+    for model in MODELS
+    for name in OPTIONS
+    if chosen(model, name) is not None and not is_refused(model, name)
+]
 
 
 @pytest.mark.parametrize(("model", "name"), CASES)
@@ -204,6 +214,25 @@ def test_tokens_and_tensors_that_cannot_train_are_named(options, words):
     real = built(config_of("qwen3_moe"))
 
     assert words in " ".join(Lora(**options).find_misfits(architecture_of(real)))
+
+
+def test_rows_of_single_tokens_train_beside_all_of_an_output_matrix_that_is_not_tied():
+    method, tokens = Lora(lora_r=2, **OPTIONS["tokens beside a saved output matrix"]), torch.tensor([[3, 4, 5]])
+    apart, tied = ({**config_of("llama"), "tie_word_embeddings": is_tied} for is_tied in (False, True))
+
+    setup = method.setup(built(apart, "cpu"), settings())
+    setup.model(tokens).logits.square().sum().backward()
+
+    outside = {name: p.grad for name, p in setup.parameters.items() if ".layers." not in name}
+    assert len(outside) == 2 and all(gradient.any() for gradient in outside.values())
+    assert method.refuses(TECHNIQUES, ModelShape.from_config(apart)) is None
+    assert method.refuses(TECHNIQUES, ModelShape.from_config(tied)) == (
+        "trainable_token_indices: of this model lm_head is the embedding's own matrix, which modules_to_save trains as"
+        " a whole: leave trainable_token_indices out, or take lm_head out of modules_to_save, since the rows of single"
+        " tokens train in both"
+    )
+    with pytest.raises(ValueError, match="TrainableTokensLayer wraps an unknown layer type"):  # what it is refused for
+        method.setup(built(tied, "cpu"), settings()).model(tokens)
 
 
 @pytest.mark.parametrize(

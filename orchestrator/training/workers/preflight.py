@@ -34,7 +34,7 @@ from orchestrator.training.model.devices import planned_device
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import prepare_model
-from strategies.step.out_of_memory import is_out_of_memory
+from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
 from strategies.step.passes import passes_of
 from strategies.step.state import forget, gather
 from strategies.step.step import Update, update
@@ -151,7 +151,10 @@ def make_state(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None
 
 
 def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passes: int = 1) -> None:
-    """A step at learning rate 0: the optimizer's state is all that changes."""
+    """A step at learning rate 0: the optimizer's state is all that changes.
+
+    Raises MemoryError, on all workers that share the model, where it does not fit on one of them.
+    """
     # Without a loss scale, which would begin with gradients that overflow and so with an update that is skipped.
     scaler = gradient_scaler(batch.input_ids_BT.device.type, "float32")
     setup.model.train()
@@ -163,8 +166,15 @@ def step_in_place(setup: TrainSetup, batch: Batch, techniques: Techniques, passe
         begin=lambda _: None,
         filler=[0],
     )
-    passes_of(setup).run([[0]] * passes, step)
-    update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
+    through = passes_of(setup)
+    with catch_out_of_memory() as shortage:
+        through.run([[0]] * passes, step)
+    through.end_together(shortage.reason)
+    with catch_out_of_memory() as shortage:
+        update(setup, scaler, Update(lr_factor=0.0, max_grad_norm=1.0))
+    if shortage.reason is not None:
+        through.leave_update()
+    through.end_together(shortage.reason)
 
 
 def _evaluation_step(setup: TrainSetup, held_out: Dataset | None, techniques: Techniques) -> None:

@@ -37,7 +37,8 @@ from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Method
 from strategies.engines.shard import shard
-from strategies.pipeline.cut import load_stage
+from strategies.pipeline.cut import CannotCut, load_stage
+from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
 from strategies.step import device_memory
 from strategies.step.quantise import quantise_on
@@ -81,6 +82,8 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
         refuse_unlike_models(context)
     if context.slot == 0:
         check_model(run)
+    if context.part.techniques.stage:
+        refuse_wrong_family(context)
     setup, techniques = prepare_model(context)
     seconds = round(time.perf_counter() - started, 2)
     context.record(ModelReady(seconds, context.plan.num_trainable_parameters))
@@ -107,6 +110,21 @@ def refuse_unlike_models(context: WorkerContext) -> None:
             f"model.model_name_or_path: {folder} on {first} is not the model of {', '.join(unlike)}. Copy it from one"
             " machine to the others"
         )
+
+
+def refuse_wrong_family(context: WorkerContext) -> None:
+    """Raises JobError, on all workers, where models of this family come out wrong in stages.
+
+    The first worker tries it, on a small model of the same configuration.  Collective.
+    """
+    reason: str | None = None
+    if context.is_first:
+        try:
+            check_family(Path(context.model_folder))
+        except CannotCut as error:
+            reason = str(error)
+    if reason := context.group.gather(reason)[0]:
+        raise JobError(f"model.model_name_or_path: {reason}")
 
 
 def group_of(rank: int, size: int, plan: Plan) -> ProcessGroup:

@@ -40,7 +40,7 @@ METHOD = Lora(lora_r=4)
 WIDE = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
 
-def set_up(folder, techniques, optim, ranks):
+def set_up(folder, techniques, optim, pipelines):
     document_attention.register()
     settings = TrainSettings(1e-2, 0.0, optim, 0.9, 0.999, 1e-8, techniques, 3)
     if techniques.stage is None:
@@ -51,7 +51,7 @@ def set_up(folder, techniques, optim, ranks):
         setup = METHOD.setup(model, settings)
     else:
         model = load_stage(folder, techniques.stage, partial(load, METHOD, techniques))
-        setup = make_stage(METHOD.setup(model, settings), settings, [ranks], WholeExport(folder, METHOD, settings))
+        setup = make_stage(METHOD.setup(model, settings), settings, pipelines, WholeExport(folder, METHOD, settings))
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     return setup
@@ -67,8 +67,15 @@ class Outcome:
     end: str = "finished"
 
 
-def trained(folder, data_folder, techniques, strike, scale=1.0, optim="sgd", rank=0, size=1):
-    setup = set_up(folder, techniques, optim, range(size))
+def group_of(rank, pipelines):
+    """The place of a worker, where `pipelines` are the ranks of each one's stages."""
+    size = sum(map(len, pipelines))
+    of = [replica for replica, ranks in enumerate(pipelines) for _ in ranks]
+    return ProcessGroup(rank, size, replica_of=tuple(of)) if size > 1 else ProcessGroup()
+
+
+def trained(folder, data_folder, techniques, strike, scale=1.0, optim="sgd", rank=0, pipelines=((0,),)):
+    setup = set_up(folder, techniques, optim, pipelines)
     events, data = [], Dataset.load(data_folder)
     strike(setup)
     held = {"scale": scale, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000, "_growth_tracker": 0}
@@ -79,7 +86,7 @@ def trained(folder, data_folder, techniques, strike, scale=1.0, optim="sgd", ran
         Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=STEPS),
         Schedule(lambda step: 1.0, 1.0, 0, 100, None, None),
         techniques,
-        ProcessGroup(rank, size, replica_of=(0,) * size) if size > 1 else ProcessGroup(),
+        group_of(rank, pipelines),
         Progress(loss_scale=held if techniques.dtype == "float16" else {}),
         Hooks(events.append, lambda now: None, lambda: None),
     )
@@ -102,7 +109,7 @@ def member(rank, size, port, folder, data_folder, techniques, strike, how, out):
     of_rank = techniques[rank] if isinstance(techniques, tuple) else techniques
     here = strike if rank == MIDDLE else nothing
     own = dataclasses.replace(of_rank, stage=stage)
-    torch.save(trained(folder, data_folder, own, here, **how, rank=rank, size=size), f"{out}/{rank}.pt")
+    torch.save(trained(folder, data_folder, own, here, **how, rank=rank, pipelines=[range(size)]), f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
 

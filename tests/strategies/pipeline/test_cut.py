@@ -8,47 +8,22 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from strategies.families import FAMILIES
-from strategies.model.architecture import architecture_of
-from strategies.pipeline.cut import CannotCut, assemble, read_tensors, remove_other_stages, touch_tensors
+from strategies.pipeline.cut import CannotCut, read_tensors, touch_tensors
+from strategies.pipeline.self_check import check_family, cut_error, shrink
 from strategies.workload import StagePart
 from tests.strategies.test_families import DECODERS, built, random_config
 
-IDS = torch.tensor([[5, 9, 14, 3, 8, 60, 41], [7, 3, 2, 90, 11, 30, 1]])
-
-
-def stage_model(config, weights, stage):
-    """The stage of a model whose tensors are `weights`, as a worker has it."""
-    whole = built(config)
-
-    def load(kind, own, tensors):
-        return kind.from_pretrained(None, config=own, state_dict=tensors, dtype=torch.float32, output_loading_info=True)
-
-    return assemble(whole, stage, load, lambda is_wanted: {n: t for n, t in weights.items() if is_wanted(n)})
-
-
-def difference(config):
-    """The largest difference of logits and of one gradient, in one piece and in two stages."""
-    torch.manual_seed(0)
-    model = built(config, "cpu").eval()
-    num_layers = architecture_of(model).num_layers
-    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    stages = [StagePart(0, 2, 0, 1), StagePart(1, 2, 1, num_layers)]
-    lower, upper = (stage_model(config, weights, stage).eval() for stage in stages)
-    for part, stage in zip((lower, upper), stages, strict=True):
-        remove_other_stages(part, stage)
-    mask = torch.ones_like(IDS)
-    expected = model(IDS, attention_mask=mask, use_cache=False).logits
-    hidden = lower.get_decoder()(IDS, attention_mask=mask, use_cache=False).last_hidden_state
-    upper.get_input_embeddings().hidden_BTH = hidden
-    found = upper(IDS, attention_mask=mask, use_cache=False).logits
-    expected, found = expected.clone(), found.clone()
-    (expected.square().sum()).backward()
-    (found.square().sum()).backward()
-    name = next(n for n, p in lower.named_parameters() if ".0." in n and p.dim() == 2)
-    gradients = [dict(one.named_parameters())[name].grad for one in (model, lower)]
-    return max((one - other).detach().abs().max().item() for one, other in ((expected, found), gradients))
+SIZES = ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size")
+REQUIRED = {  # what no model of a family can do without, and its configuration class leaves out
+    "dots1": {"n_routed_experts": 8, "num_experts_per_tok": 2, "n_shared_experts": 2},
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+    "granite": {"embedding_multiplier": 12.0},
+    "granitemoe": {"embedding_multiplier": 12.0},
+}
 
 
 def test_only_the_files_that_transformers_loads_are_read(tmp_path):
@@ -62,6 +37,11 @@ def test_only_the_files_that_transformers_loads_are_read(tmp_path):
     assert layers and all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in layers.items())
 
 
+def error_of(config):
+    known = {key: value for key, value in config.items() if key != "model_type"}
+    return cut_error(AutoConfig.for_model(config["model_type"], **known))
+
+
 @pytest.mark.parametrize("name", DECODERS)
 def test_a_family_is_cut_exactly_or_is_refused(name):
     found = []
@@ -73,13 +53,46 @@ def test_a_family_is_cut_exactly_or_is_refused(name):
             "experts_implementation": "eager",
         }  # the other has no odd widths
         if not FAMILIES[name].uncut:
-            assert difference(config) == 0.0, config
+            assert error_of(config) == 0.0, config
             continue
         try:
-            found.append(difference(config) != 0.0)
+            found.append(error_of(config) != 0.0)
         except Exception:
             found.append(True)
     assert not found or any(found), "it can be cut: take the sentence out of families.toml"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_run_tries_the_family_of_its_model_on_a_small_one_and_refuses_by_name(name, tmp_path):
+    config = CONFIG_MAPPING[name](**REQUIRED.get(name, {}))
+    config.save_pretrained(tmp_path)
+    drawn = torch.get_rng_state()
+
+    if not FAMILIES[name].uncut:
+        check_family(tmp_path)
+    else:
+        with pytest.raises(CannotCut) as refusal:
+            check_family(tmp_path)
+        assert str(refusal.value).startswith(f"{name} models are not cut into stages: a small one ")
+        assert str(refusal.value).endswith(": set strategy.mode: auto")
+    assert torch.equal(torch.get_rng_state(), drawn), "a run's own random numbers begin elsewhere"
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_the_small_model_has_the_layers_and_switches_of_the_large_one(name):
+    config = CONFIG_MAPPING[name](**REQUIRED.get(name, {}))
+    small = shrink(config)
+    with torch.device("meta"):
+        model, family = AutoModelForCausalLM.from_config(small), FAMILIES[name]
+    is_size = {*SIZES, *map(config.attribute_map.get, SIZES), family.kv_heads, family.width, family.expert_width}
+    before, after = config.to_dict(), small.to_dict()
+
+    assert sum(p.numel() for p in model.parameters()) < 16e6
+    assert small.num_hidden_layers == min(config.num_hidden_layers, 6 if name == "gemma3_text" else 4)
+    changed = {key for key in before if before[key] != after[key]}
+    assert changed <= {*is_size, family.shared_width, "layer_types", "no_rope_layers", "pad_token_id", "sliding_window"}
+    kinds = [set(getattr(one, "layer_types", None) or ()) for one in (config, small)]
+    assert kinds[0] == kinds[1]
 
 
 def resident_bytes(file):

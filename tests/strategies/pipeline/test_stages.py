@@ -219,7 +219,9 @@ def answering(rank, size, port, folder, method, out):
         ids = setup.passes.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **ANSWER)
     held = gather(setup)
     if rank == 0:
+        drawn = torch.manual_seed(settings(techniques).seed).get_state()
         setup.export(out / "found", held.weights)
+        assert torch.equal(torch.get_rng_state(), drawn), "what is written was drawn when training began"
     torch.save(ids, f"{out}/{rank}.pt")
     dist.destroy_process_group()
 
