@@ -97,9 +97,8 @@ def _with_llama_cpp(finished: Finished, folder: Path, base: str | None) -> Check
     answers = []
     for row in rows:
         ids = [int(token) for token in data.prompt(row)[0]]
-        answers.append(
-            ask({"prompt": ids, "n_predict": finished.plan.max_new_tokens, "stop": stops})["content"].strip()
-        )
+        choice = ask({"prompt": ids, "max_tokens": finished.plan.max_new_tokens, "stop": stops})
+        answers.append(choice["text"].strip())
     return _compared("llama.cpp", wanted, answers)
 
 
@@ -111,12 +110,12 @@ def base_file(finished: Finished, folder: Path, base: str | None) -> Path | None
 
 
 def llama_cpp(base: Path, adapter: Path | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A call that completes a prompt, greedy, by llama.cpp with this base and adapter."""
+    """A call that completes a prompt, greedy, by llama.cpp with this base and adapter: a choice in OpenAI's form."""
     import xllamacpp  # pyright: ignore[reportMissingImports]
 
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(base), 4096, 1, False
-    params.verbosity = -1
+    params.special, params.verbosity = True, -1  # a stop that is a special token is found in the text
     if adapter is not None:
         lora = xllamacpp.CommonAdapterLoraInfo()
         lora.path, lora.scale = str(adapter), 1.0
@@ -127,7 +126,7 @@ def llama_cpp(base: Path, adapter: Path | None) -> Callable[[dict[str, Any]], di
         answer = server.handle_completions({"temperature": 0.0, "cache_prompt": False, **request})
         if "error" in answer:
             raise RunFailed(f"llama.cpp: {answer['error']}")
-        return answer
+        return answer["choices"][0]
 
     return ask
 

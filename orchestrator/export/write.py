@@ -87,7 +87,7 @@ def _gguf(finished: Finished, folder: Path, output: Path, wish: ExportWish, say:
         notes = _model_as_gguf(finished, folder, wish, say)
         lines = ["```bash", f"llama-cli -m {converter.FILE}", "```"]
     else:
-        count = _write_adapter(finished, folder / gguf_adapter.FILE, name)
+        count = write_adapter(finished, folder / gguf_adapter.FILE, name)
         notes = [f"{count} linear maps of {name} are corrected; it is loaded beside that model as GGUF"]
         lines = ["```bash", f"llama-cli -m BASE.gguf --lora {gguf_adapter.FILE}", "```", "", f"BASE.gguf is {name}."]
     text = "\n".join([f"# {finished.job.spec.name}", "", *lines, ""])
@@ -99,7 +99,7 @@ def _ollama(finished: Finished, folder: Path, output: Path, wish: ExportWish, sa
     """A Modelfile with what it names."""
     if not wish.is_merged and finished.is_adapter:
         origin = ollama.place_base(finished, wish.base, folder)
-        _write_adapter(finished, folder / gguf_adapter.FILE, _base_name(finished), whole_alpha=True)
+        write_adapter(finished, folder / gguf_adapter.FILE, _base_name(finished), whole_alpha=True)
         return ollama.write_modelfile(finished, folder, origin, has_adapter=True)
     if wish.converter or shutil.which(converter.SCRIPT):
         notes = _model_as_gguf(finished, folder, wish, say)
@@ -130,7 +130,7 @@ def _model_as_gguf(finished: Finished, folder: Path, wish: ExportWish, say: Call
     return [text]
 
 
-def _write_adapter(finished: Finished, file: Path, base_name: str, whole_alpha: bool = False) -> int:
+def write_adapter(finished: Finished, file: Path, base_name: str, whole_alpha: bool = False) -> int:
     """How many linear maps it corrects.  Raises JobError with the way out."""
     if importlib.util.find_spec("gguf") is None:
         raise MissingExtra("gguf")

@@ -1,5 +1,6 @@
 """The verb `export`: each form whole or not there, loadable by who it is for, over nobody's own files."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -216,3 +217,18 @@ def test_a_password_in_what_would_be_published_stops_it(finished, place, tmp_pat
 
     with pytest.raises(RunFailed, match=r"notes\.md would publish a password"):
         hub_folder.write(found, folder, hub_folder.Stated(base="some-org/a-model"), is_merged=True)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("LORA", "use_dora"), ("SHIRA", "single entries of the weights")])
+def test_what_gguf_cannot_hold_is_refused_with_the_way_out(finished, place, tmp_path, kind, reason):
+    from orchestrator.errors import JobError
+    from orchestrator.export.write import write_adapter
+    from orchestrator.runs.condition import require_finished
+
+    found = require_finished(RunFolder(place / FINISHED))
+    folder = shutil.copytree(found.exported, tmp_path / "adapter")
+    file = folder / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "peft_type": kind, "use_dora": True}))
+
+    with pytest.raises(JobError, match=rf"{reason}.*`export --merged`"):
+        write_adapter(dataclasses.replace(found, exported=folder), tmp_path / "adapter.gguf", "base")

@@ -120,10 +120,28 @@ def test_what_is_more_than_pairs_in_layers_is_refused(tmp_path, outside, setting
     assert not (tmp_path / "adapter.gguf").exists()
 
 
+def expanded(file, out):
+    """The same model with every weight in fp32: of fewer bits llama.cpp rounds a product's inputs as well."""
+    found = gguf.GGUFReader(file)
+    writer = gguf.GGUFWriter(out, found.fields["general.architecture"].contents())
+    for name, field in found.fields.items():
+        if not name.startswith("GGUF.") and name != "general.architecture":
+            kind = field.types[0]
+            part = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(name, field.contents(), kind, sub_type=part)
+    for tensor in found.tensors:
+        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return out
+
+
 @pytest.mark.slow
 @needs_smollm2
 def test_llama_cpp_gives_the_probabilities_that_peft_gives(tmp_path):
-    """On the packaged base: Q4_1 in llama.cpp, the same numbers expanded in transformers."""
+    """On the packaged base, expanded for both."""
     pytest.importorskip("xllamacpp")
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -140,20 +158,21 @@ def test_llama_cpp_gives_the_probabilities_that_peft_gives(tmp_path):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
-                parameter.copy_(torch.randn_like(parameter) / 100)
+                parameter.copy_(torch.randn_like(parameter) / 40)
     model.save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
     config = json.loads((base / "config.json").read_text())
     gguf_adapter.write(tmp_path / "adapter", config, "SmolLM2", tmp_path / "adapter.gguf")
-    tokenizer, file = AutoTokenizer.from_pretrained(base), packaged_file("smollm2-135m-instruct")
-    ids = tokenizer("The capital of France is the city of", add_special_tokens=False)["input_ids"]
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    file = expanded(packaged_file("smollm2-135m-instruct"), tmp_path / "base.gguf")
+    ids = tokenizer("My favourite thing in the world is a", add_special_tokens=False)["input_ids"]
 
     def ours(one):
         with torch.no_grad():
             return one(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
 
     def theirs(adapter):
-        request = {"prompt": ids, "n_predict": 1, "n_probs": 40, "post_sampling_probs": False}
-        found = llama_cpp(file, adapter)(request)["completion_probabilities"][0]["top_logprobs"]
+        choice = llama_cpp(file, adapter)({"prompt": ids, "max_tokens": 1, "logprobs": 40})
+        found = choice["logprobs"]["content"][0]["top_logprobs"]
         return {one["id"]: one["logprob"] for one in found}
 
     tuned = ours(model)
@@ -161,7 +180,6 @@ def test_llama_cpp_gives_the_probabilities_that_peft_gives(tmp_path):
         plain = ours(model)
 
     for wanted, found in ((plain, theirs(None)), (tuned, theirs(tmp_path / "adapter.gguf"))):
-        likely = {token: value for token, value in found.items() if value > -6}
-        assert len(likely) > 5
-        assert max(abs(wanted[token].item() - value) for token, value in likely.items()) < 0.15
+        assert len(found) == 40
+        assert max(abs(wanted[token].item() - value) for token, value in found.items()) < 0.02
     assert (tuned - plain).abs().max() > 1
