@@ -67,6 +67,7 @@ class Work:
     layers: tuple[int, ...] = ()
     ahead: int = 0
     steps: int = 2
+    warm_up: int = 1  # steps before
 
 
 # What a machine runs.
@@ -135,7 +136,8 @@ def _set_up(folder: Path, work: Work, rank: int) -> Any:
         setup = shard(set_up(folder, Lora(lora_r=2), None), settings_of(techniques), cpu)
     elif work.way == "streamed":
         setup = set_up(folder, Lora(lora_r=2), None)
-        setup.model.gradient_checkpointing_enable()
+        model: Any = setup.model
+        model.gradient_checkpointing_enable()
         stream_weights(setup, cpu)
     else:
         edges = [0, *itertools.accumulate(work.layers)]
@@ -160,7 +162,7 @@ def _machine(folder: Path, rank: int, address: str) -> None:
         layer.register_forward_hook(clock.behind, prepend=True)
     batch, took, busy = Lengths((TOKENS,), (TOKENS // 2,)).batch(False), [], []
     count = MICRO_BATCHES // size if work.way == "zero3" else MICRO_BATCHES
-    for _ in range(1 + work.steps):
+    for _ in range(work.warm_up + work.steps):
         dist.barrier()
         began = time.perf_counter()
         step_of(setup, [batch] * count, gradient_scaler("cpu", "float32"))
@@ -169,7 +171,7 @@ def _machine(folder: Path, rank: int, address: str) -> None:
         if work.way == "stages":
             passes = setup.passes.times().passes
             busy.append([statistics.mean(e - b for f, _, b, e in passes if f == way) for way in (True, False)])
-    (folder / f"{rank}.json").write_text(json.dumps([took[1:], busy[1:]]))
+    (folder / f"{rank}.json").write_text(json.dumps([took[work.warm_up :], busy[work.warm_up :]]))
     dist.destroy_process_group()
 
 
@@ -236,7 +238,8 @@ class Findings:
         return simulate(self.pipeline.passes, self.best.boundaries, MICRO_BATCHES, self.best.ahead).step_s
 
 
-def measure(links: Links) -> Findings:
+def measure(links: Links, alone: Measured | None = None) -> Findings:
+    """What these links give; how fast the fastest machine is alone, where that is known."""
     best, count = planned(links), len(NAMES)
     machines = [Machine(name, rate_bits_per_s=links.bits_per_s, delay_s=links.delay_s) for name in NAMES]
     with tempfile.TemporaryDirectory() as out, EmulatedCluster(machines, Path(out, "machines")) as cluster:
@@ -245,9 +248,9 @@ def measure(links: Links) -> Findings:
         return Findings(
             best,
             _measure(cluster, folder, Work("stages", best.devices, best.partition.layers, best.ahead)),
-            _measure(cluster, folder, Work("stages", best.devices, (LAYERS // count,) * count, best.ahead)),
-            _measure(cluster, folder, Work("streamed", (0,))),
-            _measure(cluster, folder, Work("zero3", tuple(range(count)), steps=1)),
+            _measure(cluster, folder, Work("stages", best.devices, (LAYERS // count,) * count, best.ahead, 1)),
+            alone or _measure(cluster, folder, Work("streamed", (0,), steps=1)),
+            _measure(cluster, folder, Work("zero3", tuple(range(count)), steps=1, warm_up=0)),
         )
 
 
@@ -267,8 +270,10 @@ def report() -> None:
         f"{LAYERS} layers of {', '.join(f'{one:g}' for one in LAYER_MS)} ms forward on {', '.join(NAMES)};"
         f" {MICRO_BATCHES} micro-batches, {LINKS[0].boundary.message_bytes / 1e6:.1f} MB a message"
     )
+    alone: Measured | None = None
     for links in LINKS:
-        found = measure(links)
+        found = measure(links, alone)
+        alone = found.alone
         order = ", ".join(
             f"{NAMES[one]} {layers}"
             for one, layers in zip(found.best.devices, found.best.partition.layers, strict=True)
