@@ -42,26 +42,30 @@ class Counts:
 
 
 class Visitor:
-    """Tensors that lie on the device together or not at all."""
+    """Tensors that lie on the device together or not at all.
 
-    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device) -> None:
+    For a device with a stream they are copied into one page-locked piece of memory, unless they lie in such: `is_home`.
+    """
+
+    def __init__(self, tensors: Sequence[torch.Tensor], device: torch.device, is_home: bool = False) -> None:
         starts, end = [], 0
         for tensor in tensors:
             starts.append(end)
             end += -(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT
-        self.num_bytes, self._is_cpu = end, device.type == "cpu"
+        self.num_bytes = end
         flat = torch.empty(end, dtype=torch.uint8, device=device)
         self.visiting = [_view(flat, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
         self._storage = flat.untyped_storage()
         self._storage.resize_(0)
-        if self._is_cpu:  # what was read from a file may stay there: pages that the kernel drops and reads again
-            self.home = [tensor.detach() for tensor in tensors]
+        self.home = [tensor.detach() for tensor in tensors]
+        self._pairs = list(zip(self.home, self.visiting, strict=True))
+        if is_home or device.type == "cpu":  # what was read from a file may stay there: the kernel drops and reads it
             return
         pinned = _pinned(end)
         self.home = [_view(pinned, start, tensor) for start, tensor in zip(starts, tensors, strict=True)]
         for home, tensor in zip(self.home, tensors, strict=True):
             home.copy_(tensor)
-        self._flat_home, self._flat = pinned, flat
+        self._pairs = [(pinned, flat)]
 
     def make_room(self) -> None:
         self._storage.resize_(self.num_bytes)
@@ -71,7 +75,7 @@ class Visitor:
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """(at home, on the device) of all that has to be copied."""
-        return list(zip(self.home, self.visiting, strict=True)) if self._is_cpu else [(self._flat_home, self._flat)]
+        return self._pairs
 
 
 class WeightStream:
@@ -79,23 +83,43 @@ class WeightStream:
 
     Visitors stand in a line, decoder layers first, then slices of the output matrix.  A forward pass walks up the line;
     a backward pass walks down to the lowest one that it reaches; None where there is no backward pass.
+
+    `ahead` has the next one copied while one computes, by default where a device has a stream for it.
     """
 
-    def __init__(self, device: torch.device, visitors: Sequence[Visitor], lowest: int | None = 0) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        visitors: Sequence[Visitor],
+        lowest: int | None = 0,
+        ahead: bool | None = None,
+    ) -> None:
         self._visitors, self._lowest = visitors, lowest
         self._copies = SideStream(device) if device.type != "cpu" else None
+        self._ahead = self._copies is not None if ahead is None else ahead
         self._coming: dict[int, torch.Event] = {}
         self._here: set[int] = set()
         self._at, self._descends = -1, False
+        self._order: tuple[bool, bool] | None = None
         self.counts = Counts()
+
+    def follow(self, is_forward: bool, then_forward: bool) -> None:
+        """What is computed next is a forward or a backward pass, and what comes after it.
+
+        Without such word a backward pass follows each forward pass that keeps gradients.
+        """
+        self._order = is_forward, then_forward
 
     def need(self, place: int) -> None:
         """Have a visitor's tensors on the device for what is computed next, and the following one's on their way."""
-        if place == self._at:
+        stays = place == self._at
+        inferred = self._descends if stays else 0 < place < self._at
+        descends = not self._order[0] if self._order else inferred
+        if stays and descends == self._descends:
             return
-        self._descends = place != 0 and place < self._at
+        self._descends = descends
         self._at = -1  # where memory runs out below, nothing counts as here
-        wanted = [place] if self._copies is None else [place, self._after(place)]  # a copy ahead needs a stream
+        wanted = [place, self._after(place)] if self._ahead else [place]
         for other in self._here.difference(wanted):
             self._send_home(other)
         self._fetch(place)
@@ -104,12 +128,18 @@ class WeightStream:
         self._fetch(wanted[-1])
 
     def _after(self, place: int) -> int:
+        """What is needed next and is not `place`, if there is any other."""
         last, lowest = len(self._visitors) - 1, self._lowest
-        if self._descends:
-            return place - 1 if lowest is not None and place > lowest else 0
-        if place < last:
+        if lowest is None:  # forward passes alone
+            return place + 1 if place < last else 0
+        if self._descends and place > lowest:
+            return place - 1
+        if not self._descends and place < last:
             return place + 1
-        return max(place - 1, lowest) if lowest is not None and torch.is_grad_enabled() else 0
+        then_forward = self._order[1] if self._order else self._descends or not torch.is_grad_enabled()
+        if then_forward:
+            return min(1, last) if place == 0 else 0
+        return last if self._descends else max(last - 1, lowest)
 
     def _fetch(self, place: int) -> None:
         if place in self._here:
@@ -138,7 +168,9 @@ class WeightStream:
         self._here.discard(place)
 
 
-def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | None = None) -> WeightStream:
+def stream_weights(
+    setup: TrainSetup, device: torch.device, slice_bytes: int | None = None, ahead: bool | None = None
+) -> WeightStream:
     """Stream the frozen weights of a model that was set up in the host's memory; all else moves to `device`.
 
     `slice_bytes` is the size of a slice of the output matrix, by default about a layer's.  The stream belongs to the
@@ -160,9 +192,14 @@ def stream_weights(setup: TrainSetup, device: torch.device, slice_bytes: int | N
     largest = max((visitor.num_bytes for visitor in visitors), default=0)
     size = slice_bytes or max(LEAST_SLICE_BYTES, largest)
     rows = slices_of(multiplied, size) if multiplied is not None and not multiplied.requires_grad else []
-    host_rows = None if looked_up is None else looked_up.data
-    visitors += [Visitor([output.weight.data[start:stop]], device) for start, stop in rows]
-    stream = WeightStream(device, visitors, _lowest_reached(setup, held))
+    host_rows = getattr(looked_up, "data", None)
+    if multiplied is not None and rows:
+        matrix = _locked(multiplied.data, device)
+        visitors += [Visitor([matrix[start:stop]], device, is_home=True) for start, stop in rows]
+        if looked_up is multiplied:  # looked up where its slices come from: the host holds it once
+            host_rows = matrix
+    stream = WeightStream(device, visitors, _lowest_reached(setup, held), ahead)
+    passes_of(setup).tell_order(stream.follow)
     for place, modules in enumerate(modules_at):
         for module in modules:
             module.register_forward_pre_hook(partial(_enter, stream, place))
@@ -289,6 +326,13 @@ def _without_bytes(like: torch.Tensor, device: torch.device) -> torch.Tensor:
     tensor = torch.empty_like(like, device=device)
     tensor.untyped_storage().resize_(0)
     return tensor
+
+
+def _locked(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy in page-locked memory, for a device whose stream reads there; for the CPU the tensor itself."""
+    if device.type == "cpu":
+        return tensor
+    return _view(_pinned(tensor.nbytes), 0, tensor).copy_(tensor)
 
 
 def _pinned(num_bytes: int) -> torch.Tensor:

@@ -28,9 +28,9 @@ def settings_of(techniques: Techniques) -> TrainSettings:
     return TrainSettings(1e-4, 0.01, techniques.optim, 0.9, 0.999, 1e-8, techniques, seed=1)
 
 
-def model_on(device: str, method: Method, settings: TrainSettings, num_layers: int = 1) -> Any:
+def model_on(device: str, method: Method, settings: TrainSettings, num_layers: int = 1, is_tied: bool = False) -> Any:
     """The untouched model."""
-    config = cases.CONFIG | {"num_hidden_layers": num_layers}
+    config = cases.CONFIG | {"num_hidden_layers": num_layers, "tie_word_embeddings": is_tied}
     model = trace.plain_model(config, num_layers, method, settings, "meta")
     trace.fill(model, trace.filler(device))
     return model

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._subclasses.fake_tensor import FakeTensor
 
 from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies.engines.uneven_zero import shard_by_memory
@@ -140,4 +142,28 @@ def streamed_weights() -> dict[str, Any]:
         }
 
 
-PIECES = (streamed_weights, buckets, batches, divided_optimizer, streaming_optimizer)
+def _host_bytes() -> int:
+    """What all tensors of the host hold."""
+    gc.collect()
+    found = [one for one in gc.get_objects() if isinstance(one, FakeTensor) and one.fake_device.type == "cpu"]
+    storages = [one.untyped_storage() for one in found]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def streamed_matrices() -> dict[str, Any]:
+    """What the host holds of a model whose weights visit the card: with one matrix at both ends, and with two."""
+    techniques = replace(PLAIN.techniques(), gradient_checkpointing=True, offload="weights")
+    method, settings, card = Lora(lora_r=4), inputs.settings_of(techniques), torch.device("cuda:0")
+    found: dict[str, Any] = {}
+    with fake_device.FAKE:
+        for name, is_tied in (("one", True), ("two", False)):
+            before = _host_bytes()
+            setup = method.setup(inputs.model_on("cpu", method, settings, is_tied=is_tied), settings)
+            matrix_bytes = setup.model.get_output_embeddings().weight.nbytes
+            stream = stream_weights(setup, card, slice_bytes=2**13)
+            found |= {name: _host_bytes() - before, f"{name} matrix": matrix_bytes}
+            del setup, stream
+    return found
+
+
+PIECES = (streamed_weights, streamed_matrices, buckets, batches, divided_optimizer, streaming_optimizer)

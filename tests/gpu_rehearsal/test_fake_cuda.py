@@ -105,6 +105,14 @@ def test_streamed_weights_come_without_waiting_and_two_at_a_time(rehearsed):
     assert found["visits"] == up + down + ahead
 
 
+def test_the_host_holds_a_tied_matrix_once(rehearsed):
+    found = rehearsed["streamed_matrices"]
+
+    assert "error" not in found, found["error"]
+    assert found["one matrix"] == found["two matrix"] == 256 * 64 * 2  # in bf16
+    assert found["two"] - found["one"] == found["one matrix"]
+
+
 def test_gradients_travel_over_the_host_while_the_backward_pass_runs(rehearsed):
     found = rehearsed["buckets"]
 

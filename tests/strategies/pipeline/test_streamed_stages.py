@@ -31,12 +31,12 @@ METHODS = {
 }
 
 
-def member(rank, size, port, folder, method, techniques, cuts, out):
+def member(rank, size, port, folder, method, techniques, cuts, ahead, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
     techniques = dataclasses.replace(techniques, stage=stage_of(rank, cuts))
     setup = set_up(folder, method, techniques, range(size))
-    stream = stream_weights(setup, torch.device("cpu"))
+    stream = stream_weights(setup, torch.device("cpu"), ahead=ahead)
     seen, losses, state = train(setup, techniques)
     model = inner_model(setup.model)
     ends = isinstance(model.get_input_embeddings(), Received), hasattr(model.get_output_embeddings(), "streamed")
@@ -44,8 +44,8 @@ def member(rank, size, port, folder, method, techniques, cuts, out):
     dist.destroy_process_group()
 
 
-def in_stages(folder, method, cuts, out, techniques=STREAMED):
-    run_ranks(member, len(cuts) + 1, folder, method, techniques, cuts, out)
+def in_stages(folder, method, cuts, out, techniques=STREAMED, ahead=None):
+    run_ranks(member, len(cuts) + 1, folder, method, techniques, cuts, ahead, out)
     return [torch.load(out / f"{rank}.pt", weights_only=False) for rank in range(len(cuts) + 1)]
 
 
@@ -105,3 +105,21 @@ def test_a_stage_sends_its_layers_twice_a_micro_batch_and_those_below_all_that_t
     trained, held_out = STEPS * len(SAMPLES), 2  # micro-batches
     last = trained * (3 + 2) + held_out * 3 - trained  # up and down; a layer that is there is not sent for
     assert [counts.visits for *_, counts, _ in found] == [1, 2 * (trained + held_out), last]
+
+
+def copies(num_visitors, order, lowest=0):
+    """Of a line of visitors in these forward (F) and backward (B) passes: a turn finds its first two there."""
+    up, down = num_visitors, num_visitors - lowest
+    turns = min(2, down) * order.count("FB") + (2 * order.count("BF") if lowest == 0 else 0)
+    return order.count("F") * up + order.count("B") * down - turns - (order.count("BB") if down == 1 else 0)
+
+
+@pytest.mark.parametrize(("name", "lowest"), [("lora", 0), ("upper layers", 3)])
+def test_a_stage_that_copies_ahead_copies_no_layer_in_vain(name, lowest, folders, tmp_path):
+    """Layers 0 to 3 of five in the order of the first of two stages; layer 4 and the output matrix always fit."""
+    found = in_stages(folders("llama"), METHODS[name], (4,), tmp_path, ahead=True)
+
+    order = "FFBFBFBFBB" * STEPS + "FF"  # five micro-batches a step, then two held-out samples
+    begun = 1  # the first layer of a forward pass that does not come any more
+    assert [counts.most_visitors for *_, counts, _ in found] == [2, 2]
+    assert [counts.visits for *_, counts, _ in found] == [copies(4, order, lowest) + begun, 2]
