@@ -191,13 +191,13 @@ def stream_weights(
     looked_up, multiplied = (getattr(module, "weight", None) for module in (embedding, output))
     largest = max((visitor.num_bytes for visitor in visitors), default=0)
     size = slice_bytes or max(LEAST_SLICE_BYTES, largest)
-    sliced = multiplied if multiplied is not None and not multiplied.requires_grad else None
-    rows = slices_of(sliced, size) if sliced is not None else []
-    matrix = _locked(sliced.data, device) if sliced is not None and rows else None
-    # A tied one is looked up where its slices come from: the host holds it once.
-    host_rows = matrix if rows and looked_up is multiplied else getattr(looked_up, "data", None)
-    if matrix is not None:
+    rows = slices_of(multiplied, size) if multiplied is not None and not multiplied.requires_grad else []
+    host_rows = getattr(looked_up, "data", None)
+    if multiplied is not None and rows:
+        matrix = _locked(multiplied.data, device)
         visitors += [Visitor([matrix[start:stop]], device, is_home=True) for start, stop in rows]
+        if looked_up is multiplied:  # looked up where its slices come from: the host holds it once
+            host_rows = matrix
     stream = WeightStream(device, visitors, _lowest_reached(setup, held), ahead)
     passes_of(setup).tell_order(stream.follow)
     for place, modules in enumerate(modules_at):
