@@ -156,7 +156,11 @@ def _machine(folder: Path, rank: int, address: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://{address}:{PORT}", rank=rank, world_size=size)
     setup = _set_up(folder / "model", work, rank)
     setup.model.train()
-    for layer in decoder_layers(setup.model):
+    edges = [0, *itertools.accumulate(work.layers)]
+    own = (
+        slice(edges[rank], edges[rank + 1]) if work.layers else slice(None)
+    )  # in the places of others nothing computes
+    for layer in list(decoder_layers(setup.model))[own]:
         clock = _Clock(LAYER_MS[work.machines[rank]] / 1e3)
         layer.register_forward_pre_hook(clock.before)  # behind DeepSpeed's, which gathers the layer's weights
         layer.register_forward_hook(clock.behind, prepend=True)
