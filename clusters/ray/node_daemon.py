@@ -34,7 +34,6 @@ _OBJECT_STORE_BYTES = 100 * 2**20
 _SYSTEM_BYTES = 1 * GIB  # of a machine's memory: Ray itself and what else runs there
 _PAUSES_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 _STEADY_S = 60.0  # a node that lived so long begins again with the shortest pause
-_CLOSE_EVERY_S = 5.0  # what other processes of Ray may have opened
 _END_S = 10.0
 _LONGEST_TOKEN = 64 * 2**10  # bytes
 _PROCESS_FAILED = re.compile(r" -- +(\S+ \[exit code=[^\]]*\])")  # a process of the node, as Ray prints its end
@@ -293,15 +292,8 @@ class _RayNode:
             if "Ray runtime started" in line:
                 was_up = True
                 close_sessions(_folders(self.own))
-                threading.Thread(target=self._keep_closed, args=(child,), daemon=True).start()
                 self.say(f"{self.own.name} is up at {self.own.address}")
         return lines, was_up
-
-    def _keep_closed(self, child: subprocess.Popen[str]) -> None:
-        """Other processes of Ray on this machine may open the session again."""
-        while child.poll() is None:
-            time.sleep(_CLOSE_EVERY_S)
-            close_sessions(_folders(self.own))
 
 
 def _folders(own: OwnNode) -> list[Path]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -11,6 +11,9 @@ from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, print_
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from orchestrator.export.write import Kind
 
 verbs = typer.Typer()
 
@@ -41,7 +44,8 @@ def export(
     Examples: orchestrator export latest --gguf --check
               orchestrator export latest --ollama --base llama3.2:1b
     """
-    wanted = [name for name, is_set in (("gguf", gguf), ("ollama", ollama), ("hub-folder", hub_folder)) if is_set]
+    forms: dict[Kind, bool] = {"gguf": gguf, "ollama": ollama, "hub-folder": hub_folder}
+    wanted: list[Kind] = [form for form, is_set in forms.items() if is_set]
     if len(wanted) > 1 or not (wanted or merged):
         raise JobError("export writes one form: --gguf, --ollama or --hub-folder, each with --merged or without it,"
                        " or --merged alone")  # fmt: skip
@@ -50,11 +54,11 @@ def export(
     from orchestrator.export.write import ExportWish
     from orchestrator.export.write import export as write
 
-    kind = wanted[0] if wanted else "merged"
+    kind: Kind = wanted[0] if wanted else "merged"
     output = resolve_path(out or Path(f"{found.run_id}-{kind}"), "--out", kind="new folder")
     script = converter and resolve_path(converter, "--converter", kind="file")
     stated = Stated(base if kind == "hub-folder" else None, licence, tuple(language))
-    wish = ExportWish(kind, merged, base, script, stated, force)  # type: ignore[arg-type]  # of the four
+    wish = ExportWish(kind, merged, base, script, stated, force)
     written = write(found, output, wish, say)
     if check:
         written["check"] = _check(found, output, base if kind != "hub-folder" else None)

@@ -24,6 +24,8 @@ WhatArgument = Annotated[
     list[str] | None,
     typer.Argument(help="runs, folders of adapters or models; with --bank its adapters", autocompletion=complete_run),
 ]
+FromBankOption = Annotated[bool, typer.Option("--bank", help="adapters of the bank by name; without a name all")]
+BankFolderOption = Annotated[Path, typer.Option("--bank-folder", help="folder of the bank")]
 MaxAdaptersOption = Annotated[
     int, typer.Option("--max-adapters", min=1, help="held in memory; the least recently used one makes room")
 ]
@@ -47,8 +49,8 @@ KeyOption = Annotated[
 @translate_errors()
 def serve(
     what: WhatArgument = None,
-    from_bank: Annotated[bool, typer.Option("--bank", help="adapters of the bank by name; without a name all")] = False,
-    bank_folder: Annotated[Path, typer.Option("--bank-folder", help="folder of the bank")] = DEFAULT_BANK,
+    from_bank: FromBankOption = False,
+    bank_folder: BankFolderOption = DEFAULT_BANK,
     host: Annotated[str, typer.Option("--host", help="another than this machine's own needs an API key")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one")] = 8000,
     api_key: KeyOption = None,
@@ -100,8 +102,8 @@ def serve(
 @translate_errors()
 def chat(
     what: WhatArgument = None,
-    from_bank: Annotated[bool, typer.Option("--bank", help="adapters of the bank by name; without a name all")] = False,
-    bank_folder: Annotated[Path, typer.Option("--bank-folder", help="folder of the bank")] = DEFAULT_BANK,
+    from_bank: FromBankOption = False,
+    bank_folder: BankFolderOption = DEFAULT_BANK,
     url: Annotated[
         str | None, typer.Option("--url", help="a running server instead, e.g. http://localhost:8000")
     ] = None,

@@ -301,11 +301,11 @@ class Recovery:
         """The plan that a decision comes to; the nodes are asked as often as it takes."""
         from clusters.ray import nodes
 
-        began, idle = time.monotonic(), {node.name for node in self.capability.nodes if node.num_slots == 0}
+        began, slotless = time.monotonic(), {node.name for node in self.capability.nodes if node.num_slots == 0}
         while decision.act in (Act.ASK_NODES, Act.WAIT):
             if decision.act is Act.WAIT:
                 time.sleep(_ASK_EVERY_S)
-            answering = frozenset(nodes.answering(nodes.present())) - idle
+            answering = frozenset(nodes.answering(nodes.present())) - slotless
             decision = self._decide(policy.Answers(answering, time.monotonic() - began))
         return self.plan if decision.act is Act.CONTINUE else self._plan_with(decision.nodes)
 

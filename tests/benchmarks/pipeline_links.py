@@ -16,6 +16,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -73,31 +74,17 @@ class Work:
 # What a machine runs.
 
 
-class _Begin(torch.autograd.Function):
-    """Before a layer: its backward pass comes last, and ends when the layer's time is over."""
+class _Mark(torch.autograd.Function):
+    """A place in a forward pass; the backward pass calls when it comes by."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, clock: _Clock) -> torch.Tensor:
-        ctx.clock = clock
+    def forward(ctx: Any, hidden: torch.Tensor, call: Callable[[], None]) -> torch.Tensor:
+        ctx.call = call
         return hidden.view_as(hidden)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        ctx.clock.fill_backward()
-        return gradients[0], None
-
-
-class _End(torch.autograd.Function):
-    """Behind a layer: its backward pass comes first."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: torch.Tensor, clock: _Clock) -> torch.Tensor:
-        ctx.clock = clock
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        ctx.clock.began_s = time.perf_counter()
+        ctx.call()
         return gradients[0], None
 
 
@@ -109,14 +96,17 @@ class _Clock:
 
     def before(self, _module: Any, arguments: Any) -> Any:
         hidden = arguments[0]
-        self.began_s = time.perf_counter()
+        self.start()
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()  # so that the first layer's backward pass comes to its begin
-        return (_Begin.apply(hidden, self), *arguments[1:])
+        return (_Mark.apply(hidden, self.fill_backward), *arguments[1:])
 
     def behind(self, _module: Any, _arguments: Any, hidden: torch.Tensor) -> Any:
         self._fill(self.forward_s)
-        return _End.apply(hidden, self)
+        return _Mark.apply(hidden, self.start)
+
+    def start(self) -> None:
+        self.began_s = time.perf_counter()
 
     def fill_backward(self) -> None:
         self._fill(2 * self.forward_s)

@@ -44,11 +44,15 @@ def stream(exported: Path, base: Path, folder: Path, shard_bytes: int = SHARD_BY
     else:  # trained as a whole, in fp32: as precise as the base is
         plans = [_like(source.plan(name), stored, dtype) for name in source.entries]
         by_name = {plan.name: DTYPES[plan.dtype] for plan in plans}
-        make = lambda name: source.read(name).to(by_name[name])  # noqa: E731
+        make = partial(_read_as, source, by_name)
     folder.mkdir(parents=True)
     write_shards(folder, plans, make, shard_bytes)
     _write_beside(folder, exported, base, STORED.get(dtype, "bfloat16"))
     return STORED.get(dtype, "bfloat16")
+
+
+def _read_as(source: TensorFiles, dtypes: dict[str, torch.dtype], name: str) -> torch.Tensor:
+    return source.read(name).to(dtypes[name])
 
 
 def write_whole(model: Any, tokenizer: Any, exported: Path, folder: Path, dtype: torch.dtype) -> None:

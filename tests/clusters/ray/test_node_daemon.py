@@ -295,7 +295,7 @@ def test_two_machines_are_a_cluster_and_a_stranger_is_not_let_in(tmp_path):
         ("second", "alive", 2.0),
     }
     session = session_of(port)
-    wait_for(lambda: stat.S_IMODE(session.stat().st_mode) == 0o700, head)
+    assert stat.S_IMODE(session.stat().st_mode) == 0o700
     if os.getuid() == 0:
         found = tries(session, where, user="65534")
         assert (found["logs"], found["cluster"]) == ("closed", "closed")
