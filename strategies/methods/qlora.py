@@ -85,21 +85,12 @@ class QLora(Lora):
         return {"quantization_config": config}
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
+        from strategies.step.quantise import keep_layout
+
         if not getattr(model, "is_quantized", False):
             raise ValueError(
                 "the model was loaded without quantisation; pass load_arguments() to the loader, and use a model"
                 " whose linear maps bitsandbytes knows"
             )
-        _keep_from_packing(model)
+        keep_layout(model)
         return super().setup(model, settings)
-
-
-def _keep_from_packing(model: Any) -> None:
-    """Let bitsandbytes evaluate 4-bit maps whose outputs are no multiple of 32 as it trains them.
-
-    On CPUs with bf16 units it packs weights before an evaluation, and its `_convert_weight_packed_for_cpu` ends the
-    process with an assertion for such maps.
-    """
-    for module in model.modules():
-        if getattr(module, "support_avx512bf16_for_cpu", False) and module.out_features % 32:
-            module.support_avx512bf16_for_cpu = False

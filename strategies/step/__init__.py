@@ -8,7 +8,7 @@ host_memory         keep freed memory in the process instead of returning it to 
 optimizers          build the optimizers that a job names as Hugging Face does
 out_of_memory       memory that runs out: free what can be freed, try again with less
 passes              micro-batches through the model, one after the other
-quantise            quantise on a GPU what will lie in the host's memory
+quantise            quantised weights: made on a GPU for the host's memory, and kept in the layout that trains
 side_stream         copies between a GPU and pinned host memory beside the computation
 state               gather a training's state for a checkpoint, and put it back
 streamed_output     an output matrix on the host, whose slices visit the device

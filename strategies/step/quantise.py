@@ -1,7 +1,7 @@
-"""Quantise weights of the host's memory on a GPU: bitsandbytes quantises a weight on the device that holds it.
+"""Quantised weights: made on a GPU though they lie in the host's memory, and kept in the layout that trains.
 
-On a CPU that takes seventy billion weights an hour (17 million a second and thread, bitsandbytes 0.50, an EPYC without
-AVX-512).  One weight at a time is on the device.
+bitsandbytes quantises a weight on the device that holds it.  On a CPU that takes seventy billion weights an hour (17
+million a second and thread, bitsandbytes 0.50, an EPYC without AVX-512).  One weight at a time is on the device.
 """
 
 from __future__ import annotations
@@ -44,3 +44,15 @@ def _move(part: Any, device: torch.device) -> Any:
     if part is not None:
         part.to(device)
     return part
+
+
+def keep_layout(model: Any) -> None:
+    """Let bitsandbytes evaluate 4-bit maps as it trains them.
+
+    On CPUs with bf16 units an evaluation packs the weights anew, and they stay packed: the product with packed weights
+    has no backward pass, so that training after it gives the maps below no gradients (0.50.2, `Linear4bit.forward`;
+    torch only warns).  Maps whose outputs are no multiple of 32 end the process.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False

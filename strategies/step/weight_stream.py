@@ -308,7 +308,6 @@ def _move_rest(setup: TrainSetup, embedding: Any, device: torch.device) -> None:
                 tensor.data = tensor.data.to(device)
         scales = getattr(getattr(module, "weight", None), "quant_state", None)
         if scales is not None:
-            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # packs weights anew, in place
             for state in (scales, *((scales.state2,) if scales.nested else ())):
                 state.code = state.code.to(device)
             scales.offset = scales.offset.to(device) if scales.nested else scales.offset

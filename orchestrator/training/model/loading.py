@@ -23,6 +23,7 @@ from orchestrator.training.worker_context import WorkerContext
 from strategies.model.architecture import LoadReport, faults, quiet
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
+from strategies.step.quantise import keep_layout
 from strategies.workload import Techniques
 
 
@@ -83,7 +84,7 @@ def load_model(location: str, job: Job, placing: Placing) -> Any:
     report = LoadReport.from_loading_info(info)
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
         raise JobError(f"model.model_name_or_path: {location}: {wrong}")
-    return model if getattr(model, "is_quantized", False) else model.to(placing.device)
+    return _placed(model, placing)
 
 
 def load_layers(
@@ -95,7 +96,14 @@ def load_layers(
     """
     with _loading("a stage of the model"), quiet():  # its other parts are missing on purpose
         model, info = kind.from_pretrained(None, config=config, state_dict=tensors, **placing.as_arguments())
-    return (model if getattr(model, "is_quantized", False) else model.to(placing.device)), info
+    return _placed(model, placing), info
+
+
+def _placed(model: Any, placing: Placing) -> Any:
+    if not getattr(model, "is_quantized", False):
+        return model.to(placing.device)
+    keep_layout(model)
+    return model
 
 
 @contextlib.contextmanager
