@@ -40,8 +40,11 @@ def bind(address: Address) -> socket.socket:
             " --api-key-file FILE or the variable ORCHESTRATOR_API_KEY, or leave --host out"
         )
     try:
-        family, kind, _, _, place = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind)
+        # With its protocol: of a socket without one asyncio does not switch Nagle's algorithm off, and each answer on a
+        # connection that is kept open waits 40 ms for the client's delayed acknowledgement.
+        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
+        family, kind, protocol, _, place = found[0]
+        listening = socket.socket(family, kind, protocol)
     except OSError as error:
         raise JobError(f"--host {address.host}: {error.strerror or error}") from None
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -4,6 +4,7 @@ import http.client
 import io
 import json
 import os
+import random
 import re
 import signal
 import socket
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import uuid
+from collections import Counter
 from types import SimpleNamespace
 
 import psutil
@@ -21,8 +23,10 @@ from orchestrator.serving.terminal import ApiClient, ChatSession
 from strategies.adapter_bank.store import Bank
 from tests.cli import called
 from tests.orchestrator.serving.conftest import add_to, write_adapter
+from tests.orchestrator.serving.test_openai_api import malformed
 from tests.processes import PATIENCE_S, ROOT, end, start, wait_for
 
+PATHS = ("/v1/chat/completions", "/v1/completions")
 HELLO = [{"role": "user", "content": "the cat sees a dog"}]
 
 
@@ -150,6 +154,29 @@ def test_a_wrong_request_is_refused_in_the_form_of_the_api(server, body, status)
     assert answer.status == status
     assert set(json.loads(answer.text)["error"]) == {"message", "type", "param", "code"}
     assert "Traceback" not in answer.text
+
+
+def test_a_thousand_malformed_requests_are_answered_in_the_form_of_the_api(server):
+    """Whole bodies with wrong fields, and bodies that are cut or have a byte changed."""
+    draw, statuses = random.Random(2), Counter()
+    connection = http.client.HTTPConnection(server.host, server.port, timeout=600)
+    for _ in range(1000):
+        body = json.dumps({"max_tokens": 1} | malformed(draw) | {"model": "nobody"}).encode()
+        if draw.random() < 0.5:
+            place = draw.randrange(len(body))
+            body = (
+                body[:place] if draw.random() < 0.5 else body[:place] + bytes([draw.randrange(256)]) + body[place + 1 :]
+            )
+        connection.request("POST", draw.choice(PATHS), body, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        text = answer.read().decode()
+        statuses[answer.status] += 1
+        assert set(json.loads(text)["error"]) == {"message", "type", "param", "code"}
+        assert "Traceback" not in text
+    connection.close()
+
+    assert set(statuses) <= {400, 404} and statuses[400] > 700 and statuses[404] > 20, statuses
+    assert server.json("GET", "/health")[0] == 200 and server.text("plain")
 
 
 def test_other_paths_and_methods_are_errors_too(server):
