@@ -1,8 +1,12 @@
-"""Write a file whole or not at all; bring files and folders to disk."""
+"""Write a file or a folder whole or not at all; bring both to disk."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -21,6 +25,27 @@ def write_whole(file: Path, text: str, mode: int = 0o666) -> None:
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def new_folder(place: Path, replaces: bool = False) -> Iterator[Path]:
+    """An empty folder beside `place` that takes its name when the block ends; where the block fails, nothing stays.
+
+    With `replaces` what lies there is removed once the new one is complete.  Raises OSError, FileExistsError without.
+    """
+    if not replaces and os.path.lexists(place):
+        raise FileExistsError(f"{place} exists already; choose a new folder")
+    temporary, old = (place.with_name(f"{place.name}.tmp-{uuid.uuid4().hex[:8]}") for _ in range(2))
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if replaces and place.exists():
+            place.rename(old)
+        temporary.rename(place)
+        sync(place.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy
 
+from clusters.safe.writing import new_folder
 from orchestrator.bank.adapter_trial import AdapterTrial
 from orchestrator.bank.library import Base, bank_of, base_of, evidence_of, train_digest
 from orchestrator.data.prepare import cache_beside, prepare_data
@@ -26,7 +27,7 @@ from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
 from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence
-from strategies.adapter_bank.generation import RULES, Generated, Recipe, Rule, bank_gram, combine, generate, into, mix
+from strategies.adapter_bank.generation import RULES, Generated, Recipe, Rule, bank_gram, combine, generate, mix
 from strategies.adapter_bank.selection import Selected, forward_selection
 from strategies.adapter_bank.store import Bank
 
@@ -90,8 +91,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     recipe = Recipe(chosen.rule, methods[0].adapter_rank if len(methods) == 1 else None)
     wanted = {"generated": chosen.shares, "nearest": numpy.eye(count)[nearest], "average": numpy.full(count, 1 / count)}
 
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
+    with new_folder(output) as folder:
         made_of = {
             name: generate(near.adapters, shares, folder / name, recipe, base.name) for name, shares in wanted.items()
         }
@@ -120,7 +120,6 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
         )
         (folder / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
 
-    into(output, write)
     return {**found, "path": str(output)}
 
 

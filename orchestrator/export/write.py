@@ -6,13 +6,13 @@ import importlib.util
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from clusters.safe.reading import printable
+from clusters.safe.writing import new_folder
 from orchestrator.errors import JobError, MissingExtra
 from orchestrator.export import converter, hub_folder, ollama
 from orchestrator.export.hub_folder import Stated
@@ -46,18 +46,14 @@ def export(run: RunFolder, output: Path, wish: ExportWish, say: Callable[[str], 
         raise JobError(f"--out {printable(str(output))} exists already; {way}")
     finished = require_finished(run)
     write = {"merged": _merged, "gguf": _gguf, "ollama": _ollama, "hub-folder": _hub_folder}[wish.kind]
-    temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        temporary.mkdir(parents=True)
-        notes = write(finished, temporary, output, wish, say)
-        files = {path.relative_to(temporary).as_posix(): path.stat().st_size for path in _files(temporary)}
-        record = {"kind": wish.kind, "run": run.run_id, "files": files, "notes": notes}
-        (temporary / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        _replace(temporary, output)
+        with new_folder(output, replaces=True) as folder:
+            notes = write(finished, folder, output, wish, say)
+            files = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+            record = {"kind": wish.kind, "run": run.run_id, "files": files, "notes": notes}
+            (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise JobError(f"--out {printable(str(output))}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return {**record, "path": str(output.absolute())}
 
 
@@ -65,18 +61,8 @@ def _files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.rglob("*")) if path.is_file()]
 
 
-def _replace(temporary: Path, output: Path) -> None:
-    """Rename into place; an export that lies there goes once the new one is complete."""
-    old = output.with_name(f"{output.name}.old-{uuid.uuid4().hex[:8]}")
-    if output.exists():
-        output.rename(old)
-    temporary.rename(output)
-    shutil.rmtree(old, ignore_errors=True)
-
-
 def _merged(finished: Finished, folder: Path, output: Path, wish: ExportWish, say: Callable[[str], None]) -> list[str]:
     """One plain transformers model."""
-    folder.rmdir()
     return [write_merged(finished.run, finished.job, folder, output).text]
 
 

@@ -8,8 +8,6 @@ import importlib.util
 import io
 import os
 import re
-import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from typing import Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import checked_path, kind_of, load_yaml, printable, read_json, read_text
+from clusters.safe.writing import new_folder
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import hub
 from orchestrator.job.job_file import Job
@@ -233,21 +232,15 @@ def _convert(source: Path, file_name: str, folder: Path) -> None:
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    temporary = folder.with_name(f"{folder.name}.tmp-{uuid.uuid4().hex[:8]}")
-    temporary.mkdir(parents=True)
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
-            model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype="float32")
-        # The weights were dequantised while reading; what is left of the quantisation is a refusal to save.
-        model.__dict__["hf_quantizer"] = None
-        model.config.__dict__.pop("quantization_config", None)
-        model.save_pretrained(temporary)
-        AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(temporary)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.replace(temporary, folder)
-        except OSError:  # another process converted it meanwhile
-            if not (folder / "config.json").exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        with new_folder(folder) as temporary:
+            with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+                model = AutoModelForCausalLM.from_pretrained(source, gguf_file=file_name, dtype="float32")
+            # The weights were dequantised while reading; what is left of the quantisation is a refusal to save.
+            model.__dict__["hf_quantizer"] = None
+            model.config.__dict__.pop("quantization_config", None)
+            model.save_pretrained(temporary)
+            AutoTokenizer.from_pretrained(source, gguf_file=file_name).save_pretrained(temporary)
+    except OSError:
+        if not (folder / "config.json").exists():  # else another process converted it meanwhile
+            raise

@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from clusters.safe.writing import sync
+from clusters.safe.writing import new_folder
 from orchestrator.job import manifest
 from orchestrator.runs.checkpoints import complete, verify
 from strategies.step.state import restore
@@ -61,24 +59,18 @@ def save(folder: Path, held: TrainState, state: dict[str, Any]) -> Path:
     Raises OSError when it cannot be written; then nothing of it is left and the one before is untouched.
     """
     final = folder / f"step-{state['step']:08d}"
-    temporary = folder / f"{final.name}.tmp-{uuid.uuid4().hex[:8]}"
-    temporary.mkdir(parents=True)
+    moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
     try:
-        save_file(held.weights, temporary / "weights.safetensors")
-        moments = {f"{name}//{key}": value for name, own in held.moments.items() for key, value in own.items()}
-        save_file(_without_aliases(moments), temporary / "optimizer.safetensors")
-        (temporary / "state.json").write_text(json.dumps(state, indent=1))
-        _verify_written(temporary / "weights.safetensors", held.weights)
-        _verify_written(temporary / "optimizer.safetensors", moments)
-        manifest.write(temporary, step=state["step"])
-        if final.exists():  # the same step, saved by the run that was interrupted after it
-            shutil.rmtree(final)
-        os.rename(temporary, final)
-        sync(folder)
+        # What is replaced is the same step, saved by the run that was interrupted after it.
+        with new_folder(final, replaces=True) as temporary:
+            save_file(held.weights, temporary / "weights.safetensors")
+            save_file(_without_aliases(moments), temporary / "optimizer.safetensors")
+            (temporary / "state.json").write_text(json.dumps(state, indent=1))
+            _verify_written(temporary / "weights.safetensors", held.weights)
+            _verify_written(temporary / "optimizer.safetensors", moments)
+            manifest.write(temporary, step=state["step"])
     except SafetensorError as error:  # how that library says that the disk is full
         raise OSError(error.args[0] if error.args else "cannot be written") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return final
 
 

@@ -6,16 +6,15 @@ Memory holds one map's factors of all adapters, whatever the size of model and b
 from __future__ import annotations
 
 import resource
-import shutil
 import time
-import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 import numpy
 
+from clusters.safe.writing import new_folder
 from strategies.adapter_bank import adapter, algebra
 from strategies.adapter_bank.adapter import Adapter, Unusable
 
@@ -70,7 +69,8 @@ def generate(
     if rank > max(most, largest):
         raise Unusable(f"a rank of {rank} cannot be: the maps of these adapters have at most {most}")
     made, error = _sum(chosen, [weight for _, weight in counted], replace(recipe, rank=rank))
-    into(output, lambda folder: adapter.write(folder, made, base_name or chosen[0].base_name, rank))
+    with new_folder(output) as folder:
+        adapter.write(folder, made, base_name or chosen[0].base_name, rank)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
 
@@ -144,18 +144,6 @@ def same_shapes(adapters: Sequence[Adapter]) -> None:
                     f"{name} is {target.outputs} x {target.inputs} in {one.folder} and {outputs} x {inputs} in"
                     f" {folder}: they were trained on different models"
                 )
-
-
-def into(output: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a folder beside `output` that then takes its place.  Raises FileExistsError."""
-    if output.exists():
-        raise FileExistsError(f"{output} exists already; choose a new folder")
-    temporary = output.with_name(f".{output.name}.tmp-{uuid.uuid4().hex[:8]}")
-    try:
-        write(temporary)
-        temporary.rename(output)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _drop_negligible(coefficients: numpy.ndarray) -> tuple[tuple[int, float], ...]:

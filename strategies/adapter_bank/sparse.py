@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from clusters.safe.reading import printable
+from clusters.safe.writing import new_folder
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Unusable, config_of, header_of
 from strategies.adapter_bank.algebra import Merge, by_entries
-from strategies.adapter_bank.generation import into
 
 _PREFIX, _VALUES, _PLACES = "base_model.model.", ".shira_weight", ".shira_indices"
 
@@ -162,12 +162,10 @@ def merge(
         tensors[f"{_PREFIX}{name}{_VALUES}"] = torch.nn.functional.pad(one.values, (0, missing))
         tensors[f"{_PREFIX}{name}{_PLACES}"] = torch.stack([flat // one.shape[0], flat % one.shape[0]]).int()
 
-    def write(folder: Path) -> None:
-        folder.mkdir(parents=True)
+    with new_folder(output) as folder:
         save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
         config = config_of(folders[0]) | {"r": rank, "target_modules": sorted(merged), "inference_mode": True}
         (folder / CONFIG).write_text(json.dumps(config, indent=1), encoding="utf-8")
 
-    into(output, write)
     entries = sum(len(one.places) for one in merged.values())
     return entries, sum(len(one.places) for expert in experts for one in expert.values()) - entries

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.writing import new_folder
 from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.job.model_files import name_for_others
@@ -69,16 +70,12 @@ def write(
     portrait: Portrait,
 ) -> Agreement:
     """Export beside the final place, then rename; how many trained weights are on the disk as they were trained."""
-    temporary, final = run.path / f"{setup.export_folder}.tmp", run.path / setup.export_folder
-    shutil.rmtree(temporary, ignore_errors=True)
+    final = run.path / setup.export_folder
     located, known = Path(run.data().model), record.read(run.path)
     base = export.BaseModel(located, name_for_others(job, located, final), known.model if known else {})
-    export.write(temporary, setup, held.weights if held else None, tokenizer, base)
-    found = agreement.on_disk(portrait, temporary, f"the {final.name}")
-    if final.exists():  # of a process that ended before the evaluation
-        shutil.rmtree(final)
-    temporary.rename(final)
-    return found
+    with new_folder(final, replaces=True) as temporary:  # one of a process that ended before the evaluation
+        export.write(temporary, setup, held.weights if held else None, tokenizer, base)
+        return agreement.on_disk(portrait, temporary, f"the {final.name}")
 
 
 def check(

@@ -45,7 +45,7 @@ def stream(exported: Path, base: Path, folder: Path, shard_bytes: int = SHARD_BY
         plans = [_like(source.plan(name), stored, dtype) for name in source.entries]
         by_name = {plan.name: DTYPES[plan.dtype] for plan in plans}
         make = partial(_read_as, source, by_name)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, plans, make, shard_bytes)
     _write_beside(folder, exported, base, STORED.get(dtype, "bfloat16"))
     return STORED.get(dtype, "bfloat16")

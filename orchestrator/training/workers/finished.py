@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import shutil
-import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ from typing import Any
 
 import torch
 
+from clusters.safe.writing import new_folder
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
@@ -70,15 +69,11 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
     """
     if output.exists() or output.is_symlink():
         raise JobError(f"--output {output} exists already; choose a new folder")
-    temporary = output.with_name(f"{output.name}.tmp-{uuid.uuid4().hex[:8]}")
     try:
-        result = write_merged(run, job, temporary, output)
-        temporary.rename(output)
+        with new_folder(output) as folder:
+            return write_merged(run, job, folder, output)
     except OSError as error:
         raise JobError(f"--output {output}: cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    return result
 
 
 def write_merged(run: RunFolder, job: Job, folder: Path, place: Path) -> Agreement:

@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from clusters.safe.writing import write_whole
+from clusters.safe.writing import new_folder, write_whole
 
 
 @pytest.fixture
@@ -41,3 +41,38 @@ def test_a_temporary_file_of_a_killed_process_is_in_nobodys_way(tmp_path):
     write_whole(tmp_path / "a.txt", "whole")
 
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_new_folder_has_its_name_once_it_is_whole(tmp_path):
+    place = tmp_path / "deep" / "made"
+
+    with new_folder(place) as folder:
+        (folder / "file").write_text("x")
+        assert not place.exists()
+
+    assert (place / "file").read_text() == "x"
+    assert list(place.parent.iterdir()) == [place]
+
+
+def test_a_new_folder_that_fails_leaves_nothing_and_what_was_there_stays(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/old").touch()
+
+    with pytest.raises(RuntimeError), new_folder(tmp_path / "made", replaces=True) as folder:
+        (folder / "half").touch()
+        raise RuntimeError
+
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["made", "made/old"]
+
+
+def test_a_folder_that_lies_there_is_replaced_only_where_it_is_asked_for(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/old").touch()
+
+    with pytest.raises(FileExistsError, match="choose a new folder"), new_folder(tmp_path / "made"):
+        pass
+    with new_folder(tmp_path / "made", replaces=True) as folder:
+        (folder / "new").touch()
+
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["new"]
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]

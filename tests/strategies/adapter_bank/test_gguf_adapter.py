@@ -12,6 +12,7 @@ from orchestrator.job.model_files import packaged_file
 from strategies.adapter_bank import gguf_adapter
 from strategies.adapter_bank.adapter import Adapter, Unusable
 from tests.conftest import needs_smollm2
+from tests.strategies.adapter_bank.gguf_files import expanded
 
 gguf = pytest.importorskip("gguf")
 SIZES = {
@@ -118,24 +119,6 @@ def test_what_is_more_than_pairs_in_layers_is_refused(tmp_path, outside, setting
         gguf_adapter.write(folder, {**SIZES, "model_type": "llama"}, "base", tmp_path / "adapter.gguf")
 
     assert not (tmp_path / "adapter.gguf").exists()
-
-
-def expanded(file, out):
-    """The same model with every weight in fp32: of fewer bits llama.cpp rounds a product's inputs as well."""
-    found = gguf.GGUFReader(file)
-    writer = gguf.GGUFWriter(out, found.fields["general.architecture"].contents())
-    for name, field in found.fields.items():
-        if not name.startswith("GGUF.") and name != "general.architecture":
-            kind = field.types[0]
-            part = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
-            writer.add_key_value(name, field.contents(), kind, sub_type=part)
-    for tensor in found.tensors:
-        writer.add_tensor(tensor.name, gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(numpy.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return out
 
 
 @pytest.mark.slow
