@@ -184,7 +184,10 @@ class Lora(PredictedMethod):
         own: dict[Loader, dict[str, bool]] = {
             "transformers": {"its load_adapter leaves DoRA's magnitudes out, and does not say so": self.use_dora},
             "vllm": {**others, f"its ranks end at {_VLLM_RANKS}, this is {self.lora_r}": self.lora_r > _VLLM_RANKS},
-            "llama.cpp": {**others, "it scales by alpha / r, not by alpha / sqrt(r) (use_rslora)": self.use_rslora},
+            "llama.cpp": {
+                **others,
+                "they scale by alpha / r, not by alpha / sqrt(r) (use_rslora); `export --gguf` does": self.use_rslora,
+            },
         }
         cannot: dict[Loader, str] = {
             engine: "; ".join(why for why, holds in reasons.items() if holds)

@@ -168,7 +168,7 @@ def test_what_is_exported_computes_the_same_when_peft_loads_it(model, name, tmp_
         ("llama", {}, None, None),
         ("llama", {"lora_r": 512, "init_lora_weights": "orthogonal", "layers_to_transform": [1]}, None, None),
         ("llama", {"lora_r": 513}, "its ranks end at 512, this is 513", None),
-        ("llama", {"use_rslora": True}, None, "it scales by alpha / r"),
+        ("llama", {"use_rslora": True}, None, "they scale by alpha / r"),
         ("llama", {"use_dora": True}, "no magnitudes (use_dora)", "no magnitudes (use_dora)"),
         ("llama", {"bias": "all"}, "no biases", "no biases"),
         ("llama", {"modules_to_save": ["lm_head"]}, "no modules trained in full", "no modules trained in full"),
@@ -195,8 +195,8 @@ def test_a_sentence_names_every_engine_once():
     assert exports.sentences == [
         "Loads with: PEFT, transformers",
         f"Not with vLLM: {pairs}",
-        f"Not with llama.cpp, by its converters to GGUF: {pairs}; it scales by alpha / r, not by alpha / sqrt(r)"
-        " (use_rslora)",
+        f"Not with llama.cpp, by its converters to GGUF: {pairs}; they scale by alpha / r, not by alpha / sqrt(r)"
+        " (use_rslora); `export --gguf` does",
     ]
 
 
