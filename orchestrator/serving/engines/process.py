@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.serving.engines.protocol import EngineState, Piece, Query, Refused, ServedModel, scores_of
+from strategies.step import host_memory
 
 _ROOT = Path(__file__).resolve().parents[3]
 _LINE_BYTES = 2**26
@@ -132,7 +133,7 @@ class ProcessEngine:
             *(sys.executable, "-m", "orchestrator.serving.engines.host"),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": paths},
+            env={**host_memory.process_environment(), **os.environ, "PYTHONPATH": paths},
             start_new_session=True,  # Ctrl-C is the server's, which then ends it
             limit=_LINE_BYTES,
         )
