@@ -70,7 +70,7 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
 def _data_of(run: RunFolder, say: Callable[[str], None]) -> tuple[Dataset | None, Dataset | None]:
     """Training and held-out samples of a run; none of one without held-out files, or whose files are damaged: said."""
     try:
-        files = run.data() if run.is_begun else None
+        files = run.data() if run.has_started else None
         return datasets(files) if files and files.eval else (None, None)
     except JobError as error:
         say(f"not a task: {error}")

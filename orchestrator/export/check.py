@@ -59,7 +59,7 @@ def _with_transformers(finished: Finished, folder: Path) -> CheckReport:
 
     from orchestrator.training.evaluate import Generation, generate_answers
 
-    wanted, data, rows = _asked(finished)
+    wanted, data, rows = _held_out(finished)
     remote, dtype = finished.job.spec.model.trust_remote_code, finished.plan.techniques.dtype
 
     def load(place: str) -> Any:
@@ -88,7 +88,7 @@ def _with_llama_cpp(finished: Finished, folder: Path, base: str | None) -> Check
     origin = base_file(finished, folder, base)
     if origin is None:
         return CheckReport("llama.cpp", reason="the base as GGUF is not here; --base FILE.gguf names it")
-    wanted, data, rows = _asked(finished)
+    wanted, data, rows = _held_out(finished)
     if not wanted:
         return CheckReport("llama.cpp", reason="the run generated no answers to compare with")
     adapter = folder / gguf_adapter.FILE
@@ -137,7 +137,7 @@ def _stops(finished: Finished) -> Sequence[str]:
     return [text for text in ends_of(finished.exported) if not text.startswith("token ")]
 
 
-def _asked(finished: Finished) -> tuple[list[Sample], Dataset, list[int]]:
+def _held_out(finished: Finished) -> tuple[list[Sample], Dataset, list[int]]:
     """The run's own answers, and the held-out rows they answer."""
     from orchestrator.data.prepare import datasets
 

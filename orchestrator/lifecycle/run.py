@@ -45,12 +45,12 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None, bank: BankHook
     """
     _check_secrets(job)
     known = RunFolder(output_dir(job) / run_id) if run_id else None
-    if known is None or not known.is_begun:
+    if known is None or not known.has_started:
         if run_id:
             RunFolder.check_free(output_dir(job), run_id)  # before the work of preparing; `take` decides
         ready = prepare(job, watcher.say, bank=bank)
         with RunFolder.take(output_dir(job), job.spec.name, run_id) as run:
-            if not run.is_begun:
+            if not run.has_started:
                 _begin(run, ready, watcher.say)
                 watcher.planned(run, job, ready.plan, ready.statistics)
                 execute(run, job, ready.plan, ready.capability, watcher, bank)

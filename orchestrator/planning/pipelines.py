@@ -93,11 +93,11 @@ def why_no_stage(spec: JobSpec, enumeration: Enumeration, chosen: Candidate) -> 
     found: dict[str, str] = {}
     for place, slot in enumerate(stages.slots):
         if slot.node.name not in taking_part and slot.node.name not in found:
-            found[slot.node.name] = _why_not_there(stages, place, slowest_s)
+            found[slot.node.name] = _reason_excluded(stages, place, slowest_s)
     return found
 
 
-def _why_not_there(stages: StageSearch, place: int, slowest_s: float) -> str:
+def _reason_excluded(stages: StageSearch, place: int, slowest_s: float) -> str:
     ways, name = stages.costs.ways(place, Role(False, False, 2)), stages.slots[place].node.name
     if not ways:
         return f"a stage on {name} has no room for a single layer"

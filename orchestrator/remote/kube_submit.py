@@ -25,13 +25,13 @@ def submit(job: Job, target: ClusterTarget, output_dir: Path, say: Say, follow: 
     name = target.run_id or new_name(job)
     kube_objects.check_name(name)
     known = RunFolder(output_dir / name)
-    if known.is_begun:
+    if known.has_started:
         return _continue(known, say, follow)
     client = open_kubernetes(target.address)
     with wrap_errors(target.address):
         objects = make_objects(job, name, target, client, say)
         with RunFolder.take(output_dir, job.spec.name, name) as run:
-            if run.is_begun:
+            if run.has_started:
                 raise JobError(f"another process has just started {name}; the same command continues it")
             with begin_when_sent(run, job):
                 _send(run, client, objects, say)

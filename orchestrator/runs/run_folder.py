@@ -69,7 +69,7 @@ class RunFolder(Folder):
     # Beginning and finding.
 
     @property
-    def is_begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether this program began a run here; a folder with a job file of one's own is none."""
         if _is_file(self.path / recorded.NAME):
             with contextlib.suppress(JobError):
@@ -84,7 +84,7 @@ class RunFolder(Folder):
     def take(cls, output_dir: Path, name: str, run_id: str | None = None) -> Iterator[Self]:
         """Hold a folder named after the job and the moment, or as `run_id` says, inside the block.
 
-        It is new, or nothing was begun in it, or `is_begun`: somebody was faster.  Raises JobError where another
+        It is new, or nothing was begun in it, or `has_started`: somebody was faster.  Raises JobError where another
         process holds it, or where it holds files that are no run's.
         """
         if run_id:
@@ -110,7 +110,7 @@ class RunFolder(Folder):
 
     def _must_be_free(self) -> None:
         """Raises JobError where a folder that is no run holds what a start that was killed does not leave."""
-        if self.is_begun or not self.path.is_dir():
+        if self.has_started or not self.path.is_dir():
             return
         listed = sorted(path.name for path in self.path.iterdir() if not path.name.startswith("."))
         if foreign := [name for name in listed if name not in _LEFTOVERS]:
@@ -145,7 +145,7 @@ class RunFolder(Folder):
         """The run in a folder, None where there is none.  Raises JobError for what can be no path."""
         try:
             found = cls(checked_path(path, checked_path(folder)))
-            return found if kind_of(found.path) == "folder" and found.is_begun else None
+            return found if kind_of(found.path) == "folder" and found.has_started else None
         except BadInput as error:
             raise JobError(f"run {error}") from None
 

@@ -198,7 +198,7 @@ def stream_weights(
         visitors += [Visitor([matrix[start:stop]], device, is_home=True) for start, stop in rows]
         if looked_up is multiplied:  # looked up where its slices come from: the host holds it once
             host_rows = matrix
-    stream = WeightStream(device, visitors, _lowest_reached(setup, held), ahead)
+    stream = WeightStream(device, visitors, _lowest_trained_layer(setup, held), ahead)
     passes_of(setup).tell_order(stream.follow)
     for place, modules in enumerate(modules_at):
         for module in modules:
@@ -215,8 +215,8 @@ def stream_weights(
     return stream
 
 
-def _lowest_reached(setup: TrainSetup, held: Mapping[int, Sequence[torch.nn.Module]]) -> int | None:
-    """Where backward passes end: the place of the lowest layer that trains, or the first where they go on below."""
+def _lowest_trained_layer(setup: TrainSetup, held: Mapping[int, Sequence[torch.nn.Module]]) -> int | None:
+    """Where backward passes end: the place of the lowest layer that trains, or the first where they continue below."""
     if passes_of(setup).sends_back:
         return 0
     trained = [place for place, layer in enumerate(sorted(held)) if any(map(_trains, held[layer]))]

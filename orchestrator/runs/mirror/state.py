@@ -40,7 +40,7 @@ class Sent:
     has_params: bool = False
     members: list[dict[str, Any]] = field(default_factory=list)
     trials: dict[str, str] = field(default_factory=dict)  # of a search: number -> MLflow run
-    asked_uri: str | None = None  # as the job writes it, masked
+    requested_uri: str | None = None  # as the job writes it, masked
 
     @classmethod
     def of(cls, run: RunFolder) -> Sent | None:
@@ -64,7 +64,7 @@ def is_left_running(run: RunFolder) -> bool:
     return sent is not None and sent.state == "running" and run.state() != "running"
 
 
-def asked_uri(job: Job) -> str | None:
+def requested_uri(job: Job) -> str | None:
     """The store as the job writes it, masked."""
     return masked(job.spec.tracking.mlflow_uri) if job.spec.tracking.mlflow_uri else None
 
@@ -81,7 +81,7 @@ def address_of(run: RunFolder, job: Job) -> str:
     if asked == file or file.startswith((":memory:", "/", "$")):
         return with_values(asked, os.environ)
     sent = Sent.of(run)
-    return sent.uri if sent and sent.asked_uri == asked_uri(job) else f"sqlite:///{Path(file).absolute()}"
+    return sent.uri if sent and sent.requested_uri == requested_uri(job) else f"sqlite:///{Path(file).absolute()}"
 
 
 def check_reachable(uri: str) -> None:

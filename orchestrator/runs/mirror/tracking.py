@@ -34,7 +34,7 @@ from orchestrator.runs.events import (
     TrackingReport,
     WorkerGroup,
 )
-from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, asked_uri, check_reachable
+from orchestrator.runs.mirror.state import Sent, TrackingFailed, address_of, check_reachable, requested_uri
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import Concluded, SearchFolder, Trial, read_trials
 
@@ -130,7 +130,7 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     if isinstance(run, SearchFolder):
         return sync_search(run, job)
     sent = Sent.of(run)
-    is_sent = sent and sent.state == state and sent.asked_uri == asked_uri(job)
+    is_sent = sent and sent.state == state and sent.requested_uri == requested_uri(job)
     if sent and is_sent and all(isinstance(event, TrackingReport) for event in run.events(sent.offset)[0]):
         return None
     return sync(run, job, state=state)
@@ -138,7 +138,7 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
 
 def _send_to(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-    shown = asked_uri(job) or ""
+    shown = requested_uri(job) or ""
     try:
         Sent.of(run)  # a damaged record is said before a server is asked
         uri = address_of(run, job)
@@ -172,7 +172,7 @@ class _Store:
             sent = Sent(masked(uri))
         if experiment and experiment != (sent.experiment or job.spec.tracking.experiment):
             sent = Sent(sent.uri, experiment=experiment)
-        sent.asked_uri = asked_uri(job)
+        sent.requested_uri = requested_uri(job)
         self.sent = sent
 
     def open(self, tags: dict[str, str]) -> str:
@@ -187,7 +187,7 @@ class _Store:
             self._check(self.client.get_experiment(found.info.experiment_id))
             self._refuse_deleted(f"the run {found.info.run_id}", f"runs restore -r {found.info.run_id}")
         if sent.mlflow_run_id:  # the store is another one, or has thrown the run away
-            self.sent = sent = Sent(sent.uri, experiment=sent.experiment, asked_uri=sent.asked_uri)
+            self.sent = sent = Sent(sent.uri, experiment=sent.experiment, requested_uri=sent.requested_uri)
         experiment = self._experiment()
         known = self.client.search_runs([experiment], f"tags.run_key = '{sent.key}'") if sent.key else []
         if not known:

@@ -51,7 +51,7 @@ def test_a_job_is_planned_for_the_servers_nodes_and_the_run_remembers_where_it_w
     remote = Remote.of(run)
     assert f"--run-id {NAME}" in entry and f"run {NAME} in team" in said
     assert (remote.address, remote.attempts, remote.is_closed) == ("kuberay", (NAME,), False)
-    assert run.is_begun and run.job().spec == job.spec
+    assert run.has_started and run.job().spec == job.spec
     made = [one["kind"] for one in yaml.safe_load_all((run.path / "kube.yaml").read_text())]
     assert made == ["RayJob", "ConfigMap"]
 

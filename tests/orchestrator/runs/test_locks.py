@@ -96,7 +96,7 @@ for line in sys.stdin:
     name, text = json.loads(line)
     try:
         with RunFolder.take(Path(sys.argv[1]), "x", name) as run:
-            if run.is_begun:
+            if run.has_started:
                 print("late", flush=True)
                 continue
             run.begin({"origin.json": json.dumps({"folder": "/"}), "job.yaml": text})
@@ -146,7 +146,7 @@ def test_a_start_that_was_killed_leaves_a_name_that_can_be_taken_again(tmp_path)
     RunFolder.create(tmp_path, "x", "again")
 
     with RunFolder.take(tmp_path, "x", "again") as run:
-        assert not run.is_begun
+        assert not run.has_started
         with pytest.raises(JobError, match=f"again is running \\(process {os.getpid()} on"):
             RunFolder.create(tmp_path, "x", "again")
 
