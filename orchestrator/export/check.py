@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -111,8 +112,7 @@ def base_file(finished: Finished, folder: Path, base: str | None) -> Path | None
 
 def llama_cpp(base: Path, adapter: Path | None) -> Callable[[dict[str, Any]], dict[str, Any]]:
     """A call that completes a prompt, greedy, by llama.cpp with this base and adapter: a choice in OpenAI's form."""
-    import xllamacpp  # pyright: ignore[reportMissingImports]
-
+    xllamacpp: Any = importlib.import_module(_LLAMA_CPP)  # a C++ extension without types
     params = xllamacpp.CommonParams()
     params.model.path, params.n_ctx, params.n_parallel, params.warmup = str(base), 4096, 1, False
     params.special, params.verbosity = True, -1  # a stop that is a special token is found in the text

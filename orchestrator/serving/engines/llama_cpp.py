@@ -18,7 +18,11 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from xllamacpp import CommonAdapterLoraInfo, CommonParams, Server
+from xllamacpp import (  # a C++ extension without types
+    CommonAdapterLoraInfo,  # pyright: ignore[reportAttributeAccessIssue]
+    CommonParams,  # pyright: ignore[reportAttributeAccessIssue]
+    Server,  # pyright: ignore[reportAttributeAccessIssue]
+)
 
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
