@@ -78,9 +78,15 @@ class ServeDashboard:
         self.address = address.rstrip("/")
         self._session: aiohttp.ClientSession | None = None
         self._headers: dict[str, str] = {}
+        self.version = ""  # Ray's, once it is open
 
-    async def open(self) -> str:
-        """Ray's version there.  A token is shown only to a cluster that asks for one.
+    @property
+    def pip_line(self) -> str:
+        """What installs Ray Serve LLM there."""
+        return f"pip install 'ray[llm]=={self.version}' on every node of the cluster"
+
+    async def open(self) -> None:
+        """Connect.  A token is shown only to a cluster that asks for one.
 
         Raises CannotConnect, RefusesToken, DashboardRefuses.
         """
@@ -97,7 +103,7 @@ class ServeDashboard:
             found = await self._ask("GET", "/api/version")
         if not isinstance(found, dict) or not isinstance(version := found.get("ray_version"), str):
             raise CannotConnect(f"{self.address} does not answer as a Ray dashboard")
-        return printable(version)
+        self.version = printable(version)
 
     async def close(self) -> None:
         if self._session:
@@ -145,6 +151,8 @@ class ServeDashboard:
             raise RefusesToken(refusal(self.address))
         if status == 404 and path == "/api/version":
             raise CannotConnect(f"{self.address} does not answer as a Ray dashboard")
+        if status == 501:
+            raise DashboardRefuses(f"Ray Serve is not installed at {self.address}: {self.pip_line}")
         if status != 200:
             raise DashboardRefuses(f"{self.address} answers {status}: {printable(text.strip())[:1000]}")
         try:

@@ -128,7 +128,7 @@ class RayServeEngine:
         self._dashboard = ServeDashboard(address)
         self._session: aiohttp.ClientSession | None = None
         self._watcher: asyncio.Task[None] | None = None
-        self._url, self._version = "", ""
+        self._url = ""
         self._is_deployed = False
         self._reason: str | None = "it is starting"
         self._restarts = 0
@@ -192,7 +192,7 @@ class RayServeEngine:
             await self._session.close()
 
     async def _deploy(self) -> None:
-        self._version = await self._dashboard.open()
+        await self._dashboard.open()
         await self._check_gpus()
         for name in (await self._dashboard.details()).get("applications", {}):
             if _is_left_over(name):
@@ -202,7 +202,9 @@ class RayServeEngine:
         if self._store:
             await asyncio.to_thread(self._store.connect)
             adapters = f"{self._store.address.rstrip('/')}/{self._application.label}"
-        self._say(f"{self._application.source} is deployed on {self._address} (Ray {self._version}) as {self._name}")
+        self._say(
+            f"{self._application.source} is deployed on {self._address} (Ray {self._dashboard.version}) as {self._name}"
+        )
         self._is_deployed = True  # also where the answer is lost
         await self._dashboard.apply(self._name, self._application.config(self._name, adapters))
         await self._wait_until_running()
@@ -245,8 +247,8 @@ class RayServeEngine:
         """Why it failed, and what to do."""
         source, text = self._application.source, found.text
         if missing := _MISSING.search(text):
-            package = "boto3" if "boto" in missing[0] else f"'ray[llm]=={self._version}'"
-            return f"{found.reason}. On every node of the cluster: pip install {package}"
+            boto3 = "pip install boto3 on every node of the cluster"
+            return f"{found.reason}. Type: {boto3 if 'boto' in missing[0] else self._dashboard.pip_line}"
         if Path(source).is_absolute() and (source in text or _NO_MODEL.search(text)):
             return (
                 f"{found.reason}. Every node needs the model in {source}: put it there or into a folder that all"

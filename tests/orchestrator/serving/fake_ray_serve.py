@@ -13,6 +13,9 @@ import warnings
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import pytest
+
+pytest.importorskip("grpc_reflection", reason="Ray's schemas of Serve need grpcio-reflection, an extra of `dev`")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray 2.60 declares fields in a way that pydantic 2.14 deprecates
     from ray.serve.schema import ApplicationDetails, ServeDeploySchema, ServeInstanceDetails
@@ -69,7 +72,7 @@ class FakeCluster:
         self.adapters, self.token, self.nodes = adapters, token, NODES
         self.applications, self.puts = {}, []
         self.fails_with = None  # (message of the application, message of its deployment)
-        self.target_capacity = None
+        self.target_capacity, self.has_serve = None, True
         self.lock = threading.Lock()
         self.asked, self.left = [], threading.Event()
         self.dashboard, self.proxy = self._serve(Dashboard), self._serve(Proxy)
@@ -157,6 +160,8 @@ class Dashboard(Handler):
             found = {"total": len(self.cluster.nodes), "result": self.cluster.nodes}
             return self.answer(200, {"result": True, "msg": "", "data": {"result": found}})
         if self.path == "/api/serve/applications/":
+            if not self.cluster.has_serve:
+                return self.answer(501, 'Serve dependencies are not installed. Please run `pip install "ray[serve]"`.')
             return self.answer(200, self.cluster.details())
         return self.answer(404, "404: Not Found")
 

@@ -4,9 +4,12 @@ import asyncio
 import contextlib
 import json
 import os
+import re
+import signal
 import socket
 import subprocess
 import sys
+import urllib.request
 
 import pytest
 from fsspec.implementations.local import LocalFileSystem
@@ -19,7 +22,9 @@ from orchestrator.serving.engine_choice import EngineOptions, engine_of
 from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.ray_serve import LlmApplication, RayServeEngine
 from strategies.adapter_bank.object_store import ObjectStore
+from tests.conftest import SMALL_MODEL
 from tests.orchestrator.serving.fake_ray_serve import FakeApplication, FakeCluster
+from tests.processes import outcome, start, wait_for
 
 BASE = ServedModel("base", "/models/base")
 APPLICATION = LlmApplication("/models/base", "/models/base", most_rank=16, max_adapters=4)
@@ -297,6 +302,13 @@ def test_a_cluster_without_gpus_is_refused_before_anything_is_deployed(cluster):
     assert cluster.puts == []
 
 
+def test_a_cluster_without_ray_serve_is_named_with_its_pip_line(cluster):
+    cluster.has_serve = False
+
+    with pytest.raises(Refused, match=r"Ray Serve is not installed .* pip install 'ray\[llm\]==2.60.0' on every node"):
+        with_engine(cluster, None)
+
+
 def test_an_address_without_a_cluster_is_named():
     engine = RayServeEngine("http://127.0.0.1:9", APPLICATION)
 
@@ -324,6 +336,25 @@ def test_a_token_is_shown_where_it_is_asked_for(held, tmp_path, monkeypatch):
         else:
             with pytest.raises(Refused, match="requires its token, and this machine has"):
                 with_engine(cluster, talk)
+
+
+def test_a_server_as_a_user_starts_it_answers_by_the_cluster_and_removes_what_it_deployed(cluster, tmp_path):
+    printed = tmp_path / "printed"
+    cluster.apply({"applications": [OTHER]})
+
+    process = start("serve", SMALL_MODEL, "--cluster", cluster.address, "--port", 0, cwd=tmp_path, output=printed)
+    url = wait_for(lambda: re.search(r"chat page: (\S+)/", printed.read_text()), process)[1]
+    body = json.dumps({"model": "model", "messages": [{"role": "user", "content": "hello"}]}).encode()
+    with urllib.request.urlopen(
+        urllib.request.Request(f"{url}/v1/chat/completions", body, {"Content-Type": "application/json"}), timeout=60
+    ) as reply:
+        text = json.load(reply)["choices"][0]["message"]["content"]
+    process.send_signal(signal.SIGTERM)
+    outcome(process)
+
+    assert text == "base: hello" and set(cluster.applications) == {"search"}
+    assert f"is served by Ray Serve LLM on {cluster.address}: --cluster" in printed.read_text()
+    assert cluster.applications["search"].config == OTHER
 
 
 def test_options_that_do_not_belong_together_are_refused():
@@ -354,7 +385,6 @@ def test_a_base_from_the_hub_is_loaded_by_its_name_and_commit(tmp_path):
 @pytest.mark.filterwarnings("ignore")  # of Ray's own modules
 def test_the_configuration_is_one_of_ray_serve_llm(monkeypatch):
     """By Ray's own LLMConfig, as `build_openai_app` reads it."""
-    pytest.importorskip("grpc_reflection", reason="Ray's LLMConfig needs grpcio-reflection")
     from ray.llm._internal.serve.core.configs.llm_config import LLMConfig
 
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://store:9000")
