@@ -164,12 +164,14 @@ class RayServeEngine:
                 async for piece in pieces_of(reply, query.messages is not None, _ENGINE):
                     yield piece
         except Refused as refusal:
-            if refusal.status in (404, 503):  # of the request, or of the whole application?
-                await self._look()
-            raise self._refusal() if refusal.status in (404, 503) and self._reason else refusal from None
+            if refusal.status not in (404, 503):
+                raise
+            await self._look()  # is it of the request, or of the whole application?
+            raise Refused(503, self._reason, "engine_failed") if self._reason else refusal from None
         except (aiohttp.ClientError, OSError) as error:
             await self._look()
-            raise self._refusal(f"{_ENGINE} at {self._url} does not answer: {first_line(error)}") from None
+            reason = self._reason or f"{_ENGINE} at {self._url} does not answer: {first_line(error)}"
+            raise Refused(503, reason, "engine_failed") from None
         finally:
             self._rows -= 1
 
@@ -317,9 +319,6 @@ class RayServeEngine:
             self._restarts += reason is None
             self._say(reason or f"{self._name} answers again")
         self._reason = reason
-
-    def _refusal(self, otherwise: str = "") -> Refused:
-        return Refused(503, self._reason or otherwise, "engine_failed")
 
     async def _remove(self, name: str) -> None:
         """Remove an application and wait until its GPUs are free."""
