@@ -55,7 +55,14 @@ needs_smollm2 = pytest.mark.skipif(
 SHARED = Path(__file__).resolve().parents[2] / "shared"  # large published data, beside the checkout where there is any
 
 
-_WITH_RAY = ("test_submit", "test_bank", "test_search", "test_uneven_cluster", "test_dashboard_jobs")
+_WITH_RAY = (
+    "test_submit",
+    "test_bank",
+    "test_search",
+    "test_uneven_cluster",
+    "test_dashboard_jobs",
+    "test_serve_cluster",
+)
 
 
 def _needs_ray(path):

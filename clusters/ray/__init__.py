@@ -6,5 +6,6 @@ jobs             start work on a Ray cluster through its dashboard (Ray Jobs API
 node_daemon      a Ray node of one's own
 nodes            which nodes of a connected Ray cluster are there now, and which of them answer
 probe            the capability of a whole Ray cluster
+serve_dashboard  applications of Ray Serve on a cluster, through its dashboard; nothing of Ray is loaded for it
 remote_objects   objects that live on another node of the cluster this process is connected to
 """

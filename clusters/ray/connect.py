@@ -139,6 +139,13 @@ def has_token() -> bool:
     return stated or own_token().is_file()
 
 
+def read_token() -> str:
+    """The token that this machine shows, found as Ray finds it.  Raises OSError."""
+    if token := os.environ.get("RAY_AUTH_TOKEN"):
+        return token.strip()
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or own_token()).read_text().strip()
+
+
 def own_token() -> Path:
     """Where Ray keeps the token of this user, and looks for the one of a cluster."""
     return Path.home() / ".ray" / "auth_token"

@@ -36,6 +36,18 @@ GgufOption = Annotated[Path | None, typer.Option("--gguf", help="of llama.cpp: t
 DtypeOption = Annotated[
     str | None, typer.Option("--dtype", help="float32, bfloat16 or float16; default: as the run trained")
 ]
+VllmPythonOption = Annotated[
+    Path | None, typer.Option("--vllm-python", help="of the environment that holds vLLM; default: vllm on PATH")
+]
+ClusterOption = Annotated[
+    str | None, typer.Option("--cluster", help="Ray Serve LLM on a cluster: http://HOST:8265 of its dashboard")
+]
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--adapter-store", help="of a cluster: s3://BUCKET/FOLDER, from which its nodes load adapters"),
+]
+ReplicasOption = Annotated[int, typer.Option("--replicas", min=1, help="of a cluster: the most copies of a model")]
+GpusOption = Annotated[int, typer.Option("--gpus-per-replica", min=1, help="of a cluster: GPUs that share a model")]
 KeyFileOption = Annotated[Path | None, typer.Option("--api-key-file", help="a file that holds the API key")]
 KeyOption = Annotated[
     str | None,
@@ -57,9 +69,11 @@ def serve(
     api_key_file: KeyFileOption = None,
     engine: EngineOption = "auto",
     gguf: GgufOption = None,
-    vllm_python: Annotated[
-        Path | None, typer.Option("--vllm-python", help="of the environment that holds vLLM; default: vllm on PATH")
-    ] = None,
+    vllm_python: VllmPythonOption = None,
+    cluster: ClusterOption = None,
+    adapter_store: StoreOption = None,
+    replicas: ReplicasOption = 1,
+    gpus_per_replica: GpusOption = 1,
     max_adapters: MaxAdaptersOption = 8,
     dtype: DtypeOption = None,
     runs: RunsOption = Path("runs"),
@@ -74,12 +88,15 @@ def serve(
               orchestrator serve ./my-adapter --port 8080
               orchestrator serve --bank
               orchestrator serve --bank sst2 imdb --host 0.0.0.0 --api-key-file key.txt
+              orchestrator serve --bank --cluster http://192.168.1.10:8265 --adapter-store s3://models/adapters
     """
     from orchestrator.serving import server
 
     address = server.Address(host, port, _api_key(api_key, api_key_file))
     python = vllm_python and resolve_path(vllm_python, "--vllm-python", kind="file")
-    options = _options(engine, gguf, max_adapters, dtype, python)
+    on_cluster = {"cluster": cluster, "adapter_store": adapter_store, "replicas": replicas}
+    on_cluster["gpus_per_replica"] = gpus_per_replica
+    options = _options(engine, gguf, max_adapters, dtype, vllm_python=python, **on_cluster)
     with server.bind(address) as listening:
         catalog = _catalog(what, Bank(bank_folder) if from_bank else None, runs)
         url = f"http://{f'[{host}]' if ':' in host else host}:{listening.getsockname()[1]}"
@@ -167,10 +184,10 @@ def _engines(catalog: Any, options: Any) -> Any:
     )
 
 
-def _options(engine: str, gguf: Path | None, most: int, dtype: str | None, vllm_python: Path | None = None) -> Any:
+def _options(engine: str, gguf: Path | None, most: int, dtype: str | None, **more: Any) -> Any:
     from orchestrator.serving.engine_choice import EngineOptions
 
-    return EngineOptions(engine, gguf and resolve_path(gguf, "--gguf", kind="file"), most, dtype, vllm_python)
+    return EngineOptions(engine, gguf and resolve_path(gguf, "--gguf", kind="file"), most, dtype, **more)
 
 
 def _api_key(key: str | None, file: Path | None) -> str | None:

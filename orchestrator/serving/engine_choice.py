@@ -13,13 +13,15 @@ from typing import Any
 from clusters.hardware.gpus import look_at_gpus
 from clusters.safe.reading import BadInput, read_json
 from orchestrator.errors import JobError, MissingExtra
-from orchestrator.job import model_files
+from orchestrator.job import hub, model_files
 from orchestrator.serving.catalog import ServedBase
 from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.process import ProcessEngine
 from orchestrator.serving.engines.protocol import ServedModel, ServingEngine
+from orchestrator.serving.engines.ray_serve import LlmApplication, RayServeEngine, refusal_without_store
 from orchestrator.serving.engines.vllm import VllmEngine
 from strategies.adapter_bank import gguf_adapter
+from strategies.adapter_bank.object_store import ObjectStore, address_mistake
 
 ENGINES = ("auto", "transformers", "llama.cpp", "vllm")
 _PACKAGE = "xllamacpp"
@@ -35,8 +37,13 @@ class EngineOptions:
     max_adapters: int = 8
     dtype: str | None = None
     vllm_python: Path | None = None  # of the environment that vLLM is installed in
+    cluster: str | None = None  # a Ray cluster's dashboard
+    adapter_store: str | None = None  # where a cluster's nodes load adapters from
+    replicas: int = 1  # the most that a cluster computes with
+    gpus_per_replica: int = 1
 
     def __post_init__(self) -> None:
+        self._check_cluster()
         if self.engine not in ENGINES:
             raise JobError(f"--engine {self.engine}: one of {', '.join(ENGINES)}")
         if self.dtype not in (None, "float32", "bfloat16", "float16"):
@@ -44,13 +51,34 @@ class EngineOptions:
         if self.engine == "llama.cpp" and not _is_installed():
             raise MissingExtra(_PACKAGE)
 
+    def _check_cluster(self) -> None:
+        of_cluster = {"--adapter-store": self.adapter_store, "--replicas": self.replicas > 1}
+        of_cluster["--gpus-per-replica"] = self.gpus_per_replica > 1
+        if self.cluster is None:
+            if given := [name for name, value in of_cluster.items() if value]:
+                raise JobError(f"{', '.join(given)}: belongs to --cluster; give a cluster, or leave it out")
+            return
+        if not self.cluster.startswith(("http://", "https://")):
+            raise JobError(
+                f"--cluster {self.cluster}: serving needs the address of a Ray cluster's dashboard, e.g."
+                " http://192.168.1.10:8265"
+            )
+        of_machine = {"--gguf": self.gguf, "--vllm-python": self.vllm_python, "--engine": self.engine != "auto"}
+        if given := [name for name, value in of_machine.items() if value]:
+            raise JobError(f"{', '.join(given)}: is of engines on this machine; --cluster serves by Ray Serve LLM")
+        if self.adapter_store and (mistake := address_mistake(self.adapter_store)):
+            raise JobError(f"--adapter-store {mistake}")
+
 
 def engine_of(
     base: ServedBase, models: Sequence[ServedModel], options: EngineOptions, say: Callable[[str], None]
 ) -> ServingEngine:
     """The engine for a base model and what is served of it.  Raises JobError where the one that is wanted cannot."""
+    if options.cluster:
+        return _on_cluster(base, models, options, say)
     if options.engine == "vllm":
-        return VllmEngine(base.folder, _vllm_command(options), options.max_adapters, _most_rank(models))
+        command, most_rank = _vllm_command(options), _most_rank(models)
+        return VllmEngine(base.folder, command, options.max_adapters, most_rank, options.dtype)
     file = options.gguf or _packaged(base.name)
     settings: dict[str, Any] = {"base": base.folder, "run": base.run, "dtype": options.dtype}
     settings["max_adapters"] = options.max_adapters
@@ -62,6 +90,29 @@ def engine_of(
     elif options.engine == "auto":
         say(f"{base.name} is served by transformers: {reason}")
     return ProcessEngine(settings, say)
+
+
+def _on_cluster(
+    base: ServedBase, models: Sequence[ServedModel], options: EngineOptions, say: Callable[[str], None]
+) -> ServingEngine:
+    """Ray Serve LLM, with the base as the cluster's nodes get it: by its name on the hub, or in the same folder."""
+    assert options.cluster
+    if (adapters := [model.name for model in models if model.folder]) and not options.adapter_store:
+        raise JobError(refusal_without_store(", ".join(adapters[:3])))
+    source, revision = hub.name_in_cache(Path(base.folder).absolute()) or (str(Path(base.folder).absolute()), None)
+    say(f"{base.name} is served by Ray Serve LLM on {options.cluster}: --cluster")
+    application = LlmApplication(
+        base.folder,
+        source,
+        revision,
+        options.dtype,
+        _most_rank(models),
+        options.max_adapters,
+        options.replicas,
+        options.gpus_per_replica,
+    )
+    store = ObjectStore(options.adapter_store) if options.adapter_store else None
+    return RayServeEngine(options.cluster, application, store, say)
 
 
 def _why_not_llama_cpp(file: Path | None, models: Sequence[ServedModel]) -> str | None:

@@ -6,6 +6,8 @@ host                 that process: reads queries, runs its engine step by step, 
 transformers_engine  the engine for all that this program trains: rows join and leave the batch at every token
 llama_cpp            the engine for quantised models without a GPU
 vllm                 vLLM as a foreign process, by its HTTP API
+ray_serve            Ray Serve LLM on a cluster with GPUs, by its dashboard and its HTTP API
+openai_client        queries as requests of the OpenAI API, and its streams as pieces: what the last two share
 adapters             adapters on the base's weights, the least recently used ones evicted
 weights              loads models as the run that trained them did
 kinds                how an adapter is computed beside others

@@ -8,34 +8,39 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import os
 import signal
 import socket
 import tempfile
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from clusters.safe.reading import BadInput, first_line
-from orchestrator.serving.engines.kinds import kind_of_adapter
+from clusters.safe.reading import first_line
+from orchestrator.serving.engines.openai_client import (
+    BASE,
+    check_adapter,
+    lora_limits,
+    pieces_of,
+    post,
+    request_of,
+)
 from orchestrator.serving.engines.protocol import EngineState, Piece, Query, Refused, ServedModel
 
-_BASE = "base"  # what the process calls the model that was not tuned
 _LOOK_S, _PAUSE_S, _ENDING_S = 0.2, 2.0, 20.0
-_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that --max-lora-rank takes
 
 
 class VllmEngine:
     """Keeps one vLLM server alive and its adapters loaded."""
 
-    def __init__(self, base: str, command: Sequence[str], max_adapters: int, most_rank: int) -> None:
+    def __init__(
+        self, base: str, command: Sequence[str], max_adapters: int, most_rank: int, dtype: str | None = None
+    ) -> None:
         """`command` starts `vllm serve`; adapters of a higher rank than `most_rank` are refused."""
-        self._base, self._command, self._max_adapters = base, list(command), max_adapters
-        self._rank = next((rank for rank in _RANKS if rank >= most_rank), _RANKS[-1])
+        self._base, self._command, self._max_adapters, self._dtype = base, list(command), max_adapters, dtype
+        self._limits = lora_limits(most_rank, max_adapters)
         self._process: asyncio.subprocess.Process | None = None
         self._keeper: asyncio.Task[None] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -60,7 +65,7 @@ class VllmEngine:
         self._session = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
         try:
             await self._launch()
-        except Refused:
+        except BaseException:  # a start that is cancelled leaves no process either
             await self.stop()
             raise
         self._keeper = asyncio.create_task(self._keep())
@@ -68,13 +73,13 @@ class VllmEngine:
     async def generate(self, query: Query) -> AsyncIterator[Piece]:
         """Raises Refused."""
         await self._is_ready.wait()
-        name = query.model.name if query.model.folder else _BASE
+        name = query.model.name if query.model.folder else BASE
         self._in_use.append(name)
         try:
             await self._load(query.model)
-            path, body = _request(name, query)
+            path, body = request_of(name, query)
             async with self._post(path, body) as reply:
-                async for piece in _pieces(reply, query.messages is not None):
+                async for piece in pieces_of(reply, query.messages is not None, "vLLM"):
                     yield piece
         except (aiohttp.ClientError, OSError) as error:
             if self._process and self._process.returncode is None:
@@ -126,9 +131,10 @@ class VllmEngine:
         """Start a process and wait until it answers.  Raises Refused."""
         port = _free_port()
         self._url, self._loaded = f"http://127.0.0.1:{port}", OrderedDict()
-        options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", _BASE, "--enable-lora"]
-        options += ["--max-lora-rank", str(self._rank), "--max-cpu-loras", str(self._max_adapters)]
-        options += ["--max-loras", str(min(self._max_adapters, 8))]
+        options = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", BASE, "--enable-lora"]
+        for name, limit in self._limits.items():
+            options += [f"--{name.replace('_', '-')}", str(limit)]
+        options += ["--dtype", self._dtype] if self._dtype else []
         self._process = await asyncio.create_subprocess_exec(
             *(*self._command, self._base, *options),
             env={**os.environ, "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "True"},
@@ -156,7 +162,7 @@ class VllmEngine:
                 self._loaded.move_to_end(model.name)
                 self._counts["adapter_hits"] += 1
                 return
-            _check(model)
+            check_adapter(model, self._limits["max_lora_rank"])
             idle = [name for name in self._loaded if name not in self._in_use or name == model.name]
             if model.name in self._loaded or (len(self._loaded) >= self._max_adapters and idle):
                 oldest = model.name if model.name in self._loaded else idle[0]
@@ -171,16 +177,9 @@ class VllmEngine:
         async with self._post(path, body) as reply:
             await reply.read()
 
-    @contextlib.asynccontextmanager
-    async def _post(self, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Raises Refused with what vLLM says."""
+    def _post(self, path: str, body: dict[str, Any]) -> contextlib.AbstractAsyncContextManager[aiohttp.ClientResponse]:
         assert self._session
-        async with self._session.post(f"{self._url}{path}", json=body) as reply:
-            if reply.status >= 400:
-                text = (await reply.content.read(4096)).decode("utf-8", "replace")
-                status = reply.status if reply.status in (400, 404, 422) else 503
-                raise Refused(status, f"vLLM: {_said(text)}", "engine_refused")
-            yield reply
+        return post(self._session, f"{self._url}{path}", body, "vLLM")
 
     def _end(self) -> str:
         """How it ended, with the last that it said."""
@@ -188,60 +187,6 @@ class VllmEngine:
         self._log.seek(max(0, self._log.seek(0, os.SEEK_END) - 2000))
         lines = [line.strip() for line in self._log.read().decode("utf-8", "replace").splitlines() if line.strip()]
         return f"vLLM ended (exit code {code})" + (f": {lines[-1][:300]}" if lines else "")
-
-
-def _check(model: ServedModel) -> None:
-    """Raises Refused for an adapter that vLLM does not load."""
-    folder = Path(model.folder or "")
-    try:
-        kind = kind_of_adapter(folder)
-    except BadInput as error:
-        raise Refused(500, f"{model.name} cannot be loaded: {error}", "model_damaged", "model") from None
-    if kind != "shared":
-        message = f"{model.name}: vLLM takes pairs of A and B alone. `orchestrator merge` makes a plain model of it"
-        raise Refused(400, f"{message}; --engine transformers serves it as it is", "engine_cannot", "model")
-
-
-def _request(name: str, query: Query) -> tuple[str, dict[str, Any]]:
-    """The path and the body of a query."""
-    body: dict[str, Any] = {"model": name, "stream": True, "stream_options": {"include_usage": True}}
-    body |= {"temperature": query.temperature, "top_p": query.top_p, "stop": list(query.stop)}
-    body |= {key: value for key, value in (("max_tokens", query.max_tokens), ("seed", query.seed)) if value is not None}
-    if query.logprobs is not None:
-        raise Refused(400, "logprobs: not passed on to vLLM; --engine transformers gives them", param="logprobs")
-    if query.messages is None:
-        return "/v1/completions", body | {"prompt": query.tokens if query.tokens is not None else query.prompt}
-    system = query.model.system
-    has_own = not system or any(message["role"] == "system" for message in query.messages)
-    first = [] if has_own else [{"role": "system", "content": system}]
-    return "/v1/chat/completions", body | {"messages": [*first, *query.messages]}
-
-
-async def _pieces(reply: aiohttp.ClientResponse, is_chat: bool) -> AsyncIterator[Piece]:
-    """A stream as pieces; the last one has the counts.  Raises Refused."""
-    finish, counts = "stop", (0, 0)
-    async for line in reply.content:
-        kind, _, data = line.strip().partition(b":")
-        if kind != b"data" or data.strip() == b"[DONE]":
-            continue
-        chunk = json.loads(data)
-        if "error" in chunk:
-            raise Refused(500, f"vLLM: {_said(json.dumps(chunk))}", "engine_failed")
-        for choice in chunk.get("choices", ()):
-            finish = choice.get("finish_reason") or finish
-            if text := choice["delta"].get("content") if is_chat else choice.get("text"):
-                yield Piece(text)
-        if usage := chunk.get("usage"):
-            counts = usage["prompt_tokens"], usage["completion_tokens"]
-    yield Piece("", [], finish, *counts)
-
-
-def _said(text: str) -> str:
-    """The message of an error's body."""
-    with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError):
-        body = json.loads(text)
-        return str(body.get("message") or body["error"]["message"])[:500]
-    return text[:500]
 
 
 def _free_port() -> int:

@@ -18,7 +18,7 @@ KINDS = {
 TARGETS = ["q_proj", "v_proj", "down_proj"]
 
 
-def write_adapter(model_folder, folder, seed, **options):
+def write_adapter(model_folder, folder, seed, std=0.2, **options):
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
@@ -28,7 +28,7 @@ def write_adapter(model_folder, folder, seed, **options):
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder), config)
     for name, parameter in model.named_parameters():
         if "lora_" in name or "modules_to_save" in name:
-            torch.nn.init.normal_(parameter, std=0.2)
+            torch.nn.init.normal_(parameter, std=std)
     model.save_pretrained(folder)
     settings = json.loads((folder / "adapter_config.json").read_text())
     settings["base_model_name_or_path"] = str(model_folder)

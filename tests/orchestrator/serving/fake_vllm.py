@@ -18,6 +18,7 @@ for option in ("host", "served-model-name"):
     parser.add_argument(f"--{option}", required=True)
 for option in ("port", "max-lora-rank", "max-cpu-loras", "max-loras"):
     parser.add_argument(f"--{option}", required=True, type=int)
+parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"])
 parser.add_argument("--enable-lora", required=True, action="store_true")
 options = parser.parse_args()
 loaded = {}

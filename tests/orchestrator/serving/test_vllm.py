@@ -76,7 +76,11 @@ def test_the_least_recently_used_adapter_makes_room(tmp_path):
 
 @pytest.mark.parametrize(
     ("settings", "message"),
-    [({"use_dora": True}, "orchestrator merge"), ({"bias": "all"}, "orchestrator merge"), ({"rank": 64}, "no room")],
+    [
+        ({"use_dora": True}, "orchestrator merge"),
+        ({"bias": "all"}, "orchestrator merge"),
+        ({"rank": 64}, "rank 64 is above 16"),
+    ],
 )
 def test_what_it_does_not_load_is_refused_and_the_others_go_on(settings, message, tmp_path):
     odd = adapter(tmp_path / "odd", **settings)
