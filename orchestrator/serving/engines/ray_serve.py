@@ -117,13 +117,8 @@ class RayServeEngine:
         poll_s: float = 2.0,
     ) -> None:
         """`address` is the dashboard's, http://HOST:PORT; without a store no adapters are served."""
-        self._address, self._application, self._store, self._say, self._poll_s = (
-            address,
-            application,
-            store,
-            say,
-            poll_s,
-        )
+        self._address, self._application, self._store = address, application, store
+        self._say, self._poll_s = say, poll_s
         self._name = f"{_own_prefix()}{os.getpid()}-{application.label}"
         self._dashboard = ServeDashboard(address)
         self._session: aiohttp.ClientSession | None = None
