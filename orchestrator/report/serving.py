@@ -52,7 +52,7 @@ def _first_token_s(row: ServeRow) -> float:
 
 
 def _place(w: Word, row: ServeRow) -> str:
-    return f"{_series(w, row)}, {w('at a time')} {row.concurrency}"
+    return f"{_series(w, row)}, {w('{count} at a time').format(count=row.concurrency)}"
 
 
 def _series(w: Word, row: ServeRow) -> str:
@@ -95,13 +95,13 @@ def _adapters(w: Word, rows: Sequence[AdaptersRow]) -> list[Block]:
     if not rows:
         return []
     rates = {row.order: f"{row.tokens_per_s:.1f}" for row in rows}
-    first = rows[0]
+    most = max(row.num_adapters for row in rows)
     blocks: list[Block] = []
     if {"one", "mixed", "grouped"} <= rates.keys():
         text = w(
             "Requests for {adapters} adapters, {concurrency} at a time: {mixed} tokens/s mixed in one batch, {grouped}"
             " tokens/s one adapter after the other; {one} tokens/s where all are for one adapter."
-        ).format(adapters=first.num_adapters, concurrency=first.concurrency, **rates)
+        ).format(adapters=most, concurrency=rows[0].concurrency, **rates)
         blocks.append(Paragraph(f"{text} {w(_COPIES)}"))
     cells = [(_named(w, row.order), str(row.num_adapters), str(row.concurrency), *_cells(row)) for row in rows]
     return [*blocks, Table((w("order"), w("adapters"), w("at a time"), *_heads(w)), cells)]

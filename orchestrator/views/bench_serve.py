@@ -87,6 +87,5 @@ def _models(result: ServeResult) -> Table:
 def _adapters(result: ServeResult) -> Table:
     table = new_table("adapters", "order", *_HEADS)
     for row in result.adapters:
-        count = 1 if row.order == "one" else row.num_adapters
-        table.add_row(str(count), row.order, str(row.concurrency), *latency_cells(row))
+        table.add_row(str(row.num_adapters), row.order, str(row.concurrency), *latency_cells(row))
     return table

@@ -13,7 +13,7 @@ import platform
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -39,7 +39,6 @@ _MERGED = "merged"
 _LEAST_REQUESTS = 4  # of one sending
 _WARM_UP_TOKENS = 8
 _WHOLE = "all weights were trained: the result is a whole model"
-_ORDERS = ("one", "mixed", "grouped")
 
 
 @dataclass(frozen=True)
@@ -62,33 +61,44 @@ class _Findings:
         self._prompts, self._seeds = prompts, itertools.count()
 
     def measure(self, engine: str, served: _Served) -> None:
-        """One engine with what it serves; where it cannot, the reason."""
+        """One engine with what it serves; of what it cannot, the reason."""
         (base,) = served.catalog.bases.values()
-        models = list(served.catalog.models.values())
-        if reason := why_not(engine, base, models, self.wish.options):
-            self._leave_out(engine, served, reason)
+        models, kinds = list(served.catalog.models.values()), dict(served.models)
+        if reason := why_not(engine, base, [], self.wish.options):
+            self._leave_out(engine, kinds, reason)
             return
-        weights = self._weights(engine, gguf_of(base, self.wish.options))
+        if reason := why_not(engine, base, models, self.wish.options):
+            self._leave_out(engine, [kind for kind in kinds if kind != "base"], reason)
+            kinds = {kind: name for kind, name in kinds.items() if kind == "base"}
+        if not kinds:
+            return
+        weights = self._weights(engine, gguf_of(base, self.wish.options), as_trained=base.run is not None)
         try:
             options = replace(self.wish.options, engine=engine, max_adapters=1 + len(served.copies))
             with serving(served.catalog, lambda base: engine_of(base, models, options, self.say)) as address:
-                for kind, name in served.models.items():
-                    self._measure_model(address, engine, kind, name, weights)
+                self._measure_models(address, engine, kinds, weights)
                 if served.copies:
                     self._measure_adapters(address, next(reversed(served.models.values())), served.copies)
         except (ClusterError, JobError) as error:
-            self._leave_out(engine, served, str(error))
+            self._leave_out(engine, kinds, str(error))
 
-    def _measure_model(self, address: Address, engine: str, kind: str, name: str, weights: str) -> None:
+    def _measure_models(self, address: Address, engine: str, models: Mapping[str, str], weights: str) -> None:
+        left = dict(models)
+        rows: list[ServeRow] = []
         for concurrency in self.wish.concurrency:
-            self.say(f"{engine}, {kind}: {concurrency} at a time ...")
-            num_requests = max(_LEAST_REQUESTS, 2 * concurrency)
-            found = self._times(address, concurrency, [[name] * num_requests])
-            if isinstance(found, str):
-                self.not_measured.append(NotMeasured(engine, kind, f"{concurrency} at a time: {found}"))
-                return
-            self.rows.append(ServeRow(**asdict(found), engine=engine, model=kind, weights=weights,
-                                      concurrency=concurrency, requests=num_requests))  # fmt: skip
+            if not left:
+                break
+            self.say(f"{engine}, {' and '.join(left)}: {concurrency} at a time ...")
+            count = max(_LEAST_REQUESTS, 2 * concurrency)
+            found = self._times(address, concurrency, {kind: [[name] * count] for kind, name in left.items()})
+            for kind, times in found.items():
+                if isinstance(times, str):
+                    del left[kind]
+                    self.not_measured.append(NotMeasured(engine, kind, f"{concurrency} at a time: {times}"))
+                    continue
+                rows.append(ServeRow(**asdict(times), engine=engine, model=kind, weights=weights,
+                                     concurrency=concurrency, requests=count))  # fmt: skip
+        self.rows += sorted(rows, key=lambda row: list(models).index(row.model))
 
     def _measure_adapters(self, address: Address, name: str, copies: list[str]) -> None:
         """The same number of requests for one adapter, and for several in two orders."""
@@ -99,46 +109,60 @@ class _Findings:
             "mixed": [copies * each],
             "grouped": [[copy] * each for copy in copies],
         }
-        for order in _ORDERS:
-            self.say(f"{_TRANSFORMERS}, {count} adapters, {order}: {concurrency} at a time ...")
-            found = self._times(address, concurrency, orders[order])
-            if isinstance(found, str):
-                self.not_measured.append(NotMeasured(_TRANSFORMERS, f"{count} adapters, {order}", found))
-                return
-            self.adapters.append(AdaptersRow(**asdict(found), order=order, num_adapters=count,
+        self.say(f"{_TRANSFORMERS}, one adapter, {count} mixed and {count} grouped: {concurrency} at a time ...")
+        for order, times in self._times(address, concurrency, orders).items():
+            if isinstance(times, str):
+                self.not_measured.append(NotMeasured(_TRANSFORMERS, f"adapters, {order}", times))
+                continue
+            asked = 1 if order == "one" else count
+            self.adapters.append(AdaptersRow(**asdict(times), order=order, num_adapters=asked,
                                              concurrency=concurrency, requests=count * each))  # fmt: skip
 
-    def _times(self, address: Address, concurrency: int, groups: Sequence[Sequence[str]]) -> Latency | str:
-        """Groups of requests, one group after the other, sent several times; a refusal where there was no answer."""
-        prompts = self._prompts.begin(next(self._seeds))
-        names = list(dict.fromkeys(name for group in groups for name in group))
+    def _times(
+        self, address: Address, concurrency: int, rivals: Mapping[str, Sequence[Sequence[str]]]
+    ) -> dict[str, Latency | str]:
+        """Of each rival the models of its requests, in groups that are sent one after the other.
 
-        def sent(models: Sequence[str], new_tokens: int) -> LoadRound:
-            requests = [LoadRequest(model, next(prompts)) for model in models]
+        Rivals take turns, so that a machine that becomes slower is so for all.  A refusal where one got no answer.
+        """
+        seed = next(self._seeds)
+        prompts = {name: self._prompts.begin(f"{seed} {name}") for name in rivals}
+
+        def sent(name: str, models: Sequence[str], new_tokens: int) -> LoadRound:
+            requests = [LoadRequest(model, next(prompts[name])) for model in models]
             url = f"http://{address.host}:{address.port}"
             return send(url, address.api_key, Load(concurrency, requests, new_tokens))
 
-        warm_up = list(itertools.islice(itertools.cycle(names), max(concurrency, len(names))))
-        sent(warm_up, min(_WARM_UP_TOKENS, self.wish.new_tokens))
-        rounds = []
+        for name, groups in rivals.items():
+            models = list(dict.fromkeys(model for group in groups for model in group))
+            warm_up = list(itertools.islice(itertools.cycle(models), max(concurrency, len(models))))
+            sent(name, warm_up, min(_WARM_UP_TOKENS, self.wish.new_tokens))
+        rounds: dict[str, list[LoadRound]] = {name: [] for name in rivals}
         for _ in range(self.wish.repeats):
-            rounds.append(joined([sent(group, self.wish.new_tokens) for group in groups]))
-        if not any(one.answers for one in rounds):
-            return rounds[0].refusals[0]
-        return latency(rounds)
+            for name, groups in rivals.items():
+                rounds[name].append(joined([sent(name, group, self.wish.new_tokens) for group in groups]))
+        return {name: _latency_or_refusal(found) for name, found in rounds.items()}
 
-    def _weights(self, engine: str, gguf: Path | None) -> str:
+    def _weights(self, engine: str, gguf: Path | None, as_trained: bool) -> str:
+        """How an engine holds a model; one that is not loaded as a run trained it has the engine's own precision."""
         if engine == "llama.cpp":
             return f"GGUF {gguf.name}" if gguf else "GGUF"
         plan = self.run.plan
         if engine != _TRANSFORMERS:
             return "as vLLM loads them"
+        if not as_trained:
+            return self.wish.options.dtype or ("bfloat16" if torch.cuda.is_available() else "float32")
         dtype = self.wish.options.dtype or plan.techniques.dtype
         return f"{dtype}, quantised as trained" if plan.build_method().is_quantised else dtype
 
-    def _leave_out(self, engine: str, served: _Served, reason: str) -> None:
+    def _leave_out(self, engine: str, kinds: Iterable[str], reason: str) -> None:
         done = {row.model for row in self.rows if row.engine == engine}
-        self.not_measured += [NotMeasured(engine, kind, reason) for kind in served.models if kind not in done]
+        self.not_measured += [NotMeasured(engine, kind, reason) for kind in kinds if kind not in done]
+
+
+def _latency_or_refusal(rounds: Sequence[LoadRound]) -> Latency | str:
+    refused = next((one.refusals[0] for one in rounds if not one.answers), None)
+    return refused or latency(rounds)
 
 
 def bench_serving(run: RunFolder, wish: ServeBench, say: Callable[[str], None]) -> ServeResult:

@@ -44,15 +44,17 @@ class Load:
 class AnswerTimes:
     """One answer: seconds from its request on, and tokens as the server counts them."""
 
-    first_s: float  # to the first text: a token whose text is not certain yet sends none
+    first_s: float | None  # to the first text: a token whose text is not certain yet sends none; None: no text came
     whole_s: float
     prompt_tokens: int
     new_tokens: int
 
     @property
     def next_s(self) -> float | None:
-        """Seconds of each token after the first; None of an answer of one token."""
-        return (self.whole_s - self.first_s) / (self.new_tokens - 1) if self.new_tokens > 1 else None
+        """Seconds of each token after the first; None of an answer of one token, or without a text."""
+        if self.first_s is None or self.new_tokens < 2:
+            return None
+        return (self.whole_s - self.first_s) / (self.new_tokens - 1)
 
 
 @dataclass(frozen=True)
@@ -83,9 +85,9 @@ def joined(rounds: Sequence[LoadRound]) -> LoadRound:
 
 
 def latency(rounds: Sequence[LoadRound]) -> Latency:
-    """The statistics of sendings of one load, at least one of which has an answer."""
+    """The statistics of sendings of one load, each of which has an answer."""
     answers = [answer for one in rounds for answer in one.answers]
-    first = [answer.first_s for answer in answers]
+    first = [answer.first_s for answer in answers if answer.first_s is not None]
     further = [answer.next_s for answer in answers if answer.next_s is not None]
     rates = [one.tokens_per_s for one in rounds]
     return Latency(
@@ -164,9 +166,7 @@ async def _answer(session: aiohttp.ClientSession, url: str, request: LoadRequest
     whole_s = time.perf_counter() - begun
     if usage is None:
         raise _Refusal("the answer broke off before its end")
-    return AnswerTimes(
-        whole_s if first_s is None else first_s, whole_s, usage["prompt_tokens"], usage["completion_tokens"]
-    )
+    return AnswerTimes(first_s, whole_s, usage["prompt_tokens"], usage["completion_tokens"])
 
 
 def _message_in(body: bytes) -> str:

@@ -29,7 +29,7 @@ class BenchPrompts:
     vocabulary: Sequence[int] = ()
     length: int = 0  # tokens of a random one
 
-    def begin(self, seed: int) -> Iterator[Sequence[int]]:
+    def begin(self, seed: str) -> Iterator[Sequence[int]]:
         """The same held-out prompts at each call; random ones that no other seed gives."""
         if self.held_out:
             return itertools.cycle(self.held_out)

@@ -56,7 +56,7 @@ class AdaptersRow(Latency):
     """The same requests for one adapter or for several, in an order."""
 
     order: str  # one: all for one adapter; mixed: in turn for each; grouped: all of one, then all of the next
-    num_adapters: int
+    num_adapters: int  # that are asked
     concurrency: int
     requests: int
 

@@ -86,8 +86,8 @@ def test_several_adapters_are_measured_in_three_orders(found):
     orders = {row["order"]: row for row in found["adapters"]}
 
     assert set(orders) == {"one", "mixed", "grouped"}
-    for row in orders.values():
-        assert (row["num_adapters"], row["concurrency"], row["requests"]) == (2, 3, 6)
+    for order, row in orders.items():
+        assert (row["num_adapters"], row["concurrency"], row["requests"]) == (1 + (order != "one"), 3, 6)
         assert row["answers"] == 18 and row["new_tokens"] == NEW
 
 
@@ -198,16 +198,15 @@ def test_what_cannot_be_measured_is_said(arguments, message, runs, interrupted):
 
 def test_latencies_are_those_of_all_answers_and_rates_those_of_a_repeat():
     answers = [AnswerTimes(first_s, first_s + 0.9, 10, 10) for first_s in (0.1, 0.2, 0.3)]
-    single = AnswerTimes(0.4, 0.4, 20, 1)
+    single, silent = AnswerTimes(0.4, 0.4, 20, 1), AnswerTimes(None, 5.0, 10, 10)
 
-    row = latency(
-        [LoadRound(1.0, answers, ["full"]), LoadRound(2.0, [*answers, single], []), LoadRound(3.0, answers, [])]
-    )
+    rounds = {1.0: answers, 2.0: [*answers, single], 3.0: [*answers, silent]}
+    row = latency([LoadRound(seconds, found, ["full"][: seconds < 2]) for seconds, found in rounds.items()])
 
     assert row.first_token_s == 0.2 and row.first_token_p95_s == pytest.approx(0.355)  # of 0.1 to 0.4, ten values
     assert (row.next_token_s, row.next_token_p95_s) == pytest.approx((0.1, 0.1))
-    assert (row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high) == (15.5, 10.0, 30.0)
-    assert (row.answers, row.refused, row.prompt_tokens) == (10, 1, 11)
+    assert (row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high) == (15.5, 40 / 3, 30.0)
+    assert (row.answers, row.refused, row.prompt_tokens) == (11, 1, 120 / 11)
 
 
 def test_rounds_one_after_the_other_take_the_sum_of_their_times():
