@@ -61,6 +61,7 @@ ROOMS = (
     ("orchestrator.lifecycle",),
     ("orchestrator.serving.engines",),
     ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.export", "orchestrator.serving"),
+    ("orchestrator.serving.bench",),
     ("orchestrator.views",),
     ("orchestrator.report",),
     ("orchestrator.cli",),

@@ -286,6 +286,7 @@ def test_only_the_command_line_imports_the_report():
 
     assert {path for path in users if not path.startswith("orchestrator/report/")} == {
         "orchestrator/cli/bank.py",
+        "orchestrator/cli/bench.py",
         "orchestrator/cli/report.py",
         "orchestrator/cli/search.py",
     }

@@ -2,13 +2,14 @@
 
 app       start here: the verbs together, and every error as a message with an exit code
 bank      the verbs `bank ...` and `adapt`
+bench     the verb `bench`
 export    the verb `export`
 jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
 machines  the verbs of machines: probe, techniques, head, join, nodes
 options   what the verbs share: arguments and options, loading a job, printing
 progress  prints the progress of a run
 remote    the verb `fetch`, and how the verbs of a run work on a cluster that only HTTP reaches
-report    the verbs `bench`, `report` and `tco`
+report    the verbs `report` and `tco`
 runs      the verbs of a run: list, status, logs, stop, resume, evaluate, merge, sync
 serving   the verbs `serve` and `chat`
 search    the verb `search`, and how `status` and `resume` show and continue a search

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import bank, export, jobs, machines, remote, report, runs, search, serving
+from orchestrator.cli import bank, bench, export, jobs, machines, remote, report, runs, search, serving
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.views.screen import accept_every_character
@@ -29,7 +29,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for group in (jobs, runs, export, remote, search, serving, report, machines, bank):  # in the order of --help
+for group in (jobs, runs, export, remote, search, serving, bench, report, machines, bank):  # in the order of --help
     app.add_typer(group.verbs)
 app.add_typer(bank.bank)
 

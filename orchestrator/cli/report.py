@@ -1,10 +1,10 @@
-"""The verbs `bench`, `report` and `tco`."""
+"""The verbs `report` and `tco`."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -19,7 +19,6 @@ from orchestrator.cli.options import (
     complete_job,
     load_job,
     out,
-    parse_numbers,
     print_json,
     say,
     show,
@@ -33,85 +32,6 @@ LangOption = Annotated[str, typer.Option("--lang", help="en or ja")]
 
 
 verbs = typer.Typer()
-
-
-@verbs.command()
-def bench(
-    what: Annotated[
-        str | None, typer.Argument(help="a job file or recipe; with --generate a run", autocompletion=complete_job)
-    ] = None,
-    set_: SetOption = [],
-    steps: Annotated[int, typer.Option("--steps", min=1, help="steps that are timed")] = 5,
-    generate: Annotated[bool, typer.Option("--generate", help="time a run's tuned model as it generates")] = False,
-    batch_sizes: Annotated[str, typer.Option("--batch-sizes", help="of --generate")] = "1,4",
-    prompt_lengths: Annotated[str, typer.Option("--prompt-lengths", help="of --generate, in tokens")] = "64,256",
-    new_tokens: Annotated[int, typer.Option("--new-tokens", min=2, help="of --generate")] = 32,
-    timeline: Annotated[
-        bool, typer.Option("--timeline", help="draw two steps: computation and transfers, layer by layer")
-    ] = False,
-    bus: Annotated[
-        float | None, typer.Option("--bus", min=0.001, help="GB/s of a bus to emulate, where the machine has none")
-    ] = None,
-    compare: Annotated[
-        tuple[Path, Path] | None, typer.Option("--compare", help="two earlier results, number by number")
-    ] = None,
-    output: Annotated[Path | None, typer.Option("--output", help="the result's file; default: beside the runs")] = None,
-    runs: RunsOption = Path("runs"),
-    json_: JsonOption = False,
-) -> None:
-    """Measure where the time and memory of training go, or how fast the tuned model answers, on this machine.
-
-    Examples: orchestrator bench quickstart
-              orchestrator bench latest --generate --batch-sizes 1,4,8
-              orchestrator bench job.yaml --timeline --bus 10
-              orchestrator bench --compare runs/bench-a.json runs/bench-b.json
-    """
-    if compare is not None:
-        _compare(*compare, json_)
-        return
-    output = resolve_path(output, "--output", kind="new file") if output else None
-    if what is None:
-        raise JobError("bench: nothing to measure; give a job file, a recipe, or a run with --generate")
-    from orchestrator.lifecycle.prepare import prepare
-    from orchestrator.training.workers import bench as benchmarks
-
-    if generate:
-        run = RunFolder.find(what, runs)
-        sizes, lengths = parse_numbers("--batch-sizes", batch_sizes), parse_numbers("--prompt-lengths", prompt_lengths)
-        result = benchmarks.bench_generation(run, run.job(), sizes, lengths, new_tokens, say)
-    else:
-        loaded = load_job(what, ["cluster.num_workers=1", *set_])
-        bus_bytes_per_s = bus * 1e9 if bus else None
-        ready = prepare(loaded, say, bank=BANK_HOOKS)
-        result = benchmarks.bench_training(loaded, ready, steps, say, timeline, bus_bytes_per_s)
-    _print_bench(result, benchmarks.save(result, runs, output), json_)
-
-
-def _compare(a: Path, b: Path, as_json: bool) -> None:
-    from orchestrator.views.bench import comparison_view, flat, read
-
-    first, second = read(a), read(b)
-    if as_json:
-        print_json({"a": flat(first), "b": flat(second)})
-    else:
-        out.print(comparison_view(first, second))
-
-
-def _print_bench(result: dict[str, Any], file: Path, as_json: bool) -> None:
-    from orchestrator.views.bench import bench_view
-
-    picture = None
-    if "timeline" in result:
-        from orchestrator.report.bench import timeline_picture
-
-        picture = timeline_picture(result, file)
-    if as_json:
-        print_json({**result, "file": str(file), **({"picture": str(picture)} if picture else {})})
-        return
-    out.print(bench_view(result))
-    for written in (picture, file):
-        if written:
-            show(f"wrote {written}")
 
 
 @verbs.command()

@@ -6,16 +6,18 @@ import asyncio
 import json
 import shlex
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from clusters.safe.masking import masked_values
 from orchestrator.cli.bank import DEFAULT_BANK, translate_errors
 from orchestrator.cli.options import JsonOption, RunsOption, complete_run, print_json, say, show
 from orchestrator.errors import JobError
 from orchestrator.job.paths import read_text_file, resolve_path
-from orchestrator.views.screen import out
+from orchestrator.views.screen import out, write
 from strategies.adapter_bank.store import Bank
 
 verbs = typer.Typer()
@@ -131,30 +133,39 @@ def chat(
     engine: EngineOption = "auto",
     gguf: GgufOption = None,
     dtype: DtypeOption = None,
+    message: Annotated[str | None, typer.Option("--message", help="print the answer to this one and end")] = None,
     runs: RunsOption = Path("runs"),
+    json_: Annotated[
+        bool, typer.Option("--json", help="a JSON object a line for each answer; messages are lines of standard input")
+    ] = False,
 ) -> None:
     """Chat with a tuned model in the terminal; /base and /tuned switch, /help shows all commands.
 
     Examples: orchestrator chat latest
+              orchestrator chat latest --message "Hello" --json
+              orchestrator chat latest --json < messages.txt > answers.jsonl
               orchestrator chat --url http://gpu-box:8000 --api-key-file key.txt
     """
     from orchestrator.serving.server import serving
     from orchestrator.serving.terminal import ApiClient
 
+    if message is not None and not message.strip():
+        raise JobError("--message: it is empty; give the text of a message")
+    talk = partial(_talk, system=system, most=max_tokens, message=message, as_json=json_)
     if url:
         if not url.startswith(("http://", "https://")):
             raise JobError(f"--url {url}: give an address such as http://localhost:8000")
         client = ApiClient(url.rstrip("/").removesuffix("/v1"), _api_key(api_key, api_key_file))
-        _talk(client, (what or [""])[0], system, max_tokens)
+        talk(client, (what or [""])[0])
         return
     catalog = _catalog(what if what or from_bank else ["latest"], Bank(bank_folder) if from_bank else None, runs)
     say("loading ...")
     with serving(catalog, _engines(catalog, _options(engine, gguf, 8, dtype))) as address:
-        _talk(ApiClient(f"http://{address.host}:{address.port}", address.api_key), "", system, max_tokens)
+        talk(ApiClient(f"http://{address.host}:{address.port}", address.api_key), "")
 
 
-def _talk(client: Any, model: str, system: str, most: int) -> None:
-    from orchestrator.serving.terminal import ChatSession, run_chat
+def _talk(client: Any, model: str, system: str, most: int, message: str | None, as_json: bool) -> None:
+    from orchestrator.serving.terminal import ChatSession, answer_messages, run_chat
 
     models = client.models()
     tuned = model or next((one for one in models if not one.startswith("base")), models[0])
@@ -164,8 +175,23 @@ def _talk(client: Any, model: str, system: str, most: int) -> None:
     def print_part(text: str) -> None:
         out.print(text, end="", soft_wrap=True)
 
-    say(f"{tuned} answers; /base and /tuned switch, /help shows more, Ctrl-D ends")
-    run_chat(ChatSession(client, models, tuned, tuned, print_part, system, most))
+    session = ChatSession(client, models, tuned, tuned, print_part, system, most)
+    if message is not None:
+        reply = session.reply(message)
+        _print_line(reply) if as_json else out.print(reply["answer"], soft_wrap=True)
+    elif as_json:
+        session.show = lambda text: say(text.rstrip())  # of commands: standard output holds answers alone
+        if failed := answer_messages(session, _print_line):
+            say(f"not answered: {failed} of the messages; their lines have an error")
+            raise typer.Exit(JobError.exit_code)
+    else:
+        say(f"{tuned} answers; /base and /tuned switch, /help shows more, Ctrl-D ends")
+        run_chat(session)
+
+
+def _print_line(value: dict[str, Any]) -> None:
+    """Print a JSON object as one line, in ASCII."""
+    write(json.dumps(masked_values(value)).replace("\x7f", "\\u007f"))
 
 
 def _catalog(what: list[str] | None, bank: Bank | None, runs: Path) -> Any:

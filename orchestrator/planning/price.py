@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from clusters.capability import ClusterCapability, NodeCapability
+from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 
@@ -57,7 +58,10 @@ def price_of(spec: JobSpec, candidate: Candidate, total_s: float) -> Price:
     hours = total_s / 3600
     rates = [_per_hour(spec, node) for node in candidate.nodes]
     rented = [node.price_per_hour is not None for node in candidate.nodes]
-    watts = [_watts(spec, node, candidate) for node in candidate.nodes]
+    used = [
+        [part.slot.device for part in candidate.placed if part.slot.node.name == node.name] for node in candidate.nodes
+    ]
+    watts = [_watts(spec, node, devices) for node, devices in zip(candidate.nodes, used, strict=True)]
     energy_wh = None if None in watts else hours * sum(w for w in watts if w is not None)
     own = [w for w, is_rented in zip(watts, rented, strict=True) if not is_rented]
     own_wh = None if None in own else hours * sum(w for w in own if w is not None)
@@ -69,6 +73,15 @@ def price_of(spec: JobSpec, candidate: Candidate, total_s: float) -> Price:
     )
 
 
+def price_of_device(spec: JobSpec, node: NodeCapability, device: DeviceCapability, seconds: float) -> Price:
+    """The same of one machine that computes with one device, as a server of answers does."""
+    hours, rate, watts = seconds / 3600, _per_hour(spec, node), _watts(spec, node, [device])
+    energy_wh = None if watts is None else hours * watts
+    is_rented = node.price_per_hour is not None
+    electricity = 0.0 if is_rented else None if energy_wh is None else energy_wh / 1000 * spec.cost.electricity_per_kwh
+    return Price(spec.cost.currency, None if rate is None else hours * rate, electricity, energy_wh)
+
+
 def _per_hour(spec: JobSpec, node: NodeCapability) -> float | None:
     if node.price_per_hour is not None:
         return node.price_per_hour
@@ -77,11 +90,11 @@ def _per_hour(spec: JobSpec, node: NodeCapability) -> float | None:
     return node.purchase_price / ((node.years or 3.0) * spec.cost.hours_per_year)
 
 
-def _watts(spec: JobSpec, node: NodeCapability, candidate: Candidate) -> float | None:
+def _watts(spec: JobSpec, node: NodeCapability, devices: Sequence[DeviceCapability]) -> float | None:
     """Draw of a machine under load: declared, else its devices' and a typical rest."""
     if node.load_w is not None:
         return node.load_w
-    used = [part.slot.device.power_w for part in candidate.placed if part.slot.node.name == node.name]
+    used = [device.power_w for device in devices]
     if used and all(watt is not None for watt in used):
         return sum(watt for watt in used if watt is not None) + (node.idle_w or _REST_OF_MACHINE_W)
     return spec.cost.power_w

@@ -50,7 +50,7 @@ def cost_table(w: Word, currency: str, costs: list[tco.Cost]) -> Table:
     best = tco.cheapest(costs)
     rows = []
     for cost in costs:
-        energy = "-" if cost.energy_wh is None else f"{_energy(cost.energy_wh)} ({_source(w, cost.energy_source)})"
+        energy = "-" if cost.energy_wh is None else f"{energy_text(cost.energy_wh)} ({_source(w, cost.energy_source)})"
         notes = [cost.note] if cost.note else []
         if cost.missing and cost.seconds is not None:
             notes.append(f"{w('not priced')}; {w('set')}: {', '.join(cost.missing)}")
@@ -69,7 +69,7 @@ def cost_table(w: Word, currency: str, costs: list[tco.Cost]) -> Table:
     return Table(head, rows, tuple(place for place, cost in enumerate(costs) if cost is best))
 
 
-def _energy(wh: float) -> str:
+def energy_text(wh: float) -> str:
     return f"{wh / 1000:.3g} kWh" if wh >= 1000 else f"{wh:.3g} Wh"
 
 

@@ -24,6 +24,8 @@ T = TypeVar("T")
 _COLOURS = ("#2f7ed8", "#d9730d", "#2a9d6f", "#b4459c", "#8a7a00", "#d1495b", "#6c757d")
 _INK = "#010203"  # stands for the page's text colour
 _HATCHES = ("", "///", "...", "xxx", "\\\\\\", "++", "ooo")
+_MARKS = ("o", "^", "s", "D", "v", "P", "X")
+_STROKES = ("-", "--", "-.", ":")
 _STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.size": 11.0,
@@ -96,6 +98,28 @@ def curves(
             axes.yaxis.set_minor_formatter(_PlainLog(minor_thresholds=(1.5, 0.5)))
         if len(series) > 1:
             axes.legend()
+
+    return _draw_svg(draw)
+
+
+def rates(series: Mapping[str, Sequence[tuple[int, float, float, float]]], x: str, y: str) -> str:
+    """Lines of (x, y, lowest y, highest y) over an axis of doublings; series differ by mark and stroke as well."""
+    series = _escape_names(series)
+    ticks = sorted({point[0] for points in series.values() for point in points})
+
+    def draw(figure: Any, axes: Any) -> None:
+        for place, (name, points) in enumerate(series.items()):
+            xs, ys, lows, highs = zip(*sorted(points), strict=True)
+            style = {"marker": _MARKS[place % len(_MARKS)], "linestyle": _STROKES[place % len(_STROKES)]}
+            colour = _COLOURS[place % len(_COLOURS)]
+            axes.plot(xs, ys, color=colour, label=name, linewidth=1.6, markersize=6, **style)
+            axes.vlines(xs, lows, highs, color=colour, linewidth=1.0)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks, [str(one) for one in ticks])
+        axes.minorticks_off()
+        axes.set_ylim(bottom=0)
+        axes.set(xlabel=x, ylabel=y)
+        axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncol=3)
 
     return _draw_svg(draw)
 

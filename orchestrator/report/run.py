@@ -10,6 +10,7 @@ from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
+from orchestrator.report.serving import serving_blocks
 from orchestrator.report.stages import stage_blocks
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.events import (
@@ -55,6 +56,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report.section(w("Machines"), *_machines(w, plan, events))
     report.section(w("Faults and recoveries"), _faults(w, events))
     report.section(w("Sample outputs"), *_samples(result))
+    report.section(w("Serving"), *serving_blocks(w, run, job, plan))
     report.section(w("Cost"), *_costs(w, run, job, plan, result, events))
     report.section(w("Reproduce"), *_reproduce(w, job, run, plan, result))
     return report

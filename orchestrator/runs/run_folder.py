@@ -7,6 +7,7 @@ runs/<run_id>/
   data.json *        the tokenised samples       events.jsonl      what happened, one JSON object a line
   result.json *      quality before and after    ending.json       what of the end is done: card, bank, tracking
   rejected.jsonl     rows skipped under data.strict: false
+  bench-serve.json   what `bench --serve` measured, for the report
   checkpoints/  adapter/ (or model/)  logs/      stop, replan      ask a running job to save, and end or plan again
 
 A folder is a run by its recorded.json, which is written first and at once, under the lock.

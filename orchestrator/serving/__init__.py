@@ -8,5 +8,6 @@ door           HTTP: the OpenAI API, the chat page, health and metrics
 openai_api     requests checked field by field, answers and errors in the form of the OpenAI API
 terminal       a chat in the terminal with such a server
 metrics        what /metrics shows
+bench          how fast servers of ours answer, measured as their clients see it
 engines        what computes, in processes of its own
 """

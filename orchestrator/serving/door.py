@@ -162,13 +162,12 @@ def _event(body: dict[str, Any]) -> bytes:
 async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
     """The pieces, as long as somebody waits for them.  Raises ClientDisconnect; then they are computed no further."""
     gone = asyncio.ensure_future(_disconnected(request))
+    coming: asyncio.Future[Piece | None] | None = None
     try:
         while True:
             coming = asyncio.ensure_future(anext(pieces, None))
             await asyncio.wait({gone, coming}, return_when=asyncio.FIRST_COMPLETED)
             if not coming.done():
-                coming.cancel()
-                await asyncio.wait({coming})
                 raise ClientDisconnect
             piece = coming.result()
             if piece is None:
@@ -176,6 +175,9 @@ async def _while_connected(request: Request, pieces: AsyncIterator[Piece]) -> As
             yield piece
     finally:
         gone.cancel()
+        if coming and not coming.done():
+            coming.cancel()
+            await asyncio.wait({coming})
         await pieces.aclose()  # type: ignore[attr-defined]
 
 

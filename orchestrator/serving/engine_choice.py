@@ -79,12 +79,12 @@ def engine_of(
     if options.engine == "vllm":
         command, most_rank = _vllm_command(options), _most_rank(models)
         return VllmEngine(base.folder, command, options.max_adapters, most_rank, options.dtype)
-    file = options.gguf or _packaged(base.name)
+    file = gguf_of(base, options)
     settings: dict[str, Any] = {"base": base.folder, "run": base.run, "dtype": options.dtype}
     settings["max_adapters"] = options.max_adapters
     if options.engine == "llama.cpp" and file is None:
         raise JobError(f"--engine llama.cpp: give {base.name} as a GGUF file with --gguf FILE")
-    reason = "as asked" if options.engine != "auto" else _why_not_llama_cpp(file, models)
+    reason = "as asked" if options.engine != "auto" else _why_not_llama_cpp(base, models, options)
     if options.engine == "llama.cpp" or (options.engine == "auto" and reason is None):
         settings |= {"engine": "llama.cpp", "gguf": str(file), "run": None}
     elif options.engine == "auto":
@@ -115,23 +115,44 @@ def _on_cluster(
     return RayServeEngine(options.cluster, application, store, say)
 
 
-def _why_not_llama_cpp(file: Path | None, models: Sequence[ServedModel]) -> str | None:
+def why_not(engine: str, base: ServedBase, models: Sequence[ServedModel], options: EngineOptions) -> str | None:
+    """Why an engine cannot serve a base model with what is served of it; None where it has all it needs."""
+    tuned = [model for model in models if model.folder]
+    if engine == "llama.cpp":
+        if not _is_installed():
+            return f"{_PACKAGE} (llama.cpp) is not installed"
+        if gguf_of(base, options) is None:
+            return "no GGUF file of it is known (--gguf FILE)"
+        other = [model.name for model in tuned if not _as_gguf(Path(model.folder or ""))]
+        return f"{', '.join(other[:3])}: llama.cpp takes pairs of A and B alone" if other else None
+    if engine == "vllm":
+        if options.vllm_python is None and not shutil.which("vllm"):
+            return "there is no vllm on PATH (--vllm-python PYTHON)"
+        other = [model.name for model in tuned if not _is_plain(Path(model.folder or ""))]
+        return f"{', '.join(other[:3])}: vLLM takes pairs of A and B alone" if other else None
+    return None
+
+
+def _why_not_llama_cpp(base: ServedBase, models: Sequence[ServedModel], options: EngineOptions) -> str | None:
     """Why `auto` passes over it; None where it is the faster one and has all it needs."""
-    if look_at_gpus()[0]:
-        return "there is a GPU"
-    if not _is_installed():
-        return f"{_PACKAGE} (llama.cpp) is not installed"
-    if file is None:
-        return "no GGUF file of it is known (--gguf FILE)"
-    other = [model.name for model in models if model.folder and not _as_gguf(Path(model.folder))]
-    return f"{', '.join(other[:3])}: llama.cpp takes pairs of A and B alone" if other else None
+    return "there is a GPU" if look_at_gpus()[0] else why_not("llama.cpp", base, models, options)
 
 
 def _as_gguf(folder: Path) -> bool:
     """Whether an adapter is there as GGUF or can be written so."""
+    return (folder / gguf_adapter.FILE).is_file() or _is_plain(folder)
+
+
+def _is_plain(folder: Path) -> bool:
+    """Whether a folder holds pairs of A and B and nothing else."""
     with contextlib.suppress(BadInput):
-        return (folder / gguf_adapter.FILE).is_file() or kind_of_adapter(folder) == "shared"
+        return kind_of_adapter(folder) == "shared"
     return False
+
+
+def gguf_of(base: ServedBase, options: EngineOptions) -> Path | None:
+    """The GGUF file that llama.cpp reads as a base model: the one that was given, or the packaged one."""
+    return options.gguf or _packaged(base.name)
 
 
 def _vllm_command(options: EngineOptions) -> list[str]:

@@ -1,7 +1,8 @@
 """The OpenAI API as values: requests checked field by field, answers and errors in its form.
 
 https://platform.openai.com/docs/api-reference: chat completions and completions.  What it has and this server has not
-is refused where a request asks for it, and passed over where it is given its neutral value.
+is refused where a request asks for it, and passed over where it is given its neutral value.  `ignore_eos` is vLLM's and
+llama.cpp's own field.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ def parse_request(text: bytes, is_chat: bool, resolve: Callable[[str], ServedMod
         "top_p": fields.number("top_p", 0, 1, 1.0),
         "seed": fields.whole("seed", -(2**63), 2**63 - 1),
         "stop": fields.stops(),
+        "ignore_eos": fields.flag("ignore_eos"),
         "logprobs": _num_logprobs(fields, is_chat),
     }
     asked = {"messages": fields.messages()} if is_chat else fields.prompt()

@@ -75,6 +75,10 @@ async def serve(
         await router.start()
         begun()
         await server.serve([listening])
+    except asyncio.CancelledError:
+        if server.started:
+            await server.shutdown([listening])  # answers on their way end first
+        raise
     except Refused as refusal:
         raise ClusterError(refusal.message) from None
     finally:

@@ -49,6 +49,12 @@ class ApiClient:
                     raise ClusterError(str(chunk["error"].get("message")))
                 yield from (choice["delta"].get("content") or "" for choice in chunk["choices"])
 
+    def reply(self, model: str, messages: list[dict[str, str]], most: int | None) -> dict[str, Any]:
+        """The whole body of an answer.  Raises JobError or ClusterError as the server says."""
+        body = {"model": model, "messages": messages, "max_tokens": most}
+        with self._open("/v1/chat/completions", body) as answer:
+            return json.load(answer)
+
     def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
         headers = {"Content-Type": "application/json"}
         if self.api_key:
@@ -108,10 +114,24 @@ class ChatSession:
         self.tuned = self.tuned if model == "base" else model
         return f"{model} answers now"
 
+    def reply(self, text: str) -> dict[str, Any]:
+        """A message's answer with its end and its tokens; both become turns.  Raises JobError or ClusterError."""
+        said, asked = self._messages(text)
+        body = self.client.reply(self.model, said + asked, self.most)
+        choice = body["choices"][0]
+        answer = choice["message"]["content"] or ""
+        self.turns = [*asked, {"role": "assistant", "content": answer}]
+        found = {"model": self.model, "message": text, "answer": answer, "finish_reason": choice["finish_reason"]}
+        return {**found, "usage": body.get("usage")}
+
+    def _messages(self, text: str) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+        """The system message, and the conversation with a message at its end."""
+        said = [{"role": "system", "content": self.system}] if self.system else []
+        return said, [*self.turns, {"role": "user", "content": text}]
+
     def _ask(self, text: str) -> None:
         """Print the answer as it comes; one that fails or is stopped with Ctrl-C leaves no turn."""
-        said = [{"role": "system", "content": self.system}] if self.system else []
-        asked = [*self.turns, {"role": "user", "content": text}]
+        said, asked = self._messages(text)
         parts = []
         try:
             for part in self.client.stream(self.model, said + asked, self.most):
@@ -128,14 +148,38 @@ class ChatSession:
 
 def run_chat(session: ChatSession) -> None:
     """Read messages until the input ends."""
-    read = _reader()
+    for text in _read_messages(_reader(), session):
+        if not session.take(text):
+            return
+
+
+def answer_messages(session: ChatSession, give: Callable[[dict[str, Any]], None]) -> int:
+    """Read messages from standard input and give an object for each; commands work as in a chat.
+
+    Returns how many were not answered: their objects have an `error`.
+    """
+    failed = 0
+    for text in _read_messages(lambda prompt: input(), session):
+        if not text.strip() or text.startswith("/"):
+            if not session.take(text):
+                break
+            continue
+        try:
+            give(session.reply(text))
+        except (JobError, ClusterError) as error:
+            failed += 1
+            give({"model": session.model, "message": text, "error": str(error)})
+    return failed
+
+
+def _read_messages(read: Callable[[str], str], session: ChatSession) -> Iterator[str]:
+    """Messages until the input ends."""
     while True:
         try:
             text = _whole_message(read, session.model)
         except (EOFError, KeyboardInterrupt):
             return
-        if not session.take(text):
-            return
+        yield text
 
 
 def _whole_message(read: Callable[[str], str], model: str) -> str:

@@ -14,6 +14,9 @@ from clusters.safe.reading import BadInput, read_json, record
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
+from orchestrator.serving.bench.result import KIND as SERVE
+from orchestrator.serving.bench.result import ServeResult
+from orchestrator.views import bench_serve
 from orchestrator.views.screen import new_table
 
 _BAR = 40
@@ -61,7 +64,7 @@ class _Generated(_Result):
     rows: list[_Row]
 
 
-_KINDS = {"train": _Timed, "generate": _Generated}
+_KINDS = {"train": _Timed, "generate": _Generated, SERVE: ServeResult}
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -82,6 +85,8 @@ def read(file: Path) -> dict[str, Any]:
 
 def bench_view(result: dict[str, Any]) -> RenderableType:
     """One result."""
+    if result["kind"] == SERVE:
+        return bench_serve.serve_view(record(ServeResult, result, "the result"))
     return _generation(result) if result["kind"] == "generate" else _training(result)
 
 
@@ -161,6 +166,8 @@ def comparison_view(first: dict[str, Any], second: dict[str, Any]) -> Renderable
 
 def flat(result: dict[str, Any]) -> dict[str, float]:
     """The numbers that two results have in common, by name."""
+    if result["kind"] == SERVE:
+        return bench_serve.flat(record(ServeResult, result, "the result"))
     if result["kind"] == "generate":
         return {
             f"{row['model']} {row['batch_size']} x {row['prompt_tokens']} {key}": row[key]

@@ -51,6 +51,7 @@ class LlamaCppRequest:
     max_tokens: int  # -1: as many as there is room for
     stop: list[str]
     seed: int  # -1: another one each time
+    ignore_eos: bool
     lora: list[dict[str, float]]  # the scale of every adapter that was loaded
     min_p: float = 0.0
     stream: bool = True
@@ -194,6 +195,7 @@ class LlamaCppEngine:
             max_tokens=-1 if query.max_tokens is None else query.max_tokens,
             stop=list(query.stop),
             seed=-1 if query.seed is None else query.seed % 2**32,
+            ignore_eos=query.ignore_eos,
             lora=[{"id": place, "scale": float(one == chosen)} for place, one in enumerate(self._files)],
         )
         return asdict(body)

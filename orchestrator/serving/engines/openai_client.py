@@ -57,6 +57,8 @@ def request_of(name: str, query: Query) -> tuple[str, dict[str, Any]]:
     body: dict[str, Any] = {"model": name, "stream": True, "stream_options": {"include_usage": True}}
     body |= {"temperature": query.temperature, "top_p": query.top_p, "stop": list(query.stop)}
     body |= {key: value for key, value in (("max_tokens", query.max_tokens), ("seed", query.seed)) if value is not None}
+    if query.ignore_eos:
+        body["ignore_eos"] = True
     if query.logprobs is not None:
         raise Refused(400, "logprobs: not passed on to vLLM; --engine transformers gives them", param="logprobs")
     if query.messages is None:

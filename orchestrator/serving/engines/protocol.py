@@ -35,6 +35,7 @@ class Query:
     top_p: float = 1.0
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    ignore_eos: bool = False  # generate up to max_tokens past tokens that end an answer: for measurements
     logprobs: int | None = None  # how many other tokens are given with their log-probabilities, beside the chosen one
 
 

@@ -126,7 +126,7 @@ class TransformersEngine:
         if room < 1:
             message = f"the prompt has {len(prompt)} tokens, and this model's context ends at {self._context}"
             raise Refused(400, message, "context_length_exceeded", "messages" if query.messages else "prompt")
-        stops = (*query.stop, seat.stops.text) if seat.stops.text else query.stop
+        stops = (*query.stop, seat.stops.text) if seat.stops.text and not query.ignore_eos else query.stop
         limit = min(query.max_tokens or room, room)
         return AnswerRow(number, query, seat, prompt, limit, TokenSampler(query), AnswerText(seat.tokenizer, stops))
 
@@ -168,7 +168,7 @@ class TransformersEngine:
         row.num_new += 1
         wanted = row.query.logprobs
         scores = [] if wanted is None else [score(row.seat.tokenizer, logits_V, token, wanted)]
-        is_end = token in row.seat.stops.ids
+        is_end = token in row.seat.stops.ids and not row.query.ignore_eos
         text = "" if is_end else row.text.add(token)
         finish = "stop" if is_end or row.text.is_stopped else "length" if row.num_new >= row.limit else None
         if finish:

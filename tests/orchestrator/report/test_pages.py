@@ -24,6 +24,7 @@ FIGURES = {
     "stages": lambda: plots.stage_timelines(
         {"predicted": {"stage 0": {"forward": [(0.0, 1.0, "0")], "waits": [(1.0, 2.0, "")]}}}, "seconds"
     ),
+    "rates": lambda: plots.rates({"a": [(1, 2.0, 1.0, 3.0), (8, 5.0, 5.0, 5.0)], "b": [(1, 3.0, 3.0, 3.0)]}, "x", "y"),
     "scatter": lambda: plots.scatter({"x": [(1.0, 2.0, "1")], "y": []}, "a", "b", [(1.0, 2.0)], diagonal=True),
 }
 
@@ -64,6 +65,14 @@ def test_a_page_needs_nothing_from_elsewhere_and_runs_nothing(lang):
     assert not re.search(r"url\((?!#)", page)
     assert f'lang="{lang}"' in page
     assert "Nothing" not in page  # a section without blocks
+
+
+def test_every_kind_of_block_is_in_the_page():
+    page = html(a_report())
+
+    for text in ("tokens/s", "100", "&lt;script&gt;alert(1)", "2|3", "python -m orchestrator", "out", "wanted"):
+        assert f">{text}<" in page or f">{text}&" in page, text
+    assert page.count("<figcaption>caption</figcaption>") == len(FIGURES)
 
 
 def test_no_name_stands_twice_in_a_page():
@@ -173,6 +182,7 @@ def test_names_and_outputs_reach_no_page_and_no_picture_as_markup():
         plots.bars(groups, first),
         plots.stacked(groups, first, dict.fromkeys(HOSTILE, 1.5)),
         plots.curves({text: [(1, 2.0), (2, 0.01)] for text in HOSTILE}, first, first, HOSTILE, log=True),
+        plots.rates({text: [(1, 2.0, 3.0, 1.0)] for text in HOSTILE}, first, first),
         plots.scatter({"x": [(1.0, 2.0, text) for text in HOSTILE], "b": []}, "\x1b", first),
     ]
     report = Report(first, first, "en")

@@ -1,12 +1,14 @@
 """A double of vLLM's HTTP server: its options, its calls for adapters, its streams.  It answers with what it was asked.
 
-It ends at once when a conversation says so, as a server without memory does.
+With `ignore_eos` an answer has `max_tokens` tokens.  It ends at once when a conversation says so, as a server without
+memory does; an answer of the model `cut` breaks off, and one to `wait` does not end.
 """
 
 import argparse
 import json
 import os
 import sys
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -39,15 +41,24 @@ class Handler(BaseHTTPRequestHandler):
         if self.path == "/v1/unload_lora_adapter":
             del loaded[body["lora_name"]]
             return self.answer(200, {})
+        if body["model"] == "cut":
+            return self.answer(200, {})
         if body["model"] not in (options.served_model_name, *loaded):
             return self.answer(404, {"error": {"message": f"no model {body['model']}"}})
         said = body["messages"][-1]["content"] if "messages" in body else body["prompt"]
         if said == "die":
             print("out of memory", file=sys.stderr, flush=True)
             os._exit(3)
-        return self.stream([body["model"], ": ", said])
+        if said == "wait":
+            self.send_response(200)
+            self.end_headers()
+            self.event({"choices": [{"text": "a while", "finish_reason": None}]})
+            time.sleep(600)
+        num_prompt = len(said) if isinstance(said, list) else 4
+        parts = ["x "] * body["max_tokens"] if body.get("ignore_eos") else [body["model"], ": ", said]
+        return self.stream(parts, num_prompt)
 
-    def stream(self, parts):
+    def stream(self, parts, num_prompt):
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
@@ -57,7 +68,7 @@ class Handler(BaseHTTPRequestHandler):
             self.event({"choices": [{**shown, "finish_reason": None}]})
         shown = {"delta": {}} if is_chat else {"text": ""}
         self.event({"choices": [{**shown, "finish_reason": "stop"}]})
-        self.event({"choices": [], "usage": {"prompt_tokens": 4, "completion_tokens": len(parts)}})
+        self.event({"choices": [], "usage": {"prompt_tokens": num_prompt, "completion_tokens": len(parts)}})
         self.wfile.write(b"data: [DONE]\n\n")
 
     def event(self, body):
@@ -72,4 +83,6 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-ThreadingHTTPServer((options.host, options.port), Handler).serve_forever()
+server = ThreadingHTTPServer((options.host, options.port), Handler)
+print(f"listens at {server.server_address[1]}", flush=True)
+server.serve_forever()

@@ -4,6 +4,7 @@ import itertools
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,25 @@ def test_answers_of_rows_that_join_and_leave_are_those_of_generate(start, adapte
     assert len(texts) > 4, "the adapters change nothing"
     interleaved = [number for number, _ in itertools.groupby(answers.order)]
     assert len(interleaved) > 2 * len(queries), "each was computed after the other"
+
+
+def test_an_answer_goes_past_its_end_where_a_query_says_so(model_folder, tokenizer, tmp_path):
+    query = asked(served(model_folder), 1, max_tokens=12)
+    whole = generated(query, tokenizer, model_folder)
+    folder = shutil.copytree(model_folder, tmp_path / "model")
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "eos_token_id": whole[5]}))
+    answers = Answers()
+    engine = TransformersEngine(EngineSettings(str(folder)), answers)
+
+    for number, ignores in enumerate((False, True)):
+        engine.submit(number, replace(query, ignore_eos=ignores))
+    run(engine)
+
+    ended, past = (answers.pieces[number][-1] for number in range(2))
+    assert (ended.finish, ended.completion_tokens) == ("stop", whole.index(whole[5]) + 1)
+    assert (past.finish, past.completion_tokens) == ("length", 12) and len(whole) == 12
+    assert answers.text(1) == tokenizer.decode(whole, skip_special_tokens=True)
 
 
 def test_a_batch_of_several_adapters_gives_the_logits_of_each_alone(start, adapters, model_folder):

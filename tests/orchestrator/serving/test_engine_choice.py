@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.errors import JobError, MissingExtra
 from orchestrator.serving.catalog import ServedBase
-from orchestrator.serving.engine_choice import EngineOptions, engine_of
+from orchestrator.serving.engine_choice import EngineOptions, engine_of, why_not
 from orchestrator.serving.engines.protocol import ServedModel
 
 has_llama_cpp = importlib.util.find_spec("xllamacpp") is not None
@@ -45,6 +45,25 @@ def test_llama_cpp_is_taken_where_every_adapter_is_gguf(tmp_path, files, engine)
 
 def test_what_is_asked_for_is_taken_without_a_word(tmp_path):
     assert choice(tmp_path, engine="transformers") == ("transformers", [])
+
+
+@pytest.mark.parametrize(
+    ("engine", "adapter", "reason"),
+    [
+        ("transformers", '{"peft_type": "SHIRA"}', None),
+        ("vllm", '{"peft_type": "LORA"}', None),
+        ("vllm", '{"peft_type": "LORA", "use_dora": true}', "tuned: vLLM takes pairs of A and B alone"),
+        ("vllm", None, "there is no vllm on PATH (--vllm-python PYTHON)"),
+        ("llama.cpp", '{"peft_type": "LORA"}', None if has_llama_cpp else "xllamacpp (llama.cpp) is not installed"),
+    ],
+)
+def test_an_engine_that_cannot_serve_what_there_is_says_why(engine, adapter, reason, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text(adapter or "{}")
+    models = [ServedModel("base", "/base"), ServedModel("tuned", "/base", str(tmp_path))]
+    options = EngineOptions(gguf=tmp_path, vllm_python=tmp_path if adapter else None)
+
+    assert why_not(engine, ServedBase("/base", "some-model"), models, options) == reason
 
 
 @pytest.mark.skipif(has_llama_cpp, reason="it is installed")

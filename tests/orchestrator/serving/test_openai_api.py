@@ -43,6 +43,10 @@ def test_answers_are_greedy_where_nothing_is_said():
     assert parse(HELLO).query.temperature == 0
 
 
+def test_ends_are_passed_over_where_a_request_says_so():
+    assert parse({**HELLO, "ignore_eos": True}).query.ignore_eos and not parse(HELLO).query.ignore_eos
+
+
 def test_texts_in_parts_and_the_developer_role_are_read():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
 
@@ -75,6 +79,7 @@ def test_a_completion_takes_a_text_or_tokens(prompt, wanted):
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
         ({"top_logprobs": 3}, "top_logprobs"),
         ({"stream": "yes"}, "stream"),
+        ({"ignore_eos": 1}, "ignore_eos"),
         ({"seed": 1.5}, "seed"),
     ],
 )

@@ -1,5 +1,6 @@
 """A server as a user starts it: its answers, what it refuses, and that it outlives its engine and its clients."""
 
+import asyncio
 import http.client
 import io
 import json
@@ -18,7 +19,9 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from clusters.safe.reading import printable_lines
 from orchestrator.serving.door import MOST_BYTES
+from orchestrator.serving.server import Address, bind
 from orchestrator.serving.terminal import ApiClient, ChatSession
 from strategies.adapter_bank.store import Bank
 from tests.cli import called
@@ -316,6 +319,44 @@ def test_a_chat_reads_a_pipe(server, tmp_path, monkeypatch):
     assert done.stdout.strip().startswith(said.strip()[:2])
 
 
+def test_a_message_gets_one_answer(server, tmp_path):
+    options = ("--url", server.url, "--max-tokens", 4, "--message", "hello cat")
+
+    plain = called("chat", "scaled", *options, cwd=tmp_path, check=0)
+    done = called("chat", "scaled", *options, "--json", cwd=tmp_path, check=0)
+
+    body = json.loads(server.chat("scaled", messages=[{"role": "user", "content": "hello cat"}], max_tokens=4).text)
+    wanted = {"model": "scaled", "message": "hello cat", "usage": body["usage"]}
+    wanted |= {"answer": body["choices"][0]["message"]["content"], "finish_reason": body["choices"][0]["finish_reason"]}
+    assert json.loads(done.stdout) == wanted and done.stdout.count("\n") == 1
+    assert "".join(plain.stdout.split()) == "".join(printable_lines(wanted["answer"]).split())
+
+
+def test_a_chat_in_json_answers_line_by_line(server, tmp_path, monkeypatch):
+    typed = "hello cat\n\n/base\nhello\\\ndog\n/clear\n" + "x " * 300 + "\nhello\n/quit\nnever\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(typed))
+
+    done = called("chat", "scaled", "--url", server.url, "--max-tokens", 4, "--json", cwd=tmp_path)
+
+    lines = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [(line["model"], line["message"][:9]) for line in lines] == [
+        ("scaled", "hello cat"), ("base", "hello\ndog"), ("base", "x x x x x"), ("base", "hello")
+    ]  # fmt: skip
+    assert ["error" in line for line in lines] == [False, False, True, False]
+    assert lines[1]["usage"]["prompt_tokens"] > lines[3]["usage"]["prompt_tokens"], "the conversation was not kept"
+    assert "context" in lines[2]["error"] and "base answers now" in done.stderr
+    assert done.returncode == 2 and "not answered: 1 of the messages" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(("--message", " "), "--message: it is empty"), (("--message", "x"), "no such run")]
+)
+def test_a_message_that_cannot_be_sent_is_said(arguments, message, tmp_path):
+    done = called("chat", "nothing", *arguments, "--json", cwd=tmp_path)
+
+    assert done.returncode == 2 and message in json.loads(done.stdout)["error"]
+
+
 def test_a_chat_starts_a_server_of_its_own_and_ends_it(adapters, tmp_path):
     command = [sys.executable, "-m", "orchestrator", "chat", str(adapters["plain"]), "--max-tokens", "4"]
     typed, mark = "hello cat\n/model\n/base\nhello dog\n", uuid.uuid4().hex
@@ -342,6 +383,23 @@ def test_a_server_with_a_key_answers_nobody_without_it(adapters, tmp_path):
     assert server.json("GET", "/v1/models")[0] == 200
     end(server.process)
     assert "a secret" not in (tmp_path / "served.json").read_text()
+
+
+def test_a_token_does_not_wait_for_the_acknowledgement_of_the_one_before():
+    """Nagle's algorithm is off on every connection: with it streams came in bursts of 40 ms."""
+
+    async def is_off():
+        found: asyncio.Queue[asyncio.StreamWriter] = asyncio.Queue()
+        listening = bind(Address(port=0))
+        async with await asyncio.start_server(lambda _, writer: found.put_nowait(writer), sock=listening) as server:
+            _, client = await asyncio.open_connection(*server.sockets[0].getsockname())
+            accepted = await found.get()
+            flag = accepted.get_extra_info("socket").getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+            for one in (client, accepted):
+                one.close()
+            return flag
+
+    assert asyncio.run(is_off())
 
 
 def test_it_ends_with_its_engine_when_it_is_asked_to(adapters, tmp_path):

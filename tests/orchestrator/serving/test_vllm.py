@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import http.client
 import json
 import sys
 from pathlib import Path
@@ -9,10 +10,11 @@ from pathlib import Path
 import pytest
 
 from orchestrator.errors import JobError
-from orchestrator.serving.catalog import ServedBase
+from orchestrator.serving.catalog import ServedBase, open_catalog
 from orchestrator.serving.engine_choice import EngineOptions, engine_of
 from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.vllm import VllmEngine
+from orchestrator.serving.server import serving
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
 
@@ -59,6 +61,30 @@ def test_base_and_adapters_answer_by_their_names(tmp_path):
     texts, lasts = zip(*with_engine(talk), strict=True)
     assert texts == ("base: hello", "one: hello", "one: a text")
     assert {(last.finish, last.prompt_tokens, last.completion_tokens) for last in lasts} == {("stop", 4, 3)}
+
+
+def test_an_answer_goes_past_its_end_where_a_query_says_so():
+    async def talk(engine):
+        return await answer(engine, asked(BASE, max_tokens=7, ignore_eos=True))
+
+    text, last = with_engine(talk)
+    assert text == 7 * "x " and last.completion_tokens == 7
+
+
+def test_a_server_that_ends_lets_go_of_answers_whose_clients_are_gone(model_folder, capfd):
+    catalog = open_catalog([str(model_folder)], Path("runs"), None, print)
+    (name,) = catalog.models
+    with serving(catalog, lambda base: VllmEngine(base.folder, [sys.executable, str(FAKE), "serve"], 1, 8)) as address:
+        client = http.client.HTTPConnection(address.host, address.port)
+        body = json.dumps({"model": name, "prompt": "wait", "stream": True})
+        client.request("POST", "/v1/completions", body, {"Authorization": f"Bearer {address.api_key}"})
+        answer = client.getresponse()
+        first = answer.readline()
+        answer.close()
+        client.close()
+
+    assert b"a while" in first
+    assert capfd.readouterr().err == ""
 
 
 def test_the_least_recently_used_adapter_makes_room(tmp_path):
