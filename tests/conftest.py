@@ -1,5 +1,6 @@
 """Fixtures: a tiny real Llama with a real tokenizer, and rows to train it on.  Nothing of our own code is mocked."""
 
+import gc
 import importlib.util
 import json
 import os
@@ -105,6 +106,13 @@ def no_process_outlives_its_test(no_process_stays):
     known = len(processes.running)
     yield
     processes.end_all(known)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def garbage_is_looked_for_among_this_files_objects():
+    """Not among the million of libraries and of all collected tests, which takes half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -25,7 +25,7 @@ from tests.cli import Done
 
 ROOT = Path(__file__).resolve().parents[1]
 PATIENCE_S = 800  # a limit that catches what hangs: a busy machine is no failure
-_LOADED = ["torch", "transformers", "peft", "orchestrator.training.workers.worker", "strategies"]
+_LOADED = ["torch", "transformers", "peft", "orchestrator.training.workers.worker", "strategies", "tests.frozen"]
 _DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 _LIBC = ctypes.CDLL(None)
 _MARK = "STARTED_BY_TEST"

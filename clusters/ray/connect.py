@@ -31,6 +31,10 @@ SLOT = "train_slot"  # one for each device that trains
 _KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
 _LOOPBACK, _LOOPBACK_DEVICE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
+_OF_ONE_MACHINE = {
+    "RAY_prestart_worker_first_driver": "0",  # a process a core, and none fits: each actor has its own environment
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
+}
 _LONGEST_FOLDER = 30  # a socket's path has 107 characters, of which Ray's own names in the folder take 77
 
 
@@ -215,6 +219,25 @@ def _on_loopback() -> Iterator[None]:
         ray_constants.ENABLE_RAY_CLUSTER = before
 
 
+@contextlib.contextmanager
+def _without_idle_processes() -> Iterator[None]:
+    """A cluster that is started inside the block has none for an autoscaler, a driver that shows logs or a dashboard.
+
+    They would serve nobody and take 2.6 s of computing.  Private names of Ray 2.60: where one is gone, it starts again.
+    """
+    from ray._private.node import Node
+
+    starts = ("start_monitor", "start_log_monitor", "start_api_server")
+    before = {name: getattr(Node, name) for name in starts if hasattr(Node, name)}
+    for name in before:
+        setattr(Node, name, lambda self, **_: None)
+    try:
+        yield
+    finally:
+        for name, start in before.items():
+            setattr(Node, name, start)
+
+
 def _keep_quiet() -> None:
     """Ray prints what nodes say of dying workers to our standard output, where `--json` belongs."""
     from ray._private import worker
@@ -273,14 +296,17 @@ def connect(
     with contextlib.ExitStack() as until_the_end:
         if address == "local":
             begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots, len(gpus))
-            until_the_end.enter_context(_environment(by_uuid(gpus)))
+            until_the_end.enter_context(_environment({**by_uuid(gpus), **_OF_ONE_MACHINE}))
         else:
             address = _resolved(address)
             _refuse_unreachable(address)
             until_the_end.enter_context(_send_token_if_wanted(address))
             begin = {"address": address}
         try:
-            with _on_loopback() if address == "local" else contextlib.nullcontext():
+            with contextlib.ExitStack() as while_starting:
+                if address == "local":
+                    while_starting.enter_context(_on_loopback())
+                    while_starting.enter_context(_without_idle_processes())
                 ray.init(**begin, **quiet)
         except Exception as error:  # ConnectionError, RuntimeError, TimeoutError ... by Ray's mood
             reason = first_line(error)

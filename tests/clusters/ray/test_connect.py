@@ -52,8 +52,9 @@ def embedded(home):
                 for connection in process.net_connections("inet")
                 if connection.status == "LISTEN"
             ]
+            commands = [" ".join(process.cmdline()) for process in processes[1:]]
             address = ray.get_runtime_context().gcs_address
-            yield SimpleNamespace(folder=folder, listening=listening, address=address, inside=inside)
+            yield SimpleNamespace(folder=folder, listening=listening, address=address, inside=inside, commands=commands)
         after = {name: os.environ.get(name) for name in NAMES}
         assert after == before and not folder.exists()
 
@@ -61,6 +62,13 @@ def embedded(home):
 def test_it_listens_on_loopback_alone(embedded):
     assert len(embedded.listening) >= 5 and embedded.inside == "127.0.0.1"
     assert {address.removeprefix("::ffff:") for _, address, _ in embedded.listening} == {"127.0.0.1"}
+
+
+def test_it_has_no_autoscaler_log_monitor_or_dashboard(embedded):
+    running = " ".join(embedded.commands)
+
+    assert "/raylet/raylet " in running
+    assert "monitor.py" not in running and "dashboard/dashboard.py" not in running
 
 
 def test_who_comes_from_another_address_of_the_machine_is_refused(embedded):

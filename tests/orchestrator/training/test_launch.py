@@ -6,6 +6,7 @@ from datetime import timedelta
 
 import pytest
 
+from orchestrator.training.workers import launch
 from orchestrator.training.workers.launch import store_at
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
@@ -38,3 +39,24 @@ def test_the_store_of_the_workers_listens_on_the_address_that_was_named_alone():
     assert served.get("a") == b"1"
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", port), timeout=5).close()
+
+
+@pytest.mark.filterwarnings("ignore:`use_:DeprecationWarning:ray.data.context")  # Ray 2.60 reads options of its own
+@pytest.mark.parametrize("is_embedded", [True, False])
+def test_ray_train_starts_no_actor_that_has_nothing_to_do(is_embedded):
+    from ray.train import RunConfig, ScalingConfig
+    from ray.train.v2._internal.execution.scaling_policy.factory import create_scaling_policy
+
+    trainer = launch._Trainer(print, scaling_config=ScalingConfig(num_workers=1), run_config=RunConfig())
+    trainer.is_embedded = is_embedded
+    policy = create_scaling_policy(trainer.scaling_config)
+
+    callbacks = {type(one).__name__ for one in trainer._create_default_callbacks()}
+    launch.request_nothing(policy)
+    policy._send_resource_request()
+    policy._maybe_send_resource_request()
+    policy._cancel_resource_request()
+
+    assert "BackendSetupCallback" in callbacks and "DatasetsCallback" not in callbacks
+    assert ("PlacementGroupCleanerCallback" in callbacks) is not is_embedded
+    assert policy._coordinator_client is None  # which would start the actor
