@@ -68,7 +68,12 @@ async def serve(
     router = Router(catalog, build)
     app = Door(router, api_key).app()
     config = uvicorn.Config(
-        app, log_level="warning", access_log=False, lifespan="off", timeout_graceful_shutdown=_ENDING_S
+        app,
+        log_config=None,  # uvicorn's own closes the handlers of this process, and absl's then closes standard error
+        log_level="warning",
+        access_log=False,
+        lifespan="off",
+        timeout_graceful_shutdown=_ENDING_S,
     )
     server = uvicorn.Server(config)
     try:

@@ -4,6 +4,7 @@ import asyncio
 import http.client
 import io
 import json
+import logging
 import os
 import random
 import re
@@ -20,8 +21,9 @@ import psutil
 import pytest
 
 from clusters.safe.reading import printable_lines
+from orchestrator.serving.catalog import Catalog
 from orchestrator.serving.door import MOST_BYTES
-from orchestrator.serving.server import Address, bind
+from orchestrator.serving.server import Address, bind, serving
 from orchestrator.serving.terminal import ApiClient, ChatSession
 from strategies.adapter_bank.store import Bank
 from tests.cli import called
@@ -421,6 +423,23 @@ def test_an_engine_ends_with_a_server_that_is_killed(adapters, tmp_path):
 
     engine.wait(timeout=600)
     assert not engine.is_running()
+
+
+def test_a_server_in_this_process_leaves_its_logging_as_it_is():
+    closed = []
+
+    class Handler(logging.StreamHandler):
+        def close(self):
+            closed.append(self)
+            super().close()
+
+    handler = Handler()
+    catalog = Catalog(None, print)
+
+    with serving(catalog, lambda base: pytest.fail("there is no model")):
+        pass
+
+    assert not closed and handler.stream is sys.stderr
 
 
 @pytest.mark.parametrize(
