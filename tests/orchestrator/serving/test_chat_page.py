@@ -34,7 +34,8 @@ class Page:
         async with asyncio.timeout(PATIENCE_S):
             while True:
                 message = await self._socket.receive_json()
-                if message.get("method") in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                entry = message.get("params", {}).get("entry", {})
+                if message.get("method") == "Runtime.exceptionThrown" or entry.get("level") in ("warning", "error"):
                     self.complaints.append(message["params"])
                 if message.get("id") == number:
                     assert "error" not in message, message
