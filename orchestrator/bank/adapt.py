@@ -150,9 +150,10 @@ def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text:
     if not near:
         bases = ", ".join(sorted({card.base_name for card in contents.cards}))
         have = f"its {len(contents.cards)} adapters are for {bases}" if bases else "it is empty"
+        other = "Give a job of that model (`bank evaluate --job FILE`), or add: " if bases else ""
         raise JobError(
-            f"{bank.path} has no adapter of {base.name} whose data is known: {have}. `bank add RUN` after a run, or"
-            " bank.add: true in its job"
+            f"{bank.path} has no adapter of {base.name} whose data is known: {have}. {other}`bank add RUN` after a run,"
+            " or bank.add: true in its job"
         )
     return Neighbours([card for card, _, _ in near], [one for _, one, _ in near], [one for _, _, one in near])
 
