@@ -49,13 +49,20 @@ class Sent:
         if not path.exists():
             return None
         try:
-            found = record(cls, read_json(path), str(path))
+            found = record(cls, _renamed(read_json(path)), str(path))
         except BadInput as error:
             raise TrackingFailed(f"{error}. Delete it and `orchestrator sync {run.run_id}` sends a new run") from None
         return replace(found, offset=max(0, found.offset))
 
     def keep(self, run: RunFolder) -> None:
         run.write("tracking.json", json.dumps(asdict(self)))
+
+
+def _renamed(values: Any) -> Any:
+    """The fields of a file that an earlier version wrote, by their names of today."""
+    if not isinstance(values, dict) or "asked_uri" not in values:
+        return values
+    return {"requested_uri": values["asked_uri"], **values}
 
 
 def is_left_running(run: RunFolder) -> bool:

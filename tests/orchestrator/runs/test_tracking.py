@@ -191,6 +191,13 @@ def test_a_damaged_record_of_the_mirror_is_named(run_of, text):
         tracking.sync(run, job)
 
 
+def test_the_record_of_an_earlier_version_is_read(run_of):
+    run, job = run_of("sqlite:///mlflow.db")
+    run.write("tracking.json", json.dumps({"uri": "sqlite:////old/mlflow.db", "asked_uri": "sqlite:///mlflow.db"}))
+
+    assert address_of(run, job) == "sqlite:////old/mlflow.db"
+
+
 def test_a_relative_file_stays_where_it_was_first_written(store, run_of, tmp_path, monkeypatch):
     _, uri = store
     folder = Path(uri.removeprefix("sqlite:///")).parent
