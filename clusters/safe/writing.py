@@ -41,11 +41,16 @@ def new_folder(place: Path, replaces: bool = False) -> Iterator[Path]:
         yield temporary
         if replaces and place.exists():
             place.rename(old)
-        temporary.rename(place)
+        try:
+            temporary.rename(place)
+        except OSError:
+            if old.exists():
+                old.rename(place)
+            raise
         sync(place.parent)
+        shutil.rmtree(old, ignore_errors=True)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

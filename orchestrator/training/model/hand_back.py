@@ -73,6 +73,8 @@ def write(
     final = run.path / setup.export_folder
     located, known = Path(run.data().model), record.read(run.path)
     base = export.BaseModel(located, name_for_others(job, located, final), known.model if known else {})
+    for unfinished in run.path.glob(f"{final.name}.tmp-*"):  # of a process that was killed while it wrote
+        shutil.rmtree(unfinished)
     with new_folder(final, replaces=True) as temporary:  # one of a process that ended before the evaluation
         export.write(temporary, setup, held.weights if held else None, tokenizer, base)
         return agreement.on_disk(portrait, temporary, f"the {final.name}")

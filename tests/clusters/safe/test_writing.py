@@ -65,6 +65,16 @@ def test_a_new_folder_that_fails_leaves_nothing_and_what_was_there_stays(tmp_pat
     assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["made", "made/old"]
 
 
+def test_what_was_there_returns_where_the_new_folder_cannot_take_its_name(tmp_path):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/old").touch()
+
+    with pytest.raises(OSError), new_folder(tmp_path / "made", replaces=True) as folder:
+        folder.rmdir()  # as a program that clears what it does not know does
+
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*")] == ["made", "made/old"]
+
+
 def test_a_folder_that_lies_there_is_replaced_only_where_it_is_asked_for(tmp_path):
     (tmp_path / "made").mkdir()
     (tmp_path / "made/old").touch()
