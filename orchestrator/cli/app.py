@@ -19,7 +19,7 @@ from orchestrator import __version__
 from orchestrator.cli import bank, bench, export, jobs, machines, remote, report, runs, search, serving
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
-from orchestrator.views.screen import accept_every_character
+from orchestrator.views.screen import accept_every_character, keep_standard_output
 from strategies.step import thread_waits
 
 app = typer.Typer(
@@ -67,6 +67,7 @@ def main() -> None:
             signal.signal(name, _interrupt)
     os.environ |= thread_waits.environment()  # of this process and all that it starts
     _silence_libraries()
+    keep_standard_output()
     accept_every_character()
     try:
         app(prog_name="orchestrator")

@@ -88,6 +88,21 @@ def silence(stream: Any) -> None:
         os.close(nothing)
 
 
+def keep_standard_output() -> None:
+    """Let standard output be ours alone: what is written to file descriptor 1 by others goes to standard error.
+
+    Ray's C++ prints its warnings there, which would stand inside what `--json` prints.
+    """
+    before, errors = sys.stdout, sys.stderr
+    if not isinstance(before, io.TextIOWrapper) or not isinstance(errors, io.TextIOWrapper):  # closed, or a test's
+        return
+    with contextlib.suppress(OSError, ValueError):
+        own = os.dup(before.fileno())
+        os.dup2(errors.fileno(), before.fileno())
+        sys.stdout = os.fdopen(own, "w", encoding=before.encoding, errors=before.errors)  # until the process ends
+        sys.stdout.reconfigure(write_through=before.write_through)
+
+
 def accept_every_character() -> None:
     """Write characters that the terminal's encoding lacks as escapes."""
     for stream in (sys.stdout, sys.stderr):

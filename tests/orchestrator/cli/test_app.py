@@ -11,6 +11,7 @@ from orchestrator.cli.options import complete_job, complete_key, complete_run, l
 from orchestrator.errors import JobError
 from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
+from tests.processes import outcome, start_python
 
 
 def commands():
@@ -100,3 +101,15 @@ def test_numbers_are_read_from_an_option(text, numbers):
 def test_what_is_not_a_whole_number_above_0_is_refused(text):
     with pytest.raises(JobError, match=r"--lengths .* whole numbers above 0"):
         parse_numbers("--lengths", text)
+
+
+def test_what_a_library_prints_does_not_stand_inside_the_json(tmp_path):
+    """Ray's C++ writes its warnings to file descriptor 1."""
+    program = (
+        "import atexit, os, sys; from orchestrator.cli.app import main; atexit.register(os.write, 1, b'[2026 W]\\n');"
+        " sys.argv = ['orchestrator', 'recipes', '--json']; main()"
+    )
+
+    shown = outcome(start_python("-c", program, cwd=tmp_path))
+
+    assert "quickstart" in json.loads(shown.stdout) and "[2026 W]" in shown.stderr
