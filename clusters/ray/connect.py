@@ -221,9 +221,9 @@ def _on_loopback() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _without_idle_processes() -> Iterator[None]:
-    """A cluster that is started inside the block has none for an autoscaler, a driver that shows logs or a dashboard.
+    """Start no autoscaler monitor, log monitor or dashboard for a cluster that is started inside the block.
 
-    They would serve nobody and take 2.6 s of computing.  Private names of Ray 2.60: where one is gone, it starts again.
+    Nobody uses them there, and they take 2.6 s of computing.  Private names of Ray 2.60: where one is gone, it starts.
     """
     from ray._private.node import Node
 

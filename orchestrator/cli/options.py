@@ -98,9 +98,9 @@ def show(text: str) -> None:
     out.print(masked(text), soft_wrap=True)
 
 
-def print_json(value: Any) -> None:
-    """Print one JSON document in ASCII, other characters as escapes."""
-    write(json.dumps(masked_values(value), indent=1, default=str).replace("\x7f", "\\u007f"))
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print one JSON document in ASCII, other characters as escapes; without `indent` on one line."""
+    write(json.dumps(masked_values(value), indent=indent, default=str).replace("\x7f", "\\u007f"))
 
 
 def print_result(run: RunFolder, as_json: bool) -> None:

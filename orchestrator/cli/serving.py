@@ -12,12 +12,11 @@ from typing import Annotated, Any
 
 import typer
 
-from clusters.safe.masking import masked_values
 from orchestrator.cli.bank import DEFAULT_BANK, translate_errors
 from orchestrator.cli.options import JsonOption, RunsOption, complete_run, print_json, say, show
 from orchestrator.errors import JobError
 from orchestrator.job.paths import read_text_file, resolve_path
-from orchestrator.views.screen import out, write
+from orchestrator.views.screen import out
 from strategies.adapter_bank.store import Bank
 
 verbs = typer.Typer()
@@ -172,26 +171,24 @@ def _talk(client: Any, model: str, system: str, most: int, message: str | None, 
     if tuned not in models:
         raise JobError(f"{tuned} is not served there; there are {', '.join(models)}")
 
-    def print_part(text: str) -> None:
-        out.print(text, end="", soft_wrap=True)
+    def show_part(text: str) -> None:
+        if as_json:
+            say(text.rstrip())  # of commands: standard output holds answers alone
+        else:
+            out.print(text, end="", soft_wrap=True)
 
-    session = ChatSession(client, models, tuned, tuned, print_part, system, most)
+    print_line = partial(print_json, indent=None)
+    session = ChatSession(client, models, tuned, tuned, show_part, system, most)
     if message is not None:
         reply = session.reply(message)
-        _print_line(reply) if as_json else out.print(reply["answer"], soft_wrap=True)
+        print_line(reply) if as_json else out.print(reply["answer"], soft_wrap=True)
     elif as_json:
-        session.show = lambda text: say(text.rstrip())  # of commands: standard output holds answers alone
-        if failed := answer_messages(session, _print_line):
+        if failed := answer_messages(session, print_line):
             say(f"not answered: {failed} of the messages; their lines have an error")
             raise typer.Exit(JobError.exit_code)
     else:
         say(f"{tuned} answers; /base and /tuned switch, /help shows more, Ctrl-D ends")
         run_chat(session)
-
-
-def _print_line(value: dict[str, Any]) -> None:
-    """Print a JSON object as one line, in ASCII."""
-    write(json.dumps(masked_values(value)).replace("\x7f", "\\u007f"))
 
 
 def _catalog(what: list[str] | None, bank: Bank | None, runs: Path) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -29,8 +30,8 @@ _SETTINGS = {
 
 
 def process_environment() -> dict[str, str]:
-    """What a process that computes on a CPU starts with."""
-    return _ENVIRONMENT | thread_waits.environment()
+    """What a process that computes on a CPU starts with; what the user has set stays."""
+    return {name: os.environ.get(name, value) for name, value in _ENVIRONMENT.items()} | thread_waits.environment()
 
 
 @contextlib.contextmanager

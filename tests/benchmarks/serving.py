@@ -33,6 +33,7 @@ from orchestrator.export.check import llama_cpp
 from orchestrator.job import model_files
 from orchestrator.job.model_files import read_config
 from orchestrator.runs.condition import Finished, require_finished
+from orchestrator.runs.model_card import ends_of
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.serving.catalog import open_catalog
 from orchestrator.serving.engines.process import ProcessEngine
@@ -83,7 +84,7 @@ def by_transformers(finished: Finished, adapter: Path | None, count: int) -> lis
 def by_llama_cpp(finished: Finished, held: Held, base: Path, adapter: Path | None) -> list[str]:
     """Greedy answers on a GGUF file."""
     ask, most = llama_cpp(base, adapter), finished.plan.max_new_tokens
-    ends = ["<|im_end|>", "<|endoftext|>"]
+    ends = ends_of(finished.exported)
     return [ask({"prompt": ids, "max_tokens": most, "stop": ends})["text"].strip() for ids in held.prompts]
 
 

@@ -69,9 +69,11 @@ def choose_prompts(run: Finished, num_tokens: int | None, new_tokens: int) -> Be
 def _held_out(run: Finished, room: int | None) -> list[list[int]]:
     """Different prompts with an answer after them, as they were tokenised.  Raises DamagedCache."""
     held_out = datasets(run.data)[1]
+    if not held_out:
+        return []
     found: dict[tuple[int, ...], None] = {}
-    for index in range(min(len(held_out), _MOST_HELD_OUT) if held_out else 0):
-        tokens, reference = held_out.prompt(index)  # type: ignore[union-attr]
+    for index in range(min(len(held_out), _MOST_HELD_OUT)):
+        tokens, reference = held_out.prompt(index)
         if reference is not None and 0 < len(tokens) <= (room or len(tokens)):
             found[tuple(map(int, tokens))] = None
     return [list(tokens) for tokens in found]

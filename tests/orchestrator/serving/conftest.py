@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from orchestrator.serving.engines.protocol import Query, ServedModel
 from strategies.adapter_bank.card import AdapterCard
 from strategies.adapter_bank.folders import base_digest
 from strategies.adapter_bank.store import Bank
@@ -49,6 +50,24 @@ def write_shira(model_folder, folder):
             torch.nn.init.normal_(parameter, std=0.2)
     model.save_pretrained(folder)
     return folder
+
+
+def adapter(folder, rank=8, content=b"weights", **settings):
+    """The files of an adapter, without weights, for an engine that is a double."""
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **settings}))
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    return ServedModel(folder.name, "/models/base", str(folder))
+
+
+def question(model, text="hello", **options):
+    return Query(model, messages=[{"role": "user", "content": text}], **options)
+
+
+async def answer(engine, query):
+    """The whole text, and the last piece, which says why it ended."""
+    pieces = [piece async for piece in engine.generate(query)]
+    return "".join(piece.text for piece in pieces), pieces[-1]
 
 
 @pytest.fixture(scope="session")

@@ -23,6 +23,7 @@ from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.ray_serve import LlmApplication, RayServeEngine
 from strategies.adapter_bank.object_store import ObjectStore
 from tests.conftest import SMALL_MODEL
+from tests.orchestrator.serving.conftest import adapter, answer, question
 from tests.orchestrator.serving.fake_ray_serve import FakeApplication, FakeCluster
 from tests.processes import outcome, start, wait_for
 
@@ -38,13 +39,6 @@ OTHER = {
 }
 
 
-def adapter(folder, rank=8, content=b"weights", **more):
-    folder.mkdir(exist_ok=True)
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **more}))
-    (folder / "adapter_model.safetensors").write_bytes(content)
-    return ServedModel(folder.name, "/models/base", str(folder))
-
-
 @pytest.fixture
 def cluster(tmp_path):
     made = FakeCluster(tmp_path / "store")
@@ -57,15 +51,6 @@ def store(tmp_path):
     """A folder of this disk that behaves as an object store: a file's folders come with it."""
     files = fs.PyFileSystem(fs.FSSpecHandler(LocalFileSystem(auto_mkdir=True)))
     return ObjectStore("s3://models/adapters", files, str(tmp_path / "store"))
-
-
-def asked(model, text="hello", **options):
-    return Query(model, messages=[{"role": "user", "content": text}], **options)
-
-
-async def answer(engine, query):
-    pieces = [piece async for piece in engine.generate(query)]
-    return "".join(piece.text for piece in pieces), pieces[-1]
 
 
 async def refused(engine, query):
@@ -93,7 +78,7 @@ def test_base_and_adapters_answer_by_their_names_and_all_is_removed(cluster, sto
     said = []
 
     async def talk(engine):
-        found = [await answer(engine, query) for query in (asked(BASE), asked(one), Query(two, prompt="a text"))]
+        found = [await answer(engine, query) for query in (question(BASE), question(one), Query(two, prompt="a text"))]
         return found, engine.state
 
     found, state = with_engine(cluster, talk, store, say=said.append)
@@ -109,7 +94,7 @@ def test_base_and_adapters_answer_by_their_names_and_all_is_removed(cluster, sto
 
 def test_a_stream_comes_piece_by_piece_and_ends_when_its_reader_leaves(cluster):
     async def talk(engine):
-        pieces = engine.generate(asked(BASE, "for ever"))
+        pieces = engine.generate(question(BASE, "for ever"))
         found = [(await anext(pieces)).text for _ in range(6)]
         await pieces.aclose()
         return found, await asyncio.to_thread(cluster.left.wait, 10)
@@ -150,14 +135,14 @@ def test_an_adapter_is_copied_once_and_again_when_it_changes(cluster, store, tmp
     changed = adapter(tmp_path / "new" / "one", content=b"new weights")
 
     async def talk(engine):
-        before = [(await answer(engine, asked(first)))[0] for _ in range(2)]
+        before = [(await answer(engine, question(first)))[0] for _ in range(2)]
         (copied,) = (tmp_path / "store").glob("*/one-*/adapter_model.safetensors")
         stamp = copied.stat().st_mtime_ns
         await engine.unload(first)
-        again = (await answer(engine, asked(first)))[0]
+        again = (await answer(engine, question(first)))[0]
         same = copied.stat().st_mtime_ns == stamp
         await engine.unload(first)
-        return before, again, same, (await answer(engine, asked(changed)))[0], engine.state.counts
+        return before, again, same, (await answer(engine, question(changed)))[0], engine.state.counts
 
     before, again, same, other, counts = with_engine(cluster, talk, store)
     assert same and {*before, again} == {before[0]} and other != again
@@ -182,7 +167,7 @@ def test_what_vllm_does_not_compute_is_refused_and_the_others_answer(settings, m
     odd = adapter(tmp_path / "odd", **settings)
 
     async def talk(engine):
-        return await refused(engine, asked(odd)), (await answer(engine, asked(BASE)))[0]
+        return await refused(engine, question(odd)), (await answer(engine, question(BASE)))[0]
 
     refusal, text = with_engine(cluster, talk, store)
     assert refusal.status == 400 and message in refusal.message and text == "base: hello"
@@ -199,7 +184,7 @@ def test_without_a_store_adapters_are_refused_with_the_ways_out(cluster, tmp_pat
 
 def test_what_the_application_refuses_is_passed_on(cluster):
     async def talk(engine):
-        return await refused(engine, asked(BASE, "too long")), await refused(engine, asked(BASE, "break off"))
+        return await refused(engine, question(BASE, "too long")), await refused(engine, question(BASE, "break off"))
 
     long, broken = with_engine(cluster, talk)
     assert (long.status, long.message) == (400, "Ray Serve: This model's maximum context length is 2048 tokens")
@@ -208,13 +193,13 @@ def test_what_the_application_refuses_is_passed_on(cluster):
 
 def test_one_that_dies_is_not_ready_until_ray_has_started_it_again(cluster):
     async def talk(engine):
-        refusal = await refused(engine, asked(BASE, "die"))
+        refusal = await refused(engine, question(BASE, "die"))
         state = engine.state
         (one,) = cluster.applications.values()
         one.state, one.message, one.part_message = "RUNNING", "", ""
         while not engine.state.is_ready:
             await asyncio.sleep(0.02)
-        return refusal, state, (await answer(engine, asked(BASE)))[0], engine.state.restarts
+        return refusal, state, (await answer(engine, question(BASE)))[0], engine.state.restarts
 
     refusal, state, text, restarts = with_engine(cluster, talk)
     assert refusal.status == 503 and refusal.message.endswith(": RuntimeError: out of memory")
@@ -225,7 +210,7 @@ def test_one_that_others_removed_says_so(cluster):
     async def talk(engine):
         cluster.apply({"applications": []})
         cluster.details(), cluster.details()
-        return await refused(engine, asked(BASE))
+        return await refused(engine, question(BASE))
 
     refusal = with_engine(cluster, talk)
     assert refusal.status == 503 and "was removed from the cluster" in refusal.message
@@ -327,7 +312,7 @@ def test_a_token_is_shown_where_it_is_asked_for(held, tmp_path, monkeypatch):
     cluster = FakeCluster(tmp_path, token="secret")
 
     async def talk(engine):
-        return (await answer(engine, asked(BASE)))[0]
+        return (await answer(engine, question(BASE)))[0]
 
     with contextlib.closing(contextlib.ExitStack()) as stack:
         stack.callback(cluster.stop)

@@ -15,26 +15,10 @@ from orchestrator.serving.engine_choice import EngineOptions, engine_of
 from orchestrator.serving.engines.protocol import Query, Refused, ServedModel
 from orchestrator.serving.engines.vllm import VllmEngine
 from orchestrator.serving.server import serving
+from tests.orchestrator.serving.conftest import adapter, answer, question
 
 FAKE = Path(__file__).with_name("fake_vllm.py")
-
-
-def adapter(folder, rank=8, **more):
-    folder.mkdir()
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": rank, **more}))
-    return ServedModel(folder.name, "/models/base", str(folder))
-
-
 BASE = ServedModel("base", "/models/base")
-
-
-def asked(model, text="hello", **options):
-    return Query(model, messages=[{"role": "user", "content": text}], **options)
-
-
-async def answer(engine, query):
-    pieces = [piece async for piece in engine.generate(query)]
-    return "".join(piece.text for piece in pieces), pieces[-1]
 
 
 def with_engine(talk, max_adapters=2, command=None):
@@ -56,7 +40,7 @@ def test_base_and_adapters_answer_by_their_names(tmp_path):
 
     async def talk(engine):
         plain = Query(one, prompt="a text")
-        return [await answer(engine, query) for query in (asked(BASE), asked(one), plain)]
+        return [await answer(engine, query) for query in (question(BASE), question(one), plain)]
 
     texts, lasts = zip(*with_engine(talk), strict=True)
     assert texts == ("base: hello", "one: hello", "one: a text")
@@ -65,7 +49,7 @@ def test_base_and_adapters_answer_by_their_names(tmp_path):
 
 def test_an_answer_goes_past_its_end_where_a_query_says_so():
     async def talk(engine):
-        return await answer(engine, asked(BASE, max_tokens=7, ignore_eos=True))
+        return await answer(engine, question(BASE, max_tokens=7, ignore_eos=True))
 
     text, last = with_engine(talk)
     assert text == 7 * "x " and last.completion_tokens == 7
@@ -92,7 +76,7 @@ def test_the_least_recently_used_adapter_makes_room(tmp_path):
 
     async def talk(engine):
         for place in (0, 1, 0, 2, 0, 1):
-            assert (await answer(engine, asked(models[place])))[0] == f"{models[place].name}: hello"
+            assert (await answer(engine, question(models[place])))[0] == f"{models[place].name}: hello"
         return engine.state.counts
 
     counts = with_engine(talk)
@@ -113,8 +97,8 @@ def test_what_it_does_not_load_is_refused_and_the_others_go_on(settings, message
 
     async def talk(engine):
         with pytest.raises(Refused) as caught:
-            await answer(engine, asked(odd))
-        return caught.value, (await answer(engine, asked(BASE)))[0]
+            await answer(engine, question(odd))
+        return caught.value, (await answer(engine, question(BASE)))[0]
 
     refusal, text = with_engine(talk)
     assert refusal.status == 400 and message in refusal.message and text == "base: hello"
@@ -124,15 +108,15 @@ def test_one_that_dies_is_started_again_with_what_it_said(tmp_path):
     one = adapter(tmp_path / "one")
 
     async def talk(engine):
-        await answer(engine, asked(one))
+        await answer(engine, question(one))
         with pytest.raises(Refused) as caught:
-            await answer(engine, asked(one, "die"))
+            await answer(engine, question(one, "die"))
         while engine.state.is_ready:
             with contextlib.suppress(Refused):
-                await answer(engine, asked(BASE))
+                await answer(engine, question(BASE))
             await asyncio.sleep(0.05)
         reason = engine.state.reason
-        return caught.value.status, reason, (await answer(engine, asked(one)))[0], engine.state.restarts
+        return caught.value.status, reason, (await answer(engine, question(one)))[0], engine.state.restarts
 
     status, reason, text, restarts = with_engine(talk)
     assert (status, text, restarts) == (503, "one: hello", 1)
