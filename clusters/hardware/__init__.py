@@ -7,6 +7,7 @@ gpu_links      what GPUs of one machine exchange: measured, declared, by the boa
 hardware_file  a YAML file that declares machines which are not here -> ClusterCapability
 hardware_section  one mapping of that file, read value by value with every mistake noted
 interfaces     network interfaces of this machine and their addresses
+load           what other programs leave of this machine's cores
 limits         how much of this machine a process may use
 torch_build    which GPUs the installed PyTorch can use
 waiting        wait for GPUs that others use

@@ -13,11 +13,13 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware.datasheet import best_part_of_datasheet
+from clusters.hardware.load import core_shares
 from clusters.hardware.torch_gpus import index_of, judge, seen_by_torch
 from clusters.probe.machine import look_at_this_node
 from clusters.safe.cache import cache_folder
@@ -25,6 +27,7 @@ from clusters.safe.cache import cache_folder
 LIMIT_S = 180  # with the import of torch on a busy machine; what hangs longer is ended
 _CPU_SHARE, _GPU_SHARE, _DISK_SHARE = 0.1, 0.05, 0.2  # of the seconds: for one figure of a device; for the disk
 _LINK_SHARE = 0.02  # for a pair of GPUs, of which eight have 28
+_FREE = 0.7  # of the cores' time: a virtual machine's host takes up to a quarter
 _PLAUSIBLE = 0.4  # of its datasheet: an idle card on mains power reaches more
 _CHUNK_BYTES, _FILE_BYTES = 32 * 2**20, 256 * 2**20
 _log = logging.getLogger(__name__)
@@ -40,7 +43,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
     from clusters.probe.gpu_links import measure_gpu_links
     from clusters.probe.measure_device import measure_speed, try_libraries
 
-    threads = torch.get_num_threads()
+    shares, threads = core_shares(node.num_cores), torch.get_num_threads()
     torch.set_num_threads(node.num_cores)
     try:
         places = _places(node)
@@ -52,7 +55,7 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
         links = measure_gpu_links([pair for pair in usable if pair[0].kind != "cpu"], seconds * _LINK_SHARE)
         pairs = zip(devices, places, strict=True)
         devices = [device if index is None else try_libraries(device, index) for device, (_, index) in pairs]
-        devices = [replace(device, doubt=device.doubt or doubt_of(device)) for device in devices]
+        devices = [replace(device, doubt=device.doubt or doubt_of(device, shares)) for device in devices]
     finally:
         torch.set_num_threads(threads)
     written = disk_write_bytes_per_s(folder, seconds * _DISK_SHARE)
@@ -89,8 +92,15 @@ def _share(device: DeviceCapability) -> float:
     return _CPU_SHARE if device.kind == "cpu" else _GPU_SHARE
 
 
-def doubt_of(device: DeviceCapability) -> str | None:
-    """Why what was measured of a card may say more about the moment than about the card."""
+def doubt_of(device: DeviceCapability, core_shares: Sequence[float]) -> str | None:
+    """Why what was measured of a device may say more about the moment than about the device.
+
+    `core_shares` is what each core gave to this process while it measured.
+    """
+    if device.kind == "cpu":
+        gave = sum(core_shares)
+        is_busy = gave < _FREE * len(core_shares)
+        return f"it gave {gave:.1f} of its {len(core_shares)} cores: was it busy?" if is_busy else None
     found = best_part_of_datasheet(device)
     if found is None or found[1] >= _PLAUSIBLE:
         return None

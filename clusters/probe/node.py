@@ -107,7 +107,7 @@ def _measure(
 
 
 def _settle_doubts(node: NodeCapability, before: NodeCapability) -> NodeCapability:
-    """A card that is twice as slow as the other time is not in doubt again: it is so."""
+    """A device that is twice as slow as the other time is not in doubt again: it is so."""
 
     def is_as_before(now: DeviceCapability, then: DeviceCapability) -> bool:
         rates = [(rate, then.flops_per_s.get(name)) for name, rate in now.flops_per_s.items() if rate]

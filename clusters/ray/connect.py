@@ -273,10 +273,12 @@ def connect(
     cores_per_slot: int,
     environment: Mapping[str, str] | None = None,
     gpus: Sequence[DeviceCapability] = (),
+    nice: int | None = None,
 ) -> Iterator[Connection]:
     """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after.
 
-    `environment` is what every worker process starts with.  Raises CannotConnect.
+    `environment` is what every worker process starts with; `nice` its niceness there, None what Ray sets, 15.  Raises
+    CannotConnect.
     """
     import ray
 
@@ -296,7 +298,8 @@ def connect(
     with contextlib.ExitStack() as until_the_end:
         if address == "local":
             begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots, len(gpus))
-            until_the_end.enter_context(_environment({**by_uuid(gpus), **_OF_ONE_MACHINE}))
+            own_nice = {} if nice is None else {"RAY_worker_niceness": str(nice)}
+            until_the_end.enter_context(_environment({**by_uuid(gpus), **_OF_ONE_MACHINE, **own_nice}))
         else:
             address = _resolved(address)
             _refuse_unreachable(address)

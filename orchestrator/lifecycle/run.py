@@ -185,7 +185,8 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
             return
         plan = recovery.plan
         gpus = machines.planned_gpus(plan, recovery.capability) if recovery.is_local else ()
-        cluster = stack.enter_context(connect(address, plan.num_workers, plan.threads_per_worker, gpus=gpus))
+        threads, nice = plan.threads_per_worker, job.spec.cluster.nice
+        cluster = stack.enter_context(connect(address, plan.num_workers, threads, gpus=gpus, nice=nice))
         if job.spec.cluster.wait_for_slots and address != "local":
             wait_for_slots(job.spec.cluster.wait_for_slots)  # a resumed run may meet a cluster that is just starting
         next_plan: Plan | None = recovery.at_start()

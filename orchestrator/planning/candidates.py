@@ -48,6 +48,16 @@ class Slot:
     def label(self) -> str:
         return f"{self.node.name} ({self.device.name})"
 
+    def as_part_of_cpu(self, workers: int) -> Slot:
+        """With what one of so many workers has of a CPU: products by its threads, a part of the memory's bandwidth."""
+        part = self.threads / self.node.num_cores
+        if part == 1 or self.device.kind != "cpu":
+            return self
+        flops = {dtype: rate and rate * part for dtype, rate in self.device.flops_per_s.items()}
+        bandwidth = self.device.memory_bytes_per_s and self.device.memory_bytes_per_s / workers
+        device = replace(self.device, flops_per_s=flops, memory_bytes_per_s=bandwidth)
+        return replace(self, node=replace(self.node, num_cores=self.threads), device=device)
+
 
 @dataclass(frozen=True)
 class Switches:

@@ -94,10 +94,8 @@ def slots_of(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
 
 
 def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
-    """The devices that may train: of a machine with GPUs each of them, of which as many are taken as workers are stated
-    and as the machine gives.
-
-    A device of unknown memory is none of them.
+    """The devices that may train, without those of unknown memory: of a machine with GPUs each of them, of which as
+    many are taken as workers are stated and as the machine gives.
     """
     free = min(1 - spec.strategy.memory_safety, spec.goal.max_memory_fraction or 1.0)
     slots: list[Slot] = []
@@ -107,11 +105,12 @@ def offered_slots(spec: JobSpec, cluster: ClusterCapability) -> list[Slot]:
             count = min(count, node.num_slots)
         trains = (node.gpus if count else ()) if node.gpus else [node.cpu] * count
         together = max(1, min(count, len(trains)))
+        threads = min(max(1, node.num_cores // together), spec.train.most_threads)
         for device in trains:
             if device is None or device.memory_bytes is None:
                 continue
             usable = device.memory_bytes * free / (count if device.kind == "cpu" else 1)
-            slots.append(Slot(node, device, usable, max(1, node.num_cores // together)))
+            slots.append(Slot(node, device, usable, threads).as_part_of_cpu(together))
     return slots
 
 

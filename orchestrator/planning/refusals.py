@@ -42,6 +42,14 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
         )
     if spec.strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")
+    if spec.cluster.nice is not None and spec.cluster.address != "local":
+        raise JobError(
+            "cluster.nice belongs to address: local; elsewhere workers have the niceness of RAY_worker_niceness when"
+            " their machine joined"
+        )
+    most = max((slot.threads for slot in slots), default=0)
+    if spec.train.threads != "auto" and 0 < most < spec.train.threads:
+        raise JobError(f"train.threads is {spec.train.threads}, and no worker has more than {most} cores; lower it")
     _refuse_conflicts(spec, workload, slots, switches)
 
 

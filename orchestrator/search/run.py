@@ -327,7 +327,7 @@ def _tune(search: _Search) -> None:
         if held is None:
             search.stopped = True
             return
-        with connect(address, len(places), threads, environment, gpus) as cluster:
+        with connect(address, len(places), threads, environment, gpus, spec.cluster.nice) as cluster:
             slots = Slots(len(places), cluster.slot_resources, _node_ids(address, names))
             scheduler = spec.search.scheduler if search.sampler is not None else "none"
             tune = partial(

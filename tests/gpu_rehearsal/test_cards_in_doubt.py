@@ -29,7 +29,7 @@ def measured(device, part):
     flops = {name: peak and part * peak for name, peak in card.flops_per_s.items()}
     sources = device.sources | {f"flops_per_s.{name}": "measured" for name, rate in flops.items() if rate}
     device = replace(device, flops_per_s=flops, sources=sources)
-    return replace(device, doubt=doubt_of(device))
+    return replace(device, doubt=doubt_of(device, [1.0]))
 
 
 @pytest.fixture
@@ -76,4 +76,4 @@ def test_two_fifths_of_the_datasheet_are_plausible(part, is_doubtful):
     bare = datasheet.device(datasheet.find("RTX 3090"))
 
     assert bool(measured(replace(bare, sources={}), part).doubt) is is_doubtful
-    assert doubt_of(bare) is None  # nothing of it was measured
+    assert doubt_of(bare, [1.0]) is None  # nothing of it was measured

@@ -108,6 +108,12 @@ class ClusterSection(Section):
 
     address: str = key("local", "local = embedded Ray; auto or HOST:PORT = a running cluster")
     num_workers: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "training processes")
+    nice: int | None = key(
+        None,
+        "niceness of the workers of address: local, 15 without it: other programs get the cores first; at 0 they share",
+        ge=0,
+        le=19,
+    )
     max_failures: Auto | Annotated[int, Field(ge=0, le=MOST)] = key(
         "auto",
         "restarts from the last checkpoint after a worker dies; auto = as long as steps are made, on one machine 0",

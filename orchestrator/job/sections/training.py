@@ -89,11 +89,19 @@ class TrainSection(Section):
     max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0 = never", ge=0, le=1e12)
     seed: int = key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = key("auto", "recompute activations to save memory")
+    threads: Auto | Annotated[int, Field(ge=1, le=MOST)] = key(
+        "auto", "threads of a worker; auto = all cores of its machine, divided among the workers there"
+    )
     deterministic: bool = key(
         False,
         "the same bits in every run on one GPU, also after a resume; costs time: kernels that add in a fixed order (how"
         " much was not measured). One CPU worker repeats itself anyway",
     )
+
+    @property
+    def most_threads(self) -> int:
+        """Of a worker, where its machine has as many cores for it."""
+        return MOST if self.threads == "auto" else self.threads
 
 
 class CheckpointSection(Section):

@@ -30,6 +30,11 @@ def test_speeds_are_plausible(measured):
     assert 1e6 < measured.node.disk_write_bytes_per_s < 1e11
 
 
+@pytest.mark.parametrize(("shares", "is_doubtful"), [((1.0, 1.0), False), ((0.75, 0.7), False), ((1.0, 0.3), True)])
+def test_a_cpu_that_others_use_is_in_doubt(shares, is_doubtful):
+    assert bool(measure.doubt_of(DeviceCapability("cpu", "a", 1), shares)) is is_doubtful
+
+
 def test_optional_libraries_run_or_say_why_not(measured):
     found = measured.node.cpu.libraries
 

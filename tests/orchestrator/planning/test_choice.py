@@ -406,6 +406,17 @@ def test_of_a_machine_that_gives_one_device_the_one_that_fits_is_taken():
     assert [part.device for part in made.nodes] == ["RTX 3060 12GB"]
 
 
+@pytest.mark.parametrize("asked", ["cluster: {num_workers: 2}\n", "train: {threads: 8}\n"])
+def test_half_of_a_cpu_multiplies_half_as_fast(asked):
+    node = dataclasses.replace(machine("a"), num_cores=16)
+    whole, half = (plan(SMALL, node, text=text) for text in ("cluster: {num_workers: 1}\n", asked))
+    num_workers = len(half.nodes)
+
+    assert [part.threads for part in (*whole.nodes, *half.nodes)] == [16] + [8] * num_workers
+    compute = [part.time.compute_s for part in (whole.nodes[0], half.nodes[0])]
+    assert compute[1] == pytest.approx(2 / num_workers * compute[0], rel=0.1)
+
+
 @pytest.mark.parametrize("others", [(), ("RTX 3090",)])
 def test_of_like_cards_without_uuid_no_more_are_taken_than_the_machine_gives(others):
     node = dataclasses.replace(machine("a", "RTX 3090", "RTX 3090"), num_slots=1)
