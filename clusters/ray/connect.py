@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ _KNOCK_S = 5.0
 _OBJECT_STORE_BYTES = 100 * 2**20  # nothing large travels through it: data and checkpoints go by path
 _LOOPBACK, _LOOPBACK_DEVICE = "127.0.0.1", "lo0" if sys.platform == "darwin" else "lo"
 _OF_ONE_MACHINE = {
-    "RAY_prestart_worker_first_driver": "0",  # a process a core, and none fits: each actor has its own environment
+    "RAY_enable_worker_prestart": "1",  # a process a slot is there before its worker
+    "RAY_prestart_worker_first_driver": "0",  # and no second one
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # nobody drains this machine
 }
 _LONGEST_FOLDER = 30  # a socket's path has 107 characters, of which Ray's own names in the folder take 77
@@ -44,6 +45,19 @@ class CannotConnect(Exception):
 
 class RefusesToken(CannotConnect):
     """There is a cluster at the address, and it does not let this machine in."""
+
+
+@dataclass(frozen=True)
+class WorkerProcess:
+    """How the processes of a cluster that is started here begin."""
+
+    environment: Mapping[str, str] = field(default_factory=dict)
+    nice: int | None = None  # None: what Ray sets, 15
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """Of the process that starts Ray, whose processes inherit them: those started ahead then fit every actor."""
+        return {**self.environment, **({} if self.nice is None else {"RAY_worker_niceness": str(self.nice)})}
 
 
 @dataclass(frozen=True)
@@ -271,14 +285,12 @@ def connect(
     address: str,
     num_slots: int,
     cores_per_slot: int,
-    environment: Mapping[str, str] | None = None,
     gpus: Sequence[DeviceCapability] = (),
-    nice: int | None = None,
+    process: WorkerProcess | None = None,
 ) -> Iterator[Connection]:
     """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after.
 
-    `environment` is what every worker process starts with; `nice` its niceness there, None what Ray sets, 15.  Raises
-    CannotConnect.
+    Elsewhere of `process` only the environment is used.  Raises CannotConnect.
     """
     import ray
 
@@ -289,22 +301,23 @@ def connect(
     os.environ.setdefault("RAY_TRAIN_V2_ENABLED", "1")
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the work is seen
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "configure_logging": True}
-    if environment:
-        quiet["runtime_env"] = {"env_vars": dict(environment)}
+    process = process or WorkerProcess()
     close_own_token()
     # Ray takes SIGTERM for itself and would end a driver that wants to save first.
     is_main = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as until_the_end:
         if address == "local":
-            begin = _embedded(until_the_end, num_slots * cores_per_slot, num_slots, len(gpus))
-            own_nice = {} if nice is None else {"RAY_worker_niceness": str(nice)}
-            until_the_end.enter_context(_environment({**by_uuid(gpus), **_OF_ONE_MACHINE, **own_nice}))
+            begin = _embedded(until_the_end, num_slots, len(gpus))
+            variables = {**by_uuid(gpus), **_OF_ONE_MACHINE, **process.variables}
+            until_the_end.enter_context(_environment(variables))
         else:
             address = _resolved(address)
             _refuse_unreachable(address)
             until_the_end.enter_context(_send_token_if_wanted(address))
-            begin = {"address": address}
+            begin: dict[str, Any] = {"address": address}
+            if process.environment:
+                begin["runtime_env"] = {"env_vars": dict(process.environment)}
         try:
             with contextlib.ExitStack() as while_starting:
                 if address == "local":
@@ -338,13 +351,13 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _embedded(until_the_end: contextlib.ExitStack, num_cpus: int, num_slots: int, num_gpus: int) -> dict[str, Any]:
+def _embedded(until_the_end: contextlib.ExitStack, num_slots: int, num_gpus: int) -> dict[str, Any]:
     """What starts a cluster here, with a token and a folder that last as long as it."""
     folder = until_the_end.enter_context(_private_folder())
     until_the_end.enter_context(_token_of(folder / "auth_token"))
     return {
         "address": "local",
-        "num_cpus": num_cpus,
+        "num_cpus": num_slots,  # a worker asks for its slot; of its threads nobody else takes any
         "num_gpus": num_gpus,
         "resources": {SLOT: num_slots},
         "object_store_memory": _OBJECT_STORE_BYTES,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
+from pathlib import Path
 from typing import Any
 
 # User info of a URL.  The second form is a password with a slash in it: what follows the colon is no port.
@@ -63,3 +64,11 @@ def _written_out(text: str) -> str:
 
 def _names_password(user_info: str) -> bool:
     return "${" in user_info and not _written_out(user_info[:-1]).partition(":")[2]
+
+
+def masked_log(file: Path) -> logging.Handler:
+    """A handler that appends to a file, whose folder it makes.  Raises OSError."""
+    file.parent.mkdir(exist_ok=True)
+    handler = logging.FileHandler(file, encoding="utf-8")
+    handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    return handler

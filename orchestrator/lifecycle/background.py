@@ -1,7 +1,9 @@
-"""A call in a thread of its own, so that the main thread can watch it and receive Ctrl-C."""
+"""A call in a thread of its own, so that the main thread can watch it and receive Ctrl-C; a module that loads ahead."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import threading
 from collections.abc import Callable
 
@@ -35,3 +37,13 @@ def run_in_background(
             poll()
         except KeyboardInterrupt:
             interrupt()
+
+
+def load_in_background(module: str) -> None:
+    """Import a module that takes seconds while others are waited for; what fails is said where it is used."""
+
+    def load() -> None:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(module)
+
+    threading.Thread(target=load, daemon=True).start()

@@ -9,11 +9,12 @@ from pathlib import Path
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
-from clusters.ray.connect import CannotConnect
+from clusters.ray.connect import CannotConnect, WorkerProcess
 from clusters.units import format_bytes
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.job.paths import resolve_path
 from orchestrator.planning.plan import Plan
+from strategies.step import host_memory
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "hardware"
 
@@ -70,6 +71,12 @@ def planned_gpus(plan: Plan, capability: ClusterCapability) -> list[DeviceCapabi
     named = {part.uuid for part in plan.nodes if part.torch_device != "cpu"}
     gpus = [gpu for node in capability.nodes for gpu in node.gpus]
     return [gpu for gpu in gpus if gpu.uuid in named] if named - {None} else gpus[: len(plan.nodes) * bool(named)]
+
+
+def worker_process(plan: Plan, nice: int | None) -> WorkerProcess:
+    """How workers of a plan for this machine alone start."""
+    on_cpu = plan.nodes[0].torch_device == "cpu"
+    return WorkerProcess(host_memory.process_environment() if on_cpu else {}, nice)
 
 
 def notes(cluster: ClusterCapability) -> list[str]:

@@ -22,7 +22,7 @@ from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped,
 from orchestrator.job.job_file import Job
 from orchestrator.job.secrets import secret_names
 from orchestrator.lifecycle import finish, machines
-from orchestrator.lifecycle.background import run_in_background
+from orchestrator.lifecycle.background import load_in_background, run_in_background
 from orchestrator.lifecycle.baseline_helper import BaselineHelper
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks, Watcher
 from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
@@ -32,7 +32,7 @@ from orchestrator.lifecycle.verify import check_same_job, is_handed_back, verifi
 from orchestrator.planning.plan import Plan
 from orchestrator.runs import checkpoints
 from orchestrator.runs.condition import exported_damage, model_digests
-from orchestrator.runs.events import StateChange, TrackingReport
+from orchestrator.runs.events import ModelReady, StateChange, TrackingReport
 from orchestrator.runs.mirror.tracking import Mirror
 from orchestrator.runs.run_folder import RunFolder
 
@@ -161,6 +161,8 @@ class LiveRun:
         events, self.offset = self.run.events(self.offset)
         for event in events:
             self.watcher.event(event)
+            if isinstance(event, ModelReady):  # workers have loaded what they need, and the driver only watches
+                self.mirror.load_ahead()
 
     def interrupt(self) -> None:
         """The first Ctrl-C asks the workers to save and stop, the second kills them.  Raises RunFailed."""
@@ -185,8 +187,9 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
             return
         plan = recovery.plan
         gpus = machines.planned_gpus(plan, recovery.capability) if recovery.is_local else ()
-        threads, nice = plan.threads_per_worker, job.spec.cluster.nice
-        cluster = stack.enter_context(connect(address, plan.num_workers, threads, gpus=gpus, nice=nice))
+        process = machines.worker_process(plan, job.spec.cluster.nice) if recovery.is_local else None
+        load_in_background("torch")  # what starts the workers imports it
+        cluster = stack.enter_context(connect(address, plan.num_workers, plan.threads_per_worker, gpus, process))
         if job.spec.cluster.wait_for_slots and address != "local":
             wait_for_slots(job.spec.cluster.wait_for_slots)  # a resumed run may meet a cluster that is just starting
         next_plan: Plan | None = recovery.at_start()

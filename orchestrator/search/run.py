@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from clusters.capability import ClusterCapability, NodeCapability
-from clusters.ray.connect import connect
+from clusters.ray.connect import WorkerProcess, connect
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, NothingFits, OrchestratorError, RunFailed
 from orchestrator.job.job_file import Job, value_of
@@ -321,13 +321,13 @@ def _tune(search: _Search) -> None:
     places = [slot for slot in planner.slots_of(spec, search.planning.capability) if slot.node.name in names]
     threads = max(slot.threads for slot in places)
     gpus = [slot.device for slot in places if slot.device.kind != "cpu"] if address == "local" else []
-    environment = host_memory.process_environment()
+    process = WorkerProcess(host_memory.process_environment(), spec.cluster.nice)
     uuids = [[gpu.uuid] for gpu in gpus if gpu.uuid]
     with machines.cluster_errors(), hold_one_each(uuids, search.watcher.say, search.folder.stop_file.exists) as held:
         if held is None:
             search.stopped = True
             return
-        with connect(address, len(places), threads, environment, gpus, spec.cluster.nice) as cluster:
+        with connect(address, len(places), threads, gpus, process) as cluster:
             slots = Slots(len(places), cluster.slot_resources, _node_ids(address, names))
             scheduler = spec.search.scheduler if search.sampler is not None else "none"
             tune = partial(

@@ -6,9 +6,12 @@ only module that knows MLflow.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import shlex
+import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -59,13 +62,8 @@ _METRIC_FIELDS: dict[type[Event], tuple[str, ...]] = {
     Evaluation: ("eval_loss",),
 }
 _TRIAL_NUMBERS = (
-    "step_s",
-    "predicted_step_s",
-    "tensors_bytes",
-    "predicted_tensors_bytes",
-    "tokens_per_s",
-    "seconds",
-    "steps",
+    *("step_s", "predicted_step_s", "tensors_bytes", "predicted_tensors_bytes"),
+    *("tokens_per_s", "seconds", "steps"),
 )
 
 
@@ -77,6 +75,11 @@ class Mirror:
         self._wanted = bool(job.spec.tracking.report_to)
         self._next = time.monotonic() + _FIRST_S
         self.offset_at_start = run.events()[1]
+
+    def load_ahead(self) -> None:
+        """Load MLflow in a thread of its own: it takes seconds, for which nobody should wait at the end of a run."""
+        if self._wanted and "mlflow" not in sys.modules:
+            threading.Thread(target=_load_mlflow, daemon=True).start()
 
     def send_if_due(self) -> None:
         """Send what is new if the last time was long enough ago."""
@@ -134,6 +137,13 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     if sent and is_sent and all(isinstance(event, TrackingReport) for event in run.events(sent.offset)[0]):
         return None
     return sync(run, job, state=state)
+
+
+def _load_mlflow() -> None:
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    with contextlib.suppress(ImportError):  # said where it is used
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking  # noqa: F401
 
 
 def _send_to(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:

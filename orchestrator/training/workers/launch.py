@@ -6,13 +6,15 @@ beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 import os
 import shutil
 import socket
 import traceback
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,11 +24,13 @@ import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.torch.config import _TorchBackend
+from ray.train.v2._internal.execution.controller.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 
 from clusters.hardware.interfaces import gloo_talks_at
 from clusters.ray import gpu_reservation
 from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
-from clusters.safe.masking import MaskedFormatter
+from clusters.safe.masking import masked_log
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import ErrorReport, Note, WorkerGroup, WorkerKilled
@@ -41,6 +45,7 @@ _VANISHED = ("WorkerHealthCheckFailedError", "ActorDiedError", "RayActorError")
 _START_TIMEOUT_S = 900  # until the slowest machine has loaded its model
 # A hung worker is given up after this; Ray's own 10 minutes would be the longest wait of all.  It reads them here.
 _ENVIRONMENT = {
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # it would print into the driver's terminal
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "60",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "60",
 }
@@ -138,7 +143,53 @@ class _Trainer(TorchTrainer):
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
         request_nothing(parts.get("scaling_policy"))
-        return super()._initialize_and_run_controller(**parts)
+        if not self.is_embedded:
+            return super()._initialize_and_run_controller(**parts)
+        # No process for Ray Train's barriers either: our workers meet in a group of their own.
+        worker_group.SynchronizationActor = _NoActor  # pyright: ignore[reportPrivateImportUsage]
+        state._shutdown_sync_actor = _do_nothing
+        controller = _OwnController(**parts)
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+class _OwnWorkerGroup(worker_group.WorkerGroup):
+    """Of a controller that is no actor, so that workers have no handle of one: they ask it nothing.
+
+    Workers have the environment of all processes, so that those that Ray has started ahead fit.
+    """
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: dict[str, Any]) -> dict[str, Any]:
+        return custom_runtime_env
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        contexts = [
+            worker.actor.init_train_context.remote(
+                train_run_context=self._train_run_context,
+                distributed_context=worker.distributed_context,
+                synchronization_actor=sync_actor,
+                storage_context=self._storage_context,
+                worker_callbacks=self._worker_callbacks_to_propagate,
+                controller_actor=None,
+                **{name: values[index] for name, values in train_context_args.items()},
+            )
+            for index, worker in enumerate(workers)
+        ]
+        ray.get(contexts)
+        self._decorate_worker_log_file_paths(workers)
+
+
+class _OwnController(TrainController):
+    """Ray Train's controller in the driver's process.
+
+    As an actor it is a process that loads Ray Train first, and the workers' start waits for it: 7 of 26 s on two slow
+    cores.  It is there to outlive its driver, and the driver's end is that of an embedded cluster.
+    """
+
+    worker_group_cls = _OwnWorkerGroup
 
 
 def request_nothing(policy: Any) -> None:
@@ -148,8 +199,15 @@ def request_nothing(policy: Any) -> None:
             setattr(policy, name, _do_nothing)
 
 
-def _do_nothing() -> None:
-    """In the controller's process, in place of what starts an actor."""
+def _do_nothing(*_: Any) -> None:
+    """In the controller's process, in place of what starts an actor or ends it."""
+
+
+class _NoActor:
+    """Stands where the controller would start an actor."""
+
+    options = classmethod(lambda cls, **_: cls)
+    remote = staticmethod(lambda **_: "none")
 
 
 class _Backend(_TorchBackend):
@@ -193,6 +251,7 @@ def _train(
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    is_embedded = not node_ids  # its processes have the environment already
     of_cpu = {"env_vars": host_memory.process_environment()}
     chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = _Trainer(
@@ -207,7 +266,7 @@ def _train(
             name=run.run_id,
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
-            worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" else None,
+            worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" and not is_embedded else None,
         ),
         torch_config=_WorkerSetup(
             backend=plan.backend,
@@ -216,9 +275,10 @@ def _train(
             names={node_id: name for name, node_id in node_ids.items()},
         ),
     )
-    trainer.is_embedded = not node_ids
+    trainer.is_embedded = is_embedded
     try:
-        trainer.fit()
+        with _logs_of_controller(run.logs / "ray-train.log"):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         for rank in _dead(error):
             run.record(WorkerKilled(rank, plan.nodes[rank].node if plan.num_workers == 1 else _node(run, rank)))
@@ -298,10 +358,25 @@ def store_at(address: str, port: int, size: int, timeout: timedelta, listener: s
     return TCPStore(address, port, size, listener is not None, timeout, master_listen_fd=own)
 
 
+@contextlib.contextmanager
+def _logs_of_controller(file: Path) -> Iterator[None]:
+    """What Ray Train's controller reports in this process goes into a file, and not to the terminal."""
+    logger, handler = logging.getLogger("ray.train"), masked_log(file)
+    before = logger.propagate, logger.level
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.propagate = before[0]
+        logger.setLevel(before[1])
+
+
 def _log_to(file: Path) -> None:
-    file.parent.mkdir(exist_ok=True)
-    handler = logging.FileHandler(file, encoding="utf-8")
-    handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler = masked_log(file)
     logger = logging.getLogger()
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
