@@ -106,6 +106,7 @@ def print_json(value: Any) -> None:
 def print_result(run: RunFolder, as_json: bool) -> None:
     """Print the result of a run that has ended."""
     from orchestrator.runs.condition import exported_whole
+    from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.views.result import result_view
 
     exported = exported_whole(run)
@@ -115,5 +116,5 @@ def print_result(run: RunFolder, as_json: bool) -> None:
         print_json({**ended, "result": result and result.values, "data": run.data().statistics})
         return
     out.print()
-    out.print(result_view(run))
+    out.print(result_view(run, summary_of(run)))
     show(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache, partial
 from pathlib import Path
 from typing import Annotated
 
@@ -25,13 +26,12 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     """List the runs in a folder, oldest first."""
     from orchestrator.runs.condition import damage
     from orchestrator.runs.search_folder import SearchFolder
-    from orchestrator.views.result import damaged_row, run_row, runs_table
+    from orchestrator.views.result import damaged_row, listed_row, runs_table
 
     rows = []
     for run in RunFolder.all(runs):
-        wrong = [] if run.is_locked() else damage(run)  # the process that holds the lock may be writing
         try:
-            rows.append(damaged_row(run, wrong) if wrong else run_row(run))
+            rows.append(listed_row(run))
         except JobError as error:
             rows.append(damaged_row(run, error.mistakes))
     rows += [damaged_row(search, wrong) for search in SearchFolder.all(runs) if (wrong := damage(search))]
@@ -49,7 +49,8 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
 @verbs.command()
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Show how far a run is, and how good its result is."""
-    from orchestrator.runs.condition import damage, find_skipped_lines
+    from orchestrator.runs.condition import damage
+    from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
     from orchestrator.views.result import result_view, run_row
     from orchestrator.views.workers import stages_view, workers_view
@@ -62,12 +63,14 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if remote.is_remote(found) and not remote.is_closed(found):
         remote.status(found, json_)
         return
-    if not found.is_locked() and (wrong := damage(found)):
+    read = cache(partial(summary_of, found))
+    if not found.is_locked() and (wrong := damage(found, lambda: read().state_by_events)):
         raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
-    if text := find_skipped_lines(found):
-        say(text)
+    summary = read()
+    if text := summary.damaged_lines:
+        say(f"{found.path / 'events.jsonl'}: {text}; passed over")
     _complete_mirror(found)
-    row, events = run_row(found), found.events()[0]
+    row, events = run_row(found, summary), summary.group_events
     stages = stages_of_run(found.plan(), events) if (found.path / "plan.json").exists() else []
     by_worker = stats_of_run(events)
     if json_:
@@ -82,7 +85,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         out.print(stages_view(stages) if stages else workers_view(by_worker))
     if row["state"] == "finished":
         out.print()
-        out.print(result_view(found))
+        out.print(result_view(found, summary))
 
 
 def _complete_mirror(run: RunFolder) -> None:

@@ -111,9 +111,13 @@ def model_digests(folder: Path, say: Callable[[str], None] = lambda text: None) 
     return digests.of_model(folder, cache_folder("digests.json"), say)
 
 
-def damage(run: RunFolder) -> list[str]:
-    """What can be seen to be wrong with a run's files, each named, without reading its model or checkpoints."""
+def damage(run: RunFolder, read_state: Callable[[], str] | None = None) -> list[str]:
+    """What can be seen to be wrong with a run's files, each named, without reading its model or checkpoints.
+
+    `read_state` is its `state_by_events`, from where the events were read already.
+    """
     wrong: list[str] = []
+    read_state = read_state or run.state_by_events
 
     def look(read: Callable[[], Any]) -> Any:
         try:
@@ -130,13 +134,7 @@ def damage(run: RunFolder) -> list[str]:
     result = look(run.result)
     if result and (damaged := look(lambda: exported_damage(run, result, by_size=True))):
         wrong.append(damaged)
-    if result and not wrong and look(run.state_by_events) == "interrupted":
+    is_whole, state = not wrong, look(read_state)
+    if result and is_whole and state == "interrupted":
         wrong.append(f"{run.path / 'events.jsonl'}: the end of the run is not in it")
-    look(run.event_faults)
     return wrong
-
-
-def find_skipped_lines(run: RunFolder) -> str | None:
-    """Lines of events.jsonl that were cut by a power loss or damaged since; the rest of the file is read."""
-    faults = run.event_faults()
-    return f"{run.path / 'events.jsonl'}: {record.few(faults)}; passed over" if faults else None

@@ -73,9 +73,8 @@ class RunFolder(Folder):
     def has_started(self) -> bool:
         """Whether this program began a run here; a folder with a job file of one's own is none."""
         if _is_file(self.path / recorded.NAME):
-            with contextlib.suppress(JobError):
-                found = recorded.read(self.path)
-                return found is not None and found.kind == self.kind
+            if kind := recorded.read_kind(self.path):
+                return kind == self.kind
             is_search = _is_file(self.path / "search.yaml")  # the record is damaged
             return is_search == (self.kind == "search")
         return _is_file(self.path / self.document) and _is_file(self.path / "origin.json")  # an older version's
@@ -157,13 +156,17 @@ class RunFolder(Folder):
         if not output_dir.is_dir():
             return []
         try:
-            listed = list(output_dir.iterdir())
-        except OSError as error:
-            raise JobError(f"{output_dir} cannot be read: {error.strerror}") from None
+            folder = checked_path(output_dir)
+            listed = list(os.scandir(folder))
+        except (OSError, BadInput) as error:
+            raise JobError(f"{output_dir} cannot be read: {getattr(error, 'strerror', None) or error}") from None
         runs = []
-        for path in listed:
-            with contextlib.suppress(JobError):  # a loop of links is no run
-                runs += [run] if (run := cls.at(path)) else []
+        for entry in listed:
+            if entry.is_symlink() or not entry.name.isascii():  # may lead into a loop, or be no text
+                with contextlib.suppress(JobError):
+                    runs += [run] if (run := cls.at(entry.path)) else []
+            elif entry.is_dir() and (run := cls(folder / entry.name)).has_started:
+                runs.append(run)
         return sorted(runs, key=lambda run: (run._began_ns(), run.run_id))
 
     def _began_ns(self) -> int:
@@ -230,10 +233,6 @@ class RunFolder(Folder):
         content = self._event_bytes(offset)
         return events.parse_lines(content), offset + content.rfind(b"\n") + 1
 
-    def event_faults(self) -> list[str]:
-        """What is wrong with damaged lines of events.jsonl, as `line N: ...`."""
-        return events.faults(self._event_bytes())
-
     def _event_bytes(self, offset: int = 0) -> bytes:
         file = self.path / "events.jsonl"
         try:
@@ -255,12 +254,14 @@ class RunFolder(Folder):
 
     # State.
 
-    def state(self) -> str:
-        """running | finished | stopped | failed | interrupted (the driver died)."""
+    def state(self, by_events: str | None = None) -> str:
+        """running | finished | stopped | failed | interrupted (the driver died).
+
+        `by_events` is its `state_by_events`, from where the events were read already.
+        """
         if self.is_locked():
             return "running"
-        state = self.state_by_events()
-        return state if state != "running" else "interrupted"
+        return state_without_driver(self.state_by_events() if by_events is None else by_events)
 
     def state_by_events(self) -> str:
         """The last state written down; a driver that died has written none."""
@@ -308,6 +309,11 @@ def _made(output_dir: Path, name: str, run_id: str | None) -> Path:
             raise JobError(f"checkpoint.output_dir: {output_dir} cannot be written: {error.strerror}") from None
         return path
     raise JobError(f"checkpoint.output_dir: {output_dir} already holds a hundred runs started in this second")
+
+
+def state_without_driver(by_events: str) -> str:
+    """The state of a run that no process holds, of the last one written down."""
+    return by_events if by_events != "running" else "interrupted"
 
 
 def utc(seconds: float) -> str:

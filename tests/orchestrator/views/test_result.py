@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.views.result import result_view, runs_table, scores_view
 from tests.orchestrator.report.test_pages import HOSTILE
 
@@ -31,7 +32,7 @@ def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path)
     run.write("result.json", json.dumps(result))
 
     row = {"run": text, "state": "finished", "step": 1, "num_steps": 1, "loss": None, "started": None}
-    seen = shown(result_view(run)) + shown(scores_view(run.result().after)) + shown(runs_table([row]))
+    seen = shown(result_view(run, EventSummary())) + shown(scores_view(run.result().after)) + shown(runs_table([row]))
 
     assert not any(ord(character) < 32 and character != "\n" for character in seen) and "\u202e" not in seen
     assert seen.count("[bold]name[/bold]") == ("[bold]" in text) * 10
