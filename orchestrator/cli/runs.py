@@ -16,7 +16,7 @@ from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, p
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.views.screen import write
+from orchestrator.views.screen import print_rows, write
 
 verbs = typer.Typer()
 
@@ -26,7 +26,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     """List the runs in a folder, oldest first."""
     from orchestrator.runs.condition import damage
     from orchestrator.runs.search_folder import SearchFolder
-    from orchestrator.views.result import damaged_row, listed_row, runs_table
+    from orchestrator.views.result import RUN_HEAD, damaged_row, listed_row, run_cells
 
     rows = []
     for run in RunFolder.all(runs):
@@ -38,7 +38,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     if json_:
         print_json(rows)
     elif rows:
-        out.print(runs_table(rows))
+        print_rows(RUN_HEAD, [run_cells(row) for row in rows])
     else:
         show(f"no runs in {runs}")
     for row in rows:

@@ -16,13 +16,14 @@ A folder is a run by its recorded.json, which is written first and at once, unde
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 from clusters.capability import ClusterCapability
 from clusters.safe.masking import masked_values
@@ -38,6 +39,8 @@ from orchestrator.runs.recorded_folder import Folder
 from strategies.export import EXPORT_FOLDERS
 
 E = TypeVar("E", bound=Event)
+_EVENT = b'{"event": "'  # as every line is written
+_CHUNK_BYTES = 2**16
 _LEFTOVERS = ("logs", "package")  # of a start that was killed, beside hidden files
 
 
@@ -215,7 +218,7 @@ class RunFolder(Folder):
     def record_stop(self, request: str = "asked", step: int | None = None) -> None:
         """Record that the run ends before its last step: it was asked to stop, or to plan again."""
         state = "stopped" if request == "asked" else "replanning"
-        self.record(StateChange(state, step=max(self.steps(), default=0) if step is None else step))
+        self.record(StateChange(state, step=self.last_step() if step is None else step))
 
     def append(self, name: str, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line, in one write.  Raises RunFailed where the disk is full."""
@@ -230,27 +233,52 @@ class RunFolder(Folder):
 
     def events(self, offset: int = 0) -> tuple[list[Event], int]:
         """Complete events from a byte offset on, and the offset after them."""
-        content = self._event_bytes(offset)
+        with self._event_stream() as stream:
+            stream.seek(offset)
+            content = stream.read()
         return events.parse_lines(content), offset + content.rfind(b"\n") + 1
 
-    def _event_bytes(self, offset: int = 0) -> bytes:
+    def end_of_events(self) -> int:
+        """The byte offset after the last complete event, read from the end."""
+        with self._event_stream() as stream:
+            end = stream.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - _CHUNK_BYTES)
+                stream.seek(start)
+                if found := stream.read(end - start).rfind(b"\n") + 1:
+                    return start + found
+                end = start
+        return 0
+
+    def events_of(self, kind: type[E], *kinds: type[E]) -> list[E]:
+        """Every event of some kinds, in their order; lines that say to be of another kind are passed over unread."""
+        wanted = (kind, *kinds)
+        begins = tuple(b'{"event": "%s"' % one.kind.encode() for one in wanted)
+        found: list[E] = []
+        with self._event_stream() as stream:
+            for line in stream:
+                if line.endswith(b"\n") and (line.startswith(begins) or not line.startswith(_EVENT)):
+                    event, _ = events.parse_line(line[:-1])
+                    found += [event] if isinstance(event, wanted) else []
+        return found
+
+    @contextlib.contextmanager
+    def _event_stream(self) -> Iterator[BinaryIO]:
+        """Empty where there is no file.  Raises JobError."""
         file = self.path / "events.jsonl"
         try:
-            if kind_of(file) is None:
-                return b""
-            with open_regular(file) as stream:
-                stream.seek(offset)
-                return stream.read()
+            with io.BytesIO() if kind_of(file) is None else open_regular(file) as stream:
+                yield stream
         except (OSError, BadInput) as error:
             raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-    def events_of(self, kind: type[E]) -> list[E]:
-        """Every event of a kind."""
-        return [event for event in self.events()[0] if isinstance(event, kind)]
 
     def steps(self) -> dict[int, StepReport]:
         """The last report of each step; a resumed run reports some steps twice."""
         return {event.step: event for event in self.events_of(StepReport)}
+
+    def last_step(self) -> int:
+        """The highest step that was reported, 0 before the first."""
+        return max((event.step for event in self.events_of(StepReport)), default=0)
 
     # State.
 

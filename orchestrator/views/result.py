@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from clusters.safe.reading import printable
@@ -169,14 +168,14 @@ def _row(run: RunFolder, facts: RunFacts, state: str) -> dict[str, Any]:
     return row
 
 
-def runs_table(rows: list[dict[str, Any]]) -> Table:
-    """The table of `list`."""
-    table = new_table("run", "state", "step", "loss", "started")
-    for row in rows:
-        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
-        table.add_row(*(_text(str(cell)) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
-    return table
+RUN_HEAD = ("run", "state", "step", "loss", "started")
+
+
+def run_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table of `list`."""
+    loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+    steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
+    return row["run"], row["state"], steps, loss, row["started"] or ""
 
 
 def event_line(event: Event) -> str:

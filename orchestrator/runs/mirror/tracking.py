@@ -76,7 +76,7 @@ class Mirror:
         self._run, self._job = run, job
         self._wanted = bool(job.spec.tracking.report_to)
         self._next = time.monotonic() + _FIRST_S
-        self.offset_at_start = run.events()[1]
+        self.offset_at_start = run.end_of_events()
 
     def send_if_due(self) -> None:
         """Send what is new if the last time was long enough ago."""

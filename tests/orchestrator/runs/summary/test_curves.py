@@ -67,11 +67,11 @@ def test_steps_trained_again_take_the_place_of_those_before(back):
     assert {step // curve.width for step in last} == {step // curve.width for step, _ in curve.points()}
 
 
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.parametrize("seed", range(4))
 def test_a_curve_built_in_pieces_is_the_same(seed):
     draw = random.Random(seed)
     pairs, step = [], 0
-    for _ in range(15_000):
+    for _ in range(9_000):
         step = max(0, step + draw.choice((1, 1, 1, 1, 2, 50 if seed % 2 else 1)))
         step -= draw.randrange(500) if draw.random() < 0.002 else 0
         pairs.append((step, draw.choice((math.nan, 1, draw.random(), draw.random()))))

@@ -165,15 +165,15 @@ def test_a_summary_built_in_pieces_is_the_same(seed):
 
 
 def test_a_summary_does_not_grow_with_the_run():
-    sizes = []
-    for count in (20_000, 60_000):
-        draw = random.Random(count)
-        events = [StepReport.from_json(step_values(draw, step, 2)) for step in range(count)]
-        summary = EventSummary()
-        summary.add((replace(event, loss=draw.random()), "") for event in events)
-        sizes.append(len(json.dumps(summary.to_json())))
+    draw = random.Random(0)
+    step = StepReport.from_json(step_values(draw, 0, 2))
+    summary, sizes = EventSummary(), []
+    for number in range(40_000):
+        summary.add([(replace(step, step=number, loss=draw.random()), "")])
+        if number in (4000, 10_000, 39_999):
+            sizes.append(len(json.dumps(summary.to_json())))
 
-    assert sizes[1] < 1.3 * sizes[0] < 400_000
+    assert max(sizes) < 200_000
 
 
 def test_no_event_at_all_is_an_interrupted_run():
