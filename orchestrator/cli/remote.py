@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,10 +12,12 @@ from clusters.job_backend import ENDED
 from clusters.safe.masking import masked
 from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, RunFailed
-from orchestrator.job.job_file import Job
 from orchestrator.remote.record import ClusterTarget, Remote
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 verbs = typer.Typer()
 

@@ -6,7 +6,7 @@ import json
 import time
 from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -15,7 +15,7 @@ from orchestrator.cli import search as search_verbs
 from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
-from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.run_folder import RunFolder, runs_and_others
 from orchestrator.views.screen import print_rows, write
 
 verbs = typer.Typer()
@@ -24,17 +24,16 @@ verbs = typer.Typer()
 @verbs.command(name="list")
 def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """List the runs in a folder, oldest first."""
-    from orchestrator.runs.condition import damage
-    from orchestrator.runs.search_folder import SearchFolder
     from orchestrator.views.result import RUN_HEAD, damaged_row, listed_row, run_cells
 
+    found, others = runs_and_others(runs)
     rows = []
-    for run in RunFolder.all(runs):
+    for run in found:
         try:
             rows.append(listed_row(run))
         except JobError as error:
             rows.append(damaged_row(run, error.mistakes))
-    rows += [damaged_row(search, wrong) for search in SearchFolder.all(runs) if (wrong := damage(search))]
+    rows += _damaged_searches(others) if others else []
     if json_:
         print_json(rows)
     elif rows:
@@ -44,6 +43,15 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     for row in rows:
         for line in row.get("damage", ()):
             say(f"{row['run']} is damaged: {line}")
+
+
+def _damaged_searches(folders: list[Path]) -> list[dict[str, Any]]:
+    from orchestrator.runs.condition import damage
+    from orchestrator.runs.search_folder import SearchFolder
+    from orchestrator.views.result import damaged_row
+
+    searches = SearchFolder.in_order(one for one in map(SearchFolder, folders) if one.has_started)
+    return [damaged_row(search, wrong) for search in searches if (wrong := damage(search))]
 
 
 @verbs.command()

@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.workload import model_shape
 from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder
 from strategies.export import ADAPTER_FOLDER, Export
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def exported_whole(run: RunFolder) -> Path:
 
 def export_of(run: RunFolder) -> Export:
     """What the run's method hands back of this model, and which engines load it.  Raises JobError."""
+    from orchestrator.planning.workload import model_shape
+
     shape = model_shape(model_files.read_config(Path(run.data().model)))
     return run.plan().build_method().exports(shape)
 

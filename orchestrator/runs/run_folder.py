@@ -20,7 +20,7 @@ import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Self, TypeVar
@@ -75,10 +75,10 @@ class RunFolder(Folder):
     @property
     def has_started(self) -> bool:
         """Whether this program began a run here; a folder with a job file of one's own is none."""
-        if _is_file(self.path / recorded.NAME):
-            if kind := recorded.read_kind(self.path):
-                return kind == self.kind
-            is_search = _is_file(self.path / "search.yaml")  # the record is damaged
+        if kind := recorded.read_kind(self.path):
+            return kind == self.kind
+        if _is_file(self.path / recorded.NAME):  # it is damaged
+            is_search = _is_file(self.path / "search.yaml")
             return is_search == (self.kind == "search")
         return _is_file(self.path / self.document) and _is_file(self.path / "origin.json")  # an older version's
 
@@ -155,21 +155,11 @@ class RunFolder(Folder):
     @classmethod
     def all(cls, output_dir: Path) -> list[Self]:
         """Every run in a folder, oldest first."""
-        output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
-        if not output_dir.is_dir():
-            return []
-        try:
-            folder = checked_path(output_dir)
-            listed = list(os.scandir(folder))
-        except (OSError, BadInput) as error:
-            raise JobError(f"{output_dir} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        runs = []
-        for entry in listed:
-            if entry.is_symlink() or not entry.name.isascii():  # may lead into a loop, or be no text
-                with contextlib.suppress(JobError):
-                    runs += [run] if (run := cls.at(entry.path)) else []
-            elif entry.is_dir() and (run := cls(folder / entry.name)).has_started:
-                runs.append(run)
+        return cls.in_order(run for run in map(cls, folders_in(output_dir)) if run.has_started)
+
+    @classmethod
+    def in_order(cls, runs: Iterable[Self]) -> list[Self]:
+        """Oldest first."""
         return sorted(runs, key=lambda run: (run._began_ns(), run.run_id))
 
     def _began_ns(self) -> int:
@@ -313,6 +303,37 @@ class RunFolder(Folder):
     def is_locked(self) -> bool:
         """Whether a driver is alive; asking takes nothing from it."""
         return locks.is_held(self.path)
+
+
+def folders_in(output_dir: Path) -> Iterator[Path]:
+    """The folders that may be runs, as `RunFolder.at` names them.  Raises JobError."""
+    output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
+    if not output_dir.is_dir():
+        return
+    try:
+        folder = checked_path(output_dir)
+        listed = list(os.scandir(folder))
+    except (OSError, BadInput) as error:
+        raise JobError(f"{output_dir} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for entry in listed:
+        if not entry.is_symlink() and entry.name.isascii():
+            if entry.is_dir():
+                yield folder / entry.name
+            continue
+        with contextlib.suppress(BadInput):  # a loop of links is no run, a name that is no text neither
+            if kind_of(found := checked_path(entry.path)) == "folder":
+                yield found
+
+
+def runs_and_others(output_dir: Path) -> tuple[list[RunFolder], list[Path]]:
+    """The runs in a folder, oldest first, and what may be a search.  Raises JobError."""
+    runs, others = [], []
+    for path in folders_in(output_dir):
+        if (run := RunFolder(path)).has_started:
+            runs.append(run)
+        elif any(os.path.lexists(path / name) for name in (recorded.NAME, "search.yaml")):
+            others.append(path)
+    return RunFolder.in_order(runs), others
 
 
 def _is_file(path: Path) -> bool:
