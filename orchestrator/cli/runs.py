@@ -19,6 +19,7 @@ from orchestrator.runs.run_folder import RunFolder, runs_and_others
 from orchestrator.views.screen import print_rows, write
 
 verbs = typer.Typer()
+_PIECE_BYTES = 2**20  # of events that are printed at a time: a long run has hundreds of megabytes
 
 
 @verbs.command(name="list")
@@ -142,12 +143,13 @@ def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
     offset = 0
     while True:
         alive = run.is_locked()
-        events, offset = run.events(offset)
-        for event in events:
-            if as_json:
-                write(json.dumps(event.to_json()))
-            else:
-                show(event_line(event))
+        while (read := run.events(offset, _PIECE_BYTES))[1] > offset:
+            events, offset = read
+            for event in events:
+                if as_json:
+                    write(json.dumps(event.to_json()))
+                else:
+                    show(event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)

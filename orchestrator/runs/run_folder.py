@@ -221,11 +221,13 @@ class RunFolder(Folder):
         except OSError as error:
             raise self._cannot_write(name, error) from error
 
-    def events(self, offset: int = 0) -> tuple[list[Event], int]:
-        """Complete events from a byte offset on, and the offset after them."""
+    def events(self, offset: int = 0, num_bytes: int = -1) -> tuple[list[Event], int]:
+        """Complete events from a byte offset on, of about `num_bytes` or to the end, and the offset after them."""
         with self._event_stream() as stream:
             stream.seek(offset)
-            content = stream.read()
+            content = stream.read(num_bytes)
+            while num_bytes > 0 and b"\n" not in content and (more := stream.read(num_bytes)):
+                content += more
         return events.parse_lines(content), offset + content.rfind(b"\n") + 1
 
     def end_of_events(self) -> int:

@@ -108,7 +108,8 @@ def make_run(folder: Path, num_steps: int, num_workers: int = 1) -> RunFolder:
     names = ("origin.json", "capability.json", "plan.json", "data.json", "result.json", "job.yaml")
     run.begin({name: (folder / name).read_text() for name in names})
     write_events(run, events_of_run(num_steps, num_workers))
-    return run
+    with run.lock():  # as a driver did
+        return run
 
 
 def write_events(run: RunFolder, found: Iterator[Event]) -> None:
