@@ -52,14 +52,14 @@ def _read_known_step(line: bytes) -> StepReport | None:
         return None
     del values["event"]
     values["extra"] = {}
-    made = object.__new__(StepReport)  # as Event.from_json does
-    vars(made).update(values)
+    made = object.__new__(StepReport)  # as Event.from_json does, without a copy
+    object.__setattr__(made, "__dict__", values)
     return made
 
 
 def _shape(values: dict[str, Any]) -> tuple[Any, ...]:
     """Names, types, and the types inside of lists and objects: all that decides whether a step is well-formed."""
-    types = tuple(map(type, values.values()))
+    types = (*map(type, values.values()),)
     if list not in types and dict not in types:
         return (*values, *types)
     inside = (
