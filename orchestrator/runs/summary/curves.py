@@ -12,7 +12,7 @@ _MOST_BUCKETS = 2000
 _Bucket = list[Any]  # [step, lowest, step, highest, step of the first NaN or None]
 
 
-class Curve:
+class StepCurve:
     """Values by step, the last of each step.
 
     Beyond 4,000 steps the lowest and the highest value of every `width` steps: a power of two.  There, a step that

@@ -30,7 +30,7 @@ from orchestrator.runs.events import (
 )
 from orchestrator.runs.phases import PhaseClock
 from orchestrator.runs.record import MOST_NAMED, few
-from orchestrator.runs.summary.curves import Curve, StepSet
+from orchestrator.runs.summary.curves import StepCurve, StepSet
 from orchestrator.runs.worker_stats import LAST_STEPS, stage_columns
 from strategies.cost.phases import Phases
 
@@ -50,8 +50,8 @@ class EventSummary:
         self.error: str | None = None  # the last that was reported
         self.last_step: StepReport | None = None  # the last report of the highest step
         self.steps = StepSet()
-        self.losses = Curve()
-        self.evaluations = Curve()
+        self.losses = StepCurve()
+        self.evaluations = StepCurve()
         self.loss_before: float | None = None
         self.loss_after: float | None = None
         self.num_sittings = 0  # that loaded the model
@@ -183,7 +183,10 @@ class EventSummary:
         for name in _EVENTS:
             setattr(made, name, values[name] and read_event(values[name]))
         made.steps = StepSet(values["steps"])
-        made.losses, made.evaluations = Curve.from_json(values["losses"]), Curve.from_json(values["evaluations"])
+        made.losses, made.evaluations = (
+            StepCurve.from_json(values["losses"]),
+            StepCurve.from_json(values["evaluations"]),
+        )
         made._clock = PhaseClock.from_json(values["clock"])
         made._faults = [read_event(one) for one in values["faults"]]
         for stages, steps in values["group_steps"]:

@@ -6,18 +6,18 @@ import random
 
 import pytest
 
-from orchestrator.runs.summary.curves import Curve, StepSet
+from orchestrator.runs.summary.curves import StepCurve, StepSet
 
 
 def curve_of(pairs):
-    made = Curve()
+    made = StepCurve()
     for step, value in pairs:
         made.add(step, value)
     return made
 
 
 def again(curve):
-    return Curve.from_json(json.loads(json.dumps(curve.to_json())))
+    return StepCurve.from_json(json.loads(json.dumps(curve.to_json())))
 
 
 def shown(curve):
@@ -75,7 +75,7 @@ def test_a_curve_built_in_pieces_is_the_same(seed):
         step = max(0, step + draw.choice((1, 1, 1, 1, 2, 50 if seed % 2 else 1)))
         step -= draw.randrange(500) if draw.random() < 0.002 else 0
         pairs.append((step, draw.choice((math.nan, 1, draw.random(), draw.random()))))
-    whole, pieces = curve_of(pairs), Curve()
+    whole, pieces = curve_of(pairs), StepCurve()
 
     for start in range(0, len(pairs), 700):
         pieces = again(pieces)
