@@ -87,7 +87,7 @@ def test_without_a_template_prompts_are_tokenised_together_too(tokenizer):
 def test_what_no_row_can_be_rendered_with_is_raised_behind_the_rows_before_it(tokenizer):
     rows = [
         Row({"prompt": "red", "completion": "cat"}, "file", 1),
-        Row(ROWS[0], "file", 2),
+        Row(ROWS[0], "other", 2),
         Row({"nothing": 1}, "file", 3),
     ]
     counts, kept = RowCounts(), []
