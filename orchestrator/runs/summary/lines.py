@@ -11,7 +11,7 @@ from orchestrator.runs.events import Event, StepReport, parse_line
 
 _CHUNK_BYTES = 2**20
 _STEP = b'{"event": "step", '  # as every step is written
-_scan = json.JSONDecoder().scan_once  # what json.loads calls, without finding out the encoding
+_scan = json.JSONDecoder().raw_decode  # what json.loads calls, without finding out the encoding
 _shapes: set[tuple[Any, ...]] = set()  # names and types of steps that `read_event` found well-formed
 _MOST_SHAPES = 1000
 
