@@ -53,6 +53,7 @@ ROOMS = (
     ("orchestrator.data",),
     ("orchestrator.planning",),
     ("orchestrator.runs",),
+    ("orchestrator.runs.summary",),
     ("orchestrator.runs.mirror",),
     ("orchestrator.training",),
     ("orchestrator.training.model",),

@@ -290,3 +290,14 @@ def test_only_the_command_line_imports_the_report():
         "orchestrator/cli/report.py",
         "orchestrator/cli/search.py",
     }
+
+
+def test_a_verb_that_reads_no_job_waits_for_no_pydantic():
+    """`--help`, and `list` of runs whose rows are kept: keys of a job are built when one is read."""
+    code = (
+        "import sys, orchestrator.cli.app, orchestrator.views.result\n"
+        "print([name for name in ('pydantic', 'orchestrator.job.job_file', 'asyncio') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+
+    assert shown.stdout.strip() == "[]"

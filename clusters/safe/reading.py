@@ -17,10 +17,12 @@ import unicodedata
 from functools import cache
 from io import BufferedReader
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
+
+if TYPE_CHECKING:  # pydantic waits for a verb that checks a file
+    from pydantic import TypeAdapter
 
 MAX_BYTES = 16 * 2**20  # of a text file: job, card, configuration, template, index of weights
 MAX_DEPTH = 100
@@ -267,6 +269,8 @@ def record(kind: type[T], values: Any, label: str) -> T:
     """
     if not isinstance(values, dict):
         raise BadInput(f"{label}: holds a {type(values).__name__}, not an object with named fields")
+    from pydantic import ValidationError
+
     try:
         return _adapter(kind).validate_json(json.dumps(values, allow_nan=False), strict=True)
     except ValidationError as error:
@@ -281,6 +285,8 @@ def record(kind: type[T], values: Any, label: str) -> T:
 
 @cache
 def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    from pydantic import TypeAdapter
+
     return TypeAdapter(kind)
 
 

@@ -5,15 +5,19 @@ Most jobs have no bank: what needs numpy is imported only where there is one.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import BankHooks
 from orchestrator.planning.plan import InBank
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Unusable
 from strategies.adapter_bank.card import BankError
 from strategies.adapter_bank.folders import base_digest
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 
 def find_adapters(job: Job) -> tuple[InBank, ...]:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from clusters.safe.masking import masked, masked_values
 from orchestrator.errors import JobError
-from orchestrator.job.job_file import Job, read_job
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import err, out, write
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 
 def complete_job(incomplete: str) -> list[str]:
@@ -67,6 +69,7 @@ RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the mach
 
 def load_job(name: str, overrides: list[str]) -> Job:
     """A job file, or a recipe by its name; prints a notice for each key that is read under another name."""
+    from orchestrator.job.job_file import read_job
     from orchestrator.job.schema import recipes
 
     known = recipes()
@@ -106,6 +109,7 @@ def print_json(value: Any, indent: int | None = 1) -> None:
 def print_result(run: RunFolder, as_json: bool) -> None:
     """Print the result of a run that has ended."""
     from orchestrator.runs.condition import exported_whole
+    from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.views.result import result_view
 
     exported = exported_whole(run)
@@ -115,5 +119,5 @@ def print_result(run: RunFolder, as_json: bool) -> None:
         print_json({**ended, "result": result and result.values, "data": run.data().statistics})
         return
     out.print()
-    out.print(result_view(run))
+    out.print(result_view(run, summary_of(run)))
     show(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -11,11 +12,12 @@ from clusters.job_backend import ENDED
 from clusters.safe.masking import masked
 from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, RunFailed
-from orchestrator.job.job_file import Job
-from orchestrator.remote import jobs, package
 from orchestrator.remote.record import ClusterTarget, Remote
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import write
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 verbs = typer.Typer()
 
@@ -34,7 +36,7 @@ def is_closed(run: RunFolder) -> bool:
 def submit(job: Job, target: ClusterTarget, file: Path | None, detach: bool, as_json: bool) -> None:
     """Send a job and wait until it ends, unless detached; with a file write its RayJob there instead."""
     from orchestrator.lifecycle.prepare import output_dir
-    from orchestrator.remote import kube_submit
+    from orchestrator.remote import jobs, kube_submit, package
 
     if file and target.is_kuberay:
         kube_submit.render(job, target, file, say)
@@ -56,11 +58,15 @@ def submit(job: Job, target: ClusterTarget, file: Path | None, detach: bool, as_
 
 def resume(run: RunFolder, as_json: bool) -> None:
     """Start its next attempt on the cluster."""
+    from orchestrator.remote import jobs
+
     jobs.resume(run, _line_printer(as_json))
 
 
 def status(run: RunFolder, as_json: bool) -> None:
     """Ask the cluster; a job that has no run folder yet is described by its state alone."""
+    from orchestrator.remote import jobs
+
     found = jobs.look(run)
     if found.state != "PENDING":
         try:
@@ -80,6 +86,8 @@ def status(run: RunFolder, as_json: bool) -> None:
 
 def logs(run: RunFolder, follow: bool) -> None:
     """Print what the job has printed on the cluster."""
+    from orchestrator.remote import jobs
+
     if follow and not is_closed(run):
         jobs.attach(run, _line_printer(False))
     else:
@@ -88,12 +96,16 @@ def logs(run: RunFolder, follow: bool) -> None:
 
 def stop(run: RunFolder) -> None:
     """Ask the job on the cluster to save and stop."""
+    from orchestrator.remote import jobs
+
     show(jobs.stop(run).rstrip("\n"))
 
 
 @verbs.command()
 def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
     """Bring a run that was sent to a cluster here: its events, result and adapter."""
+    from orchestrator.remote import jobs
+
     found = RunFolder.find(run, runs)
     if not is_remote(found):
         raise JobError(f"{found.run_id} ran on this machine; it is in {found.path}")
@@ -103,6 +115,8 @@ def fetch(run: RunArgument = "latest", runs: RunsOption = Path("runs")) -> None:
 @verbs.command(hidden=True)
 def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
     """Print a run folder as text; `fetch` runs this on the cluster."""
+    from orchestrator.remote import package
+
     write(package.send(RunFolder.find(run, runs)))
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
+from functools import cache, partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -14,31 +15,30 @@ from orchestrator.cli import search as search_verbs
 from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
-from orchestrator.runs.run_folder import RunFolder
-from orchestrator.views.screen import write
+from orchestrator.runs.run_folder import RunFolder, runs_and_others
+from orchestrator.views.screen import print_rows, write
 
 verbs = typer.Typer()
+_PIECE_BYTES = 2**20  # of events that are printed at a time: a long run has hundreds of megabytes
 
 
 @verbs.command(name="list")
 def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """List the runs in a folder, oldest first."""
-    from orchestrator.runs.condition import damage
-    from orchestrator.runs.search_folder import SearchFolder
-    from orchestrator.views.result import damaged_row, run_row, runs_table
+    from orchestrator.views.result import RUN_HEAD, damaged_row, listed_row, run_cells
 
+    found, others = runs_and_others(runs)
     rows = []
-    for run in RunFolder.all(runs):
-        wrong = [] if run.is_locked() else damage(run)  # the process that holds the lock may be writing
+    for run in found:
         try:
-            rows.append(damaged_row(run, wrong) if wrong else run_row(run))
+            rows.append(listed_row(run))
         except JobError as error:
             rows.append(damaged_row(run, error.mistakes))
-    rows += [damaged_row(search, wrong) for search in SearchFolder.all(runs) if (wrong := damage(search))]
+    rows += _damaged_searches(others) if others else []
     if json_:
         print_json(rows)
     elif rows:
-        out.print(runs_table(rows))
+        print_rows(RUN_HEAD, [run_cells(row) for row in rows])
     else:
         show(f"no runs in {runs}")
     for row in rows:
@@ -46,10 +46,20 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
             say(f"{row['run']} is damaged: {line}")
 
 
+def _damaged_searches(folders: list[Path]) -> list[dict[str, Any]]:
+    from orchestrator.runs.condition import damage
+    from orchestrator.runs.search_folder import SearchFolder
+    from orchestrator.views.result import damaged_row
+
+    searches = SearchFolder.in_order(one for one in map(SearchFolder, folders) if one.has_started)
+    return [damaged_row(search, wrong) for search in searches if (wrong := damage(search))]
+
+
 @verbs.command()
 def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: JsonOption = False) -> None:
     """Show how far a run is, and how good its result is."""
-    from orchestrator.runs.condition import damage, find_skipped_lines
+    from orchestrator.runs.condition import damage
+    from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
     from orchestrator.views.result import result_view, run_row
     from orchestrator.views.workers import stages_view, workers_view
@@ -62,12 +72,14 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     if remote.is_remote(found) and not remote.is_closed(found):
         remote.status(found, json_)
         return
-    if not found.is_locked() and (wrong := damage(found)):
+    read = cache(partial(summary_of, found))
+    if not found.is_locked() and (wrong := damage(found, lambda: read().state_by_events)):
         raise JobError([f"{found.run_id} is damaged: {line}" for line in wrong])
-    if text := find_skipped_lines(found):
-        say(text)
+    summary = read()
+    if text := summary.damaged_lines:
+        say(f"{found.path / 'events.jsonl'}: {text}; passed over")
     _complete_mirror(found)
-    row, events = run_row(found), found.events()[0]
+    row, events = run_row(found, summary), summary.group_events
     stages = stages_of_run(found.plan(), events) if (found.path / "plan.json").exists() else []
     by_worker = stats_of_run(events)
     if json_:
@@ -82,7 +94,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         out.print(stages_view(stages) if stages else workers_view(by_worker))
     if row["state"] == "finished":
         out.print()
-        out.print(result_view(found))
+        out.print(result_view(found, summary))
 
 
 def _complete_mirror(run: RunFolder) -> None:
@@ -131,12 +143,13 @@ def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
     offset = 0
     while True:
         alive = run.is_locked()
-        events, offset = run.events(offset)
-        for event in events:
-            if as_json:
-                write(json.dumps(event.to_json()))
-            else:
-                show(event_line(event))
+        while (read := run.events(offset, _PIECE_BYTES))[1] > offset:
+            events, offset = read
+            for event in events:
+                if as_json:
+                    write(json.dumps(event.to_json()))
+                else:
+                    show(event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,8 +22,10 @@ from orchestrator.cli.options import (
     say,
 )
 from orchestrator.errors import JobError
-from orchestrator.job.job_file import Job, parse_job
-from orchestrator.runs.search_folder import SearchFolder
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
+    from orchestrator.runs.search_folder import SearchFolder
 
 verbs = typer.Typer()
 
@@ -82,6 +84,8 @@ def find(name: str, runs: Path) -> SearchFolder | None:
     """The search of that name; None for runs and for `latest`."""
     if name == "latest":
         return None
+    from orchestrator.runs.search_folder import SearchFolder
+
     known = [folder for folder in SearchFolder.all(runs) if folder.run_id.startswith(name)]
     by_path = [here] if (here := SearchFolder.at(name)) else []
     found = by_path or known
@@ -168,4 +172,6 @@ def _models(job: Job, models: str) -> list[Job]:
     names = [name.strip() for name in models.split(",") if name.strip()]
     if not names:
         return [job]
+    from orchestrator.job.job_file import parse_job
+
     return [parse_job(job.text, job.folder, "job", [f"model.model_name_or_path={name}"]) for name in names]

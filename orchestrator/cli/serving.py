@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import shlex
 import sys
@@ -91,6 +90,8 @@ def serve(
               orchestrator serve --bank sst2 imdb --host 0.0.0.0 --api-key-file key.txt
               orchestrator serve --bank --cluster http://192.168.1.10:8265 --adapter-store s3://models/adapters
     """
+    import asyncio
+
     from orchestrator.serving import server
 
     address = server.Address(host, port, _api_key(api_key, api_key_file))

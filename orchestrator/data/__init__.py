@@ -13,6 +13,7 @@ sizes        how long the rows are, without preparing them
 supervision  what of a row is supervised, as pure functions over text
 survey       one pass over a job's rows that keeps nothing
 template     examples -> token ids and the mask of supervised tokens
+together     renderings that wait for token ids: tokenised in one call
 readers      files and hub data sets -> rows
 rows         what a row is, whatever file it came from
 """

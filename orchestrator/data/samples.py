@@ -12,13 +12,16 @@ from typing import Any
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
-from orchestrator.data.rows.formats import read_example
+from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.training import Source
+
+_ROWS_A_BATCH = 256
+_CHARACTERS_A_BATCH = 2**20  # that a batch ends behind: long texts are not held by the hundred
 
 
 @dataclass(frozen=True)
@@ -91,17 +94,65 @@ def tokenise(
 ) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
     """Each good row with its samples (none when dropped, several when split), all rows counted.
 
-    A broken row goes to `reject` with the reason.  Raises JobError where no row can be rendered.
+    A broken row goes to `reject` with the reason.  Rows are read a batch ahead and tokenised together.  Raises JobError
+    where no row can be rendered.
     """
-    for row in rows:
-        counts.statistics.rows += 1
+    for batch in _batches(rows, options, counts.formats):
+        rendered = iter(renderer.render_all([one.example for one in batch if one.example]))
+        for one in batch:
+            counts.statistics.rows += 1
+            try:
+                samples = _samples_of(one, next(rendered) if one.example else one.fault, renderer, options, counts)
+            except BadRow as reason:
+                counts.reject(one.row, reason)
+                reject(one.row, reason)
+            else:
+                yield one.row, samples
+
+
+@dataclass(frozen=True)
+class _ReadRow:
+    """A row as an example of its format, or why it is none."""
+
+    row: Row
+    row_format: str = ""
+    example: Example | None = None
+    fault: BadRow | None = None
+
+    @property
+    def num_characters(self) -> int:
+        if self.example is None:
+            return 0
+        return len(self.example.text or "") + sum(len(str(turn.get("content"))) for turn in self.example.messages)
+
+
+def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, str]) -> Iterator[list[_ReadRow]]:
+    """The rows in batches of a bounded size; what ends their file early is raised behind those before it."""
+    source, failure = iter(rows), None
+    is_full = True
+    while is_full and failure is None:
+        batch: list[_ReadRow] = []
+        num_characters, is_full = 0, False
         try:
-            samples = _samples_of(row, renderer, options, counts)
-        except BadRow as reason:
-            counts.reject(row, reason)
-            reject(row, reason)
-        else:
-            yield row, samples
+            for row in source:
+                batch.append(_read_row(row, options, formats))
+                num_characters += batch[-1].num_characters
+                if is_full := len(batch) == _ROWS_A_BATCH or num_characters > _CHARACTERS_A_BATCH:
+                    break
+        except Exception as error:
+            failure = error
+        if batch:
+            yield batch
+    if failure is not None:
+        raise failure
+
+
+def _read_row(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> _ReadRow:
+    try:
+        row_format, example = read_example(row, options.format, options.instruction, formats)
+        return _ReadRow(row, row_format, example)
+    except BadRow as fault:
+        return _ReadRow(row, fault=fault)
 
 
 def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) -> None:
@@ -115,13 +166,21 @@ def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) 
             counts.reject(row, reason)
 
 
-def _samples_of(row: Row, renderer: Renderer, options: TokenizeOptions, counts: RowCounts) -> list[dict[str, Any]]:
-    row_format, example = read_example(row, options.format, options.instruction, counts.formats)
-    rendered, statistics = renderer.render(example), counts.statistics
+def _samples_of(
+    read: _ReadRow,
+    rendered: list[Tokens] | Exception | None,
+    renderer: Renderer,
+    options: TokenizeOptions,
+    counts: RowCounts,
+) -> list[dict[str, Any]]:
+    if not isinstance(rendered, list):
+        raise rendered or AssertionError("a row is read or broken")
+    assert read.example
+    row, example, statistics = read.row, read.example, counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
         reading = f"the text holds {', '.join(marks[:3])}, not a token of this model: it is split into several tokens"
         example = replace(example, readings=(*example.readings, reading))
-    counts.read(row_format, example)
+    counts.read(read.row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
     pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]
     samples = [_sample(tokens, piece, row.where) for tokens, piece in pieces]

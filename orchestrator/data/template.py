@@ -18,6 +18,7 @@ from orchestrator.data.chat import ChatTemplate, Conversation
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
+from orchestrator.data.together import Rendering, Texts, encode, run_together
 from orchestrator.errors import JobError
 
 _MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
@@ -60,8 +61,18 @@ class Renderer:
         Raises BadRow where the template drops text or an answer is empty or has no ending, JobError where no row can be
         rendered.
         """
+        (found,) = self.render_all([example])
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def render_all(self, examples: Sequence[Example]) -> list[list[Tokens] | Exception]:
+        """The samples of each example, or what `render` would raise for it; their texts are tokenised together."""
+        return run_together(self.tokenizer, map(self._render, examples))
+
+    def _render(self, example: Example) -> Rendering[list[Tokens]]:
         if example.text is not None:
-            return [self._plain("", example.text, only_answer=False)]
+            return [(yield from self._plain("", example.text, only_answer=False))]
         answer_only = self.completion_only if example.prompt_completion else self.assistant_only
         talk = self._conversation(example)
         for number in talk.answers():
@@ -74,14 +85,17 @@ class Renderer:
         if not trained:
             raise BadRow("no assistant turn is trained. Train one (`train: true`) or remove the row")
         if self.template is None:
-            return [self._without_template(talk, example.prompt_completion, answer_only)]
+            return [(yield from self._without_template(talk, example.prompt_completion, answer_only))]
         if not answer_only:
-            return [self._all_of(talk, self.template)]
+            return [(yield from self._all_of(talk, self.template))]
         text, spans = self.template.answers(talk)
         if spans is None:
-            return [self._one_turn(talk.through(number), self.template) for number in trained]
+            found = []
+            for number in trained:
+                found.append((yield from self._one_turn(talk.through(number), self.template)))
+            return found
         kept = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
-        return [self._encode(text, kept, kept[-1][0], talk.content(trained[-1]))]
+        return [(yield from self._encode(text, kept, kept[-1][0], talk.content(trained[-1])))]
 
     def _conversation(self, example: Example) -> Conversation:
         turns = tuple(example.messages)
@@ -94,13 +108,13 @@ class Renderer:
             turns = ({"role": "system", "content": self.system_prompt or ""}, *turns)
         return Conversation(turns, example.tools, int(added))
 
-    def _without_template(self, talk: Conversation, prompt_completion: bool, answer_only: bool) -> Tokens:
+    def _without_template(self, talk: Conversation, prompt_completion: bool, answer_only: bool) -> Rendering[Tokens]:
         if not prompt_completion or len(talk.turns) != 2:
             raise JobError(
                 "data: these rows are conversations and the model's tokenizer has no chat template."
                 " Set data.chat_template to a .jinja file, or give prompt/completion rows"
             )
-        tokens = self._plain(talk.content(0), talk.content(1), answer_only)
+        tokens = yield from self._plain(talk.content(0), talk.content(1), answer_only)
         if not tokens.ended:
             raise NoEnd(
                 "the tokenizer has no end-of-text token, so the model would never learn to stop. Set eos_token in its"
@@ -108,14 +122,15 @@ class Renderer:
             )
         return tokens
 
-    def _plain(self, prompt: str, text: str, only_answer: bool) -> Tokens:
+    def _plain(self, prompt: str, text: str, only_answer: bool) -> Rendering[Tokens]:
         """Prompt and text end to end between one beginning-of-text and one end-of-text token, where there are such."""
         eos_id = self.eos_id
         if self.eos and text.rstrip().endswith(self.eos):
             text = text.rstrip()
         # Apart, as they are when an answer is generated: no token may straddle the border.
-        question = [*self._opening, *(self._ids(prompt) if prompt else [])]
-        ids = question + self._ids(text)
+        *asked, (answered, _) = yield Texts((prompt, text) if prompt else (text,))
+        question = [*self._opening, *(asked[0][0] if asked else [])]
+        ids = question + answered
         supervised = [not only_answer] * len(question) + [True] * (len(ids) - len(question))
         if eos_id is not None and (not ids or ids[-1] != eos_id):
             ids.append(eos_id)
@@ -134,7 +149,7 @@ class Renderer:
         return self._marks[mark]
 
     def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return encode(self.tokenizer, [text], with_offsets=False)[0][0]
 
     @cached_property
     def _opening(self) -> list[int]:
@@ -143,31 +158,33 @@ class Renderer:
         places = [at for at in range(len(whole) - len(bare) + 1) if whole[at : at + len(bare)] == bare]
         return whole[: places[0]] if places else []
 
-    def _all_of(self, talk: Conversation, template: ChatTemplate) -> Tokens:
+    def _all_of(self, talk: Conversation, template: ChatTemplate) -> Rendering[Tokens]:
         """Every token of a conversation supervised."""
         text, last = template.text(talk), len(talk.turns) - 1
         template.refuse_lost(talk, text, [])
         content = talk.content(last)
         if talk.turns[last]["role"] != "assistant":
-            return self._encode(text, [(0, len(text))], 1, None)
+            return (yield from self._encode(text, [(0, len(text))], 1, None))
         start, _ = find_text(content, text, max(0, text.rfind(content.strip()))) or (0, len(text))
         if answer_end(text[start:], content, self.eos) is None:
             raise template.no_end(talk, last)
-        return self._encode(text, [(0, len(text))], start, content)
+        return (yield from self._encode(text, [(0, len(text))], start, content))
 
-    def _one_turn(self, talk: Conversation, template: ChatTemplate) -> Tokens:
+    def _one_turn(self, talk: Conversation, template: ChatTemplate) -> Rendering[Tokens]:
         text, span = template.last_answer(talk)
-        return self._encode(text, [span], span[0], talk.content(len(talk.turns) - 1))
+        return (yield from self._encode(text, [span], span[0], talk.content(len(talk.turns) - 1)))
 
-    def _encode(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Tokens:
+    def _encode(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Rendering[Tokens]:
         """Tokens of a rendered text, supervised inside the spans; no token straddles the start or the end of one."""
-        ids, offsets = self._ids_at(text, 0, len(text))
+        ((ids, offsets),) = yield Texts((text,), with_offsets=True)
         borders = sorted({place for span in spans for place in span if 0 < place < len(text)})
         cuts = [place for place in borders if _straddles(offsets, place)]
         if cuts:
             whole = self.tokenizer.decode(ids)
-            pieces = [self._ids_at(text, a, b) for a, b in zip([0, *cuts], [*cuts, len(text)], strict=True)]
-            ids, offsets = [i for piece, _ in pieces for i in piece], [o for _, piece in pieces for o in piece]
+            places = list(zip([0, *cuts], [*cuts, len(text)], strict=True))
+            pieces = yield Texts(tuple(text[a:b] for a, b in places), with_offsets=True)
+            ids = [i for piece, _ in pieces for i in piece]
+            offsets = [(x + a, y + a) for (a, _), (_, piece) in zip(places, pieces, strict=True) for x, y in piece]
             if self.tokenizer.decode(ids) != whole:
                 raise BadRow(
                     "data.chat_template: the tokenizer joins an answer and what the template writes beside it in one"
@@ -179,11 +196,6 @@ class Renderer:
             first, end = bisect.bisect_left(starts, a), bisect.bisect_left(starts, b)
             supervised[first:end] = [True] * (end - first)
         return self._finish(ids, supervised, bisect.bisect_left(starts, answer_at), answer)
-
-    def _ids_at(self, text: str, a: int, b: int) -> tuple[list[int], list[Span]]:
-        encoded = self.tokenizer(text[a:b], add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoded["offset_mapping"]
-        return list(encoded["input_ids"]), [(x + a, y + a) for x, y in offsets] if a else offsets
 
     def _finish(
         self, ids: list[int], supervised: list[bool], prompt_length: int, answer: str | None, ended: bool = True

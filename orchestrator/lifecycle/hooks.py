@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import InBank, Plan
 from orchestrator.runs.events import Event
 from orchestrator.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 
 class Watcher(Protocol):

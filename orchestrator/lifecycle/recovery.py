@@ -184,7 +184,7 @@ class Recovery:
             used=frozenset(part.node for part in wider.nodes),
             step_s=self.plan.step_s,
             wider_step_s=wider.step_s,
-            steps_left=wider.num_steps - max(self.run.steps(), default=0),
+            steps_left=wider.num_steps - self.run.last_step(),
         )
         if self._decide(news).act is Act.REPLAN_RUN:
             self.run.replan_file.touch()
@@ -199,7 +199,7 @@ class Recovery:
             return False
         before, self.capability = self.capability, slow.with_measured_pace(self.capability, self.plan, pace.ratios)
         other = self._plan_with(frozenset(self.present()))
-        steps_left = other.num_steps - max(self.run.steps(), default=0)
+        steps_left = other.num_steps - self.run.last_step()
         if self._decide(policy.OtherCut(found, pace.step_s, other.step_s, steps_left)).act is Act.REPLAN_RUN:
             self.run.replan_file.touch()
             return True
@@ -242,7 +242,7 @@ class Recovery:
         errors = self._of_this_try(ErrorReport)
         final = next((event for event in reversed(errors) if event.again is False), None)
         return policy.Failed(
-            step=max(self.run.steps(), default=0),
+            step=self.run.last_step(),
             reason=(final or errors[-1]).text if errors else str(error),
             is_final=final is not None,
             killed=frozenset(event.node for event in self._of_this_try(WorkerKilled) if event.node),
@@ -251,7 +251,7 @@ class Recovery:
 
     def _of_this_try(self, kind: type[Any]) -> list[Any]:
         found: list[Any] = []
-        for event in self.run.events()[0]:
+        for event in self.run.events_of(kind, Failure, Replan, StateChange):
             if isinstance(event, kind):
                 found.append(event)
             elif isinstance(event, Failure | Replan) or (isinstance(event, StateChange) and event.state == "running"):

@@ -35,6 +35,7 @@ from orchestrator.runs.condition import exported_damage, model_digests
 from orchestrator.runs.events import ModelReady, StateChange, TrackingReport
 from orchestrator.runs.mirror.tracking import Mirror
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.summary.summary_file import summary_of
 
 
 def submit(job: Job, watcher: Watcher, run_id: str | None = None, bank: BankHooks = NO_BANK) -> RunFolder:
@@ -126,7 +127,7 @@ def execute(
     """
     run.stop_file.unlink(missing_ok=True)
     run.replan_file.unlink(missing_ok=True)
-    _, start = run.events()
+    start = run.end_of_events()
     run.record(StateChange("running", pid=os.getpid()))
     live = LiveRun(run, job, watcher, bank, Mirror(run, job), start)
     try:
@@ -227,10 +228,11 @@ def _attempt(
 
 def _check_result(run: RunFolder) -> None:
     """A run that trained no step, saved no checkpoint or handed nothing back has failed, whatever Ray says."""
-    state, result = run.state_by_events(), run.result()
+    events, result = summary_of(run), run.result()  # a summary of a long run is there from its end on
+    state = events.state_by_events
     if state == "stopped":
         raise Stopped(f"stopped as asked. `orchestrator resume {run.run_id}` continues from the last checkpoint")
-    if result is None and not run.steps():
+    if result is None and events.last_step is None:
         raise RunFailed(f"no step was trained; `orchestrator logs {run.run_id}` shows what the workers reported")
     if not checkpoints.complete(run.checkpoints) or result is None or state != "finished":
         raise RunFailed(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from clusters.capability import ClusterCapability, DeviceCapability, NodeCapability
-from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.spec import JobSpec
 
 _REST_OF_MACHINE_W = 80.0  # board, memory, fans, supply: where only the GPU's own draw is known
 

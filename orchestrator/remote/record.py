@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from clusters.job_backend import JobLost
 from clusters.ray.connect import CannotConnect
 from clusters.safe.reading import BadInput, printable, read_json, record
 from orchestrator.errors import ClusterError, JobError
-from orchestrator.job.job_file import Job
 from orchestrator.runs.run_folder import RunFolder
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 KUBERAY = "kuberay"
 Say = Callable[[str], None]

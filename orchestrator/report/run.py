@@ -13,48 +13,32 @@ from orchestrator.report.costs import alternatives_of, command, cost_table, note
 from orchestrator.report.serving import serving_blocks
 from orchestrator.report.stages import stage_blocks
 from orchestrator.report.translations import Word, words
-from orchestrator.runs.events import (
-    ErrorReport,
-    Evaluation,
-    Event,
-    Failure,
-    ModelReady,
-    Note,
-    QualityReport,
-    Replan,
-    ShareChange,
-    StateChange,
-    StepReport,
-    WorkerKilled,
-)
+from orchestrator.runs.events import Event
 from orchestrator.runs.json_files import RunResult
-from orchestrator.runs.phases import measured_phases
 from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.runs.summary.event_summary import EventSummary
+from orchestrator.runs.summary.summary_file import summary_of
 from orchestrator.runs.worker_stats import WorkerStats, stages_of_run, stats_of_run
 from orchestrator.views.plan import shown
 from orchestrator.views.result import score
-
-_FAULTS = (WorkerKilled, ErrorReport, Failure, Replan, Note, ShareChange)
-_MOST_FAULTS = 40
 
 
 def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     """The job, the plan, the result and its cost.  Sections without data yet are omitted."""
     w = words(lang)
     plan = run.plan()
-    result, events = run.result(), run.events()[0]
-    steps = [event for _, event in sorted(run.steps().items())]
+    result, events = run.result(), summary_of(run)
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
-    report.section(w("Result"), _facts(w, run, plan, result, steps), _checked(result))
+    report.section(w("Result"), _facts(w, run, plan, result, events), _checked(result))
     report.section(w("The job"), _job(w, job))
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
-    report.section(w("Training"), _losses(w, steps, events))
-    report.section(w("Memory"), _memory(w, plan, result, events))
+    report.section(w("Training"), _losses(w, events))
+    report.section(w("Memory"), _memory(w, plan, result, events.group_events))
     report.section(w("Time of a step"), _step_time(w, plan, result))
-    report.section(w("Stages"), *stage_blocks(w, plan, events))
-    report.section(w("Machines"), *_machines(w, plan, events))
-    report.section(w("Faults and recoveries"), _faults(w, events))
+    report.section(w("Stages"), *stage_blocks(w, plan, events.group_events))
+    report.section(w("Machines"), *_machines(w, plan, events.group_events))
+    report.section(w("Faults and recoveries"), _faults(w, events.faults))
     report.section(w("Sample outputs"), *_samples(result))
     report.section(w("Serving"), *serving_blocks(w, run, job, plan))
     report.section(w("Cost"), *_costs(w, run, job, plan, result, events))
@@ -62,8 +46,9 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     return report
 
 
-def _facts(w: Word, run: RunFolder, plan: Plan, result: RunResult | None, steps: list[StepReport]) -> Block:
-    facts = [(w("state"), run.state()), (w("steps"), f"{len(steps)} / {plan.num_steps}")]
+def _facts(w: Word, run: RunFolder, plan: Plan, result: RunResult | None, events: EventSummary) -> Block:
+    state = run.state(events.state_by_events)
+    facts = [(w("state"), state), (w("steps"), f"{len(events.steps)} / {plan.num_steps}")]
     if result:
         facts += [(key, score(key, value)) for key, value in (result.after.scores if result.after else {}).items()]
         facts += [
@@ -123,19 +108,19 @@ def _quality(w: Word, result: RunResult | None) -> list[Block]:
     return [*blocks, Figure("quality", svg, w("Held-out rows before and after training."))]
 
 
-def _losses(w: Word, steps: list[StepReport], events: list[Event]) -> Block | None:
-    if not steps:
+def _losses(w: Word, events: EventSummary) -> Block | None:
+    losses = events.losses
+    if not events.last_step:
         return None
-    series = {w("training loss"): [(event.step, event.loss) for event in steps]}
-    held = {event.step: event.eval_loss for event in events if isinstance(event, Evaluation)}
-    for event in events:
-        if isinstance(event, QualityReport) and event.eval_loss is not None:
-            held[0 if event.when == "before" else steps[-1].step] = event.eval_loss
-    if held:
-        series[w("held-out loss")] = sorted(held.items())
+    series = {w("training loss"): losses.points()}
+    if held := events.held_out_losses():
+        series[w("held-out loss")] = held
     positive = all(y > 0 for points in series.values() for _, y in points)
     svg = plots.curves(series, w("step"), w("loss"), (w("held-out loss"),), log=positive)
-    return Figure("loss", svg, w("The loss of every step; dots are the held-out loss."))
+    caption = w("The loss of every step; dots are the held-out loss.")
+    if losses.width > 1:
+        caption = w("The lowest and the highest loss of every {width} steps; dots are the held-out loss.")
+    return Figure("loss", svg, caption.format(width=losses.width))
 
 
 def _memory(w: Word, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:
@@ -198,15 +183,11 @@ def _machines(w: Word, plan: Plan, events: list[Event]) -> list[Block]:
     return blocks
 
 
-def _faults(w: Word, events: list[Event]) -> Block:
-    rows = []
-    for event in events:
-        odd_state = isinstance(event, StateChange) and event.state not in ("running", "finished")
-        if isinstance(event, _FAULTS) or odd_state:
-            rows.append((utc(event.time), event.kind, getattr(event, "text", None) or ", ".join(_fields(event))))
-    if not rows:
+def _faults(w: Word, faults: list[Event]) -> Block:
+    if not faults:
         return Paragraph(w("No fault happened."))
-    return Table((w("when"), "", w("what happened")), rows[:_MOST_FAULTS])
+    rows = [(utc(one.time), one.kind, getattr(one, "text", None) or ", ".join(_fields(one))) for one in faults]
+    return Table((w("when"), "", w("what happened")), rows)
 
 
 def _fields(event: Event) -> list[str]:
@@ -222,17 +203,18 @@ def _samples(result: RunResult | None) -> list[Block]:
     ]
 
 
-def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: list[Event]) -> list[Block]:
+def _costs(
+    w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: EventSummary
+) -> list[Block]:
     if not result or not result.tokens:
         return []
     spec, tokens = job.spec, result.tokens
     capability = run.capability()
-    trained_s, again_s = trained_seconds(events)
-    spent_s, planned_s = measured_phases(events).total_s, plan.phases.total_s - plan.phases.preparation_s
+    trained_s, again_s = events.trained_s, events.repeated_s
+    spent_s, planned_s = events.phases.total_s, plan.phases.total_s - plan.phases.preparation_s
     scale = spent_s / planned_s if planned_s else trained_s / plan.total_s  # a plan of an earlier version has no phases
     cost = tco.of_plan(spec, w("this run"), plan, tokens, scale)
-    sittings = sum(isinstance(event, ModelReady) for event in events)
-    if (energy := result.energy) and sittings == 1:  # the counters saw the last sitting only
+    if (energy := result.energy) and events.num_sittings == 1:  # the counters saw the last sitting only
         owned = all(node.price_per_hour is None for node in price.priced(spec, capability).nodes)
         cost = tco.measured(spec, cost, energy.wh, energy.source, tokens, owned)
     others = []
@@ -265,17 +247,6 @@ def _scores(result: RunResult) -> tuple[dict[str, float], dict[str, float]]:
     """Before and after training; none where it was not measured."""
     before, after = (quality.scores if quality else {} for quality in (result.before, result.after))
     return before, after
-
-
-def trained_seconds(events: list[Event]) -> tuple[float, float]:
-    """Seconds of all steps over all sittings, and of those trained again: what faults cost beside waiting."""
-    seen, whole, again = set(), 0.0, 0.0
-    for event in events:
-        if isinstance(event, StepReport):
-            whole += event.seconds
-            again += event.seconds if event.step in seen else 0.0
-            seen.add(event.step)
-    return whole, again
 
 
 def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: RunResult | None) -> list[Block]:

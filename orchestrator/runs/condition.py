@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, printable
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
-from orchestrator.planning.workload import model_shape
 from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder
 from strategies.export import ADAPTER_FOLDER, Export
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,8 @@ def exported_whole(run: RunFolder) -> Path:
 
 def export_of(run: RunFolder) -> Export:
     """What the run's method hands back of this model, and which engines load it.  Raises JobError."""
+    from orchestrator.planning.workload import model_shape
+
     shape = model_shape(model_files.read_config(Path(run.data().model)))
     return run.plan().build_method().exports(shape)
 
@@ -111,9 +114,13 @@ def model_digests(folder: Path, say: Callable[[str], None] = lambda text: None) 
     return digests.of_model(folder, cache_folder("digests.json"), say)
 
 
-def damage(run: RunFolder) -> list[str]:
-    """What can be seen to be wrong with a run's files, each named, without reading its model or checkpoints."""
+def damage(run: RunFolder, read_state: Callable[[], str] | None = None) -> list[str]:
+    """What can be seen to be wrong with a run's files, each named, without reading its model or checkpoints.
+
+    `read_state` is its `state_by_events`, from where the events were read already.
+    """
     wrong: list[str] = []
+    read_state = read_state or run.state_by_events
 
     def look(read: Callable[[], Any]) -> Any:
         try:
@@ -130,13 +137,7 @@ def damage(run: RunFolder) -> list[str]:
     result = look(run.result)
     if result and (damaged := look(lambda: exported_damage(run, result, by_size=True))):
         wrong.append(damaged)
-    if result and not wrong and look(run.state_by_events) == "interrupted":
+    is_whole, state = not wrong, look(read_state)
+    if result and is_whole and state == "interrupted":
         wrong.append(f"{run.path / 'events.jsonl'}: the end of the run is not in it")
-    look(run.event_faults)
     return wrong
-
-
-def find_skipped_lines(run: RunFolder) -> str | None:
-    """Lines of events.jsonl that were cut by a power loss or damaged since; the rest of the file is read."""
-    faults = run.event_faults()
-    return f"{run.path / 'events.jsonl'}: {record.few(faults)}; passed over" if faults else None

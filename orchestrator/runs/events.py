@@ -1,14 +1,14 @@
 """The events of a run: every kind of line in events.jsonl as a dataclass.
 
 A line is {"event": kind, "time": seconds since the epoch, ...fields}.  Fields and kinds that are not named here are
-kept.  A line that a power cut left half written, or that was damaged later, is skipped; `faults` names it.
+kept.  A line that a power cut left half written, or that was damaged later, is skipped; `parse_line` names it.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import KW_ONLY, MISSING, asdict, dataclass, field, fields
 from functools import cache
 from typing import Any, ClassVar, Self
@@ -349,23 +349,19 @@ def read_event(values: Any) -> Event:
 
 def parse_lines(content: bytes) -> list[Event]:
     """The events of complete lines; damaged ones are skipped."""
-    return [event for event, _ in _parsed(content) if event is not None]
-
-
-def faults(content: bytes) -> list[str]:
-    """What is wrong with each damaged line, as `line N: ...`."""
-    return [f"line {number}: {fault}" for number, (_, fault) in enumerate(_parsed(content), start=1) if fault]
-
-
-def _parsed(content: bytes) -> Iterator[tuple[Event | None, str | None]]:
     complete = content.rpartition(b"\n")[0]  # what follows is being written
-    for line in complete.split(b"\n") if complete else ():
-        try:
-            yield read_event(json.loads(line)), None
-        except BadInput as error:
-            yield None, str(error)
-        except (ValueError, RecursionError):
-            yield None, "is not JSON"
+    parsed = map(parse_line, complete.split(b"\n") if complete else ())
+    return [event for event, _ in parsed if event is not None]
+
+
+def parse_line(line: bytes) -> tuple[Event | None, str]:
+    """The event of a line, or None and what is wrong with it."""
+    try:
+        return read_event(json.loads(line)), ""
+    except BadInput as error:
+        return None, str(error)
+    except (ValueError, RecursionError):
+        return None, "is not JSON"
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ process ran (between a failure and the next start) counts for nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any, Self
 
 from orchestrator.runs.events import (
     CheckpointReport,
@@ -34,20 +34,38 @@ _ENDS: dict[type[Event], str] = {
 }
 
 
-def measured_phases(events: Sequence[Event]) -> Phases:
-    """Over all sittings of a run; what was measured before it began, its data, is not among them."""
-    spent = dict.fromkeys(Phases().parts, 0.0)
-    since: float | None = None
-    evaluates = False  # the last evaluation runs, whose end comes with the check of what was handed back
-    for event in events:
-        if isinstance(event, StateChange):
-            since = event.time if event.state in ("running", "replanning") else None
-            continue
-        phase = _ENDS.get(type(event))
-        if phase is None or since is None:
-            continue
-        if evaluates and isinstance(event, HandBack):
+class PhaseClock:
+    """Adds up the phases event by event, over all sittings of a run."""
+
+    def __init__(self) -> None:
+        self._spent = dict.fromkeys(Phases().parts, 0.0)
+        self._since: float | None = None
+        self._evaluates = False  # the last evaluation runs, whose end comes with the check of what was handed back
+
+    def add(self, event: Event) -> None:
+        kind = type(event)
+        if kind is StateChange:
+            self._since = event.time if event.state in ("running", "replanning") else None  # type: ignore[attr-defined]
+            return
+        phase = _ENDS.get(kind)
+        if phase is None or self._since is None:
+            return
+        if self._evaluates and kind is HandBack:
             phase = "evaluation"
-        spent[phase] += max(0.0, event.time - since)
-        since, evaluates = event.time, isinstance(event, FinalEvaluation)
-    return Phases(**{f"{phase}_s": seconds for phase, seconds in spent.items()}, guesses=())
+        self._spent[phase] += max(0.0, event.time - self._since)
+        self._since, self._evaluates = event.time, kind is FinalEvaluation
+
+    @property
+    def phases(self) -> Phases:
+        """What was measured before the run began, its data, is not among them."""
+        return Phases(**{f"{phase}_s": seconds for phase, seconds in self._spent.items()}, guesses=())
+
+    def to_json(self) -> list[Any]:
+        return [self._spent, self._since, self._evaluates]
+
+    @classmethod
+    def from_json(cls, values: list[Any]) -> Self:
+        made = cls()
+        spent, made._since, made._evaluates = values
+        made._spent = {phase: spent[phase] for phase in made._spent}
+        return made

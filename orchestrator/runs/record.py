@@ -7,16 +7,28 @@ two writes is neither.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from clusters.safe.masking import holds_secret
-from clusters.safe.reading import BadInput, load_json, load_yaml, printable, read_bytes, read_json, read_text, record
+from clusters.safe.reading import (
+    BadInput,
+    load_json,
+    load_yaml,
+    open_regular,
+    printable,
+    read_bytes,
+    read_json,
+    read_text,
+    record,
+)
 from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 from orchestrator.runs.digests import FileDigest
@@ -24,7 +36,11 @@ from orchestrator.runs.digests import FileDigest
 NAME = "recorded.json"
 VERSION = 1
 _MAX_BYTES = 64 * 2**20
-_MOST_NAMED = 3
+MOST_NAMED = 3
+_HEAD = re.compile(
+    rb'\{\n "version": %d,\n "sha256": "[0-9a-f]{64}",\n "kind": "(run|search)",\n' % VERSION
+)  # as written
+_HEAD_BYTES = 256
 Fault = Literal["gone", "damaged", "edited"]
 
 
@@ -81,6 +97,17 @@ def read(folder: Path) -> Recorded | None:
     return found
 
 
+def read_kind(folder: Path) -> str | None:
+    """Whether a record is a run's or a search's, None for a damaged one or another version's."""
+    with contextlib.suppress(OSError, BadInput), open_regular(folder / NAME) as stream:
+        if found := _HEAD.match(stream.read(_HEAD_BYTES)):
+            return found[1].decode()
+    with contextlib.suppress(JobError):  # not written as `write` does
+        whole = read(folder)
+        return whole.kind if whole else None
+    return None
+
+
 def write(folder: Path, found: Recorded) -> None:
     """Write the record, whole and on the disk.  Raises OSError."""
     text = json.dumps({"version": found.version, "sha256": _digest(found), **asdict(found)}, indent=1)
@@ -127,11 +154,11 @@ def changed_values(old: Any, new: Any, at: str = "") -> list[str]:
     return [line for key, before, after in parts for line in changed_values(before, after, key)]
 
 
-def few(names: Iterable[str]) -> str:
-    """The first of some differences, and how many more there are."""
+def few(names: Iterable[str], count: int | None = None) -> str:
+    """The first of some differences, and how many more there are, of `count` in all."""
     listed = list(names)
-    more = len(listed) - _MOST_NAMED
-    return "; ".join(listed[:_MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
+    more = (len(listed) if count is None else count) - MOST_NAMED
+    return "; ".join(listed[:MOST_NAMED]) + (f"; and {more} more" if more > 0 else "")
 
 
 def _shown(value: Any) -> str:

@@ -5,16 +5,18 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from clusters.safe.masking import holds_secret
 from clusters.safe.reading import checked_path, read_json, read_text
 from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
-from orchestrator.job.job_file import Job, changed_keys, parse_job
 from orchestrator.runs import json_files, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.record import Difference, Recorded
+
+if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
+    from orchestrator.job.job_file import Job
 
 # Keys of a job that decide nothing of what is trained: they may be changed while a run waits.
 _FREE_SECTIONS = ("tracking", "bank", "cost", "kubernetes", "search", "goal", "cluster")
@@ -42,6 +44,8 @@ class Folder:
 
     def job(self, name: str | None = None) -> Job:
         """The job, its relative paths starting where they did when it was submitted.  Raises JobError."""
+        from orchestrator.job.job_file import parse_job
+
         name = name or self.document
         text = self._text(name)
         if text is None:
@@ -142,6 +146,8 @@ class Folder:
         return [line for line in self._changed_keys(old, new) if not _is_free(line.split(" ")[0])]
 
     def _changed_keys(self, old: str, new: str) -> list[str]:
+        from orchestrator.job.job_file import changed_keys, parse_job
+
         label = str(self.path / self.document)
         return changed_keys(parse_job(old, self.path, label).spec, parse_job(new, self.path, label).spec)
 

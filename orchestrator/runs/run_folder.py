@@ -16,13 +16,14 @@ A folder is a run by its recorded.json, which is written first and at once, unde
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, BinaryIO, Self, TypeVar
 
 from clusters.capability import ClusterCapability
 from clusters.safe.masking import masked_values
@@ -38,6 +39,8 @@ from orchestrator.runs.recorded_folder import Folder
 from strategies.export import EXPORT_FOLDERS
 
 E = TypeVar("E", bound=Event)
+_EVENT = b'{"event": "'  # as every line is written
+_CHUNK_BYTES = 2**16
 _LEFTOVERS = ("logs", "package")  # of a start that was killed, beside hidden files
 
 
@@ -72,11 +75,10 @@ class RunFolder(Folder):
     @property
     def has_started(self) -> bool:
         """Whether this program began a run here; a folder with a job file of one's own is none."""
-        if _is_file(self.path / recorded.NAME):
-            with contextlib.suppress(JobError):
-                found = recorded.read(self.path)
-                return found is not None and found.kind == self.kind
-            is_search = _is_file(self.path / "search.yaml")  # the record is damaged
+        if kind := recorded.read_kind(self.path):
+            return kind == self.kind
+        if _is_file(self.path / recorded.NAME):  # it is damaged
+            is_search = _is_file(self.path / "search.yaml")
             return is_search == (self.kind == "search")
         return _is_file(self.path / self.document) and _is_file(self.path / "origin.json")  # an older version's
 
@@ -153,17 +155,11 @@ class RunFolder(Folder):
     @classmethod
     def all(cls, output_dir: Path) -> list[Self]:
         """Every run in a folder, oldest first."""
-        output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
-        if not output_dir.is_dir():
-            return []
-        try:
-            listed = list(output_dir.iterdir())
-        except OSError as error:
-            raise JobError(f"{output_dir} cannot be read: {error.strerror}") from None
-        runs = []
-        for path in listed:
-            with contextlib.suppress(JobError):  # a loop of links is no run
-                runs += [run] if (run := cls.at(path)) else []
+        return cls.in_order(run for run in map(cls, folders_in(output_dir)) if run.has_started)
+
+    @classmethod
+    def in_order(cls, runs: Iterable[Self]) -> list[Self]:
+        """Oldest first."""
         return sorted(runs, key=lambda run: (run._began_ns(), run.run_id))
 
     def _began_ns(self) -> int:
@@ -212,7 +208,7 @@ class RunFolder(Folder):
     def record_stop(self, request: str = "asked", step: int | None = None) -> None:
         """Record that the run ends before its last step: it was asked to stop, or to plan again."""
         state = "stopped" if request == "asked" else "replanning"
-        self.record(StateChange(state, step=max(self.steps(), default=0) if step is None else step))
+        self.record(StateChange(state, step=self.last_step() if step is None else step))
 
     def append(self, name: str, values: Mapping[str, Any]) -> None:
         """Append one JSON object as a line, in one write.  Raises RunFailed where the disk is full."""
@@ -225,42 +221,67 @@ class RunFolder(Folder):
         except OSError as error:
             raise self._cannot_write(name, error) from error
 
-    def events(self, offset: int = 0) -> tuple[list[Event], int]:
-        """Complete events from a byte offset on, and the offset after them."""
-        content = self._event_bytes(offset)
+    def events(self, offset: int = 0, num_bytes: int = -1) -> tuple[list[Event], int]:
+        """Complete events from a byte offset on, of about `num_bytes` or to the end, and the offset after them."""
+        with self._event_stream() as stream:
+            stream.seek(offset)
+            content = stream.read(num_bytes)
+            while num_bytes > 0 and b"\n" not in content and (more := stream.read(num_bytes)):
+                content += more
         return events.parse_lines(content), offset + content.rfind(b"\n") + 1
 
-    def event_faults(self) -> list[str]:
-        """What is wrong with damaged lines of events.jsonl, as `line N: ...`."""
-        return events.faults(self._event_bytes())
+    def end_of_events(self) -> int:
+        """The byte offset after the last complete event, read from the end."""
+        with self._event_stream() as stream:
+            end = stream.seek(0, os.SEEK_END)
+            while end > 0:
+                start = max(0, end - _CHUNK_BYTES)
+                stream.seek(start)
+                if found := stream.read(end - start).rfind(b"\n") + 1:
+                    return start + found
+                end = start
+        return 0
 
-    def _event_bytes(self, offset: int = 0) -> bytes:
+    def events_of(self, kind: type[E], *kinds: type[E]) -> list[E]:
+        """Every event of some kinds, in their order; lines that say to be of another kind are passed over unread."""
+        wanted = (kind, *kinds)
+        begins = tuple(b'{"event": "%s"' % one.kind.encode() for one in wanted)
+        found: list[E] = []
+        with self._event_stream() as stream:
+            for line in stream:
+                if line.endswith(b"\n") and (line.startswith(begins) or not line.startswith(_EVENT)):
+                    event, _ = events.parse_line(line[:-1])
+                    found += [event] if isinstance(event, wanted) else []
+        return found
+
+    @contextlib.contextmanager
+    def _event_stream(self) -> Iterator[BinaryIO]:
+        """Empty where there is no file.  Raises JobError."""
         file = self.path / "events.jsonl"
         try:
-            if kind_of(file) is None:
-                return b""
-            with open_regular(file) as stream:
-                stream.seek(offset)
-                return stream.read()
+            with io.BytesIO() if kind_of(file) is None else open_regular(file) as stream:
+                yield stream
         except (OSError, BadInput) as error:
             raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
-
-    def events_of(self, kind: type[E]) -> list[E]:
-        """Every event of a kind."""
-        return [event for event in self.events()[0] if isinstance(event, kind)]
 
     def steps(self) -> dict[int, StepReport]:
         """The last report of each step; a resumed run reports some steps twice."""
         return {event.step: event for event in self.events_of(StepReport)}
 
+    def last_step(self) -> int:
+        """The highest step that was reported, 0 before the first."""
+        return max((event.step for event in self.events_of(StepReport)), default=0)
+
     # State.
 
-    def state(self) -> str:
-        """running | finished | stopped | failed | interrupted (the driver died)."""
+    def state(self, by_events: str | None = None) -> str:
+        """running | finished | stopped | failed | interrupted (the driver died).
+
+        `by_events` is its `state_by_events`, from where the events were read already.
+        """
         if self.is_locked():
             return "running"
-        state = self.state_by_events()
-        return state if state != "running" else "interrupted"
+        return state_without_driver(self.state_by_events() if by_events is None else by_events)
 
     def state_by_events(self) -> str:
         """The last state written down; a driver that died has written none."""
@@ -286,6 +307,37 @@ class RunFolder(Folder):
         return locks.is_held(self.path)
 
 
+def folders_in(output_dir: Path) -> Iterator[Path]:
+    """The folders that may be runs, as `RunFolder.at` names them.  Raises JobError."""
+    output_dir = output_dir.expanduser()  # `~` reaches a cluster unexpanded: the home is the one there
+    if not output_dir.is_dir():
+        return
+    try:
+        folder = checked_path(output_dir)
+        listed = list(os.scandir(folder))
+    except (OSError, BadInput) as error:
+        raise JobError(f"{output_dir} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    for entry in listed:
+        if not entry.is_symlink() and entry.name.isascii():
+            if entry.is_dir():
+                yield folder / entry.name
+            continue
+        with contextlib.suppress(BadInput):  # a loop of links is no run, a name that is no text neither
+            if kind_of(found := checked_path(entry.path)) == "folder":
+                yield found
+
+
+def runs_and_others(output_dir: Path) -> tuple[list[RunFolder], list[Path]]:
+    """The runs in a folder, oldest first, and what may be a search.  Raises JobError."""
+    runs, others = [], []
+    for path in folders_in(output_dir):
+        if (run := RunFolder(path)).has_started:
+            runs.append(run)
+        elif any(os.path.lexists(path / name) for name in (recorded.NAME, "search.yaml")):
+            others.append(path)
+    return RunFolder.in_order(runs), others
+
+
 def _is_file(path: Path) -> bool:
     try:
         return kind_of(path) == "file"
@@ -308,6 +360,11 @@ def _made(output_dir: Path, name: str, run_id: str | None) -> Path:
             raise JobError(f"checkpoint.output_dir: {output_dir} cannot be written: {error.strerror}") from None
         return path
     raise JobError(f"checkpoint.output_dir: {output_dir} already holds a hundred runs started in this second")
+
+
+def state_without_driver(by_events: str) -> str:
+    """The state of a run that no process holds, of the last one written down."""
+    return by_events if by_events != "running" else "interrupted"
 
 
 def utc(seconds: float) -> str:

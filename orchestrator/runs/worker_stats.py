@@ -12,7 +12,7 @@ from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Member, StageTimeline, StepReport, WorkerGroup
 from orchestrator.runs.stage_spans import StageSpans, spans_of_simulation
 
-_LAST_STEPS = 10  # that the medians are of
+LAST_STEPS = 10  # that the medians are of
 _STAGE_METRICS = ("busy_s", "busy_share", "wait_s", "bytes_sent", "bytes_received", "peak_bytes")
 
 
@@ -113,7 +113,7 @@ def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
     members, steps = _last_group(events)
     if not steps:
         return [Member(member.node or f"worker {rank}", member.device) for rank, member in enumerate(members)]
-    latest = steps[-_LAST_STEPS:]
+    latest = steps[-LAST_STEPS:]
     tokens = [sum(one) for one in zip(*(step.worker_tokens or () for step in latest), strict=True)]
     by_worker = zip(*(stats_of_step(members, step) for step in latest), strict=True)
     total = _all_tokens(latest) or 1
@@ -123,7 +123,7 @@ def stats_of_run(events: Sequence[Event]) -> list[WorkerStats] | list[Member]:
 def stages_of_run(plan: Plan, events: Sequence[Event]) -> list[StageStats]:
     """Each stage, by rank: medians over the last steps of the group that runs or ran last.  Nothing without stages."""
     planned = [_planned_stage(plan, part) for part in plan.nodes if part.techniques.stage]
-    steps = [step for step in _last_group(events)[1] if _has_stages(step, len(planned))][-_LAST_STEPS:]
+    steps = [step for step in _last_group(events)[1] if _has_stages(step, len(planned))][-LAST_STEPS:]
     return [_with_measured(one, rank, steps) if steps else one for rank, one in enumerate(planned)]
 
 
@@ -152,18 +152,19 @@ def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
     )
 
 
-def _columns(step: StepReport) -> tuple[Sequence[float], ...]:
+def stage_columns(step: StepReport) -> tuple[Sequence[float], ...]:
+    """Busy and waiting seconds, bytes sent and received and at the peak, each by rank; empty where unknown."""
     found = (step.stage_busy_s, step.stage_wait_s, step.stage_bytes_sent, step.stage_bytes_received)
     return tuple(column or () for column in (*found, step.worker_peak_bytes))
 
 
 def _has_stages(step: StepReport, count: int) -> bool:
-    return count > 0 and all(len(column) == count for column in _columns(step))
+    return count > 0 and all(len(column) == count for column in stage_columns(step))
 
 
 def _with_measured(planned: StageStats, rank: int, steps: Sequence[StepReport]) -> StageStats:
     busy, waits, sent, received, peaks = zip(
-        *([column[rank] for column in _columns(step)] for step in steps), strict=True
+        *([column[rank] for column in stage_columns(step)] for step in steps), strict=True
     )
     return replace(
         planned,

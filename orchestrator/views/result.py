@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from clusters.safe.reading import printable
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.runs.checkpoints import ChosenStep
 from orchestrator.runs.condition import exported_damage
-from orchestrator.runs.events import ErrorReport, Event, StateChange
+from orchestrator.runs.events import Event
 from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes
-from orchestrator.runs.phases import measured_phases
-from orchestrator.runs.run_folder import RunFolder, utc
+from orchestrator.runs.run_folder import RunFolder, state_without_driver, utc
+from orchestrator.runs.summary.event_summary import EventSummary
+from orchestrator.runs.summary.facts import RunFacts, facts_of, facts_of_whole_run
+from orchestrator.runs.summary.summary_file import summary_of
 from orchestrator.views.screen import new_table
 from strategies.cost.phases import Phases
 
 
-def result_view(run: RunFolder) -> RenderableType:
+def result_view(run: RunFolder, summary: EventSummary) -> RenderableType:
     """Quality before and after, sample outputs, cost, and where things are."""
     result = run.result()
     if result is None:
@@ -38,7 +39,7 @@ def result_view(run: RunFolder) -> RenderableType:
     if text := handed_back_text(result.handed_back):
         parts.append(Text(text, style="yellow"))
     parts.append(Text(_cost_sentence(result)))
-    if (measured := measured_phases(run.events()[0])).total_s:
+    if (measured := summary.phases).total_s:
         parts.append(Text(phases_text(measured, run.plan().phases)))
     exported = run.exported()
     if exported:
@@ -132,45 +133,49 @@ def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:
     return {"run": run.run_id, "state": "damaged", **row, "path": str(run.path), "damage": list(wrong)}
 
 
-def run_row(run: RunFolder) -> dict[str, Any]:
-    """The state of a run as one flat record."""
-    steps = run.steps()
-    num_steps = run.plan().num_steps if (run.path / "plan.json").exists() else None
-    result = run.result()
-    last = steps[max(steps)] if steps else None
-    events = run.events()[0]
-    errors = [event.text for event in events if isinstance(event, ErrorReport | StateChange) and event.text]
-    state = run.state()
+def run_row(run: RunFolder, summary: EventSummary) -> dict[str, Any]:
+    """The state of a run as one flat record.  Raises JobError."""
+    return _row(run, facts_of(run, summary), run.state(summary.state_by_events))
+
+
+def listed_row(run: RunFolder) -> dict[str, Any]:
+    """The same for a table of many runs.  Raises JobError with all that can be seen to be wrong with one."""
+    if run.is_locked():  # the process that holds the lock may be writing: nothing is damaged
+        return run_row(run, summary_of(run))
+    facts = facts_of_whole_run(run)
+    return _row(run, facts, state_without_driver(facts.state))
+
+
+def _row(run: RunFolder, facts: RunFacts, state: str) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run": run.run_id,
         "state": state,
-        "step": last.step if last else 0,
-        "num_steps": num_steps,
-        "loss": last.loss if last else None,
-        "tokens_per_s": last.tokens_per_s if last else None,
-        **({"loss_scale": last.loss_scale} if last and last.loss_scale is not None else {}),
-        "started": utc(events[0].time) if events else None,
+        "step": facts.step,
+        "num_steps": facts.num_steps,
+        "loss": facts.loss,
+        "tokens_per_s": facts.tokens_per_s,
+        **({"loss_scale": facts.loss_scale} if facts.loss_scale is not None else {}),
+        "started": None if facts.started is None else utc(facts.started),
         "path": str(run.path),
     }
-    if state == "running" and last and num_steps:
-        row["eta_s"] = round((num_steps - last.step) * last.seconds)
-    row |= result.after.scores if result and result.after else {}
-    if state == "failed" and errors:
-        row["error"] = errors[-1]
-    exported = run.exported()
-    if exported:
-        row["exported"] = str(exported)
+    if state == "running" and facts.seconds is not None and facts.num_steps:
+        row["eta_s"] = round((facts.num_steps - facts.step) * facts.seconds)
+    row |= facts.scores
+    if state == "failed" and facts.error:
+        row["error"] = facts.error
+    if facts.exported:
+        row["exported"] = str(run.path / facts.exported)
     return row
 
 
-def runs_table(rows: list[dict[str, Any]]) -> Table:
-    """The table of `list`."""
-    table = new_table("run", "state", "step", "loss", "started")
-    for row in rows:
-        loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
-        steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
-        table.add_row(*(_text(str(cell)) for cell in (row["run"], row["state"], steps, loss, row["started"] or "")))
-    return table
+RUN_HEAD = ("run", "state", "step", "loss", "started")
+
+
+def run_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """A row of the table of `list`."""
+    loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
+    steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
+    return row["run"], row["state"], steps, loss, row["started"] or ""
 
 
 def event_line(event: Event) -> str:

@@ -11,15 +11,16 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console, ConsoleOptions, RenderableType
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
 
-from clusters.safe.reading import printable_lines
+from clusters.safe.reading import printable, printable_lines
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
 
@@ -67,6 +68,40 @@ def new_table(*columns: str, fold: bool = False) -> Table:
     """An empty table without a frame; with `fold` a long cell gets more lines instead of an ellipsis."""
     heads = [Column(name, overflow="fold" if fold else "ellipsis") for name in columns]
     return Table(*heads, box=None, pad_edge=False, header_style="bold")
+
+
+def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print `new_table` with cells of plain text, as rich would, but at once: rich takes 0.1 ms a cell."""
+    cells = [[printable(cell) for cell in row] for row in rows]
+    table = new_table(*head)
+    if not cells:
+        out.print(table)
+        return
+    table.add_row(*(Text(max(column, key=cell_len)) for column in zip(head, *cells, strict=True)))
+    spaces = [0 + 1, *[1 + 1] * (len(head) - 2), 1 + 0]  # beside a cell: none at the edges
+    widths = [
+        width - space for width, space in zip(table._calculate_column_widths(out, out.options), spaces, strict=True)
+    ]
+    lines = [[_fitted(cell, width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    heading = new_table(*head)
+    if any(cell is None for line in lines for cell in line):  # a cell of several lines
+        for row in cells:
+            heading.add_row(*map(Text, row))
+        out.print(heading)
+        return
+    for column, width in zip(heading.columns, widths, strict=True):
+        column.width = width
+    out.print(heading)
+    write("\n".join("  ".join(line) for line in lines))  # type: ignore[arg-type]
+
+
+def _fitted(cell: str, width: int) -> str | None:
+    """A cell in exactly this width, None for one that has to be broken between words."""
+    if len(cell) <= width and cell.isascii():
+        return cell.ljust(width)
+    if cell_len(cell) <= width:
+        return set_cell_size(cell, width)
+    return None if any(map(str.isspace, cell)) else f"{set_cell_size(cell, width - 1)}…"
 
 
 def write(text: str) -> None:

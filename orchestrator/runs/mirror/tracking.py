@@ -74,7 +74,7 @@ class Mirror:
         self._run, self._job = run, job
         self._wanted = bool(job.spec.tracking.report_to)
         self._next = time.monotonic() + _FIRST_S
-        self.offset_at_start = run.events()[1]
+        self.offset_at_start = run.end_of_events()
 
     def load_ahead(self) -> None:
         """Load MLflow in a thread of its own: it takes seconds, for which nobody should wait at the end of a run."""

@@ -84,7 +84,7 @@ def measure_last(
     that was never killed.
     """
     assert inputs.held_out is not None
-    tries = context.group.gather(num_cut_short(run.events()[0]))[0]
+    tries = context.group.gather(num_cut_short(run.events_of(StateChange, FinalEvaluation)))[0]
     remedy = f"`orchestrator evaluate {run.run_id}` measures it, on this machine or another"
     if tries >= _MOST_TRIES:
         known = "" if known_loss is None else "; its loss is what training measured with the same weights"

@@ -12,9 +12,16 @@ from orchestrator.runs.events import (
     StateChange,
     StepReport,
 )
-from orchestrator.runs.phases import measured_phases
+from orchestrator.runs.phases import PhaseClock
 from orchestrator.views.result import phases_text
 from strategies.cost.phases import Phases
+
+
+def measured_phases(events):
+    clock = PhaseClock()
+    for event in events:
+        clock.add(event)
+    return clock.phases
 
 
 def step(number, time):

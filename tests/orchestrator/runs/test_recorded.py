@@ -10,7 +10,9 @@ from orchestrator.runs import digests, events, json_files, record
 from orchestrator.runs.condition import damage
 from orchestrator.runs.record import Recorded, difference
 from orchestrator.runs.recorded_folder import Folder
+from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder
+from orchestrator.runs.summary.summary_file import summary_of
 
 TEXT = json.dumps({"steps": 4, "rate": 0.1, "list": [1, 2], "name": "a"}, indent=1)
 
@@ -142,12 +144,14 @@ def test_a_field_of_another_type_is_named_with_its_file(key, value):
         (b"\xff", "is not JSON"),
     ],
 )
-def test_a_line_that_is_no_event_is_passed_over_and_named(line, fault):
+def test_a_line_that_is_no_event_is_passed_over_and_named(line, fault, tmp_path):
     good = b'{"event": "note", "time": 1, "text": "a"}'
     content = good + b"\n" + line + b"\n" + good + b'\n{"event": "being written'
 
     assert [event.text for event in events.parse_lines(content)] == ["a", "a"]
-    assert events.faults(content) == [found := events.faults(content)[0]] and found.startswith(f"line 2: {fault}")
+    (tmp_path / "events.jsonl").write_bytes(content)
+    found = summary_of(RunFolder(tmp_path))
+    assert (found.num_lines, found.num_skipped) == (3, 1) and found.damaged_lines.startswith(f"line 2: {fault}")
 
 
 def test_digests_of_a_model_are_read_again_where_a_file_was_touched_and_only_there(tmp_path, monkeypatch):

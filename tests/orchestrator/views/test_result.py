@@ -7,7 +7,9 @@ import pytest
 from rich.console import Console
 
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.views.result import result_view, runs_table, scores_view
+from orchestrator.runs.summary.event_summary import EventSummary
+from orchestrator.views.result import RUN_HEAD, result_view, run_cells, scores_view
+from orchestrator.views.screen import print_rows
 from tests.orchestrator.report.test_pages import HOSTILE
 
 
@@ -18,9 +20,10 @@ def shown(view):
 
 
 @pytest.mark.parametrize("text", HOSTILE)
-def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path):
+def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path, capsys, monkeypatch):
     sample = {"prompt": text, "generated": text, "reference": text + "!"}
     after = {"eval_loss": 1.0, "rouge_l": 0.5, "samples": [sample], "compared": {"rouge_l": text}, "without_room": 2}
+    monkeypatch.setenv("COLUMNS", "400")
     result = {
         "steps": 1, "tokens": 10, "train_seconds": 1.0, "after": after,
         "before": {"eval_loss": 2.0, "samples": [sample]},
@@ -31,7 +34,8 @@ def test_a_result_is_shown_without_markup_and_control_characters(text, tmp_path)
     run.write("result.json", json.dumps(result))
 
     row = {"run": text, "state": "finished", "step": 1, "num_steps": 1, "loss": None, "started": None}
-    seen = shown(result_view(run)) + shown(scores_view(run.result().after)) + shown(runs_table([row]))
+    print_rows(RUN_HEAD, [run_cells(row)])
+    seen = shown(result_view(run, EventSummary())) + shown(scores_view(run.result().after)) + capsys.readouterr().out
 
     assert not any(ord(character) < 32 and character != "\n" for character in seen) and "\u202e" not in seen
     assert seen.count("[bold]name[/bold]") == ("[bold]" in text) * 10

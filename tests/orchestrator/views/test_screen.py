@@ -9,7 +9,8 @@ import pytest
 from rich.table import Table
 from rich.text import Text
 
-from orchestrator.views.screen import Screen
+from clusters.safe.reading import printable
+from orchestrator.views.screen import Screen, new_table, out, print_rows
 
 ROOT = Path(__file__).resolve().parents[3]
 HOSTILE = "[red]a[/nope]\x1b[31m\x9b2J\x07 :smile: \ud800\u202eb"
@@ -97,3 +98,29 @@ def first_line_alone(program):
         running.stdout.close()
         said = running.stderr.read()
     return running.returncode, said
+
+
+ROWS = {
+    "short": [("a", "b c", "1"), ("aaa", "", "22222")],
+    "none": [],
+    "wide": [("日本語" * 9, "b" * 30, "x"), ("é" * 20, "n" * 29, "2026-11-28 16:26:23")],
+    "long": [("quickstart-20261129-220733" * 2, "finished", "4/4"), ("a", "interrupted", "2026-11-28 16:26:23")],
+    "words": [("one two three four five " * 5, "finished", "4"), ("a", "b", "c")],
+    "hostile": [(HOSTILE, "a\nb", "\t")],
+}
+
+
+@pytest.mark.parametrize("columns", ["20", "47", "80", "200"])
+@pytest.mark.parametrize("name", ROWS)
+def test_a_table_of_plain_cells_is_printed_as_rich_would(name, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    head = ("run", "a longer head", "x")
+    table = new_table(*head)
+    for row in ROWS[name]:
+        table.add_row(*(Text(printable(cell)) for cell in row))
+
+    out.print(table)
+    wanted = capsys.readouterr().out
+    print_rows(head, ROWS[name])
+
+    assert capsys.readouterr().out == wanted

@@ -1,0 +1,88 @@
+"""Renderings that wait for token ids run together: what they wait for is tokenised in one call.
+
+A call of a tokenizer takes longer than the tokens of a short text, and one call with many texts uses every core.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each where they were asked for
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a rendering waits for: the tokens of each text, without special ones."""
+
+    texts: tuple[str, ...]
+    with_offsets: bool = False
+
+
+Rendering = Generator[Texts, list[Encoded], T]
+
+
+def run_together(tokenizer: Any, renderings: Iterable[Rendering[T]]) -> list[T | Exception]:
+    """What each rendering returns or raises, in their order."""
+    ended: dict[int, T | Exception] = {}
+    waiting: dict[int, tuple[Rendering[T], Texts]] = {}
+
+    def resume(number: int, rendering: Rendering[T], answer: list[Encoded] | Exception | None) -> None:
+        try:
+            asks = rendering.throw(answer) if isinstance(answer, Exception) else rendering.send(answer)  # type: ignore[arg-type]
+            waiting[number] = rendering, asks
+        except StopIteration as end:
+            ended[number] = end.value
+        except Exception as error:  # whatever it is, it is this row's: it is raised when its turn comes
+            ended[number] = error
+
+    for number, rendering in enumerate(renderings):
+        resume(number, rendering, None)
+    while waiting:
+        asked, waiting = waiting, {}
+        answers = _answer(tokenizer, [texts for _, texts in asked.values()])
+        for (number, (rendering, _)), answer in zip(asked.items(), answers, strict=True):
+            resume(number, rendering, answer)
+    return [ended[number] for number in range(len(ended))]
+
+
+def _answer(tokenizer: Any, asked: Sequence[Texts]) -> list[list[Encoded] | Exception]:
+    """The tokens of all texts, in one call with offsets and one without."""
+    answers: list[list[Encoded] | Exception] = [[] for _ in asked]
+    for with_offsets in (True, False):
+        places = [place for place, one in enumerate(asked) if one.with_offsets == with_offsets]
+        texts = [text for place in places for text in asked[place].texts]
+        if not texts:
+            continue
+        try:
+            found = iter(encode(tokenizer, texts, with_offsets))
+        except Exception:  # one text that the tokenizer refuses: each on its own finds it
+            for place in places:
+                answers[place] = _answer_alone(tokenizer, asked[place])
+        else:
+            for place in places:
+                answers[place] = [next(found) for _ in asked[place].texts]
+    return answers
+
+
+def _answer_alone(tokenizer: Any, asked: Texts) -> list[Encoded] | Exception:
+    try:
+        return [one for text in asked.texts for one in encode(tokenizer, [text], asked.with_offsets)]
+    except Exception as error:
+        return error
+
+
+def encode(tokenizer: Any, texts: Sequence[str], with_offsets: bool) -> list[Encoded]:
+    """Token ids of each text, without special tokens; with the first character and the one after the last of each."""
+    encoded = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=with_offsets,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+    )
+    ids = encoded["input_ids"]
+    offsets = encoded["offset_mapping"] if with_offsets else [[]] * len(ids)
+    return list(zip(ids, offsets, strict=True))
