@@ -18,12 +18,12 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))  # run as a file
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 
 from orchestrator.runs.events import StateChange, StepReport
 from orchestrator.runs.run_folder import RunFolder
 
+ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "tests/fixtures/earlier/model"
 STEPS, ROWS = 20, 8
 SCRIPT = f"""\
