@@ -55,7 +55,7 @@ def test_what_a_disk_refuses_is_a_message_and_no_traceback(tmp_path, monkeypatch
         raise error
 
     monkeypatch.setattr(RunFolder, "all", refuse)
-    shown = called("list", cwd=tmp_path, check=2)
+    shown = called("status", "latest", cwd=tmp_path, check=2)
 
     assert says in shown.stderr.replace("\n", " ")
 
