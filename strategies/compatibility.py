@@ -26,6 +26,7 @@ def conflict(
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
+        _sharing_conflicts(method, techniques, device, shape) if techniques.share_prefixes else (),
     )
     return next(filter(None, reasons), None)
 
@@ -145,6 +146,21 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
         yield refusals.refuse_compiler(device, shape)
     if t.loss_type == "chunked_nll" and (refusal := refusals.refuse_chunked_loss(device, shape)):
         yield f"chunked loss: {refusal}"
+
+
+def _sharing_conflicts(method: Method, t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str]:
+    """What beginnings that are computed once cannot be combined with."""
+    what = "data.share_prefixes"
+    if not t.packing or t.attn_implementation != "document":
+        yield f"{what} is for packed rows and document attention: set data.packing: true, attn_implementation: document"
+    if refusal := refusals.refuse_sharing(device, shape):
+        yield f"{what}: {refusal}: set it to false"
+    if method.has_dropout:
+        yield f"{what}: a shared token would have one dropout mask for several rows: set dropout to 0 or this to false"
+    if t.stage:
+        yield f"{what} is untested on stages, whose micro-batches are laid out by lengths alone: set it to false"
+    if t.torch_compile:
+        yield f"{what}: torch.compile would recompile for every tree: set one of the two to false"
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from clusters.capability import DeviceCapability
-from orchestrator.planning.candidates import Division, Slot, Switches, step_s_of
+from orchestrator.planning.candidates import Candidate, Division, Slot, Switches, step_s_of
 from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.micro_batches import SPREAD
 from strategies.cost.network import Network
+from strategies.cost.prefixes import WORTH, ratio_of_step
 from strategies.cost.time import product_rate
 from strategies.workload import Dtype, Offload, Techniques, Workload
 
@@ -169,9 +170,10 @@ class Assignment:
                 zero_stage=division.stage,
                 num_shards=division.num_devices if division.stage else 1,
                 state_share=division.state_share,
+                share_prefixes=switches.share_prefixes is True,
             )
             if (reason := self._conflict(techniques)) is None:
-                found.append(techniques)
+                found.append(self._with_trees(techniques))
                 if attention != "document":
                     break
                 continue
@@ -183,6 +185,12 @@ class Assignment:
         rejections.add(*refused[-1])  # what refuses the plainest kernel is what must change
         rejections.rules[self.slot.label, self.method.name].append(refused[-1][1])
         return []
+
+    def _with_trees(self, techniques: Techniques) -> Techniques:
+        """With common beginnings computed once, where that is open, can be and is worth it."""
+        shared = replace(techniques, share_prefixes=True)
+        is_open = self.switches.share_prefixes is None and ratio_of_step(self.workload) >= WORTH
+        return shared if is_open and self._conflict(shared) is None else techniques
 
     def _conflict(self, techniques: Techniques) -> str | None:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
@@ -335,6 +343,7 @@ def describe_combination(method: Method, techniques: Techniques, slot: Slot) -> 
 def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list[str]:
     """What is on beyond a plain training, in words; the division last."""
     is_on = {
+        "shared beginnings": techniques.share_prefixes,
         "checkpointing": techniques.gradient_checkpointing,
         techniques.loss_type: with_loss and techniques.loss_type != "nll",
         "8-bit optimizer": techniques.optim.startswith("adamw_bnb"),
@@ -343,6 +352,21 @@ def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list
         f"{techniques.stage.count if techniques.stage else 0} stages": techniques.stage is not None,
     }
     return [word for word, on in is_on.items() if on]
+
+
+def why_shared(chosen: Candidate, workload: Workload) -> str:
+    """Why what a step's rows begin with alike is computed once, or is not."""
+    part = chosen.placed[0]
+    techniques, own = part.plan.techniques, replace(workload, share=part.share)
+    ratio, shared = ratio_of_step(own), replace(techniques, share_prefixes=True)
+    if not workload.tree_ratio:
+        return "the rows' tokens are not compared for a rough plan: `plan --exact` and `submit` do"
+    counted = f"the rows of a step have {ratio:.2f} tokens for each one that is left when common beginnings count once"
+    if techniques.share_prefixes:
+        return f"{counted}: {1 - part.plan.computed_part:.0%} of the tokens are not computed"
+    if ratio < WORTH:
+        return f"{counted}: less than {WORTH} is not worth it"
+    return f"{counted}, but {conflict(chosen.method, shared, part.slot.device, workload.shape) or 'others are faster'}"
 
 
 def _kernels(stated: Sequence[str], device: DeviceCapability, packing: bool) -> list[str]:

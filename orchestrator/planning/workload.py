@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -58,7 +59,12 @@ def trainable_shape(config: dict[str, Any]) -> ModelShape:
 
 
 def describe(
-    spec: JobSpec, shape: ModelShape, lengths: list[int], num_supervised_tokens: int, num_workers: int
+    spec: JobSpec,
+    shape: ModelShape,
+    lengths: list[int],
+    num_supervised_tokens: int,
+    num_workers: int,
+    tree_ratio: Mapping[int, float] | None = None,
 ) -> tuple[Workload, Order, str | None]:
     """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
     train = spec.train
@@ -71,6 +77,7 @@ def describe(
         shape=shape,
         mean_square_length=sum(length * length for length in lengths) / len(lengths),
         fullest_step_tokens=sum(heapq.nlargest(global_batch_size, lengths)),
+        tree_ratio=tree_ratio or {},
         padded_ratio=_padded_ratios(lengths, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),

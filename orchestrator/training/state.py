@@ -62,6 +62,7 @@ class Progress:
     step: int = 0  # steps done
     tokens: int = 0
     supervised_tokens: int = 0
+    computed_tokens: int = 0  # as many, or fewer where common beginnings are computed once
     best_loss: float | None = None
     best_checkpoint: str | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)  # step -> held-out loss, in nats a token
@@ -77,6 +78,7 @@ class Progress:
     def from_dict(cls, state: dict[str, Any]) -> Progress:
         """From a checkpoint's state; a run that stopped early has ended, one that was asked to stop continues."""
         progress = cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
+        progress.computed_tokens = state.get("computed_tokens", progress.tokens)
         progress.stopped = "early" if progress.stopped == "early" else None
         return progress
 
@@ -148,7 +150,7 @@ class Training:
         self._set_scaler(self.progress.loss_scale)
         self.progress.loss_scale = self.scaler.state_dict()
         self.random = LayerRandomness(setup.model)
-        self.feed = Feed(self.data, self.techniques.packing, self.device)
+        self.feed = Feed(self.data, self.techniques.packing, self.device, self.techniques.share_prefixes)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
         self.holders = holders_of(group, setup.parameters) if self.techniques.stage else None
         own = [] if setup.engine else setup.summed

@@ -10,6 +10,7 @@ import torch
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
 from orchestrator.training.worker_context import WorkerContext
+from strategies.pipeline.layer_randomness import draws_random_numbers
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import can_chunk
@@ -34,7 +35,8 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
             model.set_attn_implementation(name)
             for other, why in faults.items():
                 context.note(f"{other} attention: {why}; using {name}")
-            return dataclasses.replace(techniques, attn_implementation=name)
+            kept = dataclasses.replace(techniques, attn_implementation=name)
+            return _with_trees_that_hold(checked, kept, context) if kept.share_prefixes else kept
         faults[name] = fault
     reasons = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
     if context.job.spec.data.packing is True:
@@ -42,7 +44,13 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
     context.note(f"{reasons}; rows are padded instead")
     model.set_attn_implementation("sdpa" if wanted in ("auto", "document") else wanted)
     rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
-    return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
+    return dataclasses.replace(
+        techniques,
+        packing=False,
+        per_device_train_batch_size=rows,
+        attn_implementation="sdpa",
+        share_prefixes=False,
+    )
 
 
 def _fault_of(model: Any, name: str, device: torch.device, techniques: Techniques) -> str | None:
@@ -57,6 +65,30 @@ def _fault_of(model: Any, name: str, device: torch.device, techniques: Technique
             raise
         return f"this model does not run with it ({first_line(refusal)})"
     return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
+
+
+def _with_trees_that_hold(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
+    """Techniques that compute common beginnings once only where this model then computes what it does row by row.
+
+    Raises JobError where the job wants it and the model does not.
+    """
+    fault = _fault_of_trees(model, techniques, context.device)
+    if fault is None:
+        return techniques
+    if context.job.spec.data.share_prefixes is True:
+        raise JobError(f"data.share_prefixes: {fault}; set it to auto or false")
+    context.note(f"common beginnings are computed row by row: {fault}")
+    return dataclasses.replace(techniques, share_prefixes=False)
+
+
+def _fault_of_trees(model: Any, techniques: Techniques, device: torch.device) -> str | None:
+    if techniques.attn_implementation != document_attention.NAME:
+        return f"{techniques.attn_implementation} attention does not know them"
+    if draws_random_numbers(model):
+        return "the model drops activations at random, a shared one for several rows at once"
+    with autocast(device.type, techniques.dtype):
+        error = document_attention.sharing_error(model)
+    return None if error < _ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
 
 
 def with_loss_that_runs(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:

@@ -26,10 +26,10 @@ def job(folder, model_folder, packing="auto"):
     )
 
 
-def checked(model, job, dtype="float32"):
+def checked(model, job, dtype="float32", **switches):
     """(techniques that keep documents apart, notes)"""
     notes = []
-    planned = Techniques(dtype, "document", True, False, 1, 64)
+    planned = Techniques(dtype, "document", True, False, 1, 64, **switches)
     context = WorkerContext(job, None, None, "", CPU, record=lambda note: notes.append(note.text))
     return without_leaks(model, planned, context), notes
 
@@ -80,3 +80,32 @@ def test_where_nothing_keeps_documents_apart_rows_are_padded_or_the_job_that_ask
     assert not found.packing and "unexpected argument" in notes[-1] and notes[-1].endswith("rows are padded instead")
     with pytest.raises(JobError, match=r"data.packing: document attention: .* Set data.packing: false"):
         checked(model, job(tmp_path, model_folder, packing="true"))
+
+
+def test_common_beginnings_are_computed_once_where_the_model_keeps_to_them(model, model_folder, tmp_path):
+    found, notes = checked(model, job(tmp_path, model_folder), "bfloat16", share_prefixes=True)
+
+    assert found.share_prefixes and not notes
+
+
+def test_a_kernel_that_does_not_know_trees_computes_row_by_row(model, model_folder, tmp_path):
+    refuses(model, "document", RuntimeError("no kernel image is available"))
+
+    found, notes = checked(model, job(tmp_path, model_folder), share_prefixes=True)
+
+    assert found.packing and not found.share_prefixes
+    assert notes[-1] == "common beginnings are computed row by row: sdpa attention does not know them"
+
+
+def test_a_model_with_dropout_computes_row_by_row_unless_the_job_asks_for_trees(model, model_folder, tmp_path):
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+    found, notes = checked(model, job(tmp_path, model_folder), share_prefixes=True)
+    assert not found.share_prefixes and "at random" in notes[-1]
+
+    asked = parse_job(
+        f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl, share_prefixes: true}}\n", tmp_path
+    )
+    with pytest.raises(JobError, match=r"data\.share_prefixes: the model drops"):
+        checked(model, asked, share_prefixes=True)
