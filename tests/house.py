@@ -35,7 +35,7 @@ ROOMS = (
     ("strategies.train_setup",),
     ("strategies.contract",),
     ("strategies.techniques",),
-    ("strategies.prefixes",),
+    ("strategies.reuse",),
     ("strategies.step",),
     ("strategies.pipeline",),
     ("strategies.cost",),

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from orchestrator.data.dataset import Dataset
-from strategies.prefixes.row import lay_out
+from strategies.reuse.row import lay_out
 from strategies.step.supervised_logits import Batch
 
 

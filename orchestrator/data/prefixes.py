@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.order import Order
-from strategies.prefixes.tree import shared_ratio
+from strategies.reuse.tree import shared_ratio
 
 _MOST_ROWS = 256  # that are looked at for each number of rows
 _MOST_TOGETHER = 64  # rows: more of the same data share little more

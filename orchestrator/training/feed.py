@@ -9,7 +9,7 @@ import torch
 from orchestrator.data.batches import collate
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches
-from strategies.prefixes.tree import group_alike
+from strategies.reuse.tree import group_alike
 from strategies.step.supervised_logits import Batch
 from strategies.workload import Techniques
 

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from strategies.contract import Method
-from strategies.prefixes.row import lay_out
+from strategies.reuse.row import lay_out
 from strategies.shape import ModelShape
 from strategies.step import document_attention
 from strategies.step.step import Update, forward_backward, update

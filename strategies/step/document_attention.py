@@ -8,7 +8,7 @@ fp32 it would grow to 1.04).  Nothing of quadratic size in the row is ever built
 keys are never in the same product.
 
 Documents that begin alike may share what they begin with: `document_lengths` are then those of a tree's nodes and
-`document_parents` says which node each continues (strategies/prefixes).
+`document_parents` says which node each continues (strategies/reuse).
 
 Legend: B documents, H query heads, K key-value heads, G = H / K, T tokens of the row, L longest document, D head width.
 """
@@ -25,8 +25,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
-from strategies.prefixes.attention import attend_tree, nodes_of
-from strategies.prefixes.row import lay_out
+from strategies.reuse.attention import attend_tree, nodes_of
+from strategies.reuse.row import lay_out
 from strategies.techniques.attention import Heads, Sharing, sharing
 from strategies.workload import Dtype
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from strategies.prefixes.row import SharedRow
+from strategies.reuse.row import SharedRow
 from strategies.step.document_attention import borders, packed_arguments, tree_arguments, tree_positions
 from strategies.workload import LossType
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from strategies.prefixes.tree import PrefixTree, build_tree
+from strategies.reuse.tree import PrefixTree, build_tree
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class SharedRow:
     parents: tuple[int, ...]  # the node that each continues, -1 = none
     columns_S: torch.Tensor  # places in the row that predict, in their order; several times the same where several do
     targets_S: torch.Tensor  # the tokens that they predict
+    tree: PrefixTree
 
 
 def lay_out(ids: Sequence[torch.Tensor], supervised: Sequence[torch.Tensor]) -> SharedRow:
@@ -45,6 +46,7 @@ def lay_out(ids: Sequence[torch.Tensor], supervised: Sequence[torch.Tensor]) -> 
         tuple(tree.parents),
         columns_S,
         torch.cat(targets)[order_S],
+        tree,
     )
 
 

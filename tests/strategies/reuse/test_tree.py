@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from strategies.prefixes.tree import build_tree, group_alike, shared_ratio
+from strategies.reuse.tree import build_tree, group_alike, shared_ratio
 
 # Few kinds of tokens and repeated pieces: common beginnings are frequent, and documents end inside others.
 PIECES = st.lists(st.sampled_from([(1,), (2, 1), (1, 2, 3), (5,) * 8, (6,) * 9]), max_size=5)

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from strategies.prefixes.attention import attend_tree, nodes_of
-from strategies.prefixes.row import lay_out
+from strategies.reuse.attention import attend_tree, nodes_of
+from strategies.reuse.row import lay_out
 from strategies.step.document_attention import Scoring, attend_document, document_attention, sharing_error
 from strategies.step.supervised_logits import Batch, loss_sum
 from tests.strategies.test_packing_exact import FAMILIES, as_batch, tiny
