@@ -104,6 +104,7 @@ class Techniques:
     state_share: float | None = None  # ZeRO-1 by memory: this device's part of the optimizer's state
     stage: StagePart | None = None  # of a pipeline; None = the whole model
     share_prefixes: bool = False  # what documents of a packed row begin with alike is computed once
+    cache_frozen_activations: bool = False  # what frozen lower layers make of a sample is kept from its first pass
 
     @property
     def uses_engine(self) -> bool:

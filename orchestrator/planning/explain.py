@@ -17,7 +17,8 @@ from orchestrator.planning.enumeration import Enumeration
 from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
-from orchestrator.planning.settings import describe_techniques, why_shared
+from orchestrator.planning.settings import describe_techniques
+from orchestrator.planning.workload import why_kept, why_shared
 from strategies.compatibility import conflict
 from strategies.contract import StrategyPlan
 from strategies.cost.pipeline import WORTH_A_DEVICE
@@ -203,6 +204,7 @@ def explain_choice(
         if techniques.packing
         else "padding costs less here than separate kernels would, or the model's attention cannot be packed",
         "data.share_prefixes": why_shared(chosen, workload),
+        "train.cache_frozen_activations": why_kept(chosen, workload),
         "model.attn_implementation": kernels.get(techniques.attn_implementation, "the best this model can use"),
         "train.per_device_train_batch_size": f"needs about {needs} of {usable}",
         "train.gradient_checkpointing": "does not fit without, or leaves room for what is faster"

@@ -260,8 +260,8 @@ def _of_this_version(values: Any) -> Any:
 def _deciding(techniques: Techniques) -> dict[str, Any]:
     """The switches that are in use: a plan without later ones keeps the hash it had before there were any."""
     values = asdict(techniques)
-    later = {"stage": techniques.stage is not None, "share_prefixes": techniques.share_prefixes}
-    return {key: value for key, value in values.items() if later.get(key, True)}
+    later = ("stage", "share_prefixes", "cache_frozen_activations")
+    return {key: value for key, value in values.items() if key not in later or value}
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -283,6 +283,7 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "train.global_batch_size": plan.global_batch_size,
         "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
         "train.gradient_checkpointing": techniques.gradient_checkpointing,
+        "train.cache_frozen_activations": techniques.cache_frozen_activations,
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,

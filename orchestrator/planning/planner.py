@@ -133,7 +133,7 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
     elif strategy.local_steps:
         values["zero_stages"] = (0,)
     single = {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
-    single |= {"share_prefixes": spec.data.share_prefixes}
+    single |= {"share_prefixes": spec.data.share_prefixes, "cache_frozen_activations": train.cache_frozen_activations}
     return Switches(
         max_length,
         torch_compile=train.torch_compile,

@@ -10,13 +10,13 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from clusters.capability import DeviceCapability
-from orchestrator.planning.candidates import Candidate, Division, Slot, Switches, step_s_of
+from orchestrator.planning.candidates import Division, Slot, Switches, step_s_of
 from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.micro_batches import SPREAD
 from strategies.cost.network import Network
-from strategies.cost.prefixes import WORTH, ratio_of_step
+from strategies.cost.reuse import WORTH, WORTH_KEEPING, ratio_of_step
 from strategies.cost.time import product_rate
 from strategies.workload import Dtype, Offload, Techniques, Workload
 
@@ -24,6 +24,7 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it no
 _EQUAL = 1.01  # times this close are equal
 _MISSES = 2  # counts of rows that gain nothing
 _SLOWER = 0.8  # of another's rate
+_KEPT = 0.1  # of a device's memory: so much may be kept for later epochs
 
 Prefer = Literal["time", "memory"]
 
@@ -171,9 +172,10 @@ class Assignment:
                 num_shards=division.num_devices if division.stage else 1,
                 state_share=division.state_share,
                 share_prefixes=switches.share_prefixes is True,
+                cache_frozen_activations=switches.cache_frozen_activations is True,
             )
             if (reason := self._conflict(techniques)) is None:
-                found.append(self._with_trees(techniques))
+                found.append(self._with_reuse(techniques))
                 if attention != "document":
                     break
                 continue
@@ -186,11 +188,22 @@ class Assignment:
         rejections.rules[self.slot.label, self.method.name].append(refused[-1][1])
         return []
 
-    def _with_trees(self, techniques: Techniques) -> Techniques:
-        """With common beginnings computed once, where that is open, can be and is worth it."""
+    def _with_reuse(self, techniques: Techniques) -> Techniques:
+        """Without what need not be computed again, where that is open, can be and is worth it."""
         shared = replace(techniques, share_prefixes=True)
         is_open = self.switches.share_prefixes is None and ratio_of_step(self.workload) >= WORTH
-        return shared if is_open and self._conflict(shared) is None else techniques
+        found = shared if is_open and self._conflict(shared) is None else techniques
+        kept = replace(found, cache_frozen_activations=True)
+        is_open = self.switches.cache_frozen_activations is None
+        return kept if is_open and self._conflict(kept) is None and self._is_faster(kept, found) else found
+
+    def _is_faster(self, techniques: Techniques, than: Techniques) -> bool:
+        """Whether steps become clearly shorter, in memory that is a small part of the device's."""
+        slot, estimate = self.slot, self.method.estimate
+        with_it, without = (estimate(self.workload, slot.device, slot.node, one) for one in (techniques, than))
+        added = with_it.memory.total_bytes - without.memory.total_bytes
+        is_small = added <= _KEPT * slot.memory_bytes
+        return is_small and with_it.time.step_s <= without.time.step_s / WORTH_KEEPING
 
     def _conflict(self, techniques: Techniques) -> str | None:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
@@ -352,21 +365,6 @@ def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list
         f"{techniques.stage.count if techniques.stage else 0} stages": techniques.stage is not None,
     }
     return [word for word, on in is_on.items() if on]
-
-
-def why_shared(chosen: Candidate, workload: Workload) -> str:
-    """Why what a step's rows begin with alike is computed once, or is not."""
-    part = chosen.placed[0]
-    techniques, own = part.plan.techniques, replace(workload, share=part.share)
-    ratio, shared = ratio_of_step(own), replace(techniques, share_prefixes=True)
-    if not workload.tree_ratio:
-        return "the rows' tokens are not compared for a rough plan: `plan --exact` and `submit` do"
-    counted = f"the rows of a step have {ratio:.2f} tokens for each one that is left when common beginnings count once"
-    if techniques.share_prefixes:
-        return f"{counted}: {1 - part.plan.computed_part:.0%} of the tokens are not computed"
-    if ratio < WORTH:
-        return f"{counted}: less than {WORTH} is not worth it"
-    return f"{counted}, but {conflict(chosen.method, shared, part.slot.device, workload.shape) or 'others are faster'}"
 
 
 def _kernels(stated: Sequence[str], device: DeviceCapability, packing: bool) -> list[str]:

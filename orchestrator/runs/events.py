@@ -214,6 +214,7 @@ class StepReport(Event, kind="step"):
     tokens_per_s: float
     peak_bytes: float
     samples: str | None = None  # a digest of their ids
+    known_tokens: float | None = None  # where results of frozen lower layers are kept: those that did not pass them
     computed_tokens: float | None = None  # where common beginnings are computed once: those that were computed
     loss_scale: float | None = None  # of fp16
     worker_tokens: list[float] | None = None  # of several workers, by rank

@@ -9,7 +9,7 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import MethodDefaults, StrategyPlan
 from strategies.cost import memory, micro_batches, time
 from strategies.cost.memory import Footprint
-from strategies.cost.prefixes import computed_part, workload_of_trees
+from strategies.cost.reuse import computed_part, with_kept_layers, workload_of_trees
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from strategies.stage_shape import workload_of_stage
@@ -36,7 +36,7 @@ def predict(
 
     Of a stage, `workload` and `costs` are those of its part (`workload_of_stage`).
     """
-    footprint, work = costs.footprint, costs.work
+    footprint, work = with_kept_layers(workload, techniques, costs.footprint, costs.work)
     part = computed_part(workload, techniques)
     workload = workload_of_trees(workload, techniques)
     gathers = techniques.zero_stage >= 3

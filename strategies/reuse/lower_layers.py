@@ -23,23 +23,33 @@ from strategies.reuse.tree import PrefixTree
 class LowerLayers:
     """The hidden states of samples above a model's frozen lower layers, by the samples' numbers."""
 
-    def __init__(self, model: Any, limit_bytes: float) -> None:
+    def __init__(self, model: Any) -> None:
         """Raises ValueError, with the reason, for a model of which no layer can be skipped."""
-        self._layers = list(_frozen_layers(model))
-        self._limit_bytes = limit_bytes
+        self._model, self._layers = model, list(_frozen_layers(model))
+        self._above = list(decoder_layers(model))[len(self._layers) :]
         self._kept: dict[int, torch.Tensor] = {}
         self._is_tuple = False
         self.num_bytes = 0
-        self.num_skipped = 0  # tokens that did not pass the lower layers
+        self._num_known = 0
 
     @property
     def num_layers(self) -> int:
         return len(self._layers)
 
+    def modules_below(self) -> list[Any]:
+        """All modules of the model but those of the layers that are always computed."""
+        above = {id(module) for layer in self._above for module in layer.modules()}
+        return [module for module in self._model.modules() if id(module) not in above]
+
     def forget(self) -> None:
         """Keep nothing any more: to be called whenever something below the first trained layer changes."""
         self._kept.clear()
-        self.num_bytes = 0
+        self.num_bytes = self._num_known = 0
+
+    def count(self) -> int:
+        """Tokens that did not pass the lower layers since this was last asked."""
+        counted, self._num_known = self._num_known, 0
+        return counted
 
     @contextlib.contextmanager
     def serve(self, sample_ids: Sequence[int], parts: DocumentParts) -> Iterator[None]:
@@ -49,7 +59,7 @@ class LowerLayers:
         """
         if all(number in self._kept for number in sample_ids):
             hidden_TH = parts.row([self._kept[number] for number in sample_ids])
-            self.num_skipped += len(hidden_TH)
+            self._num_known += len(hidden_TH)
             with self._skipping(hidden_TH):
                 yield
             return
@@ -68,7 +78,7 @@ class LowerLayers:
 
     def _keep(self, sample_ids: Sequence[int], documents: Sequence[torch.Tensor]) -> None:
         for number, hidden_LH in zip(sample_ids, documents, strict=True):
-            if number not in self._kept and self.num_bytes + hidden_LH.nbytes <= self._limit_bytes:
+            if number not in self._kept:
                 self._kept[number] = hidden_LH.to("cpu", copy=True)
                 self.num_bytes += hidden_LH.nbytes
 

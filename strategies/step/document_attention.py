@@ -261,10 +261,10 @@ def packing_error(model: Any) -> float:
             model(part, **packed_arguments([part.shape[1]], model.device), use_cache=False).logits[0]
             for part in ids_1T.split(lengths, dim=1)
         ]
-    return _difference(packed, torch.cat(alone))
+    return difference(packed, torch.cat(alone))
 
 
-def _difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
     """Their root mean square difference over the spread of the first."""
     return ((logits - expected).float().square().mean().sqrt() / logits.float().std()).item()
 
@@ -287,7 +287,7 @@ def sharing_error(model: Any) -> float:
         ]
     own = logits[9:].split(row.lengths[1:])  # behind the shared node, in the tree's order
     found = [next(part for part in own if len(part) == len(one) - 9) for one in documents]
-    return _difference(torch.cat(found), torch.cat([part[9:] for part in alone]))
+    return difference(torch.cat(found), torch.cat([part[9:] for part in alone]))
 
 
 def tree_arguments(

@@ -92,6 +92,9 @@ class TrainSection(Section):
     max_grad_norm: float = key(1.0, "clip the gradient to this norm; 0 = never", ge=0, le=1e12)
     seed: int = key(42, "order of samples, adapter initialisation, dropout", ge=0, le=2**64 - 1)
     gradient_checkpointing: Auto | bool = key("auto", "recompute activations to save memory")
+    cache_frozen_activations: Auto | bool = key(
+        "auto", "keep what layers below the first that trains make of a sample, for later epochs. For one CPU worker"
+    )
     deterministic: bool = key(
         False,
         "the same bits in every run on one GPU, also after a resume; costs time: kernels that add in a fixed order (how"

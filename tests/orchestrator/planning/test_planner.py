@@ -291,3 +291,32 @@ def test_a_plan_without_sharing_keeps_its_hash_of_before():
         del part["techniques"]["share_prefixes"]
 
     assert Plan.from_json(json.dumps(values)).hash == made.hash
+
+
+UPPER_HALF = (
+    "}\nmethod: {type: lora, layers_to_transform: [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29]}"
+)
+
+
+def test_what_frozen_layers_make_of_a_sample_is_kept_where_later_epochs_use_it():
+    kept = shared_plan(UPPER_HALF)
+    again = shared_plan(f"{UPPER_HALF}\ntrain: {{cache_frozen_activations: false}}")
+
+    assert kept.techniques.cache_frozen_activations and not again.techniques.cache_frozen_activations
+    assert kept.step_s < 0.9 * again.step_s
+    assert "once, in 3.0 epochs" in kept.reasons["train.cache_frozen_activations"]
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "why"),
+    [
+        (f"{UPPER_HALF}\ntrain: {{num_train_epochs: 1}}", OLD_CPU, "no sample is seen twice"),
+        ("}\nmethod: {type: lora}", OLD_CPU, "trains from the first layer on"),
+        (UPPER_HALF, AMPERE, "neither tested nor measured"),
+    ],
+)
+def test_frozen_layers_are_passed_again_with_the_reason(text, device, why):
+    made = shared_plan(text, device)
+
+    assert not made.techniques.cache_frozen_activations
+    assert why in made.reasons["train.cache_frozen_activations"]

@@ -6,9 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
-from orchestrator.training.model.kernels import without_leaks
+from orchestrator.training.model.kernels import with_known_layers, without_leaks
 from orchestrator.training.worker_context import WorkerContext
 from strategies.step import document_attention
+from strategies.train_setup import TrainSettings
 from strategies.workload import Techniques
 
 CPU = torch.device("cpu")
@@ -109,3 +110,34 @@ def test_a_model_with_dropout_computes_row_by_row_unless_the_job_asks_for_trees(
     )
     with pytest.raises(JobError, match=r"data\.share_prefixes: the model drops"):
         checked(model, asked, share_prefixes=True)
+
+
+def upper_half(model, model_folder, tmp_path, text="", layers="[1]"):
+    """(setup, techniques, notes) of an adapter of some layers, with what lower ones make of a sample kept."""
+    notes, parsed = [], parse_job(
+        f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl}}\n"
+        f"method: {{type: lora, layers_to_transform: {layers}}}\n{text}",
+        tmp_path,
+    )  # fmt: skip
+    planned = Techniques("float32", "document", True, False, 1, 64, cache_frozen_activations=True)
+    context = WorkerContext(parsed, None, None, "", CPU, record=lambda note: notes.append(note.text))
+    model.set_attn_implementation("document")
+    settings = TrainSettings(1e-2, 0.0, "sgd", 0.9, 0.999, 1e-8, planned, 3)
+    setup = parsed.spec.methods()[0].setup(model, settings)
+    return setup, with_known_layers(setup, planned, context), notes
+
+
+def test_lower_layers_are_skipped_where_the_model_can_do_without_them(model, model_folder, tmp_path):
+    setup, found, notes = upper_half(model, model_folder, tmp_path)
+
+    assert found.cache_frozen_activations and setup.lower.num_bytes == 0
+    assert notes == ["what the 1 lowest layers make of a sample is kept from its first pass"]
+
+
+def test_where_the_first_layer_trains_all_rows_pass_all_layers_unless_the_job_asks(model, model_folder, tmp_path):
+    setup, found, notes = upper_half(model, model_folder, tmp_path, layers="[0, 1]")
+    assert not found.cache_frozen_activations and setup.lower is None
+    assert notes == ["all samples pass the frozen layers in every epoch: its first layer trains"]
+
+    with pytest.raises(JobError, match=r"train\.cache_frozen_activations: its first layer trains"):
+        upper_half(model, model_folder, tmp_path, "train: {cache_frozen_activations: true}", layers="[0, 1]")

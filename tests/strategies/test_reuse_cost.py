@@ -6,7 +6,7 @@ import pytest
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies import METHODS
-from strategies.cost.prefixes import computed_part, ratio_of_step, workload_of_trees
+from strategies.cost.reuse import computed_part, ratio_of_step, workload_of_trees
 from strategies.shape import ModelShape
 from strategies.workload import Techniques, Workload
 
@@ -52,3 +52,24 @@ def test_a_step_is_predicted_shorter_and_no_larger():
     assert shared.memory.total_bytes < separate.memory.total_bytes
     assert shared.memory.logits_bytes == pytest.approx(separate.memory.logits_bytes, rel=0.1)
     assert (shared.computed_part, separate.computed_part) == (1 / 1.6, 1.0)
+
+
+UPPER = METHODS["lora"](layers_to_transform=list(range(15, 30)))
+KEPT = dataclasses.replace(SEPARATE, cache_frozen_activations=True)
+
+
+def test_frozen_layers_below_the_first_that_trains_cost_their_first_pass_alone():
+    one, three = (workload(num_samples_seen=epochs * 800, num_steps=epochs * 100) for epochs in (1, 3))
+    plain, kept = (UPPER.estimate(three, CPU, NODE, techniques) for techniques in (SEPARATE, KEPT))
+
+    assert UPPER.estimate(one, CPU, NODE, KEPT).time == UPPER.estimate(one, CPU, NODE, SEPARATE).time
+    # forward 1 and backward 1/2 of the layers' products, of which 2/3 of a half are known
+    assert kept.time.compute_s / plain.time.compute_s == pytest.approx(1 - 1 / 3 / 1.5, abs=0.03)
+    assert kept.memory.total_bytes - plain.memory.total_bytes == pytest.approx(80_000 * 576 * 2, rel=0.1)
+
+
+def test_where_the_first_layer_trains_nothing_is_kept():
+    three = workload(num_samples_seen=2400, num_steps=300)
+    method = METHODS["lora"]()
+
+    assert method.estimate(three, CPU, NODE, KEPT).time == method.estimate(three, CPU, NODE, SEPARATE).time

@@ -1,4 +1,4 @@
-"""What computing common beginnings once leaves of a workload.  Pure arithmetic.
+"""What need not be computed again, common beginnings and frozen lower layers.  Pure arithmetic.
 
 `Workload.tree_ratio` says for some numbers of rows how many tokens they have for each that their tree holds, as counted
 on the data (orchestrator/data/prefixes.py).
@@ -9,9 +9,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from strategies.cost.memory import Footprint
+from strategies.cost.work import Work
 from strategies.workload import Techniques, Workload
 
 WORTH = 1.1  # tokens for each that is computed: less is not taken by itself
+WORTH_KEEPING = 1.03  # times shorter steps: for less nothing is kept by itself
 
 
 def ratio_of_step(workload: Workload) -> float:
@@ -36,6 +39,20 @@ def workload_of_trees(workload: Workload, techniques: Techniques) -> Workload:
         mean_square_length=left * (2 - left) * workload.attended_length * workload.mean_length,
         fullest_step_tokens=None if fullest is None else max(workload.longest_sample, round(fullest - spared)),
     )
+
+
+def with_kept_layers(
+    workload: Workload, techniques: Techniques, footprint: Footprint, work: Work
+) -> tuple[Footprint, Work]:
+    """A method's costs where what frozen lower layers make of a sample is kept: a hidden state a token.
+
+    Each sample passes them the first time that it is seen.
+    """
+    if not techniques.cache_frozen_activations or not work.first_layer:
+        return footprint, work
+    kept = workload.num_tokens * workload.shape.hidden_size * footprint.stream_bytes
+    first_times = min(1.0, workload.num_samples / workload.num_samples_seen)
+    return replace(footprint, kept_bytes=kept), replace(work, lower_passes=first_times)
 
 
 def computed_part(workload: Workload, techniques: Techniques) -> float:
