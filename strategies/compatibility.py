@@ -152,8 +152,6 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
 def _sharing_conflicts(method: Method, t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str]:
     """What beginnings that are computed once cannot be combined with."""
     what = "data.share_prefixes"
-    if not t.packing or t.attn_implementation != "document":
-        yield f"{what} is for packed rows and document attention: set data.packing: true, attn_implementation: document"
     if refusal := refusals.refuse_sharing(device, shape):
         yield f"{what}: {refusal}: set it to false"
     if method.has_dropout:
@@ -162,6 +160,8 @@ def _sharing_conflicts(method: Method, t: Techniques, device: DeviceCapability, 
         yield f"{what} is untested on stages, whose micro-batches are laid out by lengths alone: set it to false"
     if t.torch_compile:
         yield f"{what}: torch.compile would recompile for every tree: set one of the two to false"
+    if not t.packing or t.attn_implementation != "document":
+        yield f"{what} is for packed rows and document attention: set data.packing: true, attn_implementation: document"
 
 
 def _keeping_conflicts(
@@ -171,6 +171,8 @@ def _keeping_conflicts(
     if not t.cache_frozen_activations:
         return
     what = "train.cache_frozen_activations"
+    if device.kind != "cpu":
+        yield f"{what}: on a GPU it is neither tested nor measured: set it to false"
     if not method.keeps_base_frozen or method.layers_are_alike:
         yield f"{what}: {method.name} trains from the first layer on here (layers_to_transform names others)"
     if not t.packing:
@@ -183,8 +185,6 @@ def _keeping_conflicts(
         yield f"{what}: each of several workers sees other samples in every epoch: set it to false"
     if t.stage or t.uses_engine or t.streams_weights or t.torch_compile:
         yield f"{what} is untested with stages, DeepSpeed, streamed weights and torch.compile: set it to false"
-    if device.kind != "cpu":
-        yield f"{what}: on a GPU it is neither tested nor measured: set it to false"
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -196,13 +196,7 @@ class ShareChange(Event, kind="shares"):
 class StepReport(Event, kind="step"):
     """An optimizer step."""
 
-    whole: ClassVar[tuple[str, ...]] = (
-        "worker_s",
-        "worker_tokens",
-        "worker_peak_bytes",
-        "step_bytes_sent",
-        "slowest",
-    )
+    whole: ClassVar[tuple[str, ...]] = ("worker_s", "worker_tokens", "worker_peak_bytes", "step_bytes_sent", "slowest")
     step: int
     epoch: float
     loss: float

@@ -84,9 +84,7 @@ def train(training: Training) -> Progress:
 
         # What happened.
         progress.step = step + 1
-        progress.tokens += samples.num_tokens
-        progress.supervised_tokens += samples.num_supervised
-        progress.computed_tokens += report.num_computed if training.techniques.share_prefixes else samples.num_tokens
+        progress.count(samples.num_tokens, samples.num_supervised, report.num_computed)
         _record_step(training, samples, report, grad_norm, time.perf_counter() - started, sent_before)
         _adapt_shares(training, samples, report)
 

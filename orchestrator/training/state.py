@@ -82,6 +82,12 @@ class Progress:
         progress.stopped = "early" if progress.stopped == "early" else None
         return progress
 
+    def count(self, num_tokens: int, num_supervised: int, num_computed: int) -> None:
+        """Add a step's tokens; padding, which is computed as well, is none of them."""
+        self.tokens += num_tokens
+        self.supervised_tokens += num_supervised
+        self.computed_tokens += min(num_tokens, num_computed)
+
     def add_eval_loss(self, eval_loss: float, patience: int | None) -> bool:
         """Note the held-out loss after this step; whether it is the lowest so far."""
         self.eval_losses[str(self.step)] = eval_loss

@@ -140,4 +140,5 @@ def test_where_the_first_layer_trains_all_rows_pass_all_layers_unless_the_job_as
     assert notes == ["all samples pass the frozen layers in every epoch: its first layer trains"]
 
     with pytest.raises(JobError, match=r"train\.cache_frozen_activations: its first layer trains"):
-        upper_half(model, model_folder, tmp_path, "train: {cache_frozen_activations: true}", layers="[0, 1]")
+        other = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        upper_half(other, model_folder, tmp_path, "train: {cache_frozen_activations: true}", layers="[0, 1]")
