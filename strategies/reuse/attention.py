@@ -133,11 +133,18 @@ def _attend_together(
     query = (query * (width**-0.5 if scaling is None else scaling)).reshape(num_nodes * num_keys, -1, width)
     key, value = key.reshape(-1, path, width), value.reshape(-1, path, width)
     scores = torch.bmm(query, key.transpose(1, 2)).view(num_nodes, num_heads, longest, path).float()
-    visible_NLP = torch.stack([_visible(node, longest, path, window, query.device) for node in batch])
-    weights = scores.masked_fill(~visible_NLP[:, None], -torch.inf).softmax(-1).to(query.dtype)
+    hidden_NLP = _hidden(tuple(batch), window)
+    weights = scores.masked_fill(hidden_NLP[:, None], -torch.inf).softmax(-1).to(query.dtype)
     output = torch.bmm(weights.view(num_nodes * num_keys, -1, path), value)
     output = output.view(num_nodes, num_heads, longest, width).transpose(1, 2)
     return [found[: node.length] for found, node in zip(output.unbind(), batch, strict=True)]
+
+
+@functools.lru_cache(maxsize=8)
+def _hidden(batch: tuple[Node, ...], window: int | None) -> torch.Tensor:
+    """(N, L, P) bool: which places of its path a node's queries must not look at."""
+    longest, path = max(node.length for node in batch), max(node.depth + node.length for node in batch)
+    return ~torch.stack([_visible(node, longest, path, window, torch.device("cpu")) for node in batch])
 
 
 def _gather(x_1HTD: torch.Tensor, places_NL: torch.Tensor) -> torch.Tensor:

@@ -119,8 +119,7 @@ class DocumentParts:
         """The row (T, H) of some documents (L, H)."""
         if self._tree is None:
             return torch.cat(list(documents))
-        nodes = zip(self._tree.documents, self._tree.depths, self._tree.lengths, strict=True)
-        return torch.cat([documents[one][begin : begin + size] for one, begin, size in nodes])
+        return torch.cat([documents[one][begin : begin + size] for one, begin, size in self._tree.pieces()])
 
 
 def _frozen_layers(model: Any) -> Iterator[Any]:

@@ -19,17 +19,25 @@ class SharedRow:
 
     input_ids_1T: torch.Tensor
     supervised_1T: torch.Tensor  # bool: by any of its documents
-    lengths: tuple[int, ...]  # of the nodes
-    parents: tuple[int, ...]  # the node that each continues, -1 = none
+    tree: PrefixTree
     columns_S: torch.Tensor  # places in the row that predict, in their order; several times the same where several do
     targets_S: torch.Tensor  # the tokens that they predict
-    tree: PrefixTree
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of the nodes."""
+        return tuple(self.tree.lengths)
+
+    @property
+    def parents(self) -> tuple[int, ...]:
+        """The node that each continues, -1 = none."""
+        return tuple(self.tree.parents)
 
 
 def lay_out(ids: Sequence[torch.Tensor], supervised: Sequence[torch.Tensor]) -> SharedRow:
     """The row of some documents, each with its token ids (L) and, for each, whether predicting it is trained (L)."""
     tree = build_tree([document.tolist() for document in ids])
-    row_T = torch.cat([ids[one][begin : begin + size] for one, begin, size in _nodes(tree)])
+    row_T = torch.cat([ids[one][begin : begin + size] for one, begin, size in tree.pieces()])
     starts = [0, *torch.tensor(tree.lengths).cumsum(0).tolist()]
     learnt_T = torch.zeros(len(row_T), dtype=torch.bool)
     columns, targets = [], []
@@ -39,17 +47,4 @@ def lay_out(ids: Sequence[torch.Tensor], supervised: Sequence[torch.Tensor]) -> 
         columns.append(places_L[:-1][mask_L[1:]])
         targets.append(document_L[1:][mask_L[1:]])
     columns_S, order_S = torch.cat(columns).sort(stable=True)
-    return SharedRow(
-        row_T[None],
-        learnt_T[None],
-        tuple(tree.lengths),
-        tuple(tree.parents),
-        columns_S,
-        torch.cat(targets)[order_S],
-        tree,
-    )
-
-
-def _nodes(tree: PrefixTree) -> zip[tuple[int, int, int]]:
-    """(a document, where in it the node begins, tokens) of each node."""
-    return zip(tree.documents, tree.depths, tree.lengths, strict=True)
+    return SharedRow(row_T[None], learnt_T[None], tree, columns_S, torch.cat(targets)[order_S])

@@ -7,7 +7,7 @@ comes before it and on nothing else, so that a token of a shared node has the sa
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 LEAST = 8  # tokens: a shorter common part is computed again, since a border costs more
@@ -37,6 +37,10 @@ class PrefixTree:
             found.append(node)
             node = self.parents[node]
         return found[::-1]
+
+    def pieces(self) -> Iterator[tuple[int, int, int]]:
+        """(a document that holds it, where in it the node begins, tokens) of each node."""
+        return zip(self.documents, self.depths, self.lengths, strict=True)
 
     def add(self, document: int, depth: int, length: int, parent: int) -> int:
         """A new node's number."""

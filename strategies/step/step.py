@@ -46,7 +46,7 @@ def _known_layers(setup: TrainSetup, batch: Batch) -> AbstractContextManager[Non
     """Skip the layers whose results for these samples are known, inside the block."""
     if setup.lower is None or batch.document_lengths is None:
         return nullcontext()
-    parts = DocumentParts(batch.document_lengths, batch.tree.tree if batch.tree else None)
+    parts = DocumentParts(batch.document_lengths, batch.shared.tree if batch.shared else None)
     return setup.lower.serve(batch.sample_ids, parts)
 
 

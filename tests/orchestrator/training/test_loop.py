@@ -122,9 +122,15 @@ def test_tokens_that_are_not_computed_are_reported_beside_those_of_the_samples(m
     assert all(event.computed_tokens < 0.7 * event.tokens for event in steps)
 
 
-@pytest.mark.parametrize("shares", [False, True], ids=["end to end", "as a tree"])
-def test_rows_that_are_seen_again_skip_frozen_lower_layers_and_lose_nothing(model_folder, chat_data_folder, shares):
-    packed, events = Techniques("float32", "document", True, False, 8, 64, share_prefixes=shares), []
+@pytest.mark.parametrize(
+    ("shares", "recomputes"),
+    [(False, False), (True, False), (True, True)],
+    ids=["end to end", "as a tree", "as a tree, checkpointed"],
+)
+def test_rows_that_are_seen_again_skip_frozen_lower_layers_and_lose_nothing(
+    model_folder, chat_data_folder, shares, recomputes
+):
+    packed, events = Techniques("float32", "document", True, recomputes, 8, 64, share_prefixes=shares), []
     upper, three_epochs = {"layers_to_transform": [1]}, 9
 
     def keep(setup, data):

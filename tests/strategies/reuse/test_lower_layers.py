@@ -33,7 +33,7 @@ def loss_and_gradients(model, batch, lower=None):
     if lower is None:
         loss = loss_sum(model, batch)
     else:
-        with lower.serve(batch.sample_ids, DocumentParts(batch.document_lengths, batch.tree and batch.tree.tree)):
+        with lower.serve(batch.sample_ids, DocumentParts(batch.document_lengths, batch.shared and batch.shared.tree)):
             loss = loss_sum(model, batch)
     loss.backward()
     return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
