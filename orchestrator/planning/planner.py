@@ -127,19 +127,19 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
         "offloads": strategy.offload,
         "optims": train.optim,
     }
-    values = {name: (value,) for name, value in stated.items() if value != "auto"}
+    values: dict[str, Any] = {name: (value,) for name, value in stated.items() if value != "auto"}
     if strategy.mode != "auto":
         values["zero_stages"] = ({"zero1": 1, "zero2": 2, "zero3": 3}.get(strategy.mode, 0),)
     elif strategy.local_steps:
         values["zero_stages"] = (0,)
-    single = {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
-    single |= {"share_prefixes": spec.data.share_prefixes, "cache_frozen_activations": train.cache_frozen_activations}
+    single: dict[str, Any] = {"share_prefixes": spec.data.share_prefixes}
+    single |= {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
+    single |= {"cache_frozen_activations": train.cache_frozen_activations}
     return Switches(
         max_length,
         torch_compile=train.torch_compile,
         deepspeed=strategy.deepspeed is not None,
-        **{name: value for name, value in single.items() if value != "auto"},
-        **values,
+        **values | {name: value for name, value in single.items() if value != "auto"},
     )
 
 

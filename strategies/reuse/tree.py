@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 LEAST = 8  # tokens: a shorter common part is computed again, since a border costs more
 
-Documents = Sequence[Sequence[int]]  # token ids
+Documents = Sequence[list[int]] | Sequence[tuple[int, ...]]  # token ids
 
 
 @dataclass
@@ -59,7 +59,7 @@ def build_tree(documents: Documents, least: int = LEAST) -> PrefixTree:
 
     Cost O(n log n) comparisons of n documents, and their tokens once.
     """
-    order = sorted(range(len(documents)), key=documents.__getitem__)
+    order = sorted(range(len(documents)), key=lambda number: documents[number])
     common = common_lengths(documents, order)
     tree = PrefixTree([-1] * len(documents))
     open_groups = [(0, len(order), 0, -1)]  # places in the order, tokens that stand above, the node that holds them

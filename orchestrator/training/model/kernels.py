@@ -100,12 +100,13 @@ def with_known_layers(setup: TrainSetup, techniques: Techniques, context: Worker
     """
     if not techniques.cache_frozen_activations:
         return techniques
+    lower: LowerLayers | None = None
     try:
         lower = LowerLayers(setup.model)
         fault = _fault_of_skipping(setup.model, lower, techniques, context.device)
     except ValueError as error:
         fault = first_line(error)
-    if fault is None:
+    if lower and fault is None:
         setup.lower = lower
         context.note(f"what the {lower.num_layers} lowest layers make of a sample is kept from its first pass")
         return techniques
