@@ -26,6 +26,8 @@ def conflict(
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
+        _sharing_conflicts(method, techniques, device, shape) if techniques.share_prefixes else (),
+        _keeping_conflicts(method, techniques, device, shape, num_devices),
     )
     return next(filter(None, reasons), None)
 
@@ -145,6 +147,44 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
         yield refusals.refuse_compiler(device, shape)
     if t.loss_type == "chunked_nll" and (refusal := refusals.refuse_chunked_loss(device, shape)):
         yield f"chunked loss: {refusal}"
+
+
+def _sharing_conflicts(method: Method, t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str]:
+    """What beginnings that are computed once cannot be combined with."""
+    what = "data.share_prefixes"
+    if refusal := refusals.refuse_sharing(device, shape):
+        yield f"{what}: {refusal}: set it to false"
+    if method.has_dropout:
+        yield f"{what}: a shared token would have one dropout mask for several rows: set dropout to 0 or this to false"
+    if t.stage:
+        yield f"{what} is untested on stages, whose micro-batches are laid out by lengths alone: set it to false"
+    if t.torch_compile:
+        yield f"{what}: torch.compile would recompile for every tree: set one of the two to false"
+    if not t.packing or t.attn_implementation != "document":
+        yield f"{what} is for packed rows and document attention: set data.packing: true, attn_implementation: document"
+
+
+def _keeping_conflicts(
+    method: Method, t: Techniques, device: DeviceCapability, shape: ModelShape, num_devices: int
+) -> Iterator[str]:
+    """What kept results of frozen lower layers cannot be combined with."""
+    if not t.cache_frozen_activations:
+        return
+    what = "train.cache_frozen_activations"
+    if device.kind != "cpu":
+        yield f"{what}: on a GPU it is neither tested nor measured: set it to false"
+    if not method.keeps_base_frozen or method.layers_are_alike:
+        yield f"{what}: {method.name} trains from the first layer on here (layers_to_transform names others)"
+    if not t.packing:
+        yield f"{what} is for packed rows: set data.packing: true"
+    if method.acts_between or method.streams:
+        yield f"{what}: {method.name} changes weights in its own time: set it to false"
+    if shape.dropout or shape.attention_dropout:
+        yield f"{what}: the model has dropout, so that no pass is like another: set it to false"
+    if num_devices > 1:
+        yield f"{what}: each of several workers sees other samples in every epoch: set it to false"
+    if t.stage or t.uses_engine or t.streams_weights or t.torch_compile:
+        yield f"{what} is untested with stages, DeepSpeed, streamed weights and torch.compile: set it to false"
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
@@ -230,6 +231,18 @@ class Streaming(Protocol):
         """On a machine without a bus, let copies take as long as they would on one.  Raises ValueError elsewhere."""
 
 
+class KnownLayers(Protocol):
+    """Layers whose results for some samples are known already."""
+
+    def serve(self, sample_ids: Sequence[int], parts: Any) -> AbstractContextManager[None]:
+        """Inside the block the model computes a packed row of these samples, without what is known of them."""
+        ...
+
+    def count(self) -> int:
+        """Tokens that did not pass these layers since this was last asked."""
+        ...
+
+
 @dataclass
 class TrainSetup:
     """A model ready to train: all that the loop may know about a method."""
@@ -246,6 +259,7 @@ class TrainSetup:
     learner: Learner | None = None
     passes: Passes | None = None  # None = one after the other
     between: Between | None = None
+    lower: KnownLayers | None = None  # frozen layers whose results are kept
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up

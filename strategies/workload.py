@@ -30,6 +30,7 @@ class Workload:
     num_samples_seen: int  # over all epochs
     mean_square_length: float | None = None  # mean of length^2: what attention costs; None = as if all were equal
     padded_ratio: Mapping[int, float] = field(default_factory=dict)  # rows a micro-batch -> padded over real tokens
+    tree_ratio: Mapping[int, float] = field(default_factory=dict)  # rows together -> their tokens over their tree's
     fullest_step_tokens: int | None = None  # of the longest samples a step can draw; None = all the longest
     share: float = 1.0  # of each step's samples that one device does
     clips: bool = True  # gradients are clipped: no weight moves before all of them are there
@@ -102,6 +103,8 @@ class Techniques:
     num_shards: int = 1  # devices that share what zero_stage shards
     state_share: float | None = None  # ZeRO-1 by memory: this device's part of the optimizer's state
     stage: StagePart | None = None  # of a pipeline; None = the whole model
+    share_prefixes: bool = False  # what documents of a packed row begin with alike is computed once
+    cache_frozen_activations: bool = False  # what frozen lower layers make of a sample is kept from its first pass
 
     @property
     def uses_engine(self) -> bool:

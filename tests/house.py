@@ -35,6 +35,7 @@ ROOMS = (
     ("strategies.train_setup",),
     ("strategies.contract",),
     ("strategies.techniques",),
+    ("strategies.reuse",),
     ("strategies.step",),
     ("strategies.pipeline",),
     ("strategies.cost",),

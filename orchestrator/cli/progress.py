@@ -130,4 +130,5 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
 
 
 def _step_text(event: StepReport) -> str:
-    return f"loss {event.loss:.4f}, {event.tokens_per_s:.0f} tokens/s, {format_bytes(event.peak_bytes)}"
+    spared = f" ({1 - event.computed_tokens / event.tokens:.0%} not computed)" if event.computed_tokens else ""
+    return f"loss {event.loss:.4f}, {event.tokens_per_s:.0f} tokens/s{spared}, {format_bytes(event.peak_bytes)}"

@@ -8,6 +8,7 @@ counts       what happened to the rows, counted
 dataset      tokenised samples in one memory-mapped Arrow file, made once and found again by content
 order        which samples each step sees
 packing      which samples share a micro-batch
+prefixes     how much rows have in common at their beginnings
 samples      rows -> samples
 sizes        how long the rows are, without preparing them
 supervision  what of a row is supervised, as pure functions over text

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class Sizes:
     lengths: Sequence[int]
     num_supervised: int
     held_out: HeldOutCounts | None
+    tree_ratio: Mapping[int, float] = field(default_factory=dict)  # of `Workload`; empty where tokens are unknown
 
     def cut(self, max_length: int) -> Sizes:
         """The same samples at no more than `max_length` tokens; what is supervised shrinks in proportion."""
@@ -157,6 +158,8 @@ def _probe(job: Job, say: _Say, refresh: bool) -> ClusterCapability:
 
 def sizes_of(train: Any, held_out: Any) -> Sizes:
     """What planning needs to know of tokenised data."""
+    from orchestrator.data.prefixes import tree_ratios
+
     counts = None
     if held_out is not None:
         counts = HeldOutCounts(
@@ -166,7 +169,7 @@ def sizes_of(train: Any, held_out: Any) -> Sizes:
             num_references=held_out.num_references,
             is_classification="classification" in held_out.statistics.formats,
         )
-    return Sizes(train.lengths.tolist(), int(train.num_supervised.sum()), counts)
+    return Sizes(train.lengths.tolist(), int(train.num_supervised.sum()), counts, tree_ratios(train))
 
 
 def plan_job(
@@ -184,7 +187,8 @@ def plan_job(
     found = bank.find(job)
 
     def plan_for(spec: JobSpec, num_workers: int, why_workers: str | None) -> tuple[Plan, Workload]:
-        work, _, why_batch = workload.describe(spec, shape, list(sizes.lengths), sizes.num_supervised, num_workers)
+        counted = list(sizes.lengths), sizes.num_supervised
+        work, _, why_batch = workload.describe(spec, shape, *counted, num_workers, sizes.tree_ratio)
         if mistakes := workload.step_mistakes(spec, work.num_steps):
             raise JobError(mistakes)
         reasons = {

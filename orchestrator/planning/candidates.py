@@ -75,6 +75,8 @@ class Switches:
     accumulation: int | None = None
     zero_stages: Sequence[int] = (0, 1, 2, 3)
     torch_compile: bool = False
+    share_prefixes: bool | None = None  # None = open: where the rows have enough in common
+    cache_frozen_activations: bool | None = None  # None = open: where steps become shorter
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
 
     def used_by(self, found: Sequence[Techniques]) -> Switches:

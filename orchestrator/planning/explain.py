@@ -18,6 +18,7 @@ from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
+from orchestrator.planning.workload import why_kept, why_shared
 from strategies.compatibility import conflict
 from strategies.contract import StrategyPlan
 from strategies.cost.pipeline import WORTH_A_DEVICE
@@ -183,7 +184,9 @@ def _compare(chosen: Candidate, other: Candidate) -> str:
     return ", ".join(parts)
 
 
-def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:
+def explain_choice(
+    spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate], workload: Workload
+) -> dict[str, str]:
     """Job-file key -> reason, for every `auto` that the choice resolved."""
     part = chosen.placed[0]
     techniques, device = part.plan.techniques, part.slot.device
@@ -200,6 +203,8 @@ def explain_choice(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate
         "data.packing": "no padding; documents stay apart, so the result is the same"
         if techniques.packing
         else "padding costs less here than separate kernels would, or the model's attention cannot be packed",
+        "data.share_prefixes": why_shared(chosen, workload),
+        "train.cache_frozen_activations": why_kept(chosen, workload),
         "model.attn_implementation": kernels.get(techniques.attn_implementation, "the best this model can use"),
         "train.per_device_train_batch_size": f"needs about {needs} of {usable}",
         "train.gradient_checkpointing": "does not fit without, or leaves room for what is faster"

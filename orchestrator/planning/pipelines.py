@@ -210,16 +210,16 @@ class PipelineSearch:
         return ()
 
     def _settings(self, slot: Slot, layout: Layout, dtype: Dtype) -> Iterator[Techniques]:
-        switches, shape = self.enumeration.switches, self.enumeration.workload.shape
-        part = Assignment(self.enumeration.workload, slot, self.method, Division(), switches)
+        switches, work = self.enumeration.switches, self.enumeration.workload
+        part, shares = Assignment(work, slot, self.method, Division(), switches), bool(switches.share_prefixes)
         for offload in switches.offloads:
             if offload not in ("none", "weights") or (offload == "weights" and slot.device.kind == "cpu"):
                 continue
             kernels = part.best_kernels(dtype, layout.packing, offload, layout.optim, Rejections())
             for base, recomputes, loss in itertools.product(kernels, switches.checkpointings, switches.losses):
-                one = replace(base, gradient_checkpointing=recomputes, loss_type=loss)
+                one = replace(base, gradient_checkpointing=recomputes, loss_type=loss, share_prefixes=shares)
                 one = replace(one, per_device_train_batch_size=layout.rows)
-                if not conflict(self.method, replace(one, stage=StagePart(0, 2, 0, 1)), slot.device, shape):
+                if not conflict(self.method, replace(one, stage=StagePart(0, 2, 0, 1)), slot.device, work.shape):
                     yield one
 
 

@@ -123,6 +123,7 @@ class Plan:
     beside: tuple[Beside, ...] = ()  # excluded nodes that do something for the run
     in_bank: tuple[InBank, ...] = ()
     phases: Phases = Phases()  # seconds of the whole job
+    computed_part: float = 1.0  # of the rows' tokens, on the first device: `StrategyPlan.computed_part`
     pipelines: tuple[PlannedPasses, ...] = ()  # by `replica`; empty = no stages
     version: int = VERSION
 
@@ -257,9 +258,10 @@ def _of_this_version(values: Any) -> Any:
 
 
 def _deciding(techniques: Techniques) -> dict[str, Any]:
-    """The switches that are in use: a plan without stages keeps the hash it had before there were any."""
+    """The switches that are in use: a plan without later ones keeps the hash it had before there were any."""
     values = asdict(techniques)
-    return values if techniques.stage else {key: value for key, value in values.items() if key != "stage"}
+    later = ("stage", "share_prefixes", "cache_frozen_activations")
+    return {key: value for key, value in values.items() if key not in later or value}
 
 
 def settings_of(plan: Plan) -> dict[str, Any]:
@@ -276,10 +278,12 @@ def settings_of(plan: Plan) -> dict[str, Any]:
         "model.dtype": techniques.dtype,
         "model.attn_implementation": techniques.attn_implementation,
         "data.packing": techniques.packing,
+        "data.share_prefixes": techniques.share_prefixes,
         "data.max_length": techniques.max_length,
         "train.global_batch_size": plan.global_batch_size,
         "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
         "train.gradient_checkpointing": techniques.gradient_checkpointing,
+        "train.cache_frozen_activations": techniques.cache_frozen_activations,
         "train.loss_type": techniques.loss_type,
         "train.optim": plan.optim,
         "strategy.offload": techniques.offload,

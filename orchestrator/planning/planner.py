@@ -126,19 +126,19 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
         "offloads": strategy.offload,
         "optims": train.optim,
     }
-    values = {name: (value,) for name, value in stated.items() if value != "auto"}
+    values: dict[str, Any] = {name: (value,) for name, value in stated.items() if value != "auto"}
     if strategy.mode != "auto":
         values["zero_stages"] = ({"zero1": 1, "zero2": 2, "zero3": 3}.get(strategy.mode, 0),)
     elif strategy.local_steps:
         values["zero_stages"] = (0,)
-    rows, steps = train.per_device_train_batch_size, train.gradient_accumulation_steps
+    single: dict[str, Any] = {"share_prefixes": spec.data.share_prefixes}
+    single |= {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
+    single |= {"cache_frozen_activations": train.cache_frozen_activations}
     return Switches(
         max_length,
-        rows=rows if isinstance(rows, int) else None,
-        accumulation=steps if isinstance(steps, int) else None,
         torch_compile=train.torch_compile,
         deepspeed=strategy.deepspeed is not None,
-        **values,
+        **values | {name: value for name, value in single.items() if value != "auto"},
     )
 
 
@@ -190,8 +190,7 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
         raise NothingFits("\n".join([first, *unusable]))
     refuse_contradictions(spec, inputs.workload, slots, switches)
     refuse_slow_links(spec, slots, cluster)
-    num_slots = len(slots_of(spec, cluster))
-    stated = _stated_workers(spec, num_slots)
+    stated = _stated_workers(spec, num_slots := len(slots_of(spec, cluster)))
     return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches, stated), num_slots
 
 
@@ -243,7 +242,7 @@ def _plan_of(
     phases = phases_of(spec, chosen, workload, held_out, helper is not None)
     options, why_options = _resolve_options(chosen)
     checkpoint = {"checkpoint.load_best_model_at_end": why_best, "checkpoint.save_steps": why_save}
-    reasons = explain_choice(spec, chosen, enumeration.fitting) | reasons | evaluation.reasons | why_options
+    reasons = explain_choice(spec, chosen, enumeration.fitting, workload) | reasons | evaluation.reasons | why_options
     excluded = explain_excluded(chosen, enumeration, helper and helper.node, why_no_stage(spec, enumeration, chosen))
     return Plan(
         method={"type": chosen.method.name, **asdict(chosen.method), **options},  # type: ignore[call-overload]
@@ -273,6 +272,7 @@ def _plan_of(
         rejected=enumeration.rejections.reasons,
         left_out=excluded | explain_unusable(enumeration.cluster),
         if_installed=explain_absent_libraries(enumeration, chosen),
+        computed_part=first.computed_part,
         pipelines=tuple(pipeline.planned for pipeline in chosen.pipelines),
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
     )

@@ -203,17 +203,21 @@ def _refuse_on_cpus(spec: JobSpec) -> None:
 def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError where no device can combine the method with the switches that the job states."""
     attention, packing = spec.model.attn_implementation, spec.data.packing
+    shares, keeps = bool(switches.share_prefixes), bool(switches.cache_frozen_activations)
     stated: dict[str, Any] = {
         "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
         "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
-        "packing": packing if packing != "auto" else attention == "document",
+        "packing": packing if packing != "auto" else attention == "document" or shares or keeps,
         "gradient_checkpointing": spec.train.gradient_checkpointing is True
         or (spec.strategy.offload == "weights" and spec.train.gradient_checkpointing == "auto"),
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
         "torch_compile": switches.torch_compile if spec.strategy.mode == "pipeline" else False,
         "stage": StagePart(0, 2, 0, 1) if spec.strategy.mode == "pipeline" else None,
+        "share_prefixes": shares,
+        "cache_frozen_activations": keeps,
     }
-    kernels = (attention,) if attention != "auto" else ("sdpa", "eager")  # eager computes every model's attention
+    kernels = ("document",) if shares else ("sdpa", "eager")  # eager computes every model's attention
+    kernels = (attention,) if attention != "auto" else kernels
     devices = {slot.kind: slot.device for slot in slots}.values()
     reasons = []
     for method, device, dtype, stage, kernel in itertools.product(

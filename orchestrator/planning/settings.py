@@ -16,6 +16,7 @@ from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.micro_batches import SPREAD
 from strategies.cost.network import Network
+from strategies.cost.reuse import WORTH, WORTH_KEEPING, ratio_of_step
 from strategies.cost.time import product_rate
 from strategies.workload import Dtype, Offload, Techniques, Workload
 
@@ -23,6 +24,7 @@ MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it no
 _EQUAL = 1.01  # times this close are equal
 _MISSES = 2  # counts of rows that gain nothing
 _SLOWER = 0.8  # of another's rate
+_KEPT = 0.1  # of a device's memory: so much may be kept for later epochs
 
 Prefer = Literal["time", "memory"]
 
@@ -169,9 +171,11 @@ class Assignment:
                 zero_stage=division.stage,
                 num_shards=division.num_devices if division.stage else 1,
                 state_share=division.state_share,
+                share_prefixes=switches.share_prefixes is True,
+                cache_frozen_activations=switches.cache_frozen_activations is True,
             )
             if (reason := self._conflict(techniques)) is None:
-                found.append(techniques)
+                found.append(self._with_reuse(techniques))
                 if attention != "document":
                     break
                 continue
@@ -183,6 +187,23 @@ class Assignment:
         rejections.add(*refused[-1])  # what refuses the plainest kernel is what must change
         rejections.rules[self.slot.label, self.method.name].append(refused[-1][1])
         return []
+
+    def _with_reuse(self, techniques: Techniques) -> Techniques:
+        """Without what need not be computed again, where that is open, can be and is worth it."""
+        shared = replace(techniques, share_prefixes=True)
+        is_open = self.switches.share_prefixes is None and ratio_of_step(self.workload) >= WORTH
+        found = shared if is_open and self._conflict(shared) is None else techniques
+        kept = replace(found, cache_frozen_activations=True)
+        is_open = self.switches.cache_frozen_activations is None
+        return kept if is_open and self._conflict(kept) is None and self._is_faster(kept, found) else found
+
+    def _is_faster(self, techniques: Techniques, than: Techniques) -> bool:
+        """Whether steps become clearly shorter, in memory that is a small part of the device's."""
+        slot, estimate = self.slot, self.method.estimate
+        with_it, without = (estimate(self.workload, slot.device, slot.node, one) for one in (techniques, than))
+        added = with_it.memory.total_bytes - without.memory.total_bytes
+        is_small = added <= _KEPT * slot.memory_bytes
+        return is_small and with_it.time.step_s <= without.time.step_s / WORTH_KEEPING
 
     def _conflict(self, techniques: Techniques) -> str | None:
         return conflict(self.method, techniques, self.slot.device, self.workload.shape, self.division.num_devices)
@@ -335,6 +356,7 @@ def describe_combination(method: Method, techniques: Techniques, slot: Slot) -> 
 def describe_techniques(techniques: Techniques, with_loss: bool = False) -> list[str]:
     """What is on beyond a plain training, in words; the division last."""
     is_on = {
+        "shared beginnings": techniques.share_prefixes,
         "checkpointing": techniques.gradient_checkpointing,
         techniques.loss_type: with_loss and techniques.loss_type != "nll",
         "8-bit optimizer": techniques.optim.startswith("adamw_bnb"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -10,7 +11,10 @@ from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
+from orchestrator.planning.candidates import Candidate
+from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
+from strategies.cost.reuse import WORTH, ratio_of_step
 from strategies.shape import ModelShape
 from strategies.workload import Workload
 
@@ -58,7 +62,12 @@ def trainable_shape(config: dict[str, Any]) -> ModelShape:
 
 
 def describe(
-    spec: JobSpec, shape: ModelShape, lengths: list[int], num_supervised_tokens: int, num_workers: int
+    spec: JobSpec,
+    shape: ModelShape,
+    lengths: list[int],
+    num_supervised_tokens: int,
+    num_workers: int,
+    tree_ratio: Mapping[int, float] | None = None,
 ) -> tuple[Workload, Order, str | None]:
     """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
     train = spec.train
@@ -71,6 +80,7 @@ def describe(
         shape=shape,
         mean_square_length=sum(length * length for length in lengths) / len(lengths),
         fullest_step_tokens=sum(heapq.nlargest(global_batch_size, lengths)),
+        tree_ratio=tree_ratio or {},
         padded_ratio=_padded_ratios(lengths, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),
@@ -82,6 +92,36 @@ def describe(
         num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
     )
     return workload, order, reason
+
+
+def why_shared(chosen: Candidate, workload: Workload) -> str:
+    """Why what a step's rows begin with alike is computed once, or is not."""
+    part = chosen.placed[0]
+    ratio, shared = ratio_of_step(replace(workload, share=part.share)), part.plan.computed_part
+    if not workload.tree_ratio:
+        return "the rows' tokens are not compared for a rough plan: `plan --exact` and `submit` do"
+    counted = f"the rows of a step have {ratio:.2f} tokens for each one that is left when common beginnings count once"
+    if part.plan.techniques.share_prefixes:
+        return f"{counted}: {1 - shared:.0%} of the tokens are not computed"
+    if ratio < WORTH:
+        return f"{counted}: less than {WORTH} is not worth it"
+    return f"{counted}, but {_conflict(chosen, workload, share_prefixes=True) or 'something else is faster'}"
+
+
+def why_kept(chosen: Candidate, workload: Workload) -> str:
+    """Why what frozen lower layers make of a sample is kept, or is not."""
+    plan, epochs = chosen.placed[0].plan, workload.num_samples_seen / workload.num_samples
+    if plan.techniques.cache_frozen_activations:
+        return f"each sample passes the layers below the first that trains once, in {epochs:.1f} epochs"
+    if epochs <= 1:
+        return "no sample is seen twice"
+    return _conflict(chosen, workload, cache_frozen_activations=True) or "steps would not become clearly shorter"
+
+
+def _conflict(chosen: Candidate, workload: Workload, **switches: bool) -> str | None:
+    part = chosen.placed[0]
+    techniques = replace(part.plan.techniques, **switches)  # type: ignore[arg-type]
+    return conflict(chosen.method, techniques, part.slot.device, workload.shape, len(chosen.placed))
 
 
 _MOST_ROWS = 2**14  # whose padding is counted: more rows of the same data pad alike

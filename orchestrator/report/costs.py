@@ -7,6 +7,7 @@ from pathlib import Path
 
 from clusters.units import format_s
 from orchestrator.data.data_files import DataFiles
+from orchestrator.data.prefixes import tree_ratios
 from orchestrator.data.prepare import datasets
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
@@ -30,7 +31,7 @@ def alternatives_of(job: Job, plan: Plan, files: DataFiles, num_tokens: float) -
     data, _ = datasets(files)
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
     lengths, num_supervised = data.lengths.tolist(), int(data.num_supervised.sum())
-    work, _, _ = workload.describe(same, workload.model_shape(config), lengths, num_supervised, 1)
+    work, _, _ = workload.describe(same, workload.model_shape(config), lengths, num_supervised, 1, tree_ratios(data))
     return price_alternatives(job, work, Path(spec.cost.alternatives or ""), plan.techniques.max_length, num_tokens)
 
 

@@ -196,13 +196,7 @@ class ShareChange(Event, kind="shares"):
 class StepReport(Event, kind="step"):
     """An optimizer step."""
 
-    whole: ClassVar[tuple[str, ...]] = (
-        "worker_s",
-        "worker_tokens",
-        "worker_peak_bytes",
-        "step_bytes_sent",
-        "slowest",
-    )
+    whole: ClassVar[tuple[str, ...]] = ("worker_s", "worker_tokens", "worker_peak_bytes", "step_bytes_sent", "slowest")
     step: int
     epoch: float
     loss: float
@@ -214,6 +208,8 @@ class StepReport(Event, kind="step"):
     tokens_per_s: float
     peak_bytes: float
     samples: str | None = None  # a digest of their ids
+    known_tokens: float | None = None  # where results of frozen lower layers are kept: those that did not pass them
+    computed_tokens: float | None = None  # where common beginnings are computed once: those that were computed
     loss_scale: float | None = None  # of fp16
     worker_tokens: list[float] | None = None  # of several workers, by rank
     worker_s: list[float] | None = None

@@ -107,6 +107,7 @@ class RunResult:
     train_seconds: float
     memory: Memory
     supervised_tokens: int | None = None
+    computed_tokens: int | None = None  # where common beginnings were computed once: fewer than `tokens`
     data_digest: str | None = None
     plan_hash: str | None = None
     stopped_early: bool = False

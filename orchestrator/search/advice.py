@@ -136,7 +136,9 @@ class Planning:
         if key not in self._works:
             cut = sizes.cut(max_length)
             slots = len(planner.slots_of(spec, cluster))
-            self._works[key] = workload.describe(spec, self.shape, list(cut.lengths), cut.num_supervised, slots)[0]
+            self._works[key] = workload.describe(
+                spec, self.shape, list(cut.lengths), cut.num_supervised, slots, cut.tree_ratio
+            )[0]
         return planner.make_plan(spec, self._works[key], cluster, max_length, sizes.held_out, {})
 
 

@@ -59,11 +59,11 @@ def evaluate_loss(
     setup.model.eval()
     lengths = data.lengths.tolist()
     mine = split_by_share(lengths, shares)[group.replica]
-    batches = micro_batches_of([lengths[i] for i in mine], techniques)
+    batches = micro_batches_of(data, mine, techniques)
     losses: dict[int | None, float] = {}  # by the first member: what is repeated in halves replaces the whole
 
     def run(members: list[int]) -> None:
-        losses[next(iter(members), None)] = _loss_of(setup, data, [mine[i] for i in members], techniques)
+        losses[next(iter(members), None)] = _loss_of(setup, data, members, techniques)
 
     unfit, reason = passes_of(setup).each(batches, run)
     error = reason if unfit else None
@@ -77,7 +77,7 @@ def evaluate_loss(
 
 def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
     """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
-    batch = collate(data, sample_ids or [0], techniques.packing)
+    batch = collate(data, sample_ids or [0], techniques.packing, techniques.share_prefixes)
     loss = passes_of(setup).loss_sum(batch, techniques).item()
     return loss if sample_ids else 0.0
 

@@ -84,8 +84,7 @@ def train(training: Training) -> Progress:
 
         # What happened.
         progress.step = step + 1
-        progress.tokens += samples.num_tokens
-        progress.supervised_tokens += samples.num_supervised
+        progress.count(samples.num_tokens, samples.num_supervised, report.num_computed)
         _record_step(training, samples, report, grad_norm, time.perf_counter() - started, sent_before)
         _adapt_shares(training, samples, report)
 
@@ -124,6 +123,8 @@ def _record_step(
         tokens_per_s=round(samples.num_tokens / seconds, 1),
         peak_bytes=peak_bytes(training.device),
         samples=hash_ids(samples.ids_N),
+        computed_tokens=report.num_computed if training.techniques.share_prefixes else None,
+        known_tokens=setup.lower.count() if setup.lower else None,
         loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
         **of_group,
         **report.stages,

@@ -62,6 +62,7 @@ class Progress:
     step: int = 0  # steps done
     tokens: int = 0
     supervised_tokens: int = 0
+    computed_tokens: int = 0  # as many, or fewer where common beginnings are computed once
     best_loss: float | None = None
     best_checkpoint: str | None = None
     eval_losses: dict[str, float] = field(default_factory=dict)  # step -> held-out loss, in nats a token
@@ -77,8 +78,15 @@ class Progress:
     def from_dict(cls, state: dict[str, Any]) -> Progress:
         """From a checkpoint's state; a run that stopped early has ended, one that was asked to stop continues."""
         progress = cls(**{name: state[name] for name in cls.__dataclass_fields__ if name in state})
+        progress.computed_tokens = state.get("computed_tokens", progress.tokens)
         progress.stopped = "early" if progress.stopped == "early" else None
         return progress
+
+    def count(self, num_tokens: int, num_supervised: int, num_computed: int) -> None:
+        """Add a step's tokens; padding, which is computed as well, is none of them."""
+        self.tokens += num_tokens
+        self.supervised_tokens += num_supervised
+        self.computed_tokens += min(num_tokens, num_computed)
 
     def add_eval_loss(self, eval_loss: float, patience: int | None) -> bool:
         """Note the held-out loss after this step; whether it is the lowest so far."""
@@ -148,7 +156,7 @@ class Training:
         self._set_scaler(self.progress.loss_scale)
         self.progress.loss_scale = self.scaler.state_dict()
         self.random = LayerRandomness(setup.model)
-        self.feed = Feed(self.data, self.techniques.packing, self.device)
+        self.feed = Feed(self.data, self.techniques.packing, self.device, self.techniques.share_prefixes)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
         self.holders = holders_of(group, setup.parameters) if self.techniques.stage else None
         own = [] if setup.engine else setup.summed

@@ -64,8 +64,7 @@ def draw_samples(training: Training, step: int) -> StepSamples:
 
 def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]) -> list[list[int]]:
     """Sample ids of each micro-batch of some samples."""
-    groups = micro_batches_of([samples.lengths_N[i] for i in part], training.techniques)
-    return [[samples.ids_N[part[i]] for i in group] for group in groups]
+    return micro_batches_of(training.data, [samples.ids_N[i] for i in part], training.techniques)
 
 
 def _begin(training: Training, step: int, batch: Batch) -> None:
@@ -125,6 +124,7 @@ class Attempt:
     """What came of a worker's part of a step."""
 
     loss: float = 0.0  # its part of the step's
+    num_computed: int = 0  # tokens that went through its model, padding included
     out_of_memory: str | None = None  # the error, where memory ran out
 
 
@@ -132,6 +132,7 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
     """This worker's gradients, on their way to the others; what the last update left undone ends the passes early."""
     setup = training.setup
     compute = local_gradients if training.local else synchronous_gradients
+    training.feed.count()
     try:
         loss_on_device = compute(training, samples)
         if samples.step + 1 < training.order.num_steps:
@@ -144,7 +145,7 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
         if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
             raise
         return Attempt(out_of_memory=first_line(error))
-    return Attempt(loss)
+    return Attempt(loss, training.feed.count())
 
 
 def _prepare_first_batch(training: Training, step: int) -> None:
@@ -164,6 +165,7 @@ class GroupReport:
     stop: str | None  # one of STOP_REQUESTS, where any worker has one
     seconds_W: list[float]
     peak_bytes_W: list[int]
+    num_computed: int  # tokens, over all replicas, padding included
     ended: float  # when the sum ended, of time.perf_counter: on all workers the same moment, up to a round trip
     times: PassTimes | None = None  # of this worker's stage
     stages: dict[str, list[float]] = field(default_factory=dict)  # fields of StepReport
@@ -180,12 +182,19 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         "stage_bytes_sent": times.bytes_sent,
         "stage_bytes_received": times.bytes_received,
     }  # fmt: skip
-    own = (seconds, peak_bytes(training.device), float(attempt.out_of_memory is not None), *of_stage.values())
+    own = (
+        seconds,
+        peak_bytes(training.device),
+        float(attempt.out_of_memory is not None),
+        attempt.num_computed,
+        *of_stage.values(),
+    )
     loss, *rest = group.sum([attempt.loss, *requests, *(value for one in own for value in group.at_own_rank(one))])
     ended = time.perf_counter()
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
-    seconds_W, peaks_W, short_W, *stages = (measured[start : start + size] for start in range(0, len(measured), size))
+    by_value = (measured[start : start + size] for start in range(0, len(measured), size))
+    seconds_W, peaks_W, short_W, computed_W, *stages = by_value
     short = any(short_W[rank] for rank in group.ranks_of(group.replica))
     return GroupReport(
         loss,
@@ -194,6 +203,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         stop,
         seconds_W,
         [int(peak) for peak in peaks_W],
+        sum(int(computed_W[group.ranks_of(replica)[0]]) for replica in range(group.num_replicas)),
         ended,
         times,
         {name: [round(value, 5) for value in values] for name, values in zip(of_stage, stages, strict=True)},
@@ -269,11 +279,11 @@ def _learn(training: Training, samples: StepSamples) -> None:
 def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]:
     learner, techniques, started = training.setup.learner, training.techniques, time.perf_counter()
     assert learner
-    groups = micro_batches_of(training.data.lengths[list(sample_ids)].tolist(), techniques)
+    groups = micro_batches_of(training.data, sample_ids, techniques)
     learner.begin_learning(len(groups))
     for number, group in enumerate(groups):
         if number:
             learner.next_learning()
-        batch = collate(training.data, [sample_ids[i] for i in group], techniques.packing).to(training.device)
+        batch = collate(training.data, group, techniques.packing, techniques.share_prefixes).to(training.device)
         forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
     return {**learner.end_learning(), "seconds": round(time.perf_counter() - started, 2)}

@@ -158,6 +158,7 @@ def _totals(plan: Plan) -> Text:
     text = Text.assemble(
         ("training ", "bold"),
         f"{format_s(plan.total_s)} at {plan.tokens_per_s:.0f} tokens/s",
+        f", {1 - plan.computed_part:.0%} of the tokens not computed" if plan.computed_part < 1 else "",
         f"; checkpoints of {format_bytes(plan.checkpoint_bytes)}",
     )
     if price.total is None:

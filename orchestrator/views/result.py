@@ -63,8 +63,10 @@ def _cost_sentence(result: RunResult) -> str:
     times, memory = result.time or StepTimes(), result.memory
     predicted_s, step_s = times.predicted_step_s, times.measured_step_s
     step = f"; step {format_s(step_s)} (predicted {format_s(predicted_s)})" if predicted_s and step_s else ""
+    computed = f" ({format_count(result.computed_tokens)} computed)" if result.computed_tokens else ""
+    seconds = format_s(max(result.train_seconds, 1e-9))
     return (
-        f"{result.steps} steps, {format_count(result.tokens)} tokens in {format_s(max(result.train_seconds, 1e-9))}"
+        f"{result.steps} steps, {format_count(result.tokens)} tokens{computed} in {seconds}"
         f" ({result.tokens_per_s:.0f} tokens/s){step}; peak memory {format_bytes(memory.measured_peak_bytes)}"
         f" (predicted {format_bytes(memory.predicted_bytes)})"
     )

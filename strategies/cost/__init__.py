@@ -10,6 +10,7 @@ phases     seconds of a job outside of its steps: start, evaluation, saving
 plan       a method's footprint and work on one device -> its StrategyPlan
 replicas   pipelines beside each other: which devices make one, how many micro-batches it gets
 reserved   what a process holds beside its tensors, and the range of the whole
+reuse      what need not be computed again: common beginnings, frozen lower layers
 stages     what a stage costs on each device by its layers: lines through few estimates
 streaming  weights that stay on the host: what of them is where, and what crosses the bus
 time       seconds of a training step, by what is waited for

@@ -9,6 +9,7 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import MethodDefaults, StrategyPlan
 from strategies.cost import memory, micro_batches, time
 from strategies.cost.memory import Footprint
+from strategies.cost.reuse import computed_part, with_kept_layers, workload_of_trees
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from strategies.stage_shape import workload_of_stage
@@ -35,7 +36,9 @@ def predict(
 
     Of a stage, `workload` and `costs` are those of its part (`workload_of_stage`).
     """
-    footprint, work = costs.footprint, costs.work
+    footprint, work = with_kept_layers(workload, techniques, costs.footprint, costs.work)
+    part = computed_part(workload, techniques)
+    workload = workload_of_trees(workload, techniques)
     gathers = techniques.zero_stage >= 3
     element_bytes = BYTES_PER_ELEMENT[techniques.dtype]
     return StrategyPlan(
@@ -51,6 +54,7 @@ def predict(
         streamed_bytes=time.streamed_bytes(workload.shape, techniques, work),
         num_micro_batches=micro_batches.num_micro_batches(workload, techniques),
         tokens_per_micro_batch=micro_batches.tokens_per_micro_batch(workload, techniques),
+        computed_part=part,
     )
 
 

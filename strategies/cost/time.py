@@ -61,15 +61,16 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     shape = workload.shape
     share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = share if techniques.gradient_checkpointing else 0.0
+    forward = work.forward_share(shape.num_layers)
     linear = 2.0 * shape.num_product_weights
-    products = linear * (1 + share + again + (share if work.trains_weights else 0.0))
+    products = linear * (forward + share + again + (share if work.trains_weights else 0.0))
     products += 2.0 * work.full_parameters
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
     logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
     products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll"))
     visible = 1.0 if shape.family.encoder or _masks_rows(techniques) else 0.5
     attention = 4.0 * visible * _attended(workload, techniques) * shape.query_size * shape.num_layers
-    return products, attention * (1 + 2.5 * share + again)
+    return products, attention * (forward + 2.5 * share + again)
 
 
 def _masks_rows(techniques: Techniques) -> bool:
@@ -207,7 +208,8 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     layer = norms + mlp + attention + 12 * g * h + adapters
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 0.4 if techniques.gradient_checkpointing else 0.0
-    return shape.num_layers * layer * (0.35 + (0.65 + again) * backward_share)
+    forward = work.forward_share(shape.num_layers)
+    return shape.num_layers * layer * (0.35 * forward + (0.65 + again) * backward_share)
 
 
 def num_operations(shape: ModelShape, techniques: Techniques, work: Work, documents: float) -> float:
@@ -216,8 +218,9 @@ def num_operations(shape: ModelShape, techniques: Techniques, work: Work, docume
     forward += 9 * documents if techniques.attn_implementation == "document" else 6
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 1 if techniques.gradient_checkpointing else 0
-    expanding = work.dequantise_operations * (1 + (1 + again) * backward_share)
-    return 60 + shape.num_layers * (forward * (1 + (1.3 + again) * backward_share) + expanding)
+    passed = work.forward_share(shape.num_layers)
+    expanding = work.dequantise_operations * (passed + (1 + again) * backward_share)
+    return 60 + shape.num_layers * (forward * (passed + (1.3 + again) * backward_share) + expanding)
 
 
 def _update(

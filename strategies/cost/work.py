@@ -19,7 +19,12 @@ class Work:
     num_trainable: int = 0
     num_tensors: int = 0
     first_layer: int = 0  # below it nothing runs backward
+    lower_passes: float = 1.0  # of all samples, those that pass the layers below it: of others the result is kept
     cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch
     dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
     dequantise_bytes_per_parameter: float = 0.0  # read, expanded, read again
     dequantise_operations: int = 0  # kernels started for a layer's weights in each pass
+
+    def forward_share(self, num_layers: int) -> float:
+        """Of all layers, those that an average sample passes forward."""
+        return 1 - (1 - self.lower_passes) * self.first_layer / num_layers

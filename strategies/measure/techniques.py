@@ -46,6 +46,7 @@ SMALL_MODEL: dict[str, Any] = {
     "hidden_act": "silu",
 }
 _LENGTHS = (256, 40, 120, 64, 200, 88, 150, 106)  # tokens of the samples of one step: 1024 together
+_COMMON = 32  # that all begin with, where that is computed once
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,7 @@ def small_workload() -> Workload:
         num_samples_seen=len(_LENGTHS),
         mean_square_length=sum(n * n for n in _LENGTHS) / len(_LENGTHS),
         padded_ratio={1: 1.0, 2: 1.08, 4: 1.25, 8: 2.0},
+        tree_ratio={rows: 128 * rows / (128 * rows - _COMMON * (rows - 1)) for rows in (1, 2, 4, 8)},
     )
 
 
@@ -131,8 +133,8 @@ class Side:
             if groups[-1] and full:
                 groups.append([])
             groups[-1].append(length)
-        made = [Lengths(tuple(group), tuple(max(1, n // 2) for n in group)) for group in groups]
-        return [lengths.batch(t.packing).to(self.device) for lengths in made]
+        made = [Lengths(tuple(group), tuple(max(1, n // 2) for n in group), _COMMON) for group in groups]
+        return [lengths.batch(t.packing, t.share_prefixes).to(self.device) for lengths in made]
 
     def step(self) -> float:
         """One optimizer step; its seconds."""

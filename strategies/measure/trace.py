@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from strategies.contract import Method
+from strategies.reuse.row import lay_out
 from strategies.shape import ModelShape
 from strategies.step import document_attention
 from strategies.step.step import Update, forward_backward, update
@@ -104,11 +105,15 @@ class Lengths:
 
     tokens: tuple[int, ...]
     supervised: tuple[int, ...]
+    common: int = 0  # tokens that all begin with, where common beginnings are computed once
 
-    def batch(self, packing: bool) -> Batch:
+    def batch(self, packing: bool, share_prefixes: bool = False) -> Batch:
         """Real index tensors on the CPU: tiny, and where a loss is must be known in advance."""
         ids = [torch.arange(length) % 97 for length in self.tokens]
         masks = [torch.arange(n) >= max(1, n - learnt) for n, learnt in zip(self.tokens, self.supervised, strict=True)]
+        if share_prefixes:
+            alike = [torch.where(row < self.common, row, (row + n) % 97) for n, row in enumerate(ids)]
+            return Batch.of_tree(lay_out(alike, masks), tuple(range(len(ids))))
         if packing:
             return Batch(torch.cat(ids)[None], torch.cat(masks)[None], self.tokens, None, tuple(range(len(ids))))
         longest = max(self.tokens)

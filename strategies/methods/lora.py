@@ -78,6 +78,10 @@ class Lora(PredictedMethod):
         return self.layers_to_transform is None
 
     @property
+    def has_dropout(self) -> bool:
+        return self.lora_dropout > 0
+
+    @property
     def adapter_rank(self) -> int:
         return self.lora_r
 

@@ -6,6 +6,7 @@ So dropout is the same whichever process computes a layer: in one piece or in st
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -32,10 +33,15 @@ class LayerRandomness:
 
 
 def draws_random_numbers(model: Any) -> bool:
-    """Whether a training pass of the model differs from one to the next: dropout, of modules or of attention."""
+    """Whether a training pass of the model differs from one to the next."""
+    return have_dropout(model.modules())
+
+
+def have_dropout(modules: Iterable[Any]) -> bool:
+    """Whether some of these modules drop activations or scores of attention at random."""
     rates = ("attention_dropout", "dropout", "dropout_rate", "attn_pdrop")
     return any(
         (isinstance(module, torch.nn.Dropout) and module.p > 0)
         or any(isinstance(rate := getattr(module, name, None), float) and rate > 0 for name in rates)
-        for module in model.modules()
+        for module in modules
     )

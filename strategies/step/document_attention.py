@@ -7,6 +7,9 @@ because there the kernel's backward pass takes 2 ms for 70 tokens (a step of Smo
 fp32 it would grow to 1.04).  Nothing of quadratic size in the row is ever built, and no document can see another: their
 keys are never in the same product.
 
+Documents that begin alike may share what they begin with: `document_lengths` are then those of a tree's nodes and
+`document_parents` says which node each continues (strategies/reuse).
+
 Legend: B documents, H query heads, K key-value heads, G = H / K, T tokens of the row, L longest document, D head width.
 """
 
@@ -22,6 +25,8 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from strategies.reuse.attention import attend_tree, nodes_of
+from strategies.reuse.row import lay_out
 from strategies.techniques.attention import Heads, Sharing, sharing
 from strategies.workload import Dtype
 
@@ -64,10 +69,17 @@ def document_attention(
     scoring = Scoring(arguments.get("scaling"), arguments.get("dropout", 0.0), arguments.get("sliding_window"))
     is_windowed = scoring.window_within(longest) is not None
     shared = _choose_sharing(query_1HTD, key_1KTD, is_windowed, scoring.dropout > 0)
-    if shared == "packed" and borders_D is not None:
+    parents = arguments.get("document_parents")
+    if shared == "packed" and borders_D is not None and parents is None:
         return _attend_row(query_1HTD, key_1KTD, value_1KTD, borders_D, longest, scoring), None
     if shared == "expanded":
         key_1KTD, value_1KTD = expand_heads(key_1KTD, query_1HTD), expand_heads(value_1KTD, query_1HTD)
+    if parents is not None:
+        if scoring.dropout:
+            raise ValueError("a shared prefix has one dropout mask for several documents: do not share prefixes")
+        nodes = nodes_of(tuple(lengths), tuple(parents))
+        row = query_1HTD, key_1KTD, value_1KTD
+        return attend_tree(row, nodes, scoring.scaling, scoring.sliding_window)[None], None
     batch = find_short(lengths, query_1HTD)
     short: dict[int, torch.Tensor] = {}
     if batch:
@@ -249,7 +261,51 @@ def packing_error(model: Any) -> float:
             model(part, **packed_arguments([part.shape[1]], model.device), use_cache=False).logits[0]
             for part in ids_1T.split(lengths, dim=1)
         ]
-    return ((packed - torch.cat(alone)).float().square().mean().sqrt() / packed.float().std()).item()
+    return difference(packed, torch.cat(alone))
+
+
+def difference(logits: torch.Tensor, expected: torch.Tensor) -> float:
+    """Their root mean square difference over the spread of the first."""
+    return ((logits - expected).float().square().mean().sqrt() / logits.float().std()).item()
+
+
+def sharing_error(model: Any) -> float:
+    """How much three documents that share 9 tokens, computed as a tree, differ from the same run one by one.
+
+    As `packing_error`, of the logits that predict something.
+    """
+    common = torch.arange(9) * 7 + 3
+    ends = [torch.arange(length) * 5 + 11 * length for length in (6, 4, 1)]  # none begins as another one
+    documents = [torch.cat([common, end]).remainder(model.config.vocab_size) for end in ends]
+    row = lay_out(documents, [torch.arange(len(one)) > 0 for one in documents])
+    with torch.no_grad():
+        arguments = tree_arguments(row.lengths, row.parents, model.device)
+        logits = model(row.input_ids_1T.to(model.device), **arguments, use_cache=False).logits[0]
+        alone = [
+            model(one[None].to(model.device), **packed_arguments([len(one)], model.device), use_cache=False).logits[0]
+            for one in documents
+        ]
+    own = logits[9:].split(row.lengths[1:])  # behind the shared node, in the tree's order
+    found = [next(part for part in own if len(part) == len(one) - 9) for one in documents]
+    return difference(torch.cat(found), torch.cat([part[9:] for part in alone]))
+
+
+def tree_arguments(
+    lengths: Sequence[int], parents: Sequence[int], device: torch.device, positions_1T: torch.Tensor | None = None
+) -> dict[str, Any]:
+    """The forward arguments of a row whose nodes continue each other; only the `document` kernel knows them."""
+    positions_1T = tree_positions(lengths, parents) if positions_1T is None else positions_1T
+    return {
+        "position_ids": positions_1T.to(device),
+        "document_lengths": tuple(lengths),
+        "document_parents": tuple(parents),
+    }
+
+
+def tree_positions(lengths: Sequence[int], parents: Sequence[int]) -> torch.Tensor:
+    """(1, T) positions of a row's tokens in their documents."""
+    nodes = nodes_of(tuple(lengths), tuple(parents))
+    return torch.cat([torch.arange(node.depth, node.depth + node.length) for node in nodes])[None]
 
 
 def packed_arguments(

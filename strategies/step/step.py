@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from strategies.reuse.lower_layers import DocumentParts
 from strategies.step.activation_offload import offload_activations
 from strategies.step.supervised_logits import Batch, loss_sum
 from strategies.techniques.precision import autocast
@@ -37,8 +38,16 @@ def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: 
     device = batch.input_ids_BT.device
     if setup.engine:  # its weights are in the compute precision already
         return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
-    with autocast(device.type, techniques.dtype), _offload(setup, techniques, device):
+    with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
         return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+
+
+def _known_layers(setup: TrainSetup, batch: Batch) -> AbstractContextManager[None]:
+    """Skip the layers whose results for these samples are known, inside the block."""
+    if setup.lower is None or batch.document_lengths is None:
+        return nullcontext()
+    parts = DocumentParts(batch.document_lengths, batch.shared.tree if batch.shared else None)
+    return setup.lower.serve(batch.sample_ids, parts)
 
 
 def _offload(setup: TrainSetup, techniques: Techniques, device: torch.device) -> AbstractContextManager[None]:

@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from strategies.step.document_attention import borders, packed_arguments
+from strategies.reuse.row import SharedRow
+from strategies.step.document_attention import borders, packed_arguments, tree_arguments, tree_positions
 from strategies.workload import LossType
 
 CHUNK = 256  # positions
@@ -27,9 +28,10 @@ CHUNK = 256  # positions
 class Batch:
     """Token ids with, for each, whether predicting it is trained.
 
-    One row when `document_lengths` is set (documents end to end, no padding), else B rows padded on the right.  Where
-    the losses are is worked out when the batch is made, on the CPU: the step itself then never waits for a GPU to say
-    how many there are, and its shapes are known in advance.
+    One row when `document_lengths` is set (documents end to end, no padding), else B rows padded on the right.  The row
+    of a tree (`shared`) holds what documents share once, and `document_lengths` are those of its nodes.  Where the
+    losses are is worked out when the batch is made, on the CPU: the step itself then never waits for a GPU to say how
+    many there are, and its shapes are known in advance.
     """
 
     input_ids_BT: torch.Tensor
@@ -37,13 +39,25 @@ class Batch:
     document_lengths: tuple[int, ...] | None
     attention_mask_BT: torch.Tensor | None
     sample_ids: tuple[int, ...]
+    shared: SharedRow | None = None
     targets_S: torch.Tensor = field(init=False)  # the supervised tokens
     columns_C: torch.Tensor = field(init=False)  # positions that predict one of them in any row
     picked_S: torch.Tensor | None = field(init=False)  # their places among B x C; None = all, in order
     positions_BT: torch.Tensor | None = field(init=False, default=None)  # in the document, of a packed row
     borders_D: torch.Tensor | None = field(init=False, default=None)  # where its documents begin, and the end; int32
 
+    @classmethod
+    def of_tree(cls, row: SharedRow, sample_ids: tuple[int, ...]) -> Batch:
+        """The batch of a row in which documents share their beginnings."""
+        return cls(row.input_ids_1T, row.supervised_1T, row.lengths, None, sample_ids, row)
+
     def __post_init__(self) -> None:
+        if self.shared is not None:
+            self.targets_S = self.shared.targets_S
+            self.columns_C, picked_S = self.shared.columns_S.unique(return_inverse=True)
+            self.picked_S = picked_S if len(self.columns_C) < len(picked_S) else None
+            self.positions_BT = tree_positions(self.shared.lengths, self.shared.parents)
+            return
         predicted_BT = self.supervised_BT[:, 1:]  # position t predicts token t + 1
         self.targets_S = self.input_ids_BT[:, 1:][predicted_BT]
         self.columns_C = predicted_BT.any(dim=0).nonzero()[:, 0]
@@ -90,6 +104,9 @@ def arguments_of(batch: Batch) -> dict[str, Any]:
     """What a model needs beside token ids: borders and positions of documents, or the mask of padding."""
     if batch.document_lengths is None:
         return {"use_cache": False, "attention_mask": batch.attention_mask_BT}
+    if (row := batch.shared) is not None:
+        arguments = tree_arguments(row.lengths, row.parents, batch.input_ids_BT.device, batch.positions_BT)
+        return {"use_cache": False, **arguments}
     assert batch.positions_BT is not None and batch.borders_D is not None
     at = batch.positions_BT, batch.borders_D
     return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}

@@ -23,6 +23,7 @@ _REFUSALS: dict[str, Refusal] = {
     "deepspeed": lambda device, shape: lacks(device, "deepspeed"),
     "deepspeed offload": lambda device, shape: refusals.refuse_offload(device, shape) or lacks(device, "deepspeed"),
     "offload": refusals.refuse_offload,
+    "shared beginnings": refusals.refuse_sharing,
 }
 _REFUSALS |= {
     kernel: partial(refuse_kernel, kernel) for kernel in ("eager", "sdpa", "flash_attention_2", "flex_attention")

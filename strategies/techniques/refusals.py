@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from clusters.capability import DeviceCapability
 from strategies.shape import ModelShape
+from strategies.techniques.attention import refuse_kernel
 from strategies.techniques.libraries import lacks
 
 
@@ -31,6 +32,19 @@ def refuse_chunked_loss(device: DeviceCapability, shape: ModelShape) -> str | No
 def refuse_compiler(device: DeviceCapability, shape: ModelShape) -> str | None:
     if device.kind == "cuda" and device.compute_capability and device.compute_capability < (7, 0):
         return f"Triton needs compute capability 7.0, {device.name} has {device.compute_capability}"
+    return None
+
+
+def refuse_sharing(device: DeviceCapability, shape: ModelShape) -> str | None:
+    """Why rows that begin alike are computed one by one."""
+    if refusal := refuse_kernel("document", device, shape):
+        return f"document attention: {refusal}"
+    if shape.dropout or shape.attention_dropout:
+        return "the model has dropout: a shared token would have one mask for several rows"
+    if shape.num_experts:
+        return "untested with experts, which see all tokens of a micro-batch at once"
+    if device.kind != "cpu":
+        return "on a GPU it is neither tested nor measured"
     return None
 
 

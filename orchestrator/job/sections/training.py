@@ -59,6 +59,9 @@ class DataSection(Section):
     )
     truncate: bool = key(False, "continue where more than 20 % of the tokens or rows are cut or dropped")
     packing: Auto | bool = key("auto", "lay documents end to end instead of padding; never lets one see another")
+    share_prefixes: Auto | bool = key(
+        "auto", "compute what rows of a micro-batch begin with alike once; the same result. For packed rows on CPUs"
+    )
     packing_strategy: Literal["bfd"] = key("bfd", "best-fit decreasing")
     strict: bool = key(True, "a broken row is an error; false counts it and writes it to rejected.jsonl")
 
@@ -91,6 +94,9 @@ class TrainSection(Section):
     gradient_checkpointing: Auto | bool = key("auto", "recompute activations to save memory")
     threads: Auto | Annotated[int, Field(ge=1, le=MOST)] = key(
         "auto", "threads of a worker; auto = all cores of its machine, divided among the workers there"
+    )
+    cache_frozen_activations: Auto | bool = key(
+        "auto", "keep what layers below the first that trains make of a sample, for later epochs. For one CPU worker"
     )
     deterministic: bool = key(
         False,

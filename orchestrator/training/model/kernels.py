@@ -10,10 +10,13 @@ import torch
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
 from orchestrator.training.worker_context import WorkerContext
+from strategies.pipeline.layer_randomness import draws_random_numbers, have_dropout
+from strategies.reuse.lower_layers import DocumentParts, LowerLayers
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.supervised_logits import can_chunk
 from strategies.techniques.precision import autocast
+from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 # packing_error of a model that does not leak stays below
@@ -34,7 +37,8 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
             model.set_attn_implementation(name)
             for other, why in faults.items():
                 context.note(f"{other} attention: {why}; using {name}")
-            return dataclasses.replace(techniques, attn_implementation=name)
+            kept = dataclasses.replace(techniques, attn_implementation=name)
+            return _with_trees_that_hold(checked, kept, context) if kept.share_prefixes else kept
         faults[name] = fault
     reasons = "; ".join(f"{name} attention: {fault}" for name, fault in faults.items())
     if context.job.spec.data.packing is True:
@@ -42,7 +46,13 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
     context.note(f"{reasons}; rows are padded instead")
     model.set_attn_implementation("sdpa" if wanted in ("auto", "document") else wanted)
     rows = max(1, techniques.micro_batch_tokens // techniques.max_length)
-    return dataclasses.replace(techniques, packing=False, per_device_train_batch_size=rows, attn_implementation="sdpa")
+    return dataclasses.replace(
+        techniques,
+        packing=False,
+        per_device_train_batch_size=rows,
+        attn_implementation="sdpa",
+        share_prefixes=False,
+    )
 
 
 def _fault_of(model: Any, name: str, device: torch.device, techniques: Techniques) -> str | None:
@@ -57,6 +67,78 @@ def _fault_of(model: Any, name: str, device: torch.device, techniques: Technique
             raise
         return f"this model does not run with it ({first_line(refusal)})"
     return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
+
+
+def _with_trees_that_hold(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:
+    """Techniques that compute common beginnings once only where this model then computes what it does row by row.
+
+    Raises JobError where the job wants it and the model does not.
+    """
+    fault = _fault_of_trees(model, techniques, context.device)
+    if fault is None:
+        return techniques
+    if context.job.spec.data.share_prefixes is True:
+        raise JobError(f"data.share_prefixes: {fault}; set it to auto or false")
+    context.note(f"common beginnings are computed row by row: {fault}")
+    return dataclasses.replace(techniques, share_prefixes=False)
+
+
+def _fault_of_trees(model: Any, techniques: Techniques, device: torch.device) -> str | None:
+    if techniques.attn_implementation != document_attention.NAME:
+        return f"{techniques.attn_implementation} attention does not know them"
+    if draws_random_numbers(model):
+        return "the model drops activations at random, a shared one for several rows at once"
+    with autocast(device.type, techniques.dtype):
+        error = document_attention.sharing_error(model)
+    return None if error < _ROUNDING[techniques.dtype] else "the model sees more of a row than its own beginning"
+
+
+def with_known_layers(setup: TrainSetup, techniques: Techniques, context: WorkerContext) -> Techniques:
+    """Techniques that keep what frozen lower layers make of a sample only where this model can do without them then.
+
+    Raises JobError where the job wants it and the model cannot.
+    """
+    if not techniques.cache_frozen_activations:
+        return techniques
+    lower: LowerLayers | None = None
+    try:
+        lower = LowerLayers(setup.model)
+        fault = _fault_of_skipping(setup.model, lower, techniques, context.device)
+    except ValueError as error:
+        fault = first_line(error)
+    if lower and fault is None:
+        setup.lower = lower
+        context.note(f"what the {lower.num_layers} lowest layers make of a sample is kept from its first pass")
+        return techniques
+    if context.job.spec.train.cache_frozen_activations is True:
+        raise JobError(f"train.cache_frozen_activations: {fault}; set it to auto or false")
+    context.note(f"all samples pass the frozen layers in every epoch: {fault}")
+    return dataclasses.replace(techniques, cache_frozen_activations=False)
+
+
+def _fault_of_skipping(model: Any, lower: LowerLayers, techniques: Techniques, device: torch.device) -> str | None:
+    if not techniques.packing:
+        return "rows are padded here"
+    if have_dropout(lower.modules_below()):
+        return "below the first layer that trains activations are dropped at random"
+    with autocast(device.type, techniques.dtype):
+        error = _skipping_error(model, lower)
+    return None if error < _ROUNDING[techniques.dtype] else "its upper layers see more than what the lower ones hand on"
+
+
+@torch.no_grad()
+def _skipping_error(model: Any, lower: LowerLayers) -> float:
+    """How much a row differs whose lower layers' results are known; as `packing_error`."""
+    lengths, numbers = (5, 4, 3), (-1, -2, -3)
+    arguments = document_attention.packed_arguments(lengths, model.device)
+    ids_1T = (torch.arange(sum(lengths), device=model.device) * 7 + 3).remainder(model.config.vocab_size)[None]
+    found = []
+    model.eval()
+    for _ in range(2):
+        with lower.serve(numbers, DocumentParts(lengths)):
+            found.append(model(ids_1T, **arguments, use_cache=False).logits[0])
+    lower.forget()
+    return document_attention.difference(*found)
 
 
 def with_loss_that_runs(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:

@@ -50,6 +50,7 @@ class _Step:
     num_samples: int
     num_tokens: int
     num_supervised: int  # tokens
+    num_computed: int  # tokens that go through the model, padding included
 
 
 def bench_training(
@@ -117,10 +118,15 @@ def _emulate_bus(setup: TrainSetup, plan: Plan, bytes_per_s: float) -> None:
 
 
 def _step(data: Dataset, sample_ids: list[int], techniques: Techniques) -> _Step:
-    lengths = data.lengths[sample_ids].tolist()
-    groups = micro_batches_of(lengths, techniques)
-    batches = [partial(collate, data, [sample_ids[i] for i in group], techniques.packing) for group in groups]
-    return _Step(batches, len(sample_ids), sum(lengths), int(data.num_supervised[sample_ids].sum()))
+    layout = techniques.packing, techniques.share_prefixes
+    batches = [partial(collate, data, group, *layout) for group in micro_batches_of(data, sample_ids, techniques)]
+    return _Step(
+        batches,
+        len(sample_ids),
+        int(data.lengths[sample_ids].sum()),
+        int(data.num_supervised[sample_ids].sum()),
+        sum(make().input_ids_BT.numel() for make in batches),
+    )
 
 
 def _times(
@@ -128,12 +134,14 @@ def _times(
 ) -> dict[str, Any]:
     """Throughput, seconds by phase and FLOP/s of steady steps, beside what was predicted."""
     seconds, num_tokens = sum(one.step_s for one in timed), sum(step.num_tokens for step in steps)
-    flops_per_s = plan.flops_per_token * num_tokens / seconds
+    num_computed = sum(step.num_computed for step in steps)
+    flops_per_s = plan.flops_per_token * num_computed / seconds
     phases = {phase: statistics.mean(one.phases[phase] for one in timed) for phase in dissect.PHASES}
     return {
         "throughput": {
             "tokens_per_s": num_tokens / seconds,
             "supervised_tokens_per_s": sum(step.num_supervised for step in steps) / seconds,
+            "computed_tokens_per_s": num_computed / seconds,
             "samples_per_s": sum(step.num_samples for step in steps) / seconds,
         },
         "step_s": statistics.median(one.step_s for one in timed),

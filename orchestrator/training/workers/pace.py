@@ -66,14 +66,13 @@ def measure_pace(inputs: Inputs, sample_ids: list[int], share: float) -> float |
     A micro-batch that runs out of memory is halved; None where not even one sample fits, for which training finds
     another way.
     """
-    lengths = inputs.data.lengths[sample_ids].tolist()
     num_samples = max(1, round(share * len(sample_ids)))
-    members = micro_batches_of(lengths[:num_samples], inputs.techniques)[0]
+    members = micro_batches_of(inputs.data, sample_ids[:num_samples], inputs.techniques)[0]
     pace = None
     while members and pace is None:
         with catch_out_of_memory():
-            seconds = _time_pass(inputs, [sample_ids[i] for i in members])
-            pace = sum(lengths[i] for i in members) / seconds
+            seconds = _time_pass(inputs, members)
+            pace = int(inputs.data.lengths[members].sum()) / seconds
         inputs.setup.optimizer.zero_grad(set_to_none=True)
         if pace is None:
             release_cache()
@@ -84,7 +83,7 @@ def measure_pace(inputs: Inputs, sample_ids: list[int], share: float) -> float |
 def _time_pass(inputs: Inputs, sample_ids: list[int]) -> float:
     """Seconds of a pass forward and backward."""
     setup, techniques = inputs.setup, inputs.techniques
-    batch = collate(inputs.data, sample_ids, techniques.packing).to(setup.device)
+    batch = collate(inputs.data, sample_ids, techniques.packing, techniques.share_prefixes).to(setup.device)
     scaler = gradient_scaler(setup.device.type, "float32")
     seconds = math.inf
     setup.model.train()

@@ -108,7 +108,25 @@ def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_sampl
     """
     layout = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
     chosen = heaviest_samples(data.lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
+    if techniques.share_prefixes:
+        return _heaviest_trees(data, techniques, num_samples, setup.device)
     return [collate(data, members, techniques.packing).to(setup.device) for members in chosen]
+
+
+def _heaviest_trees(data: Dataset, techniques: Techniques, num_samples: int, device: torch.device) -> list[Batch]:
+    """Of the longest samples, and of those that learn most: the tree with most tokens, and with most positions.
+
+    Others may have less in common: no step's tree is longer than a micro-batch may be, and a step of fewer tokens than
+    these samples' trees is one of shorter samples.
+    """
+    batches: list[Batch] = []
+    for values in (data.lengths, data.num_supervised):
+        largest = sorted(range(len(data)), key=lambda i, values=values: (-values[i], -data.lengths[i]))[:num_samples]
+        groups = micro_batches_of(data, largest, techniques)
+        batches += [collate(data, group, True, True).to(device) for group in groups]
+    longest = max(batches, key=lambda batch: batch.input_ids_BT.numel())
+    most = max(batches, key=lambda batch: batch.targets_S.numel())
+    return [longest] if longest is most else [longest, most]
 
 
 def repeat_to_two(batches: Sequence[T]) -> list[T]:
@@ -140,8 +158,8 @@ def heaviest_samples(
 
 def num_passes(data: Dataset, techniques: Techniques, num_samples: int) -> int:
     """2 where gradients add up: a later micro-batch finds those of the one before; else 1."""
-    longest = sorted(data.lengths.tolist(), reverse=True)[:num_samples]
-    return min(2, len(micro_batches_of(longest, techniques)))
+    longest = sorted(range(len(data)), key=lambda one: -data.lengths[one])[:num_samples]
+    return min(2, len(micro_batches_of(data, longest, techniques)))
 
 
 def make_state(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:

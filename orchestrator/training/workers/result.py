@@ -50,6 +50,7 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: T
         "steps": progress.step,
         "tokens": progress.tokens,
         "supervised_tokens": progress.supervised_tokens,
+        "computed_tokens": progress.computed_tokens if progress.computed_tokens < progress.tokens else None,
         "train_seconds": round(outcome.seconds, 2),
         "stopped_early": progress.stopped == "early",
         "best_checkpoint": progress.best_checkpoint,

@@ -23,7 +23,7 @@ from orchestrator.runs.events import ModelReady
 from orchestrator.runs.record import few
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
-from orchestrator.training.model.kernels import with_loss_that_runs, without_leaks
+from orchestrator.training.model.kernels import with_known_layers, with_loss_that_runs, without_leaks
 from orchestrator.training.model.loading import (
     Placing,
     load_data,
@@ -180,6 +180,7 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     if techniques.torch_compile:
         setup.model.compile(dynamic=True)
     setup = _divide(context, setup, settings)
+    techniques = with_known_layers(setup, techniques, context)
     for text in setup.notes:
         context.note(text)
     return setup, techniques

@@ -61,10 +61,14 @@ def test_sizes_of_tokenised_data_count_answers_and_references():
         def __len__(self):
             return len(self.lengths)
 
+        def tokens(self, index):
+            return numpy.arange(self.lengths[index]), None
+
     numpy = pytest.importorskip("numpy")
     sizes = sizes_of(Data(numpy, [4, 5, 6], [1, 2, 3]), Data(numpy, [7, 8, 9], [2, 9, 4]))
 
     assert (sizes.lengths, sizes.num_supervised) == ([4, 5, 6], 6)
+    assert sizes.tree_ratio == {1: 1.0, 2: 1.0}
     held_out = sizes.held_out
     assert (held_out.num_samples, held_out.num_tokens, held_out.longest_answer) == (3, 24, 9)
     assert held_out.is_classification

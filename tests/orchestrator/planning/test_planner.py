@@ -239,3 +239,84 @@ def test_an_automatic_image_is_sized_by_the_bus_and_says_so():
     assert "would not hide" in why
     assert made.build_method().subspace_size == slow
     assert made.nodes[0].memory.host_bytes > 8 * 28 * 7 * 64**2
+
+
+def shared_plan(text="", device=OLD_CPU, shape=SMOL, ratios=None):
+    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl" + text, Path()).spec
+    devices = (device,) if device.kind == "cpu" else (device, OLD_CPU)
+    work, _, _ = workload.describe(spec, shape, [100] * 800, 24_000, 1, {1: 1.0, 16: 1.5} if ratios is None else ratios)
+    node = NodeCapability("here", 4, 24 * GIB, devices)
+    return planner.make_plan(spec, work, ClusterCapability((node,)), 1024, HELD_OUT, {})
+
+
+def test_common_beginnings_are_computed_once_where_rows_have_enough_in_common():
+    shared, separate = shared_plan("}"), shared_plan(", share_prefixes: false}")
+
+    assert shared.techniques.share_prefixes and not separate.techniques.share_prefixes
+    assert shared.tokens_per_s > 1.2 * separate.tokens_per_s
+    assert shared.computed_part < separate.computed_part == 1.0
+    assert "are not computed" in shared.reasons["data.share_prefixes"]
+    assert "data.share_prefixes" not in separate.reasons
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "ratios", "why"),
+    [
+        ("}", OLD_CPU, {1: 1.0, 16: 1.09}, "less than 1.1 is not worth it"),
+        ("}", OLD_CPU, {}, "not compared for a rough plan"),
+        ("}", AMPERE, None, "neither tested nor measured"),
+        ("}\nmethod: {type: lora, lora_dropout: 0.1}", OLD_CPU, None, "one dropout mask"),
+    ],
+)
+def test_rows_are_computed_one_by_one_with_the_reason(text, device, ratios, why):
+    made = shared_plan(text, device, ratios=ratios)
+
+    assert not made.techniques.share_prefixes
+    assert why in made.reasons["data.share_prefixes"]
+
+
+def test_stated_sharing_is_kept_or_refused_with_what_is_against_it():
+    assert shared_plan(", share_prefixes: true}", ratios={}).techniques.share_prefixes
+
+    with pytest.raises((JobError, NothingFits), match="one dropout mask"):
+        shared_plan(", share_prefixes: true}\nmethod: {type: lora, lora_dropout: 0.1}")
+    with pytest.raises((JobError, NothingFits), match=r"packed rows|data\.packing"):
+        shared_plan(", share_prefixes: true, packing: false}")
+
+
+def test_a_plan_without_sharing_keeps_its_hash_of_before():
+    made = shared_plan(", share_prefixes: false}")
+    values = json.loads(made.to_json())
+    for part in values["nodes"]:
+        del part["techniques"]["share_prefixes"]
+
+    assert Plan.from_json(json.dumps(values)).hash == made.hash
+
+
+UPPER_HALF = (
+    "}\nmethod: {type: lora, layers_to_transform: [15, 16, 17, 18, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 29]}"
+)
+
+
+def test_what_frozen_layers_make_of_a_sample_is_kept_where_later_epochs_use_it():
+    kept = shared_plan(UPPER_HALF)
+    again = shared_plan(f"{UPPER_HALF}\ntrain: {{cache_frozen_activations: false}}")
+
+    assert kept.techniques.cache_frozen_activations and not again.techniques.cache_frozen_activations
+    assert kept.step_s < 0.9 * again.step_s
+    assert "once, in 3.0 epochs" in kept.reasons["train.cache_frozen_activations"]
+
+
+@pytest.mark.parametrize(
+    ("text", "device", "why"),
+    [
+        (f"{UPPER_HALF}\ntrain: {{num_train_epochs: 1}}", OLD_CPU, "no sample is seen twice"),
+        ("}\nmethod: {type: lora}", OLD_CPU, "trains from the first layer on"),
+        (UPPER_HALF, AMPERE, "neither tested nor measured"),
+    ],
+)
+def test_frozen_layers_are_passed_again_with_the_reason(text, device, why):
+    made = shared_plan(text, device)
+
+    assert not made.techniques.cache_frozen_activations
+    assert why in made.reasons["train.cache_frozen_activations"]

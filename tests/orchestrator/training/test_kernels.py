@@ -6,9 +6,10 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
-from orchestrator.training.model.kernels import without_leaks
+from orchestrator.training.model.kernels import with_known_layers, without_leaks
 from orchestrator.training.worker_context import WorkerContext
 from strategies.step import document_attention
+from strategies.train_setup import TrainSettings
 from strategies.workload import Techniques
 
 CPU = torch.device("cpu")
@@ -26,10 +27,10 @@ def job(folder, model_folder, packing="auto"):
     )
 
 
-def checked(model, job, dtype="float32"):
+def checked(model, job, dtype="float32", **switches):
     """(techniques that keep documents apart, notes)"""
     notes = []
-    planned = Techniques(dtype, "document", True, False, 1, 64)
+    planned = Techniques(dtype, "document", True, False, 1, 64, **switches)
     context = WorkerContext(job, None, None, "", CPU, record=lambda note: notes.append(note.text))
     return without_leaks(model, planned, context), notes
 
@@ -80,3 +81,64 @@ def test_where_nothing_keeps_documents_apart_rows_are_padded_or_the_job_that_ask
     assert not found.packing and "unexpected argument" in notes[-1] and notes[-1].endswith("rows are padded instead")
     with pytest.raises(JobError, match=r"data.packing: document attention: .* Set data.packing: false"):
         checked(model, job(tmp_path, model_folder, packing="true"))
+
+
+def test_common_beginnings_are_computed_once_where_the_model_keeps_to_them(model, model_folder, tmp_path):
+    found, notes = checked(model, job(tmp_path, model_folder), "bfloat16", share_prefixes=True)
+
+    assert found.share_prefixes and not notes
+
+
+def test_a_kernel_that_does_not_know_trees_computes_row_by_row(model, model_folder, tmp_path):
+    refuses(model, "document", RuntimeError("no kernel image is available"))
+
+    found, notes = checked(model, job(tmp_path, model_folder), share_prefixes=True)
+
+    assert found.packing and not found.share_prefixes
+    assert notes[-1] == "common beginnings are computed row by row: sdpa attention does not know them"
+
+
+def test_a_model_with_dropout_computes_row_by_row_unless_the_job_asks_for_trees(model, model_folder, tmp_path):
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.1
+
+    found, notes = checked(model, job(tmp_path, model_folder), share_prefixes=True)
+    assert not found.share_prefixes and "at random" in notes[-1]
+
+    asked = parse_job(
+        f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl, share_prefixes: true}}\n", tmp_path
+    )
+    with pytest.raises(JobError, match=r"data\.share_prefixes: the model drops"):
+        checked(model, asked, share_prefixes=True)
+
+
+def upper_half(model, model_folder, tmp_path, text="", layers="[1]"):
+    """(setup, techniques, notes) of an adapter of some layers, with what lower ones make of a sample kept."""
+    notes, parsed = [], parse_job(
+        f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl}}\n"
+        f"method: {{type: lora, layers_to_transform: {layers}}}\n{text}",
+        tmp_path,
+    )  # fmt: skip
+    planned = Techniques("float32", "document", True, False, 1, 64, cache_frozen_activations=True)
+    context = WorkerContext(parsed, None, None, "", CPU, record=lambda note: notes.append(note.text))
+    model.set_attn_implementation("document")
+    settings = TrainSettings(1e-2, 0.0, "sgd", 0.9, 0.999, 1e-8, planned, 3)
+    setup = parsed.spec.methods()[0].setup(model, settings)
+    return setup, with_known_layers(setup, planned, context), notes
+
+
+def test_lower_layers_are_skipped_where_the_model_can_do_without_them(model, model_folder, tmp_path):
+    setup, found, notes = upper_half(model, model_folder, tmp_path)
+
+    assert found.cache_frozen_activations and setup.lower.num_bytes == 0
+    assert notes == ["what the 1 lowest layers make of a sample is kept from its first pass"]
+
+
+def test_where_the_first_layer_trains_all_rows_pass_all_layers_unless_the_job_asks(model, model_folder, tmp_path):
+    setup, found, notes = upper_half(model, model_folder, tmp_path, layers="[0, 1]")
+    assert not found.cache_frozen_activations and setup.lower is None
+    assert notes == ["all samples pass the frozen layers in every epoch: its first layer trains"]
+
+    with pytest.raises(JobError, match=r"train\.cache_frozen_activations: its first layer trains"):
+        other = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+        upper_half(other, model_folder, tmp_path, "train: {cache_frozen_activations: true}", layers="[0, 1]")

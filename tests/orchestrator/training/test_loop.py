@@ -16,6 +16,7 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from orchestrator.training.workers import preflight
 from strategies import METHODS
+from strategies.reuse.lower_layers import LowerLayers
 from strategies.step import document_attention
 from strategies.step.state import gather
 from strategies.techniques import checkpointing
@@ -38,6 +39,8 @@ def run(
     save=None,
     before=None,
     shares=None,
+    events=None,
+    options=None,
     **schedule,
 ):
     """Train a few steps; returns (losses, the gradient of each step as one vector, setup)."""
@@ -46,7 +49,7 @@ def run(
         model_folder, dtype=torch.float32, attn_implementation=techniques.attn_implementation
     )
     settings = TrainSettings(1e-2, 0.0, optim, 0.9, 0.999, 1e-8, techniques, 3)
-    setup = METHODS[method]().setup(model, settings)
+    setup = METHODS[method](**(options or {})).setup(model, settings)
     if techniques.gradient_checkpointing:
         checkpointing.enable(setup.model)
     data, losses, gradients = Dataset.load(data_folder), {}, []
@@ -59,6 +62,8 @@ def run(
     def record(event):
         if isinstance(event, StepReport):
             losses[event.step] = event.loss
+        if events is not None:
+            events.append(event)
 
     hooks = Hooks(record, save or (lambda now: "none"), lambda: None)
     order = Order(len(data), 8, seed=5, num_train_epochs=1, max_steps=steps)
@@ -83,13 +88,60 @@ def close(first, second):
         Techniques("float32", "document", True, False, 8, 64),
         Techniques("float32", "document", True, False, 1, 64),
         Techniques("float32", "document", True, True, 1, 64),
+        Techniques("float32", "document", True, False, 8, 64, share_prefixes=True),
+        Techniques("float32", "document", True, True, 1, 64, share_prefixes=True),
     ],
-    ids=["8 x 1", "3 + 3 + 2", "packed in one row", "packed in rows of 64", "packed and checkpointed"],
+    ids=[
+        "8 x 1",
+        "3 + 3 + 2",
+        "packed in one row",
+        "packed in rows of 64",
+        "packed and checkpointed",
+        "beginnings shared by all rows",
+        "beginnings shared in rows of 64",
+    ],
 )
 def test_every_layout_gives_the_losses_and_gradients_of_one_sample_at_a_time(
     reference, model_folder, data_folder, techniques
 ):
     close(run(model_folder, data_folder, techniques), reference)
+
+
+def test_tokens_that_are_not_computed_are_reported_beside_those_of_the_samples(model_folder, chat_data_folder):
+    """Conversations with one system prompt."""
+    shared, events = Techniques("float32", "document", True, False, 8, 64, share_prefixes=True), []
+    separate = run(model_folder, chat_data_folder, dataclasses.replace(shared, share_prefixes=False), method="full")
+
+    together = run(model_folder, chat_data_folder, shared, method="full", events=events)
+
+    close(together, separate)
+    lengths = Dataset.load(chat_data_folder).lengths
+    order = Order(len(lengths), 8, seed=5, num_train_epochs=1, max_steps=3)
+    steps = [event for event in events if isinstance(event, StepReport)]
+    assert [event.tokens for event in steps] == [int(lengths[order.sample_ids(step)].sum()) for step in range(3)]
+    assert all(event.computed_tokens < 0.7 * event.tokens for event in steps)
+
+
+@pytest.mark.parametrize(
+    ("shares", "recomputes"),
+    [(False, False), (True, False), (True, True)],
+    ids=["end to end", "as a tree", "as a tree, checkpointed"],
+)
+def test_rows_that_are_seen_again_skip_frozen_lower_layers_and_lose_nothing(
+    model_folder, chat_data_folder, shares, recomputes
+):
+    packed, events = Techniques("float32", "document", True, recomputes, 8, 64, share_prefixes=shares), []
+    upper, three_epochs = {"layers_to_transform": [1]}, 9
+
+    def keep(setup, data):
+        setup.lower = LowerLayers(setup.model)
+
+    known = run(model_folder, chat_data_folder, packed, steps=three_epochs, before=keep, options=upper, events=events)
+
+    close(known, run(model_folder, chat_data_folder, packed, steps=three_epochs, options=upper))
+    steps = [event for event in events if isinstance(event, StepReport)]
+    computed = [event.computed_tokens or event.tokens for event in steps]
+    assert [event.known_tokens for event in steps] == [0, 0, 0, *computed[3:]]
 
 
 def test_full_training_is_as_independent_of_layout(model_folder, data_folder):

@@ -1,0 +1,110 @@
+"""What frozen lower layers make of a sample is computed once; losses and gradients stay those of whole passes."""
+
+import pytest
+import torch
+
+from strategies.reuse.lower_layers import DocumentParts, LowerLayers
+from strategies.reuse.row import lay_out
+from strategies.step.supervised_logits import Batch, loss_sum
+from tests.strategies.reuse.test_exact import CASES, learnt
+from tests.strategies.test_packing_exact import FAMILIES, tiny
+
+DOCUMENTS = [torch.tensor(one) for one in CASES["two levels"]]
+MASKS = learnt(DOCUMENTS)
+
+
+def model_of(family="llama", first=1):
+    """A model of two layers of which those from `first` on train."""
+    model = tiny(family, **FAMILIES[family])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad = any(f".{number}." in name for number in range(first, 2))
+    return model
+
+
+def batch_of(numbers, shares):
+    ids, masks = [DOCUMENTS[one] for one in numbers], [MASKS[one] for one in numbers]
+    if shares:
+        return Batch.of_tree(lay_out(ids, masks), tuple(numbers))
+    return Batch(torch.cat(ids)[None], torch.cat(masks)[None], tuple(map(len, ids)), None, tuple(numbers))
+
+
+def loss_and_gradients(model, batch, lower=None):
+    model.zero_grad()
+    if lower is None:
+        loss = loss_sum(model, batch)
+    else:
+        with lower.serve(batch.sample_ids, DocumentParts(batch.document_lengths, batch.shared and batch.shared.tree)):
+            loss = loss_sum(model, batch)
+    loss.backward()
+    return loss.item(), torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
+
+
+@pytest.mark.parametrize("shares", [False, True], ids=["end to end", "as a tree"])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_known_samples_skip_the_lower_layers_and_lose_nothing(family, shares):
+    model = model_of(family)
+    lower, seen = LowerLayers(model), []
+    for module in lower._layers[0].children():
+        module.register_forward_pre_hook(lambda *_: seen.append(1))
+    loss_and_gradients(model, batch_of([0, 1], shares), lower)
+    loss_and_gradients(model, batch_of([2, 3], shares), lower)
+    computed = len(seen)
+
+    loss, gradients = loss_and_gradients(model, batch_of([3, 1, 0], shares), lower)  # known from other rows
+
+    assert len(seen) == computed > 0
+    assert lower.count() == batch_of([3, 1, 0], shares).input_ids_BT.numel()
+    expected, wanted = loss_and_gradients(model, batch_of([3, 1, 0], shares))
+    assert loss == pytest.approx(expected, rel=1e-5)
+    assert (gradients - wanted).norm() <= 1e-5 * wanted.norm()
+
+
+def test_a_row_with_an_unknown_sample_passes_all_layers_and_is_kept():
+    model = model_of()
+    lower = LowerLayers(model)
+    loss_and_gradients(model, batch_of([0, 1], False), lower)
+
+    found = loss_and_gradients(model, batch_of([0, 2], False), lower)
+
+    assert lower.count() == 0
+    assert lower.num_bytes == sum(len(DOCUMENTS[one]) for one in (0, 1, 2)) * 32 * 4
+    assert found[0] == loss_and_gradients(model, batch_of([0, 2], False))[0]
+
+
+def test_what_was_forgotten_is_computed_again():
+    model = model_of()
+    lower = LowerLayers(model)
+    loss_and_gradients(model, batch_of([0], False), lower)
+    with torch.no_grad():
+        model.model.layers[0].mlp.down_proj.weight.mul_(2)
+
+    lower.forget()
+
+    found = loss_and_gradients(model, batch_of([0], False), lower)
+    assert found[0] == loss_and_gradients(model, batch_of([0], False))[0]
+    assert lower.count() == 0
+
+
+def test_the_lower_layers_are_whole_again_after_a_row_that_failed():
+    model = model_of()
+    lower = LowerLayers(model)
+    loss_and_gradients(model, batch_of([0], False), lower)
+
+    with pytest.raises(RuntimeError), lower.serve((0,), DocumentParts((len(DOCUMENTS[0]),))):
+        raise RuntimeError
+
+    assert "forward" not in vars(lower._layers[0])
+
+
+@pytest.mark.parametrize(("first", "why"), [(0, "its first layer trains"), (2, "none of its layers trains")])
+def test_models_without_a_frozen_lower_layer_are_refused_with_the_reason(first, why):
+    with pytest.raises(ValueError, match=why):
+        LowerLayers(model_of(first=first))
+
+
+def test_an_embedding_that_trains_is_below_all_layers():
+    model = model_of()
+    model.get_input_embeddings().weight.requires_grad = True
+
+    with pytest.raises(ValueError, match="its embedding trains"):
+        LowerLayers(model)
