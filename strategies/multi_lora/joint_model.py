@@ -108,7 +108,7 @@ class JointModel:
         """From now on activations are computed again in backward passes."""
         if not self._checkpoints:
             checkpointing.enable(self.model)
-            self._checkpoints = True
+            self._checkpoints = self._streams.repeats = True
 
     def losses(self, parts: Sequence[Part], loss_type: LossType) -> list[torch.Tensor]:
         """Summed loss of each part's supervised tokens, of one forward pass."""
@@ -118,6 +118,7 @@ class JointModel:
 
     def _divide(self, parts: Sequence[Part]) -> None:
         self._parts = parts
+        self._streams.begin_pass()
         self._ranges.divide([part.job for part in parts], [part.batch.input_ids_BT.numel() for part in parts])
 
     def _ranged(self, name: str) -> RangedLinear:

@@ -33,20 +33,31 @@ class Ranges:
 
 
 class RandomStreams:
-    """Random numbers of jobs that share a row: each draws from a stream of its own, as if it were alone."""
+    """Random numbers of jobs that share a row: each draws from a stream of its own, as if it were alone.
+
+    Where activations are computed again, each map draws in a backward pass what it drew in the forward pass.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._states: dict[Hashable, torch.Tensor] = {}
+        self._drawn: dict[tuple[Hashable, int], torch.Tensor] = {}  # of this pass: (job, map) -> where its draw began
+        self.repeats = False  # activations are computed again
+
+    def begin_pass(self) -> None:
+        self._drawn = {}
 
     def seeded(self, job: Hashable) -> None:
         """The job's stream begins where torch's stands now, just seeded."""
         self._states[job] = self._now()
 
     @contextlib.contextmanager
-    def of(self, job: Hashable) -> Iterator[None]:
-        """Inside the block torch draws from the job's stream."""
-        self._set(self._states[job])
+    def of(self, job: Hashable, place: int) -> Iterator[None]:
+        """Inside the block torch draws from the job's stream; `place` is the map that does."""
+        began = self._drawn.get((job, place), self._states[job])
+        if self.repeats:
+            self._drawn[job, place] = began
+        self._set(began)
         yield
         self._states[job] = self._now()
 
@@ -140,5 +151,5 @@ class RangedLinear(torch.nn.Module):
             return y
         if not (correction.draws and correction.dropout.training):
             return correction.add(y, x)
-        with self._streams.of(job):
+        with self._streams.of(job, id(self)):
             return correction.add(y, x)

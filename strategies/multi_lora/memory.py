@@ -49,16 +49,3 @@ def estimate_together(jobs: Sequence[JobMemory], device: DeviceCapability) -> Me
         host_bytes=max(job.estimate.host_bytes for job in jobs),
     )
     return with_framework(tensors, device)
-
-
-def num_places(jobs: Sequence[JobMemory], device: DeviceCapability, usable_bytes: float | None) -> int:
-    """How many of the jobs, whichever, fit at a time; at least one, which was planned to fit alone."""
-    if usable_bytes is None:
-        return len(jobs)
-    largest = sorted(jobs, key=lambda job: -job.own_bytes)
-    fitting = [
-        count
-        for count in range(1, len(jobs) + 1)
-        if estimate_together(largest[:count], device).total_bytes <= usable_bytes
-    ]
-    return max(fitting, default=1)

@@ -9,10 +9,11 @@ from clusters.capability import ClusterCapability, DeviceCapability
 from clusters.units import format_bytes
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.run import HeldRun
+from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import record
 from orchestrator.runs.run_folder import RunFolder
-from strategies.multi_lora.memory import JobMemory, estimate_together, num_places
+from strategies.multi_lora.memory import JobMemory, estimate_together
 
 _TRAINED_BYTES = 4.0  # of a trained weight's element
 
@@ -96,6 +97,14 @@ def _sharing(members: Sequence[HeldRun]) -> Sharing:
     places = num_places(jobs, device, min(known, default=None))
     largest = sorted(jobs, key=lambda job: -job.own_bytes)[:places]
     return Sharing(tuple(members), places, estimate_together(largest, device).total_bytes)
+
+
+def num_places(jobs: Sequence[JobMemory], device: DeviceCapability, usable_bytes: float | None) -> int:
+    """How many of the jobs, whichever, fit at a time; at least one, which was planned to fit alone."""
+    largest = sorted(jobs, key=lambda job: -job.own_bytes)
+    estimates = {count: estimate_together(largest[:count], device) for count in range(1, len(jobs) + 1)}
+    needed = {count: needed_bytes(memory, device.kind) for count, memory in estimates.items()}
+    return max((count for count, size in needed.items() if usable_bytes is None or size <= usable_bytes), default=1)
 
 
 def _memory_of(held: HeldRun) -> JobMemory:

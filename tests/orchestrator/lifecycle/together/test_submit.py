@@ -9,9 +9,10 @@ from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.lifecycle.run import submit
 from orchestrator.lifecycle.together import share
 from orchestrator.lifecycle.together.submit import Submission, submit_together
+from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.runs.events import ErrorReport, Evaluation, Note
 from orchestrator.runs.run_folder import RunFolder
-from strategies.multi_lora import memory
+from strategies.multi_lora.memory import estimate_together
 from tests.orchestrator.lifecycle.together.conftest import UNLIKE
 
 
@@ -102,11 +103,13 @@ def test_what_cannot_share_trains_by_itself_and_is_said_to(folder, here, alone):
 def test_runs_wait_where_not_all_fit_and_that_is_said_beforehand(folder, here, alone, monkeypatch):
     said = []
 
-    def two_fit(jobs, device, usable_bytes):
-        two = memory.estimate_together(jobs[:2], device).total_bytes
-        return memory.num_places(jobs, device, two)
+    plain = share.num_places
 
-    monkeypatch.setattr(share, "num_places", two_fit)
+    def on_a_smaller_machine(jobs, device, usable_bytes):
+        largest = sorted(jobs, key=lambda job: -job.own_bytes)
+        return plain(jobs, device, needed_bytes(estimate_together(largest[:2], device), device.kind))
+
+    monkeypatch.setattr(share, "num_places", on_a_smaller_machine)
     found = submit_together(submissions(folder, "queued"), said.append)
 
     assert "2 at a time, the others as they end" in said[0]

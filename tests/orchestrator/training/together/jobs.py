@@ -46,7 +46,7 @@ class SmallJob:
     method: str = "lora"
     loaded_with: dict[str, Any] = field(default_factory=dict)  # arguments of from_pretrained
     patience: int | None = None
-    spoil: Callable[[int, TrainSetup], None] = lambda step, setup: None  # called after each step
+    spoil: Callable[[int, TrainSetup], None] = lambda step, setup: None  # called before the first step and after each
 
 
 @dataclass
@@ -80,6 +80,7 @@ def run(setup: TrainSetup, data_folder, job: SmallJob, start=None, stop_at: int 
     """The loop, from a checkpoint where there is one, to the end or to `stop_at`."""
     found, whole, progress = Trained(setup=setup), Dataset.load(data_folder), Progress()
     rows = [(job.first_row + row) % len(whole) for row in range(len(whole) - job.first_row % 5)]
+    job.spoil(0, setup)
     if start:
         state, values = start
         restore(setup, state)
@@ -116,16 +117,24 @@ def run(setup: TrainSetup, data_folder, job: SmallJob, start=None, stop_at: int 
     return found
 
 
-def alone(model_folder, data_folder, job: SmallJob, **more) -> Trained:
-    return run(set_up(load(model_folder, **job.loaded_with), job), data_folder, job, **more)
+def alone(model_folder, data_folder, job: SmallJob, prepare=None) -> Trained:
+    """The job by itself; `prepare` is called with its base model."""
+    model = load(model_folder, **job.loaded_with)
+    setup = set_up(model, job)
+    if prepare:
+        prepare(model)
+    return run(setup, data_folder, job)
 
 
 def together(model, data_folder, jobs, starts=None, places=99, prepare=None, watch=None) -> dict[str, Any]:
-    """All jobs over one model that was loaded; what each came to, or its error, and the `notes`."""
+    """All jobs over one model that was loaded; what each came to, or its error, and the `notes`.
+
+    `prepare` is called with the model in which rows meet, `watch` before each pass with the jobs that wait.
+    """
     base, notes, found = SharedBase(model), [], {}
     row = JointRow(JointModel(base), notes.append)
     if prepare:
-        prepare(row)
+        prepare(row.model.model)
 
     def call_of(job: SmallJob):
         def call(turn: Turn) -> None:
@@ -154,13 +163,12 @@ def together(model, data_folder, jobs, starts=None, places=99, prepare=None, wat
 
 
 def farthest(first: Trained, second: Trained) -> float:
-    """The largest difference of losses, norms and weights, relative to the largest of each."""
+    """The largest relative difference of a step's loss or gradient norm, or of all weights in the end."""
     assert len(first.losses) == len(second.losses) > 0
     assert first.weights.keys() == second.weights.keys()
-    apart = [abs(a - b) / abs(b) for a, b in zip(first.losses + first.norms, second.losses + second.norms, strict=True)]
-    largest = max(value.abs().max().item() for value in second.weights.values())
-    apart += [(first.weights[name] - second.weights[name]).abs().max().item() / largest for name in second.weights]
-    return max(apart)
+    pairs = zip(first.losses + first.norms, second.losses + second.norms, strict=True)
+    ours, theirs = (torch.cat([one.weights[name].flatten() for name in second.weights]) for one in (first, second))
+    return max(*(abs(a - b) / abs(b) for a, b in pairs), ((ours - theirs).norm() / theirs.norm()).item())
 
 
 def differing(job: SmallJob, **changes) -> SmallJob:

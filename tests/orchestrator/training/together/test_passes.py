@@ -24,6 +24,12 @@ from tests.orchestrator.training.together.jobs import (
 )
 
 
+@pytest.fixture(scope="module")
+def whole(model_folder, data_folder):
+    """Each of the jobs below by itself."""
+    return {job.name: alone(model_folder, data_folder, job) for job in MIXED}
+
+
 def warm_up(step):
     return min(1.0, (step + 1) / 5)
 
@@ -56,21 +62,21 @@ MIXED = [
 ]
 
 
-def test_unlike_jobs_in_one_row_train_as_each_does_alone(model_folder, data_folder):
+def test_unlike_jobs_in_one_row_train_as_each_does_alone(model_folder, data_folder, whole):
     rows = []
     found = together(load(model_folder), data_folder, MIXED, watch=rows.append)
 
     assert max(map(len, rows)) == len(MIXED)  # they did share rows
     for job in MIXED:
         assert len(found[job.name].losses) == job.steps
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5, job.name
+        assert farthest(found[job.name], whole[job.name]) <= 1e-5, job.name
 
 
-def test_the_only_job_of_a_row_trains_bit_by_bit_as_alone(model_folder, data_folder):
+def test_the_only_job_of_a_row_trains_bit_by_bit_as_alone(model_folder, data_folder, whole):
     for job in MIXED:
         found = together(load(model_folder), data_folder, [job])
 
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) == 0.0, job.name
+        assert farthest(found[job.name], whole[job.name]) == 0.0, job.name
 
 
 def test_activations_computed_again_give_the_same(model_folder, data_folder):
@@ -93,8 +99,9 @@ def test_the_loss_in_chunks_is_the_same(model_folder, data_folder):
         assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
 
 
-def test_a_job_that_continues_from_a_checkpoint_among_others_is_as_one_that_never_stopped(model_folder, data_folder):
-    whole = {job.name: alone(model_folder, data_folder, job) for job in MIXED}
+def test_a_job_that_continues_from_a_checkpoint_among_others_is_as_one_that_never_stopped(
+    model_folder, data_folder, whole
+):
     starts = {job.name: whole[job.name].saved[7 if job.name != "wide" else 14] for job in MIXED[:4]}
 
     found = together(load(model_folder), data_folder, MIXED, starts)
@@ -127,25 +134,26 @@ def test_a_loss_that_is_not_finite_ends_its_job_and_leaves_the_others_bit_equal(
         assert farthest(found[job.name], sound[job.name]) <= 1e-5
 
 
+def spoil_at_once(step, setup):
+    assert step == 0  # its loss is not finite: it has no step
+    with torch.no_grad():
+        next(iter(setup.parameters.values())).fill_(math.nan)
+
+
 def test_a_gradient_that_is_not_finite_stays_in_its_own_range(model_folder, data_folder):
     """The very pass with the loss that is none: gradients of the others are those of a pass without."""
-    jobs = [MIXED[0], differing(MIXED[1], name="other"), MIXED[3]]
-    sound = together(load(model_folder), data_folder, [differing(job, steps=1) for job in jobs])
+    jobs = [differing(job, steps=1) for job in (MIXED[0], MIXED[1], MIXED[3])]
+    sound = together(load(model_folder), data_folder, jobs)
 
-    def now(step, setup):
-        raise AssertionError("its loss is not finite: it has no step")
+    found = together(load(model_folder), data_folder, [jobs[0], differing(jobs[1], spoil=spoil_at_once), jobs[2]])
 
-    spoilt = differing(jobs[1], steps=1, spoil=now, options={**jobs[1].options, "lora_alpha": math.inf})
-    changed = [differing(jobs[0], steps=1), spoilt, differing(jobs[2], steps=1)]
-    found = together(load(model_folder), data_folder, changed)
-
-    assert isinstance(found["other"], Diverged)
+    assert isinstance(found["wide"], Diverged)
     for job in (jobs[0], jobs[2]):
         assert farthest(found[job.name], sound[job.name]) == 0.0
 
 
-def test_a_job_that_stops_early_leaves_the_others_as_they_are(model_folder, data_folder):
-    early = differing(MIXED[0], name="early", learning_rate=0.5, patience=1)
+def test_a_job_that_stops_early_leaves_the_others_as_they_are(model_folder, data_folder, whole):
+    early = differing(MIXED[0], name="early", learning_rate=3.0, patience=1)
     expected = alone(model_folder, data_folder, early)
     assert expected.progress.stopped == "early" and expected.progress.step < 20
 
@@ -153,77 +161,88 @@ def test_a_job_that_stops_early_leaves_the_others_as_they_are(model_folder, data
 
     assert found["early"].progress.step == expected.progress.step
     assert found["early"].progress.eval_losses == pytest.approx(expected.progress.eval_losses, rel=1e-5)
-    assert farthest(found["wide"], alone(model_folder, data_folder, MIXED[1])) <= 1e-5
+    assert farthest(found["wide"], whole["wide"]) <= 1e-5
 
 
-def test_jobs_wait_for_a_place_where_not_all_have_one(model_folder, data_folder):
+def test_jobs_wait_for_a_place_where_not_all_have_one(model_folder, data_folder, whole):
     rows = []
     found = together(load(model_folder), data_folder, MIXED, places=2, watch=rows.append)
 
     assert max(map(len, rows)) == 2
     for job in MIXED:
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
+        assert farthest(found[job.name], whole[job.name]) <= 1e-5
 
 
 def test_a_pass_stays_within_the_tokens_of_a_micro_batch(model_folder, data_folder):
-    """Micro-batches that fill their limit share no pass: each has the very layout of one alone."""
-    full = dataclasses.replace(PACKED, per_device_train_batch_size=1, max_length=24)
+    full = dataclasses.replace(PACKED, per_device_train_batch_size=1, max_length=40)
     jobs, tokens = [differing(job, techniques=full, steps=5) for job in (MIXED[0], MIXED[3])], []
 
-    def watch_tokens(row):
-        row.model.model.register_forward_pre_hook(lambda _, inputs: tokens.append(inputs[0].shape[1]))
+    def watch_tokens(model):
+        model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: tokens.append(ids[0].shape[1]))
 
     found = together(load(model_folder), data_folder, jobs, prepare=watch_tokens)
 
-    assert 12 < max(tokens) <= 24
+    assert 27 < max(tokens) <= 40
     for job in jobs:
         assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
 
 
-def test_memory_that_runs_out_in_a_shared_pass_only_makes_passes_smaller(model_folder, data_folder):
+def test_memory_that_runs_out_in_a_shared_pass_only_makes_passes_smaller(model_folder, data_folder, whole):
     """In a backward pass, when some gradients are there already."""
-    failures = []
+    rows = []
 
-    def fail_once(row):
-        def fail(*_):
-            if len(row.backlogs) == 3 and not failures:
-                failures.append([one.job.setup for one in row.backlogs])
+    def fail_once(model):
+        def fail(_):
+            if len(rows) == 3:
+                rows.append(["failed"])
                 raise MemoryError("no memory for three")
 
-        row.model.model.model.layers[0].self_attn.register_full_backward_pre_hook(fail)
+        model.model.layers[1].self_attn.register_forward_hook(lambda _, __, made: made[0].register_hook(fail) and None)
 
-    found = together(load(model_folder), data_folder, MIXED[:3], prepare=fail_once)
+    found = together(load(model_folder), data_folder, MIXED[:3], prepare=fail_once, watch=rows.append)
 
-    assert len(failures) == 1 and "no memory for three" in found["notes"][0]
+    assert len(rows[2]) == 3 and rows[3] == ["failed"] and "no memory for three" in found["notes"][0]
     for job in MIXED[:3]:
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
+        assert farthest(found[job.name], whole[job.name]) <= 1e-5
 
 
 def test_memory_that_runs_out_for_one_job_alone_makes_its_own_micro_batches_smaller(model_folder, data_folder):
-    def never_large(row):
-        def refuse(_, inputs):
-            if inputs[0].shape[1] > 60:
-                raise MemoryError("more than 60 tokens")
+    def never_large(model):
+        def refuse(_, ids):
+            if ids[0].shape[1] > 100:
+                raise MemoryError("more than 100 tokens")
 
-        row.model.model.register_forward_pre_hook(refuse)
+        model.get_input_embeddings().register_forward_pre_hook(refuse)
 
-    found = together(load(model_folder), data_folder, MIXED[:3], prepare=never_large)
+    jobs = [differing(job, steps=6) for job in MIXED[:3]]
+    found = together(load(model_folder), data_folder, jobs, prepare=never_large)
 
-    for job in MIXED[:3]:
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
+    assert found["plain"].setup and "at most" in found["notes"][0]
+    for job in jobs:
+        assert farthest(found[job.name], alone(model_folder, data_folder, job, never_large)) <= 1e-5
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_a_base_in_few_bits_is_shared_too(model_folder, data_folder, kind):
-    method = METHODS["qlora"](bnb_quant_type=kind)
-    quantised = method.load_arguments(PACKED)
-    of_bits = {"method": "qlora", "loaded_with": quantised, "steps": 4}
-    jobs = [differing(job, **of_bits, options={**job.options, "bnb_quant_type": kind}) for job in (MIXED[0], MIXED[3])]
+def test_a_base_in_four_bits_is_shared_too(model_folder, data_folder):
+    quantised = METHODS["qlora"]().load_arguments(PACKED)
+    jobs = [differing(job, method="qlora", loaded_with=quantised, steps=4) for job in (MIXED[0], MIXED[3])]
 
     found = together(load(model_folder, **quantised), data_folder, jobs)
 
     for job in jobs:
-        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= (1e-5 if kind == "nf4" else 1e-2)
+        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "why"),
+    [
+        ("qlora", {"bnb_quant_type": "int8"}, "outliers over all tokens"),
+        ("lora", {"use_dora": True}, "use_dora is more than pairs"),
+        ("lora", {"init_lora_weights": "pissa"}, "init_lora_weights: pissa is more than pairs"),
+        ("full", {}, "trains weights of the base model itself"),
+    ],
+)
+def test_what_cannot_share_says_why(method, options, why):
+    assert why in METHODS[method](**options).why_alone()
 
 
 @pytest.fixture(scope="module")
