@@ -147,10 +147,10 @@ def _follow(held: HeldRun, first: Plan) -> None:
 
 def _watch(runs: Sequence[LiveRun], plan: Plan, slot: dict[str, float], places: int) -> BaseException | None:
     """Run the worker to its end and report meanwhile."""
-    from orchestrator.training.together.worker import work_together
+    from orchestrator.training.together.worker import SharedWork
     from orchestrator.training.workers.launch import launch
 
-    work = partial(work_together, [str(live.run.path) for live in runs], places)
+    work = SharedWork(tuple(str(live.run.path) for live in runs), places)
 
     def train() -> None:
         launch(runs[0].run, plan, slot, {}, work)

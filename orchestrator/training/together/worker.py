@@ -7,7 +7,7 @@ passes of training are shared.  A run that fails is recorded as failed and the o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,21 +22,26 @@ from orchestrator.training.workers.worker import work
 from strategies.multi_lora.turns import Turn, take_turns
 
 
-def work_together(
-    folders: Sequence[str], places: int, first: RunFolder, rank: int, size: int, node: str, slot: int
-) -> None:
-    """Train the runs in these folders to their ends, not more than `places` at a time; `first` is one of them."""
-    runs = [RunFolder(Path(folder)) for folder in folders]
+@dataclass(frozen=True)
+class SharedWork:
+    """What a worker of several runs does, in place of `worker.work`; Ray sends it there."""
 
-    def note(text: str) -> None:
-        for run in runs:
-            run.record(Note(text))
+    folders: tuple[str, ...]  # of the runs
+    places: int  # of them that train at a time
 
-    shared, part = SharedModel(len(runs), note), first.plan().part_of(node, slot)
-    torch.set_num_threads(part.threads)
-    calls = [partial(_work, shared, run, node, slot) for run in runs]
-    with deterministic(first.job().spec.train.deterministic):
-        take_turns(calls, places, shared.run_pass)
+    def __call__(self, first: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
+        """Train the runs to their ends; `first` is one of them."""
+        runs = [RunFolder(Path(folder)) for folder in self.folders]
+
+        def note(text: str) -> None:
+            for run in runs:
+                run.record(Note(text))
+
+        shared = SharedModel(len(runs), note)
+        torch.set_num_threads(first.plan().part_of(node, slot).threads)
+        calls = [partial(_work, shared, run, node, slot) for run in runs]
+        with deterministic(first.job().spec.train.deterministic):
+            take_turns(calls, self.places, shared.run_pass)
 
 
 def _work(shared: SharedModel, run: RunFolder, node: str, slot: int, turn: Turn) -> None:
