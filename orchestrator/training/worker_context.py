@@ -13,6 +13,7 @@ from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training.parallel import ProcessGroup
+from strategies.contract import MemoryEstimate
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
@@ -22,6 +23,11 @@ class Seat(Protocol):
 
     @property
     def num_runs(self) -> int: ...
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Predicted of all that train at a time."""
+        ...
 
     @property
     def computed_s(self) -> float:

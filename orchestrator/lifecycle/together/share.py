@@ -13,6 +13,7 @@ from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs import record
 from orchestrator.runs.run_folder import RunFolder
+from strategies.contract import MemoryEstimate
 from strategies.multi_lora.memory import JobMemory, estimate_together
 
 _TRAINED_BYTES = 4.0  # of a trained weight's element
@@ -24,7 +25,7 @@ class Sharing:
 
     runs: tuple[HeldRun, ...]
     places: int  # of them that train at a time
-    predicted_bytes: float
+    memory: MemoryEstimate  # of those together
 
     @property
     def text(self) -> str:
@@ -33,7 +34,7 @@ class Sharing:
         at_once = "all at once" if self.places == len(self.runs) else f"{self.places} at a time, the others as they end"
         return (
             f"{len(self.runs)} runs share one base model in one worker ({names}): {at_once}, with a predicted"
-            f" {format_bytes(self.predicted_bytes)}"
+            f" {format_bytes(self.memory.total_bytes)}"
         )
 
 
@@ -96,7 +97,7 @@ def _sharing(members: Sequence[HeldRun]) -> Sharing:
     known = [plan.nodes[0].memory_usable_bytes for plan in plans if plan.nodes[0].memory_usable_bytes is not None]
     places = num_places(jobs, device, min(known, default=None))
     largest = sorted(jobs, key=lambda job: -job.own_bytes)[:places]
-    return Sharing(tuple(members), places, estimate_together(largest, device).total_bytes)
+    return Sharing(tuple(members), places, estimate_together(largest, device))
 
 
 def num_places(jobs: Sequence[JobMemory], device: DeviceCapability, usable_bytes: float | None) -> int:

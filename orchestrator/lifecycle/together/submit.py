@@ -134,7 +134,7 @@ def _train_on_ray(runs: Sequence[LiveRun], sharing: Sharing, say: Callable[[str]
             _follow(one, plan)
         gpus = machines.planned_gpus(plan, recovery.capability)
         cluster = stack.enter_context(connect("local", 1, plan.threads_per_worker, gpus=gpus))
-        return _watch(runs, plan, cluster.slot_resources, sharing.places)
+        return _watch(runs, plan, cluster.slot_resources, sharing)
 
 
 def _follow(held: HeldRun, first: Plan) -> None:
@@ -145,12 +145,12 @@ def _follow(held: HeldRun, first: Plan) -> None:
         held.run.keep("plan.json", replace(held.plan, nodes=(replace(part, uuid=gpu),)).to_json())
 
 
-def _watch(runs: Sequence[LiveRun], plan: Plan, slot: dict[str, float], places: int) -> BaseException | None:
+def _watch(runs: Sequence[LiveRun], plan: Plan, slot: dict[str, float], sharing: Sharing) -> BaseException | None:
     """Run the worker to its end and report meanwhile."""
     from orchestrator.training.together.worker import SharedWork
     from orchestrator.training.workers.launch import launch
 
-    work = SharedWork(tuple(str(live.run.path) for live in runs), places)
+    work = SharedWork(tuple(str(live.run.path) for live in runs), sharing.places, sharing.memory)
 
     def train() -> None:
         launch(runs[0].run, plan, slot, {}, work)

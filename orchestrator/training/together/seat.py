@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.runs.events import StepReport
+from strategies.contract import MemoryEstimate
 from strategies.multi_lora.joint_model import JointModel, SharedBase
 from strategies.multi_lora.passes import JointPasses, JointRow
 from strategies.multi_lora.turns import Turn
@@ -19,8 +20,8 @@ from strategies.workload import Techniques
 class SharedModel:
     """The base model of several runs, loaded once, and the row in which their micro-batches meet."""
 
-    def __init__(self, num_runs: int, note: Callable[[str], None]) -> None:
-        self.num_runs, self._note = num_runs, note
+    def __init__(self, num_runs: int, memory: MemoryEstimate, note: Callable[[str], None]) -> None:
+        self.num_runs, self.memory, self._note = num_runs, memory, note
         self._base: SharedBase | None = None
         self._row: JointRow | None = None
 
@@ -56,6 +57,11 @@ class SharedSeat:
     def num_runs(self) -> int:
         """That share the base."""
         return self._shared.num_runs
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Predicted of all that train at a time."""
+        return self._shared.memory
 
     @property
     def computed_s(self) -> float:

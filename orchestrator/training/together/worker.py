@@ -19,6 +19,7 @@ from orchestrator.training.determinism import deterministic
 from orchestrator.training.together.seat import SharedModel, SharedSeat
 from orchestrator.training.workers.failures import record_failure
 from orchestrator.training.workers.worker import work
+from strategies.contract import MemoryEstimate
 from strategies.multi_lora.turns import Turn, take_turns
 
 
@@ -28,6 +29,7 @@ class SharedWork:
 
     folders: tuple[str, ...]  # of the runs
     places: int  # of them that train at a time
+    memory: MemoryEstimate  # of those together
 
     def __call__(self, first: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
         """Train the runs to their ends; `first` is one of them."""
@@ -37,7 +39,7 @@ class SharedWork:
             for run in runs:
                 run.record(Note(text))
 
-        shared = SharedModel(len(runs), note)
+        shared = SharedModel(len(runs), self.memory, note)
         torch.set_num_threads(first.plan().part_of(node, slot).threads)
         calls = [partial(_work, shared, run, node, slot) for run in runs]
         with deterministic(first.job().spec.train.deterministic):

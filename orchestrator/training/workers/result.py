@@ -44,7 +44,8 @@ class TrainingOutcome:
 
 def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> dict[str, Any]:
     """What is known before the model is evaluated (runs/json_files.py: RunResult)."""
-    progress, plan, memory = outcome.progress, context.plan, context.part.memory
+    progress, plan = outcome.progress, context.plan
+    memory = context.seat.memory if context.seat else context.part.memory
     steps = [event.seconds for _, event in sorted(run.steps().items())]
     return {
         "steps": progress.step,

@@ -45,7 +45,7 @@ def train_together_here(runs, sharing, say):
     """In place of Ray: the one worker of several runs, in this process."""
     from orchestrator.training.together.worker import SharedWork
 
-    SharedWork(tuple(str(live.run.path) for live in runs), sharing.places)(runs[0].run, 0, 1, "", 0)
+    SharedWork(tuple(str(live.run.path) for live in runs), sharing.places, sharing.memory)(runs[0].run, 0, 1, "", 0)
     for live in runs:
         live.report()
 

@@ -52,6 +52,7 @@ def test_times_of_shared_passes_teach_no_prediction(folder, here, alone):
 
     assert times.measured_step_s > 0 and times.runs_together == 3
     assert times.predicted_step_s is None and times.formula_step_s is None
+    assert run.result().memory.predicted_bytes > run.plan().memory.total_bytes
     assert ratios([run.result().values]) == {} and ratios([alone["one"].result().values])
 
 
