@@ -18,7 +18,7 @@ from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 
-class Seat(Protocol):
+class RunSeat(Protocol):
     """A run's place among those that train over one base model in one process (training/together)."""
 
     @property
@@ -65,7 +65,7 @@ class WorkerContext:
     group: ProcessGroup = ProcessGroup()
     slot: int = 0  # which of its node's workers it is
     record: Callable[[Event], None] = ignore_event
-    seat: Seat | None = None  # where other runs train over the same base model
+    seat: RunSeat | None = None  # where other runs train over the same base model
 
     @property
     def is_first(self) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from strategies.model.architecture import decoder_layers
-from strategies.multi_lora.linear import Correction, OtherTokens, RandomStreams, RangedLinear, Ranges
+from strategies.multi_lora.linear import MapCorrection, OtherTokens, RandomStreams, RangedLinear, Ranges
 from strategies.step.document_attention import packed_arguments
 from strategies.step.supervised_logits import Batch, inner_model, loss_sums
 from strategies.techniques import checkpointing
@@ -25,7 +25,7 @@ _PREFIX = "base_model.model."  # of PEFT's names
 _PROBE = ((5, 3), (4,))  # lengths of the documents of two jobs
 
 
-class SharedBase:
+class BaseCopies:
     """A frozen base model of which every job gets modules of its own: the same tensors, so no memory."""
 
     def __init__(self, model: Any) -> None:
@@ -52,7 +52,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[Any]:
 
 
 @dataclass(frozen=True)
-class Part:
+class RowPart:
     """A job's part of a row: a packed micro-batch."""
 
     job: Hashable
@@ -66,12 +66,12 @@ class JointModel:
     Jobs come and go between rows.
     """
 
-    def __init__(self, base: SharedBase) -> None:
+    def __init__(self, base: BaseCopies) -> None:
         self.model = base.copy()
         self.model.train()
         self._ranges, self._streams = Ranges(), RandomStreams(base.device)
         self._drawing: set[Hashable] = set()  # jobs with dropout
-        self._parts: Sequence[Part] = ()
+        self._parts: Sequence[RowPart] = ()
         self._checkpoints = False
         for number, layer in enumerate(decoder_layers(self.model)):
             layer.register_forward_pre_hook(lambda *_, number=number: self._begin_layer(number))
@@ -82,7 +82,7 @@ class JointModel:
         Raises ValueError too for a model whose maps see other tokens than those of the row.
         """
         layers = {name: module for name, module in setup.model.named_modules() if hasattr(module, "lora_A")}
-        found = {name.removeprefix(_PREFIX): Correction.of(layer) for name, layer in layers.items()}
+        found = {name.removeprefix(_PREFIX): MapCorrection.of(layer) for name, layer in layers.items()}
         held = {id(p) for one in found.values() for m in (one.first, one.second) for p in m.parameters()}
         if others := [name for name, p in setup.parameters.items() if id(p) not in held]:
             raise ValueError(f"{len(others)} trained weights are no pair of A and B, e.g. {others[0]}")
@@ -110,13 +110,13 @@ class JointModel:
             checkpointing.enable(self.model)
             self._checkpoints = self._streams.repeats = True
 
-    def losses(self, parts: Sequence[Part], loss_type: LossType) -> list[torch.Tensor]:
+    def losses(self, parts: Sequence[RowPart], loss_type: LossType) -> list[torch.Tensor]:
         """Summed loss of each part's supervised tokens, of one forward pass."""
         self._divide(parts)
         batch = end_to_end([part.batch for part in parts])
         return loss_sums(self.model, batch, [part.batch.targets_S.numel() for part in parts], loss_type)
 
-    def _divide(self, parts: Sequence[Part]) -> None:
+    def _divide(self, parts: Sequence[RowPart]) -> None:
         self._parts = parts
         self._streams.begin_pass()
         self._ranges.divide([part.job for part in parts], [part.batch.input_ids_BT.numel() for part in parts])
@@ -172,7 +172,7 @@ class JointModel:
     def _logits(model: Any, ids_1T: torch.Tensor, lengths: Sequence[int], device: torch.device) -> torch.Tensor:
         return model(ids_1T, **packed_arguments(lengths, device), use_cache=False).logits[0]
 
-    def _of(self, job: Hashable) -> list[tuple[str, Correction]]:
+    def _of(self, job: Hashable) -> list[tuple[str, MapCorrection]]:
         return [
             (name, module.corrections[job])
             for name, module in self.model.named_modules()

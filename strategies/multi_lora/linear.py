@@ -75,7 +75,7 @@ class RandomStreams:
 
 
 @dataclass(frozen=True)
-class Correction:
+class MapCorrection:
     """A job's correction of one map: the modules are those of its own PEFT layer, so gradients land there."""
 
     first: torch.nn.Module  # A, to the rank
@@ -85,7 +85,7 @@ class Correction:
     keeps_dtype: bool  # under autocast its input is not cast to A's precision: PEFT's layers for quantised maps
 
     @classmethod
-    def of(cls, layer: Any) -> Correction:
+    def of(cls, layer: Any) -> MapCorrection:
         """That of a PEFT layer.  Raises ValueError for one that is more than a pair of matrices."""
         name = "default"
         others = {
@@ -124,7 +124,7 @@ class RangedLinear(torch.nn.Module):
         super().__init__()
         self.base = base
         self._ranges, self._streams = ranges, streams
-        self.corrections: dict[Hashable, Correction] = {}  # no submodules: they belong to the jobs' own models
+        self.corrections: dict[Hashable, MapCorrection] = {}  # no submodules: they belong to the jobs' own models
 
     def __getattr__(self, name: str) -> Any:
         try:

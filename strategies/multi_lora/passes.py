@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from clusters.safe.reading import first_line
-from strategies.multi_lora.joint_model import JointModel, Part
+from strategies.multi_lora.joint_model import JointModel, RowPart
 from strategies.multi_lora.turns import Turn
 from strategies.step.out_of_memory import release_cache
 from strategies.step.passes import SequentialPasses
@@ -166,7 +166,7 @@ class JointRow:
         if any(one.step.techniques.gradient_checkpointing for one in chosen):
             self.model.recompute_activations()
         techniques, device = first.step.techniques, first.batch.input_ids_BT.device
-        parts = [Part(one.job.job, one.batch, one.step.begin_layer) for one in chosen]
+        parts = [RowPart(one.job.job, one.batch, one.step.begin_layer) for one in chosen]
         with autocast(device.type, techniques.dtype):
             sums = self.model.losses(parts, techniques.loss_type)
             losses = [loss / one.step.num_supervised for loss, one in zip(sums, chosen, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.runs.events import StepReport
 from strategies.contract import MemoryEstimate
-from strategies.multi_lora.joint_model import JointModel, SharedBase
+from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointPasses, JointRow
 from strategies.multi_lora.turns import Turn
 from strategies.step import document_attention, host_memory
@@ -22,13 +22,13 @@ class SharedModel:
 
     def __init__(self, num_runs: int, memory: MemoryEstimate, note: Callable[[str], None]) -> None:
         self.num_runs, self.memory, self._note = num_runs, memory, note
-        self._base: SharedBase | None = None
+        self._base: BaseCopies | None = None
         self._row: JointRow | None = None
 
-    def base(self, load: Callable[[], Any]) -> SharedBase:
+    def base(self, load: Callable[[], Any]) -> BaseCopies:
         """The base; the first one who asks loads it."""
         if self._base is None:
-            self._base = SharedBase(load())
+            self._base = BaseCopies(load())
         return self._base
 
     @property

@@ -22,7 +22,7 @@ from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model import agreement, hand_back
 from orchestrator.training.model.agreement import Portrait
 from orchestrator.training.state import STOP_REQUESTS, Hooks, Progress, Training
-from orchestrator.training.worker_context import Seat, WorkerContext
+from orchestrator.training.worker_context import RunSeat, WorkerContext
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.pace import agree_on_shares, has_fixed_shares
 from orchestrator.training.workers.result import TrainingOutcome
@@ -34,7 +34,7 @@ from strategies.train_setup import TrainSetup, TrainState
 _STEPS_A_TRIM = 10
 
 
-def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: Seat | None = None) -> None:
+def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: RunSeat | None = None) -> None:
     """Train the run's job to its end, or to where it is asked to stop, and write result.json.
 
     `seat` is its place where other runs train over the same base in this process.  Raises OrchestratorError for what

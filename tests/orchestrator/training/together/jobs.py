@@ -17,7 +17,7 @@ from orchestrator.training.loop import train
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from strategies import METHODS
-from strategies.multi_lora.joint_model import JointModel, SharedBase
+from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointRow
 from strategies.multi_lora.turns import Turn, take_turns
 from strategies.step import document_attention
@@ -131,7 +131,7 @@ def together(model, data_folder, jobs, starts=None, places=99, prepare=None, wat
 
     `prepare` is called with the model in which rows meet, `watch` before each pass with the jobs that wait.
     """
-    base, notes, found = SharedBase(model), [], {}
+    base, notes, found = BaseCopies(model), [], {}
     row = JointRow(JointModel(base), notes.append)
     if prepare:
         prepare(row.model.model)

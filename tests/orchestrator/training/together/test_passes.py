@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from orchestrator.errors import Diverged
 from strategies import METHODS
-from strategies.multi_lora.joint_model import JointModel, SharedBase
+from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointRow
 from strategies.multi_lora.turns import Turn
 from tests.orchestrator.training.together.jobs import (
@@ -267,7 +267,7 @@ def test_transposed_maps_are_corrected_as_well(conv1d_folder, data_folder):
 
 
 def test_jobs_of_one_base_hold_its_weights_once(model_folder):
-    base = SharedBase(load(model_folder))
+    base = BaseCopies(load(model_folder))
     setups = [set_up(base.copy(), job) for job in MIXED]
 
     held = {id(p): p.numel() for setup in setups for p in setup.model.parameters()}
@@ -276,7 +276,7 @@ def test_jobs_of_one_base_hold_its_weights_once(model_folder):
 
 
 def test_corrections_of_another_form_do_not_join_a_row(model_folder, data_folder):
-    base = SharedBase(load(model_folder))
+    base = BaseCopies(load(model_folder))
     row = JointRow(JointModel(base), print)
     setup = set_up(base.copy(), SmallJob("dora", {"lora_r": 4, "use_dora": True}))
 
