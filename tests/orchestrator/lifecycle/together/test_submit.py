@@ -13,6 +13,7 @@ from orchestrator.planning.memory_fit import needed_bytes
 from orchestrator.runs.events import ErrorReport, Evaluation, Note
 from orchestrator.runs.run_folder import RunFolder
 from strategies.multi_lora.memory import estimate_together
+from tests.cli import called
 from tests.orchestrator.lifecycle.together.conftest import UNLIKE
 
 
@@ -135,3 +136,33 @@ def test_a_job_with_a_mistake_stops_no_other(folder, here):
 
     assert "nowhere.jsonl" in str(one)
     assert two.state_by_events() == "finished"
+
+
+def test_several_job_files_are_submitted_at_once(folder, here, alone):
+    done = called("submit", "one.yaml", "two.yaml", "--run-id", "evening", cwd=folder, check=0)
+
+    assert "2 runs share one base model in one worker (evening-one, evening-two)" in " ".join(done.stderr.split())
+    assert "two: step 5/5" in done.stdout
+    for name in ("one", "two"):
+        assert_same(RunFolder(folder / "runs" / f"evening-{name}"), alone[name])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["one.yaml", "one.yaml"], "name: one is the name of several of the jobs"),
+        (["one.yaml", "two.yaml", "--dry-run"], "--dry-run belongs to one job, and 2 are given"),
+        (["one.yaml", "two.yaml", "--cluster", "auto"], "--cluster belongs to one job, and 2 are given"),
+    ],
+)
+def test_what_belongs_to_one_job_is_refused_for_several(folder, arguments, said):
+    done = called("submit", *arguments, cwd=folder, check=2)
+
+    assert said in " ".join(done.stderr.split())
+
+
+def test_what_fails_of_several_is_named_in_the_end(folder, here):
+    diverging = ["--set", "train.learning_rate=1e30", "--set", "train.max_grad_norm=0", "--run-id", "bad"]
+    done = called("submit", "one.yaml", "three.yaml", *diverging, cwd=folder, check=5)
+
+    assert "2 of 2 failed; `--run-id bad` tries them again" in " ".join(done.stderr.split())
