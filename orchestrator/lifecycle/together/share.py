@@ -49,7 +49,6 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         f"strategy.mode: zero{techniques.zero_stage}": techniques.zero_stage > 0,
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
         "its rows are padded (data.packing: false)": not techniques.packing,
-        f"model.attn_implementation: {techniques.attn_implementation}": techniques.attn_implementation != "document",
     }
     own = plan.build_method().why_alone()
     found = [*([own] if own else []), *(text for text, holds in reasons.items() if holds)]

@@ -12,7 +12,7 @@ from strategies.contract import MemoryEstimate
 from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointPasses, JointRow
 from strategies.multi_lora.turns import Turn
-from strategies.step import document_attention, host_memory
+from strategies.step import host_memory
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
@@ -31,18 +31,20 @@ class SharedModel:
             self._base = BaseCopies(load())
         return self._base
 
-    @property
-    def row(self) -> JointRow:
-        assert self._base is not None  # whoever joins has a copy of it
+    def row(self, attention: str) -> JointRow:
+        """The row, whose documents this kernel keeps apart: it is the same one for all, as their model is."""
+        assert self._base is not None  # a run that joins has a copy of it
         if self._row is None:
             self._row = JointRow(JointModel(self._base), self._note)
+            self._row.model.model.set_attn_implementation(attention)
         return self._row
 
     def run_pass(self) -> None:
         """One pass for all runs that wait for theirs."""
-        if self.row.backlogs[0].job.setup.device.type == "cpu":
+        assert self._row is not None
+        if self._row.backlogs[0].job.setup.device.type == "cpu":
             host_memory.keep()
-        self.row.run_pass()
+        self._row.run_pass()
 
 
 class SharedSeat:
@@ -75,11 +77,11 @@ class SharedSeat:
     @contextlib.contextmanager
     def joined(self, setup: TrainSetup, techniques: Techniques, note: Callable[[str], None]) -> Iterator[None]:
         """Inside the block its micro-batches share passes with those of other runs, where they can."""
-        if techniques.packing and techniques.attn_implementation == document_attention.NAME:
-            self._passes, why = self._shared.row.join(self._run_id, setup, self._turn)
+        row, why = self._shared.row(techniques.attn_implementation), "its rows are padded"
+        if techniques.packing:
+            self._passes, why = row.join(self._run_id, setup, self._turn)
         else:
-            why = "its rows are padded, or its attention keeps documents apart in another way"
-            self._passes = JointPasses(setup, self._shared.row, self._turn, self._run_id, is_joined=False)
+            self._passes = JointPasses(setup, row, self._turn, self._run_id, is_joined=False)
         if why:
             note(f"its passes run by themselves, between those of the other runs: {why}")
         setup.passes, self._counted_s = self._passes, (0.0, 0.0)
