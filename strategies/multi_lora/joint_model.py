@@ -144,7 +144,7 @@ class JointModel:
         Raises ValueError where they differ by more than rounding: a model whose maps see tokens in another order.
         """
         inner = inner_model(setup.model)
-        moved = [correction.second.weight for _, correction in self._of(job)]  # B, which begins at zero
+        moved: list[Any] = [correction.second.weight for _, correction in self._of(job)]  # B, which begins at zero
         kept, was_training = [weight.clone() for weight in moved], setup.model.training
         draw = torch.Generator().manual_seed(0)
         lengths = [length for part in _PROBE for length in part]

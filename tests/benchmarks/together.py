@@ -19,6 +19,7 @@ import tempfile
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -104,7 +105,8 @@ def _setup(model, rank: int):
     from strategies import METHODS
     from strategies.train_setup import TrainSettings
 
-    return METHODS["lora"](lora_r=rank).setup(
+    method: Any = METHODS["lora"]
+    return method(lora_r=rank).setup(
         model, TrainSettings(1e-3, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, _techniques(4096), 0)
     )
 
@@ -145,12 +147,12 @@ def _step_together(row, joined, tokens: int, seed: int) -> list[float]:
 
 def passes(num_jobs: int, rounds: int, sizes: list[int]) -> None:
     """Steps of several jobs, each alone on its own model and all in one row; the two ways take turns."""
-    from strategies.multi_lora.joint_model import JointModel, SharedBase
+    from strategies.multi_lora.joint_model import JointModel, BaseCopies
     from strategies.multi_lora.passes import JointRow
     from strategies.multi_lora.turns import Turn
     from strategies.step.passes import SequentialPasses
 
-    base = SharedBase(_base()[1])
+    base = BaseCopies(_base()[1])
     alone, shared = ([_setup(base.copy(), 4 + 4 * (job % 3)) for job in range(num_jobs)] for _ in range(2))
     row = JointRow(JointModel(base), print)
     joined = [row.join(job, setup, Turn(print))[0] for job, setup in enumerate(shared)]
@@ -193,9 +195,9 @@ def _hold(count: int, tokens: int) -> None:
     model = _base()[1]
     base_mib = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) / 2**20
     loaded = resident()
-    from strategies.multi_lora.joint_model import JointModel, SharedBase
+    from strategies.multi_lora.joint_model import JointModel, BaseCopies
 
-    base = SharedBase(model)
+    base = BaseCopies(model)
     joint = JointModel(base)
     setups = [_setup(base.copy(), 8) for _ in range(count)]
     for job, setup in enumerate(setups):

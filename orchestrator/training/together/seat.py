@@ -12,9 +12,11 @@ from strategies.contract import MemoryEstimate
 from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointPasses, JointRow
 from strategies.multi_lora.turns import Turn
-from strategies.step import host_memory
+from strategies.step import document_attention, host_memory
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
+
+_MASKING = ("sdpa", "eager")
 
 
 class SharedModel:
@@ -32,11 +34,16 @@ class SharedModel:
         return self._base
 
     def row(self, attention: str) -> JointRow:
-        """The row, whose documents this kernel keeps apart: it is the same one for all, as their model is."""
+        """The row; all runs plan the same kernel, as their model is the same.
+
+        One that masks scores reads every value of the row: 0 times another job's nan is nan.  `document` takes its
+        place, in which no job's values meet another's, for the same numbers up to rounding.
+        """
         assert self._base is not None  # a run that joins has a copy of it
         if self._row is None:
             self._row = JointRow(JointModel(self._base), self._note)
-            self._row.model.model.set_attn_implementation(attention)
+            apart = document_attention.NAME if attention in _MASKING else attention
+            self._row.model.model.set_attn_implementation(apart)
         return self._row
 
     def run_pass(self) -> None:

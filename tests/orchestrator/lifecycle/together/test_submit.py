@@ -72,7 +72,8 @@ def test_runs_that_were_stopped_continue_together_as_if_they_never_were(folder, 
         patch.setattr(worker.checkpoint, "save", stop_all_at_the_second_step_of_two)
         submit_together(stopped, print)
     runs = [RunFolder(folder / "runs" / one.run_id) for one in stopped]
-    assert all(run.state_by_events() == "stopped" and 2 <= max(run.steps()) < 5 for run in runs)
+    ended = {run.run_id: (run.state_by_events(), max(run.steps())) for run in runs}
+    assert all(state == "stopped" and 2 <= step < 5 for state, step in ended.values()), ended
 
     for name, run in zip(UNLIKE, submit_together(stopped, print), strict=True):
         assert_same(run, alone[name])
