@@ -147,7 +147,7 @@ def _step_together(row, joined, tokens: int, seed: int) -> list[float]:
 
 def passes(num_jobs: int, rounds: int, sizes: list[int]) -> None:
     """Steps of several jobs, each alone on its own model and all in one row; the two ways take turns."""
-    from strategies.multi_lora.joint_model import JointModel, BaseCopies
+    from strategies.multi_lora.joint_model import BaseCopies, JointModel
     from strategies.multi_lora.passes import JointRow
     from strategies.multi_lora.turns import Turn
     from strategies.step.passes import SequentialPasses
@@ -195,7 +195,7 @@ def _hold(count: int, tokens: int) -> None:
     model = _base()[1]
     base_mib = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values()) / 2**20
     loaded = resident()
-    from strategies.multi_lora.joint_model import JointModel, BaseCopies
+    from strategies.multi_lora.joint_model import BaseCopies, JointModel
 
     base = BaseCopies(model)
     joint = JointModel(base)
