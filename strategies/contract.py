@@ -137,6 +137,10 @@ class MethodDefaults(Protocol):
         """The adapter that training starts from; None where it starts anew."""
         return None
 
+    def why_alone(self) -> str | None:
+        """Why its jobs cannot share a base model with other jobs (multi_lora); None where they can."""
+        return "its method trains weights of the base model itself"
+
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         """Why it cannot train this model with these techniques; None where it can."""
         return None

@@ -65,6 +65,7 @@ class StepPasses:
     begin: Callable[[Any], None]  # called before a batch's forward pass: its random numbers begin
     filler: list[int]  # a sample for a pass that counts for nothing
     before_last: Callable[[], None] = lambda: None  # called once, before the backward pass of the last micro-batch
+    begin_layer: Callable[[int], None] = lambda layer: None  # the random numbers of a decoder layer begin
 
 
 @dataclass

@@ -14,6 +14,7 @@ from orchestrator.cli import remote
 from orchestrator.cli.options import (
     HardwareOption,
     JobArgument,
+    JobsArgument,
     JsonOption,
     RefreshOption,
     SetOption,
@@ -24,8 +25,10 @@ from orchestrator.cli.options import (
     say,
     show,
 )
-from orchestrator.errors import JobError, Stopped
+from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
+from orchestrator.job.job_file import Job
 from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
 
@@ -218,12 +221,15 @@ RenderOption = Annotated[
 AttachOption = Annotated[
     str | None, typer.Option("--attach", help="with kuberay: run on this RayCluster instead of one of its own")
 ]
-RunIdOption = Annotated[str | None, typer.Option("--run-id", help="name of the run; an existing one is continued")]
+RunIdOption = Annotated[
+    str | None,
+    typer.Option("--run-id", help="name of the run; an existing one is continued; of several jobs NAME-JOB each"),
+]
 
 
 @verbs.command()
 def submit(
-    job: JobArgument,
+    jobs: JobsArgument,
     set_: SetOption = [],
     dry_run: Annotated[bool, typer.Option("--dry-run", help="plan only: the same as `plan --exact`")] = False,
     cluster: ClusterOption = None,
@@ -237,17 +243,28 @@ def submit(
 ) -> None:
     """Run a job: plan it, train on Ray, evaluate, hand back the tuned model.
 
+    Several jobs run at once where they can share a base model: it is loaded once, and each has a run of its own.
+
     Ctrl-C saves a checkpoint and stops; `resume` continues from there.  A job that was sent through a dashboard
     continues without this terminal: Ctrl-C detaches.
 
     Examples: orchestrator submit quickstart
               orchestrator submit job.yaml --set train.learning_rate=1e-4
               orchestrator submit job.yaml --dry-run
+              orchestrator submit a.yaml b.yaml c.yaml --run-id evening
               orchestrator submit job.yaml --cluster http://192.168.1.10:8265
               orchestrator submit job.yaml --cluster kuberay:team --detach
     """
     if run_id is not None and (wrong := name_mistake(run_id)):
         raise JobError(f"--run-id {wrong}")
+    if len(jobs) > 1:
+        given = {"--cluster": cluster, "--render": render, "--attach": attach, "--hardware": hardware}
+        given |= {"--dry-run": dry_run, "--detach": detach, "--supervised": supervised}
+        if named := [name for name, value in given.items() if value]:
+            raise JobError(f"{', '.join(named)} belongs to one job, and {len(jobs)} are given: submit them one by one")
+        _submit_several([load_job(job, set_) for job in jobs], run_id, json_)
+        return
+    (job,) = jobs
     if dry_run:
         plan(job, set_, exact=True, json_=json_)
         return
@@ -270,3 +287,27 @@ def submit(
             say(str(stopped))  # exit code 0: a supervisor that restarts what fails must not restart this
             return
     print_result(run, json_)
+
+
+def _submit_several(jobs: list[Job], run_id: str | None, as_json: bool) -> None:
+    """Run jobs that may share a base model.  Raises JobError in the end where some failed, after all others."""
+    from orchestrator.cli.progress import Named
+    from orchestrator.lifecycle.together.submit import Submission, submit_together
+
+    names = [job.spec.name for job in jobs]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise JobError(f"name: {', '.join(twice)} is the name of several of the jobs: give each its own")
+    watchers = [Quiet() if as_json else Named(name) for name in names]
+    ids = [None if run_id is None else f"{run_id}-{name}" for name in names]
+    outcomes = submit_together(list(map(Submission, jobs, watchers, ids)), say, BANK_HOOKS)
+    failed = []
+    for name, outcome in zip(names, outcomes, strict=True):
+        if isinstance(outcome, OrchestratorError):
+            failed.append(f"{name}: {outcome}")
+        else:
+            print_result(outcome, as_json)
+    if failed:
+        again = (
+            f"`--run-id {run_id}` tries" if run_id else "`orchestrator resume RUN` continues each, and --run-id tries"
+        )
+        raise RunFailed("\n".join([*failed, f"{len(failed)} of {len(jobs)} failed; {again} them again"]))

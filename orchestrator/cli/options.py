@@ -45,6 +45,10 @@ def complete_key(incomplete: str) -> list[str]:
 
 
 JobArgument = Annotated[str, typer.Argument(help="a job file, or the name of a recipe", autocompletion=complete_job)]
+JobsArgument = Annotated[
+    list[str],
+    typer.Argument(help="a job file, or the name of a recipe; several run together", autocompletion=complete_job),
+]
 RunArgument = Annotated[
     str, typer.Argument(help="a run: its id, the start of it, its folder, or `latest`", autocompletion=complete_run)
 ]

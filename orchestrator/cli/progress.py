@@ -13,7 +13,7 @@ from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle.hooks import Quiet
-from orchestrator.planning.plan import Plan
+from orchestrator.planning.plan import Plan, summary
 from orchestrator.runs.events import (
     BetweenReport,
     Evaluation,
@@ -84,6 +84,21 @@ class Lines(Quiet):
         every = max(1, self._num_steps // 10)
         if event.step % every == 0 or event.step == 1:
             self.say(f"step {event.step}/{self._num_steps}: {_step_text(event)}")
+
+
+class Named(Lines):
+    """Lines that begin with the job's name, for several jobs in one log."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(out)
+        self._name = name
+
+    def say(self, text: str) -> None:
+        super().say(f"{self._name}: {text}")
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        self._num_steps, self._predicted = plan.num_steps, plan.phases
+        self.say(f"run {run.run_id}: {summary(plan)}")
 
 
 class Live(Lines):

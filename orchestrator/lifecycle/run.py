@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -44,20 +44,8 @@ def submit(job: Job, watcher: Watcher, run_id: str | None = None, bank: BankHook
     A `run_id` that exists continues where it stands: the same command after a crash loses nothing.  JobError where that
     run is of other settings or other data, or where another process holds it.
     """
-    _check_secrets(job)
-    known = RunFolder(output_dir(job) / run_id) if run_id else None
-    if known is None or not known.has_started:
-        if run_id:
-            RunFolder.check_free(output_dir(job), run_id)  # before the work of preparing; `take` decides
-        ready = prepare(job, watcher.say, bank=bank)
-        with RunFolder.take(output_dir(job), job.spec.name, run_id) as run:
-            if not run.has_started:
-                _begin(run, ready, watcher.say)
-                watcher.planned(run, job, ready.plan, ready.statistics)
-                execute(run, job, ready.plan, ready.capability, watcher, bank)
-                return run
-        known = run  # another process was faster
-    return resume(known, watcher, job, bank)
+    with contextlib.ExitStack() as stack:
+        return complete(hold(stack, job, watcher, run_id, bank), watcher, bank)
 
 
 def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankHooks = NO_BANK) -> RunFolder:
@@ -66,20 +54,63 @@ def resume(run: RunFolder, watcher: Watcher, job: Job | None = None, bank: BankH
     `job` is by default the run's own.  Raises JobError where it is another one, or where the files that the run began
     with were changed.
     """
-    with run.lock():
-        run.restore(watcher.say)
-        if job:
-            check_same_job(run, job)
-        job = job or run.job()
-        for key in run.free_changes():
-            watcher.say(f"{key} was changed since the run began; it is used as it is now")
-        if is_handed_back(run, watcher.say):
-            finish.finish(run, job, watcher.event, bank)
-        else:
-            files, plan = verified_files(run, job, watcher.say), run.plan()
-            watcher.planned(run, job, plan, files.statistics or {})
-            execute(run, job, plan, run.capability(), watcher, bank)
-    return run
+    with contextlib.ExitStack() as stack:
+        return complete(_hold_started(stack, run, watcher, job), watcher, bank)
+
+
+@dataclass(frozen=True)
+class HeldRun:
+    """A run that this process holds, and the plan that is to be carried out; None where only its end is left."""
+
+    run: RunFolder
+    job: Job
+    plan: Plan | None
+
+
+def hold(
+    stack: contextlib.ExitStack, job: Job, watcher: Watcher, run_id: str | None = None, bank: BankHooks = NO_BANK
+) -> HeldRun:
+    """Prepare a job and begin its run, or find the run that exists; it is held until the stack ends.  As `submit`."""
+    _check_secrets(job)
+    known = RunFolder(output_dir(job) / run_id) if run_id else None
+    if known is None or not known.has_started:
+        if run_id:
+            RunFolder.check_free(output_dir(job), run_id)  # before the work of preparing; `take` decides
+        ready = prepare(job, watcher.say, bank=bank)
+        with contextlib.ExitStack() as attempt:
+            run = attempt.enter_context(RunFolder.take(output_dir(job), job.spec.name, run_id))
+            if not run.has_started:
+                _begin(run, ready, watcher.say)
+                watcher.planned(run, job, ready.plan, ready.statistics)
+                stack.enter_context(attempt.pop_all())
+                return HeldRun(run, job, ready.plan)
+        known = run  # another process was faster
+    return _hold_started(stack, known, watcher, job)
+
+
+def _hold_started(stack: contextlib.ExitStack, run: RunFolder, watcher: Watcher, job: Job | None) -> HeldRun:
+    """Hold a run that has begun; as `resume`."""
+    stack.enter_context(run.lock())
+    run.restore(watcher.say)
+    if job:
+        check_same_job(run, job)
+    job = job or run.job()
+    for key in run.free_changes():
+        watcher.say(f"{key} was changed since the run began; it is used as it is now")
+    if is_handed_back(run, watcher.say):
+        return HeldRun(run, job, None)
+    files, plan = verified_files(run, job, watcher.say), run.plan()
+    watcher.planned(run, job, plan, files.statistics or {})
+    return HeldRun(run, job, plan)
+
+
+def complete(held: HeldRun, watcher: Watcher, bank: BankHooks = NO_BANK) -> RunFolder:
+    """Do what is left of a run."""
+    if held.plan is None:
+        finish.finish(held.run, held.job, watcher.event, bank)
+    else:
+        execute(held.run, held.job, held.plan, held.run.capability(), watcher, bank)
+    return held.run
 
 
 def is_complete(run: RunFolder, job: Job) -> bool:
@@ -125,23 +156,10 @@ def execute(
     The caller holds the run.  Raises RunFailed when the workers failed, were stopped, or did nothing; ClusterError when
     Ray cannot be reached.
     """
-    run.stop_file.unlink(missing_ok=True)
-    run.replan_file.unlink(missing_ok=True)
-    start = run.end_of_events()
-    run.record(StateChange("running", pid=os.getpid()))
-    live = LiveRun(run, job, watcher, bank, Mirror(run, job), start)
-    try:
+    live = LiveRun.begin(run, job, watcher, bank)
+    with live.judged():
         _train_on_ray(live, plan, capability)
-        _check_result(run)
-    except BaseException as error:
-        stopped = any(isinstance(e, StateChange) and e.state == "stopped" for e in run.events(start)[0])
-        if isinstance(error, OrchestratorError) and not stopped:
-            run.record(StateChange("failed", text=str(error)))
-        live.mirror.finish()
-        for event in run.events(live.mirror.offset_at_start)[0]:
-            if isinstance(event, TrackingReport):
-                watcher.event(event)
-        raise
+        check_result(run)
     finish.finish(run, job, watcher.event, bank)
 
 
@@ -156,6 +174,32 @@ class LiveRun:
     mirror: Mirror
     offset: int
     is_interrupted: bool = False
+    began_at: int = 0  # how far its events were when this began
+
+    @classmethod
+    def begin(cls, run: RunFolder, job: Job, watcher: Watcher, bank: BankHooks = NO_BANK) -> LiveRun:
+        """Record that it runs, in this process."""
+        run.stop_file.unlink(missing_ok=True)
+        run.replan_file.unlink(missing_ok=True)
+        _, start = run.events()
+        run.record(StateChange("running", pid=os.getpid()))
+        return cls(run, job, watcher, bank, Mirror(run, job), start, began_at=start)
+
+    @contextlib.contextmanager
+    def judged(self) -> Iterator[None]:
+        """Record a failure of the block, unless the run was stopped, and send it to MLflow."""
+        try:
+            yield
+        except BaseException as error:
+            events = self.run.events(self.began_at)[0]
+            stopped = any(isinstance(event, StateChange) and event.state == "stopped" for event in events)
+            if isinstance(error, OrchestratorError) and not stopped:
+                self.run.record(StateChange("failed", text=str(error)))
+            self.mirror.finish()
+            for event in self.run.events(self.mirror.offset_at_start)[0]:
+                if isinstance(event, TrackingReport):
+                    self.watcher.event(event)
+            raise
 
     def report(self) -> None:
         """Pass new events to the watcher."""
@@ -226,7 +270,7 @@ def _attempt(
     return error
 
 
-def _check_result(run: RunFolder) -> None:
+def check_result(run: RunFolder) -> None:
     """A run that trained no step, saved no checkpoint or handed nothing back has failed, whatever Ray says."""
     events, result = summary_of(run), run.result()  # a summary of a long run is there from its end on
     state = events.state_by_events

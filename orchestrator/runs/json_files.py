@@ -68,6 +68,7 @@ class StepTimes:
     device: str | None = None
     uuid: str | None = None  # of a GPU
     dtype: str | None = None
+    runs_together: int | None = None  # in one process, over one base model; then nothing is predicted
 
 
 @dataclass(frozen=True)

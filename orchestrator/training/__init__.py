@@ -16,5 +16,6 @@ shares          how each step is divided among the workers
 stops           where a generated answer ends
 worker_context  what a process that trains or measures works on
 model           the model in a worker: loaded, checked, handed back
+together        several runs in one worker, over one base model
 workers         processes that train, measure or evaluate, and how they are launched
 """

@@ -33,11 +33,31 @@ def deterministic(is_on: bool) -> Iterator[None]:
     if not is_on:
         yield
         return
+    if torch.are_deterministic_algorithms_enabled():  # by several runs of one process: the outer block switches it off
+        with _as_job_error():
+            yield
+        return
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     environment = {name: os.environ.get(name) for name in _ENVIRONMENT}
     os.environ.update(_ENVIRONMENT)
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    try:
+        with _as_job_error():
+            yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        for name, value in environment.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+@contextlib.contextmanager
+def _as_job_error() -> Iterator[None]:
+    """Name an operation that has no deterministic kernel as the job's."""
     try:
         yield
     except RuntimeError as error:
@@ -47,14 +67,6 @@ def deterministic(is_on: bool) -> Iterator[None]:
         raise JobError(
             f"train.deterministic: {reason}. Set it to false, or choose another model.attn_implementation"
         ) from error
-    finally:
-        torch.use_deterministic_algorithms(before[0])
-        torch.backends.cudnn.benchmark = before[1]
-        for name, value in environment.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def resume_note(devices: Sequence[str], is_deterministic: bool, has_fixed_shares: bool) -> str:

@@ -96,6 +96,7 @@ def _passes(
         begin=partial(_begin, training, samples.step),
         filler=samples.ids_N[:1],
         before_last=before_last,
+        begin_layer=training.random.begin_layer,
     )
 
 

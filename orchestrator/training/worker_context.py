@@ -3,14 +3,50 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import NodePlan, Plan
-from orchestrator.runs.events import Event, Note
+from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training.parallel import ProcessGroup
+from strategies.contract import MemoryEstimate
+from strategies.train_setup import TrainSetup
+from strategies.workload import Techniques
+
+
+class RunSeat(Protocol):
+    """A run's place among those that train over one base model in one process (training/together)."""
+
+    @property
+    def num_runs(self) -> int: ...
+
+    @property
+    def memory(self) -> MemoryEstimate:
+        """Predicted of all that train at a time."""
+        ...
+
+    @property
+    def computed_s(self) -> float:
+        """Its part of the passes so far."""
+        ...
+
+    def copy_base(self, load: Callable[[], Any]) -> Any:
+        """The base for this run alone, over tensors that all share; `load` where none has it yet."""
+        ...
+
+    def joined(
+        self, setup: TrainSetup, techniques: Techniques, note: Callable[[str], None]
+    ) -> AbstractContextManager[None]:
+        """Inside the block its passes are shared."""
+        ...
+
+    def attributed(self, report: StepReport) -> StepReport:
+        """The report of a step with the time that is its own."""
+        ...
 
 
 def ignore_event(event: Event) -> None:
@@ -29,6 +65,7 @@ class WorkerContext:
     group: ProcessGroup = ProcessGroup()
     slot: int = 0  # which of its node's workers it is
     record: Callable[[Event], None] = ignore_event
+    seat: RunSeat | None = None  # where other runs train over the same base model
 
     @property
     def is_first(self) -> bool:

@@ -25,6 +25,7 @@ _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogon
 
 
 _VLLM_RANKS = 512
+_PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # that leave the base as it is and look at no data
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,18 @@ class Lora(PredictedMethod):
     @property
     def adapter_folder(self) -> str | None:
         return self.init_adapter
+
+    def why_alone(self) -> str | None:
+        others = {
+            "use_dora": self.use_dora,
+            "modules_to_save": bool(self.modules_to_save),
+            "trainable_token_indices": bool(self.trainable_token_indices),
+            "target_parameters": bool(self.target_parameters),
+            f"bias: {self.bias}": self.bias != "none",
+            f"init_lora_weights: {self.init_lora_weights}": self.init_lora_weights not in _PLAIN_STARTS,
+        }
+        named = [name for name, is_set in others.items() if is_set]
+        return f"{' and '.join(named)} is more than pairs of A and B over a base that stays as it is" if named else None
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         start = str(self.init_lora_weights)

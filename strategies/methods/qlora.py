@@ -42,6 +42,11 @@ class QLora(Lora):
             if any(targets.is_saved(module, name) for module in quantised)
         ]
 
+    def why_alone(self) -> str | None:
+        if self.bnb_quant_type == "int8":  # LLM.int8: a column is an outlier where any token of the row makes it one
+            return "int8 looks for outliers over all tokens of a row, so that jobs of one row would reach each other"
+        return super().why_alone()
+
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         costs = super().costs(shape, techniques)
         g = BYTES_PER_ELEMENT[techniques.dtype]

@@ -21,12 +21,16 @@ class LayerRandomness:
         self._text = ""
         if draws_random_numbers(model):
             for number, layer in enumerate(decoder_layers(model)):
-                layer.register_forward_pre_hook(lambda *_, number=number: self._seed(f"{self._text}/{number}"))
+                layer.register_forward_pre_hook(lambda *_, number=number: self.begin_layer(number))
 
     def begin(self, text: str) -> None:
         """Begin a forward pass; `text` names its micro-batch."""
         self._text = text
         self._seed(text)
+
+    def begin_layer(self, number: int) -> None:
+        """Begin a decoder layer of that pass."""
+        self._seed(f"{self._text}/{number}")
 
     def _seed(self, text: str) -> None:
         torch.manual_seed(zlib.crc32(text.encode()))

@@ -40,14 +40,25 @@ def kept() -> Iterator[bool]:
 
     Not for code that grows tensors step by step, such as generation with a cache: the freed blocks never fit again.
     """
-    mallopt = _mallopt()
-    understood = mallopt is not None and _set(mallopt, 0)
+    understood = keep()
     try:
         yield understood
     finally:
-        if mallopt is not None:
-            _set(mallopt, 1)
-            trim()
+        let_go()
+
+
+def keep() -> bool:
+    """Hold on to freed memory until `let_go`; whether the C library understood."""
+    mallopt = _mallopt()
+    return mallopt is not None and _set(mallopt, 0)
+
+
+def let_go() -> None:
+    """Give freed memory back to the kernel, what is free now included."""
+    mallopt = _mallopt()
+    if mallopt is not None:
+        _set(mallopt, 1)
+        trim()
 
 
 def trim() -> None:

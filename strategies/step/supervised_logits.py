@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,10 +83,17 @@ def loss_sum(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Ten
     `chunked_nll` computes the same without ever holding all logits: a few positions at a time, again in the backward
     pass (as TRL's loss of that name; Wijmans et al., arXiv 2411.09009, fuse it further).
     """
+    return loss_sums(model, batch, [batch.targets_S.numel()], loss_type)[0]
+
+
+def loss_sums(model: Any, batch: Batch, sizes: Sequence[int], loss_type: LossType = "nll") -> list[torch.Tensor]:
+    """`loss_sum` of consecutive parts of the supervised tokens, `sizes` of each, by one pass of the model."""
     if loss_type == "chunked_nll":
-        return _chunked(model, batch)
+        return _chunked(model, batch, sizes)
     logits_SV = supervised_logits(model, batch)
-    return F.cross_entropy(logits_SV.float(), batch.targets_S, reduction="sum")
+    parts = [logits_SV] if len(sizes) == 1 else logits_SV.split(list(sizes))  # a split of one would copy the gradient
+    targets = batch.targets_S.split(list(sizes))
+    return [F.cross_entropy(own.float(), wanted, reduction="sum") for own, wanted in zip(parts, targets, strict=True)]
 
 
 def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -112,7 +120,7 @@ def arguments_of(batch: Batch) -> dict[str, Any]:
     return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}
 
 
-def _chunked(model: Any, batch: Batch) -> torch.Tensor:
+def _chunked(model: Any, batch: Batch, sizes: Sequence[int]) -> list[torch.Tensor]:
     """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
     head = inner_model(model).get_output_embeddings()
     streamed = getattr(head, "streamed", None)  # a `streamed_output.OutputMatrix`
@@ -124,15 +132,19 @@ def _chunked(model: Any, batch: Batch) -> torch.Tensor:
         if streamed is not None:
             head.forward = streamed.multiply
     if streamed is not None:  # all positions at each visit of a slice: chunk by chunk it would be sent again and again
-        return streamed.loss_sum(hidden_SH, batch.targets_S)
+        parts = zip(hidden_SH.split(list(sizes)), batch.targets_S.split(list(sizes)), strict=True)
+        return [streamed.loss_sum(own_SH, targets_S) for own_SH, targets_S in parts]
 
     def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="sum")
 
-    total = hidden_SH.new_zeros((), dtype=torch.float32)
-    for hidden_PH, targets_P in zip(hidden_SH.split(CHUNK), batch.targets_S.split(CHUNK), strict=True):
-        total = total + checkpoint(part, hidden_PH, targets_P, use_reentrant=False)
-    return total
+    totals = []
+    for own_SH, targets_S in zip(hidden_SH.split(list(sizes)), batch.targets_S.split(list(sizes)), strict=True):
+        total = hidden_SH.new_zeros((), dtype=torch.float32)
+        for hidden_PH, targets_P in zip(own_SH.split(CHUNK), targets_S.split(CHUNK), strict=True):
+            total = total + checkpoint(part, hidden_PH, targets_P, use_reentrant=False)
+        totals.append(total)
+    return totals
 
 
 def can_chunk(model: Any) -> bool:

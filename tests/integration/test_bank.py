@@ -7,6 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from orchestrator.runs import checkpoints
+from orchestrator.runs.events import Note
+from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Adapter
 from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, combine
@@ -14,7 +17,8 @@ from strategies.adapter_bank.store import Bank
 from tests.adapters import write_adapter
 from tests.cli import called
 from tests.conftest import needs_smollm2, rows, write_jsonl
-from tests.processes import orchestrator
+from tests.processes import kill, orchestrator, wait_for
+from tests.processes import start as start_process
 
 
 def joined(text: str) -> str:
@@ -60,6 +64,36 @@ def test_each_data_set_is_an_adapter_with_its_scores(place):
     for card in cards:
         assert card["num_rows"] == 40 and card["ranks"] == [4] and card["licence"] == "Apache-2.0"
         assert card["scores"]["after"]["eval_loss"] < card["scores"]["before"]["eval_loss"]
+
+
+def test_data_sets_share_their_base_model(place):
+    for name in ("first", "second"):
+        run = RunFolder(place / "runs" / f"bank-{name}")
+
+        assert run.result().time.runs_together == 2 and run.result().time.formula_step_s is None
+
+
+def test_a_build_that_was_killed_continues_every_data_set(place, tmp_path):
+    """And comes to the losses of one that was not."""
+    build = ("bank", "build", place / "sets", "--job", place / "job.yaml")
+    build += ("--set", f"bank.path={tmp_path / 'bank'}", "--set", f"checkpoint.output_dir={tmp_path / 'runs'}")
+    build += ("--set", "checkpoint.save_steps=3")
+    runs = [RunFolder(tmp_path / "runs" / f"bank-{name}") for name in ("first", "second")]
+    process = start_process(*build, cwd=tmp_path)
+    wait_for(lambda: all(checkpoints.complete(run.checkpoints) for run in runs), process)
+    kill(process)
+    assert not any(run.result() for run in runs)
+
+    done = orchestrator(*build, cwd=tmp_path, check=0)
+
+    assert "2 runs share one base model in one worker" in joined(done.stderr)
+    for run in runs:
+        assert any("resumed from checkpoint" in note.text for note in run.events_of(Note))
+        expected = RunFolder(place / "runs" / run.run_id)
+        losses = [[one.steps()[step].loss for step in range(1, 31)] for one in (run, expected)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        ends = [one.result().values["after"]["eval_loss"] for one in (run, expected)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-5)
 
 
 def test_what_was_built_is_not_built_again(place):

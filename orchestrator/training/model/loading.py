@@ -144,7 +144,15 @@ def load_exported(context: WorkerContext, folder: Path, techniques: Techniques, 
     method = context.plan.build_method()
     placing = Placing(method.load_dtype(techniques), context.device, attention, method.load_arguments(techniques))
     load = partial(load_model, job=context.job, placing=placing)
-    return load_tuned(load, folder, context.model_folder)
+    if (seat := context.seat) is None:
+        return load_tuned(load, folder, context.model_folder)
+
+    def copy_base(location: str) -> Any:
+        model = seat.copy_base(partial(load, location))
+        model.set_attn_implementation(attention)
+        return model
+
+    return load_tuned(copy_base, folder, context.model_folder)
 
 
 def load_tuned(load: Callable[[str], Any], folder: Path, base: str) -> Any:

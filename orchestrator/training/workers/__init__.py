@@ -8,7 +8,7 @@ baseline    the baseline helper: evaluates the base model on an idle node while 
 bench       benchmarks a training step and generation on this machine
 connections  whether workers can connect to each other directly, before they train
 experiment  one trial of a search: a combination of options on a small part of the data
-failures    the sentence for an error that ended a worker
+failures    an error that ended a worker, as it is recorded
 finished    evaluates and merges what a finished run handed back
 gpu_locks   which of a user's programs on this machine trains on which GPU
 launch      starts the workers with Ray Train; the only module that imports it

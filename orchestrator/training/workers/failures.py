@@ -1,8 +1,13 @@
-"""The sentence for an error that ended a worker."""
+"""An error that ended a worker, as it is recorded: in one sentence."""
 
 from __future__ import annotations
 
 import re
+import traceback
+
+from orchestrator.errors import OrchestratorError
+from orchestrator.runs.events import ErrorReport
+from orchestrator.runs.run_folder import RunFolder
 
 # Libraries and objects that carry what workers send each other ...
 _NETWORK = re.compile(r"gloo|nccl|rccl|tcpstore|\bc10d\b|\bstore\b|process group", re.IGNORECASE)
@@ -14,6 +19,15 @@ _LOST = re.compile(
     r"|communicator was aborted|heartbeat",
     re.IGNORECASE,
 )
+
+
+def record_failure(run: RunFolder, error: BaseException, node: str) -> None:
+    """Record what ended a worker on a node; to be called where it is handled, for its traceback."""
+    if isinstance(error, OrchestratorError):
+        run.record(ErrorReport(text=str(error), exit_code=error.exit_code, again=error.again))
+    else:
+        text = describe(error)
+        run.record(ErrorReport(text=text, traceback=traceback.format_exc(), exit_code=5, again=True, node=node))
 
 
 def describe(error: BaseException) -> str:

@@ -12,9 +12,8 @@ import logging
 import os
 import shutil
 import socket
-import traceback
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -33,10 +32,10 @@ from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wa
 from clusters.safe.masking import masked_log
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
-from orchestrator.runs.events import ErrorReport, Note, WorkerGroup, WorkerKilled
+from orchestrator.runs.events import Note, WorkerGroup, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.connections import refuse_unreachable
-from orchestrator.training.workers.failures import describe
+from orchestrator.training.workers.failures import record_failure
 from orchestrator.training.workers.gpu_locks import equivalent_gpus
 from strategies.step import host_memory
 
@@ -51,12 +50,18 @@ _ENVIRONMENT = {
 }
 
 
-def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_ids: Mapping[str, str]) -> None:
+def launch(
+    run: RunFolder,
+    plan: Plan,
+    slot_resources: dict[str, float],
+    node_ids: Mapping[str, str],
+    work: Callable[..., None] | None = None,
+) -> None:
     """Run the planned workers to their end, each on its GPU.  Raises RunFailed when one of them fails, its node is
     lost before, or a planned GPU is no longer there.
 
-    `node_ids` maps the plan's nodes to Ray's ids; empty where there is one machine.  The caller restarts: it plans
-    again with the remaining machines (lifecycle/recovery.py).
+    `work` is what each does in place of `worker.work`.  `node_ids` maps the plan's nodes to Ray's ids; empty where
+    there is one machine.  The caller restarts: it plans again with the remaining machines (lifecycle/recovery.py).
     """
     cluster = run.capability()
     wanted = [Wanted(_ray_node(part, node_ids), equivalent_gpus(part, cluster)) for part in _on_gpus(plan)]
@@ -73,7 +78,9 @@ def launch(run: RunFolder, plan: Plan, slot_resources: dict[str, float], node_id
     for text in notices(plan, reservation):
         run.record(Note(text))
     try:
-        _train(run, plan, slot_resources, node_ids, environments(plan, reservation, node_ids))
+        seen = environments(plan, reservation, node_ids)
+        names = {node_id: name for name, node_id in node_ids.items()}
+        _train(run, plan, slot_resources, node_ids, seen, {"run": str(run.path), "names": names, "work": work})
     finally:
         reservation.release()
 
@@ -246,8 +253,12 @@ def _train(
     slot_resources: dict[str, float],
     node_ids: Mapping[str, str],
     environments: dict[str, list[dict[str, str]]],
+    config: dict[str, Any],
 ) -> None:
-    """Run the trainer.  Ray's own files go into a temporary folder: what a restart needs is our checkpoint."""
+    """Run the trainer with the `config` of `_on_worker`.
+
+    Ray's own files go into a temporary folder: what a restart needs is our checkpoint.
+    """
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
@@ -256,7 +267,7 @@ def _train(
     chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
     trainer = _Trainer(
         _on_worker,
-        train_loop_config={"run": str(run.path), "names": {node_id: name for name, node_id in node_ids.items()}},
+        train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             resources_per_worker=slot_resources,
@@ -272,7 +283,7 @@ def _train(
             backend=plan.backend,
             timeout_s=_START_TIMEOUT_S,
             environments=environments,
-            names={node_id: name for name, node_id in node_ids.items()},
+            names=config["names"],
         ),
     )
     trainer.is_embedded = is_embedded
@@ -298,15 +309,11 @@ def _on_worker(config: dict[str, Any]) -> None:
     rank, slot = _in_plan_order(plan, node, context.get_world_size())
     _log_to(run.logs / f"worker-{rank}.log")
     try:
-        work(run, rank, context.get_world_size(), node, slot)
-    except OrchestratorError as error:
-        run.record(ErrorReport(text=str(error), exit_code=error.exit_code, again=error.again))
-        raise
+        (config["work"] or work)(run, rank, context.get_world_size(), node, slot)
     except BaseException as error:
-        logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
-        run.record(
-            ErrorReport(text=describe(error), traceback=traceback.format_exc(), exit_code=5, again=True, node=node)
-        )
+        if not isinstance(error, OrchestratorError):
+            logging.getLogger("orchestrator.worker").exception("worker %d failed", rank)
+        record_failure(run, error, node)
         raise
 
 

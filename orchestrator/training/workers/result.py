@@ -44,7 +44,8 @@ class TrainingOutcome:
 
 def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: TrainingOutcome) -> dict[str, Any]:
     """What is known before the model is evaluated (runs/json_files.py: RunResult)."""
-    progress, plan, memory = outcome.progress, context.plan, context.part.memory
+    progress, plan = outcome.progress, context.plan
+    memory = context.seat.memory if context.seat else context.part.memory
     steps = [event.seconds for _, event in sorted(run.steps().items())]
     return {
         "steps": progress.step,
@@ -58,7 +59,7 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: T
         "after": None,
         "data_digest": inputs.data.digest,
         "plan_hash": plan.hash,
-        "time": step_times(plan, steps) | {"uuid": next(iter(gpu_uuids(context.device)), None)},
+        "time": step_times(plan, steps) | {"uuid": next(iter(gpu_uuids(context.device)), None)} | _shared(context),
         "energy": outcome.energy,
         "versions": versions(),
         "memory": {
@@ -106,6 +107,13 @@ def step_times(plan: Plan, seconds: Sequence[float]) -> dict[str, Any]:
         "uuid": plan.nodes[0].uuid,
         "dtype": plan.techniques.dtype,
     }
+
+
+def _shared(context: WorkerContext) -> dict[str, Any]:
+    """Of a run beside others in one process: its times are parts of theirs, and are compared with no prediction."""
+    if context.seat is None:
+        return {}
+    return {"predicted_step_s": None, "formula_step_s": None, "runs_together": context.seat.num_runs}
 
 
 def sum_energy(of_workers: list[dict[str, Any] | None]) -> dict[str, Any] | None:

@@ -209,10 +209,13 @@ def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]
         model, info = load_layers(kind, config, tensors, placed)
         return checked(model), info
 
+    def load() -> Any:
+        return load_model(folder, job, placed)
+
     with quantise_on(context.device) if visits else contextlib.nullcontext():
         if techniques.stage:
             return load_stage(Path(folder), techniques.stage, load_part), supported
-        return checked(load_model(folder, job, placed)), supported
+        return checked(context.seat.copy_base(load) if context.seat else load()), supported
 
 
 def _divide(context: WorkerContext, setup: TrainSetup, settings: TrainSettings) -> TrainSetup:

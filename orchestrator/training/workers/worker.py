@@ -22,7 +22,7 @@ from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model import agreement, hand_back
 from orchestrator.training.model.agreement import Portrait
 from orchestrator.training.state import STOP_REQUESTS, Hooks, Progress, Training
-from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.worker_context import RunSeat, WorkerContext
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.pace import agree_on_shares, has_fixed_shares
 from orchestrator.training.workers.result import TrainingOutcome
@@ -34,13 +34,14 @@ from strategies.train_setup import TrainSetup, TrainState
 _STEPS_A_TRIM = 10
 
 
-def work(run: RunFolder, rank: int, size: int, node: str, slot: int) -> None:
+def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: RunSeat | None = None) -> None:
     """Train the run's job to its end, or to where it is asked to stop, and write result.json.
 
-    Raises OrchestratorError for what the user can mend.
+    `seat` is its place where other runs train over the same base in this process.  Raises OrchestratorError for what
+    the user can mend.
     """
     with deterministic(run.job().spec.train.deterministic):
-        context = start_worker(run, rank, size, node, slot)
+        context = replace(start_worker(run, rank, size, node, slot), seat=seat)
         inputs = load_inputs(run, context)
         outcome = _train(run, context, inputs, _begin(run, context, inputs))
         stopped = outcome.progress.stopped
@@ -89,7 +90,7 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
     meter = Meter(result.gpu_uuids(context.device), POWERCAP if context.slot == 0 else None)
     on_cpu, first_step, started = context.device.type == "cpu", progress.step, time.perf_counter()
     try:
-        with host_memory.kept() if on_cpu else contextlib.nullcontext():
+        with _sharing(context, inputs) if context.seat else host_memory.kept() if on_cpu else contextlib.nullcontext():
             progress = train(
                 Training(
                     inputs.setup,
@@ -112,14 +113,23 @@ def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Pro
         ) from error
     seconds, peak = time.perf_counter() - started, peak_bytes(context.device)
     spent = meter.read()
-    energy = result.sum_energy(context.group.gather(vars(spent) if spent else None))
+    part = context.seat.computed_s / seconds if context.seat else 1.0  # others computed meanwhile
+    energy = result.sum_energy(context.group.gather({**vars(spent), "wh": part * spent.wh} if spent else None))
     return TrainingOutcome(progress, first_step, seconds, peak, energy)
+
+
+def _sharing(context: WorkerContext, inputs: Inputs) -> contextlib.AbstractContextManager[None]:
+    """Inside the block passes are shared with the other runs of this process."""
+    assert context.seat
+    return context.seat.joined(inputs.setup, inputs.techniques, context.note)
 
 
 def _hooks(run: RunFolder, context: WorkerContext, setup: TrainSetup, meter: Meter) -> Hooks:
     """How the loop records into the run's folder, saves there, and is asked to stop."""
 
     def record(event: Event) -> None:
+        if context.seat and isinstance(event, StepReport):
+            event = context.seat.attributed(event)
         context.record(event)
         if isinstance(event, StepReport) and event.step % _STEPS_A_TRIM == 0:
             meter.read()
