@@ -133,7 +133,8 @@ def _train_on_ray(runs: Sequence[LiveRun], sharing: Sharing, say: Callable[[str]
         for one in sharing.runs:
             _follow(one, plan)
         gpus = machines.planned_gpus(plan, recovery.capability)
-        cluster = stack.enter_context(connect("local", 1, plan.threads_per_worker, gpus=gpus))
+        process = machines.worker_process(plan, first.job.spec.cluster.nice)
+        cluster = stack.enter_context(connect("local", 1, plan.threads_per_worker, gpus, process))
         return _watch(runs, plan, cluster.slot_resources, sharing)
 
 
