@@ -15,6 +15,8 @@ import torch
 
 from strategies.model.architecture import decoder_layers
 from strategies.multi_lora.linear import MapCorrection, OtherTokens, RandomStreams, RangedLinear, Ranges
+from strategies.reuse.row import SharedRow
+from strategies.reuse.tree import PrefixTree
 from strategies.step.document_attention import packed_arguments
 from strategies.step.supervised_logits import Batch, inner_model, loss_sums
 from strategies.techniques import checkpointing
@@ -184,7 +186,10 @@ def end_to_end(batches: Sequence[Batch]) -> Batch:
     """Packed rows as one, on the device where they lie; the host does not wait for it."""
     if len(batches) == 1:
         return batches[0]
-    row, starts = copy.copy(batches[0]), [0, *itertools.accumulate(b.input_ids_BT.shape[1] for b in batches)]
+    starts = [0, *itertools.accumulate(batch.input_ids_BT.shape[1] for batch in batches)]
+    if any(batch.shared for batch in batches):
+        return _trees_end_to_end(batches, starts)
+    row = copy.copy(batches[0])
     row.document_lengths = tuple(length for batch in batches for length in batch.document_lengths or ())
     row.sample_ids = tuple(sample for batch in batches for sample in batch.sample_ids)
     for name, axis in (("input_ids_BT", 1), ("supervised_BT", 1), ("targets_S", 0), ("positions_BT", 1)):
@@ -194,3 +199,19 @@ def end_to_end(batches: Sequence[Batch]) -> Batch:
     ends = [batch.borders_D[1:] + start for batch, start in zip(batches, starts, strict=False)]  # type: ignore[index]
     row.borders_D = torch.cat([batches[0].borders_D[:1], *ends])  # type: ignore[index]
     return row
+
+
+def _trees_end_to_end(batches: Sequence[Batch], starts: Sequence[int]) -> Batch:
+    """The same of rows of which some hold beginnings that their documents share: no tree reaches into another's."""
+    tree = PrefixTree([])
+    for batch in batches:
+        tree.append(batch.shared.tree if batch.shared else PrefixTree.of_apart(batch.document_lengths or ()))
+    columns = [batch.shared.columns_S if batch.shared else batch.columns_C for batch in batches]
+    row = SharedRow(
+        torch.cat([batch.input_ids_BT for batch in batches], 1),
+        torch.cat([batch.supervised_BT for batch in batches], 1),
+        tree,
+        torch.cat([own + start for own, start in zip(columns, starts, strict=False)]),
+        torch.cat([batch.targets_S for batch in batches]),
+    )
+    return Batch.of_tree(row, tuple(sample for batch in batches for sample in batch.sample_ids))

@@ -25,6 +25,12 @@ class PrefixTree:
     lengths: list[int] = field(default_factory=list)  # tokens
     documents: list[int] = field(default_factory=list)  # one that holds it
 
+    @classmethod
+    def of_apart(cls, lengths: Sequence[int]) -> PrefixTree:
+        """Documents of so many tokens that share nothing."""
+        numbers = list(range(len(lengths)))
+        return cls(list(numbers), [-1] * len(lengths), [0] * len(lengths), list(lengths), numbers)
+
     @property
     def num_tokens(self) -> int:
         """Tokens that are computed."""
@@ -41,6 +47,15 @@ class PrefixTree:
     def pieces(self) -> Iterator[tuple[int, int, int]]:
         """(a document that holds it, where in it the node begins, tokens) of each node."""
         return zip(self.documents, self.depths, self.lengths, strict=True)
+
+    def append(self, other: PrefixTree) -> None:
+        """Take in the nodes and documents of another tree, behind one's own."""
+        nodes, documents = len(self.lengths), len(self.ends)
+        self.ends += [end + nodes if end >= 0 else -1 for end in other.ends]
+        self.parents += [parent + nodes if parent >= 0 else -1 for parent in other.parents]
+        self.depths += other.depths
+        self.lengths += other.lengths
+        self.documents += [document + documents for document in other.documents]
 
     def add(self, document: int, depth: int, length: int, parent: int) -> int:
         """A new node's number."""

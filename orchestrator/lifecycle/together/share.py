@@ -49,6 +49,7 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         f"strategy.mode: zero{techniques.zero_stage}": techniques.zero_stage > 0,
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
         "its rows are padded (data.packing: false)": not techniques.packing,
+        "train.cache_frozen_activations is true": job.spec.train.cache_frozen_activations is True,
     }
     own = plan.build_method().why_alone()
     found = [*([own] if own else []), *(text for text, holds in reasons.items() if holds)]
@@ -68,6 +69,7 @@ def base_key(run: RunFolder, job: Job, plan: Plan) -> Hashable:
         (techniques.dtype, techniques.attn_implementation, techniques.gradient_checkpointing, techniques.loss_type),
         (part.node, part.device, part.torch_device, part.uuid, part.threads),
         job.spec.train.deterministic,
+        job.spec.cluster.nice,
     )
 
 

@@ -102,6 +102,8 @@ def with_known_layers(setup: TrainSetup, techniques: Techniques, context: Worker
         return techniques
     lower: LowerLayers | None = None
     try:
+        if context.seat:
+            raise ValueError("a pass is of several runs, whose samples are not known at the same time")
         lower = LowerLayers(setup.model)
         fault = _fault_of_skipping(setup.model, lower, techniques, context.device)
     except ValueError as error:

@@ -89,6 +89,23 @@ def test_activations_computed_again_give_the_same(model_folder, data_folder):
         assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5
 
 
+def test_rows_with_shared_beginnings_meet_others_and_train_as_alone(model_folder, data_folder):
+    shared = dataclasses.replace(PACKED, share_prefixes=True)
+    jobs = [
+        differing(MIXED[0], techniques=shared, steps=5),
+        differing(MIXED[1], steps=5),
+        differing(MIXED[4], techniques=shared, steps=5),
+    ]
+    rows = []
+
+    found = together(load(model_folder), data_folder, jobs, watch=rows.append)
+
+    assert max(map(len, rows)) == len(jobs)
+    for job in jobs:
+        assert farthest(found[job.name], alone(model_folder, data_folder, job)) <= 1e-5, job.name
+    assert found["plain"].progress.computed_tokens < found["plain"].progress.tokens
+
+
 def test_the_loss_in_chunks_is_the_same(model_folder, data_folder):
     chunked = dataclasses.replace(PACKED, loss_type="chunked_nll")
     jobs = [differing(job, techniques=chunked, steps=5) for job in MIXED[:2]]
