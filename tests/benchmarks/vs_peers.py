@@ -4,7 +4,9 @@
 
 Contestants, each in a process of its own, on all cores, in the same number format (bf16 where the CPU has units for it,
 or as --dtype says), all with the settings of malloc and of OpenMP's waiting that our launcher sets:
-  ours           this project's loop as the planner sets it up (packing, document attention, logits where supervised)
+  ours           this project's loop as the planner sets it up (packing, document attention, logits where supervised,
+                 common beginnings computed once: its part of the ceiling counts tokens that were not computed)
+  ours-separate  the same without common beginnings
   bare           transformers + PEFT, rows padded to the longest of the batch, model(labels=...): what one writes
   strong         the same with logits where supervised only: the fastest loop that a few more lines make
   trl            TRL's SFTTrainer with its defaults (bf16, gradient checkpointing), prompt-completion rows
@@ -35,7 +37,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT / "orchestrator/recipes/requests_to_json"
 ROWS_A_STEP, LEARNING_RATE, WARM = 8, 1e-3, 2
-CONTESTANTS = ("ours", "bare", "strong", "trl", "trl-tuned", "trl-packing", "llama-factory")
+CONTESTANTS = ("ours", "ours-separate", "bare", "strong", "trl", "trl-tuned", "trl-packing", "llama-factory")
 # Of our launcher (strategies/step/host_memory.py), as glibc reads it from the environment: worth a fifth to a peer too.
 MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(256 * 2**20)}
 MALLOC |= {"MALLOC_MMAP_MAX_": "0", "GOMP_SPINCOUNT": "1000", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64"}
@@ -217,7 +219,8 @@ def ours(arguments) -> dict:
     from orchestrator.training.state import Hooks, Progress, Schedule, Training
     from strategies.workload import Techniques
 
-    techniques = Techniques(arguments.dtype, "document", True, False, 1, 1024)
+    shares = arguments.only == "ours"
+    techniques = Techniques(arguments.dtype, "document", True, False, 1, 1024, share_prefixes=shares)
     setup = our_setup(techniques, arguments.seed)
     data = our_dataset(arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], []
@@ -548,6 +551,7 @@ tracking: {{report_to: []}}
 PROCESS_START = time.time()
 CHILDREN = {
     "ours": ours,
+    "ours-separate": ours,
     "bare": bare,
     "strong": bare,
     "trl": trl,

@@ -96,6 +96,7 @@ def test_the_run_folder_holds_the_whole_story(finished):
     assert 0 <= result["after"]["exact_match"] <= 1
     assert len(result["after"]["samples"]) == 3
     assert 2 <= len(list(run.checkpoints.iterdir())) <= 3
+    assert "Started training worker group" in (run.logs / "ray-train.log").read_text()  # written by the driver itself
 
 
 def test_the_adapter_loads_in_plain_peft_and_has_a_card(finished, model_folder):
