@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -72,3 +74,20 @@ def masked_log(file: Path) -> logging.Handler:
     handler = logging.FileHandler(file, encoding="utf-8")
     handler.setFormatter(MaskedFormatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     return handler
+
+
+@contextlib.contextmanager
+def log_apart(name: str, file: Path) -> Iterator[None]:
+    """Inside the block a logger's lines go to a file and nowhere else, masked."""
+    logger, handler = logging.getLogger(name), masked_log(file)
+    before = logger.propagate, logger.level
+    logger.addHandler(handler)
+    logger.propagate = False
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+        logger.propagate = before[0]
+        logger.setLevel(before[1])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -26,11 +26,13 @@ from orchestrator.cli.options import (
     show,
 )
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
-from orchestrator.job.job_file import Job
 from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
+
+if TYPE_CHECKING:
+    from orchestrator.job.job_file import Job
 
 verbs = typer.Typer()
 

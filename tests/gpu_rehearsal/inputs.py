@@ -62,10 +62,10 @@ def samples() -> Dataset:
     return Dataset(table, Statistics(), "samples")
 
 
-def collate(data: Dataset, sample_ids: Sequence[int], packing: bool) -> Batch:
+def collate(data: Dataset, sample_ids: Sequence[int], packing: bool, share_prefixes: bool = False) -> Batch:
     """The product's batch, made of real numbers since where its losses are is read off them; then fake, on the host."""
     with unset_fake_temporarily():
-        batch = batches.collate(data, sample_ids, packing)
+        batch = batches.collate(data, sample_ids, packing, share_prefixes)
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
             setattr(batch, name, fake_device.FAKE.from_tensor(value))

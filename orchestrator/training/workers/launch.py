@@ -7,13 +7,12 @@ beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import shutil
 import socket
 import uuid
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +28,7 @@ from ray.train.v2._internal.execution.worker_group import state, worker_group
 from clusters.hardware.interfaces import gloo_talks_at
 from clusters.ray import gpu_reservation
 from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
-from clusters.safe.masking import masked_log
+from clusters.safe.masking import log_apart, masked_log
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Note, WorkerGroup, WorkerKilled
@@ -288,7 +287,7 @@ def _train(
     )
     trainer.is_embedded = is_embedded
     try:
-        with _logs_of_controller(run.logs / "ray-train.log"):
+        with log_apart("ray.train", run.logs / "ray-train.log"):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         for rank in _dead(error):
@@ -363,23 +362,6 @@ def store_at(address: str, port: int, size: int, timeout: timedelta, listener: s
 
     own = listener.detach() if listener else None
     return TCPStore(address, port, size, listener is not None, timeout, master_listen_fd=own)
-
-
-@contextlib.contextmanager
-def _logs_of_controller(file: Path) -> Iterator[None]:
-    """What Ray Train's controller reports in this process goes into a file, and not to the terminal."""
-    logger, handler = logging.getLogger("ray.train"), masked_log(file)
-    before = logger.propagate, logger.level
-    logger.addHandler(handler)
-    logger.propagate = False
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
-        logger.propagate = before[0]
-        logger.setLevel(before[1])
 
 
 def _log_to(file: Path) -> None:

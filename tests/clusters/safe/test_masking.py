@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from clusters.safe.masking import MaskedFormatter, holds_secret, masked, masked_values
+from clusters.safe.masking import MaskedFormatter, holds_secret, log_apart, masked, masked_values
 
 SECRET = [
     ("http://ann:pa55@host:5000/x", "http://***@host:5000/x"),
@@ -88,3 +88,15 @@ def test_long_texts_take_no_long_time(text):
     masked(text)
 
     assert time.process_time() - began < 10
+
+
+def test_a_logger_writes_into_its_file_and_nowhere_else_for_a_while(tmp_path, caplog):
+    logger = logging.getLogger("somebody.else")
+    with log_apart("somebody", tmp_path / "logs/file.log"):
+        logger.info("to http://me:secret@host")
+    with caplog.at_level(logging.INFO):
+        logger.info("afterwards")
+
+    written = (tmp_path / "logs/file.log").read_text()
+    assert "INFO somebody.else: to http://***@host" in written and "afterwards" not in written
+    assert [record.message for record in caplog.records] == ["afterwards"]
