@@ -245,7 +245,7 @@ def test_the_home_lab_is_planned_in_about_a_second_of_computing(name):
         plan(QWEN[name], HOME_LAB)
         seconds.append(time.process_time() - begin)
 
-    assert min(seconds) < 1.5  # 0.3 to 0.8 on a core of its own
+    assert min(seconds) < 3.0  # 0.3 to 0.8 on a core of its own, 1.3 to 2.4 on the slowest that was seen
 
 
 def test_of_many_machines_six_at_most_have_a_stage_and_planning_takes_seconds():
