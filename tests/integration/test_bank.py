@@ -73,6 +73,7 @@ def test_data_sets_share_their_base_model(place):
         assert run.result().time.runs_together == 2 and run.result().time.formula_step_s is None
 
 
+@pytest.mark.slow  # tests/orchestrator/lifecycle/together stops and continues without Ray
 def test_a_build_that_was_killed_continues_every_data_set(place, tmp_path):
     """And comes to the losses of one that was not."""
     build = ("bank", "build", place / "sets", "--job", place / "job.yaml")
