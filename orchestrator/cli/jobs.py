@@ -22,6 +22,7 @@ from orchestrator.cli.options import (
     out,
     print_json,
     print_result,
+    result_values,
     say,
     show,
 )
@@ -33,6 +34,7 @@ from orchestrator.views.screen import write
 
 if TYPE_CHECKING:
     from orchestrator.job.job_file import Job
+    from orchestrator.runs.run_folder import RunFolder
 
 verbs = typer.Typer()
 
@@ -292,7 +294,7 @@ def submit(
 
 
 def _submit_several(jobs: list[Job], run_id: str | None, as_json: bool) -> None:
-    """Run jobs that may share a base model.  Raises JobError in the end where some failed, after all others."""
+    """Run jobs that may share a base model.  Raises RunFailed in the end where some failed, after all others."""
     from orchestrator.cli.progress import Named
     from orchestrator.lifecycle.together.submit import Submission, submit_together
 
@@ -302,14 +304,23 @@ def _submit_several(jobs: list[Job], run_id: str | None, as_json: bool) -> None:
     watchers = [Quiet() if as_json else Named(name) for name in names]
     ids = [None if run_id is None else f"{run_id}-{name}" for name in names]
     outcomes = submit_together(list(map(Submission, jobs, watchers, ids)), say, BANK_HOOKS)
-    failed = []
-    for name, outcome in zip(names, outcomes, strict=True):
-        if isinstance(outcome, OrchestratorError):
-            failed.append(f"{name}: {outcome}")
-        else:
-            print_result(outcome, as_json)
+    failed = [f"{name}: {one}" for name, one in zip(names, outcomes, strict=True) if isinstance(one, OrchestratorError)]
+    if as_json:  # one document: an error stands in its job's place
+        print_json([_outcome_values(*pair) for pair in zip(names, outcomes, strict=True)])
+        if failed:
+            raise typer.Exit(RunFailed.exit_code)
+        return
+    for outcome in outcomes:
+        if not isinstance(outcome, OrchestratorError):
+            print_result(outcome, as_json=False)
     if failed:
         again = (
             f"`--run-id {run_id}` tries" if run_id else "`orchestrator resume RUN` continues each, and --run-id tries"
         )
         raise RunFailed("\n".join([*failed, f"{len(failed)} of {len(jobs)} failed; {again} them again"]))
+
+
+def _outcome_values(name: str, outcome: RunFolder | OrchestratorError) -> dict[str, Any]:
+    if isinstance(outcome, OrchestratorError):
+        return {"job": name, "error": str(outcome), "exit_code": outcome.exit_code}
+    return {"job": name, **result_values(outcome)}

@@ -110,18 +110,25 @@ def print_json(value: Any, indent: int | None = 1) -> None:
     write(json.dumps(masked_values(value), indent=indent, default=str).replace("\x7f", "\\u007f"))
 
 
+def result_values(run: RunFolder) -> dict[str, Any]:
+    """The result of a run that has ended, for JSON."""
+    from orchestrator.runs.condition import exported_whole
+
+    ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported_whole(run))}
+    result = run.result()
+    return {**ended, "result": result and result.values, "data": run.data().statistics}
+
+
 def print_result(run: RunFolder, as_json: bool) -> None:
     """Print the result of a run that has ended."""
     from orchestrator.runs.condition import exported_whole
     from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.views.result import result_view
 
-    exported = exported_whole(run)
     if as_json:
-        result = run.result()
-        ended = {"run": run.run_id, "path": str(run.path), "exported": str(exported)}
-        print_json({**ended, "result": result and result.values, "data": run.data().statistics})
+        print_json(result_values(run))
         return
+    exported_whole(run)
     out.print()
     out.print(result_view(run, summary_of(run)))
     show(f"try: orchestrator evaluate {run.run_id} | orchestrator merge my-model {run.run_id}")

@@ -31,7 +31,10 @@ def run_together(tokenizer: Any, renderings: Iterable[Rendering[T]]) -> list[T |
 
     def resume(number: int, rendering: Rendering[T], answer: list[Encoded] | Exception | None) -> None:
         try:
-            asks = rendering.throw(answer) if isinstance(answer, Exception) else rendering.send(answer)  # type: ignore[arg-type]
+            if answer is None:
+                asks = next(rendering)
+            else:
+                asks = rendering.throw(answer) if isinstance(answer, Exception) else rendering.send(answer)
             waiting[number] = rendering, asks
         except StopIteration as end:
             ended[number] = end.value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import threading
 from collections.abc import Callable
 
@@ -39,11 +38,11 @@ def run_in_background(
             interrupt()
 
 
-def load_in_background(module: str) -> None:
-    """Import a module that takes seconds while others are waited for; what fails is said where it is used."""
+def load_in_background(load: Callable[[], object]) -> None:
+    """Import in a thread what takes seconds, while others are waited for; what fails is said where it is used."""
 
-    def load() -> None:
+    def run() -> None:
         with contextlib.suppress(ImportError):
-            importlib.import_module(module)
+            load()
 
-    threading.Thread(target=load, daemon=True).start()
+    threading.Thread(target=run, daemon=True).start()

@@ -14,6 +14,7 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 from clusters.capability import ClusterCapability
@@ -207,7 +208,7 @@ class LiveRun:
         for event in events:
             self.watcher.event(event)
             if isinstance(event, ModelReady):  # workers have loaded what they need, and the driver only watches
-                self.mirror.load_ahead()
+                load_in_background(self.mirror.load)
 
     def interrupt(self) -> None:
         """The first Ctrl-C asks the workers to save and stop, the second kills them.  Raises RunFailed."""
@@ -233,7 +234,7 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
         plan = recovery.plan
         gpus = machines.planned_gpus(plan, recovery.capability) if recovery.is_local else ()
         process = machines.worker_process(plan, job.spec.cluster.nice) if recovery.is_local else None
-        load_in_background("torch")  # what starts the workers imports it
+        load_in_background(partial(import_module, "torch"))  # what starts the workers imports it
         cluster = stack.enter_context(connect(address, plan.num_workers, plan.threads_per_worker, gpus, process))
         if job.spec.cluster.wait_for_slots and address != "local":
             wait_for_slots(job.spec.cluster.wait_for_slots)  # a resumed run may meet a cluster that is just starting

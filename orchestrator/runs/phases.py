@@ -43,10 +43,10 @@ class PhaseClock:
         self._evaluates = False  # the last evaluation runs, whose end comes with the check of what was handed back
 
     def add(self, event: Event) -> None:
-        kind = type(event)
-        if kind is StateChange:
-            self._since = event.time if event.state in ("running", "replanning") else None  # type: ignore[attr-defined]
+        if isinstance(event, StateChange):
+            self._since = event.time if event.state in ("running", "replanning") else None
             return
+        kind = type(event)
         phase = _ENDS.get(kind)
         if phase is None or self._since is None:
             return

@@ -78,13 +78,14 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
         out.print(table)
         return
     table.add_row(*(Text(max(column, key=cell_len)) for column in zip(head, *cells, strict=True)))
-    spaces = [0 + 1, *[1 + 1] * (len(head) - 2), 1 + 0]  # beside a cell: none at the edges
+    spaces = [1, *[2] * (len(head) - 2), 1]  # left and right of a cell; none at the edges
     widths = [
         width - space for width, space in zip(table._calculate_column_widths(out, out.options), spaces, strict=True)
     ]
-    lines = [[_fitted(cell, width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    fitted = [[_fitted(cell, width) for cell, width in zip(row, widths, strict=True)] for row in cells]
+    lines = ["  ".join(cell for cell in row if cell is not None) for row in fitted]
     heading = new_table(*head)
-    if any(cell is None for line in lines for cell in line):  # a cell of several lines
+    if any(cell is None for row in fitted for cell in row):  # a cell of several lines
         for row in cells:
             heading.add_row(*map(Text, row))
         out.print(heading)
@@ -92,7 +93,7 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     for column, width in zip(heading.columns, widths, strict=True):
         column.width = width
     out.print(heading)
-    write("\n".join("  ".join(line) for line in lines))  # type: ignore[arg-type]
+    write("\n".join(lines))
 
 
 def _fitted(cell: str, width: int) -> str | None:

@@ -78,8 +78,8 @@ class RandomStreams:
 class MapCorrection:
     """A job's correction of one map: the modules are those of its own PEFT layer, so gradients land there."""
 
-    first: torch.nn.Module  # A, to the rank
-    second: torch.nn.Module  # B, from the rank
+    first: torch.nn.Linear  # A, to the rank
+    second: torch.nn.Linear  # B, from the rank
     scaling: float
     dropout: torch.nn.Module
     keeps_dtype: bool  # under autocast its input is not cast to A's precision: PEFT's layers for quantised maps
@@ -112,7 +112,7 @@ class MapCorrection:
     def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + s B A x, in y's precision; as PEFT's layers compute it, operation by operation."""
         if not (self.keeps_dtype and torch.is_autocast_enabled(x.device.type)):
-            x = x.to(self.first.weight.dtype)  # type: ignore[arg-type]
+            x = x.to(self.first.weight.dtype)
         corrected = y + self.second(self.first(self.dropout(x))) * self.scaling
         return corrected.to(y.dtype)
 

@@ -6,12 +6,9 @@ only module that knows MLflow.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import shlex
-import sys
-import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
@@ -76,10 +73,12 @@ class Mirror:
         self._next = time.monotonic() + _FIRST_S
         self.offset_at_start = run.end_of_events()
 
-    def load_ahead(self) -> None:
-        """Load MLflow in a thread of its own: it takes seconds, for which nobody should wait at the end of a run."""
-        if self._wanted and "mlflow" not in sys.modules:
-            threading.Thread(target=_load_mlflow, daemon=True).start()
+    def load(self) -> None:
+        """Import MLflow, which takes seconds, for which nobody should wait at the end of a run.  Raises ImportError."""
+        if self._wanted:
+            _keep_to_itself()
+            import mlflow.store.tracking.sqlalchemy_store
+            import mlflow.tracking  # noqa: F401
 
     def send_if_due(self) -> None:
         """Send what is new if the last time was long enough ago."""
@@ -139,15 +138,13 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
     return sync(run, job, state=state)
 
 
-def _load_mlflow() -> None:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
-    with contextlib.suppress(ImportError):  # said where it is used
-        import mlflow.store.tracking.sqlalchemy_store
-        import mlflow.tracking  # noqa: F401
+def _keep_to_itself() -> None:
+    """MLflow reports its use to nobody; it reads this when it is imported."""
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 
 def _send_to(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read when mlflow is imported
+    _keep_to_itself()
     shown = requested_uri(job) or ""
     try:
         Sent.of(run)  # a damaged record is said before a server is asked

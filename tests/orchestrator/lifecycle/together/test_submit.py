@@ -1,5 +1,7 @@
 """Several jobs in one worker come to what each comes to alone; what becomes of one does not stop the others."""
 
+import json
+
 import pytest
 
 from orchestrator.errors import RunFailed, Stopped
@@ -167,3 +169,15 @@ def test_what_fails_of_several_is_named_in_the_end(folder, here):
     done = called("submit", "one.yaml", "three.yaml", *diverging, cwd=folder, check=5)
 
     assert "2 of 2 failed; `--run-id bad` tries them again" in " ".join(done.stderr.split())
+
+
+def test_several_results_are_one_json_document_with_an_error_in_its_job_s_place(folder, here):
+    done = called("submit", "one.yaml", "three.yaml", "--json", "--set", "train.learning_rate=1e30",
+                  "--set", "train.max_grad_norm=0", "--run-id", "odd", cwd=folder, check=5)  # fmt: skip
+    good = called("submit", "one.yaml", "two.yaml", "--json", "--run-id", "good", cwd=folder, check=0)
+
+    assert [(one["job"], one["exit_code"], bool(one["error"])) for one in json.loads(done.stdout)] == [
+        ("one", 5, True),
+        ("three", 5, True),
+    ]
+    assert [(one["job"], one["result"]["steps"]) for one in json.loads(good.stdout)] == [("one", 6), ("two", 5)]
