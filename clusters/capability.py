@@ -47,7 +47,7 @@ class DeviceCapability:
     libraries: Mapping[str, Library] = field(default_factory=dict)  # by module; one that nobody tried has no entry
     power_w: float | None = None  # under load
     problem: str | None = None  # why nothing can be trained on a GPU, and what to do: one sentence
-    doubt: str | None = None  # why the figures may be wrong: they are taken again by the next probe
+    doubt: str | None = None  # why the figures may be wrong: they are measured again by a later probe
     calibration: Mapping[str, float] = field(default_factory=dict)  # number format -> measured / predicted step time
     sources: Mapping[str, Source] = field(default_factory=dict)
 

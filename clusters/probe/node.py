@@ -31,6 +31,7 @@ from clusters.safe.writing import write_whole
 _SEEN = ("memory_bytes", "memory_total_bytes", "power_w", "uuid", "pci_bus_id", "driver_version")
 _WAY = 2  # of measuring: figures that were measured in another way mean something else, and are measured again
 _SAME = 0.8  # times this close are one speed
+_AGAIN_S = 600  # a CPU in doubt is measured again after this time: while it is busy, each measuring is in doubt
 _log = logging.getLogger(__name__)
 
 
@@ -52,11 +53,17 @@ def _probe(refresh: bool, seconds: float) -> NodeCapability:
         _log.warning("figures are not cached: %s", error)
         return _measure(node, None, seconds)
     before = _read(file, node)
-    if before and not refresh and not any(device.doubt for device in before.devices):
+    if before and not refresh and not _is_due(file, before, asked_at):
         return before
     with _one_at_a_time(file):  # two nodes of a cluster may be one machine; measured together, each would seem slow
         known = _read(file, node, since=asked_at)
         return known or _measure(node, file, seconds, before)
+
+
+def _is_due(file: Path, known: NodeCapability, now: float) -> bool:
+    """Whether something is in doubt: a GPU, which somebody may have freed, or a CPU, for a while."""
+    kinds = {device.kind for device in known.devices if device.doubt}
+    return bool(kinds - {"cpu"}) or (bool(kinds) and not 0 <= now - file.stat().st_mtime < _AGAIN_S)
 
 
 def figures_file(hardware_hash: str | None) -> Path:

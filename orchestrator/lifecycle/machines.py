@@ -84,7 +84,8 @@ def notes(cluster: ClusterCapability) -> list[str]:
     texts = [f"{node} could not be probed and is not used: {reason}" for node, reason in cluster.failed.items()]
     for node in cluster.nodes:
         for device in node.doubtful:
-            texts.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by the next probe")
+            again = "the next probe" if device.kind != "cpu" else "a probe ten minutes later"
+            texts.append(f"{device.name} on {node.name}: {device.doubt} It is measured again by {again}")
         for device in node.gpus:
             total, usable = device.memory_total_bytes, device.memory_bytes
             if total and usable is not None and total - usable > 0.1 * total:

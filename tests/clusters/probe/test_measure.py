@@ -14,7 +14,7 @@ from clusters.capability import DeviceCapability, Library
 from clusters.probe import measure
 from clusters.probe.machine import look_at_this_node
 from clusters.probe.measure import measure_node
-from clusters.probe.node import probe_node
+from clusters.probe.node import _is_due, probe_node
 from clusters.safe.cache import cache_folder
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -85,6 +85,18 @@ def test_figures_are_remembered_and_free_memory_is_fresh(measured, tmp_path, mon
 
     assert node.cpu == measured.node.cpu
     assert node.disk_write_bytes_per_s == measured.node.disk_write_bytes_per_s
+
+
+@pytest.mark.parametrize(("age_s", "is_due"), [(60, False), (3600, True), (-60, True)])
+def test_a_busy_cpu_is_measured_again_after_a_while(tmp_path, age_s, is_due):
+    node = look_at_this_node()
+    in_doubt = replace(node, devices=tuple(replace(device, doubt="busy?") for device in node.devices))
+    file = tmp_path / "figures.json"
+    file.touch()
+    now = file.stat().st_mtime + age_s
+
+    assert _is_due(file, replace(node, devices=(in_doubt.cpu,)), now) is is_due
+    assert not _is_due(file, node, now)
 
 
 def test_a_gpu_that_torch_cannot_use_says_why_and_threads_are_as_before(tmp_path):
