@@ -15,6 +15,8 @@ from tests import processes
 # Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Ray's workers are nice to other programs (15), which here are other tests: a core would be theirs alone.
+os.environ.setdefault("RAY_worker_niceness", "0")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 

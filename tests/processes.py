@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -162,6 +163,13 @@ def run_ranks(work: Callable[..., None], size: int, *arguments: object) -> None:
 
 
 def free_port() -> int:
-    """A port of the loopback that nobody listens on."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
+    """A port of the loopback that nobody listens on.
+
+    Below those that the kernel gives to outgoing connections: one of Ray's may take such a port before it is used.
+    """
+    while True:
+        with (
+            contextlib.suppress(OSError),
+            socket.create_server(("127.0.0.1", random.randrange(20000, 30000))) as server,
+        ):
+            return server.getsockname()[1]

@@ -189,6 +189,8 @@ def shard_by_deepspeed(
     with quiet():
         import deepspeed
 
+        # Its sum over the workers of one CPU machine would be compiled, for minutes; gloo's needs no compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if options.nvme_path:
         _refuse_without_files(options.nvme_path)
