@@ -115,7 +115,7 @@ def _conclude(folder: SearchFolder) -> None:
 
     job = folder.job()
     say(f"report: {write(folder, job, 'en', None)}")
-    if not job.spec.tracking.report_to:
+    if "mlflow" not in job.spec.tracking.report_to:
         return
     try:
         say(f"tracked in {sync_search(folder, job)}")

@@ -26,7 +26,7 @@ class SecretMissing(ValueError):
 
 def secret_names(spec: JobSpec) -> list[str]:
     """Environment variables that must be set where the job runs."""
-    in_uri = _NAMED.findall(spec.tracking.mlflow_uri or "") if spec.tracking.report_to else []
+    in_uri = _NAMED.findall(spec.tracking.mlflow_uri or "") if "mlflow" in spec.tracking.report_to else []
     return list(dict.fromkeys([*spec.cluster.secrets, *in_uri]))
 
 

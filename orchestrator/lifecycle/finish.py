@@ -57,7 +57,7 @@ def _steps(bank: BankHooks) -> tuple[EndStep, ...]:
         ),
         EndStep(
             "tracking",
-            lambda job: f"{job.spec.tracking.mlflow_uri}" if job.spec.tracking.report_to else None,
+            lambda job: f"{job.spec.tracking.mlflow_uri}" if "mlflow" in job.spec.tracking.report_to else None,
             _send_to_mlflow,
         ),
     )

@@ -26,6 +26,7 @@ from orchestrator.lifecycle.verify import verified_files
 from orchestrator.planning import planner, price, workload
 from orchestrator.planning.evaluation import HeldOutCounts
 from orchestrator.planning.plan import InBank, Plan, in_bank_sentence
+from orchestrator.runs.mirror.local_trackers import check_installed
 from orchestrator.runs.run_folder import RunFolder
 from strategies.shape import ModelShape
 from strategies.workload import Workload
@@ -79,6 +80,7 @@ def prepare(
     """
     from orchestrator.data.prepare import cache_beside, prepare_data
 
+    check_installed(job)
     model = job.spec.model
     model_folder = model_files.locate(
         model.model_name_or_path, job.folder, model.model_revision, say, model.trust_remote_code

@@ -201,6 +201,8 @@ class LiveRun:
                 if isinstance(event, TrackingReport):
                     self.watcher.event(event)
             raise
+        self.mirror.close("finished")
+        self.report()
 
     def report(self) -> None:
         """Pass new events to the watcher."""

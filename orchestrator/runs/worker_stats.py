@@ -191,32 +191,32 @@ def timelines(plan: Plan, events: Sequence[Event]) -> tuple[list[StageSpans], li
 
 
 def stage_metrics(plan: Plan, step: StepReport | None = None) -> dict[str, float]:
-    """What a step measured of each stage as flat metrics, `stage.NUMBER.NAME`; without a step what was predicted.
+    """What a step measured of each stage as flat metrics, `stage/NUMBER/NAME`; without a step what was predicted.
 
-    Of several pipelines `pipeline.NUMBER.stage.NUMBER.NAME`.
+    Of several pipelines `pipeline/NUMBER/stage/NUMBER/NAME`.
     """
     found: dict[str, float] = {}
     for row in stages_of_run(plan, [] if step is None else [WorkerGroup(members=[Member("", "")]), step]):
-        name = f"stage.{row.stage}" if row.num_replicas == 1 else f"pipeline.{row.replica}.stage.{row.stage}"
+        name = f"stage/{row.stage}" if row.num_replicas == 1 else f"pipeline/{row.replica}/stage/{row.stage}"
         for key, value in row.to_json().items():
             if (
                 key.startswith("predicted_") == (step is None)
                 and key.removeprefix("predicted_") in _STAGE_METRICS
                 and value is not None
             ):
-                found[f"{name}.{key}"] = float(value)
+                found[f"{name}/{key}"] = float(value)
     return found
 
 
 def metrics(members: Sequence[Member], step: StepReport) -> dict[str, float]:
-    """The numbers of one step as flat metrics, `worker.NODE.NAME`; a node's second device is NODE.1."""
+    """The numbers of one step as flat metrics, `worker/NODE/NAME`; a node's second device is NODE.1."""
     found: dict[str, float] = {}
     seen: Counter[str] = Counter()
     for row in stats_of_step(members, step):
         name = f"{row.node}.{seen[row.node]}" if seen[row.node] else row.node
         seen[row.node] += 1
         numbers = {key: getattr(row, key) for key in ("tokens_per_s", "wait_s", "peak_bytes", "bytes_sent")}
-        found |= {f"worker.{name}.{key}": float(value) for key, value in numbers.items() if value is not None}
+        found |= {f"worker/{name}/{key}": float(value) for key, value in numbers.items() if value is not None}
     return found
 
 

@@ -161,7 +161,7 @@ def test_mlflow_mirrors_the_run(finished, place):
     assert mirrored.data.params["train.learning_rate"] == "0.003"
     assert mirrored.data.params["plan.data.packing"] == str(told_plan(run).techniques.packing)
     assert mirrored.data.metrics["measured_step_s"] > 0 < mirrored.data.metrics["predicted_step_s"]
-    assert mirrored.data.metrics["after.eval_loss"] == told["result"]["after"]["eval_loss"]
+    assert mirrored.data.metrics["after/eval_loss"] == told["result"]["after"]["eval_loss"]
     artifacts = {item.path for item in client.list_artifacts(mirrored.info.run_id)}
     assert {"adapter", "plan.json", "result.json", "events.jsonl"} <= artifacts
     called("sync", run.run_id, cwd=place, check=0)

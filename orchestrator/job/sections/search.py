@@ -90,8 +90,12 @@ class BankSection(Section):
 class TrackingSection(Section):
     """Where results are mirrored."""
 
-    report_to: list[Literal["mlflow"]] = key(["mlflow"], "[] = the run folder only")
+    report_to: list[Literal["mlflow", "tensorboard", "wandb"]] = key(
+        ["mlflow"], "tensorboard and wandb (offline) are written beside the run; [] = the run folder only"
+    )
     mlflow_uri: str | None = key(
         None, "an MLflow server; null = a SQLite file beside the runs; ${NAME} is read from the environment"
     )
-    experiment: str = key("default", "MLflow experiment")
+    experiment: str | None = key(
+        None, "MLflow experiment; null = the name of the folder in which the folder of runs lies"
+    )

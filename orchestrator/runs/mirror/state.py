@@ -38,6 +38,7 @@ class Sent:
     state: str | None = None  # of the run when it was last sent
     experiment: str | None = None  # instead of the job's
     has_params: bool = False
+    model_id: str | None = None  # of the logged model
     members: list[dict[str, Any]] = field(default_factory=list)
     trials: dict[str, str] = field(default_factory=dict)  # of a search: number -> MLflow run
     requested_uri: str | None = None  # as the job writes it, masked
@@ -63,6 +64,11 @@ def _renamed(values: Any) -> Any:
     if not isinstance(values, dict) or "asked_uri" not in values:
         return values
     return {"requested_uri": values["asked_uri"], **values}
+
+
+def wants_mlflow(job: Job) -> bool:
+    """Whether the job's results are mirrored to MLflow."""
+    return "mlflow" in job.spec.tracking.report_to
 
 
 def is_left_running(run: RunFolder) -> bool:

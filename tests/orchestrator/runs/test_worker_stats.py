@@ -43,5 +43,5 @@ def test_a_nodes_second_device_has_a_metric_of_its_own():
 
     found = metrics(twins, step(1, 2.0, [1.0, 1.5], 1))
 
-    assert found["worker.box.tokens_per_s"] == 100.0
-    assert found["worker.box.1.wait_s"] == 0.5
+    assert found["worker/box/tokens_per_s"] == 100.0
+    assert found["worker/box.1/wait_s"] == 0.5

@@ -216,9 +216,9 @@ def test_mlflow_gets_each_stage(run, store):
     metrics = found.data.metrics
     last = reports(run)[-1]
     for rank in range(len(run.plan().nodes)):
-        assert metrics[f"stage.{rank}.busy_s"] == last.stage_busy_s[rank]
-        assert metrics[f"stage.{rank}.bytes_sent"] == last.stage_bytes_sent[rank]
-        assert metrics[f"stage.{rank}.predicted_peak_bytes"] == run.plan().nodes[rank].memory.total_bytes
+        assert metrics[f"stage/{rank}/busy_s"] == last.stage_busy_s[rank]
+        assert metrics[f"stage/{rank}/bytes_sent"] == last.stage_bytes_sent[rank]
+        assert metrics[f"stage/{rank}/predicted_peak_bytes"] == run.plan().nodes[rank].memory.total_bytes
 
 
 def test_a_run_without_stages_has_none_of_this(whole, place):
