@@ -54,6 +54,7 @@ ROOMS = (
     ("orchestrator.data.readers",),
     ("orchestrator.data",),
     ("orchestrator.planning",),
+    ("orchestrator.runs.comparison",),
     ("orchestrator.runs",),
     ("orchestrator.runs.summary",),
     ("orchestrator.runs.mirror",),

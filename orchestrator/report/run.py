@@ -96,6 +96,7 @@ def _quality(w: Word, result: RunResult | None) -> list[Block]:
     before, after = _scores(result)
     rows = [(key, score(key, before.get(key)), score(key, value)) for key, value in after.items()]
     blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
+    blocks += [Paragraph(f"{key}: {gain.text}") for key, gain in result.gains.items()]
     if compared := result.after.compared:
         blocks.append(Paragraph("; ".join(f"{key}: {how}" for key, how in compared.items())))
     scores = [key for key in after if key != "eval_loss"]

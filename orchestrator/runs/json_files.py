@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 from clusters.capability import ClusterCapability
 from clusters.safe.reading import load_json, record
 from orchestrator.errors import bad_input_as_job_error
+from orchestrator.runs.comparison.gains import Gain, gains
 from orchestrator.runs.digests import FileDigest
 
 T = TypeVar("T")
@@ -46,6 +47,7 @@ class Quality:
     seconds: float | None = None
     compared: dict[str, str] = field(default_factory=dict)  # score -> the unit of text it compares
     samples: list[Sample] = field(default_factory=list)
+    by_answer: dict[str, list[float]] = field(default_factory=dict)  # of metrics that are means over the answers
     scores: dict[str, float] = field(default_factory=dict)  # eval_loss and every metric
     values: Values = field(default_factory=dict)  # as in the file
 
@@ -125,6 +127,11 @@ class RunResult:
     def check(self) -> str | None:
         """How what was handed back compares with what was trained."""
         return self.handed_back.check.text if self.handed_back and self.handed_back.check else None
+
+    @property
+    def gains(self) -> dict[str, Gain]:
+        """What was gained by each metric that is a mean over answers, and how sure that is."""
+        return gains(self.before.by_answer if self.before else {}, self.after.by_answer if self.after else {})
 
     @property
     def tokens_per_s(self) -> float:

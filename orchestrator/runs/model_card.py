@@ -120,6 +120,8 @@ def _quality(result: RunResult) -> list[str]:
     for key, value in result.after.scores.items():
         old = f"{before[key]:.4f}" if key in before else "not measured"
         lines.append(f"| {plain(key)} | {old} | {value:.4f} |")
+    sure = [f"{plain(key)}: {plain(gain.text)}." for key, gain in result.gains.items()]
+    lines += ["", *sure] if sure else []
     compared = [f"{plain(key)}: {plain(how)}" for key, how in result.after.compared.items()]
     return [*lines, "", *([f"Compared by {'; '.join(compared)}.", ""] if compared else [])]
 

@@ -34,6 +34,12 @@ def score(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str,
     return {metric: _METRICS[metric][0](generated, wanted) for metric in metrics}
 
 
+def scores_by_answer(metrics: Sequence[str], pairs: Sequence[tuple[str, str]]) -> dict[str, list[float]]:
+    """Each pair's own score, of the metrics that are means of those."""
+    wanted = [metric for metric in metrics if metric in _MEANS]
+    return {metric: [round(score([metric], [pair])[metric], 4) for pair in pairs] for metric in wanted}
+
+
 def how_compared(metrics: Sequence[str]) -> dict[str, str]:
     """What each metric compares, as a phrase."""
     return {metric: _METRICS[metric][1] for metric in metrics}
@@ -119,6 +125,7 @@ def _chrf(generated: list[str], wanted: list[str]) -> float:
     return min(1.0, sacrebleu.corpus_chrf(generated, [wanted]).score / 100)
 
 
+_MEANS = ("exact_match", "accuracy", "rouge_l")  # the others count over all answers together
 _WHOLE = "whole answers (NFC) without outer white space"
 _METRICS: dict[str, tuple[Callable[[list[str], list[str]], float], str]] = {
     "exact_match": (_exact_match, _WHOLE),

@@ -22,7 +22,7 @@ name: uneven
 model: {{model_name_or_path: {model}, dtype: float32}}
 data: {{train: train.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
-train: {{global_batch_size: 8, max_steps: 60, learning_rate: 1e-4}}
+train: {{global_batch_size: 8, max_steps: 40, learning_rate: 1e-4}}
 strategy: {{shares: {shares}}}
 cluster: {{address: "{address}", num_workers: 2, wait_for_nodes_s: 5}}
 checkpoint: {{save_steps: 10}}
@@ -165,7 +165,7 @@ def test_a_node_that_is_lost_for_good_is_planned_around(cluster, place, undistur
 @pytest.mark.slow
 def test_a_machine_that_does_not_train_evaluates_the_base_model_meanwhile(cluster, place):
     write_jsonl(place / "eval.jsonl", rows(8, start=100))
-    one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=60")
+    one = ("-s", "cluster.num_workers=1", "-s", "data.eval=eval.jsonl", "-s", "eval.eval_steps=40")
     told, said = answer(submit(place, *one))
     run = RunFolder(Path(told["path"]))
 

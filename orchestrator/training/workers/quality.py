@@ -19,7 +19,7 @@ from orchestrator.training.evaluate import (
     generate_answers,
     num_without_room,
 )
-from orchestrator.training.metrics import how_compared, score
+from orchestrator.training.metrics import how_compared, score, scores_by_answer
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
 from strategies.train_setup import TrainSetup
@@ -50,7 +50,8 @@ def measure(
         mine = indices[group.replica :: group.num_replicas]
         own = generate_answers(setup.model, tokenizer, held_out, mine, generation)
         answers: list[GeneratedAnswer] = [one for part in group.gather(own if group.leads else []) for one in part]
-        quality |= score(plan.metrics, [(answer.generated, answer.reference) for answer in answers])
+        pairs = [(answer.generated, answer.reference) for answer in answers]
+        quality |= score(plan.metrics, pairs) | {"by_answer": scores_by_answer(plan.metrics, pairs)}
         quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
         if without_room := num_without_room(setup.model, held_out, indices):
             quality["without_room"] = without_room

@@ -1,0 +1,52 @@
+"""Intervals hold what they promise where the truth is known, and the sentence says whether a gain may be chance."""
+
+import numpy
+import pytest
+
+from orchestrator.runs.comparison.gains import gains
+from orchestrator.runs.comparison.intervals import Interval, of_mean, of_scores, of_share
+
+
+def holds(found: Interval, truth: float) -> bool:
+    return found.low - 1e-12 <= truth <= found.high + 1e-12
+
+
+@pytest.mark.parametrize(("count", "share"), [(50, 0.3), (200, 0.3), (200, 0.9)])
+def test_wilsons_interval_holds_the_share_in_95_of_100_samples(count, share):
+    from scipy.stats import binom
+
+    hits = numpy.arange(count + 1)
+    covered = [binom.pmf(hit, count, share) for hit in hits if holds(of_share(int(hit), count), share)]
+
+    assert sum(covered) == pytest.approx(0.95, abs=0.02)  # exactly, over all samples: shares come in steps
+
+
+def test_intervals_of_differences_hold_the_truth_in_95_of_100_samples():
+    draw = numpy.random.default_rng(1)
+    samples = [draw.beta(4, 2, 60) - draw.beta(2, 4, 60) for _ in range(300)]  # scores such as rouge_l's
+    held = sum(holds(of_mean(sample), 1 / 3) for sample in samples)
+
+    assert held / 300 == pytest.approx(0.95, abs=0.025)  # two standard deviations of 300 samples
+
+
+def test_equal_scores_have_no_spread_and_right_or_wrong_ones_wilsons():
+    assert of_mean([0.5, 0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
+    assert of_scores([1.0, 1.0, 1.0]) == of_share(3, 3)
+    assert of_share(3, 3).low == pytest.approx(0.4385, abs=1e-4)  # of three right answers little is sure
+
+
+def test_a_clear_gain_and_one_that_may_be_chance_are_told_apart():
+    base, better, barely = ({"accuracy": [0.0] * (100 - right) + [1.0] * right} for right in (40, 80, 41))
+
+    clear, chance = gains(base, better)["accuracy"], gains(base, barely)["accuracy"]
+
+    assert clear.text == "71.1 % to 86.7 % (95 %, 100 answers); gained +31.0 to +50.0 points"
+    assert chance.text.endswith(", which may be chance")
+
+
+def test_without_the_same_answers_before_there_is_no_difference():
+    after = {"accuracy": [1.0, 0.0]}
+
+    assert gains({}, after)["accuracy"].difference is None
+    assert gains({"accuracy": [1.0]}, after)["accuracy"].difference is None
+    assert gains(after, {}) == {}
