@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from clusters.capability import DeviceCapability, NodeCapability
 from clusters.safe.reading import BadInput
 from strategies.adapter_bank.adapter import changes_base
-from strategies.contract import StrategyPlan, option
+from strategies.contract import option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.export import Export, Loader
-from strategies.methods.fused_maps import BYTES, OPERATIONS, better_of, why_not_fused
-from strategies.methods.lora_start import start_from, whole_if_possible
+from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 from strategies.train_setup import TrainSettings, TrainSetup
-from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
+from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
 
@@ -71,10 +69,8 @@ class Lora(PredictedMethod):
     init_adapter: str | None = option(
         None, "a folder with an adapter of this model to start from, e.g. what `adapt` made"
     )
-    fused: bool | Literal["auto"] = option(
-        "auto",
-        "each map and its correction as one function in the cheapest order (RunLoRA, arXiv 2312.03415), in place of"
-        " PEFT's layers; auto = on CPUs, where a step is predicted 3 % shorter",
+    fused: bool = option(
+        False, "each map and its correction as one function in the cheapest order (RunLoRA, arXiv 2312.03415)"
     )
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
@@ -99,6 +95,8 @@ class Lora(PredictedMethod):
         return self.init_adapter
 
     def why_alone(self) -> str | None:
+        if self.fused:
+            return "fused maps are computed for all tokens of a row at once"
         others = {
             "use_dora": self.use_dora,
             "modules_to_save": bool(self.modules_to_save),
@@ -123,7 +121,7 @@ class Lora(PredictedMethod):
             self._refuse_expert_corrections(shape)
             or self._refuse_streaming(shape, techniques)
             or self._refuse_rows(shape)
-            or (why_not_fused(self, techniques, shape) if self.fused is True else None)
+            or (why_not_fused(self, techniques, shape) if self.fused else None)
         )
 
     def _refuse_rows(self, shape: ModelShape) -> str | None:
@@ -237,22 +235,12 @@ class Lora(PredictedMethod):
             takes_earlier_names=True,
         )
 
-    def estimate(
-        self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
-    ) -> StrategyPlan:
-        """With the maps fused where that is open and worth it."""
-        if self.fused != "auto":
-            return super().estimate(workload, device, node, techniques)
-        plain, fused = (replace(self, fused=on).estimate(workload, device, node, techniques) for on in (False, True))
-        return better_of(plain, fused, why_not_fused(self, techniques, workload.shape), device)
-
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
         chosen = targets.adapted_maps(shape, self._choice)
         trained = self._count(shape, chosen)
         # Under dropout and DoRA each target's input is cast to the adapter's fp32 and back: a copy a target.  Else maps
         # that read one tensor share it (`keep_input_dtype`).
-        is_fused = self.fused is True
         engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
         cast = g < 4 and not engine
         casts_inputs = cast and (self.use_dora or self.has_dropout)
@@ -285,8 +273,8 @@ class Lora(PredictedMethod):
             adapter_parameters=trained.multiplied,
             full_parameters=chosen.num_saved_in_layers + shape.active_part(chosen.stacked_elements),
             adapter_inputs=chosen.sides // chosen.layers,
-            adapter_bytes=None if casts_inputs else BYTES[is_fused] * g,
-            adapter_operations=OPERATIONS[is_fused],
+            adapter_bytes=None if casts_inputs else g + MORE_BYTES[self.fused],
+            adapter_operations=OPERATIONS[self.fused],
             dropped_inputs=chosen.inputs // chosen.layers if self.lora_dropout else 0,
             num_adapters=len(chosen.maps) // chosen.layers,
             num_trainable=trained.total,
@@ -345,7 +333,7 @@ class Lora(PredictedMethod):
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         keep_input_dtype(peft_model)
-        notes = fuse(peft_model) if self.fused is True else ()
+        notes = fuse(peft_model) if self.fused else ()
         if self.init_adapter:
             start_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -374,3 +362,35 @@ class Lora(PredictedMethod):
             return sorted(built.last_names(built.linear_maps))
         found = targets.resolve_targets(self.lora_target_modules, tuple(built.modules), built.linear_maps)
         return [name for name in found if built.layer_of(name) in self.layers_to_transform]
+
+
+def whole_if_possible(value: float) -> float:
+    """32 for 32.0: other readers of adapter_config.json, e.g. Ollama's, take whole numbers alone."""
+    return int(value) if float(value).is_integer() else value
+
+
+def start_from(peft_model: Any, folder: Path) -> None:
+    """Let a fresh LoRA model start from another adapter: truncated to its rank, or filled up with what is fresh.
+
+    Raises ValueError where the adapter corrects maps that this LoRA leaves alone.
+    """
+    import torch
+
+    from strategies.adapter_bank.adapter import Adapter
+    from strategies.adapter_bank.algebra import truncate
+
+    if not folder.is_dir():
+        raise ValueError(f"init_adapter {folder} is not a folder; give its absolute path")
+    adapter = Adapter(folder)
+    own = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules() if hasattr(m, "lora_A")}
+    if left_alone := sorted(set(adapter.targets) - set(own)):
+        raise ValueError(
+            f"init_adapter corrects {len(left_alone)} maps that this LoRA leaves alone, e.g. {left_alone[0]}: widen"
+            " lora_target_modules or layers_to_transform"
+        )
+    with torch.no_grad():
+        for name in adapter.targets:
+            a_RI, b_OR = own[name].lora_A["default"].weight, own[name].lora_B["default"].weight
+            start, _, _ = truncate(adapter.factors(name), a_RI.shape[0])
+            a_RI[: start.rank] = start.a_RI.to(a_RI)
+            b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)

@@ -42,6 +42,11 @@ def keep_input_dtype(model: torch.nn.Module) -> None:
             layer._cast_input_dtype = _cast_outside_autocast  # type: ignore[method-assign]
 
 
+def keeps_input_dtype(layer: Any) -> bool:
+    """Whether a PEFT layer was made to by `keep_input_dtype`."""
+    return vars(layer).get("_cast_input_dtype") is _cast_outside_autocast
+
+
 def draws(layer: Any) -> bool:
     """Whether a PEFT layer of LoRA's drops inputs at random."""
     return any(getattr(dropout, "p", 0) > 0 for dropout in layer.lora_dropout.values())
