@@ -262,6 +262,7 @@ class Lora(PredictedMethod):
             output_is_kept=chosen.reads("attended"),
             product_is_kept=chosen.reads("product"),
             norms_train=chosen.saves_norms,
+            keeps_dtype=cast and not casts_inputs and not (self.is_quantised or chosen.stacks),
             cast_bytes=(g * chosen.num_cast if cast else 0.0) + g * copied,
             dequantised_bytes=g * chosen.stacked_elements / chosen.layers,
             first_layer=0 if self.trainable_token_indices or self.bias == "all" else chosen.first_layer,

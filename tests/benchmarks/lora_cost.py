@@ -26,6 +26,7 @@ import torch
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
 from strategies.methods.lora import Lora
+from strategies.step import host_memory
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques import lora_algebra
 from strategies.techniques.lora_algebra import CorrectedLinear
@@ -52,6 +53,7 @@ def main() -> None:
     parser.add_argument("--ways", default="plain,cast,fused")
     asked = parser.parse_args()
     torch.set_num_threads(1)
+    host_memory.keep()  # as training does: else new pages for every large result are what is measured
     {"steps": steps, "forms": forms}[asked.what](asked)
 
 
