@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 from strategies.shape import ModelShape
 from strategies.workload import Techniques
-
-if TYPE_CHECKING:
-    from strategies.methods.lora import Lora
 
 # Of a map with its correction, apart and fused: bytes read and written beside the products for each of its inputs and
 # outputs, above an element's own, and kernels started in a forward pass (LOG.md, "LoRA's own cost").
@@ -16,8 +13,8 @@ MORE_BYTES = {False: 4.0, True: 0.0}
 OPERATIONS = {False: 7, True: 5}
 
 
-def why_not_fused(method: Lora, techniques: Techniques, shape: ModelShape) -> str | None:
-    """Why these options, this model or these techniques leave the maps to PEFT's layers; None where they need not."""
+def why_not_fused(method: Any, techniques: Techniques, shape: ModelShape) -> str | None:
+    """Why these options of LoRA's, this model or these techniques leave the maps to PEFT's layers; None where they need not."""
     reasons = {
         "lora_dropout drops inputs of the correction that the map keeps": method.has_dropout,
         "use_dora scales the sum of map and correction": method.use_dora,

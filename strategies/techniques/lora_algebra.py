@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from strategies.techniques.lora_forms import Form, Sizes, cheapest
+from strategies.techniques.lora_forms import Form, MapSizes, cheapest
 from strategies.techniques.precision import draws
 
 
@@ -31,10 +31,9 @@ class CorrectedLinear(torch.autograd.Function):
         frozen: tuple[torch.Tensor, torch.Tensor | None],
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
-        scaling: float,
-        form: Form,
+        scaled: tuple[float, Form],
     ) -> torch.Tensor:
-        weight_OI, bias_O = frozen
+        (weight_OI, bias_O), (scaling, form) = frozen, scaled
         ctx.scaling, ctx.form, ctx.dtypes = scaling, form, (a_RI.dtype, b_OR.dtype)
         a_RI, b_OR = a_RI.to(x_TI.dtype), b_OR.to(x_TI.dtype)
         hidden_TR = None
@@ -68,10 +67,10 @@ class CorrectedLinear(torch.autograd.Function):
             grad_TI = grad_TO @ torch.addmm(weight_OI, b_OR, a_RI, alpha=scaling)
         elif needs_x:
             grad_TI = (grad_TO @ weight_OI).addmm_(grad_TR, a_RI)
-        return grad_TI, None, grad_a_RI.to(ctx.dtypes[0]), grad_b_OR.to(ctx.dtypes[1]), None, None
+        return grad_TI, None, grad_a_RI.to(ctx.dtypes[0]), grad_b_OR.to(ctx.dtypes[1]), None
 
 
-def fuse(model: torch.nn.Module, order: Callable[[Sizes, int], Form] = cheapest) -> tuple[str, ...]:
+def fuse(model: torch.nn.Module, order: Callable[[MapSizes, int], Form] = cheapest) -> tuple[str, ...]:
     """Compute the corrected maps of a PEFT model so in training; a note of those that stay PEFT's.
 
     `order` chooses by a map's sizes and the bytes of an element.
@@ -99,7 +98,7 @@ def is_plain(layer: Any) -> bool:
 
 
 def _forward(
-    layer: Any, order: Callable[[Sizes, int], Form], x: torch.Tensor, *args: Any, **kwargs: Any
+    layer: Any, order: Callable[[MapSizes, int], Form], x: torch.Tensor, *args: Any, **kwargs: Any
 ) -> torch.Tensor:
     weight_OI, a_RI = layer.base_layer.weight, layer.lora_A["default"].weight
     device = x.device.type
@@ -108,8 +107,8 @@ def _forward(
     if not trains or weight_OI.dtype != dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
     x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-    form = order(Sizes(len(x_TI), *reversed(weight_OI.shape), len(a_RI)), dtype.itemsize)
+    form = order(MapSizes(len(x_TI), *reversed(weight_OI.shape), len(a_RI)), dtype.itemsize)
     frozen = weight_OI, layer.base_layer.bias
     b_OR = layer.lora_B["default"].weight
-    y_TO = CorrectedLinear.apply(x_TI, frozen, a_RI, b_OR, layer.scaling["default"], form)
+    y_TO = CorrectedLinear.apply(x_TI, frozen, a_RI, b_OR, (layer.scaling["default"], form))
     return y_TO.view(*x.shape[:-1], -1)  # type: ignore[union-attr]

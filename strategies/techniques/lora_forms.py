@@ -31,12 +31,12 @@ class Form:
 
 
 FORMS: tuple[Form, ...] = tuple(Form(*flags) for flags in itertools.product((False, True), repeat=4))
-_FLOPS_PER_ELEMENT = 40.0
+_FLOPS_PER_ELEMENT = 40.0  # of the order of a CPU's FLOP/s in fp32 over the elements/s that its memory gives
 _UNMERGED = tuple(form for form in FORMS if not (form.merges_forward or form.merges_backward))
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MapSizes:
     """Of one map and the tokens that pass it."""
 
     tokens: int
@@ -65,7 +65,7 @@ class Product:
         return self.rows * self.inner + self.inner * self.columns + result
 
 
-def forward_products(form: Form, n: Sizes) -> Iterator[Product]:
+def forward_products(form: Form, n: MapSizes) -> Iterator[Product]:
     yield Product(n.tokens, n.inputs, n.outputs)
     if form.merges_forward:
         yield Product(n.outputs, n.rank, n.inputs, adds=True)
@@ -74,7 +74,7 @@ def forward_products(form: Form, n: Sizes) -> Iterator[Product]:
         yield Product(n.tokens, n.rank, n.outputs, adds=True)
 
 
-def backward_products(form: Form, n: Sizes) -> Iterator[Product]:
+def backward_products(form: Form, n: MapSizes) -> Iterator[Product]:
     """With the gradient of the input; x A^T is there from a forward pass that has computed it."""
     if not (form.a_by_weight and form.merges_backward):
         yield Product(n.tokens, n.outputs, n.rank)
@@ -97,12 +97,12 @@ def backward_products(form: Form, n: Sizes) -> Iterator[Product]:
         yield Product(n.tokens, n.rank, n.inputs, adds=True)
 
 
-def products(form: Form, n: Sizes) -> list[Product]:
+def products(form: Form, n: MapSizes) -> list[Product]:
     return [*forward_products(form, n), *backward_products(form, n)]
 
 
 @lru_cache(maxsize=4096)
-def cheapest(n: Sizes, element_bytes: int, flops_per_element: float = _FLOPS_PER_ELEMENT) -> Form:
+def cheapest(n: MapSizes, element_bytes: int, flops_per_element: float = _FLOPS_PER_ELEMENT) -> Form:
     """The cheapest order, of equals the plainest; an element read or written counts as so many FLOPs.
 
     In 16 bits W + s B A is not formed: most of a small correction would be lost to the rounding of W.

@@ -30,7 +30,7 @@ from strategies.step import host_memory
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques import lora_algebra
 from strategies.techniques.lora_algebra import CorrectedLinear
-from strategies.techniques.lora_forms import FORMS, Form, Sizes, cheapest
+from strategies.techniques.lora_forms import FORMS, Form, MapSizes, cheapest
 from strategies.techniques.precision import gradient_scaler
 from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import Techniques
@@ -135,7 +135,7 @@ def steps(asked: argparse.Namespace) -> None:
 def forms(asked: argparse.Namespace) -> None:
     dtype = getattr(torch, asked.dtype)
     for rank, tokens, (inputs, outputs) in itertools.product(asked.rank, asked.tokens, SHAPES):
-        sizes = Sizes(tokens, inputs, outputs, rank)
+        sizes = MapSizes(tokens, inputs, outputs, rank)
         x, a, b = (torch.randn(s, dtype=dtype) for s in ((tokens, inputs), (rank, inputs), (outputs, rank)))
         weight, gradient = torch.randn(outputs, inputs, dtype=dtype), torch.randn(tokens, outputs, dtype=dtype)
         seconds: dict[Form, list[float]] = {form: [] for form in FORMS}
@@ -143,7 +143,7 @@ def forms(asked: argparse.Namespace) -> None:
             for form, spent in seconds.items():
                 leaves = [one.clone().requires_grad_() for one in (x, a, b)]
                 began = time.process_time()
-                CorrectedLinear.apply(leaves[0], (weight, None), *leaves[1:], 2.0, form).backward(gradient)
+                CorrectedLinear.apply(leaves[0], (weight, None), *leaves[1:], (2.0, form)).backward(gradient)
                 spent.append(time.process_time() - began)
         least = {form: min(spent) for form, spent in seconds.items()}
         best, chosen = min(least, key=least.__getitem__), cheapest(sizes, dtype.itemsize)

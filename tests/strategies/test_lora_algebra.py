@@ -15,12 +15,12 @@ from strategies.step import document_attention
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques import checkpointing
 from strategies.techniques.lora_algebra import CorrectedLinear, fuse, is_plain
-from strategies.techniques.lora_forms import FORMS, Form, Sizes, cheapest, products
+from strategies.techniques.lora_forms import FORMS, Form, MapSizes, cheapest, products
 from strategies.techniques.precision import gradient_scaler
 from strategies.workload import StagePart
 from tests.strategies.test_contract import settings, techniques, workload
 
-SIZES = Sizes(tokens=11, inputs=7, outputs=5, rank=3)
+SIZES = MapSizes(tokens=11, inputs=7, outputs=5, rank=3)
 
 
 def tensors(sizes, dtype=torch.float64):
@@ -35,7 +35,7 @@ def test_every_order_equals_autograd_in_fp64(form):
     x, (weight, bias), a, b = tensors(SIZES)
     gradient = torch.randn(SIZES.tokens, SIZES.outputs, dtype=torch.float64)
 
-    ours = CorrectedLinear.apply(x, (weight, bias), a, b, 1.7, form)
+    ours = CorrectedLinear.apply(x, (weight, bias), a, b, (1.7, form))
     plain = torch.nn.functional.linear(x, weight, bias) + 1.7 * (x @ a.T) @ b.T
 
     torch.testing.assert_close(ours, plain, rtol=0, atol=1e-12)
@@ -47,7 +47,7 @@ def test_every_order_equals_autograd_in_fp64(form):
 def test_an_input_that_needs_no_gradient_gets_none(form):
     x, frozen, a, b = tensors(SIZES)
 
-    CorrectedLinear.apply(x.detach(), frozen, a, b, 1.7, form).sum().backward()
+    CorrectedLinear.apply(x.detach(), frozen, a, b, (1.7, form)).sum().backward()
 
     expected = torch.autograd.grad((1.7 * (x @ a.T) @ b.T).sum(), (a, b))
     torch.testing.assert_close((a.grad, b.grad), expected, rtol=0, atol=1e-12)
@@ -62,18 +62,18 @@ def test_the_flops_of_every_order_are_those_that_torch_counts(form):
     x, frozen, a, b = tensors(SIZES)
 
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: added_product}) as counter:
-        CorrectedLinear.apply(x, frozen, a, b, 1.0, form).sum().backward()
+        CorrectedLinear.apply(x, frozen, a, b, (1.0, form)).sum().backward()
 
     assert len(set(FORMS)) == 16
     assert counter.get_total_flops() == sum(one.flops for one in products(form, SIZES))
 
 
 def test_the_cheapest_order_follows_tokens_widths_rank_and_precision():
-    by_flops = [cheapest(Sizes(tokens, 64, 64, 16), 4, flops_per_element=0.0) for tokens in (8, 512)]
+    by_flops = [cheapest(MapSizes(tokens, 64, 64, 16), 4, flops_per_element=0.0) for tokens in (8, 512)]
 
     assert by_flops == [Form(), Form(merges_forward=True, merges_backward=True)]
-    assert cheapest(Sizes(512, 64, 64, 16), 2, flops_per_element=0.0) == Form()
-    assert cheapest(Sizes(4096, 64, 64, 256), 2, flops_per_element=0.0) == Form(a_by_weight=True, b_by_weight=True)
+    assert cheapest(MapSizes(512, 64, 64, 16), 2, flops_per_element=0.0) == Form()
+    assert cheapest(MapSizes(4096, 64, 64, 256), 2, flops_per_element=0.0) == Form(a_by_weight=True, b_by_weight=True)
 
 
 def test_in_16_bits_a_merged_weight_would_lose_a_small_correction():
@@ -81,7 +81,7 @@ def test_in_16_bits_a_merged_weight_would_lose_a_small_correction():
     weight, small = weight.bfloat16(), 1e-4
 
     merged, apart = (
-        CorrectedLinear.apply(x, (weight, None), a, b, small, form) for form in (Form(merges_forward=True), Form())
+        CorrectedLinear.apply(x, (weight, None), a, b, (small, form)) for form in (Form(merges_forward=True), Form())
     )
 
     assert torch.equal(merged, torch.nn.functional.linear(x, weight))
