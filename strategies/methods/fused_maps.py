@@ -14,7 +14,7 @@ OPERATIONS = {False: 7, True: 5}
 
 
 def why_not_fused(method: Any, techniques: Techniques, shape: ModelShape) -> str | None:
-    """Why these options of LoRA's, this model or these techniques leave the maps to PEFT's layers; None where they need not."""
+    """Why LoRA's maps stay PEFT's with these options, model and techniques; None where they can be fused."""
     reasons = {
         "lora_dropout drops inputs of the correction that the map keeps": method.has_dropout,
         "use_dora scales the sum of map and correction": method.use_dora,
