@@ -107,7 +107,8 @@ def _forward(
     if not trains or weight_OI.dtype != dtype:
         return type(layer).forward(layer, x, *args, **kwargs)
     x_TI = x.reshape(-1, x.shape[-1]).to(dtype)
-    form = order(MapSizes(len(x_TI), *reversed(weight_OI.shape), len(a_RI)), dtype.itemsize)
+    outputs, inputs = weight_OI.shape
+    form = order(MapSizes(len(x_TI), inputs, outputs, len(a_RI)), dtype.itemsize)
     frozen = weight_OI, layer.base_layer.bias
     b_OR = layer.lora_B["default"].weight
     y_TO = CorrectedLinear.apply(x_TI, frozen, a_RI, b_OR, (layer.scaling["default"], form))

@@ -98,7 +98,8 @@ class Masters:
             master.grad, own.grad = own.grad.float(), None
         torch.nn.utils.clip_grad_norm_([master for _, master in self._pairs], 1.0)
         self._optimizer.step()
-        torch._foreach_copy_([own.data for own, _ in self._pairs], [master.data for _, master in self._pairs])
+        for own, master in self._pairs:
+            own.data.copy_(master)
 
 
 def way(name: str, techniques: Techniques, asked: argparse.Namespace, rank: int) -> Way:
