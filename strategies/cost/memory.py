@@ -62,6 +62,7 @@ class Footprint:
     output_is_kept: bool = False  # attention's output is among those inputs
     product_is_kept: bool = False  # so is what the MLP's last map reads
     norms_train: bool = False
+    keeps_dtype: bool = False  # in 16 bits nothing that passes a layer's maps is cast to fp32 and back
     cast_bytes: float = 0.0  # compute-precision copies of trained weights, kept from forward to backward
     dequantised_bytes: float = 0.0  # the largest weight while it is not quantised
     first_layer: int = 0  # below it nothing trains: nothing is kept
@@ -206,8 +207,9 @@ def saved_per_token(
         norms += 4 * (q + k) + (g * (q + k) if footprint.norms_train else 0)
     kept = 2 * q if is_eager or stack.repeats_keys else 2 * k
     attention = g * (2 * q + kept) + 4 * heads
-    if is_eager or (g == 4 and footprint.output_is_kept and techniques.attn_implementation != "document"):
-        attention -= g * q  # eager products do not keep their output; in fp32 a fused kernel's is the next map's input
+    keeps_dtype = g == 4 or footprint.keeps_dtype
+    if is_eager or (keeps_dtype and footprint.output_is_kept and techniques.attn_implementation != "document"):
+        attention -= g * q  # eager products do not keep their output; uncast, a fused kernel's is the next map's input
     if is_eager:
         softmax = g if shape.model_type == "gpt2" else 4
         cast = g if softmax != g or shape.attention_dropout else 0  # what meets the values: the cast, or what is left
@@ -228,7 +230,7 @@ def saved_per_token(
         mlp = 4 * g * f
     else:
         mlp = g * f
-        if shape.activation == "relu" and g == 4 and footprint.product_is_kept:
+        if shape.activation == "relu" and keeps_dtype and footprint.product_is_kept:
             mlp = 0  # what relu keeps is what the next map reads
     masks = 2 * h if shape.dropout else 0  # one byte an element, twice a layer
     return norms + attention + mlp + masks + footprint.inputs_per_token
@@ -250,7 +252,8 @@ def activation_bytes(
     g = BYTES_PER_ELEMENT[techniques.dtype]
     kernels = stack.kernels(techniques)
     widths = _GRADIENTS_OF_F[kernels]
-    if kernels == "plain" and g == 4 and not footprint.norms_train:  # frozen, fp32: no weight gradients, no casts
+    keeps_dtype = g == 4 or footprint.keeps_dtype
+    if kernels == "plain" and keeps_dtype and not footprint.norms_train:  # frozen: no weight gradients, no casts
         widths = _GRADIENTS_OF_F_PLAIN
     transient = tokens * widths * g * shape.mlp_width + footprint.dequantised_bytes
     if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast

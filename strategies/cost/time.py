@@ -204,7 +204,8 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     norms = shape.family.norms * (9 * g * h if shape.family.norm_bias else 120 * h)
     mlp = (14 if shape.gated_mlp else 8) * g * f
     attention = 24 * g * (shape.query_size + shape.key_value_size)
-    adapters = (8 if g == 4 else 14) * work.adapter_inputs + (4 * g + 2) * work.dropped_inputs
+    a_number = (8 if g == 4 else 14) if work.adapter_bytes is None else work.adapter_bytes
+    adapters = a_number * work.adapter_inputs + (4 * g + 2) * work.dropped_inputs
     layer = norms + mlp + attention + 12 * g * h + adapters
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 0.4 if techniques.gradient_checkpointing else 0.0
@@ -214,7 +215,7 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
 
 def num_operations(shape: ModelShape, techniques: Techniques, work: Work, documents: float) -> float:
     """Kernels started for one micro-batch, forward and backward."""
-    forward = (30 if shape.family.norm_bias else 48) + 7 * work.num_adapters
+    forward = (30 if shape.family.norm_bias else 48) + work.adapter_operations * work.num_adapters
     forward += 9 * documents if techniques.attn_implementation == "document" else 6
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 1 if techniques.gradient_checkpointing else 0

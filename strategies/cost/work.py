@@ -14,6 +14,8 @@ class Work:
     adapter_parameters: int = 0  # low-rank corrections: forward, input gradient, weight gradient
     full_parameters: int = 0  # of maps whose own weight gradients are computed where trains_weights is false
     adapter_inputs: int = 0  # sum of the widths of the inputs they read and outputs they add to, one layer
+    adapter_bytes: float | None = None  # read and written for each of these numbers a token; None = as PEFT casts
+    adapter_operations: int = 7  # kernels started for an adapter's forward pass
     dropped_inputs: int = 0  # of these widths, those that pass through dropout first
     num_adapters: int = 0  # a layer
     num_trainable: int = 0

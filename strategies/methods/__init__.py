@@ -1,6 +1,7 @@
 """Training methods: full training, adapters, low-rank gradients, sparse entries.
 
 lora                start here: LoRA
+fused_maps          whether LoRA's maps are one function each with their corrections
 full                full fine-tuning
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
 low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient

@@ -14,6 +14,7 @@ from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.export import Export, Loader
+from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.quality import QualityPrior
@@ -68,6 +69,9 @@ class Lora(PredictedMethod):
     init_adapter: str | None = option(
         None, "a folder with an adapter of this model to start from, e.g. what `adapt` made"
     )
+    fused: bool = option(
+        False, "each map and its correction as one function in the cheapest order (RunLoRA, arXiv 2312.03415)"
+    )
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
@@ -91,6 +95,8 @@ class Lora(PredictedMethod):
         return self.init_adapter
 
     def why_alone(self) -> str | None:
+        if self.fused:
+            return "fused maps are computed for all tokens of a row at once"
         others = {
             "use_dora": self.use_dora,
             "modules_to_save": bool(self.modules_to_save),
@@ -115,6 +121,7 @@ class Lora(PredictedMethod):
             self._refuse_expert_corrections(shape)
             or self._refuse_streaming(shape, techniques)
             or self._refuse_rows(shape)
+            or (why_not_fused(self, techniques, shape) if self.fused else None)
         )
 
     def _refuse_rows(self, shape: ModelShape) -> str | None:
@@ -232,11 +239,12 @@ class Lora(PredictedMethod):
         g = BYTES_PER_ELEMENT[techniques.dtype]
         chosen = targets.adapted_maps(shape, self._choice)
         trained = self._count(shape, chosen)
-        # PEFT casts each target's input to the adapter's fp32, autocast casts it back: a copy a target.  In fp32 maps
-        # that read one tensor share it.
+        # Under dropout and DoRA each target's input is cast to the adapter's fp32 and back: a copy a target.  Else maps
+        # that read one tensor share it (`keep_input_dtype`).
         engine = techniques.uses_engine  # adapters in the compute precision, an fp32 copy beside the moments
         cast = g < 4 and not engine
-        inputs = chosen.inputs if cast else chosen.distinct_inputs
+        casts_inputs = cast and (self.use_dora or self.has_dropout)
+        inputs = chosen.inputs if casts_inputs else chosen.distinct_inputs
         trained_bytes = g if engine else 4.0
         scaled = 2 * chosen.outputs if self.use_dora else 0  # the magnitude's gradient asks for both summands
         # Rows of tied embeddings are put into a copy of the matrix, which the output's product keeps; so are
@@ -254,6 +262,7 @@ class Lora(PredictedMethod):
             output_is_kept=chosen.reads("attended"),
             product_is_kept=chosen.reads("product"),
             norms_train=chosen.saves_norms,
+            keeps_dtype=cast and not casts_inputs and not (self.is_quantised or chosen.stacks),
             cast_bytes=(g * chosen.num_cast if cast else 0.0) + g * copied,
             dequantised_bytes=g * chosen.stacked_elements / chosen.layers,
             first_layer=0 if self.trainable_token_indices or self.bias == "all" else chosen.first_layer,
@@ -265,6 +274,8 @@ class Lora(PredictedMethod):
             adapter_parameters=trained.multiplied,
             full_parameters=chosen.num_saved_in_layers + shape.active_part(chosen.stacked_elements),
             adapter_inputs=chosen.sides // chosen.layers,
+            adapter_bytes=None if casts_inputs else g + MORE_BYTES[self.fused],
+            adapter_operations=OPERATIONS[self.fused],
             dropped_inputs=chosen.inputs // chosen.layers if self.lora_dropout else 0,
             num_adapters=len(chosen.maps) // chosen.layers,
             num_trainable=trained.total,
@@ -291,7 +302,8 @@ class Lora(PredictedMethod):
         from peft import LoraConfig, get_peft_model
 
         from strategies.step.optimizers import build_optimizer
-        from strategies.techniques.precision import train_in_fp32
+        from strategies.techniques.lora_algebra import fuse
+        from strategies.techniques.precision import keep_input_dtype, train_in_fp32
 
         model.requires_grad_(False)
         is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
@@ -321,6 +333,8 @@ class Lora(PredictedMethod):
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
+        keep_input_dtype(peft_model)
+        notes = fuse(peft_model) if self.fused else ()
         if self.init_adapter:
             start_from(peft_model, Path(self.init_adapter))
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
@@ -338,7 +352,7 @@ class Lora(PredictedMethod):
                 state_dict=dict(weights) if weights else None,
             )
 
-        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-lora")
+        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-lora", notes=notes)
 
     def _targets(self, model: Any) -> str | list[str]:
         """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from strategies.techniques.precision import keeps_input_dtype
+
 
 class OtherTokens(ValueError):
     """A map sees other tokens than those of the row: which belong to whom is not known there."""
@@ -82,7 +84,7 @@ class MapCorrection:
     second: torch.nn.Linear  # B, from the rank
     scaling: float
     dropout: torch.nn.Module
-    keeps_dtype: bool  # under autocast its input is not cast to A's precision: PEFT's layers for quantised maps
+    keeps_dtype: bool  # under autocast its input is not cast to A's precision
 
     @classmethod
     def of(cls, layer: Any) -> MapCorrection:
@@ -101,7 +103,7 @@ class MapCorrection:
             layer.lora_B[name],
             layer.scaling[name],
             layer.lora_dropout[name],
-            type(layer).__module__.endswith(".bnb"),
+            type(layer).__module__.endswith(".bnb") or keeps_input_dtype(layer),
         )
 
     @property

@@ -5,6 +5,8 @@ attention      which kernel computes attention
 catalogue      reads catalogue.toml, which holds what each technique states
 changes        what a technique changes where switches alone do not say it
 checkpointing  gradient checkpointing
+lora_algebra   a linear map and its low-rank correction as one function
+lora_forms     the orders in which those can be multiplied out, and the cheapest
 libraries      optional libraries that a technique needs
 precision      the number format of the forward and backward pass
 refusals       what a device, its libraries or the model's layers rule out

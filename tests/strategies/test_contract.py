@@ -44,10 +44,11 @@ def workload(shape):
     return Workload(shape, 100, 3000, 900, 60, 8, 10, 80)
 
 
-@pytest.fixture(params=[*sorted(METHODS), NormTuning.name])
+@pytest.fixture(params=[*sorted(METHODS), NormTuning.name, "lora, fused"])
 def method(request, monkeypatch):
     monkeypatch.setitem(METHODS, NormTuning.name, NormTuning)
-    return METHODS[request.param]()
+    name, _, option = request.param.partition(", ")
+    return METHODS[name](**({option: True} if option else {}))
 
 
 def add_gradients(setup, *parts):
