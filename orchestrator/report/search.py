@@ -13,7 +13,7 @@ from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Re
 from orchestrator.report.costs import command, money_text, notes_on_cost
 from orchestrator.report.translations import Word, words
 from orchestrator.runs.search_folder import Advised, Concluded, SearchFolder, Summary, Trial
-from orchestrator.views.search import common
+from orchestrator.views.search import common, step_text
 
 
 def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
@@ -87,7 +87,7 @@ def _table(w: Word, summary: Summary, by_number: dict[int, Trial]) -> Table:
             (
                 str(trial.number),
                 trial.name or phrase(trial.point, same),
-                f"{format_s(trial.step_s or 0.0)} ({format_s(trial.predicted_step_s or 0.0)})",
+                step_text(trial),
                 f"{outcome.eval_loss:.4f}",
                 format_s(outcome.total_s),
                 format_bytes(outcome.peak_bytes),
