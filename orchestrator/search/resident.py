@@ -26,7 +26,7 @@ class ResidentTrainer:
         self._notes: list[str] = []
         self._reports: list[dict[str, Any]] = []
         self._shared = SharedModel(places, memory, self._notes.append)
-        self._rounds = Rounds(_NO_LIMIT, self._shared.run_pass)
+        self._rounds = Rounds(_NO_LIMIT, self._when_all_wait)
         self._waiting: dict[int, Turn] = {}  # at their rungs
         self._leaving: set[int] = set()
 
@@ -52,6 +52,10 @@ class ResidentTrainer:
         self._reports.clear()
         self._notes.clear()
         return reports, notes
+
+    def _when_all_wait(self) -> None:
+        if not self._reports:  # those are decided of first
+            self._shared.run_pass()
 
     def _try(self, config: Mapping[str, Any], turn: Turn) -> None:
         """One trial, in its thread."""

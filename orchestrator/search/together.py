@@ -125,8 +125,8 @@ class SharedTrials:
             if places < 2 or memory is None:
                 return
             self._say(
-                f"trials that differ in nothing of their layout share one base model in one worker: {places} at a time,"
-                f" the others as they end, with a predicted {format_bytes(memory.total_bytes)}"
+                f"trials of one layout share one base model in one worker, {places} at a time, with a predicted"
+                f" {format_bytes(memory.total_bytes)}; others follow as those end"
             )
             first = next(one for one in self._waiting if one.share is shares[0])
             self._groups.append(_Group(shares[0], self._start(first, places, memory)))
@@ -142,7 +142,7 @@ class SharedTrials:
             group.trainer.advance(begin, group.proceed, group.leave)
             group.proceed, group.leave, group.is_busy = [], [], True
         try:
-            found = group.trainer.poll(_POLL_S)
+            found = group.trainer.poll(_POLL_S / len(self._groups))
         except TrainerLost as error:
             self._lose(group, str(error))
             return

@@ -156,7 +156,7 @@ class _Adapter(_InProcess, Searcher):
         wanted = None if self._searching.enough() else self._searching.next_trial()
         if wanted is None:
             return Searcher.FINISHED
-        return _config(self._folder, wanted)
+        return trial_config(self._folder, wanted)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Left to `_Callback`, which knows why a trial failed."""
@@ -258,10 +258,10 @@ class Decisions:
         if trial is None:
             trial = self._known[number] = _Seated(f"shared-{number}")
             self.scheduler.on_trial_add(controller, trial)
-        stops = not report["done"] and self.scheduler.on_trial_result(controller, trial, report) == TrialScheduler.STOP
-        if stops or report["done"]:
+        if report["done"]:
             self.scheduler.on_trial_complete(controller, trial, report)
-        return stops
+            return False
+        return self.scheduler.on_trial_result(controller, trial, report) == TrialScheduler.STOP
 
 
 class RayTrainer:
@@ -285,7 +285,7 @@ class RayTrainer:
         self._call: Any = None
 
     def advance(self, begin: list[Candidate], proceed: list[int], leave: list[int]) -> None:
-        self._call = self._actor.advance.remote([_config(self._folder, one) for one in begin], proceed, leave)
+        self._call = self._actor.advance.remote([trial_config(self._folder, one) for one in begin], proceed, leave)
 
     def poll(self, timeout_s: float) -> tuple[list[dict[str, Any]], list[str]] | None:
         ready, _ = ray.wait([self._call], timeout=timeout_s)
@@ -300,7 +300,7 @@ class RayTrainer:
         ray.kill(self._actor)
 
 
-def _config(folder: Path, one: Candidate) -> dict[str, Any]:
+def trial_config(folder: Path, one: Candidate) -> dict[str, Any]:
     """A trial as its process gets it."""
     texts = {node: [plan.to_json() for plan in found] for node, found in one.plans.items()}
     return {"folder": str(folder), "number": one.number, "point": one.point, "plans": texts}

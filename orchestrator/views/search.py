@@ -46,7 +46,7 @@ def trial_text(trial: Trial, fixed: Mapping[str, Any]) -> str:
     )
 
 
-def step_text(trial: Trial) -> str:
+def _step_text(trial: Trial) -> str:
     """Seconds of a step, with the predicted ones where it computed by itself."""
     measured, predicted = format_s(trial.step_s or 0.0), trial.predicted_step_s
     return f"{measured} ({format_s(predicted)})" if predicted else f"{measured} shared"
@@ -79,7 +79,7 @@ def trials_table(
         row = [
             f"{mark}{trial.number}",
             trial.name or phrase(trial.point, same),
-            step_text(trial),
+            _step_text(trial),
             f"{format_bytes(trial.tensors_bytes or 0.0)} ({format_bytes(trial.predicted_tensors_bytes or 0.0)})",
             f"{trial.eval_loss:.4f}" + ("" if outcome.whole else f" at step {trial.steps}"),
             format_s(outcome.total_s / outcome.plan.num_steps * steps_per_epoch if is_study else outcome.total_s),
