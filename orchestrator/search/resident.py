@@ -19,10 +19,13 @@ _NO_LIMIT = 10**6  # who has a place is decided by who sends the trials
 class ResidentTrainer:
     """The process's base model and the trials that share it."""
 
-    def __init__(self, places: int, memory: MemoryEstimate) -> None:
-        """`memory`: predicted of as many trials as there are places."""
-        from orchestrator.training.together.seat import SharedModel  # torch, which who starts this does not need
+    def __init__(self, places: int, memory: MemoryEstimate, threads: int) -> None:
+        """`memory`: predicted of as many trials as there are places; `threads`: that compute a pass."""
+        import torch  # which who starts this does not need
 
+        from orchestrator.training.together.seat import SharedModel
+
+        torch.set_num_threads(threads)
         self._notes: list[str] = []
         self._reports: list[dict[str, Any]] = []
         self._shared = SharedModel(places, memory, self._notes.append)

@@ -52,7 +52,8 @@ def why_none_share(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point
     if spec.cluster.address != "local":
         return "no trial shares its base model with others: cluster.address is a cluster, where each has a node"
     tried = {key for key, values in space.choices.items() if len(values) > 1} | set(space.ranges)
-    tried |= {key for _, point in named for key in point}
+    points = [point for _, point in named]
+    tried |= {key for point in points for key in point if any(other.get(key) != point[key] for other in points)}
     compared = sorted(tried & _TIMED)
     if spec.goal.prefer in ("time", "cost") and compared:
         return (

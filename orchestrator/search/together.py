@@ -63,12 +63,13 @@ class Drawing(Protocol):
 
 @dataclass
 class _Group:
-    """Trials in one trainer."""
+    """Trials in one trainer, and what it is sent next."""
 
     share: Share  # of the first
     trainer: Trainer
     running: dict[int, Candidate] = field(default_factory=dict)
-    last: dict[int, Report] = field(default_factory=dict)
+    last: dict[int, Report] = field(default_factory=dict)  # of those that are running
+    begin: list[Candidate] = field(default_factory=list)  # of those, for the next call
     proceed: list[int] = field(default_factory=list)
     leave: list[int] = field(default_factory=list)
     is_busy: bool = False  # a call is under way
@@ -115,7 +116,7 @@ class SharedTrials:
     def _open_groups(self) -> None:
         """A trainer in each free slot for which there are two trials that can share."""
         while len(self._groups) < self._num_slots:
-            self._draw_ahead()
+            self._draw_until(lambda: None)
             by_key: dict[Hashable, list[Share]] = {}
             for share in (one.share for one in self._waiting if isinstance(one.share, Share)):
                 if share.key not in self._lost:
@@ -129,18 +130,20 @@ class SharedTrials:
                 f" {format_bytes(memory.total_bytes)}; others follow as those end"
             )
             first = next(one for one in self._waiting if one.share is shares[0])
-            self._groups.append(_Group(shares[0], self._start(first, places, memory)))
+            group = _Group(shares[0], self._start(first, places, memory))
+            self._groups.append(group)
+            self._fill(group)
 
     def _turn(self, group: _Group) -> None:
         """Send a group's trainer what is decided, or hear what it has to report."""
         if not group.is_busy:
-            begin = self._begin(group)
+            self._fill(group)
             if not group.running:
                 group.trainer.end()
                 self._groups.remove(group)
                 return
-            group.trainer.advance(begin, group.proceed, group.leave)
-            group.proceed, group.leave, group.is_busy = [], [], True
+            group.trainer.advance(group.begin, group.proceed, group.leave)
+            group.begin, group.proceed, group.leave, group.is_busy = [], [], [], True
         try:
             found = group.trainer.poll(_POLL_S / len(self._groups))
         except TrainerLost as error:
@@ -154,35 +157,37 @@ class SharedTrials:
         for report in found[0]:
             self._hear(group, report)
 
-    def _begin(self, group: _Group) -> list[Candidate]:
-        """Those that get a place now."""
-        begin: list[Candidate] = []
+    def _fill(self, group: _Group) -> None:
+        """Give the group's free places away."""
         while one := self._next(group):
+            self._waiting.remove(one)
             group.running[one.number] = one
+            group.begin.append(one)
             self._search.started(one.number)
             self._search.reported(one.number, 0.0)
-            begin.append(one)
-        return begin
 
     def _next(self, group: _Group) -> Candidate | None:
         """The next point that has a place in the group."""
         others = group.shares
 
-        def fits(one: Candidate) -> bool:
-            return isinstance(one.share, Share) and one.share.key == group.share.key and has_place(one.share, others)
+        def found() -> Candidate | None:
+            for one in self._waiting:
+                share = one.share
+                if isinstance(share, Share) and share.key == group.share.key and has_place(share, others):
+                    return one
+            return None
 
         if others and not has_place(others[0], others):
             return None  # nobody is drawn for a row that is full
-        self._draw_ahead()
-        found = next((one for one in self._waiting if fits(one)), None)
-        if found:
-            self._waiting.remove(found)
-        return found
+        return self._draw_until(found)
 
-    def _draw_ahead(self) -> None:
-        """Draw until enough wait that could share, or some cannot, of whom each reason is said once."""
+    def _draw_until(self, found: Callable[[], Candidate | None]) -> Candidate | None:
+        """Draw until one is found among those that wait, or enough wait; of those that cannot share each reason is said
+        once."""
         num_alone = 0
-        while len(self._waiting) < _AHEAD and num_alone < _ALONE_AHEAD and (one := self._search.draw()):
+        while not (wanted := found()) and len(self._waiting) < _AHEAD and num_alone < _ALONE_AHEAD:
+            if (one := self._search.draw()) is None:
+                break
             if isinstance(one.share, Share):
                 self._waiting.append(one)
                 continue
@@ -191,6 +196,7 @@ class SharedTrials:
             if one.share and one.share not in self._said:
                 self._said.add(one.share)
                 self._say(f"trial {one.number} and those like it are tried by themselves: {one.share}")
+        return wanted
 
     def _hear(self, group: _Group, report: Report) -> None:
         """A trial is at a rung or at its end."""

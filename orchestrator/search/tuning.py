@@ -270,9 +270,9 @@ class RayTrainer:
     def __init__(
         self, folder: Path, resources: Mapping[str, float], first: Candidate, places: int, memory: MemoryEstimate
     ) -> None:
-        node = next(iter(first.plans))
+        node, (plan, *_) = next(iter(first.plans.items()))
         offering = {node} if gpu_reservation.offers_gpus(gpu_reservation.own_node_id()) else set()
-        bundle, _ = place_of({node: first.plans[node][0]}, resources, offering)
+        bundle, _ = place_of({node: plan}, resources, offering)
         own = {name: value for name, value in bundle.items() if name not in ("CPU", gpu_reservation.GPU)}
         options: dict[str, Any] = {
             "num_cpus": bundle.get("CPU", 0.0),
@@ -281,7 +281,7 @@ class RayTrainer:
             "max_restarts": 0,
         }
         self._folder = folder
-        self._actor: Any = ray.remote(ResidentTrainer).options(**options).remote(places, memory)
+        self._actor: Any = ray.remote(ResidentTrainer).options(**options).remote(places, memory, plan.nodes[0].threads)
         self._call: Any = None
 
     def advance(self, begin: list[Candidate], proceed: list[int], leave: list[int]) -> None:

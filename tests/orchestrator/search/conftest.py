@@ -1,6 +1,7 @@
 """A search over a tiny model.  Ray's doors are fakes: trials run in this process."""
 
 import contextlib
+import time
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -43,6 +44,7 @@ class Listener:
         self.num_ended += 1
         if self.num_ended == self._stop_after:
             max(self._runs.glob("search-tiny-*"), key=lambda path: path.stat().st_mtime).joinpath("stop").touch()
+            time.sleep(1.0)  # until the main thread has seen it
 
 
 class TrainerHere:
@@ -53,7 +55,7 @@ class TrainerHere:
     def __init__(self, folder, resources, first, places, memory):
         from orchestrator.search.resident import ResidentTrainer
 
-        self._folder, self._trainer, self._call = folder, ResidentTrainer(places, memory), None
+        self._folder, self._trainer, self._call = folder, ResidentTrainer(places, memory, 1), None
         self.calls.append(f"{places} places")
 
     def advance(self, begin, proceed, leave):

@@ -119,10 +119,12 @@ def test_where_times_are_compared_trials_compute_by_themselves(goal, space, why)
     assert found is None if why is None else why in found
 
 
-def test_a_study_of_layouts_is_compared_by_time():
-    named = [("baseline", {"data.packing": False}), ("packing", {"data.packing": True})]
+def test_a_study_of_layouts_is_compared_by_time_and_one_of_ranks_is_not():
+    ways = [("baseline", {"data.packing": False}), ("packing", {"data.packing": True})]
+    ranks = [(f"rank {rank}", {"data.packing": True, "method.lora_r": rank}) for rank in (4, 8)]
 
-    assert "data.packing" in why_none_share(spec_of(), Space({}), named)
+    assert "data.packing" in why_none_share(spec_of(), Space({}), ways)
+    assert why_none_share(spec_of(), Space({}), ranks) is None
 
 
 def test_the_job_or_a_cluster_keeps_trials_apart():

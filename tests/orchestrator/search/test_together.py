@@ -46,11 +46,7 @@ def test_their_times_are_parts_of_passes_and_teach_the_planner_nothing(search_wi
         assert trial.tensors_bytes == pytest.approx(alone.tensors_bytes, rel=0.02)
     planned = {outcome.trial: outcome.total_s for outcome in folder.summary().outcomes}
     assert len(set(planned.values())) == 2  # the plan's, by rank; no trial corrects it
-    assert not any(
-        device.calibration
-        for node in calibrated(folder.capability(), _only(folder, "trials")).nodes
-        for device in node.devices
-    )
+    assert calibrated(folder.capability(), _only(folder, "trials")) == folder.capability()
 
 
 def _only(folder, name):
