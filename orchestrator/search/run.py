@@ -186,7 +186,7 @@ def _run_trials(search: Session, slots: Slots) -> None:
     if search.may_share:
         start = partial(RayTrainer, path, slots.resources)
         SharedTrials(search, start, decisions.stops, slots.count, search.watcher.say).run()
-    if search.num_left > 0 and not search.enough():
+    if not search.enough() and search.has_next():
         tune_trials(path, search, slots, search.num_left, decisions)
 
 

@@ -84,6 +84,12 @@ class Session:
         """The next that is tried by itself: one that was set aside, or a new one."""
         return self.alone.pop(0) if self.alone else self.draw()
 
+    def has_next(self) -> bool:
+        """Whether one is left that is tried by itself."""
+        if not self.alone and (one := self.draw()):
+            self.alone.append(one)
+        return bool(self.alone)
+
     def draw(self) -> Candidate | None:
         """The next point that some node can run, with its plans there, one for each kind of its devices."""
         while self.sampler is None or len(self.done) + len(self.running) < self.job.spec.search.budget.trials:
