@@ -151,7 +151,7 @@ def _tune(search: Session) -> None:
     why_none = why_none_share(spec, search.space, search.named)
     search.may_share = why_none is None
     if why_none:
-        search.watcher.say(why_none)
+        search.note(why_none)
     address = spec.cluster.address
     search.watcher.say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
     names = {node.name for node in search.nodes}
@@ -185,7 +185,7 @@ def _run_trials(search: Session, slots: Slots) -> None:
     decisions = Decisions(spec.scheduler if search.sampler is not None else "none", spec.trial_steps)
     if search.may_share:
         start = partial(RayTrainer, path, slots.resources)
-        SharedTrials(search, start, decisions.stops, slots.count, search.watcher.say).run()
+        SharedTrials(search, start, decisions.stops, slots.count, search.note).run()
     if not search.enough() and search.has_next():
         tune_trials(path, search, slots, search.num_left, decisions)
 

@@ -15,6 +15,7 @@ from orchestrator.errors import JobError, NothingFits, RunFailed
 from orchestrator.job.job_file import Job, value_of
 from orchestrator.job.space import Point, Space, canonical
 from orchestrator.planning.plan import Plan
+from orchestrator.runs.events import Note
 from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
 from orchestrator.search.advice import Forecast, Planning, by_kind
 from orchestrator.search.recommend import outcomes, recommend
@@ -185,6 +186,11 @@ class Session:
             ) from None
         self.stopped = True
         self.watcher.say("stopping with the next report of a trial (Ctrl-C again kills)")
+
+    def note(self, text: str) -> None:
+        """Say what happens to trials, and keep it in the search's events."""
+        self.watcher.say(text)
+        self.folder.record(Note(text))
 
     def _ended(self, trial: Trial) -> None:
         self.running.pop(trial.number, None)

@@ -6,6 +6,7 @@ import pytest
 
 from orchestrator.errors import RunFailed
 from orchestrator.lifecycle.calibration import calibrated
+from orchestrator.runs.events import Note
 from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.search.together import TrainerLost
 
@@ -106,6 +107,7 @@ def test_trials_whose_trainer_is_lost_are_tried_again_by_themselves(search_with,
 
     assert trainer.calls == ["3 places", ([1, 2, 3], [], []), "end"]  # no second one of its kind
     assert "trial 1 is tried again by itself" in " ".join(listener.said)
+    assert any("trial 1 is tried again by itself" in note.text for note in folder.events_of(Note))
     assert_as_alone(folder, each_alone)
     assert all(trial.predicted_step_s for trial in folder.trials())
 
