@@ -20,7 +20,7 @@ from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
 from orchestrator.search.advice import Forecast, Planning, by_kind
 from orchestrator.search.recommend import outcomes, recommend
 from orchestrator.search.sampler import Sampler
-from orchestrator.search.sharing import Candidate, Share, share_of
+from orchestrator.search.sharing import NextTrial, Share, share_of
 
 
 class SearchObserver(Protocol):
@@ -75,13 +75,13 @@ class Session:
         self.next_number = max((trial.number for trial in self.done), default=0) + 1
         self.began = time.monotonic()
         self.running: dict[int, _Drawn] = {}
-        self.alone: list[Candidate] = []
+        self.alone: list[NextTrial] = []
         tried = {trial.name for trial in self.done}
         self.named = [(name, point) for name, point in self.named if name not in tried]
         for trial in self.done:
             self._learn(trial)
 
-    def next_trial(self) -> Candidate | None:
+    def next_trial(self) -> NextTrial | None:
         """The next that is tried by itself: one that was set aside, or a new one."""
         return self.alone.pop(0) if self.alone else self.draw()
 
@@ -91,7 +91,7 @@ class Session:
             self.alone.append(one)
         return bool(self.alone)
 
-    def draw(self) -> Candidate | None:
+    def draw(self) -> NextTrial | None:
         """The next point that some node can run, with its plans there, one for each kind of its devices."""
         while self.sampler is None or len(self.done) + len(self.running) < self.job.spec.search.budget.trials:
             name, point = self._next_point()
@@ -101,7 +101,7 @@ class Session:
             plans, reason = self._plans(point)
             self.running[number] = _Drawn(point, name)
             if plans:
-                return Candidate(number, point, plans, self._share(point, plans))
+                return NextTrial(number, point, plans, self._share(point, plans))
             self._ended(Trial(number, point, "failed", reason=reason, name=name))
         return None
 

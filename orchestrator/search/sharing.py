@@ -36,7 +36,7 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Candidate:
+class NextTrial:
     """A point that is to be tried."""
 
     number: int

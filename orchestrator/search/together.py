@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 from clusters.units import format_bytes
 from orchestrator.runs.search_folder import Trial
-from orchestrator.search.sharing import Candidate, Share, has_place, places_of
+from orchestrator.search.sharing import NextTrial, Share, has_place, places_of
 from orchestrator.search.trial_run import trial_of
 from strategies.contract import MemoryEstimate
 
@@ -30,7 +30,7 @@ class TrainerLost(Exception):
 class Trainer(Protocol):
     """A process that holds a `ResidentTrainer`."""
 
-    def advance(self, begin: list[Candidate], proceed: list[int], leave: list[int]) -> None:
+    def advance(self, begin: list[NextTrial], proceed: list[int], leave: list[int]) -> None:
         """Call its `advance`; do not wait for it."""
         ...
 
@@ -44,9 +44,9 @@ class Trainer(Protocol):
 class Drawing(Protocol):
     """What is needed of a search."""
 
-    alone: list[Candidate]  # for whom comes later: tried by themselves
+    alone: list[NextTrial]  # for whom comes later: tried by themselves
 
-    def draw(self) -> Candidate | None:
+    def draw(self) -> NextTrial | None:
         """The next point; None where all is drawn."""
         ...
 
@@ -67,9 +67,9 @@ class _Group:
 
     share: Share  # of the first
     trainer: Trainer
-    running: dict[int, Candidate] = field(default_factory=dict)
+    running: dict[int, NextTrial] = field(default_factory=dict)
     last: dict[int, Report] = field(default_factory=dict)  # of those that are running
-    begin: list[Candidate] = field(default_factory=list)  # of those, for the next call
+    begin: list[NextTrial] = field(default_factory=list)  # of those, for the next call
     proceed: list[int] = field(default_factory=list)
     leave: list[int] = field(default_factory=list)
     is_busy: bool = False  # a call is under way
@@ -85,14 +85,14 @@ class SharedTrials:
     def __init__(
         self,
         search: Drawing,
-        start: Callable[[Candidate, int, MemoryEstimate], Trainer],
+        start: Callable[[NextTrial, int, MemoryEstimate], Trainer],
         stops: Callable[[int, Report], bool],
         num_slots: int,
         say: Callable[[str], None],
     ) -> None:
         """`start`: a trainer for trials like this one; `stops`: whether a trial ends at its rung, by the scheduler."""
         self._search, self._start, self._stops, self._num_slots, self._say = search, start, stops, num_slots, say
-        self._waiting: list[Candidate] = []
+        self._waiting: list[NextTrial] = []
         self._groups: list[_Group] = []
         self._lost: set[Hashable] = set()  # keys of trainers that were lost: their trials do not share again
         self._said: set[str] = set()
@@ -166,11 +166,11 @@ class SharedTrials:
             self._search.started(one.number)
             self._search.reported(one.number, 0.0)
 
-    def _next(self, group: _Group) -> Candidate | None:
+    def _next(self, group: _Group) -> NextTrial | None:
         """The next point that has a place in the group."""
         others = group.shares
 
-        def found() -> Candidate | None:
+        def found() -> NextTrial | None:
             for one in self._waiting:
                 share = one.share
                 if isinstance(share, Share) and share.key == group.share.key and has_place(share, others):
@@ -181,7 +181,7 @@ class SharedTrials:
             return None  # nobody is drawn for a row that is full
         return self._draw_until(found)
 
-    def _draw_until(self, found: Callable[[], Candidate | None]) -> Candidate | None:
+    def _draw_until(self, found: Callable[[], NextTrial | None]) -> NextTrial | None:
         """Draw until one is found among those that wait, or enough wait; of those that cannot share each reason is said
         once."""
         num_alone = 0

@@ -27,7 +27,7 @@ from clusters.safe.reading import first_line
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.search_folder import Trial
 from orchestrator.search.resident import ResidentTrainer
-from orchestrator.search.sharing import Candidate
+from orchestrator.search.sharing import NextTrial
 from orchestrator.search.together import TrainerLost
 from orchestrator.search.trial_run import TrialRun, rungs, trial_of
 from strategies.contract import MemoryEstimate
@@ -46,7 +46,7 @@ _KILLED = "its process was killed: most likely the machine ran out of memory"
 class Searching(Protocol):
     """What Tune needs of a search."""
 
-    def next_trial(self) -> Candidate | None:
+    def next_trial(self) -> NextTrial | None:
         """The next point, with a plan for each node that could run it and each kind of its devices; None where all is
         tried."""
         ...
@@ -268,7 +268,7 @@ class RayTrainer:
     """A process of Ray's that holds a resident trainer."""
 
     def __init__(
-        self, folder: Path, resources: Mapping[str, float], first: Candidate, places: int, memory: MemoryEstimate
+        self, folder: Path, resources: Mapping[str, float], first: NextTrial, places: int, memory: MemoryEstimate
     ) -> None:
         node, (plan, *_) = next(iter(first.plans.items()))
         offering = {node} if gpu_reservation.offers_gpus(gpu_reservation.own_node_id()) else set()
@@ -284,7 +284,7 @@ class RayTrainer:
         self._actor: Any = ray.remote(ResidentTrainer).options(**options).remote(places, memory, plan.nodes[0].threads)
         self._call: Any = None
 
-    def advance(self, begin: list[Candidate], proceed: list[int], leave: list[int]) -> None:
+    def advance(self, begin: list[NextTrial], proceed: list[int], leave: list[int]) -> None:
         self._call = self._actor.advance.remote([trial_config(self._folder, one) for one in begin], proceed, leave)
 
     def poll(self, timeout_s: float) -> tuple[list[dict[str, Any]], list[str]] | None:
@@ -300,7 +300,7 @@ class RayTrainer:
         ray.kill(self._actor)
 
 
-def trial_config(folder: Path, one: Candidate) -> dict[str, Any]:
+def trial_config(folder: Path, one: NextTrial) -> dict[str, Any]:
     """A trial as its process gets it."""
     texts = {node: [plan.to_json() for plan in found] for node, found in one.plans.items()}
     return {"folder": str(folder), "number": one.number, "point": one.point, "plans": texts}
