@@ -81,13 +81,14 @@ def _table(w: Word, summary: Summary, by_number: dict[int, Trial]) -> Table:
         notes = [w("recommended")] if trial.number == summary.best_trial else []
         notes += [w("on the front")] if trial.number in summary.front else []
         notes += [w("stopped early")] if trial.status == "stopped" else []
+        notes += [] if trial.predicted_step_s else [w("shared passes")]
         if trial.number == summary.best_trial:
             marked.append(len(rows))
         rows.append(
             (
                 str(trial.number),
                 trial.name or phrase(trial.point, same),
-                f"{format_s(trial.step_s or 0.0)} ({format_s(trial.predicted_step_s or 0.0)})",
+                _step(trial),
                 f"{outcome.eval_loss:.4f}",
                 format_s(outcome.total_s),
                 format_bytes(outcome.peak_bytes),
@@ -102,6 +103,12 @@ def _table(w: Word, summary: Summary, by_number: dict[int, Trial]) -> Table:
     return Table(head, rows, tuple(marked))
 
 
+def _step(trial: Trial) -> str:
+    """Measured and, of a trial by itself, predicted."""
+    measured = format_s(trial.step_s or 0.0)
+    return f"{measured} ({format_s(trial.predicted_step_s)})" if trial.predicted_step_s else measured
+
+
 def _figures(w: Word, summary: Summary, trials: list[Trial]) -> list[Block]:
     if len(summary.outcomes) < 2:
         return []
@@ -113,9 +120,7 @@ def _figures(w: Word, summary: Summary, trials: list[Trial]) -> list[Block]:
     memory = against_time(lambda one: one.peak_bytes / 2**30, f"{w('memory')}, {w('GiB')}")
     quality = against_time(lambda one: one.lack, w("held-out loss"))
     pairs = [(t.predicted_step_s, t.step_s, "") for t in trials if t.step_s and t.predicted_step_s]
-    both = plots.scatter(
-        {w("trial"): pairs}, f"{w('predicted')}, {w('seconds')}", f"{w('measured')}, {w('seconds')}", diagonal=True
-    )
+    axes = f"{w('predicted')}, {w('seconds')}", f"{w('measured')}, {w('seconds')}"
     curves = {str(t.number): t.curve for t in trials if len(t.curve) > 1}
     blocks: list[Block] = [
         Figure(
@@ -124,8 +129,11 @@ def _figures(w: Word, summary: Summary, trials: list[Trial]) -> list[Block]:
             w("Each trial scaled to the whole job; the dashed line joins those that nothing beats in time and memory."),
         ),
         Figure("pareto-quality", quality, w("Each trial scaled to the whole job: time and the quality it reached.")),
-        Figure("predicted", both, w("Seconds of a step, predicted and measured; on the dashed line they are equal.")),
     ]
+    if pairs:  # none where all trials shared passes
+        both = plots.scatter({w("trial"): pairs}, *axes, diagonal=True)
+        text = w("Seconds of a step, predicted and measured; on the dashed line they are equal.")
+        blocks.append(Figure("predicted", both, text))
     if 1 < len(curves) <= 21:
         svg = plots.curves(curves, w("step"), w("held-out loss"))
         blocks.append(Figure("curves", svg, w("Held-out loss of each trial while it trained.")))

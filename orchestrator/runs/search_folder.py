@@ -38,14 +38,14 @@ class Trial:
     node: str = ""
     reason: str | None = None  # of a failure
     steps: int = 0
-    seconds: float = 0.0  # from the start of its set-up to its end
+    seconds: float = 0.0  # from the start of its set-up to its end; of a process that it shared, its part
     eval_loss: float | None = None
     quality: dict[str, float] = field(default_factory=dict)
     curve: list[tuple[int, float]] = field(default_factory=list)  # (step, eval_loss)
-    step_s: float | None = None
+    step_s: float | None = None  # of passes that it shared, its part by tokens
     tokens_per_s: float | None = None
     tensors_bytes: float | None = None
-    predicted_step_s: float | None = None
+    predicted_step_s: float | None = None  # None where it shared passes
     predicted_tensors_bytes: float | None = None
     time: dict[str, Any] = field(default_factory=dict)  # as in a run's result.json: what calibration learns from
     name: str = ""  # of a study's combination

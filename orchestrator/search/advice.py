@@ -30,7 +30,7 @@ from strategies.shape import ModelShape
 # off by 13 % on average (LOG.md), and two of them are compared.
 _CLEARLY = 1.35
 # Keys that lay the same computation out in another way: the result is the same to rounding.
-_LAYOUT = frozenset(
+LAYOUT = frozenset(
     {
         "model.attn_implementation",
         "data.packing",
@@ -56,7 +56,7 @@ class Advice:
     def numbers(self) -> str:
         """What decides the result: points that share it train the same weights (to rounding), whatever else they do."""
         t = self.plan.techniques
-        beside = {key: value for key, value in self.point.items() if key not in _LAYOUT}
+        beside = {key: value for key, value in self.point.items() if key not in LAYOUT}
         return json.dumps([self.plan.method, t.dtype, t.optim, t.max_length, beside], sort_keys=True)
 
     @cached_property

@@ -36,10 +36,13 @@ class Outcome:
 
 
 def outcome_of(trial: Trial, plan: Plan, metric: str) -> Outcome | None:
-    """The trial scaled to the real job; None for one that measured nothing."""
-    if trial.step_s is None or trial.eval_loss is None or not trial.predicted_step_s:
+    """The trial scaled to the real job; None for one that measured nothing.
+
+    One that shared passes says nothing of how long a job takes by itself: its time is the plan's.
+    """
+    if trial.step_s is None or trial.eval_loss is None:
         return None
-    slower = trial.step_s / trial.predicted_step_s
+    slower = trial.step_s / trial.predicted_step_s if trial.predicted_step_s else 1.0
     heavier = (trial.tensors_bytes or 0.0) / (trial.predicted_tensors_bytes or 1.0)
     memory, price = plan.memory, plan.price.total
     total_s = plan.total_s * slower

@@ -129,9 +129,10 @@ class Sampler:
                 optuna.trial.create_trial(params=params, distributions=self._distributions, values=costs)
             )
 
-    def learn(self, point: Point, time_s: tuple[float, float], memory_bytes: tuple[float, float]) -> None:
-        """Measured and predicted of a trial, for the predictions of those that are left."""
-        self.corrections["time"].learn(point, *time_s)
+    def learn(self, point: Point, time_s: tuple[float, float] | None, memory_bytes: tuple[float, float]) -> None:
+        """Measured and predicted of a trial, for the predictions of those that are left; None = no time of its own."""
+        if time_s:
+            self.corrections["time"].learn(point, *time_s)
         self.corrections["memory"].learn(point, *memory_bytes)
 
     def _expected(self, advice: Advice) -> tuple[float, ...]:

@@ -1,36 +1,36 @@
 """The only door to Ray Tune: trials on every free slot, each where its combination fits.
 
 A worker process lives as long as the search and takes one trial after the other: importing torch once a slot, not once
-a trial, is most of what keeps Tune cheap here (numbers in LOG.md).
+a trial, is most of what keeps Tune cheap here (numbers in LOG.md).  Trials that share a base model are threads of one
+such process, since a trainable of Tune's is a process each; Tune's scheduler decides of them all the same.
 """
 
 from __future__ import annotations
 
-import gc
 import logging
-import math
 import os
 import shutil
-import time
 import uuid
-from collections.abc import Mapping, Sequence, Set
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Set
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import ray
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
+from ray.exceptions import RayActorError, RayError
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule, TrialScheduler
 from ray.tune.search import Searcher
 
-from clusters.hardware.gpus import look_at_gpus
 from clusters.ray import gpu_reservation
-from orchestrator.errors import OrchestratorError
-from orchestrator.job.job_file import Job, spec_with
-from orchestrator.job.space import Point
+from clusters.safe.reading import first_line
 from orchestrator.planning.plan import Plan
-from orchestrator.runs.search_folder import Samples, SearchFolder, Trial
-from orchestrator.search.advice import plan_for
-from strategies.step import host_memory
+from orchestrator.runs.search_folder import Trial
+from orchestrator.search.resident import ResidentTrainer
+from orchestrator.search.sharing import NextTrial
+from orchestrator.search.together import TrainerLost
+from orchestrator.search.trial_run import TrialRun, rungs, trial_of
+from strategies.contract import MemoryEstimate
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -40,15 +40,15 @@ _ENVIRONMENT = {
     "RAY_AIR_NEW_OUTPUT": "0",
 }
 REUSE_WORKERS = True  # tests/benchmarks/search.py says what it saves
-_WHAT_TRIALS_RAISE = (OrchestratorError, RuntimeError, ValueError, MemoryError, NotImplementedError)
+_KILLED = "its process was killed: most likely the machine ran out of memory"
 
 
 class Searching(Protocol):
     """What Tune needs of a search."""
 
-    def next_trial(self) -> tuple[int, Point, Mapping[str, Sequence[Plan]]] | None:
-        """A number, the point and, for each node that could run it, a plan for each kind of its devices; None where all
-        is tried."""
+    def next_trial(self) -> NextTrial | None:
+        """The next point, with a plan for each node that could run it and each kind of its devices; None where all is
+        tried."""
         ...
 
     def started(self, number: int) -> None: ...
@@ -73,10 +73,8 @@ class Slots:
     node_ids: Mapping[str, str]  # empty where there is one machine
 
 
-def tune_trials(
-    folder: Path, searching: Searching, slots: Slots, num_trials: int, num_steps: int, scheduler: str
-) -> None:
-    """Run trials of `num_steps` steps until there are enough; errors of Tune itself are raised."""
+def tune_trials(folder: Path, searching: Searching, slots: Slots, num_trials: int, decisions: Decisions) -> None:
+    """Run trials, each in a process by itself, until there are enough; errors of Tune itself are raised."""
     node_ids = slots.node_ids
     os.environ.update({name: value for name, value in _ENVIRONMENT.items() if name not in os.environ})
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the search, a line a trial
@@ -95,10 +93,10 @@ def tune_trials(
 
     tuner = tune.Tuner(
         tune.with_resources(_Runner, resources),
-        param_space={"folder": str(folder), "names": {node_id: name for name, node_id in node_ids.items()}},
+        param_space={"names": {node_id: name for name, node_id in node_ids.items()}},
         tune_config=tune.TuneConfig(
-            search_alg=_Adapter(searching),
-            scheduler=_scheduler(scheduler, num_steps),
+            search_alg=_Adapter(searching, folder),
+            scheduler=decisions.scheduler,
             num_samples=num_trials,
             max_concurrent_trials=slots.count,
             reuse_actors=REUSE_WORKERS,
@@ -129,11 +127,6 @@ def place_of(
     return ({**slot_resources, gpu_reservation.GPU: 1.0}, on_gpus) if on_gpus else (dict(slot_resources), set(plans))
 
 
-def rungs(num_steps: int) -> list[int]:
-    """Steps at which a trial is measured and may be stopped: a quarter, half, all."""
-    return sorted({math.ceil(num_steps / 4), math.ceil(num_steps / 2), num_steps})
-
-
 def _scheduler(name: str, num_steps: int) -> Any:
     first = rungs(num_steps)[0]
     if name == "asha":
@@ -155,17 +148,15 @@ class _InProcess:
 class _Adapter(_InProcess, Searcher):
     """Our next trial as Tune's searcher."""
 
-    def __init__(self, searching: Searching) -> None:
+    def __init__(self, searching: Searching, folder: Path) -> None:
         super().__init__(metric="judged", mode="min")
-        self._searching = searching
+        self._searching, self._folder = searching, folder
 
     def suggest(self, trial_id: str) -> Any:
         wanted = None if self._searching.enough() else self._searching.next_trial()
         if wanted is None:
             return Searcher.FINISHED
-        number, point, plans = wanted
-        texts = {node: [plan.to_json() for plan in found] for node, found in plans.items()}
-        return {"number": number, "point": point, "plans": texts}
+        return trial_config(self._folder, wanted)
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """Left to `_Callback`, which knows why a trial failed."""
@@ -200,7 +191,7 @@ class _Callback(_InProcess, tune.Callback):
         values = (trial.last_result or {}).get("trial")
         if values is None:  # stopped before its first report
             return
-        self._searching.ended(Trial(**{**values, "curve": [tuple(point) for point in values["curve"]]}))
+        self._searching.ended(trial_of(trial.last_result))
 
     def on_trial_error(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         self._searching.failed(trial.config["number"], _failure_reason(trial))
@@ -214,7 +205,7 @@ def _failure_reason(trial: Any) -> str:
         text = ""
     last = text.splitlines()[-1].strip() if text else ""
     if not last or "ActorDied" in text or "actor died" in text.lower():
-        return "its process was killed: most likely the machine ran out of memory"
+        return _KILLED
     return last
 
 
@@ -229,79 +220,87 @@ class _Runner(tune.Trainable):
         return True
 
     def _take(self, config: dict[str, Any]) -> None:
-        self._now, self._experiment, self._began = config, None, time.perf_counter()
-        gc.collect()
-        host_memory.trim()
+        self._trial = None  # freed before the next one is made
+        name = config["names"].get(ray.get_runtime_context().get_node_id())
+        self._trial = TrialRun(config, name if name is not None else next(iter(config["plans"])))
 
     def step(self) -> dict[str, Any]:
         """Train to the next rung and report."""
+        assert self._trial
+        return self._trial.step()
+
+
+@dataclass(frozen=True)
+class _Seated:
+    """A trial that shares its base model, as Tune's schedulers know trials."""
+
+    trial_id: str
+
+
+class _NoOthers:
+    """In place of Tune's controller, of which a scheduler may ask what else is running, to pause a trial for it."""
+
+    def get_live_trials(self) -> list[Any]:
+        return []
+
+
+class Decisions:
+    """Tune's scheduler, for trials that share a base model and for those that Tune runs."""
+
+    def __init__(self, name: str, num_steps: int) -> None:
+        self.scheduler = _scheduler(name, num_steps)
+        self._known: dict[int, _Seated] = {}
+
+    def stops(self, number: int, report: dict[str, Any]) -> bool:
+        """Whether a trial that is at a rung is to stop there."""
+        controller: Any = _NoOthers()
+        trial: Any = self._known.get(number)
+        if trial is None:
+            trial = self._known[number] = _Seated(f"shared-{number}")
+            self.scheduler.on_trial_add(controller, trial)
+        if report["done"]:
+            self.scheduler.on_trial_complete(controller, trial, report)
+            return False
+        return self.scheduler.on_trial_result(controller, trial, report) == TrialScheduler.STOP
+
+
+class RayTrainer:
+    """A process of Ray's that holds a resident trainer."""
+
+    def __init__(
+        self, folder: Path, resources: Mapping[str, float], first: NextTrial, places: int, memory: MemoryEstimate
+    ) -> None:
+        node, (plan, *_) = next(iter(first.plans.items()))
+        offering = {node} if gpu_reservation.offers_gpus(gpu_reservation.own_node_id()) else set()
+        bundle, _ = place_of({node: plan}, resources, offering)
+        own = {name: value for name, value in bundle.items() if name not in ("CPU", gpu_reservation.GPU)}
+        options: dict[str, Any] = {
+            "num_cpus": bundle.get("CPU", 0.0),
+            "num_gpus": bundle.get(gpu_reservation.GPU, 0.0),
+            "resources": own,
+            "max_restarts": 0,
+        }
+        self._folder = folder
+        self._actor: Any = ray.remote(ResidentTrainer).options(**options).remote(places, memory, plan.nodes[0].threads)
+        self._call: Any = None
+
+    def advance(self, begin: list[NextTrial], proceed: list[int], leave: list[int]) -> None:
+        self._call = self._actor.advance.remote([trial_config(self._folder, one) for one in begin], proceed, leave)
+
+    def poll(self, timeout_s: float) -> tuple[list[dict[str, Any]], list[str]] | None:
+        ready, _ = ray.wait([self._call], timeout=timeout_s)
         try:
-            experiment = self._experiment = self._experiment or self._experiment_of()
-            done = experiment.progress.step
-            target = next(rung for rung in rungs(experiment.plan.num_steps) if rung > done)
-            loss = experiment.train_to(target)
-            ended = target == experiment.plan.num_steps
-            metric = self._job.spec.search.metric
-            quality = experiment.quality() if ended and metric != "eval_loss" else {}
-        except _WHAT_TRIALS_RAISE as error:
-            lines = str(error).strip().splitlines()
-            return self._report(None, {}, True, lines[0] if lines else type(error).__name__)
-        return self._report(loss, quality, ended, None)
+            return ray.get(ready[0]) if ready else None
+        except RayActorError:
+            raise TrainerLost(_KILLED) from None
+        except RayError as error:
+            raise TrainerLost(first_line(error)) from None
 
-    def _experiment_of(self) -> Any:
-        from orchestrator.data.prepare import datasets
-        from orchestrator.training.workers.experiment import Experiment
-
-        folder = Path(self._now["folder"])
-        job = SearchFolder(folder).job()
-        self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
-        plan = plan_for([Plan.from_json(text) for text in self._now["plans"][self._node()]], look_at_gpus()[0])
-        files = _data_of(folder, plan.techniques.max_length)
-        data, held_out = datasets(files)
-        assert held_out is not None  # the search made sure
-        return Experiment(self._job, plan, files.model, data.select(files.train_rows), held_out.select(files.eval_rows))
-
-    def _node(self) -> str:
-        import ray
-
-        name = self._now["names"].get(ray.get_runtime_context().get_node_id())
-        return name if name is not None else next(iter(self._now["plans"]))
-
-    def _report(self, loss: float | None, quality: dict[str, float], ended: bool, reason: str | None) -> dict[str, Any]:
-        experiment, seconds = self._experiment, time.perf_counter() - self._began
-        trial = Trial(
-            number=self._now["number"],
-            point=self._now["point"],
-            status="failed" if reason else "finished" if ended else "stopped",
-            node=self._node(),
-            reason=reason,
-            seconds=round(seconds, 3),
-            eval_loss=loss,
-            quality=quality,
-        )
-        values = asdict(trial)
-        if experiment is not None and reason is None:
-            values |= {
-                "steps": experiment.progress.step,
-                "curve": experiment.curve,
-                "step_s": experiment.times()["measured_step_s"],
-                "tokens_per_s": experiment.tokens_per_s,
-                "tensors_bytes": experiment.tensors_bytes,
-                "predicted_step_s": experiment.plan.step_s,
-                "predicted_tensors_bytes": experiment.plan.memory.tensors_bytes,
-                "time": experiment.times(),
-            }
-        judged = math.inf if loss is None else _rounded(loss, self._job.spec.search.quality_tolerance)
-        return {"step": values["steps"], "judged": judged, "trial": values, "done": ended or reason is not None}
+    def end(self) -> None:
+        ray.kill(self._actor)
 
 
-def _rounded(loss: float, tolerance: float) -> float:
-    """To steps of the tolerance: what is as good must not be stopped for a difference that does not count."""
-    if loss <= 0 or not math.isfinite(loss):
-        return loss
-    step = math.log1p(max(tolerance, 1e-3))
-    return math.exp(step * round(math.log(loss) / step))
-
-
-def _data_of(folder: Path, max_length: int) -> Samples:
-    return SearchFolder(folder).samples()[str(max_length)]
+def trial_config(folder: Path, one: NextTrial) -> dict[str, Any]:
+    """A trial as its process gets it."""
+    texts = {node: [plan.to_json() for plan in found] for node, found in one.plans.items()}
+    return {"folder": str(folder), "number": one.number, "point": one.point, "plans": texts}

@@ -34,6 +34,11 @@ class RunSeat(Protocol):
         """Its part of the passes so far."""
         ...
 
+    @property
+    def waited_s(self) -> float:
+        """For passes so far, its part of them included."""
+        ...
+
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """The base for this run alone, over tensors that all share; `load` where none has it yet."""
         ...

@@ -35,13 +35,21 @@ def trial_text(trial: Trial, fixed: Mapping[str, Any]) -> str:
     what = trial.name or phrase(trial.point, fixed)
     if not trial.measured:
         return f"trial {trial.number}: {what}: failed: {trial.reason}"
-    assert trial.step_s and trial.predicted_step_s and trial.tensors_bytes and trial.predicted_tensors_bytes
+    assert trial.step_s and trial.tensors_bytes and trial.predicted_tensors_bytes
     ended = "" if trial.status == "finished" else f", stopped after {trial.steps} steps"
+    predicted = trial.predicted_step_s
+    beside = f"(predicted {format_s(predicted)})" if predicted else "of shared passes"
     return (
-        f"trial {trial.number}: {what}: {format_s(trial.step_s)} a step (predicted {format_s(trial.predicted_step_s)}),"
+        f"trial {trial.number}: {what}: {format_s(trial.step_s)} a step {beside},"
         f" {format_bytes(trial.tensors_bytes)} (predicted {format_bytes(trial.predicted_tensors_bytes)}),"
         f" eval_loss {trial.eval_loss:.4f}{ended}"
     )
+
+
+def _step_text(trial: Trial) -> str:
+    """Seconds of a step, with the predicted ones where it computed by itself."""
+    measured, predicted = format_s(trial.step_s or 0.0), trial.predicted_step_s
+    return f"{measured} ({format_s(predicted)})" if predicted else f"{measured} shared"
 
 
 def common(trials: Sequence[Trial]) -> dict[str, Any]:
@@ -71,7 +79,7 @@ def trials_table(
         row = [
             f"{mark}{trial.number}",
             trial.name or phrase(trial.point, same),
-            f"{format_s(trial.step_s or 0.0)} ({format_s(trial.predicted_step_s or 0.0)})",
+            _step_text(trial),
             f"{format_bytes(trial.tensors_bytes or 0.0)} ({format_bytes(trial.predicted_tensors_bytes or 0.0)})",
             f"{trial.eval_loss:.4f}" + ("" if outcome.whole else f" at step {trial.steps}"),
             format_s(outcome.total_s / outcome.plan.num_steps * steps_per_epoch if is_study else outcome.total_s),
@@ -85,6 +93,8 @@ def trials_table(
         lines.append(f"in every trial: {phrase(same)}")
     lines.append("➤ recommended  * on the front of time, memory and quality; in brackets what was predicted;")
     lines.append(f"{whole} and memory are the plan's, corrected by what the trial measured")
+    if any(outcome.trial.predicted_step_s is None for outcome in found):
+        lines.append(f"shared: its part of passes that trials shared, which corrects no time of the {whole}")
     return Group(table, Text("\n".join(lines), style="dim"))
 
 

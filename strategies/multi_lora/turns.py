@@ -53,19 +53,43 @@ class Turn:
             self._returned.release()
 
 
+@dataclass
+class Rounds:
+    """Calls that take turns; more may come between rounds.
+
+    `when_all_wait` runs where a round leaves nobody ready; who is to have another turn is made ready there.
+    """
+
+    places: int
+    when_all_wait: Callable[[], None]
+    _queue: deque[Turn] = field(default_factory=deque)
+    _under_way: list[Turn] = field(default_factory=list)
+
+    def add(self, call: Callable[[Turn], None]) -> Turn:
+        """A call that begins as soon as there is a place."""
+        turn = Turn(call)
+        self._queue.append(turn)
+        return turn
+
+    def run(self) -> bool:
+        """A turn for each call that is ready, and what follows when all wait; whether any call is left."""
+        while self._queue and len(self._under_way) < self.places:
+            self._under_way.append(self._queue.popleft())
+        for turn in [turn for turn in self._under_way if turn.is_ready]:
+            turn.run()
+        if self._under_way and not any(turn.is_ready or turn.has_ended for turn in self._under_way):
+            self.when_all_wait()
+        self._under_way = [turn for turn in self._under_way if not turn.has_ended]
+        return bool(self._queue or self._under_way)
+
+
 def take_turns(calls: list[Callable[[Turn], None]], places: int, when_all_wait: Callable[[], None]) -> list[Turn]:
     """Run all calls to their ends; `when_all_wait` runs between turns and makes at least one of them ready.
 
     What a call raises is its turn's `error` and stops no other.
     """
-    turns = [Turn(call) for call in calls]
-    queue, under_way = deque(turns), list[Turn]()
-    while queue or under_way:
-        while queue and len(under_way) < places:
-            under_way.append(queue.popleft())
-        for turn in [turn for turn in under_way if turn.is_ready]:
-            turn.run()
-        if under_way and not any(turn.is_ready or turn.has_ended for turn in under_way):
-            when_all_wait()
-        under_way = [turn for turn in under_way if not turn.has_ended]
+    rounds = Rounds(places, when_all_wait)
+    turns = [rounds.add(call) for call in calls]
+    while rounds.run():
+        pass
     return turns

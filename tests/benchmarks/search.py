@@ -3,6 +3,8 @@
     python tests/benchmarks/search.py grid --out grid.json     every combination really trained, in one process
     python tests/benchmarks/search.py judge grid.json          three samplers, ten seeds, on what the grid measured
     python tests/benchmarks/search.py overhead                 what Ray Tune costs a trial, one process or many
+    python tests/benchmarks/search.py together                 12 trials over rank x rate of SmolLM2-135M, over one base
+                                                               and each by itself; minutes; bar: 1.5x
 
 The grid is measured once; every sampler then sees the same truth.  "Found" means within 2 % of the grid's best; compute
 is the seconds that the trials of the grid really took.
@@ -255,13 +257,82 @@ def overhead() -> None:
         )
 
 
+RATES = [1e-4, 2e-4, 5e-4, 1e-3]
+RANKS = [4, 8, 16]
+
+
+def together(model: str, steps: int, rows_a_step: int, rounds: int, scheduler: str) -> None:
+    """Whole searches from the probe to the recommendation, in turn over one base and each trial by itself."""
+    from orchestrator.search.run import search
+    from orchestrator.views.search import SearchWatcher
+
+    seconds: dict[str, list[float]] = {"auto": [], "never": []}
+    found = {}
+    with tempfile.TemporaryDirectory() as where:
+        for number in range(rounds):
+            for way in ("auto", "never") if number % 2 == 0 else ("never", "auto"):
+                began = time.perf_counter()
+                folder = search(
+                    _small_steps(Path(where), model, steps, rows_a_step, way, scheduler), SearchWatcher(None)
+                )
+                seconds[way].append(time.perf_counter() - began)
+                found[way] = folder
+                shared = sum(trial.predicted_step_s is None for trial in folder.trials())
+                print(f"{way}: {seconds[way][-1]:.1f} s, {shared} of {len(folder.trials())} trials shared", flush=True)
+        losses = {way: {trial.key: trial.eval_loss for trial in folder.trials()} for way, folder in found.items()}
+        apart = max(abs(loss - losses["never"][key]) / loss for key, loss in losses["auto"].items())
+        chosen = {way: folder.summary().recommended.point for way, folder in found.items()}
+    took = {way: statistics.median(values) for way, values in seconds.items()}
+    print(
+        f"{len(RANKS) * len(RATES)} trials of {steps} steps: each by itself {took['never']:.1f} s, over one base"
+        f" {took['auto']:.1f} s: {took['never'] / took['auto']:.2f}x; losses differ by at most {apart:.1e};"
+        f" recommended {chosen['auto']}{', the same' if chosen['auto'] == chosen['never'] else f', not {chosen}'}"
+    )
+
+
+def _small_steps(folder: Path, model: str, steps: int, rows_a_step: int, way: str, scheduler: str):
+    """A search over rank and rate in steps of a few short rows."""
+    from orchestrator.job.job_file import parse_job
+    from tests.benchmarks import bank_tasks
+
+    if not (folder / "train.jsonl").exists():
+        rows = list(bank_tasks.rows_of("sst2"))[:260]
+        for name, part in (("train", rows[20:]), ("eval", rows[:20])):
+            (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    space = {"method.lora_r": RANKS, "train.learning_rate": RATES}
+    asked = {
+        "space": space,
+        "budget": {"trials": len(RANKS) * len(RATES)},
+        "trial_steps": steps,
+        "eval_rows": 8,
+        "scheduler": scheduler,
+        "share_base": way,
+    }
+    return parse_job(
+        f"name: bench\nmodel: {{model_name_or_path: {model}, dtype: float32}}\n"
+        f"data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 512}}\n"
+        f"method: {{type: lora}}\ngoal: {{prefer: quality}}\n"
+        f"train: {{global_batch_size: {rows_a_step}, per_device_train_batch_size: {rows_a_step},"
+        " gradient_checkpointing: false}\n"
+        f"checkpoint: {{output_dir: {folder}/runs}}\ntracking: {{report_to: []}}\nsearch: {json.dumps(asked)}\n",
+        folder,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["grid", "judge", "overhead"])
+    parser.add_argument("what", choices=["grid", "judge", "overhead", "together"])
     parser.add_argument("file", type=Path, nargs="?")
     parser.add_argument("--out", type=Path, default=Path("grid.json"))
+    parser.add_argument("--model", default="smollm2-135m-instruct")
+    parser.add_argument("--steps", type=int, default=24, help="together: of a trial")
+    parser.add_argument("--rows", type=int, default=1, help="together: of a step")
+    parser.add_argument("--rounds", type=int, default=1, help="together: searches of each way")
+    parser.add_argument("--scheduler", default="none", help="together: none, asha, median")
     asked = parser.parse_args()
-    if asked.what == "grid":
+    if asked.what == "together":
+        together(asked.model, asked.steps, asked.rows, asked.rounds, asked.scheduler)
+    elif asked.what == "grid":
         grid(asked.out)
     elif asked.what == "judge":
         judge(asked.file or asked.out)

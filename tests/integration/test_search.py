@@ -208,6 +208,48 @@ def test_a_trial_whose_process_is_killed_is_a_data_point(place):
     assert told["recommended"]["trial"] != lost["number"]
 
 
+RANK_AND_RATE = ("--set", "search.space={method.lora_r: [2, 8], train.learning_rate: [0.001, 0.01]}")
+
+
+@pytest.mark.slow
+def test_trials_of_one_layout_share_a_base_model_and_come_to_what_each_does_alone(place):
+    asked = ("search", "job.yaml", "--json", "--trials", "4", "--set", "search.scheduler=asha", *RANK_AND_RATE)
+    done = orchestrator(*asked, cwd=place, check=0)
+    alone = json.loads(orchestrator(*asked, "--set", "search.share_base=never", cwd=place, check=0).stdout)
+
+    told = json.loads(done.stdout)
+    assert "share one base model in one worker" in " ".join(done.stderr.split())
+    assert all(trial["time"]["runs_together"] > 1 for trial in told["trials"])
+    expected = {json.dumps(trial["point"]): dict(trial["curve"]) for trial in alone["trials"]}
+    for trial in told["trials"]:
+        known = expected[json.dumps(trial["point"])]
+        assert [loss for _, loss in trial["curve"]] == pytest.approx([known[step] for step, _ in trial["curve"]], 1e-5)
+    assert told["recommended"]["point"] == alone["recommended"]["point"]
+
+
+@pytest.mark.slow
+def test_trials_whose_common_process_is_killed_are_tried_again_alone(place):
+    options = ("--set", "search.trial_steps=40", *RANK_AND_RATE)
+    process = start("search", "job.yaml", "--json", "--trials", "4", *options, cwd=place)
+    mine = psutil.Process(process.pid)
+
+    def kill_the_trainer():
+        for child in mine.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if "ResidentTrainer" in " ".join(child.cmdline()):
+                    child.kill()
+                    return True
+        return False
+
+    wait_for(kill_the_trainer, process)
+    done = outcome(process)
+    assert done.returncode == 0, done.output
+
+    told = json.loads(done.stdout)
+    assert "is tried again by itself" in done.output and len(told["trials"]) == 4
+    assert all(trial["status"] == "finished" and trial["predicted_step_s"] for trial in told["trials"])
+
+
 @pytest.mark.slow
 def test_ranges_a_metric_of_answers_and_the_median_rule(place):
     space = "{train.learning_rate: {loguniform: [1.0e-3, 3.0e-2]}, data.packing: [true, false]}"

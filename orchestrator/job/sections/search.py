@@ -53,6 +53,11 @@ class SearchSection(Section):
     trial_steps: int = key(8, "optimizer steps of a trial", ge=1, le=MOST)
     eval_rows: int = key(40, "held-out rows that a trial is measured on", ge=1, le=MOST)
     quality_tolerance: float = key(0.02, "a quality this close to the best, relatively, is as good", ge=0, le=1000)
+    share_base: Literal["auto", "never"] = key(
+        "auto",
+        "auto = trials of one layout (those that differ in rank, rate, initialisation, schedule ...) train over one"
+        " resident base model at once, where times need not be compared; never = each trial by itself",
+    )
     nodes: Literal["all", "idle"] = key("all", "idle = only machines that the job itself would not use")
 
 

@@ -56,13 +56,19 @@ def why_alone(job: Job, plan: Plan) -> str | None:
     return "; ".join(found) or None
 
 
-def base_key(run: RunFolder, job: Job, plan: Plan) -> Hashable:
-    """What must be equal of runs that share a base model: its bytes, how they are loaded, and where they compute."""
-    part, method, known = plan.nodes[0], plan.build_method(), record.read(run.path)
+def model_of(run: RunFolder) -> Hashable:
+    """A run's base model: its files as they were recorded, and where they lie."""
+    known = record.read(run.path)
+    digests = known.model if known else {}
+    return tuple(sorted((name, str(digest)) for name, digest in digests.items())), run.data().model
+
+
+def base_key(model: Hashable, job: Job, plan: Plan) -> Hashable:
+    """What must be equal of jobs that share a base model: its bytes, how they are loaded, and where they compute."""
+    part, method = plan.nodes[0], plan.build_method()
     techniques = part.techniques
     return (
-        tuple(sorted((name, str(digest)) for name, digest in (known.model if known else {}).items())),
-        run.data().model,
+        model,
         job.spec.model.trust_remote_code,
         method.load_dtype(techniques),
         str(method.load_arguments(techniques)),
@@ -81,7 +87,8 @@ def share(runs: Sequence[HeldRun], say: Callable[[str], None]) -> list[Sharing |
         why = why_alone(held.job, held.plan)
         if why:
             say(f"{held.run.run_id} trains by itself: {why}")
-        groups.setdefault(held.run.run_id if why else base_key(held.run, held.job, held.plan), []).append(held)
+        key = held.run.run_id if why else base_key(model_of(held.run), held.job, held.plan)
+        groups.setdefault(key, []).append(held)
     found: list[Sharing | HeldRun] = []
     for members in groups.values():
         found.append(members[0] if len(members) == 1 else _sharing(members))
@@ -113,10 +120,15 @@ def _memory_of(held: HeldRun) -> JobMemory:
     from orchestrator.training.model.loading import load_data
 
     assert held.plan
-    part, lengths = held.plan.nodes[0], sorted(load_data(held.run)[0].lengths.tolist(), reverse=True)
+    return memory_of(held.plan, load_data(held.run)[0].lengths.tolist())
+
+
+def memory_of(plan: Plan, lengths: Sequence[int]) -> JobMemory:
+    """What a job on samples of these lengths was planned to take."""
+    part, longest = plan.nodes[0], sorted(lengths, reverse=True)
     limit = part.techniques.micro_batch_tokens
-    tokens = min(limit, max(sum(lengths[: held.plan.global_batch_size]), lengths[0]))
-    return JobMemory(part.memory, _TRAINED_BYTES * held.plan.num_trainable_parameters, tokens, limit)
+    tokens = min(limit, max(sum(longest[: plan.global_batch_size]), longest[0]))
+    return JobMemory(part.memory, _TRAINED_BYTES * plan.num_trainable_parameters, tokens, limit)
 
 
 def device_of(cluster: ClusterCapability, part: NodePlan) -> DeviceCapability:

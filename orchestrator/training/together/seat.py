@@ -77,6 +77,11 @@ class SharedSeat:
         """Of passes, by its tokens of each."""
         return self._passes.computed_s if self._passes else 0.0
 
+    @property
+    def waited_s(self) -> float:
+        """For passes, its part of them included."""
+        return self._passes.waited_s if self._passes else 0.0
+
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """Modules of its own over the base's tensors."""
         return self._shared.base(load).copy()

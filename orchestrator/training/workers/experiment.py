@@ -23,7 +23,7 @@ from orchestrator.training.loop import train
 from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like, gpu_in_use
 from orchestrator.training.state import Hooks, Progress, Training
-from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.worker_context import RunSeat, WorkerContext
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.setup import prepare_model, schedule_of
 from strategies.measure.trace import LiveStorages, tensors_of
@@ -33,24 +33,39 @@ from strategies.workload import Techniques
 
 
 class Experiment:
-    """A planned combination, set up: `train_to` a step, as often as wanted, then read its figures."""
+    """A planned combination, set up: `train_to` a step, as often as wanted, then read its figures.
 
-    def __init__(self, job: Job, plan: Plan, model_folder: str, data: Dataset, held_out: Dataset) -> None:
+    With a seat it shares the base model and passes with others in this process, until it is closed.
+    """
+
+    def __init__(
+        self, job: Job, plan: Plan, model_folder: str, data: Dataset, held_out: Dataset, seat: RunSeat | None = None
+    ) -> None:
         """Raises OrchestratorError where the combination cannot be set up."""
         self.plan, part, train_section = plan, plan.nodes[0], job.spec.train
         device = device_like(part)
         self._gpu = gpu_in_use(part, device)  # name and UUID
         torch.set_num_threads(part.threads)
-        self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record)
+        self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record, seat=seat)
         self._data, self._held_out = data, held_out
         self._setup, self._techniques = prepare_model(self._context)
-        self.tensors_bytes = tensors_peak_bytes(self._setup, data, self._techniques, plan.global_batch_size)
+        self.tensors_bytes = tensors_peak_bytes(
+            self._setup, data, self._techniques, plan.global_batch_size, is_shared=seat is not None
+        )
         epochs = train_section.num_train_epochs
         self._order = Order(len(data), plan.global_batch_size, train_section.seed, epochs, plan.num_steps)
         self._schedule = schedule_of(job, plan)
         self.progress = Progress()
         self._steps: list[tuple[float, float]] = []  # (seconds, tokens)
         self.curve: list[tuple[int, float]] = []  # (step, held-out loss)
+        self.notes: list[str] = []
+        self._open = contextlib.ExitStack()
+        if seat:
+            self._open.enter_context(seat.joined(self._setup, self._techniques, self.notes.append))
+
+    def close(self) -> None:
+        """Leave the seat."""
+        self._open.close()
 
     def train_to(self, step: int) -> float:
         """Train until `step` steps are done and measure the held-out loss.  Raises OrchestratorError."""
@@ -70,7 +85,8 @@ class Experiment:
             self.progress,
             Hooks(self._record, lambda _: None, stop_request),
         )
-        with host_memory.kept() if self._context.device.type == "cpu" else contextlib.nullcontext():
+        keeps = self._context.device.type == "cpu" and not self._context.seat  # shared passes keep it themselves
+        with host_memory.kept() if keeps else contextlib.nullcontext():
             self.progress = train(training)
         loss = evaluate_loss(self._setup, self._held_out, self._techniques, self._context.group)
         self.curve.append((self.progress.step, loss))
@@ -89,7 +105,7 @@ class Experiment:
         Ray gives any GPU of a node: for one of another name than the planned one there is no prediction.
         """
         found = result.step_times(self.plan, [seconds for seconds, _ in self._steps])
-        return found | measured_on(self.plan.nodes[0], *self._gpu)
+        return found | measured_on(self.plan.nodes[0], *self._gpu) | result.shared(self._context)
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -100,6 +116,7 @@ class Experiment:
 
     def _record(self, event: Event) -> None:
         if isinstance(event, StepReport):
+            event = self._context.seat.attributed(event) if self._context.seat else event
             self._steps.append((event.seconds, event.tokens))
         elif isinstance(event, Note) and "out of memory" in event.text:
             raise NothingFits(event.text)  # a fallback in less memory is another combination
@@ -112,12 +129,19 @@ def measured_on(part: NodePlan, name: str, uuid: str | None) -> dict[str, Any]:
     return {"device": name, "uuid": uuid, "predicted_step_s": None, "formula_step_s": None}
 
 
-def tensors_peak_bytes(setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int) -> float:
-    """Most bytes that tensors take in the heaviest step of `data`, weights and optimizer included; nothing moves."""
+def tensors_peak_bytes(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, num_samples: int, is_shared: bool = False
+) -> float:
+    """Most bytes that tensors take in the heaviest step of `data`, weights and optimizer included; nothing moves.
+
+    What others in this process hold on a GPU, as they wait for their turns, does not count.
+    """
     if setup.device.type == "cuda":
+        own = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors_of(setup)}.values())
+        others = max(0, torch.cuda.memory_allocated(setup.device) - own) if is_shared else 0
         torch.cuda.reset_peak_memory_stats(setup.device)
         preflight.longest_batch(setup, data, techniques, num_samples)
-        return float(torch.cuda.max_memory_allocated(setup.device))
+        return float(torch.cuda.max_memory_allocated(setup.device) - others)
     live = LiveStorages()
     for tensor in tensors_of(setup):
         live.watch(tensor)

@@ -59,7 +59,7 @@ def result_of(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: T
         "after": None,
         "data_digest": inputs.data.digest,
         "plan_hash": plan.hash,
-        "time": step_times(plan, steps) | {"uuid": next(iter(gpu_uuids(context.device)), None)} | _shared(context),
+        "time": step_times(plan, steps) | {"uuid": next(iter(gpu_uuids(context.device)), None)} | shared(context),
         "energy": outcome.energy,
         "versions": versions(),
         "memory": {
@@ -109,7 +109,7 @@ def step_times(plan: Plan, seconds: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def _shared(context: WorkerContext) -> dict[str, Any]:
+def shared(context: WorkerContext) -> dict[str, Any]:
     """Of a run beside others in one process: its times are parts of theirs, and are compared with no prediction."""
     if context.seat is None:
         return {}
