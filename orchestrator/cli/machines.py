@@ -116,7 +116,7 @@ def head(
             "--spares",
             min=0,
             max=64,
-            help="processes that wait, libraries loaded, for jobs of this machine; about 0.4 GiB each",
+            help="processes that wait, libraries loaded, for jobs of this machine; about 0.6 GiB each",
         ),
     ] = 1,
 ) -> None:
