@@ -25,9 +25,10 @@ from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import interfaces
-from clusters.ray import resident, spares
+from clusters.ray import resident
 from clusters.ray.connect import SLOT, close_own_token, close_sessions, own_token, write_token
 from clusters.ray.gpu_reservation import by_uuid
+from clusters.ray.spares import Spares, keep_spares, start_spares
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
 
@@ -70,7 +71,7 @@ class OwnNode:
     port: int = PORT  # of a head
     dashboard_port: int | None = None  # of a head that takes jobs over HTTP
     temp_dir: str | None = None
-    spares: spares.Spares | None = None  # of a head
+    spares: Spares | None = None  # of a head
 
 
 def _dashboard(own: OwnNode) -> list[str]:
@@ -313,8 +314,8 @@ class _RayNode:
         if own.spares:
             wanted = resident.loading_ahead(own.spares.environment)
             manager = f"{own.address}:{own.spares.manager_port}"
-            ask = partial(spares.start, manager, own.token_file, wanted)
-            keep = partial(spares.keep, own.spares.count, child.pid, ask, lambda: child.poll() is not None)
+            ask = partial(start_spares, manager, own.token_file, wanted)
+            keep = partial(keep_spares, own.spares.count, child.pid, ask, lambda: child.poll() is not None)
             threading.Thread(target=keep, daemon=True).start()
 
 

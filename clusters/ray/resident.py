@@ -13,6 +13,7 @@ import importlib.metadata
 import json
 import os
 import socket
+import stat
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
@@ -158,10 +159,14 @@ def _file() -> Path:
 
 
 def _read() -> Resident | None:
+    """The record; None where there is none, or one that another user could have written."""
     file = _file()
     try:
-        return record(Resident, read_json(file, _MAX_BYTES), str(file)) if file.is_file() else None
-    except BadInput:
+        known = file.lstat()
+        if not stat.S_ISREG(known.st_mode) or known.st_uid != os.getuid() or known.st_mode & 0o022:
+            return None
+        return record(Resident, read_json(file, _MAX_BYTES), str(file))
+    except (OSError, BadInput):
         return None
 
 

@@ -39,7 +39,7 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-def keep(
+def keep_spares(
     count: int, node: int, ask: Callable[[int], None], is_over: Callable[[], bool], look_every_s: float = _LOOK_EVERY_S
 ) -> None:
     """Keep `count` processes waiting below the process `node` until it is over; `ask` starts so many more."""
@@ -66,11 +66,10 @@ def titles_below(pid: int) -> list[str]:
     return found
 
 
-def start(node_manager: str, token: Path, environment: Mapping[str, str], count: int) -> None:
+def start_spares(node_manager: str, token: Path, environment: Mapping[str, str], count: int) -> None:
     """Ask the raylet at HOST:PORT for processes with this environment.  What fails costs time, and is logged."""
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     try:
-        import grpc
         from ray._private.grpc_utils import init_grpc_channel
         from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
         from ray.runtime_env import RuntimeEnv
@@ -81,5 +80,5 @@ def start(node_manager: str, token: Path, environment: Mapping[str, str], count:
         wanted.runtime_env_info.serialized_runtime_env = RuntimeEnv(env_vars=dict(environment)).serialize()
         with init_grpc_channel(node_manager) as channel:
             node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(wanted, timeout=_ASK_S)
-    except (ImportError, AttributeError, grpc.RpcError) as error:  # private names of Ray 2.60
+    except Exception as error:  # private names of Ray 2.60; the raylet is ending
         _log.warning("no process waits for jobs of this machine: %s", error)

@@ -141,7 +141,7 @@ def head(
         capability = look_at_this_node()
         count = _count_slots(slots, capability)
         name = name or socket.gethostname()
-        waiting = _spares(spares, capability)
+        waiting = _spares(spares if count else 0, capability)
         own = daemon.OwnNode(name, own_address, None, token, count, port, dashboard_port=dashboard_port, spares=waiting)
         say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
         say(f"    orchestrator join {own_address}:{port}")

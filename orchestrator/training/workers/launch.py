@@ -143,12 +143,12 @@ class _Trainer(DataParallelTrainer):
     is gone, its actor starts again.
     """
 
-    is_embedded = False  # whether Ray was started here, for this run alone
+    is_embedded = False  # whether the workers are for this machine alone, in a Ray of this user
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = {"DatasetsCallback"}  # samples come from files
         if self.is_embedded:
-            idle.add("PlacementGroupCleanerCallback")  # the cluster ends with its run
+            idle.add("PlacementGroupCleanerCallback")  # the group is the driver's, and ends with it
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in idle]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
@@ -196,7 +196,7 @@ class _OwnController(TrainController):
     """Ray Train's controller in the driver's process.
 
     As an actor it is a process that loads Ray Train first, and the workers' start waits for it: 7 of 26 s on two slow
-    cores.  It is there to outlive its driver, and the driver's end is that of an embedded cluster.
+    cores.  It is there to outlive its driver, with which an embedded cluster ends, and a run of this machine.
     """
 
     worker_group_cls = _OwnWorkerGroup

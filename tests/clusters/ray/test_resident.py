@@ -48,6 +48,13 @@ def test_a_head_that_was_killed_or_ran_before_the_boot_is_not_found(head, gone):
         assert resident.find() is None
 
 
+def test_a_record_that_others_could_have_written_is_not_believed(head):
+    with resident.announced(head):
+        resident._file().chmod(0o666)
+
+        assert resident.find() is None
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"address": 1}'])
 def test_a_damaged_record_is_no_head(head, text):
     with resident.announced(head):
@@ -124,7 +131,7 @@ def test_spares_are_started_once_while_no_job_computes_and_again_after_each_job(
         left[0] -= 1
         return left[0] < 0
 
-    spares.keep(1, 0, lambda count: asked.append((5 - left[0], count)), is_over, look_every_s=0)
+    spares.keep_spares(1, 0, lambda count: asked.append((5 - left[0], count)), is_over, look_every_s=0)
 
     assert asked == [(0, 1), (4, 1)]
 
