@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import importlib.metadata
 import json
 import os
 import socket
@@ -146,6 +145,8 @@ def _read_at_start(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def _software() -> dict[str, str]:
+    import importlib.metadata  # half of this module's time, and every verb imports it
+
     return {
         "python": sys.version,
         "environment": sys.prefix,
