@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 _LOOK_EVERY_S = 1.0
 _PATIENCE_S = 60.0  # until one that was asked for is counted as missing again
@@ -74,11 +75,14 @@ def start_spares(node_manager: str, token: Path, environment: Mapping[str, str],
         from ray.core.generated import common_pb2, node_manager_pb2, node_manager_pb2_grpc
         from ray.runtime_env import RuntimeEnv
 
-        wanted = node_manager_pb2.PrestartWorkersRequest(
-            language=common_pb2.PYTHON, num_workers=count, keep_alive_duration_secs=_KEEP_S
+        messages: Any = node_manager_pb2
+        languages: Any = common_pb2
+        wanted = messages.PrestartWorkersRequest(
+            language=languages.PYTHON, num_workers=count, keep_alive_duration_secs=_KEEP_S
         )
         wanted.runtime_env_info.serialized_runtime_env = RuntimeEnv(env_vars=dict(environment)).serialize()
-        with init_grpc_channel(node_manager) as channel:
+        opened: Any = init_grpc_channel(node_manager)
+        with opened as channel:
             node_manager_pb2_grpc.NodeManagerServiceStub(channel).PrestartWorkers(wanted, timeout=_ASK_S)
     except Exception as error:  # private names of Ray 2.60; the raylet is ending
         _log.warning("no process waits for jobs of this machine: %s", error)

@@ -38,7 +38,8 @@ def _plain_config(folder: Path) -> Any:
     if not is_named or _BEYOND_THE_TYPE in tokenizer or _BEYOND_THE_TYPE in model:
         return None
     names = {key: model[key] for key in ("model_name", "tokenizer_class") if isinstance(model.get(key), str)}
-    config = PreTrainedConfig(name_or_path=str(folder), **names)
+    plain: Any = PreTrainedConfig
+    config = plain(name_or_path=str(folder), **names)
     config.model_type = model["model_type"]
     return config
 
