@@ -175,7 +175,8 @@ def test_each_heavy_library_has_one_owner():
     assert owners["kubernetes"] == {"clusters/kubernetes/connect.py"}
     doors = {"orchestrator/training/workers/launch.py", "orchestrator/search/tuning.py"}
     own = {
-        f"clusters/ray/{name}.py" for name in ("connect", "remote_objects", "gpu_reservation", "probe", "jobs", "nodes")
+        f"clusters/ray/{name}.py"
+        for name in ("connect", "remote_objects", "gpu_reservation", "probe", "jobs", "nodes", "spares")
     } | doors
     assert owners["ray"] == own
 

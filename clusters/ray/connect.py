@@ -1,4 +1,4 @@
-"""Ways to reach a Ray cluster: embedded on this machine, or one that runs already.
+"""Ways to reach a Ray cluster: embedded on this machine, kept on it by this user, or one that runs already.
 
 An embedded one is this user's alone: it listens on loopback, wants a token of its own, and its folder with the token,
 sockets and logs can be entered by nobody else.
@@ -24,6 +24,7 @@ from typing import Any
 
 from clusters.capability import DeviceCapability
 from clusters.hardware.interfaces import GLOO
+from clusters.ray import resident as residents
 from clusters.ray.gpu_reservation import by_uuid
 from clusters.safe.reading import first_line
 
@@ -287,10 +288,12 @@ def connect(
     cores_per_slot: int,
     gpus: Sequence[DeviceCapability] = (),
     process: WorkerProcess | None = None,
+    resident: residents.Resident | None = None,
 ) -> Iterator[Connection]:
-    """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after.
+    """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after, or uses
+    a `resident` one.
 
-    Elsewhere of `process` only the environment is used.  Raises CannotConnect.
+    Where it runs already, of `process` only the environment is used.  Raises CannotConnect.
     """
     import ray
 
@@ -307,20 +310,18 @@ def connect(
     is_main = threading.current_thread() is threading.main_thread()
     on_sigterm = signal.getsignal(signal.SIGTERM)
     with contextlib.ExitStack() as until_the_end:
-        if address == "local":
+        is_embedded = address == "local" and not resident
+        if is_embedded:
             begin = _embedded(until_the_end, num_slots, len(gpus))
             variables = {**by_uuid(gpus), **_OF_ONE_MACHINE, **process.variables}
             until_the_end.enter_context(_environment(variables))
+        elif resident:
+            address, begin = _kept(until_the_end, resident, process)
         else:
-            address = _resolved(address)
-            _refuse_unreachable(address)
-            until_the_end.enter_context(_send_token_if_wanted(address))
-            begin: dict[str, Any] = {"address": address}
-            if process.environment:
-                begin["runtime_env"] = {"env_vars": dict(process.environment)}
+            address, begin = _running(until_the_end, address, process)
         try:
             with contextlib.ExitStack() as while_starting:
-                if address == "local":
+                if is_embedded:
                     while_starting.enter_context(_on_loopback())
                     while_starting.enter_context(_without_idle_processes())
                 ray.init(**begin, **quiet)
@@ -335,6 +336,26 @@ def connect(
             yield Connection(cores_per_slot)
         finally:
             ray.shutdown()
+
+
+def _running(until_the_end: contextlib.ExitStack, address: str, process: WorkerProcess) -> tuple[str, dict[str, Any]]:
+    """The address of a cluster that runs, and what connects to it."""
+    address = _resolved(address)
+    _refuse_unreachable(address)
+    until_the_end.enter_context(_send_token_if_wanted(address))
+    begin: dict[str, Any] = {"address": address}
+    if process.environment:
+        begin["runtime_env"] = {"env_vars": dict(process.environment)}
+    return address, begin
+
+
+def _kept(
+    until_the_end: contextlib.ExitStack, resident: residents.Resident, process: WorkerProcess
+) -> tuple[str, dict[str, Any]]:
+    """The address of a head of this user, and what connects to it and gets the processes that wait there."""
+    until_the_end.enter_context(_token_of(Path(resident.token_file)))
+    environment = residents.loading_ahead(process.environment)
+    return resident.address, {"address": resident.address, "runtime_env": {"env_vars": environment}}
 
 
 @contextlib.contextmanager

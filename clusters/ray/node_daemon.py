@@ -7,6 +7,7 @@ offered as slots: one `train_slot` each, so that nobody else is put on them.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -19,12 +20,15 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware import interfaces
+from clusters.ray import resident
 from clusters.ray.connect import SLOT, close_own_token, close_sessions, own_token, write_token
 from clusters.ray.gpu_reservation import by_uuid
+from clusters.ray.spares import Spares, keep_spares, start_spares
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable, read_text
 from clusters.units import GIB
 
@@ -41,12 +45,13 @@ _TOKEN_REFUSED = re.compile(
     r"unauthenticated|invalid.*token|token.*(invalid|mismatch)|authentication", flags=re.IGNORECASE
 )
 # Ray's defaults see a node that fell silent after a minute; these after about 15 seconds.
-_HEALTH = {
+_SETTINGS = {
     "RAY_health_check_initial_delay_ms": "3000",
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_timeout_ms": "3000",
     "RAY_health_check_failure_threshold": "4",
     "RAY_gcs_rpc_server_reconnect_timeout_s": "20",  # after which a node without its head ends, and is started anew
+    "RAY_prestart_worker_first_driver": "0",  # a process a core, for which the first driver would wait
 }
 
 
@@ -66,6 +71,7 @@ class OwnNode:
     port: int = PORT  # of a head
     dashboard_port: int | None = None  # of a head that takes jobs over HTTP
     temp_dir: str | None = None
+    spares: Spares | None = None  # of a head
 
 
 def _dashboard(own: OwnNode) -> list[str]:
@@ -177,6 +183,8 @@ def ray_arguments(own: OwnNode, capability: NodeCapability) -> list[str]:
     ]
     if capability.memory_bytes:
         command.append(f"--memory={max(GIB, capability.memory_bytes - _SYSTEM_BYTES - _OBJECT_STORE_BYTES)}")
+    if own.spares:
+        command.append(f"--node-manager-port={own.spares.manager_port}")
     if own.temp_dir and not own.head:
         command.append(f"--temp-dir={own.temp_dir}")
     return command
@@ -196,7 +204,7 @@ def environment(token: Path, inherited: Mapping[str, str]) -> dict[str, str]:
     own = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_USAGE_STATS_ENABLED": "0"}
     kept = {name: value for name, value in inherited.items() if name != "RAY_AUTH_TOKEN"}  # Ray prefers it to the file
     own["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), kept.get("PATH", os.defpath)])  # of jobs: `python`
-    return {**_HEALTH, **kept, **own}
+    return {**_SETTINGS, **kept, **own}
 
 
 def check_reachable(head: str, timeout_s: float = 3.0) -> str | None:
@@ -266,7 +274,8 @@ class _RayNode:
         )
         if self.is_over:  # the signal came while it was starting
             self.end()
-        lines, was_up = self._read(child)
+        with contextlib.ExitStack() as while_up:
+            lines, was_up = self._read(child, while_up)
         child.wait()
         if child.stdout:
             child.stdout.close()
@@ -283,7 +292,7 @@ class _RayNode:
         if self._child:
             _end_group(self._child.pid)
 
-    def _read(self, child: subprocess.Popen[str]) -> tuple[list[str], bool]:
+    def _read(self, child: subprocess.Popen[str], while_up: contextlib.ExitStack) -> tuple[list[str], bool]:
         """The last lines the node prints until it ends, and whether it was up."""
         lines: list[str] = []
         was_up = False
@@ -293,7 +302,21 @@ class _RayNode:
                 was_up = True
                 close_sessions(_folders(self.own))
                 self.say(f"{self.own.name} is up at {self.own.address}")
+                if not self.own.head:
+                    self._serve_this_machine(child, while_up)
         return lines, was_up
+
+    def _serve_this_machine(self, child: subprocess.Popen[str], while_up: contextlib.ExitStack) -> None:
+        """Let jobs of this machine find the head, and keep processes waiting for them."""
+        own = self.own
+        here = resident.describe(f"{own.address}:{own.port}", own.token_file, own.num_slots, os.environ)
+        while_up.enter_context(resident.announced(here))
+        if own.spares:
+            wanted = resident.loading_ahead(own.spares.environment)
+            manager = f"{own.address}:{own.spares.manager_port}"
+            ask = partial(start_spares, manager, own.token_file, wanted)
+            keep = partial(keep_spares, own.spares.count, child.pid, ask, lambda: child.poll() is not None)
+            threading.Thread(target=keep, daemon=True).start()
 
 
 def _folders(own: OwnNode) -> list[Path]:

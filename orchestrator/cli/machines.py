@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -25,6 +25,9 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.views.screen import new_table
+
+if TYPE_CHECKING:
+    from clusters.ray.spares import Spares
 
 InterfaceOption = Annotated[
     str | None, typer.Option("--interface", help="the network interface to the other machines, e.g. eth0")
@@ -107,10 +110,20 @@ def head(
             "--dashboard-port", min=1, max=65535, help="take jobs over HTTP here: submit --cluster http://HOST:PORT"
         ),
     ] = None,
+    spares: Annotated[
+        int,
+        typer.Option(
+            "--spares",
+            min=0,
+            max=64,
+            help="processes that wait, libraries loaded, for jobs of this machine; about 0.6 GiB each",
+        ),
+    ] = 1,
 ) -> None:
     """Make this machine the head of a cluster, and stay until Ctrl-C.  Only machines with its token can join.
 
     Ray listens on every interface; the token keeps others out, and a firewall can close what the machines do not need.
+    Jobs of this user that name no cluster then start in it, on this machine alone: `submit` says so.
 
     Examples: orchestrator head --interface eth0
               orchestrator head --address 192.168.1.10 --slots 0
@@ -128,7 +141,8 @@ def head(
         capability = look_at_this_node()
         count = _count_slots(slots, capability)
         name = name or socket.gethostname()
-        own = daemon.OwnNode(name, own_address, None, token, count, port, dashboard_port=dashboard_port)
+        waiting = _spares(spares if count else 0, capability)
+        own = daemon.OwnNode(name, own_address, None, token, count, port, dashboard_port=dashboard_port, spares=waiting)
         say(f"the cluster's token is in {token}; copy it to ~/.ray/auth_token of each machine that joins, then there:")
         say(f"    orchestrator join {own_address}:{port}")
         say(f"a job runs here with cluster: {{address: '{own_address}:{port}'}}")
@@ -239,6 +253,14 @@ def _own_address(interface: str | None, address: str | None, *peer: str) -> str:
     found = address_of(interface) if interface else address or address_towards(*peer)
     check_address(found)
     return found
+
+
+def _spares(count: int, capability: NodeCapability) -> Spares | None:
+    """Processes that wait for jobs of this machine, with the environment in which those are started."""
+    from clusters.ray.spares import Spares, free_port
+    from strategies.step import host_memory
+
+    return Spares(count, {} if capability.gpus else host_memory.process_environment(), free_port()) if count else None
 
 
 def _count_slots(stated: int | None, capability: NodeCapability) -> int:

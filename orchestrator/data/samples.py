@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import array
 import hashlib
+import importlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.training import Source
+from strategies.model.tokenizer import load_tokenizer
 
 _ROWS_A_BATCH = 256
 _CHARACTERS_A_BATCH = 2**20  # that a batch ends behind: long texts are not held by the hundred
@@ -47,10 +49,9 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 def renderer_for(job: Job, model_folder: Path) -> Renderer:
     """The renderer of a job: its tokenizer with its chat template."""
-    from transformers import AutoTokenizer
-
+    importlib.import_module("transformers")  # where it is absent the command line names what to install
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_folder, trust_remote_code=job.spec.model.trust_remote_code)
+        tokenizer = load_tokenizer(model_folder, job.spec.model.trust_remote_code)
     except Exception as error:  # tokenizers raises plain Exceptions, transformers a dozen types
         reason = first_line(error)
         if not any((model_folder / name).exists() for name in _TOKENIZER_FILES):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,6 +64,14 @@ def cluster_errors() -> Iterator[None]:
         yield
     except CannotConnect as error:
         raise ClusterError(f"cluster.address: {error}. `local` runs on this machine") from error
+
+
+def lacking_here(num_workers: int, slot: Mapping[str, float]) -> str | None:
+    """What so many workers lack on this machine of the connected cluster now, and who has it."""
+    from clusters.ray.gpu_reservation import own_node_id
+    from clusters.ray.nodes import shortage
+
+    return shortage({own_node_id(): {kind: num_workers * amount for kind, amount in slot.items()}})
 
 
 def planned_gpus(plan: Plan, capability: ClusterCapability) -> list[DeviceCapability]:

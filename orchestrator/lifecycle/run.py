@@ -18,7 +18,8 @@ from importlib import import_module
 from pathlib import Path
 
 from clusters.capability import ClusterCapability
-from clusters.ray.connect import connect
+from clusters.ray import resident
+from clusters.ray.connect import CannotConnect, Connection, connect
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.job.secrets import secret_names
@@ -228,7 +229,6 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
 
     run, job, say = live.run, live.job, live.watcher.say
     address = job.spec.cluster.address
-    say("starting Ray ..." if address == "local" else f"connecting to {address} ...")
     recovery = Recovery(run, job, plan, capability, partial(replan, run, job, live.bank), say)
     with machines.cluster_errors(), contextlib.ExitStack() as stack:
         if recovery.is_local and not recovery.lock_gpus(stack):
@@ -236,8 +236,12 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
         plan = recovery.plan
         gpus = machines.planned_gpus(plan, recovery.capability) if recovery.is_local else ()
         process = machines.worker_process(plan, job.spec.cluster.nice) if recovery.is_local else None
-        load_in_background(partial(import_module, "torch"))  # what starts the workers imports it
-        cluster = stack.enter_context(connect(address, plan.num_workers, plan.threads_per_worker, gpus, process))
+        load_in_background(partial(import_module, "orchestrator.training.workers.launch"))  # while Ray starts
+        reach = partial(connect, address, plan.num_workers, plan.threads_per_worker, gpus, process)
+        cluster = _connect_to_resident(stack, job, plan, reach, say) if recovery.is_local else None
+        if cluster is None:
+            say("starting Ray ..." if recovery.is_local else f"connecting to {address} ...")
+            cluster = stack.enter_context(reach())
         if job.spec.cluster.wait_for_slots and address != "local":
             wait_for_slots(job.spec.cluster.wait_for_slots)  # a resumed run may meet a cluster that is just starting
         next_plan: Plan | None = recovery.at_start()
@@ -247,6 +251,36 @@ def _train_on_ray(live: LiveRun, plan: Plan, capability: ClusterCapability) -> N
             error = _attempt(live, next_plan, cluster.slot_resources, recovery, (helper, spares))
             next_plan = recovery.after(error)
             live.report()
+
+
+def _connect_to_resident(
+    stack: contextlib.ExitStack,
+    job: Job,
+    plan: Plan,
+    reach: Callable[..., contextlib.AbstractContextManager[Connection]],
+    say: Callable[[str], None],
+) -> Connection | None:
+    """Connect to the Ray that this user keeps on this machine; None where a job is to start its own, which is said."""
+    found = resident.find() if job.spec.cluster.resident else None
+    if found is None:
+        return None
+    with contextlib.ExitStack() as attempt:
+        reason = resident.why_not(found, plan.num_workers, job.spec.cluster.nice)
+        if reason is None and not attempt.enter_context(resident.taken()):
+            reason = "another job uses it"
+        if reason is None:
+            try:
+                cluster = attempt.enter_context(reach(resident=found))
+                reason = machines.lacking_here(plan.num_workers, cluster.slot_resources)
+            except CannotConnect as error:
+                reason = str(error)
+            else:
+                if reason is None:
+                    say(f"using the Ray of `orchestrator head` at {found.address} (cluster.resident: false does not)")
+                    stack.enter_context(attempt.pop_all())
+                    return cluster
+    say(f"not using the Ray of `orchestrator head` at {found.address}: {reason}")
+    return None
 
 
 def _attempt(

@@ -47,6 +47,8 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
             "cluster.nice belongs to address: local; elsewhere workers have the niceness of RAY_worker_niceness when"
             " their machine joined"
         )
+    if not spec.cluster.resident and spec.cluster.address != "local":
+        raise JobError("cluster.resident belongs to address: local, and cluster.address names another; remove it")
     most = max((slot.threads for slot in slots), default=0)
     if spec.train.threads != "auto" and 0 < most < spec.train.threads:
         raise JobError(f"train.threads is {spec.train.threads}, and no worker has more than {most} cores; lower it")

@@ -4,4 +4,5 @@ architecture   start here: modules and parameters of a model, built without its 
 targets        which modules an adapter's target names mean, by PEFT's rules, and what is wrong with them
 tensor_file    a safetensors file's header (https://huggingface.co/docs/safetensors), checked before anything is read
 tensor_stream  tensors of safetensors files read and written one at a time
+tokenizer      the tokenizer, loaded without torch
 """

@@ -158,10 +158,9 @@ def test_a_lost_node_is_not_waited_for_and_is_a_failure_that_is_recovered_from(c
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of Ray's own settings, where a trainer is made
 def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two_gpus, tmp_path):
     from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
 
     from clusters.ray.connect import SLOT
-    from orchestrator.training.workers.launch import _WorkerSetup, environments
+    from orchestrator.training.workers.launch import _Trainer, _WorkerSetup, environments
 
     def worker(config):
         import ray.train
@@ -179,12 +178,12 @@ def test_two_workers_see_one_planned_gpu_each_before_cuda_starts(cluster, on_two
 
     reservation = reserve(wanting(cluster, 1, 2), print)
     own = environments(on_two_gpus.plan, reservation, {})
-    TorchTrainer(
+    _Trainer(
         worker,
         train_loop_config={"folder": str(tmp_path)},
         scaling_config=ScalingConfig(num_workers=2, resources_per_worker={SLOT: 1}),
         run_config=RunConfig(name="two", storage_path=str(tmp_path / "ray")),
-        torch_config=_WorkerSetup(backend="gloo", environments=own),
+        backend_config=_WorkerSetup(backend="gloo", environments=own),
     ).fit()
     reservation.release()
 

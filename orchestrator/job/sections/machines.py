@@ -106,7 +106,14 @@ class CostSection(Section):
 class ClusterSection(Section):
     """Where it runs."""
 
-    address: str = key("local", "local = embedded Ray; auto or HOST:PORT = a running cluster")
+    address: str = key(
+        "local", "local = this machine, in an embedded Ray or a resident one; auto or HOST:PORT = a running cluster"
+    )
+    resident: bool = key(
+        True,
+        "a job of address: local starts in the Ray of an `orchestrator head` that this user runs on this machine; false"
+        " = always in one of its own",
+    )
     num_workers: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "training processes")
     nice: int | None = key(
         None,

@@ -11,6 +11,7 @@ import os
 import socket
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 from clusters.hardware.interfaces import GLOO, address_of
@@ -81,3 +82,11 @@ def _listen(address: Callable[[], str]) -> Address:
 def _stop_listening() -> None:
     while _listening:
         _listening.pop().close()
+
+
+def store_at(address: str, port: int, size: int, timeout: timedelta, listener: socket.socket | None = None) -> Any:
+    """The store through which `size` workers connect; the worker with the `listener` serves it, on its address only."""
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
+
+    own = listener.detach() if listener else None
+    return TCPStore(address, port, size, listener is not None, timeout, master_listen_fd=own)

@@ -1,4 +1,6 @@
-"""Starts the workers with Ray Train: one TorchTrainer, one worker a slot, each given a run folder and its node's name.
+"""Starts the workers with Ray Train: one trainer, one worker a slot, each given a run folder and its node's name.
+
+PyTorch is loaded by the workers, and not by the process that starts one of them and waits.
 
 Ray Train assigns any GPU, the same number to every worker; a plan names one GPU for some workers.  So GPUs are reserved
 beside it (clusters/ray/gpu_reservation.py), and each worker sees its own before PyTorch is loaded.
@@ -20,20 +22,20 @@ from typing import Any
 
 import ray.train
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchConfig, TorchTrainer
-from ray.train.torch.config import _TorchBackend
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.execution.controller.controller import TrainController
 from ray.train.v2._internal.execution.worker_group import state, worker_group
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from clusters.hardware.interfaces import gloo_talks_at
-from clusters.ray import gpu_reservation
+from clusters.ray import gpu_reservation, resident
 from clusters.ray.gpu_reservation import CannotReserve, GpuGone, Reservation, Wanted
 from clusters.safe.masking import log_apart, masked_log
 from orchestrator.errors import HardwareChanged, OrchestratorError, RunFailed
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Note, WorkerGroup, WorkerKilled
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.training.workers.connections import refuse_unreachable
+from orchestrator.training.workers.connections import refuse_unreachable, store_at
 from orchestrator.training.workers.failures import record_failure
 from orchestrator.training.workers.gpu_locks import equivalent_gpus
 from strategies.step import host_memory
@@ -121,30 +123,32 @@ def environments(plan: Plan, reservation: Reservation, node_ids: Mapping[str, st
 
 
 @dataclass
-class _WorkerSetup(TorchConfig):
+class _WorkerSetup(BackendConfig):
     """How workers connect, and which GPU of its node each of them sees."""
 
+    backend: str = "gloo"
     environments: dict[str, list[dict[str, str]]] = field(default_factory=dict)
     names: dict[str, str] = field(default_factory=dict)  # Ray's id of a node -> its name
+    inherited: dict[str, str] = field(default_factory=dict)  # the environment that all have
 
     @property
-    def backend_cls(self) -> type[_TorchBackend]:
+    def backend_cls(self) -> type[Backend]:
         return _Backend
 
 
-class _Trainer(TorchTrainer):
+class _Trainer(DataParallelTrainer):
     """Without those of Ray Train's actors that have nothing to do here: each is a process that loads Ray Train first.
 
     Measured: 1.3 s of computing for each, and the workers' start waits for two.  Private names of Ray 2.60: where one
     is gone, its actor starts again.
     """
 
-    is_embedded = False  # whether Ray was started here, for this run alone
+    is_embedded = False  # whether the workers are for this machine alone, in a Ray of this user
 
     def _create_default_callbacks(self) -> list[Any]:
         idle = {"DatasetsCallback"}  # samples come from files
         if self.is_embedded:
-            idle.add("PlacementGroupCleanerCallback")  # the cluster ends with its run
+            idle.add("PlacementGroupCleanerCallback")  # the group is the driver's, and ends with it
         return [one for one in super()._create_default_callbacks() if type(one).__name__ not in idle]
 
     def _initialize_and_run_controller(self, **parts: Any) -> Any:
@@ -192,7 +196,7 @@ class _OwnController(TrainController):
     """Ray Train's controller in the driver's process.
 
     As an actor it is a process that loads Ray Train first, and the workers' start waits for it: 7 of 26 s on two slow
-    cores.  It is there to outlive its driver, and the driver's end is that of an embedded cluster.
+    cores.  It is there to outlive its driver, with which an embedded cluster ends, and a run of this machine.
     """
 
     worker_group_cls = _OwnWorkerGroup
@@ -216,23 +220,42 @@ class _NoActor:
     remote = staticmethod(lambda **_: "none")
 
 
-class _Backend(_TorchBackend):
-    def on_start(self, worker_group: Any, backend_config: Any) -> None:
-        """Before CUDA starts in the workers: each sees its own GPU, whose allocator is set, gloo is bound to its node's
-        address, and all can connect to each other."""
-        from strategies.step import device_memory
+class _Backend(Backend):
+    share_cuda_visible_devices = True  # as Ray Train's own of PyTorch
 
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        """Before CUDA starts in the workers: each sees its own GPU; of several, allocators are set, gloo is bound to
+        the node's address, and all can connect to each other."""
+        worker_group.execute(resident.adopt, backend_config.inherited)
         nodes = worker_group.execute(gpu_reservation.own_node_id)
         for index, own in enumerate(in_order(nodes, backend_config.environments)):
             worker_group.execute_single(index, gpu_reservation.see, own)
-        worker_group.execute(device_memory.grow_segments)  # a group's first messages are tensors of nccl
-        worker_group.execute(_bind_gloo_to_node_address)
+        if len(nodes) == 1:  # nobody to connect to
+            return
+        worker_group.execute(_prepare_for_group)
         names = [backend_config.names.get(node, node) for node in nodes]
         refuse_unreachable(worker_group.execute, ray.util.get_node_ip_address, names)
-        super().on_start(worker_group, backend_config)
+        backend, config = _groups_of_pytorch(backend_config.backend)
+        backend.on_start(worker_group, config)
+
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
+        if len(worker_group) > 1:
+            backend, config = _groups_of_pytorch(backend_config.backend)
+            backend.on_shutdown(worker_group, config)
 
 
-def _bind_gloo_to_node_address() -> None:
+def _groups_of_pytorch(name: str) -> tuple[Any, Any]:
+    """Ray Train's way to connect several workers, which loads PyTorch here, too."""
+    from ray.train.torch import TorchConfig
+    from ray.train.torch.config import _TorchBackend
+
+    return _TorchBackend(), TorchConfig(backend=name, timeout_s=_START_TIMEOUT_S)
+
+
+def _prepare_for_group() -> None:
+    from strategies.step import device_memory
+
+    device_memory.grow_segments()  # a group's first messages are tensors of nccl
     gloo_talks_at(ray.util.get_node_ip_address())
 
 
@@ -254,23 +277,20 @@ def _train(
     environments: dict[str, list[dict[str, str]]],
     config: dict[str, Any],
 ) -> None:
-    """Run the trainer with the `config` of `_on_worker`.
-
-    Ray's own files go into a temporary folder: what a restart needs is our checkpoint.
-    """
+    """Run the trainer with the `config` of `_on_worker`; Ray's own files serve no restart."""
     storage = run.path / ".ray" / uuid.uuid4().hex[:8]
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     is_embedded = not node_ids  # its processes have the environment already
     of_cpu = {"env_vars": host_memory.process_environment()}
-    chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else []
+    chosen = sorted({node_ids[part.node] for part in plan.nodes}) if node_ids else [gpu_reservation.own_node_id()]
     trainer = _Trainer(
         _on_worker,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=plan.num_workers,
             resources_per_worker=slot_resources,
-            label_selector={"ray.io/node-id": f"in({','.join(chosen)})"} if chosen else None,
+            label_selector={"ray.io/node-id": f"in({','.join(chosen)})"},
         ),
         run_config=RunConfig(
             name=run.run_id,
@@ -278,11 +298,11 @@ def _train(
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" and not is_embedded else None,
         ),
-        torch_config=_WorkerSetup(
+        backend_config=_WorkerSetup(
             backend=plan.backend,
-            timeout_s=_START_TIMEOUT_S,
             environments=environments,
             names=config["names"],
+            inherited=resident.inherited() if is_embedded else {},
         ),
     )
     trainer.is_embedded = is_embedded
@@ -324,12 +344,11 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
     wait for the slowest machine to start.  Its store listens on the address the machines know this one by, where
     Ray's listens on all.
     """
+    if size == 1:
+        return 0, 0
     import torch
     import torch.distributed as dist
 
-    if size == 1:
-        dist.destroy_process_group()
-        return 0, 0
     backend = dist.get_backend()
     if backend == "nccl":  # objects travel through a GPU, which must be one's own
         torch.cuda.set_device(0)
@@ -354,14 +373,6 @@ def _in_plan_order(plan: Plan, node: str, size: int) -> tuple[int, int]:
     listener.close()
     dist.init_process_group(backend, store=store, rank=ranks[me[0]], world_size=size, timeout=timeout)
     return ranks[me[0]], slots[me[0]]
-
-
-def store_at(address: str, port: int, size: int, timeout: timedelta, listener: socket.socket | None = None) -> Any:
-    """The store through which `size` workers connect; the worker with the `listener` serves it, on its address only."""
-    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]
-
-    own = listener.detach() if listener else None
-    return TCPStore(address, port, size, listener is not None, timeout, master_listen_fd=own)
 
 
 def _log_to(file: Path) -> None:

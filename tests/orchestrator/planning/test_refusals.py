@@ -31,6 +31,7 @@ def refuse(text, node, shape=SMALL):
         ("strategy: {mode: zero3, local_steps: 4}\n", TWO_GPUS, "workers that train apart hold everything"),
         ("train: {threads: 99}\n", CPU, "train.threads is 99, and no worker has more than [0-9]+ cores; lower it"),
         ("cluster: {nice: 5, address: auto}\n", CPU, "cluster.nice belongs to address: local"),
+        ("cluster: {resident: false, address: auto}\n", CPU, "cluster.resident belongs to address: local"),
         ("strategy: {offload: optimizer}\n", CPU, "a CPU's memory is the host's already"),
         (
             "strategy: {deepspeed: {train_micro_batch_size_per_gpu: 4}}\n",

@@ -7,7 +7,7 @@ from datetime import timedelta
 import pytest
 
 from orchestrator.training.workers import launch
-from orchestrator.training.workers.launch import store_at
+from orchestrator.training.workers.connections import store_at
 from tests.orchestrator.planning.test_choice import SMALL, machine, plan
 
 
