@@ -50,6 +50,7 @@ ROOMS = (
     ("orchestrator.errors", "orchestrator"),
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
+    ("orchestrator.job.importers",),
     ("orchestrator.data.rows",),
     ("orchestrator.data.readers",),
     ("orchestrator.data",),

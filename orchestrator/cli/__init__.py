@@ -4,6 +4,7 @@ app       start here: the verbs together, and every error as a message with an e
 bank      the verbs `bank ...` and `adapt`
 bench     the verb `bench`
 export    the verb `export`
+imports   the verb `import`
 jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
 machines  the verbs of machines: probe, techniques, head, join, nodes
 options   what the verbs share: arguments and options, loading a job, printing

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import bank, bench, export, jobs, machines, remote, report, runs, search, serving
+from orchestrator.cli import bank, bench, export, imports, jobs, machines, remote, report, runs, search, serving
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.views.screen import accept_every_character, keep_standard_output
@@ -29,7 +29,19 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for group in (jobs, runs, export, remote, search, serving, bench, report, machines, bank):  # in the order of --help
+for group in (
+    jobs,
+    imports,
+    runs,
+    export,
+    remote,
+    search,
+    serving,
+    bench,
+    report,
+    machines,
+    bank,
+):  # in the order of --help
     app.add_typer(group.verbs)
 app.add_typer(bank.bank)
 
@@ -102,7 +114,8 @@ def _silence_libraries() -> None:
 def _report(error: OrchestratorError) -> int:
     """Print an error, as JSON with --json; its exit code."""
     if "--json" in sys.argv:
-        print_json({"error": str(error), "exit_code": error.exit_code})
+        found = {"mistakes": [one.parts() for one in error.mistakes]} if isinstance(error, JobError) else {}
+        print_json({"error": str(error), "exit_code": error.exit_code, **found})
     else:
         err.print(str(error), soft_wrap=True, style="red")
     return error.exit_code

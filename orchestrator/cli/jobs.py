@@ -27,7 +27,7 @@ from orchestrator.cli.options import (
     show,
 )
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
-from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
@@ -126,9 +126,14 @@ def validate(
     Examples: orchestrator validate job.yaml --set method.lora_r=32
               orchestrator validate job.yaml --exact
     """
+    from orchestrator.job.job_file import located
     from orchestrator.lifecycle.validate import check
 
-    found = check(load_job(job, set_), exact)
+    loaded = load_job(job, set_)
+    try:
+        found = check(loaded, exact)
+    except JobError as error:
+        raise (located(error, read_text_file(job, "validate")) if Path(job).is_file() else error) from None
     if json_:
         print_json(found)
         return

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import json
 import textwrap
@@ -11,6 +12,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from clusters.safe.cache import cache_folder
+from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 from orchestrator.job.sections.methods import DEFAULT_METHOD, METHOD_SECTIONS
 from orchestrator.job.sections.section import MOST, Section
@@ -47,6 +50,14 @@ def one_field(name: str) -> dict[str, Any]:
 def json_schema() -> str:
     """The JSON schema of the job file, for editors."""
     return json.dumps(JobSpec.model_json_schema(), indent=1)
+
+
+def editor_line() -> str:
+    """The comment by which editors with a YAML language server check and complete a job file; writes its schema."""
+    file = cache_folder("job-schema.json")
+    with contextlib.suppress(OSError):  # a cache that cannot be written: the line does no harm
+        write_whole(file, json_schema())
+    return f"# yaml-language-server: $schema={file}"
 
 
 def reference() -> str:
