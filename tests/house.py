@@ -51,6 +51,7 @@ ROOMS = (
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
     ("orchestrator.job.importers",),
+    ("orchestrator.doctor",),
     ("orchestrator.data.rows",),
     ("orchestrator.data.readers",),
     ("orchestrator.data",),

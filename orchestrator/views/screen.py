@@ -11,7 +11,7 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
@@ -33,6 +33,7 @@ class Screen(Console):
     """
 
     outlives_reader = False
+    spelling: Callable[[str], str] = staticmethod(lambda text: text)  # of commands, as they are typed here
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
@@ -46,7 +47,7 @@ class Screen(Console):
             self.on_broken_pipe()
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(printable_lines(text), **options)
+        return super().render_str(printable_lines(Screen.spelling(text)), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):

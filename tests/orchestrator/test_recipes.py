@@ -48,7 +48,7 @@ def test_the_quick_start_rows_are_what_make_py_writes_and_do_not_overlap(tmp_pat
 
 
 def test_the_starter_file_is_a_valid_job_with_every_key_explained(tmp_path):
-    text = starter("m", "a.jsonl")
+    text = starter("m", "a.jsonl", full=True)
 
     spec = parse_job(text, tmp_path).spec
 

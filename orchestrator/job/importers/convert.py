@@ -16,7 +16,7 @@ from orchestrator.job.aliases import other_tools
 from orchestrator.job.document import Document, load_document, shown
 from orchestrator.job.importers.conversions import CONVERSIONS, OFF, IsSet, NoCounterpart
 from orchestrator.job.importers.datasets import READERS
-from orchestrator.job.importers.draft import JobDraft, Group, Setting
+from orchestrator.job.importers.draft import Group, JobDraft, Setting
 from orchestrator.job.importers.tables import TOOLS, Entry, KeyTable, flat, recognise, spelt, tables
 from orchestrator.job.job_file import Job, job_of
 from orchestrator.job.paths import read_text_file
