@@ -215,7 +215,18 @@ def nodes(
     if json_:
         print_json(found)
         return
-    table = new_table("node", "address", "state", "cores", "memory", "device", "slots", "does", fold=True)
+    table = new_table(
+        "node",
+        "address",
+        "state",
+        "cores",
+        "memory",
+        "device",
+        "slots",
+        "does",
+        fold=True,
+        dispensable=("address", "cores"),
+    )
     for node in found:
         table.add_row(
             node["name"],

@@ -26,6 +26,7 @@ from orchestrator.job.spec import SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
+_CLEAR_NAME = 6  # letters of a key of another section that one here may be misspelt of: short words are alike by chance
 _SECTION_NAMES = (*SECTIONS, "method")
 
 
@@ -332,7 +333,8 @@ def _nearest(path: KeyPath) -> str:
     if close := nearest_name(name, siblings):
         return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close])}?"
     known = other_tools()
-    near = nearest_name(name, [*everywhere.values(), *known.same, *known.not_yet, *known.not_needed])
+    elsewhere = [*everywhere.values(), *known.same, *known.not_yet, *known.not_needed]
+    near = nearest_name(name, [one for one in elsewhere if len(one) >= _CLEAR_NAME])
     if near and (others := [dotted for dotted, key in everywhere.items() if key == known.same.get(near, near)]):
         return f"; did you mean {others[0]}?"
     if near and (told := _other_tools_key(near)):
