@@ -63,8 +63,9 @@ def import_(
         return
     if not target:
         write(text)
+    tell = show if target else say  # beside a job on standard output nothing else is
     for line in [*_listed(draft), *job.notices]:
-        say(textwrap.fill(line, err.width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
+        tell(textwrap.fill(line, err.width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
     if target:
         show(f"wrote {output}. Next: orchestrator validate {output}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -55,7 +56,7 @@ def recipes(
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        show(f"{key:<20}{about}")
+        show(textwrap.fill(f"{key:<20}{about}", out.width, subsequent_indent=" " * 20))
     show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 

@@ -59,11 +59,11 @@ GROUPS = {
 }
 EXAMPLES = """\
 Examples:
-  orchestrator submit quickstart             a first model in minutes, no GPU needed
+  orchestrator submit quickstart        a first model in minutes, without a GPU
   orchestrator init job.yaml --train rows.jsonl
   orchestrator plan job.yaml --hardware home-lab
   orchestrator submit job.yaml --set train.learning_rate=1e-4
-  orchestrator VERB --help                   its options, with examples"""
+  orchestrator VERB --help              its options, with examples"""
 
 
 class GroupedVerbs(TyperGroup):
