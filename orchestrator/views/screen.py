@@ -74,6 +74,9 @@ class FittingTable(Table):
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         columns, widths, dropped = self.columns, [one.width for one in self.columns], []
         sizes = {one.header: self._measure_column(console, options, one) for one in columns}
+        names = sizes[columns[0].header]  # of what the rows are: whole, unless they are texts
+        if names.maximum <= options.max_width // 3:
+            sizes[columns[0].header] = Measurement(names.maximum, names.maximum)
         for name in self.dispensable:
             if sum(sizes[one.header].minimum for one in self.columns) <= options.max_width:
                 break

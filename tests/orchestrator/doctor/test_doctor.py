@@ -10,7 +10,7 @@ from clusters.hardware.torch_build import TorchBuild
 from orchestrator.doctor import checks, system
 from tests.cli import called
 
-CARD = DeviceCapability("cuda", "RTX 3090", driver_version="470.10", compute_capability=(8, 6))
+CARD = DeviceCapability("cuda", "RTX 3090", memory_bytes=24 * 2**30, driver_version="470.10", compute_capability=(8, 6))
 
 
 def test_an_old_driver_is_named_beside_the_build_that_it_cannot_run():
@@ -29,7 +29,9 @@ def test_a_build_for_cpus_beside_a_card_is_named():
 
 
 def test_a_card_that_torch_can_use_is_fine_and_none_is_no_fault():
-    card = DeviceCapability("cuda", "RTX 3090", driver_version="580.10", compute_capability=(8, 6))
+    card = DeviceCapability(
+        "cuda", "RTX 3090", memory_bytes=24 * 2**30, driver_version="580.10", compute_capability=(8, 6)
+    )
 
     assert [one.state for one in system.judge_gpus((card,), TorchBuild("2.13.0", cuda="13.0"))] == ["ok"]
     assert [one.state for one in system.judge_gpus((), None)] == ["absent"]
