@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import json
 import re
@@ -55,9 +54,12 @@ def json_schema() -> str:
 
 def editor_line() -> str:
     """The comment by which editors with a YAML language server check and complete a job file; writes its schema."""
-    file = cache_folder("job-schema.json")
-    with contextlib.suppress(OSError):  # a cache that cannot be written: the line does no harm
+    try:
+        file = cache_folder("job-schema.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
         write_whole(file, json_schema())
+    except (OSError, RuntimeError):  # a cache that cannot be written, or no home
+        return "# `orchestrator schema --json` prints the keys for editors."
     return f"# yaml-language-server: $schema={file}"
 
 

@@ -67,7 +67,8 @@ def test_a_folder_of_a_recipe_s_name_does_not_hide_it(tmp_path, monkeypatch):
     assert load_job("bank", []).spec.name == "bank"
 
 
-def test_the_short_starter_is_a_valid_job_of_few_lines_with_each_key_explained(tmp_path):
+def test_the_short_starter_is_a_valid_job_of_few_lines_with_each_key_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of a user who has none yet
     text = starter("m", "a.jsonl")
 
     assert parse_job(text, tmp_path).spec.data.train == "a.jsonl"

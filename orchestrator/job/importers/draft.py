@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+_SECRET = re.compile(r"(hf|hub|wandb|comet|swanlab|api|access)\w*_(token|key)|api_key|password|secret")
 Group = Literal["default", "planner", "matters"]
 GROUPS: dict[Group, str] = {
     "matters": "not supported, and matters",
@@ -62,7 +64,8 @@ class JobDraft:
 
     def leave(self, group: Group, their_key: str, instead: str) -> None:
         """Note a key without a counterpart."""
-        self.left[group].append(Left(their_key, self.flat.get(their_key), self.line(their_key), instead))
+        value = "***" if _SECRET.search(their_key) else self.flat.get(their_key)
+        self.left[group].append(Left(their_key, value, self.line(their_key), instead))
 
     def line(self, their_key: str) -> int | str:
         """The line of a key, of what it stands in where it has none of its own."""
@@ -81,7 +84,10 @@ class JobDraft:
 
     def beside(self, path: Path) -> str:
         """A path as the job spells it: relative where it lies not far from the job."""
-        relative = Path(os.path.relpath(path, self.target)).as_posix()
+        try:
+            relative = Path(os.path.relpath(path, self.target)).as_posix()
+        except ValueError:  # on another drive of Windows
+            return str(path.resolve())
         return str(path.resolve()) if relative.startswith("../../..") else relative
 
     def document(self) -> dict[str, Any]:

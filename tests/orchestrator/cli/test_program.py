@@ -1,5 +1,6 @@
 """The verbs in groups, and hints that can be typed where the user stands."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,7 @@ import pytest
 
 from orchestrator.cli import program
 from tests.cli import called
+from tests.house import ROOT
 
 
 def test_each_verb_stands_in_one_group_with_a_sentence_that_fits(tmp_path):
@@ -54,8 +56,4 @@ def test_a_hint_works_where_the_user_stands(is_found, tmp_path):
 
 
 def environment(path):
-    import os
-
-    from tests.house import ROOT
-
     return os.environ | {"PATH": path, "PYTHONPATH": str(ROOT)}
