@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clusters.safe.masking import masked, masked_values
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, Mistake
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import err, out, write
@@ -99,12 +99,10 @@ def _of_another_tool(file: Path, error: JobError) -> JobError | None:
     if (tool := recognise(values)) is None:
         return None
     name = tables()[tool].name
-    hint = (
-        f"{file}: this looks like {'an' if name[0] in 'AU' else 'a'} {name} file: orchestrator import {file} --output"
-    )
-    own = "job.yaml" if file.name != "job.yaml" else "imported.yaml"
+    way = f"orchestrator import {file} --output {'imported.yaml' if file.name == 'job.yaml' else 'job.yaml'}"
+    hint = Mistake(f"{file}: this looks like {'an' if name[0] in 'AU' else 'a'} {name} file: {way}", fix=way)
     is_own = isinstance(values.get("data"), dict) and "train" in values["data"]
-    return JobError([f"{hint} {own}", *(error.mistakes if is_own else [])])
+    return JobError([hint, *(error.mistakes if is_own else [])])
 
 
 def parse_numbers(option: str, text: str) -> list[int]:

@@ -13,8 +13,8 @@ _SECRET = re.compile(r"(hf|hub|wandb|comet|swanlab|api|access)\w*_(token|key)|ap
 Group = Literal["default", "planner", "matters"]
 GROUPS: dict[Group, str] = {
     "matters": "not supported, and matters",
-    "planner": "decided by the plan",
-    "default": "not needed: it is so here anyway",
+    "planner": "decided by the planner",
+    "default": "ignored, as it is the default here",
 }
 
 
