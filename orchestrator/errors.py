@@ -14,6 +14,7 @@ Exit code 1 is left to bugs, which end in a traceback.  A message says what is w
 do.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
@@ -44,13 +45,48 @@ class OrchestratorError(Exception):
         super().__init__(*(masked(one) if isinstance(one, str) else one for one in arguments))
 
 
+_NAMES_KEY = re.compile(r"([a-z]+(?:\.[a-z_]+)+)(?=:? )")  # of the job file, at the beginning of a sentence
+
+
+class Mistake(str):
+    """A mistake as a person reads it, with its parts for a program: where it is, what stands there, what to do."""
+
+    line: int | None
+    key: str | None
+    value: object
+    fix: str | None
+
+    def __new__(
+        cls, text: str, line: int | None = None, key: str | None = None, value: object = None, fix: str | None = None
+    ) -> "Mistake":
+        self = super().__new__(cls, text)
+        self.line, self.key, self.value, self.fix = line, key, value, fix
+        return self
+
+    @classmethod
+    def of(cls, text: str) -> "Mistake":
+        """A sentence as a mistake.  What is wrong stands before the first `; ` or `. `, behind it what to do."""
+        if isinstance(text, cls):
+            return text
+        named, parts = _NAMES_KEY.match(text), re.split(r"; |\. ", text, maxsplit=1)
+        return cls(text, key=named and named[1], fix=parts[1] if len(parts) > 1 else None)
+
+    def with_text(self, text: str) -> "Mistake":
+        """The same mistake in other words."""
+        return Mistake(text, self.line, self.key, self.value, self.fix)
+
+    def parts(self) -> dict[str, object]:
+        return {"line": self.line, "key": self.key, "value": self.value, "fix": self.fix, "text": str(self)}
+
+
 class JobError(OrchestratorError):
     """One or more mistakes in a job; all that were found, one a line."""
 
     exit_code = 2
 
     def __init__(self, mistakes: str | Sequence[str]) -> None:
-        self.mistakes = [masked(mistake) for mistake in ([mistakes] if isinstance(mistakes, str) else mistakes)]
+        found = map(Mistake.of, [mistakes] if isinstance(mistakes, str) else mistakes)
+        self.mistakes = [mistake.with_text(masked(mistake)) for mistake in found]
         super().__init__("\n".join(self.mistakes))
 
 

@@ -50,6 +50,8 @@ ROOMS = (
     ("orchestrator.errors", "orchestrator"),
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
+    ("orchestrator.job.importers",),
+    ("orchestrator.doctor",),
     ("orchestrator.data.rows",),
     ("orchestrator.data.readers",),
     ("orchestrator.data",),

@@ -21,7 +21,7 @@ READMES = [ROOT / "README.md", ROOT / "README.ja.md"]
 OTHERS = ("k8s/README.md", "CONTRIBUTING.md", "CHANGELOG.md", "orchestrator/LOG.md", "orchestrator/DECISIONS.md")
 ALL = [*READMES, *GUIDES, *(ROOT / name for name in OTHERS)]
 SUBJECTS = ("planning", "search", "cluster", "kubernetes", "methods", "adapter-bank", "reports-and-cost", "export")
-SUBJECTS += ("data-formats", "troubleshooting", "architecture", "job-file", "serving")
+SUBJECTS += ("data-formats", "troubleshooting", "architecture", "job-file", "serving", "other-tools", "first-hour")
 # Placeholders, and what appears in a user's folders and nowhere in this project.
 NOT_HERE = re.compile(r"[A-Z]{2,}|\.\.\.|[*{<$~]|^(runs|datasets)/|^/")
 

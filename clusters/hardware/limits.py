@@ -18,7 +18,7 @@ def num_cores() -> int:
 
 def physical_memory_bytes() -> int | None:
     """What is built in, as the kernel reports it."""
-    if "SC_PHYS_PAGES" not in os.sysconf_names:
+    if "SC_PHYS_PAGES" not in getattr(os, "sysconf_names", {}):  # Windows has no such table
         return None
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 

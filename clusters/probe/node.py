@@ -6,7 +6,6 @@ look -> hardware hash -> ~/.cache/finetune-orchestrator/probe/HASH-2.json, else 
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import importlib.util
 import json
 import logging
@@ -24,6 +23,7 @@ from clusters.probe.machine import look_at_this_node
 from clusters.probe.measure import LIMIT_S
 from clusters.safe.cache import cache_folder
 from clusters.safe.commands import run_within
+from clusters.safe.locking import hold
 from clusters.safe.reading import load_json, read_json, record
 from clusters.safe.writing import write_whole
 
@@ -182,8 +182,8 @@ def _one_at_a_time(file: Path) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context(file.with_suffix(".lock").open("w"))
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not stack.enter_context(hold(file.with_suffix(".lock"))):
+                raise OSError("this file system has none")
         except OSError as error:
             _log.info("measuring without a lock: %s", error)
         yield

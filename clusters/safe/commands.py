@@ -33,7 +33,7 @@ def run_within(
         stdout, stderr = process.communicate(timeout=timeout_s)
     except BaseException:  # also Ctrl-C, which a program in a group of its own does not hear
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.communicate(timeout=1)
         raise

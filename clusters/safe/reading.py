@@ -29,6 +29,8 @@ MAX_DEPTH = 100
 MAX_NODES = 500_000  # values of a YAML file; more take minutes to read and are no job
 MAX_ALIASED_NODES = 10_000  # values that a YAML file has through its aliases alone
 MAX_DIGITS = 300  # of a whole number; what is longer overflows a float, and Python refuses to print it
+# Never waits for a FIFO, is no child's; Windows has only the last, without which it changes bytes.
+READ_ONLY = os.O_RDONLY | sum(getattr(os, name, 0) for name in ("O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MAX_PATH_BYTES, _MAX_PART_BYTES = 4096, 255  # PATH_MAX and NAME_MAX of Linux
 
 NAME_RULE = "a name has 1 to 63 letters, digits, dots, dashes and underscores, and begins with a letter, a digit or _"
@@ -95,7 +97,7 @@ def open_regular(path: Path) -> BufferedReader:
     if kind != "file":
         raise BadInput(f"{_short(path)}: is a {kind}, not a file")
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, READ_ONLY)
     except OSError as error:
         raise BadInput(f"{_short(path)}: cannot be read: {_reason(error)}") from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # it changed since it was looked at

@@ -55,6 +55,8 @@ def new_folder(place: Path, replaces: bool = False) -> Iterator[Path]:
 
 def sync(path: Path) -> None:
     """Bring a file, or a folder's list of names, to disk: a rename must not be there before what it names."""
+    if os.name == "nt" and path.is_dir():  # Windows opens no folder
+        return
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -4,9 +4,11 @@ app       start here: the verbs together, and every error as a message with an e
 bank      the verbs `bank ...` and `adapt`
 bench     the verb `bench`
 export    the verb `export`
+imports   the verb `import`
 jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit
-machines  the verbs of machines: probe, techniques, head, join, nodes
+machines  the verbs of machines: doctor, probe, techniques, head, join, nodes
 options   what the verbs share: arguments and options, loading a job, printing
+program   how the program is typed where the user stands, its verbs in groups
 progress  prints the progress of a run
 remote    the verb `fetch`, and how the verbs of a run work on a cluster that only HTTP reaches
 report    the verbs `report` and `tco`

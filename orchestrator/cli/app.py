@@ -16,20 +16,46 @@ from typing import Annotated, Any
 import typer
 
 from orchestrator import __version__
-from orchestrator.cli import bank, bench, export, jobs, machines, remote, report, runs, search, serving
+from orchestrator.cli import (
+    bank,
+    bench,
+    export,
+    imports,
+    jobs,
+    machines,
+    program,
+    remote,
+    report,
+    runs,
+    search,
+    serving,
+)
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
-from orchestrator.views.screen import accept_every_character, keep_standard_output
+from orchestrator.views.screen import Screen, accept_every_character, keep_standard_output
 from strategies.step import thread_waits
 
 app = typer.Typer(
     name="orchestrator",
-    help="Fine-tune language models on the machines you have.\n\nStart with: orchestrator recipes",
+    cls=program.GroupedVerbs,
+    help="Fine-tune language models on the machines you have.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for group in (jobs, runs, export, remote, search, serving, bench, report, machines, bank):  # in the order of --help
+for group in (
+    jobs,
+    imports,
+    runs,
+    export,
+    remote,
+    search,
+    serving,
+    bench,
+    report,
+    machines,
+    bank,
+):  # in the order of --help
     app.add_typer(group.verbs)
 app.add_typer(bank.bank)
 
@@ -62,9 +88,12 @@ _keep_lines_of_examples()
 
 def main() -> None:
     """Run the command line; every OrchestratorError, and a disk's or a file's, becomes a message and an exit code."""
-    for name in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(name) is not signal.SIG_IGN:  # nohup ignores the second
-            signal.signal(name, _interrupt)
+    for name in ("SIGTERM", "SIGHUP"):  # the second is not everywhere
+        number = getattr(signal, name, None)
+        if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores the second
+            signal.signal(number, _interrupt)
+    here = program.typed()
+    Screen.spelling = staticmethod(lambda text: program.as_typed(text, here))
     os.environ |= thread_waits.environment()  # of this process and all that it starts
     _silence_libraries()
     keep_standard_output()
@@ -102,7 +131,8 @@ def _silence_libraries() -> None:
 def _report(error: OrchestratorError) -> int:
     """Print an error, as JSON with --json; its exit code."""
     if "--json" in sys.argv:
-        print_json({"error": str(error), "exit_code": error.exit_code})
+        found = {"mistakes": [one.parts() for one in error.mistakes]} if isinstance(error, JobError) else {}
+        print_json({"error": str(error), "exit_code": error.exit_code, **found})
     else:
         err.print(str(error), soft_wrap=True, style="red")
     return error.exit_code

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,7 +29,7 @@ from orchestrator.cli.options import (
     show,
 )
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
-from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
@@ -54,7 +56,7 @@ def recipes(
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        show(f"{key:<20}{about}")
+        show(textwrap.fill(f"{key:<20}{about}", out.width, subsequent_indent=" " * 20))
     show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 
@@ -62,24 +64,68 @@ def recipes(
 def init(
     path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
     model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
-    train: Annotated[str, typer.Option(help="data.train")] = "train.jsonl",
-    recipe: Annotated[str | None, typer.Option(help="copy a recipe instead of the starter")] = None,
+    train: Annotated[str | None, typer.Option(help="data.train; default: the one data file here")] = None,
+    recipe: Annotated[str | None, typer.Option(help="copy a recipe and its data instead of the starter")] = None,
+    full: Annotated[bool, typer.Option("--full", help="every key, not the few that most people change first")] = False,
     force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
 ) -> None:
     """Write a commented starter job file.
 
-    Example: orchestrator init job.yaml --train mydata.jsonl
+    Examples: orchestrator init job.yaml --train mydata.jsonl
+              orchestrator init job.yaml --recipe classify
     """
     from orchestrator.job.schema import starter
 
     file = resolve_path(path, "init", kind="new file")
     if file.exists() and not force:
         raise JobError(f"{path} exists already; --force overwrites it")
-    for option, value in (("--model", model), ("--train", train)):
+    for option, value in (("--model", model), ("--train", train or "")):
         if value.encode("utf-8", "replace").decode() != value:
             raise JobError(f"{option} is not UTF-8 text")
-    write_text_file(file, _recipe_text(recipe) if recipe else starter(model, train), "init")
+    if recipe:
+        _copy_recipe(recipe, file, force)
+    else:
+        found, held_out = (train, None) if train else _data_here(file.parent)
+        write_text_file(file, starter(model, found or "train.jsonl", held_out, full), "init")
+        if found is None:
+            say("data.train is train.jsonl, which is not here: set it to the path of your rows")
     show(f"wrote {path}. Next: orchestrator validate {path}")
+
+
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_HELD_OUT = re.compile(r"(^|[_.-])(eval|validation|valid|val|dev|test)([_.-]|$)")
+
+
+def _data_here(folder: Path) -> tuple[str | None, str | None]:
+    """The one data file of a folder to train on, and the one to measure on; None for each that is not clear."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _DATA_FILES and path.name[0] not in "._")
+    held_out = [name for name in names if _HELD_OUT.search(name)]
+    train = [name for name in names if name not in held_out]
+    if len(train) != 1:
+        return None, None
+    return train[0], held_out[0] if len(held_out) == 1 else None
+
+
+def _copy_recipe(name: str, file: Path, force: bool) -> None:
+    """Write a recipe, and beside it the data that it names.  Raises JobError before anything is written."""
+    from clusters.safe.reading import load_yaml
+    from orchestrator.job.job_file import path_values
+    from orchestrator.job.schema import RECIPES
+
+    text = _recipe_text(name)
+    named = [one for one in path_values(load_yaml(text)) if (RECIPES / one).is_file()]
+    copies = {file.parent / one: (RECIPES / one).read_text(encoding="utf-8") for one in named}
+    if others := [place for place, rows in copies.items() if place.exists() and not force and not _holds(place, rows)]:
+        raise JobError(f"{others[0]} exists already and holds something else; --force overwrites it")
+    write_text_file(file, text, "init")
+    for place, rows in copies.items():
+        place.parent.mkdir(parents=True, exist_ok=True)
+        write_text_file(place, rows, "init")
+        show(f"wrote {place.relative_to(file.parent)}")
+
+
+def _holds(place: Path, text: str) -> bool:
+    return place.is_file() and place.read_bytes() == text.encode()
 
 
 def _recipe_text(name: str) -> str:
@@ -126,9 +172,14 @@ def validate(
     Examples: orchestrator validate job.yaml --set method.lora_r=32
               orchestrator validate job.yaml --exact
     """
+    from orchestrator.job.job_file import located
     from orchestrator.lifecycle.validate import check
 
-    found = check(load_job(job, set_), exact)
+    loaded = load_job(job, set_)
+    try:
+        found = check(loaded, exact)
+    except JobError as error:
+        raise (located(error, read_text_file(job, "validate")) if Path(job).is_file() else error) from None
     if json_:
         print_json(found)
         return

@@ -1,9 +1,10 @@
-"""The verbs of machines: probe, techniques, and of one's own cluster: head, join, nodes."""
+"""The verbs of machines: doctor, probe, techniques, and of one's own cluster: head, join, nodes."""
 
 from __future__ import annotations
 
 import os
 import socket
+import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +23,7 @@ from orchestrator.cli.options import (
     out,
     print_json,
     say,
+    show,
 )
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.views.screen import new_table
@@ -41,6 +43,26 @@ TokenOption = Annotated[Path | None, typer.Option("--token-file", help="default:
 
 
 verbs = typer.Typer()
+
+
+@verbs.command()
+def doctor(json_: JsonOption = False) -> None:
+    """Show what is installed on this machine, what each missing piece would bring, and the line to type.
+
+    Example: orchestrator doctor
+    """
+    from orchestrator.doctor.checks import all_checks
+
+    found = all_checks(Path.cwd())
+    if json_:
+        print_json([vars(one) for one in found])
+        return
+    marks = {"ok": "ok     ", "absent": "-      ", "attention": "LOOK   "}
+    for one in found:
+        missing = f"; would bring {one.brings}" if one.brings else ""
+        show(textwrap.fill(f"{marks[one.state]}{one.name}: {one.found}{missing}", out.width, subsequent_indent=" " * 9))
+        if one.fix:
+            show(f"         {one.fix}")
 
 
 @verbs.command()
@@ -207,7 +229,18 @@ def nodes(
     if json_:
         print_json(found)
         return
-    table = new_table("node", "address", "state", "cores", "memory", "device", "slots", "does", fold=True)
+    table = new_table(
+        "node",
+        "address",
+        "state",
+        "cores",
+        "memory",
+        "device",
+        "slots",
+        "does",
+        fold=True,
+        dispensable=("address", "cores"),
+    )
     for node in found:
         table.add_row(
             node["name"],

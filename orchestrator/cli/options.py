@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clusters.safe.masking import masked, masked_values
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, Mistake
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import err, out, write
@@ -78,10 +78,31 @@ def load_job(name: str, overrides: list[str]) -> Job:
 
     known = recipes()
     is_recipe = name in known and not Path(name).is_file()  # a folder of that name is not a job
-    job = read_job(known[name][0] if is_recipe else Path(name), overrides)
+    try:
+        job = read_job(known[name][0] if is_recipe else Path(name), overrides)
+    except JobError as error:
+        raise _of_another_tool(Path(name), error) or error from None
     for notice in job.notices:
         say(notice)
     return job
+
+
+def _of_another_tool(file: Path, error: JobError) -> JobError | None:
+    """The mistakes of a file that another tool's keys are in, with the verb that reads it; None for any other file."""
+    from clusters.safe.reading import BadInput, load_yaml, read_text
+    from orchestrator.job.importers.tables import recognise, tables
+
+    try:
+        values = load_yaml(read_text(file))
+    except BadInput:
+        return None
+    if (tool := recognise(values)) is None:
+        return None
+    name = tables()[tool].name
+    way = f"orchestrator import {file} --output {'imported.yaml' if file.name == 'job.yaml' else 'job.yaml'}"
+    hint = Mistake(f"{file}: this looks like {'an' if name[0] in 'AU' else 'a'} {name} file: {way}", fix=way)
+    is_own = isinstance(values.get("data"), dict) and "train" in values["data"]
+    return JobError([hint, *(error.mistakes if is_own else [])])
 
 
 def parse_numbers(option: str, text: str) -> list[int]:

@@ -38,7 +38,7 @@ def list_runs(runs: RunsOption = Path("runs"), json_: JsonOption = False) -> Non
     if json_:
         print_json(rows)
     elif rows:
-        print_rows(RUN_HEAD, [run_cells(row) for row in rows])
+        print_rows(RUN_HEAD, [run_cells(row) for row in rows], dispensable=("started", "step"))
     else:
         show(f"no runs in {runs}")
     for row in rows:

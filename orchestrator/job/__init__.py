@@ -6,6 +6,7 @@ sections            the sections, with each key's type, limits, default and sent
 schema              the job file explained from its own definition
 document            the YAML of a job file as plain values, each with its line
 aliases             key names of other fine-tuning tools, and what each is called here
+importers           configurations of other tools as jobs: a table of keys a tool
 paths               the paths that a user names, checked once
 secrets             finds secrets in a job file and keeps them out of what is written
 hub                 models of the Hugging Face hub

@@ -5,8 +5,9 @@ other_tools.yaml lists them; `plain_values` reads values that other tools spell 
 
 from __future__ import annotations
 
+import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,11 @@ class OtherTools:
     same: dict[str, str]
     not_yet: dict[str, str]
     not_needed: dict[str, str]
+
+
+_ALIKE = 0.75  # of two keys, so that one may be the other misspelt
+_WORDS_ALIKE = 0.7  # of each word in them
+_LOST = 0.15  # less, where the words are not the same in number
 
 
 @cache
@@ -48,6 +54,28 @@ def plain_values(values: dict[str, Any], where: Callable[[tuple[str, str]], str]
         method[key] = read
         notices.append(f"{where(('method', key))}: method.{key} {stated!r} is read as {read!r}")
     return notices
+
+
+def nearest_name(name: str, known: Iterable[str]) -> str | None:
+    """The known key that `name` may be misspelt of; None where each means something else.
+
+    Keys are words joined by `_`, and each of them has to be alike: `logging_steps` is no `local_steps`.
+    """
+    alike = {one: _likeness(name.lower(), one) for one in known}
+    best = max(alike, key=lambda one: alike[one], default=None)
+    return best if best is not None and alike[best] >= _ALIKE else None
+
+
+def _likeness(name: str, known: str) -> float:
+    words, others = name.split("_"), known.split("_")
+    if len(words) != len(others):  # a `_` too few or too many
+        return _ratio(name.replace("_", ""), known.replace("_", "")) - _LOST
+    pairs = list(zip(words, others, strict=True))
+    return _ratio(name, known) if all(_ratio(*pair) >= _WORDS_ALIKE for pair in pairs) else 0.0
+
+
+def _ratio(one: str, other: str) -> float:
+    return difflib.SequenceMatcher(None, one, other).ratio()
 
 
 def targets_of(stated: Any) -> Any:

@@ -29,10 +29,19 @@ class Document:
     lines: dict[KeyPath, int | str]
 
     def where(self, path: KeyPath) -> str:
+        """The line of a key as a sentence begins with it, or the option that set it."""
+        line = self._place(path)
+        return f"line {line}" if isinstance(line, int) else line
+
+    def line(self, path: KeyPath) -> int | None:
+        """The line of a key; None for one that an option set."""
+        line = self._place(path)
+        return line if isinstance(line, int) else None
+
+    def _place(self, path: KeyPath) -> int | str:
         while path and path not in self.lines:
             path = path[:-1]
-        line = self.lines.get(path, 1)
-        return f"line {line}" if isinstance(line, int) else line
+        return self.lines.get(path, 1)
 
 
 def load_document(text: str, label: str) -> Document:

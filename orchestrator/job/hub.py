@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from clusters.safe.reading import first_line, printable
+from clusters.safe.reading import first_line, load_yaml, printable, read_text
 from orchestrator.errors import JobError
 
 _KEY = "model.model_name_or_path"
 _REACH_S = 5.0
 _ALIKE = 0.9  # of two names, so that one may be the other misspelt
+_PARTS_ALIKE = 0.7  # of the parts of two names
 _MOVING = ("main", "master", "head", "refs/heads/main")  # branches: what they name changes
 _SMALL = (  # configuration, tokenizers of every kind, templates
     *("*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.spm", "*.bpe", "*.vocab"),
@@ -130,6 +131,30 @@ def find_similar(name: str) -> str | None:
     cached = [folder.name.removeprefix("models--").replace("--", "/") for folder in cache.glob("models--*")]
     alike = [one for one in cached if one != name and re.findall(r"\d+", one) == re.findall(r"\d+", name)]
     return next(iter(difflib.get_close_matches(name, alike, n=1, cutoff=_ALIKE)), None)
+
+
+def known_model_like(name: str) -> str | None:
+    """The well-known model of the hub that `name` is misspelt of; None for any other name.
+
+    Parts between dashes are compared one by one and numbers must be the same: a model made of a known one has a name
+    of its own.
+    """
+    known = load_yaml(read_text(Path(__file__).with_name("known_models.yaml")))
+    if name.lower() in {one.lower() for one in known}:
+        return None
+    parts = re.split(r"[-/]", name.lower())
+    for one in known:
+        others = re.split(r"[-/]", one.lower())
+        if len(parts) == len(others) and all(map(_is_misspelt, parts, others)):
+            return one
+    return None
+
+
+def _is_misspelt(part: str, other: str) -> bool:
+    same_numbers = re.findall(r"\d+", part) == re.findall(r"\d+", other)
+    return part == other or (
+        len(other) > 3 and same_numbers and difflib.SequenceMatcher(None, part, other).ratio() >= _PARTS_ALIKE
+    )
 
 
 def _ask(name: str, download: Callable[[], str], find_cached: Callable[[], str]) -> str:

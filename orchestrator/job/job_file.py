@@ -6,7 +6,6 @@ notice, before validation.
 
 from __future__ import annotations
 
-import difflib
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ import yaml
 from pydantic import ValidationError
 
 from clusters.safe.reading import BadInput, checked_path, load_yaml, name_mistake, printable, read_json
-from orchestrator.errors import JobError, bad_input_as_job_error
+from orchestrator.errors import JobError, Mistake, bad_input_as_job_error
 from orchestrator.job import secrets
-from orchestrator.job.aliases import other_tools, plain_values
+from orchestrator.job.aliases import nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.methods import METHOD_SECTIONS
@@ -27,8 +26,8 @@ from orchestrator.job.spec import SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
+_CLEAR_NAME = 6  # letters of a key of another section that one here may be misspelt of: short words are alike by chance
 _SECTION_NAMES = (*SECTIONS, "method")
-_ALIKE = 0.75  # of two keys, so that one may be the other misspelt
 
 
 @dataclass
@@ -71,7 +70,11 @@ def _origin_folder(folder: Path) -> Path | None:
 
 def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[str] = ()) -> Job:
     """Validate the text of a job file; see `read_job`."""
-    document = load_document(text, label)
+    return job_of(load_document(text, label), folder, label, text, overrides)
+
+
+def job_of(document: Document, folder: Path, label: str, text: str | None = None, overrides: Sequence[str] = ()) -> Job:
+    """The job that a document states; `text` is how it was written.  Raises JobError with every mistake found."""
     mistakes: list[str] = []
     apply_overrides(document, overrides, mistakes)
     notices = _sort_into_sections(document, mistakes)
@@ -88,14 +91,22 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
         found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri))
         mistakes += [mistake for mistake in found if mistake]
     if spec is None or mistakes:
-        raise JobError([f"{label}: {mistake}" for mistake in mistakes])
-    rewritten = bool(overrides or notices)
-    return Job(
-        spec,
-        folder,
-        yaml.safe_dump(document.values, sort_keys=False, allow_unicode=True) if rewritten else text,
-        notices + secrets.notices(document.values),
-    )
+        raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
+    if text is None or overrides or notices:
+        text = yaml.safe_dump(document.values, sort_keys=False, allow_unicode=True)
+    return Job(spec, folder, text, notices + secrets.notices(document.values))
+
+
+def located(error: JobError, text: str) -> JobError:
+    """The same mistakes with the lines of the job file `text` that their keys stand in, and the values there."""
+    document = load_document(text, "the job file")
+    found = []
+    for one in error.mistakes:
+        path = tuple((one.key or "").split("."))
+        if one.line is None and path in document.lines:
+            one = Mistake(one, document.line(path), one.key, _short_value(_value_at(path, document.values)), one.fix)
+        found.append(one)
+    return JobError(found)
 
 
 def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
@@ -267,19 +278,32 @@ def _path_in_file(location: Sequence[Any], values: Any) -> KeyPath:
     return tuple(path)
 
 
-def _sentence(path: KeyPath, details: list[Any], document: Document) -> str:
+def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
     dotted = ".".join(str(step) for step in path) or "the job"
     start = f"{document.where(path)}: {dotted}"
     kinds = {detail["type"] for detail in details}
+    value = None if kinds == {"missing"} else shown(_value_at(path, document.values))
     if kinds == {"missing"}:
-        return f"{start} is missing; add it"
-    if "extra_forbidden" in kinds:
-        return f"{start}: there is no such key{_nearest(path)}"
-    value = shown(_value_at(path, document.values))
-    if "union_tag_invalid" in kinds:
-        return f"{start}: {value}: type must be one of {', '.join(METHOD_SECTIONS)}"
-    wanted = [_wanted(detail) for detail in details]
-    return f"{start} is {value}; it should {' or '.join(dict.fromkeys(wanted))}"
+        told = " is missing; add it"
+    elif "extra_forbidden" in kinds:
+        told = f": there is no such key{_nearest(path)}"
+    elif "union_tag_invalid" in kinds:
+        told = f": {value}: type must be one of {', '.join(METHOD_SECTIONS)}"
+    else:
+        told = f" is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
+    fix = (
+        told.rpartition("there is no such key")[2].lstrip(":; ") or "remove it"
+        if "extra_forbidden" in kinds
+        else (told.partition("; ")[2] or told.rpartition(": ")[2])
+    )
+    stands = None if kinds == {"missing"} else _value_at(path, document.values)
+    return Mistake(start + told, document.line(path), dotted, _short_value(stands), fix)
+
+
+def _short_value(value: Any) -> Any:
+    """A value as a program reads it, what is long or nested as the text of its beginning."""
+    is_short = value is None or isinstance(value, bool | int | float) or (isinstance(value, str) and len(value) <= 60)
+    return value if is_short else shown(value)
 
 
 def _wanted(detail: Any) -> str:
@@ -291,27 +315,39 @@ def _wanted(detail: Any) -> str:
 
 
 def _nearest(path: KeyPath) -> str:
+    """The end of a sentence about an unknown key: what it is elsewhere, or the known key that it may be misspelt of."""
     name = str(path[-1])
-    known = other_tools()
-    if name in known.not_yet:
-        return f" yet: {known.not_yet[name]}"
-    if name in known.not_needed:
-        return f": {known.not_needed[name]}"
+    if told := _other_tools_key(name):
+        return told
     if len(name) > _LONGEST_NAME:
         return ""
     if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
         owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
         return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
+    if len(path) > 1 and name in JobSpec.model_fields:
+        return f"; {name}: stands at the beginning of a line"
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
     everywhere = {f"{section}.{key}": key for section in _SECTION_NAMES for key in sorted(_known_keys(section))}
-    close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)
-    if close:
-        return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close[0]])}?"
-    near = difflib.get_close_matches(name, everywhere.values(), n=1, cutoff=_ALIKE)
-    others = [dotted for dotted, key in everywhere.items() if key in near]
-    if others:
+    if homes := [dotted for dotted, key in everywhere.items() if key == name]:
+        return f"; did you mean {homes[0]}?"
+    if close := nearest_name(name, siblings):
+        return f"; did you mean {'.'.join([*(str(step) for step in path[:-1]), close])}?"
+    known = other_tools()
+    elsewhere = [*everywhere.values(), *known.same, *known.not_yet, *known.not_needed]
+    near = nearest_name(name, [one for one in elsewhere if len(one) >= _CLEAR_NAME])
+    if near and (others := [dotted for dotted, key in everywhere.items() if key == known.same.get(near, near)]):
         return f"; did you mean {others[0]}?"
+    if near and (told := _other_tools_key(near)):
+        return f"; {near}{told}"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _other_tools_key(name: str) -> str:
+    """What a key of other tools is here, where it is none; empty for any other name."""
+    known = other_tools()
+    if name in known.not_yet:
+        return f" yet: {known.not_yet[name]}"
+    return f": {known.not_needed[name]}" if name in known.not_needed else ""
 
 
 def _value_at(path: KeyPath, values: Any) -> Any:

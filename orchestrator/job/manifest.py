@@ -7,21 +7,22 @@ Every file is fsynced and the manifest is written last, so a crash at any point 
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import shutil
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from clusters.safe.locking import hold
 from clusters.safe.reading import BadInput, open_regular, read_json
 from clusters.safe.writing import sync, write_whole
 
 NAME = "manifest.json"
+_LOCK = ".lock"  # of a folder: its folders are made, renamed and removed by one process at a time, for a moment
 _WRITING = ".writing"  # locked by the process that fills a temporary folder, as long as it lives
 
 
@@ -55,21 +56,20 @@ def temporary_folder(final: Path) -> Iterator[Path]:
     """
     final.parent.mkdir(parents=True, exist_ok=True)
     temporary = final.with_name(f"{final.name}.tmp-{uuid.uuid4().hex[:8]}")
-    with _hold_lock(final.parent):
-        temporary.mkdir()
-        writing = (temporary / _WRITING).open("wb")
-        _lock(writing, wait=False)
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        writing.close()
+    with ExitStack() as lives:
+        with hold(final.parent / _LOCK):
+            temporary.mkdir()
+            lives.enter_context(hold(temporary / _WRITING, wait=False))
+        try:
+            yield temporary
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def publish(temporary: Path, final: Path, required: Collection[str]) -> None:
     """List and rename a filled folder.  A whole `final` that another process made first stays, a damaged one goes."""
     write(temporary)
-    with _hold_lock(final.parent):
+    with hold(final.parent / _LOCK):
         if damage(final, required):
             remove(final)
             (temporary / _WRITING).unlink(missing_ok=True)
@@ -89,7 +89,7 @@ def remove_leftovers(parent: Path) -> int:
     """Remove the temporary folders of processes that were killed; how many.  Those being written stay."""
     if not any(parent.glob("*.tmp-*")) or not os.access(parent, os.W_OK):
         return 0
-    with _hold_lock(parent):
+    with hold(parent / _LOCK):
         folders = [path for path in parent.glob("*.tmp-*") if path.is_dir() and not path.is_symlink()]
         leftovers = [folder for folder in folders if not _is_being_written(folder)]
         for folder in leftovers:
@@ -98,30 +98,13 @@ def remove_leftovers(parent: Path) -> int:
 
 
 def _is_being_written(folder: Path) -> bool:
-    try:
-        with (folder / _WRITING).open("rb+") as writing:
-            return not _lock(writing, wait=False)
-    except FileNotFoundError:
+    if not (folder / _WRITING).exists():
         return False
+    try:
+        with hold(folder / _WRITING, wait=False) as taken:
+            return not taken
     except OSError:
         return True  # another user's
-
-
-@contextmanager
-def _hold_lock(parent: Path) -> Iterator[None]:
-    """Creating, renaming and removing folders of `parent` one process at a time; each takes a moment."""
-    with (parent / ".lock").open("wb") as file:
-        _lock(file, wait=True)
-        yield
-
-
-def _lock(file: BinaryIO, wait: bool) -> bool:
-    """Whether the lock was taken; a file system that knows no locks counts as taken by another."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        return False
-    return True
 
 
 def _measure(file: Path, sync: bool = False) -> dict[str, Any]:

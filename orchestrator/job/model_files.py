@@ -193,6 +193,8 @@ def check_name(name: str, job_folder: Path) -> None:
     """Raise JobError for a hub name that is a misspelt packaged model or folder here, before the hub is asked."""
     if "/" not in name and (near := difflib.get_close_matches(name.lower(), PACKAGED, n=1, cutoff=_ALIKE)):
         raise JobError(f"model.model_name_or_path: {printable(name)!r} is not a folder here; did you mean {near[0]}?")
+    if near := hub.known_model_like(name):
+        raise JobError(f"model.model_name_or_path: {printable(name)!r} is not a folder here; did you mean {near}?")
     beside = (job_folder / name).parent
     if "/" not in name or not beside.is_dir() or not os.access(beside, os.R_OK):
         return

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,8 @@ from typing import Any, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
+from clusters.safe.cache import cache_folder
+from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 from orchestrator.job.sections.methods import DEFAULT_METHOD, METHOD_SECTIONS
 from orchestrator.job.sections.section import MOST, Section
@@ -49,6 +52,17 @@ def json_schema() -> str:
     return json.dumps(JobSpec.model_json_schema(), indent=1)
 
 
+def editor_line() -> str:
+    """The comment by which editors with a YAML language server check and complete a job file; writes its schema."""
+    try:
+        file = cache_folder("job-schema.json")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(file, json_schema())
+    except (OSError, RuntimeError):  # a cache that cannot be written, or no home
+        return "# `orchestrator schema --json` prints the keys for editors."
+    return f"# yaml-language-server: $schema={file}"
+
+
 def reference() -> str:
     """The page `orchestrator/guides/job-file.md`: a section a heading, each key with its type, default and sentence."""
     lines = [
@@ -83,28 +97,47 @@ def _entry(key: str, field: dict[str, Any]) -> list[str]:
     return textwrap.wrap(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def starter(model: str, train: str) -> str:
-    """A job file with every key at its default and its sentence beside it."""
+_FEW = (  # keys of the short starter: what most people change first
+    *("model.model_name_or_path", "data.train", "data.eval", "data.max_length", "method.type", "method.lora_r"),
+    *("train.num_train_epochs", "train.learning_rate", "goal.prefer", "checkpoint.output_dir"),
+)
+
+
+def starter(model: str, train: Any, held_out: Any = None, full: bool = False) -> str:
+    """A commented job file: the few keys that most people change first, or with `full` every key with its default."""
+    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": held_out or {"split": 0.1}}
+    what = "Every key with its default; delete what you do not need." if full else "`init --full` writes every key."
     lines = [
-        "# A fine-tuning job.  Every key with its default; delete what you do not need, `auto` is decided for you",
-        "# and printed with its reason.",
-        "version: 1",
+        editor_line(),
+        f"# A fine-tuning job.  {what}",
+        "# What is `auto` or not here is decided by the plan, and printed with its reason.",
+        *(["version: 1"] if full else []),
         "name: my-job",
         "",
     ]
-    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": {"split": 0.1}}
     for section_name in [name for name in JobSpec.model_fields if name == "method" or name in SECTIONS]:
         section = METHOD_SECTIONS[DEFAULT_METHOD] if section_name == "method" else SECTIONS[section_name]
-        schema = section.model_json_schema()
-        title = (section.__doc__ or "").strip().splitlines()[0]
-        lines.append(f"{section_name}:  # {title[0].lower()}{title[1:]}" if title else f"{section_name}:")
-        for key in section.model_fields:
-            field = _field(section, key, schema)
-            value = given.get(f"{section_name}.{key}", field["default"])
-            setting = f"  {key}: {json.dumps(value, ensure_ascii=False)}"
-            lines.append(f"{setting:<44}  # {field['description']}")
-        lines.append("")
-    return "\n".join(lines)
+        keys = [key for key in section.model_fields if full or f"{section_name}.{key}" in _FEW]
+        if keys:
+            lines += [*_starter_section(section_name, section, keys, given, full), *([""] if full else [])]
+    if not full:
+        lines += ["", "# Then: orchestrator validate FILE, inspect FILE, plan FILE, submit FILE"]
+    return "\n".join(lines) + "\n"
+
+
+def _starter_section(
+    name: str, section: type[Section], keys: list[str], given: dict[str, Any], full: bool
+) -> Iterator[str]:
+    """The lines of a section, with a sentence a key; the short starter has the first part of each."""
+    schema = section.model_json_schema()
+    title = (section.__doc__ or "").strip().splitlines()[0]
+    yield f"{name}:  # {title[0].lower()}{title[1:]}" if title and full else f"{name}:"
+    for key in keys:
+        field = _field(section, key, schema)
+        value = given.get(f"{name}.{key}", field["default"])
+        setting = f"  {key}: {json.dumps(value, ensure_ascii=False)}"
+        about = field["description"] if full else re.sub(r"; .*| \(.*?\)", "", field["description"])
+        yield f"{setting:<{44 if full else 28}}  # {about}"
 
 
 def recipes() -> dict[str, tuple[Path, str]]:

@@ -7,13 +7,19 @@ file description, not of the process: a driver may ask about its own folder with
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
 import struct
 from collections.abc import Iterator
 from pathlib import Path
+
+from orchestrator.errors import JobError
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # Windows, where runs are read and none is made
+    fcntl = None
 
 NAME = ".lock"
 _FLOCK = "hhqqi4x"  # struct flock of 64-bit Linux: type, whence, start, length, process
@@ -27,6 +33,8 @@ class FolderLocked(OSError):
 @contextlib.contextmanager
 def hold(folder: Path) -> Iterator[None]:
     """Hold `folder` inside the block.  Raises Held at once where another does, OSError where it cannot be written."""
+    if fcntl is None:
+        raise JobError("runs are made on Linux; on Windows in WSL2: type `wsl --install`, then install this there")
     descriptor = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         try:
@@ -46,6 +54,8 @@ def hold(folder: Path) -> Iterator[None]:
 
 def is_held(folder: Path) -> bool:
     """Whether a process holds `folder`."""
+    if fcntl is None:
+        return False
     try:
         with (folder / NAME).open("rb") as stream:
             if _ASK is None:

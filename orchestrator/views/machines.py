@@ -65,9 +65,9 @@ def _node(node: NodeCapability) -> Text:
 
 
 def _devices(node: NodeCapability) -> Table:
-    table = new_table(
-        "device", "memory", *(f"{name} FLOP/s" for name in NUMBER_FORMATS), "bandwidth", "bus", "can", fold=True
-    )
+    rates = [f"{name} FLOP/s" for name in NUMBER_FORMATS]
+    names = ("device", "memory", *rates, "bandwidth", "bus", "can")
+    table = new_table(*names, fold=True, dispensable=("bus", "can", *reversed(rates[2:])))
     for device in node.devices:
         memory = "-" if device.memory_bytes is None else format_bytes(device.memory_bytes)
         flops = (_flops(device, name) for name in NUMBER_FORMATS)

@@ -70,9 +70,8 @@ def data_sentence(statistics: Mapping[str, Any]) -> str:
 
 def _nodes_table(plan: Plan) -> Table:
     what = "layers" if plan.techniques.stage else "share"
-    table = new_table(
-        "node", "device", what, "precision", "attention", "micro-batch", "extras", "memory", "step", fold=True
-    )
+    names = ("node", "device", what, "precision", "attention", "micro-batch", "extras", "memory", "step")
+    table = new_table(*names, fold=True, dispensable=("attention", "extras", "precision", "micro-batch"))
     for part in plan.nodes:
         memory, room = format_bytes(part.memory.total_bytes), part.memory_usable_bytes
         rows, length = part.techniques.per_device_train_batch_size, part.techniques.max_length

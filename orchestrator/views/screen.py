@@ -11,11 +11,12 @@ import errno
 import io
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, ConsoleOptions, RenderableType
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.measure import Measurement
 from rich.segment import Segment
 from rich.table import Column, Table
 from rich.text import Text
@@ -33,6 +34,7 @@ class Screen(Console):
     """
 
     outlives_reader = False
+    spelling: Callable[[str], str] = staticmethod(lambda text: text)  # of commands, as they are typed here
 
     def __init__(self, stderr: bool = False) -> None:
         super().__init__(stderr=stderr, markup=False, emoji=False, highlight=False)
@@ -46,7 +48,7 @@ class Screen(Console):
             self.on_broken_pipe()
 
     def render_str(self, text: str, **options: Any) -> Text:  # type: ignore[override]
-        return super().render_str(printable_lines(text), **options)
+        return super().render_str(printable_lines(Screen.spelling(text)), **options)
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
@@ -64,15 +66,71 @@ class Screen(Console):
 out, err = Screen(), Screen(stderr=True)
 
 
-def new_table(*columns: str, fold: bool = False) -> Table:
-    """An empty table without a frame; with `fold` a long cell gets more lines instead of an ellipsis."""
+class FittingTable(Table):
+    """A table that leaves out columns where a narrow window would cut words, and names them below."""
+
+    dispensable: tuple[str, ...] = ()  # the first goes first
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        columns, widths, dropped = self.columns, [one.width for one in self.columns], []
+        sizes = {one.header: self._measure_column(console, options, one) for one in columns}
+        names = sizes[columns[0].header]  # of what the rows are: whole, unless they are texts
+        if names.maximum <= options.max_width // 3:
+            sizes[columns[0].header] = Measurement(names.maximum, names.maximum)
+        for name in self.dispensable:
+            if sum(sizes[one.header].minimum for one in self.columns) <= options.max_width:
+                break
+            self.columns = [one for one in self.columns if one.header != name]
+            dropped.append(name)
+        shared = _shared_widths([sizes[one.header] for one in self.columns], options.max_width)
+        for one, width in zip(self.columns, shared, strict=False):
+            one.width = width - self._get_padding_width(one._index)
+        try:
+            yield from super().__rich_console__(console, options)
+        finally:
+            self.columns = columns
+            for one, width in zip(columns, widths, strict=True):
+                one.width = width
+        if dropped:
+            left_out = f"not shown in so narrow a window: {', '.join(dropped)}"
+            yield from console.render(Text(left_out, style="dim"), options)
+
+
+def _shared_widths(sizes: Sequence[Measurement], width: int) -> list[int]:
+    """Widths of columns in a window too narrow for all: no word is cut, the rest goes to the narrowest first.
+
+    Empty where everything fits, or not even the longest words do.
+    """
+    spare = width - sum(size.minimum for size in sizes)
+    if spare < 0 or sum(size.maximum for size in sizes) <= width:
+        return []
+    shared = [size.minimum for size in sizes]
+    while spare and (growing := [at for at, size in enumerate(sizes) if shared[at] < size.maximum]):
+        shared[min(growing, key=lambda at: shared[at])] += 1
+        spare -= 1
+    return shared
+
+
+def new_table(*columns: str, fold: bool = False, dispensable: Sequence[str] = ()) -> Table:
+    """An empty table without a frame; with `fold` a long cell gets more lines instead of an ellipsis.
+
+    Of `dispensable` columns as many as needed, the first one first, are left out where words would be cut.
+    """
     heads = [Column(name, overflow="fold" if fold else "ellipsis") for name in columns]
-    return Table(*heads, box=None, pad_edge=False, header_style="bold")
+    kind = FittingTable if dispensable else Table
+    table = kind(*heads, box=None, pad_edge=False, header_style="bold")
+    if isinstance(table, FittingTable):
+        table.dispensable = tuple(dispensable)
+    return table
 
 
-def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
     """Print `new_table` with cells of plain text, as rich would, but at once: rich takes 0.1 ms a cell."""
     cells = [[printable(cell) for cell in row] for row in rows]
+    for name in dispensable:
+        if sum(max(map(cell_len, column)) + 2 for column in zip(head, *cells, strict=True)) - 2 > out.width:
+            at = head.index(name)
+            head, cells = [*head[:at], *head[at + 1 :]], [[*row[:at], *row[at + 1 :]] for row in cells]
     table = new_table(*head)
     if not cells:
         out.print(table)

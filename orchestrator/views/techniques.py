@@ -28,7 +28,7 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
     for device in dict.fromkeys(row["device"] for row in rows):
         mine = [row for row in rows if row["device"] == device]
         names = ("technique", "verdict", "memory", "time", "why", "not with", "switched on by")
-        table = new_table(*names, fold=True)
+        table = new_table(*names, fold=True, dispensable=("not with", "switched on by", "why"))
         for row in mine:
             level = Text(row["level"], style=_COLOURS[row["level"]])
             why = row["reason"] if row["level"] in _WITH_REASON else row["reason"].split("; ", 1)[-1]

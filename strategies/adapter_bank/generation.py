@@ -5,7 +5,6 @@ Memory holds one map's factors of all adapters, whatever the size of model and b
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -71,6 +70,8 @@ def generate(
     made, error = _sum(chosen, [weight for _, weight in counted], replace(recipe, rank=rank))
     with new_folder(output) as folder:
         adapter.write(folder, made, base_name or chosen[0].base_name, rank)
+    import resource  # not on Windows, where nothing is generated
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
 

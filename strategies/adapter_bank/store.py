@@ -12,7 +12,6 @@ that is wrong is damaged, which is reported and stops nothing else.  Importing t
 
 from __future__ import annotations
 
-import fcntl
 import os
 import time
 import uuid
@@ -347,6 +346,8 @@ def _complete(card: AdapterCard, adapter: Adapter, digest: str, evidence: Eviden
 
 
 def _lock(descriptor: int, path: Path) -> None:
+    import fcntl  # not on Windows, where a bank is only read
+
     deadline = time.monotonic() + _BUSY_S
     while True:
         try:

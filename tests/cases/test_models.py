@@ -14,6 +14,7 @@ from orchestrator.lifecycle.prepare import plan_without_data
 from orchestrator.lifecycle.validate import check
 from strategies.train_setup import TrainSettings
 from tests.cases.models import TEMPLATES
+from tests.cli import called
 
 
 def test_a_case_finds_the_models_its_jobs_name(case):
@@ -58,6 +59,25 @@ def test_26_27_keys_of_other_tools_are_read_or_named_with_what_to_write(case):
     told = refusal(factory, "sft.yaml")
     assert "template: there is no such key: the tokenizer's own chat template is used" in told
     assert "did you mean" not in told
+
+
+def test_26_27_files_of_other_tools_become_valid_jobs(case, case_models):
+    axolotl, factory = case("26", with_models=False), case("27")
+    case_models.link(axolotl.parent, ["llama-chatml"])
+    (factory / "data").mkdir()
+    shutil.copy(factory / "data.jsonl", factory / "data/faq.jsonl")
+    tags = {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"}
+    faq = {"file_name": "faq.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"}, "tags": tags}
+    (factory / "data/dataset_info.json").write_text(json.dumps({"my_faq": faq}))
+
+    for folder, file in ((axolotl, "lora.yml"), (factory, "sft.yaml")):
+        hint = called("validate", file, cwd=folder, check=2).stderr
+        command = hint.partition("orchestrator ")[2].split()
+        called(*command, cwd=folder, check=0)
+        assert check(read_job(folder / "job.yaml"))["valid"], file
+    spec = read_job(axolotl / "job.yaml").spec
+    assert (spec.data.train, spec.data.eval.split, spec.data.max_length) == ("data.jsonl", 0.1, 512)
+    assert (spec.train.learning_rate, spec.train.warmup_steps) == (2e-4, 10)
 
 
 def test_27_all_means_all_linear_maps_and_a_comma_list_is_split(case):

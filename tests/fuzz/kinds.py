@@ -84,7 +84,7 @@ def _a_path(rng: Random, world: World) -> Case:
         ("tco", "job.yaml", "--hardware", "hardware.yaml", "--against", path), ("inspect", path), ("techniques", path),
         ("bench", "--compare", path, path), ("init", new), ("init", new, "--force"), ("search", path), ("submit", path),
         ("init", "new.yaml", "--train", path), ("bank", "list", "--bank", path), ("bank", "import", path), ("adapt",
-        path),
+        path), ("import", path), ("import", path, "--from", "axolotl", "--output", new),
         ("list", "--runs", path), ("search", "job.yaml", "--study", path, "--dry-run", "--set", "data.train=none"),
         ("bank", "add", path), ("bank", "export", new, "--bank", path), ("bank", "evaluate", "--job", path),
         ("bench", path), ("submit", "job.yaml", "--cluster", "kuberay", "--render", new, "--hardware", path),

@@ -3,6 +3,7 @@
 import json
 import runpy
 import shutil
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +11,7 @@ from orchestrator.cli.options import load_job
 from orchestrator.job.job_file import parse_job, read_job
 from orchestrator.job.schema import RECIPES, recipes, starter
 from orchestrator.lifecycle.validate import check
+from tests.cli import called
 
 
 def test_the_recipes_are_found():
@@ -48,7 +50,7 @@ def test_the_quick_start_rows_are_what_make_py_writes_and_do_not_overlap(tmp_pat
 
 
 def test_the_starter_file_is_a_valid_job_with_every_key_explained(tmp_path):
-    text = starter("m", "a.jsonl")
+    text = starter("m", "a.jsonl", full=True)
 
     spec = parse_job(text, tmp_path).spec
 
@@ -63,3 +65,43 @@ def test_a_folder_of_a_recipe_s_name_does_not_hide_it(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     assert load_job("bank", []).spec.name == "bank"
+
+
+def test_the_short_starter_is_a_valid_job_of_few_lines_with_each_key_explained(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # of a user who has none yet
+    text = starter("m", "a.jsonl")
+
+    assert parse_job(text, tmp_path).spec.data.train == "a.jsonl"
+    assert len(text.splitlines()) <= 30
+    assert text.startswith("# yaml-language-server: $schema=")
+    assert json.loads(Path(text.splitlines()[0].partition("$schema=")[2]).read_text())["properties"]["model"]
+    values = [line for line in text.splitlines() if line.startswith("  ")]
+    assert len(values) >= 9 and all("  # " in line for line in values)
+
+
+def test_init_takes_the_one_data_file_that_is_there(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "rows-eval.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+
+    called("init", cwd=tmp_path, check=0)
+
+    data = read_job(tmp_path / "job.yaml").spec.data
+    assert (data.train, data.eval) == ("rows.jsonl", "rows-eval.jsonl")
+
+
+@pytest.mark.parametrize("name", sorted(recipes()))
+def test_a_copied_recipe_brings_its_data_and_is_valid(name, tmp_path):
+    called("init", "own.yaml", "--recipe", name, cwd=tmp_path, check=0)
+
+    assert check(read_job(tmp_path / "own.yaml"))["valid"]
+
+
+def test_a_copied_recipe_overwrites_no_other_data(tmp_path):
+    (tmp_path / "requests_to_json").mkdir()
+    (tmp_path / "requests_to_json/train.jsonl").write_text("mine")
+
+    done = called("init", "own.yaml", "--recipe", "quickstart", cwd=tmp_path, check=2)
+
+    assert "--force" in done.stderr
+    assert not (tmp_path / "own.yaml").exists()
+    assert (tmp_path / "requests_to_json/train.jsonl").read_text() == "mine"

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from clusters.safe.reading import BadInput, kind_of, open_regular
+from clusters.safe.reading import READ_ONLY, BadInput, kind_of, open_regular
 from orchestrator import __version__
 from orchestrator.errors import JobError
 from orchestrator.runs.run_folder import RunFolder
@@ -121,7 +121,7 @@ def _events_to_json(found: _Events) -> dict[str, Any]:
 def kept_row(folder: Path) -> dict[str, Any] | None:
     """The row that was kept, while every file that it rests on is as it was."""
     try:
-        descriptor = os.open(folder / NAME, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(folder / NAME, READ_ONLY)
     except OSError:
         return None
     try:

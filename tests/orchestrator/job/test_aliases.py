@@ -72,3 +72,37 @@ def test_no_name_stands_in_two_lists():
 
     names = [*known.same, *known.not_yet, *known.not_needed]
     assert len(names) == len(set(names)) > 80
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("loging_steps", "logging_steps: every step is logged"),
+        ("logging_step", "logging_steps: every step is logged"),
+        ("lerning_rate", "did you mean train.learning_rate?"),
+        ("maxlength", "did you mean data.max_length?"),
+        ("local_step", "did you mean strategy.local_steps?"),
+        ("eval_steps", "did you mean eval.eval_steps?"),
+        ("galore_rank", "known here"),
+        ("pace", "known here"),
+        ("model", "model: stands at the beginning of a line"),
+    ],
+)
+def test_a_suggestion_means_the_same(key, told):
+    with pytest.raises(JobError) as caught:
+        parse_job(JOB + f"train: {{{key}: 1}}\n", Path())
+
+    assert told in str(caught.value)
+
+
+def test_no_key_of_another_tool_is_led_to_a_setting_of_another_meaning():
+    from orchestrator.job.importers.tables import tables
+
+    keys = {key.rpartition(".")[2] for table in tables().values() for part in table.sentences.values() for key in part}
+    assert len(keys) > 150
+    for key in sorted(keys - set(other_tools().same)):
+        with pytest.raises(JobError) as caught:
+            parse_job(JOB + f"train: {{{key}: {{a: 1}}}}\n", Path())
+
+        suggested = str(caught.value).partition("did you mean ")[2].rstrip("?")
+        assert not suggested or suggested.endswith(f".{key}"), key

@@ -124,3 +124,21 @@ def test_a_table_of_plain_cells_is_printed_as_rich_would(name, columns, capsys, 
     print_rows(head, ROWS[name])
 
     assert capsys.readouterr().out == wanted
+
+
+def test_a_table_in_a_narrow_window_leaves_out_columns_and_cuts_no_word():
+    table = new_table("name", "place", "what it does", fold=True, dispensable=("place",))
+    table.add_row("workstation", "extraordinarily-long-address", "trains the larger part of the model")
+    narrow, wide = rich_text(table, 40), rich_text(table, 90)
+
+    assert "workstation" in narrow and "larger" in narrow
+    assert "extraordinarily" not in narrow and "not shown in so narrow a window: place" in narrow
+    assert "extraordinarily-long-address" in wide and "not shown" not in wide
+
+
+def rich_text(table, width):
+    screen = Screen()
+    screen.width = width
+    with screen.capture() as shown:
+        screen.print(table)
+    return shown.get()

@@ -1,0 +1,114 @@
+"""How this program is typed where the user stands, and its verbs in groups."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from typer.core import TyperGroup
+
+NAME = "orchestrator"
+GROUPS = {
+    "Write and check a job": {
+        "init": "write a commented starter, or copy a recipe",
+        "recipes": "list the ready-made jobs, or print one",
+        "import": "make a job of an Axolotl, LLaMA-Factory, TRL ... file",
+        "validate": "check a job file, its model and its rows",
+        "inspect": "show rows as the model will see them",
+        "schema": "explain the job file's keys",
+    },
+    "Know the machines": {
+        "doctor": "what is installed here, what is missing, and the fix",
+        "probe": "what the machines can do",
+        "techniques": "what each optimization does on each device",
+        "plan": "will it fit, how long, what does it cost",
+        "search": "try combinations, write the job to submit",
+    },
+    "Run": {
+        "submit": "plan, train, measure, hand back the tuned model",
+        "list": "list the runs of a folder",
+        "status": "how far a run is, how good its result",
+        "logs": "what happened in a run",
+        "stop": "save a checkpoint and stop",
+        "resume": "continue a run that was stopped or failed",
+        "evaluate": "measure a finished run's model again",
+    },
+    "Use the result": {
+        "chat": "chat with a tuned model in the terminal",
+        "serve": "serve runs and models as an OpenAI API",
+        "merge": "base model + adapter as one plain model",
+        "export": "for llama.cpp, Ollama, the hub",
+        "bank": "keep adapters, make new ones of them",
+        "adapt": "make an adapter from the bank, in seconds",
+    },
+    "Look back": {
+        "report": "one page about a run or a search",
+        "tco": "what a job costs: machines, electricity, cloud",
+        "bench": "where time and memory go; a server's pace",
+        "sync": "send a run to MLflow again",
+    },
+    "Several machines": {
+        "head": "make this machine the head of a cluster",
+        "join": "give this machine's devices to a cluster",
+        "nodes": "the machines of a cluster, what each does",
+        "fetch": "bring a run that was sent to a cluster here",
+    },
+}
+EXAMPLES = """\
+Examples:
+  orchestrator submit quickstart        a first model in minutes, without a GPU
+  orchestrator init job.yaml --train rows.jsonl
+  orchestrator plan job.yaml --hardware home-lab
+  orchestrator submit job.yaml --set train.learning_rate=1e-4
+  orchestrator VERB --help              its options, with examples"""
+
+
+class GroupedVerbs(TyperGroup):
+    """Lists the verbs in groups with whole sentences, then examples."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        grouped = {name for verbs in GROUPS.values() for name in verbs}
+        shown = [name for name in self.list_commands(ctx) if name not in grouped and not self.commands[name].hidden]
+        others = {name: self.commands[name].get_short_help_str() for name in shown}
+        for title, verbs in {**GROUPS, **({"Other": others} if others else {})}.items():
+            with formatter.section(title):
+                formatter.write_dl([(name, about) for name, about in verbs.items() if name in self.commands])
+        formatter.write("\n" + as_typed(EXAMPLES, typed()) + "\n")
+
+
+def typed() -> str:
+    """How this program is called here: `orchestrator`, or the path of its script, or `python -m orchestrator`.
+
+    A hint that is typed as it is printed has to work in a shell in which no environment is activated.
+    """
+    called = Path(sys.argv[0])
+    if called.name == NAME:
+        return NAME if str(called) == NAME or _is_found(NAME, called) else _shown(called)
+    script = Path(sys.executable).with_name(NAME)
+    if script.is_file():
+        return NAME if _is_found(NAME, script) else _shown(script)
+    interpreter = Path(sys.executable)
+    return f"{'python' if _is_found('python', interpreter) else _shown(interpreter)} -m {NAME}"
+
+
+def as_typed(text: str, program: str) -> str:
+    """A text whose commands are spelt as they have to be typed here."""
+    return text if program == NAME else _COMMAND.sub(f"{program} ", text)
+
+
+_VERBS = "|".join(name for verbs in GROUPS.values() for name in verbs)
+_COMMAND = re.compile(rf"(?<![\w/.-]){NAME} (?=(?:{_VERBS}|VERB)\b)")
+
+
+def _is_found(name: str, file: Path) -> bool:
+    found = shutil.which(name)
+    return found is not None and file.exists() and file.samefile(found)
+
+
+def _shown(path: Path) -> str:
+    """A path relative to where the user stands, where it lies below."""
+    absolute = path.absolute()
+    return str(absolute.relative_to(Path.cwd())) if absolute.is_relative_to(Path.cwd()) else str(absolute)
