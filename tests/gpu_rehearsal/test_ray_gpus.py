@@ -202,12 +202,15 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
     class Looks(tuning._Runner):
         """A worker that says what it sees in place of training."""
 
+        def _take(self, config):
+            self.number = config["number"]
+
         def step(self):
-            (tmp_path / str(self._now["number"])).touch()
+            (tmp_path / str(self.number)).touch()
             until = time.monotonic() + 600
             while not all((tmp_path / number).exists() for number in ("0", "1")) and time.monotonic() < until:
                 time.sleep(0.1)
-            trial = Trial(self._now["number"], {}, "finished", reason=os.environ["CUDA_VISIBLE_DEVICES"], steps=1)
+            trial = Trial(self.number, {}, "finished", reason=os.environ["CUDA_VISIBLE_DEVICES"], steps=1)
             return {"step": 1, "judged": 0.0, "trial": dataclasses.asdict(trial), "done": True}
 
     class Search:
@@ -217,7 +220,7 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
             self.waiting, self.trials = [0, 1], []
 
         def next_trial(self):
-            return (self.waiting.pop(0), {}, {"a": [on_two_gpus.plan]}) if self.waiting else None
+            return tuning.NextTrial(self.waiting.pop(0), {}, {"a": [on_two_gpus.plan]}, "") if self.waiting else None
 
         def started(self, number): ...
 
@@ -232,7 +235,7 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
 
     monkeypatch.setattr(tuning, "_Runner", Looks)
     search = Search()
-    tuning.tune_trials(tmp_path, search, tuning.Slots(2, {SLOT: 1.0}, {}), 2, 1, "none")
+    tuning.tune_trials(tmp_path, search, tuning.Slots(2, {SLOT: 1.0}, {}), 2, tuning.Decisions("none", 1))
 
     assert len(search.trials) == 2
     seen = {trial.reason for trial in search.trials}

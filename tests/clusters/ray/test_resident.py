@@ -17,6 +17,7 @@ from clusters.ray import resident, spares
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("RAY_worker_niceness", raising=False)  # of the tests' own workers
 
 
 @pytest.fixture
