@@ -6,7 +6,8 @@ turn: an answer is what a longer prefix of the conversation adds after the gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -31,6 +32,7 @@ _FIX = (
 )
 _FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after each answer"
 _FIX_LOSS = "Set data.chat_template to a .jinja file that writes it, or remove it from the rows"
+_PLAIN_KEYS = {"role", "content", "train"}  # of turns that hold nothing but text
 _OWN_KEYS = ("train",)  # of a turn, not meant for the template
 
 
@@ -79,6 +81,11 @@ class ChatTemplate:
 
     def text(self, talk: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
+        if self._direct and not talk.tools and all(turn.keys() <= _PLAIN_KEYS for turn in talk.turns):
+            try:
+                return self._direct(talk.shown(), add_generation_prompt)
+            except Exception as error:  # as below
+                raise _refusal(error) from None
         try:
             return self.tokenizer.apply_chat_template(
                 talk.shown(),
@@ -89,6 +96,32 @@ class ChatTemplate:
             )
         except Exception as error:  # Jinja raises its own tree, templates raise what they like
             raise _refusal(error) from None
+
+    @cached_property
+    def _direct(self) -> Callable[[list[dict[str, Any]], bool], str] | None:
+        """The compiled template itself, for turns of texts alone: transformers' call around it takes twice as long.
+
+        None where it does not write the same, or this version of transformers does not show it.
+        """
+        try:
+            from transformers import PreTrainedTokenizerBase
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+                return None
+            template = _compile_jinja_template(self.source)
+            names = dict(self.tokenizer.special_tokens_map)
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+            def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+                return template.render(
+                    messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
+                )
+
+            usual = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
+            return render if render(probe, False) == usual else None
+        except Exception:  # whatever it is, `text` meets it again on the usual way and says so
+            return None
 
     def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
@@ -115,6 +148,24 @@ class ChatTemplate:
         kept = [number for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant"]
         self.refuse_lost(talk, text, [span], kept)
         return text, span
+
+    def without_end(self, text: str, span: Span, content: str) -> Span:
+        """An answer's characters without what ends it: the end-of-text token, or what stands behind its content."""
+        start, end = span
+        if self.eos and self.eos in text[start:end]:
+            return start, text.rindex(self.eos, start, end)
+        found = find_text(content, text[start:end])
+        return (start, start + found[1]) if content.strip() and found else span
+
+    def ends_outside(self, text: str, answers: Sequence[Span]) -> list[Span]:
+        """The end-of-text tokens that stand outside of the answers."""
+        if not self.eos:
+            return []
+        return [
+            (a + match.start(), a + match.end())
+            for a, b in outside(text, answers)
+            for match in re.finditer(re.escape(self.eos), text[a:b])
+        ]
 
     def refuse_lost(
         self, talk: Conversation, text: str, answers: Sequence[Span], among: Sequence[int] | None = None

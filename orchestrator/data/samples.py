@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import array
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,12 @@ from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
 from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.likeness import fingerprint, plain_text
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.sections.training import Source
 
 _ROWS_A_BATCH = 256
 _CHARACTERS_A_BATCH = 2**20  # that a batch ends behind: long texts are not held by the hundred
@@ -66,7 +66,14 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
             )
     own = template_text(job)
     template = template_of(tokenizer) if own is None else own
-    return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
+    return Renderer(
+        tokenizer,
+        template,
+        data.assistant_only_loss,
+        data.completion_only_loss,
+        data.system_prompt,
+        data.train_on_eos,
+    )
 
 
 def template_text(job: Job) -> str | None:
@@ -75,14 +82,10 @@ def template_text(job: Job) -> str | None:
     return None if setting == "tokenizer" else read_text_file(setting, "data.chat_template", job.folder)
 
 
-def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key: str) -> TokenizeOptions:
-    """How the rows of the sources of a data key become tokens.  Raises JobError where they state different formats."""
+def options_for(job: Job, max_length: int | None) -> TokenizeOptions:
+    """How the rows of a job become tokens."""
     data = job.spec.data
-    # Sources differ by their format alone, which each row's own fields decide or the source states.
-    formats = {source.format if source.format != "auto" else data.format for source in sources}
-    if len(formats) > 1:
-        raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
-    return TokenizeOptions(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
+    return TokenizeOptions(data.format, data.instruction, max_length, data.overlong, data.strict)
 
 
 def tokenise(
@@ -183,7 +186,9 @@ def _samples_of(
     counts.read(read.row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
     pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]
-    samples = [_sample(tokens, piece, row.where) for tokens, piece in pieces]
+    plain = plain_text(example)
+    of_row = {"source": row.where, "plain": plain, "text_fingerprint": fingerprint(plain)}
+    samples = [_sample(tokens, piece) | of_row for tokens, piece in pieces]
     given = sum(len(tokens.input_ids) for tokens in rendered)
     kept = sum(len(piece.input_ids) - piece.num_repeated for _, piece in pieces)
     if not samples:
@@ -202,18 +207,17 @@ def _samples_of(
     return samples
 
 
-def _sample(tokens: Tokens, piece: Tokens, source: str) -> dict[str, Any]:
+def _sample(tokens: Tokens, piece: Tokens) -> dict[str, Any]:
     ids = piece.input_ids
     return {
         "input_ids": ids,
         "supervised": piece.supervised,
-        "num_supervised": sum(piece.supervised),
+        "num_supervised": piece.supervised.count(True),
         "fingerprint": int.from_bytes(
             hashlib.blake2b(array.array("i", ids).tobytes(), digest_size=8).digest(), "little", signed=True
         ),
         "prompt_length": piece.prompt_length,
         "reference": tokens.answer if len(ids) == len(tokens.input_ids) else None,
-        "source": source,
     }
 
 

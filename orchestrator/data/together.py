@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, TypeVar
 
 T = TypeVar("T")
-Encoded = tuple[list[int], list[tuple[int, int]]]  # token ids, and the characters of each where they were asked for
+Encoded = tuple[list[int], Sequence[tuple[int, int]]]  # token ids, and the characters of each where they were asked for
 
 
 @dataclass(frozen=True)
@@ -77,8 +78,40 @@ def _answer_alone(tokenizer: Any, asked: Texts) -> list[Encoded] | Exception:
         return error
 
 
+class Offsets(Sequence[tuple[int, int]]):
+    """The characters of each token, looked up when asked for: a list of all takes as long as the tokens themselves."""
+
+    def __init__(self, encoding: Any) -> None:
+        self._encoding = encoding
+
+    def __len__(self) -> int:
+        return len(self._encoding)
+
+    def __getitem__(self, place: Any) -> Any:
+        if isinstance(place, slice):
+            return self._encoding.offsets[place]
+        if not -len(self) <= place < len(self):
+            raise IndexError(place)
+        return self._encoding.token_to_chars(place % len(self))
+
+
+@lru_cache(maxsize=8)
+def _backend(tokenizer: Any) -> Any:
+    """The tokenizer below one of transformers where it does the same alone; None where it does not."""
+    backend, probe = getattr(tokenizer, "backend_tokenizer", None), "a B\n c."
+    if backend is None:
+        return None
+    plain = tokenizer(probe, add_special_tokens=False)["input_ids"]  # also takes truncation and padding off it
+    return backend if backend.encode(probe, add_special_tokens=False).ids == plain else None
+
+
 def encode(tokenizer: Any, texts: Sequence[str], with_offsets: bool) -> list[Encoded]:
     """Token ids of each text, without special tokens; with the first character and the one after the last of each."""
+    if backend := _backend(tokenizer):
+        found = (backend.encode_batch if with_offsets else backend.encode_batch_fast)(
+            list(texts), add_special_tokens=False
+        )
+        return [(one.ids, Offsets(one) if with_offsets else []) for one in found]
     encoded = tokenizer(
         list(texts),
         add_special_tokens=False,

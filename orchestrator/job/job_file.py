@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -302,7 +302,7 @@ def _nearest(path: KeyPath) -> str:
     if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
         owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
         return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
-    siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
+    siblings = _keys_beside(path)
     everywhere = {f"{section}.{key}": key for section in _SECTION_NAMES for key in sorted(_known_keys(section))}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)
     if close:
@@ -312,6 +312,15 @@ def _nearest(path: KeyPath) -> str:
     if others:
         return f"; did you mean {others[0]}?"
     return f"; known here: {', '.join(siblings)}" if siblings else ""
+
+
+def _keys_beside(path: KeyPath) -> list[str]:
+    """The keys that may stand where this one does."""
+    if len(path) == 1:
+        return list(JobSpec.model_fields)
+    inner = SECTIONS[str(path[0])].model_fields.get(str(path[1])) if path[0] in SECTIONS and len(path) > 2 else None
+    sections = [kind for kind in get_args(inner.annotation) if hasattr(kind, "model_fields")] if inner else []
+    return sorted({key for one in sections for key in one.model_fields} or _known_keys(str(path[0])))
 
 
 def _value_at(path: KeyPath, values: Any) -> Any:

@@ -35,6 +35,7 @@ def inspect_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
         "statistics": asdict(train.counts.statistics),
         "packing": _packing(train.lengths, max_length) if train.lengths else {},
         "samples": shown,
+        "sources": [asdict(share) for share in train.shares],
         "check": found.lines(with_skipped=False),
         "broken": [line for key in found.keys.values() for line in key.counts.broken.lines(20)],
     }
