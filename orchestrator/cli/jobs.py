@@ -62,7 +62,7 @@ def recipes(
 def init(
     path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
     model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
-    train: Annotated[str, typer.Option(help="data.train")] = "train.jsonl",
+    train: Annotated[str | None, typer.Option(help="data.train; the file is looked at and its columns named")] = None,
     recipe: Annotated[str | None, typer.Option(help="copy a recipe instead of the starter")] = None,
     force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
 ) -> None:
@@ -75,11 +75,34 @@ def init(
     file = resolve_path(path, "init", kind="new file")
     if file.exists() and not force:
         raise JobError(f"{path} exists already; --force overwrites it")
-    for option, value in (("--model", model), ("--train", train)):
+    for option, value in (("--model", model), ("--train", train or "")):
         if value.encode("utf-8", "replace").decode() != value:
             raise JobError(f"{option} is not UTF-8 text")
-    write_text_file(file, _recipe_text(recipe) if recipe else starter(model, train), "init")
+    more = _look_at_rows(model, train, file.parent) if train and not recipe else {}
+    write_text_file(file, _recipe_text(recipe) if recipe else starter(model, train or "train.jsonl", more), "init")
     show(f"wrote {path}. Next: orchestrator validate {path}")
+
+
+def _look_at_rows(model: str, train: str, folder: Path) -> dict[str, Any]:
+    """What to state about the columns of a file, after showing its first row; nothing where it is not here."""
+    from orchestrator.data.readers.remote import scheme_of
+
+    if scheme_of(train) or not (folder / Path(train).expanduser()).exists():
+        show(f"{train} is not a file here: its columns are not looked at; `orchestrator inspect` shows its rows")
+        return {}
+    from orchestrator.lifecycle.inspect_data import look_first
+
+    found = look_first(model, train, folder)
+    stated = {"data.columns": found.guess.columns, "data.roles": found.guess.roles}
+    for key, value in stated.items():
+        if value:
+            listed = ", ".join(f"{name}: {other}" for name, other in value.items())
+            show(f"{key}: {{{listed}}}" + ("" if found.guess.is_sure else "  (a guess: look at the row below)"))
+    for reading in found.readings:
+        show(reading)
+    show(f"{found.source}, what is learnt between ⟦ and ⟧:")
+    show("".join(f"⟦{text}⟧" if learnt else text for text, learnt in found.pieces))
+    return {key: value for key, value in stated.items() if value}
 
 
 def _recipe_text(name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -68,7 +68,7 @@ class Conversation:
 
     def through(self, number: int) -> Conversation:
         """The turns up to and with one."""
-        return replace(self, turns=self.turns[: number + 1])
+        return Conversation(self.turns[: number + 1], self.tools, self.num_added)
 
 
 class ChatTemplate:
@@ -110,13 +110,13 @@ class ChatTemplate:
             if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
                 return None
             template = _compile_jinja_template(self.source)
-            names = dict(self.tokenizer.special_tokens_map)
+            # As `Template.render`, which gathers the same globals anew each time.
+            names = {**template.globals, "tools": None, "documents": None, **self.tokenizer.special_tokens_map}
             probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 
             def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-                return template.render(
-                    messages=turns, tools=None, documents=None, add_generation_prompt=add_generation_prompt, **names
-                )
+                given = {**names, "messages": turns, "add_generation_prompt": add_generation_prompt}
+                return "".join(template.root_render_func(template.new_context(given, shared=True)))
 
             usual = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
             return render if render(probe, False) == usual else None

@@ -7,7 +7,6 @@ empty or has no ending, is a broken row: a wrong mask trains the wrong tokens an
 
 from __future__ import annotations
 
-import bisect
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from orchestrator.data.chat import ChatTemplate, Conversation
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
-from orchestrator.data.together import Rendering, Texts, encode, run_together
+from orchestrator.data.together import Rendering, Texts, encode, run_together, token_at
 from orchestrator.errors import JobError
 
 _MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
@@ -213,7 +212,8 @@ class Renderer:
         """Tokens of a rendered text, supervised inside the spans; no token straddles the start or the end of one."""
         ((ids, offsets),) = yield Texts((text,), with_offsets=True)
         borders = sorted({place for span in spans for place in span if 0 < place < len(text)})
-        cuts = [place for place in borders if _straddles(offsets, place)]
+        at = {place: token_at(offsets, place) for place in borders} | {0: 0, len(text): len(ids)}
+        cuts = [place for place in borders if _straddles(offsets, at[place], place)]
         if cuts:
             whole = self.tokenizer.decode(ids)
             places = list(zip([0, *cuts], [*cuts, len(text)], strict=True))
@@ -225,11 +225,12 @@ class Renderer:
                     "data.chat_template: the tokenizer joins an answer and what the template writes beside it in one"
                     " token. End the template's prompt with a line break or a special token"
                 )
+            at = {place: token_at(offsets, place) for place in borders} | {0: 0, len(text): len(ids)}
         supervised = [False] * len(ids)
         for a, b in spans:
-            first, end = _token_at(offsets, a), _token_at(offsets, b)
-            supervised[first:end] = [True] * (end - first)
-        return self._finish(ids, supervised, _token_at(offsets, answer_at), answer, ended)
+            supervised[at[a] : at[b]] = [True] * (at[b] - at[a])
+        begins = at[answer_at] if answer_at in at else token_at(offsets, answer_at)
+        return self._finish(ids, supervised, begins, answer, ended)
 
     def _finish(
         self, ids: list[int], supervised: list[bool], prompt_length: int, answer: str | None, ended: bool = True
@@ -244,12 +245,9 @@ class Renderer:
         return Tokens(ids, supervised, max(prompt_length - extra, 0), answer, bool(extra), ended)
 
 
-def _token_at(offsets: Sequence[Span], place: int) -> int:
-    """The number of the first token that begins at this character or behind it."""
-    return bisect.bisect_left(offsets, place, key=lambda offset: offset[0])
+def _straddles(offsets: Sequence[Span], at: int, border: int) -> bool:
+    """Whether a token holds characters of both sides of `border`, which token number `at` is the first behind.
 
-
-def _straddles(offsets: Sequence[Span], border: int) -> bool:
-    """Whether a token holds characters of both sides of `border`; offsets may leave out a token's leading space."""
-    at = _token_at(offsets, border)
+    Offsets may leave out a token's leading space.
+    """
     return at > 0 and offsets[at - 1][1] != border

@@ -5,6 +5,7 @@ A call of a tokenizer takes longer than the tokens of a short text, and one call
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -88,11 +89,22 @@ class Offsets(Sequence[tuple[int, int]]):
         return len(self._encoding)
 
     def __getitem__(self, place: Any) -> Any:
-        if isinstance(place, slice):
-            return self._encoding.offsets[place]
-        if not -len(self) <= place < len(self):
-            raise IndexError(place)
-        return self._encoding.token_to_chars(place % len(self))
+        found = None if isinstance(place, slice) or place < 0 else self._encoding.token_to_chars(place)
+        return self._encoding.offsets[place] if found is None else found
+
+    def first_from(self, character: int) -> int:
+        """The number of the first token that begins at this character or behind it."""
+        at = self._encoding.char_to_token(character)
+        if at is not None and self._encoding.token_to_chars(at)[0] == character:
+            return at
+        return token_at(list(self), character)
+
+
+def token_at(offsets: Sequence[tuple[int, int]], character: int) -> int:
+    """The number of the first token that begins at this character or behind it."""
+    if isinstance(offsets, Offsets):
+        return offsets.first_from(character)
+    return bisect.bisect_left(offsets, character, key=lambda offset: offset[0])
 
 
 @lru_cache(maxsize=8)

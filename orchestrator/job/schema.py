@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -83,8 +83,8 @@ def _entry(key: str, field: dict[str, Any]) -> list[str]:
     return textwrap.wrap(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def starter(model: str, train: str) -> str:
-    """A job file with every key at its default and its sentence beside it."""
+def starter(model: str, train: str, more: Mapping[str, Any] = {}) -> str:
+    """A job file with every key at its default and its sentence beside it; `more` are further keys that are stated."""
     lines = [
         "# A fine-tuning job.  Every key with its default; delete what you do not need, `auto` is decided for you",
         "# and printed with its reason.",
@@ -92,7 +92,7 @@ def starter(model: str, train: str) -> str:
         "name: my-job",
         "",
     ]
-    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": {"split": 0.1}}
+    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": {"split": 0.1}, **more}
     for section_name in [name for name in JobSpec.model_fields if name == "method" or name in SECTIONS]:
         section = METHOD_SECTIONS[DEFAULT_METHOD] if section_name == "method" else SECTIONS[section_name]
         schema = section.model_json_schema()

@@ -13,6 +13,7 @@ from orchestrator.errors import JobError
 
 _FALLBACK = "WINDOWS-1252"  # any bytes are text in it
 _CHUNK = 2**18
+_WORD = 6  # foreign bytes, fewer of which among many plain lines are damage and no language
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -24,15 +25,20 @@ _BYTE_ORDER_MARKS = (
 def find_encoding(head: bytes) -> str | None:
     """The encoding, by iconv's name, of a file that begins with `head`; None for UTF-8 text on the whole.
 
-    A few lines of a file that are no UTF-8 are broken rows, which its reader finds.
+    A few of many foreign lines that are no UTF-8 are broken rows, which its reader finds.
     """
     name = _wide(head) or ("ISO-2022-JP" if re.search(rb"\x1b\$[@B]", head) else None)
     if name is not None:
         return name
-    lines = [line for line in head.splitlines() if line.strip()]
-    if 2 * sum(not _is_utf8(line) for line in lines) < max(1, len(lines)) or _is_utf8(head):
+    lines = [line for line in head[: head.rfind(b"\n") + 1 or None].splitlines() if line.strip()]
+    foreign = [line for line in lines if not line.isascii()]
+    wrong = [line for line in foreign if not _is_utf8(line)]
+    if 2 * len(wrong) < max(1, len(foreign)):
         return None
-    return guess(head)
+    bytes_of_wrong = b"\n".join(wrong)
+    count = len(re.findall(rb"[\x80-\xff]", bytes_of_wrong))
+    is_damage = 2 * len(wrong) < len(lines) and count < _WORD and not _stands_alone(bytes_of_wrong)
+    return None if is_damage else guess(head)
 
 
 def describe(name: str) -> str:
@@ -80,6 +86,8 @@ def guess(sample: bytes) -> str:
     """The most likely encoding of a text that is no UTF-8, by iconv's name."""
     sample = sample[: sample.rfind(b"\n") + 1] or sample  # no half character at the end
     for name, codec, looks_right in _CANDIDATES:
+        if name in _OF_PAIRS and _stands_alone(sample):
+            continue
         try:
             text = sample.decode(codec)
         except UnicodeDecodeError:
@@ -88,6 +96,12 @@ def guess(sample: bytes) -> str:
         if foreign and looks_right(foreign, text):
             return name
     return _FALLBACK
+
+
+def _stands_alone(sample: bytes) -> bool:
+    """Whether foreign bytes stand singly among Latin letters, as accents do: two make a Chinese character."""
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
+    return runs.count(1) > 0.8 * sum(runs)
 
 
 def _wide(head: bytes) -> str | None:
@@ -118,6 +132,7 @@ def _whole_words(foreign: list[str], text: str) -> bool:
     return sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text))) > 0.7 * len(foreign)
 
 
+_OF_PAIRS = ("GB18030", "BIG5")
 _Test = Callable[[list[str], str], bool]
 # Kana, Hangul and Cyrillic identify an encoding.  Chinese ones come later: they decode nearly any bytes.
 _CANDIDATES: tuple[tuple[str, str, _Test], ...] = (

@@ -50,7 +50,7 @@ def read_example(
     """
     if row.broken:
         raise row.broken
-    row = _plainly_named(row)
+    row = plainly_named(row)
     wanted = row.row_format if row.row_format != "auto" else wanted
     known = (detected or {}).get(row.file) if wanted == "auto" else None
     row_format = known or (wanted if wanted != "auto" else detect(row.values))
@@ -80,7 +80,7 @@ def read_example(
     return row_format, example
 
 
-def _plainly_named(row: Row) -> Row:
+def plainly_named(row: Row) -> Row:
     """A row without a format under plain names, where its own are those with capitals or spaces."""
     names = mapping.plain_names(tuple(map(str, row.values)))
     if not names or detect(row.values):
@@ -153,7 +153,8 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
     if row_format in ("messages", "sharegpt"):
         keys = columns.TURN_KEYS if row_format == "messages" else columns.SHAREGPT_KEYS
         key = columns.first(keys, values) or keys[0]
-        reading = turns.Reading(key, (key, "role" if key == "messages" else "from"))
+        usual = ("", "") if key in columns.DIALOGUE_KEYS else (key, "role" if key == "messages" else "from")
+        reading = turns.Reading(key, usual)
         return _conversation(values, turns.read_turns(values.get(key), reading), reading, ignored)
     return _pair(values, row_format, ignored)
 

@@ -23,6 +23,7 @@ _SHINGLE = 8  # characters
 _HASHES, _BAND = 32, 4  # hashes of a text; those of a band are compared first, all where one band is equal
 _LONGEST = 8192  # characters that are looked at
 _WORD_BREAK = re.compile(r"[\W_]+")
+_BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
 
 
 def plain_text(example: Example) -> str:
@@ -33,8 +34,9 @@ def plain_text(example: Example) -> str:
 
 
 def _plain(text: str) -> str:
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
+    if text.isascii():  # the same as below, in a tenth of the time
+        return " ".join(text.casefold().translate(_BLANKS).split())
+    text = unicodedata.normalize("NFKC", text)
     return _WORD_BREAK.sub(" ", text.casefold()).strip()
 
 

@@ -364,13 +364,23 @@ def test_another_encoding_is_read_and_named(tmp_path, codec, text, told, suffix)
     assert ("may be wrong" in found[0].notes[0]) == (codec == "cp1252")
 
 
+@pytest.mark.parametrize(("codec", "read_as"), [("cp1252", "WINDOWS-1252"), ("utf-8", None)])
+def test_a_few_accents_tell_the_encoding_of_a_western_file(tmp_path, codec, read_as):
+    text = "Frage;Antwort\nWo ist die Küche?;Oben.\n" + "Wer?;Ich.\n" * 50
+
+    rows = list(read_rows(written(tmp_path / "a.csv", text.encode(codec))))
+
+    assert rows[0].values == {"Frage": "Wo ist die Küche?", "Antwort": "Oben."}
+    assert ("read as" in rows[0].notes[0]) == (read_as is not None) and (read_as or "cells") in rows[0].notes[0]
+
+
 def test_a_few_lines_in_another_encoding_are_broken_rows_of_one_kind(tmp_path):
     for name, start, line in (
         ("a.csv", b"prompt,completion\n", b"a,b\n"),
         ("a.jsonl", b"", b'{"prompt": "a", "completion": "b"}\n'),
     ):
-        wrong = line.replace(b"b", "caf\xe9".encode("latin-1"))
-        file = written(tmp_path / name, start + line * 10 + wrong * 2)
+        wrong, right = (line.replace(b"b", "caf\xe9".encode(codec)) for codec in ("latin-1", "utf-8"))
+        file = written(tmp_path / name, start + line * 10 + right * 5 + wrong * 2)
 
         broken = [row.broken for row in read_rows(file) if row.broken]
 
@@ -388,7 +398,7 @@ def test_a_few_lines_in_another_encoding_are_broken_rows_of_one_kind(tmp_path):
         ("a.arrow", b"ARROW1 and no more", "is not an Arrow file"),
         ("a.arrow", b"nothing", "is not an Arrow file"),
         ("a.jsonl.gz", gzip.compress(b'{"text": "a"}\n' * 1000, mtime=0)[:40], "cannot be read"),
-        ("a.csv", b"prompt\xe9,completion\na,b\n" + b"c,d\n" * 9, "header is not UTF-8"),
+        ("a.csv", b"prompt\xe9,completion\n" + "é,b\n".encode() * 9, "header is not UTF-8"),
         ("a", b"\x00\x01\x02", "is of no known kind"),
     ],
 )
