@@ -10,10 +10,11 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.rows.row import BadRow
+from orchestrator.data.rows.turns import CALL_STYLES, CallStyle
 from orchestrator.data.supervision import (
     LostTurns,
     NoEnd,
@@ -26,6 +27,7 @@ from orchestrator.data.supervision import (
     outside,
 )
 
+T = TypeVar("T")
 _FIX = (
     "Set data.chat_template to a .jinja file that puts assistant turns between {% generation %} and"
     " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
@@ -62,9 +64,15 @@ class Conversation:
             return "data.system_prompt"
         return f"turn {number - self.num_added + 1} ({self.turns[number]['role']})"
 
-    def shown(self) -> list[dict[str, Any]]:
-        """The turns as a template takes them."""
-        return [{key: value for key, value in turn.items() if key not in _OWN_KEYS} for turn in self.turns]
+    def shown(self, calls: CallStyle | None = None) -> list[dict[str, Any]]:
+        """The turns as a template takes them; turns with calls in the style that it reads."""
+        turns = [{key: value for key, value in turn.items() if key not in _OWN_KEYS} for turn in self.turns]
+        return [calls.of(turn) if calls and "tool_calls" in turn else turn for turn in turns]
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the assistant calls functions in it."""
+        return any("tool_calls" in turn for turn in self.turns)
 
     def through(self, number: int) -> Conversation:
         """The turns up to and with one."""
@@ -77,6 +85,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        self._calls = CALL_STYLES[0]
         self._marks_generation = "{% generation" in source.replace("{%-", "{%")
 
     def text(self, talk: Conversation, add_generation_prompt: bool = False) -> str:
@@ -88,7 +97,7 @@ class ChatTemplate:
                 raise _refusal(error) from None
         try:
             return self.tokenizer.apply_chat_template(
-                talk.shown(),
+                talk.shown(self._calls),
                 tools=list(talk.tools) or None,
                 chat_template=self.source,
                 tokenize=False,
@@ -128,6 +137,24 @@ class ChatTemplate:
 
         Raises BadRow where an answer cannot be located or has no ending, or the template drops text.
         """
+        return self._in_a_style(talk, lambda: self._answers(talk))
+
+    def _in_a_style(self, talk: Conversation, render: Callable[[], T]) -> T:
+        """What `render` gives, in the first style of calls in which the template loses and refuses nothing.
+
+        The style that one row showed is tried first for the next.  Raises BadRow as the first try does.
+        """
+        fault: BadRow | None = None
+        for style in dict.fromkeys((self._calls, *CALL_STYLES)) if talk.has_calls else (self._calls,):
+            before, self._calls = self._calls, style
+            try:
+                return render()
+            except BadRow as error:  # a loss says more than a refusal of the style
+                fault = error if fault is None or "refuses the conversation" in fault.kind else fault
+                self._calls = before
+        raise fault or AssertionError("there is a style")
+
+    def _answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         if self._marks_generation:
             text, spans = self._render_marked(talk)
         else:
@@ -142,8 +169,16 @@ class ChatTemplate:
 
         The reasoning of earlier answers may be missing, as it is when the next answer is generated.
         """
+        return self._in_a_style(talk, lambda: self._last_answer(talk))
+
+    def _last_answer(self, talk: Conversation) -> tuple[str, Span]:
         text = self.text(talk)
-        span = self._answer_span(talk, text)
+        try:
+            span = self._answer_span(talk, text)
+        except BadRow:
+            if (after := self._after_prompt(talk, text)) is None:
+                raise
+            text, span = after
         last = len(talk.turns) - 1
         kept = [number for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant"]
         self.refuse_lost(talk, text, [span], kept)
@@ -173,7 +208,7 @@ class ChatTemplate:
         """Raise LostTurns where the template drops text of these turns, BadRow for a begin-of-text token inside one."""
         numbers = range(len(talk.turns)) if among is None else among
         if lost := [numbers[k] for k in lost_turns([talk.turns[n] for n in numbers], text, answers)]:
-            dropped = lost_text(talk.turns[lost[0]], text)
+            dropped = lost_text(talk.turns[lost[0]], text, answers)
             more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
             raise LostTurns(
                 f"{talk.name(lost[0])}: the chat template drops a part of it{more}: {dropped!r}. {_FIX_LOSS}",
@@ -212,6 +247,21 @@ class ChatTemplate:
                 return None
             spans.append(span)
         return spans
+
+    def _after_prompt(self, talk: Conversation, text: str) -> tuple[str, Span] | None:
+        """The prompt that inference gives, and behind it the answer as `text` writes it, with its characters.
+
+        For templates that write earlier turns otherwise once the answer is there: gpt-oss drops the reasoning before
+        a call.  None where the answer does not follow the generation prompt.
+        """
+        last, opening = len(talk.turns) - 1, self._generation_prompt
+        before = self.text(talk.through(last - 1), add_generation_prompt=True) if last else ""
+        at = text.rfind(opening) if opening and before.endswith(opening) else -1
+        answer = text[at + len(opening) :] if at >= 0 else ""
+        end = answer_end(answer, talk.content(last), self.eos)
+        if end is None or not find_text(talk.content(last), answer):
+            return None
+        return before + answer, (len(before), len(before) + end)
 
     def _answer_span(self, talk: Conversation, text: str) -> Span:
         """Characters of the last turn of `talk`, the assistant's, in `text`."""
@@ -254,7 +304,7 @@ class ChatTemplate:
 
         try:
             rendered: Any = render_jinja_template(
-                [talk.shown()],
+                [talk.shown(self._calls)],
                 tools=list(talk.tools) or None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,

@@ -82,6 +82,7 @@ def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequen
 
     The assistant's are searched in the spans of `answers`, those of the others outside of them, in their order or,
     where the template moves one, wherever no other turn stands.  No answers: all are searched in the whole text.
+    Reasoning and calls stand in the answers too: the names of functions are in the list of tools as well.
     """
     inside = _BETWEEN.join(text[a:b] for a, b in answers) if answers else text
     around = _BETWEEN.join(text[a:b] for a, b in outside(text, answers)) if answers else text
@@ -92,7 +93,9 @@ def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequen
     for place, mine in ((inside, True), (around, False)):
         turns = [n for n, answer in enumerate(is_answer) if answer == mine and contents[n].strip() and not is_tool[n]]
         lost |= {turns[k] for k in _unplaced([contents[n] for n in turns], place)}
-    lost |= {n for n, message in enumerate(messages) if not all(_occurs(part, text) for part in _parts(message))}
+    for n, message in enumerate(messages):
+        place = inside if is_answer[n] else text
+        lost |= {n} if not all(_occurs(part, place) for part in _parts(message)) else set()
     return sorted(lost)
 
 
@@ -172,8 +175,10 @@ def missing_tools(tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     return [name for name in names if name not in text]
 
 
-def lost_text(message: Mapping[str, Any], text: str) -> str:
-    """The beginning of what `text` lacks of a turn, short enough for a message."""
+def lost_text(message: Mapping[str, Any], text: str, answers: Sequence[Span] = ()) -> str:
+    """The beginning of what `text` lacks of a turn, short enough for a message; of an answer, what `answers` lack."""
+    if answers and message["role"] == "assistant":
+        text = _BETWEEN.join(text[a:b] for a, b in answers)
     content = str(message.get("content") or "")
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     gone = " ".join(line for line in lines if find_text(line, text) is None)

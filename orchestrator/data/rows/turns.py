@@ -299,3 +299,30 @@ def _check_answers(messages: list[Message]) -> None:
 
 def _bad(number: int, fault: str, kind: str | None = None) -> BadRow:
     return BadRow(f"turn {number} {fault}", f"a turn {kind or fault}")
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """How a template reads a call: its arguments as an object or as JSON, beside a content that is "" or null."""
+
+    as_text: bool = False
+    null_content: bool = False
+
+    def of(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """A turn with calls in this style."""
+        changed = dict(turn)
+        if self.as_text:
+            changed["tool_calls"] = [
+                call | {"function": call["function"] | {"arguments": _as_json(call["function"]["arguments"])}}
+                for call in turn["tool_calls"]
+            ]
+        if self.null_content and not turn.get("content"):
+            changed["content"] = None
+        return changed
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+CALL_STYLES = tuple(CallStyle(as_text, null) for as_text in (False, True) for null in (False, True))
