@@ -112,6 +112,11 @@ def draw_rows(rows: Iterable[Row], count: int, seed: int) -> list[Row]:
     return [row for _, row in sorted(kept, key=lambda one: one[0])]
 
 
+def is_pattern(value: str) -> bool:
+    """Whether a path that is not there may be a pattern of files."""
+    return scheme_of(value) is None and _PATTERN.search(value) is not None
+
+
 def looks_like_hub_name(value: str, folder: Path = Path()) -> bool:
     """`org/name` or `name`, with no ending of a file, and no path of `folder` that was misspelt."""
     parts = value.split("/")
@@ -153,7 +158,7 @@ def _listing(job: Job, source: Source, key: str) -> Listing:
         checked_path(text, job.folder)
     named = job.folder / Path(text).expanduser()
     if not os.path.lexists(named):
-        if _PATTERN.search(text):
+        if is_pattern(text):
             return _matching(text, key, job.folder)
         if looks_like_hub_name(text, job.folder):
             return _hub(source, key, split)
