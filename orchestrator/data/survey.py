@@ -20,6 +20,7 @@ from orchestrator.data.counts import (
     loss_refusal,
     reading_notices,
 )
+from orchestrator.data.readers.remote import scheme_of
 from orchestrator.data.readers.sources import fetched, rows_of, skipped_of, sources_of
 from orchestrator.data.rows.likeness import nearly_equal, sketch
 from orchestrator.data.rows.row import Row
@@ -28,7 +29,7 @@ from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.training import HeldOutFraction, Source
 
-_NOT_FETCHED = "a data set of the hub"
+_NOT_FETCHED = ("a data set of the hub", "an address")
 Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.train, from 1, and its samples
 
 
@@ -81,7 +82,7 @@ class Survey:
     def unchecked(self) -> list[str]:
         """Which rows were not looked at, and why."""
         return [
-            f"the rows of {path}: they are not fetched" for path, what in self.formats().items() if what == _NOT_FETCHED
+            f"the rows of {path}: they are not fetched" for path, what in self.formats().items() if what in _NOT_FETCHED
         ]
 
     def lines(self, with_skipped: bool = True) -> list[str]:
@@ -142,7 +143,7 @@ def survey(
             before = replace(key.counts.statistics)
             if most_rows is not None and not files:
                 key.is_whole = False
-                key.formats[source.path] = _NOT_FETCHED
+                key.formats[source.path] = _NOT_FETCHED[scheme_of(source.path) is not None]
             elif most_rows is not None:
                 limit = max(1, most_rows // max(1, len(files) * len(sources)))
                 for file in files:

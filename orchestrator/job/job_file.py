@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -156,7 +157,7 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     `spec_with` as text.  Comments are lost.
     """
     document = load_yaml(job.text, "the job")
-    path_values(document, lambda value: str(job.path(value)) if job.path(value).exists() else value)
+    path_values(document, lambda value: str(job.path(value)) if _is_here(job, value) else value)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
@@ -164,6 +165,14 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     if kind is not None:
         document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _is_here(job: Job, value: str) -> bool:
+    """Whether a path is there, or is a pattern of files below a folder that is."""
+    start = re.split(r"[*?\[]", value, maxsplit=1)[0]
+    if start == value or "://" in value:
+        return job.path(value).exists()
+    return job.path(start.rpartition("/")[0] or ".").is_dir()
 
 
 def path_values(document: dict[str, Any], change: Callable[[str], str] = lambda value: value) -> list[str]:

@@ -175,9 +175,8 @@ def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[
 def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) -> Example:
     """Prompt and completion or Alpaca, by whatever names; with a system prompt or a history it is a conversation."""
     alpaca = row_format == "alpaca"
-    asked = (*columns.PROMPT_KEYS, *columns.RARE_PROMPT_KEYS)
-    prompt_key = "instruction" if alpaca else columns.first(asked, values) or "prompt"
-    answers = columns.ALPACA_ANSWER_KEYS if alpaca else (*columns.ANSWER_KEYS, *columns.RARE_ANSWER_KEYS)
+    prompt_key = "instruction" if alpaca else columns.first(columns.ALL_PROMPT_KEYS, values) or "prompt"
+    answers = columns.ALPACA_ANSWER_KEYS if alpaca else columns.ALL_ANSWER_KEYS
     answer_key = columns.first(answers, values) or answers[0]
     input_key = columns.first(columns.INPUT_KEYS, values) if alpaca else None
     reading = turns.Reading(prompt_key, ("", ""))

@@ -37,15 +37,10 @@ def guess_columns(rows: Sequence[Row]) -> Guess | None:
     names = tuple(map(str, good[0].values))
     plain = {plain_names(names).get(name, name): name for name in names}
     asked, answered = (
-        next(plain[key] for key in keys if key in plain)
-        for keys in (
-            (*columns.PROMPT_KEYS, *columns.RARE_PROMPT_KEYS),
-            (*columns.ANSWER_KEYS, *columns.RARE_ANSWER_KEYS),
-        )
+        next(plain[key] for key in keys if key in plain) for keys in (columns.ALL_PROMPT_KEYS, columns.ALL_ANSWER_KEYS)
     )
-    return (
-        Guess() if (asked, answered) == ("prompt", "completion") else Guess({"prompt": asked, "completion": answered})
-    )
+    usual = (asked, answered) == ("prompt", "completion")
+    return Guess() if usual else Guess({"prompt": asked, "completion": answered})
 
 
 def _by_values(rows: Sequence[Row]) -> Guess | None:
