@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.rows.formats import Example
+from orchestrator.data.rows.likeness import MOST_COMPARED
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
@@ -186,8 +187,9 @@ def likeness_notices(statistics: Mapping[str, Any], key: str) -> list[str]:
             f"{key}: {held:,} samples ({held / of:.1%}) say what a held-out one says, capitals, punctuation and spaces"
             f" aside{near}: the held-out loss is too good by them. Remove them from one side"
         )
-    if (near := statistics["near"]) > 0.01 * of:
-        notices.append(f"{key}: {near:,} samples ({near / of:.1%}) nearly equal an earlier one")
+    if (near := statistics["near"]) > 0.01 * min(of, MOST_COMPARED):
+        of_first = f" (of the first {MOST_COMPARED:,})" if of > MOST_COMPARED else ""
+        notices.append(f"{key}: {near:,} samples{of_first} nearly equal an earlier one")
     return notices
 
 

@@ -22,7 +22,7 @@ from orchestrator.data.counts import (
 )
 from orchestrator.data.readers.remote import scheme_of
 from orchestrator.data.readers.sources import fetched, rows_of, skipped_of, sources_of
-from orchestrator.data.rows.likeness import nearly_equal, sketch
+from orchestrator.data.rows.likeness import MOST_COMPARED, nearly_equal, sketch
 from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import TokenizeOptions, options_for, read_only, tokenise
 from orchestrator.data.template import Renderer
@@ -200,7 +200,8 @@ class _Look:
             key.lengths.append(len(sample["input_ids"]))
             key.fingerprints.append(sample["fingerprint"])
             key.texts.append(sample["text_fingerprint"])
-            key.sketches.append(sketch(sample["plain"]))
+            if len(key.sketches) < MOST_COMPARED:
+                key.sketches.append(sketch(sample["plain"]))
         if self.keep:
             self.keep(key.counts.statistics.rows, samples)
 
@@ -243,5 +244,6 @@ def _compare(found: Survey) -> None:
     prints, texts = ({getattr(others, name)[place] for place in places} for name in ("fingerprints", "texts"))
     statistics.held_out = sum(train.fingerprints[number] in prints for number in kept)
     statistics.leaked = sum(train.texts[number] in texts for number in kept)
-    near = nearly_equal([train.sketches[n] for n in kept], [others.sketches[n] for n in places])
-    statistics.near_held_out = len(near)
+    looked_at = ([key.sketches[n] for n in numbers if n < len(key.sketches)] for key, numbers in
+                 ((train, kept), (others, places)))  # fmt: skip
+    statistics.near_held_out = len(nearly_equal(*looked_at))

@@ -48,6 +48,7 @@ _ARCHIVES = {  # what unpacks an archive, which is not read as it is
     ".tgz": "tar -xzf",
     ".lz4": "lz4 -d",
 }
+_NO_TEXT = ("idna", "punycode", "undefined", "unicode_escape", "raw_unicode_escape")
 _HEAD_BYTES = 2**16
 
 
@@ -159,6 +160,9 @@ def checked_encoding(name: str) -> str | None:
     """A stated encoding; None for UTF-8.  Raises JobError for one that Python does not know."""
     try:
         found = codecs.lookup(name)
+        if found.name in _NO_TEXT:
+            raise LookupError(name)
+        b"".decode(name)  # hex, zlib and the like are codecs too
     except (LookupError, ValueError):
         raise JobError(
             f"encoding: {name!r:.60} is no encoding that is known. Write for example cp932, utf-16, cp1252 or gb18030"

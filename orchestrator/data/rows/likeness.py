@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import re
 import unicodedata
-from collections import defaultdict
 from collections.abc import Sequence
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
 ALIKE = 0.8  # share of equal hashes from which two texts count as nearly equal: an estimate of their shared shingles
 _SHINGLE = 8  # characters
 _HASHES, _BAND = 32, 4  # hashes of a text; those of a band are compared first, all where one band is equal
+MOST_COMPARED = 100_000  # texts: their hashes lie in memory, about 1.5 kB each
 _LONGEST = 8192  # characters that are looked at
 _WORD_BREAK = re.compile(r"[\W_]+")
 _BLANKS = {code: " " for code in range(128) if not chr(code).isalnum()}
@@ -78,23 +78,22 @@ def nearly_equal(sketches: Sequence[numpy.ndarray], others: Sequence[numpy.ndarr
     import numpy
 
     own = others is None
-    seen: defaultdict[tuple[int, bytes], list[int]] = defaultdict(list)
+    seen: dict[int, int] = {}  # a band -> the first text that has it
     kept = sketches if others is None else others
     for number, one in enumerate(() if own else kept):
         for key in _bands(one):
-            seen[key].append(number)
+            seen.setdefault(key, number)
     found: dict[int, int] = {}
     for number, one in enumerate(sketches):
         keys = _bands(one)
-        for other in dict.fromkeys(place for key in keys for place in seen.get(key, ())[:8]):
+        for other in dict.fromkeys(seen[key] for key in keys if key in seen):
             if numpy.count_nonzero(one == kept[other]) >= ALIKE * _HASHES:
                 found[number] = other
                 break
         for key in keys if own else ():
-            if len(seen[key]) < 8:
-                seen[key].append(number)
+            seen.setdefault(key, number)
     return found
 
 
-def _bands(one: numpy.ndarray) -> list[tuple[int, bytes]]:
-    return [(start, one[start : start + _BAND].tobytes()) for start in range(0, _HASHES, _BAND)]
+def _bands(one: numpy.ndarray) -> list[int]:
+    return [hash((start, one[start : start + _BAND].tobytes())) for start in range(0, _HASHES, _BAND)]

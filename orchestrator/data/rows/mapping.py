@@ -54,6 +54,11 @@ class ColumnMap:
         return Row(values, row.file, row.line, None, (*row.notes, *notes), ignored, self.row_format)
 
     @cached_property
+    def _note(self) -> list[str]:
+        listed = ", ".join(f"{theirs!r} as {name}" for name, theirs in self.stated.items())
+        return [f"columns are read as stated: {listed}"] if listed else []
+
+    @cached_property
     def _is_empty(self) -> bool:
         return not (self.stated or self.roles or self.ignored) and self.wanted == "auto"
 
@@ -73,9 +78,7 @@ class ColumnMap:
             for name, value in values.items()
             if name not in used
         }
-        if ours:
-            listed = ", ".join(f"{theirs!r} as {name}" for name, theirs in ours.items())
-            notes.insert(0, f"columns are read as stated: {listed}")
+        notes[:0] = self._note
         made = {**taken, **rest}
         key = columns.first(columns.TURN_KEYS, made)
         if key and (self.roles or any(name in self.stated for name in TURN_NAMES)):

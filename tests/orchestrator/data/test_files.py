@@ -275,8 +275,9 @@ def test_a_stated_separator_and_encoding_are_taken(tmp_path):
     (row,) = read_rows(file, ReadOptions(encoding="mac_roman", delimiter="#"))
 
     assert row.values == {"prompt": "Å", "completion": "ä"} and row.notes == ()
-    with pytest.raises(JobError, match="no encoding that is known"):
-        list(read_rows(file, ReadOptions(encoding="klingon")))
+    for name in ("klingon", "hex", "zlib", "rot13", "idna", "punycode", "undefined", "a\0b"):
+        with pytest.raises(JobError, match="no encoding that is known"):
+            list(read_rows(file, ReadOptions(encoding=name)))
     with pytest.raises(JobError, match="no single character"):
         list(read_rows(file, ReadOptions(delimiter="ab")))
     with pytest.raises(JobError, match=r"is not shift_jis text at byte .* State another"):
