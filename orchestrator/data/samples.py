@@ -5,6 +5,7 @@ from __future__ import annotations
 import array
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.likeness import fingerprint, plain_text
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
+from orchestrator.data.together import Underway
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
@@ -97,11 +99,11 @@ def tokenise(
 ) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
     """Each good row with its samples (none when dropped, several when split), all rows counted.
 
-    A broken row goes to `reject` with the reason.  Rows are read a batch ahead and tokenised together.  Raises JobError
-    where no row can be rendered.
+    A broken row goes to `reject` with the reason.  Rows are read two batches ahead: one is tokenised while the next one
+    is rendered.  Raises JobError where no row can be rendered.
     """
-    for batch in _batches(rows, options, counts.formats):
-        rendered = iter(renderer.render_all([one.example for one in batch if one.example]))
+    for batch, results in _rendered(_batches(rows, options, counts.formats), renderer):
+        rendered = iter(results)
         for one in batch:
             counts.statistics.rows += 1
             try:
@@ -127,6 +129,30 @@ class _ReadRow:
         if self.example is None:
             return 0
         return len(self.example.text or "") + sum(len(str(turn.get("content"))) for turn in self.example.messages)
+
+
+def _rendered(
+    batches: Iterator[list[_ReadRow]], renderer: Renderer
+) -> Iterator[tuple[list[_ReadRow], list[list[Tokens] | Exception]]]:
+    """Each batch with what its examples became; what ends the batches early is raised behind those before it."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: tuple[list[_ReadRow], Underway[list[Tokens]]] | None = None
+        failure = None
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                batch, failure = None, error
+            before = begun
+            begun = None
+            if batch is not None:
+                begun = batch, renderer.begin([one.example for one in batch if one.example], pool)
+            if before:
+                yield before[0], before[1].results()
+            if batch is None:
+                break
+    if failure is not None:
+        raise failure
 
 
 def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, str]) -> Iterator[list[_ReadRow]]:

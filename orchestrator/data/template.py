@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +18,7 @@ from orchestrator.data.chat import ChatTemplate, Conversation
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
-from orchestrator.data.together import Rendering, Texts, encode, run_together, token_at
+from orchestrator.data.together import Rendering, Texts, Underway, encode, token_at
 from orchestrator.errors import JobError
 
 _MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
@@ -68,7 +69,11 @@ class Renderer:
 
     def render_all(self, examples: Sequence[Example]) -> list[list[Tokens] | Exception]:
         """The samples of each example, or what `render` would raise for it; their texts are tokenised together."""
-        return run_together(self.tokenizer, map(self._render, examples))
+        return self.begin(examples).results()
+
+    def begin(self, examples: Sequence[Example], pool: Executor | None = None) -> Underway[list[Tokens]]:
+        """The same, begun: its texts are tokenised in the thread of `pool` while the next ones are rendered."""
+        return Underway(self.tokenizer, map(self._render, examples), pool)
 
     def _render(self, example: Example) -> Rendering[list[Tokens]]:
         if example.text is not None:

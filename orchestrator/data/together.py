@@ -6,10 +6,11 @@ A call of a tokenizer takes longer than the tokens of a short text, and one call
 from __future__ import annotations
 
 import bisect
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
 Encoded = tuple[list[int], Sequence[tuple[int, int]]]  # token ids, and the characters of each where they were asked for
@@ -26,31 +27,51 @@ class Texts:
 Rendering = Generator[Texts, list[Encoded], T]
 
 
-def run_together(tokenizer: Any, renderings: Iterable[Rendering[T]]) -> list[T | Exception]:
-    """What each rendering returns or raises, in their order."""
-    ended: dict[int, T | Exception] = {}
-    waiting: dict[int, tuple[Rendering[T], Texts]] = {}
+class Underway(Generic[T]):
+    """Renderings that were begun; what they wait for is tokenised in the thread of `pool`, or when it is asked for.
 
-    def resume(number: int, rendering: Rendering[T], answer: list[Encoded] | Exception | None) -> None:
+    A tokenizer's call keeps no other thread waiting: meanwhile the next rows are rendered.
+    """
+
+    def __init__(self, tokenizer: Any, renderings: Iterable[Rendering[T]], pool: Executor | None = None) -> None:
+        self._tokenizer, self._pool = tokenizer, pool
+        self._ended: dict[int, T | Exception] = {}
+        self._waiting: dict[int, tuple[Rendering[T], Texts]] = {}
+        for number, rendering in enumerate(renderings):
+            self._resume(number, rendering, None)
+        self._answers = self._ask()
+
+    def results(self) -> list[T | Exception]:
+        """What each rendering returns or raises, in their order."""
+        while self._waiting:
+            asked, self._waiting = self._waiting, {}
+            for (number, (rendering, _)), answer in zip(asked.items(), self._answers(), strict=True):
+                self._resume(number, rendering, answer)
+            self._answers = self._ask()
+        return [self._ended[number] for number in range(len(self._ended))]
+
+    def _ask(self) -> Callable[[], list[list[Encoded] | Exception]]:
+        asked = [texts for _, texts in self._waiting.values()]
+        if self._pool and asked:
+            return self._pool.submit(_answer, self._tokenizer, asked).result
+        return lambda: _answer(self._tokenizer, asked)
+
+    def _resume(self, number: int, rendering: Rendering[T], answer: list[Encoded] | Exception | None) -> None:
         try:
             if answer is None:
                 asks = next(rendering)
             else:
                 asks = rendering.throw(answer) if isinstance(answer, Exception) else rendering.send(answer)
-            waiting[number] = rendering, asks
+            self._waiting[number] = rendering, asks
         except StopIteration as end:
-            ended[number] = end.value
+            self._ended[number] = end.value
         except Exception as error:  # whatever it is, it is this row's: it is raised when its turn comes
-            ended[number] = error
+            self._ended[number] = error
 
-    for number, rendering in enumerate(renderings):
-        resume(number, rendering, None)
-    while waiting:
-        asked, waiting = waiting, {}
-        answers = _answer(tokenizer, [texts for _, texts in asked.values()])
-        for (number, (rendering, _)), answer in zip(asked.items(), answers, strict=True):
-            resume(number, rendering, answer)
-    return [ended[number] for number in range(len(ended))]
+
+def run_together(tokenizer: Any, renderings: Iterable[Rendering[T]]) -> list[T | Exception]:
+    """What each rendering returns or raises, in their order."""
+    return Underway(tokenizer, renderings).results()
 
 
 def _answer(tokenizer: Any, asked: Sequence[Texts]) -> list[list[Encoded] | Exception]:

@@ -12,7 +12,7 @@ import re
 import shlex
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import BinaryIO, cast
@@ -162,7 +162,8 @@ def checked_encoding(name: str) -> str | None:
         found = codecs.lookup(name)
         if found.name in _NO_TEXT:
             raise LookupError(name)
-        b"".decode(name)  # hex, zlib and the like are codecs too
+        with suppress(UnicodeDecodeError):
+            b"a".decode(name)  # hex, zlib and the like are codecs too
     except (LookupError, ValueError):
         raise JobError(
             f"encoding: {name!r:.60} is no encoding that is known. Write for example cp932, utf-16, cp1252 or gb18030"
