@@ -34,7 +34,7 @@ _FIX = (
 )
 _FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after each answer"
 _FIX_LOSS = "Set data.chat_template to a .jinja file that writes it, or remove it from the rows"
-_PLAIN_KEYS = {"role", "content", "train"}  # of turns that hold nothing but text
+_PLAIN_KEYS = {"role", "content"}  # of turns that hold nothing but text
 _OWN_KEYS = ("train",)  # of a turn, not meant for the template
 
 
@@ -92,7 +92,7 @@ class ChatTemplate:
         """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
         if self._direct and not talk.tools and all(turn.keys() <= _PLAIN_KEYS for turn in talk.turns):
             try:
-                return self._direct(talk.shown(), add_generation_prompt)
+                return self._direct(list(talk.turns), add_generation_prompt)
             except Exception as error:  # as below
                 raise _refusal(error) from None
         try:
