@@ -325,11 +325,13 @@ def _nearest(path: KeyPath) -> str:
 
 def _keys_beside(path: KeyPath) -> list[str]:
     """The keys that may stand where this one does."""
+    first = str(path[0])
     if len(path) == 1:
         return list(JobSpec.model_fields)
-    inner = SECTIONS[str(path[0])].model_fields.get(str(path[1])) if path[0] in SECTIONS and len(path) > 2 else None
+    section = SECTIONS.get(first)
+    inner = section.model_fields.get(str(path[1])) if section and len(path) > 2 else None
     sections = [kind for kind in get_args(inner.annotation) if hasattr(kind, "model_fields")] if inner else []
-    return sorted({key for one in sections for key in one.model_fields} or _known_keys(str(path[0])))
+    return sorted({key for one in sections for key in one.model_fields} or _known_keys(first))
 
 
 def _value_at(path: KeyPath, values: Any) -> Any:

@@ -197,9 +197,9 @@ def _unpacked(stream: BinaryIO, packing: str | None) -> BinaryIO:
     if packing == "gzip":
         return cast(BinaryIO, gzip.GzipFile(fileobj=stream))
     if packing == "bz2":
-        return bz2.BZ2File(stream)
+        return cast(BinaryIO, bz2.BZ2File(stream))
     if packing == "xz":
-        return lzma.LZMAFile(stream)
+        return cast(BinaryIO, lzma.LZMAFile(stream))
     import pyarrow
 
     return cast(BinaryIO, io.BufferedReader(cast(io.RawIOBase, pyarrow.CompressedInputStream(stream, packing))))

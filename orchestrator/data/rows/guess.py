@@ -77,5 +77,5 @@ def _by_turns(name: str, turns: Sequence[Mapping[str, Any]]) -> Guess | None:
     content = max(others, key=lambda key: sum(len(turn[key]) for turn in turns))
     stated = {"messages": name} | {ours: key for ours, key in (("role", role), ("content", content)) if ours != key}
     unknown = [speaker for speaker in speakers[role] if speaker.strip().lower() not in KNOWN_ROLES]
-    roles = dict(zip(unknown, ("user", "assistant"), strict=False)) if len(unknown) == 2 else {}
+    roles: dict[str, str] = dict(zip(unknown, ("user", "assistant"), strict=True)) if len(unknown) == 2 else {}
     return Guess(stated, roles, is_sure=not unknown)
