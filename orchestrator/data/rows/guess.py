@@ -49,14 +49,18 @@ def _by_values(rows: Sequence[Row]) -> Guess | None:
     for name in names:
         if turns := [turn for row in rows for turn in _turns(row.values.get(name))]:
             return _by_turns(name, turns)
-    texts = [name for name in names if all(isinstance(row.values.get(name), str) for row in rows)]
-    texts = [name for name in texts if len({row.values[name] for row in rows}) > len(rows) // 2]
+    texts = [name for name in names if all(_has_words(row.values.get(name)) for row in rows)]
+    texts = [name for name in texts if len({row.values[name] for row in rows}) > len(rows) // 2]  # no category
     if len(texts) == 1:
         return Guess({"text": texts[0]}, is_sure=False)
     if not texts:
         return None
     answer = max(texts[1:], key=lambda name: sum(len(row.values[name]) for row in rows))
     return Guess({"prompt": texts[0], "completion": answer}, is_sure=False)
+
+
+def _has_words(value: Any) -> bool:
+    return isinstance(value, str) and any(letter.isalpha() for letter in value)
 
 
 def _turns(value: Any) -> list[Mapping[str, Any]]:
