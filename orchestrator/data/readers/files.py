@@ -186,7 +186,7 @@ def _suffix(name: str) -> str:
 def _open(file: Path) -> Iterator[BinaryIO]:
     """The bytes of a file, unpacked where they are packed.  Raises JobError, also for what is met while reading."""
     with _readable(file), open_regular(file) as stream:
-        head = stream.read(8)
+        head = stream.read(8) or b""  # None where nothing can be read yet, as in /proc
         stream.seek(0)
         yield _unpacked(stream, next((name for start, name in _PACKINGS.items() if head.startswith(start)), None))
 
