@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clusters.safe.reading import name_mistake
+from clusters.safe.reading import checked_path, name_mistake
 from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import remote
 from orchestrator.cli.options import (
@@ -26,7 +26,7 @@ from orchestrator.cli.options import (
     say,
     show,
 )
-from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
+from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.paths import resolve_path, write_text_file
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
@@ -87,7 +87,9 @@ def _look_at_rows(model: str, train: str, folder: Path) -> dict[str, Any]:
     """What to state about the columns of a file, after showing its first row; nothing where it is not here."""
     from orchestrator.data.readers.remote import scheme_of
 
-    if scheme_of(train) or not (folder / Path(train).expanduser()).exists():
+    with bad_input_as_job_error("--train"):
+        place = checked_path(train, folder)
+    if scheme_of(train) or not place.exists():
         show(f"{train} is not a file here: its columns are not looked at; `orchestrator inspect` shows its rows")
         return {}
     from orchestrator.lifecycle.inspect_data import look_first
