@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from clusters.safe.reading import name_mistake
+from clusters.safe.reading import checked_path, name_mistake
 from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import remote
 from orchestrator.cli.options import (
@@ -28,7 +28,7 @@ from orchestrator.cli.options import (
     say,
     show,
 )
-from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
+from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
@@ -64,7 +64,9 @@ def recipes(
 def init(
     path: Annotated[Path, typer.Argument(help="the file to write")] = Path("job.yaml"),
     model: Annotated[str, typer.Option(help="model.model_name_or_path")] = "smollm2-135m-instruct",
-    train: Annotated[str | None, typer.Option(help="data.train; default: the one data file here")] = None,
+    train: Annotated[
+        str | None, typer.Option(help="data.train, looked at for its columns; default: the one data file here")
+    ] = None,
     recipe: Annotated[str | None, typer.Option(help="copy a recipe and its data instead of the starter")] = None,
     full: Annotated[bool, typer.Option("--full", help="every key, not the few that most people change first")] = False,
     force: Annotated[bool, typer.Option(help="overwrite the file")] = False,
@@ -86,7 +88,8 @@ def init(
         _copy_recipe(recipe, file, force)
     else:
         found, held_out = (train, None) if train else _data_here(file.parent)
-        write_text_file(file, starter(model, found or "train.jsonl", held_out, full), "init")
+        more = _look_at_rows(model, found, file.parent) if found else {}
+        write_text_file(file, starter(model, found or "train.jsonl", held_out, full, more), "init")
         if found is None:
             say("data.train is train.jsonl, which is not here: set it to the path of your rows")
     show(f"wrote {path}. Next: orchestrator validate {path}")
@@ -126,6 +129,30 @@ def _copy_recipe(name: str, file: Path, force: bool) -> None:
 
 def _holds(place: Path, text: str) -> bool:
     return place.is_file() and place.read_bytes() == text.encode()
+
+
+def _look_at_rows(model: str, train: str, folder: Path) -> dict[str, Any]:
+    """What to state about the columns of a file, after showing its first row; nothing where it is not here."""
+    from orchestrator.data.readers.remote import scheme_of
+
+    with bad_input_as_job_error("--train"):
+        place = checked_path(train, folder)
+    if scheme_of(train) or not place.exists():
+        show(f"{train} is not a file here: its columns are not looked at; `orchestrator inspect` shows its rows")
+        return {}
+    from orchestrator.lifecycle.inspect_data import look_first
+
+    found = look_first(model, train, folder)
+    stated = {"data.columns": found.guess.columns, "data.roles": found.guess.roles}
+    for key, value in stated.items():
+        if value:
+            listed = ", ".join(f"{name}: {other}" for name, other in value.items())
+            show(f"{key}: {{{listed}}}" + ("" if found.guess.is_sure else "  (a guess: look at the row below)"))
+    for reading in found.readings:
+        show(reading)
+    show(f"{found.source}, what is learnt between ⟦ and ⟧:")
+    show("".join(f"⟦{text}⟧" if learnt else text for text, learnt in found.pieces))
+    return {key: value for key, value in stated.items() if value}
 
 
 def _recipe_text(name: str) -> str:

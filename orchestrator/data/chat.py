@@ -6,13 +6,15 @@ turn: an answer is what a longer prefix of the conversation adds after the gener
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.rows.row import BadRow
+from orchestrator.data.rows.turns import CALL_STYLES, CallStyle
 from orchestrator.data.supervision import (
     LostTurns,
     NoEnd,
@@ -25,12 +27,14 @@ from orchestrator.data.supervision import (
     outside,
 )
 
+T = TypeVar("T")
 _FIX = (
     "Set data.chat_template to a .jinja file that puts assistant turns between {% generation %} and"
     " {% endgeneration %}, or set data.assistant_only_loss: false to train on every token"
 )
 _FIX_END = "Set data.chat_template to a .jinja file that writes {{ eos_token }} after each answer"
 _FIX_LOSS = "Set data.chat_template to a .jinja file that writes it, or remove it from the rows"
+_PLAIN_KEYS = {"role", "content"}  # of turns that hold nothing but text
 _OWN_KEYS = ("train",)  # of a turn, not meant for the template
 
 
@@ -60,13 +64,19 @@ class Conversation:
             return "data.system_prompt"
         return f"turn {number - self.num_added + 1} ({self.turns[number]['role']})"
 
-    def shown(self) -> list[dict[str, Any]]:
-        """The turns as a template takes them."""
-        return [{key: value for key, value in turn.items() if key not in _OWN_KEYS} for turn in self.turns]
+    def shown(self, calls: CallStyle | None = None) -> list[dict[str, Any]]:
+        """The turns as a template takes them; turns with calls in the style that it reads."""
+        turns = [{key: value for key, value in turn.items() if key not in _OWN_KEYS} for turn in self.turns]
+        return [calls.of(turn) if calls and "tool_calls" in turn else turn for turn in turns]
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether the assistant calls functions in it."""
+        return any("tool_calls" in turn for turn in self.turns)
 
     def through(self, number: int) -> Conversation:
         """The turns up to and with one."""
-        return replace(self, turns=self.turns[: number + 1])
+        return Conversation(self.turns[: number + 1], self.tools, self.num_added)
 
 
 class ChatTemplate:
@@ -75,13 +85,19 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, source: str) -> None:
         self.tokenizer, self.source = tokenizer, source
         self.eos, self.bos = tokenizer.eos_token, tokenizer.bos_token
+        self._calls = CALL_STYLES[0]
         self._marks_generation = "{% generation" in source.replace("{%-", "{%")
 
     def text(self, talk: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
+        if self._direct and not talk.tools and all(turn.keys() <= _PLAIN_KEYS for turn in talk.turns):
+            try:
+                return self._direct(list(talk.turns), add_generation_prompt)
+            except Exception as error:  # as below
+                raise _refusal(error) from None
         try:
             return self.tokenizer.apply_chat_template(
-                talk.shown(),
+                talk.shown(self._calls),
                 tools=list(talk.tools) or None,
                 chat_template=self.source,
                 tokenize=False,
@@ -90,11 +106,55 @@ class ChatTemplate:
         except Exception as error:  # Jinja raises its own tree, templates raise what they like
             raise _refusal(error) from None
 
+    @cached_property
+    def _direct(self) -> Callable[[list[dict[str, Any]], bool], str] | None:
+        """The compiled template itself, for turns of texts alone: transformers' call around it takes twice as long.
+
+        None where it does not write the same, or this version of transformers does not show it.
+        """
+        try:
+            from transformers import PreTrainedTokenizerBase
+            from transformers.utils.chat_template_utils import _compile_jinja_template
+
+            if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
+                return None
+            template = _compile_jinja_template(self.source)
+            # As `Template.render`, which gathers the same globals anew each time.
+            names = {**template.globals, "tools": None, "documents": None, **self.tokenizer.special_tokens_map}
+            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+
+            def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
+                given = {**names, "messages": turns, "add_generation_prompt": add_generation_prompt}
+                return "".join(template.root_render_func(template.new_context(given, shared=True)))
+
+            usual = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
+            return render if render(probe, False) == usual else None
+        except Exception:  # whatever it is, `text` meets it again on the usual way and says so
+            return None
+
     def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
 
         Raises BadRow where an answer cannot be located or has no ending, or the template drops text.
         """
+        return self._in_a_style(talk, lambda: self._answers(talk))
+
+    def _in_a_style(self, talk: Conversation, render: Callable[[], T]) -> T:
+        """What `render` gives, in the first style of calls in which the template loses and refuses nothing.
+
+        The style that one row showed is tried first for the next.  Raises BadRow as the first try does.
+        """
+        fault: BadRow | None = None
+        for style in dict.fromkeys((self._calls, *CALL_STYLES)) if talk.has_calls else (self._calls,):
+            before, self._calls = self._calls, style
+            try:
+                return render()
+            except BadRow as error:  # a loss says more than a refusal of the style
+                fault = error if fault is None or "refuses the conversation" in fault.kind else fault
+                self._calls = before
+        raise fault or AssertionError("there is a style")
+
+    def _answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         if self._marks_generation:
             text, spans = self._render_marked(talk)
         else:
@@ -109,12 +169,38 @@ class ChatTemplate:
 
         The reasoning of earlier answers may be missing, as it is when the next answer is generated.
         """
+        return self._in_a_style(talk, lambda: self._last_answer(talk))
+
+    def _last_answer(self, talk: Conversation) -> tuple[str, Span]:
         text = self.text(talk)
-        span = self._answer_span(talk, text)
+        try:
+            span = self._answer_span(talk, text)
+        except BadRow:
+            if (after := self._after_prompt(talk, text)) is None:
+                raise
+            text, span = after
         last = len(talk.turns) - 1
         kept = [number for number, turn in enumerate(talk.turns) if number == last or turn["role"] != "assistant"]
         self.refuse_lost(talk, text, [span], kept)
         return text, span
+
+    def without_end(self, text: str, span: Span, content: str) -> Span:
+        """An answer's characters without what ends it: the end-of-text token, or what stands behind its content."""
+        start, end = span
+        if self.eos and self.eos in text[start:end]:
+            return start, text.rindex(self.eos, start, end)
+        found = find_text(content, text[start:end])
+        return (start, start + found[1]) if content.strip() and found else span
+
+    def ends_outside(self, text: str, answers: Sequence[Span]) -> list[Span]:
+        """The end-of-text tokens that stand outside of the answers."""
+        if not self.eos:
+            return []
+        return [
+            (a + match.start(), a + match.end())
+            for a, b in outside(text, answers)
+            for match in re.finditer(re.escape(self.eos), text[a:b])
+        ]
 
     def refuse_lost(
         self, talk: Conversation, text: str, answers: Sequence[Span], among: Sequence[int] | None = None
@@ -122,7 +208,7 @@ class ChatTemplate:
         """Raise LostTurns where the template drops text of these turns, BadRow for a begin-of-text token inside one."""
         numbers = range(len(talk.turns)) if among is None else among
         if lost := [numbers[k] for k in lost_turns([talk.turns[n] for n in numbers], text, answers)]:
-            dropped = lost_text(talk.turns[lost[0]], text)
+            dropped = lost_text(talk.turns[lost[0]], text, answers)
             more = f" (and of {len(lost) - 1} more turns)" if len(lost) > 1 else ""
             raise LostTurns(
                 f"{talk.name(lost[0])}: the chat template drops a part of it{more}: {dropped!r}. {_FIX_LOSS}",
@@ -161,6 +247,21 @@ class ChatTemplate:
                 return None
             spans.append(span)
         return spans
+
+    def _after_prompt(self, talk: Conversation, text: str) -> tuple[str, Span] | None:
+        """The prompt that inference gives, and behind it the answer as `text` writes it, with its characters.
+
+        For templates that write earlier turns otherwise once the answer is there: gpt-oss drops the reasoning before
+        a call.  None where the answer does not follow the generation prompt.
+        """
+        last, opening = len(talk.turns) - 1, self._generation_prompt
+        before = self.text(talk.through(last - 1), add_generation_prompt=True) if last else ""
+        at = text.rfind(opening) if opening and before.endswith(opening) else -1
+        answer = text[at + len(opening) :] if at >= 0 else ""
+        end = answer_end(answer, talk.content(last), self.eos)
+        if end is None or not find_text(talk.content(last), answer):
+            return None
+        return before + answer, (len(before), len(before) + end)
 
     def _answer_span(self, talk: Conversation, text: str) -> Span:
         """Characters of the last turn of `talk`, the assistant's, in `text`."""
@@ -203,7 +304,7 @@ class ChatTemplate:
 
         try:
             rendered: Any = render_jinja_template(
-                [talk.shown()],
+                [talk.shown(self._calls)],
                 tools=list(talk.tools) or None,
                 chat_template=self.source,
                 return_assistant_tokens_mask=True,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from orchestrator.data.rows.formats import Example
+from orchestrator.data.rows.likeness import MOST_COMPARED
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
@@ -39,6 +40,10 @@ class Statistics:
     held_out: int = 0  # samples equal to a held-out one
     ignored: dict[str, int] = field(default_factory=dict)  # column that is not used -> rows that have it
     readings: dict[str, int] = field(default_factory=dict)  # how what is unusual was read -> rows
+    leaked: int = 0  # samples that say what a held-out one says, capitals, punctuation and spaces aside
+    near: int = 0  # samples nearly equal to an earlier one; counted by `validate` and `inspect` alone
+    near_held_out: int = 0  # samples nearly equal to a held-out one; likewise
+    parts: list[int] = field(default_factory=list)  # samples of each source, in their order
 
 
 class BrokenRows:
@@ -170,6 +175,22 @@ def _lost_shares(statistics: Mapping[str, Any]) -> tuple[float, float]:
     """Shares of all tokens and of all rows that are not trained on."""
     lost = statistics["cut_tokens"] + statistics["dropped_tokens"]
     return lost / max(1, _all_tokens(statistics)), statistics["dropped"] / max(1, statistics["rows"])
+
+
+def likeness_notices(statistics: Mapping[str, Any], key: str) -> list[str]:
+    """Notices of samples that are held out too or nearly equal another one."""
+    notices, of = [], max(1, statistics["samples"])
+    held, near_held = statistics["leaked"], statistics["near_held_out"]
+    if held or near_held:
+        near = f", {near_held:,} nearly" if near_held > held else ""
+        notices.append(
+            f"{key}: {held:,} samples ({held / of:.1%}) say what a held-out one says, capitals, punctuation and spaces"
+            f" aside{near}: the held-out loss is too good by them. Remove them from one side"
+        )
+    if (near := statistics["near"]) > 0.01 * min(of, MOST_COMPARED):
+        of_first = f" (of the first {MOST_COMPARED:,})" if of > MOST_COMPARED else ""
+        notices.append(f"{key}: {near:,} samples{of_first} nearly equal an earlier one")
+    return notices
 
 
 def reading_notices(statistics: Mapping[str, Any], key: str) -> list[str]:

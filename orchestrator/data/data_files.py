@@ -15,7 +15,8 @@ class DataFiles:
     train: str
     eval: str | None = None
     split: float | None = None  # of the training rows, where those are held out
-    seed: int | None = None  # of the split
+    seed: int | None = None  # of the split and of the weights
+    weights: list[float] | None = None  # of the sources of train, where they are not all 1
     train_digest: str | None = None
     eval_digest: str | None = None
     chat_template: str | None = None  # where the job states one

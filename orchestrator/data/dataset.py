@@ -6,10 +6,11 @@ template and the options.  Samples are read from the mapping, so a dataset may b
 
 from __future__ import annotations
 
+import array
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from functools import lru_cache
 from pathlib import Path
@@ -36,10 +37,11 @@ _SCHEMA = pyarrow.schema(
         ("prompt_length", pyarrow.int32()),
         ("reference", pyarrow.string()),
         ("source", pyarrow.string()),
+        ("text_fingerprint", pyarrow.int64()),  # of the row's text but for capitals, punctuation and spaces
     ]
 )
 _ROWS_A_BATCH = 1000
-_VERSION = 4  # raise it when the same inputs would give other tokens
+_VERSION = 5  # raise it when the same inputs would give other tokens
 
 
 class DamagedCache(RunFailed):
@@ -68,6 +70,8 @@ class Dataset:
         self.lengths: numpy.ndarray = _numbers(lengths, numpy.int32)[self._rows]
         self.num_supervised: numpy.ndarray = _numbers(table["num_supervised"], numpy.int32)[self._rows]
         self.fingerprints: numpy.ndarray = _numbers(table["fingerprint"], numpy.int64)[self._rows]
+        texts = "text_fingerprint" if "text_fingerprint" in table.column_names else "fingerprint"  # of an earlier run
+        self.text_fingerprints: numpy.ndarray = _numbers(table[texts], numpy.int64)[self._rows]
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -130,6 +134,25 @@ class Dataset:
         """How many samples of `other` occur here too, token by token."""
         return int(numpy.isin(other.fingerprints, self.fingerprints).sum())
 
+    def leaks(self, other: Dataset) -> int:
+        """How many samples of `other` say what one here says, capitals, punctuation and spaces aside."""
+        return int(numpy.isin(other.text_fingerprints, self.text_fingerprints).sum())
+
+    def mix(self, weights: Sequence[float], seed: int) -> Dataset:
+        """Each sample as often as its source weighs: whole times, and of the rest a part drawn by `seed`."""
+        if all(weight == 1 for weight in weights):
+            return self
+        origins = numpy.searchsorted(numpy.cumsum(self.statistics.parts), self._rows, side="right")
+        chosen = []
+        for number, weight in enumerate(weights):
+            own = numpy.flatnonzero(origins == number)
+            draw = numpy.random.Generator(numpy.random.Philox(key=[seed, 2**33 + number])).permutation(own)
+            chosen += [own] * int(weight) + [draw[: round((weight - int(weight)) * len(own))]]
+        kept = numpy.sort(numpy.concatenate(chosen))
+        if not len(kept):
+            raise JobError("data.train: the weights of the sources leave no sample. Raise one")
+        return self.select(kept.tolist())
+
     def num_repeated(self) -> int:
         """How many samples are equal to another one."""
         _, counts = numpy.unique(self.fingerprints, return_counts=True)
@@ -161,16 +184,45 @@ def cache_key(*parts: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def build(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> Dataset:
-    """Tokenise `rows` into `folder`; it appears complete or not at all.  What another process made first stays.
+def build(rows: Iterable[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> Dataset:
+    """Tokenise the rows of one source into `folder`; see `build_all`."""
+    return build_all([rows], renderer, options, folder)
+
+
+def build_all(sources: Iterable[Iterable[Row]], renderer: Renderer, options: TokenizeOptions, folder: Path) -> Dataset:
+    """Tokenise rows into `folder`; it appears complete or not at all.  What another process made first stays.
 
     Raises JobError listing the broken rows (the first ten) when `options.strict`, else writes them to rejected.jsonl.
     """
-    first = list(itertools.islice(rows, 1))  # data that cannot be read at all leave no folder behind
+    parts = [iter(rows) for rows in sources]
+    first = list(itertools.islice(parts[0], 1))  # data that cannot be read at all leave no folder behind
+    parts[0] = itertools.chain(first, parts[0])
     with manifest.temporary_folder(folder) as temporary:
-        _write(itertools.chain(first, rows), renderer, options, temporary)
+        _write(parts, renderer, options, temporary)
         manifest.publish(temporary, folder, _FILES)
     return Dataset.load(folder)
+
+
+def _record_batch(samples: list[dict[str, Any]]) -> pyarrow.RecordBatch:
+    """Samples as columns; token ids and masks are laid end to end here, which `from_pylist` does value by value."""
+    offsets = pyarrow.array(
+        numpy.concatenate([[0], numpy.cumsum([len(one["input_ids"]) for one in samples])]), pyarrow.int32()
+    )
+    ids, masks = array.array("i"), bytearray()
+    for one in samples:
+        ids.extend(one["input_ids"])
+        masks += bytes(one["supervised"])
+    lists = {
+        "input_ids": pyarrow.array(numpy.frombuffer(ids, dtype=numpy.int32)),
+        "supervised": pyarrow.array(numpy.frombuffer(masks, dtype=numpy.bool_)),
+    }
+    columns = [
+        pyarrow.ListArray.from_arrays(offsets, lists[field.name])
+        if field.name in lists
+        else pyarrow.array([one[field.name] for one in samples], field.type)
+        for field in _SCHEMA
+    ]
+    return pyarrow.record_batch(columns, schema=_SCHEMA)
 
 
 def _damage(folder: Path) -> str | None:
@@ -187,7 +239,7 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
     return manifest.damage(folder, _FILES)
 
 
-def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
+def _write(parts: Iterable[Iterator[Row]], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
     counts = RowCounts()
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
@@ -199,9 +251,12 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, fo
             entry = {"where": row.where, "reason": reason.reason, "row": row.values}
             rejected.write(json.dumps(entry, default=str) + "\n")
 
-        samples = (sample for _, made in tokenise(rows, renderer, options, counts, reject) for sample in made)
-        while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+        for rows in parts:
+            before = counts.statistics.samples
+            samples = (sample for _, made in tokenise(rows, renderer, options, counts, reject) for sample in made)
+            while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
+                writer.write_batch(_record_batch(batch))
+            counts.statistics.parts.append(counts.statistics.samples - before)
     if mistake := counts.mistake("data", options.strict):
         raise mistake
     (folder / "statistics.json").write_text(json.dumps(asdict(counts.statistics), indent=1))

@@ -7,11 +7,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from orchestrator.data.counts import loss_notice, loss_refusal, reading_notices
+from orchestrator.data.counts import likeness_notices, loss_notice, loss_refusal, reading_notices
 from orchestrator.data.data_files import DataFiles
-from orchestrator.data.dataset import DamagedCache, Dataset, build, cache_key
+from orchestrator.data.dataset import DamagedCache, Dataset, build_all, cache_key
 from orchestrator.data.readers.files import digest
-from orchestrator.data.readers.sources import digest_of, rows_of, skipped_of, sources_of
+from orchestrator.data.readers.sources import digest_of, fetched, rows_of, skipped_of, sources_of
 from orchestrator.data.samples import options_for, renderer_for, template_text
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
@@ -63,7 +63,14 @@ def prepare_data(job: Job, model_folder: Path, max_length: int, cache: Path, say
     train.statistics.repeated = train.num_repeated()
     if held_out is not None:
         train.statistics.held_out = held_out.overlap(train)
+        train.statistics.leaked = held_out.leaks(train)
         held_out.statistics.repeated = held_out.num_repeated()
+    for line in likeness_notices(asdict(train.statistics), "data.train"):
+        say(line)
+    weights = [source.weight for source, _ in sources_of(job, data.train, "data.train")]
+    if any(weight != 1 for weight in weights):
+        files = replace(files, weights=weights, seed=job.spec.train.seed)
+        train = train.mix(weights, job.spec.train.seed)
     return Prepared(train, held_out, files, maker.num_made == 0)
 
 
@@ -91,10 +98,11 @@ def digests(job: Job) -> dict[str, Any]:
 def datasets(files: DataFiles) -> tuple[Dataset, Dataset | None]:
     """Training and held-out samples.  Raises DamagedCache."""
     data = Dataset.load(Path(files.train))
+    held_out = Dataset.load(Path(files.eval)) if files.eval else None
     if files.split:
         assert files.seed is not None  # stands beside it
-        return data.split(files.split, files.seed)
-    return data, Dataset.load(Path(files.eval)) if files.eval else None
+        data, held_out = data.split(files.split, files.seed)
+    return data.mix(files.weights, files.seed or 0) if files.weights else data, held_out
 
 
 class _Maker:
@@ -107,8 +115,8 @@ class _Maker:
 
     def make(self, value: Any, key: str) -> Path:
         """The folder of the tokenised samples of one data key."""
-        sources = sources_of(self.job, value, key)
-        folder = self.cache / self._name(sources, key)
+        sources = fetched(sources_of(self.job, value, key), key)
+        folder = self.cache / self._name(sources)
         if folder.exists() or folder.is_symlink():
             try:
                 Dataset.load(folder)
@@ -117,19 +125,20 @@ class _Maker:
                 self.say(f"{key}: the tokenised rows in {folder} are damaged ({error.damage}); they are made again")
         self._renderer = self._renderer or renderer_for(self.job, self.model_folder)
         self.say(f"tokenising {key} ...")
-        options = options_for(self.job, [source for source, _ in sources], self.max_length, key)
-        rows = (row for source, files in sources for row in rows_of(source, files))
-        build(rows, self._renderer, options, folder)
+        rows = (rows_of(self.job, source, files) for source, files in sources)
+        build_all(rows, self._renderer, options_for(self.job, self.max_length), folder)
         self.num_made += 1
         return folder
 
-    def _name(self, sources: list[tuple[Source, list[Path]]], key: str) -> str:
+    def _name(self, sources: list[tuple[Source, list[Path]]]) -> str:
         data = self.job.spec.data
         tokenizer = sorted({file for pattern in _TOKENIZER_FILES for file in self.model_folder.glob(pattern)})
         template = template_text(self.job)
         return cache_key(
-            [(source.model_dump(), [digest(file) for file in files]) for source, files in sources],
+            [(source.model_dump(exclude={"weight"}), [digest(file) for file in files]) for source, files in sources],
+            [data.roles, data.ignore_columns, data.train_on_eos],
+            self.job.spec.train.seed if any(source.max_samples for source, _ in sources) else None,
             [(file.name, digest(file)) for file in tokenizer if file.is_file()],
             [template, data.system_prompt, data.assistant_only_loss, data.completion_only_loss],
-            asdict(options_for(self.job, [source for source, _ in sources], self.max_length, key)),
+            asdict(options_for(self.job, self.max_length)),
         )

@@ -5,7 +5,8 @@ from __future__ import annotations
 import array
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,13 @@ from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
 from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.likeness import fingerprint, plain_text
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
+from orchestrator.data.together import Underway
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.sections.training import Source
 from strategies.model.tokenizer import load_tokenizer
 
 _ROWS_A_BATCH = 256
@@ -67,7 +69,14 @@ def renderer_for(job: Job, model_folder: Path) -> Renderer:
             )
     own = template_text(job)
     template = template_of(tokenizer) if own is None else own
-    return Renderer(tokenizer, template, data.assistant_only_loss, data.completion_only_loss, data.system_prompt)
+    return Renderer(
+        tokenizer,
+        template,
+        data.assistant_only_loss,
+        data.completion_only_loss,
+        data.system_prompt,
+        data.train_on_eos,
+    )
 
 
 def template_text(job: Job) -> str | None:
@@ -76,14 +85,10 @@ def template_text(job: Job) -> str | None:
     return None if setting == "tokenizer" else read_text_file(setting, "data.chat_template", job.folder)
 
 
-def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key: str) -> TokenizeOptions:
-    """How the rows of the sources of a data key become tokens.  Raises JobError where they state different formats."""
+def options_for(job: Job, max_length: int | None) -> TokenizeOptions:
+    """How the rows of a job become tokens."""
     data = job.spec.data
-    # Sources differ by their format alone, which each row's own fields decide or the source states.
-    formats = {source.format if source.format != "auto" else data.format for source in sources}
-    if len(formats) > 1:
-        raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
-    return TokenizeOptions(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
+    return TokenizeOptions(data.format, data.instruction, max_length, data.overlong, data.strict)
 
 
 def tokenise(
@@ -95,11 +100,11 @@ def tokenise(
 ) -> Iterator[tuple[Row, list[dict[str, Any]]]]:
     """Each good row with its samples (none when dropped, several when split), all rows counted.
 
-    A broken row goes to `reject` with the reason.  Rows are read a batch ahead and tokenised together.  Raises JobError
-    where no row can be rendered.
+    A broken row goes to `reject` with the reason.  Rows are read two batches ahead: one is tokenised while the next one
+    is rendered.  Raises JobError where no row can be rendered.
     """
-    for batch in _batches(rows, options, counts.formats):
-        rendered = iter(renderer.render_all([one.example for one in batch if one.example]))
+    for batch, results in _rendered(_batches(rows, options, counts.formats), renderer):
+        rendered = iter(results)
         for one in batch:
             counts.statistics.rows += 1
             try:
@@ -125,6 +130,30 @@ class _ReadRow:
         if self.example is None:
             return 0
         return len(self.example.text or "") + sum(len(str(turn.get("content"))) for turn in self.example.messages)
+
+
+def _rendered(
+    batches: Iterator[list[_ReadRow]], renderer: Renderer
+) -> Iterator[tuple[list[_ReadRow], list[list[Tokens] | Exception]]]:
+    """Each batch with what its examples became; what ends the batches early is raised behind those before it."""
+    with ThreadPoolExecutor(1) as pool:
+        begun: tuple[list[_ReadRow], Underway[list[Tokens]]] | None = None
+        failure = None
+        while True:
+            try:
+                batch = next(batches, None)
+            except Exception as error:
+                batch, failure = None, error
+            before = begun
+            begun = None
+            if batch is not None:
+                begun = batch, renderer.begin([one.example for one in batch if one.example], pool)
+            if before:
+                yield before[0], before[1].results()
+            if batch is None:
+                break
+    if failure is not None:
+        raise failure
 
 
 def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, str]) -> Iterator[list[_ReadRow]]:
@@ -184,7 +213,9 @@ def _samples_of(
     counts.read(read.row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
     pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]
-    samples = [_sample(tokens, piece, row.where) for tokens, piece in pieces]
+    plain = plain_text(example)
+    of_row = {"source": row.where, "plain": plain, "text_fingerprint": fingerprint(plain)}
+    samples = [_sample(tokens, piece) | of_row for tokens, piece in pieces]
     given = sum(len(tokens.input_ids) for tokens in rendered)
     kept = sum(len(piece.input_ids) - piece.num_repeated for _, piece in pieces)
     if not samples:
@@ -203,18 +234,17 @@ def _samples_of(
     return samples
 
 
-def _sample(tokens: Tokens, piece: Tokens, source: str) -> dict[str, Any]:
+def _sample(tokens: Tokens, piece: Tokens) -> dict[str, Any]:
     ids = piece.input_ids
     return {
         "input_ids": ids,
         "supervised": piece.supervised,
-        "num_supervised": sum(piece.supervised),
+        "num_supervised": piece.supervised.count(True),
         "fingerprint": int.from_bytes(
             hashlib.blake2b(array.array("i", ids).tobytes(), digest_size=8).digest(), "little", signed=True
         ),
         "prompt_length": piece.prompt_length,
         "reference": tokens.answer if len(ids) == len(tokens.input_ids) else None,
-        "source": source,
     }
 
 

@@ -34,32 +34,41 @@ def rough_lengths(
     """
     count = _counter(job)
     lengths: list[int] = []
-    supervised, total, looked_at = 0, 0, 0
+    supervised = 0.0
     lost = Statistics()
     detected: dict[str, str] = {}
-    for source, files in sources_of(job, getattr(job.spec.data, key), f"data.{key}"):
-        wanted = source.format if source.format != "auto" else job.spec.data.format
-        for row in rows_of(source, files):
+    sources = sources_of(job, getattr(job.spec.data, key), f"data.{key}")
+    draw = random.Random(0)
+    for source, files in sources:
+        counted: list[int] = []
+        answers, total, looked_at = 0, 0, 0
+        for row in rows_of(job, source, files):
             try:
-                _, example = read_example(row, wanted, job.spec.data.instruction, detected)
+                _, example = read_example(row, job.spec.data.format, job.spec.data.instruction, detected)
             except BadRow:
                 continue
             total += 1
-            if looked_at >= _ROWS_COUNTED:
+            if looked_at >= _ROWS_COUNTED // len(sources):
                 continue
             looked_at += 1
             answer, pieces = _row_sizes(example, count, max_length, job.spec.data.overlong, lost)
-            lengths += pieces
-            supervised += min(answer, sum(pieces))
+            counted += pieces
+            answers += min(answer, sum(pieces))
+        lost.rows, lost.samples, lost.tokens = (
+            lost.rows + looked_at,
+            lost.samples + len(counted),
+            lost.tokens + sum(counted),
+        )
+        if counted:
+            wanted = max(1, round(total * source.weight * len(counted) / looked_at))
+            more = wanted - len(counted)
+            lengths += counted + draw.choices(counted, k=more) if more >= 0 else draw.sample(counted, wanted)
+            supervised += answers * wanted / len(counted)
     if not lengths:
         raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` shows why")
-    draw = random.Random(0)
-    counted = len(lengths)
-    lengths += draw.choices(lengths[:counted], k=round((total - looked_at) * counted / looked_at))
-    lost.rows, lost.samples, lost.tokens = looked_at, counted, sum(lengths[:counted])
     if notice := loss_notice(asdict(lost), f"data.{key}"):
-        say(f"{notice} (counted roughly, of the first {looked_at:,} rows)")
-    return lengths, max(1, round(supervised * len(lengths) / counted))
+        say(f"{notice} (counted roughly, of the first {lost.rows:,} rows)")
+    return lengths, max(1, round(supervised))
 
 
 def _row_sizes(

@@ -21,6 +21,7 @@ Span = tuple[int, int]  # of characters: first, and the one after the last
 _BETWEEN = "\0"  # stands between pieces that are searched as one text; no piece holds it
 _SHOWN = 60
 _MANY_TURNS = 50
+_TEXT_KEYS = {"role", "content", "train"}
 
 
 class LostTurns(BadRow):
@@ -82,7 +83,10 @@ def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequen
 
     The assistant's are searched in the spans of `answers`, those of the others outside of them, in their order or,
     where the template moves one, wherever no other turn stands.  No answers: all are searched in the whole text.
+    Reasoning and calls stand in the answers too: the names of functions are in the list of tools as well.
     """
+    if _stand_in_order(messages, text, answers):
+        return []
     inside = _BETWEEN.join(text[a:b] for a, b in answers) if answers else text
     around = _BETWEEN.join(text[a:b] for a, b in outside(text, answers)) if answers else text
     is_answer = [bool(answers) and message["role"] == "assistant" for message in messages]
@@ -92,8 +96,31 @@ def lost_turns(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequen
     for place, mine in ((inside, True), (around, False)):
         turns = [n for n, answer in enumerate(is_answer) if answer == mine and contents[n].strip() and not is_tool[n]]
         lost |= {turns[k] for k in _unplaced([contents[n] for n in turns], place)}
-    lost |= {n for n, message in enumerate(messages) if not all(_occurs(part, text) for part in _parts(message))}
+    for n, message in enumerate(messages):
+        place = inside if is_answer[n] else text
+        lost |= {n} if not all(_occurs(part, place) for part in _parts(message)) else set()
     return sorted(lost)
+
+
+def _stand_in_order(messages: Sequence[Mapping[str, Any]], text: str, answers: Sequence[Span]) -> bool:
+    """Whether turns of text alone stand there letter by letter, answers in their spans: the usual case, found fast."""
+    at, spans = 0, iter(answers)
+    coming = next(spans, None)
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str) or not message.keys() <= _TEXT_KEYS or message["role"] == "tool":
+            return False
+        content = content.strip()
+        if answers and message["role"] == "assistant":
+            if coming is None or text.find(content, *coming) < 0:
+                return False
+            at, coming = coming[1], next(spans, None)
+            continue
+        place = text.find(content, at)
+        if place < 0 or (coming is not None and coming[0] < place + len(content)):
+            return False
+        at = place + len(content)
+    return True
 
 
 def outside(text: str, spans: Sequence[Span]) -> list[Span]:
@@ -172,8 +199,10 @@ def missing_tools(tools: Sequence[Mapping[str, Any]], text: str) -> list[str]:
     return [name for name in names if name not in text]
 
 
-def lost_text(message: Mapping[str, Any], text: str) -> str:
-    """The beginning of what `text` lacks of a turn, short enough for a message."""
+def lost_text(message: Mapping[str, Any], text: str, answers: Sequence[Span] = ()) -> str:
+    """The beginning of what `text` lacks of a turn, short enough for a message; of an answer, what `answers` lack."""
+    if answers and message["role"] == "assistant":
+        text = _BETWEEN.join(text[a:b] for a, b in answers)
     content = str(message.get("content") or "")
     lines = [line.strip() for line in content.splitlines() if line.strip()]
     gone = " ".join(line for line in lines if find_text(line, text) is None)

@@ -4,23 +4,44 @@ from __future__ import annotations
 
 import importlib.util
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import printable
-from orchestrator.data.counts import RowCounts, check_line, loss_notice, loss_refusal, reading_notices
-from orchestrator.data.readers.sources import rows_of, skipped_of, sources_of
+from orchestrator.data.counts import (
+    RowCounts,
+    Statistics,
+    check_line,
+    likeness_notices,
+    loss_notice,
+    loss_refusal,
+    reading_notices,
+)
+from orchestrator.data.readers.remote import scheme_of
+from orchestrator.data.readers.sources import fetched, rows_of, skipped_of, sources_of
+from orchestrator.data.rows.likeness import MOST_COMPARED, nearly_equal, sketch
 from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import TokenizeOptions, options_for, read_only, tokenise
 from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
-from orchestrator.job.sections.training import HeldOutFraction
+from orchestrator.job.sections.training import HeldOutFraction, Source
 
-_NOT_FETCHED = "a data set of the hub"
+_NOT_FETCHED = ("a data set of the hub", "an address")
 Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.train, from 1, and its samples
+
+
+@dataclass
+class Share:
+    """What comes from one source; `samples` and the rest as often as its weight has it."""
+
+    path: str
+    rows: int
+    samples: int
+    tokens: int
+    supervised_tokens: int
 
 
 @dataclass
@@ -30,6 +51,9 @@ class _Key:
     counts: RowCounts = field(default_factory=RowCounts)
     lengths: list[int] = field(default_factory=list)
     fingerprints: list[int] = field(default_factory=list)
+    texts: list[int] = field(default_factory=list)  # fingerprints of what the samples' rows say
+    sketches: list[Any] = field(default_factory=list)  # of the same, for those that are nearly equal
+    shares: list[Share] = field(default_factory=list)  # of its sources
     formats: dict[str, str] = field(default_factory=dict)  # of each path
     skipped: list[str] = field(default_factory=list)  # files of folders that are not read
     is_whole: bool = True  # False: only the first rows were looked at, or none of a hub's data set
@@ -58,7 +82,7 @@ class Survey:
     def unchecked(self) -> list[str]:
         """Which rows were not looked at, and why."""
         return [
-            f"the rows of {path}: they are not fetched" for path, what in self.formats().items() if what == _NOT_FETCHED
+            f"the rows of {path}: they are not fetched" for path, what in self.formats().items() if what in _NOT_FETCHED
         ]
 
     def lines(self, with_skipped: bool = True) -> list[str]:
@@ -71,6 +95,7 @@ class Survey:
                 lines.append(f"{key}: {check_line(statistics)}{part}")
                 notice = loss_notice(statistics, key)
                 lines += [notice + part] if notice else []
+                lines += [line + part for line in likeness_notices(statistics, key)]
             lines += [line + part for line in reading_notices(statistics, key)] + found.skipped
             if with_skipped and not self.job.spec.data.strict:
                 lines += [f"{key}: skipped: {line}" for line in found.counts.broken.lines()]
@@ -111,21 +136,21 @@ def survey(
             continue
         key = found.keys[name] = _Key(skipped=skipped_of(job, value, name))
         sources = sources_of(job, value, name)
-        options = options_for(job, [source for source, _ in sources], max_length, name)
+        if most_rows is None:
+            sources = fetched(sources, name)
+        look = _Look(renderer, options_for(job, max_length), key, keep if name == "data.train" else None)
         for source, files in sources:
-            if not files and most_rows is not None:
+            before = replace(key.counts.statistics)
+            if most_rows is not None and not files:
                 key.is_whole = False
-                key.formats[source.path] = _NOT_FETCHED
-                continue
-            limit = None if most_rows is None else max(1, most_rows // max(1, len(files) * len(sources)))
-            for file in [[file] for file in files] or [[]]:
-                counts = key.counts
-                before = counts.statistics.rows + counts.statistics.rejected
-                rows = _limit(rows_of(source, file), limit, key)
-                _look(rows, renderer, options, key, keep if name == "data.train" else None)
-                shown = source.path if len(files) == 1 else str(file[0]) if file else source.path
-                is_empty = counts.statistics.rows + counts.statistics.rejected == before
-                key.formats[shown] = "no rows" if is_empty else _format(key, source.path, file)
+                key.formats[source.path] = _NOT_FETCHED[scheme_of(source.path) is not None]
+            elif most_rows is not None:
+                limit = max(1, most_rows // max(1, len(files) * len(sources)))
+                for file in files:
+                    look.through(source, [file], _limit(rows_of(job, source, [file], first=True), limit, key))
+            else:
+                look.through(source, files, rows_of(job, source, files))
+            key.shares.append(_share(source, before, key.counts.statistics))
     _compare(found)
     return found
 
@@ -144,39 +169,81 @@ def _limit(rows: Iterator[Row], limit: int | None, key: _Key) -> Iterator[Row]:
         key.is_whole = False
 
 
-def _look(
-    rows: Iterable[Row], renderer: Renderer | None, options: TokenizeOptions, key: _Key, keep: Keep | None
-) -> None:
-    if renderer is None:
-        read_only(rows, options, key.counts)
-        return
-    for _, samples in tokenise(rows, renderer, options, key.counts):
-        key.lengths += [len(sample["input_ids"]) for sample in samples]
-        key.fingerprints += [sample["fingerprint"] for sample in samples]
-        if keep:
-            keep(key.counts.statistics.rows, samples)
+@dataclass
+class _Look:
+    """How rows of a key are looked at."""
+
+    renderer: Renderer | None
+    options: TokenizeOptions
+    key: _Key
+    keep: Keep | None
+
+    def through(self, source: Source, files: list[Path], rows: Iterable[Row]) -> None:
+        """Count these rows of a source and note the format of its files."""
+        key, seen = self.key, Counter()
+        rows = _counted(rows, seen)
+        if self.renderer is None:
+            read_only(rows, self.options, key.counts)
+        else:
+            for _, samples in tokenise(rows, self.renderer, self.options, key.counts):
+                self._note(samples)
+        names = key.counts.formats
+        if not files:  # of the hub
+            key.formats[source.path] = next((names[where] for where in seen if where in names), "no rows")
+        for file in map(str, files):
+            shown = source.path if len(files) == 1 and Path(file).name == Path(source.path).name else file
+            key.formats[shown] = names.get(file, "unknown") if seen[file] else "no rows"
+
+    def _note(self, samples: list[dict[str, Any]]) -> None:
+        key = self.key
+        for sample in samples:
+            key.lengths.append(len(sample["input_ids"]))
+            key.fingerprints.append(sample["fingerprint"])
+            key.texts.append(sample["text_fingerprint"])
+            if len(key.sketches) < MOST_COMPARED:
+                key.sketches.append(sketch(sample["plain"]))
+        if self.keep:
+            self.keep(key.counts.statistics.rows, samples)
 
 
-def _format(key: _Key, path: str, file: list[Path]) -> str:
-    names = key.counts.formats
-    if file:
-        return names.get(str(file[0]), "unknown")
-    return next((name for where, name in names.items() if where.startswith(f"{path}[")), "unknown")  # of the hub
+def _counted(rows: Iterable[Row], seen: Counter[str]) -> Iterator[Row]:
+    for row in rows:
+        seen[row.file] += 1
+        yield row
+
+
+def _share(source: Source, before: Statistics, after: Statistics) -> Share:
+    weighed = [
+        round((getattr(after, name) - getattr(before, name)) * source.weight)
+        for name in ("samples", "tokens", "supervised_tokens")
+    ]
+    return Share(source.path, after.rows - before.rows, *weighed)
 
 
 def _compare(found: Survey) -> None:
-    """Count samples that are equal to another, and those that are held out too."""
+    """Count samples that are equal to another, and those that are held out too or nearly so."""
     train, held = found.keys["data.train"], found.keys.get("data.eval")
-    prints = train.fingerprints
     for key in found.keys.values():
         counts = Counter(key.fingerprints)
-        key.counts.statistics.repeated = sum(count for count in counts.values() if count > 1)
-    kept = range(len(prints))
-    others = set(held.fingerprints) if held else set()
+        statistics = key.counts.statistics
+        statistics.repeated = sum(count for count in counts.values() if count > 1)
+        near = nearly_equal(key.sketches)
+        statistics.near = sum(key.texts[number] != key.texts[other] for number, other in near.items())
+    kept: Sequence[int] = range(len(train.fingerprints))
+    others: _Key | None = held
+    places: Sequence[int] = range(len(held.fingerprints)) if held else ()
     stated = found.job.spec.data.eval
-    if isinstance(stated, HeldOutFraction) and train.is_whole and len(prints) > 1:
+    if isinstance(stated, HeldOutFraction) and train.is_whole and len(kept) > 1:
         from orchestrator.data.dataset import split_rows
 
-        kept, apart = split_rows(len(prints), stated.split, found.job.spec.train.seed)
-        others = {prints[index] for index in apart}
-    train.counts.statistics.held_out = sum(prints[index] in others for index in kept)
+        kept, places = split_rows(len(train.fingerprints), stated.split, found.job.spec.train.seed)
+        others = train
+    if others is None:
+        return
+    statistics = train.counts.statistics
+    prints, texts = ({getattr(others, name)[place] for place in places} for name in ("fingerprints", "texts"))
+    statistics.held_out = sum(train.fingerprints[number] in prints for number in kept)
+    statistics.leaked = sum(train.texts[number] in texts for number in kept)
+    looked_at = ([key.sketches[n] for n in numbers if n < len(key.sketches)] for key, numbers in
+                 ((train, kept), (others, places)))  # fmt: skip
+    statistics.near_held_out = len(nearly_equal(*looked_at))

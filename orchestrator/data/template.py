@@ -7,9 +7,9 @@ empty or has no ending, is a broken row: a wrong mask trains the wrong tokens an
 
 from __future__ import annotations
 
-import bisect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from orchestrator.data.chat import ChatTemplate, Conversation
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow
 from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
-from orchestrator.data.together import Rendering, Texts, encode, run_together
+from orchestrator.data.together import Rendering, Texts, Underway, encode, token_at
 from orchestrator.errors import JobError
 
 _MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
@@ -47,12 +47,13 @@ class Renderer:
         assistant_only: bool = True,
         completion_only: bool = True,
         system_prompt: str | None = None,
+        train_on_eos: str = "turn",
     ) -> None:
         self.tokenizer = tokenizer
         self.eos, self.eos_id, self.bos_id = tokenizer.eos_token, tokenizer.eos_token_id, tokenizer.bos_token_id
         self.template = None if chat_template is None else ChatTemplate(tokenizer, chat_template)
         self.assistant_only, self.completion_only = assistant_only, completion_only
-        self.system_prompt = system_prompt
+        self.system_prompt, self.train_on_eos = system_prompt, train_on_eos
         self._marks: dict[str, bool] = {}
 
     def render(self, example: Example) -> list[Tokens]:
@@ -68,7 +69,11 @@ class Renderer:
 
     def render_all(self, examples: Sequence[Example]) -> list[list[Tokens] | Exception]:
         """The samples of each example, or what `render` would raise for it; their texts are tokenised together."""
-        return run_together(self.tokenizer, map(self._render, examples))
+        return self.begin(examples).results()
+
+    def begin(self, examples: Sequence[Example], pool: Executor | None = None) -> Underway[list[Tokens]]:
+        """The same, begun: its texts are tokenised in the thread of `pool` while the next ones are rendered."""
+        return Underway(self.tokenizer, map(self._render, examples), pool)
 
     def _render(self, example: Example) -> Rendering[list[Tokens]]:
         if example.text is not None:
@@ -92,10 +97,31 @@ class Renderer:
         if spans is None:
             found = []
             for number in trained:
-                found.append((yield from self._one_turn(talk.through(number), self.template)))
+                is_last = number == trained[-1]
+                found.append((yield from self._one_turn(talk.through(number), self.template, is_last)))
             return found
-        kept = [span for number, span in zip(talk.answers(), spans, strict=True) if number in trained]
-        return [(yield from self._encode(text, kept, kept[-1][0], talk.content(trained[-1])))]
+        kept = {number: span for number, span in zip(talk.answers(), spans, strict=True) if number in trained}
+        learnt = self._with_ends(text, talk, kept, self.template)
+        answer_at = kept[trained[-1]][0]
+        return [(yield from self._encode(text, learnt, answer_at, talk.content(trained[-1]), self._learns_end))]
+
+    @property
+    def _learns_end(self) -> bool:
+        return self.train_on_eos != "none"
+
+    def _with_ends(
+        self, text: str, talk: Conversation, answers: Mapping[int, Span], template: ChatTemplate, is_last: bool = True
+    ) -> list[Span]:
+        """What is learnt of a text: its answers by their turns, with the ends that data.train_on_eos states."""
+        if self.train_on_eos == "turn":
+            return list(answers.values())
+        if self.train_on_eos == "all":
+            return sorted([*answers.values(), *template.ends_outside(text, list(answers.values()))])
+        whole = max(answers) if self.train_on_eos == "last" and is_last else None
+        return [
+            span if number == whole else template.without_end(text, span, talk.content(number))
+            for number, span in answers.items()
+        ]
 
     def _conversation(self, example: Example) -> Conversation:
         turns = tuple(example.messages)
@@ -115,7 +141,7 @@ class Renderer:
                 " Set data.chat_template to a .jinja file, or give prompt/completion rows"
             )
         tokens = yield from self._plain(talk.content(0), talk.content(1), answer_only)
-        if not tokens.ended:
+        if self.eos_id is None:
             raise NoEnd(
                 "the tokenizer has no end-of-text token, so the model would never learn to stop. Set eos_token in its"
                 " tokenizer_config.json"
@@ -135,8 +161,12 @@ class Renderer:
         if eos_id is not None and (not ids or ids[-1] != eos_id):
             ids.append(eos_id)
             supervised.append(True)
+        if eos_id is not None and not self._learns_end:
+            supervised[-1] = False
         answer = text if prompt else None
-        return self._finish(ids, supervised, len(question) if prompt else 1, answer, ended=eos_id is not None)
+        return self._finish(
+            ids, supervised, len(question) if prompt else 1, answer, eos_id is not None and self._learns_end
+        )
 
     def foreign_marks(self, text: str) -> list[str]:
         """Marks of chat templates in a plain text that are no token here: the text was rendered for another model."""
@@ -160,6 +190,11 @@ class Renderer:
 
     def _all_of(self, talk: Conversation, template: ChatTemplate) -> Rendering[Tokens]:
         """Every token of a conversation supervised."""
+        if self.train_on_eos in ("last", "none"):
+            raise JobError(
+                f"data.train_on_eos: {self.train_on_eos} says which ends of answers are learnt, and"
+                " data.assistant_only_loss: false (or completion_only_loss: false) learns every token. Change one"
+            )
         text, last = template.text(talk), len(talk.turns) - 1
         template.refuse_lost(talk, text, [])
         content = talk.content(last)
@@ -170,15 +205,20 @@ class Renderer:
             raise template.no_end(talk, last)
         return (yield from self._encode(text, [(0, len(text))], start, content))
 
-    def _one_turn(self, talk: Conversation, template: ChatTemplate) -> Rendering[Tokens]:
+    def _one_turn(self, talk: Conversation, template: ChatTemplate, is_last: bool) -> Rendering[Tokens]:
         text, span = template.last_answer(talk)
-        return (yield from self._encode(text, [span], span[0], talk.content(len(talk.turns) - 1)))
+        number = len(talk.turns) - 1
+        learnt = self._with_ends(text, talk, {number: span}, template, is_last)
+        return (yield from self._encode(text, learnt, span[0], talk.content(number), self._learns_end))
 
-    def _encode(self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None) -> Rendering[Tokens]:
+    def _encode(
+        self, text: str, spans: Sequence[Span], answer_at: int, answer: str | None, ended: bool = True
+    ) -> Rendering[Tokens]:
         """Tokens of a rendered text, supervised inside the spans; no token straddles the start or the end of one."""
         ((ids, offsets),) = yield Texts((text,), with_offsets=True)
         borders = sorted({place for span in spans for place in span if 0 < place < len(text)})
-        cuts = [place for place in borders if _straddles(offsets, place)]
+        at = {place: token_at(offsets, place) for place in borders} | {0: 0, len(text): len(ids)}
+        cuts = [place for place in borders if _straddles(offsets, at[place], place)]
         if cuts:
             whole = self.tokenizer.decode(ids)
             places = list(zip([0, *cuts], [*cuts, len(text)], strict=True))
@@ -190,12 +230,12 @@ class Renderer:
                     "data.chat_template: the tokenizer joins an answer and what the template writes beside it in one"
                     " token. End the template's prompt with a line break or a special token"
                 )
-        starts = [start for start, _ in offsets]
+            at = {place: token_at(offsets, place) for place in borders} | {0: 0, len(text): len(ids)}
         supervised = [False] * len(ids)
         for a, b in spans:
-            first, end = bisect.bisect_left(starts, a), bisect.bisect_left(starts, b)
-            supervised[first:end] = [True] * (end - first)
-        return self._finish(ids, supervised, bisect.bisect_left(starts, answer_at), answer)
+            supervised[at[a] : at[b]] = [True] * (at[b] - at[a])
+        begins = at[answer_at] if answer_at in at else token_at(offsets, answer_at)
+        return self._finish(ids, supervised, begins, answer, ended)
 
     def _finish(
         self, ids: list[int], supervised: list[bool], prompt_length: int, answer: str | None, ended: bool = True
@@ -210,7 +250,9 @@ class Renderer:
         return Tokens(ids, supervised, max(prompt_length - extra, 0), answer, bool(extra), ended)
 
 
-def _straddles(offsets: Sequence[Span], border: int) -> bool:
-    """Whether a token holds characters of both sides of `border`; offsets may leave out a token's leading space."""
-    at = bisect.bisect_left(offsets, border, key=lambda offset: offset[0])
+def _straddles(offsets: Sequence[Span], at: int, border: int) -> bool:
+    """Whether a token holds characters of both sides of `border`, which token number `at` is the first behind.
+
+    Offsets may leave out a token's leading space.
+    """
     return at > 0 and offsets[at - 1][1] != border

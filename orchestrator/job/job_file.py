@@ -7,10 +7,11 @@ notice, before validation.
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import ValidationError
@@ -167,7 +168,7 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     `spec_with` as text.  Comments are lost.
     """
     document = load_yaml(job.text, "the job")
-    path_values(document, lambda value: str(job.path(value)) if job.path(value).exists() else value)
+    path_values(document, lambda value: str(job.path(value)) if _is_here(job, value) else value)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
@@ -175,6 +176,14 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     if kind is not None:
         document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+
+
+def _is_here(job: Job, value: str) -> bool:
+    """Whether a path is there, or is a pattern of files below a folder that is."""
+    start = re.split(r"[*?\[]", value, maxsplit=1)[0]
+    if start == value or "://" in value:
+        return job.path(value).exists()
+    return job.path(start.rpartition("/")[0] or ".").is_dir()
 
 
 def path_values(document: dict[str, Any], change: Callable[[str], str] = lambda value: value) -> list[str]:
@@ -326,7 +335,7 @@ def _nearest(path: KeyPath) -> str:
         return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
     if len(path) > 1 and name in JobSpec.model_fields:
         return f"; {name}: stands at the beginning of a line"
-    siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
+    siblings = sorted(_keys_beside(path))
     everywhere = {f"{section}.{key}": key for section in _SECTION_NAMES for key in sorted(_known_keys(section))}
     if homes := [dotted for dotted, key in everywhere.items() if key == name]:
         return f"; did you mean {homes[0]}?"
@@ -348,6 +357,17 @@ def _other_tools_key(name: str) -> str:
     if name in known.not_yet:
         return f" yet: {known.not_yet[name]}"
     return f": {known.not_needed[name]}" if name in known.not_needed else ""
+
+
+def _keys_beside(path: KeyPath) -> list[str]:
+    """The keys that may stand where this one does."""
+    first = str(path[0])
+    if len(path) == 1:
+        return list(JobSpec.model_fields)
+    section = SECTIONS.get(first)
+    inner = section.model_fields.get(str(path[1])) if section and len(path) > 2 else None
+    sections = [kind for kind in get_args(inner.annotation) if hasattr(kind, "model_fields")] if inner else []
+    return sorted({key for one in sections for key in one.model_fields} or _known_keys(first))
 
 
 def _value_at(path: KeyPath, values: Any) -> Any:

@@ -6,7 +6,7 @@ import difflib
 import json
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -103,9 +103,12 @@ _FEW = (  # keys of the short starter: what most people change first
 )
 
 
-def starter(model: str, train: Any, held_out: Any = None, full: bool = False) -> str:
-    """A commented job file: the few keys that most people change first, or with `full` every key with its default."""
-    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": held_out or {"split": 0.1}}
+def starter(model: str, train: Any, held_out: Any = None, full: bool = False, more: Mapping[str, Any] = {}) -> str:
+    """A commented job file: the few keys that most people change first, or with `full` every key with its default.
+
+    `more` are further keys that are stated.
+    """
+    given = {"model.model_name_or_path": model, "data.train": train, "data.eval": held_out or {"split": 0.1}, **more}
     what = "Every key with its default; delete what you do not need." if full else "`init --full` writes every key."
     lines = [
         editor_line(),
@@ -117,7 +120,7 @@ def starter(model: str, train: Any, held_out: Any = None, full: bool = False) ->
     ]
     for section_name in [name for name in JobSpec.model_fields if name == "method" or name in SECTIONS]:
         section = METHOD_SECTIONS[DEFAULT_METHOD] if section_name == "method" else SECTIONS[section_name]
-        keys = [key for key in section.model_fields if full or f"{section_name}.{key}" in _FEW]
+        keys = [key for key in section.model_fields if full or f"{section_name}.{key}" in {*_FEW, *given}]
         if keys:
             lines += [*_starter_section(section_name, section, keys, given, full), *([""] if full else [])]
     if not full:

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from clusters.safe.reading import printable
 from orchestrator.data.packing import best_fit_decreasing, padded_tokens
+from orchestrator.data.readers.sources import rows_of, sources_of
+from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.guess import Guess, guess_columns
+from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import renderer_for
-from orchestrator.data.survey import survey
+from orchestrator.data.survey import can_render, survey
+from orchestrator.errors import JobError
 from orchestrator.job import model_files
-from orchestrator.job.job_file import Job
+from orchestrator.job.job_file import Job, parse_job
 from orchestrator.planning import planner
 
 PADDED_ROWS = 8
+_LOOKED_AT = 50  # rows of a file that a mapping is guessed from
 
 
 def inspect_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
@@ -35,9 +46,58 @@ def inspect_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
         "statistics": asdict(train.counts.statistics),
         "packing": _packing(train.lengths, max_length) if train.lengths else {},
         "samples": shown,
+        "sources": [asdict(share) for share in train.shares],
         "check": found.lines(with_skipped=False),
         "broken": [line for key in found.keys.values() for line in key.counts.broken.lines(20)],
     }
+
+
+@dataclass(frozen=True)
+class FirstLook:
+    """What a data file holds: the mapping of its columns, how it was read, and its first row as it will be trained."""
+
+    guess: Guess
+    readings: list[str]
+    source: str
+    pieces: list[tuple[str, bool]]  # the row's text and which parts of it are learnt; the turns where no model is here
+
+
+def look_first(model: str, train: str, folder: Path) -> FirstLook:
+    """Look at the first rows of what a new job would train on.  Raises JobError where it holds nothing that fits."""
+    document: dict[str, Any] = {"model": {"model_name_or_path": model}, "data": {"train": train}}
+    job = parse_job(yaml.safe_dump(document), folder)
+    rows = _first_rows(job)
+    guess = guess_columns(rows)
+    if guess is None:
+        names = f"its columns hold no text: {', '.join(map(repr, rows[0].values))}" if rows else "it holds no row"
+        raise JobError(f"--train: {printable(train)}: {names}")
+    stated = {"columns": guess.columns or None, "roles": guess.roles}
+    document["data"] |= {key: value for key, value in stated.items() if value}
+    job = parse_job(yaml.safe_dump(document), folder)
+    (row, *_) = _first_rows(job)
+    try:
+        _, example = read_example(row, "auto")
+    except BadRow as fault:
+        raise JobError(f"{row.where}: {fault}") from None
+    return FirstLook(guess, list(example.readings), row.where, _rendered(job, example))
+
+
+def _first_rows(job: Job) -> list[Row]:
+    (found,) = sources_of(job, job.spec.data.train, "data.train")
+    return [row for row in islice(rows_of(job, *found, first=True), _LOOKED_AT) if not row.broken]
+
+
+def _rendered(job: Job, example: Example) -> list[tuple[str, bool]]:
+    folder = model_files.local_folder(job.spec.model.model_name_or_path, job.folder)
+    if folder is None or not can_render():
+        turns = [(f"{turn['role']}: {turn['content']}\n", turn["role"] == "assistant") for turn in example.messages]
+        return turns or [(example.text or "", True)]
+    renderer = renderer_for(job, folder)
+    try:
+        first, *_ = renderer.render(example)
+    except BadRow as fault:
+        raise JobError(f"data.train: {fault}") from None
+    return _pieces(renderer.tokenizer, {"input_ids": first.input_ids, "supervised": first.supervised})
 
 
 def _packing(lengths: list[int], max_length: int) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import yaml
 from clusters.safe.archives import Bounds, unpack
 from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from clusters.units import GIB, format_bytes
-from orchestrator.data.readers.sources import sources_of
+from orchestrator.data.readers.sources import is_pattern, sources_of
 from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
@@ -121,6 +121,9 @@ def find_files(job: Job) -> Packed:
     packed = Packed()
     for value, listed in _read_paths(job):
         source = job.path(value)
+        if is_pattern(value) and not source.exists():
+            _add_matches(packed, source, listed(source), shared)
+            continue
         if not source.exists() or any(source.is_relative_to(path) for path in shared):
             continue
         name = Path(value).name if Path(value).name not in ("", ".", "..") else source.name
@@ -133,6 +136,16 @@ def find_files(job: Job) -> Packed:
                 packed.links[inner] = packed.files[inner]
     _refuse_too_large(packed)
     return packed
+
+
+def _add_matches(packed: Packed, source: Path, found: list[Path], shared: list[Path]) -> None:
+    """The files that a pattern matches, numbered into a folder; the pattern becomes one of all that lie there."""
+    if all(any(file.is_relative_to(path) for path in shared) for file in found):
+        return
+    folder = f"{len(packed.places)}-matches"
+    packed.places[source] = f"{folder}/*"
+    for number, file in enumerate(found):
+        packed.files[f"{folder}/{number:05}-{file.name}"] = _regular(file)
 
 
 def _read_paths(job: Job) -> Iterator[tuple[str, Callable[[Path], list[Path]]]]:

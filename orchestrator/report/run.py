@@ -66,10 +66,11 @@ def _checked(result: RunResult | None) -> Block | None:
 
 def _job(w: Word, job: Job) -> Block:
     spec, train = job.spec, job.spec.data.train
+    listed = train if isinstance(train, list) else [train]
     goal = ", ".join(f"{key}: {value}" for key, value in spec.goal.model_dump().items() if value is not None)
     rows = [
         (w("model"), spec.model.model_name_or_path),
-        (w("data"), ", ".join(map(str, train)) if isinstance(train, list) else str(train)),
+        (w("data"), ", ".join(one if isinstance(one, str) else one.path for one in listed)),
         (w("method"), spec.method.type),
         (w("goal"), goal),
     ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -29,11 +29,23 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
     parts.append(legend if in_colour else Text("⟦supervised⟧  read only"))
     statistics, packing = seen["statistics"], seen["packing"]
     parts.append(Text(data_sentence({"train": statistics})))
+    parts += [Text(printable(line)) for line in _shares(seen["sources"])]
     parts += [Text(printable(line)) for line in seen["check"]]
     if packing:
         parts.append(Text(_packing_sentence(packing)))
     parts += [Text(f"broken: {printable(line)}", style="red") for line in seen["broken"]]
     return Group(*parts)
+
+
+def _shares(sources: Sequence[Mapping[str, Any]]) -> list[str]:
+    """A line for each of several sources: what comes from it, as often as its weight has it."""
+    tokens, samples = (max(1, sum(one[name] for one in sources)) for name in ("supervised_tokens", "samples"))
+    return [
+        f"source {one['path']}: {one['samples'] / samples:.1%} of the samples ({one['samples']:,}),"
+        f" {one['supervised_tokens'] / tokens:.1%} of the supervised tokens ({one['supervised_tokens']:,})"
+        for one in sources
+        if len(sources) > 1
+    ]
 
 
 def _packing_sentence(packing: Mapping[str, Any]) -> str:

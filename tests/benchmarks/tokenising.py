@@ -71,10 +71,10 @@ def ours(folder: Path, file: Path) -> tuple[Callable[[Path], Any], Any]:
     job = read_job(folder / "job.yaml")
     renderer = renderer_for(job, locate("smollm2-135m-instruct", ROOT))
     sources = sources_of(job, job.spec.data.train, "data.train")
-    options = options_for(job, [source for source, _ in sources], 2048, "data.train")
+    options = options_for(job, 2048)
 
     def prepare(place: Path) -> Any:
-        rows = (row for source, files in sources for row in rows_of(source, files))
+        rows = (row for source, files in sources for row in rows_of(job, source, files))
         return build(rows, renderer, options, place / "made")
 
     return prepare, renderer.tokenizer

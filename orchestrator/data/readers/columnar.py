@@ -51,20 +51,45 @@ def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
         raise JobError(f"{file}: is not an Arrow file: {first_line(error)}") from None
 
 
-def read_hub_rows(name: str, split: str) -> Iterator[Row]:
+@dataclass(frozen=True)
+class HubData:
+    """A data set of the hub, by the arguments of `datasets.load_dataset`."""
+
+    path: str
+    split: str = "train"
+    config: str | None = None
+    revision: str | None = None
+    data_files: str | list[str] | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.path}[{self.split}]"
+
+
+def read_hub_rows(data: HubData) -> Iterator[Row]:
     """The rows of a hub data set's split, through the `datasets` library."""
     import datasets
 
     trouble = why_unreachable()
     try:
         with _offline() if trouble else contextlib.nullcontext():
-            data: Any = datasets.load_dataset(name, split=split)
-        tables = data.with_format("arrow").iter(batch_size=_ROWS)
-        yield from _rows((batch for table in tables for batch in table.to_batches()), f"{name}[{split}]")
+            loaded: Any = datasets.load_dataset(
+                data.path, data.config, split=data.split, revision=data.revision, data_files=data.data_files
+            )
+        tables = loaded.with_format("arrow").iter(batch_size=_ROWS)
+        yield from _rows((batch for table in tables for batch in table.to_batches()), data.label)
     except Exception as error:  # the library raises dozens of types for hub trouble
-        raise JobError(
-            f"data: {name} is neither a local file nor a data set on the hub: {trouble or first_line(error)}"
-        ) from None
+        raise JobError(_hub_trouble(data.path, trouble, error)) from None
+
+
+def _hub_trouble(path: str, trouble: str | None, error: Exception) -> str:
+    """What is wrong with a data set of the hub: its configuration, its split, or that it is not to be had."""
+    told = " ".join(str(error).split())
+    if "Config name is missing" in told or "BuilderConfig" in told:
+        return f"data: {path}: {told[:400]}. State it: {{path: {path}, config: ...}}"
+    if "Unknown split" in told:
+        return f"data: {path}: {told[:400]}. State one of them: {{path: {path}, split: ...}}"
+    return f"data: {path} is neither a local file nor a data set on the hub: {trouble or first_line(error)}"
 
 
 @contextlib.contextmanager

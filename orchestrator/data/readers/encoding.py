@@ -1,16 +1,19 @@
-"""Which encoding a text that is no UTF-8 is in, and the command that converts it."""
+"""Which encoding a text that is no UTF-8 is in, and such a text as UTF-8."""
 
 from __future__ import annotations
 
 import codecs
+import io
 import re
-import shlex
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from orchestrator.errors import JobError
 
 _FALLBACK = "WINDOWS-1252"  # any bytes are text in it
+_CHUNK = 2**18
+_WORD = 6  # foreign bytes, fewer of which among many plain lines are damage and no language
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF32_LE, "UTF-32"),
     (codecs.BOM_UTF32_BE, "UTF-32"),
@@ -19,32 +22,72 @@ _BYTE_ORDER_MARKS = (
 )
 
 
-def check_encoding(head: bytes, file: str) -> None:
-    """Raise JobError, naming encoding and command, where the beginning of a file is no UTF-8 text on the whole.
+def find_encoding(head: bytes) -> str | None:
+    """The encoding, by iconv's name, of a file that begins with `head`; None for UTF-8 text on the whole.
 
-    A few such lines in a file are broken rows, which its reader finds.
+    A few of many foreign lines that are no UTF-8 are broken rows, which its reader finds.
     """
     name = _wide(head) or ("ISO-2022-JP" if re.search(rb"\x1b\$[@B]", head) else None)
-    if name is None:
-        lines = [line for line in head.splitlines() if line.strip()]
-        if 2 * sum(not _is_utf8(line) for line in lines) < max(1, len(lines)):
-            return
-        name = guess(head)
-    raise JobError(f"{file}: is not UTF-8 text; {conversion(name, file)}")
+    if name is not None:
+        return name
+    lines = [line for line in head[: head.rfind(b"\n") + 1 or None].splitlines() if line.strip()]
+    foreign = [line for line in lines if not line.isascii()]
+    wrong = [line for line in foreign if not _is_utf8(line)]
+    if 2 * len(wrong) < max(1, len(foreign)):
+        return None
+    bytes_of_wrong = b"\n".join(wrong)
+    count = len(re.findall(rb"[\x80-\xff]", bytes_of_wrong))
+    is_damage = 2 * len(wrong) < len(lines) and count < _WORD and not _stands_alone(bytes_of_wrong)
+    return None if is_damage else guess(head)
+
+
+def describe(name: str) -> str:
+    """How a text of a detected encoding was read."""
+    if name == _FALLBACK:
+        return f"read as {name}, which may be wrong (look with `inspect`; `encoding` states another)"
+    return f"read as {name}, as detected (`encoding` states another)"
 
 
 def conversion(name: str, file: str) -> str:
-    """What a file is taken for and the command that converts it."""
-    path = Path(file)
-    converted = path.with_name(f"{path.stem}-utf8{path.suffix}")
-    taken_for = f"it reads as {name}" if name != _FALLBACK else f"it may be {name} (look at what the command makes)"
-    return f"{taken_for}. Convert it: iconv -f {name} -t UTF-8 {shlex.quote(file)} > {shlex.quote(str(converted))}"
+    """What a text is taken for and how it is read."""
+    taken_for = f"it reads as {name}" if name != _FALLBACK else f"it may be {name}"
+    return f"{taken_for}. State it: data.train: {{path: {Path(file).name}, encoding: {name.lower()}}}"
+
+
+class Recoded(io.RawIOBase):
+    """The bytes of a text in UTF-8.  Raises JobError where it is not text of the encoding."""
+
+    def __init__(self, stream: BinaryIO, encoding: str, file: str) -> None:
+        self._stream, self._encoding, self._file = stream, encoding, file
+        self._decode = codecs.getincrementaldecoder(encoding)().decode
+        self._ready, self._count, self._ended = b"", 0, False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._ready and not self._ended:
+            read = self._stream.read(_CHUNK)
+            self._ended = not read
+            try:
+                self._ready = self._decode(read, self._ended).encode("utf-8", "surrogatepass")
+            except UnicodeDecodeError as error:
+                raise JobError(
+                    f"{self._file}: is not {self._encoding} text at byte {self._count + error.start:,} or so. State"
+                    f" another `encoding`: data.train: {{path: {Path(self._file).name}, encoding: ...}}"
+                ) from None
+            self._count += len(read)
+        size = min(len(buffer), len(self._ready))
+        buffer[:size], self._ready = self._ready[:size], self._ready[size:]
+        return size
 
 
 def guess(sample: bytes) -> str:
     """The most likely encoding of a text that is no UTF-8, by iconv's name."""
     sample = sample[: sample.rfind(b"\n") + 1] or sample  # no half character at the end
     for name, codec, looks_right in _CANDIDATES:
+        if name in _OF_PAIRS and _stands_alone(sample):
+            continue
         try:
             text = sample.decode(codec)
         except UnicodeDecodeError:
@@ -53,6 +96,12 @@ def guess(sample: bytes) -> str:
         if foreign and looks_right(foreign, text):
             return name
     return _FALLBACK
+
+
+def _stands_alone(sample: bytes) -> bool:
+    """Whether foreign bytes stand singly among Latin letters, as accents do: two make a Chinese character."""
+    runs = [len(run) for run in re.findall(rb"[\x80-\xff]+", sample)]
+    return runs.count(1) > 0.8 * sum(runs)
 
 
 def _wide(head: bytes) -> str | None:
@@ -83,6 +132,7 @@ def _whole_words(foreign: list[str], text: str) -> bool:
     return sum(map(len, re.findall(r"[^\x00-\x7f]{2,}", text))) > 0.7 * len(foreign)
 
 
+_OF_PAIRS = ("GB18030", "BIG5")
 _Test = Callable[[list[str], str], bool]
 # Kana, Hangul and Cyrillic identify an encoding.  Chinese ones come later: they decode nearly any bytes.
 _CANDIDATES: tuple[tuple[str, str, _Test], ...] = (

@@ -110,6 +110,10 @@ def _walk(folder: Path, key: str, split: str | None) -> _Seen:
             else:
                 seen.data.append((file, split_of_name(relative)))
     seen.data.sort(key=lambda item: item[0])
+    texts = [file for file, _ in seen.data if kind_of_name(file.name) == "txt"]
+    if texts and len(texts) < len(seen.data):  # a note beside the rows
+        seen.skipped["text file beside rows"] += [_relative(file, folder) for file in texts]
+        seen.data = [item for item in seen.data if item[0] not in texts]
     return seen
 
 

@@ -1,9 +1,8 @@
-"""Rows of JSON lines, of JSON lists and of csv files, one at a time, whatever the file's size."""
+"""Rows of JSON lines and of JSON lists, one at a time, whatever the file's size."""
 
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
 import shlex
@@ -21,9 +20,9 @@ MAX_ROW_BYTES = 16 * 2**20  # 4 million tokens; the values of a longer line may 
 _CHUNK = 2**20
 _AS_OBJECT = 'Write it as {"prompt": "...", "completion": "..."}'
 _SPACE = re.compile(r"[ \t\r\n]*")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+SURROGATE = re.compile("[\ud800-\udfff]")
 _TOO_DEEP = f"is nested too deeply (more than {MAX_DEPTH} levels). Flatten or remove it"
-_TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MiB, too long for one sample. Split it into several rows"
+TOO_LONG = f"is longer than {MAX_ROW_BYTES // 2**20} MiB, too long for one sample. Split it into several rows"
 
 
 def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Row]:
@@ -34,7 +33,7 @@ def read_jsonl(stream: BinaryIO, file: str) -> Iterator[Row]:
         if len(line) > MAX_ROW_BYTES and not line.endswith(b"\n"):
             while line and not line.endswith(b"\n"):
                 line = stream.readline(_CHUNK)
-            yield Row({}, file, number, BadRow(f"the line {_TOO_LONG}"))
+            yield Row({}, file, number, BadRow(f"the line {TOO_LONG}"))
         elif line.strip(b" \t\r\n\xef\xbb\xbf"):
             yield _parse_line(line, file, number)
 
@@ -47,40 +46,6 @@ def read_json(stream: BinaryIO, file: str) -> Iterator[Row]:
         if number == 0 and not values.is_list and (refusal := _one_object(row, file)) and not values.has_more():
             raise refusal
         yield row
-
-
-def read_csv(stream: BinaryIO, file: str, delimiter: str = ",") -> Iterator[Row]:
-    """The rows of a csv file with a header.  Raises JobError for a header that cannot be used."""
-    csv.field_size_limit(MAX_ROW_BYTES)
-    reader = csv.reader(_lines(stream, file), delimiter=delimiter, strict=True)
-    try:
-        header = next(reader, None)
-    except csv.Error as error:
-        raise JobError(f"{file}:1: the header is not csv: {error}") from None
-    if header is None:
-        return
-    names = _header(header, file, delimiter)
-    hint = ""
-    while True:
-        line = reader.line_num + 1
-        try:
-            cells = next(reader, None)
-        except csv.Error as error:
-            yield Row({}, file, line, _csv_fault(error))
-            continue
-        if cells is None:
-            return
-        if not cells:
-            continue
-        values = dict(zip(names, cells, strict=False))
-        broken = None
-        if len(cells) != len(names):
-            fault = f"has {len(cells)} cells, but the header has {len(names)}"
-            broken = BadRow(f"{fault}. Put texts with {delimiter!r} in quotes", "has not as many cells as the header")
-        elif bad := next((name for name, cell in values.items() if _SURROGATE.search(cell)), None):
-            hint = hint or _encoding_hint(values[bad].encode("utf-8", "surrogateescape"), file)
-            broken = BadRow(f"field {bad!r} is not UTF-8 text{hint}")
-        yield Row(values, file, line, broken)
 
 
 def checked(values: Any, text: str, file: str, line: int) -> Row:
@@ -101,7 +66,7 @@ def _has_surrogate(value: Any) -> bool:
     waiting = [value]
     while waiting:
         value = waiting.pop()
-        if isinstance(value, str) and _SURROGATE.search(value):
+        if isinstance(value, str) and SURROGATE.search(value):
             return True
         if isinstance(value, dict):
             waiting += [*value, *value.values()]
@@ -114,7 +79,7 @@ def _parse_line(line: bytes, file: str, number: int) -> Row:
     try:
         text = line.decode("utf-8-sig")
     except UnicodeDecodeError:
-        return Row({}, file, number, BadRow(f"is not UTF-8 text{_encoding_hint(line, file)}"))
+        return Row({}, file, number, BadRow(f"is not UTF-8 text{encoding_hint(line, file)}"))
     try:
         return checked(_DECODER.decode(text), text, file, number)
     except RecursionError:
@@ -140,7 +105,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 
 
-def _encoding_hint(sample: bytes, file: str) -> str:
+def encoding_hint(sample: bytes, file: str) -> str:
+    """What to do about bytes that are no UTF-8, for the end of a sentence."""
     return f"; {conversion(guess(sample), file)}"
 
 
@@ -203,7 +169,7 @@ class _JsonValues:
                 if self._ended:
                     raise self._fault(getattr(error, "msg", str(error)), getattr(error, "pos", self._at)) from None
             if len(self._text) - self._at > MAX_ROW_BYTES:
-                raise self._fault(f"this object {_TOO_LONG}, or it is no JSON")
+                raise self._fault(f"this object {TOO_LONG}, or it is no JSON")
             self._fill()
 
     def _fill(self) -> None:
@@ -212,7 +178,7 @@ class _JsonValues:
         try:
             self._text = self._text[self._at :] + self._decode(read, final=self._ended)
         except UnicodeDecodeError:
-            raise JobError(f"{self.file}: is not UTF-8 text{_encoding_hint(read, self.file)}") from None
+            raise JobError(f"{self.file}: is not UTF-8 text{encoding_hint(read, self.file)}") from None
         self._at = 0
 
     def _fault(self, fault: str, at: int | None = None) -> JobError:
@@ -232,49 +198,3 @@ def _one_object(row: Row, file: str) -> JobError | None:
         f"{file}: holds one object, with rows perhaps in {', '.join(map(repr, lists))}; a .json data file is a list of"
         f" objects. Take them out: jq -c {shlex.quote(f'.[{json.dumps(lists[0])}][]')} {shlex.quote(file)} > {target}"
     )
-
-
-def _lines(stream: BinaryIO, file: str) -> Iterator[str]:
-    """Lines of a text, its bytes that are no UTF-8 as surrogates, without a byte-order mark."""
-    number = 0
-    while piece := stream.readline(MAX_ROW_BYTES + 1):
-        if len(piece) > MAX_ROW_BYTES and not piece.endswith(b"\n"):
-            raise JobError(f"{file}:{number + 1}: the line {_TOO_LONG}")
-        for line in piece.splitlines(keepends=True):
-            number += 1
-            text = line.decode("utf-8", "surrogateescape")
-            yield text.removeprefix("\ufeff") if number == 1 else text
-
-
-def _csv_fault(error: csv.Error) -> BadRow:
-    if "field larger" in str(error):
-        return BadRow(f"has a cell that {_TOO_LONG}, or a quote that is never closed")
-    if "unexpected end" in str(error):
-        return BadRow("begins a quote that is never closed, and the rest of the file would be lost. Close the quote")
-    return BadRow(f"is not csv: {error}. Write a quote within a cell twice")
-
-
-def _header(cells: list[str], file: str, delimiter: str) -> list[str]:
-    """The names of the columns.  Raises JobError for another separator and for names that occur twice."""
-    if cells and re.fullmatch("sep=.?", cells[0].lower()):
-        source, target = shlex.quote(file), shlex.quote(str(Path(file).with_name(f"{Path(file).stem}-plain.csv")))
-        raise JobError(f"{file}:1: is Excel's line 'sep='. Remove it: tail -n +2 {source} > {target}")
-    if detect(dict.fromkeys(cells)) is None:
-        for other, shown in ((";", "semicolons"), ("\t", "tabs"), ("|", "bars"), (",", "commas")):
-            names = delimiter.join(cells).split(other)
-            if other != delimiter and len(names) > 1 and (len(cells) == 1 or detect(dict.fromkeys(names))):
-                raise JobError(f"{file}: its cells are separated by {shown}. {_suggest_commas(file, other)}")
-    if any(_SURROGATE.search(cell) for cell in cells):
-        raw = delimiter.join(cells).encode("utf-8", "surrogateescape")
-        raise JobError(f"{file}:1: the header is not UTF-8 text{_encoding_hint(raw, file)}")
-    repeated = sorted({cell for cell in cells if cell and cells.count(cell) > 1})
-    if repeated:
-        raise JobError(f"{file}:1: the header names {', '.join(map(repr, repeated))} twice. Rename or remove a column")
-    return [cell or f"column {number} (no name)" for number, cell in enumerate(cells, start=1)]
-
-
-def _suggest_commas(file: str, delimiter: str) -> str:
-    path = Path(file)
-    code = f"import csv, sys; csv.writer(sys.stdout).writerows(csv.reader(sys.stdin, delimiter={delimiter!r}))"
-    target = path.with_name(f"{path.stem}-commas.csv")
-    return f"Convert it: python -c {shlex.quote(code)} < {shlex.quote(file)} > {shlex.quote(str(target))}"

@@ -12,15 +12,33 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-TURN_KEYS = ("messages", "conversations", "conversation")
+DIALOGUE_KEYS = ("dialogue", "dialog", "chat", "turns")  # of turns where they hold a list of objects
+TURN_KEYS = ("messages", "conversations", "conversation", *DIALOGUE_KEYS)
 SHAREGPT_KEYS = ("conversations", "conversation", "messages")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
 TOOL_KEYS = ("tools", "functions")
 TEXT_KEYS = ("text", "sentence")
 PROMPT_KEYS = ("prompt", "question", "query", "input", "instruction")
 ANSWER_KEYS = ("completion", "output", "response", "answer")
-ALPACA_ANSWER_KEYS = ("output", "response", "answer", "completion")
+# Read so where none of the above is there.
+RARE_PROMPT_KEYS = ("inputs", "problem", "user", "human", "user_input", "質問")
+RARE_ANSWER_KEYS = ("reply", "target", "targets", "solution", "assistant", "回答")
+ALL_PROMPT_KEYS, ALL_ANSWER_KEYS = (*PROMPT_KEYS, *RARE_PROMPT_KEYS), (*ANSWER_KEYS, *RARE_ANSWER_KEYS)
+ALPACA_ANSWER_KEYS = ("output", "response", "answer", "completion", "reply", "target")
 INPUT_KEYS = ("input", "context")
+RECOGNISED = {
+    *TURN_KEYS,
+    *SYSTEM_KEYS,
+    *TOOL_KEYS,
+    *TEXT_KEYS,
+    *PROMPT_KEYS,
+    *RARE_PROMPT_KEYS,
+    *ANSWER_KEYS,
+    *RARE_ANSWER_KEYS,
+    *INPUT_KEYS,
+    "label",
+    "history",
+}
 CHOICE_KEYS = ("choices", "options")  # of a question with several answers to choose from
 
 # In a turn of a conversation.
@@ -53,11 +71,11 @@ class Refusal:
         return f"ignoring it would lose {self.lost}. {self.way}"
 
 
-_REMOVE = "or remove the field"
+_REMOVE = "or remove the field, or name it in data.ignore_columns"
 _PICTURES = Refusal("what it shows or plays; only text is trained", f"Describe it in the text, {_REMOVE}")
 _PREFERENCE = Refusal(
     "which answer is the better one; one answer a row is trained here",
-    "Keep the better answer as 'completion' beside its 'prompt', and remove the other",
+    "Name the better answer: data.columns: {prompt: prompt, completion: chosen} and data.ignore_columns: [rejected]",
 )
 _WEIGHTS = Refusal(
     "how much it counts; every row counts the same here", f"Repeat or leave out rows by their weight, {_REMOVE}"
@@ -76,7 +94,7 @@ _INPUT = Refusal("a part of the question", f"Write it into the prompt, {_REMOVE}
 
 _LABEL = Refusal(
     "that an answer is good or bad; a row marked bad would be trained like a good one",
-    "Keep the good rows alone and remove the field",
+    "Keep the good rows alone and remove the field, or name it in data.ignore_columns",
 )
 _TEMPLATE = Refusal("an option of the chat template", f"Write it into a template for data.chat_template, {_REMOVE}")
 _SPEAKER = Refusal("who speaks", f"Write the name into the turn's text, {_REMOVE}")
@@ -179,14 +197,34 @@ _JUDGEMENTS = ("true", "false", "0", "1", "-1", "yes", "no", "good", "bad", "cho
 
 def first(keys: Iterable[str], names: Iterable[str]) -> str | None:
     """The first of `keys` that is among `names`."""
-    return next((key for key in keys if key in names), None)
+    for key in keys:  # four times as fast as a generator: it is asked several times a row
+        if key in names:
+            return key
+    return None
+
+
+def is_pair(names: set[str]) -> bool:
+    """Whether one name is a prompt's and one an answer's: of the usual ones, or of the usual and the rare together."""
+    return any(len(names & asks) == len(names & answers) == 1 for asks, answers in _PAIRS)
+
+
+_PAIRS = (
+    ({*PROMPT_KEYS}, {*ANSWER_KEYS}),
+    ({*ALL_PROMPT_KEYS}, {*ALL_ANSWER_KEYS}),
+)
 
 
 # Of each group of keys a row's first one is used.
 _USED: dict[str, tuple[tuple[str, ...], ...]] = {
     "messages": (TURN_KEYS, SYSTEM_KEYS, TOOL_KEYS),
     "sharegpt": (SHAREGPT_KEYS, SYSTEM_KEYS, TOOL_KEYS),
-    "prompt_completion": (PROMPT_KEYS, ANSWER_KEYS, SYSTEM_KEYS, ("history",), TOOL_KEYS),
+    "prompt_completion": (
+        ALL_PROMPT_KEYS,
+        ALL_ANSWER_KEYS,
+        SYSTEM_KEYS,
+        ("history",),
+        TOOL_KEYS,
+    ),
     "alpaca": (("instruction",), INPUT_KEYS, ALPACA_ANSWER_KEYS, SYSTEM_KEYS, ("history",), TOOL_KEYS),
     "classification": (TEXT_KEYS, ("label",)),
     "text": (("text",),),

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from orchestrator.data.rows import columns, turns
+from orchestrator.data.rows import columns, mapping, turns
 from orchestrator.data.rows.columns import missing
 from orchestrator.data.rows.row import BadRow, Message, Row
 
@@ -50,7 +50,9 @@ def read_example(
     """
     if row.broken:
         raise row.broken
-    known = (detected or {}).get(row.file)
+    row = plainly_named(row)
+    wanted = row.row_format if row.row_format != "auto" else wanted
+    known = (detected or {}).get(row.file) if wanted == "auto" else None
     row_format = known or (wanted if wanted != "auto" else detect(row.values))
     if row_format is None:
         raise unknown_format(row.values)
@@ -72,7 +74,22 @@ def read_example(
         for name in used
         if isinstance(value := row.values[name], str) and value in _MISSING_TEXTS
     )
-    return row_format, replace(example, readings=example.readings + doubtful) if doubtful else example
+    if doubtful or row.notes or row.ignored:
+        readings = (*row.notes, *example.readings, *doubtful)
+        example = replace(example, readings=readings, ignored=(*row.ignored, *example.ignored))
+    return row_format, example
+
+
+def plainly_named(row: Row) -> Row:
+    """A row without a format under plain names, where its own are those with capitals or spaces."""
+    names = mapping.plain_names(tuple(map(str, row.values)))
+    if not names or detect(row.values):
+        return row
+    values = {names.get(name, name): value for name, value in row.values.items()}
+    if detect(values) is None:
+        return row
+    listed = ", ".join(f"{name!r} as {plain}" for name, plain in names.items())
+    return replace(row, values=values, notes=(*row.notes, f"columns are read by their names: {listed}"))
 
 
 def detect(values: Mapping[str, Any]) -> str | None:
@@ -88,11 +105,17 @@ def detect(values: Mapping[str, Any]) -> str | None:
         return "alpaca"
     if "label" in keys and keys & set(columns.TEXT_KEYS):
         return "classification"
-    if len(keys & set(columns.PROMPT_KEYS)) == len(keys & set(columns.ANSWER_KEYS)) == 1:
+    if any(_is_list_of_objects(values.get(key)) for key in columns.DIALOGUE_KEYS):
+        return "messages"
+    if columns.is_pair(keys):
         return "prompt_completion"
     if keys & {"chosen", "rejected"}:  # not a text with two notes
         return None
     return "text" if "text" in keys else None
+
+
+def _is_list_of_objects(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and isinstance(value[0], dict)
 
 
 def unknown_format(values: Mapping[str, Any]) -> BadRow:
@@ -103,20 +126,16 @@ def unknown_format(values: Mapping[str, Any]) -> BadRow:
         return BadRow(f"fields {names} are a preference; {refusal.sentence}")
     if "input_ids" in names:
         return BadRow(f"fields {names} are tokens; rows are tokenised here. Give their text instead")
-    near = {name: plain for name in names if (plain := name.strip().lower()) != name and plain in _KNOWN_NAMES}
-    hint = "".join(f". Rename {name!r} to {plain!r}" for name, plain in near.items())
-    return BadRow(f"fields {names} fit no known format; known: {DETECTABLE}{hint or '. Rename the fields to these'}")
+    example = {"prompt": names[0], "completion": names[-1]} if len(names) > 1 else {"text": "".join(names)}
+    stated = ", ".join(f"{ours}: {theirs}" for ours, theirs in example.items())
+    return BadRow(
+        f"fields {names} fit no known format; known: {DETECTABLE}. Say which is what, for example data.columns:"
+        f" {{{stated}}}"
+    )
 
 
 _FILL = "Fill it or remove the row"
 _MISSING_TEXTS = ("nan", "NaN", "<NA>", "NaT", "None", "null", "NULL")
-_KNOWN_NAMES = {
-    *columns.TURN_KEYS,
-    *columns.PROMPT_KEYS,
-    *columns.ANSWER_KEYS,
-    *columns.TEXT_KEYS,
-    "label",
-}
 
 
 def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -> Example:
@@ -134,7 +153,8 @@ def convert(values: Mapping[str, Any], row_format: str, instruction: str = "") -
     if row_format in ("messages", "sharegpt"):
         keys = columns.TURN_KEYS if row_format == "messages" else columns.SHAREGPT_KEYS
         key = columns.first(keys, values) or keys[0]
-        reading = turns.Reading(key, (key, "role" if key == "messages" else "from"))
+        usual = ("", "") if key in columns.DIALOGUE_KEYS else (key, "role" if key == "messages" else "from")
+        reading = turns.Reading(key, usual)
         return _conversation(values, turns.read_turns(values.get(key), reading), reading, ignored)
     return _pair(values, row_format, ignored)
 
@@ -155,8 +175,8 @@ def _classification(values: Mapping[str, Any], instruction: str, ignored: tuple[
 def _pair(values: Mapping[str, Any], row_format: str, ignored: tuple[str, ...]) -> Example:
     """Prompt and completion or Alpaca, by whatever names; with a system prompt or a history it is a conversation."""
     alpaca = row_format == "alpaca"
-    prompt_key = "instruction" if alpaca else columns.first(columns.PROMPT_KEYS, values) or "prompt"
-    answers = columns.ALPACA_ANSWER_KEYS if alpaca else columns.ANSWER_KEYS
+    prompt_key = "instruction" if alpaca else columns.first(columns.ALL_PROMPT_KEYS, values) or "prompt"
+    answers = columns.ALPACA_ANSWER_KEYS if alpaca else columns.ALL_ANSWER_KEYS
     answer_key = columns.first(answers, values) or answers[0]
     input_key = columns.first(columns.INPUT_KEYS, values) if alpaca else None
     reading = turns.Reading(prompt_key, ("", ""))

@@ -28,6 +28,9 @@ class Row:
     file: str
     line: int  # line of a text file where the row begins, else number of the row; from 1
     broken: BadRow | None = None
+    notes: tuple[str, ...] = ()  # how its file or its columns were read, to be counted and named
+    ignored: tuple[str, ...] = ()  # columns that hold something and that the job does not read
+    row_format: str = "auto"  # where its source states one
 
     @property
     def where(self) -> str:

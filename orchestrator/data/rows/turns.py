@@ -13,7 +13,7 @@ from orchestrator.data.rows.row import BadRow, Message
 
 ROLES = ("system", "user", "assistant", "tool")
 _CALL = "function_call"  # a turn that is nothing but a call
-_ROLES = {
+KNOWN_ROLES = {
     **{role: role for role in ROLES},
     "human": "user",
     **dict.fromkeys(("gpt", "bot", "model", "chatgpt"), "assistant"),
@@ -135,10 +135,17 @@ def _from_json(value: Any, label: str) -> Any:
 def _message(turn: Any, number: int, reading: Reading) -> Message:
     if not isinstance(turn, dict):
         raise _bad(number, f"is a {type(turn).__name__}, not an object with 'role' and 'content'")
+    if len(turn) == 2 and turn.get("role") in ROLES and reading.usual == (reading.key, "role"):
+        content = turn.get("content")
+        if isinstance(content, str):  # as most turns are: nothing to look up
+            return {"role": turn["role"], "content": content}
     names = tuple(map(str, turn))
     role_key, text_key = columns.first(columns.ROLE_KEYS, names), columns.first(columns.CONTENT_KEYS, names)
     if role_key is None:
-        raise _bad(number, f"has no role; its fields are {sorted(names)}. Name them 'role' and 'content'")
+        raise _bad(
+            number,
+            f"has no role; its fields are {sorted(names)}. Say which is what: data.columns: {{role: .., content: ..}}",
+        )
     role = _role(turn[role_key], role_key, number, reading)
     if (reading.key, role_key) != reading.usual:
         reading.note(f"turns with {role_key!r} and {text_key!r} under {reading.key!r} are read as role and content")
@@ -157,10 +164,14 @@ def _message(turn: Any, number: int, reading: Reading) -> Message:
 
 
 def _role(value: Any, key: str, number: int, reading: Reading) -> str:
-    role = _ROLES.get(value.strip().lower()) if isinstance(value, str) else None
+    role = KNOWN_ROLES.get(value.strip().lower()) if isinstance(value, str) else None
     if role is None:
-        known = ", ".join(_ROLES)
-        raise _bad(number, f"has {key} {value!r:.60}; known: {known}. Rename the role", f"has the {key} {value!r:.60}")
+        known = ", ".join(KNOWN_ROLES)
+        raise _bad(
+            number,
+            f"has {key} {value!r:.60}; known: {known}. Say who it is: data.roles: {{{value!s:.60}: user}}",
+            f"has the {key} {value!r:.60}",
+        )
     if value not in _USUAL_ROLES:
         reading.note(f"role {value.strip()!r:.40} is read as {'an assistant that calls' if role == _CALL else role}")
     return role
@@ -288,3 +299,30 @@ def _check_answers(messages: list[Message]) -> None:
 
 def _bad(number: int, fault: str, kind: str | None = None) -> BadRow:
     return BadRow(f"turn {number} {fault}", f"a turn {kind or fault}")
+
+
+@dataclass(frozen=True)
+class CallStyle:
+    """How a template reads a call: its arguments as an object or as JSON, beside a content that is "" or null."""
+
+    as_text: bool = False
+    null_content: bool = False
+
+    def of(self, turn: dict[str, Any]) -> dict[str, Any]:
+        """A turn with calls in this style."""
+        changed = dict(turn)
+        if self.as_text:
+            changed["tool_calls"] = [
+                call | {"function": call["function"] | {"arguments": _as_json(call["function"]["arguments"])}}
+                for call in turn["tool_calls"]
+            ]
+        if self.null_content and not turn.get("content"):
+            changed["content"] = None
+        return changed
+
+
+def _as_json(arguments: Any) -> str:
+    return arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False)
+
+
+CALL_STYLES = tuple(CallStyle(as_text, null) for as_text in (False, True) for null in (False, True))

@@ -26,12 +26,51 @@ class ModelSection(Section):
     trust_remote_code: bool = key(False, "run Python code that the model's repository ships")
 
 
-class Source(Section):
-    """One data source: a file, a folder or a hub dataset."""
+class ColumnNames(Section):
+    """Which column of a file is what: {prompt: question, completion: answer}."""
 
-    path: str = Field(description="jsonl, json, csv, tsv, parquet, arrow, a folder of them, or a Hugging Face dataset")
+    prompt: str | None = key(None, "column of the question; with braces a text of columns: '{context} Q: {question}'")
+    input: str | None = key(None, "column of what is put behind the prompt (Alpaca's input)")
+    completion: str | None = key(None, "column of the answer; with braces a text of columns")
+    messages: str | None = key(None, "column of the turns of a conversation")
+    system: str | None = key(None, "column of the system prompt")
+    tools: str | None = key(None, "column of the functions that the model may call")
+    history: str | None = key(None, "column of the earlier turns, pairs of question and answer")
+    text: str | None = key(None, "column of plain text")
+    label: str | None = key(None, "column of the label; with text it is a classification")
+    role: str | None = key(None, "key of a turn: who speaks")
+    content: str | None = key(None, "key of a turn: its text")
+    train: str | None = key(None, "key of a turn: whether it is trained (1 or true) or only read (0 or false)")
+    tool_calls: str | None = key(None, "key of a turn: the calls of functions")
+    reasoning_content: str | None = key(None, "key of a turn: the reasoning before the answer")
+
+    def stated(self) -> dict[str, str]:
+        """Our name -> the file's, of those that are stated."""
+        return {name: value for name, value in self.model_dump().items() if value is not None}
+
+
+class Source(Section):
+    """One data source: a file, a folder, an address or a hub dataset."""
+
+    path: str = Field(
+        description="jsonl, json, csv, tsv, txt, parquet or arrow (a text also as gz, bz2, xz, zst), a folder of them,"
+        " a pattern (data/*.jsonl), an address (s3://, gs://, https://), or a Hugging Face dataset"
+    )
     format: Format = key("auto", "how a row is read; auto looks at the first row of each file")
     split: str = key("train", "which split: of a hub dataset, or of a folder by the names of its files")
+    config: str | None = key(None, "configuration (subset) of a hub dataset")
+    revision: str | None = key(None, "revision of a hub dataset: a branch, tag or commit")
+    data_files: str | list[str] | None = key(None, "files of a hub dataset to read instead of its own choice")
+    columns: ColumnNames | None = key(None, "which column is what in this source; replaces data.columns")
+    encoding: str = key("auto", "encoding of text files; auto = UTF-8, or detected and named")
+    delimiter: str = key("auto", "what separates the cells of csv files; auto = detected and named", max_length=4)
+    sample_by: Literal["auto", "line", "paragraph", "document"] = key(
+        "auto", "what is a row of a txt file; auto = paragraphs where it has blank lines, else lines"
+    )
+    weight: float = key(
+        1.0, "how often each sample counts: 0.5 = half of them, drawn by train.seed; 2 = each twice", gt=0, le=1000
+    )
+    max_samples: int | None = key(None, "most rows of this source, drawn by train.seed", ge=1, le=MOST)
 
 
 class HeldOutFraction(Section):
@@ -48,11 +87,24 @@ class DataSection(Section):
         None, "held-out rows: paths, or {split: 0.05}"
     )
     format: Format = key("auto", "format of every source that does not state its own")
+    columns: ColumnNames | None = key(
+        None, "which column of the files is what: {prompt: question, completion: answer}; null = by their names"
+    )
+    roles: dict[str, Literal["system", "user", "assistant", "tool"]] = key(
+        {}, "who a role of the rows is: {customer: user, agent: assistant}"
+    )
+    ignore_columns: list[str] = key([], "columns that are not read, whatever their names mean")
+    max_samples: int | None = key(
+        None, "most rows of each source that states no other, drawn by train.seed", ge=1, le=MOST
+    )
     chat_template: str = key("tokenizer", "tokenizer, or the path of a .jinja file")
     system_prompt: str | None = key(None, "put before conversations that have no system message")
     instruction: str = key("", "classification: text put before each row's text")
     assistant_only_loss: bool = key(True, "conversations: train on the assistant's turns only")
     completion_only_loss: bool = key(True, "prompt/completion rows: train on the completion only")
+    train_on_eos: Literal["turn", "last", "all", "none"] = key(
+        "turn", "which ends of turns are learnt: of each trained answer, of the last one, of all turns, of none"
+    )
     max_length: Auto | Annotated[int, Field(ge=8, le=MOST)] = key("auto", "longest sample in tokens")
     overlong: Literal["auto", "truncate", "drop", "split"] = key(
         "auto", "what happens to longer samples; auto = conversations are cut, plain text is split"

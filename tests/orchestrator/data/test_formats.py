@@ -257,8 +257,7 @@ def test_what_would_be_lost_is_refused_with_field_loss_and_way_out(row, told):
     [
         ({"prompt": "q", "chosen": "a", "rejected": "b"}, "are a preference"),
         ({"text": "t", "chosen": "a", "rejected": "b"}, "are a preference"),
-        ({"Prompt": "q", "Completion": "a"}, r"Rename 'Completion' to 'completion'\. Rename 'Prompt' to 'prompt'"),
-        ({"prompt": "q", " completion": "a"}, "Rename ' completion' to 'completion'"),
+        ({"a": "q", "b": "a"}, r"which is what, for example data.columns: \{prompt: a, completion: b\}"),
         ({"input_ids": [1], "labels": [1]}, "are tokens"),
         ({"problem": "q", "solution": "a", "answer": "b"}, "fit no known format"),
         ({"question": "q", "response": "a", "answer": "b"}, "fit no known format"),

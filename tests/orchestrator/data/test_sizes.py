@@ -39,7 +39,7 @@ def test_a_plan_without_torch_counts_the_rows_that_are_trained(job, tmp_path, to
 
     lengths, supervised = rough_lengths(job, 64)
 
-    rows = (row for found in sources_of(job, "train.jsonl", "data.train") for row in rows_of(*found))
+    rows = (row for found in sources_of(job, "train.jsonl", "data.train") for row in rows_of(job, *found))
     exact = build(
         rows, Renderer(tokenizer, CHAT_TEMPLATE), TokenizeOptions("auto", "", 64, "truncate", False), tmp_path / "out"
     )

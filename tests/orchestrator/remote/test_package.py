@@ -9,6 +9,7 @@ import tarfile
 
 import pytest
 
+from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import read_job
 from orchestrator.remote import package
@@ -51,6 +52,19 @@ def test_of_folders_only_what_is_read_is_sent(folder):
     ]
     assert found.places == {folder / "model": "0-model", folder / "data": "1-data"}
     assert found.as_dict()["num_files"] == 4 and found.links == {}
+
+
+def test_the_files_of_a_pattern_are_sent_and_found_there_in_their_order(folder, tmp_path):
+    for name, text in (("b/part.jsonl", "2"), ("a/part.jsonl", "1"), ("a/other.jsonl", "3")):
+        (folder / "more" / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / "more" / name).write_text(json.dumps({"text": text}) + "\n")
+    job = read_job(folder / "job.yaml", ["data.train=more/*/part.jsonl"])
+
+    package.pack(job, tmp_path / "sent")
+
+    there = read_job(tmp_path / "sent" / "job.yaml")
+    (found,) = sources_of(there, there.spec.data.train, "data.train")
+    assert [row.values["text"] for row in rows_of(there, *found)] == ["1", "2"]
 
 
 def test_a_saved_data_set_is_one_there_too(folder):
