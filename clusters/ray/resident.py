@@ -8,7 +8,6 @@ One job at a time uses it, with the environment of whoever submits it, in proces
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import socket
@@ -18,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from clusters.safe import locking
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, read_json, record
 from clusters.safe.writing import write_whole
@@ -112,17 +112,8 @@ def why_not(resident: Resident, num_slots: int, nice: int | None) -> str | None:
 def taken() -> Iterator[bool]:
     """Whether it is this process's inside the block; another job of this user may have it."""
     _file().parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(_file().with_suffix(".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(descriptor)
-        yield False
-        return
-    try:
-        yield True
-    finally:
-        os.close(descriptor)
+    with locking.hold(_file().with_suffix(".lock"), wait=False) as is_ours:
+        yield is_ours
 
 
 def loading_ahead(environment: Mapping[str, str]) -> dict[str, str]:

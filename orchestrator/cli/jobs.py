@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -76,6 +75,7 @@ def init(
     Examples: orchestrator init job.yaml --train mydata.jsonl
               orchestrator init job.yaml --recipe classify
     """
+    from orchestrator.data.readers.folders import data_files_of
     from orchestrator.job.schema import starter
 
     file = resolve_path(path, "init", kind="new file")
@@ -87,26 +87,12 @@ def init(
     if recipe:
         _copy_recipe(recipe, file, force)
     else:
-        found, held_out = (train, None) if train else _data_here(file.parent)
+        found, held_out = (train, None) if train else data_files_of(file.parent)
         more = _look_at_rows(model, found, file.parent) if found else {}
         write_text_file(file, starter(model, found or "train.jsonl", held_out, full, more), "init")
         if found is None:
             say("data.train is train.jsonl, which is not here: set it to the path of your rows")
     show(f"wrote {path}. Next: orchestrator validate {path}")
-
-
-_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
-_HELD_OUT = re.compile(r"(^|[_.-])(eval|validation|valid|val|dev|test)([_.-]|$)")
-
-
-def _data_here(folder: Path) -> tuple[str | None, str | None]:
-    """The one data file of a folder to train on, and the one to measure on; None for each that is not clear."""
-    names = sorted(path.name for path in folder.iterdir() if path.suffix in _DATA_FILES and path.name[0] not in "._")
-    held_out = [name for name in names if _HELD_OUT.search(name)]
-    train = [name for name in names if name not in held_out]
-    if len(train) != 1:
-        return None, None
-    return train[0], held_out[0] if len(held_out) == 1 else None
 
 
 def _copy_recipe(name: str, file: Path, force: bool) -> None:

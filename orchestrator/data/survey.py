@@ -34,7 +34,7 @@ Keep = Callable[[int, list[dict[str, Any]]], None]  # number of a row of data.tr
 
 
 @dataclass
-class Share:
+class SourceShare:
     """What comes from one source; `samples` and the rest as often as its weight has it."""
 
     path: str
@@ -53,7 +53,7 @@ class _Key:
     fingerprints: list[int] = field(default_factory=list)
     texts: list[int] = field(default_factory=list)  # fingerprints of what the samples' rows say
     sketches: list[Any] = field(default_factory=list)  # of the same, for those that are nearly equal
-    shares: list[Share] = field(default_factory=list)  # of its sources
+    shares: list[SourceShare] = field(default_factory=list)  # of its sources
     formats: dict[str, str] = field(default_factory=dict)  # of each path
     skipped: list[str] = field(default_factory=list)  # files of folders that are not read
     is_whole: bool = True  # False: only the first rows were looked at, or none of a hub's data set
@@ -212,12 +212,12 @@ def _counted(rows: Iterable[Row], seen: Counter[str]) -> Iterator[Row]:
         yield row
 
 
-def _share(source: Source, before: Statistics, after: Statistics) -> Share:
+def _share(source: Source, before: Statistics, after: Statistics) -> SourceShare:
     weighed = [
         round((getattr(after, name) - getattr(before, name)) * source.weight)
         for name in ("samples", "tokens", "supervised_tokens")
     ]
-    return Share(source.path, after.rows - before.rows, *weighed)
+    return SourceShare(source.path, after.rows - before.rows, *weighed)
 
 
 def _compare(found: Survey) -> None:

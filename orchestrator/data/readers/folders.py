@@ -20,6 +20,8 @@ _SPLITS = {
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
     **dict.fromkeys(("test", "testing", "eval", "evaluation", "heldout", "holdout"), "test"),
 }
+_DATA_FILES = (".jsonl", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+_HELD_OUT = re.compile(r"(^|[_.-])(eval|validation|valid|val|dev|test)([_.-]|$)")
 _DESCRIPTION_BYTES = 2**20
 _ABOUT_DATA = re.compile(
     r"(dataset_infos?|dataset_dict|state|metadata|config|package)\.json|cache-[\w-]+\.arrow|readme.*|license.*", re.I
@@ -228,3 +230,13 @@ def _is_named_by(name: str, split: str) -> bool:
 
 def _relative(path: Path, folder: Path) -> str:
     return path.relative_to(folder).as_posix()
+
+
+def data_files_of(folder: Path) -> tuple[str | None, str | None]:
+    """The one data file of a folder to train on, and the one to measure on; None for each that is not clear."""
+    names = sorted(path.name for path in folder.iterdir() if path.suffix in _DATA_FILES and path.name[0] not in "._")
+    held_out = [name for name in names if _HELD_OUT.search(name)]
+    train = [name for name in names if name not in held_out]
+    if len(train) != 1:
+        return None, None
+    return train[0], held_out[0] if len(held_out) == 1 else None

@@ -75,6 +75,8 @@ def nearly_equal(sketches: Sequence[numpy.ndarray], others: Sequence[numpy.ndarr
 
     Of two that are nearly equal the later one is named with the earlier one.
     """
+    if not sketches:
+        return {}
     import numpy
 
     own = others is None
