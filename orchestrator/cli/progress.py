@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
+from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan, summary
 from orchestrator.runs.events import (
@@ -41,13 +42,13 @@ class Lines(Quiet):
         self._running_since: float | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(tr(text), markup=False, highlight=False)
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
         self._num_steps, self._predicted = plan.num_steps, plan.phases
         self.console.print(plan_view(job, plan, statistics, full=False))
         if statistics.get("train"):
-            self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(tr(check_line(statistics["train"])), markup=False, highlight=False, soft_wrap=True)
         self.say(f"run {run.run_id}")
 
     def event(self, event: Event) -> None:
@@ -107,12 +108,12 @@ class Live(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn(tr("training"), markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn(tr("left"), markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -123,7 +124,7 @@ class Live(Lines):
         if self._task is None:
             self._bar.start()
             self._task = self._bar.add_task("training", total=self._num_steps, completed=event.step - 1, detail="")
-        self._bar.update(self._task, completed=event.step, detail=_step_text(event))
+        self._bar.update(self._task, completed=event.step, detail=tr(_step_text(event)))
         if event.step >= self._num_steps:
             self.close()
 

@@ -12,7 +12,17 @@ import typer
 
 from orchestrator.cli import remote
 from orchestrator.cli import search as search_verbs
-from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
+from orchestrator.cli.options import (
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    out,
+    print_json,
+    print_result,
+    say,
+    show,
+    show_data,
+)
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder, runs_and_others
@@ -131,10 +141,10 @@ def logs(
 
 def _print_worker_logs(run: RunFolder) -> None:
     for file in sorted(run.logs.glob("*.log")):
-        show(f"== {file.name}")
+        show_data(f"== {file.name}")
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                show(line.rstrip("\n"))
+                show_data(line.rstrip("\n"))
 
 
 def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
@@ -149,7 +159,7 @@ def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
                 if as_json:
                     write(json.dumps(event.to_json()))
                 else:
-                    show(event_line(event))
+                    show_data(event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)

@@ -21,6 +21,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clusters.safe.reading import printable, printable_lines
+from orchestrator.language.catalogue import tr
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
 
@@ -66,8 +67,13 @@ out, err = Screen(), Screen(stderr=True)
 
 def new_table(*columns: str, fold: bool = False) -> Table:
     """An empty table without a frame; with `fold` a long cell gets more lines instead of an ellipsis."""
-    heads = [Column(name, overflow="fold" if fold else "ellipsis") for name in columns]
+    heads = [Column(tr(name), overflow="fold" if fold else "ellipsis") for name in columns]
     return Table(*heads, box=None, pad_edge=False, header_style="bold")
+
+
+def label(word: str) -> str:
+    """A word before a line, with spaces up to the column in which all such lines begin."""
+    return set_cell_size(tr(word), 8)
 
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
@@ -77,7 +83,7 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if not cells:
         out.print(table)
         return
-    table.add_row(*(Text(max(column, key=cell_len)) for column in zip(head, *cells, strict=True)))
+    table.add_row(*(Text(max(column, key=cell_len)) for column in zip(map(tr, head), *cells, strict=True)))
     spaces = [1, *[2] * (len(head) - 2), 1]  # left and right of a cell; none at the edges
     widths = [
         width - space for width, space in zip(table._calculate_column_widths(out, out.options), spaces, strict=True)
