@@ -28,6 +28,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped
 from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
@@ -54,7 +55,7 @@ def recipes(
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        show(f"{key:<20}{about}")
+        show(f"{key:<20}{tr(about)}")
     show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 

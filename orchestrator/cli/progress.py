@@ -108,12 +108,12 @@ class Live(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = Progress(
-            TextColumn(tr("training"), markup=False),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn(tr("left"), markup=False),
+            TextColumn("{task.fields[left]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -123,7 +123,9 @@ class Live(Lines):
     def _step(self, event: StepReport) -> None:
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self._num_steps, completed=event.step - 1, detail="")
+            self._task = self._bar.add_task(
+                tr("training"), total=self._num_steps, completed=event.step - 1, detail="", left=tr("left")
+            )
         self._bar.update(self._task, completed=event.step, detail=tr(_step_text(event)))
         if event.step >= self._num_steps:
             self.close()

@@ -1,9 +1,9 @@
 """An English text -> the same in Japanese.
 
 Texts are made all over the project by f-strings.  A message's id is such a text with `{0}`, `{1}` ... where values
-stand, so a text that was made is matched against the ids: first as it is, then with values, the id with the most
-letters first.  A value that is a message is translated too.  A text that no id matches is taken apart at line breaks,
-sentences, semicolons, colons and commas; what is unknown then stays English.
+stand.  A text that was made is read in every way that the ids allow, as one message with values, which may be messages
+too, or as several with a mark between them, and translated in the way that knows the most letters of it.  What is
+unknown stays English.
 
 The catalogue is gettext's, `locale/ja/LC_MESSAGES/orchestrator.po`, and the `.mo` that `tests/translations.py` makes of
 it.  Nothing is loaded for English.
@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import gettext
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 from orchestrator.language.choice import language
 
@@ -25,11 +26,20 @@ DOMAIN = "orchestrator"
 PLACE = re.compile(r"\{(\d+)\}")
 _ENOUGH_LETTERS = 7  # of an id with values: fewer match by chance
 _LONGEST = 2000  # characters: a longer line is somebody's data
-_APART = ("\n", ". ", "; ", ": ", ", ")  # where a text is taken apart
+_NEXT = 0.9999  # that letters of a value, or of a part, count for
+_MARK = re.compile(r"[.;:,] ")  # between messages
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
-_JOINED = {". ": "。"}
 _WIDE_END = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]$")
+_COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([a-z].*)")  # 12 rows dropped, 3 GiB usable
+_AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
+
+
+class Reading(NamedTuple):
+    """How much of a text is known, in letters, and the text translated so."""
+
+    known: float
+    text: str
 
 
 @dataclass(frozen=True)
@@ -40,6 +50,15 @@ class Pattern:
     translation: str
 
     @cached_property
+    def num_letters(self) -> int:
+        return num_letters(self.id)
+
+    @property
+    def weight(self) -> float:
+        """Its letters; of two ids with as many letters the one with more signs counts a little more."""
+        return self.num_letters + 0.001 * len(PLACE.sub("", self.id))
+
+    @cached_property
     def anchor(self) -> str:
         """The longest literal part: a text without it does not match."""
         return max(PLACE.split(self.id)[::2], key=len)
@@ -47,20 +66,17 @@ class Pattern:
     @cached_property
     def regex(self) -> re.Pattern[str]:
         """A value is anything; in an id of few letters a word, or what follows a colon at the end."""
-        parts, anything = PLACE.split(self.id), num_letters(self.id) >= _ENOUGH_LETTERS
-        found = ""
-        for number, part in enumerate(parts):
-            if number % 2 == 0:
-                found += re.escape(part)
-            else:
-                is_rest = anything or (parts[number - 1].endswith(": ") and parts[number + 1 :] == [""])
-                found += f"(?P<v{part}>{'.' if is_rest else '[^ ]'}*?)"
+        parts = PLACE.split(self.id)
+        found = re.escape(parts[0])
+        for place, before, after in zip(parts[1::2], parts[:-1:2], parts[2::2], strict=True):
+            is_free = self.num_letters >= _ENOUGH_LETTERS or (before.endswith(": ") and not after)
+            found += f"(?P<v{place}>{'.' if is_free else '[^ ]'}*?){re.escape(after)}"
         return re.compile(found)
 
     @property
     def is_certain(self) -> bool:
         """Whether a text that matches it is it: `{0} of {1}` would match any sentence."""
-        return num_letters(self.id) >= _ENOUGH_LETTERS or (self.id[0].isalpha() and num_letters(self.id) > 1)
+        return self.num_letters >= _ENOUGH_LETTERS or (self.id[0].isalpha() and self.num_letters > 1)
 
 
 def tr(text: str) -> str:
@@ -86,44 +102,56 @@ class Catalogue:
     def __init__(self, messages: dict[str, str]) -> None:
         self._exact = messages
         with_values = [Pattern(*message) for message in messages.items() if PLACE.search(message[0])]
-        certain = [pattern for pattern in with_values if pattern.is_certain]
-        self._patterns = sorted(certain, key=lambda pattern: -len(PLACE.sub("", pattern.id)))
-        self._made: dict[str, str] = {}
+        self._patterns = [pattern for pattern in with_values if pattern.is_certain]
+        self._read: dict[str, Reading] = {}
 
     def translate(self, text: str) -> str:
         """The text, or as much of it as is known, in this language."""
-        if text not in self._made:
-            self._made[text] = self._translated(text)
-        return self._made[text]
+        return "\n".join(self._reading(line).text for line in text.split("\n"))
 
-    def _translated(self, text: str) -> str:
-        before, bare, after = core(text)
-        if not bare:
-            return text
-        found = self._exact.get(bare)
-        if found is None and "\n" not in bare and len(bare) <= _LONGEST:
-            found = self._by_pattern(bare)
-        return f"{before}{self._by_parts(bare) if found is None else found}{after}"
+    def _reading(self, text: str) -> Reading:
+        if text not in self._read:
+            before, bare, after = core(text)
+            known, translated = self._best(bare) if 0 < len(bare) <= _LONGEST else Reading(0, bare)
+            self._read[text] = Reading(known, f"{before}{translated}{after}")
+        return self._read[text]
 
-    def _by_pattern(self, text: str) -> str | None:
+    def _best(self, text: str) -> Reading:
+        if text in self._exact:
+            return Reading(num_letters(text), self._exact[text])
+        found = [*self._by_patterns(text), *self._by_marks(text), *self._by_number(text)]
+        return max(found, key=lambda reading: reading.known, default=Reading(0, text))
+
+    def _by_patterns(self, text: str) -> Iterator[Reading]:
+        """As one message with values, whose letters count a little less than its own.
+
+        It is the worse where a value is a message and a part of another: it cuts that one in two.
+        """
         for pattern in self._patterns:
             if pattern.anchor in text and (match := pattern.regex.fullmatch(text)):
                 values = {name[1:]: self._value(value) for name, value in match.groupdict().items()}
-                return PLACE.sub(lambda place, values=values: values[place[1]], pattern.translation)
-        return None
+                cuts = sum(one.known > 0 and _MARK.search(one.text) is not None for one in values.values())
+                known = pattern.weight + _NEXT * sum(one.known for one in values.values()) - cuts / 2
+                shown = PLACE.sub(lambda place, values=values: values[place[1]].text, pattern.translation)
+                yield Reading(known, shown)
 
-    def _value(self, text: str) -> str:
-        """A value: translated where it is several words, for one word may be a name."""
-        return self.translate(text) if " " in text.strip() else text
+    def _by_marks(self, text: str) -> Iterator[Reading]:
+        """As two parts of which the first has no more marks in it, or is a message."""
+        for mark in _MARK.finditer(text):
+            first, rest = self._value(text[: mark.start()]), self._value(text[mark.end() :])
+            if known := first.known + rest.known:
+                yield Reading(_NEXT * known, _join(first.text, mark[0], rest.text))
 
-    def _by_parts(self, text: str) -> str:
-        """What of a text is known."""
-        for mark in _APART:
-            if mark in text:
-                first, rest = text.split(mark, 1)
-                return _join(self._value(first), mark, self._value(rest) if mark != "\n" else self.translate(rest))
-        number, _, rest = text.partition(" ")
-        return f"{number} {self._exact[rest]}" if number[0].isdigit() and rest in self._exact else text
+    def _by_number(self, text: str) -> Iterator[Reading]:
+        """As a number of something."""
+        if (count := _COUNT.fullmatch(text)) and count[2] in self._exact:
+            yield Reading(num_letters(count[2]), f"{count[1]} {self._exact[count[2]]}")
+        if (amount := _AMOUNT.fullmatch(text)) and amount[1] in self._exact:
+            yield Reading(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")
+
+    def _value(self, text: str) -> Reading:
+        """A value or a part: translated where it is several words, for one word may be a name."""
+        return self._reading(text) if " " in text.strip() else Reading(0, text)
 
 
 def core(text: str) -> tuple[str, str, str]:
@@ -139,4 +167,4 @@ def num_letters(id: str) -> int:
 
 def _join(first: str, mark: str, rest: str) -> str:
     """Two parts; between Japanese sentences stands a Japanese full stop."""
-    return first + (_JOINED.get(mark, mark) if _WIDE_END.search(first) else mark) + rest
+    return f"{first}。{rest}" if mark == ". " and _WIDE_END.search(first) else f"{first}{mark}{rest}"

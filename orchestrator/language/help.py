@@ -8,8 +8,10 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
+import rich.text
 from rich.cells import cell_len
 from typer.core import TyperGroup
 
@@ -20,7 +22,9 @@ _Context = TyperGroup.context_class
 _English = _Context.formatter_class
 _FIRST = 30  # cells: options longer than that stand on a line of their own
 _EXTRA = re.compile(r"  \[([^\[\]]+)\]$")  # [default: runs], [required]
-_BITS = re.compile(r"[!-~]+|\s+|.[、。，．）」』!?:;,.)]*")  # between them a line may break
+_divide_english_line = rich.text.divide_line
+_END = "、。，．）」』ーっゃゅょァィゥェォッャュョ!?:;,.)…"  # a line does not begin so
+_BITS = re.compile(rf"[!-~]+[{_END}]*\s*|\s+|[（「『(]*.[{_END}]*\s*")  # between them a line may break
 
 
 class _Japanese(_English):
@@ -76,7 +80,9 @@ def _add_option(group: TyperGroup, option: Any) -> None:
 def print_in(language: str) -> None:
     """Print in this language from now on, help pages with it."""
     speak(language)
-    _Context.formatter_class = _English if language == "en" else _Japanese
+    is_english = language == "en"
+    _Context.formatter_class = _English if is_english else _Japanese
+    rich.text.divide_line = _divide_english_line if is_english else _divide_line
 
 
 def mistake_text(error: Any) -> str:
@@ -87,18 +93,31 @@ def mistake_text(error: Any) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most so many cells: between words, or between characters of Japanese, not before punctuation."""
-    lines, used = [""], 0
-    for bit in _BITS.findall(text):
-        size = cell_len(bit)
-        if used + size > width and used and not bit.isspace():
-            lines.append("")
+    """Lines of at most so many cells."""
+    ends = [*_breaks(text, width), len(text)]
+    return [line for begin, end in pairwise([0, *ends]) if (line := text[begin:end].strip())]
+
+
+def _breaks(text: str, width: int) -> list[int]:
+    """Where lines begin: between words, or between characters of Japanese, not before punctuation."""
+    found, used = list[int](), 0
+    for bit in _BITS.finditer(text):
+        size = cell_len(bit[0].rstrip())
+        if used and used + size > width:
+            found.append(bit.start())
             used = 0
-        if bit.isspace() and not used:
-            continue
-        lines[-1] += bit
-        used += size
-    return [line.rstrip() for line in lines if line.strip()]
+        used += cell_len(bit[0])
+    return found
+
+
+def _divide_line(text: str, width: int, fold: bool = True) -> list[int]:
+    """As rich's own, which takes a Japanese sentence for one word and moves it to a new line whole."""
+    if text.isascii() or not fold:
+        return _divide_english_line(text, width, fold)
+    found = _breaks(text, width)
+    lines = [text[begin:end].rstrip() for begin, end in pairwise([0, *found, len(text)])]
+    has_long_word = any(cell_len(line) > width for line in lines)
+    return _divide_english_line(text, width, fold) if has_long_word else found
 
 
 def _paragraph(text: str, width: int) -> list[str]:

@@ -135,7 +135,7 @@ def _bars(part: NodePlan, sync_s: float) -> RenderableType:
 
 def _bar(parts: Mapping[str, float], whole: float, shown: Any) -> Text:
     """A bar of the parts over the whole, and beside it what each is."""
-    line, words = Text("        "), []
+    line, words = Text(label("")), []
     used = 0
     for (name, value), colour, fill in zip(parts.items(), _COLOURS, _FILLS, strict=False):
         width = round(_BAR * value / whole) if whole else 0

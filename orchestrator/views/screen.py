@@ -22,6 +22,7 @@ from rich.text import Text
 
 from clusters.safe.reading import printable, printable_lines
 from orchestrator.language.catalogue import tr
+from orchestrator.language.choice import language
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
 
@@ -73,7 +74,7 @@ def new_table(*columns: str, fold: bool = False) -> Table:
 
 def label(word: str) -> str:
     """A word before a line, with spaces up to the column in which all such lines begin."""
-    return set_cell_size(tr(word), 8)
+    return set_cell_size(tr(word) if word else "", 8 if language() == "en" else 10)
 
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
