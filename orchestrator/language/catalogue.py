@@ -27,6 +27,7 @@ PLACE = re.compile(r"\{(\d+)\}")
 _ENOUGH_LETTERS = 7  # of an id with values: fewer match by chance
 _LONGEST = 2000  # characters: a longer line is somebody's data
 _NEXT = 0.9999  # that letters of a value, or of a part, count for
+_MANY = 12  # parts of a text: their number's square is how many readings there are
 _MARK = re.compile(r"[.;:,] ")  # between messages
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
 _WIDE_END = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]$")
@@ -59,19 +60,33 @@ class Pattern:
         return self.num_letters + 0.001 * len(PLACE.sub("", self.id))
 
     @cached_property
-    def anchor(self) -> str:
-        """The longest literal part: a text without it does not match."""
-        return max(PLACE.split(self.id)[::2], key=len)
+    def literals(self) -> tuple[str, ...]:
+        """What stands before, between and behind its places."""
+        return tuple(PLACE.split(self.id)[::2])
 
     @cached_property
-    def regex(self) -> re.Pattern[str]:
-        """A value is anything; in an id of few letters a word, or what follows a colon at the end."""
-        parts = PLACE.split(self.id)
-        found = re.escape(parts[0])
-        for place, before, after in zip(parts[1::2], parts[:-1:2], parts[2::2], strict=True):
-            is_free = self.num_letters >= _ENOUGH_LETTERS or (before.endswith(": ") and not after)
-            found += f"(?P<v{place}>{'.' if is_free else '[^ ]'}*?){re.escape(after)}"
-        return re.compile(found)
+    def anchor(self) -> str:
+        """The longest literal part: a text without it is not this message."""
+        return max(self.literals, key=len)
+
+    def values(self, text: str) -> dict[str, str] | None:
+        """The value of each place; None where the text is not this message.  Takes time in proportion to the text."""
+        first, *between, last = self.literals
+        begin, end, found = len(first), len(text) - len(last), list[str]()
+        if begin > end or not text.startswith(first) or not text.endswith(last):
+            return None
+        for literal in between:
+            at = text.find(literal, begin, end)
+            if at < 0:
+                return None
+            found.append(text[begin:at])
+            begin = at + len(literal)
+        found.append(text[begin:end])
+        if self.num_letters < _ENOUGH_LETTERS:  # values are words, but for what follows a colon at the end
+            is_open = self.literals[-2].endswith(": ") and not last
+            if any(" " in value for value in found[: -1 if is_open else None]):
+                return None
+        return dict(zip(PLACE.findall(self.id), found, strict=True))
 
     @property
     def is_certain(self) -> bool:
@@ -128,16 +143,19 @@ class Catalogue:
         It is the worse where a value is a message and a part of another: it cuts that one in two.
         """
         for pattern in self._patterns:
-            if pattern.anchor in text and (match := pattern.regex.fullmatch(text)):
-                values = {name[1:]: self._value(value) for name, value in match.groupdict().items()}
+            if pattern.anchor in text and (found := pattern.values(text)):
+                values = {place: self._value(value) for place, value in found.items()}
                 cuts = sum(one.known > 0 and _MARK.search(one.text) is not None for one in values.values())
                 known = pattern.weight + _NEXT * sum(one.known for one in values.values()) - cuts / 2
                 shown = PLACE.sub(lambda place, values=values: values[place[1]].text, pattern.translation)
                 yield Reading(known, shown)
 
     def _by_marks(self, text: str) -> Iterator[Reading]:
-        """As two parts of which the first has no more marks in it, or is a message."""
-        for mark in _MARK.finditer(text):
+        """As two parts; of many parts the first is taken off, by each kind of mark."""
+        marks = list(_MARK.finditer(text))
+        if len(marks) > _MANY:
+            marks = list({mark[0]: mark for mark in reversed(marks)}.values())
+        for mark in marks:
             first, rest = self._value(text[: mark.start()]), self._value(text[mark.end() :])
             if known := first.known + rest.known:
                 yield Reading(_NEXT * known, _join(first.text, mark[0], rest.text))
