@@ -28,7 +28,8 @@ _ENOUGH_LETTERS = 7  # of an id with values: fewer match by chance
 _LONGEST = 2000  # characters: a longer line is somebody's data
 _NEXT = 0.9999  # that letters of a value, or of a part, count for
 _MANY = 12  # parts of a text: their number's square is how many readings there are
-_MARK = re.compile(r"[.;:,] ")  # between messages
+_MARK = re.compile(r"(?:; or|[.;:,]) ")  # between messages
+_JAPANESE_MARK = {". ": "。", "; or ": "、または "}
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
 _WIDE_END = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]$")
 _COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([a-z].*)")  # 12 rows dropped, 3 GiB usable
@@ -184,5 +185,5 @@ def num_letters(id: str) -> int:
 
 
 def _join(first: str, mark: str, rest: str) -> str:
-    """Two parts; between Japanese sentences stands a Japanese full stop."""
-    return f"{first}。{rest}" if mark == ". " and _WIDE_END.search(first) else f"{first}{mark}{rest}"
+    """Two parts; behind Japanese stands a Japanese mark."""
+    return f"{first}{_JAPANESE_MARK.get(mark, mark) if _WIDE_END.search(first) else mark}{rest}"
