@@ -135,7 +135,7 @@ def validate(
         return
     for line in [*found["notices"], *(f"not checked: {what}" for what in found["unchecked"])]:
         show(line)
-    formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
+    formats = ", ".join(tr("{0} is {1}").format(path, kind) for path, kind in found["formats"].items())
     show(f"{job} is valid ({formats})")
 
 

@@ -162,9 +162,9 @@ class Catalogue:
                 yield Reading(_NEXT * known, _join(first.text, mark[0], rest.text))
 
     def _by_number(self, text: str) -> Iterator[Reading]:
-        """As a number of something."""
+        """As a number of something, which in Japanese stands behind it."""
         if (count := _COUNT.fullmatch(text)) and count[2] in self._exact:
-            yield Reading(num_letters(count[2]), f"{count[1]} {self._exact[count[2]]}")
+            yield Reading(num_letters(count[2]), f"{self._exact[count[2]]} {count[1]}")
         if (amount := _AMOUNT.fullmatch(text)) and amount[1] in self._exact:
             yield Reading(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")
 
