@@ -76,7 +76,26 @@ _VALUES = (
     *("checkpoints", "finish", "running", "finished", "failed", "stopped", "damaged", "planned", "preparing"),
     *("truncated", "dropped", "rejected", "packing", "checkpointing", "8-bit optimizer", "step"),
     *("effective", "works", "little gain", "harmful", "impossible", "not installed"),
-    *("base", "adapter", "tuned", "merged", "usable", "preflight", "saving", "line {0}", "one", "mixed", "grouped", "before", "after", "wanted", "prompt"),
+    *(
+        "base",
+        "adapter",
+        "tuned",
+        "merged",
+        "usable",
+        "preflight",
+        "saving",
+        "run",
+        "started",
+        "the adapter",
+        "line {0}",
+        "one",
+        "mixed",
+        "grouped",
+        "before",
+        "after",
+        "wanted",
+        "prompt",
+    ),
 )
 _WORD = re.compile(r"(?<![\w./_-])(?:[A-Za-z][a-z]+(?:[-'][a-z]+)*|[A-Z]{2,})(?![\w./_(=-])")
 

@@ -29,9 +29,9 @@ _LONGEST = 2000  # characters: a longer line is somebody's data
 _NEXT = 0.9999  # that letters of a value, or of a part, count for
 _MANY = 12  # parts of a text: their number's square is how many readings there are
 _MARK = re.compile(r"(?:; or|[.;:,]) ")  # between messages
-_JAPANESE_MARK = {". ": "。", "; or ": "、または "}
+_JAPANESE_MARK = {". ": "。", "; ": "。", ", ": "、", "; or ": "、または "}
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
-_WIDE_END = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]$")
+_WIDE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]")
 _COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([a-z].*)")  # 12 rows dropped, 3 GiB usable
 _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
@@ -185,5 +185,6 @@ def num_letters(id: str) -> int:
 
 
 def _join(first: str, mark: str, rest: str) -> str:
-    """Two parts; behind Japanese stands a Japanese mark."""
-    return f"{first}{_JAPANESE_MARK.get(mark, mark) if _WIDE_END.search(first) else mark}{rest}"
+    """Two parts; between Japanese ones, and behind a Japanese sentence, stands a Japanese mark."""
+    is_japanese = _WIDE.match(first[-1:]) and (mark == ". " or _WIDE.match(rest))
+    return f"{first}{_JAPANESE_MARK.get(mark, mark) if is_japanese else mark}{rest}"
