@@ -241,6 +241,8 @@ def _is_message(text: str, is_printed: bool) -> bool:
     if is_printed:
         return num_letters(text) >= 2 and not text.startswith(("--", "http"))
     words = _WORD.findall(PLACE.sub(" ", text))
+    if PLACE.search(text) and text[0].isalpha() and words and " " in text and num_letters(text) >= 5:
+        return True  # `imported {0}`
     if len(words) < 2 or num_letters(text) < 7 or not any(word.islower() for word in words):
         return False
     return not re.fullmatch(r"[^ ]*|orchestrator \w+ .*|pip install .*", text)

@@ -37,7 +37,7 @@ _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
 
 
-class Reading(NamedTuple):
+class Rendering(NamedTuple):
     """How much of a text is known, in letters, and the text translated so."""
 
     known: float
@@ -119,26 +119,26 @@ class Catalogue:
         self._exact = messages
         with_values = [Pattern(*message) for message in messages.items() if PLACE.search(message[0])]
         self._patterns = [pattern for pattern in with_values if pattern.is_certain]
-        self._read: dict[str, Reading] = {}
+        self._read: dict[str, Rendering] = {}
 
     def translate(self, text: str) -> str:
         """The text, or as much of it as is known, in this language."""
-        return "\n".join(self._reading(line).text for line in text.split("\n"))
+        return "\n".join(self._rendering(line).text for line in text.split("\n"))
 
-    def _reading(self, text: str) -> Reading:
+    def _rendering(self, text: str) -> Rendering:
         if text not in self._read:
             before, bare, after = core(text)
-            known, translated = self._best(bare) if 0 < len(bare) <= _LONGEST else Reading(0, bare)
-            self._read[text] = Reading(known, f"{before}{translated}{after}")
+            known, translated = self._best(bare) if 0 < len(bare) <= _LONGEST else Rendering(0, bare)
+            self._read[text] = Rendering(known, f"{before}{translated}{after}")
         return self._read[text]
 
-    def _best(self, text: str) -> Reading:
+    def _best(self, text: str) -> Rendering:
         if text in self._exact:
-            return Reading(num_letters(text), self._exact[text])
+            return Rendering(num_letters(text), self._exact[text])
         found = [*self._by_patterns(text), *self._by_marks(text), *self._by_number(text)]
-        return max(found, key=lambda reading: reading.known, default=Reading(0, text))
+        return max(found, key=lambda one: one.known, default=Rendering(0, text))
 
-    def _by_patterns(self, text: str) -> Iterator[Reading]:
+    def _by_patterns(self, text: str) -> Iterator[Rendering]:
         """As one message with values, whose letters count a little less than its own.
 
         It is the worse where a value is a message and a part of another: it cuts that one in two.
@@ -149,9 +149,9 @@ class Catalogue:
                 cuts = sum(one.known > 0 and _MARK.search(one.text) is not None for one in values.values())
                 known = pattern.weight + _NEXT * sum(one.known for one in values.values()) - cuts / 2
                 shown = PLACE.sub(lambda place, values=values: values[place[1]].text, pattern.translation)
-                yield Reading(known, shown)
+                yield Rendering(known, shown)
 
-    def _by_marks(self, text: str) -> Iterator[Reading]:
+    def _by_marks(self, text: str) -> Iterator[Rendering]:
         """As two parts; of many parts the first is taken off, by each kind of mark."""
         marks = list(_MARK.finditer(text))
         if len(marks) > _MANY:
@@ -159,18 +159,18 @@ class Catalogue:
         for mark in marks:
             first, rest = self._value(text[: mark.start()]), self._value(text[mark.end() :])
             if known := first.known + rest.known:
-                yield Reading(_NEXT * known, _join(first.text, mark[0], rest.text))
+                yield Rendering(_NEXT * known, _join(first.text, mark[0], rest.text))
 
-    def _by_number(self, text: str) -> Iterator[Reading]:
+    def _by_number(self, text: str) -> Iterator[Rendering]:
         """As a number of something, which in Japanese stands behind it."""
         if (count := _COUNT.fullmatch(text)) and count[2] in self._exact:
-            yield Reading(num_letters(count[2]), f"{self._exact[count[2]]} {count[1]}")
+            yield Rendering(num_letters(count[2]), f"{self._exact[count[2]]} {count[1]}")
         if (amount := _AMOUNT.fullmatch(text)) and amount[1] in self._exact:
-            yield Reading(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")
+            yield Rendering(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")
 
-    def _value(self, text: str) -> Reading:
+    def _value(self, text: str) -> Rendering:
         """A value or a part: translated where it is several words, for one word may be a name."""
-        return self._reading(text) if " " in text.strip() else Reading(0, text)
+        return self._rendering(text) if " " in text.strip() else Rendering(0, text)
 
 
 def core(text: str) -> tuple[str, str, str]:
