@@ -32,7 +32,8 @@ _MARK = re.compile(r"(?:; or|[.;:,]) ")  # between messages
 _JAPANESE_MARK = {". ": "。", "; ": "。", ", ": "、", "; or ": "、または "}
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
 _WIDE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]")
-_COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([a-z].*)")  # 12 rows dropped, 3 GiB usable
+_COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([A-Za-z].*)")  # 12 rows dropped, 3 GiB usable
+_QUANTITY = re.compile(r"\d\S* [A-Za-z/]+")
 _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
 
@@ -83,9 +84,9 @@ class Pattern:
             found.append(text[begin:at])
             begin = at + len(literal)
         found.append(text[begin:end])
-        if self.num_letters < _ENOUGH_LETTERS:  # values are words, but for what follows a colon at the end
-            is_open = self.literals[-2].endswith(": ") and not last
-            if any(" " in value for value in found[: -1 if is_open else None]):
+        if self.num_letters < _ENOUGH_LETTERS:  # values are words or quantities, but for what follows a mark at the end
+            is_open = self.literals[-2].endswith((": ", ", ")) and not last
+            if any(" " in value and not _QUANTITY.fullmatch(value) for value in found[: -1 if is_open else None]):
                 return None
         return dict(zip(PLACE.findall(self.id), found, strict=True))
 
@@ -163,7 +164,7 @@ class Catalogue:
 
     def _by_number(self, text: str) -> Iterator[Rendering]:
         """As a number of something, which in Japanese stands behind it."""
-        if (count := _COUNT.fullmatch(text)) and count[2] in self._exact:
+        if (count := _COUNT.fullmatch(text)) and count[2] in self._exact and num_letters(count[2]) > 3:  # no unit
             yield Rendering(num_letters(count[2]), f"{self._exact[count[2]]} {count[1]}")
         if (amount := _AMOUNT.fullmatch(text)) and amount[1] in self._exact:
             yield Rendering(num_letters(amount[1]), f"{self._exact[amount[1]]} {amount[2]}")

@@ -98,7 +98,8 @@ def _table(w: Translator, summary: Summary, by_number: dict[int, Trial]) -> Tabl
     for trial in by_number.values():
         if not trial.measured:
             what = trial.name or phrase(trial.point, same)
-            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", f"{w('failed')}: {w(trial.reason)}"))
+            why = f"{w('failed')}: {w(trial.reason or '')}"
+            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", why))
     return Table(head, rows, tuple(marked))
 
 

@@ -44,7 +44,7 @@ def test_no_message_is_listed_as_none_in_vain():
         ("job.yaml: does not exist", "job.yaml: 存在しません"),
         ("node-1 is not used: its memory is unknown", "node-1 は使いません: メモリの量が不明です"),
         ("2x the time, about as much memory", "時間は 2 倍、ほぼ同じメモリ"),
-        ("lora on a: needs 3 GiB, has 2 GiB usable", "lora on a: needs 3 GiB, 使えるのは 2 GiB です"),
+        ("lora on a: needs 3 GiB, has 2 GiB usable", "lora on a: 3 GiB 必要ですが、使えるのは 2 GiB です"),
         ("job.yaml: line 9: a.b is missing; add it", "job.yaml: 9 行目: a.b がありません。追加してください"),
         ("rows: is empty\nno runs in 日本語", "rows: 空です\n日本語 に実行はありません"),
         ("  no such text of ours  ", "  no such text of ours  "),
