@@ -33,19 +33,20 @@ PO = LOCALE / "ja/LC_MESSAGES" / f"{DOMAIN}.po"
 MO = PO.with_suffix(".mo")
 
 # What is called to print, or to make what is printed: each text in it is a message, one word too.
-_PRINT = {"tr", "w", "label", "say", "show", "new_table", "add_column"}
+_KEYS = {"key", "option", "Field"}
+_PRINT = {*_KEYS, "tr", "w", "label", "say", "show", "new_table", "add_column"}
 # Rooms and files whose texts go into files, to programs, or to people by a web page.
 _NOT_SHOWN = (
     *("orchestrator/recipes/", "orchestrator/runs/model_card.py", "orchestrator/report/plots.py"),
     *("orchestrator/serving/openai_api.py", "orchestrator/serving/door.py", "orchestrator/serving/metrics.py"),
     *("orchestrator/remote/kube_objects.py", "clusters/hardware/datasheet.py", "strategies/families"),
-    *("orchestrator/job/sections/", "orchestrator/job/schema.py"),  # keys of the job file: guides/job-file.md
+    "orchestrator/job/schema.py",
 )
 # Texts in these calls are for machines.
 _NOT_MESSAGES = {
     *("compile", "search", "fullmatch", "findall", "finditer", "sub", "split", "rsplit", "partition", "rpartition"),
     *("startswith", "endswith", "removeprefix", "removesuffix", "replace", "strip", "filterwarnings", "getLogger"),
-    *("debug", "info", "warning", "option", "key", "Field", "getattr", "environ", "from_string", "encode"),
+    *("debug", "info", "warning", "getattr", "environ", "from_string", "encode"),
 }
 # Of the library that parses the command line.
 _LIBRARY = (
@@ -169,6 +170,8 @@ class _Texts(ast.NodeVisitor):
             return
         if isinstance(node.func, ast.Attribute):
             self.visit(node.func.value)
+        if name in _KEYS:  # a default, then what the key is for
+            node.args, node.keywords = node.args[1:2], [one for one in node.keywords if one.arg == "description"]
         self._prints += name in _PRINT
         styles = ("style", "help", "overflow", "justify")
         for value in (*node.args, *(one.value for one in node.keywords if one.arg not in styles)):
