@@ -69,6 +69,12 @@ _LIBRARY = (
     "Show completion for the current shell, to copy it or customize the installation.",
     *("Input should be greater than or equal to {0}", "Input should be less than or equal to {0}"),
     *("Input should be a valid integer, unable to parse string as an integer", "Input should be {0}"),
+    *("be {0}", "be greater than {0}", "be greater than or equal to {0}", "be less than {0}"),
+    *("be less than or equal to {0}", "be a valid string", "be a valid list", "be a valid number"),
+    *("be a valid integer", "be a valid integer, got a number with a fractional part", "be a valid dictionary"),
+    *("be a valid integer, unable to parse string as an integer", "be a valid dictionary or instance of {0}"),
+    *("be a valid boolean", "be a valid boolean, unable to interpret input"),
+    "be a valid number, unable to parse string as a number",
 )
 # Values of files and figures that are printed in people's language: parts of memory and time, states, verdicts.
 _VALUES = (

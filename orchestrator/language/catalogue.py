@@ -28,12 +28,13 @@ _ENOUGH_LETTERS = 7  # of an id with values: fewer match by chance
 _LONGEST = 2000  # characters: a longer line is somebody's data
 _NEXT = 0.9999  # that letters of a value, or of a part, count for
 _MANY = 12  # parts of a text: their number's square is how many readings there are
-_MARK = re.compile(r"(?:; or|[.;:,]) ")  # between messages
-_JAPANESE_MARK = {". ": "。", "; ": "。", ", ": "、", "; or ": "、または "}
+_MARK = re.compile(r"(?:; or|[.;:,]| or(?= be )) ")  # between messages
+_JAPANESE_MARK = {". ": "。", "; ": "。", ", ": "、", "; or ": "、または ", " or ": "、または "}
 _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
 _WIDE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]")
-_COUNT = re.compile(r"(\d\S*(?: [KMGT]?i?B)?) ([A-Za-z].*)")  # 12 rows dropped, 3 GiB usable
-_QUANTITY = re.compile(r"\d\S* [A-Za-z/]+")
+_NUMBER = r"\d(?:[\d.,]*\d)?[%\w]*"
+_COUNT = re.compile(rf"({_NUMBER}(?: [KMGT]?i?B)?) ([A-Za-z].*)")  # 12 rows dropped, 3 GiB usable
+_QUANTITY = re.compile(rf"{_NUMBER} [A-Za-z/]+|'[^']*'(?:,? (?:or )?'[^']*')*")  # or a list of names
 _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
 

@@ -1,11 +1,16 @@
 """The Japanese catalogue holds every message of the source, and a text that was made finds its own."""
 
-import pytest
+import time
 
-from orchestrator.language.catalogue import PLACE, Catalogue, Pattern, translator
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.language.catalogue import PLACE, Catalogue, Pattern, core, translator
 from tests import translations
 
 ja = translator("ja")
+ENGLISH = {core(str(message.id))[1] for message in translations.catalogue()}
 
 
 def test_every_message_has_a_translation():
@@ -46,6 +51,10 @@ def test_no_message_is_listed_as_none_in_vain():
         ("2x the time, about as much memory", "時間は 2 倍、ほぼ同じメモリ"),
         ("lora on a: needs 3 GiB, has 2 GiB usable", "lora on a: 3 GiB 必要ですが、使えるのは 2 GiB です"),
         ("job.yaml: line 9: a.b is missing; add it", "job.yaml: 9 行目: a.b がありません。追加してください"),
+        (
+            "line 1: model.dtype is 3; it should be 'a' or be a valid list",
+            "1 行目: model.dtype は 3 です。正しくは: 'a' or リスト",
+        ),
         ("rows: is empty\nno runs in 日本語", "rows: 空です\n日本語 に実行はありません"),
         ("  no such text of ours  ", "  no such text of ours  "),
         ("12 rows dropped", "除外した行 12"),
@@ -80,6 +89,21 @@ def test_every_message_finds_its_own_translation():
             wrong.append((made, ja(made), expected))
 
     assert not wrong
+
+
+@given(st.text(max_size=60), st.sampled_from(["", ": is missing; add it", "run ", "3 GiB of ", "\n", "\x1b[31m"]))
+@settings(max_examples=200)
+def test_any_text_comes_back(text, around):
+    assert isinstance(ja(around + text + around), str)
+    assert ja(text) == text or any(word in text for word in (" ", ":", ",", ".", ";")) or text.strip() in ENGLISH
+
+
+def test_a_text_of_many_parts_takes_little_time():
+    parts = ", ".join(f"a value {number}, and b: c is not a number" for number in range(40))
+    begun = time.process_time()
+
+    assert "数ではありません" in ja(parts)
+    assert time.process_time() - begun < 5
 
 
 def test_english_loads_nothing():
