@@ -126,7 +126,7 @@ class Live(Lines):
             self._task = self._bar.add_task(
                 tr("training"), total=self._num_steps, completed=event.step - 1, detail="", left=tr("left")
             )
-        self._bar.update(self._task, completed=event.step, detail=tr(_step_text(event)))
+        self._bar.update(self._task, completed=event.step, detail=_step_text(event))
         if event.step >= self._num_steps:
             self.close()
 
@@ -148,5 +148,9 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
 
 
 def _step_text(event: StepReport) -> str:
-    spared = f" ({1 - event.computed_tokens / event.tokens:.0%} not computed)" if event.computed_tokens else ""
-    return f"loss {event.loss:.4f}, {event.tokens_per_s:.0f} tokens/s{spared}, {format_bytes(event.peak_bytes)}"
+    """In people's language at once: matching a text with values would take milliseconds of every step."""
+    spared = ""
+    if event.computed_tokens:
+        spared = " " + tr("({0} not computed)").format(f"{1 - event.computed_tokens / event.tokens:.0%}")
+    numbers = f"{event.loss:.4f}", f"{event.tokens_per_s:.0f}", spared, format_bytes(event.peak_bytes)
+    return tr("loss {0}, {1} tokens/s{2}, {3}").format(*numbers)

@@ -27,6 +27,7 @@ PLACE = re.compile(r"\{(\d+)\}")
 _ENOUGH_LETTERS = 7  # of an id with values: fewer match by chance
 _LONGEST = 2000  # characters: a longer line is somebody's data
 _NEXT = 0.9999  # that letters of a value, or of a part, count for
+_MOST_READ = 20_000  # texts that are kept with their translation
 _MANY = 12  # parts of a text: their number's square is how many readings there are
 _MARK = re.compile(r"(?:; or|[.;:,]| or(?= be )) ")  # between messages
 _JAPANESE_MARK = {". ": "。", "; ": "。", ", ": "、", "; or ": "、または ", " or ": "、または "}
@@ -129,6 +130,8 @@ class Catalogue:
 
     def _rendering(self, text: str) -> Rendering:
         if text not in self._read:
+            if len(self._read) >= _MOST_READ:
+                self._read.clear()
             before, bare, after = core(text)
             known, translated = self._best(bare) if 0 < len(bare) <= _LONGEST else Rendering(0, bare)
             self._read[text] = Rendering(known, f"{before}{translated}{after}")
