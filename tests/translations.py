@@ -114,7 +114,7 @@ def messages() -> dict[str, list[str]]:
     for file in house().files.values():
         path = file.relative_to(ROOT).as_posix()
         if not path.startswith(_NOT_SHOWN):
-            for text in _Texts().of(ast.parse(file.read_text(encoding="utf-8"))):
+            for text in _Texts(path).of(ast.parse(file.read_text(encoding="utf-8"))):
                 found.setdefault(text, []).append(path)
     for place, texts in (("typer", _LIBRARY), ("values", _VALUES)):
         for text in texts:
@@ -146,8 +146,9 @@ def _of_recipes() -> Iterator[tuple[str, str]]:
 class _Texts(ast.NodeVisitor):
     """The messages of a module."""
 
-    def __init__(self) -> None:
+    def __init__(self, path: str) -> None:
         self.found: list[str] = []
+        self._is_view = path.startswith("orchestrator/views/")
         self._prints = 0  # how deep inside a call that prints
 
     def of(self, tree: ast.Module) -> list[str]:
@@ -192,6 +193,13 @@ class _Texts(ast.NodeVisitor):
         for value in (node.left, *node.comparators):
             if not isinstance(value, (ast.Constant, ast.Tuple, ast.List, ast.Set)):
                 self.visit(value)
+
+    def visit_Tuple(self, node: ast.Tuple) -> None:
+        """In a view words side by side are headings."""
+        are_words = self._is_view and all(isinstance(one, ast.Constant) for one in node.elts)
+        self._prints += are_words
+        self.generic_visit(node)
+        self._prints -= are_words
 
     def visit_Subscript(self, node: ast.Subscript) -> None:
         if getattr(node.value, "id", "") == "Literal":
@@ -248,7 +256,7 @@ def _is_message(text: str, is_printed: bool) -> bool:
     if text in _others():
         return False
     if is_printed:
-        return num_letters(text) >= 2 and not text.startswith(("--", "http"))
+        return num_letters(text) >= 2 and not text.startswith(("--", "http")) and not re.fullmatch(r"\w+_\w+", text)
     words = _WORD.findall(PLACE.sub(" ", text))
     if PLACE.search(text) and text[0].isalpha() and words and " " in text and num_letters(text) >= 5:
         return True  # `imported {0}`
