@@ -95,6 +95,7 @@ _VALUES = (
         "started",
         "the adapter",
         "line {0}",
+        "character n-grams",
         "without it {0} of the memory is used",
         "one",
         "mixed",

@@ -63,7 +63,8 @@ class Lines(Quiet):
                 numbers = {"eval_loss": event.eval_loss, **event.extra}
                 scores = {k: v for k, v in numbers.items() if isinstance(v, float) and k != "seconds"}
                 took = f", in {format_s(seconds)}" if (seconds := event.extra.get("seconds")) else ""
-                self.say(f"{event.when}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) + took)
+                shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+                self.say(f"{tr(event.when)}: {shown}{took}")
             case PreflightReport():
                 self.say(f"preflight: {event.text}")
             case Evaluation():

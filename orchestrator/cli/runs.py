@@ -25,6 +25,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.run_folder import RunFolder, runs_and_others
 from orchestrator.views.screen import print_rows, write
 
@@ -266,8 +267,8 @@ def sync(
         raise JobError("--experiment: is empty; give the name of an experiment in MLflow")
     if search := search_verbs.find(run, runs):
         address = sync_search(search, search.job(), experiment)
-        show(f"{search.run_id} is in {address}")
+        show(tr("{0} is in {1}").format(search.run_id, address))
         return
     found = RunFolder.find(run, runs)
     address = sync_run(found, found.job(), experiment)
-    show(f"{found.run_id} is in {address}")
+    show(tr("{0} is in {1}").format(found.run_id, address))

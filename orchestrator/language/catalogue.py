@@ -35,7 +35,7 @@ _CORE = re.compile(r"([\s;,:]*)(.*?)([\s;,:]*)", re.DOTALL)
 _WIDE = re.compile(r"[\u3040-\u30ff\u4e00-\u9fff。）」]")
 _NUMBER = r"\d(?:[\d.,]*\d)?[%\w]*"
 _COUNT = re.compile(rf"({_NUMBER}(?: [KMGT]?i?B)?) ([A-Za-z].*)")  # 12 rows dropped, 3 GiB usable
-_QUANTITY = re.compile(rf"{_NUMBER} [A-Za-z/]+|'[^']*'(?:,? (?:or )?'[^']*')*")  # or a list of names
+_QUANTITY = re.compile(rf"{_NUMBER} [A-Za-z/]+|'[^']*'(?:,? (?:or )?'[^']*')*|/.*")  # or names, or a path
 _AMOUNT = re.compile(r"([a-z][a-z -]*) (\d.*)")  # training 82 s
 Translator = Callable[[str], str]
 

@@ -45,6 +45,7 @@ def test_no_message_is_listed_as_none_in_vain():
     ("english", "japanese"),
     [
         ("no result yet", "結果はまだありません"),
+        ("wrote /a b/report.html", "/a b/report.html を書き出しました"),
         ("run r-7", "実行 r-7"),
         ("job.yaml: does not exist", "job.yaml: 存在しません"),
         ("node-1 is not used: its memory is unknown", "node-1 は使いません: メモリの量が不明です"),
