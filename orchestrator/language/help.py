@@ -22,7 +22,7 @@ _Context = TyperGroup.context_class
 _English = _Context.formatter_class
 _FIRST = 30  # cells: options longer than that stand on a line of their own
 _EXTRA = re.compile(r"  \[([^\[\]]+)\]$")  # [default: runs], [required]
-_divide_english_line = rich.text.divide_line  # pyright: ignore[reportPrivateImportUsage]
+_divide_english_line: Any = getattr(rich.text, "divide_line", None)  # rich's own; without it lines break as rich likes
 _END = "、。，．）」』ーっゃゅょァィゥェォッャュョ!?:;,.)…"  # a line does not begin so
 _BITS = re.compile(rf"[!-~]+[{_END}]*\s*|\s+|[（「『(]*.[{_END}]*\s*")  # between them a line may break
 
@@ -82,8 +82,9 @@ def print_in(language: str) -> None:
     speak(language)
     is_english = language == "en"
     _Context.formatter_class = _English if is_english else _Japanese
-    lines = _divide_english_line if is_english else _divide_line
-    rich.text.divide_line = lines  # pyright: ignore[reportPrivateImportUsage]
+    if _divide_english_line:
+        lines = _divide_english_line if is_english else _divide_line
+        rich.text.divide_line = lines  # pyright: ignore[reportPrivateImportUsage]
 
 
 def mistake_text(error: Any) -> str:
