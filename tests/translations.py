@@ -50,17 +50,8 @@ _NOT_MESSAGES = {
 }
 # Of the library that parses the command line.
 _LIBRARY = (
-    *(
-        "Usage",
-        "Example",
-        "Examples",
-        "Options",
-        "Arguments",
-        "Commands",
-        "Show this message and exit.",
-        "required",
-        "default: {0}",
-    ),
+    *("Usage", "Example", "Examples", "Options", "Arguments", "Commands", "required", "default: {0}"),
+    "Show this message and exit.",
     *("env var: {0}", "Missing command.", "No such command {0}.", "No such command {0}. Did you mean {1}?"),
     *("No such option: {0}", "{0} (Possible options: {1})", "Missing argument {0}.", "Missing option {0}."),
     *("Invalid value for {0}: {1}", "Got unexpected extra argument(s) ({0})", "Option {0} requires an argument."),
@@ -83,28 +74,9 @@ _VALUES = (
     *("checkpoints", "finish", "running", "finished", "failed", "stopped", "damaged", "planned", "preparing"),
     *("truncated", "dropped", "rejected", "packing", "checkpointing", "8-bit optimizer", "step"),
     *("effective", "works", "little gain", "harmful", "impossible", "not installed"),
-    *(
-        "base",
-        "adapter",
-        "tuned",
-        "merged",
-        "usable",
-        "preflight",
-        "saving",
-        "run",
-        "started",
-        "the adapter",
-        "line {0}",
-        "character n-grams",
-        "without it {0} of the memory is used",
-        "one",
-        "mixed",
-        "grouped",
-        "before",
-        "after",
-        "wanted",
-        "prompt",
-    ),
+    *("base", "adapter", "tuned", "merged", "one", "mixed", "grouped", "before", "after", "wanted", "prompt"),
+    *("usable", "preflight", "saving", "run", "started", "the adapter", "line {0}", "character n-grams"),
+    "without it {0} of the memory is used",
 )
 _WORD = re.compile(r"(?<![\w./_-])(?:[A-Za-z][a-z]+(?:[-'][a-z]+)*|[A-Z]{2,})(?![\w./_(=-])")
 
