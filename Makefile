@@ -12,7 +12,7 @@ LIGHT  := $(filter-out %/test_weights.py %/test_architecture_cache.py %/test_ans
   $(wildcard $(foreach room,clusters/hardware clusters/safe orchestrator/job orchestrator/remote orchestrator/report \
   orchestrator/search orchestrator/views,tests/$(room)/test_*.py)) \
   tests/orchestrator/planning/test_planner.py tests/orchestrator/planning/test_workload.py \
-  tests/orchestrator/lifecycle/test_recovery_policy.py tests/benchmarks)
+  tests/orchestrator/lifecycle/test_recovery_policy.py tests/orchestrator/language tests/benchmarks)
 EVERYWHERE := not slow and not gpu and not cluster and not k8s
 PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder -m "$(EVERYWHERE)"
 

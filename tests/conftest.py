@@ -20,6 +20,11 @@ os.environ.setdefault("RAY_worker_niceness", "0")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+# Texts are compared in English, also on a machine whose user reads Japanese.
+for name in ("LANGUAGE", "LC_ALL", "LC_MESSAGES"):
+    os.environ.pop(name, None)
+os.environ["LANG"] = "C.UTF-8"
+
 # A hang-up is tested, and processes inherit from nohup that it is ignored.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

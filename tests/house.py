@@ -48,6 +48,7 @@ ROOMS = (
     ("strategies.compatibility",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
+    ("orchestrator.language",),
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
     ("orchestrator.job.importers",),

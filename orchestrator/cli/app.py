@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import warnings
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
+from typer.exceptions import TyperException
 
 from orchestrator import __version__
 from orchestrator.cli import (
@@ -32,6 +33,9 @@ from orchestrator.cli import (
 )
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
+from orchestrator.language.catalogue import tr
+from orchestrator.language.choice import language_of
+from orchestrator.language.help import mistake_text, print_in
 from orchestrator.views.screen import Screen, accept_every_character, keep_standard_output
 from strategies.step import thread_waits
 
@@ -71,6 +75,10 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="print the version")
     ] = False,
+    lang: Annotated[
+        Literal["en", "ja"] | None,
+        typer.Option("--lang", expose_value=False, help="the language of what is printed; default: that of LANG"),
+    ] = None,
 ) -> None:
     """Fine-tune language models on the machines you have."""
 
@@ -98,8 +106,14 @@ def main() -> None:
     _silence_libraries()
     keep_standard_output()
     accept_every_character()
+    print_in(language_of(sys.argv[1:], os.environ))
     try:
-        app(prog_name="orchestrator")
+        sys.exit(app(prog_name="orchestrator", standalone_mode=False))
+    except typer.Abort:
+        sys.exit(1)
+    except TyperException as error:
+        err.print(mistake_text(error), soft_wrap=True, end="")
+        sys.exit(error.exit_code)
     except OrchestratorError as error:
         sys.exit(_report(error))
     except OSError as error:
@@ -134,7 +148,7 @@ def _report(error: OrchestratorError) -> int:
         found = {"mistakes": [one.parts() for one in error.mistakes]} if isinstance(error, JobError) else {}
         print_json({"error": str(error), "exit_code": error.exit_code, **found})
     else:
-        err.print(str(error), soft_wrap=True, style="red")
+        err.print(tr(str(error)), soft_wrap=True, style="red")
     return error.exit_code
 
 

@@ -14,6 +14,7 @@ from clusters.safe.reading import BadInput, checked_path, kind_of, printable
 from orchestrator.cli.options import JobArgument, JsonOption, RunsOption, SetOption, load_job, out, print_json, say
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import CONFIG, PICKLED, WEIGHTS, Unusable
 from strategies.adapter_bank.card import AdapterCard, BankError
@@ -347,4 +348,4 @@ def _print_made(found: dict[str, Any], json_: bool) -> None:
     from orchestrator.views.bank import describe
 
     for line in describe(found):
-        out.print(line, soft_wrap=True)
+        out.print(tr(line), soft_wrap=True)

@@ -29,6 +29,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
+from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
@@ -55,7 +56,7 @@ def recipes(
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        show(textwrap.fill(f"{key:<20}{about}", out.width, subsequent_indent=" " * 20))
+        show(textwrap.fill(f"{key:<20}{tr(about)}", out.width, subsequent_indent=" " * 20))
     show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 
@@ -198,7 +199,7 @@ def validate(
         return
     for line in [*found["notices"], *(f"not checked: {what}" for what in found["unchecked"])]:
         show(line)
-    formats = ", ".join(f"{path} is {kind}" for path, kind in found["formats"].items())
+    formats = ", ".join(tr("{0} is {1}").format(path, kind) for path, kind in found["formats"].items())
     show(f"{job} is valid ({formats})")
 
 

@@ -26,6 +26,7 @@ from orchestrator.cli.options import (
     show,
 )
 from orchestrator.errors import ClusterError, JobError
+from orchestrator.language.catalogue import tr
 from orchestrator.views.screen import new_table
 
 if TYPE_CHECKING:
@@ -249,8 +250,8 @@ def nodes(
             f"{node['num_cores']:g}",
             format_bytes(node["memory_bytes"]) if node["memory_bytes"] else "-",
             node["device"],
-            f"{node['slots_in_use']:g} of {node['slots']:g} in use",
-            ", ".join(node["does"]) or "-",
+            tr("{0} of {1} in use").format(f"{node['slots_in_use']:g}", f"{node['slots']:g}"),
+            ", ".join(map(tr, node["does"])) or "-",
         )
     out.print(table)
 

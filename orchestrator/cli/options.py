@@ -11,6 +11,7 @@ import typer
 from clusters.safe.masking import masked, masked_values
 from orchestrator.errors import JobError, Mistake
 from orchestrator.job.paths import resolve_path
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import err, out, write
 
@@ -118,11 +119,16 @@ def parse_numbers(option: str, text: str) -> list[int]:
 
 def say(text: str) -> None:
     """Print a sentence about progress to standard error."""
-    err.print(masked(text), soft_wrap=True)
+    err.print(masked(tr(text)), soft_wrap=True)
 
 
 def show(text: str) -> None:
     """Print lines of output without wrapping them."""
+    out.print(masked(tr(text)), soft_wrap=True)
+
+
+def show_data(text: str) -> None:
+    """Print lines of a log or of a user's data: as `show`, in the language that they are in."""
     out.print(masked(text), soft_wrap=True)
 
 

@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from typer.core import TyperGroup
+from orchestrator.language.catalogue import tr
+from orchestrator.language.help import Verbs
 
 NAME = "orchestrator"
 GROUPS = {
@@ -66,7 +67,7 @@ Examples:
   orchestrator VERB --help              its options, with examples"""
 
 
-class GroupedVerbs(TyperGroup):
+class GroupedVerbs(Verbs):
     """Lists the verbs in groups with whole sentences, then examples."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
@@ -76,7 +77,8 @@ class GroupedVerbs(TyperGroup):
         for title, verbs in {**GROUPS, **({"Other": others} if others else {})}.items():
             with formatter.section(title):
                 formatter.write_dl([(name, about) for name, about in verbs.items() if name in self.commands])
-        formatter.write("\n" + as_typed(EXAMPLES, typed()) + "\n")
+        first, *rest = as_typed(EXAMPLES, typed()).splitlines()
+        formatter.write("\n" + "\n".join([f"{tr(first[:-1])}:", *rest]) + "\n")
 
 
 def typed() -> str:

@@ -12,6 +12,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedCo
 from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
 from orchestrator.job.job_file import Job
+from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan, summary
 from orchestrator.runs.events import (
@@ -41,13 +42,13 @@ class Lines(Quiet):
         self._running_since: float | None = None
 
     def say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False)
+        self.console.print(tr(text), markup=False, highlight=False)
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
         self._num_steps, self._predicted = plan.num_steps, plan.phases
         self.console.print(plan_view(job, plan, statistics, full=False))
         if statistics.get("train"):
-            self.console.print(check_line(statistics["train"]), markup=False, highlight=False, soft_wrap=True)
+            self.console.print(tr(check_line(statistics["train"])), markup=False, highlight=False, soft_wrap=True)
         self.say(f"run {run.run_id}")
 
     def event(self, event: Event) -> None:
@@ -62,7 +63,8 @@ class Lines(Quiet):
                 numbers = {"eval_loss": event.eval_loss, **event.extra}
                 scores = {k: v for k, v in numbers.items() if isinstance(v, float) and k != "seconds"}
                 took = f", in {format_s(seconds)}" if (seconds := event.extra.get("seconds")) else ""
-                self.say(f"{event.when}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()) + took)
+                shown = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+                self.say(f"{tr(event.when)}: {shown}{took}")
             case PreflightReport():
                 self.say(f"preflight: {event.text}")
             case Evaluation():
@@ -107,12 +109,12 @@ class Live(Lines):
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = Progress(
-            TextColumn("training"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[detail]}", markup=False),
             TimeElapsedColumn(),
-            TextColumn("left"),
+            TextColumn("{task.fields[left]}", markup=False),
             TimeRemainingColumn(),
             console=console,
             transient=True,
@@ -122,7 +124,9 @@ class Live(Lines):
     def _step(self, event: StepReport) -> None:
         if self._task is None:
             self._bar.start()
-            self._task = self._bar.add_task("training", total=self._num_steps, completed=event.step - 1, detail="")
+            self._task = self._bar.add_task(
+                tr("training"), total=self._num_steps, completed=event.step - 1, detail="", left=tr("left")
+            )
         self._bar.update(self._task, completed=event.step, detail=_step_text(event))
         if event.step >= self._num_steps:
             self.close()
@@ -145,5 +149,9 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
 
 
 def _step_text(event: StepReport) -> str:
-    spared = f" ({1 - event.computed_tokens / event.tokens:.0%} not computed)" if event.computed_tokens else ""
-    return f"loss {event.loss:.4f}, {event.tokens_per_s:.0f} tokens/s{spared}, {format_bytes(event.peak_bytes)}"
+    """In people's language at once: matching a text with values would take milliseconds of every step."""
+    spared = ""
+    if event.computed_tokens:
+        spared = " " + tr("({0} not computed)").format(f"{1 - event.computed_tokens / event.tokens:.0%}")
+    numbers = f"{event.loss:.4f}", f"{event.tokens_per_s:.0f}", spared, format_bytes(event.peak_bytes)
+    return tr("loss {0}, {1} tokens/s{2}, {3}").format(*numbers)

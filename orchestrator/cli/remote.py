@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING
 import typer
 
 from clusters.job_backend import ENDED
-from clusters.safe.masking import masked
 from orchestrator.cli.options import RunArgument, RunsOption, out, print_json, print_result, say, show
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.remote.record import ClusterTarget, Remote
@@ -121,4 +120,4 @@ def send(run: RunArgument, runs: RunsOption = Path("runs")) -> None:
 
 
 def _line_printer(as_json: bool) -> Callable[[str], None]:
-    return say if as_json else lambda text: out.print(masked(text), soft_wrap=True)
+    return say if as_json else show

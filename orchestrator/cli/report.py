@@ -23,13 +23,10 @@ from orchestrator.cli.options import (
     say,
     show,
 )
-from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
+from orchestrator.language.choice import language
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import new_table
-
-LangOption = Annotated[str, typer.Option("--lang", help="en or ja")]
-
 
 verbs = typer.Typer()
 
@@ -37,7 +34,6 @@ verbs = typer.Typer()
 @verbs.command()
 def report(
     name: RunArgument = "latest",
-    lang: LangOption = "en",
     output: Annotated[Path | None, typer.Option("--output", help="default: report.html in the run's folder")] = None,
     markdown: Annotated[bool, typer.Option("--markdown", help="Markdown with SVG files instead of HTML")] = False,
     runs: RunsOption = Path("runs"),
@@ -50,19 +46,16 @@ def report(
     """
     from orchestrator.report.html import report_of, write
     from orchestrator.report.markdown import write_markdown
-    from orchestrator.report.translations import LANGUAGES
 
-    if lang not in LANGUAGES:
-        raise JobError(f"--lang {lang}: is not available; use {' or '.join(LANGUAGES)}")
     if output is not None:
         output = resolve_path(output, "--output", kind="new file")
     folder = search.find(name, runs) or RunFolder.find(name, runs)
     job = folder.job()
     if markdown:
         file = output or folder.path / "report.md"
-        write_markdown(report_of(folder, job, lang), file)
+        write_markdown(report_of(folder, job, language()), file)
     else:
-        file = write(folder, job, lang, output)
+        file = write(folder, job, language(), output)
     if json_:
         print_json({"report": str(file)})
     else:
@@ -77,7 +70,6 @@ def tco(
     against: Annotated[
         Path | None, typer.Option("--against", help="a hardware file: each of its machines alone, bought or rented")
     ] = None,
-    lang: LangOption = "en",
     json_: JsonOption = False,
 ) -> None:
     """Show what a job costs: machines, electricity, a run, a million tokens, a year; and on other machines.
@@ -92,7 +84,7 @@ def tco(
 
     loaded = load_job(job, set_)
     ready = plan_without_data(loaded, declared(hardware) if hardware else None, say, bank=BANK_HOOKS)
-    costs, shown = tco_of_job(loaded, ready, against, lang)
+    costs, shown = tco_of_job(loaded, ready, against, language())
     if json_:
         print_json(
             {"currency": loaded.spec.cost.currency, "ways": [{**asdict(c), "per_run": c.per_run} for c in costs]}

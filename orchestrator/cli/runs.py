@@ -12,9 +12,20 @@ import typer
 
 from orchestrator.cli import remote
 from orchestrator.cli import search as search_verbs
-from orchestrator.cli.options import JsonOption, RunArgument, RunsOption, out, print_json, print_result, say, show
+from orchestrator.cli.options import (
+    JsonOption,
+    RunArgument,
+    RunsOption,
+    out,
+    print_json,
+    print_result,
+    say,
+    show,
+    show_data,
+)
 from orchestrator.errors import JobError, OrchestratorError
 from orchestrator.job.paths import resolve_path
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.run_folder import RunFolder, runs_and_others
 from orchestrator.views.screen import print_rows, write
 
@@ -131,10 +142,10 @@ def logs(
 
 def _print_worker_logs(run: RunFolder) -> None:
     for file in sorted(run.logs.glob("*.log")):
-        show(f"== {file.name}")
+        show_data(f"== {file.name}")
         with file.open(encoding="utf-8", errors="replace") as lines:
             for line in lines:
-                show(line.rstrip("\n"))
+                show_data(line.rstrip("\n"))
 
 
 def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
@@ -149,7 +160,7 @@ def _print_events(run: RunFolder, follow: bool, as_json: bool) -> None:
                 if as_json:
                     write(json.dumps(event.to_json()))
                 else:
-                    show(event_line(event))
+                    show_data(event_line(event))
         if not follow or not alive:
             return
         time.sleep(0.5)
@@ -256,8 +267,8 @@ def sync(
         raise JobError("--experiment: is empty; give the name of an experiment in MLflow")
     if search := search_verbs.find(run, runs):
         address = sync_search(search, search.job(), experiment)
-        show(f"{search.run_id} is in {address}")
+        show(tr("{0} is in {1}").format(search.run_id, address))
         return
     found = RunFolder.find(run, runs)
     address = sync_run(found, found.job(), experiment)
-    show(f"{found.run_id} is in {address}")
+    show(tr("{0} is in {1}").format(found.run_id, address))

@@ -21,7 +21,9 @@ from orchestrator.cli.options import (
     print_json,
     say,
 )
+from orchestrator.cli.options import show as show_lines
 from orchestrator.errors import JobError
+from orchestrator.language.choice import language
 
 if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
     from orchestrator.job.job_file import Job
@@ -114,7 +116,7 @@ def _conclude(folder: SearchFolder) -> None:
     from orchestrator.runs.mirror.tracking import TrackingFailed, sync_search
 
     job = folder.job()
-    say(f"report: {write(folder, job, 'en', None)}")
+    say(f"report: {write(folder, job, language(), None)}")
     if "mlflow" not in job.spec.tracking.report_to:
         return
     try:
@@ -153,7 +155,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
     out.print(
         trials_table(done, [trial for trial in trials if not trial.measured], recommended, planning.steps_per_epoch)
     )
-    out.print(recommendation_text(folder), soft_wrap=True)
+    show_lines(recommendation_text(folder))
 
 
 def _predict(job: Job, as_json: bool) -> None:
@@ -165,7 +167,7 @@ def _predict(job: Job, as_json: bool) -> None:
     if as_json:
         print_json(advice_json(space, advised))
     else:
-        out.print(advised_text(space, advised), soft_wrap=True)
+        show_lines(advised_text(space, advised))
 
 
 def _models(job: Job, models: str) -> list[Job]:

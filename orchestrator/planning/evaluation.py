@@ -53,6 +53,7 @@ def resolve_evaluation(
     steps, why_steps = resolve_eval_steps(spec, workload, held_out)
     new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
     metrics, why_metrics = resolve_metrics(spec, held_out)
+    _refuse_unused_tokenizer(spec, metrics, held_out)
     if metrics:
         enough, memory = generation_memory(nodes, workload, new_tokens)
         if why_tokens:
@@ -111,6 +112,18 @@ def resolve_metrics(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[tupl
     if held_out.longest_answer <= 96:
         return ("exact_match",), "the answers are short"
     return ("rouge_l",), "the answers are long texts"
+
+
+def _refuse_unused_tokenizer(spec: JobSpec, metrics: Sequence[str], held_out: HeldOutCounts | None) -> None:
+    """Raises JobError where a tokenizer is stated and no metric counts tokens."""
+    stated = spec.eval.tokenizer
+    if stated != "auto" and held_out is None:
+        raise JobError(_NEEDS_ROWS.format("eval.tokenizer"))
+    if stated != "auto" and not {"rouge_l", "bleu"} & {*metrics}:
+        raise JobError(
+            f"eval.tokenizer is {stated}, and no metric here counts tokens ({', '.join(metrics) or 'there is none'}):"
+            " add rouge_l or bleu to eval.metrics, or remove it"
+        )
 
 
 def generation_memory(nodes: Sequence[NodePlan], workload: Workload, new_tokens: int) -> tuple[bool, str]:

@@ -35,7 +35,8 @@ def start_attempt(backend: Any, run: RunFolder, remote: Remote) -> Remote:
             name = run.run_id
             _replace_objects(backend, run)
         else:
-            name = f"{run.run_id}-{len(remote.attempts) + 1}"
+            plain = run.run_id if run.run_id.isascii() else kube_objects.object_name(run.run_id)  # also part of a URL
+            name = f"{plain}-{len(remote.attempts) + 1}"
             command = ["python", "-m", "orchestrator", "submit", "job.yaml", "--run-id", run.run_id]
             backend.start(name, shlex.join(command))
     return replace(remote, attempts=(*remote.attempts, name), is_closed=False).keep(run)

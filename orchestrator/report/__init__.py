@@ -11,5 +11,4 @@ search        a search folder -> the blocks of its report
 serving       how fast a server of the run answers, and what a million tokens cost
 stages        the stages of a pipeline: their numbers, and one step as a picture
 tco           what a job costs, and what it would cost on other machines
-translations  the report's own words in Japanese
 """

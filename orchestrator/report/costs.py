@@ -11,6 +11,7 @@ from orchestrator.data.prefixes import tree_ratios
 from orchestrator.data.prepare import datasets
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, spec_with
+from orchestrator.language.catalogue import Translator, translator
 from orchestrator.lifecycle.machines import declared
 from orchestrator.lifecycle.prepare import Ready
 from orchestrator.planning import workload
@@ -18,7 +19,6 @@ from orchestrator.planning.plan import Plan
 from orchestrator.planning.planner import make_plan
 from orchestrator.report import tco
 from orchestrator.report.blocks import Table
-from orchestrator.report.translations import Word, words
 from orchestrator.runs.run_folder import RunFolder
 from strategies.workload import Workload
 
@@ -45,14 +45,14 @@ def price_alternatives(job: Job, work: Workload, file: Path, max_length: int, nu
     )
 
 
-def cost_table(w: Word, currency: str, costs: list[tco.Cost]) -> Table:
+def cost_table(w: Translator, currency: str, costs: list[tco.Cost]) -> Table:
     """The ways side by side; the cheapest stands out."""
     head = (w("way"), w("time"), w("energy"), w("a run"), w("1M tokens"), w("a year"), w("purchase"), w("note"))
     best = tco.cheapest(costs)
     rows = []
     for cost in costs:
         energy = "-" if cost.energy_wh is None else f"{energy_text(cost.energy_wh)} ({_source(w, cost.energy_source)})"
-        notes = [cost.note] if cost.note else []
+        notes = [w(cost.note)] if cost.note else []
         if cost.missing and cost.seconds is not None:
             notes.append(f"{w('not priced')}; {w('set')}: {', '.join(cost.missing)}")
         rows.append(
@@ -74,11 +74,11 @@ def energy_text(wh: float) -> str:
     return f"{wh / 1000:.3g} kWh" if wh >= 1000 else f"{wh:.3g} Wh"
 
 
-def _source(w: Word, source: str) -> str:
+def _source(w: Translator, source: str) -> str:
     return w("declared") if source == "declared" else f"{w('measured')}: {source}"
 
 
-def notes_on_cost(w: Word) -> str:
+def notes_on_cost(w: Translator) -> str:
     return (
         w("Prices are the job's own; unknown ones stay unknown.")
         + " "
@@ -92,7 +92,7 @@ def money_text(value: float | None, currency: str) -> str:
 
 def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple[list[tco.Cost], Table]:
     """`tco JOB`: before anything runs."""
-    w, plan, work = words(lang), ready.plan, ready.work
+    w, plan, work = translator(lang), ready.plan, ready.work
     tokens = work.tokens_per_step * work.num_steps
     costs = [tco.of_plan(job.spec, w("this job"), plan, tokens)]
     file = against or (Path(job.spec.cost.alternatives) if job.spec.cost.alternatives else None)

@@ -10,10 +10,10 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import write_text_file
+from orchestrator.language.catalogue import translator
 from orchestrator.report.blocks import Report
 from orchestrator.report.run import report_of_run
 from orchestrator.report.search import report_of_search
-from orchestrator.report.translations import words
 from orchestrator.runs.markdown import printable_lines
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder
@@ -40,7 +40,7 @@ def html(report: Report) -> str:
     environment = SandboxedEnvironment(autoescape=True, trim_blocks=True, lstrip_blocks=True, finalize=_shown)
     return _unique_ids(
         environment.from_string(_PAGE.read_text(encoding="utf-8")).render(
-            report=report, w=words(report.lang), kind_of=lambda block: type(block).__name__
+            report=report, w=translator(report.lang), kind_of=lambda block: type(block).__name__
         )
     )
 

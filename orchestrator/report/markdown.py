@@ -7,8 +7,8 @@ from pathlib import Path
 from urllib.parse import quote
 
 from orchestrator.errors import JobError
+from orchestrator.language.catalogue import translator
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
-from orchestrator.report.translations import words
 from orchestrator.runs.markdown import code_block, plain
 
 
@@ -34,7 +34,7 @@ def _write(report: Report, file: Path) -> None:
 
 
 def _lines(block: Block, figures: str, lang: str) -> list[str]:
-    w = words(lang)
+    w = translator(lang)
     if isinstance(block, Paragraph):
         return [plain(block.text)]
     if isinstance(block, Facts):

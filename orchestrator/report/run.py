@@ -5,6 +5,7 @@ from __future__ import annotations
 from clusters.safe.masking import masked
 from clusters.units import format_bytes, format_count, format_s
 from orchestrator.job.job_file import Job
+from orchestrator.language.catalogue import Translator, translator
 from orchestrator.planning import price
 from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
@@ -12,7 +13,6 @@ from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Re
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
 from orchestrator.report.serving import serving_blocks
 from orchestrator.report.stages import stage_blocks
-from orchestrator.report.translations import Word, words
 from orchestrator.runs.events import Event
 from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.run_folder import RunFolder, utc
@@ -25,11 +25,11 @@ from orchestrator.views.result import score
 
 def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     """The job, the plan, the result and its cost.  Sections without data yet are omitted."""
-    w = words(lang)
+    w = translator(lang)
     plan = run.plan()
     result, events = run.result(), summary_of(run)
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
-    report.section(w("Result"), _facts(w, run, plan, result, events), _checked(result))
+    report.section(w("Result"), _facts(w, run, plan, result, events), _checked(w, result))
     report.section(w("The job"), _job(w, job))
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
@@ -46,9 +46,9 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     return report
 
 
-def _facts(w: Word, run: RunFolder, plan: Plan, result: RunResult | None, events: EventSummary) -> Block:
+def _facts(w: Translator, run: RunFolder, plan: Plan, result: RunResult | None, events: EventSummary) -> Block:
     state = run.state(events.state_by_events)
-    facts = [(w("state"), state), (w("steps"), f"{len(events.steps)} / {plan.num_steps}")]
+    facts = [(w("state"), w(state)), (w("steps"), f"{len(events.steps)} / {plan.num_steps}")]
     if result:
         facts += [(key, score(key, value)) for key, value in (result.after.scores if result.after else {}).items()]
         facts += [
@@ -59,12 +59,12 @@ def _facts(w: Word, run: RunFolder, plan: Plan, result: RunResult | None, events
     return Facts(facts)
 
 
-def _checked(result: RunResult | None) -> Block | None:
+def _checked(w: Translator, result: RunResult | None) -> Block | None:
     """How what was handed back was held against what was trained."""
-    return Paragraph(result.check) if result and result.check else None
+    return Paragraph(w(result.check)) if result and result.check else None
 
 
-def _job(w: Word, job: Job) -> Block:
+def _job(w: Translator, job: Job) -> Block:
     spec, train = job.spec, job.spec.data.train
     listed = train if isinstance(train, list) else [train]
     goal = ", ".join(f"{key}: {value}" for key, value in spec.goal.model_dump().items() if value is not None)
@@ -77,21 +77,21 @@ def _job(w: Word, job: Job) -> Block:
     return Table((w("setting"), w("value")), rows)
 
 
-def _chosen(w: Word, plan: Plan) -> Block:
+def _chosen(w: Translator, plan: Plan) -> Block:
     rows = [
-        (key, shown(value), plan.reasons.get(key) or w("as the job says")) for key, value in settings_of(plan).items()
+        (key, shown(value), w(plan.reasons.get(key) or "as the job says")) for key, value in settings_of(plan).items()
     ]
     return Table((w("setting"), w("value"), w("why")), rows)
 
 
-def _alternatives(w: Word, plan: Plan) -> list[Block]:
+def _alternatives(w: Translator, plan: Plan) -> list[Block]:
     if not plan.alternatives:
         return []
-    rows = [(a.what, format_s(a.total_s), format_bytes(a.peak_bytes), a.why_not) for a in plan.alternatives]
+    rows = [(a.what, format_s(a.total_s), format_bytes(a.peak_bytes), w(a.why_not)) for a in plan.alternatives]
     return [Table((w("way"), w("time"), w("memory"), w("why")), rows)]
 
 
-def _quality(w: Word, result: RunResult | None) -> list[Block]:
+def _quality(w: Translator, result: RunResult | None) -> list[Block]:
     if not result or not result.after:
         return []
     before, after = _scores(result)
@@ -99,7 +99,7 @@ def _quality(w: Word, result: RunResult | None) -> list[Block]:
     blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
     blocks += [Paragraph(f"{key}: {gain.text}") for key, gain in result.gains.items()]
     if compared := result.after.compared:
-        blocks.append(Paragraph("; ".join(f"{key}: {how}" for key, how in compared.items())))
+        blocks.append(Paragraph("; ".join(f"{key}: {w(how)}" for key, how in compared.items())))
     scores = [key for key in after if key != "eval_loss"]
     drawn = scores or list(after)
     groups = {
@@ -110,7 +110,7 @@ def _quality(w: Word, result: RunResult | None) -> list[Block]:
     return [*blocks, Figure("quality", svg, w("Held-out rows before and after training."))]
 
 
-def _losses(w: Word, events: EventSummary) -> Block | None:
+def _losses(w: Translator, events: EventSummary) -> Block | None:
     losses = events.losses
     if not events.last_step:
         return None
@@ -125,7 +125,7 @@ def _losses(w: Word, events: EventSummary) -> Block | None:
     return Figure("loss", svg, caption.format(width=losses.width))
 
 
-def _memory(w: Word, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:
+def _memory(w: Translator, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:
     names = _names(w, plan)
     rows = {
         name: {w(key): value / 2**30 for key, value in part.memory.parts.items() if value}
@@ -138,14 +138,14 @@ def _memory(w: Word, plan: Plan, result: RunResult | None, events: list[Event]) 
     return Figure("memory", plots.stacked(rows, w("GiB"), marks), caption)
 
 
-def _names(w: Word, plan: Plan) -> list[str]:
+def _names(w: Translator, plan: Plan) -> list[str]:
     """Of each worker: its device and node, and its stage where it has one."""
     places = {rank: row.place for rank, row in enumerate(stages_of_run(plan, []))}
     names = [f"{part.device} ({part.node})" for part in plan.nodes]
     return [f"{w('stage')} {places[rank]}: {name}" if rank in places else name for rank, name in enumerate(names)]
 
 
-def _step_time(w: Word, plan: Plan, result: RunResult | None) -> Block:
+def _step_time(w: Translator, plan: Plan, result: RunResult | None) -> Block:
     rows, marks = {}, {}
     for name, part in zip(_names(w, plan), plan.nodes, strict=True):
         waits = {"waits": plan.step_s - part.time.step_s} if part.techniques.stage else {"sync": plan.sync_s}
@@ -157,7 +157,7 @@ def _step_time(w: Word, plan: Plan, result: RunResult | None) -> Block:
     return Figure("step-time", plots.stacked(rows, w("seconds"), marks), caption)
 
 
-def _machines(w: Word, plan: Plan, events: list[Event]) -> list[Block]:
+def _machines(w: Translator, plan: Plan, events: list[Event]) -> list[Block]:
     measured = [row for row in stats_of_run(events) if isinstance(row, WorkerStats)]
     if not measured:
         rows = [(part.node, part.device, part.share_text, "", "", "") for part in plan.nodes]
@@ -181,11 +181,11 @@ def _machines(w: Word, plan: Plan, events: list[Event]) -> list[Block]:
         }
         caption = w("What each machine does of a step, in seconds.")
         blocks.append(Figure("machines", plots.stacked(shares, w("seconds")), caption))
-    blocks += [Paragraph(f"{node}: {why}") for node, why in plan.left_out.items()]
+    blocks += [Paragraph(f"{node}: {w(why)}") for node, why in plan.left_out.items()]
     return blocks
 
 
-def _faults(w: Word, faults: list[Event]) -> Block:
+def _faults(w: Translator, faults: list[Event]) -> Block:
     if not faults:
         return Paragraph(w("No fault happened."))
     rows = [(utc(one.time), one.kind, getattr(one, "text", None) or ", ".join(_fields(one))) for one in faults]
@@ -206,7 +206,7 @@ def _samples(result: RunResult | None) -> list[Block]:
 
 
 def _costs(
-    w: Word, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: EventSummary
+    w: Translator, run: RunFolder, job: Job, plan: Plan, result: RunResult | None, events: EventSummary
 ) -> list[Block]:
     if not result or not result.tokens:
         return []
@@ -230,7 +230,7 @@ def _costs(
     return [*([Facts(facts)] if facts else []), *blocks, Paragraph(notes_on_cost(w))]
 
 
-def _points(w: Word, currency: str, cost: tco.Cost, result: RunResult) -> list[tuple[str, str]]:
+def _points(w: Translator, currency: str, cost: tco.Cost, result: RunResult) -> list[tuple[str, str]]:
     """The cost of a run over what it gained: of the first metric a hundredth, else a tenth of a nat."""
     if cost.per_run is None:
         return []
@@ -251,7 +251,7 @@ def _scores(result: RunResult) -> tuple[dict[str, float], dict[str, float]]:
     return before, after
 
 
-def _reproduce(w: Word, job: Job, run: RunFolder, plan: Plan, result: RunResult | None) -> list[Block]:
+def _reproduce(w: Translator, job: Job, run: RunFolder, plan: Plan, result: RunResult | None) -> list[Block]:
     rows = [
         ("plan", plan.hash),
         ("data", str(result.data_digest) if result else "-"),

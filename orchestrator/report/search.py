@@ -8,17 +8,17 @@ from clusters.safe.masking import masked
 from clusters.units import format_bytes, format_s
 from orchestrator.job.job_file import Job
 from orchestrator.job.space import phrase
+from orchestrator.language.catalogue import Translator, translator
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, Table
 from orchestrator.report.costs import command, money_text, notes_on_cost
-from orchestrator.report.translations import Word, words
 from orchestrator.runs.search_folder import Advised, Concluded, SearchFolder, Summary, Trial
 from orchestrator.views.search import common
 
 
 def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     """What was tried, what came of it, and what to submit."""
-    w = words(lang)
+    w = translator(lang)
     summary, trials = folder.summary() or Summary(folder.state()), folder.trials()
     by_number = {trial.number: trial for trial in trials}
     report = Report(job.spec.name, f"{w('Search report')} · {folder.run_id}", lang)
@@ -30,10 +30,10 @@ def report_of_search(folder: SearchFolder, job: Job, lang: str) -> Report:
     return report
 
 
-def _recommended(w: Word, folder: SearchFolder, summary: Summary) -> list[Block]:
+def _recommended(w: Translator, folder: SearchFolder, summary: Summary) -> list[Block]:
     chosen = summary.recommended
     if not chosen:
-        return [Paragraph(summary.why)]
+        return [Paragraph(w(summary.why))]
     facts = [
         (w("time"), format_s(chosen.total_s)),
         (w("peak memory"), format_bytes(chosen.peak_bytes)),
@@ -43,13 +43,13 @@ def _recommended(w: Word, folder: SearchFolder, summary: Summary) -> list[Block]
     rows = [(key, str(value)) for key, value in chosen.point.items()]
     return [
         Facts(facts),
-        Paragraph(summary.why),
+        Paragraph(w(summary.why)),
         Table((w("setting"), w("value")), rows),
         Code(command("submit", folder, "recommended.yaml")),
     ]
 
 
-def _before(w: Word, advice: Advised | None, trials: list[Trial]) -> Block | None:
+def _before(w: Translator, advice: Advised | None, trials: list[Trial]) -> Block | None:
     if advice is None:
         return None
     return Facts(
@@ -63,7 +63,7 @@ def _before(w: Word, advice: Advised | None, trials: list[Trial]) -> Block | Non
     )
 
 
-def _table(w: Word, summary: Summary, by_number: dict[int, Trial]) -> Table:
+def _table(w: Translator, summary: Summary, by_number: dict[int, Trial]) -> Table:
     head = (
         w("trial"),
         w("combination"),
@@ -99,7 +99,8 @@ def _table(w: Word, summary: Summary, by_number: dict[int, Trial]) -> Table:
     for trial in by_number.values():
         if not trial.measured:
             what = trial.name or phrase(trial.point, same)
-            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", f"{w('failed')}: {trial.reason}"))
+            why = f"{w('failed')}: {w(trial.reason or '')}"
+            rows.append((str(trial.number), what, "-", "-", "-", "-", "-", why))
     return Table(head, rows, tuple(marked))
 
 
@@ -109,7 +110,7 @@ def _step(trial: Trial) -> str:
     return f"{measured} ({format_s(trial.predicted_step_s)})" if trial.predicted_step_s else measured
 
 
-def _figures(w: Word, summary: Summary, trials: list[Trial]) -> list[Block]:
+def _figures(w: Translator, summary: Summary, trials: list[Trial]) -> list[Block]:
     if len(summary.outcomes) < 2:
         return []
 
@@ -140,7 +141,9 @@ def _figures(w: Word, summary: Summary, trials: list[Trial]) -> list[Block]:
     return blocks
 
 
-def _points(w: Word, summary: Summary, cost: Callable[[Concluded], float]) -> dict[str, list[tuple[float, float, str]]]:
+def _points(
+    w: Translator, summary: Summary, cost: Callable[[Concluded], float]
+) -> dict[str, list[tuple[float, float, str]]]:
     """Each trial as (minutes of the whole job, its cost, its number where it stands out), by what is known of it."""
     found: dict[str, list[tuple[float, float, str]]] = {"other trials": [], "on the front": [], "recommended": []}
     for one in summary.outcomes:
@@ -161,7 +164,7 @@ def _staircase(outcomes: Sequence[Concluded], cost: Callable[[Concluded], float]
     return best
 
 
-def _cost(w: Word, job: Job, folder: SearchFolder, summary: Summary) -> list[Block]:
+def _cost(w: Translator, job: Job, folder: SearchFolder, summary: Summary) -> list[Block]:
     chosen = summary.recommended
     facts = [(w("time"), format_s(summary.trial_seconds))]
     plan = folder.plan()

@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from clusters.safe.reading import BadInput
 from clusters.units import format_s
 from orchestrator.job.job_file import Job
+from orchestrator.language.catalogue import Translator
 from orchestrator.planning import price
 from orchestrator.planning.plan import Plan
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Facts, Figure, Paragraph, Table
 from orchestrator.report.costs import energy_text, money_text
-from orchestrator.report.translations import Word
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.serving.bench.result import FILE, AdaptersRow, Latency, ServeResult, ServeRow, read
 from orchestrator.views.bench_serve import latency_cells, latency_text, weights_of
@@ -23,7 +23,7 @@ _COPIES = "The adapters are copies of the run's own: speed does not depend on th
 _MILLION = 1_000_000
 
 
-def serving_blocks(w: Word, run: RunFolder, job: Job, plan: Plan) -> list[Block]:
+def serving_blocks(w: Translator, run: RunFolder, job: Job, plan: Plan) -> list[Block]:
     """What was measured of serving; none where nothing was."""
     file = run.path / FILE
     if not os.path.lexists(file):
@@ -32,13 +32,13 @@ def serving_blocks(w: Word, run: RunFolder, job: Job, plan: Plan) -> list[Block]
         result = read(file)
     except BadInput as error:
         text = w("The measurements of serving cannot be read; `bench --serve` takes them again.")
-        return [Paragraph(f"{text} {error}")]
+        return [Paragraph(f"{text} {w(str(error))}")]
     blocks: list[Block] = [_facts(w, result), _figure(w, result), _rows(w, result), *_adapters(w, result.adapters)]
     blocks += _not_measured(w, result)
     return [*blocks, *_costs(w, run, job, plan, result), _settings(w, result)]
 
 
-def _facts(w: Word, result: ServeResult) -> Block:
+def _facts(w: Translator, result: ServeResult) -> Block:
     quick = min((row for row in result.rows if row.first_token_s is not None), key=_first_token_s, default=None)
     best = max(result.rows, key=lambda row: row.tokens_per_s)
     facts = [(f"{w('tokens/s')}: {_place(w, best)}", f"{best.tokens_per_s:.1f}")]
@@ -51,19 +51,19 @@ def _first_token_s(row: ServeRow) -> float:
     return row.first_token_s or 0.0
 
 
-def _place(w: Word, row: ServeRow) -> str:
+def _place(w: Translator, row: ServeRow) -> str:
     return f"{_series(w, row)}, {w('{count} at a time').format(count=row.concurrency)}"
 
 
-def _series(w: Word, row: ServeRow) -> str:
+def _series(w: Translator, row: ServeRow) -> str:
     return f"{row.engine}, {_named(w, row.model)}"
 
 
-def _named(w: Word, name: str) -> str:
+def _named(w: Translator, name: str) -> str:
     return w(name) if name in _NAMES else name
 
 
-def _figure(w: Word, result: ServeResult) -> Block:
+def _figure(w: Translator, result: ServeResult) -> Block:
     series: dict[str, list[tuple[int, float, float, float]]] = {}
     for row in result.rows:
         point = row.concurrency, row.tokens_per_s, row.tokens_per_s_low, row.tokens_per_s_high
@@ -75,14 +75,14 @@ def _figure(w: Word, result: ServeResult) -> Block:
     return Figure("serving", plots.rates(series, w("requests at a time"), w("tokens/s")), caption)
 
 
-def _rows(w: Word, result: ServeResult) -> Block:
+def _rows(w: Translator, result: ServeResult) -> Block:
     head = (w("engine"), w("model"), w("at a time"), *_heads(w))
     rows = [(row.engine, _named(w, row.model), str(row.concurrency), *_cells(row)) for row in result.rows]
     best = [place for place, row in enumerate(result.rows) if row in result.best]
     return Table(head, rows, best)
 
 
-def _heads(w: Word) -> tuple[str, ...]:
+def _heads(w: Translator) -> tuple[str, ...]:
     return w("first token"), w("p95"), w("per token"), w("p95"), w("tokens/s"), w("low to high")
 
 
@@ -90,7 +90,7 @@ def _cells(row: Latency) -> tuple[str, ...]:
     return *latency_cells(row), f"{row.tokens_per_s_low:.1f} - {row.tokens_per_s_high:.1f}"
 
 
-def _adapters(w: Word, rows: Sequence[AdaptersRow]) -> list[Block]:
+def _adapters(w: Translator, rows: Sequence[AdaptersRow]) -> list[Block]:
     """Several adapters in one batch beside one after the other."""
     if not rows:
         return []
@@ -107,12 +107,12 @@ def _adapters(w: Word, rows: Sequence[AdaptersRow]) -> list[Block]:
     return [*blocks, Table((w("order"), w("adapters"), w("at a time"), *_heads(w)), cells)]
 
 
-def _not_measured(w: Word, result: ServeResult) -> list[Block]:
+def _not_measured(w: Translator, result: ServeResult) -> list[Block]:
     rows = [(one.engine, _named(w, one.model), one.reason) for one in result.not_measured]
     return [Table((f"{w('not measured')}: {w('engine')}", w("model"), w("reason")), rows)] if rows else []
 
 
-def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: ServeResult) -> list[Block]:
+def _costs(w: Translator, run: RunFolder, job: Job, plan: Plan, result: ServeResult) -> list[Block]:
     """What a million generated tokens cost at each model's best rate, on the machine that the run's plan has first."""
     part, spec = plan.nodes[0], job.spec
     cluster = price.priced(spec, run.capability())
@@ -138,7 +138,7 @@ def _costs(w: Word, run: RunFolder, job: Job, plan: Plan, result: ServeResult) -
     return [Paragraph(text), Table(head, rows)]
 
 
-def _settings(w: Word, result: ServeResult) -> Block:
+def _settings(w: Translator, result: ServeResult) -> Block:
     own = f"{result.num_prompts} {w('held-out prompts of the run')}"
     lengths = sorted({round(row.prompt_tokens) for row in result.rows})
     rows = [

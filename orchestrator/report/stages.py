@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from clusters.units import format_s
+from orchestrator.language.catalogue import Translator
 from orchestrator.planning.plan import Plan
 from orchestrator.report import plots
 from orchestrator.report.blocks import Block, Figure, Table
-from orchestrator.report.translations import Word
 from orchestrator.runs.events import Event
 from orchestrator.runs.stage_spans import StageSpans
 from orchestrator.runs.worker_stats import stages_of_run, timelines
 from orchestrator.views.workers import slowest_stages, stage_cells
 
 
-def stage_blocks(w: Word, plan: Plan, events: Sequence[Event]) -> list[Block]:
+def stage_blocks(w: Translator, plan: Plan, events: Sequence[Event]) -> list[Block]:
     """The table of the stages and the timeline of a step; none where the plan has no stages."""
     rows = stages_of_run(plan, events)
     if not rows:
@@ -30,7 +30,7 @@ def stage_blocks(w: Word, plan: Plan, events: Sequence[Event]) -> list[Block]:
     return [Table([w(name) for name in head], cells, slowest), *_timeline(w, *timelines(plan, events))]
 
 
-def _timeline(w: Word, predicted: list[StageSpans], measured: list[StageSpans]) -> list[Block]:
+def _timeline(w: Translator, predicted: list[StageSpans], measured: list[StageSpans]) -> list[Block]:
     """The picture of one step, the predicted above the measured."""
     pictures: dict[str, dict[str, dict[str, plots.Spans]]] = {}
     for name, stages in (("predicted", predicted), ("measured", measured)):
@@ -42,7 +42,7 @@ def _timeline(w: Word, predicted: list[StageSpans], measured: list[StageSpans]) 
     return [Figure("stages", plots.stage_timelines(pictures, w("seconds")), caption)]
 
 
-def _rows(w: Word, stages: list[StageSpans], end_s: float) -> dict[str, dict[str, plots.Spans]]:
+def _rows(w: Translator, stages: list[StageSpans], end_s: float) -> dict[str, dict[str, plots.Spans]]:
     several = len({one.replica for one in stages}) > 1
     found: dict[str, dict[str, plots.Spans]] = {}
     for one in sorted(stages, key=lambda one: (one.replica, one.stage)):

@@ -14,6 +14,7 @@ from typing import Any
 from clusters.safe.cache import cache_folder
 from clusters.safe.reading import printable
 from orchestrator.errors import ClusterError, JobError
+from orchestrator.language.catalogue import tr
 
 HELP = """\
 /base /tuned     answer by the model that was not tuned, or by the tuned one
@@ -91,7 +92,7 @@ class ChatSession:
         command, _, value = text.strip().partition(" ")
         if command in ("/quit", "/exit"):
             return False
-        self.show(self._command(command, value.strip()) + "\n")
+        self.show(tr(self._command(command, value.strip())) + "\n")
         return True
 
     def _command(self, command: str, value: str) -> str:
@@ -138,9 +139,9 @@ class ChatSession:
                 parts.append(part)
                 self.show(part)
         except KeyboardInterrupt:
-            self.show("\n(stopped)")
+            self.show(f"\n{tr('(stopped)')}")
         except (JobError, ClusterError) as error:
-            self.show(f"{''.join(parts) and chr(10)}{error}\n")
+            self.show(f"{''.join(parts) and chr(10)}{tr(str(error))}\n")
             return
         self.show("\n")
         self.turns = [*asked, {"role": "assistant", "content": "".join(parts)}]

@@ -9,13 +9,15 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.safe.reading import printable
+from orchestrator.language.catalogue import tr
 from strategies.adapter_bank.card import AdapterCard
 
 
 def table(cards: Iterable[AdapterCard]) -> Table:
     """One adapter per row."""
     shown = Table(box=None)
-    for column in ("name", "base", "rank", "rows", "held-out loss", "licence", "digest"):
+    heads = tr("name"), tr("base"), tr("rank"), tr("rows"), tr("held-out loss"), tr("licence"), tr("digest")
+    for column in heads:
         shown.add_column(column, overflow="fold")
     for card in cards:
         ranks = "-".join(str(rank) for rank in sorted({min(card.ranks), max(card.ranks)})) if card.ranks else ""

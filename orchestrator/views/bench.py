@@ -14,6 +14,7 @@ from clusters.safe.reading import BadInput, read_json, record
 from clusters.units import format_bytes, format_s
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path
+from orchestrator.language.catalogue import tr
 from orchestrator.serving.bench.result import KIND as SERVE
 from orchestrator.serving.bench.result import ServeResult
 from orchestrator.views import bench_serve
@@ -95,26 +96,31 @@ def _training(result: dict[str, Any]) -> RenderableType:
     of_ceiling = result["of_ceiling"]
     lines: list[RenderableType] = [
         Text(
-            f"{result['model']} on {result['device']}: {rate['tokens_per_s']:.0f} tokens/s,"
-            f" {rate['supervised_tokens_per_s']:.0f} supervised tokens/s, {rate['samples_per_s']:.2f} samples/s;"
-            f" step {format_s(result['step_s'])} (predicted {format_s(result['predicted_step_s'])})"
+            tr(
+                f"{result['model']} on {result['device']}: {rate['tokens_per_s']:.0f} tokens/s,"
+                f" {rate['supervised_tokens_per_s']:.0f} supervised tokens/s, {rate['samples_per_s']:.2f} samples/s;"
+                f" step {format_s(result['step_s'])} (predicted {format_s(result['predicted_step_s'])})"
+            )
         )
     ]
     if of_ceiling is not None:
         lines.append(
             Text(
-                f"{result['flops_per_s'] / 1e9:.0f} GFLOP/s useful, {of_ceiling:.0%} of the"
-                f" {result['ceiling_flops_per_s'] / 1e9:.0f} that the probe's best matrix product reaches"
+                tr(
+                    f"{result['flops_per_s'] / 1e9:.0f} GFLOP/s useful, {of_ceiling:.0%} of the"
+                    f" {result['ceiling_flops_per_s'] / 1e9:.0f} that the probe's best matrix product reaches"
+                )
             )
         )
     lines += [
         Text(),
-        _shares("step by phase", phases, format_s),
+        _shares(tr("step by phase"), phases, format_s),
         Text(),
-        _shares("profiled step by part", parts, format_s),
+        _shares(tr("profiled step by part"), parts, format_s),
     ]
     memory = {key: value for key, value in result["memory"].items() if key != "peak"}
-    lines += [Text(), _shares(f"tensors at the peak, {format_bytes(result['memory']['peak'])}", memory, format_bytes)]
+    peak = tr(f"tensors at the peak, {format_bytes(result['memory']['peak'])}")
+    lines += [Text(), _shares(peak, memory, format_bytes)]
     table = new_table("operator", "time", "of the step", "calls")
     whole = sum(parts.values()) or 1.0
     for row in result["operators"]:
@@ -146,7 +152,7 @@ def _generation(result: dict[str, Any]) -> RenderableType:
             format_bytes(row["peak_bytes"]),
         )
     title = f"{result['model']} on {result['device']}, {result['new_tokens']} new tokens, greedy"
-    return Group(Text(title), table)
+    return Group(Text(tr(title)), table)
 
 
 def comparison_view(first: dict[str, Any], second: dict[str, Any]) -> RenderableType:

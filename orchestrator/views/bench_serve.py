@@ -10,6 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from clusters.units import format_s
+from orchestrator.language.catalogue import tr
 from orchestrator.serving.bench.result import Latency, ServeResult
 from orchestrator.views.screen import new_table
 
@@ -19,12 +20,13 @@ _HEADS = ("clients", "1st token", "p95", "per token", "p95", "tokens/s")
 
 def serve_view(result: ServeResult) -> RenderableType:
     """One result."""
-    lines: list[RenderableType] = [Text(headline(result)), Text(f"weights: {weights_of(result)}"), _models(result)]
+    lines: list[RenderableType] = [Text(tr(headline(result))), Text(tr(f"weights: {weights_of(result)}"))]
+    lines.append(_models(result))
     if result.adapters:
         lines += [Text(), _adapters(result)]
     if result.not_measured:
         lines.append(Text())
-    lines += [Text(f"not measured: {text}", style="yellow") for text in reasons(result)]
+    lines += [Text(tr(f"not measured: {text}"), style="yellow") for text in reasons(result)]
     return Group(*lines)
 
 

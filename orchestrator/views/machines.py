@@ -11,6 +11,7 @@ from rich.text import Text
 from clusters.capability import NUMBER_FORMATS, ClusterCapability, DeviceCapability, NodeCapability
 from clusters.hardware import datasheet
 from clusters.units import format_bytes
+from orchestrator.language.catalogue import tr
 from orchestrator.planning.explain import explain_unusable
 from orchestrator.views.screen import new_table
 from strategies.techniques.libraries import lacks
@@ -27,15 +28,19 @@ def machines_view(cluster: ClusterCapability) -> RenderableType:
         table = new_table("link", "bandwidth", "round trip")
         for link in cluster.links:
             mark = _MARK[link.source]
-            trip = "unknown" if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
+            trip = tr("unknown") if link.round_trip_s is None else f"{link.round_trip_s * 1e3:.2g} ms{mark}"
             table.add_row(" - ".join(link.between), _rate(link.bytes_per_s, mark), trip)
         parts += [table, Text()]
-    parts += [Text(f"{name}: {why}", style="yellow") for name, why in explain_unusable(cluster).items()]
-    parts += [Text(text, style="dim") for text in (*_missing(cluster), *_screens(cluster))]
+    parts += [Text(f"{name}: {tr(why)}", style="yellow") for name, why in explain_unusable(cluster).items()]
+    parts += [Text(tr(text), style="dim") for text in (*_missing(cluster), *_screens(cluster))]
     doubtful = [(node, device) for node in cluster.nodes for device in node.doubtful]
-    parts += [Text(f"{device.name} ({node.name}): {device.doubt}", style="yellow") for node, device in doubtful]
-    parts += [Text(f"{node}: could not be probed: {reason}", style="red") for node, reason in cluster.failed.items()]
-    parts.append(Text("plain = measured, d = datasheet, D = declared, - = unknown", style="dim"))
+    parts += [
+        Text(f"{device.name} ({node.name}): {tr(device.doubt or '')}", style="yellow") for node, device in doubtful
+    ]
+    parts += [
+        Text(tr(f"{node}: could not be probed: {reason}"), style="red") for node, reason in cluster.failed.items()
+    ]
+    parts.append(Text(tr("plain = measured, d = datasheet, D = declared, - = unknown"), style="dim"))
     return Group(*parts)
 
 
@@ -57,11 +62,16 @@ def _screens(cluster: ClusterCapability) -> list[str]:
 
 
 def _node(node: NodeCapability) -> Text:
-    memory = "unknown memory" if node.memory_bytes is None else format_bytes(node.memory_bytes)
+    memory = tr("unknown memory") if node.memory_bytes is None else format_bytes(node.memory_bytes)
     rate = node.gpu_link_bytes_per_s
-    gpus = "" if rate is None else f", {rate / 1e9:.1f} GB/s between its GPUs"
-    disk = "" if node.disk_write_bytes_per_s is None else f", disk {node.disk_write_bytes_per_s / 1e6:.0f} MB/s"
-    return Text.assemble((node.name, "bold"), f": {node.num_cores} cores, {memory} usable{disk}{gpus}")
+    gpus = "" if rate is None else tr(f", {rate / 1e9:.1f} GB/s between its GPUs")
+    disk = (
+        ""
+        if node.disk_write_bytes_per_s is None
+        else tr(", disk {0} MB/s").format(f"{node.disk_write_bytes_per_s / 1e6:.0f}")
+    )
+    size = tr("{0} cores, {1} usable").format(node.num_cores, memory)
+    return Text.assemble((node.name, "bold"), f": {size}{disk}{gpus}")
 
 
 def _devices(node: NodeCapability) -> Table:

@@ -10,6 +10,7 @@ from rich.text import Text
 
 from clusters.safe.reading import printable
 from clusters.units import format_bytes, format_count, format_s
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.checkpoints import ChosenStep
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.events import Event
@@ -18,7 +19,7 @@ from orchestrator.runs.run_folder import RunFolder, state_without_driver, utc
 from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.facts import RunFacts, facts_of, facts_of_whole_run
 from orchestrator.runs.summary.summary_file import summary_of
-from orchestrator.views.screen import new_table
+from orchestrator.views.screen import label, new_table
 from strategies.cost.phases import Phases
 
 
@@ -26,7 +27,7 @@ def result_view(run: RunFolder, summary: EventSummary) -> RenderableType:
     """Quality before and after, sample outputs, cost, and where things are."""
     result = run.result()
     if result is None:
-        return Text("no result yet")
+        return Text(tr("no result yet"))
     parts: list[RenderableType] = []
     if after := result.after:
         before = result.before or Quality(None)
@@ -38,17 +39,17 @@ def result_view(run: RunFolder, summary: EventSummary) -> RenderableType:
         parts += [_text(f"{key}: {gain.text}") for key, gain in result.gains.items()]
         parts += _how_compared(after)
     if text := handed_back_text(result.handed_back):
-        parts.append(Text(text, style="yellow"))
-    parts.append(Text(_cost_sentence(result)))
+        parts.append(Text(tr(text), style="yellow"))
+    parts.append(Text(tr(_cost_sentence(result))))
     if (measured := summary.phases).total_s:
-        parts.append(Text(phases_text(measured, run.plan().phases)))
+        parts.append(Text(tr(phases_text(measured, run.plan().phases))))
     exported = run.exported()
     if exported:
         parts.append(_text(f"{exported.name}: {exported}"))
     if damage := exported_damage(run, result):
-        parts.append(Text(printable(f"damaged: {damage}"), style="red"))
+        parts.append(Text(printable(tr(f"damaged: {damage}")), style="red"))
     elif result.check:
-        parts.append(_text(f"checked: {result.check}"))
+        parts.append(_text(tr(f"checked: {result.check}")))
     return Group(*parts)
 
 
@@ -95,9 +96,9 @@ def scores_view(quality: Quality) -> RenderableType:
 
 def _how_compared(quality: Quality) -> list[RenderableType]:
     """The unit of text of each metric, and how many prompts left no room for an answer."""
-    notes = [f"{key}: {how}" for key, how in quality.compared.items()]
+    notes = [f"{key}: {tr(how)}" for key, how in quality.compared.items()]
     if quality.without_room:
-        notes.append(f"{quality.without_room} prompts fill the model's context: their answers are empty")
+        notes.append(tr(f"{quality.without_room} prompts fill the model's context: their answers are empty"))
     return [Text(printable("; ".join(notes)), style="dim")] if notes else []
 
 
@@ -110,12 +111,12 @@ def _sample(sample: Sample, old: str | None) -> RenderableType:
     prompt = printable(" ".join(sample.prompt.split()))
     right = sample.generated.strip() == sample.reference.strip()
     lines = Text()
-    lines.append(f"prompt  …{prompt[-150:]}\n" if len(prompt) > 150 else f"prompt  {prompt}\n", style="dim")
+    lines.append(f"{label('prompt')}{'…' if len(prompt) > 150 else ''}{prompt[-150:]}\n", style="dim")
     if old is not None:
-        lines.append(f"before  {_start(old)}\n")
-    lines.append(f"after   {_start(sample.generated)}\n", style="green" if right else "yellow")
+        lines.append(f"{label('before')}{_start(old)}\n")
+    lines.append(f"{label('after')}{_start(sample.generated)}\n", style="green" if right else "yellow")
     if not right:
-        lines.append(f"wanted  {_start(sample.reference)}\n", style="dim")
+        lines.append(f"{label('wanted')}{_start(sample.reference)}\n", style="dim")
     return lines
 
 
@@ -126,7 +127,7 @@ def _start(text: str) -> str:
 def score(key: str, value: float | None) -> str:
     """A metric in percent, a loss as it is."""
     if value is None:
-        return "not measured"
+        return tr("not measured")
     return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
 
 
@@ -178,7 +179,7 @@ def run_cells(row: Mapping[str, Any]) -> tuple[str, ...]:
     """A row of the table of `list`."""
     loss = "" if row["loss"] is None else f"{row['loss']:.4f}"
     steps = "" if row["step"] is None else f"{row['step']}/{row['num_steps']}"
-    return row["run"], row["state"], steps, loss, row["started"] or ""
+    return row["run"], tr(row["state"]), steps, loss, row["started"] or ""
 
 
 def event_line(event: Event) -> str:

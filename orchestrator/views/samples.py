@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.text import Text
 
 from clusters.safe.reading import printable
+from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.inspect_data import PADDED_ROWS
 from orchestrator.views.plan import data_sentence
 
@@ -17,7 +18,8 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
     """What is trained is green, or between ⟦ and ⟧ where there are no colours."""
     parts: list[RenderableType] = []
     for sample in seen["samples"]:
-        title = f"{sample['source']}  ({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)"
+        counts = f"({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)"
+        title = f"{sample['source']}  {tr(counts)}"
         text = Text(f"{printable(title)}\n", style="bold")
         for piece, supervised in sample["text"]:
             shown = "\n".join(printable(line) for line in piece.split("\n"))
@@ -25,15 +27,14 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
             text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
         text.append("\n")
         parts.append(text)
-    legend = Text.assemble(("supervised", "black on green"), "  ", ("read only", "dim"))
-    parts.append(legend if in_colour else Text("⟦supervised⟧  read only"))
+    legend = Text.assemble((tr("supervised"), "black on green"), "  ", (tr("read only"), "dim"))
+    parts.append(legend if in_colour else Text(f"⟦{tr('supervised')}⟧  {tr('read only')}"))
     statistics, packing = seen["statistics"], seen["packing"]
     parts.append(Text(data_sentence({"train": statistics})))
-    parts += [Text(printable(line)) for line in _shares(seen["sources"])]
-    parts += [Text(printable(line)) for line in seen["check"]]
+    parts += [Text(printable(tr(line))) for line in [*_shares(seen["sources"]), *seen["check"]]]
     if packing:
-        parts.append(Text(_packing_sentence(packing)))
-    parts += [Text(f"broken: {printable(line)}", style="red") for line in seen["broken"]]
+        parts.append(Text(tr(_packing_sentence(packing))))
+    parts += [Text(printable(tr(f"broken: {line}")), style="red") for line in seen["broken"]]
     return Group(*parts)
 
 

@@ -22,6 +22,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from clusters.safe.reading import printable, printable_lines
+from orchestrator.language.catalogue import tr
+from orchestrator.language.choice import language
 
 _READER_GONE = (errno.EPIPE, errno.EIO)  # a closed pipe; a terminal that was closed
 
@@ -92,7 +94,7 @@ class FittingTable(Table):
             for one, width in zip(columns, widths, strict=True):
                 one.width = width
         if dropped:
-            left_out = f"not shown in so narrow a window: {', '.join(dropped)}"
+            left_out = tr(f"not shown in so narrow a window: {', '.join(dropped)}")
             yield from console.render(Text(left_out, style="dim"), options)
 
 
@@ -116,12 +118,17 @@ def new_table(*columns: str, fold: bool = False, dispensable: Sequence[str] = ()
 
     Of `dispensable` columns as many as needed, the first one first, are left out where words would be cut.
     """
-    heads = [Column(name, overflow="fold" if fold else "ellipsis") for name in columns]
+    heads = [Column(tr(name), overflow="fold" if fold else "ellipsis") for name in columns]
     kind = FittingTable if dispensable else Table
     table = kind(*heads, box=None, pad_edge=False, header_style="bold")
     if isinstance(table, FittingTable):
-        table.dispensable = tuple(dispensable)
+        table.dispensable = tuple(map(tr, dispensable))
     return table
+
+
+def label(word: str) -> str:
+    """A word before a line, with spaces up to the column in which all such lines begin."""
+    return set_cell_size(tr(word) if word else "", 8 if language() == "en" else 10)
 
 
 def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], dispensable: Sequence[str] = ()) -> None:
@@ -135,7 +142,7 @@ def print_rows(head: Sequence[str], rows: Sequence[Sequence[str]], dispensable: 
     if not cells:
         out.print(table)
         return
-    table.add_row(*(Text(max(column, key=cell_len)) for column in zip(head, *cells, strict=True)))
+    table.add_row(*(Text(max(column, key=cell_len)) for column in zip(map(tr, head), *cells, strict=True)))
     spaces = [1, *[2] * (len(head) - 2), 1]  # left and right of a cell; none at the edges
     widths = [
         width - space for width, space in zip(table._calculate_column_widths(out, out.options), spaces, strict=True)

@@ -11,6 +11,7 @@ from rich.text import Text
 
 from clusters.units import format_bytes, format_s
 from orchestrator.job.space import Space, phrase
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.search_folder import SearchFolder, Trial
 from orchestrator.search.advice import Forecast
 from orchestrator.search.recommend import Outcome, front
@@ -72,7 +73,7 @@ def trials_table(
     whole = "an epoch" if is_study else "whole job"
     names = ["", "combination", "step", "tensors", "eval_loss", whole, "memory", *(["cost"] if priced else [])]
     for name in names:
-        table.add_column(name, overflow="fold", min_width=22 if name == "combination" else None)
+        table.add_column(tr(name) if name else "", overflow="fold", min_width=22 if name == "combination" else None)
     for outcome in found:
         trial = outcome.trial
         mark = "➤" if trial.number == recommended else "*" if trial.number in on_front else ""
@@ -95,7 +96,7 @@ def trials_table(
     lines.append(f"{whole} and memory are the plan's, corrected by what the trial measured")
     if any(outcome.trial.predicted_step_s is None for outcome in found):
         lines.append(f"shared: its part of passes that trials shared, which corrects no time of the {whole}")
-    return Group(table, Text("\n".join(lines), style="dim"))
+    return Group(table, Text("\n".join(map(tr, lines)), style="dim"))
 
 
 def recommendation_text(folder: SearchFolder) -> str:
@@ -120,7 +121,7 @@ class SearchWatcher:
 
     def say(self, text: str) -> None:
         if self._console:
-            self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+            self._console.print(tr(text), markup=False, highlight=False, soft_wrap=True)
 
     def advised(self, space: Space, advised: Forecast) -> None:
         self.say(advised_text(space, advised))

@@ -7,6 +7,7 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from orchestrator.language.catalogue import tr
 from orchestrator.views.screen import new_table
 
 _COLOURS = {
@@ -30,19 +31,20 @@ def catalogue_view(rows: list[dict[str, Any]]) -> RenderableType:
         names = ("technique", "verdict", "memory", "time", "why", "not with", "switched on by")
         table = new_table(*names, fold=True, dispensable=("not with", "switched on by", "why"))
         for row in mine:
-            level = Text(row["level"], style=_COLOURS[row["level"]])
+            level = Text(tr(row["level"]), style=_COLOURS[row["level"]])
             why = row["reason"] if row["level"] in _WITH_REASON else row["reason"].split("; ", 1)[-1]
             table.add_row(
                 row["technique"],
                 level,
                 _ratio(row["memory_ratio"]),
                 _ratio(row["time_ratio"]),
-                why,
+                tr(why),
                 ", ".join(row["not_with"]),
                 row["switch"],
             )
-        parts += [Text(f"{device}, judged with {mine[0]['model']}", style="bold"), table, Text()]
-    parts.append(Text("memory and time: with it over without it, predicted from this device's figures", style="dim"))
+        parts += [Text(tr(f"{device}, judged with {mine[0]['model']}"), style="bold"), table, Text()]
+    legend = tr("memory and time: with it over without it, predicted from this device's figures")
+    parts.append(Text(legend, style="dim"))
     return Group(*parts)
 
 
@@ -53,7 +55,7 @@ def measured_view(rows: list[dict[str, Any]]) -> RenderableType:
     ratios = ("expected_small_time", "measured_time", "expected_small_memory", "measured_memory")
     for row in rows:
         shown = (_ratio(row.get(key)) for key in ratios)
-        table.add_row(row["device"], row["technique"], *shown, row.get("problem") or "")
+        table.add_row(row["device"], row["technique"], *shown, tr(row.get("problem") or ""))
     return table
 
 

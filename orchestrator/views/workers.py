@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.table import Table
 
 from clusters.units import format_bytes, format_s
+from orchestrator.language.catalogue import tr
 from orchestrator.runs.events import Member
 from orchestrator.runs.worker_stats import StageStats, WorkerStats
 
@@ -14,8 +15,8 @@ from orchestrator.runs.worker_stats import StageStats, WorkerStats
 def workers_view(rows: Sequence[WorkerStats] | Sequence[Member]) -> Table:
     """A row a worker."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("worker")
-    for name in ("share", "tokens/s", "computes", "waits", "memory", "sent a step"):
+    table.add_column(tr("worker"))
+    for name in (tr("share"), tr("tokens/s"), tr("computes"), tr("waits"), tr("memory"), tr("sent a step")):
         table.add_column(name, justify="right")
     table.add_column("")
     for row in rows:
@@ -26,15 +27,16 @@ def workers_view(rows: Sequence[WorkerStats] | Sequence[Member]) -> Table:
 def stages_view(rows: Sequence[StageStats]) -> Table:
     """Two rows a stage: what was measured, and under it what was predicted."""
     table = Table(box=None, pad_edge=False)
-    table.add_column("stage" if rows[0].num_replicas == 1 else "pipeline.stage")
-    table.add_column("worker", min_width=len("predicted"))
-    for name in ("layers", "computes", "busy", "waits", "memory", "sent", ""):
+    table.add_column(tr("stage") if rows[0].num_replicas == 1 else tr("pipeline.stage"))
+    table.add_column(tr("worker"), min_width=len("predicted"))
+    heads = tr("layers"), tr("computes"), tr("busy"), tr("waits"), tr("memory"), tr("sent"), ""
+    for name in heads:
         table.add_column(name, justify="right", no_wrap=True)
     for row, is_slowest in zip(rows, slowest_stages(rows), strict=True):
         measured, predicted = stage_cells(row)
-        last = "slowest" if is_slowest else ""
+        last = tr("slowest") if is_slowest else ""
         table.add_row(row.place, f"{row.node} ({row.device})", row.layers, *measured, last)
-        table.add_row("", "predicted", "", *predicted, style="dim")
+        table.add_row("", tr("predicted"), "", *predicted, style="dim")
     return table
 
 
@@ -64,7 +66,7 @@ def slowest_stages(rows: Sequence[StageStats]) -> list[bool]:
 
 def _cells(row: WorkerStats | Member) -> list[str]:
     if isinstance(row, Member):
-        return [*["-"] * 6, "has made no step yet"]
+        return [*["-"] * 6, tr("has made no step yet")]
     return [
         f"{row.share:.0%}",
         f"{row.tokens_per_s:.0f}",
@@ -72,5 +74,5 @@ def _cells(row: WorkerStats | Member) -> list[str]:
         format_s(row.wait_s),
         format_bytes(row.peak_bytes),
         "-" if row.bytes_sent is None else format_bytes(row.bytes_sent),
-        "the others wait for it" if row.is_slowest else "",
+        tr("the others wait for it") if row.is_slowest else "",
     ]

@@ -19,20 +19,21 @@ DOWN = "http://127.0.0.1:9"  # an MLflow server that nobody runs
 
 @pytest.fixture(scope="module")
 def place(model_folder, tmp_path_factory):
-    """A folder with a job over the tiny model, long enough to be interrupted."""
+    """A folder with a job over the tiny model, long enough to be interrupted, under a name that is not ASCII."""
     folder = tmp_path_factory.mktemp("jobs")
     write_jsonl(folder / "train.jsonl", rows(40))
     write_jsonl(folder / "eval.jsonl", rows(8, start=100))
     (folder / "job.yaml").write_text(
         f"""\
-name: tiny
+name: 日本語
 model: {{model_name_or_path: {model_folder}, dtype: float32}}
 data: {{train: train.jsonl, eval: eval.jsonl, max_length: 64}}
 method: {{lora_r: 4}}
 train: {{global_batch_size: 8, max_steps: {NUM_STEPS}, learning_rate: 3e-3}}
 checkpoint: {{save_steps: 30}}
 eval: {{max_new_tokens: 8, eval_steps: 100}}
-"""
+""",
+        encoding="utf-8",
     )
     return folder
 

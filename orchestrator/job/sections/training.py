@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.job.sections.section import MOST, Auto, Metric, Section, key
+from orchestrator.job.sections.section import MOST, Auto, Metric, Section, Tokenizer, key
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
@@ -178,6 +178,11 @@ class EvalSection(Section):
         "auto", "steps between held-out losses; null = end only"
     )
     metrics: Auto | list[Metric] = key("auto", "metrics of generated answers; [] = loss only")
+    tokenizer: Tokenizer = key(
+        "auto",
+        "what rouge_l and bleu count; auto = words, and characters where a text has no spaces; else a tokenizer of"
+        " sacrebleu: ja-mecab needs sacrebleu[ja], flores200 fetches its SentencePiece model once",
+    )
     max_new_tokens: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "longest generated answer in tokens")
     max_rows: int = key(200, "most held-out rows that answers are generated for", ge=1, le=MOST)
     before: bool = key(True, "evaluate the base model too")

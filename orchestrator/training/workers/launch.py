@@ -293,7 +293,7 @@ def _train(
             label_selector={"ray.io/node-id": f"in({','.join(chosen)})"},
         ),
         run_config=RunConfig(
-            name=run.run_id,
+            name=run.run_id if run.run_id.isascii() else storage.name,  # a label of Ray's metrics, which take ASCII
             storage_path=str(storage),
             failure_config=FailureConfig(max_failures=0, controller_failure_limit=1),
             worker_runtime_env=of_cpu if plan.nodes[0].torch_device == "cpu" and not is_embedded else None,

@@ -19,7 +19,7 @@ from orchestrator.training.evaluate import (
     generate_answers,
     num_without_room,
 )
-from orchestrator.training.metrics import how_compared, score, scores_by_answer
+from orchestrator.training.metrics import how_compared, refuse_tokenizer, score, scores_by_answer
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
 from strategies.train_setup import TrainSetup
@@ -40,6 +40,7 @@ def measure(
     started, plan, group, spec = time.perf_counter(), context.plan, context.group, context.job.spec.eval
     quality: dict[str, Any] = {"eval_loss": evaluate_loss(setup, held_out, techniques, group), "rows": len(held_out)}
     if plan.metrics:
+        refuse_tokenizer(spec.tokenizer, plan.metrics)
         indices = range(min(len(held_out), spec.max_rows))
         generation = Generation(
             plan.max_new_tokens,
@@ -50,9 +51,10 @@ def measure(
         mine = indices[group.replica :: group.num_replicas]
         own = generate_answers(setup.model, tokenizer, held_out, mine, generation)
         answers: list[GeneratedAnswer] = [one for part in group.gather(own if group.leads else []) for one in part]
-        pairs = [(answer.generated, answer.reference) for answer in answers]
-        quality |= score(plan.metrics, pairs) | {"by_answer": scores_by_answer(plan.metrics, pairs)}
-        quality |= {"answers": len(answers), "compared": how_compared(plan.metrics)}
+        pairs, references = [(one.generated, one.reference) for one in answers], [one.reference for one in answers]
+        quality |= score(plan.metrics, pairs, spec.tokenizer)
+        quality["by_answer"] = scores_by_answer(plan.metrics, pairs, spec.tokenizer)
+        quality |= {"answers": len(answers), "compared": how_compared(plan.metrics, references, spec.tokenizer)}
         if without_room := num_without_room(setup.model, held_out, indices):
             quality["without_room"] = without_room
         if unanswered := sum(held_out.prompt(index)[1] is not None for index in indices) - len(answers):

@@ -23,6 +23,7 @@ from orchestrator.runs.events import ModelReady
 from orchestrator.runs.record import few
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.memory import resident_bytes
+from orchestrator.training.metrics import refuse_tokenizer
 from orchestrator.training.model.kernels import with_known_layers, with_loss_that_runs, without_leaks
 from orchestrator.training.model.loading import (
     Placing,
@@ -78,6 +79,7 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
     """Load samples, model and tokenizer of a run.  Raises OrchestratorError."""
     started, libraries_bytes = time.perf_counter(), resident_bytes(context.device)
     data, held_out = load_data(run)
+    refuse_tokenizer(context.job.spec.eval.tokenizer, context.plan.metrics)
     if context.group.size > 1:
         refuse_unlike_models(context)
     if context.slot == 0:

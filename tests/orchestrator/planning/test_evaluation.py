@@ -187,3 +187,12 @@ def make(text, held_out=ROWS):
     job = parse_job(f"model: {{model_name_or_path: m}}\ndata: {{train: a.jsonl}}\n{text}", Path()).spec
     work, _, _ = describe(job, SMALL, [100] * 800, 40_000, 1)
     return make_plan(job, work, ClusterCapability((card,)), 512, held_out, {})
+
+
+def test_a_tokenizer_is_stated_for_metrics_that_count_tokens():
+    make("eval: {tokenizer: char, metrics: [bleu]}\n")
+
+    with pytest.raises(JobError, match=r"eval\.tokenizer is char, and no metric here counts tokens \(exact_match\)"):
+        make("eval: {tokenizer: char, metrics: [exact_match]}\n")
+    with pytest.raises(JobError, match=r"eval\.tokenizer needs held-out rows"):
+        make("eval: {tokenizer: char}\n", held_out=None)

@@ -11,6 +11,7 @@ from clusters.kubernetes.rayjob import JobSettings, PodGroup, config_map, rayjob
 from clusters.units import GIB
 from orchestrator.errors import ClusterError, RunFailed
 from orchestrator.remote import jobs
+from orchestrator.remote.backends import start_attempt
 from orchestrator.remote.record import Remote
 from orchestrator.runs.run_folder import RunFolder
 from tests.kube_api import KubeApi
@@ -113,3 +114,20 @@ def test_a_job_that_is_gone_is_said_at_once(api, run):
     with pytest.raises(ClusterError, match="somebody deleted it"):
         jobs.attach(run, str)
     assert time.monotonic() - began < 30
+
+
+def test_a_run_of_a_japanese_name_has_jobs_of_ascii_names(tmp_path):
+    """A submission's name is a part of the dashboard's URLs."""
+    run = RunFolder.create(tmp_path / "runs", "日本語", "実行１")
+    remote, started = Remote("http://head:8265", "/runs", ()), []
+
+    class Dashboard:
+        def start(self, name, command):
+            started.append((name, command))
+
+    again = start_attempt(Dashboard(), run, start_attempt(Dashboard(), run, remote))
+
+    names = [name for name, _ in started]
+    assert again.attempts == tuple(names) and [name[-2:] for name in names] == ["-1", "-2"]
+    assert all(name.isascii() for name in names)
+    assert all("--run-id '実行１'" in command for _, command in started)

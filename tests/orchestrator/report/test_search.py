@@ -2,9 +2,9 @@
 
 import pytest
 
+from orchestrator.language.catalogue import translator
 from orchestrator.report.blocks import Facts, Figure, Paragraph, Table
 from orchestrator.report.search import report_of_search
-from orchestrator.report.translations import japanese
 from tests.orchestrator.search.test_conclusion import concluded
 
 
@@ -24,7 +24,7 @@ def test_every_trial_has_a_row_and_the_recommended_one_stands_out(tmp_path, lang
 
     found = sections(folder, lang)
 
-    title = {"en": "Trials", "ja": japanese()["Trials"]}[lang]
+    title = translator(lang)("Trials")
     (table,) = of_kind(Table, found[title])
     assert [row[0] for row in table.rows] == ["0", "1", "2"] and table.marked == (1,)
     assert [row[3] for row in table.rows] == ["1.0000", "0.9000", "3.0000"]

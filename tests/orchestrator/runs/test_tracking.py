@@ -30,12 +30,12 @@ def run_of(tmp_path):
     shutil.copy(SMALL_MODEL / "config.json", tmp_path / "model")
     write_jsonl(tmp_path / "train.jsonl", rows(8))
 
-    def make(uri, experiment="shop", **tracked):
+    def make(uri, experiment="shop", name="tiny", **tracked):
         tracked = json.dumps({"mlflow_uri": uri, "experiment": experiment, **tracked})
         text = f"model: {{model_name_or_path: model}}\ndata: {{train: train.jsonl}}\ntracking: {tracked}\n"
         job = parse_job(text, tmp_path)
         plan = plan_without_data(job, declared(Path("home-lab")), lambda text: None).plan
-        run = RunFolder.create(tmp_path / "runs", "tiny")
+        run = RunFolder.create(tmp_path / "runs", name)
         run.write("origin.json", json.dumps({"folder": str(tmp_path)}))
         run.write("plan.json", plan.to_json())
         run.write("job.yaml", job.text)
@@ -73,6 +73,17 @@ def test_how_a_run_ended_is_its_state_there(store, run_of, state, wanted):
     tracking.sync(run, job)
 
     assert status_of(client, run) == wanted and steps_of(client, run) == [1]
+
+
+def test_runs_and_experiments_may_have_japanese_names(store, run_of):
+    client, uri = store
+    run, job = run_of(uri, experiment="実験一", name="日本語")
+
+    tracking.sync(run, job)
+
+    sent = client.get_run(Sent.of(run).mlflow_run_id)
+    assert client.get_experiment(sent.info.experiment_id).name == "実験一"
+    assert sent.info.run_name == run.run_id and run.run_id.startswith("日本語-")
 
 
 def test_a_run_that_goes_on_stays_running_and_one_that_is_resumed_runs_again(store, run_of):

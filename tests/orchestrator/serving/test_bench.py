@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.language.catalogue import translator
 from orchestrator.report.html import html, report_of
 from orchestrator.report.serving import serving_blocks
-from orchestrator.report.translations import words
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.serving.bench.load import AnswerTimes, Load, LoadRequest, LoadRound, joined, latency, send
 from tests.cli import called
@@ -141,7 +141,7 @@ def test_a_damaged_result_is_named_in_the_report(run, damage, shown):
     file = run.path / "bench-serve.json"
     file.write_text(damage(file.read_text()))
 
-    (english,), (japanese,) = (serving_blocks(words(lang), run, run.job(), run.plan()) for lang in ("en", "ja"))
+    (english,), (japanese,) = (serving_blocks(translator(lang), run, run.job(), run.plan()) for lang in ("en", "ja"))
 
     assert english.text.startswith("The measurements of serving cannot be read")
     assert "bench-serve.json" in english.text and shown in english.text
@@ -157,7 +157,7 @@ def test_a_million_tokens_cost_the_hours_that_they_take(run):
     text = document.read_text()
     try:
         document.write_text(f"{text}\ncost: {{nodes: {{'*': {{per_hour: 2.5}}}}}}\n")
-        *_, costs, _ = serving_blocks(words("en"), run, run.job(), run.plan())
+        *_, costs, _ = serving_blocks(translator("en"), run, run.job(), run.plan())
     finally:
         document.write_text(text)
 

@@ -104,3 +104,12 @@ def test_an_adapter_of_a_bank_is_found_by_its_name(bank):
 def test_what_is_not_there_is_said(name, tmp_path):
     with pytest.raises(JobError):
         catalog([name], tmp_path)
+
+
+def test_models_may_have_japanese_names(bank, adapters, model_folder, tmp_path):
+    add_to(bank, model_folder, adapters["scaled"], "猫アダプター")
+    folder = shutil.copytree(adapters["plain"], tmp_path / "手元" / "犬")
+
+    found, _ = catalog(["猫アダプター", folder], bank=bank)
+
+    assert list(found.models) == ["base", "猫アダプター", "犬"]

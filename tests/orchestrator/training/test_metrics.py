@@ -1,11 +1,14 @@
 """Scores of answers in any script."""
 
+import importlib.util
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from orchestrator.training.metrics import how_compared, score, spaced, words_of
+from orchestrator.errors import JobError
+from orchestrator.training.metrics import how_compared, refuse_tokenizer, score, spaced, words_of
 
 ALL = ("exact_match", "accuracy", "macro_f1", "rouge_l", "bleu", "chrf")
 TEXTS = ("rouge_l", "bleu", "chrf")
@@ -96,8 +99,58 @@ def test_marks_stay_with_their_letter():
     assert words_of("हिन्दी में") == ["हिन्दी", "में"]
 
 
-def test_every_metric_says_what_it_compares():
-    assert all(how_compared(ALL).values())
+def test_whole_answers_are_equal_in_any_width_of_letters_and_not_of_marks():
+    pairs = [("１２０円", "120円"), ("ＯＫ", "OK"), ("ﾃﾞｰﾀ", "データ"), ("①", "1"), ("｛1｝", "{1}")]
+
+    found = [score(["exact_match"], [pair])["exact_match"] for pair in pairs]
+
+    assert found == [1.0, 1.0, 1.0, 0.0, 0.0]
+    assert score(["macro_f1"], [("Ａ", "A"), ("B", "B"), ("x", "B")])["macro_f1"] == pytest.approx((1 + 2 / 3) / 2)
+
+
+@pytest.mark.parametrize(
+    ("references", "tokens"),
+    [
+        (["a cat", "a dog"], "words between spaces"),
+        (["猫です", "犬です"], "characters of a script without spaces"),
+        (["a cat", "犬です"], "words; characters where a script has no spaces"),
+    ],
+)
+def test_what_is_counted_is_said_and_depends_on_the_references(references, tokens):
+    found = how_compared(ALL, references)
+
+    assert found["rouge_l"] == tokens and found["bleu"] == f"{tokens}, by sacrebleu's 13a"
+    assert found["exact_match"].startswith("whole answers") and found["chrf"] == "character n-grams"
+
+
+def test_a_stated_tokenizer_counts_its_tokens():
+    import sacrebleu
+
+    pairs = [("私は猫が好きです", "私は犬が好きです"), ("今日は雨です", "今日は晴れです")]
+    generated, wanted = (list(texts) for texts in zip(*pairs, strict=True))
+
+    found = score(["rouge_l", "bleu"], pairs, "char")
+
+    theirs = sacrebleu.corpus_bleu(generated, [wanted], tokenize="char", use_effective_order=True).score / 100
+    assert found["bleu"] == pytest.approx(theirs)
+    assert found["rouge_l"] == pytest.approx((7 / 8 + 2 * 5 / 13) / 2)
+    assert how_compared(["rouge_l"], wanted, "char") == {"rouge_l": "tokens of sacrebleu's char"}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("MeCab") is None, reason="needs sacrebleu[ja]")
+def test_mecab_counts_words_of_japanese():
+    found = score(["rouge_l"], [("私は猫が好きです", "私は犬が好きです")], "ja-mecab")
+
+    assert found["rouge_l"] == pytest.approx(5 / 6)  # 私 は 猫 が 好き です
+
+
+@pytest.mark.skipif(importlib.util.find_spec("MeCab") is not None, reason="sacrebleu[ja] is here")
+def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_to_get_them():
+    with pytest.raises(JobError, match=r"eval\.tokenizer: ja-mecab needs the package MeCab.*sacrebleu\[ja\]"):
+        refuse_tokenizer("ja-mecab", ["bleu"])
+
+    refuse_tokenizer("ja-mecab", ["exact_match"])  # which has no tokens
+    refuse_tokenizer("auto", ALL)
 
 
 def test_nothing_to_compare_has_no_score():
