@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,15 @@ _SCHEMA = pyarrow.schema(
         ("source", pyarrow.string()),
     ]
 )
+_PAIRS = pyarrow.schema(  # of a chosen and a rejected document, end to end
+    [
+        *_SCHEMA,
+        ("answer", pyarrow.list_(pyarrow.bool_())),  # of the supervised tokens those of the answers
+        ("document_lengths", pyarrow.list_(pyarrow.int32())),
+        ("document_supervised", pyarrow.list_(pyarrow.int32())),
+        ("document_answers", pyarrow.list_(pyarrow.int32())),
+    ]
+)
 _ROWS_A_BATCH = 1000
 _VERSION = 4  # raise it when the same inputs would give other tokens
 
@@ -56,6 +65,25 @@ class DamagedCache(RunFailed):
         return type(self), (self.folder, self.damage)
 
 
+@dataclass(frozen=True)
+class DocumentCounts:
+    """Tokens of each document of each sample (N, 2)."""
+
+    lengths: numpy.ndarray
+    supervised: numpy.ndarray  # that are predicted
+    answers: numpy.ndarray  # of the answers
+
+    @classmethod
+    def of(cls, table: pyarrow.Table, rows: numpy.ndarray) -> DocumentCounts:
+        """Of some rows of a table of pairs."""
+
+        def column(name: str) -> numpy.ndarray:
+            flat = pyarrow.chunked_array([part.flatten() for part in table[name].chunks], pyarrow.int32())
+            return _numbers(flat, numpy.int32).reshape(table.num_rows, -1)[rows]
+
+        return cls(column("document_lengths"), column("document_supervised"), column("document_answers"))
+
+
 class Dataset:
     """Samples by number.  Lengths are in memory, tokens in the mapped file; a subset is a list of row numbers."""
 
@@ -68,6 +96,8 @@ class Dataset:
         self.lengths: numpy.ndarray = _numbers(lengths, numpy.int32)[self._rows]
         self.num_supervised: numpy.ndarray = _numbers(table["num_supervised"], numpy.int32)[self._rows]
         self.fingerprints: numpy.ndarray = _numbers(table["fingerprint"], numpy.int64)[self._rows]
+        self.documents = DocumentCounts.of(table, self._rows) if "document_lengths" in table.column_names else None
+        self.references: numpy.ndarray | None = None  # log p of each document's answer under the reference (N, 2)
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -90,6 +120,40 @@ class Dataset:
         ids = self._table["input_ids"][row].values.to_numpy()
         return ids, self._table["supervised"][row].values.to_numpy(zero_copy_only=False)
 
+    def documents_of(self, index: int) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+        """`tokens` of each document of a sample."""
+        ids, mask = self.tokens(index)
+        if self.documents is None:
+            return [(ids, mask)]
+        size = int(self.documents.lengths[index, 0])
+        return [(ids[:size], mask[:size]), (ids[size:], mask[size:])]
+
+    def answers(self, index: int) -> numpy.ndarray:
+        """Of a pair's supervised tokens, those that belong to the answers (bool)."""
+        row = int(self._rows[index])
+        is_answer = self._table["answer"][row].values.to_numpy(zero_copy_only=False)
+        return is_answer[self.tokens(index)[1]]
+
+    @property
+    def document_lengths(self) -> numpy.ndarray:
+        """Tokens of every document, those of a sample one behind the other."""
+        return self.lengths if self.documents is None else self.documents.lengths.flatten()
+
+    @property
+    def padded_lengths(self) -> numpy.ndarray:
+        """Tokens that a sample takes in rows padded to its own longest document."""
+        if self.documents is None:
+            return self.lengths
+        return self.documents.lengths.shape[1] * self.documents.lengths.max(axis=1)
+
+    def num_counted(self, indices: Sequence[int]) -> int:
+        """What the loss of these samples is a mean over: their supervised tokens, or themselves if they are pairs."""
+        return len(indices) if self.documents else int(self.num_supervised[indices].sum())
+
+    def num_chosen_tokens(self, indices: Sequence[int]) -> int:
+        """Of pairs: tokens of the chosen documents that are predicted."""
+        return int(self.documents.supervised[indices, 0].sum()) if self.documents else 0
+
     def prompt(self, index: int) -> tuple[numpy.ndarray, str | None]:
         """The tokens a generated answer starts from and the text it is compared with (None: nothing to compare)."""
         row = int(self._rows[index])
@@ -110,6 +174,7 @@ class Dataset:
         chosen = self._rows[numpy.asarray(indices, dtype=numpy.int64)]
         fingerprint = hashlib.sha256(chosen.tobytes()).hexdigest()[:8]
         subset = Dataset(self._table, self.statistics, f"{self.digest}-{fingerprint}", chosen)
+        subset.references = None if self.references is None else self.references[numpy.asarray(indices)]
         subset.statistics = replace(
             self.statistics,
             samples=len(subset),
@@ -188,10 +253,10 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
 
 
 def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
-    counts = RowCounts()
+    counts, schema = RowCounts(), _SCHEMA if options.rows == "answers" else _PAIRS
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
-        pyarrow.ipc.new_file(sink, _SCHEMA) as writer,
+        pyarrow.ipc.new_file(sink, schema) as writer,
         (folder / "rejected.jsonl").open("w") as rejected,
     ):
 
@@ -201,7 +266,7 @@ def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, fo
 
         samples = (sample for _, made in tokenise(rows, renderer, options, counts, reject) for sample in made)
         while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
-            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=_SCHEMA))
+            writer.write_batch(pyarrow.RecordBatch.from_pylist(batch, schema=schema))
     if mistake := counts.mistake("data", options.strict):
         raise mistake
     (folder / "statistics.json").write_text(json.dumps(asdict(counts.statistics), indent=1))

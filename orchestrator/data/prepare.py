@@ -131,5 +131,5 @@ class _Maker:
             [(source.model_dump(), [digest(file) for file in files]) for source, files in sources],
             [(file.name, digest(file)) for file in tokenizer if file.is_file()],
             [template, data.system_prompt, data.assistant_only_loss, data.completion_only_loss],
-            asdict(options_for(self.job, [source for source, _ in sources], self.max_length, key)),
+            options_for(self.job, [source for source, _ in sources], self.max_length, key).deciding,
         )

@@ -5,20 +5,23 @@ from __future__ import annotations
 import array
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
+from orchestrator.data.rows import preferences
 from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.preferences import Preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.training import Source
+from strategies.objectives.contract import RowKind
 
 _ROWS_A_BATCH = 256
 _CHARACTERS_A_BATCH = 2**20  # that a batch ends behind: long texts are not held by the hundred
@@ -33,6 +36,14 @@ class TokenizeOptions:
     max_length: int | None  # None = keep every token
     overlong: str
     strict: bool
+    rows: RowKind = "answers"
+    learns_prompts: bool = False  # of chosen documents
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What the samples depend on; of single answers as before there were others, so that their caches stay."""
+        later = ("rows", "learns_prompts") if self.rows == "answers" else ()
+        return {key: value for key, value in asdict(self).items() if key not in later}
 
 
 def _no_tokenizer(folder: Path, reason: str) -> JobError:
@@ -82,7 +93,20 @@ def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key
     formats = {source.format if source.format != "auto" else data.format for source in sources}
     if len(formats) > 1:
         raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
-    return TokenizeOptions(formats.pop(), data.instruction, max_length, data.overlong, data.strict)
+    objective = job.spec.build_objective()
+    if objective.rows == "pairs" and formats != {"auto"}:
+        raise JobError(f"data.format: rows of pairs are told by their columns; leave it auto with {objective.name}")
+    if objective.rows == "pairs" and data.overlong == "split":
+        raise JobError("data.overlong: split would cut an answer from its prompt; set it to truncate or drop")
+    return TokenizeOptions(
+        formats.pop(),
+        data.instruction,
+        max_length,
+        data.overlong,
+        data.strict,
+        objective.rows,
+        objective.learns_prompts,
+    )
 
 
 def tokenise(
@@ -98,11 +122,12 @@ def tokenise(
     where no row can be rendered.
     """
     for batch in _batches(rows, options, counts.formats):
-        rendered = iter(renderer.render_all([one.example for one in batch if one.example]))
+        rendered = iter(renderer.render_all([example for one in batch for example in one.examples]))
         for one in batch:
             counts.statistics.rows += 1
+            made = [next(rendered) for _ in one.examples]
             try:
-                samples = _samples_of(one, next(rendered) if one.example else one.fault, renderer, options, counts)
+                samples = _samples_of(one, made, renderer, options, counts)
             except BadRow as reason:
                 counts.reject(one.row, reason)
                 reject(one.row, reason)
@@ -116,14 +141,21 @@ class _ReadRow:
 
     row: Row
     row_format: str = ""
-    example: Example | None = None
+    example: Example | Preference | None = None
     fault: BadRow | None = None
 
     @property
+    def examples(self) -> tuple[Example, ...]:
+        """Those to be rendered: one, two of a preference, none of a broken row."""
+        if isinstance(self.example, Preference):
+            return self.example.both
+        return (self.example,) if self.example else ()
+
+    @property
     def num_characters(self) -> int:
-        if self.example is None:
-            return 0
-        return len(self.example.text or "") + sum(len(str(turn.get("content"))) for turn in self.example.messages)
+        return sum(
+            len(one.text or "") + sum(len(str(turn.get("content"))) for turn in one.messages) for one in self.examples
+        )
 
 
 def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, str]) -> Iterator[list[_ReadRow]]:
@@ -149,10 +181,17 @@ def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, s
 
 def _read_row(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> _ReadRow:
     try:
-        row_format, example = read_example(row, options.format, options.instruction, formats)
-        return _ReadRow(row, row_format, example)
+        return _ReadRow(row, *_read(row, options, formats))
     except BadRow as fault:
         return _ReadRow(row, fault=fault)
+
+
+def _read(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> tuple[str, Example | Preference]:
+    """The format of a row, and the row as what is trained on.  Raises BadRow."""
+    if options.rows == "answers":
+        return read_example(row, options.format, options.instruction, formats)
+    formats.setdefault(row.file, preferences.NAME)
+    return preferences.NAME, preferences.read_preference(row)
 
 
 def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) -> None:
@@ -160,22 +199,26 @@ def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) 
     for row in rows:
         counts.statistics.rows += 1
         try:
-            row_format, example = read_example(row, options.format, options.instruction, counts.formats)
-            counts.read(row_format, example)
+            counts.read(*_read(row, options, counts.formats))
         except BadRow as reason:
             counts.reject(row, reason)
 
 
 def _samples_of(
     read: _ReadRow,
-    rendered: list[Tokens] | Exception | None,
+    made: Sequence[list[Tokens] | Exception],
     renderer: Renderer,
     options: TokenizeOptions,
     counts: RowCounts,
 ) -> list[dict[str, Any]]:
-    if not isinstance(rendered, list):
-        raise rendered or AssertionError("a row is read or broken")
-    assert read.example
+    if read.example is None:
+        raise read.fault or AssertionError("a row is read or broken")
+    for one in made:
+        if not isinstance(one, list):
+            raise one
+    if isinstance(read.example, Preference):
+        return _pair_of(read, [one for one in made if isinstance(one, list)], options, counts)
+    (rendered,) = [one for one in made if isinstance(one, list)]
     row, example, statistics = read.row, read.example, counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
         reading = f"the text holds {', '.join(marks[:3])}, not a token of this model: it is split into several tokens"
@@ -200,6 +243,53 @@ def _samples_of(
     statistics.bos_doubled += any(tokens.bos_doubled for tokens in rendered)
     statistics.unended += sum(not tokens.ended or _is_cut(tokens, piece) for tokens, piece in pieces)
     return samples
+
+
+def _pair_of(
+    read: _ReadRow, made: Sequence[list[Tokens]], options: TokenizeOptions, counts: RowCounts
+) -> list[dict[str, Any]]:
+    """The sample of a preference, its two documents end to end; none where nothing of an answer fits."""
+    assert isinstance(read.example, Preference)
+    if any(len(rendered) != 1 for rendered in made):
+        raise BadRow(
+            "the chat template writes earlier turns of an answer differently once later ones follow, so that it is no"
+            " one document. Give an answer of one turn"
+        )
+    statistics, whole = counts.statistics, [rendered[0] for rendered in made]
+    counts.read(read.row_format, read.example)
+    pieces = [piece for tokens in whole for piece in _fit(tokens, options, is_text=False)]
+    given, kept = (sum(len(one.input_ids) for one in documents) for documents in (whole, pieces))
+    is_pair = len(pieces) == len(whole) and pieces[0].input_ids != pieces[1].input_ids
+    if not is_pair or not all(any(piece.supervised) for piece in pieces):
+        statistics.dropped += 1
+        statistics.dropped_tokens += given
+        return []
+    sample = _pair_sample(pieces, options.learns_prompts, read.row.where)
+    sample["reference"] = whole[0].answer if len(pieces[0].input_ids) == len(whole[0].input_ids) else None
+    statistics.samples += 1
+    statistics.tokens += kept
+    statistics.cut_tokens += given - kept
+    statistics.supervised_tokens += sample["num_supervised"]
+    statistics.longest = max(statistics.longest, *sample["document_lengths"])
+    statistics.truncated += kept != given
+    statistics.bos_doubled += any(tokens.bos_doubled for tokens in whole)
+    statistics.unended += sum(
+        not tokens.ended or _is_cut(tokens, piece) for tokens, piece in zip(whole, pieces, strict=True)
+    )
+    return [sample]
+
+
+def _pair_sample(pieces: Sequence[Tokens], learns_prompts: bool, source: str) -> dict[str, Any]:
+    """Chosen and rejected document; `supervised` are the tokens that are predicted, `answer` those of the answers."""
+    chosen, rejected = pieces
+    learnt = [False] + [True] * (len(chosen.input_ids) - 1) if learns_prompts else chosen.supervised
+    joined = Tokens(chosen.input_ids + rejected.input_ids, learnt + rejected.supervised, chosen.prompt_length)
+    return _sample(joined, joined, source) | {
+        "answer": chosen.supervised + rejected.supervised,
+        "document_lengths": [len(piece.input_ids) for piece in pieces],
+        "document_supervised": [sum(learnt), sum(rejected.supervised)],
+        "document_answers": [sum(piece.supervised) for piece in pieces],
+    }
 
 
 def _sample(tokens: Tokens, piece: Tokens, source: str) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from orchestrator.data.counts import Statistics, loss_notice
 from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.preferences import read_preference
 from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
@@ -25,15 +26,17 @@ _TOKENS_PER_TURN = 4  # what a chat template puts around one
 def rough_lengths(
     job: Job, max_length: int, key: str = "train", say: Callable[[str], None] = lambda text: None
 ) -> tuple[list[int], int]:
-    """Tokens of each sample of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
+    """Tokens of each document of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
+
+    Those of a pair stand one behind the other.
 
     Reports through `say` what would be cut or dropped, as far as that is known without the chat template.
 
     Counted with the model's own tokenizer.json where the `tokenizers` package is installed, else from bytes; beyond the
     first rows drawn from them.  Raises JobError for rows that fit no format.
     """
-    count = _counter(job)
-    lengths: list[int] = []
+    count, is_pair = _counter(job), job.spec.build_objective().rows == "pairs"
+    samples: list[list[int]] = []  # of each the lengths of its documents
     supervised, total, looked_at = 0, 0, 0
     lost = Statistics()
     detected: dict[str, str] = {}
@@ -41,25 +44,30 @@ def rough_lengths(
         wanted = source.format if source.format != "auto" else job.spec.data.format
         for row in rows_of(source, files):
             try:
-                _, example = read_example(row, wanted, job.spec.data.instruction, detected)
+                if is_pair:
+                    examples = read_preference(row).both
+                else:
+                    examples = (read_example(row, wanted, job.spec.data.instruction, detected)[1],)
             except BadRow:
                 continue
             total += 1
             if looked_at >= _ROWS_COUNTED:
                 continue
             looked_at += 1
-            answer, pieces = _row_sizes(example, count, max_length, job.spec.data.overlong, lost)
-            lengths += pieces
-            supervised += min(answer, sum(pieces))
-    if not lengths:
+            sizes = [_row_sizes(one, count, max_length, job.spec.data.overlong, lost) for one in examples]
+            if all(pieces for _, pieces in sizes):
+                samples += [[pieces[0] for _, pieces in sizes]] if is_pair else [[piece] for piece in sizes[0][1]]
+                supervised += sum(min(answer, sum(pieces)) for answer, pieces in sizes)
+    if not samples:
         raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` shows why")
     draw = random.Random(0)
-    counted = len(lengths)
-    lengths += draw.choices(lengths[:counted], k=round((total - looked_at) * counted / looked_at))
-    lost.rows, lost.samples, lost.tokens = looked_at, counted, sum(lengths[:counted])
+    counted = len(samples)
+    samples += draw.choices(samples[:counted], k=round((total - looked_at) * counted / looked_at))
+    lost.rows, lost.samples, lost.tokens = looked_at, counted, sum(map(sum, samples[:counted]))
     if notice := loss_notice(asdict(lost), f"data.{key}"):
         say(f"{notice} (counted roughly, of the first {looked_at:,} rows)")
-    return lengths, max(1, round(supervised * len(lengths) / counted))
+    lengths = [length for sample in samples for length in sample]
+    return lengths, max(1, round(supervised * len(samples) / counted))
 
 
 def _row_sizes(

@@ -151,7 +151,9 @@ def _look(
         read_only(rows, options, key.counts)
         return
     for _, samples in tokenise(rows, renderer, options, key.counts):
-        key.lengths += [len(sample["input_ids"]) for sample in samples]
+        key.lengths += [
+            size for sample in samples for size in sample.get("document_lengths", [len(sample["input_ids"])])
+        ]
         key.fingerprints += [sample["fingerprint"] for sample in samples]
         if keep:
             keep(key.counts.statistics.rows, samples)

@@ -50,6 +50,12 @@ def plain_values(values: dict[str, Any], where: Callable[[tuple[str, str]], str]
     return notices
 
 
+def named_sections(values: dict[str, Any]) -> None:
+    """Write, in place, an objective that is given by its name as the section it is short for."""
+    if isinstance(values.get("objective"), str):
+        values["objective"] = {"type": values["objective"]}
+
+
 def targets_of(stated: Any) -> Any:
     """The targets as PEFT takes them: `all-linear`, a list of names, or an expression.
 

@@ -19,11 +19,10 @@ from pydantic import ValidationError
 from clusters.safe.reading import BadInput, checked_path, load_yaml, name_mistake, printable, read_json
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import secrets
-from orchestrator.job.aliases import other_tools, plain_values
+from orchestrator.job.aliases import named_sections, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.sections.methods import METHOD_SECTIONS
-from orchestrator.job.spec import SECTIONS, JobSpec
+from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
@@ -73,7 +72,9 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
     """Validate the text of a job file; see `read_job`."""
     document = load_document(text, label)
     mistakes: list[str] = []
+    named_sections(document.values)
     apply_overrides(document, overrides, mistakes)
+    named_sections(document.values)
     notices = _sort_into_sections(document, mistakes)
     notices += plain_values(document.values, document.where)
     try:
@@ -85,7 +86,7 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
         mistakes.append("is nested too deeply")
         spec = None
     if spec:
-        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri))
+        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri), _objective_mistake(spec))
         mistakes += [mistake for mistake in found if mistake]
     if spec is None or mistakes:
         raise JobError([f"{label}: {mistake}" for mistake in mistakes])
@@ -96,6 +97,15 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
         yaml.safe_dump(document.values, sort_keys=False, allow_unicode=True) if rewritten else text,
         notices + secrets.notices(document.values),
     )
+
+
+def _objective_mistake(spec: JobSpec) -> str | None:
+    """Options of the objective that do not go together."""
+    try:
+        spec.build_objective()
+    except ValueError as error:
+        return f"objective.{error}"
+    return None
 
 
 def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
@@ -114,8 +124,8 @@ def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
         old = getattr(spec, section)
         kind = type(old)
         stated = {key: getattr(old, key) for key in old.model_fields_set}
-        if section == "method":
-            kind = METHOD_SECTIONS.get(str(new.get("type", old.type)), kind)
+        if section in TYPED_SECTIONS:
+            kind = TYPED_SECTIONS[section].get(str(new.get("type", old.type)), kind)
             stated = {key: value for key, value in stated.items() if key in kind.model_fields}
         try:
             changed[section] = kind.model_validate({**stated, **new})
@@ -157,12 +167,13 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     """
     document = load_yaml(job.text, "the job")
     path_values(document, lambda value: str(job.path(value)) if job.path(value).exists() else value)
+    named_sections(document)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
-    kind = METHOD_SECTIONS.get(str(values.get("method.type", "")))
-    if kind is not None:
-        document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
+    for name, kinds in TYPED_SECTIONS.items():
+        if (kind := kinds.get(str(values.get(f"{name}.type", "")))) is not None:
+            document[name] = {key: value for key, value in document[name].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
@@ -235,8 +246,8 @@ def _home_of(path: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _known_keys(section: str) -> set[str]:
-    if section == "method":
-        return {key for fields in METHOD_SECTIONS.values() for key in fields.model_fields}
+    if section in TYPED_SECTIONS:
+        return {key for fields in TYPED_SECTIONS[section].values() for key in fields.model_fields}
     return set(SECTIONS[section].model_fields) if section in SECTIONS else set()
 
 
@@ -277,7 +288,7 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> str:
         return f"{start}: there is no such key{_nearest(path)}"
     value = shown(_value_at(path, document.values))
     if "union_tag_invalid" in kinds:
-        return f"{start}: {value}: type must be one of {', '.join(METHOD_SECTIONS)}"
+        return f"{start}: {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
     wanted = [_wanted(detail) for detail in details]
     return f"{start} is {value}; it should {' or '.join(dict.fromkeys(wanted))}"
 
@@ -299,9 +310,9 @@ def _nearest(path: KeyPath) -> str:
         return f": {known.not_needed[name]}"
     if len(name) > _LONGEST_NAME:
         return ""
-    if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
-        owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
-        return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
+    if len(path) == 2 and path[0] in TYPED_SECTIONS and name in _known_keys(str(path[0])):
+        owners = [kind for kind, section in TYPED_SECTIONS[str(path[0])].items() if name in section.model_fields]
+        return f" with this {path[0]}.type; remove it, or use a type that has it: {', '.join(owners)}"
     siblings = sorted(_known_keys(str(path[0]))) if len(path) > 1 else list(JobSpec.model_fields)
     everywhere = {f"{section}.{key}": key for section in _SECTION_NAMES for key in sorted(_known_keys(section))}
     close = difflib.get_close_matches(name, siblings, n=1, cutoff=_ALIKE)

@@ -41,6 +41,7 @@ from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_li
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions, with_more_samples
 from strategies.cost.phases import Phases
+from strategies.cost.reuse import stores_reference
 from strategies.cost.time import product_rate
 from strategies.workload import BYTES_PER_ELEMENT, Workload
 
@@ -134,8 +135,11 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
     single: dict[str, Any] = {"share_prefixes": spec.data.share_prefixes}
     single |= {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
     single |= {"cache_frozen_activations": train.cache_frozen_activations}
+    objective = spec.build_objective()
+    if objective.is_by_document:
+        values = {"offloads": ("none",), "zero_stages": (0, 1), "cache_frozen_activations": False} | values
     return Switches(
-        max_length,
+        max_length * objective.num_documents,
         torch_compile=train.torch_compile,
         deepspeed=strategy.deepspeed is not None,
         **values | {name: value for name, value in single.items() if value != "auto"},
@@ -275,6 +279,8 @@ def _plan_of(
         computed_part=first.computed_part,
         pipelines=tuple(pipeline.planned for pipeline in chosen.pipelines),
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
+        objective={"type": spec.objective.type, **asdict(spec.build_objective())},  # type: ignore[call-overload]
+        stores_reference=stores_reference(workload, chosen.method.starts_as_base),
     )
 
 
@@ -310,6 +316,8 @@ def _node_plan_of(part: Placed) -> NodePlan:
 def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | None) -> NodePlan | None:
     """The fastest excluded node that could run the model: it evaluates the base model while the others train."""
     if held_out is None or not spec.eval.before or spec.cluster.address == "local":
+        return None
+    if spec.build_objective().is_by_document:  # before training it says what is known: no reward, and its loss
         return None
     chosen = choice.candidate
     taking_part = {node.name for node in chosen.nodes}

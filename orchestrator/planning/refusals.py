@@ -23,6 +23,7 @@ from strategies.workload import StagePart, Techniques, Workload
 
 def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError for settings that no device could train with, whatever the plan chose for the rest."""
+    refuse_beside_documents(spec)
     _refuse_strategy(spec, slots)
     _refuse_pipeline(spec, workload, slots)
     _refuse_kernels(spec)
@@ -51,6 +52,38 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
     if spec.train.threads != "auto" and 0 < most < spec.train.threads:
         raise JobError(f"train.threads is {spec.train.threads}, and no worker has more than {most} cores; lower it")
     _refuse_conflicts(spec, workload, slots, switches)
+
+
+def refuse_beside_documents(spec: JobSpec) -> None:
+    """Raises JobError with all that an objective over whole documents cannot be combined with."""
+    objective, strategy, train = spec.build_objective(), spec.strategy, spec.train
+    if not objective.is_by_document:
+        return
+    stated = {
+        f"strategy.mode: {strategy.mode}": strategy.mode in ("zero2", "zero3", "pipeline"),
+        "strategy.deepspeed": strategy.deepspeed is not None,
+        f"strategy.offload: {strategy.offload}": strategy.offload not in ("auto", "none"),
+        "strategy.local_steps": bool(strategy.local_steps),
+        "train.torch_compile": train.torch_compile,
+        "train.cache_frozen_activations": train.cache_frozen_activations is True,
+        f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
+        "bank.add": spec.bank.add,
+    }
+    if found := [f"{what}: {_WHY_NOT_BESIDE[what.split(':')[0]]}" for what, is_stated in stated.items() if is_stated]:
+        raise JobError([f"objective.type {objective.name} beside {text}" for text in found])
+
+
+_BY_TOKEN = "its passes sum losses of tokens, and an objective needs those of whole documents with a reference"
+_WHY_NOT_BESIDE = {
+    "strategy.mode": f"{_BY_TOKEN}; set it to auto, ddp or zero1",
+    "strategy.deepspeed": f"{_BY_TOKEN}; remove it",
+    "strategy.offload": "it is untested with a reference; set it to none",
+    "strategy.local_steps": "it is untested; set it to null",
+    "train.torch_compile": "switching the adapter off would compile the model anew; set it to false",
+    "train.cache_frozen_activations": "it keeps one document a sample; set it to auto",
+    "method": "it updates weights beside the computation, which is untested here; use another method",
+    "bank.add": "the bank compares adapters by the loss of answers' tokens; set it to false",
+}
 
 
 def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
@@ -125,6 +158,8 @@ def allows_pipelines(spec: JobSpec) -> bool:
 
 def _rules_out_pipelines(spec: JobSpec) -> str | None:
     """What the job states beside a pipeline's keys that belongs to other modes."""
+    if spec.build_objective().is_by_document:
+        return f"objective.type {spec.objective.type}"
     if spec.strategy.deepspeed is not None:
         return "strategy.deepspeed"
     return "strategy.local_steps" if spec.strategy.local_steps else None

@@ -256,7 +256,7 @@ class _Runner(tune.Trainable):
         job = SearchFolder(folder).job()
         self._job = Job(spec_with(job.spec, self._now["point"]), job.folder, job.text)
         plan = plan_for([Plan.from_json(text) for text in self._now["plans"][self._node()]], look_at_gpus()[0])
-        files = _data_of(folder, plan.techniques.max_length)
+        files = _data_of(folder, plan.max_length)
         data, held_out = datasets(files)
         assert held_out is not None  # the search made sure
         return Experiment(self._job, plan, files.model, data.select(files.train_rows), held_out.select(files.eval_rows))

@@ -46,10 +46,14 @@ def _head(job: Job, plan: Plan) -> Text:
     is_long = plan.whole_s > LONG_S
     return Text.assemble(
         (f"This takes {format_s(plan.whole_s)}, as goal.max_hours allows.\n" if is_long else "", "bold red"),
-        (f"{plan.method['type']} on {job.spec.model.model_name_or_path}", "bold"),
+        (f"{plan.method['type']} on {job.spec.model.model_name_or_path}{_by_objective(plan)}", "bold"),
         f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
         f" {plan.global_batch_size} samples",
     )
+
+
+def _by_objective(plan: Plan) -> str:
+    return f" by {plan.objective['type']}" if plan.build_objective().is_by_document else ""
 
 
 def data_sentence(statistics: Mapping[str, Any]) -> str:

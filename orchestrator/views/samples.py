@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -19,10 +19,11 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
     for sample in seen["samples"]:
         title = f"{sample['source']}  ({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)"
         text = Text(f"{printable(title)}\n", style="bold")
-        for piece, supervised in sample["text"]:
-            shown = "\n".join(printable(line) for line in piece.split("\n"))
-            marked = f"⟦{shown}⟧" if supervised and not in_colour else shown
-            text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
+        if "rejected" in sample:
+            text.append("chosen: ", style="bold")
+            _append(text, sample["text"], in_colour)
+            text.append("\nrejected: ", style="bold")
+        _append(text, sample.get("rejected", sample["text"]), in_colour)
         text.append("\n")
         parts.append(text)
     legend = Text.assemble(("supervised", "black on green"), "  ", ("read only", "dim"))
@@ -34,6 +35,14 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
         parts.append(Text(_packing_sentence(packing)))
     parts += [Text(f"broken: {printable(line)}", style="red") for line in seen["broken"]]
     return Group(*parts)
+
+
+def _append(text: Text, pieces: Sequence[tuple[str, bool]], in_colour: bool) -> None:
+    """A document's text, what is trained of it marked."""
+    for piece, supervised in pieces:
+        shown = "\n".join(printable(line) for line in piece.split("\n"))
+        marked = f"⟦{shown}⟧" if supervised and not in_colour else shown
+        text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
 
 
 def _packing_sentence(packing: Mapping[str, Any]) -> str:

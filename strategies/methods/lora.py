@@ -90,6 +90,11 @@ class Lora(PredictedMethod):
     def adapter_folder(self) -> str | None:
         return self.init_adapter
 
+    @property
+    def starts_as_base(self) -> bool:
+        plain = self.init_lora_weights in _PLAIN_STARTS and self.bias == "none"
+        return plain and self.init_adapter is None
+
     def why_alone(self) -> str | None:
         others = {
             "use_dora": self.use_dora,

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from strategies import OBJECTIVES
+
 TURN_KEYS = ("messages", "conversations", "conversation")
 SHAREGPT_KEYS = ("conversations", "conversation", "messages")
 SYSTEM_KEYS = ("system", "system_prompt", "system_message")
@@ -54,10 +56,12 @@ class Refusal:
 
 
 _REMOVE = "or remove the field"
+_OF_PAIRS = ", ".join(name for name, objective in OBJECTIVES.items() if objective.rows == "pairs")
 _PICTURES = Refusal("what it shows or plays; only text is trained", f"Describe it in the text, {_REMOVE}")
 _PREFERENCE = Refusal(
     "which answer is the better one; one answer a row is trained here",
-    "Keep the better answer as 'completion' beside its 'prompt', and remove the other",
+    f"Train on both with one of `objective: {_OF_PAIRS}`, or keep the better answer as 'completion' beside its 'prompt'"
+    " and remove the other",
 )
 _WEIGHTS = Refusal(
     "how much it counts; every row counts the same here", f"Repeat or leave out rows by their weight, {_REMOVE}"
