@@ -237,8 +237,10 @@ class Streaming(Protocol):
 class SampleLoss(Protocol):
     """A loss over whole documents instead of supervised tokens: an objective's (strategies/objectives)."""
 
-    needs_reference: bool
     num_totals: int  # numbers that `take` returns
+
+    @property
+    def needs_reference(self) -> bool: ...
 
     def begin(self, num_samples: int, num_tokens: int) -> None:
         """A step or an evaluation begins: its samples, and the tokens of its likelihood term."""

@@ -64,5 +64,5 @@ def _targets_of(dataset: Dataset, sample_ids: Sequence[int], batch: Batch) -> Do
         document_S = document_S[order_S]
         is_answer_S = None if is_answer_S is None else is_answer_S[order_S]
     known = dataset.references
-    reference_D = None if known is None else torch.tensor(known[chosen], dtype=torch.float32).flatten()
+    reference_D = None if known is None else torch.tensor(known[chosen]).flatten()
     return DocumentTargets(document_S, is_answer_S, answers_D, reference_D)

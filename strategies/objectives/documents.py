@@ -49,7 +49,7 @@ class DocumentLoss:
             loss = loss + weight / self._tokens_a_sample * (losses_S * is_chosen_S).sum()
         with torch.no_grad():
             self._add(scores)
-        return loss
+        return loss.float()
 
     def take(self) -> list[float]:
         """Totals since it began or this was last asked, to be added up over workers."""
@@ -88,13 +88,15 @@ class DocumentLoss:
     def _add(self, scores: AnswerScores) -> None:
         chosen, rejected = scores.pairs(self.objective.rewards(scores))
         found = (chosen.sum(), rejected.sum(), (chosen > rejected).sum(), chosen.new_tensor(len(chosen)))
-        new = torch.stack([one.double() for one in found])
+        new = torch.stack([one.to(chosen) for one in found])
         self._totals = new if self._totals is None else self._totals + new
 
 
 def _answer_logps(batch: Batch, losses_S: torch.Tensor) -> torch.Tensor:
+    """In fp64: a loss is of small differences between sums of hundreds of nats."""
     documents = batch.documents
     assert documents
+    losses_S = losses_S.double()
     if documents.is_answer_S is not None:
         losses_S = losses_S * documents.is_answer_S
     return -losses_S.new_zeros(len(documents.tokens_D)).index_add(0, documents.document_S, losses_S)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -39,7 +39,7 @@ class DocumentTargets:
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DocumentTargets:
         """The same, each tensor moved."""
-        return DocumentTargets(**{key: None if one is None else move(one) for key, one in vars(self).items()})
+        return replace(self, **{key: move(one) for key, one in vars(self).items() if one is not None})
 
 
 @dataclass

@@ -65,7 +65,7 @@ def attach_references(
 def assume_references(plan: Plan, data: Dataset) -> None:
     """Zeros where the plan stores a reference, for passes of which only time and memory are wanted."""
     if plan.stores_reference and data.documents:
-        data.references = numpy.zeros(data.documents.lengths.shape, numpy.float32)
+        data.references = numpy.zeros(data.documents.lengths.shape)
 
 
 def _read(run: Path, context: WorkerContext) -> dict[str, numpy.ndarray]:
@@ -95,14 +95,14 @@ def compute_references(setup: TrainSetup, data: Dataset, techniques: Techniques,
     Raises NothingFits, on every worker, where one sample does not fit on one of them.
     """
     assert setup.objective and data.documents
-    objective, found = setup.objective, numpy.zeros(data.documents.lengths.shape, numpy.float32)
+    objective, found = setup.objective, numpy.zeros(data.documents.lengths.shape)
     mine = split_by_share(data.lengths.tolist(), [1.0 / group.num_replicas] * group.num_replicas)[group.replica]
 
     def compute(sample_ids: Sequence[int]) -> None:
         batch = collate(data, sample_ids, techniques.packing, techniques.share_prefixes).to(setup.device)
         with autocast(setup.device.type, techniques.dtype):
             logps_D = objective.answer_logps(setup.model, batch, techniques.loss_type)
-        found[list(sample_ids)] = logps_D.float().reshape(len(sample_ids), -1).cpu().numpy()
+        found[list(sample_ids)] = logps_D.reshape(len(sample_ids), -1).cpu().numpy()
 
     unfit, reason = run_in_halves(micro_batches_of(data, mine, techniques), compute)
     parts = group.gather((mine, found[mine], reason if unfit else None))

@@ -11,7 +11,10 @@ from strategies import OBJECTIVES
 from strategies.step.step import summed_loss
 from tests.strategies.objectives.test_steps import ONE_BY_ONE, data_of, folders, move, set_up  # noqa: F401
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs pip install --no-deps trl")
+pytestmark = [
+    pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="needs pip install --no-deps trl"),
+    pytest.mark.filterwarnings("ignore"),  # TRL's own
+]
 SAMPLES = [0, 3, 5, 6, 11]
 PAD = 2
 CASES = {
