@@ -70,6 +70,11 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     Raises JobError where the bank has nothing for this base or this data.
     """
     asked = job.spec.bank
+    if job.spec.build_objective().is_by_document:
+        raise JobError(
+            f"adapt compares adapters by the loss of answers' tokens, which objective.type {job.spec.objective.type} does"
+            " not train; remove objective"
+        )
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     bank = bank_of(job)
     near = neighbours(bank, base, say)

@@ -3,6 +3,7 @@
 import pytest
 from safetensors.numpy import load_file
 
+from orchestrator.bank.library import add_run
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import read_job
@@ -10,8 +11,11 @@ from orchestrator.lifecycle.prepare import prepare
 from orchestrator.runs import model_card
 from orchestrator.runs.events import Evaluation, Note, QualityReport
 from orchestrator.training.model.references import FOLDER
-from orchestrator.training.workers import finished
+from orchestrator.training.workers import finished, preflight
+from orchestrator.training.workers.bench import bench_training
+from orchestrator.training.workers.experiment import Experiment
 from orchestrator.training.workers.worker import work
+from strategies.adapter_bank.store import Bank
 from tests.cases.training import begun, trained
 from tests.conftest import write_jsonl
 from tests.strategies.objectives.test_steps import pairs
@@ -142,6 +146,25 @@ def test_an_objective_without_a_reference_keeps_none(folder):
     assert not run.plan().stores_reference and "objective.type" not in run.plan().reasons
     losses = [step.loss for step in run.steps().values()]
     assert losses[-1] < losses[0]
+
+
+def test_trials_and_benchmarks_run_an_objective_too(folder):
+    job = read_job(folder / "dpo.yaml", ["cluster.num_workers=1", f"checkpoint.output_dir={folder / 'trials'}"])
+    ready = prepare(job, lambda text: None)
+    data, held_out = datasets(ready.data_files)
+
+    trial = Experiment(job, ready.plan, ready.data_files.model, data, held_out)
+    loss = trial.train_to(4)
+    found = bench_training(job, ready, 1, lambda text: None)
+
+    assert loss < 0.69 and trial.quality()["rewards/margins"] > 0
+    assert found["throughput"]["samples_per_s"] > 0
+    assert preflight.preflight(job, ready, lambda text: None)["longest_batch_tokens"] > 0
+
+
+def test_the_bank_refuses_what_it_could_not_compare(dpo, tmp_path):
+    with pytest.raises(JobError, match="trained by dpo, and the bank compares adapters"):
+        add_run(Bank(tmp_path / "bank", create=True), dpo)
 
 
 @pytest.mark.parametrize(
