@@ -72,7 +72,7 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     asked = job.spec.bank
     if job.spec.build_objective().is_by_document:
         raise JobError(
-            f"adapt compares adapters by the loss of answers' tokens, which objective.type {job.spec.objective.type} does"
+            f"adapt compares adapters by the loss of tokens, which objective.type {job.spec.objective.type} does"
             " not train; remove objective"
         )
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
