@@ -15,6 +15,7 @@ from strategies.methods.shira import Shira
 from strategies.objectives.contract import Objective
 from strategies.objectives.dpo import Dpo
 from strategies.objectives.ipo import Ipo
+from strategies.objectives.kto import Kto
 from strategies.objectives.orpo import Orpo
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
@@ -36,5 +37,6 @@ OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "ipo": Ipo,
     "simpo": SimPo,
     "orpo": Orpo,
+    "kto": Kto,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)

@@ -242,8 +242,13 @@ class SampleLoss(Protocol):
     @property
     def needs_reference(self) -> bool: ...
 
-    def begin(self, num_samples: int, num_tokens: int) -> None:
-        """A step or an evaluation begins: its samples, and the tokens of its likelihood term."""
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether `begin` must be told how far the model has moved from the reference."""
+        ...
+
+    def begin(self, num_samples: int, num_tokens: int, divergence: float = 0.0) -> None:
+        """A step or an evaluation begins: its samples, the tokens of its likelihood term, how far the model moved."""
 
     def loss_sum(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
         """Summed loss of a batch's samples."""
@@ -251,6 +256,10 @@ class SampleLoss(Protocol):
 
     def answer_logps(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
         """log p of each document's answer by the model as it is, without gradients and dropout."""
+        ...
+
+    def reference_logps(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
+        """The same of the reference: as they are known, or with the adapter off."""
         ...
 
     def take(self) -> list[float]:

@@ -25,6 +25,21 @@ def collate(dataset: Dataset, sample_ids: Sequence[int], packing: bool, share_pr
     return batch
 
 
+def collate_mismatched(dataset: Dataset, sample_ids: Sequence[int], packing: bool) -> Batch:
+    """As `collate`, of labelled rows' questions with other rows' answers; their reference is the second one."""
+    samples = [dataset.mismatched(index) for index in sample_ids]
+    ids = [torch.tensor(tokens, dtype=torch.long) for tokens, _ in samples]
+    masks = [torch.tensor(mask, dtype=torch.bool) for _, mask in samples]
+    batch = _lay_out(ids, masks, sample_ids, packing, share_prefixes=False)
+    counts_D = torch.tensor([int(mask.sum()) for mask in masks])
+    known = dataset.references
+    reference_D = None if known is None else torch.tensor(known[list(sample_ids), 1])
+    batch.documents = DocumentTargets(
+        torch.repeat_interleave(torch.arange(len(masks)), counts_D), None, counts_D, reference_D
+    )
+    return batch
+
+
 def _lay_out(
     ids: Sequence[torch.Tensor],
     masks: Sequence[torch.Tensor],
@@ -63,6 +78,7 @@ def _targets_of(dataset: Dataset, sample_ids: Sequence[int], batch: Batch) -> Do
         assert order_S is not None
         document_S = document_S[order_S]
         is_answer_S = None if is_answer_S is None else is_answer_S[order_S]
-    known = dataset.references
-    reference_D = None if known is None else torch.tensor(known[chosen]).flatten()
-    return DocumentTargets(document_S, is_answer_S, answers_D, reference_D)
+    known, labels, width = dataset.references, dataset.labels, dataset.documents.lengths.shape[1]
+    reference_D = None if known is None else torch.tensor(known[chosen, :width]).flatten()
+    is_good_D = None if labels is None else torch.tensor(labels[chosen])
+    return DocumentTargets(document_S, is_answer_S, answers_D, reference_D, is_good_D)

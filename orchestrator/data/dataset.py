@@ -11,7 +11,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,14 @@ _SCHEMA = pyarrow.schema(
         ("source", pyarrow.string()),
     ]
 )
-_PAIRS = pyarrow.schema(  # of a chosen and a rejected document, end to end
+_DOCUMENTS = pyarrow.schema(  # of samples of whole documents, end to end
     [
         *_SCHEMA,
         ("answer", pyarrow.list_(pyarrow.bool_())),  # of the supervised tokens those of the answers
         ("document_lengths", pyarrow.list_(pyarrow.int32())),
         ("document_supervised", pyarrow.list_(pyarrow.int32())),
         ("document_answers", pyarrow.list_(pyarrow.int32())),
+        ("label", pyarrow.bool_()),  # of labelled rows: whether the answer is good
     ]
 )
 _ROWS_A_BATCH = 1000
@@ -67,7 +68,7 @@ class DamagedCache(RunFailed):
 
 @dataclass(frozen=True)
 class DocumentCounts:
-    """Tokens of each document of each sample (N, 2)."""
+    """Tokens of each document of each sample (N, 2), of labelled rows (N, 1)."""
 
     lengths: numpy.ndarray
     supervised: numpy.ndarray  # that are predicted
@@ -125,14 +126,41 @@ class Dataset:
         ids, mask = self.tokens(index)
         if self.documents is None:
             return [(ids, mask)]
-        size = int(self.documents.lengths[index, 0])
-        return [(ids[:size], mask[:size]), (ids[size:], mask[size:])]
+        ends = self.documents.lengths[index].cumsum()[:-1]
+        return list(zip(numpy.split(ids, ends), numpy.split(mask, ends), strict=True))
 
     def answers(self, index: int) -> numpy.ndarray:
         """Of a pair's supervised tokens, those that belong to the answers (bool)."""
         row = int(self._rows[index])
         is_answer = self._table["answer"][row].values.to_numpy(zero_copy_only=False)
         return is_answer[self.tokens(index)[1]]
+
+    @cached_property
+    def labels(self) -> numpy.ndarray | None:
+        """Whether the answer of each labelled row is good; None of other rows."""
+        column = self._table["label"] if self.documents else None
+        if column is None or column.null_count:
+            return None
+        return numpy.concatenate([part.to_numpy(zero_copy_only=False) for part in column.chunks])[self._rows]
+
+    def mismatched(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """`tokens` of a labelled row's question with the answer of the row before it, cut to the longest row."""
+        ids, (others, other_mask) = self.tokens(index)[0], self.tokens(index - 1)
+        size, start = int(self.prompt_lengths[index]), int(self.prompt_lengths[index - 1])
+        limit = int(self.lengths.max())
+        joined = numpy.concatenate([ids[:size], others[start:]])[:limit]
+        return joined, numpy.concatenate([numpy.zeros(size, bool), other_mask[start:]])[:limit]
+
+    @cached_property
+    def prompt_lengths(self) -> numpy.ndarray:
+        """Tokens before the last answer."""
+        return _numbers(self._table["prompt_length"], numpy.int32)[self._rows]
+
+    @property
+    def mismatched_lengths(self) -> numpy.ndarray:
+        """Tokens of each row of `mismatched`."""
+        answers = self.lengths - self.prompt_lengths
+        return numpy.minimum(self.prompt_lengths + numpy.roll(answers, 1), self.lengths.max())
 
     @property
     def document_lengths(self) -> numpy.ndarray:
@@ -253,7 +281,7 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
 
 
 def _write(rows: Iterator[Row], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
-    counts, schema = RowCounts(), _SCHEMA if options.rows == "answers" else _PAIRS
+    counts, schema = RowCounts(), _SCHEMA if options.rows == "answers" else _DOCUMENTS
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
         pyarrow.ipc.new_file(sink, schema) as writer,

@@ -14,7 +14,7 @@ from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
 from orchestrator.data.rows import preferences
 from orchestrator.data.rows.formats import Example, read_example
-from orchestrator.data.rows.preferences import Preference
+from orchestrator.data.rows.preferences import Labelled, Preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.errors import JobError
@@ -94,9 +94,9 @@ def options_for(job: Job, sources: Sequence[Source], max_length: int | None, key
     if len(formats) > 1:
         raise JobError(f"{key}: the sources state different formats; leave them auto, or give them one format")
     objective = job.spec.build_objective()
-    if objective.rows == "pairs" and formats != {"auto"}:
-        raise JobError(f"data.format: rows of pairs are told by their columns; leave it auto with {objective.name}")
-    if objective.rows == "pairs" and data.overlong == "split":
+    if objective.is_by_document and formats != {"auto"}:
+        raise JobError(f"data.format: such rows are told by their columns; leave it auto with {objective.name}")
+    if objective.is_by_document and data.overlong == "split":
         raise JobError("data.overlong: split would cut an answer from its prompt; set it to truncate or drop")
     return TokenizeOptions(
         formats.pop(),
@@ -141,13 +141,13 @@ class _ReadRow:
 
     row: Row
     row_format: str = ""
-    example: Example | Preference | None = None
+    example: Example | Preference | Labelled | None = None
     fault: BadRow | None = None
 
     @property
     def examples(self) -> tuple[Example, ...]:
         """Those to be rendered: one, two of a preference, none of a broken row."""
-        if isinstance(self.example, Preference):
+        if isinstance(self.example, Preference | Labelled):
             return self.example.both
         return (self.example,) if self.example else ()
 
@@ -186,10 +186,13 @@ def _read_row(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> _R
         return _ReadRow(row, fault=fault)
 
 
-def _read(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> tuple[str, Example | Preference]:
+def _read(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> tuple[str, Example | Preference | Labelled]:
     """The format of a row, and the row as what is trained on.  Raises BadRow."""
     if options.rows == "answers":
         return read_example(row, options.format, options.instruction, formats)
+    if options.rows == "labelled":
+        formats.setdefault(row.file, preferences.LABELLED)
+        return preferences.LABELLED, preferences.read_labelled(row)
     formats.setdefault(row.file, preferences.NAME)
     return preferences.NAME, preferences.read_preference(row)
 
@@ -216,8 +219,8 @@ def _samples_of(
     for one in made:
         if not isinstance(one, list):
             raise one
-    if isinstance(read.example, Preference):
-        return _pair_of(read, [one for one in made if isinstance(one, list)], options, counts)
+    if isinstance(read.example, Preference | Labelled):
+        return _documents_of(read, [one for one in made if isinstance(one, list)], options, counts)
     (rendered,) = [one for one in made if isinstance(one, list)]
     row, example, statistics = read.row, read.example, counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
@@ -245,11 +248,11 @@ def _samples_of(
     return samples
 
 
-def _pair_of(
+def _documents_of(
     read: _ReadRow, made: Sequence[list[Tokens]], options: TokenizeOptions, counts: RowCounts
 ) -> list[dict[str, Any]]:
-    """The sample of a preference, its two documents end to end; none where nothing of an answer fits."""
-    assert isinstance(read.example, Preference)
+    """The sample of a row of whole documents, those end to end; none where nothing of an answer fits."""
+    assert isinstance(read.example, Preference | Labelled)
     if any(len(rendered) != 1 for rendered in made):
         raise BadRow(
             "the chat template writes earlier turns of an answer differently once later ones follow, so that it is no"
@@ -259,12 +262,13 @@ def _pair_of(
     counts.read(read.row_format, read.example)
     pieces = [piece for tokens in whole for piece in _fit(tokens, options, is_text=False)]
     given, kept = (sum(len(one.input_ids) for one in documents) for documents in (whole, pieces))
-    is_pair = len(pieces) == len(whole) and pieces[0].input_ids != pieces[1].input_ids
-    if not is_pair or not all(any(piece.supervised) for piece in pieces):
+    differ = len({tuple(piece.input_ids) for piece in pieces}) == len(whole)
+    if not differ or not all(any(piece.supervised) for piece in pieces):
         statistics.dropped += 1
         statistics.dropped_tokens += given
         return []
-    sample = _pair_sample(pieces, options.learns_prompts, read.row.where)
+    sample = _document_sample(pieces, options.learns_prompts, read.row.where)
+    sample["label"] = read.example.is_good if isinstance(read.example, Labelled) else None
     sample["reference"] = whole[0].answer if len(pieces[0].input_ids) == len(whole[0].input_ids) else None
     statistics.samples += 1
     statistics.tokens += kept
@@ -279,15 +283,20 @@ def _pair_of(
     return [sample]
 
 
-def _pair_sample(pieces: Sequence[Tokens], learns_prompts: bool, source: str) -> dict[str, Any]:
-    """Chosen and rejected document; `supervised` are the tokens that are predicted, `answer` those of the answers."""
-    chosen, rejected = pieces
-    learnt = [False] + [True] * (len(chosen.input_ids) - 1) if learns_prompts else chosen.supervised
-    joined = Tokens(chosen.input_ids + rejected.input_ids, learnt + rejected.supervised, chosen.prompt_length)
+def _document_sample(pieces: Sequence[Tokens], learns_prompts: bool, source: str) -> dict[str, Any]:
+    """Documents end to end, of a pair the chosen one first.
+
+    `supervised` are the tokens that are predicted, `answer` those of the answers.
+    """
+    first, *others = pieces
+    learnt = [False] + [True] * (len(first.input_ids) - 1) if learns_prompts else first.supervised
+    masks = [learnt, *(piece.supervised for piece in others)]
+    ids = [token for piece in pieces for token in piece.input_ids]
+    joined = Tokens(ids, [one for mask in masks for one in mask], first.prompt_length)
     return _sample(joined, joined, source) | {
-        "answer": chosen.supervised + rejected.supervised,
+        "answer": [one for piece in pieces for one in piece.supervised],
         "document_lengths": [len(piece.input_ids) for piece in pieces],
-        "document_supervised": [sum(learnt), sum(rejected.supervised)],
+        "document_supervised": [sum(mask) for mask in masks],
         "document_answers": [sum(piece.supervised) for piece in pieces],
     }
 

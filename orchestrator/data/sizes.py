@@ -12,7 +12,7 @@ from pathlib import Path
 from orchestrator.data.counts import Statistics, loss_notice
 from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.rows.formats import Example, read_example
-from orchestrator.data.rows.preferences import read_preference
+from orchestrator.data.rows.preferences import read_labelled, read_preference
 from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
@@ -35,7 +35,8 @@ def rough_lengths(
     Counted with the model's own tokenizer.json where the `tokenizers` package is installed, else from bytes; beyond the
     first rows drawn from them.  Raises JobError for rows that fit no format.
     """
-    count, is_pair = _counter(job), job.spec.build_objective().rows == "pairs"
+    count, objective = _counter(job), job.spec.build_objective()
+    reader = {"pairs": read_preference, "labelled": read_labelled}.get(objective.rows)
     samples: list[list[int]] = []  # of each the lengths of its documents
     supervised, total, looked_at = 0, 0, 0
     lost = Statistics()
@@ -44,8 +45,8 @@ def rough_lengths(
         wanted = source.format if source.format != "auto" else job.spec.data.format
         for row in rows_of(source, files):
             try:
-                if is_pair:
-                    examples = read_preference(row).both
+                if reader:
+                    examples = reader(row).both
                 else:
                     examples = (read_example(row, wanted, job.spec.data.instruction, detected)[1],)
             except BadRow:
@@ -56,7 +57,7 @@ def rough_lengths(
             looked_at += 1
             sizes = [_row_sizes(one, count, max_length, job.spec.data.overlong, lost) for one in examples]
             if all(pieces for _, pieces in sizes):
-                samples += [[pieces[0] for _, pieces in sizes]] if is_pair else [[piece] for piece in sizes[0][1]]
+                samples += [[pieces[0] for _, pieces in sizes]] if reader else [[piece] for piece in sizes[0][1]]
                 supervised += sum(min(answer, sum(pieces)) for answer, pieces in sizes)
     if not samples:
         raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` shows why")

@@ -106,7 +106,7 @@ def resolve_metrics(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[tupl
     if stated != "auto":
         return tuple(stated), None
     if spec.build_objective().is_by_document:
-        return (), "what the objective makes of held-out pairs is measured: reward accuracy and margin"
+        return (), "what the objective makes of the held-out rows is measured: their rewards"
     if held_out.num_references == 0:
         return (), "the held-out rows have no answers to compare with"
     if held_out.is_classification:
@@ -210,7 +210,7 @@ def _reference_s(candidate: Candidate, workload: Workload, held_out: HeldOutCoun
     if not workload.needs_reference:
         return 0.0
     stored = workload.num_tokens if stores_reference(workload, candidate.method.starts_as_base) else 0
-    num_tokens = stored + (held_out.num_tokens if held_out else 0)
+    num_tokens = (1 + workload.needs_divergence) * (stored + (held_out.num_tokens if held_out else 0))
     return forward_share(candidate.placed[0].plan.techniques) * num_tokens / candidate.tokens_per_s
 
 

@@ -97,6 +97,7 @@ def describe(
         clips=train.max_grad_norm > 0,
         num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
         needs_reference=objective.needs_reference,
+        needs_divergence=objective.needs_divergence,
     )
     return workload, order, reason
 

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 
-from orchestrator.data.batches import collate
+from orchestrator.data.batches import collate, collate_mismatched
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
-from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
 from strategies.shape import ModelShape
@@ -68,16 +68,17 @@ def evaluate_rows(
     everything = list(range(len(data)))
     num_counted = data.num_counted(everything)
     mine = split_by_share(data.lengths.tolist(), shares)[group.replica]
+    divergence, short = divergence_of(setup, data, mine, len(data), techniques, group)
     batches = micro_batches_of(data, mine, techniques)
     sums: dict[int | None, list[float]] = {}  # by the first member: what is repeated in halves replaces the whole
 
     def run(members: list[int]) -> None:
         if objective:
-            objective.begin(num_counted, data.num_chosen_tokens(everything))
+            objective.begin(num_counted, data.num_chosen_tokens(everything), divergence)
         sums[next(iter(members), None)] = _sums_of(setup, data, members, techniques)
 
     unfit, reason = passes_of(setup).each(batches, run)
-    error = reason if unfit else None
+    error = short or (reason if unfit else None)
     setup.model.train(was_training)
     width = 1 + (objective.num_totals if objective else 0)
     own = [sum(column) for column in zip(*sums.values(), strict=True)] or [0.0] * width
@@ -86,6 +87,30 @@ def evaluate_rows(
         reason = next(reason for reason in group.gather(error) if reason)
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
     return HeldOutLoss(total / num_counted, objective.metrics_of(totals) if objective else {})
+
+
+@torch.no_grad()
+def divergence_of(
+    setup: TrainSetup, data: Dataset, mine: Sequence[int], count: int, techniques: Techniques, group: ProcessGroup
+) -> tuple[float, str | None]:
+    """Mean log ratio of model and reference over answers to other questions, of `count` rows of all workers.
+
+    Beside it why this worker had no memory for a row, where it had none.  0 where the objective does not ask for it,
+    else collective.
+    """
+    objective, sums = setup.objective, dict[int, float]()
+    if objective is None or not objective.needs_divergence:
+        return 0.0, None
+
+    def run(members: list[int]) -> None:
+        batch = collate_mismatched(data, members, techniques.packing).to(setup.device)
+        with autocast(setup.device.type, techniques.dtype):
+            reference_D = objective.reference_logps(setup.model, batch, techniques.loss_type)
+            own_D = objective.answer_logps(setup.model, batch, techniques.loss_type)
+        sums[members[0]] = (own_D - reference_D).sum().item()
+
+    unfit, reason = run_in_halves(mismatched_batches_of(data, mine, techniques), run)
+    return group.sum([sum(sums.values())])[0] / count, reason if unfit else None
 
 
 def evaluate_loss(

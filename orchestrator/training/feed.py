@@ -25,6 +25,14 @@ def micro_batches_of(data: Dataset, sample_ids: Sequence[int], techniques: Techn
     return [[sample_ids[place] for place in group] for group in groups]
 
 
+def mismatched_batches_of(data: Dataset, sample_ids: Sequence[int], techniques: Techniques) -> list[list[int]]:
+    """The same of labelled rows' questions with other rows' answers."""
+    rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
+    lengths = data.mismatched_lengths[list(sample_ids)].tolist()
+    groups = micro_batches(lengths, rows, max_length, techniques.packing)
+    return [[sample_ids[place] for place in group] for group in groups]
+
+
 class Feed:
     """Makes batches of samples, at most one of them ahead of time."""
 

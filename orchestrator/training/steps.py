@@ -22,6 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
+from orchestrator.training.evaluate import divergence_of
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -84,7 +85,11 @@ def synchronous_gradients(training: Training, samples: StepSamples) -> torch.Ten
             last_pass(setup, training.schedule.update(samples.step))
 
     if setup.objective:
-        setup.objective.begin(samples.num_counted, training.data.num_chosen_tokens(samples.ids_N))
+        own, count = [samples.ids_N[i] for i in samples.own], len(samples.ids_N)
+        moved, short = divergence_of(setup, training.data, own, count, training.techniques, training.group)
+        if short:
+            raise MemoryError(short)
+        setup.objective.begin(samples.num_counted, training.data.num_chosen_tokens(samples.ids_N), moved)
     step = _passes(training, samples, samples.num_counted, before_last)
     return passes_of(setup).run(_micro_batches(training, samples, samples.own), step)
 

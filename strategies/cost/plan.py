@@ -72,6 +72,8 @@ class PredictedMethod(MethodDefaults):
     ) -> StrategyPlan:
         part = workload_of_stage(workload, techniques.stage)
         costs = self.costs(part.shape, techniques)
-        if part.needs_reference and not stores_reference(part, self.starts_as_base):
-            costs = replace(costs, work=replace(costs.work, reference_passes=1))
+        if part.needs_reference:
+            others = int(part.needs_divergence)  # of the model, and of the reference where that is not stored
+            passes = others if stores_reference(part, self.starts_as_base) else 1 + 2 * others
+            costs = replace(costs, work=replace(costs.work, reference_passes=passes))
         return predict(self.name, part, device, node, techniques, costs)

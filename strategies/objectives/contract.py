@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol, runtime_checkable
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
     import torch
 
-RowKind = Literal["answers", "pairs"]
-DOCUMENTS: dict[RowKind, int] = {"answers": 1, "pairs": 2}  # of a sample
+RowKind = Literal["answers", "pairs", "labelled"]
+DOCUMENTS: dict[RowKind, int] = {"answers": 1, "pairs": 2, "labelled": 1}  # of a sample
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,8 @@ class AnswerScores:
     logps_D: torch.Tensor  # sums of log p(token | the document so far) over the answer
     tokens_D: torch.Tensor  # of the answers
     reference_D: torch.Tensor | None  # `logps_D` of the reference; None where the objective needs none
+    is_good_D: torch.Tensor | None = None  # of labelled rows
+    divergence: float = 0.0  # of labelled rows: mean log ratio of answers to other questions, at least 0
 
     def pairs(self, values_D: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Values of the chosen and of the rejected documents (N,)."""
@@ -51,6 +53,11 @@ class ObjectiveDefaults(Protocol):
     rows: ClassVar[RowKind] = "pairs"
     needs_reference: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False  # its likelihood term is of the chosen document's prompt as well
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether its loss asks how far the model has moved from the reference, on answers to other questions."""
+        return False
 
     @property
     def nll_weight(self) -> float:

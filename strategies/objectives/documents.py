@@ -18,20 +18,24 @@ from strategies.workload import LossType
 class DocumentLoss:
     """An objective's loss of micro-batches, and what they were worth to it since it was last asked."""
 
-    num_totals = 4  # chosen and rejected rewards, pairs that are the right way round, all pairs
+    num_totals = 5  # rewards of chosen or good answers and their number, of the others, pairs the right way round
 
     def __init__(self, objective: DocumentObjective) -> None:
         self.objective = objective
-        self._tokens_a_sample = 1.0
+        self._tokens_a_sample, self._divergence = 1.0, 0.0
         self._totals: torch.Tensor | None = None
 
     @property
     def needs_reference(self) -> bool:
         return self.objective.needs_reference
 
-    def begin(self, num_samples: int, num_tokens: int) -> None:
+    @property
+    def needs_divergence(self) -> bool:
+        return self.objective.needs_divergence
+
+    def begin(self, num_samples: int, num_tokens: int, divergence: float = 0.0) -> None:
         """A step begins, or an evaluation: its samples, and the chosen documents' tokens that are learnt in them."""
-        self._tokens_a_sample = max(1, num_tokens) / max(1, num_samples)
+        self._tokens_a_sample, self._divergence = max(1, num_tokens) / max(1, num_samples), max(0.0, divergence)
         self._totals = None
 
     def loss_sum(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
@@ -39,13 +43,14 @@ class DocumentLoss:
 
         The reference is computed first, without gradients: its activations are gone before the model's are kept.
         """
-        reference_D = self._reference(model, batch, loss_type) if self.objective.needs_reference else None
-        assert batch.documents
-        losses_S = token_losses(model, batch, loss_type)
-        scores = AnswerScores(_answer_logps(batch, losses_S), batch.documents.tokens_D, reference_D)
+        reference_D = self.reference_logps(model, batch, loss_type) if self.objective.needs_reference else None
+        documents, losses_S = batch.documents, token_losses(model, batch, loss_type)
+        assert documents
+        logps_D = _answer_logps(batch, losses_S)
+        scores = AnswerScores(logps_D, documents.tokens_D, reference_D, documents.is_good_D, self._divergence)
         loss = self.objective.losses(scores).sum()
         if weight := self.objective.nll_weight:
-            is_chosen_S = batch.documents.document_S % 2 == 0
+            is_chosen_S = documents.document_S % 2 == 0
             loss = loss + weight / self._tokens_a_sample * (losses_S * is_chosen_S).sum()
         with torch.no_grad():
             self._add(scores)
@@ -57,16 +62,15 @@ class DocumentLoss:
         return [0.0] * self.num_totals if totals is None else totals.tolist()
 
     def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
-        """TRL's metrics by the totals of all workers; none where there was no pair."""
-        chosen, rejected, num_right, count = totals
-        if not count:
-            return {}
-        return {
-            "rewards/chosen": chosen / count,
-            "rewards/rejected": rejected / count,
-            "rewards/margins": (chosen - rejected) / count,
-            "rewards/accuracies": num_right / count,
-        }
+        """TRL's metrics by the totals of all workers; those of answers of which there were none are left out."""
+        chosen, num_chosen, rejected, num_rejected, num_right = totals
+        found = {"rewards/chosen": chosen / num_chosen} if num_chosen else {}
+        found |= {"rewards/rejected": rejected / num_rejected} if num_rejected else {}
+        if len(found) == 2:
+            found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
+        if self.objective.rows == "pairs" and num_chosen:
+            found["rewards/accuracies"] = num_right / num_chosen
+        return found
 
     @torch.no_grad()
     def answer_logps(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
@@ -78,7 +82,8 @@ class DocumentLoss:
         finally:
             model.train(was_training)
 
-    def _reference(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
+    def reference_logps(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
+        """`answer_logps` of the reference: as they are known, or with the adapter off."""
         assert batch.documents
         if batch.documents.reference_D is not None:
             return batch.documents.reference_D
@@ -86,9 +91,13 @@ class DocumentLoss:
             return self.answer_logps(model, batch, loss_type)
 
     def _add(self, scores: AnswerScores) -> None:
-        chosen, rejected = scores.pairs(self.objective.rewards(scores))
-        found = (chosen.sum(), rejected.sum(), (chosen > rejected).sum(), chosen.new_tensor(len(chosen)))
-        new = torch.stack([one.to(chosen) for one in found])
+        rewards_D, is_good_D = self.objective.rewards(scores), scores.is_good_D
+        if is_good_D is None:
+            is_good_D = torch.arange(len(rewards_D), device=rewards_D.device) % 2 == 0
+        chosen_D, rejected_D = rewards_D * is_good_D, rewards_D * ~is_good_D
+        right = (chosen_D[0::2] > rejected_D[1::2]) if scores.is_good_D is None else is_good_D[:0]
+        found = (chosen_D.sum(), is_good_D.sum(), rejected_D.sum(), (~is_good_D).sum(), right.sum())
+        new = torch.stack([one.to(rewards_D) for one in found])
         self._totals = new if self._totals is None else self._totals + new
 
 

@@ -36,6 +36,7 @@ class DocumentTargets:
     is_answer_S: torch.Tensor | None  # supervised tokens of answers; None = all of them
     tokens_D: torch.Tensor  # of the answers
     reference_D: torch.Tensor | None = None  # log-probabilities of the answers under the reference, where known
+    is_good_D: torch.Tensor | None = None  # of labelled rows
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DocumentTargets:
         """The same, each tensor moved."""

@@ -57,6 +57,7 @@ class Refusal:
 
 _REMOVE = "or remove the field"
 _OF_PAIRS = ", ".join(name for name, objective in OBJECTIVES.items() if objective.rows == "pairs")
+_OF_LABELLED = ", ".join(name for name, objective in OBJECTIVES.items() if objective.rows == "labelled")
 _PICTURES = Refusal("what it shows or plays; only text is trained", f"Describe it in the text, {_REMOVE}")
 _PREFERENCE = Refusal(
     "which answer is the better one; one answer a row is trained here",
@@ -80,7 +81,7 @@ _INPUT = Refusal("a part of the question", f"Write it into the prompt, {_REMOVE}
 
 _LABEL = Refusal(
     "that an answer is good or bad; a row marked bad would be trained like a good one",
-    "Keep the good rows alone and remove the field",
+    f"Train on both kinds with `objective: {_OF_LABELLED}`, or keep the good rows alone and remove the field",
 )
 _TEMPLATE = Refusal("an option of the chat template", f"Write it into a template for data.chat_template, {_REMOVE}")
 _SPEAKER = Refusal("who speaks", f"Write the name into the turn's text, {_REMOVE}")

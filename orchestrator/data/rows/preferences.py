@@ -50,6 +50,61 @@ class Preference:
         return tuple(dict.fromkeys((*self.chosen.readings, *self.rejected.readings)))
 
 
+@dataclass(frozen=True)
+class Labelled:
+    """A question with an answer that is good or bad; the answer alone is trained."""
+
+    example: Example
+    is_good: bool
+
+    @property
+    def both(self) -> tuple[Example, ...]:
+        return (self.example,)
+
+    @property
+    def ignored(self) -> tuple[str, ...]:
+        return self.example.ignored
+
+    @property
+    def readings(self) -> tuple[str, ...]:
+        return self.example.readings
+
+
+LABELLED = "labelled"  # of the format, in counts
+_LABELS = ("label", "kto_tag", "desirable")
+_WORDS = {"true": True, "good": True, "yes": True, "1": True, "false": False, "bad": False, "no": False, "0": False}
+_WORDS |= {"desirable": True, "undesirable": False, "-1": False, "1.0": True, "0.0": False}
+
+
+def read_labelled(row: Row) -> Labelled:
+    """A row as an answer that is good or bad.  Raises BadRow."""
+    if row.broken:
+        raise row.broken
+    values = row.values
+    key = columns.first(_LABELS, values)
+    if key is None:
+        names = sorted(map(str, values))
+        raise BadRow(
+            f"fields {names} hold no label: this objective trains on answers marked good or bad. Add 'label' (true or"
+            " false), or remove `objective` to train on all alike"
+        )
+    is_good = _WORDS.get(str(values[key]).strip().lower())
+    if is_good is None:
+        raise BadRow(f"field {key!r} is {values[key]!r:.40}, neither true nor false. Write one of them")
+    rest = {name: value for name, value in values.items() if name != key}
+    row_format = formats.detect(rest)
+    if row_format in ("messages", "sharegpt"):
+        turns_key = columns.first(columns.TURN_KEYS, rest) or ""
+        turns = _turns_or_text(rest[turns_key], turns_key)
+        if not isinstance(turns, list) or len(turns) < 2:
+            raise BadRow(f"field {turns_key!r} holds no question and answer. Write them as turns")
+        rest = {name: value for name, value in rest.items() if name != turns_key}
+        rest, row_format = {"prompt": turns[:-1], "completion": turns[-1:], **rest}, "prompt_completion"
+    if row_format not in ("prompt_completion", "alpaca"):
+        raise BadRow("a row with a label needs a question and an answer. Give them as 'prompt' and 'completion'")
+    return Labelled(formats.convert(rest, row_format), is_good)
+
+
 def read_preference(row: Row) -> Preference:
     """A row as a pair.  Raises BadRow."""
     if row.broken:

@@ -16,13 +16,13 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
 from clusters.safe.writing import new_folder
-from orchestrator.data.batches import collate
+from orchestrator.data.batches import collate, collate_mismatched
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.job import manifest
 from orchestrator.planning.plan import Plan
-from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from strategies.step.out_of_memory import run_in_halves
@@ -65,7 +65,7 @@ def attach_references(
 def assume_references(plan: Plan, data: Dataset) -> None:
     """Zeros where the plan stores a reference, for passes of which only time and memory are wanted."""
     if plan.stores_reference and data.documents:
-        data.references = numpy.zeros(data.documents.lengths.shape)
+        data.references = numpy.zeros((len(data), 2))
 
 
 def _read(run: Path, context: WorkerContext) -> dict[str, numpy.ndarray]:
@@ -90,21 +90,31 @@ def _write(run: Path, found: dict[str, numpy.ndarray]) -> None:
 
 @torch.no_grad()
 def compute_references(setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup) -> numpy.ndarray:
-    """log p of each document's answer (N, 2) by the model as it is now; every worker computes a part.  Collective.
+    """log p of each document's answer by the model as it is now; every worker computes a part.  Collective.
 
-    Raises NothingFits, on every worker, where one sample does not fit on one of them.
+    (N, 2): of pairs the chosen one's and the rejected one's; of labelled rows the own one's and, where the objective
+    asks for it, that of the answer to another question.  Raises NothingFits, on every worker, where one sample does not
+    fit on one of them.
     """
     assert setup.objective and data.documents
-    objective, found = setup.objective, numpy.zeros(data.documents.lengths.shape)
+    objective, found = setup.objective, numpy.zeros((len(data), 2))
     mine = split_by_share(data.lengths.tolist(), [1.0 / group.num_replicas] * group.num_replicas)[group.replica]
 
     def compute(sample_ids: Sequence[int]) -> None:
         batch = collate(data, sample_ids, techniques.packing, techniques.share_prefixes).to(setup.device)
         with autocast(setup.device.type, techniques.dtype):
             logps_D = objective.answer_logps(setup.model, batch, techniques.loss_type)
-        found[list(sample_ids)] = logps_D.reshape(len(sample_ids), -1).cpu().numpy()
+        own = logps_D.reshape(len(sample_ids), -1).cpu().numpy()
+        found[list(sample_ids), : own.shape[1]] = own
+
+    def compute_mismatched(sample_ids: list[int]) -> None:
+        batch = collate_mismatched(data, sample_ids, techniques.packing).to(setup.device)
+        with autocast(setup.device.type, techniques.dtype):
+            found[sample_ids, 1] = objective.answer_logps(setup.model, batch, techniques.loss_type).cpu().numpy()
 
     unfit, reason = run_in_halves(micro_batches_of(data, mine, techniques), compute)
+    if objective.needs_divergence and not unfit:
+        unfit, reason = run_in_halves(mismatched_batches_of(data, mine, techniques), compute_mismatched)
     parts = group.gather((mine, found[mine], reason if unfit else None))
     if reasons := [reason for _, _, reason in parts if reason]:
         raise NothingFits(f"not even one row at a time fits for the reference: {reasons[0]}")

@@ -10,6 +10,7 @@ from strategies import OBJECTIVES
 from strategies.objectives.contract import AnswerScores, DocumentObjective, Objective
 from strategies.objectives.dpo import _LOSSES, Dpo
 from strategies.objectives.ipo import Ipo
+from strategies.objectives.kto import Kto
 from strategies.objectives.orpo import Orpo
 from strategies.objectives.simpo import SimPo
 
@@ -113,6 +114,22 @@ def test_a_pair_that_training_has_not_touched_has_the_loss_of_a_coin():
     assert Dpo().rewards(untouched).tolist() == [0.0] * 6
 
 
+@pytest.mark.parametrize("divergence", [0.0, 2.5])
+def test_kto_marks_answers_above_and_below_how_far_the_model_has_moved(divergence):
+    is_good = torch.tensor([True, False, False, True, True, False])
+    scores = dataclasses.replace(SCORES, is_good_D=is_good, divergence=divergence)
+
+    losses = Kto(beta=B, desirable_weight=1.2, undesirable_weight=0.8).losses(scores)
+
+    ratios = [ratio for pair in log_ratios() for ratio in pair]
+    assert losses.tolist() == pytest.approx(
+        [
+            1.2 * (1 - sigmoid(B * (ratio - divergence))) if good else 0.8 * (1 - sigmoid(B * (divergence - ratio)))
+            for ratio, good in zip(ratios, is_good.tolist(), strict=True)
+        ]
+    )
+
+
 def test_options_that_mean_nothing_together_are_refused():
     with pytest.raises(ValueError, match="label_smoothing is of loss_type robust"):
         Dpo(label_smoothing=0.1)
@@ -126,4 +143,4 @@ def test_an_objective_is_a_frozen_dataclass_that_says_which_rows_it_trains_on(na
 
     assert dataclasses.is_dataclass(objective) and objective.__dataclass_params__.frozen
     assert isinstance(objective, Objective) and objective.name == name
-    assert isinstance(objective, DocumentObjective) == objective.is_by_document == (objective.num_documents > 1)
+    assert isinstance(objective, DocumentObjective) == objective.is_by_document == (objective.rows != "answers")

@@ -44,24 +44,32 @@ def pairs(count):
     ]
 
 
-def make_data(folder, model_folder, learns_prompts=False):
-    file = write_jsonl(folder / "rows.jsonl", pairs(16))
+def labelled(count):
+    """The answers of pairs, every third one a rejected one."""
+    return [
+        {"prompt": row["prompt"], "completion": row["rejected" if i % 3 == 0 else "chosen"], "label": i % 3 > 0}
+        for i, row in enumerate(pairs(count))
+    ]
+
+
+def make_data(folder, model_folder, kind="pairs", learns_prompts=False):
+    file = write_jsonl(folder / f"{kind}.jsonl", pairs(16) if kind == "pairs" else labelled(16))
     renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), CHAT_TEMPLATE)
-    options = TokenizeOptions("auto", "", 96, "truncate", True, "pairs", learns_prompts)
-    build(read_rows(file), renderer, options, folder / f"samples-{learns_prompts}")
+    options = TokenizeOptions("auto", "", 96, "truncate", True, kind, learns_prompts)
+    build(read_rows(file), renderer, options, folder / f"{kind}-{learns_prompts}")
 
 
 @pytest.fixture(scope="module")
 def folders(model_folder, tmp_path_factory):
     """The same pairs, with and without the prompts learnt."""
     folder = tmp_path_factory.mktemp("pairs")
-    for learns_prompts in (False, True):
-        make_data(folder, model_folder, learns_prompts)
+    for kind, learns_prompts in (("pairs", False), ("pairs", True), ("labelled", False)):
+        make_data(folder, model_folder, kind, learns_prompts)
     return folder
 
 
 def data_of(folders, objective):
-    return Dataset.load(folders / f"samples-{objective.learns_prompts}")
+    return Dataset.load(folders / f"{objective.rows}-{objective.learns_prompts}")
 
 
 def set_up(model_folder, techniques, objective, method="lora", learning_rate=1e-2):
@@ -126,6 +134,8 @@ CASES = {
     "simpo": OBJECTIVES["simpo"](),
     "cpo-simpo": OBJECTIVES["simpo"](cpo_alpha=0.7, label_smoothing=0.1),
     "orpo": OBJECTIVES["orpo"](beta=0.5),
+    "kto": OBJECTIVES["kto"](beta=0.3, undesirable_weight=1.5),
+    "apo_zero_unpaired": OBJECTIVES["kto"](loss_type="apo_zero_unpaired"),
 }
 
 
@@ -158,7 +168,7 @@ def test_every_layout_gives_the_losses_and_gradients_of_one_pair_at_a_time(
     close(found, one_by_one[name])
 
 
-@pytest.mark.parametrize("name", ["dpo", "ipo"])
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
 def test_a_stored_reference_is_the_base_with_the_adapter_off(name, one_by_one, model_folder, folders):
     objective = CASES[name]
 
@@ -180,7 +190,7 @@ def member(rank, size, port, model_folder, folders, out, shares, name):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("name", "shares"), [("dpo", (0.7, 0.3)), ("orpo", (0.02, 0.98))])
+@pytest.mark.parametrize(("name", "shares"), [("dpo", (0.7, 0.3)), ("orpo", (0.02, 0.98)), ("kto", (0.7, 0.3))])
 def test_two_unequal_workers_give_the_gradients_and_rewards_of_one(name, shares, model_folder, folders, tmp_path):
     """In fp64: a pair's gradient is the difference of two documents', which leaves 2e-6 of rounding in fp32."""
     data, events = data_of(folders, CASES[name]), []

@@ -7,6 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data.batches import collate
+from orchestrator.training.evaluate import divergence_of
+from orchestrator.training.model.references import compute_references
+from orchestrator.training.parallel import ProcessGroup
 from strategies import OBJECTIVES
 from strategies.step.step import summed_loss
 from tests.strategies.objectives.test_steps import ONE_BY_ONE, data_of, folders, move, set_up  # noqa: F401
@@ -98,6 +101,55 @@ def inputs_of(data, name):
             f"{kind}_labels": labels[rows],
         }
     return found | {"prompt_input_ids": ids[:half, :1], "prompt_attention_mask": attention[:half, :1]}
+
+
+def rows_of(documents):
+    """Token ids, their mask, and the mask of the answers, padded."""
+    ids = padded([tokens.tolist() for tokens, _ in documents], PAD)
+    attention = padded([[1] * len(tokens) for tokens, _ in documents], 0)
+    return ids, attention, padded([mask.astype(int).tolist() for _, mask in documents], 0)
+
+
+@pytest.mark.parametrize("kind", ["kto", "apo_zero_unpaired"])
+def test_loss_and_gradients_of_labelled_rows_are_trls(kind, model_folder, folders, tmp_path):  # noqa: F811
+    from datasets import Dataset as Rows
+    from trl import KTOConfig, KTOTrainer
+
+    chosen = {"beta": 0.2, "desirable_weight": 1.2, "undesirable_weight": 0.7, "loss_type": kind}
+    objective = OBJECTIVES["kto"](**chosen)
+    data = data_of(folders, objective).select(SAMPLES)
+    setup, everything = set_up(model_folder, ONE_BY_ONE, objective, "full"), list(range(len(SAMPLES)))
+    data.references = compute_references(setup, data, ONE_BY_ONE, ProcessGroup())
+    move(setup)
+
+    setup.model.train()
+    moved, _ = divergence_of(setup, data, everything, len(SAMPLES), ONE_BY_ONE, ProcessGroup())
+    setup.objective.begin(len(SAMPLES), 0, moved)
+    loss = summed_loss(setup, collate(data, everything, packing=False), ONE_BY_ONE) / len(SAMPLES)
+    loss.backward()
+
+    own = torch.cat([p.grad.flatten() for p in setup.parameters.values()])
+    setup.optimizer.zero_grad(set_to_none=True)
+    rows = Rows.from_list([{"prompt": "a", "completion": "b", "label": True}] * 2)
+    options = {"output_dir": str(tmp_path), "report_to": [], "use_cpu": True, "bf16": False, **chosen}
+    trainer = KTOTrainer(
+        model=setup.model,
+        ref_model=reference_of(setup.model),
+        args=KTOConfig(**options, gradient_checkpointing=False, remove_unused_columns=False),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        train_dataset=rows,
+    )
+    setup.model.train()
+    names = ("input_ids", "attention_mask", "completion_mask")
+    inputs = dict(zip(names, rows_of([data.tokens(index) for index in everything]), strict=True))
+    others = rows_of([data.mismatched(index) for index in everything])
+    inputs |= {f"KL_{name}": value for name, value in zip(names, others, strict=True)}
+    expected = trainer.compute_loss(setup.model, inputs | {"label": torch.tensor(data.labels)})
+    expected.backward()
+    other = torch.cat([p.grad.flatten() for p in setup.parameters.values()])
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert (own - other).norm() <= 1e-5 * other.norm()
+    assert moved > 0 or kind != "kto"
 
 
 @pytest.mark.parametrize("name", CASES)
