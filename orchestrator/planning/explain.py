@@ -18,11 +18,10 @@ from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
-from orchestrator.planning.workload import why_kept, why_shared
+from orchestrator.planning.workload import why_kept, why_reference, why_shared
 from strategies.compatibility import conflict
 from strategies.contract import StrategyPlan
 from strategies.cost.pipeline import WORTH_A_DEVICE
-from strategies.cost.reuse import stores_reference
 from strategies.cost.time import bus_rate
 from strategies.techniques.libraries import INSTALL, absent_libraries, with_installed
 from strategies.workload import Techniques, Workload
@@ -220,21 +219,8 @@ def explain_choice(
     }
     reasons = {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
     if workload.needs_reference:
-        reasons["objective.type"] = _why_reference(chosen, workload)
+        reasons["objective.type"] = why_reference(chosen, workload)
     return reasons | _explain_pipelines(spec, chosen, fitting)
-
-
-def _why_reference(chosen: Candidate, workload: Workload) -> str:
-    """Where the log-probabilities under the reference come from, and what they cost."""
-    epochs = workload.num_samples_seen / workload.num_samples
-    if not stores_reference(workload, chosen.method.starts_as_base):
-        return (
-            f"the reference is the base with the adapter off: a forward pass more of each step, in {epochs:.2g} epochs"
-        )
-    why = (
-        f"each sample is seen {epochs:.2g} times" if chosen.method.starts_as_base else "no adapter can be switched off"
-    )
-    return f"the reference is the model at the start: a forward pass of each row before the first step, stored; {why}"
 
 
 def _explain_pipelines(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:

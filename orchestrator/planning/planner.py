@@ -37,7 +37,12 @@ from orchestrator.planning.goal import choose_candidate, prior_of, too_long
 from orchestrator.planning.pipelines import why_no_stage, with_pipelines
 from orchestrator.planning.plan import Alternative, Beside, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
-from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_links
+from orchestrator.planning.refusals import (
+    has_stated_workers,
+    refuse_contradictions,
+    refuse_slow_links,
+    stated_workers,
+)
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions, with_more_samples
 from strategies.cost.phases import Phases
@@ -194,7 +199,7 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
         raise NothingFits("\n".join([first, *unusable]))
     refuse_contradictions(spec, inputs.workload, slots, switches)
     refuse_slow_links(spec, slots, cluster)
-    stated = _stated_workers(spec, num_slots := len(slots_of(spec, cluster)))
+    stated = stated_workers(spec, num_slots := len(slots_of(spec, cluster)))
     return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches, stated), num_slots
 
 
@@ -216,8 +221,8 @@ def _choose(
     """The best candidate with as many workers as the job states, each `whole` or not; None where nothing fits."""
     spec, fitting = inputs.spec, enumeration.run().fitting
     fitting = fitting if whole else with_pipelines(spec, enumeration)
-    enumeration.fitting = [found for found in fitting if _has_stated_workers(spec, found, num_slots)]
-    enumeration.other_groups = [found for found in fitting if not _has_stated_workers(spec, found, num_slots)]
+    enumeration.fitting = [found for found in fitting if has_stated_workers(spec, found, num_slots)]
+    enumeration.other_groups = [found for found in fitting if not has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
         return None
 
@@ -317,8 +322,6 @@ def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | No
     """The fastest excluded node that could run the model: it evaluates the base model while the others train."""
     if held_out is None or not spec.eval.before or spec.cluster.address == "local":
         return None
-    if spec.build_objective().is_by_document:  # before training it says what is known: no reward, and its loss
-        return None
     chosen = choice.candidate
     taking_part = {node.name for node in chosen.nodes}
     free = [
@@ -331,20 +334,6 @@ def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | No
     if not free:
         return None
     return replace(_node_plan_of(min(free, key=lambda part: part.plan.time.step_s)), share=0.0)
-
-
-def _stated_workers(spec: JobSpec, num_slots: int) -> int | None:
-    """How many workers the job states, by their number or by its mode; None where it leaves that open."""
-    stated, mode = spec.cluster.num_workers, spec.strategy.mode
-    if isinstance(stated, int):
-        return min(stated, num_slots)
-    return {"ddp": num_slots, "single": 1}.get(mode)
-
-
-def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
-    if spec.strategy.mode == "pipeline" and not candidate.pipelines:
-        return False
-    return _stated_workers(spec, num_slots) in (None, len(candidate.placed))
 
 
 def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:

@@ -11,7 +11,7 @@ from clusters.units import format_count
 from orchestrator.errors import JobError
 from orchestrator.job.model_check import check_targets
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Slot, Switches, limit_per_node, slowest_link
+from orchestrator.planning.candidates import Candidate, Slot, Switches, limit_per_node, slowest_link
 from orchestrator.planning.goal import prior_of
 from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict, refuses_local_steps
@@ -272,3 +272,18 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
             reasons.append(conflict(method, techniques, device, workload.shape, count))
     if reasons and all(reasons):
         raise JobError(f"the job's settings do not go together: {max(reasons, key=reasons.count)}")
+
+
+def stated_workers(spec: JobSpec, num_slots: int) -> int | None:
+    """How many workers the job states, by their number or by its mode; None where it leaves that open."""
+    stated, mode = spec.cluster.num_workers, spec.strategy.mode
+    if isinstance(stated, int):
+        return min(stated, num_slots)
+    return {"ddp": num_slots, "single": 1}.get(mode)
+
+
+def has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
+    """Whether a candidate is of as many workers as the job states, and a pipeline where it states one."""
+    if spec.strategy.mode == "pipeline" and not candidate.pipelines:
+        return False
+    return stated_workers(spec, num_slots) in (None, len(candidate.placed))

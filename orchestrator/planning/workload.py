@@ -14,7 +14,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
-from strategies.cost.reuse import WORTH, ratio_of_step
+from strategies.cost.reuse import WORTH, ratio_of_step, stores_reference
 from strategies.shape import ModelShape
 from strategies.workload import Workload
 
@@ -124,6 +124,19 @@ def why_kept(chosen: Candidate, workload: Workload) -> str:
     if epochs <= 1:
         return "no sample is seen twice"
     return _conflict(chosen, workload, cache_frozen_activations=True) or "steps would not become clearly shorter"
+
+
+def why_reference(chosen: Candidate, workload: Workload) -> str:
+    """Where the log-probabilities under the reference come from, and what they cost."""
+    epochs = workload.num_samples_seen / workload.num_samples
+    if not stores_reference(workload, chosen.method.starts_as_base):
+        return (
+            f"the reference is the base with the adapter off: a forward pass more of each step, in {epochs:.2g} epochs"
+        )
+    why = (
+        f"each sample is seen {epochs:.2g} times" if chosen.method.starts_as_base else "no adapter can be switched off"
+    )
+    return f"the reference is the model at the start: a forward pass of each row before the first step, stored; {why}"
 
 
 def _conflict(chosen: Candidate, workload: Workload, **switches: bool) -> str | None:

@@ -38,7 +38,7 @@ def attach_references(
     context: WorkerContext,
     setup: TrainSetup,
     techniques: Techniques,
-    data: Dataset,
+    data: Dataset | None,
     held_out: Dataset | None,
     run: Path | None = None,
 ) -> None:

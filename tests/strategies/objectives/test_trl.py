@@ -161,7 +161,11 @@ def test_loss_and_gradients_are_trls(name, model_folder, folders, tmp_path):  # 
     batch = collate(data, SAMPLES, packing=False)
     with torch.no_grad():
         reference_D = setup.objective.answer_logps(setup.model, batch, "nll")
-    data.references = torch.zeros(len(data), 2).index_put((torch.tensor(SAMPLES),), reference_D.view(-1, 2)).numpy()
+    data.references = (
+        torch.zeros(len(data), 2, dtype=torch.float64)
+        .index_put((torch.tensor(SAMPLES),), reference_D.view(-1, 2))
+        .numpy()
+    )
     move(setup)
 
     setup.model.train()
