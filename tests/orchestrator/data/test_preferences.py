@@ -5,7 +5,7 @@ import pytest
 from orchestrator.data.counts import RowCounts
 from orchestrator.data.dataset import Dataset, build
 from orchestrator.data.rows.formats import read_example
-from orchestrator.data.rows.preferences import read_preference
+from orchestrator.data.rows.preferences import read_labelled, read_preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import TokenizeOptions, tokenise
 from orchestrator.data.template import Renderer
@@ -118,6 +118,59 @@ def test_a_pair_among_single_answers_names_the_objective():
         read_example(Row({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, "rows.jsonl", 1), "auto")
 
 
+@pytest.mark.parametrize(
+    ("values", "is_good"),
+    [
+        ({"prompt": ASK, "completion": GOOD, "label": True}, True),
+        ({"prompt": [turn("user", ASK)], "completion": [turn("assistant", GOOD)], "label": False}, False),
+        ({"instruction": ASK, "input": "", "output": GOOD, "kto_tag": True}, True),
+        ({"messages": [turn("user", ASK), turn("assistant", GOOD)], "label": "false"}, False),
+        ({"conversations": [{"from": "human", "value": ASK}, {"from": "gpt", "value": GOOD}], "kto_tag": 0}, False),
+        ({"question": ASK, "completion": GOOD, "label": 1}, True),
+    ],
+    ids=["TRL", "TRL with turns", "LLaMA-Factory Alpaca", "LLaMA-Factory", "LLaMA-Factory ShareGPT", "Axolotl"],
+)
+def test_every_tools_labelled_rows_are_a_question_and_an_answer_that_is_good_or_bad(values, is_good):
+    found = read_labelled(Row(values, "rows.jsonl", 1))
+
+    assert found.is_good is is_good
+    assert told(found.example)[0][:2] == ("user", ASK)
+    assert told(found.example)[1:] == [("assistant", GOOD, True)]
+
+
+@pytest.mark.parametrize(
+    ("values", "fault"),
+    [
+        ({"prompt": ASK, "completion": GOOD}, "hold no label"),
+        ({"prompt": ASK, "completion": GOOD, "label": "maybe"}, "'maybe', neither true nor false"),
+        ({"prompt": ASK, "completion": GOOD, "label": None}, "neither true nor false"),
+        ({"text": GOOD, "label": True}, "needs a question and an answer"),
+        ({"messages": [turn("assistant", GOOD)], "label": True}, "holds no question and answer"),
+        ({"prompt": ASK, "chosen": GOOD, "rejected": BAD, "label": True}, "needs a question and an answer"),
+    ],
+)
+def test_a_row_that_is_no_labelled_one_says_why(values, fault):
+    with pytest.raises(BadRow, match=fault):
+        read_labelled(Row(values, "rows.jsonl", 1))
+
+
+def test_an_answer_to_another_question_is_made_of_neighbours(tokenizer, tmp_path):
+    options = TokenizeOptions("auto", "", 64, "auto", True, "labelled")
+    rows = [{"prompt": f"{ASK} {n}", "completion": " ".join(["dog"] * n), "label": n % 2 == 0} for n in range(1, 6)]
+    made = (Row(one, "rows.jsonl", number) for number, one in enumerate(rows, start=1))
+
+    data = build(made, Renderer(tokenizer, CHAT_TEMPLATE), options, tmp_path / "samples")
+
+    assert data.labels.tolist() == [False, True, False, True, False]
+    for index in range(5):
+        ids, mask = data.mismatched(index)
+        assert len(ids) == len(mask) == data.mismatched_lengths[index] <= data.lengths.max()
+        assert f"{ASK} {index + 1}" in tokenizer.decode(ids)
+        answer = tokenizer.decode(ids[mask])
+        other = " ".join(["dog"] * (index or 5))
+        assert f"{other}<|im_end|>".startswith(answer) and answer
+
+
 def samples_of(tokenizer, values, options=OPTIONS):
     counts = RowCounts()
     rows = [Row(one, "rows.jsonl", number) for number, one in enumerate(values, start=1)]
@@ -202,4 +255,6 @@ def test_llama_factorys_demo_is_read_whole():
 
     assert len(found) == 300
     assert not any(one.ignored for one in found)
+    marked = json.loads((SHARED / "assets/data/llamafactory_demo/kto_en_demo.json").read_text())
+    assert sum(read_labelled(Row(row, "rows.json", 1)).is_good for row in marked) == 150
     assert found[0].chosen.messages[-1]["content"] == rows[0]["chosen"]["value"]

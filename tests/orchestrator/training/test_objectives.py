@@ -18,7 +18,7 @@ from orchestrator.training.workers.worker import work
 from strategies.adapter_bank.store import Bank
 from tests.cases.training import begun, trained
 from tests.conftest import write_jsonl
-from tests.strategies.objectives.test_steps import pairs
+from tests.strategies.objectives.test_steps import labelled, pairs
 
 REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
 
@@ -27,16 +27,18 @@ REWARDS = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/acc
 def folder(model_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("jobs")
     write_jsonl(folder / "train.jsonl", pairs(24))
+    write_jsonl(folder / "marked.jsonl", labelled(24))
     for name, more in {
         "dpo": "objective: {type: dpo, beta: 0.5}\nmethod: {type: lora, lora_r: 4}\n",
         "once": "objective: dpo\nmethod: {type: lora, lora_r: 4}\n",
         "full": "objective: {type: dpo, beta: 0.5}\nmethod: {type: full}\n",
         "orpo": "objective: orpo\nmethod: {type: lora, lora_r: 4}\n",
+        "kto": "objective: {type: kto, beta: 0.5}\nmethod: {type: lora, lora_r: 4}\n",
     }.items():
         epochs = 1 if name == "once" else 4
         (folder / f"{name}.yaml").write_text(
             f"model: {{model_name_or_path: {model_folder}, dtype: float32}}\n"
-            "data: {train: train.jsonl, eval: {split: 0.25}, max_length: 96}\n"
+            f"data: {{train: {'marked' if name == 'kto' else 'train'}.jsonl, eval: {{split: 0.25}}, max_length: 96}}\n"
             f"train: {{num_train_epochs: {epochs}, global_batch_size: 6, learning_rate: 5e-3, optim: adamw_torch}}\n"
             "eval: {eval_steps: 6}\ncheckpoint: {save_steps: 6, save_total_limit: 5, load_best_model_at_end: false}\n"
             + more
@@ -165,6 +167,25 @@ def test_trials_and_benchmarks_run_an_objective_too(folder):
 def test_the_bank_refuses_what_it_could_not_compare(dpo, tmp_path):
     with pytest.raises(JobError, match="trained by dpo, and the bank compares adapters"):
         add_run(Bank(tmp_path / "bank", create=True), dpo)
+
+
+def test_answers_that_are_marked_train_without_pairs_and_resume_bit_by_bit(folder):
+    run, _ = trained(folder / "kto.yaml", "eval.before=true", name="kto")
+    before, after = run.events_of(QualityReport)
+
+    assert before.eval_loss == pytest.approx(0.5, rel=1e-5)
+    assert after.eval_loss < 0.48
+    assert set(after.extra) >= REWARDS - {"rewards/accuracies"}
+    assert after.extra["rewards/margins"] > 0.1
+    again = finished.evaluate(run, run.job(), datasets(run.data())[1])
+    assert again["eval_loss"] == pytest.approx(after.eval_loss, rel=1e-4)
+
+    resumed, _, node = begun(folder / "kto.yaml", name="kto-resumed")
+    resumed.stop_file.touch()
+    work(resumed, 0, 1, node, 0)
+    resumed.stop_file.unlink()
+    work(resumed, 0, 1, node, 0)
+    assert [step.loss for step in resumed.steps().values()] == [step.loss for step in run.steps().values()]
 
 
 @pytest.mark.parametrize(
