@@ -88,7 +88,7 @@ def test_a_reference_that_is_not_stored_is_a_forward_pass_more():
 
 
 def test_the_reference_is_stored_where_rows_are_seen_twice_or_no_adapter_can_be_switched_off():
-    twice = dataclasses.replace(ONCE, num_samples_seen=4)
+    twice = dataclasses.replace(ONCE, num_steps=2, num_samples_seen=4)
 
     assert not stores_reference(ONCE, METHODS["lora"]().starts_as_base)
     assert stores_reference(twice, METHODS["lora"]().starts_as_base)
