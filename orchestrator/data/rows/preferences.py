@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from orchestrator.data.rows import columns, formats
@@ -63,11 +63,11 @@ class Labelled:
 
     @property
     def ignored(self) -> tuple[str, ...]:
-        return self.example.ignored
+        return tuple(dict.fromkeys(self.example.ignored))
 
     @property
     def readings(self) -> tuple[str, ...]:
-        return self.example.readings
+        return tuple(dict.fromkeys(self.example.readings))
 
 
 LABELLED = "labelled"  # of the format, in counts
@@ -92,17 +92,18 @@ def read_labelled(row: Row) -> Labelled:
     if is_good is None:
         raise BadRow(f"field {key!r} is {values[key]!r:.40}, neither true nor false. Write one of them")
     rest = {name: value for name, value in values.items() if name != key}
-    row_format = formats.detect(rest)
+    row_format, names = formats.detect(rest), dict[str, str]()
     if row_format in ("messages", "sharegpt"):
         turns_key = columns.first(columns.TURN_KEYS, rest) or ""
         turns = _turns_or_text(rest[turns_key], turns_key)
         if not isinstance(turns, list) or len(turns) < 2:
             raise BadRow(f"field {turns_key!r} holds no question and answer. Write them as turns")
         rest = {name: value for name, value in rest.items() if name != turns_key}
+        names = {"prompt": turns_key, "completion": turns_key}
         rest, row_format = {"prompt": turns[:-1], "completion": turns[-1:], **rest}, "prompt_completion"
     if row_format not in ("prompt_completion", "alpaca"):
         raise BadRow("a row with a label needs a question and an answer. Give them as 'prompt' and 'completion'")
-    return Labelled(formats.convert(rest, row_format), is_good)
+    return Labelled(_convert(_AsRow(row_format, rest, names)), is_good)
 
 
 def read_preference(row: Row) -> Preference:
@@ -114,17 +115,37 @@ def read_preference(row: Row) -> Preference:
         chosen, rejected = _from_answered_turns(values)
     else:
         chosen, rejected = _from_answers(values)
-    examples = [formats.convert(one, row_format) for row_format, one in (chosen, rejected)]
-    found = Preference(*examples)
+    found = Preference(_convert(chosen), _convert(rejected))
     if _answers_of(found.chosen) == _answers_of(found.rejected):
         raise BadRow("the chosen and the rejected answer are the same: there is nothing to prefer. Remove the row")
     return found
 
 
-_Split = tuple[str, dict[str, Any]]  # format, and the row as one of it
+@dataclass(frozen=True)
+class _AsRow:
+    """A row with one answer in the columns of a usual format."""
+
+    row_format: str
+    values: dict[str, Any]
+    names: Mapping[str, str]  # of columns there -> where the value stood in the file
 
 
-def _from_answers(values: Mapping[str, Any]) -> tuple[_Split, _Split]:
+def _convert(row: _AsRow) -> Example:
+    """Raises BadRow; what is told of it names the columns of the file."""
+
+    def told(text: str) -> str:
+        for there, here in row.names.items():
+            text = text.replace(f"{there!r}", f"{here!r}").replace(f"{there}[]", f"{here}[]")
+        return text
+
+    try:
+        found = formats.convert(row.values, row.row_format)
+    except BadRow as error:
+        raise BadRow(told(error.reason), told(error.kind)) from None
+    return replace(found, readings=tuple(map(told, found.readings)), ignored=tuple(map(told, found.ignored)))
+
+
+def _from_answers(values: Mapping[str, Any]) -> tuple[_AsRow, _AsRow]:
     """A row with a column for each answer."""
     keys = next((pair for pair in _ANSWERS if set(pair) & set(values)), None)
     if keys is None:
@@ -135,18 +156,29 @@ def _from_answers(values: Mapping[str, Any]) -> tuple[_Split, _Split]:
         )
     rest = {name: value for name, value in values.items() if name not in keys}
     answers = [_turns_or_text(values[key], key) for key in keys]
-    question, rest = _question(rest)
+    asked, question, rest = _question(rest)
     if question is None:
         question, answers = _common_beginning(answers, keys)
     else:
         answers = [_without_prompt(answer, question) for answer in answers]
     if "instruction" in rest:
-        return tuple(("alpaca", {**rest, "output": _text_of(answer)}) for answer in answers)  # type: ignore[return-value]
+        chosen, rejected = (
+            _AsRow("alpaca", {**rest, "output": _text_of(one)}, {"output": key})
+            for key, one in zip(keys, answers, strict=True)
+        )
+        return chosen, rejected
     if any(isinstance(answer, list) for answer in answers) and isinstance(question, str):
         question = [{"role": "user", "content": question}]
     if isinstance(question, list):
         answers = [[{"role": "assistant", "content": one}] if isinstance(one, str) else one for one in answers]
-    chosen, rejected = (("prompt_completion", {"prompt": question, "completion": one, **rest}) for one in answers)
+    chosen, rejected = (
+        _AsRow(
+            "prompt_completion",
+            {"prompt": question, "completion": one, **rest},
+            {"prompt": asked or key, "completion": key},
+        )
+        for key, one in zip(keys, answers, strict=True)
+    )
     return chosen, rejected
 
 
@@ -158,7 +190,7 @@ def _text_of(answer: str | list[Any]) -> Any:
     return answer
 
 
-def _from_answered_turns(values: Mapping[str, Any]) -> tuple[_Split, _Split]:
+def _from_answered_turns(values: Mapping[str, Any]) -> tuple[_AsRow, _AsRow]:
     """ms-swift's: a conversation with the chosen answer at its end, and the other one beside it."""
     turns = _turns_or_text(values["messages"], "messages")
     rest = {name: value for name, value in values.items() if name not in ("messages", "rejected_response")}
@@ -166,24 +198,31 @@ def _from_answered_turns(values: Mapping[str, Any]) -> tuple[_Split, _Split]:
         raise BadRow("field 'messages' of a preference holds no question and answer. Write them as turns")
     rejected = _turns_or_text(values["rejected_response"], "rejected_response")
     answers = (turns[-1:], [{"role": "assistant", "content": rejected}] if isinstance(rejected, str) else rejected)
-    chosen, rejected_row = (("prompt_completion", {"prompt": turns[:-1], "completion": one, **rest}) for one in answers)
+    chosen, rejected_row = (
+        _AsRow(
+            "prompt_completion",
+            {"prompt": turns[:-1], "completion": one, **rest},
+            {"prompt": "messages", "completion": key},
+        )
+        for key, one in zip(("messages", "rejected_response"), answers, strict=True)
+    )
     return chosen, rejected_row
 
 
-def _question(rest: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """What both answers answer, and the columns that are left; None where the answers hold it themselves."""
+def _question(rest: Mapping[str, Any]) -> tuple[str, Any, dict[str, Any]]:
+    """The column with what both answers answer, that, and the other columns; None where the answers hold it."""
     if "instruction" in rest:
-        return rest["instruction"], dict(rest)
+        return "instruction", rest["instruction"], dict(rest)
     opened = rest.get("input")
     if isinstance(opened, dict) and isinstance(opened.get("messages"), list):  # OpenAI's
         tools = {"tools": opened["tools"]} if not missing(opened.get("tools")) else {}
         left = {name: value for name, value in rest.items() if name != "input"}
-        return opened["messages"], left | tools
+        return "input", opened["messages"], left | tools
     for keys in (columns.PROMPT_KEYS, columns.TURN_KEYS):
         if (key := columns.first(keys, rest)) is not None and not missing(rest[key]):
             question = _turns_or_text(rest[key], key)
-            return question, {name: value for name, value in rest.items() if name != key}
-    return None, dict(rest)
+            return key, question, {name: value for name, value in rest.items() if name != key}
+    return "", None, dict(rest)
 
 
 def _turns_or_text(value: Any, key: str) -> str | list[Any]:

@@ -113,6 +113,18 @@ def test_a_row_that_is_no_pair_says_why(values, fault):
         read(values)
 
 
+def test_what_is_told_of_a_pair_names_the_columns_of_its_file():
+    shared = {"conversations": [{"from": "human", "value": ASK, "id": 3}]}
+
+    found = read({**shared, "chosen": {"from": "gpt", "value": GOOD}, "rejected": {"from": "gpt", "value": BAD}})
+
+    told_of = " ".join(found.readings)
+    assert all(f"under {key!r}" in told_of for key in ("conversations", "chosen", "rejected"))
+    assert found.ignored == ("conversations[].id",)
+    with pytest.raises(BadRow, match="'rejected' of the pair"):
+        read({"instruction": ASK, "chosen": GOOD, "rejected": " "})
+
+
 def test_a_pair_among_single_answers_names_the_objective():
     with pytest.raises(BadRow, match="one of `objective: dpo, ipo, simpo, orpo`, or keep the better answer"):
         read_example(Row({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, "rows.jsonl", 1), "auto")
