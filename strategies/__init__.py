@@ -1,7 +1,8 @@
 """What each way of training costs and how it changes a model.  Never imports ray.
 
-Two registries: a new method is one line in `METHODS`, and its options appear in the job file by themselves; a new
-technique is one entry of techniques/catalogue.toml, and appears in the catalogue and its measurement.
+Three registries: a new method is one line in `METHODS`, a new objective one in `OBJECTIVES`, and their options appear
+in the job file by themselves; a new technique is one entry of techniques/catalogue.toml, and appears in the catalogue
+and its measurement.
 """
 
 from strategies.contract import Method
@@ -11,6 +12,13 @@ from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
+from strategies.objectives.contract import Objective
+from strategies.objectives.dpo import Dpo
+from strategies.objectives.ipo import Ipo
+from strategies.objectives.kto import Kto
+from strategies.objectives.orpo import Orpo
+from strategies.objectives.sft import Sft
+from strategies.objectives.simpo import SimPo
 from strategies.techniques.catalogue import read_catalogue
 from strategies.techniques.technique import Technique
 
@@ -22,5 +30,13 @@ METHODS: dict[str, type[Method]] = {
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
+}
+OBJECTIVES: dict[str, type[Objective]] = {  # the default first
+    "sft": Sft,
+    "dpo": Dpo,
+    "ipo": Ipo,
+    "simpo": SimPo,
+    "orpo": Orpo,
+    "kto": Kto,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)

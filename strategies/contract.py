@@ -137,6 +137,11 @@ class MethodDefaults(Protocol):
         """The adapter that training starts from; None where it starts anew."""
         return None
 
+    @property
+    def starts_as_base(self) -> bool:
+        """Whether the model with its adapter switched off is the one that training starts from."""
+        return False
+
     def why_alone(self) -> str | None:
         """Why its jobs cannot share a base model with other jobs (multi_lora); None where they can."""
         return "its method trains weights of the base model itself"

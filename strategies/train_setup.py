@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from strategies.export import ExportFormat, export_folder
-from strategies.workload import Techniques
+from strategies.workload import LossType, Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
     import torch
@@ -58,7 +58,9 @@ class Sharding(Protocol):
 class StepPasses:
     """What the passes of one step need to know beside the samples of each."""
 
-    num_supervised: int  # tokens of the whole step, over all workers
+    num_counted: (
+        int  # what the step's loss is a mean over, of all workers: supervised tokens, or an objective's samples
+    )
     techniques: Techniques
     scaler: torch.amp.GradScaler
     take: Callable[[Sequence[int]], Any]  # the `Batch` of some samples, on the device
@@ -117,7 +119,7 @@ class Passes(Protocol):
         ...
 
     def loss_sum(self, batch: Any, techniques: Techniques) -> torch.Tensor:
-        """Summed loss of a batch's supervised tokens, without gradients; 0 where another worker computes it."""
+        """Summed loss of a batch's supervised tokens or samples, without gradients; 0 where another worker has it."""
         ...
 
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
@@ -232,6 +234,43 @@ class Streaming(Protocol):
         """On a machine without a bus, let copies take as long as they would on one.  Raises ValueError elsewhere."""
 
 
+class SampleLoss(Protocol):
+    """A loss over whole documents instead of supervised tokens: an objective's (strategies/objectives)."""
+
+    num_totals: int  # numbers that `take` returns
+
+    @property
+    def needs_reference(self) -> bool: ...
+
+    @property
+    def needs_divergence(self) -> bool:
+        """Whether `begin` must be told how far the model has moved from the reference."""
+        ...
+
+    def begin(self, num_samples: int, num_tokens: int, divergence: float = 0.0) -> None:
+        """A step or an evaluation begins: its samples, the tokens of its likelihood term, how far the model moved."""
+
+    def loss_sum(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
+        """Summed loss of a batch's samples."""
+        ...
+
+    def answer_logps(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
+        """log p of each document's answer by the model as it is, without gradients and dropout."""
+        ...
+
+    def reference_logps(self, model: Any, batch: Any, loss_type: LossType) -> torch.Tensor:
+        """The same of the reference: as they are known, or with the adapter off."""
+        ...
+
+    def take(self) -> list[float]:
+        """Totals since it began or was last asked, to be added up over workers."""
+        ...
+
+    def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
+        """What is told of a step or an evaluation by the totals of all workers."""
+        ...
+
+
 class KnownLayers(Protocol):
     """Layers whose results for some samples are known already."""
 
@@ -261,6 +300,7 @@ class TrainSetup:
     passes: Passes | None = None  # None = one after the other
     between: Between | None = None
     lower: KnownLayers | None = None  # frozen layers whose results are kept
+    objective: SampleLoss | None = None  # None = the mean loss of supervised tokens
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up

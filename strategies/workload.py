@@ -34,6 +34,8 @@ class Workload:
     fullest_step_tokens: int | None = None  # of the longest samples a step can draw; None = all the longest
     share: float = 1.0  # of each step's samples that one device does
     clips: bool = True  # gradients are clipped: no weight moves before all of them are there
+    needs_reference: bool = False  # log-probabilities under the base, beside those of the model that trains
+    needs_divergence: bool = False  # both also of answers to other questions, without gradients
 
     @property
     def mean_length(self) -> float:

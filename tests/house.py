@@ -37,6 +37,7 @@ ROOMS = (
     ("strategies.techniques",),
     ("strategies.reuse",),
     ("strategies.step",),
+    ("strategies.objectives",),
     ("strategies.pipeline",),
     ("strategies.cost",),
     ("strategies.engines",),

@@ -64,12 +64,21 @@ class Chosen:
     selected: Selected | None = None  # by labelled rows; None where there were none
 
 
+def _refuse_documents(job: Job) -> None:
+    if job.spec.build_objective().is_by_document:
+        raise JobError(
+            f"adapt compares adapters by the loss of tokens, which objective.type {job.spec.objective.type} does not"
+            " train; remove objective"
+        )
+
+
 def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str, Any]:
     """Make, judge and write an adapter; what the verb prints.
 
     Raises JobError where the bank has nothing for this base or this data.
     """
     asked = job.spec.bank
+    _refuse_documents(job)
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     bank = bank_of(job)
     near = neighbours(bank, base, say)

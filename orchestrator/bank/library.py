@@ -82,6 +82,11 @@ def add_run(bank: Bank, run: RunFolder, name: str | None = None, licence: str | 
     exported, files, result, job = finished.exported, finished.data, finished.result, finished.job
     if not export_of(run).is_adapter:
         raise JobError(f"{run.run_id} trained with method {job.spec.method.type}, which produces no adapter")
+    if job.spec.build_objective().is_by_document:
+        raise JobError(
+            f"{run.run_id} trained by {job.spec.objective.type}, and the bank compares adapters by the loss of answers'"
+            " tokens"
+        )
     folder = Path(files.model)
     base = Base(job.spec.model.model_name_or_path, folder, base_digest(folder))
     adapter = Adapter(exported)

@@ -68,7 +68,8 @@ class Lines(Quiet):
             case PreflightReport():
                 self.say(f"preflight: {event.text}")
             case Evaluation():
-                self.say(f"step {event.step}: eval_loss {event.eval_loss:.4f}")
+                numbers = {"eval_loss": event.eval_loss, **event.extra}
+                self.say(f"step {event.step}: " + ", ".join(f"{key} {value:.4f}" for key, value in numbers.items()))
             case BetweenReport():
                 self.say(f"step {event.step}: {event.text}")
             case Note():

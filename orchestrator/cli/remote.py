@@ -80,7 +80,7 @@ def status(run: RunFolder, as_json: bool) -> None:
     if as_json:
         print_json(row)
     else:
-        out.print("\n".join(f"{key:<14}{value}" for key, value in row.items()), soft_wrap=True)
+        out.print("\n".join(f"{key:<13} {value}" for key, value in row.items()), soft_wrap=True)
 
 
 def logs(run: RunFolder, follow: bool) -> None:

@@ -99,7 +99,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         return
     for key, value in row.items():
         if value is not None:
-            show(f"{key:<14}{value}")
+            show(f"{key:<13} {value}")
     if stages or by_worker:
         out.print()
         out.print(stages_view(stages) if stages else workers_view(by_worker))

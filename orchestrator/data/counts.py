@@ -8,6 +8,7 @@ from typing import Any
 
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.likeness import MOST_COMPARED
+from orchestrator.data.rows.preferences import Labelled, Preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
@@ -94,7 +95,7 @@ class RowCounts:
         self.statistics, self.broken = Statistics(), BrokenRows()
         self.formats: dict[str, str] = {}
 
-    def read(self, row_format: str, example: Example) -> None:
+    def read(self, row_format: str, example: Example | Preference | Labelled) -> None:
         """Count a row that has a format."""
         statistics = self.statistics
         for names, seen in (

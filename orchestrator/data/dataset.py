@@ -11,8 +11,8 @@ import hashlib
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, replace
-from functools import lru_cache
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,16 @@ _SCHEMA = pyarrow.schema(
         ("text_fingerprint", pyarrow.int64()),  # of the row's text but for capitals, punctuation and spaces
     ]
 )
+_DOCUMENTS = pyarrow.schema(  # of samples of whole documents, end to end
+    [
+        *_SCHEMA,
+        ("answer", pyarrow.list_(pyarrow.bool_())),  # of the supervised tokens those of the answers
+        ("document_lengths", pyarrow.list_(pyarrow.int32())),
+        ("document_supervised", pyarrow.list_(pyarrow.int32())),
+        ("document_answers", pyarrow.list_(pyarrow.int32())),
+        ("label", pyarrow.bool_()),  # of labelled rows: whether the answer is good
+    ]
+)
 _ROWS_A_BATCH = 1000
 _VERSION = 5  # raise it when the same inputs would give other tokens
 
@@ -58,6 +68,25 @@ class DamagedCache(RunFailed):
         return type(self), (self.folder, self.damage)
 
 
+@dataclass(frozen=True)
+class DocumentCounts:
+    """Tokens of each document of each sample (N, 2), of labelled rows (N, 1)."""
+
+    lengths: numpy.ndarray
+    supervised: numpy.ndarray  # that are predicted
+    answers: numpy.ndarray  # of the answers
+
+    @classmethod
+    def of(cls, table: pyarrow.Table, rows: numpy.ndarray) -> DocumentCounts:
+        """Of some rows of a table of pairs."""
+
+        def column(name: str) -> numpy.ndarray:
+            flat = pyarrow.chunked_array([part.flatten() for part in table[name].chunks], pyarrow.int32())
+            return _numbers(flat, numpy.int32).reshape(table.num_rows, -1)[rows]
+
+        return cls(column("document_lengths"), column("document_supervised"), column("document_answers"))
+
+
 class Dataset:
     """Samples by number.  Lengths are in memory, tokens in the mapped file; a subset is a list of row numbers."""
 
@@ -72,6 +101,8 @@ class Dataset:
         self.fingerprints: numpy.ndarray = _numbers(table["fingerprint"], numpy.int64)[self._rows]
         texts = "text_fingerprint" if "text_fingerprint" in table.column_names else "fingerprint"  # of an earlier run
         self.text_fingerprints: numpy.ndarray = _numbers(table[texts], numpy.int64)[self._rows]
+        self.documents = DocumentCounts.of(table, self._rows) if "document_lengths" in table.column_names else None
+        self.references: numpy.ndarray | None = None  # log p of each document's answer under the reference (N, 2)
 
     @classmethod
     def load(cls, folder: Path) -> Dataset:
@@ -94,6 +125,67 @@ class Dataset:
         ids = self._table["input_ids"][row].values.to_numpy()
         return ids, self._table["supervised"][row].values.to_numpy(zero_copy_only=False)
 
+    def documents_of(self, index: int) -> list[tuple[numpy.ndarray, numpy.ndarray]]:
+        """`tokens` of each document of a sample."""
+        ids, mask = self.tokens(index)
+        if self.documents is None:
+            return [(ids, mask)]
+        ends = self.documents.lengths[index].cumsum()[:-1]
+        return list(zip(numpy.split(ids, ends), numpy.split(mask, ends), strict=True))
+
+    def answers(self, index: int) -> numpy.ndarray:
+        """Of a pair's supervised tokens, those that belong to the answers (bool)."""
+        row = int(self._rows[index])
+        is_answer = self._table["answer"][row].values.to_numpy(zero_copy_only=False)
+        return is_answer[self.tokens(index)[1]]
+
+    @cached_property
+    def labels(self) -> numpy.ndarray | None:
+        """Whether the answer of each labelled row is good; None of other rows."""
+        column = self._table["label"] if self.documents else None
+        if column is None or column.null_count:
+            return None
+        return numpy.concatenate([part.to_numpy(zero_copy_only=False) for part in column.chunks])[self._rows]
+
+    def mismatched(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
+        """`tokens` of a labelled row's question with the answer of the row before it, cut to the longest row."""
+        ids, (others, other_mask) = self.tokens(index)[0], self.tokens(index - 1)
+        size, start = int(self.prompt_lengths[index]), int(self.prompt_lengths[index - 1])
+        limit = int(self.lengths.max())
+        joined = numpy.concatenate([ids[:size], others[start:]])[:limit]
+        return joined, numpy.concatenate([numpy.zeros(size, bool), other_mask[start:]])[:limit]
+
+    @cached_property
+    def prompt_lengths(self) -> numpy.ndarray:
+        """Tokens before the last answer."""
+        return _numbers(self._table["prompt_length"], numpy.int32)[self._rows]
+
+    @property
+    def mismatched_lengths(self) -> numpy.ndarray:
+        """Tokens of each row of `mismatched`."""
+        answers = self.lengths - self.prompt_lengths
+        return numpy.minimum(self.prompt_lengths + numpy.roll(answers, 1), self.lengths.max())
+
+    @property
+    def document_lengths(self) -> numpy.ndarray:
+        """Tokens of every document, those of a sample one behind the other."""
+        return self.lengths if self.documents is None else self.documents.lengths.flatten()
+
+    @property
+    def padded_lengths(self) -> numpy.ndarray:
+        """Tokens that a sample takes in rows padded to its own longest document."""
+        if self.documents is None:
+            return self.lengths
+        return self.documents.lengths.shape[1] * self.documents.lengths.max(axis=1)
+
+    def num_counted(self, indices: Sequence[int]) -> int:
+        """What the loss of these samples is a mean over: their supervised tokens, or themselves if they are pairs."""
+        return len(indices) if self.documents else int(self.num_supervised[indices].sum())
+
+    def num_chosen_tokens(self, indices: Sequence[int]) -> int:
+        """Of pairs: tokens of the chosen documents that are predicted."""
+        return int(self.documents.supervised[indices, 0].sum()) if self.documents else 0
+
     def prompt(self, index: int) -> tuple[numpy.ndarray, str | None]:
         """The tokens a generated answer starts from and the text it is compared with (None: nothing to compare)."""
         row = int(self._rows[index])
@@ -114,6 +206,7 @@ class Dataset:
         chosen = self._rows[numpy.asarray(indices, dtype=numpy.int64)]
         fingerprint = hashlib.sha256(chosen.tobytes()).hexdigest()[:8]
         subset = Dataset(self._table, self.statistics, f"{self.digest}-{fingerprint}", chosen)
+        subset.references = None if self.references is None else self.references[numpy.asarray(indices)]
         subset.statistics = replace(
             self.statistics,
             samples=len(subset),
@@ -203,8 +296,10 @@ def build_all(sources: Iterable[Iterable[Row]], renderer: Renderer, options: Tok
     return Dataset.load(folder)
 
 
-def _record_batch(samples: list[dict[str, Any]]) -> pyarrow.RecordBatch:
+def _record_batch(samples: list[dict[str, Any]], schema: pyarrow.Schema) -> pyarrow.RecordBatch:
     """Samples as columns; token ids and masks are laid end to end here, which `from_pylist` does value by value."""
+    if schema is not _SCHEMA:
+        return pyarrow.RecordBatch.from_pylist(samples, schema=schema)
     offsets = pyarrow.array(
         numpy.concatenate([[0], numpy.cumsum([len(one["input_ids"]) for one in samples])]), pyarrow.int32()
     )
@@ -240,10 +335,10 @@ def _damage_once(folder: Path, touched: tuple[tuple[int, ...], ...]) -> str | No
 
 
 def _write(parts: Iterable[Iterator[Row]], renderer: Renderer, options: TokenizeOptions, folder: Path) -> None:
-    counts = RowCounts()
+    counts, schema = RowCounts(), _SCHEMA if options.rows == "answers" else _DOCUMENTS
     with (
         pyarrow.OSFile(str(folder / "samples.arrow"), "wb") as sink,
-        pyarrow.ipc.new_file(sink, _SCHEMA) as writer,
+        pyarrow.ipc.new_file(sink, schema) as writer,
         (folder / "rejected.jsonl").open("w") as rejected,
     ):
 
@@ -255,7 +350,7 @@ def _write(parts: Iterable[Iterator[Row]], renderer: Renderer, options: Tokenize
             before = counts.statistics.samples
             samples = (sample for _, made in tokenise(rows, renderer, options, counts, reject) for sample in made)
             while batch := list(itertools.islice(samples, _ROWS_A_BATCH)):
-                writer.write_batch(_record_batch(batch))
+                writer.write_batch(_record_batch(batch, schema))
             counts.statistics.parts.append(counts.statistics.samples - before)
     if mistake := counts.mistake("data", options.strict):
         raise mistake

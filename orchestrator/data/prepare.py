@@ -140,5 +140,5 @@ class _Maker:
             self.job.spec.train.seed if any(source.max_samples for source, _ in sources) else None,
             [(file.name, digest(file)) for file in tokenizer if file.is_file()],
             [template, data.system_prompt, data.assistant_only_loss, data.completion_only_loss],
-            asdict(options_for(self.job, self.max_length)),
+            options_for(self.job, self.max_length).deciding,
         )

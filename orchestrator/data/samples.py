@@ -5,24 +5,28 @@ from __future__ import annotations
 import array
 import hashlib
 import importlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
+from orchestrator.data.rows import preferences
 from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.likeness import fingerprint, plain_text
+from orchestrator.data.rows.preferences import Labelled, Preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.template import Renderer, Tokens
 from orchestrator.data.together import Underway
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file
+from orchestrator.job.sections.training import Source
 from strategies.model.tokenizer import load_tokenizer
+from strategies.objectives.contract import RowKind
 
 _ROWS_A_BATCH = 256
 _CHARACTERS_A_BATCH = 2**20  # that a batch ends behind: long texts are not held by the hundred
@@ -37,6 +41,14 @@ class TokenizeOptions:
     max_length: int | None  # None = keep every token
     overlong: str
     strict: bool
+    rows: RowKind = "answers"
+    learns_prompts: bool = False  # of chosen documents
+
+    @property
+    def deciding(self) -> dict[str, Any]:
+        """What the samples depend on; of single answers as before there were others, so that their caches stay."""
+        later = ("rows", "learns_prompts") if self.rows == "answers" else ()
+        return {key: value for key, value in asdict(self).items() if key not in later}
 
 
 def _no_tokenizer(folder: Path, reason: str) -> JobError:
@@ -88,7 +100,22 @@ def template_text(job: Job) -> str | None:
 def options_for(job: Job, max_length: int | None) -> TokenizeOptions:
     """How the rows of a job become tokens."""
     data = job.spec.data
-    return TokenizeOptions(data.format, data.instruction, max_length, data.overlong, data.strict)
+    objective = job.spec.build_objective()
+    stated = [one for key in (data.train, data.eval) for one in (key if isinstance(key, list) else [key])]
+    formats = {data.format, *(one.format for one in stated if isinstance(one, Source))}
+    if objective.is_by_document and formats != {"auto"}:
+        raise JobError(f"data.format: such rows are told by their columns; leave it auto with {objective.name}")
+    if objective.is_by_document and data.overlong == "split":
+        raise JobError("data.overlong: split would cut an answer from its prompt; set it to truncate or drop")
+    return TokenizeOptions(
+        data.format,
+        data.instruction,
+        max_length,
+        data.overlong,
+        data.strict,
+        objective.rows,
+        objective.learns_prompts,
+    )
 
 
 def tokenise(
@@ -107,8 +134,9 @@ def tokenise(
         rendered = iter(results)
         for one in batch:
             counts.statistics.rows += 1
+            made = [next(rendered) for _ in one.examples]
             try:
-                samples = _samples_of(one, next(rendered) if one.example else one.fault, renderer, options, counts)
+                samples = _samples_of(one, made, renderer, options, counts)
             except BadRow as reason:
                 counts.reject(one.row, reason)
                 reject(one.row, reason)
@@ -122,14 +150,21 @@ class _ReadRow:
 
     row: Row
     row_format: str = ""
-    example: Example | None = None
+    example: Example | Preference | Labelled | None = None
     fault: BadRow | None = None
 
     @property
+    def examples(self) -> tuple[Example, ...]:
+        """Those to be rendered: one, two of a preference, none of a broken row."""
+        if isinstance(self.example, Preference | Labelled):
+            return self.example.both
+        return (self.example,) if self.example else ()
+
+    @property
     def num_characters(self) -> int:
-        if self.example is None:
-            return 0
-        return len(self.example.text or "") + sum(len(str(turn.get("content"))) for turn in self.example.messages)
+        return sum(
+            len(one.text or "") + sum(len(str(turn.get("content"))) for turn in one.messages) for one in self.examples
+        )
 
 
 def _rendered(
@@ -147,7 +182,7 @@ def _rendered(
             before = begun
             begun = None
             if batch is not None:
-                begun = batch, renderer.begin([one.example for one in batch if one.example], pool)
+                begun = batch, renderer.begin([example for one in batch for example in one.examples], pool)
             if before:
                 yield before[0], before[1].results()
             if batch is None:
@@ -179,10 +214,20 @@ def _batches(rows: Iterable[Row], options: TokenizeOptions, formats: dict[str, s
 
 def _read_row(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> _ReadRow:
     try:
-        row_format, example = read_example(row, options.format, options.instruction, formats)
-        return _ReadRow(row, row_format, example)
+        return _ReadRow(row, *_read(row, options, formats))
     except BadRow as fault:
         return _ReadRow(row, fault=fault)
+
+
+def _read(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> tuple[str, Example | Preference | Labelled]:
+    """The format of a row, and the row as what is trained on.  Raises BadRow."""
+    if options.rows == "answers":
+        return read_example(row, options.format, options.instruction, formats)
+    if options.rows == "labelled":
+        formats.setdefault(row.file, preferences.LABELLED)
+        return preferences.LABELLED, preferences.read_labelled(row)
+    formats.setdefault(row.file, preferences.NAME)
+    return preferences.NAME, preferences.read_preference(row)
 
 
 def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) -> None:
@@ -190,32 +235,34 @@ def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) 
     for row in rows:
         counts.statistics.rows += 1
         try:
-            row_format, example = read_example(row, options.format, options.instruction, counts.formats)
-            counts.read(row_format, example)
+            counts.read(*_read(row, options, counts.formats))
         except BadRow as reason:
             counts.reject(row, reason)
 
 
 def _samples_of(
     read: _ReadRow,
-    rendered: list[Tokens] | Exception | None,
+    made: Sequence[list[Tokens] | Exception],
     renderer: Renderer,
     options: TokenizeOptions,
     counts: RowCounts,
 ) -> list[dict[str, Any]]:
-    if not isinstance(rendered, list):
-        raise rendered or AssertionError("a row is read or broken")
-    assert read.example
-    row, example, statistics = read.row, read.example, counts.statistics
+    if read.example is None:
+        raise read.fault or AssertionError("a row is read or broken")
+    for one in made:
+        if not isinstance(one, list):
+            raise one
+    if isinstance(read.example, Preference | Labelled):
+        return _documents_of(read, [one for one in made if isinstance(one, list)], options, counts)
+    (rendered,) = [one for one in made if isinstance(one, list)]
+    example, statistics = read.example, counts.statistics
     if example.text is not None and (marks := renderer.foreign_marks(example.text)):
         reading = f"the text holds {', '.join(marks[:3])}, not a token of this model: it is split into several tokens"
         example = replace(example, readings=(*example.readings, reading))
     counts.read(read.row_format, example)
     pieces = [(tokens, piece) for tokens in rendered for piece in _fit(tokens, options, example.text is not None)]
     pieces = [(tokens, piece) for tokens, piece in pieces if any(piece.supervised)]
-    plain = plain_text(example)
-    of_row = {"source": row.where, "plain": plain, "text_fingerprint": fingerprint(plain)}
-    samples = [_sample(tokens, piece) | of_row for tokens, piece in pieces]
+    samples = [_sample(tokens, piece) | _of_row(read) for tokens, piece in pieces]
     given = sum(len(tokens.input_ids) for tokens in rendered)
     kept = sum(len(piece.input_ids) - piece.num_repeated for _, piece in pieces)
     if not samples:
@@ -232,6 +279,65 @@ def _samples_of(
     statistics.bos_doubled += any(tokens.bos_doubled for tokens in rendered)
     statistics.unended += sum(not tokens.ended or _is_cut(tokens, piece) for tokens, piece in pieces)
     return samples
+
+
+def _documents_of(
+    read: _ReadRow, made: Sequence[list[Tokens]], options: TokenizeOptions, counts: RowCounts
+) -> list[dict[str, Any]]:
+    """The sample of a row of whole documents, those end to end; none where nothing of an answer fits."""
+    assert isinstance(read.example, Preference | Labelled)
+    if any(len(rendered) != 1 for rendered in made):
+        raise BadRow(
+            "the chat template writes earlier turns of an answer differently once later ones follow, so that it is no"
+            " one document. Give an answer of one turn"
+        )
+    statistics, whole = counts.statistics, [rendered[0] for rendered in made]
+    counts.read(read.row_format, read.example)
+    pieces = [piece for tokens in whole for piece in _fit(tokens, options, is_text=False)]
+    given, kept = (sum(len(one.input_ids) for one in documents) for documents in (whole, pieces))
+    differ = len({tuple(piece.input_ids) for piece in pieces}) == len(whole)
+    if not differ or not all(any(piece.supervised) for piece in pieces):
+        statistics.dropped += 1
+        statistics.dropped_tokens += given
+        return []
+    sample = _document_sample(pieces, options.learns_prompts) | _of_row(read)
+    sample["label"] = read.example.is_good if isinstance(read.example, Labelled) else None
+    sample["reference"] = whole[0].answer if len(pieces[0].input_ids) == len(whole[0].input_ids) else None
+    statistics.samples += 1
+    statistics.tokens += kept
+    statistics.cut_tokens += given - kept
+    statistics.supervised_tokens += sample["num_supervised"]
+    statistics.longest = max(statistics.longest, *sample["document_lengths"])
+    statistics.truncated += kept != given
+    statistics.bos_doubled += any(tokens.bos_doubled for tokens in whole)
+    statistics.unended += sum(
+        not tokens.ended or _is_cut(tokens, piece) for tokens, piece in zip(whole, pieces, strict=True)
+    )
+    return [sample]
+
+
+def _document_sample(pieces: Sequence[Tokens], learns_prompts: bool) -> dict[str, Any]:
+    """Documents end to end, of a pair the chosen one first.
+
+    `supervised` are the tokens that are predicted, `answer` those of the answers.
+    """
+    first, *others = pieces
+    learnt = [False] + [True] * (len(first.input_ids) - 1) if learns_prompts else first.supervised
+    masks = [learnt, *(piece.supervised for piece in others)]
+    ids = [token for piece in pieces for token in piece.input_ids]
+    joined = Tokens(ids, [one for mask in masks for one in mask], first.prompt_length)
+    return _sample(joined, joined) | {
+        "answer": [one for piece in pieces for one in piece.supervised],
+        "document_lengths": [len(piece.input_ids) for piece in pieces],
+        "document_supervised": [sum(mask) for mask in masks],
+        "document_answers": [sum(piece.supervised) for piece in pieces],
+    }
+
+
+def _of_row(read: _ReadRow) -> dict[str, Any]:
+    """What samples have of their row: where it stands and what it says, of a pair with the better answer."""
+    plain = plain_text(read.examples[0])
+    return {"source": read.row.where, "plain": plain, "text_fingerprint": fingerprint(plain)}
 
 
 def _sample(tokens: Tokens, piece: Tokens) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from orchestrator.data.counts import Statistics, loss_notice
 from orchestrator.data.readers.sources import rows_of, sources_of
 from orchestrator.data.rows.formats import Example, read_example
+from orchestrator.data.rows.preferences import read_labelled, read_preference
 from orchestrator.data.rows.row import BadRow
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
@@ -25,50 +26,57 @@ _TOKENS_PER_TURN = 4  # what a chat template puts around one
 def rough_lengths(
     job: Job, max_length: int, key: str = "train", say: Callable[[str], None] = lambda text: None
 ) -> tuple[list[int], int]:
-    """Tokens of each sample of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
+    """Tokens of each document of `data.KEY`, none longer than `max_length`, and how many of all are supervised.
+
+    Those of a pair stand one behind the other.
 
     Reports through `say` what would be cut or dropped, as far as that is known without the chat template.
 
     Counted with the model's own tokenizer.json where the `tokenizers` package is installed, else from bytes; beyond the
     first rows drawn from them.  Raises JobError for rows that fit no format.
     """
-    count = _counter(job)
-    lengths: list[int] = []
+    count, objective = _counter(job), job.spec.build_objective()
+    reader = {"pairs": read_preference, "labelled": read_labelled}.get(objective.rows)
+    samples: list[list[int]] = []  # of each the lengths of its documents
     supervised = 0.0
     lost = Statistics()
     detected: dict[str, str] = {}
     sources = sources_of(job, getattr(job.spec.data, key), f"data.{key}")
     draw = random.Random(0)
     for source, files in sources:
-        counted: list[int] = []
+        counted: list[list[int]] = []
         answers, total, looked_at = 0, 0, 0
         for row in rows_of(job, source, files):
             try:
-                _, example = read_example(row, job.spec.data.format, job.spec.data.instruction, detected)
+                if reader:
+                    examples = reader(row).both
+                else:
+                    examples = (read_example(row, job.spec.data.format, job.spec.data.instruction, detected)[1],)
             except BadRow:
                 continue
             total += 1
             if looked_at >= _ROWS_COUNTED // len(sources):
                 continue
             looked_at += 1
-            answer, pieces = _row_sizes(example, count, max_length, job.spec.data.overlong, lost)
-            counted += pieces
-            answers += min(answer, sum(pieces))
+            sizes = [_row_sizes(one, count, max_length, job.spec.data.overlong, lost) for one in examples]
+            if all(pieces for _, pieces in sizes):
+                counted += [[pieces[0] for _, pieces in sizes]] if reader else [[piece] for piece in sizes[0][1]]
+                answers += sum(min(answer, sum(pieces)) for answer, pieces in sizes)
         lost.rows, lost.samples, lost.tokens = (
             lost.rows + looked_at,
             lost.samples + len(counted),
-            lost.tokens + sum(counted),
+            lost.tokens + sum(map(sum, counted)),
         )
         if counted:
             wanted = max(1, round(total * source.weight * len(counted) / looked_at))
             more = wanted - len(counted)
-            lengths += counted + draw.choices(counted, k=more) if more >= 0 else draw.sample(counted, wanted)
+            samples += counted + draw.choices(counted, k=more) if more >= 0 else draw.sample(counted, wanted)
             supervised += answers * wanted / len(counted)
-    if not lengths:
+    if not samples:
         raise JobError(f"data.{key} holds no row that could be read; `orchestrator validate` shows why")
     if notice := loss_notice(asdict(lost), f"data.{key}"):
         say(f"{notice} (counted roughly, of the first {lost.rows:,} rows)")
-    return lengths, max(1, round(supervised))
+    return [length for sample in samples for length in sample], max(1, round(supervised))
 
 
 def _row_sizes(

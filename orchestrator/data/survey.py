@@ -197,7 +197,7 @@ class _Look:
     def _note(self, samples: list[dict[str, Any]]) -> None:
         key = self.key
         for sample in samples:
-            key.lengths.append(len(sample["input_ids"]))
+            key.lengths += sample.get("document_lengths", [len(sample["input_ids"])])
             key.fingerprints.append(sample["fingerprint"])
             key.texts.append(sample["text_fingerprint"])
             if len(key.sketches) < MOST_COMPARED:

@@ -78,6 +78,12 @@ def _ratio(one: str, other: str) -> float:
     return difflib.SequenceMatcher(None, one, other).ratio()
 
 
+def named_sections(values: dict[str, Any]) -> None:
+    """Write, in place, an objective that is given by its name as the section it is short for."""
+    if isinstance(values.get("objective"), str):
+        values["objective"] = {"type": values["objective"]}
+
+
 def targets_of(stated: Any) -> Any:
     """The targets as PEFT takes them: `all-linear`, a list of names, or an expression.
 

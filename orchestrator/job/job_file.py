@@ -19,11 +19,10 @@ from pydantic import ValidationError
 from clusters.safe.reading import BadInput, checked_path, load_yaml, name_mistake, printable, read_json
 from orchestrator.errors import JobError, Mistake, bad_input_as_job_error
 from orchestrator.job import secrets
-from orchestrator.job.aliases import nearest_name, other_tools, plain_values
+from orchestrator.job.aliases import named_sections, nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.sections.methods import METHOD_SECTIONS
-from orchestrator.job.spec import SECTIONS, JobSpec
+from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
@@ -77,7 +76,9 @@ def parse_job(text: str, folder: Path, label: str = "job", overrides: Sequence[s
 def job_of(document: Document, folder: Path, label: str, text: str | None = None, overrides: Sequence[str] = ()) -> Job:
     """The job that a document states; `text` is how it was written.  Raises JobError with every mistake found."""
     mistakes: list[str] = []
+    named_sections(document.values)
     apply_overrides(document, overrides, mistakes)
+    named_sections(document.values)
     notices = _sort_into_sections(document, mistakes)
     notices += plain_values(document.values, document.where)
     try:
@@ -89,7 +90,7 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
         mistakes.append("is nested too deeply")
         spec = None
     if spec:
-        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri))
+        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri), _objective_mistake(spec))
         mistakes += [mistake for mistake in found if mistake]
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
@@ -110,6 +111,15 @@ def located(error: JobError, text: str) -> JobError:
     return JobError(found)
 
 
+def _objective_mistake(spec: JobSpec) -> str | None:
+    """Options of the objective that do not go together."""
+    try:
+        spec.build_objective()
+    except ValueError as error:
+        return f"objective.{error}"
+    return None
+
+
 def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
     """The same wishes with some keys (`section.key`) at other values.  Raises JobError for what cannot be.
 
@@ -126,8 +136,8 @@ def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:
         old = getattr(spec, section)
         kind = type(old)
         stated = {key: getattr(old, key) for key in old.model_fields_set}
-        if section == "method":
-            kind = METHOD_SECTIONS.get(str(new.get("type", old.type)), kind)
+        if section in TYPED_SECTIONS:
+            kind = TYPED_SECTIONS[section].get(str(new.get("type", old.type)), kind)
             stated = {key: value for key, value in stated.items() if key in kind.model_fields}
         try:
             changed[section] = kind.model_validate({**stated, **new})
@@ -169,12 +179,13 @@ def text_with(job: Job, values: Mapping[str, Any]) -> str:
     """
     document = load_yaml(job.text, "the job")
     path_values(document, lambda value: str(job.path(value)) if _is_here(job, value) else value)
+    named_sections(document)
     for dotted, value in values.items():
         section, _, key = dotted.partition(".")
         document.setdefault(section, {})[key] = value
-    kind = METHOD_SECTIONS.get(str(values.get("method.type", "")))
-    if kind is not None:
-        document["method"] = {key: value for key, value in document["method"].items() if key in kind.model_fields}
+    for name, kinds in TYPED_SECTIONS.items():
+        if (kind := kinds.get(str(values.get(f"{name}.type", "")))) is not None:
+            document[name] = {key: value for key, value in document[name].items() if key in kind.model_fields}
     return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
 
 
@@ -255,8 +266,8 @@ def _home_of(path: tuple[str, ...]) -> tuple[str, str] | None:
 
 
 def _known_keys(section: str) -> set[str]:
-    if section == "method":
-        return {key for fields in METHOD_SECTIONS.values() for key in fields.model_fields}
+    if section in TYPED_SECTIONS:
+        return {key for fields in TYPED_SECTIONS[section].values() for key in fields.model_fields}
     return set(SECTIONS[section].model_fields) if section in SECTIONS else set()
 
 
@@ -297,7 +308,7 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
     elif "extra_forbidden" in kinds:
         told = f": there is no such key{_nearest(path)}"
     elif "union_tag_invalid" in kinds:
-        told = f": {value}: type must be one of {', '.join(METHOD_SECTIONS)}"
+        told = f": {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
     else:
         told = f" is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
     fix = (
@@ -330,9 +341,9 @@ def _nearest(path: KeyPath) -> str:
         return told
     if len(name) > _LONGEST_NAME:
         return ""
-    if len(path) == 2 and path[0] == "method" and name in _known_keys("method"):
-        owners = [kind for kind, section in METHOD_SECTIONS.items() if name in section.model_fields]
-        return f" with this method.type; remove it, or use a type that has it: {', '.join(owners)}"
+    if len(path) == 2 and path[0] in TYPED_SECTIONS and name in _known_keys(str(path[0])):
+        owners = [kind for kind, section in TYPED_SECTIONS[str(path[0])].items() if name in section.model_fields]
+        return f" with this {path[0]}.type; remove it, or use a type that has it: {', '.join(owners)}"
     if len(path) > 1 and name in JobSpec.model_fields:
         return f"; {name}: stands at the beginning of a line"
     siblings = sorted(_keys_beside(path))

@@ -17,8 +17,12 @@ from clusters.safe.writing import write_whole
 from orchestrator.errors import JobError
 from orchestrator.job.sections.methods import DEFAULT_METHOD, METHOD_SECTIONS
 from orchestrator.job.sections.section import MOST, Section
-from orchestrator.job.spec import SECTIONS, JobSpec
+from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
+_ABOUT = {
+    "method": "How the model changes.",
+    "objective": "What training makes better; `objective: NAME` is short for `objective: {type: NAME}`.",
+}
 RECIPES = Path(__file__).parents[1] / "recipes"
 
 
@@ -31,9 +35,14 @@ def all_fields() -> dict[str, dict[str, Any]]:
     for key, field in _fields(JobSpec):
         known = fields.setdefault(key, field)
         if known["description"] != field["description"] and not key.startswith("method."):  # methods share options
-            fields[key] = known | {part: f"{known[part]} | {field[part]}" for part in ("type", "description")}
-    fields["method.type"]["type"] = " | ".join(METHOD_SECTIONS)
+            fields[key] = known | {part: _either(known[part], field[part]) for part in ("type", "description")}
+    for name, kinds in TYPED_SECTIONS.items():
+        fields[f"{name}.type"]["type"] = " | ".join(kinds)
     return fields
+
+
+def _either(first: str, second: str) -> str:
+    return first if second in first.split(" | ") else f"{first} | {second}"
 
 
 def one_field(name: str) -> dict[str, Any]:
@@ -80,7 +89,7 @@ def reference() -> str:
         first, _, rest = key.partition(".")
         if first != section and rest:
             section = first
-            about = SECTIONS[first].__doc__ if first in SECTIONS else "How the model changes."
+            about = SECTIONS[first].__doc__ if first in SECTIONS else _ABOUT[first]
             lines += ["", f"## {first}", "", (about or "").partition("\n")[0], ""]
         lines += _entry(key, field)
     return "\n".join(lines) + "\n"
@@ -88,11 +97,10 @@ def reference() -> str:
 
 def _entry(key: str, field: dict[str, Any]) -> list[str]:
     default = "required" if field["required"] else f"default `{json.dumps(field['default'], ensure_ascii=False)}`"
-    name = key.removeprefix("method.")
-    having = [
-        kind for kind, section in METHOD_SECTIONS.items() if key.startswith("method.") and name in section.model_fields
-    ]
-    only = f" With {', '.join(having)}." if 0 < len(having) < len(METHOD_SECTIONS) else ""
+    first, _, name = key.partition(".")
+    kinds = TYPED_SECTIONS.get(first, {})
+    having = [kind for kind, section in kinds.items() if name in section.model_fields]
+    only = f" With {', '.join(having)}." if 0 < len(having) < len(kinds) else ""
     text = f"- **`{key}`** ({field['type']}; {default}): {field['description']}.{only}"
     return textwrap.wrap(text, 118, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 

@@ -24,7 +24,7 @@ _ROWS = (1, 2, 4, 8, 16, 32)
 _MOST_POINTS = 20000
 # Keys that change what is compared: every trial sees the same samples in the same steps.
 _FIXED = ("data.train", "data.eval", "data.format", "train.seed", "train.global_batch_size", "train.num_train_epochs")
-_FIXED_SECTIONS = ("search", "cluster", "checkpoint", "tracking", "cost", "goal")
+_FIXED_SECTIONS = ("search", "cluster", "checkpoint", "tracking", "cost", "goal", "objective")
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from orchestrator.job.sections.machines import (
     KubernetesSection,
     StrategySection,
 )
-from orchestrator.job.sections.methods import AnyMethod, AutoMethod
+from orchestrator.job.sections.methods import METHOD_SECTIONS, AnyMethod, AutoMethod
+from orchestrator.job.sections.objectives import DEFAULT_OBJECTIVE, OBJECTIVE_SECTIONS, AnyObjective
 from orchestrator.job.sections.search import BankSection, SearchSection, TrackingSection
 from orchestrator.job.sections.section import Section, key
 from orchestrator.job.sections.training import (
@@ -27,7 +28,8 @@ from orchestrator.job.sections.training import (
     ModelSection,
     TrainSection,
 )
-from strategies import METHODS
+from strategies import METHODS, OBJECTIVES
+from strategies.objectives.contract import Objective
 
 
 class JobSpec(Section):
@@ -39,6 +41,10 @@ class JobSpec(Section):
     data: DataSection
     method: AnyMethod = Field(  # type: ignore[valid-type]
         default_factory=AutoMethod, description="how the model is trained"
+    )
+    objective: AnyObjective = Field(  # type: ignore[valid-type]
+        default_factory=OBJECTIVE_SECTIONS[DEFAULT_OBJECTIVE],
+        description="what training makes better: answers that are copied, or answers that are preferred",
     )
     train: TrainSection = Field(default_factory=TrainSection, description="optimisation")
     goal: GoalSection = Field(default_factory=GoalSection, description="what the plan aims at")
@@ -62,9 +68,15 @@ class JobSpec(Section):
         options = {name: getattr(self.method, name) for name in type(self.method).model_fields if name != "type"}
         return [METHODS[self.method.type](**options)]
 
+    def build_objective(self) -> Objective:
+        """The objective with its options.  Raises ValueError for options that do not go together."""
+        options = {name: getattr(self.objective, name) for name in type(self.objective).model_fields if name != "type"}
+        return OBJECTIVES[self.objective.type](**options)
+
 
 SECTIONS: dict[str, type[Section]] = {
     name: info.annotation
     for name, info in JobSpec.model_fields.items()
     if isinstance(info.annotation, type) and issubclass(info.annotation, Section)
 }
+TYPED_SECTIONS = {"method": METHOD_SECTIONS, "objective": OBJECTIVE_SECTIONS}  # whose `type` says which keys they have

@@ -38,7 +38,7 @@ def inspect_data(job: Job, first: int, num_rows: int) -> dict[str, Any]:
 
     def keep(number: int, samples: list[dict[str, Any]]) -> None:
         if first <= number < first + num_rows:
-            shown.extend({**sample, "text": _pieces(renderer.tokenizer, sample)} for sample in samples)
+            shown.extend(_shown(renderer.tokenizer, sample) for sample in samples)
 
     found = survey(job, renderer, max_length, keep=keep)
     train = found.train
@@ -97,7 +97,7 @@ def _rendered(job: Job, example: Example) -> list[tuple[str, bool]]:
         first, *_ = renderer.render(example)
     except BadRow as fault:
         raise JobError(f"data.train: {fault}") from None
-    return _pieces(renderer.tokenizer, {"input_ids": first.input_ids, "supervised": first.supervised})
+    return _pieces(renderer.tokenizer, first.input_ids, first.supervised)
 
 
 def _packing(lengths: list[int], max_length: int) -> dict[str, Any]:
@@ -113,10 +113,18 @@ def _packing(lengths: list[int], max_length: int) -> dict[str, Any]:
     }
 
 
-def _pieces(tokenizer: Any, sample: dict[str, Any]) -> list[tuple[str, bool]]:
+def _shown(tokenizer: Any, sample: dict[str, Any]) -> dict[str, Any]:
+    """A sample with its text; the text of a pair is that of its chosen document, and the other one stands beside it."""
+    ids, mask = sample["input_ids"], sample["supervised"]
+    size = sample["document_lengths"][0] if "document_lengths" in sample else len(ids)
+    text = {"text": _pieces(tokenizer, ids[:size], mask[:size])}
+    return {**sample, **text, **({"rejected": _pieces(tokenizer, ids[size:], mask[size:])} if size < len(ids) else {})}
+
+
+def _pieces(tokenizer: Any, input_ids: list[int], mask: list[bool]) -> list[tuple[str, bool]]:
     """Decoded runs of tokens that are supervised or not."""
     runs: list[tuple[list[int], bool]] = []
-    for token, supervised in zip(sample["input_ids"], sample["supervised"], strict=True):
+    for token, supervised in zip(input_ids, mask, strict=True):
         if not runs or runs[-1][1] != supervised:
             runs.append(([], supervised))
         runs[-1][0].append(token)

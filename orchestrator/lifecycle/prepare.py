@@ -48,7 +48,7 @@ class Ready:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What planning needs to know of some data: tokens of each sample, all supervised ones, the held-out part."""
+    """What planning needs to know of some data: tokens of each document, all supervised ones, the held-out part."""
 
     lengths: Sequence[int]
     num_supervised: int
@@ -129,7 +129,7 @@ def plan_without_data(
     sizes = _without_held_out(job, max_length, *rough_lengths(job, max_length, say=say))
     capability = declared or _probe(job, say, refresh)
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
-    count = len(sizes.lengths)
+    count = len(sizes.lengths) // job.spec.build_objective().num_documents
     statistics = {"train": None, "rough": f"{count} rows of about {sum(sizes.lengths) / count:.0f} tokens"}
     return Ready(job, plan, capability, work, None, statistics)
 
@@ -142,7 +142,8 @@ def _without_held_out(job: Job, max_length: int, lengths: list[int], num_supervi
     if held_out is None:
         return Sizes(lengths, num_supervised, None)
     if isinstance(held_out, HeldOutFraction):
-        count = max(1, round(len(lengths) * held_out.split))
+        several = job.spec.build_objective().num_documents
+        count = several * max(1, round(len(lengths) // several * held_out.split))
         held, held_supervised = lengths[-count:], num_supervised * count // len(lengths)
         lengths, num_supervised = lengths[:-count] or lengths, num_supervised - held_supervised
     else:
@@ -171,7 +172,7 @@ def sizes_of(train: Any, held_out: Any) -> Sizes:
             num_references=held_out.num_references,
             is_classification="classification" in held_out.statistics.formats,
         )
-    return Sizes(train.lengths.tolist(), int(train.num_supervised.sum()), counts, tree_ratios(train))
+    return Sizes(train.document_lengths.tolist(), int(train.num_supervised.sum()), counts, tree_ratios(train))
 
 
 def plan_job(
@@ -239,4 +240,4 @@ def held_out_of(run: RunFolder, job: Job, other: Path | None, say: _Say) -> Any:
     model_folder, plan = Path(run.data().model), run.plan()
     data = job.spec.data.model_copy(update={"train": str(other.absolute()), "eval": None})
     job = Job(job.spec.model_copy(update={"data": data}), job.folder, job.text)
-    return prepare_data(job, model_folder, plan.techniques.max_length, cache_beside(run.path.parent), say).train
+    return prepare_data(job, model_folder, plan.max_length, cache_beside(run.path.parent), say).train

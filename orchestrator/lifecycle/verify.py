@@ -61,7 +61,7 @@ def _prepare_again(run: RunFolder, job: Job, old: DataFiles, say: Callable[[str]
     from orchestrator.data.prepare import cache_beside, prepare_data
 
     model = model_files.locate(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision, say)
-    made = prepare_data(job, model, run.plan().techniques.max_length, cache_beside(run.path.parent), say).files
+    made = prepare_data(job, model, run.plan().max_length, cache_beside(run.path.parent), say).files
     for key, before, now in (("train", old.train, made.train), ("eval", old.eval, made.eval)):
         if before and Path(before).name != Path(now or "").name:
             raise JobError(

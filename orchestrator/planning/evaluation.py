@@ -13,6 +13,7 @@ from orchestrator.planning.candidates import Candidate, Placed
 from orchestrator.planning.plan import NodePlan
 from strategies.contract import MemoryEstimate
 from strategies.cost.phases import Phases, decode_step_s, forward_share, preparation_s, saving_s, start_s
+from strategies.cost.reuse import stores_reference
 from strategies.shape import ModelShape
 from strategies.stage_shape import shape_of_stage
 from strategies.workload import BYTES_PER_ELEMENT, Workload
@@ -105,6 +106,8 @@ def resolve_metrics(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[tupl
         return (), _NO_ROWS
     if stated != "auto":
         return tuple(stated), None
+    if spec.build_objective().is_by_document:
+        return (), "what the objective makes of the held-out rows is measured: their rewards"
     if held_out.num_references == 0:
         return (), "the held-out rows have no answers to compare with"
     if held_out.is_classification:
@@ -205,13 +208,23 @@ def phases_of(
     num_saved = math.ceil(workload.num_steps / save_steps) + 1  # and what is handed back
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
-        start_s=start_s(shape_of_stage(workload.shape, plan.techniques.stage), slot.device, plan.memory.weights_bytes),
+        start_s=start_s(shape_of_stage(workload.shape, plan.techniques.stage), slot.device, plan.memory.weights_bytes)
+        + _reference_s(candidate, workload, held_out),
         preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
         evaluation_s=_evaluation_s(spec, candidate, workload, held_out, is_helped) if held_out else 0.0,
         training_s=candidate.total_s,
         saving_s=num_saved * checkpoint_s,
         guesses=("start", "preparation", "saving"),
     )
+
+
+def _reference_s(candidate: Candidate, workload: Workload, held_out: HeldOutCounts | None) -> float:
+    """Log-probabilities under the reference, of held-out rows and of training rows where they are stored."""
+    if not workload.needs_reference:
+        return 0.0
+    stored = workload.num_tokens if stores_reference(workload, candidate.method.starts_as_base) else 0
+    num_tokens = (1 + workload.needs_divergence) * (stored + (held_out.num_tokens if held_out else 0))
+    return forward_share(candidate.placed[0].plan.techniques) * num_tokens / candidate.tokens_per_s
 
 
 def _evaluation_s(

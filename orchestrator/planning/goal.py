@@ -61,6 +61,8 @@ def too_long(spec: JobSpec, candidate: Candidate, phases: Phases) -> str | None:
 
 def prior_of(spec: JobSpec, num_parameters: float, method: Method) -> QualityPrior | None:
     """A method's prior where it is one for this job: measured on a model of the same size and the same kind of task."""
+    if spec.build_objective().is_by_document:  # published runs copied answers
+        return None
     prior = method.quality_prior()
     return prior if prior and prior.applies(num_parameters, str(spec.data.train)) else None
 

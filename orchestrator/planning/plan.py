@@ -13,13 +13,15 @@ from clusters.safe.reading import BadInput, load_json, printable, record
 from clusters.units import format_s
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.planning.price import Price
-from strategies import METHODS
+from strategies import METHODS, OBJECTIVES
 from strategies.contract import MemoryEstimate, Method, TimeEstimate
 from strategies.cost.phases import Phases
 from strategies.cost.pipeline import PlannedPasses
+from strategies.objectives.contract import Objective
 from strategies.workload import StagePart, Techniques
 
 VERSION = 4
+_DEFAULT_OBJECTIVE = {"type": next(iter(OBJECTIVES))}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Plan:
     phases: Phases = Phases()  # seconds of the whole job
     computed_part: float = 1.0  # of the rows' tokens, on the first device: `StrategyPlan.computed_part`
     pipelines: tuple[PlannedPasses, ...] = ()  # by `replica`; empty = no stages
+    objective: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT_OBJECTIVE))  # as `method`
+    stores_reference: bool = False  # log-probabilities under the reference are computed before the first step
     version: int = VERSION
 
     @property
@@ -199,6 +203,16 @@ class Plan:
         """The method's dataclass with the options of this plan."""
         return METHODS[self.method["type"]](**{key: value for key, value in self.method.items() if key != "type"})
 
+    def build_objective(self) -> Objective:
+        """The objective's dataclass with the options of this plan."""
+        options = {key: value for key, value in self.objective.items() if key != "type"}
+        return OBJECTIVES[self.objective["type"]](**options)
+
+    @property
+    def max_length(self) -> int:
+        """The longest document in tokens; `techniques.max_length` is that of a sample."""
+        return self.techniques.max_length // self.build_objective().num_documents
+
     @property
     def hash(self) -> str:
         """What decides the numbers of a run: two plans with one hash give bit-equal losses on one machine."""
@@ -211,12 +225,16 @@ class Plan:
             "sync": (self.sync.dtype, self.local_batch_size),
             "steps": (self.global_batch_size, self.num_steps, self.eval_steps, self.load_best_model_at_end),
         }
+        if self.objective != _DEFAULT_OBJECTIVE:
+            deciding["objective"] = (self.objective, self.stores_reference)
         return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         values = asdict(self)
         if not self.pipelines:
             del values["pipelines"]
+        if self.objective == _DEFAULT_OBJECTIVE:
+            del values["objective"], values["stores_reference"]
         return json.dumps({**values, "total_s": self.total_s, "hash": self.hash}, indent=1)
 
     @classmethod
@@ -231,6 +249,7 @@ class Plan:
                 )
             plan = record(cls, _of_this_version(values), label)
             plan.build_method()
+            plan.build_objective()
         except BadInput as error:
             raise JobError(str(error)) from None
         except (KeyError, TypeError, ValueError) as error:
@@ -274,12 +293,13 @@ def settings_of(plan: Plan) -> dict[str, Any]:
     pipeline = {"stages": stages, "wire": stage.wire, "ahead": stage.ahead, "replicas": len(counts)} if stage else {}
     return {
         "method.type": plan.method["type"],
+        **({"objective.type": plan.objective["type"]} if plan.objective != _DEFAULT_OBJECTIVE else {}),
         "cluster.num_workers": plan.num_workers,
         "model.dtype": techniques.dtype,
         "model.attn_implementation": techniques.attn_implementation,
         "data.packing": techniques.packing,
         "data.share_prefixes": techniques.share_prefixes,
-        "data.max_length": techniques.max_length,
+        "data.max_length": plan.max_length,
         "train.global_batch_size": plan.global_batch_size,
         "train.per_device_train_batch_size": techniques.per_device_train_batch_size,
         "train.gradient_checkpointing": techniques.gradient_checkpointing,

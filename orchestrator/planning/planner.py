@@ -37,10 +37,16 @@ from orchestrator.planning.goal import choose_candidate, prior_of, too_long
 from orchestrator.planning.pipelines import why_no_stage, with_pipelines
 from orchestrator.planning.plan import Alternative, Beside, NodePlan, Plan, Sync
 from orchestrator.planning.price import price_of
-from orchestrator.planning.refusals import refuse_contradictions, refuse_slow_links
+from orchestrator.planning.refusals import (
+    has_stated_workers,
+    refuse_contradictions,
+    refuse_slow_links,
+    stated_workers,
+)
 from orchestrator.planning.remedies import PlanInputs
 from orchestrator.planning.workload import grows_with_workers, max_positions, with_more_samples
 from strategies.cost.phases import Phases
+from strategies.cost.reuse import stores_reference
 from strategies.cost.time import product_rate
 from strategies.workload import BYTES_PER_ELEMENT, Workload
 
@@ -134,8 +140,11 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
     single: dict[str, Any] = {"share_prefixes": spec.data.share_prefixes}
     single |= {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
     single |= {"cache_frozen_activations": train.cache_frozen_activations}
+    objective = spec.build_objective()
+    if objective.is_by_document:
+        values = {"offloads": ("none",), "zero_stages": (0, 1), "cache_frozen_activations": False} | values
     return Switches(
-        max_length,
+        max_length * objective.num_documents,
         torch_compile=train.torch_compile,
         deepspeed=strategy.deepspeed is not None,
         **values | {name: value for name, value in single.items() if value != "auto"},
@@ -190,7 +199,7 @@ def _enumeration(inputs: PlanInputs) -> tuple[Enumeration, int]:
         raise NothingFits("\n".join([first, *unusable]))
     refuse_contradictions(spec, inputs.workload, slots, switches)
     refuse_slow_links(spec, slots, cluster)
-    stated = _stated_workers(spec, num_slots := len(slots_of(spec, cluster)))
+    stated = stated_workers(spec, num_slots := len(slots_of(spec, cluster)))
     return Enumeration(inputs.workload, slots, cluster, spec.methods(), switches, stated), num_slots
 
 
@@ -212,8 +221,8 @@ def _choose(
     """The best candidate with as many workers as the job states, each `whole` or not; None where nothing fits."""
     spec, fitting = inputs.spec, enumeration.run().fitting
     fitting = fitting if whole else with_pipelines(spec, enumeration)
-    enumeration.fitting = [found for found in fitting if _has_stated_workers(spec, found, num_slots)]
-    enumeration.other_groups = [found for found in fitting if not _has_stated_workers(spec, found, num_slots)]
+    enumeration.fitting = [found for found in fitting if has_stated_workers(spec, found, num_slots)]
+    enumeration.other_groups = [found for found in fitting if not has_stated_workers(spec, found, num_slots)]
     if not enumeration.fitting:
         return None
 
@@ -275,6 +284,8 @@ def _plan_of(
         computed_part=first.computed_part,
         pipelines=tuple(pipeline.planned for pipeline in chosen.pipelines),
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
+        objective={"type": spec.objective.type, **asdict(spec.build_objective())},  # type: ignore[call-overload]
+        stores_reference=stores_reference(workload, chosen.method.starts_as_base),
     )
 
 
@@ -323,20 +334,6 @@ def _helper(spec: JobSpec, choice: ChosenCandidate, held_out: HeldOutCounts | No
     if not free:
         return None
     return replace(_node_plan_of(min(free, key=lambda part: part.plan.time.step_s)), share=0.0)
-
-
-def _stated_workers(spec: JobSpec, num_slots: int) -> int | None:
-    """How many workers the job states, by their number or by its mode; None where it leaves that open."""
-    stated, mode = spec.cluster.num_workers, spec.strategy.mode
-    if isinstance(stated, int):
-        return min(stated, num_slots)
-    return {"ddp": num_slots, "single": 1}.get(mode)
-
-
-def _has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
-    if spec.strategy.mode == "pipeline" and not candidate.pipelines:
-        return False
-    return _stated_workers(spec, num_slots) in (None, len(candidate.placed))
 
 
 def _sync_of(spec: JobSpec, candidate: Candidate) -> Sync:

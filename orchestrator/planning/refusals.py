@@ -11,7 +11,7 @@ from clusters.units import format_count
 from orchestrator.errors import JobError
 from orchestrator.job.model_check import check_targets
 from orchestrator.job.spec import JobSpec
-from orchestrator.planning.candidates import Slot, Switches, limit_per_node, slowest_link
+from orchestrator.planning.candidates import Candidate, Slot, Switches, limit_per_node, slowest_link
 from orchestrator.planning.goal import prior_of
 from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict, refuses_local_steps
@@ -23,6 +23,7 @@ from strategies.workload import StagePart, Techniques, Workload
 
 def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError for settings that no device could train with, whatever the plan chose for the rest."""
+    refuse_beside_documents(spec)
     _refuse_strategy(spec, slots)
     _refuse_pipeline(spec, workload, slots)
     _refuse_kernels(spec)
@@ -53,6 +54,38 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
     if spec.train.threads != "auto" and 0 < most < spec.train.threads:
         raise JobError(f"train.threads is {spec.train.threads}, and no worker has more than {most} cores; lower it")
     _refuse_conflicts(spec, workload, slots, switches)
+
+
+def refuse_beside_documents(spec: JobSpec) -> None:
+    """Raises JobError with all that an objective over whole documents cannot be combined with."""
+    objective, strategy, train = spec.build_objective(), spec.strategy, spec.train
+    if not objective.is_by_document:
+        return
+    stated = {
+        f"strategy.mode: {strategy.mode}": strategy.mode in ("zero2", "zero3", "pipeline"),
+        "strategy.deepspeed": strategy.deepspeed is not None,
+        f"strategy.offload: {strategy.offload}": strategy.offload not in ("auto", "none"),
+        "strategy.local_steps": bool(strategy.local_steps),
+        "train.torch_compile": train.torch_compile,
+        "train.cache_frozen_activations": train.cache_frozen_activations is True,
+        f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
+        "bank.add": spec.bank.add,
+    }
+    if found := [f"{what}: {_WHY_NOT_BESIDE[what.split(':')[0]]}" for what, is_stated in stated.items() if is_stated]:
+        raise JobError([f"objective.type {objective.name} beside {text}" for text in found])
+
+
+_BY_TOKEN = "its passes sum losses of tokens, and an objective needs those of whole documents with a reference"
+_WHY_NOT_BESIDE = {
+    "strategy.mode": f"{_BY_TOKEN}; set it to auto, ddp or zero1",
+    "strategy.deepspeed": f"{_BY_TOKEN}; remove it",
+    "strategy.offload": "it is untested with a reference; set it to none",
+    "strategy.local_steps": "it is untested; set it to null",
+    "train.torch_compile": "switching the adapter off would compile the model anew; set it to false",
+    "train.cache_frozen_activations": "it keeps one document a sample; set it to auto",
+    "method": "it updates weights beside the computation, which is untested here; use another method",
+    "bank.add": "the bank compares adapters by the loss of answers' tokens; set it to false",
+}
 
 
 def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
@@ -127,6 +160,8 @@ def allows_pipelines(spec: JobSpec) -> bool:
 
 def _rules_out_pipelines(spec: JobSpec) -> str | None:
     """What the job states beside a pipeline's keys that belongs to other modes."""
+    if spec.build_objective().is_by_document:
+        return f"objective.type {spec.objective.type}"
     if spec.strategy.deepspeed is not None:
         return "strategy.deepspeed"
     return "strategy.local_steps" if spec.strategy.local_steps else None
@@ -239,3 +274,18 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
             reasons.append(conflict(method, techniques, device, workload.shape, count))
     if reasons and all(reasons):
         raise JobError(f"the job's settings do not go together: {max(reasons, key=reasons.count)}")
+
+
+def stated_workers(spec: JobSpec, num_slots: int) -> int | None:
+    """How many workers the job states, by their number or by its mode; None where it leaves that open."""
+    stated, mode = spec.cluster.num_workers, spec.strategy.mode
+    if isinstance(stated, int):
+        return min(stated, num_slots)
+    return {"ddp": num_slots, "single": 1}.get(mode)
+
+
+def has_stated_workers(spec: JobSpec, candidate: Candidate, num_slots: int) -> bool:
+    """Whether a candidate is of as many workers as the job states, and a pipeline where it states one."""
+    if spec.strategy.mode == "pipeline" and not candidate.pipelines:
+        return False
+    return stated_workers(spec, num_slots) in (None, len(candidate.placed))

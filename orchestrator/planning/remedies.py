@@ -54,7 +54,8 @@ class PlanInputs:
 
     def with_length(self, length: int) -> PlanInputs:
         """The same job with longer samples cut to `length` tokens."""
-        work = self.workload
+        work, document = self.workload, length
+        length *= self.spec.build_objective().num_documents  # of a sample
         mean = min(work.mean_length, length)
         shorter = replace(
             work,
@@ -65,7 +66,7 @@ class PlanInputs:
             fullest_step_tokens=work.fullest_step_tokens
             and min(work.fullest_step_tokens, work.global_batch_size * length),
         )
-        return replace(self.with_values({"data.max_length": length}), workload=shorter, max_length=length)
+        return replace(self.with_values({"data.max_length": document}), workload=shorter, max_length=document)
 
     def with_layers(self, num_layers: int) -> PlanInputs:
         """The same job with a model as wide and of fewer layers."""
@@ -109,7 +110,8 @@ def _shorter_samples(inputs: PlanInputs, accepts: Accepts) -> Remedy | None:
     if fits is None:
         return None
     length = fits * _LENGTHS
-    cuts = "" if length < inputs.workload.longest_sample else ", which cuts no sample"
+    longest_document = inputs.workload.longest_sample // inputs.spec.build_objective().num_documents
+    cuts = "" if length < longest_document else ", which cuts no sample"
     return Remedy(f"data.max_length: {length} instead of {inputs.max_length}{cuts}", inputs.with_length(length))
 
 

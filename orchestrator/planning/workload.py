@@ -14,7 +14,7 @@ from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
-from strategies.cost.reuse import WORTH, ratio_of_step
+from strategies.cost.reuse import WORTH, ratio_of_step, stores_reference
 from strategies.shape import ModelShape
 from strategies.workload import Workload
 
@@ -69,8 +69,14 @@ def describe(
     num_workers: int,
     tree_ratio: Mapping[int, float] | None = None,
 ) -> tuple[Workload, Order, str | None]:
-    """What there is to compute, the order of its samples, and the reason of the global batch size where it was open."""
-    train = spec.train
+    """What there is to compute, the order of its samples, and the reason of the global batch size where it was open.
+
+    `lengths` are those of documents: of a pair the chosen one's, then the rejected one's.
+    """
+    train, objective = spec.train, spec.build_objective()
+    count, documents = objective.num_documents, lengths
+    lengths = [sum(lengths[start : start + count]) for start in range(0, len(lengths), count)]
+    padded = [count * max(documents[start : start + count]) for start in range(0, len(documents), count)]
     num_workers = 1 if spec.strategy.mode == "pipeline" else num_workers  # whose stages all see every sample
     global_batch_size, reason = _global_batch_size(spec, len(lengths), num_workers)
     global_batch_size *= spec.strategy.local_steps or 1  # all of them are one step as the run counts
@@ -78,18 +84,20 @@ def describe(
     per_epoch, rest = divmod(order.num_steps, order.steps_per_epoch)
     workload = Workload(
         shape=shape,
-        mean_square_length=sum(length * length for length in lengths) / len(lengths),
+        mean_square_length=sum(length * length for length in documents) / len(lengths),
         fullest_step_tokens=sum(heapq.nlargest(global_batch_size, lengths)),
         tree_ratio=tree_ratio or {},
-        padded_ratio=_padded_ratios(lengths, global_batch_size),
+        padded_ratio=_padded_ratios(lengths, padded, global_batch_size),
         num_samples=len(lengths),
         num_tokens=sum(lengths),
         num_supervised_tokens=num_supervised_tokens,
-        longest_sample=max(lengths),
+        longest_sample=max(padded),
         global_batch_size=global_batch_size,
         num_steps=order.num_steps,
         clips=train.max_grad_norm > 0,
         num_samples_seen=per_epoch * len(lengths) + min(rest * global_batch_size, len(lengths)),
+        needs_reference=objective.needs_reference,
+        needs_divergence=objective.needs_divergence,
     )
     return workload, order, reason
 
@@ -118,6 +126,19 @@ def why_kept(chosen: Candidate, workload: Workload) -> str:
     return _conflict(chosen, workload, cache_frozen_activations=True) or "steps would not become clearly shorter"
 
 
+def why_reference(chosen: Candidate, workload: Workload) -> str:
+    """Where the log-probabilities under the reference come from, and what they cost."""
+    epochs = workload.num_samples_seen / workload.num_samples
+    if not stores_reference(workload, chosen.method.starts_as_base):
+        return (
+            f"the reference is the base with the adapter off: a forward pass more of each step, in {epochs:.2g} epochs"
+        )
+    why = (
+        f"each sample is seen {epochs:.2g} times" if chosen.method.starts_as_base else "no adapter can be switched off"
+    )
+    return f"the reference is the model at the start: a forward pass of each row before the first step, stored; {why}"
+
+
 def _conflict(chosen: Candidate, workload: Workload, **switches: bool) -> str | None:
     part = chosen.placed[0]
     techniques = replace(part.plan.techniques, **switches)  # type: ignore[arg-type]
@@ -127,11 +148,12 @@ def _conflict(chosen: Candidate, workload: Workload, **switches: bool) -> str | 
 _MOST_ROWS = 2**14  # whose padding is counted: more rows of the same data pad alike
 
 
-def _padded_ratios(lengths: list[int], global_batch_size: int) -> dict[int, float]:
+def _padded_ratios(lengths: list[int], padded_lengths: list[int], global_batch_size: int) -> dict[int, float]:
     """Processed over real tokens for each number of rows in a micro-batch, on the first steps of the data."""
     num_rows = min(len(lengths), max(global_batch_size, min(64 * global_batch_size, _MOST_ROWS)))
-    steps = [lengths[start : start + global_batch_size] for start in range(0, num_rows, global_batch_size)]
-    real = sum(map(sum, steps))
+    starts = range(0, num_rows, global_batch_size)
+    steps = [padded_lengths[start : start + global_batch_size] for start in starts]
+    real = sum(sum(lengths[start : start + global_batch_size]) for start in starts)
     ratios, rows = {}, 1
     while rows <= global_batch_size:
         padded = sum(padded_tokens(step, micro_batches(step, rows, 0, False), False) for step in steps)
@@ -239,13 +261,18 @@ def step_mistakes(spec: JobSpec, num_steps: int | None = None) -> list[str]:
 
 def step_notices(spec: JobSpec) -> list[str]:
     """What is worth saying of the number of steps."""
-    train = spec.train
+    train, notices = spec.train, []
     if train.max_steps > 0 and "num_train_epochs" in train.model_fields_set:
-        return [
+        notices.append(
             f"train.max_steps: {train.max_steps} decides, as in transformers; train.num_train_epochs:"
             f" {train.num_train_epochs:g} is not used"
-        ]
-    return []
+        )
+    if spec.build_objective().is_by_document and "learning_rate" not in train.model_fields_set:
+        notices.append(
+            f"train.learning_rate is {train.learning_rate:g}, which suits adapters that copy answers; examples of TRL"
+            " and LLaMA-Factory train preferences with 5e-6"
+        )
+    return notices
 
 
 def with_more_samples(workload: Workload, factor: int, num_epochs: float) -> Workload | None:

@@ -30,9 +30,9 @@ def alternatives_of(job: Job, plan: Plan, files: DataFiles, num_tokens: float) -
     spec, config = job.spec, model_files.read_config(Path(files.model))
     data, _ = datasets(files)
     same = spec_with(spec, {"train.global_batch_size": plan.global_batch_size})
-    lengths, num_supervised = data.lengths.tolist(), int(data.num_supervised.sum())
+    lengths, num_supervised = data.document_lengths.tolist(), int(data.num_supervised.sum())
     work, _, _ = workload.describe(same, workload.model_shape(config), lengths, num_supervised, 1, tree_ratios(data))
-    return price_alternatives(job, work, Path(spec.cost.alternatives or ""), plan.techniques.max_length, num_tokens)
+    return price_alternatives(job, work, Path(spec.cost.alternatives or ""), plan.max_length, num_tokens)
 
 
 def price_alternatives(job: Job, work: Workload, file: Path, max_length: int, num_tokens: float) -> list[tco.Cost]:
@@ -97,7 +97,7 @@ def tco_of_job(job: Job, ready: Ready, against: Path | None, lang: str) -> tuple
     costs = [tco.of_plan(job.spec, w("this job"), plan, tokens)]
     file = against or (Path(job.spec.cost.alternatives) if job.spec.cost.alternatives else None)
     if file is not None:
-        costs += price_alternatives(job, work, file, plan.techniques.max_length, tokens)
+        costs += price_alternatives(job, work, file, plan.max_length, tokens)
     return costs, cost_table(w, job.spec.cost.currency, costs)
 
 

@@ -14,7 +14,7 @@ from orchestrator.report.costs import alternatives_of, command, cost_table, note
 from orchestrator.report.serving import serving_blocks
 from orchestrator.report.stages import stage_blocks
 from orchestrator.runs.events import Event
-from orchestrator.runs.json_files import RunResult
+from orchestrator.runs.json_files import RunResult, is_share
 from orchestrator.runs.run_folder import RunFolder, utc
 from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.summary_file import summary_of
@@ -72,6 +72,7 @@ def _job(w: Translator, job: Job) -> Block:
         (w("model"), spec.model.model_name_or_path),
         (w("data"), ", ".join(one if isinstance(one, str) else one.path for one in listed)),
         (w("method"), spec.method.type),
+        *([(w("objective"), spec.objective.type)] if spec.build_objective().is_by_document else []),
         (w("goal"), goal),
     ]
     return Table((w("setting"), w("value")), rows)
@@ -100,7 +101,7 @@ def _quality(w: Translator, result: RunResult | None) -> list[Block]:
     blocks += [Paragraph(f"{key}: {gain.text}") for key, gain in result.gains.items()]
     if compared := result.after.compared:
         blocks.append(Paragraph("; ".join(f"{key}: {w(how)}" for key, how in compared.items())))
-    scores = [key for key in after if key != "eval_loss"]
+    scores = [key for key in after if is_share(key)]
     drawn = scores or list(after)
     groups = {
         key: {w(when): values[key] for when, values in (("before", before), ("after", after)) if key in values}
@@ -236,7 +237,7 @@ def _points(w: Translator, currency: str, cost: tco.Cost, result: RunResult) -> 
         return []
     before, after = _scores(result)
     for key in after:
-        gained = 100 * (after[key] - before[key]) if key != "eval_loss" and key in before else 0.0
+        gained = 100 * (after[key] - before[key]) if is_share(key) and key in before else 0.0
         if gained > 0:
             return [(f"{w('a quality point')} ({key})", f"{cost.per_run / gained:.3g} {currency}")]
     first, last = (quality.eval_loss if quality else None for quality in (result.before, result.after))

@@ -182,6 +182,11 @@ def scores(quality: Values) -> dict[str, float]:
     return {key: value for key, value in quality.items() if isinstance(value, float) and key != "seconds"}
 
 
+def is_share(key: str) -> bool:
+    """Whether a score is a share of 1, which is told in percent: a loss and the size of a reward are none."""
+    return key != "eval_loss" and (not key.startswith("rewards/") or key == "rewards/accuracies")
+
+
 def finite(values: Any) -> Any:
     """The same with null in place of what is no finite number."""
     if isinstance(values, dict):

@@ -92,11 +92,13 @@ def _facts(subject: CardSubject) -> list[str]:
     """Where a model comes from, a line each."""
     run, result = subject.run, subject.result
     method = ", ".join(f"{key}={value}" for key, value in run.plan().method.items() if value is not None)
+    objective = ", ".join(f"{key}={value}" for key, value in run.plan().objective.items())
     at = f" at revision {inline_code(subject.base.revision)}" if subject.base.revision else ""
     lines = [
         f"Tuned from {inline_code(subject.base.title)}{at} by run {inline_code(run.run_id)}.",
         "",
         f"- Method: {plain(method)}",
+        *([f"- Objective: {plain(objective)}"] if run.plan().build_objective().is_by_document else []),
         f"- Data digest: {inline_code(str(result.data_digest))}",
         f"- Steps: {result.steps}, supervised tokens: {result.supervised_tokens}, plan"
         f" {inline_code(str(result.plan_hash))}",

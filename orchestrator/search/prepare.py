@@ -100,9 +100,9 @@ def files_of(
     files: dict[str, Samples] = {}
     chosen: tuple[list[int], list[int]] | None = None
     sizes = None
-    for length in sorted(lengths or [ready.plan.techniques.max_length], reverse=True):
+    for length in sorted(lengths or [ready.plan.max_length], reverse=True):
         one = ready.data_files
-        if length != ready.plan.techniques.max_length:
+        if length != ready.plan.max_length:
             other = Job(spec_with(spec, {"data.max_length": length}), job.folder, job.text)
             one = prepare(other, say).data_files
         assert one is not None  # a search is prepared

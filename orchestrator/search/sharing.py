@@ -73,14 +73,14 @@ def share_of(
     if why := why_alone(own, plan):
         return why
     part, techniques = plan.nodes[0], plan.techniques
-    lengths = planning.sample.cut(techniques.max_length).lengths
+    lengths = planning.sample.cut(plan.max_length).lengths
     limit = techniques.micro_batch_tokens
     typical = max(1, round(sum(lengths) / len(lengths) * plan.global_batch_size))
     if 2 * typical > limit:
         return f"a row of {limit} tokens does not hold the steps of two trials, of {typical} each"
     key = (
-        base_key(samples[str(techniques.max_length)].model, own, plan),
-        techniques.max_length,
+        base_key(samples[str(plan.max_length)].model, own, plan),
+        plan.max_length,
         techniques.per_device_train_batch_size,
     )
     device = device_of(planning.capability, part)

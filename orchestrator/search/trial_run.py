@@ -90,7 +90,7 @@ class TrialRun:
         job = folder.job()
         self._job = Job(spec_with(job.spec, self._config["point"]), job.folder, job.text)
         plan = plan_for([Plan.from_json(text) for text in self._config["plans"][self._node]], look_at_gpus()[0])
-        files = folder.samples()[str(plan.techniques.max_length)]
+        files = folder.samples()[str(plan.max_length)]
         data, held_out = datasets(files)
         assert held_out is not None  # the search made sure
         rows = data.select(files.train_rows), held_out.select(files.eval_rows)

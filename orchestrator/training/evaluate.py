@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from orchestrator.data.batches import collate
+from orchestrator.data.batches import collate, collate_mismatched
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
-from orchestrator.training.feed import micro_batches_of
+from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
 from strategies.shape import ModelShape
@@ -45,41 +45,87 @@ class _Prompt:
     new_tokens: int  # that its answer may take; 0 where the prompt fills the model's context
 
 
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """What the model makes of held-out rows."""
+
+    loss: float  # mean, in nats a supervised token; of a sample under an objective over documents
+    rewards: dict[str, float] = field(default_factory=dict)  # of such an objective
+
+
 @torch.no_grad()
-def evaluate_loss(
+def evaluate_rows(
     setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None = None
-) -> float:
-    """Mean loss of the supervised tokens of `data`, in nats a token.
+) -> HeldOutLoss:
+    """Mean loss of `data`, and what an objective says of it.
 
     A batch that runs out of memory is halved.  Raises NothingFits, on every worker, where one row does not fit on one
     of them.
     """
-    shares = shares or [1.0 / group.num_replicas] * group.num_replicas
+    shares, objective = shares or [1.0 / group.num_replicas] * group.num_replicas, setup.objective
     was_training = setup.model.training
     setup.model.eval()
-    lengths = data.lengths.tolist()
-    mine = split_by_share(lengths, shares)[group.replica]
+    everything = list(range(len(data)))
+    num_counted = data.num_counted(everything)
+    mine = split_by_share(data.lengths.tolist(), shares)[group.replica]
+    divergence, short = divergence_of(setup, data, mine, len(data), techniques, group)
     batches = micro_batches_of(data, mine, techniques)
-    losses: dict[int | None, float] = {}  # by the first member: what is repeated in halves replaces the whole
+    sums: dict[int | None, list[float]] = {}  # by the first member: what is repeated in halves replaces the whole
 
     def run(members: list[int]) -> None:
-        losses[next(iter(members), None)] = _loss_of(setup, data, members, techniques)
+        if objective:
+            objective.begin(num_counted, data.num_chosen_tokens(everything), divergence)
+        sums[next(iter(members), None)] = _sums_of(setup, data, members, techniques)
 
     unfit, reason = passes_of(setup).each(batches, run)
-    error = reason if unfit else None
+    error = short or (reason if unfit else None)
     setup.model.train(was_training)
-    total, failed = group.sum([sum(losses.values()), error is not None])
+    width = 1 + (objective.num_totals if objective else 0)
+    own = [sum(column) for column in zip(*sums.values(), strict=True)] or [0.0] * width
+    failed, total, *totals = group.sum([error is not None, *own])
     if failed:
         reason = next(reason for reason in group.gather(error) if reason)
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
-    return total / int(data.num_supervised.sum())
+    return HeldOutLoss(total / num_counted, objective.metrics_of(totals) if objective else {})
 
 
-def _loss_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> float:
-    """Summed loss of some samples; a pass without samples takes any and counts for nothing."""
+@torch.no_grad()
+def divergence_of(
+    setup: TrainSetup, data: Dataset, mine: Sequence[int], count: int, techniques: Techniques, group: ProcessGroup
+) -> tuple[float, str | None]:
+    """Mean log ratio of model and reference over answers to other questions, of `count` rows of all workers.
+
+    Beside it why this worker had no memory for a row, where it had none.  0 where the objective does not ask for it,
+    else collective.
+    """
+    objective, sums = setup.objective, dict[int, float]()
+    if objective is None or not objective.needs_divergence:
+        return 0.0, None
+
+    def run(members: list[int]) -> None:
+        batch = collate_mismatched(data, members, techniques.packing).to(setup.device)
+        with autocast(setup.device.type, techniques.dtype):
+            reference_D = objective.reference_logps(setup.model, batch, techniques.loss_type)
+            own_D = objective.answer_logps(setup.model, batch, techniques.loss_type)
+        sums[members[0]] = (own_D - reference_D).sum().item()
+
+    unfit, reason = run_in_halves(mismatched_batches_of(data, mine, techniques), run)
+    return group.sum([sum(sums.values())])[0] / count, reason if unfit else None
+
+
+def evaluate_loss(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None = None
+) -> float:
+    """The loss alone; as `evaluate_rows`."""
+    return evaluate_rows(setup, data, techniques, group, shares).loss
+
+
+def _sums_of(setup: TrainSetup, data: Dataset, sample_ids: list[int], techniques: Techniques) -> list[float]:
+    """Summed loss of some samples, an objective's totals; a pass without samples takes any and counts for nothing."""
     batch = collate(data, sample_ids or [0], techniques.packing, techniques.share_prefixes)
     loss = passes_of(setup).loss_sum(batch, techniques).item()
-    return loss if sample_ids else 0.0
+    totals = setup.objective.take() if setup.objective else []
+    return [loss, *totals] if sample_ids else [0.0] * (1 + len(totals))
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,16 @@ def micro_batches_of(data: Dataset, sample_ids: Sequence[int], techniques: Techn
         groups = group_alike([data.tokens(one)[0].tolist() for one in sample_ids], techniques.micro_batch_tokens)
     else:
         rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
-        groups = micro_batches(data.lengths[list(sample_ids)].tolist(), rows, max_length, techniques.packing)
+        lengths = data.lengths if techniques.packing else data.padded_lengths
+        groups = micro_batches(lengths[list(sample_ids)].tolist(), rows, max_length, techniques.packing)
+    return [[sample_ids[place] for place in group] for group in groups]
+
+
+def mismatched_batches_of(data: Dataset, sample_ids: Sequence[int], techniques: Techniques) -> list[list[int]]:
+    """The same of labelled rows' questions with other rows' answers."""
+    rows, max_length = techniques.per_device_train_batch_size, techniques.max_length
+    lengths = data.mismatched_lengths[list(sample_ids)].tolist()
+    groups = micro_batches(lengths, rows, max_length, techniques.packing)
     return [[sample_ids[place] for place in group] for group in groups]
 
 

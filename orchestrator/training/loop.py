@@ -2,8 +2,9 @@
 
 What a step computes does not depend on how it is laid out.  The samples of a step are a function of (seed, step); each
 micro-batch contributes its *sum* of token losses divided by the supervised tokens of the *whole* step, a number known
-from the data's index; gradients are summed, never averaged.  So micro-batch size, packing, accumulation, the number of
-workers and the share of each change the speed and nothing else.
+from the data's index (of sample losses by samples, under an objective over documents); gradients are summed, never
+averaged.  So micro-batch size, packing, accumulation, the number of workers and the share of each change the speed and
+nothing else.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from orchestrator.runs.events import (
     StepReport,
 )
 from orchestrator.runs.stage_spans import StageSpans, align_to_first_pass
-from orchestrator.training.evaluate import evaluate_loss
+from orchestrator.training.evaluate import evaluate_rows
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.state import Progress, Training
 from orchestrator.training.steps import (
@@ -126,6 +127,7 @@ def _record_step(
         computed_tokens=report.num_computed if training.techniques.share_prefixes else None,
         known_tokens=setup.lower.count() if setup.lower else None,
         loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
+        rewards=report.rewards,
         **of_group,
         **report.stages,
         **(setup.streaming.report() if setup.streaming else {}),
@@ -157,12 +159,12 @@ def _evaluate(training: Training) -> bool:
     progress, held_out = training.progress, training.held_out
     assert held_out is not None
     try:
-        eval_loss = evaluate_loss(training.setup, held_out, training.techniques, training.group, training.shares.shares)
+        found = evaluate_rows(training.setup, held_out, training.techniques, training.group, training.shares.shares)
     except NothingFits as error:
         training.hooks.note(f"the held-out rows were not measured after step {progress.step}: {error}")
         return False
-    training.hooks.record(Evaluation(progress.step, eval_loss))
-    return progress.add_eval_loss(eval_loss, training.schedule.early_stopping_patience)
+    training.hooks.record(Evaluation(progress.step, found.loss, extra=found.rewards))
+    return progress.add_eval_loss(found.loss, training.schedule.early_stopping_patience)
 
 
 def _save(training: Training, is_best: bool) -> None:

@@ -22,6 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
+from orchestrator.training.evaluate import divergence_of
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -41,6 +42,7 @@ class StepSamples:
     ids_N: list[int]
     lengths_N: list[int]  # tokens
     num_supervised: int  # tokens
+    num_counted: int  # what the loss is a mean over
     parts_R: list[list[int]]  # places in N of each replica's samples
     own: list[int]  # this worker's replica's part
 
@@ -58,8 +60,9 @@ def draw_samples(training: Training, step: int) -> StepSamples:
     ids_N = training.order.sample_ids(step)
     lengths_N = training.data.lengths[ids_N].tolist()
     parts_R = split_by_share(lengths_N, training.shares.shares)
-    num_supervised = int(training.data.num_supervised[ids_N].sum())
-    return StepSamples(step, ids_N, lengths_N, num_supervised, parts_R, parts_R[training.group.replica])
+    data = training.data
+    num_supervised, num_counted = int(data.num_supervised[ids_N].sum()), data.num_counted(ids_N)
+    return StepSamples(step, ids_N, lengths_N, num_supervised, num_counted, parts_R, parts_R[training.group.replica])
 
 
 def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]) -> list[list[int]]:
@@ -81,15 +84,21 @@ def synchronous_gradients(training: Training, samples: StepSamples) -> torch.Ten
         if training.group.size == 1:
             last_pass(setup, training.schedule.update(samples.step))
 
-    step = _passes(training, samples, samples.num_supervised, before_last)
+    if setup.objective:
+        own, count = [samples.ids_N[i] for i in samples.own], len(samples.ids_N)
+        moved, short = divergence_of(setup, training.data, own, count, training.techniques, training.group)
+        if short:
+            raise MemoryError(short)
+        setup.objective.begin(samples.num_counted, training.data.num_chosen_tokens(samples.ids_N), moved)
+    step = _passes(training, samples, samples.num_counted, before_last)
     return passes_of(setup).run(_micro_batches(training, samples, samples.own), step)
 
 
 def _passes(
-    training: Training, samples: StepSamples, num_supervised: int, before_last: Callable[[], None] = lambda: None
+    training: Training, samples: StepSamples, num_counted: int, before_last: Callable[[], None] = lambda: None
 ) -> StepPasses:
     return StepPasses(
-        num_supervised,
+        num_counted,
         training.techniques,
         training.scaler,
         take=training.feed.take,
@@ -126,6 +135,7 @@ class Attempt:
 
     loss: float = 0.0  # its part of the step's
     num_computed: int = 0  # tokens that went through its model, padding included
+    totals: Sequence[float] = ()  # of an objective over documents
     out_of_memory: str | None = None  # the error, where memory ran out
 
 
@@ -146,7 +156,8 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
         if setup.engine or not is_out_of_memory(error):  # DeepSpeed's others wait inside this very pass
             raise
         return Attempt(out_of_memory=first_line(error))
-    return Attempt(loss, training.feed.count())
+    totals = setup.objective.take() if setup.objective else ()
+    return Attempt(loss, training.feed.count(), totals)
 
 
 def _prepare_first_batch(training: Training, step: int) -> None:
@@ -170,6 +181,7 @@ class GroupReport:
     ended: float  # when the sum ended, of time.perf_counter: on all workers the same moment, up to a round trip
     times: PassTimes | None = None  # of this worker's stage
     stages: dict[str, list[float]] = field(default_factory=dict)  # fields of StepReport
+    rewards: dict[str, float] | None = None  # of an objective over documents
 
 
 def report_to_group(training: Training, attempt: Attempt, seconds: float) -> GroupReport:
@@ -190,8 +202,13 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         attempt.num_computed,
         *of_stage.values(),
     )
-    loss, *rest = group.sum([attempt.loss, *requests, *(value for one in own for value in group.at_own_rank(one))])
+    objective = training.setup.objective
+    totals = list(attempt.totals) or [0.0] * (objective.num_totals if objective else 0)
+    loss, *rest = group.sum(
+        [attempt.loss, *totals, *requests, *(value for one in own for value in group.at_own_rank(one))]
+    )
     ended = time.perf_counter()
+    totals, rest = rest[: len(totals)], rest[len(totals) :]
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
     by_value = (measured[start : start + size] for start in range(0, len(measured), size))
@@ -208,6 +225,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         ended,
         times,
         {name: [round(value, 5) for value in values] for name, values in zip(of_stage, stages, strict=True)},
+        objective.metrics_of(totals) if objective else None,
     )
 
 

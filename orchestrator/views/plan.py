@@ -48,11 +48,16 @@ def _head(job: Job, plan: Plan) -> Text:
     return Text.assemble(
         (tr(f"This takes {format_s(plan.whole_s)}, as goal.max_hours allows.\n") if is_long else "", "bold red"),
         (tr("{0} on {1}").format(plan.method["type"], job.spec.model.model_name_or_path), "bold"),
+        (_by_objective(plan), "bold"),
         tr(
             f": {format_count(plan.num_trainable_parameters)} trained parameters, {plan.num_steps} steps of"
             f" {plan.global_batch_size} samples"
         ),
     )
+
+
+def _by_objective(plan: Plan) -> str:
+    return f" ({plan.objective['type']})" if plan.build_objective().is_by_document else ""
 
 
 def data_sentence(statistics: Mapping[str, Any]) -> str:

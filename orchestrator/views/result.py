@@ -14,7 +14,7 @@ from orchestrator.language.catalogue import tr
 from orchestrator.runs.checkpoints import ChosenStep
 from orchestrator.runs.condition import exported_damage
 from orchestrator.runs.events import Event
-from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes
+from orchestrator.runs.json_files import HandedBack, Quality, RunResult, Sample, StepTimes, is_share
 from orchestrator.runs.run_folder import RunFolder, state_without_driver, utc
 from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.facts import RunFacts, facts_of, facts_of_whole_run
@@ -89,7 +89,8 @@ def phases_text(measured: Phases, predicted: Phases) -> str:
 
 def scores_view(quality: Quality) -> RenderableType:
     """The numbers of one evaluation and its samples."""
-    lines = [_text(f"{key:<14}{score(key, value)}") for key, value in quality.scores.items()]
+    width = max((len(key) + 1 for key in quality.scores), default=0)
+    lines = [_text(f"{key:<{max(14, width)}}{score(key, value)}") for key, value in quality.scores.items()]
     samples = (_sample(sample, None) for sample in quality.samples)
     return Group(*lines, *_how_compared(quality), Text(), *samples)
 
@@ -128,7 +129,7 @@ def score(key: str, value: float | None) -> str:
     """A metric in percent, a loss as it is."""
     if value is None:
         return tr("not measured")
-    return f"{value:.4f}" if key == "eval_loss" else f"{value:.1%}"
+    return f"{value:.1%}" if is_share(key) else f"{value:.4f}"
 
 
 def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:

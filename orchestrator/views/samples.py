@@ -21,10 +21,11 @@ def samples_view(seen: Mapping[str, Any], in_colour: bool = True) -> RenderableT
         counts = f"({len(sample['input_ids'])} tokens, {sample['num_supervised']} supervised)"
         title = f"{sample['source']}  {tr(counts)}"
         text = Text(f"{printable(title)}\n", style="bold")
-        for piece, supervised in sample["text"]:
-            shown = "\n".join(printable(line) for line in piece.split("\n"))
-            marked = f"⟦{shown}⟧" if supervised and not in_colour else shown
-            text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
+        if "rejected" in sample:
+            text.append("chosen: ", style="bold")
+            _append(text, sample["text"], in_colour)
+            text.append("\nrejected: ", style="bold")
+        _append(text, sample.get("rejected", sample["text"]), in_colour)
         text.append("\n")
         parts.append(text)
     legend = Text.assemble((tr("supervised"), "black on green"), "  ", (tr("read only"), "dim"))
@@ -47,6 +48,14 @@ def _shares(sources: Sequence[Mapping[str, Any]]) -> list[str]:
         for one in sources
         if len(sources) > 1
     ]
+
+
+def _append(text: Text, pieces: Sequence[tuple[str, bool]], in_colour: bool) -> None:
+    """A document's text, what is trained of it marked."""
+    for piece, supervised in pieces:
+        shown = "\n".join(printable(line) for line in piece.split("\n"))
+        marked = f"⟦{shown}⟧" if supervised and not in_colour else shown
+        text.append(marked, style=("black on green" if supervised else "dim") if in_colour else "")
 
 
 def _packing_sentence(packing: Mapping[str, Any]) -> str:

@@ -38,11 +38,12 @@ def product_bytes(workload: Workload, techniques: Techniques, work: Work, tokens
     """Bytes that the products of a micro-batch of that many tokens read and write, all passes."""
     shape = workload.shape
     trained_share = (shape.num_layers - work.first_layer) / shape.num_layers
-    passes = 1 + trained_share * (1 + work.trains_weights + techniques.gradient_checkpointing)
+    passes = 1 + work.reference_passes
+    passes += trained_share * (1 + work.trains_weights + techniques.gradient_checkpointing)
     moved = passes * (tokens * _sides(shape) + _read_weights(shape, tokens))
     adapter_passes = 3 + techniques.gradient_checkpointing
     moved += adapter_passes * tokens * work.adapter_inputs * (shape.num_layers - work.first_layer)
-    head_passes = 2 + work.trains_output + (techniques.loss_type == "chunked_nll")
+    head_passes = 2 + work.trains_output + (techniques.loss_type == "chunked_nll") + work.reference_passes
     supervised, h, vocabulary = tokens * workload.supervised_fraction, shape.hidden_size, shape.vocab_size
     moved += shape.has_output * head_passes * (supervised * (h + vocabulary) + h * vocabulary)
     return BYTES_PER_ELEMENT[techniques.dtype] * moved

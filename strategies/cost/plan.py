@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import MethodDefaults, StrategyPlan
 from strategies.cost import memory, micro_batches, time
 from strategies.cost.memory import Footprint
-from strategies.cost.reuse import computed_part, with_kept_layers, workload_of_trees
+from strategies.cost.reuse import computed_part, stores_reference, with_kept_layers, workload_of_trees
 from strategies.cost.work import Work
 from strategies.shape import ModelShape
 from strategies.stage_shape import workload_of_stage
@@ -71,4 +71,9 @@ class PredictedMethod(MethodDefaults):
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
         part = workload_of_stage(workload, techniques.stage)
-        return predict(self.name, part, device, node, techniques, self.costs(part.shape, techniques))
+        costs = self.costs(part.shape, techniques)
+        if part.needs_reference:
+            others = int(part.needs_divergence)  # of the model, and of the reference where that is not stored
+            passes = others if stores_reference(part, self.starts_as_base) else 1 + 2 * others
+            costs = replace(costs, work=replace(costs.work, reference_passes=passes))
+        return predict(self.name, part, device, node, techniques, costs)

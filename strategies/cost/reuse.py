@@ -1,4 +1,4 @@
-"""What need not be computed again, common beginnings and frozen lower layers.  Pure arithmetic.
+"""What need not be computed again: common beginnings, frozen lower layers, a reference.  Pure arithmetic.
 
 `Workload.tree_ratio` says for some numbers of rows how many tokens they have for each that their tree holds, as counted
 on the data (orchestrator/data/prefixes.py).
@@ -53,6 +53,14 @@ def with_kept_layers(
     kept = workload.num_tokens * workload.shape.hidden_size * footprint.stream_bytes
     first_times = min(1.0, workload.num_samples / workload.num_samples_seen)
     return replace(footprint, kept_bytes=kept), replace(work, lower_passes=first_times)
+
+
+def stores_reference(workload: Workload, starts_as_base: bool) -> bool:
+    """Whether log-probabilities under the reference are computed before the first step, a forward pass of each sample.
+
+    Else with the adapter off in each step: as many passes where no sample is seen twice, and none is kept.
+    """
+    return workload.needs_reference and (not starts_as_base or workload.num_samples_seen > workload.num_samples)
 
 
 def computed_part(workload: Workload, techniques: Techniques) -> float:

@@ -67,7 +67,7 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     products += 2.0 * work.full_parameters
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
     logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
-    products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll"))
+    products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll") + work.reference_passes)
     visible = 1.0 if shape.family.encoder or _masks_rows(techniques) else 0.5
     attention = 4.0 * visible * _attended(workload, techniques) * shape.query_size * shape.num_layers
     return products, attention * (forward + 2.5 * share + again)
@@ -111,7 +111,7 @@ def estimate(
         moved += tokens * kernels.other_bytes(workload, techniques)
     moved += num_micro * work.cast_parameters * (4.0 + BYTES_PER_ELEMENT[techniques.dtype])
     moved *= _CPU_CACHED if device.kind == "cpu" else kernels.memory_share(device)
-    passes = 2 + techniques.gradient_checkpointing
+    passes = 2 + techniques.gradient_checkpointing + work.reference_passes
     expanded = work.dequantise_bytes_per_parameter
     if kernels.has_large_cache(device):
         expanded = max(0.0, expanded - 2 * BYTES_PER_ELEMENT[techniques.dtype])

@@ -26,7 +26,8 @@ class Work:
     dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
     dequantise_bytes_per_parameter: float = 0.0  # read, expanded, read again
     dequantise_operations: int = 0  # kernels started for a layer's weights in each pass
+    reference_passes: int = 0  # forward passes of each sample beside the step's own, without gradients
 
     def forward_share(self, num_layers: int) -> float:
-        """Of all layers, those that an average sample passes forward."""
-        return 1 - (1 - self.lower_passes) * self.first_layer / num_layers
+        """Of all layers, those that an average sample passes forward, those of the reference included."""
+        return 1 - (1 - self.lower_passes) * self.first_layer / num_layers + self.reference_passes

@@ -34,7 +34,7 @@ class EvenPasses(SequentialPasses):
         for sample_ids in self._even(micro_batches):
             batch = step.take(sample_ids or step.filler)
             step.begin(batch)
-            counted = step.num_supervised if sample_ids else math.inf
+            counted = step.num_counted if sample_ids else math.inf
             loss += forward_backward(self.setup, batch, counted, step.techniques, step.scaler)
         return loss
 

@@ -94,6 +94,11 @@ class Lora(PredictedMethod):
     def adapter_folder(self) -> str | None:
         return self.init_adapter
 
+    @property
+    def starts_as_base(self) -> bool:
+        plain = self.init_lora_weights in _PLAIN_STARTS and self.bias == "none"
+        return plain and self.init_adapter is None
+
     def why_alone(self) -> str | None:
         if self.fused:
             return "fused maps are computed for all tokens of a row at once"

@@ -161,7 +161,7 @@ class JointRow:
             one.begin()
         if not first.job.is_joined:
             step, setup = first.step, first.job.setup
-            first.done(forward_backward(setup, first.batch, step.num_supervised, step.techniques, step.scaler))
+            first.done(forward_backward(setup, first.batch, step.num_counted, step.techniques, step.scaler))
             return
         if any(one.step.techniques.gradient_checkpointing for one in chosen):
             self.model.recompute_activations()
@@ -169,7 +169,7 @@ class JointRow:
         parts = [RowPart(one.job.job, one.batch, one.step.begin_layer) for one in chosen]
         with autocast(device.type, techniques.dtype):
             sums = self.model.losses(parts, techniques.loss_type)
-            losses = [loss / one.step.num_supervised for loss, one in zip(sums, chosen, strict=True)]
+            losses = [loss / one.step.num_counted for loss, one in zip(sums, chosen, strict=True)]
         scaled = [one.step.scaler.scale(loss) for loss, one in zip(losses, chosen, strict=True)]
         whole = scaled[0]
         for loss in scaled[1:]:

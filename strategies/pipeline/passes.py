@@ -341,7 +341,7 @@ class _StepWork:
         with autocast(passes._device.type, step.techniques.dtype):
             if not passes._stage.is_last:
                 return passes.hidden(batch.input_ids_BT, **arguments_of(batch))
-            part = loss_sum(passes._setup.model, batch, step.techniques.loss_type) / step.num_supervised
+            part = loss_sum(passes._setup.model, batch, step.techniques.loss_type) / step.num_counted
         self.loss += part.detach()
         return part
 

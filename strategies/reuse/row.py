@@ -22,6 +22,7 @@ class SharedRow:
     tree: PrefixTree
     columns_S: torch.Tensor  # places in the row that predict, in their order; several times the same where several do
     targets_S: torch.Tensor  # the tokens that they predict
+    order_S: torch.Tensor | None = None  # of each, its place among the supervised tokens of the documents end to end
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -47,4 +48,4 @@ def lay_out(ids: Sequence[torch.Tensor], supervised: Sequence[torch.Tensor]) -> 
         columns.append(places_L[:-1][mask_L[1:]])
         targets.append(document_L[1:][mask_L[1:]])
     columns_S, order_S = torch.cat(columns).sort(stable=True)
-    return SharedRow(row_T[None], learnt_T[None], tree, columns_S, torch.cat(targets)[order_S])
+    return SharedRow(row_T[None], learnt_T[None], tree, columns_S, torch.cat(targets)[order_S], order_S)

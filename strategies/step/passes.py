@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 
 from strategies.step.out_of_memory import run_in_halves
-from strategies.step.step import forward_backward, norm_of
-from strategies.step.supervised_logits import Batch, loss_sum
+from strategies.step.step import forward_backward, norm_of, summed_loss
+from strategies.step.supervised_logits import Batch
 from strategies.techniques.precision import autocast
 from strategies.train_setup import Passes, StepPasses, TrainSetup
 from strategies.workload import Techniques
@@ -37,7 +37,7 @@ class SequentialPasses:
             step.begin(batch)
             if number == len(micro_batches):
                 step.before_last()
-            loss += forward_backward(self.setup, batch, step.num_supervised, step.techniques, step.scaler)
+            loss += forward_backward(self.setup, batch, step.num_counted, step.techniques, step.scaler)
         return loss
 
     def tell_order(self, follow: Callable[[bool, bool], None]) -> None:
@@ -49,7 +49,7 @@ class SequentialPasses:
     def loss_sum(self, batch: Batch, techniques: Techniques) -> torch.Tensor:
         device = self.setup.device
         with autocast(device.type, techniques.dtype):
-            return loss_sum(self.setup.model, batch.to(device), techniques.loss_type)
+            return summed_loss(self.setup, batch.to(device), techniques)
 
     def logits(self, ids_BT: torch.Tensor) -> torch.Tensor:
         return self.setup.model(input_ids=ids_BT, use_cache=False).logits

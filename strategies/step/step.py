@@ -21,25 +21,32 @@ from strategies.workload import Techniques
 
 
 def forward_backward(
-    setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques, scaler: torch.amp.GradScaler
+    setup: TrainSetup, batch: Batch, num_counted: float, techniques: Techniques, scaler: torch.amp.GradScaler
 ) -> torch.Tensor:
     """Add a micro-batch's part to the gradients; returns its part of the step's loss, detached.
 
-    `num_supervised` counts the supervised tokens of the whole step, so that parts add up whatever their sizes; infinity
-    makes a pass that counts for nothing.
+    `num_counted` is what the loss of the whole step is a mean over, supervised tokens or an objective's samples, so
+    that parts add up whatever their sizes; infinity makes a pass that counts for nothing.
     """
-    part = forward(setup, batch, num_supervised, techniques)
+    part = forward(setup, batch, num_counted, techniques)
     backward(setup, part, scaler)
     return part.detach()
 
 
-def forward(setup: TrainSetup, batch: Batch, num_supervised: float, techniques: Techniques) -> torch.Tensor:
+def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Techniques) -> torch.Tensor:
     """A micro-batch's part of the step's loss, with what its backward pass needs."""
     device = batch.input_ids_BT.device
     if setup.engine:  # its weights are in the compute precision already
-        return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_supervised
+        return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_counted
     with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
-        return loss_sum(setup.model, batch, techniques.loss_type) / num_supervised
+        return summed_loss(setup, batch, techniques) / num_counted
+
+
+def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques) -> torch.Tensor:
+    """The loss of a batch's supervised tokens, or of its samples under an objective over documents, summed."""
+    if setup.objective is not None:
+        return setup.objective.loss_sum(setup.model, batch, techniques.loss_type)
+    return loss_sum(setup.model, batch, techniques.loss_type)
 
 
 def _known_layers(setup: TrainSetup, batch: Batch) -> AbstractContextManager[None]:

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,24 @@ from strategies.step.document_attention import borders, packed_arguments, tree_a
 from strategies.workload import LossType
 
 CHUNK = 256  # positions
+
+
+@dataclass(frozen=True)
+class DocumentTargets:
+    """Which supervised tokens are whose, under an objective over whole documents.
+
+    Legend: D documents, in the order of their samples.
+    """
+
+    document_S: torch.Tensor  # of each supervised token
+    is_answer_S: torch.Tensor | None  # supervised tokens of answers; None = all of them
+    tokens_D: torch.Tensor  # of the answers
+    reference_D: torch.Tensor | None = None  # log-probabilities of the answers under the reference, where known
+    is_good_D: torch.Tensor | None = None  # of labelled rows
+
+    def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DocumentTargets:
+        """The same, each tensor moved."""
+        return replace(self, **{key: move(one) for key, one in vars(self).items() if one is not None})
 
 
 @dataclass
@@ -41,6 +59,7 @@ class Batch:
     attention_mask_BT: torch.Tensor | None
     sample_ids: tuple[int, ...]
     shared: SharedRow | None = None
+    documents: DocumentTargets | None = None  # under an objective over whole documents
     targets_S: torch.Tensor = field(init=False)  # the supervised tokens
     columns_C: torch.Tensor = field(init=False)  # positions that predict one of them in any row
     picked_S: torch.Tensor | None = field(init=False)  # their places among B x C; None = all, in order
@@ -70,10 +89,15 @@ class Batch:
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; to a GPU it travels from pinned memory while the one before is computed."""
         moved, is_sent = copy.copy(self), device.type == "cuda"
+
+        def move(value: torch.Tensor) -> torch.Tensor:
+            held = value.pin_memory() if is_sent and value.device.type == "cpu" else value
+            return held.to(device, non_blocking=is_sent)
+
         for name, value in vars(self).items():
             if isinstance(value, torch.Tensor):
-                held = value.pin_memory() if is_sent and value.device.type == "cpu" else value
-                setattr(moved, name, held.to(device, non_blocking=is_sent))
+                setattr(moved, name, move(value))
+        moved.documents = self.documents and self.documents.to(move)
         return moved
 
 
@@ -120,17 +144,36 @@ def arguments_of(batch: Batch) -> dict[str, Any]:
     return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}
 
 
-def _chunked(model: Any, batch: Batch, sizes: Sequence[int]) -> list[torch.Tensor]:
-    """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
+def token_losses(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Tensor:
+    """-log p(token | the document so far) of each supervised token (S,) in fp32."""
+    if loss_type != "chunked_nll":
+        return F.cross_entropy(supervised_logits(model, batch).float(), batch.targets_S, reduction="none")
+    head, hidden_SH = _hidden_states(model, batch)
+
+    def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="none")
+
+    parts = zip(hidden_SH.split(CHUNK), batch.targets_S.split(CHUNK), strict=True)
+    return torch.cat([checkpoint(part, *one, use_reentrant=False) for one in parts])
+
+
+def _hidden_states(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
+    """The output matrix, and what the model would multiply with it at the positions that predict (S, H)."""
     head = inner_model(model).get_output_embeddings()
     streamed = getattr(head, "streamed", None)  # a `streamed_output.OutputMatrix`
-    head.forward = lambda hidden: hidden  # the model then hands over what it would multiply with the output matrix
+    head.forward = lambda hidden: hidden
     try:
-        hidden_SH = supervised_logits(model, batch)
+        return head, supervised_logits(model, batch)
     finally:
         del head.forward
         if streamed is not None:
             head.forward = streamed.multiply
+
+
+def _chunked(model: Any, batch: Batch, sizes: Sequence[int]) -> list[torch.Tensor]:
+    """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
+    head, hidden_SH = _hidden_states(model, batch)
+    streamed = getattr(head, "streamed", None)
     if streamed is not None:  # all positions at each visit of a slice: chunk by chunk it would be sent again and again
         parts = zip(hidden_SH.split(list(sizes)), batch.targets_S.split(list(sizes)), strict=True)
         return [streamed.loss_sum(own_SH, targets_S) for own_SH, targets_S in parts]

@@ -104,8 +104,8 @@ def test_tools_and_calls_of_tools_are_kept(rows_case, name):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("kto.yaml", "field 'label' .* good or bad.*Keep the good rows"),
-        ("dpo.yaml", "preference.*the better answer"),
+        ("kto.yaml", "field 'label' .* good or bad.*objective: kto.*keep the good rows"),
+        ("dpo.yaml", "preference.*objective: dpo.*the better answer"),
     ],
 )
 def test_judged_answers_are_refused_with_one_reason_for_all_rows(rows_case, name, told):

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+from strategies import OBJECTIVES
+
 DIALOGUE_KEYS = ("dialogue", "dialog", "chat", "turns")  # of turns where they hold a list of objects
 TURN_KEYS = ("messages", "conversations", "conversation", *DIALOGUE_KEYS)
 SHAREGPT_KEYS = ("conversations", "conversation", "messages")
@@ -72,10 +74,13 @@ class Refusal:
 
 
 _REMOVE = "or remove the field, or name it in data.ignore_columns"
+_OF_PAIRS = ", ".join(name for name, objective in OBJECTIVES.items() if objective.rows == "pairs")
+_OF_LABELLED = ", ".join(name for name, objective in OBJECTIVES.items() if objective.rows == "labelled")
 _PICTURES = Refusal("what it shows or plays; only text is trained", f"Describe it in the text, {_REMOVE}")
 _PREFERENCE = Refusal(
     "which answer is the better one; one answer a row is trained here",
-    "Name the better answer: data.columns: {prompt: prompt, completion: chosen} and data.ignore_columns: [rejected]",
+    f"Train on both with one of `objective: {_OF_PAIRS}`, or name the better answer: data.columns: {{prompt: prompt,"
+    " completion: chosen} and data.ignore_columns: [rejected]",
 )
 _WEIGHTS = Refusal(
     "how much it counts; every row counts the same here", f"Repeat or leave out rows by their weight, {_REMOVE}"
@@ -94,7 +99,8 @@ _INPUT = Refusal("a part of the question", f"Write it into the prompt, {_REMOVE}
 
 _LABEL = Refusal(
     "that an answer is good or bad; a row marked bad would be trained like a good one",
-    "Keep the good rows alone and remove the field, or name it in data.ignore_columns",
+    f"Train on both kinds with `objective: {_OF_LABELLED}`, or keep the good rows alone and remove the field or name it"
+    " in data.ignore_columns",
 )
 _TEMPLATE = Refusal("an option of the chat template", f"Write it into a template for data.chat_template, {_REMOVE}")
 _SPEAKER = Refusal("who speaks", f"Write the name into the turn's text, {_REMOVE}")

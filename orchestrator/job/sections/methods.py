@@ -11,11 +11,11 @@ from orchestrator.job.sections.section import MOST, Section, key
 from strategies import METHODS
 
 
-def _method_section(name: str, method: type[Any]) -> type[Section]:
-    """The job-file section of a registered method: its dataclass fields, with their own sentences and limits."""
-    types = get_type_hints(method)
-    fields: dict[str, Any] = {"type": (Literal[name], Field(name, description="training method"))}
-    for option in dataclasses.fields(method):
+def section_of(name: str, registered: type[Any], what: str) -> type[Section]:
+    """The job-file section of a registered method or objective: its fields, with their own sentences and limits."""
+    types = get_type_hints(registered)
+    fields: dict[str, Any] = {"type": (Literal[name], Field(name, description=f"training {what}"))}
+    for option in dataclasses.fields(registered):
         limits = dict(option.metadata)
         doc = limits.pop("doc", "")
         limits.pop("tried", None)
@@ -26,7 +26,8 @@ def _method_section(name: str, method: type[Any]) -> type[Section]:
             limits["le"] = MOST
         kind, limits = _move_limits(kind, limits)
         fields[option.name] = (kind, Field(default, description=doc, **limits))
-    return create_model(f"{method.__name__}Method", __base__=Section, __doc__=method.__doc__, **fields)
+    label = f"{registered.__name__}{what.title()}"
+    return create_model(label, __base__=Section, __doc__=registered.__doc__, **fields)
 
 
 def _move_limits(kind: Any, limits: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -45,7 +46,7 @@ class AutoMethod(Section):
 
 
 DEFAULT_METHOD = next(iter(METHODS))  # of a section that states options and no type
-METHOD_SECTIONS: dict[str, type[Section]] = {name: _method_section(name, cls) for name, cls in METHODS.items()}
+METHOD_SECTIONS: dict[str, type[Section]] = {name: section_of(name, cls, "method") for name, cls in METHODS.items()}
 METHOD_SECTIONS["auto"] = AutoMethod
 
 

@@ -49,6 +49,7 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         f"strategy.mode: zero{techniques.zero_stage}": techniques.zero_stage > 0,
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
         "its rows are padded (data.packing: false)": not techniques.packing,
+        "its objective is over whole documents": plan.build_objective().is_by_document,
         "train.cache_frozen_activations is true": job.spec.train.cache_frozen_activations is True,
     }
     own = plan.build_method().why_alone()

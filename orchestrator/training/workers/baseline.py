@@ -10,6 +10,7 @@ import torch
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like
+from orchestrator.training.model.references import attach_references
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import quality
 from orchestrator.training.workers.setup import prepare_model
@@ -26,6 +27,7 @@ def measure(folder: str) -> None:
     torch.set_num_threads(part.threads)
     context = WorkerContext(job, plan, part, run.data().model, device_like(part))  # its events are the workers'
     setup, techniques = prepare_model(context)
+    attach_references(context, setup, techniques, None, held_out)
     tokenizer = loading.tokenizer_of(run, job)
     measured = quality.measure(context, setup, techniques, tokenizer, held_out)
     run.write("before.json", json.dumps({**measured, "node": part.node}))

@@ -29,6 +29,7 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model.devices import planned_device
+from orchestrator.training.model.references import assume_references
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers import finished, preflight
 from orchestrator.training.workers.setup import prepare_model
@@ -50,6 +51,7 @@ class _Step:
     num_samples: int
     num_tokens: int
     num_supervised: int  # tokens
+    num_counted: int  # what the loss is a mean over
     num_computed: int  # tokens that go through the model, padding included
 
 
@@ -74,23 +76,22 @@ def bench_training(
     data, _ = datasets(ready.data_files)
     say(f"loading the model, then {_WARM_UP + num_steps} steps ...")
     setup, techniques = prepare_model(WorkerContext(job, plan, part, folder, device))
+    assume_references(plan, data)
     if bus_bytes_per_s:
         _emulate_bus(setup, plan, bus_bytes_per_s)
     order = Order(len(data), plan.global_batch_size, job.spec.train.seed, _WARM_UP + num_steps + 1)
     setup.model.train()
     steps = [_step(data, order.sample_ids(number), techniques) for number in range(_WARM_UP + num_steps + 1)]
     with host_memory.kept():
-        timed = [
-            dissect.timed_step(setup, step.batches, step.num_supervised, techniques, device) for step in steps[:-1]
-        ]
+        timed = [dissect.timed_step(setup, step.batches, step.num_counted, techniques, device) for step in steps[:-1]]
     last = steps[-1]
     say("profiling one step ...")
     batches = [make().to(device) for make in last.batches]
-    profiled = dissect.profiled_step(setup, batches, last.num_supervised, techniques)
+    profiled = dissect.profiled_step(setup, batches, last.num_counted, techniques)
     spans = []
     if with_timeline:
         say("two steps for the timeline ...")
-        spans = [vars(span) for span in timeline.record_spans(setup, last.batches, last.num_supervised, techniques, 2)]
+        spans = [vars(span) for span in timeline.record_spans(setup, last.batches, last.num_counted, techniques, 2)]
     heaviest = preflight.heaviest(setup, data, techniques, plan.global_batch_size)[0]
     return {
         "kind": "train",
@@ -125,6 +126,7 @@ def _step(data: Dataset, sample_ids: list[int], techniques: Techniques) -> _Step
         len(sample_ids),
         int(data.lengths[sample_ids].sum()),
         int(data.num_supervised[sample_ids].sum()),
+        data.num_counted(sample_ids),
         sum(make().input_ids_BT.numel() for make in batches),
     )
 

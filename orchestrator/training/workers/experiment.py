@@ -22,6 +22,7 @@ from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.loop import train
 from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like, gpu_in_use
+from orchestrator.training.model.references import attach_references
 from orchestrator.training.state import Hooks, Progress, Training
 from orchestrator.training.worker_context import RunSeat, WorkerContext
 from orchestrator.training.workers import preflight, quality, result
@@ -49,6 +50,7 @@ class Experiment:
         self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record, seat=seat)
         self._data, self._held_out = data, held_out
         self._setup, self._techniques = prepare_model(self._context)
+        attach_references(self._context, self._setup, self._techniques, data, held_out)
         self.tensors_bytes = tensors_peak_bytes(
             self._setup, data, self._techniques, plan.global_batch_size, is_shared=seat is not None
         )

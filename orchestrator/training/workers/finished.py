@@ -30,9 +30,12 @@ from orchestrator.training.model.loading import (
     load_tokenizer,
     load_tuned,
 )
+from orchestrator.training.model.references import compute_references
 from orchestrator.training.model.tied import merged_model
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.quality import measure
+from orchestrator.training.workers.setup import loss_of, prepare_model
+from strategies.step.out_of_memory import release_cache
 from strategies.step.supervised_logits import inner_model
 from strategies.train_setup import TrainSetup
 
@@ -50,14 +53,24 @@ def context_of(run: RunFolder, job: Job) -> WorkerContext:
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
     """Held-out loss and metrics of what a run handed back, on this machine, in this process."""
     exported, context = exported_whole(run), context_of(run, job)
-    techniques = context.part.techniques
+    techniques, loss = context.part.techniques, loss_of(context.plan)
+    if loss and loss.needs_reference and not context.plan.build_method().starts_as_base:
+        _compute_references(context, held_out)
     model = load_exported(context, exported, techniques, techniques.attn_implementation)
     if techniques.packing:
         techniques = without_leaks(inner_model(model), techniques, context)
     techniques = with_loss_that_runs(model, techniques, context)
     nothing: Any = None
-    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, nothing)
+    setup = TrainSetup(model, nothing, dict(model.named_parameters()), nothing, nothing, objective=loss)
     return measure(context, setup, techniques, load_tokenizer(str(exported), job), held_out)
+
+
+def _compute_references(context: WorkerContext, held_out: Dataset) -> None:
+    """The reference's log-probabilities by the model that training started from, which is freed again."""
+    setup, techniques = prepare_model(context)
+    held_out.references = compute_references(setup, held_out, techniques, context.group)
+    setup.release()
+    release_cache()
 
 
 def merge(run: RunFolder, job: Job, output: Path) -> Agreement:

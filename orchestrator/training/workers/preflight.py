@@ -31,6 +31,7 @@ from orchestrator.training.evaluate import evaluate_loss
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model.devices import planned_device
+from orchestrator.training.model.references import assume_references
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import prepare_model
@@ -107,7 +108,8 @@ def heaviest(setup: TrainSetup, data: Dataset, techniques: Techniques, num_sampl
     Of those that `num_samples` samples make which are the longest, or learn most: no step of this worker has heavier.
     """
     layout = techniques.per_device_train_batch_size, techniques.max_length, techniques.packing
-    chosen = heaviest_samples(data.lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
+    lengths = data.lengths if techniques.packing else data.padded_lengths
+    chosen = heaviest_samples(lengths.tolist(), data.num_supervised.tolist(), num_samples, *layout)
     if techniques.share_prefixes:
         return _heaviest_trees(data, techniques, num_samples, setup.device)
     return [collate(data, members, techniques.packing).to(setup.device) for members in chosen]
@@ -235,6 +237,9 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     data, held_out = datasets(ready.data_files)
     part = plan.nodes[0]
     setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files.model, device))
+    assume_references(plan, data)
+    if held_out is not None:
+        assume_references(plan, held_out)
     with tempfile.TemporaryDirectory(dir=_existing(Path(job.spec.checkpoint.output_dir).expanduser())) as folder:
         return check(setup, data, held_out, techniques, num_samples_of(plan, part), Path(folder) / "preflight")
 

@@ -15,7 +15,7 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import (
     GeneratedAnswer,
     Generation,
-    evaluate_loss,
+    evaluate_rows,
     generate_answers,
     num_without_room,
 )
@@ -38,7 +38,8 @@ def measure(
     NothingFits, on every worker, where the loss of a single row does not fit.
     """
     started, plan, group, spec = time.perf_counter(), context.plan, context.group, context.job.spec.eval
-    quality: dict[str, Any] = {"eval_loss": evaluate_loss(setup, held_out, techniques, group), "rows": len(held_out)}
+    losses = evaluate_rows(setup, held_out, techniques, group)
+    quality: dict[str, Any] = {"eval_loss": losses.loss, **losses.rewards, "rows": len(held_out)}
     if plan.metrics:
         refuse_tokenizer(spec.tokenizer, plan.metrics)
         indices = range(min(len(held_out), spec.max_rows))

@@ -33,11 +33,13 @@ from orchestrator.training.model.loading import (
     refuse_conversion,
     tokenizer_of,
 )
+from orchestrator.training.model.references import attach_references
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Method
 from strategies.engines.shard import shard
+from strategies.objectives.contract import DocumentObjective
 from strategies.pipeline.cut import CannotCut, load_stage
 from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
@@ -45,7 +47,7 @@ from strategies.step import device_memory
 from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
-from strategies.train_setup import TrainSettings, TrainSetup
+from strategies.train_setup import SampleLoss, TrainSettings, TrainSetup
 from strategies.workload import Techniques
 
 
@@ -87,6 +89,7 @@ def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
     if context.part.techniques.stage:
         refuse_wrong_family(context)
     setup, techniques = prepare_model(context)
+    attach_references(context, setup, techniques, data, held_out, run.path)
     seconds = round(time.perf_counter() - started, 2)
     context.record(ModelReady(seconds, context.plan.num_trainable_parameters))
     return Inputs(setup, techniques, tokenizer_of(run, context.job), data, held_out, libraries_bytes)
@@ -182,10 +185,21 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
     if techniques.torch_compile:
         setup.model.compile(dynamic=True)
     setup = _divide(context, setup, settings)
+    setup.objective = loss_of(context.plan)
     techniques = with_known_layers(setup, techniques, context)
     for text in setup.notes:
         context.note(text)
     return setup, techniques
+
+
+def loss_of(plan: Plan) -> SampleLoss | None:
+    """The loss of an objective over whole documents; None where supervised tokens are trained."""
+    objective = plan.build_objective()
+    if not isinstance(objective, DocumentObjective):
+        return None
+    from strategies.objectives.documents import DocumentLoss
+
+    return DocumentLoss(objective)
 
 
 def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]:

@@ -208,7 +208,7 @@ NAN = float("nan")
         ({"text": "t", "label": float("inf")}, "field 'label' is inf"),
         ({"text": "t", "label": ["a", "b"]}, "it must be a text or a number"),
         ({"prompt": "q", "completion": "a", "label": False}, "answer is good or bad"),
-        ({"prompt": "q", "completion": "a", "label": 1}, "Keep the good rows alone"),
+        ({"prompt": "q", "completion": "a", "label": 1}, "keep the good rows alone"),
         (asks(ASK, TELL) | {"chosen": "x", "rejected": "y"}, "which answer is the better one"),
         ({"prompt": "q", "completion": "a", "images": ["x.png"]}, "only text is trained"),
         ({"prompt": "q", "completion": "a", "weight": 0.5}, "how much it counts"),

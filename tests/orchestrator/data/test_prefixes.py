@@ -9,14 +9,16 @@ from orchestrator.data.prefixes import tree_ratios
 class Rows:
     """Rows of token ids."""
 
+    documents = None  # each row is one
+
     def __init__(self, rows):
         self._rows = rows
 
     def __len__(self):
         return len(self._rows)
 
-    def tokens(self, index):
-        return numpy.array(self._rows[index]), None
+    def documents_of(self, index):
+        return [(numpy.array(self._rows[index]), None)]
 
 
 def test_rows_with_one_beginning_share_more_the_more_of_them_stand_together():

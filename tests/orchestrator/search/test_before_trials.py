@@ -62,6 +62,7 @@ def test_a_rank_is_a_knob_of_methods_that_have_one():
         ("{train.learning_rate: {loguniform: [1e-3, 1e-4]}}", "range is empty"),
         ("{train.seed: [1, 2]}", "must be the same in every trial"),
         ("{cluster.address: [a]}", "must be the same in every trial"),
+        ("{objective.type: [dpo, ipo]}", "must be the same in every trial"),
         ("{method.lora_r: [0]}", "it should be greater than or equal to 1"),
         ("{model.dtype: [int4]}", "it should be"),
     ],
