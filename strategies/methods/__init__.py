@@ -3,6 +3,7 @@
 lora                start here: LoRA
 fused_maps          whether LoRA's maps are one function each with their corrections
 full                full fine-tuning
+lora_start          a fresh LoRA model that starts from an adapter of another training
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
 low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient
 qlora               QLoRA

@@ -15,6 +15,7 @@ from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.export import Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
+from strategies.methods.lora_start import start_from
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
 from strategies.quality import QualityPrior
@@ -100,9 +101,8 @@ class Lora(PredictedMethod):
         return plain and self.init_adapter is None
 
     def why_alone(self) -> str | None:
-        if self.fused:
-            return "fused maps are computed for all tokens of a row at once"
         others = {
+            "fused": self.fused,  # its maps are computed for all tokens of a row at once
             "use_dora": self.use_dora,
             "modules_to_save": bool(self.modules_to_save),
             "trainable_token_indices": bool(self.trainable_token_indices),
@@ -373,30 +373,3 @@ class Lora(PredictedMethod):
 def whole_if_possible(value: float) -> float:
     """32 for 32.0: other readers of adapter_config.json, e.g. Ollama's, take whole numbers alone."""
     return int(value) if float(value).is_integer() else value
-
-
-def start_from(peft_model: Any, folder: Path) -> None:
-    """Let a fresh LoRA model start from another adapter: truncated to its rank, or filled up with what is fresh.
-
-    Raises ValueError where the adapter corrects maps that this LoRA leaves alone.
-    """
-    import torch
-
-    from strategies.adapter_bank.adapter import Adapter
-    from strategies.adapter_bank.algebra import truncate
-
-    if not folder.is_dir():
-        raise ValueError(f"init_adapter {folder} is not a folder; give its absolute path")
-    adapter = Adapter(folder)
-    own = {name.removeprefix("base_model.model."): m for name, m in peft_model.named_modules() if hasattr(m, "lora_A")}
-    if left_alone := sorted(set(adapter.targets) - set(own)):
-        raise ValueError(
-            f"init_adapter corrects {len(left_alone)} maps that this LoRA leaves alone, e.g. {left_alone[0]}: widen"
-            " lora_target_modules or layers_to_transform"
-        )
-    with torch.no_grad():
-        for name in adapter.targets:
-            a_RI, b_OR = own[name].lora_A["default"].weight, own[name].lora_B["default"].weight
-            start, _, _ = truncate(adapter.factors(name), a_RI.shape[0])
-            a_RI[: start.rank] = start.a_RI.to(a_RI)
-            b_OR[:, : start.rank] = (start.b_OR / own[name].scaling["default"]).to(b_OR)

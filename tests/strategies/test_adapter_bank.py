@@ -23,7 +23,7 @@ from strategies.adapter_bank.generation import Recipe, generate
 from strategies.adapter_bank.selection import forward_selection
 from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
-from strategies.methods.lora import start_from
+from strategies.methods.lora_start import start_from
 
 MAPS = {"model.layers.0.q_proj": (12, 20), "model.layers.1.q_proj": (12, 20)}  # outputs, inputs
 VOCABULARY = 50

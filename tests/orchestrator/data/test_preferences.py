@@ -126,7 +126,7 @@ def test_what_is_told_of_a_pair_names_the_columns_of_its_file():
 
 
 def test_a_pair_among_single_answers_names_the_objective():
-    with pytest.raises(BadRow, match="one of `objective: dpo, ipo, simpo, orpo`, or keep the better answer"):
+    with pytest.raises(BadRow, match="one of `objective: dpo, ipo, simpo, orpo`, or name the better answer"):
         read_example(Row({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, "rows.jsonl", 1), "auto")
 
 
@@ -249,12 +249,11 @@ def test_a_data_set_gives_documents_counts_and_subsets(tokenizer, tmp_path):
 def test_a_text_that_would_be_split_is_refused_for_pairs(job_text, tmp_path):
     from orchestrator.data.samples import options_for
     from orchestrator.job.job_file import parse_job
-    from orchestrator.job.sections.training import Source
 
     job = parse_job(job_text + "objective: dpo\n", tmp_path, overrides=["data.overlong=split"])
 
     with pytest.raises(JobError, match="cut an answer from its prompt"):
-        options_for(job, [Source(path="train.jsonl")], 64, "data.train")
+        options_for(job, 64)
 
 
 @pytest.mark.skipif(not (SHARED / "assets/data/llamafactory_demo").is_dir(), reason="needs ../shared/assets")
