@@ -58,7 +58,7 @@ def convert(document: Document, table: KeyTable, source: Path, target: Path) -> 
     lines = {".".join(map(str, path)): line for path, line in document.lines.items() if path}
     draft = JobDraft(table.name, document.values, flat(document.values), lines, source, target)
     _refuse(draft, table)
-    READERS[table.data](draft)
+    READERS[table.data](draft, table)
     rest = {key for key in draft.flat if not any(key == one or key.startswith(f"{one}.") for one in table.data_keys)}
     for key in [*(key for key in table.entries if key in rest), *(key for key in draft.flat if key in rest)]:
         if key in rest:

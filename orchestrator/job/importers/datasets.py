@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -10,31 +12,18 @@ from typing import Any
 from clusters.safe.reading import BadInput, read_json
 from orchestrator.errors import bad_input_as_job_error
 from orchestrator.job.importers.draft import JobDraft
+from orchestrator.job.importers.sources import Said, columns_beside, listed, read_entry, sources_of
+from orchestrator.job.importers.tables import KeyTable
 
-_RENAME = "columns and turns are found by their usual names: rename those of the rows"
-_SLICE = "all rows are used: cut the file, or end earlier with train.max_steps"
 _TEMPLATE = (
     "the rows become turns of the model's own chat template, without the tool's headings. Compare with `inspect`"
 )
 _ANSWERS_ONLY = ("data.assistant_only_loss", "data.completion_only_loss")
 
 
-def _source(path: str, kind: str | None = None, split: Any = None) -> Any:
-    """A source of the job: its path alone where nothing else is stated."""
-    stated = {"path": path, "format": kind, "split": None if split == "train" else split}
-    return path if kind is None and stated["split"] is None else {key: one for key, one in stated.items() if one}
-
-
 def _set_sources(draft: JobDraft, key: str, sources: list[Any], theirs: str) -> None:
     if sources:
         draft.set(key, sources[0] if len(sources) == 1 else sources, theirs)
-
-
-def _listed(value: Any) -> list[Any]:
-    """A list, names with commas, or one value."""
-    if isinstance(value, str):
-        return [part.strip() for part in value.split(",") if part.strip()]
-    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _hold_out(draft: JobDraft, key: str) -> None:
@@ -56,33 +45,23 @@ def _train_on_everything(draft: JobDraft, their_key: str) -> None:
 # --- Axolotl
 
 _AXOLOTL_KINDS = {"alpaca": "alpaca", "sharegpt": "sharegpt", "completion": "text", "chat_template": None}
-_AXOLOTL_USUAL = {
-    "field_messages": ("messages", "conversations"),
-    "message_field_role": ("role", "from"),
-    "message_field_content": ("content", "value"),
-    "message_property_mappings": ({"role": "role", "content": "content"}, {"role": "from", "content": "value"}),
-    "roles": (
-        {"user": ["user"], "assistant": ["assistant"]},
-        {"user": ["user", "human"], "assistant": ["assistant", "gpt"]},
-    ),
-    "roles_to_train": (["assistant"], ["gpt"], ["assistant", "gpt"]),
-    "train_on_eos": ("turn",),
-    "field": ("text",),
-    "chat_template": ("tokenizer_default",),
-    "trust_remote_code": (False,),
-    "conversation": (),
-}
+_AXOLOTL_OWN = {"prompt": "instruction", "input": "input", "completion": "output", "system": "system"}
 
 
-def _axolotl(draft: JobDraft) -> None:
+def _axolotl(draft: JobDraft, table: KeyTable) -> None:
     for theirs, key in (("datasets", "data.train"), ("test_datasets", "data.eval")):
-        entries = [one for one in _listed(draft.values.get(theirs)) if isinstance(one, dict)]
-        found = [source for at, one in enumerate(entries) for source in _axolotl_sources(draft, one, f"{theirs}.{at}")]
+        entries = [one for one in listed(draft.values.get(theirs)) if isinstance(one, dict)]
+        found = [
+            source for at, one in enumerate(entries) for source in _axolotl_sources(draft, table, one, f"{theirs}.{at}")
+        ]
         _set_sources(draft, key, found, theirs)
     if not draft.values.get("test_datasets"):
         _hold_out(draft, "val_set_size")
     if draft.flat.get("train_on_inputs"):
         _train_on_everything(draft, "train_on_inputs")
+        if (ends := draft.settings.get("data.train_on_eos")) and ends.value in ("last", "none"):
+            del draft.settings["data.train_on_eos"]
+            draft.leave("matters", "train_on_inputs", f"train_on_eos {ends.value}: every token is trained, ends too")
     elif "train_on_inputs" in draft.flat:
         draft.leave("default", "train_on_inputs", "prompts are not trained")
     if draft.flat.get("chat_template") not in (None, "", "tokenizer_default"):
@@ -91,60 +70,35 @@ def _axolotl(draft: JobDraft) -> None:
         draft.leave("matters", "dataset_exact_deduplication", "equal rows are counted by `validate`, and stay")
 
 
-def _axolotl_sources(draft: JobDraft, entry: Mapping[str, Any], where: str) -> list[Any]:
-    kind = entry.get("type")
-    base = re.split(r"[.:]", kind)[0] if isinstance(kind, str) else None
-    if base == "alpaca":
+def _axolotl_sources(draft: JobDraft, table: KeyTable, entry: Mapping[str, Any], where: str) -> list[Any]:
+    said = read_entry(draft, table, entry, where)
+    name = said.options.pop("type", None)
+    base = re.split(r"[.:]", name)[0] if isinstance(name, str) else None
+    kind = _AXOLOTL_KINDS.get(base or "")
+    if isinstance(entry.get("type"), dict):  # rows of its own: columns and a text to put them into
+        kind, said.columns = "alpaca", _AXOLOTL_OWN | said.columns
+    elif base == "alpaca":
         draft.leave("matters", f"{where}.type", _TEMPLATE)
-    elif kind is not None and base not in _AXOLOTL_KINDS:
+    elif name is not None and base not in _AXOLOTL_KINDS:
         draft.leave("matters", f"{where}.type", "rows of this kind are read by their columns; compare with `inspect`")
-    for key, value in entry.items():
-        if key in ("path", "type", "data_files", "split", "ds_type", "name") or value in (None, "", False):
-            continue
-        if value not in _AXOLOTL_USUAL.get(key, ()):
-            draft.leave("matters", f"{where}.{key}", _RENAME)
-    if entry.get("name"):
-        draft.leave("matters", f"{where}.name", "a data set's default configuration is read")
-    files = _listed(entry.get("data_files")) or [entry.get("path")]
-    return [_source(draft.path(one), _AXOLOTL_KINDS.get(base or ""), entry.get("split")) for one in files]
+    return sources_of(draft, kind, said, where)
 
 
 # --- LLaMA-Factory
 
-_COLUMNS = {
-    "alpaca": {
-        "prompt": "instruction",
-        "query": "input",
-        "response": "output",
-        "system": "system",
-        "history": "history",
-    },
-    "sharegpt": {"messages": "conversations", "system": "system", "tools": "tools"},
-}
-_TAGS = {
-    "role_tag": "from",
-    "content_tag": "value",
-    "user_tag": "human",
-    "assistant_tag": "gpt",
-    "observation_tag": "observation",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
-_OPENAI_TAGS = {
-    "role_tag": "role",
-    "content_tag": "content",
-    "user_tag": "user",
-    "assistant_tag": "assistant",
-    "observation_tag": "tool",
-    "function_tag": "function_call",
-    "system_tag": "system",
-}
 
-
-def _llama_factory(draft: JobDraft) -> None:
+def _llama_factory(draft: JobDraft, table: KeyTable) -> None:
     folder, info = _dataset_info(draft)
     for theirs, key in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
-        found = [_llama_factory_source(draft, name, folder, info, theirs) for name in _listed(draft.flat.get(theirs))]
+        found = []
+        for name in map(str, listed(draft.flat.get(theirs))):
+            if isinstance(said := info.get(name), dict):
+                entry = read_entry(draft, table, said, theirs, name)
+                found += _llama_factory_sources(draft, entry, folder / name, theirs)
+                continue
+            why = "dataset_info.json does not name it" if info else f"{folder}/dataset_info.json was not found"
+            draft.leave("matters", theirs, f"{name}: {why}: set data.train to the path of its rows")
+            found.append(name)
         _set_sources(draft, key, found, theirs)
     if not draft.flat.get("eval_dataset"):
         _hold_out(draft, "val_size")
@@ -175,74 +129,65 @@ def _dataset_info(draft: JobDraft) -> tuple[Path, dict[str, Any]]:
     return stated, {}
 
 
-def _llama_factory_source(draft: JobDraft, name: str, folder: Path, info: dict[str, Any], theirs: str) -> Any:
-    said = info.get(str(name))
-    if not isinstance(said, dict):
-        why = "dataset_info.json does not name it" if info else f"{folder}/dataset_info.json was not found"
-        draft.leave("matters", theirs, f"{name}: {why}: set data.train to the path of its rows")
-        return name
-    is_chat = said.get("formatting") == "sharegpt"
-    columns, tags = (one if isinstance(one, dict) else {} for one in (said.get("columns"), said.get("tags")))
-    is_openai = is_chat and {**_TAGS, **tags}["role_tag"] == "role"
-    usual = _COLUMNS["sharegpt" if is_chat else "alpaca"]
-    odd = [
-        one for key, one in columns.items() if one not in (usual.get(key), "messages" if key == "messages" else None)
-    ]
-    wanted = _OPENAI_TAGS if is_openai else _TAGS
-    odd += [one for key, one in tags.items() if one != wanted.get(key)]
-    if said.get("ranking") or "kto_tag" in columns:
-        draft.leave("matters", theirs, f"{name}: preferences are not trained on; `validate` refuses such rows")
-    kind = "messages" if is_openai else "sharegpt" if is_chat else "alpaca"
-    if columns == {"prompt": "text"} or draft.flat.get("stage") == "pt":
-        kind, odd = "text", [one for one in columns.values() if one != "text"]
-    if odd:
-        draft.leave("matters", theirs, f"{name}: {', '.join(map(str, odd))}: {_RENAME}")
-    if said.get("num_samples"):
-        draft.leave("matters", theirs, f"{name}: num_samples: {_SLICE}")
-    place = said.get("hf_hub_url") or said.get("ms_hub_url")
-    path = str(place) if place else draft.beside(folder / str(said.get("file_name", name)))
-    return _source(path, kind, said.get("split"))
+def _llama_factory_sources(draft: JobDraft, said: Said, place: Path, theirs: str) -> list[Any]:
+    file = said.options.pop("file_name", place.name)
+    said.options.setdefault("path", place.parent / str(file))
+    kind = "alpaca"
+    if said.options.pop("formatting", None) in ("sharegpt", "openai"):
+        kind = "messages" if said.columns.get("role") == "role" else "sharegpt"
+    elif draft.flat.get("stage") == "pt" or set(said.columns) == {"prompt"}:
+        kind, said.columns = "text", {"text": said.columns.get("prompt", "instruction")}
+    elif said.columns and "input" not in said.columns:  # a column of that name is not read
+        kind = "prompt_completion"
+        said.columns = {"prompt": "instruction", "completion": "output"} | said.columns
+    return sources_of(draft, kind, said, theirs)
 
 
 # --- TRL, ms-swift, Unsloth, torchtune
 
+_TRL_KINDS = (("messages", {"messages"}), ("prompt_completion", {"prompt", "completion"}), ("text", {"text"}))
 
-def _trl(draft: JobDraft) -> None:
+
+def _trl(draft: JobDraft, table: KeyTable) -> None:
     name, field = draft.flat.get("dataset_name"), draft.flat.get("dataset_text_field")
-    kind = "text" if field == "text" else None
-    train = draft.flat.get("dataset_train_split") or draft.flat.get("train_split")
-    sources = [_source(draft.path(name), kind, train)] if name else []
-    for at, one in enumerate(_listed(draft.values.get("datasets"))):
+    kind, columns = ("text", {"text": field}) if field else (None, {})
+    hub = {"path": name, "config": draft.flat.get("dataset_config")}
+    hub = {key: one for key, one in hub.items() if one}
+    train = draft.flat.get("dataset_train_split") or draft.flat.get("train_split") or "train"
+    sources = sources_of(draft, kind, Said(hub | {"split": train}, columns), "dataset_config") if name else []
+    for at, one in enumerate(listed(draft.values.get("datasets"))):
         if isinstance(one, dict) and "path" in one:
-            sources.append(_source(draft.path(one["path"]), kind, one.get("split")))
-            if others := sorted(set(one) - {"path", "split"}):
-                draft.leave("matters", f"datasets.{at}", f"{', '.join(others)}: {_RENAME}")
+            said = read_entry(draft, table, one, f"datasets.{at}")
+            chosen = {str(column) for column in listed(said.options.pop("columns", None))}
+            own = next((form for form, needed in _TRL_KINDS if needed <= chosen), None)
+            said.columns |= columns
+            sources += sources_of(draft, kind or own, said, f"datasets.{at}")
     if draft.flat.get("dataset_train_split") == "train":
         draft.leave("default", "dataset_train_split", "the same here")
     theirs = "dataset_name" if name else "datasets"
     _set_sources(draft, "data.train", sources, theirs)
+    for key in ("dataset_config", "dataset_text_field", "dataset_train_split", "train_split"):
+        if sources and draft.flat.get(key) not in (None, "", "train"):
+            draft.set("data.train", draft.settings["data.train"].value, key)  # it has a say too
     measured = draft.flat.get("eval_strategy", draft.flat.get("evaluation_strategy"))
     test = draft.flat.get("dataset_test_split")
     if name and (test or measured not in (None, False, "no")):
         key = "dataset_test_split" if test else "eval_strategy"
-        draft.set("data.eval", _source(draft.path(name), kind, test or "test"), key)
-    if draft.flat.get("dataset_config"):
-        draft.leave("matters", "dataset_config", "a data set's default configuration is read")
-    if field is None and sources:
+        held_out = sources_of(draft, kind, Said(hub | {"split": test or "test"}, columns), "dataset_config")
+        _set_sources(draft, "data.eval", held_out, key)
+    if any(not isinstance(one, dict) or "format" not in one for one in sources):
         draft.leave(
             "matters", theirs, "rows of a text and a label train the label here; data.format: text trains the text"
         )
-    elif field not in (None, "text"):
-        draft.leave("matters", "dataset_text_field", _RENAME)
 
 
-def _ms_swift(draft: JobDraft) -> None:
+def _ms_swift(draft: JobDraft, table: KeyTable) -> None:
     for theirs, key in (("dataset", "data.train"), ("val_dataset", "data.eval")):
-        names = _listed(draft.flat.get(theirs))
-        found = [re.sub(r"^(HF|MS)::|#\d+$", "", str(name)) for name in names]
-        if any("#" in str(name) for name in names):
-            draft.leave("matters", theirs, f"#N: {_SLICE}")
-        _set_sources(draft, key, [draft.path(one) for one in found], theirs)
+        names = map(str, listed(draft.flat.get(theirs)))
+        found = [source for name in names for source in _ms_swift_sources(draft, name, theirs)]
+        _set_sources(draft, key, found, theirs)
+    if columns := columns_beside(None, _ms_swift_columns(draft, table)):
+        draft.set("data.columns", columns, "columns")
     if not draft.flat.get("val_dataset"):
         _hold_out(draft, "split_dataset_ratio")
     loss = draft.flat.get("loss_scale")
@@ -252,14 +197,41 @@ def _ms_swift(draft: JobDraft) -> None:
         draft.leave("matters", "loss_scale", "every answer counts the same")
 
 
+def _ms_swift_sources(draft: JobDraft, text: str, theirs: str) -> list[Any]:
+    """`HF::name:subset/subset#rows`."""
+    text = re.sub(r"^(HF|MS)::", "", text)
+    count = None if draft.is_here(text) else re.search(r"#(\d{1,9})$", text)
+    text = text[: count.start()] if count else text
+    is_path = draft.is_here(text) or Path(text).is_absolute() or "://" in text
+    path, _, subsets = (text, "", "") if is_path else text.partition(":")
+    configs = [{"config": one.strip()} for one in subsets.split("/") if one.strip()] or [{}]
+    options = {"path": path} | ({"max_samples": int(count[1])} if count else {})
+    if count and len(configs) > 1:
+        draft.leave("matters", theirs, f"{text}: {count[1]} rows are drawn of each of its subsets, not of all together")
+    return [one for config in configs for one in sources_of(draft, None, Said(options | config), theirs)]
+
+
+def _ms_swift_columns(draft: JobDraft, table: KeyTable) -> Mapping[str, Any]:
+    """Our name -> theirs, of a mapping or of one in JSON that names theirs first."""
+    stated = draft.values.get("columns")
+    with contextlib.suppress(ValueError, RecursionError):
+        stated = json.loads(stated) if isinstance(stated, str) and stated else stated
+    if isinstance(stated, dict):
+        by_meaning = {str(meaning): column for column, meaning in stated.items()}
+        return read_entry(draft, table, by_meaning, "columns", "columns").columns
+    if stated:
+        draft.leave("matters", "columns", "is no mapping of columns; they are found by their usual names")
+    return {}
+
+
 _UNSLOTH_KINDS = {"alpaca": "alpaca", "chatml": "messages", "sharegpt": "sharegpt", "raw": "text"}
 
 
-def _unsloth(draft: JobDraft) -> None:
+def _unsloth(draft: JobDraft, _: KeyTable) -> None:
     kind = _UNSLOTH_KINDS.get(str(draft.flat.get("data.format_type")))
-    local = _listed(draft.flat.get("data.local_dataset"))
-    hub = _listed(draft.flat.get("data.dataset"))
-    sources = [_source(draft.path(one), kind) for one in [*hub, *local]]
+    local = listed(draft.flat.get("data.local_dataset"))
+    hub = listed(draft.flat.get("data.dataset"))
+    sources = [source for one in [*hub, *local] for source in sources_of(draft, kind, Said({"path": one}), "data")]
     _set_sources(draft, "data.train", sources, "data.local_dataset" if local else "data.dataset")
     if "training.train_on_completions" in draft.flat:
         for key in _ANSWERS_ONLY:
@@ -272,41 +244,44 @@ _TORCHTUNE_SETS = {
     "alpaca_dataset": ("tatsu-lab/alpaca", "alpaca"),
     "alpaca_cleaned_dataset": ("yahma/alpaca-cleaned", "alpaca"),
     "slimorca_dataset": ("Open-Orca/SlimOrca-Dedup", "sharegpt"),
+    "instruct_dataset": (None, "prompt_completion"),
+    "chat_dataset": (None, "messages"),
+    "text_completion_dataset": (None, "text"),
 }
 
 
-def _torchtune(draft: JobDraft) -> None:
+def _torchtune(draft: JobDraft, table: KeyTable) -> None:
     for theirs, key in (("dataset", "data.train"), ("dataset_val", "data.eval")):
         stated = draft.values.get(theirs)
         entries = stated if isinstance(stated, list) else [stated] if stated else []
-        found = [
-            source for one in entries if isinstance(one, dict) for source in _torchtune_sources(draft, one, theirs)
-        ]
+        found = []
+        for at, one in enumerate(entries):
+            if isinstance(one, dict):
+                where = f"{theirs}.{at}" if isinstance(stated, list) else theirs
+                found += _torchtune_sources(draft, table, one, where)
         _set_sources(draft, key, found, theirs)
     if draft.flat.get("run_val_every_n_steps"):
         draft.set("eval.eval_steps", draft.flat["run_val_every_n_steps"], "run_val_every_n_steps")
 
 
-def _torchtune_sources(draft: JobDraft, entry: Mapping[str, Any], theirs: str) -> list[Any]:
-    name = str(entry.get("_component_", "")).rpartition(".")[2]
+def _torchtune_sources(draft: JobDraft, table: KeyTable, entry: Mapping[str, Any], where: str) -> list[Any]:
+    said = read_entry(draft, table, entry, where)
+    name = str(said.options.pop("component", "")).rpartition(".")[2]
     path, kind = _TORCHTUNE_SETS.get(name, (None, None))
     if kind == "alpaca":
-        draft.leave("matters", f"{theirs}._component_", _TEMPLATE)
-    if entry.get("train_on_input", kind == "alpaca"):
-        _train_on_everything(draft, f"{theirs}.train_on_input")
-    if entry.get("packed"):
-        draft.set("data.packing", True, f"{theirs}.packed")
-    if entry.get("new_system_prompt"):
-        draft.set("data.system_prompt", entry["new_system_prompt"], f"{theirs}.new_system_prompt")
-    read = ("_component_", "source", "data_files", "split", "packed", "train_on_input", "new_system_prompt")
-    if others := [key for key in entry if key not in read and entry[key] is not None]:
-        draft.leave("matters", theirs, f"{', '.join(others)}: {_RENAME}")
-    source = entry.get("source", path)
-    files = _listed(entry.get("data_files")) or [source or name]
-    return [_source(draft.path(one), kind, entry.get("split")) for one in files]
+        draft.leave("matters", f"{where}._component_", _TEMPLATE)
+    if said.options.pop("train_on_input", entry.get("train_on_input") is None and kind == "alpaca"):
+        _train_on_everything(draft, f"{where}.train_on_input")
+    if said.options.pop("packed", False):
+        draft.set("data.packing", True, f"{where}.packed")
+    if kind == "prompt_completion":  # `input` is all of the question there
+        asked = said.columns.pop("input", "input")
+        said.columns = {"prompt": asked, "completion": said.columns.pop("completion", "output")} | said.columns
+    said.options = {"path": path or name} | said.options
+    return sources_of(draft, kind, said, where)
 
 
-READERS: dict[str, Callable[[JobDraft], None]] = {
+READERS: dict[str, Callable[[JobDraft, KeyTable], None]] = {
     "axolotl": _axolotl,
     "llama_factory": _llama_factory,
     "trl": _trl,

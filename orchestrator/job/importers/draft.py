@@ -75,12 +75,21 @@ class JobDraft:
 
     def path(self, text: Any) -> Any:
         """A path of their file as the job has to spell it; what is no path here stays as it is, a name of the hub."""
+        if isinstance(text, Path):
+            return self.beside(text)
         if not isinstance(text, str) or not text.strip() or Path(text).is_absolute() or text.startswith("~"):
             return text
-        found = next((place / text for place in (self.source, Path.cwd()) if (place / text).exists()), None)
+        found = self._found(text)
         if found is None and text.startswith(("./", "../")):  # no name of the hub
             found = self.source / text
         return self.beside(found) if found else text
+
+    def is_here(self, text: str) -> bool:
+        """Whether a path of their file is one of this machine."""
+        return self._found(text) is not None
+
+    def _found(self, text: str) -> Path | None:
+        return next((place / text for place in (self.source, Path.cwd()) if (place / text).exists()), None)
 
     def beside(self, path: Path) -> str:
         """A path as the job spells it: relative where it lies not far from the job."""

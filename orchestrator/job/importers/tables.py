@@ -37,6 +37,7 @@ class KeyTable:
     signs: frozenset[str]
     data: str  # reader of its data sources
     data_keys: frozenset[str]
+    source: Mapping[str, Any]  # of one data source: what a key is there, or the values that say what is so anyway
     entries: Mapping[str, Entry]
     sentences: Mapping[Group, Mapping[str, str]]  # keys without a counterpart: what happens instead
     refuse: Mapping[str, Mapping[str, Any]]
@@ -97,6 +98,7 @@ def _table(tool: str) -> KeyTable:
         signs=frozenset(own["signs"]),
         data=own["data"],
         data_keys=frozenset(own["data_keys"]),
+        source=own.get("source", {}),
         entries={key: _entry(value) for key, value in joined("keys").items()},
         sentences={group: joined(group) for group in GROUPS},
         refuse=own.get("refuse", {}),

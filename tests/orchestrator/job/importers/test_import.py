@@ -135,8 +135,8 @@ def test_that_data_of_llama_factory_are_found_by_its_names(imported, tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("renamed", "renamed: question, answer: columns"),
-        ("pairs", "preferences are not trained on"),
+        ("pairs", "pairs: ranking: preferences are not trained on"),
+        ("pictures", "pictures: columns.images: only text is trained on"),
         ("nowhere", "dataset_info.json does not name it"),
     ],
 )
