@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +10,8 @@ import typer
 from orchestrator.cli.options import JsonOption, err, print_json, say, show
 from orchestrator.errors import JobError
 from orchestrator.job.paths import resolve_path, write_text_file
+from orchestrator.language.catalogue import tr
+from orchestrator.language.help import fill
 from orchestrator.views.screen import write
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def import_(
         write(text)
     tell = show if target else say  # beside a job on standard output nothing else is
     for line in [*_listed(draft), *job.notices]:
-        tell(textwrap.fill(line, err.width, subsequent_indent="    ", break_on_hyphens=False, break_long_words=False))
+        tell(fill(tr(line), err.width, 4))
     if target:
         show(f"wrote {output}. Next: orchestrator validate {output}")
 
@@ -84,7 +85,9 @@ def _listed(draft: JobDraft) -> list[str]:
     for group, title in GROUPS.items():
         fates: dict[str, list[str]] = {}
         for one in draft.left[group]:
-            fates.setdefault(one.instead, []).append(f"{one.key} (line {one.line})" if group == "matters" else one.key)
+            fates.setdefault(one.instead, []).append(
+                f"{one.key} ({tr(f'line {one.line}')})" if group == "matters" else one.key
+            )
         if fates:
-            lines += [f"{title}:", *(f"  {', '.join(keys)}: {fate}" for fate, keys in fates.items())]
+            lines += [f"{title}:", *(f"  {', '.join(keys)}: {tr(fate)}" for fate, keys in fates.items())]
     return lines + ([f"not set in the file: {', '.join(draft.unset)}"] if draft.unset else [])

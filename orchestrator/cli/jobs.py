@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -30,6 +29,7 @@ from orchestrator.cli.options import (
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
 from orchestrator.language.catalogue import tr
+from orchestrator.language.help import fill
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
@@ -56,7 +56,7 @@ def recipes(
         print_json({key: {"path": str(path), "about": about} for key, (path, about) in found.items()})
         return
     for key, (_, about) in found.items():
-        show(textwrap.fill(f"{key:<20}{tr(about)}", out.width, subsequent_indent=" " * 20))
+        show(fill(f"{key:<20}{tr(about)}", out.width, 20))
     show("\nRun one: orchestrator submit NAME. Make it yours: orchestrator init job.yaml --recipe NAME")
 
 

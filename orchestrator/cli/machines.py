@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import socket
-import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -27,6 +26,7 @@ from orchestrator.cli.options import (
 )
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.language.catalogue import tr
+from orchestrator.language.help import fill
 from orchestrator.views.screen import new_table
 
 if TYPE_CHECKING:
@@ -61,7 +61,8 @@ def doctor(json_: JsonOption = False) -> None:
     marks = {"ok": "ok     ", "absent": "-      ", "attention": "LOOK   "}
     for one in found:
         missing = f"; would bring {one.brings}" if one.brings else ""
-        show(textwrap.fill(f"{marks[one.state]}{one.name}: {one.found}{missing}", out.width, subsequent_indent=" " * 9))
+        line = f"{marks[one.state]}{tr(one.name)}: {tr(f'{one.found}{missing}')}"
+        show(fill(line, out.width, 9))
         if one.fix:
             show(f"         {one.fix}")
 

