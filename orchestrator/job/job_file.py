@@ -304,20 +304,20 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
     kinds = {detail["type"] for detail in details}
     value = None if kinds == {"missing"} else shown(_value_at(path, document.values))
     if kinds == {"missing"}:
-        told = " is missing; add it"
+        told = f"{start} is missing; add it"
     elif "extra_forbidden" in kinds:
-        told = f": there is no such key{_nearest(path)}"
+        told = f"{start}: there is no such key{_nearest(path)}"
     elif "union_tag_invalid" in kinds:
-        told = f": {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
+        told = f"{start}: {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
     else:
-        told = f" is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
+        told = f"{start} is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
     fix = (
         told.rpartition("there is no such key")[2].lstrip(":; ") or "remove it"
         if "extra_forbidden" in kinds
         else (told.partition("; ")[2] or told.rpartition(": ")[2])
     )
     stands = None if kinds == {"missing"} else _value_at(path, document.values)
-    return Mistake(start + told, document.line(path), dotted, _short_value(stands), fix)
+    return Mistake(told, document.line(path), dotted, _short_value(stands), fix)
 
 
 def _short_value(value: Any) -> Any:
