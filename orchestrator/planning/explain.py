@@ -267,7 +267,7 @@ def _why_so_many(chosen: Candidate, fitting: Sequence[Candidate]) -> str:
     count = len(chosen.pipelines)
     if count == 1:
         return f"1: several beside each other, each with all layers, make no step {1 - WORTH_A_DEVICE:.0%} shorter"
-    fewer = [one for one in fitting if 0 < len(one.pipelines) < count]
+    fewer = [one for one in fitting if 0 < len(one.pipelines) < count and one.method == chosen.method]
     single = min(fewer, key=lambda one: one.step_s, default=None)
     than = f", {format_s(single.step_s)} with {len(single.pipelines)}" if single else ""
     return f"{count}: a step takes {format_s(chosen.step_s)}{than}; a layer's gradients are summed between its holders"

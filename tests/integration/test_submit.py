@@ -164,7 +164,8 @@ def test_mlflow_mirrors_the_run(finished, place):
     assert mirrored.data.metrics["measured_step_s"] > 0 < mirrored.data.metrics["predicted_step_s"]
     assert mirrored.data.metrics["after/eval_loss"] == told["result"]["after"]["eval_loss"]
     artifacts = {item.path for item in client.list_artifacts(mirrored.info.run_id)}
-    assert {"adapter", "plan.json", "result.json", "events.jsonl"} <= artifacts
+    assert {"plan.json", "result.json", "events.jsonl"} <= artifacts
+    assert client.get_logged_model(run.read_json("tracking.json")["model_id"]).name == "adapter"
     called("sync", run.run_id, cwd=place, check=0)
     assert len(client.get_metric_history(mirrored.info.run_id, "loss")) == NUM_STEPS  # nothing is sent twice
 
