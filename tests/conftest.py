@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ from tests import processes
 # Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Hints name the program as it is typed: here as where its environment is activated, and in English.
+os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+for variable in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
+    if os.environ.get(variable, "").startswith("ja"):
+        del os.environ[variable]
+
 # Ray's workers are nice to other programs (15), which here are other tests: a core would be theirs alone.
 os.environ.setdefault("RAY_worker_niceness", "0")
 # No test needs the network.  Before the hub's client is loaded, which reads it once.
