@@ -91,7 +91,7 @@ def workload_of(lengths, shape: ModelShape) -> Workload:
         num_samples_seen=len(lengths),
         mean_square_length=sum(n * n for n in lengths) / len(lengths),
         fullest_step_tokens=sum(lengths),
-        padded_ratio=_padded_ratios(list(lengths), len(lengths)),
+        padded_ratio=_padded_ratios(list(lengths), list(lengths), len(lengths)),
     )
 
 

@@ -102,7 +102,7 @@ def one_step(step: int, num_steps: int, num_workers: int, draw: random.Random, n
 
 def make_run(folder: Path, num_steps: int, num_workers: int = 1) -> RunFolder:
     """A finished run: the template's files, recorded as its own, and events of its own."""
-    shutil.copytree(TEMPLATE, folder)
+    shutil.copytree(TEMPLATE, folder, ignore=shutil.ignore_patterns(".summary*"))
     (folder / record.NAME).unlink(missing_ok=True)
     run = RunFolder(folder)
     names = ("origin.json", "capability.json", "plan.json", "data.json", "result.json", "job.yaml")

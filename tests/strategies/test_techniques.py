@@ -247,8 +247,9 @@ def test_threads_that_wait_sleep_unless_the_user_wants_otherwise(monkeypatch):
 
 def test_the_program_sets_it_before_torch_is_loaded():
     code = (
-        "import os, sys; from orchestrator.cli import app as cli; cli.app = lambda **_: None; cli.main();"
-        " print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)"
+        "import os, sys; from orchestrator.cli import app as cli\n"
+        "cli.app = lambda **_: print(os.environ['GOMP_SPINCOUNT'], 'torch' in sys.modules)\n"
+        "cli.main()"
     )
     theirs = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
     environment = {name: value for name, value in os.environ.items() if name not in theirs}

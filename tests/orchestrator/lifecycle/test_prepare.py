@@ -56,6 +56,7 @@ def test_sizes_of_tokenised_data_count_answers_and_references():
 
         def __init__(self, numpy, lengths, supervised):
             self.lengths, self.num_supervised = numpy.array(lengths), numpy.array(supervised)
+            self.document_lengths, self.documents = self.lengths, None
             self.num_references, self.statistics = 3, type("S", (), {"formats": {"classification": 3}})
 
         def __len__(self):
