@@ -65,6 +65,9 @@ def test_sizes_of_tokenised_data_count_answers_and_references():
         def tokens(self, index):
             return numpy.arange(self.lengths[index]), None
 
+        def documents_of(self, index):
+            return [self.tokens(index)]
+
     numpy = pytest.importorskip("numpy")
     sizes = sizes_of(Data(numpy, [4, 5, 6], [1, 2, 3]), Data(numpy, [7, 8, 9], [2, 9, 4]))
 
