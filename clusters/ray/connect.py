@@ -290,10 +290,10 @@ def connect(
     process: WorkerProcess | None = None,
     resident: residents.Resident | None = None,
 ) -> Iterator[Connection]:
-    """Connect for the length of the block; `local` starts Ray here, with `gpus` to hand out, and ends it after, or uses
-    a `resident` one.
+    """Connect for the length of the block.
 
-    Where it runs already, of `process` only the environment is used.  Raises CannotConnect.
+    `local` starts Ray here, with `gpus` to hand out, and ends it after, or uses a `resident` one.  Where it runs
+    already, of `process` only the environment is used.  Raises CannotConnect.
     """
     import ray
 

@@ -135,7 +135,7 @@ class SharedTrials:
             self._fill(group)
 
     def _turn(self, group: _Group) -> None:
-        """Send a group's trainer what is decided, or hear what it has to report."""
+        """Send a group's trainer what is decided, or receive its reports."""
         if not group.is_busy:
             self._fill(group)
             if not group.running:
@@ -155,7 +155,7 @@ class SharedTrials:
         for note in found[1]:
             self._say(note)
         for report in found[0]:
-            self._hear(group, report)
+            self._receive(group, report)
 
     def _fill(self, group: _Group) -> None:
         """Give the group's free places away."""
@@ -198,7 +198,7 @@ class SharedTrials:
                 self._say(f"trial {one.number} and those like it are tried by themselves: {one.share}")
         return wanted
 
-    def _hear(self, group: _Group, report: Report) -> None:
+    def _receive(self, group: _Group, report: Report) -> None:
         """A trial is at a rung or at its end."""
         number = report["trial"]["number"]
         if report["short_of_memory"] and len(group.running) > 1:

@@ -101,8 +101,9 @@ class Lora(PredictedMethod):
         return plain and self.init_adapter is None
 
     def why_alone(self) -> str | None:
+        if self.fused:
+            return "fused maps are computed for all tokens of a row at once"
         others = {
-            "fused": self.fused,  # its maps are computed for all tokens of a row at once
             "use_dora": self.use_dora,
             "modules_to_save": bool(self.modules_to_save),
             "trainable_token_indices": bool(self.trainable_token_indices),

@@ -11,7 +11,7 @@ from orchestrator.job.job_file import flat
 from orchestrator.planning.plan import settings_of
 from orchestrator.runs.mirror.logged_model import log_model
 from orchestrator.runs.mirror.numbers import numbers_of
-from orchestrator.runs.mirror.store import STATES, Store
+from orchestrator.runs.mirror.store import STATES, Store, paths_of
 from strategies.export import EXPORT_FOLDERS
 
 _A_CALL = 500  # numbers
@@ -56,13 +56,12 @@ class RunSender(Store):
             return
         data, spec = self.run.data(), self.job.spec.data
         schema = json.dumps({"mlflow_colspec": [column | {"required": True} for column in _COLUMNS]})
-        held_out = spec.eval if isinstance(spec.eval, str) else None
-        sources = [("training", spec.train, data.train_digest), ("evaluation", held_out, data.eval_digest)]
+        sources = [("training", spec.train, data.train_digest), ("evaluation", spec.eval, data.eval_digest)]
         inputs = []
-        for context, source, digest in sources:
-            if not source or not digest:
+        for context, stated, digest in sources:
+            if not (paths := paths_of(stated)) or not digest:
                 continue
-            text = masked(json.dumps(source) if not isinstance(source, str) else source)
+            text = masked(", ".join(paths))
             profile = json.dumps(data.statistics) if context == "training" and data.statistics else None
             where = json.dumps({"uri": text})
             dataset = Dataset(Path(text).name[:500], digest[:36], "local", where, schema=schema, profile=profile)

@@ -70,12 +70,12 @@ class Store:
     def _origin(self) -> dict[str, str]:
         """Who began it and from what, as MLflow's pages name it."""
         spec = self.job.spec
-        model, train = spec.model.model_name_or_path, spec.data.train
+        model, train = spec.model.model_name_or_path, ", ".join(paths_of(spec.data.train))
         method = self.run.plan().method["type"] if (self.run.path / "plan.json").exists() else self.run.kind
         return {
-            "mlflow.user": getpass.getuser(),
+            "mlflow.user": _user(),
             "mlflow.source.type": "JOB",
-            "mlflow.source.name": str(self.job.folder / self.run.document),
+            "mlflow.source.name": str(self.run.path / self.run.document),
             "mlflow.note.content": masked(f"{spec.name}: {method} of {model} on {train}. Folder: `{self.run.path}`"),
         }
 
@@ -131,6 +131,20 @@ class Store:
                 self.client.log_text(run_id, shown, f"{folder}/{file.name}" if folder else file.name)
                 return
         self.client.log_artifact(run_id, str(file), folder)
+
+
+def paths_of(stated: Any) -> list[str]:
+    """The paths or names of a data key's sources; none of a fraction that is held out."""
+    listed = stated if isinstance(stated, list) else [stated]
+    return [path for one in listed if (path := one if isinstance(one, str) else getattr(one, "path", None))]
+
+
+def _user() -> str:
+    """Who runs this; a container's number may have no name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return "unknown"
 
 
 def project_of(run: Path) -> str:

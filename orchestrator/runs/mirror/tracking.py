@@ -43,6 +43,7 @@ class Mirror:
         self._run, self._job = run, job
         self._wanted = wants_mlflow(job)
         self._local: LocalTrackers | None = None
+        self._has_failed = False  # a tracker beside the run
         self._system: Any = None  # MLflow's monitor of this machine
         self._next = time.monotonic() + _FIRST_S
         self.offset_at_start = run.end_of_events()
@@ -82,6 +83,8 @@ class Mirror:
 
     def _send_locally(self, ended: str | None = None) -> list[str]:
         """Keep TensorBoard's and W&B's files up to date; what shows them, where the run has ended."""
+        if self._has_failed:
+            return []
         try:
             self._local = self._local or LocalTrackers(self._run, self._job)
             if ended is None:
@@ -90,6 +93,7 @@ class Mirror:
             return self._local.finish(ended)
         except Exception as error:  # a library can fail in any way; the run continues
             self._run.record(TrackingReport(ok=False, text=f"a tracker beside the run failed: {first_line(error)}"))
+            self._has_failed = True  # say it once
             return []
 
     def _send(self, state: str) -> None:

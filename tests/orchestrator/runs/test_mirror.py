@@ -71,6 +71,15 @@ def test_the_data_are_inputs_with_digest_and_columns(sent, copied):
     assert "input_ids" in inputs["training"].schema and '"samples": 16' in inputs["training"].profile
 
 
+def test_sources_of_every_form_are_named():
+    from orchestrator.job.sections.training import HeldOutFraction, Source
+    from orchestrator.runs.mirror.store import paths_of
+
+    assert paths_of("a.jsonl") == ["a.jsonl"]
+    assert paths_of([Source(path="a.jsonl"), "b.csv"]) == ["a.jsonl", "b.csv"]
+    assert paths_of(HeldOutFraction(split=0.1)) == [] == paths_of(None)
+
+
 def test_names_of_curves_are_grouped_by_a_slash(sent):
     names = set(sent.data.metrics)
 
