@@ -29,6 +29,16 @@ def test_intervals_of_differences_hold_the_truth_in_95_of_100_samples():
     assert held / 300 == pytest.approx(0.95, abs=0.025)  # two standard deviations of 300 samples
 
 
+def test_they_are_scipys():
+    from scipy.stats import binomtest
+
+    for hits, count in ((0, 7), (3, 7), (7, 7), (80, 100)):
+        wanted = binomtest(hits, count).proportion_ci(0.95, method="wilson")
+        assert of_share(hits, count) == Interval(
+            hits / count, *(pytest.approx(one) for one in (wanted.low, wanted.high))
+        )
+
+
 def test_equal_scores_have_no_spread_and_right_or_wrong_ones_wilsons():
     assert of_mean([0.5, 0.5, 0.5]) == Interval(0.5, 0.5, 0.5)
     assert of_scores([1.0, 1.0, 1.0]) == of_share(3, 3)
