@@ -156,8 +156,9 @@ def complete(run: RunFolder, job: Job, state: str | None = None) -> str | None:
 
 
 def _keep_to_itself() -> None:
-    """MLflow reports its use to nobody, which it reads when it is imported, and does not warn of types of its own."""
+    """MLflow reports its use to nobody, which it reads when it is imported, and says nothing of files and types."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     warnings.filterwarnings("ignore", message=".*inferred as AnyType")
 
 
