@@ -73,7 +73,7 @@ ROOMS = (
     ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.export", "orchestrator.serving"),
     ("orchestrator.serving.bench",),
     ("orchestrator.views",),
-    ("orchestrator.report",),
+    ("orchestrator.report", "orchestrator.dashboard"),
     ("orchestrator.cli",),
     ("orchestrator.__main__",),
 )
