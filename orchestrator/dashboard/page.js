@@ -73,8 +73,8 @@ function showHead(title, ...links) {
   const sign = make("span", { className: "live lost", textContent: "…" });
   const question = new URLSearchParams({ lang: other });
   head.append(
-    make("h1", { textContent: title }), sign, ...links,
-    make("a", { href: `?${question}`, lang: other, textContent: other === "ja" ? "日本語" : "English" }),
+    make("h1", { textContent: title }),
+    make("nav", {}, ...links, make("a", { href: `?${question}`, lang: other, textContent: other === "ja" ? "日本語" : "English" }), sign),
   );
   return sign;
 }
@@ -90,7 +90,7 @@ function showTable() {
       .map((one) => new Option(words[`state_${one}`], one)));
   const heads = ["run", "state", "model", "progress", "loss", "held_out"];
   const body = make("tbody"), note = make("p", { className: "soft" });
-  const table = make("table", { className: "cards" },
+  const table = make("table", { className: "cards runs" },
     make("thead", {}, make("tr", {}, ...heads.map((one) => make("th", { textContent: words[one], scope: "col",
       className: one === "loss" || one === "held_out" ? "number" : "" })))), body);
   const rows = new Map();  // run -> { row, shown }
@@ -184,8 +184,8 @@ function tableOf(heads, rows, numbers = []) {
 // --- one run
 
 function showRun() {
-  const sign = showHead(name, make("a", { href: reportOf(name), textContent: words.report }),
-    make("a", { href: local("/"), textContent: words.all }));
+  const sign = showHead(name, make("a", { href: local("/"), textContent: words.all }),
+    make("a", { href: reportOf(name), textContent: words.report }));
   const whole = make("div", { className: "whole" }), facts = make("dl", { className: "facts" });
   const chart = new Chart(words), live = make("div"), plan = make("div");
   const phases = make("div"), events = make("pre"), logs = make("div"), files = new Map();
