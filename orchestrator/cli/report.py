@@ -95,7 +95,7 @@ def dashboard(
 
     place = resolve_path(folder, "dashboard", kind="new folder")
     if not is_loopback(host):
-        say(f"--host {host}: whoever has the address with its token reads the runs, unencrypted on the way")
+        say(f"whoever has the address with its token reads the runs, unencrypted on the way (--host {host})")
     with listen(host, port) as listening:
 
         def begun(url: str) -> None:

@@ -138,8 +138,8 @@ function smoothed(points) {  // the mean of a thirtieth of what is drawn, half o
   const half = Math.max(2, Math.round(points.length / 60)), sums = [0];
   for (const one of points) sums.push(sums.at(-1) + one[1]);
   return points.map(([step], at) => {
-    const side = Math.min(half, at, points.length - 1 - at);
-    return [step, (sums[at + side + 1] - sums[at - side]) / (2 * side + 1)];
+    const first = Math.max(0, at - half), end = Math.min(points.length, at + half + 1);
+    return [step, (sums[end] - sums[first]) / (end - first)];
   });
 }
 
@@ -172,7 +172,7 @@ function logTicks(low, high) {
   }
   const inside = found.filter((one) => one >= low * 0.97 && one <= high * 1.03);
   const decades = inside.filter((one) => Math.abs(Math.log10(one) % 1) < 1e-9);
-  const shown = inside.length > 7 && decades.length > 1 ? decades : inside;
+  const shown = inside.length > 7 && decades.length > 1 ? decades : inside.length < 4 ? linearTicks(low, high, 5) : inside;
   return shown.length ? shown : [low, high];
 }
 

@@ -213,7 +213,7 @@ function showRun() {
       whole.replaceChildren(...summaryOf(found.row));
       facts.replaceChildren(...(found.facts ?? []).map(factOf));
       live.replaceChildren(...machinesOf(found), ...stagesOf(found));
-      phases.replaceChildren(tableOf(["phase", "measured", "planned"], found.phases ?? [], ["measured", "planned"]));
+      phases.replaceChildren(tableOf(["phase", "measured", "predicted"], found.phases ?? [], ["measured", "predicted"]));
     },
     log: (found) => {
       if (!files.has(found.file)) {
@@ -268,7 +268,7 @@ function machinesOf(found) {
 function stagesOf(found) {
   if (!found.stages?.length) return [];
   const heads = ["stage", "node", "device", "layers", "busy", "computes", "waits", "memory", "sent"];
-  const beside = (row, key) => make("span", {}, row[key], make("small", { textContent: `${words.planned} ${row.planned[key]}` }));
+  const beside = (row, key) => make("span", {}, row[key], make("small", { textContent: `${words.predicted} ${row.predicted[key]}` }));
   return [make("h2", { textContent: words.stages }), make("div", { className: "scroll" }, tableOf(heads,
     found.stages.map((one) => [one.stage, nodeOf(one), one.device, one.layers, busyOf(one), beside(one, "computes"),
       beside(one, "waits"), beside(one, "memory"), beside(one, "sent")]), ["computes", "waits", "memory", "sent"]))];

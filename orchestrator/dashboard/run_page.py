@@ -119,7 +119,7 @@ def _points(points: Sequence[tuple[int, float]]) -> list[tuple[int, float | None
 
 
 def _beside(w: Translator, measured: str, planned: str | None) -> str:
-    return f"{measured} ({w('planned')} {planned})" if planned else measured
+    return f"{measured} ({w('predicted')} {planned})" if planned else measured
 
 
 def _planned_memory(plan: Plan) -> str:
@@ -182,10 +182,10 @@ def _stages(rows: Sequence[StageStats]) -> list[Values]:
     names = ("computes", "busy_text", "waits", "memory", "sent")
     found = []
     for row, is_slowest in zip(rows, slowest_stages(list(rows)), strict=True):
-        measured, planned = (dict(zip(names, cells, strict=True)) for cells in stage_cells(row))
+        measured, predicted = (dict(zip(names, cells, strict=True)) for cells in stage_cells(row))
         place = {"stage": row.place, "node": row.node, "device": row.device, "layers": row.layers}
         busy = None if row.busy_share is None else finite(round(row.busy_share, 3))
-        found.append({**place, **measured, "planned": planned, "busy": busy, "is_slowest": is_slowest})
+        found.append({**place, **measured, "predicted": predicted, "busy": busy, "is_slowest": is_slowest})
     return found
 
 

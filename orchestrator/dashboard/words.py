@@ -8,7 +8,7 @@ from orchestrator.language.catalogue import Translator
 def words_in(w: Translator) -> dict[str, str]:
     """Text by the name that the page's script knows it by; `{0}` is filled in there."""
     return {
-        "title": w("Runs"),
+        "title": w("List of runs"),
         "all": w("All runs"),
         "filter": w("Search by name, model or method"),
         "any": w("every state"),
@@ -43,7 +43,7 @@ def words_in(w: Translator) -> dict[str, str]:
         "sent": w("sent a step"),
         "layers": w("layers"),
         "stage": w("stage"),
-        "planned": w("planned"),
+        "predicted": w("predicted"),
         "measured": w("measured"),
         "slowest": w("slowest"),
         "slots": w("slots"),
