@@ -49,7 +49,7 @@ ROOMS = (
     ("strategies.compatibility",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
-    ("orchestrator.language",),
+    ("orchestrator.language", "orchestrator.progress"),
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
     ("orchestrator.job.importers",),

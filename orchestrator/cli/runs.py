@@ -72,7 +72,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     from orchestrator.runs.condition import damage
     from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
-    from orchestrator.views.result import result_view, run_row
+    from orchestrator.views.result import result_view, run_row, status_lines
     from orchestrator.views.workers import stages_view, workers_view
 
     if search := search_verbs.find(run, runs):
@@ -97,9 +97,8 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         lists = {"workers": by_worker, "stages": stages}
         print_json(row | {name: [one.to_json() for one in rows] for name, rows in lists.items() if rows})
         return
-    for key, value in row.items():
-        if value is not None:
-            show(f"{key:<13} {value}")
+    for key, value in status_lines(row):
+        show(f"{key:<13} {value}")
     if stages or by_worker:
         out.print()
         out.print(stages_view(stages) if stages else workers_view(by_worker))

@@ -23,7 +23,7 @@ from orchestrator.runs.run_folder import RunFolder, folders_in, state_without_dr
 from orchestrator.runs.search_folder import SearchFolder
 from orchestrator.runs.summary.facts import RunFacts, facts_of_whole_run, model_name_of
 from orchestrator.runs.summary.follow import FollowedRun
-from orchestrator.runs.summary.pace import time_left
+from orchestrator.runs.summary.time_left import time_left
 
 Row = dict[str, Any]
 _MOST_FOLLOWED = 8  # runs whose summary stays in memory, those beside that are live

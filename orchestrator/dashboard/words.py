@@ -7,6 +7,10 @@ from orchestrator.language.catalogue import Translator
 
 def words_in(w: Translator) -> dict[str, str]:
     """Text by the name that the page's script knows it by; `{0}` is filled in there."""
+    return _of_table(w) | _of_run(w)
+
+
+def _of_table(w: Translator) -> dict[str, str]:
     return {
         "title": w("List of runs"),
         "all": w("All runs"),
@@ -27,6 +31,24 @@ def words_in(w: Translator) -> dict[str, str]:
         "about": w("about {0}"),
         "started": w("started"),
         "step": w("step"),
+        "state_running": w("running"),
+        "state_finished": w("finished"),
+        "state_failed": w("failed"),
+        "state_stopped": w("stopped"),
+        "state_interrupted": w("interrupted"),
+        "state_replanning": w("replanning"),
+        "state_damaged": w("damaged"),
+        "state_sent": w("on a cluster"),
+        "doing_start": w("starting"),
+        "doing_training": w("training"),
+        "doing_evaluation": w("evaluating"),
+        "doing_answers": w("generating answers"),
+        "doing_saving": w("saving"),
+    }
+
+
+def _of_run(w: Translator) -> dict[str, str]:
+    return {
         "machines": w("Machines"),
         "cluster": w("Machines of the cluster"),
         "asking": w("asking the cluster ..."),
@@ -71,17 +93,4 @@ def words_in(w: Translator) -> dict[str, str]:
         "sent_to": w("sent to {0}; `orchestrator status {1}` asks there"),
         "gone": w("This run is not there (any more)."),
         "folder": w("folder"),
-        "state_running": w("running"),
-        "state_finished": w("finished"),
-        "state_failed": w("failed"),
-        "state_stopped": w("stopped"),
-        "state_interrupted": w("interrupted"),
-        "state_replanning": w("replanning"),
-        "state_damaged": w("damaged"),
-        "state_sent": w("on a cluster"),
-        "doing_start": w("starting"),
-        "doing_training": w("training"),
-        "doing_evaluation": w("evaluating"),
-        "doing_answers": w("generating answers"),
-        "doing_saving": w("saving"),
     }

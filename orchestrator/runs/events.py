@@ -282,8 +282,8 @@ class PhaseProgress(Event, kind="progress"):
     """How far an evaluation or what is saved has come, every few seconds at most."""
 
     phase: str  # evaluation | answers | saving
-    done: float  # rows, prompts, files
-    total: float
+    done: float  # rows, prompts
+    total: float | None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any, Self
 
 from orchestrator.runs.events import (
+    CheckpointReport,
     ErrorReport,
     Evaluation,
     Event,
@@ -235,6 +236,7 @@ _ACTS: dict[type[Event], Callable[[EventSummary, Any], None]] = {
     QualityReport: EventSummary._add_quality,
     ModelReady: EventSummary._add_sitting,
     PhaseProgress: EventSummary._add_progress,
+    CheckpointReport: EventSummary._add_training,
     FinalEvaluation: EventSummary._add_ending,
     HandBack: EventSummary._add_ending,
 }

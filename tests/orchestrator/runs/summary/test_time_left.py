@@ -5,7 +5,7 @@ from dataclasses import replace
 from orchestrator.runs.events import Evaluation, FinalEvaluation, ModelReady, PhaseProgress, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.summary.event_summary import EventSummary
-from orchestrator.runs.summary.pace import TimeLeft, time_left
+from orchestrator.runs.summary.time_left import TimeLeft, time_left
 from strategies.cost.phases import Phases
 from tests.benchmarks.reading import TEMPLATE, one_step
 
