@@ -30,8 +30,8 @@ from tests.benchmarks.reading import ROOT, copy_runs, make_run, one_step
 def make_live(folder: Path, steps_per_s: float, num_steps: int = 100_000) -> None:
     """Hold a run and train it in appearance, until this process is ended."""
     run = make_run(folder, 4, 2)
-    for name in ("events.jsonl", "result.json"):
-        (folder / name).unlink()
+    (folder / "events.jsonl").unlink()
+    run.take_back("result.json")
     values = json.loads((folder / "plan.json").read_text()) | {"num_steps": num_steps}
     del values["hash"]
     run.keep("plan.json", Plan.from_json(json.dumps(values)).to_json())

@@ -92,8 +92,8 @@ class Training:
 
     def __init__(self, folder, num_workers=1):
         self.run, self.num_workers, self.step = make_run(folder, 4, num_workers), num_workers, 0
-        for name in ("events.jsonl", "result.json"):
-            (folder / name).unlink()
+        (folder / "events.jsonl").unlink()
+        self.run.take_back("result.json")
         shutil.rmtree(folder / "adapter")
         self._held = contextlib.ExitStack()
 

@@ -81,7 +81,7 @@ def test_a_folder_that_becomes_a_run_later_is_found(tmp_path, monkeypatch):
 def test_a_run_that_was_sent_says_where(folder):
     run = make_run(folder / "sent", 8)
     (run.path / "events.jsonl").unlink()
-    (run.path / "result.json").unlink()
+    run.take_back("result.json")
     run.write(
         "remote.json",
         '{"address": "http://10.0.0.1:8265", "storage": "/data/runs", "attempts": ["sent-1"], "is_closed": false}',
