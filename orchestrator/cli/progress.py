@@ -228,8 +228,14 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
 
 def _name(tally: Tally) -> str:
     """What is done, as a heading."""
-    names = {"answers": "generating answers", "tokenising": "tokenising"}
-    return tr(names.get(tally.reached.phase, tally.reached.phase))
+    names = {
+        "download": tr("download"),
+        "tokenising": tr("tokenising"),
+        "evaluation": tr("evaluation"),
+        "answers": tr("generating answers"),
+        "saving": tr("saving"),
+    }
+    return names.get(tally.reached.phase, tally.reached.phase)
 
 
 def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
@@ -237,7 +243,8 @@ def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
     reached, rate = tally.reached, tally.rate
     if not reached.done and reached.total is None:
         return "", "...", "", ""
-    show = format_bytes if reached.unit == "bytes" else lambda number: f"{number:,.0f} {tr(reached.unit)}"
+    unit = tr("prompts") if reached.unit == "prompts" else tr("rows")
+    show = format_bytes if reached.unit == "bytes" else lambda number: f"{number:,.0f} {unit}"
     of = f" / {show(reached.total)}" if reached.total is not None else ""
     share = f"{reached.done / reached.total:.0%}" if reached.total else ""
     pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or reached.unit == "bytes") else ""
