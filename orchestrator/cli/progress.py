@@ -178,6 +178,10 @@ class Live(Lines):
         self._leave("download", "tokenising")  # of a bar whose work was done before there were events
         super().say(text)
 
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        self.close()
+        super().planned(run, job, plan, statistics)
+
     def event(self, event: Event) -> None:
         super().event(event)
         if self._shown and self._shown[0] != self._summary.doing:

@@ -194,6 +194,8 @@ def _value_text(key: str, value: Any) -> str:
         return tr(value)
     if not isinstance(value, float):
         return str(value)
+    if key == "loss":
+        return f"{value:.4f}"
     return f"{value:,.0f}" if key in ("tokens_per_s", "loss_scale") else score(key, value)
 
 

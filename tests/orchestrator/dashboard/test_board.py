@@ -7,7 +7,8 @@ import pytest
 
 from orchestrator.dashboard import board as board_module
 from orchestrator.dashboard.board import Board
-from tests.benchmarks.reading import copy_runs, make_run
+from orchestrator.runs.search_folder import SearchFolder, Trial
+from tests.benchmarks.reading import TEMPLATE, copy_runs, make_run
 from tests.orchestrator.dashboard.served import Training
 
 
@@ -90,6 +91,22 @@ def test_a_run_that_was_sent_says_where(folder):
     row = next(row for row in Board(folder).since(0)[0] if row["run"] == "sent")
 
     assert (row["state"], row["where"]) == ("sent", "http://10.0.0.1:8265")
+
+
+def test_a_search_is_a_row_with_its_trials_and_the_least_loss(tmp_path):
+    search = SearchFolder(tmp_path / "search-tiny")
+    search.path.mkdir()
+    search.begin({"search.yaml": (TEMPLATE / "job.yaml").read_text(), "origin.json": '{"folder": "."}'})
+    for number, loss in enumerate((2.0, float("nan"), 1.5)):
+        search.add(Trial(number, {}, "finished", eval_loss=loss))
+    board = Board(tmp_path)
+
+    (row,), serial = board.since(0)
+    search.add(Trial(3, {}, "finished", eval_loss=1.25))
+
+    assert (row["kind"], row["step"], row["after"], row["state"]) == ("search", 3, 1.5, "interrupted")
+    assert [(one["step"], one["after"]) for one in board.since(serial)[0]] == [(4, 1.25)]
+    assert board.run("search-tiny").kind == "search"
 
 
 def test_only_the_last_runs_looked_at_stay_in_memory(tmp_path):
