@@ -12,7 +12,7 @@ def words_in(w: Translator) -> dict[str, str]:
 
 def _of_table(w: Translator) -> dict[str, str]:
     return {
-        "title": w("List of runs"),
+        "title": w("Runs"),
         "all": w("All runs"),
         "filter": w("Search by name, model or method"),
         "any": w("every state"),
