@@ -248,13 +248,15 @@ def plan(
     """
     from orchestrator.data.counts import check_line
     from orchestrator.lifecycle.machines import declared
+    from orchestrator.cli.progress import show_work
     from orchestrator.lifecycle.prepare import plan_without_data, prepare
     from orchestrator.views.plan import plan_view
 
     loaded = load_job(job, set_)
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(loaded, say, cluster, refresh, BANK_HOOKS)
+        with show_work(json_):
+            ready = prepare(loaded, say, cluster, refresh, BANK_HOOKS)
     else:
         ready = plan_without_data(loaded, cluster, say, refresh, BANK_HOOKS)
     checks: dict[str, Any] = {}

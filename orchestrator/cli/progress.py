@@ -35,7 +35,7 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.time_left import time_left
 from orchestrator.views.plan import plan_view
-from orchestrator.views.screen import Screen, out
+from orchestrator.views.screen import Screen, err, out
 from strategies.cost.phases import Phases
 
 _EVERY_S = 10.0  # between two lines about the same work
@@ -228,6 +228,18 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
         if isinstance(watcher, Live):
             watcher.close()
         Screen.outlives_reader = False
+
+
+@contextmanager
+def show_work(as_json: bool) -> Iterator[None]:
+    """Shows on standard error how far the work of the block is, of a verb that prints an answer."""
+    watcher = Live(err) if err.is_terminal else Lines(err)
+    try:
+        with nullcontext() if as_json else reporting_to(watcher.progress):
+            yield
+    finally:
+        if isinstance(watcher, Live):
+            watcher.close()
 
 
 def _name(tally: Tally) -> str:

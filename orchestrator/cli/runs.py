@@ -216,6 +216,7 @@ def evaluate(
 
     Example: orchestrator evaluate latest --data hard_cases.jsonl
     """
+    from orchestrator.cli.progress import show_work
     from orchestrator.lifecycle.prepare import held_out_of
     from orchestrator.runs.json_files import quality_of
     from orchestrator.views.result import scores_view
@@ -224,7 +225,8 @@ def evaluate(
     job = found.job()
     from orchestrator.training.workers.finished import evaluate as measure
 
-    quality = measure(found, job, held_out_of(found, job, data, say))
+    with show_work(json_):
+        quality = measure(found, job, held_out_of(found, job, data, say))
     if json_:
         print_json(quality)
     else:
