@@ -246,9 +246,9 @@ def plan(
               orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
               orchestrator plan job.yaml --trace && orchestrator submit job.yaml
     """
+    from orchestrator.cli.progress import show_work
     from orchestrator.data.counts import check_line
     from orchestrator.lifecycle.machines import declared
-    from orchestrator.cli.progress import show_work
     from orchestrator.lifecycle.prepare import plan_without_data, prepare
     from orchestrator.views.plan import plan_view
 
