@@ -270,7 +270,7 @@ function stagesOf(found) {
   const heads = ["stage", "node", "device", "layers", "busy", "computes", "waits", "memory", "sent"];
   const beside = (row, key) => make("span", {}, row[key], make("small", { textContent: `${words.predicted} ${row.predicted[key]}` }));
   return [make("h2", { textContent: words.stages }), make("div", { className: "scroll" }, tableOf(heads,
-    found.stages.map((one) => [one.stage, nodeOf(one), one.device, one.layers, busyOf(one), beside(one, "computes"),
+    found.stages.map((one) => [`${words.stage} ${one.stage}`, nodeOf(one), one.device, one.layers, busyOf(one), beside(one, "computes"),
       beside(one, "waits"), beside(one, "memory"), beside(one, "sent")]), ["computes", "waits", "memory", "sent"]))];
 }
 

@@ -30,7 +30,8 @@ from orchestrator.views.result import event_line
 from orchestrator.views.workers import slowest_stages, stage_cells
 
 Values = dict[str, Any]
-_TAIL_BYTES = 2**16  # of the events, in which the page's last lines are looked for
+_TAIL_BYTES = (2**16, 2**20, 2**22)  # of the events, in which the page's last lines are looked for
+_ENOUGH_LINES = 20
 _MOST_LINES = 300
 LOG_TAIL_BYTES = 2**14  # of each of the workers' log files
 _UNSPOKEN = (StepReport, StageTimeline, PhaseProgress)  # events that are drawn, or come too often to be read
@@ -81,11 +82,15 @@ def since(events: Sequence[Event], last_step: int) -> Values:
 
 
 def last_lines(run: RunFolder) -> list[str]:
-    """The last events in a line each, without steps."""
-    end = run.end_of_events()
-    begin = max(0, end - _TAIL_BYTES)
-    events, _ = run.events(begin, end - begin) if end else ([], 0)  # a line that is cut in front is passed over
-    return _lines(events)
+    """The last events in a line each, without steps; of a long run those that are found near its end."""
+    end, lines = run.end_of_events(), list[str]()
+    for size in _TAIL_BYTES:
+        begin = max(0, end - size)
+        events, _ = run.events(begin, end - begin) if end else ([], 0)  # a line that is cut in front is passed over
+        lines = _lines(events)
+        if begin == 0 or len(lines) >= _ENOUGH_LINES:
+            break
+    return lines
 
 
 def log_files(run: RunFolder) -> list[Path]:
