@@ -88,7 +88,7 @@ class Site:
     def _refusal(self, request: Request) -> Response | None:
         """An answer to who may not ask: a page of another site, a name that was bent to this address, no token."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if is_foreign(origin, host) or request.headers.get("sec-fetch-site") == "cross-site":
+        if is_foreign(origin, host) or _is_read_by_another_site(request):
             return PlainTextResponse("pages of other sites may not read this one", 403)
         if self._token is None:
             return None if names_this_machine(host) else PlainTextResponse(f"{host} is no name of this machine", 403)
@@ -97,7 +97,7 @@ class Site:
         if not _same(request.query_params.get("token"), self._token):
             return PlainTextResponse("open the address that `orchestrator dashboard` printed, with its token", 401)
         answer = RedirectResponse(request.url.path, 303)  # the token leaves the address bar
-        answer.set_cookie(_COOKIE, self._token, httponly=True, samesite="strict")
+        answer.set_cookie(_COOKIE, self._token, httponly=True, samesite="lax")
         return answer
 
     def _lang_of(self, request: Request) -> str:
@@ -252,6 +252,12 @@ async def _encoded(messages: AsyncIterator[Message]) -> AsyncIterator[bytes]:
 def _last_id(request: Request) -> str:
     """The last id that a client got: the browser's header, or of a page that opens its stream again the parameter."""
     return request.headers.get("last-event-id") or request.query_params.get("after", "")
+
+
+def _is_read_by_another_site(request: Request) -> bool:
+    """Whether the browser says so; a link that somebody follows, as in a terminal that is a page, is none."""
+    fetch = {name: request.headers.get(f"sec-fetch-{name}") for name in ("site", "mode", "dest")}
+    return fetch["site"] == "cross-site" and (fetch["mode"], fetch["dest"]) != ("navigate", "document")
 
 
 def _same(given: str | None, token: str) -> bool:

@@ -71,6 +71,13 @@ def test_pages_of_other_sites_are_refused(url, path, headers):
     assert get(url, path, **headers)[0] == 403
 
 
+def test_a_link_on_another_page_may_be_followed(url):
+    followed = {"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "navigate", "Sec-Fetch-Dest": "document"}
+
+    assert get(url, "/run/done", **followed)[0] == 200
+    assert get(url, "/run/done", **{**followed, "Sec-Fetch-Dest": "iframe"})[0] == 403
+
+
 @pytest.mark.parametrize("path", ["/api/runs", "/", "/api/runs/done/events"])
 def test_nothing_can_be_changed(url, path):
     assert get(url, path, method="POST")[0] == 405
@@ -95,7 +102,7 @@ def test_who_reaches_it_from_elsewhere_needs_the_token(runs, monkeypatch):
         status, headers, _ = get(address, f"/?token={token}")
         assert status == 303 and headers["location"] == "/"
         cookie = headers["set-cookie"]
-        assert "HttpOnly" in cookie and "samesite=strict" in cookie.lower()
+        assert "HttpOnly" in cookie and "samesite=lax" in cookie.lower()
         assert get(address, "/api/runs", Cookie=cookie.partition(";")[0], Host="pc.lan:8200")[0] == 200
 
 
