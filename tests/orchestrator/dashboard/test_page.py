@@ -33,7 +33,7 @@ async def look_at_table(url, folder, training, width, dark):
         await page.value("document.querySelector('input').dispatchEvent(new Event('input'))")
         found = await page.value(ROWS)
         await page.value("document.querySelector('tbody a').click()")
-        await page.until("document.title == 'run-00002' && document.querySelector('svg')")
+        await page.until("document.title == 'run-00002' && document.querySelector('svg') !== null")
         return first, found, fits, await page.value(FITS), page.complaints
 
 
