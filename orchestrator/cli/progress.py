@@ -33,12 +33,13 @@ from orchestrator.runs.events import (
 )
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.summary.event_summary import EventSummary
-from orchestrator.runs.summary.time_left import time_left
+from orchestrator.runs.summary.time_left import TimeLeft, time_left
 from orchestrator.views.plan import plan_view
 from orchestrator.views.screen import Screen, err, out
 from strategies.cost.phases import Phases
 
 _EVERY_S = 10.0  # between two lines about the same work
+_BEFORE = ("download", "tokenising")  # phases that come before a run's events
 _UNITS = {"answers": "prompts"}  # of the phases that a run reports; the others count rows
 
 
@@ -138,7 +139,7 @@ class Lines(Quiet):
         last = self._summary.last_step
         if self._plan is None or (last and last.step >= self._num_steps):
             return ""
-        return _left_text(*_of_time_left(self._summary, self._plan))
+        return _left_text(time_left(self._summary, self._plan))
 
 
 class Named(Lines):
@@ -175,7 +176,8 @@ class Live(Lines):
         self._shown: tuple[str, TaskID] | None = None  # the phase that has the bar
 
     def say(self, text: str) -> None:
-        self._leave("download", "tokenising")  # of a bar whose work was done before there were events
+        if self._shown and self._shown[0] in _BEFORE:
+            self.close()  # no event ends it
         super().say(text)
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
@@ -204,10 +206,6 @@ class Live(Lines):
             self._bar.start()
             self._shown = phase, self._bar.add_task(name, total=total, completed=int(done), detail="")
         self._bar.update(self._shown[1], completed=done, total=total, detail=detail)
-
-    def _leave(self, *phases: str) -> None:
-        if self._shown and self._shown[0] in phases:
-            self.close()
 
     def close(self) -> None:
         self._bar.stop()
@@ -264,19 +262,14 @@ def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
     of = f" / {show(reached.total)}" if reached.total is not None else ""
     share = f"{reached.done / reached.total:.0%}" if reached.total else ""
     pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or reached.unit == "bytes") else ""
-    left = "" if tally.left_s is None else _left_text(tally.left_s, True)
+    left = "" if tally.left_s is None else _left_text(TimeLeft(tally.left_s, True))
     return share, f"{show(reached.done)}{of}", pace, left
 
 
-def _of_time_left(summary: EventSummary, plan: Plan) -> tuple[float, bool]:
-    left = time_left(summary, plan)
-    return left.seconds, left.is_measured
-
-
-def _left_text(seconds: float, is_measured: bool) -> str:
+def _left_text(left: TimeLeft) -> str:
     """In people's language at once, as `_step_text`."""
-    text = format_s(seconds)
-    return tr("{0} left").format(text if is_measured else tr("about {0}").format(text))
+    text = format_s(left.seconds)
+    return tr("{0} left").format(text if left.is_measured else tr("about {0}").format(text))
 
 
 def _step_text(event: StepReport) -> str:
