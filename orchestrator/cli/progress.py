@@ -8,7 +8,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
@@ -169,7 +169,6 @@ class Live(Lines):
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
             TextColumn("{task.fields[detail]}", markup=False),
-            TimeElapsedColumn(),
             console=console,
             transient=True,
         )
@@ -204,7 +203,7 @@ class Live(Lines):
             self.close()
         if self._shown is None:
             self._bar.start()
-            self._shown = phase, self._bar.add_task(name, total=total, completed=int(done), detail="")
+            self._shown = phase, self._bar.add_task(name, total=total, completed=int(done), detail=detail)
         self._bar.update(self._shown[1], completed=done, total=total, detail=detail)
 
     def close(self) -> None:
@@ -258,12 +257,14 @@ def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
     if not reached.done and reached.total is None:
         return "", "...", "", ""
     unit = tr("prompts") if reached.unit == "prompts" else tr("rows")
-    show = format_bytes if reached.unit == "bytes" else lambda number: f"{number:,.0f} {unit}"
-    of = f" / {show(reached.total)}" if reached.total is not None else ""
+    counts = reached.unit != "bytes"
+    show = (lambda number: f"{number:,.0f} {unit}") if counts else format_bytes
+    done = f"{reached.done:,.0f}" if counts and reached.total is not None else show(reached.done)
+    amount = done if reached.total is None else f"{done} / {show(reached.total)}"
     share = f"{reached.done / reached.total:.0%}" if reached.total else ""
-    pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or reached.unit == "bytes") else ""
+    pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or not counts) else ""
     left = "" if tally.left_s is None else _left_text(TimeLeft(tally.left_s, True))
-    return share, f"{show(reached.done)}{of}", pace, left
+    return share, amount, pace, left
 
 
 def _left_text(left: TimeLeft) -> str:

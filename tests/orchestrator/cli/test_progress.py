@@ -113,10 +113,10 @@ def test_without_a_terminal_other_phases_are_lines_too_and_short_ones_none():
         lines.event(PhaseProgress("evaluation", 30, 40, time=135.0))
 
     assert lines_of(Lines, watch).splitlines() == [
-        "tokenising 78%: 7,756 rows / 10,000 rows, 750 rows/s, 3 s left",
+        "tokenising 78%: 7,756 / 10,000 rows, 750 rows/s, 3 s left",
         "download 25%: 1.0 GiB / 4.0 GiB, 64.0 MiB/s, 48 s left",
-        "generating answers 5%: 4 prompts / 80 prompts, 3 min 48 s left",
-        "generating answers 10%: 8 prompts / 80 prompts, 3 min 35 s left",
+        "generating answers 5%: 4 / 80 prompts, 3 min 48 s left",
+        "generating answers 10%: 8 / 80 prompts, 3 min 35 s left",
     ]
 
 
