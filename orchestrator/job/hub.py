@@ -87,7 +87,7 @@ def fetch_model(name: str, revision: str | None, trust_remote_code: bool = False
     from huggingface_hub import HfApi, snapshot_download
 
     def download() -> str:
-        listed = HfApi().repo_info(name, revision=revision, files_metadata=True).siblings or []
+        listed = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
         wanted = wanted_files([one.rfilename for one in listed], trust_remote_code)
         num_bytes = sum(one.size or 0 for one in listed if one.rfilename in wanted)
         return snapshot_download(name, revision=revision, allow_patterns=wanted, tqdm_class=_bar_of(num_bytes))
