@@ -49,7 +49,7 @@ ROOMS = (
     ("strategies.compatibility",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
-    ("orchestrator.language",),
+    ("orchestrator.language", "orchestrator.progress"),
     ("orchestrator.job.sections",),
     ("orchestrator.job",),
     ("orchestrator.job.importers",),
@@ -73,7 +73,7 @@ ROOMS = (
     ("orchestrator.search", "orchestrator.bank", "orchestrator.remote", "orchestrator.export", "orchestrator.serving"),
     ("orchestrator.serving.bench",),
     ("orchestrator.views",),
-    ("orchestrator.report",),
+    ("orchestrator.report", "orchestrator.dashboard"),
     ("orchestrator.cli",),
     ("orchestrator.__main__",),
 )

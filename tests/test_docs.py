@@ -172,7 +172,7 @@ def test_commits_are_checked_by_the_tools_of_make_check_and_no_package_host():
 
 @pytest.mark.parametrize(
     ("package", "kinds", "least"),
-    [("orchestrator", ("md", "yaml", "html", "png", "jsonl", "csv"), 20), ("strategies", ("toml",), 2)],
+    [("orchestrator", ("md", "yaml", "html", "css", "js", "png", "jsonl", "csv"), 20), ("strategies", ("toml",), 2)],
 )
 def test_the_wheel_holds_every_file_of_a_package_that_is_not_code(package, kinds, least):
     settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]

@@ -39,6 +39,7 @@ _PRINT = {*_KEYS, "tr", "w", "label", "say", "show", "new_table", "add_column"}
 _NOT_SHOWN = (
     *("orchestrator/recipes/", "orchestrator/runs/model_card.py", "orchestrator/report/plots.py"),
     *("orchestrator/serving/openai_api.py", "orchestrator/serving/door.py", "orchestrator/serving/metrics.py"),
+    "orchestrator/dashboard/site.py",
     *("orchestrator/remote/kube_objects.py", "clusters/hardware/datasheet.py", "strategies/families"),
     "orchestrator/job/schema.py",
 )

@@ -246,6 +246,7 @@ def plan(
               orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
               orchestrator plan job.yaml --trace && orchestrator submit job.yaml
     """
+    from orchestrator.cli.progress import show_work
     from orchestrator.data.counts import check_line
     from orchestrator.lifecycle.machines import declared
     from orchestrator.lifecycle.prepare import plan_without_data, prepare
@@ -254,7 +255,8 @@ def plan(
     loaded = load_job(job, set_)
     cluster = declared(hardware) if hardware else None
     if exact or preflight:
-        ready = prepare(loaded, say, cluster, refresh, BANK_HOOKS)
+        with show_work(json_):
+            ready = prepare(loaded, say, cluster, refresh, BANK_HOOKS)
     else:
         ready = plan_without_data(loaded, cluster, say, refresh, BANK_HOOKS)
     checks: dict[str, Any] = {}

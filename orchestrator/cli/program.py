@@ -46,6 +46,7 @@ GROUPS = {
         "adapt": "make an adapter from the bank, in seconds",
     },
     "Look back": {
+        "dashboard": "watch the runs of a folder in the browser",
         "report": "one page about a run or a search",
         "tco": "what a job costs: machines, electricity, cloud",
         "bench": "where time and memory go; a server's pace",

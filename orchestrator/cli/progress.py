@@ -1,13 +1,14 @@
-"""Prints the progress of a run: a live bar in a terminal, a few lines in a log, nothing for --json."""
+"""Prints the progress of a run: live bars in a terminal, a line every ten seconds in a log, nothing for --json."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from clusters.units import format_bytes, format_s
 from orchestrator.data.counts import check_line
@@ -15,12 +16,15 @@ from orchestrator.job.job_file import Job
 from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan, summary
+from orchestrator.progress.reached import Reached, reporting_to
+from orchestrator.progress.tally import Tally
 from orchestrator.runs.events import (
     BetweenReport,
     Evaluation,
     Event,
     ModelReady,
     Note,
+    PhaseProgress,
     PreflightReport,
     QualityReport,
     StateChange,
@@ -28,33 +32,59 @@ from orchestrator.runs.events import (
     TrackingReport,
 )
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.summary.event_summary import EventSummary
+from orchestrator.runs.summary.time_left import TimeLeft, time_left
 from orchestrator.views.plan import plan_view
-from orchestrator.views.screen import Screen, out
+from orchestrator.views.screen import Screen, err, out
 from strategies.cost.phases import Phases
+
+_EVERY_S = 10.0  # between two lines about the same work
+_BEFORE = ("download", "tokenising")  # phases that come before a run's events
+_UNITS = {"answers": "prompts"}  # of the phases that a run reports; the others count rows
 
 
 class Lines(Quiet):
-    """A line per event worth keeping in a log file; about ten for the training itself."""
+    """A line per event worth keeping in a log file, and one every ten seconds about what takes longer."""
 
     def __init__(self, console: Console) -> None:
         self.console, self._num_steps = console, 0
+        self._plan: Plan | None = None
         self._predicted = Phases()
+        self._summary = EventSummary()
         self._running_since: float | None = None
+        self._tally: Tally | None = None  # of what is done beside training
+        self._shown_at = 0.0  # the last line about work, in seconds since the epoch
 
     def say(self, text: str) -> None:
         self.console.print(tr(text), markup=False, highlight=False)
 
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
-        self._num_steps, self._predicted = plan.num_steps, plan.phases
+        self._begin(plan)
         self.console.print(plan_view(job, plan, statistics, full=False))
         if statistics.get("train"):
             self.console.print(tr(check_line(statistics["train"])), markup=False, highlight=False, soft_wrap=True)
         self.say(f"run {run.run_id}")
 
+    def _begin(self, plan: Plan) -> None:
+        self._plan, self._num_steps, self._predicted = plan, plan.num_steps, plan.phases
+
+    def progress(self, reached: Reached, at: float | None = None) -> None:
+        """Show how far a phase beside training has come; `at` in seconds since the epoch, by default now."""
+        now = time.time() if at is None else at
+        if self._tally and self._tally.continues(reached):
+            self._tally.add(reached, now)
+        else:
+            self._tally, self._shown_at = Tally(reached, now), now
+        self._phase(self._tally, now)
+
     def event(self, event: Event) -> None:
+        self._summary.add([(event, "")])
         match event:
             case StepReport():
                 self._step(event)
+            case PhaseProgress():
+                unit = _UNITS.get(event.phase, "rows")
+                self.progress(Reached(event.phase, event.done, event.total, unit), event.time)
             case StateChange(state="running"):
                 self._running_since = event.time
             case ModelReady():
@@ -83,10 +113,33 @@ class Lines(Quiet):
             return ""
         return f"; start {format_s(ready - self._running_since)} (predicted {format_s(self._predicted.start_s)})"
 
+    def _phase(self, tally: Tally, now: float) -> None:
+        if now - self._shown_at >= _EVERY_S:
+            self._shown_at = now
+            share, *rest = _phase_parts(tally)
+            self._line(" ".join(part for part in (_name(tally), share) if part) + f": {', '.join(filter(None, rest))}")
+
     def _step(self, event: StepReport) -> None:
-        every = max(1, self._num_steps // 10)
-        if event.step % every == 0 or event.step == 1:
-            self.say(f"step {event.step}/{self._num_steps}: {_step_text(event)}")
+        if event.step in (1, self._num_steps) or event.time - self._shown_at >= _EVERY_S:
+            self._shown_at = event.time
+            parts = [_step_text(event), self._pace(), self._left()]
+            share = f"{event.step / max(1, self._num_steps):.0%}"
+            self._line(f"{tr('step')} {event.step}/{self._num_steps} {share}: {', '.join(filter(None, parts))}")
+
+    def _line(self, text: str) -> None:
+        """A text that is in people's language already."""
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _pace(self) -> str:
+        step_s = self._summary.pace.step_s
+        return "" if step_s is None else tr("{0} a step").format(format_s(step_s))
+
+    def _left(self) -> str:
+        """The time left, or about how long by the plan while no step was measured; nothing behind the last step."""
+        last = self._summary.last_step
+        if self._plan is None or (last and last.step >= self._num_steps):
+            return ""
+        return _left_text(time_left(self._summary, self._plan))
 
 
 class Named(Lines):
@@ -99,41 +152,65 @@ class Named(Lines):
     def say(self, text: str) -> None:
         super().say(f"{self._name}: {text}")
 
+    def _line(self, text: str) -> None:
+        super()._line(f"{self._name}: {text}")
+
     def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
-        self._num_steps, self._predicted = plan.num_steps, plan.phases
+        self._begin(plan)
         self.say(f"run {run.run_id}: {summary(plan)}")
 
 
 class Live(Lines):
-    """A progress bar with loss, speed, memory and time left; other lines scroll above it."""
+    """A bar for what is being done, with its speed and the time left; other lines scroll above it."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
         self._bar = Progress(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=None),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TextColumn("{task.fields[detail]}", markup=False),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]}", markup=False),
-            TimeRemainingColumn(),
             console=console,
             transient=True,
         )
-        self._task: TaskID | None = None
+        self._shown: tuple[str, TaskID] | None = None  # the phase that has the bar
+
+    def say(self, text: str) -> None:
+        if self._shown and self._shown[0] in _BEFORE:
+            self.close()  # no event ends it
+        super().say(text)
+
+    def planned(self, run: RunFolder, job: Job, plan: Plan, statistics: dict[str, Any]) -> None:
+        self.close()
+        super().planned(run, job, plan, statistics)
+
+    def event(self, event: Event) -> None:
+        super().event(event)
+        if self._shown and self._shown[0] != self._summary.doing:
+            self.close()
+
+    def _phase(self, tally: Tally, now: float) -> None:
+        reached, (_, *rest) = tally.reached, _phase_parts(tally)
+        self._show(reached.phase, _name(tally), reached.done, reached.total, ", ".join(filter(None, rest)))
 
     def _step(self, event: StepReport) -> None:
-        if self._task is None:
-            self._bar.start()
-            self._task = self._bar.add_task(
-                tr("training"), total=self._num_steps, completed=event.step - 1, detail="", left=tr("left")
-            )
-        self._bar.update(self._task, completed=event.step, detail=_step_text(event))
+        parts = [f"{event.step}/{self._num_steps}", _step_text(event), self._left()]
+        self._show("training", tr("training"), event.step, self._num_steps, ", ".join(filter(None, parts)))
         if event.step >= self._num_steps:
             self.close()
 
+    def _show(self, phase: str, name: str, done: float, total: float | None, detail: str) -> None:
+        if self._shown and self._shown[0] != phase:
+            self.close()
+        if self._shown is None:
+            self._bar.start()
+            self._shown = phase, self._bar.add_task(name, total=total, completed=int(done), detail=detail)
+        self._bar.update(self._shown[1], completed=done, total=total, detail=detail)
+
     def close(self) -> None:
         self._bar.stop()
+        if self._shown:
+            self._bar.remove_task(self._shown[1])
+            self._shown = None
 
 
 @contextmanager
@@ -142,11 +219,58 @@ def watch_run(as_json: bool) -> Iterator[Quiet]:
     watcher = Quiet() if as_json else Live(out) if out.is_terminal else Lines(out)
     Screen.outlives_reader = True
     try:
-        yield watcher
+        with reporting_to(watcher.progress) if isinstance(watcher, Lines) else nullcontext():
+            yield watcher
     finally:
         if isinstance(watcher, Live):
             watcher.close()
         Screen.outlives_reader = False
+
+
+@contextmanager
+def show_work(as_json: bool) -> Iterator[None]:
+    """Shows on standard error how far the work of the block is, of a verb that prints an answer."""
+    watcher = Live(err) if err.is_terminal else Lines(err)
+    try:
+        with nullcontext() if as_json else reporting_to(watcher.progress):
+            yield
+    finally:
+        if isinstance(watcher, Live):
+            watcher.close()
+
+
+def _name(tally: Tally) -> str:
+    """What is done, as a heading."""
+    names = {
+        "download": tr("download"),
+        "tokenising": tr("tokenising"),
+        "evaluation": tr("evaluation"),
+        "answers": tr("generating answers"),
+        "saving": tr("saving"),
+    }
+    return names.get(tally.reached.phase, tally.reached.phase)
+
+
+def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
+    """Its percent, what is done of how much, its pace, its time left; empty where that is not known."""
+    reached, rate = tally.reached, tally.rate
+    if not reached.done and reached.total is None:
+        return "", "...", "", ""
+    unit = tr("prompts") if reached.unit == "prompts" else tr("rows")
+    counts = reached.unit != "bytes"
+    show = (lambda number: f"{number:,.0f} {unit}") if counts else format_bytes
+    done = f"{reached.done:,.0f}" if counts and reached.total is not None else show(reached.done)
+    amount = done if reached.total is None else f"{done} / {show(reached.total)}"
+    share = f"{reached.done / reached.total:.0%}" if reached.total else ""
+    pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or not counts) else ""
+    left = "" if tally.left_s is None else _left_text(TimeLeft(tally.left_s, True))
+    return share, amount, pace, left
+
+
+def _left_text(left: TimeLeft) -> str:
+    """In people's language at once, as `_step_text`."""
+    text = format_s(left.seconds)
+    return tr("{0} left").format(text if left.is_measured else tr("about {0}").format(text))
 
 
 def _step_text(event: StepReport) -> str:

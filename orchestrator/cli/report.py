@@ -1,7 +1,9 @@
-"""The verbs `report` and `tco`."""
+"""The verbs `report`, `dashboard` and `tco`."""
 
 from __future__ import annotations
 
+import os
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -60,6 +62,59 @@ def report(
         print_json({"report": str(file)})
     else:
         show(f"wrote {file}")
+
+
+@verbs.command()
+def dashboard(
+    folder: Annotated[Path, typer.Argument(help="the folder that holds the runs")] = Path("runs"),
+    cluster: Annotated[
+        str | None,
+        typer.Option("--cluster", help="HOST:PORT of a Ray cluster whose machines are shown beside the runs"),
+    ] = None,
+    host: Annotated[
+        str, typer.Option("--host", help="another than this machine's own lets those in who have the printed token")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option("--port", min=0, max=65535, help="0: any free one")] = 8200,
+    open_: Annotated[
+        bool | None, typer.Option("--open/--no-open", help="open it in a browser; default: where there is a desktop")
+    ] = None,
+    json_: JsonOption = False,
+) -> None:
+    """Show the runs of a folder in the browser, live: loss curves, time left, machines, plan, logs; until Ctrl-C.
+
+    Nothing can be changed there.  On another machine's loopback: ssh -L 8200:localhost:8200 MACHINE
+
+    Examples: orchestrator dashboard
+              orchestrator dashboard /data/runs --cluster 192.168.1.10:6379 --no-open
+    """
+    import asyncio
+    import webbrowser
+
+    from orchestrator.dashboard.server import Settings, serve
+    from orchestrator.serving.address import is_loopback, listen
+
+    place = resolve_path(folder, "dashboard", kind="new folder")
+    if not is_loopback(host):
+        say(f"whoever has the address with its token reads the runs, unencrypted on the way (--host {host})")
+    with listen(host, port) as listening:
+
+        def begun(url: str) -> None:
+            print_json({"url": url}) if json_ else show(f"dashboard of {folder}: {url}")
+            sys.stdout.flush()
+            if (_has_desktop() and not json_) if open_ is None else open_:
+                webbrowser.open(url)
+
+        try:
+            asyncio.run(serve(Settings(place, host, cluster, language()), listening, begun))
+        except KeyboardInterrupt:
+            say("the dashboard has ended")
+
+
+def _has_desktop() -> bool:
+    """Whether somebody sits here: without a display a browser would start in the terminal."""
+    if not out.is_terminal:
+        return False
+    return sys.platform in ("darwin", "win32") or any(os.environ.get(name) for name in ("DISPLAY", "WAYLAND_DISPLAY"))
 
 
 @verbs.command()

@@ -72,7 +72,7 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
     from orchestrator.runs.condition import damage
     from orchestrator.runs.summary.summary_file import summary_of
     from orchestrator.runs.worker_stats import stages_of_run, stats_of_run
-    from orchestrator.views.result import result_view, run_row
+    from orchestrator.views.result import result_view, run_row, status_lines
     from orchestrator.views.workers import stages_view, workers_view
 
     if search := search_verbs.find(run, runs):
@@ -97,9 +97,8 @@ def status(run: RunArgument = "latest", runs: RunsOption = Path("runs"), json_: 
         lists = {"workers": by_worker, "stages": stages}
         print_json(row | {name: [one.to_json() for one in rows] for name, rows in lists.items() if rows})
         return
-    for key, value in row.items():
-        if value is not None:
-            show(f"{key:<13} {value}")
+    for key, value in status_lines(row):
+        show(f"{key:<13} {value}")
     if stages or by_worker:
         out.print()
         out.print(stages_view(stages) if stages else workers_view(by_worker))
@@ -217,6 +216,7 @@ def evaluate(
 
     Example: orchestrator evaluate latest --data hard_cases.jsonl
     """
+    from orchestrator.cli.progress import show_work
     from orchestrator.lifecycle.prepare import held_out_of
     from orchestrator.runs.json_files import quality_of
     from orchestrator.views.result import scores_view
@@ -225,7 +225,8 @@ def evaluate(
     job = found.job()
     from orchestrator.training.workers.finished import evaluate as measure
 
-    quality = measure(found, job, held_out_of(found, job, data, say))
+    with show_work(json_):
+        quality = measure(found, job, held_out_of(found, job, data, say))
     if json_:
         print_json(quality)
     else:

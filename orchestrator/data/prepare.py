@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ from typing import Any
 from orchestrator.data.counts import likeness_notices, loss_notice, loss_refusal, reading_notices
 from orchestrator.data.data_files import DataFiles
 from orchestrator.data.dataset import DamagedCache, Dataset, build_all, cache_key
-from orchestrator.data.readers.files import digest
+from orchestrator.data.readers.files import digest, num_lines
 from orchestrator.data.readers.sources import digest_of, fetched, rows_of, skipped_of, sources_of
+from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import options_for, renderer_for, template_text
 from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.training import HeldOutFraction, Source
+from orchestrator.progress.reached import listener, report
 
+_ROWS_A_REPORT = 256
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")
 
 
@@ -105,6 +109,35 @@ def datasets(files: DataFiles) -> tuple[Dataset, Dataset | None]:
     return data.mix(files.weights, files.seed or 0) if files.weights else data, held_out
 
 
+def _told(sources: Iterable[Iterable[Row]], total: int | None) -> Iterator[Iterator[Row]]:
+    """The rows of each source, which as they are read tell how far that is."""
+    done = 0
+
+    def told(rows: Iterable[Row]) -> Iterator[Row]:
+        nonlocal done
+        for row in rows:
+            done += 1
+            if done % _ROWS_A_REPORT == 0:
+                report("tokenising", done, None if total is None else max(total, done))
+            yield row
+
+    for rows in sources:
+        yield told(rows)
+
+
+def _num_rows(sources: list[tuple[Source, list[Path]]]) -> int | None:
+    """How many rows there are to read, where somebody is told and lines say it."""
+    if listener() is None:
+        return None
+    total = 0
+    for source, files in sources:
+        counts = [num_lines(file) for file in files]
+        if not files or None in counts:
+            return None
+        total += min(sum(count or 0 for count in counts), source.max_samples or sys.maxsize)
+    return total
+
+
 class _Maker:
     """Makes datasets for one job; the tokenizer is loaded only when something must be tokenised."""
 
@@ -125,7 +158,7 @@ class _Maker:
                 self.say(f"{key}: the tokenised rows in {folder} are damaged ({error.damage}); they are made again")
         self._renderer = self._renderer or renderer_for(self.job, self.model_folder)
         self.say(f"tokenising {key} ...")
-        rows = (rows_of(self.job, source, files) for source, files in sources)
+        rows = _told((rows_of(self.job, source, files) for source, files in sources), _num_rows(sources))
         build_all(rows, self._renderer, options_for(self.job, self.max_length), folder)
         self.num_made += 1
         return folder

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib.util
+import io
 import os
 import re
 import socket
@@ -20,6 +21,7 @@ from urllib.parse import urlsplit
 
 from clusters.safe.reading import first_line, load_yaml, printable, read_text
 from orchestrator.errors import JobError
+from orchestrator.progress.reached import Reached, listener
 
 _KEY = "model.model_name_or_path"
 _REACH_S = 5.0
@@ -85,10 +87,38 @@ def fetch_model(name: str, revision: str | None, trust_remote_code: bool = False
     from huggingface_hub import HfApi, snapshot_download
 
     def download() -> str:
-        listing = HfApi().list_repo_files(name, revision=revision)
-        return snapshot_download(name, revision=revision, allow_patterns=wanted_files(listing, trust_remote_code))
+        listed = HfApi().model_info(name, revision=revision, files_metadata=True).siblings or []
+        wanted = wanted_files([one.rfilename for one in listed], trust_remote_code)
+        num_bytes = sum(one.size or 0 for one in listed if one.rfilename in wanted)
+        return snapshot_download(name, revision=revision, allow_patterns=wanted, tqdm_class=_bar_of(num_bytes))
 
     return Path(_ask(name, download, partial(snapshot_download, name, revision=revision, local_files_only=True)))
+
+
+def _bar_of(num_bytes: int) -> type | None:
+    """The hub client's bar, which it updates in threads of its own, told to who listens; None where nobody does."""
+    from huggingface_hub.utils import tqdm
+
+    listen = listener()
+    if listen is None:
+        return None
+    most = 0.0
+
+    class Bar(tqdm):
+        """Draws nothing.  Of the client's bars one counts files, one what came, one what was written, in bytes."""
+
+        def __init__(self, *values: Any, **options: Any) -> None:
+            super().__init__(*values, **{**options, "file": io.StringIO(), "disable": False})
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal most
+            drawn = super().update(n)
+            if self.unit == "B" and self.n > most:
+                most = self.n
+                listen(Reached("download", most, max(most, num_bytes), "bytes"))
+            return drawn
+
+    return Bar
 
 
 def fetch_config(name: str, revision: str | None) -> Path:

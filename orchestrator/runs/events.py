@@ -278,6 +278,15 @@ class CheckpointReport(Event, kind="checkpoint"):
 
 
 @dataclass(frozen=True)
+class PhaseProgress(Event, kind="progress"):
+    """How far an evaluation or what is saved has come, every few seconds at most."""
+
+    phase: str  # evaluation | answers | saving
+    done: float  # rows, prompts
+    total: float | None
+
+
+@dataclass(frozen=True)
 class FinalEvaluation(Event, kind="last_evaluation"):
     """The last evaluation begins; a process that ends in it may come back with fewer rows."""
 
@@ -355,10 +364,8 @@ def parse_line(line: bytes) -> tuple[Event | None, str]:
     """The event of a line, or None and what is wrong with it."""
     try:
         return read_event(json.loads(line)), ""
-    except BadInput as error:
-        return None, str(error)
-    except (ValueError, RecursionError):
-        return None, "is not JSON"
+    except (BadInput, ValueError, RecursionError) as error:
+        return None, str(error) if isinstance(error, BadInput) else "is not JSON"
 
 
 def _without(values: Mapping[str, Any], *names: str) -> dict[str, Any]:

@@ -160,9 +160,10 @@ class RunFolder(Folder):
     @classmethod
     def in_order(cls, runs: Iterable[Self]) -> list[Self]:
         """Oldest first."""
-        return sorted(runs, key=lambda run: (run._began_ns(), run.run_id))
+        return sorted(runs, key=lambda run: (run.began_ns(), run.run_id))
 
-    def _began_ns(self) -> int:
+    def began_ns(self) -> int:
+        """When it began, in nanoseconds since the epoch."""
         for name in (self.document, recorded.NAME):  # the record is written again
             with contextlib.suppress(OSError):
                 return (self.path / name).stat().st_mtime_ns

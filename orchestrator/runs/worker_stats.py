@@ -147,7 +147,7 @@ def _planned_stage(plan: Plan, part: NodePlan) -> StageStats:
         planned,
         predicted_busy_s=known.simulation.busy_s[stage.index],
         predicted_busy_share=known.simulation.busy_s[stage.index] / plan.step_s,
-        predicted_wait_s=known.simulation.waiting_s[stage.index],
+        predicted_wait_s=max(0.0, known.simulation.waiting_s[stage.index]),  # of sums that cancel
         predicted_bytes_sent=known.bytes_sent[stage.index],
     )
 

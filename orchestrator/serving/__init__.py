@@ -1,6 +1,7 @@
 """Serves runs, adapters and models: the OpenAI API over engines, a chat page, a chat in the terminal.
 
 server         start here: an address, its engines, and the end of both
+address        where a server listens, and which requests come from elsewhere
 catalog        what is served: runs, adapters and models by name; a bank is followed
 engine_choice  which engine serves a base model, and why
 router         models to engines, one engine for each base model

@@ -13,7 +13,6 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -21,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from orchestrator.serving.address import is_foreign, names_this_machine
 from orchestrator.serving.engines.protocol import Piece, Refused
 from orchestrator.serving.metrics import ServerMetrics
 from orchestrator.serving.openai_api import Answer, error_body, model_body, models_body, parse_request
@@ -30,7 +30,6 @@ MOST_BYTES = 10 * 2**20  # of a body
 _MOST_READ = 4 * MOST_BYTES  # of one that is too large: a client that still sends does not see the answer
 _BODY_S = 30.0  # that a client may take to send it
 _PAGE = Path(__file__).with_name("page.html")
-_LOCAL = ("localhost", "127.0.0.1", "::1")
 _OPEN = ("/", "/health")  # without a key
 
 Handler = Callable[[Request], Awaitable[Response]]
@@ -72,10 +71,10 @@ class Door:
     def _check_caller(self, request: Request) -> None:
         """Raises Refused for a missing key, and without keys for pages of other sites."""
         host, origin = request.headers.get("host", ""), request.headers.get("origin")
-        if origin and urlsplit(origin).netloc != host:
+        if is_foreign(origin, host):
             raise Refused(403, f"pages of {origin} may not use this server", "foreign_origin")
         if self._key is None:
-            if urlsplit(f"//{host}").hostname not in _LOCAL:
+            if not names_this_machine(host):
                 raise Refused(403, f"{host} is no name of this machine: set an API key", "foreign_host")
         elif request.url.path not in _OPEN:
             scheme, _, key = request.headers.get("authorization", "").partition(" ")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
-import ipaddress
 import secrets
 import socket
 import threading
@@ -15,6 +13,7 @@ from dataclasses import dataclass
 import uvicorn
 
 from orchestrator.errors import ClusterError, JobError
+from orchestrator.serving.address import is_loopback, listen
 from orchestrator.serving.catalog import Catalog
 from orchestrator.serving.door import Door
 from orchestrator.serving.engines.protocol import Refused
@@ -34,31 +33,12 @@ class Address:
 
 def bind(address: Address) -> socket.socket:
     """The socket.  Raises JobError for an address that cannot be had, or one that needs a key."""
-    if address.api_key is None and not _is_loopback(address.host):
+    if address.api_key is None and not is_loopback(address.host):
         raise JobError(
             f"--host {address.host}: other machines could use this server, so it needs a key: give one with"
             " --api-key-file FILE or the variable ORCHESTRATOR_API_KEY, or leave --host out"
         )
-    try:
-        # With its protocol: of a socket without one asyncio does not switch Nagle's algorithm off, and each answer on a
-        # connection that is kept open waits 40 ms for the client's delayed acknowledgement.
-        found = socket.getaddrinfo(address.host, address.port, type=socket.SOCK_STREAM, proto=socket.IPPROTO_TCP)
-        family, kind, protocol, _, place = found[0]
-        listening = socket.socket(family, kind, protocol)
-    except OSError as error:
-        raise JobError(f"--host {address.host}: {error.strerror or error}") from None
-    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listening.bind(place)
-        listening.listen(128)
-    except OSError as error:
-        listening.close()
-        if error.errno == errno.EADDRINUSE:
-            raise JobError(
-                f"--port {address.port}: another program listens there; choose another, or 0 for any"
-            ) from None
-        raise JobError(f"--host {address.host} --port {address.port}: {error.strerror or error}") from None
-    return listening
+    return listen(address.host, address.port)
 
 
 async def serve(
@@ -125,11 +105,3 @@ def serving(catalog: Catalog, build: Build) -> Iterator[Address]:
         with contextlib.suppress(RuntimeError):  # it has ended by itself
             loop.call_soon_threadsafe(task.cancel)
         thread.join()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host).is_loopback
-    return False

@@ -16,6 +16,7 @@ from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
+from orchestrator.progress.reached import report
 from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
@@ -72,12 +73,15 @@ def evaluate_rows(
     mine = split_by_share(data.lengths.tolist(), shares)[group.replica]
     divergence, short = divergence_of(setup, data, mine, len(data), techniques, group)
     batches = micro_batches_of(data, mine, techniques)
+    measured: set[int] = set()
     sums: dict[int | None, list[float]] = {}  # by the first member: what is repeated in halves replaces the whole
 
     def run(members: list[int]) -> None:
         if objective:
             objective.begin(num_counted, data.num_chosen_tokens(everything), divergence)
         sums[next(iter(members), None)] = _sums_of(setup, data, members, techniques)
+        measured.update(members)
+        report("evaluation", len(measured), len(mine))
 
     unfit, reason = passes_of(setup).each(batches, run)
     error = short or (reason if unfit else None)
@@ -167,6 +171,7 @@ def generate_answers(
     prompts = _prompts(inner, tokenizer, data, indices, how.max_new_tokens)
     stops = stops_of(inner, tokenizer)
     texts: dict[int, str] = {prompt.index: "" for prompt in prompts}
+    answered: set[int] = set()
     generate = how.passes.generate if how.passes else partial(generate_with, model)
 
     def answer(batch: Sequence[_Prompt]) -> None:
@@ -176,6 +181,8 @@ def generate_answers(
         with autocast(model.device.type, how.dtype):
             generated = _generate(partial(generate, **how.processors(rows, ids)), tokenizer, ids, new_tokens, stops)
         texts.update({prompt.index: text for prompt, text in zip(batch, generated, strict=False)})
+        answered.update(prompt.index for prompt in batch)
+        report("answers", len(answered), len(prompts), "prompts")
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)
     with _generating(model):

@@ -19,6 +19,7 @@ from orchestrator.runs.run_folder import RunFolder, state_without_driver, utc
 from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.facts import RunFacts, facts_of, facts_of_whole_run
 from orchestrator.runs.summary.summary_file import summary_of
+from orchestrator.runs.summary.time_left import TimeLeft, time_left
 from orchestrator.views.screen import label, new_table
 from strategies.cost.phases import Phases
 
@@ -140,7 +141,9 @@ def damaged_row(run: RunFolder, wrong: Sequence[str]) -> dict[str, Any]:
 
 def run_row(run: RunFolder, summary: EventSummary) -> dict[str, Any]:
     """The state of a run as one flat record.  Raises JobError."""
-    return _row(run, facts_of(run, summary), run.state(summary.state_by_events))
+    facts, state = facts_of(run, summary), run.state(summary.state_by_events)
+    is_known = state == "running" and (run.path / "plan.json").exists()
+    return _row(run, facts, state, time_left(summary, run.plan()) if is_known else None)
 
 
 def listed_row(run: RunFolder) -> dict[str, Any]:
@@ -151,7 +154,7 @@ def listed_row(run: RunFolder) -> dict[str, Any]:
     return _row(run, facts, state_without_driver(facts.state))
 
 
-def _row(run: RunFolder, facts: RunFacts, state: str) -> dict[str, Any]:
+def _row(run: RunFolder, facts: RunFacts, state: str, left: TimeLeft | None = None) -> dict[str, Any]:
     row: dict[str, Any] = {
         "run": run.run_id,
         "state": state,
@@ -163,14 +166,37 @@ def _row(run: RunFolder, facts: RunFacts, state: str) -> dict[str, Any]:
         "started": None if facts.started is None else utc(facts.started),
         "path": str(run.path),
     }
-    if state == "running" and facts.seconds is not None and facts.num_steps:
-        row["eta_s"] = round((facts.num_steps - facts.step) * facts.seconds)
+    if left is not None:
+        row |= {"eta_s": round(left.seconds), "eta_is_measured": left.is_measured}
     row |= facts.scores
     if state == "failed" and facts.error:
         row["error"] = facts.error
     if facts.exported:
         row["exported"] = str(run.path / facts.exported)
     return row
+
+
+def status_lines(row: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The lines of `status`, names and values as people read them: of a run at work with percent and time left."""
+    hidden = {"step", "num_steps", "eta_s", "eta_is_measured"}
+    lines = [(key, _value_text(key, value)) for key, value in row.items() if value is not None and key not in hidden]
+    if row.get("step") is not None:
+        share = f" ({row['step'] / row['num_steps']:.0%})" if row.get("num_steps") else ""
+        lines.insert(2, ("step", f"{row['step']}/{row['num_steps'] or '?'}{share}"))
+    if row.get("eta_s") is not None:
+        left = TimeLeft(row["eta_s"], row["eta_is_measured"])
+        lines.insert(3, ("time left", tr(left.text)))
+    return lines
+
+
+def _value_text(key: str, value: Any) -> str:
+    if key == "state":
+        return tr(value)
+    if not isinstance(value, float):
+        return str(value)
+    if key == "loss":
+        return f"{value:.4f}"
+    return f"{value:,.0f}" if key in ("tokens_per_s", "loss_scale") else score(key, value)
 
 
 RUN_HEAD = ("run", "state", "step", "loss", "started")

@@ -177,6 +177,17 @@ def digest(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def num_lines(file: Path) -> int | None:
+    """Lines of a text file, nearly its rows; None where it is packed or has other rows.  Raises JobError."""
+    if kind_of_name(file.name) not in ("jsonl", "csv", "tsv") or _suffix(file.name) in _PACKED:
+        return None
+    count, last = 0, b"\n"
+    with _open(file) as stream:
+        while chunk := stream.read(2**20):
+            count, last = count + chunk.count(b"\n"), chunk[-1:]
+    return count + (last != b"\n")
+
+
 def _suffix(name: str) -> str:
     dot = name.rfind(".")
     return name[dot:].lower() if dot > 0 else ""

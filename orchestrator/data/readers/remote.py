@@ -14,6 +14,7 @@ from clusters.safe.cache import cache_folder
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.readers.files import kind_of_name
 from orchestrator.errors import JobError
+from orchestrator.progress.reached import Reached, listener
 
 # What fsspec needs beside itself, as pip calls it, by the scheme of an address.
 PACKAGES = {
@@ -71,9 +72,23 @@ def _fetch_one(system: Any, path: str) -> Path:
     if len(version) < 2 or not file.is_file():  # a size alone tells no version
         file.parent.mkdir(parents=True, exist_ok=True)
         part = file.with_name(f".{file.name}.part")
-        system.get_file(path, str(part))
+        system.get_file(path, str(part), callback=_bar())
         part.replace(file)
     return file
+
+
+def _bar() -> Any:
+    """What a file system tells of the bytes that came, for who listens."""
+    from fsspec.callbacks import Callback
+
+    listen = listener()
+
+    class Bar(Callback):
+        def call(self, *_: Any, **__: Any) -> None:
+            if listen:
+                listen(Reached("download", self.value, self.size, "bytes"))
+
+    return Bar()
 
 
 def checked_address(text: str, key: str) -> str | None:

@@ -11,6 +11,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable
+from threading import Lock
 from typing import Any
 
 from clusters.safe.masking import masked
@@ -33,6 +34,7 @@ from orchestrator.runs.mirror.state import (
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.search_folder import SearchFolder
 
+_loading = Lock()
 _FIRST_S, _EVERY_S = 60.0, 30.0  # the first use of a store migrates it: not while a short run needs the cores
 
 
@@ -51,10 +53,7 @@ class Mirror:
     def load(self) -> None:
         """Import MLflow, which takes seconds, for which nobody should wait at the end of a run.  Raises ImportError."""
         if self._wanted:
-            _keep_to_itself()
-            import mlflow.pyfunc
-            import mlflow.store.tracking.sqlalchemy_store
-            import mlflow.tracking  # noqa: F401
+            _load()
 
     def send_if_due(self) -> None:
         """Send what is new if the last time was long enough ago."""
@@ -162,14 +161,25 @@ def _keep_to_itself() -> None:
     warnings.filterwarnings("ignore", message=".*inferred as AnyType")
 
 
+def _load() -> None:
+    """Import what sending uses, in one thread at a time: its modules import each other, and of two threads that begin
+    at different ones each meets what the other has made half.
+    """
+    with _loading:
+        _keep_to_itself()
+        import mlflow.pyfunc
+        import mlflow.store.tracking.sqlalchemy_store
+        import mlflow.tracking  # noqa: F401
+
+
 def _send_to(run: RunFolder, job: Job, send: Callable[[str], None]) -> str:
-    _keep_to_itself()
     shown = requested_uri(job) or ""
     try:
         Sent.of(run)  # a damaged record is said before a server is asked
         uri = address_of(run, job)
         shown = masked(uri)
         check_reachable(uri)
+        _load()
         send(uri)
     except TrackingFailed:
         raise

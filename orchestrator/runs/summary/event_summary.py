@@ -12,12 +12,16 @@ from dataclasses import replace
 from typing import Any, Self
 
 from orchestrator.runs.events import (
+    CheckpointReport,
     ErrorReport,
     Evaluation,
     Event,
     Failure,
+    FinalEvaluation,
+    HandBack,
     ModelReady,
     Note,
+    PhaseProgress,
     QualityReport,
     Replan,
     ShareChange,
@@ -31,6 +35,7 @@ from orchestrator.runs.events import (
 from orchestrator.runs.phases import PhaseClock
 from orchestrator.runs.record import MOST_NAMED, few
 from orchestrator.runs.summary.curves import StepCurve, StepSet
+from orchestrator.runs.summary.pace import Pace
 from orchestrator.runs.worker_stats import LAST_STEPS, stage_columns
 from strategies.cost.phases import Phases
 
@@ -54,6 +59,10 @@ class EventSummary:
         self.evaluations = StepCurve()
         self.loss_before: float | None = None
         self.loss_after: float | None = None
+        self.before_s: float | None = None  # that the evaluation before training took
+        self.pace = Pace()  # of the sitting that runs or ran last
+        self.doing: str | None = None  # start | evaluation | answers | training | saving, None once it has ended
+        self.progress: PhaseProgress | None = None  # how far that is, where it is not training
         self.num_sittings = 0  # that loaded the model
         self.trained_s = 0.0  # of all steps over all sittings
         self.repeated_s = 0.0  # of those trained again
@@ -116,6 +125,8 @@ class EventSummary:
         if self.started is None:
             self.started = event.time
         step = event.step
+        self.doing, self.progress = "training", None
+        self.pace.add(step, event.time)
         self._clock.add(event)
         self.trained_s += event.seconds
         if not self.steps.add(step):
@@ -138,6 +149,7 @@ class EventSummary:
         self._clock.add(event)
         if isinstance(event, StateChange):
             self.state = event.state
+            self.doing, self.progress = "start" if event.state in _AT_WORK else None, None
         if isinstance(event, ErrorReport | StateChange) and event.text:
             self.error = event.text
         if _is_fault(event) and len(self._faults) < MOST_FAULTS:
@@ -153,13 +165,29 @@ class EventSummary:
 
     def _add_evaluation(self, event: Evaluation) -> None:
         self.evaluations.add(event.step, event.eval_loss)
+        self._add_training(event)
 
     def _add_quality(self, event: QualityReport) -> None:
         if event.eval_loss is not None:
             setattr(self, "loss_before" if event.when == "before" else "loss_after", event.eval_loss)
+        if event.when == "before" and type(event.extra.get("seconds")) in (int, float):
+            self.before_s = event.extra["seconds"]
+        self._add_training(event)
 
     def _add_sitting(self, event: ModelReady) -> None:
         self.num_sittings += 1
+        self.pace = Pace()
+        self._add_training(event)
+
+    def _add_progress(self, event: PhaseProgress) -> None:
+        self.doing, self.progress = event.phase, event
+
+    def _add_training(self, event: Event) -> None:
+        """What it did beside training has ended."""
+        self.doing, self.progress = "training" if self.doing else None, None
+
+    def _add_ending(self, event: Event) -> None:
+        self.doing, self.progress = ("evaluation" if isinstance(event, FinalEvaluation) else "saving"), None
 
     def to_json(self) -> dict[str, Any]:
         kept = {stages: [[line, one.to_json()] for line, one in steps] for stages, steps in self._group_steps.items()}
@@ -167,6 +195,7 @@ class EventSummary:
             **{name: getattr(self, name) for name in _PLAIN},
             **{name: one and one.to_json() for name in _EVENTS for one in [getattr(self, name)]},
             "steps": self.steps.to_json(),
+            "pace": self.pace.to_json(),
             "losses": self.losses.to_json(),
             "evaluations": self.evaluations.to_json(),
             "clock": self._clock.to_json(),
@@ -183,6 +212,7 @@ class EventSummary:
         for name in _EVENTS:
             setattr(made, name, values[name] and read_event(values[name]))
         made.steps = StepSet(values["steps"])
+        made.pace = Pace.from_json(values["pace"])
         made.losses, made.evaluations = (
             StepCurve.from_json(values["losses"]),
             StepCurve.from_json(values["evaluations"]),
@@ -196,14 +226,19 @@ class EventSummary:
 
 
 _PLAIN = ("num_lines", "num_skipped", "skipped", "started", "state", "error", "loss_before", "loss_after")
-_PLAIN += ("num_sittings", "trained_s", "repeated_s")
-_EVENTS = ("last_step", "_group", "_timeline")
+_PLAIN += ("before_s", "doing", "num_sittings", "trained_s", "repeated_s")
+_EVENTS = ("last_step", "progress", "_group", "_timeline")
+_AT_WORK = ("running", "replanning")
 _ACTS: dict[type[Event], Callable[[EventSummary, Any], None]] = {
     WorkerGroup: EventSummary._add_group,
     StageTimeline: EventSummary._add_timeline,
     Evaluation: EventSummary._add_evaluation,
     QualityReport: EventSummary._add_quality,
     ModelReady: EventSummary._add_sitting,
+    PhaseProgress: EventSummary._add_progress,
+    CheckpointReport: EventSummary._add_training,
+    FinalEvaluation: EventSummary._add_ending,
+    HandBack: EventSummary._add_ending,
 }
 
 

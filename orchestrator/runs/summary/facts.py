@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import os
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 
 from orchestrator.errors import JobError
+from orchestrator.job.hub import name_in_cache
 from orchestrator.runs import record
 from orchestrator.runs.condition import damage
 from orchestrator.runs.run_folder import RunFolder
@@ -32,16 +34,21 @@ class RunFacts:
     started: float | None = None  # seconds since the epoch
     error: str | None = None
     exported: str | None = None  # the folder's name
+    model: str | None = None  # its name on the hub, or its folder's
+    method: str | None = None
+    loss_before: float | None = None  # held-out, as far as it was measured
+    loss_after: float | None = None
     scores: dict[str, float] = field(default_factory=dict)
 
 
 def facts_of(run: RunFolder, summary: EventSummary) -> RunFacts:
     """Raises JobError."""
     last, result, exported = summary.last_step, run.result(), run.exported()
+    plan = run.plan() if (run.path / "plan.json").exists() else None
     return RunFacts(
         state=summary.state_by_events,
         step=last.step if last else 0,
-        num_steps=run.plan().num_steps if (run.path / "plan.json").exists() else None,
+        num_steps=plan.num_steps if plan else None,
         loss=last.loss if last else None,
         tokens_per_s=last.tokens_per_s if last else None,
         seconds=last.seconds if last else None,
@@ -49,8 +56,21 @@ def facts_of(run: RunFolder, summary: EventSummary) -> RunFacts:
         started=summary.started,
         error=summary.error,
         exported=exported.name if exported else None,
+        model=model_name_of(run),
+        method=plan.method["type"] if plan else None,
+        loss_before=summary.loss_before,
+        loss_after=summary.loss_after,
         scores=result.after.scores if result and result.after else {},
     )
+
+
+def model_name_of(run: RunFolder) -> str | None:
+    """The name that others know a run's model by.  Raises JobError."""
+    if not (run.path / "data.json").exists():
+        return None
+    folder = Path(run.data().model)
+    named = name_in_cache(folder)
+    return named[0] if named else folder.name
 
 
 def facts_of_whole_run(run: RunFolder) -> RunFacts:
@@ -95,12 +115,13 @@ def _look_at_files(run: RunFolder) -> Identities:
 
 _FILES = (record.NAME, "job.yaml", "origin.json", "capability.json", "plan.json", "data.json", "result.json")
 _FILES += ("events.jsonl",)
+_NUMBERS = ("loss", "tokens_per_s", "seconds", "loss_scale", "started", "loss_before", "loss_after")
 _NUMBER_OR_NONE, _TEXT_OR_NONE = (int, float, type(None)), (str, type(None))
 _TYPES: dict[str, tuple[type, ...]] = {
     "state": (str,),
     "step": (int,),
     "num_steps": (int, type(None)),
     "scores": (dict,),
-    **dict.fromkeys(("loss", "tokens_per_s", "seconds", "loss_scale", "started"), _NUMBER_OR_NONE),
-    **dict.fromkeys(("error", "exported"), _TEXT_OR_NONE),
+    **dict.fromkeys(_NUMBERS, _NUMBER_OR_NONE),
+    **dict.fromkeys(("error", "exported", "model", "method"), _TEXT_OR_NONE),
 }

@@ -32,7 +32,7 @@ from orchestrator.runs.summary.event_summary import EventSummary
 from orchestrator.runs.summary.lines import read_lines
 
 NAME = ".summary"
-_FORMAT = f"1 of {__version__}"  # another version may see other faults
+_FORMAT = f"2 of {__version__}"  # another version may see other faults
 _COARSE_NS = 2 * 10**9  # the coarsest clock of a file system: FAT's
 _WORTH_KEEPING_BYTES = 2**20  # less is read again as fast
 _CHUNK_BYTES = 2**20
@@ -54,20 +54,25 @@ class _Events:
 
 def summary_of(run: RunFolder) -> EventSummary:
     """What a run's events come to, of what was appended since they were last read.  Raises JobError."""
+    return summary_and_end(run)[0]
+
+
+def summary_and_end(run: RunFolder) -> tuple[EventSummary, int]:
+    """The same, and the byte offset after what it is of."""
     file = run.path / "events.jsonl"
     try:
         if kind_of(file) is None:
-            return EventSummary()
+            return EventSummary(), 0
         with open_regular(file) as stream:
             return _brought_up_to_date(run.path, stream)
     except (OSError, BadInput) as error:
         raise JobError(f"{file}: cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
-def _brought_up_to_date(folder: Path, stream: BufferedReader) -> EventSummary:
+def _brought_up_to_date(folder: Path, stream: BufferedReader) -> tuple[EventSummary, int]:
     found, now = _kept_events(folder), identity_of(os.fstat(stream.fileno()))
     if found.summary and found.identity == now:
-        return found.summary
+        return found.summary, found.num_bytes
     with draft(folder) as new:
         if found.summary is None or not _begins_with(stream, found):
             found = _Events(summary=EventSummary())
@@ -81,7 +86,7 @@ def _brought_up_to_date(folder: Path, stream: BufferedReader) -> EventSummary:
         found.identity = now if new.is_settled(now) else None
         if found.identity or found.num_bytes - before >= _WORTH_KEEPING_BYTES:
             new.keep(_row_line(folder), _line(_events_to_json(found)))
-    return found.summary
+    return found.summary, found.num_bytes
 
 
 def _begins_with(stream: BufferedReader, found: _Events) -> bool:

@@ -13,7 +13,8 @@ import torch
 from clusters.hardware.energy import POWERCAP, Meter
 from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
-from orchestrator.runs.events import Event, HandBack, PreflightReport, StepReport
+from orchestrator.progress.reached import Reached, every, report, reporting_to
+from orchestrator.runs.events import Event, HandBack, PhaseProgress, PreflightReport, StepReport
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
 from orchestrator.training.determinism import deterministic, resume_note
@@ -32,6 +33,7 @@ from strategies.step.state import gather
 from strategies.train_setup import TrainSetup, TrainState
 
 _STEPS_A_TRIM = 10
+_PROGRESS_S = 2.0  # between two records of how far a phase is
 
 
 def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: RunSeat | None = None) -> None:
@@ -42,13 +44,23 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: RunSe
     """
     with deterministic(run.job().spec.train.deterministic):
         context = replace(start_worker(run, rank, size, node, slot), seat=seat)
-        inputs = load_inputs(run, context)
-        outcome = _train(run, context, inputs, _begin(run, context, inputs))
-        stopped = outcome.progress.stopped
-        if stopped not in STOP_REQUESTS:
-            _hand_back(run, context, inputs, outcome)
-        elif context.is_first:
-            run.record_stop(stopped, outcome.progress.step)
+        with _recording_progress(context):
+            inputs = load_inputs(run, context)
+            outcome = _train(run, context, inputs, _begin(run, context, inputs))
+            stopped = outcome.progress.stopped
+            if stopped not in STOP_REQUESTS:
+                _hand_back(run, context, inputs, outcome)
+            elif context.is_first:
+                run.record_stop(stopped, outcome.progress.step)
+
+
+def _recording_progress(context: WorkerContext) -> contextlib.AbstractContextManager[None]:
+    """Inside the block the first worker records how far evaluations and saving are."""
+
+    def record(reached: Reached) -> None:
+        context.record(PhaseProgress(reached.phase, reached.done, reached.total))
+
+    return reporting_to(every(_PROGRESS_S, record)) if context.is_first else contextlib.nullcontext()
 
 
 def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
@@ -147,6 +159,7 @@ def _save_checkpoint(run: RunFolder, context: WorkerContext, setup: TrainSetup, 
     held = gather(setup)
     if not context.is_first or held is None:
         return None
+    report("saving", 0)
     state = {**progress.as_dict(), "plan_hash": context.plan.hash, "torch": torch.__version__}
     try:
         path = checkpoint.save(run.checkpoints, held, state)
@@ -171,6 +184,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     hand_back.free_optimizer(setup)
     portrait = _portrait(context, inputs, held)
     found: dict[str, Any] = {}
+    report("saving", 0)
     if context.is_first and portrait:
         written = hand_back.write(run, context.job, setup, inputs.tokenizer, held, portrait)
         found = result.result_of(run, context, inputs, outcome)

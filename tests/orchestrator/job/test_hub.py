@@ -8,6 +8,7 @@ import pytest
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_files
 from orchestrator.job.tokenizer_size import check_tokens, tokens_from
+from orchestrator.progress.reached import Reached, reporting_to
 
 CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
@@ -166,3 +167,21 @@ def test_a_tokenizer_file_of_anything_is_no_traceback(tmp_path, values):
         check_tokens(tmp_path, 10)
     except JobError as error:
         assert "tokenizer.json" in str(error)
+
+
+def test_what_the_hubs_client_fetches_is_told_in_bytes_and_drawn_nowhere(capfd):
+    heard = []
+    with reporting_to(heard.append):
+        bar_of = hub._bar_of(1000)
+
+    assert hub._bar_of(1000) is None  # where nobody listens the client draws its own
+    written = bar_of(total=0, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download")
+    came = bar_of(total=0, unit="B", unit_scale=True, name="huggingface_hub.snapshot_download.transfer")
+    files = bar_of(total=3, desc="Fetching 3 files")
+    for bar, count in ((came, 300), (files, 1), (written, 200), (written, 700)):
+        bar.update(count)
+    for bar in (written, came, files):
+        bar.close()
+
+    assert heard == [Reached("download", done, 1000, "bytes") for done in (300, 900)]
+    assert capfd.readouterr() == ("", "")

@@ -1,7 +1,6 @@
 """What a report is written as: safe, whole, in two languages, without the network."""
 
 import re
-import shutil
 import subprocess
 import xml.dom.minidom
 from pathlib import Path
@@ -13,6 +12,7 @@ from orchestrator.report import plots
 from orchestrator.report.blocks import Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.html import html
 from orchestrator.report.markdown import write_markdown
+from tests.browser import needs_chromium
 
 FOLDER = Path(__file__).resolve().parents[3] / "orchestrator" / "report"
 FIGURES = {
@@ -92,7 +92,7 @@ def test_markdown_has_the_figures_beside_it(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium")
+@needs_chromium
 @pytest.mark.parametrize("width", [1200, 400])
 def test_a_browser_shows_it_without_complaints(tmp_path, width):
     file = tmp_path / "report.html"

@@ -17,6 +17,7 @@ LINES = [
     '{"event": "state", "time": 1.5, "state": "finished", "step": 4}',
     '{"event": "state", "time": 1.5, "state": "failed", "text": "why"}',
     '{"event": "note", "time": 1.5, "text": "a"}',
+    '{"event": "progress", "time": 1.5, "phase": "answers", "done": 4, "total": 80}',
     '{"event": "error", "time": 1.5, "text": "a", "exit_code": 3, "again": false}',
     '{"event": "error", "time": 1.5, "text": "a", "traceback": "b", "exit_code": 5, "again": true, "node": "n"}',
     '{"event": "failure", "time": 1.5, "text": "a", "step": 3, "failures": 1}',

@@ -4,6 +4,7 @@ import json
 import shutil
 import sqlite3
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -277,3 +278,16 @@ def test_a_run_that_is_read_again_knows_its_own_store(store, run_of):
     run, _ = run_of(uri)
 
     assert tracking.sync(run, run.job()) == uri
+
+
+def test_who_sends_waits_until_mlflow_is_imported(store, run_of):
+    run, job = run_of(store[1])
+    with tracking._loading, ThreadPoolExecutor(1) as pool:  # as the thread that imports it ahead does
+        sent = pool.submit(tracking.sync, run, job)
+        with pytest.raises(TimeoutError):
+            sent.result(0.5)
+        tracking._loading.release()
+        address = sent.result(60)
+        tracking._loading.acquire()
+
+    assert address == store[1]

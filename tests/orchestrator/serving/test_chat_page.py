@@ -2,87 +2,16 @@
 
 import asyncio
 import base64
-import contextlib
-import itertools
 import json
 import re
-import shutil
-import subprocess
 
-import aiohttp
 import pytest
 
+from tests.browser import needs_chromium, opened
 from tests.orchestrator.serving.test_server import served
-from tests.processes import PATIENCE_S, end
+from tests.processes import end
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(shutil.which("chromium") is None, reason="needs Chromium"),
-]
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking")
-
-
-class Page:
-    """One tab, by the DevTools protocol (https://chromedevtools.github.io/devtools-protocol/)."""
-
-    def __init__(self, socket):
-        self._socket, self._numbers, self.complaints = socket, itertools.count(1), []
-
-    async def call(self, method, **parameters):
-        number = next(self._numbers)
-        await self._socket.send_json({"id": number, "method": method, "params": parameters})
-        async with asyncio.timeout(PATIENCE_S):
-            while True:
-                message = await self._socket.receive_json()
-                entry = message.get("params", {}).get("entry", {})
-                if message.get("method") == "Runtime.exceptionThrown" or entry.get("level") in ("warning", "error"):
-                    self.complaints.append(message["params"])
-                if message.get("id") == number:
-                    assert "error" not in message, message
-                    return message["result"]
-
-    async def value(self, expression):
-        found = await self.call("Runtime.evaluate", expression=expression, returnByValue=True)
-        return found["result"].get("value")
-
-    async def until(self, expression):
-        async with asyncio.timeout(PATIENCE_S):
-            while not (found := await self.value(expression)):
-                await asyncio.sleep(0.05)
-        return found
-
-    async def type(self, text):
-        """Into what has the focus, and Enter."""
-        await self.call("Input.insertText", text=text)
-        for kind in ("keyDown", "keyUp"):
-            await self.call("Input.dispatchKeyEvent", type=kind, key="Enter", code="Enter", windowsVirtualKeyCode=13)
-
-
-@contextlib.asynccontextmanager
-async def opened(url, profile, *flags):
-    browser = subprocess.Popen(
-        ["chromium", *FLAGS, *flags, "--remote-debugging-port=0", f"--user-data-dir={profile}", url],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        line = next(line for line in browser.stderr if "DevTools listening" in line)
-        address = re.search(r"ws://([^/]+)/", line)[1]
-        async with aiohttp.ClientSession() as session:
-            tabs = []
-            while not tabs:
-                async with session.get(f"http://{address}/json") as reply:
-                    tabs = [one for one in await reply.json() if one["type"] == "page"]
-            async with session.ws_connect(tabs[0]["webSocketDebuggerUrl"], max_msg_size=0) as socket:
-                page = Page(socket)
-                for domain in ("Runtime", "Log", "Page"):
-                    await page.call(f"{domain}.enable")
-                yield page
-    finally:
-        browser.terminate()
-        browser.wait(PATIENCE_S)
-        browser.stderr.close()
-
-
+pytestmark = [pytest.mark.slow, needs_chromium]
 ANSWERS = "[...document.querySelectorAll('.turn')].at(-1)?.querySelectorAll('.answer') ?? []"
 DONE = f"[...{ANSWERS}].map(one => [one.querySelector('h2').textContent, one.querySelector('p').textContent])"
 

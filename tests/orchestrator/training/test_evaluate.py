@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.data.dataset import Dataset, TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
+from orchestrator.progress.reached import Reached, reporting_to
 from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of
 from strategies.model.sampling import Sampling
@@ -156,3 +157,14 @@ def test_a_prompt_without_a_token_starts_as_a_text_does(asked):
 
     assert [answer.reference for answer in found] == ["dog", *(row["completion"] for row in rows(3))]
     assert len({answer.generated for answer in found}) == 1
+
+
+def test_how_many_prompts_are_answered_is_told_batch_by_batch(asked):
+    model, tokenizer, data = asked
+    heard = []
+
+    with reporting_to(heard.append):
+        one_at_a_time = Generation(4, "float32", cache_bytes=1.0)
+        generate_answers(saying(model, tokenizer, "dog"), tokenizer, data, range(4), one_at_a_time)
+
+    assert heard == [Reached("answers", done, 4, "prompts") for done in (1, 2, 3, 4)]
