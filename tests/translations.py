@@ -76,7 +76,7 @@ _VALUES = (
     *("effective", "works", "little gain", "harmful", "impossible", "not installed"),
     *("base", "adapter", "tuned", "merged", "one", "mixed", "grouped", "before", "after", "wanted", "prompt"),
     *("usable", "preflight", "saving", "run", "started", "the adapter", "line {0}", "character n-grams"),
-    *("without it {0} of the memory is used", "Run", "Other", "system", "clock", "port {0}"),
+    *("without it {0} of the memory is used", "Run", "system", "clock", "port {0}"),
 )
 _WORD = re.compile(r"(?<![\w./_-])(?:[A-Za-z][a-z]+(?:[-'][a-z]+)*|[A-Z]{2,})(?![\w./_(=-])")
 
