@@ -123,7 +123,7 @@ def commands_of(module: Any) -> dict[str, Any]:
             command.callback.__doc__ = command.callback.__doc__.replace("    Example", "    \b\n    Example")
     app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
     app.add_typer(module.verbs)
-    return typer.main.get_group(app).commands
+    return dict(typer.main.get_group(app).commands)
 
 
 class GroupedVerbs(Verbs):
