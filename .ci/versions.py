@@ -1,6 +1,6 @@
 """Try the project with the oldest and the newest versions that the ranges of pyproject.toml admit.
 
-    python .ci/versions.py [oldest] [newest] [--folder build/versions] [--tests FILE ...]
+    python .ci/versions.py [oldest] [newest] [--folder build/versions] [--tests FILE ...] [--installed]
 
 An end is a virtual environment in the folder: `oldest` has each lower bound exactly, `newest` what pip takes by itself;
 what no range names is in both the newest that fits.  In it run the tests of what touches these libraries.  Bounds that
@@ -153,6 +153,14 @@ def install(end: str, folder: Path) -> Outcome:
     return found
 
 
+def installed(end: str, folder: Path) -> Outcome:
+    """What `install` has left in the environment of one end."""
+    kept = folder / end / "resolved.json"
+    if not kept.exists():
+        return Outcome(problem=f"{kept} is not there: run it without --installed first")
+    return Outcome(json.loads(kept.read_text(encoding="utf-8")))
+
+
 def _differs(lowest: Mapping[str, str], name: str, bound: str) -> bool:
     return name in lowest and re.sub(r"(\.0)+$", "", lowest[name]) != re.sub(r"(\.0)+$", "", bound)
 
@@ -189,6 +197,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("ends", nargs="*", help="oldest, newest; default: both")
     parser.add_argument("--folder", type=Path, default=ROOT / "build/versions", help="where the environments lie")
+    parser.add_argument("--installed", action="store_true", help="test the environments that are there, as they are")
     parser.add_argument("--tests", nargs="*", default=list(TESTS), help="files of tests; none: install only")
     asked = parser.parse_args()
     if unknown := [end for end in asked.ends if end not in ENDS]:
@@ -196,7 +205,7 @@ def main() -> None:
     asked.folder.mkdir(parents=True, exist_ok=True)
     outcomes: dict[str, Outcome] = {}
     for end in asked.ends or ENDS:
-        outcomes[end] = install(end, asked.folder)
+        outcomes[end] = (installed if asked.installed else install)(end, asked.folder)
         if asked.tests and not outcomes[end].problem:
             test(end, asked.folder, asked.tests, outcomes[end])
     print(table(outcomes))

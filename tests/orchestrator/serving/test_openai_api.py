@@ -87,7 +87,7 @@ def test_what_cannot_be_is_refused_by_its_name(change, param):
     refusal = refused({**HELLO, **change})
 
     assert (refusal.status, refusal.param) == (400, param)
-    assert param in error_body(refusal)["error"]["message"]
+    assert param in error_body(refusal, str)["error"]["message"]
 
 
 def test_neutral_values_of_what_is_not_supported_pass():
@@ -95,7 +95,7 @@ def test_neutral_values_of_what_is_not_supported_pass():
 
 
 def test_an_unknown_model_is_not_found():
-    assert error_body(refused({**HELLO, "model": "other"}))["error"] == {
+    assert error_body(refused({**HELLO, "model": "other"}), str)["error"] == {
         "message": "no other",
         "type": "invalid_request_error",
         "param": "model",
