@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from orchestrator.language.catalogue import translator
 from orchestrator.serving.engines.protocol import Piece, Refused, ServedModel, TokenScore
 from orchestrator.serving.openai_api import Answer, error_body, parse_request
 
@@ -88,6 +89,16 @@ def test_what_cannot_be_is_refused_by_its_name(change, param):
 
     assert (refusal.status, refusal.param) == (400, param)
     assert param in error_body(refusal, str)["error"]["message"]
+
+
+def test_an_error_is_in_the_language_of_who_asks_and_its_code_for_programs():
+    refusal = refused({**HELLO, "stream": "yes"})
+
+    english, japanese = (error_body(refusal, translator(name))["error"] for name in ("en", "ja"))
+
+    assert english["message"] == "stream: give true or false"
+    assert japanese["message"] == "stream: true または false を指定してください"
+    assert english | {"message": ""} == japanese | {"message": ""}
 
 
 def test_neutral_values_of_what_is_not_supported_pass():
