@@ -169,7 +169,7 @@ def test(end: str, folder: Path, tests: Sequence[str], outcome: Outcome) -> None
     """Run the tests in the environment of one end; what pytest says lies in the folder."""
     began = time.monotonic()
     marks = "not slow and not gpu and not cluster and not k8s"
-    command = [folder / end / "bin/python", "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marks, *tests]
+    command = [folder / end / "bin/python", "-m", "pytest", "-p", "no:cacheprovider", "-m", marks, *tests]
     done = _run([*command, f"--basetemp={folder / end / 'tmp'}"])
     (folder / f"{end}.log").write_text(done.stdout + done.stderr, encoding="utf-8")
     last = [line for line in done.stdout.splitlines() if line.strip()][-1:] or [done.stderr.strip()[-200:]]
