@@ -55,6 +55,7 @@ def resolve_evaluation(
     new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
     metrics, why_metrics = resolve_metrics(spec, held_out)
     _refuse_unused_tokenizer(spec, metrics, held_out)
+    _refuse_unused_sampling(spec, metrics, held_out)
     if metrics:
         enough, memory = generation_memory(nodes, workload, new_tokens)
         if why_tokens:
@@ -126,6 +127,23 @@ def _refuse_unused_tokenizer(spec: JobSpec, metrics: Sequence[str], held_out: He
         raise JobError(
             f"eval.tokenizer is {stated}, and no metric here counts tokens ({', '.join(metrics) or 'there is none'}):"
             " add rouge_l or bleu to eval.metrics, or remove it"
+        )
+
+
+def _refuse_unused_sampling(spec: JobSpec, metrics: Sequence[str], held_out: HeldOutCounts | None) -> None:
+    """Raises JobError where it is stated how answers are drawn, and none are."""
+    temperature, top_p = spec.eval.temperature, spec.eval.top_p
+    if not temperature and top_p < 1:
+        raise JobError(
+            f"eval.top_p is {top_p:g}, and the likeliest token is always taken: set eval.temperature above 0, or remove"
+            " eval.top_p"
+        )
+    if temperature and held_out is None:
+        raise JobError(_NEEDS_ROWS.format("eval.temperature"))
+    if temperature and not metrics:
+        raise JobError(
+            f"eval.temperature is {temperature:g}, and no answers are generated: add a metric to eval.metrics, or"
+            " remove it"
         )
 
 
