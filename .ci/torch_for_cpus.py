@@ -1,7 +1,9 @@
 """Install PyTorch's build for CPUs where no GPU is found: several GB less than the default one on Linux.
 
 `uv` knows where that build lies.  Where it cannot be reached, pip's own index may have one (a version that ends in
-`+cpu`); where it has none, nothing is done, and pip later installs the default build.  `python .ci/torch_for_cpus.py`
+`+cpu`); where it has none, nothing is done, and pip later installs the default build.
+
+    python .ci/torch_for_cpus.py [REQUIREMENT]
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ def main() -> None:
     if has_gpu():
         print("A GPU is here: PyTorch's build for it.")
         return
-    requirement = wanted()
+    requirement = sys.argv[1] if sys.argv[1:] else wanted()
     if not (by_uv(requirement) or by_pip(requirement)):
         print("PyTorch's build for CPUs cannot be reached: the default one is installed, several GB more.")
 

@@ -1,42 +1,21 @@
 """What each way of training costs and how it changes a model.  Never imports ray.
 
-Three registries: a new method is one line in `METHODS`, a new objective one in `OBJECTIVES`, and their options appear
-in the job file by themselves; a new technique is one entry of techniques/catalogue.toml, and appears in the catalogue
-and its measurement.
+Three registries (registry.py): a new method is one line in `METHODS`, a new objective one in `OBJECTIVES`, and their
+options appear in the job file by themselves; a new technique is one entry of techniques/catalogue.toml, and appears in
+the catalogue and its measurement.  They are loaded when one is asked for: a program that reads a run needs none.
 """
 
-from strategies.contract import Method
-from strategies.lsp_offload.method import LspOffload
-from strategies.methods.full import Full
-from strategies.methods.lora import Lora
-from strategies.methods.low_rank_gradients import Apollo, Galore
-from strategies.methods.qlora import QLora
-from strategies.methods.shira import Shira
-from strategies.objectives.contract import Objective
-from strategies.objectives.dpo import Dpo
-from strategies.objectives.ipo import Ipo
-from strategies.objectives.kto import Kto
-from strategies.objectives.orpo import Orpo
-from strategies.objectives.sft import Sft
-from strategies.objectives.simpo import SimPo
-from strategies.techniques.catalogue import read_catalogue
-from strategies.techniques.technique import Technique
+from typing import TYPE_CHECKING, Any
 
-METHODS: dict[str, type[Method]] = {
-    "lora": Lora,
-    "full": Full,
-    "qlora": QLora,
-    "experimental_lsp_offload": LspOffload,
-    "experimental_galore": Galore,
-    "experimental_apollo": Apollo,
-    "experimental_shira": Shira,
-}
-OBJECTIVES: dict[str, type[Objective]] = {  # the default first
-    "sft": Sft,
-    "dpo": Dpo,
-    "ipo": Ipo,
-    "simpo": SimPo,
-    "orpo": Orpo,
-    "kto": Kto,
-}
-TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)
+if TYPE_CHECKING:
+    from strategies.registry import METHODS, OBJECTIVES, TECHNIQUES
+
+__all__ = ("METHODS", "OBJECTIVES", "TECHNIQUES")
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(name)
+    from strategies import registry
+
+    return getattr(registry, name)

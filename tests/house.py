@@ -47,6 +47,7 @@ ROOMS = (
     ("strategies.multi_lora",),
     ("strategies.methods",),
     ("strategies.compatibility",),
+    ("strategies.registry",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
     ("orchestrator.language", "orchestrator.progress"),

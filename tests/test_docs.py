@@ -80,6 +80,26 @@ def test_a_readme_fits_a_reader(path):
     assert not [line for line in lines if width(line) > 100]
 
 
+def skeleton(path: Path) -> dict[str, list[str]]:
+    """What two languages of a document have in common."""
+    text = path.read_text(encoding="utf-8")
+    plain = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
+    quoted = {" ".join(one.split()) for one in re.findall(r"`([^`]+)`", plain)}
+    return {
+        "parts": re.findall(r"^(##? |```|- \*\*|<img|\[[^\]]+\]: .*)", text, flags=re.MULTILINE),
+        "table": re.findall(r"^\|([^|]*`[^|]*)\|", text, flags=re.MULTILINE),
+        "quoted": sorted(quoted),
+        "typed": [re.split(" +#", line)[0] for block in blocks(text)[:5] for line in block.splitlines()],
+    }
+
+
+def test_both_readmes_say_the_same():
+    english, japanese = map(skeleton, READMES)
+
+    assert len(english["table"]) == 8 and len(english["typed"]) > 20
+    assert english == japanese
+
+
 @pytest.mark.parametrize("path", [path for path in ALL if path not in READMES], ids=named)
 def test_lines_fit_a_window(path):
     lines = path.read_text(encoding="utf-8").splitlines()

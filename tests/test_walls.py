@@ -2,6 +2,7 @@
 
 import ast
 import json
+import os
 import re
 import subprocess
 import sys
@@ -121,7 +122,8 @@ def test_strategies_never_import_ray():
 
 def test_planning_path_loads_nothing_heavy():
     code = (
-        "import sys, orchestrator.cli.app, orchestrator.job.job_file, orchestrator.job.schema, strategies\n"
+        "import sys, orchestrator.cli.app, orchestrator.job.job_file, orchestrator.job.schema, strategies.registry\n"
+        "assert len(list(orchestrator.cli.program.GroupedVerbs().commands.values())) > 30\n"
         "import orchestrator.planning.planner, orchestrator.planning.workload\n"
         "import orchestrator.lifecycle.run, orchestrator.lifecycle.validate\n"
         "import clusters.capability, clusters.probe.machine, clusters.probe.node\n"
@@ -298,11 +300,41 @@ def test_only_the_command_line_imports_the_report():
 
 
 def test_a_verb_that_reads_no_job_waits_for_no_pydantic():
-    """`--help`, and `list` of runs whose rows are kept: keys of a job are built when one is read."""
+    """Its own modules, that is: the parser of the command line has pydantic for a verb's options."""
     code = (
-        "import sys, orchestrator.cli.app, orchestrator.views.result\n"
+        "import sys, orchestrator.cli.app, orchestrator.cli.runs, orchestrator.views.result\n"
         "print([name for name in ('pydantic', 'orchestrator.job.job_file', 'asyncio') if name in sys.modules])"
     )
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
 
     assert shown.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("verb", "most", "not_loaded"),
+    [
+        ("--help", 26, ("pydantic", "orchestrator.runs", "orchestrator.job.job_file", "strategies.contract")),
+        (
+            "list",
+            66,
+            ("orchestrator.planning", "strategies.contract", "clusters.capability", "clusters.ray", "asyncio"),
+        ),
+    ],
+)
+def test_a_verb_that_answers_at_once_loads_little(verb, most, not_loaded, tmp_path):
+    """Seconds differ by machine; what is loaded is what they are spent on (LOG.md, "Verbs that answer at once")."""
+    code = (
+        f"import sys; sys.argv = ['orchestrator', {verb!r}]\n"
+        "from orchestrator.cli.app import main\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"own = [name for name in sys.modules if name.split('.')[0] in {FLOORS}]\n"
+        f"print(len(own), [name for name in {not_loaded} if name in sys.modules])"
+    )
+    variables = os.environ | {"PYTHONPATH": str(ROOT)}
+    shown = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, env=variables, check=True
+    )
+
+    count, loaded = shown.stdout.splitlines()[-1].split(" ", 1)
+    assert loaded == "[]"
+    assert int(count) <= most

@@ -38,8 +38,7 @@ _PRINT = {*_KEYS, "tr", "w", "label", "say", "show", "new_table", "add_column"}
 # Rooms and files whose texts go into files, to programs, or to people by a web page.
 _NOT_SHOWN = (
     *("orchestrator/recipes/", "orchestrator/runs/model_card.py", "orchestrator/report/plots.py"),
-    *("orchestrator/serving/openai_api.py", "orchestrator/serving/door.py", "orchestrator/serving/metrics.py"),
-    "orchestrator/dashboard/site.py",
+    *("orchestrator/serving/metrics.py", "orchestrator/dashboard/site.py"),
     *("orchestrator/remote/kube_objects.py", "clusters/hardware/datasheet.py", "strategies/families"),
     "orchestrator/job/schema.py",
 )
@@ -77,7 +76,7 @@ _VALUES = (
     *("effective", "works", "little gain", "harmful", "impossible", "not installed"),
     *("base", "adapter", "tuned", "merged", "one", "mixed", "grouped", "before", "after", "wanted", "prompt"),
     *("usable", "preflight", "saving", "run", "started", "the adapter", "line {0}", "character n-grams"),
-    *("without it {0} of the memory is used", "Run", "Other", "system", "clock", "port {0}"),
+    *("without it {0} of the memory is used", "Run", "system", "clock", "port {0}"),
 )
 _WORD = re.compile(r"(?<![\w./_-])(?:[A-Za-z][a-z]+(?:[-'][a-z]+)*|[A-Z]{2,})(?![\w./_(=-])")
 
@@ -94,7 +93,7 @@ def messages() -> dict[str, list[str]]:
     for place, texts in (("typer", _LIBRARY), ("values", _VALUES)):
         for text in texts:
             found.setdefault(text, []).append(place)
-    for path, text in [*_of_page(), *_of_techniques(), *_of_recipes()]:
+    for path, text in [*_of_page(), *_of_techniques(), *_of_recipes(), *_of_importers(), *_of_starter()]:
         found.setdefault(text, []).append(path)
     return {text: list(dict.fromkeys(places)) for text, places in found.items()}
 
@@ -116,6 +115,29 @@ def _of_recipes() -> Iterator[tuple[str, str]]:
     from orchestrator.job.schema import recipes
 
     yield from (("orchestrator/recipes", about) for _, about in recipes().values())
+
+
+def _of_importers() -> Iterator[tuple[str, str]]:
+    """What becomes of other tools' keys."""
+    from orchestrator.job.importers.tables import TOOLS, tables
+
+    for tool in TOOLS:
+        table = tables()[tool]
+        texts = [sentence for group in table.sentences.values() for sentence in group.values()]
+        texts += [entry.note for entry in table.entries.values() if entry.note]
+        texts += [str(one["sentence"]) for one in table.refuse.values()]
+        for text in texts:
+            if not re.fullmatch(r"[\w.]+: auto", text):  # a key and its value
+                yield f"orchestrator/job/importers/{tool}.yaml", text
+
+
+def _of_starter() -> Iterator[tuple[str, str]]:
+    """Comments that `init` writes beside the sentences of the keys."""
+    from orchestrator.job import schema
+
+    sections = [*schema.SECTIONS.values(), schema.METHOD_SECTIONS[schema.DEFAULT_METHOD]]
+    yield from (("orchestrator/job/schema.py", text) for text in schema.STARTER.values())
+    yield from (("orchestrator/job/sections", title) for section in sections if (title := schema.title_of(section)))
 
 
 class _Texts(ast.NodeVisitor):

@@ -1,6 +1,6 @@
-"""The command line: the verbs together, and every error as a message with an exit code.
+"""The command line: every error as a message with an exit code.
 
-Heavy libraries load only in the verb that needs them.
+A verb's module loads when the verb is typed (program.py), and heavy libraries only inside the verb that needs them.
 """
 
 from __future__ import annotations
@@ -17,20 +17,7 @@ import typer
 from typer.exceptions import TyperException
 
 from orchestrator import __version__
-from orchestrator.cli import (
-    bank,
-    bench,
-    export,
-    imports,
-    jobs,
-    machines,
-    program,
-    remote,
-    report,
-    runs,
-    search,
-    serving,
-)
+from orchestrator.cli import program
 from orchestrator.cli.options import err, print_json, show
 from orchestrator.errors import EXTRAS, JobError, MissingExtra, OrchestratorError
 from orchestrator.language.catalogue import tr
@@ -47,21 +34,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for group in (
-    jobs,
-    imports,
-    runs,
-    export,
-    remote,
-    search,
-    serving,
-    bench,
-    report,
-    machines,
-    bank,
-):  # in the order of --help
-    app.add_typer(group.verbs)
-app.add_typer(bank.bank)
 
 
 def _version(wanted: bool) -> None:
@@ -81,17 +53,6 @@ def _options(
     ] = None,
 ) -> None:
     """Fine-tune language models on the machines you have."""
-
-
-def _keep_lines_of_examples() -> None:
-    """Click would join them to one paragraph; the mark is its own (https://click.palletsprojects.com, "\\b")."""
-    groups = [group.typer_instance for group in app.registered_groups if group.typer_instance]
-    for command in [command for group in groups for command in group.registered_commands]:
-        if command.callback and command.callback.__doc__:
-            command.callback.__doc__ = command.callback.__doc__.replace("    Example", "    \b\n    Example")
-
-
-_keep_lines_of_examples()
 
 
 def main() -> None:

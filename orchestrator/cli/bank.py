@@ -23,6 +23,7 @@ from strategies.adapter_bank.store import Bank, Contents, Damaged
 DEFAULT_BANK = Path("~/orchestrator-bank")
 verbs = typer.Typer()
 bank = typer.Typer(name="bank", no_args_is_help=True, help="Keep trained adapters and make new ones from them.")
+verbs.add_typer(bank)
 
 
 def complete_adapter(incomplete: str) -> list[str]:

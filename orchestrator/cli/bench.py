@@ -8,7 +8,6 @@ from typing import Annotated, Any
 
 import typer
 
-from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli.options import (
     JsonOption,
     RunsOption,
@@ -123,6 +122,7 @@ def bench(
         wish = _serve_bench(context.params)
         _bench_serving(_run_of(what, runs), wish, output, json_)
         return
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.lifecycle.prepare import prepare
     from orchestrator.training.workers import bench as benchmarks
 

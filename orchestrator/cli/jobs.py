@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from clusters.safe.reading import checked_path, name_mistake
-from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import remote
 from orchestrator.cli.options import (
     HardwareOption,
@@ -30,7 +29,6 @@ from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped,
 from orchestrator.job.paths import read_text_file, resolve_path, write_text_file
 from orchestrator.language.catalogue import tr
 from orchestrator.language.help import fill
-from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.remote.record import ClusterTarget
 from orchestrator.views.screen import write
 
@@ -246,6 +244,7 @@ def plan(
               orchestrator plan job.yaml --hardware home-lab --set method.type=qlora
               orchestrator plan job.yaml --trace && orchestrator submit job.yaml
     """
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.cli.progress import show_work
     from orchestrator.data.counts import check_line
     from orchestrator.lifecycle.machines import declared
@@ -345,24 +344,32 @@ def submit(
     if target.is_remote:
         remote.submit(load_job(job, set_), target, render, detach, json_)
         return
+    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
+    try:
+        run = _submit_here(load_job(job, overrides), run_id, json_)
+    except Stopped as stopped:
+        if not supervised:
+            raise
+        say(str(stopped))  # exit code 0: a supervisor that restarts what fails must not restart this
+        return
+    print_result(run, json_)
+
+
+def _submit_here(job: Job, run_id: str | None, as_json: bool) -> RunFolder:
+    """Run a job on this machine or on the Ray that it names."""
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.cli.progress import watch_run
     from orchestrator.lifecycle.run import submit as run_job
 
-    overrides = [*set_, *([f"cluster.address={json.dumps(cluster)}"] if cluster else [])]
-    with watch_run(json_) as watcher:
-        try:
-            run = run_job(load_job(job, overrides), watcher, run_id, BANK_HOOKS)
-        except Stopped as stopped:
-            if not supervised:
-                raise
-            say(str(stopped))  # exit code 0: a supervisor that restarts what fails must not restart this
-            return
-    print_result(run, json_)
+    with watch_run(as_json) as watcher:
+        return run_job(job, watcher, run_id, BANK_HOOKS)
 
 
 def _submit_several(jobs: list[Job], run_id: str | None, as_json: bool) -> None:
     """Run jobs that may share a base model.  Raises RunFailed in the end where some failed, after all others."""
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.cli.progress import Named
+    from orchestrator.lifecycle.hooks import Quiet
     from orchestrator.lifecycle.together.submit import Submission, submit_together
 
     names = [job.spec.name for job in jobs]

@@ -12,11 +12,11 @@ from clusters.safe.masking import masked, masked_values
 from orchestrator.errors import JobError, Mistake
 from orchestrator.job.paths import resolve_path
 from orchestrator.language.catalogue import tr
-from orchestrator.runs.run_folder import RunFolder
 from orchestrator.views.screen import err, out, write
 
 if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
     from orchestrator.job.job_file import Job
+    from orchestrator.runs.run_folder import RunFolder
 
 
 def complete_job(incomplete: str) -> list[str]:
@@ -27,6 +27,7 @@ def complete_job(incomplete: str) -> list[str]:
 
 
 def complete_run(incomplete: str) -> list[str]:
+    from orchestrator.runs.run_folder import RunFolder
     from orchestrator.runs.search_folder import SearchFolder
 
     found = [*RunFolder.all(Path("runs")), *SearchFolder.all(Path("runs"))]

@@ -1,12 +1,16 @@
-"""How this program is typed where the user stands, and its verbs in groups."""
+"""How this program is typed where the user stands, and its verbs in groups, each built when it is asked for."""
 
 from __future__ import annotations
 
+import importlib
 import re
 import shutil
 import sys
+from collections.abc import Iterator, MutableMapping
 from pathlib import Path
 from typing import Any
+
+import typer
 
 from orchestrator.language.catalogue import tr
 from orchestrator.language.help import Verbs
@@ -59,6 +63,19 @@ GROUPS = {
         "fetch": "bring a run that was sent to a cluster here",
     },
 }
+MODULES = {  # of this room -> the verbs that it holds
+    "jobs": ("init", "recipes", "validate", "inspect", "schema", "plan", "submit"),
+    "imports": ("import",),
+    "runs": ("list", "status", "logs", "stop", "resume", "evaluate", "merge", "sync"),
+    "export": ("export",),
+    "remote": ("fetch", "send"),
+    "search": ("search",),
+    "serving": ("serve", "chat"),
+    "bench": ("bench",),
+    "report": ("report", "tco"),
+    "machines": ("doctor", "probe", "techniques", "head", "join", "nodes"),
+    "bank": ("bank", "adapt"),
+}
 EXAMPLES = """\
 Examples:
   orchestrator submit quickstart        a first model in minutes, without a GPU
@@ -68,16 +85,59 @@ Examples:
   orchestrator VERB --help              its options, with examples"""
 
 
+class _Commands(MutableMapping[str, Any]):
+    """Verb -> its command.  A module is imported, and its commands are built, when one of its verbs is asked for."""
+
+    def __init__(self, group: GroupedVerbs) -> None:
+        self._group = group
+        self._places = {verb: module for module, verbs in MODULES.items() for verb in verbs}
+        self._built: dict[str, Any] = {}
+
+    def __getitem__(self, verb: str) -> Any:
+        if verb not in self._built and verb in self._places:
+            built = commands_of(importlib.import_module(f"orchestrator.cli.{self._places[verb]}"))
+            for command in built.values():
+                self._group.add_language_to(command)
+            self._built = built | self._built
+        return self._built[verb]
+
+    def __setitem__(self, verb: str, command: Any) -> None:
+        self._built[verb] = command
+
+    def __delitem__(self, verb: str) -> None:
+        del self._built[verb]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys([*self._places, *self._built]))
+
+    def __len__(self) -> int:
+        return len(list(iter(self)))
+
+
+def commands_of(module: Any) -> dict[str, Any]:
+    """The commands of a module of verbs."""
+    groups = [module.verbs, *(one.typer_instance for one in module.verbs.registered_groups)]
+    for command in [command for group in groups for command in group.registered_commands]:
+        if command.callback and command.callback.__doc__:
+            # The parser would join the lines of examples to one paragraph; the mark is Click's
+            # (https://click.palletsprojects.com, "\\b").
+            command.callback.__doc__ = command.callback.__doc__.replace("    Example", "    \b\n    Example")
+    app = typer.Typer(rich_markup_mode=None, pretty_exceptions_enable=False)
+    app.add_typer(module.verbs)
+    return dict(typer.main.get_group(app).commands)
+
+
 class GroupedVerbs(Verbs):
     """Lists the verbs in groups with whole sentences, then examples."""
 
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands(self)
+
     def format_commands(self, ctx: Any, formatter: Any) -> None:
-        grouped = {name for verbs in GROUPS.values() for name in verbs}
-        shown = [name for name in self.list_commands(ctx) if name not in grouped and not self.commands[name].hidden]
-        others = {name: self.commands[name].get_short_help_str() for name in shown}
-        for title, verbs in {**GROUPS, **({"Other": others} if others else {})}.items():
+        for title, verbs in GROUPS.items():
             with formatter.section(title):
-                formatter.write_dl([(name, about) for name, about in verbs.items() if name in self.commands])
+                formatter.write_dl(list(verbs.items()))
         first, *rest = as_typed(EXAMPLES, typed()).splitlines()
         formatter.write("\n" + "\n".join([f"{tr(first[:-1])}:", *rest]) + "\n")
 

@@ -10,7 +10,6 @@ from typing import Annotated
 
 import typer
 
-from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli import search
 from orchestrator.cli.options import (
     HardwareOption,
@@ -133,6 +132,7 @@ def tco(
               orchestrator tco job.yaml --hardware home-lab --against my_offers.yaml
     """
 
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.lifecycle.machines import declared
     from orchestrator.lifecycle.prepare import plan_without_data
     from orchestrator.report.costs import tco_of_job

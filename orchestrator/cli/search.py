@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from orchestrator.bank.hooks import BANK_HOOKS
 from orchestrator.cli.options import (
     JobArgument,
     JsonOption,
@@ -72,6 +71,7 @@ def search(
 
 
 def _search(job: Job, study: str | None, lengths: list[int], as_json: bool) -> None:
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.search.run import search as run
     from orchestrator.search.study import read_study
     from orchestrator.views.search import SearchWatcher
@@ -159,6 +159,7 @@ def show(folder: SearchFolder, as_json: bool) -> None:
 
 
 def _predict(job: Job, as_json: bool) -> None:
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.search.advice import advice_json
     from orchestrator.search.run import predict
     from orchestrator.views.search import advised_text

@@ -18,6 +18,7 @@ from orchestrator.errors import JobError
 from orchestrator.job.sections.methods import DEFAULT_METHOD, METHOD_SECTIONS
 from orchestrator.job.sections.section import MOST, Section
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
+from orchestrator.language.catalogue import tr
 
 _ABOUT = {
     "method": "How the model changes.",
@@ -111,17 +112,29 @@ _FEW = (  # keys of the short starter: what most people change first
 )
 
 
+STARTER = {  # comments of a starter
+    "full": "A fine-tuning job.  Every key with its default; delete what you do not need.",
+    "few": "A fine-tuning job.  `init --full` writes every key.",
+    "auto": "What is `auto` or not here is decided by the plan, and printed with its reason.",
+    "next": "Then",
+}
+
+
+def title_of(section: type[Section]) -> str:
+    """What a section is about, in one line."""
+    return (section.__doc__ or "").strip().partition("\n")[0]
+
+
 def starter(model: str, train: Any, held_out: Any = None, full: bool = False, more: Mapping[str, Any] = {}) -> str:
     """A commented job file: the few keys that most people change first, or with `full` every key with its default.
 
-    `more` are further keys that are stated.
+    `more` are further keys that are stated.  The comments are in the language of this process.
     """
     given = {"model.model_name_or_path": model, "data.train": train, "data.eval": held_out or {"split": 0.1}, **more}
-    what = "Every key with its default; delete what you do not need." if full else "`init --full` writes every key."
     lines = [
         editor_line(),
-        f"# A fine-tuning job.  {what}",
-        "# What is `auto` or not here is decided by the plan, and printed with its reason.",
+        f"# {tr(STARTER['full' if full else 'few'])}",
+        f"# {tr(STARTER['auto'])}",
         *(["version: 1"] if full else []),
         "name: my-job",
         "",
@@ -132,7 +145,7 @@ def starter(model: str, train: Any, held_out: Any = None, full: bool = False, mo
         if keys:
             lines += [*_starter_section(section_name, section, keys, given, full), *([""] if full else [])]
     if not full:
-        lines += ["", "# Then: orchestrator validate FILE, inspect FILE, plan FILE, submit FILE"]
+        lines += ["", f"# {tr(STARTER['next'])}: orchestrator validate FILE, inspect FILE, plan FILE, submit FILE"]
     return "\n".join(lines) + "\n"
 
 
@@ -141,13 +154,14 @@ def _starter_section(
 ) -> Iterator[str]:
     """The lines of a section, with a sentence a key; the short starter has the first part of each."""
     schema = section.model_json_schema()
-    title = (section.__doc__ or "").strip().splitlines()[0]
+    title = tr(title_of(section))
     yield f"{name}:  # {title[0].lower()}{title[1:]}" if title and full else f"{name}:"
     for key in keys:
         field = _field(section, key, schema)
         value = given.get(f"{name}.{key}", field["default"])
         setting = f"  {key}: {json.dumps(value, ensure_ascii=False)}"
-        about = field["description"] if full else re.sub(r"; .*| \(.*?\)", "", field["description"])
+        about = tr(field["description"])
+        about = about if full else re.sub(r"(; |。).*| ?\(.*?\)|（.*?）", "", about)
         yield f"{setting:<{44 if full else 28}}  # {about}"
 
 

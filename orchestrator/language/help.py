@@ -58,8 +58,15 @@ class Verbs(TyperGroup):
 
     def __init__(self, **attributes: Any) -> None:
         super().__init__(**attributes)
-        for option in [one for one in self.params if one.name == "lang"]:
-            _add_option(self, option)
+        for command in self.commands.values():
+            self.add_language_to(command)
+
+    def add_language_to(self, command: Any) -> None:
+        """Give a verb, and the verbs of a group, the option `--lang`."""
+        command.params += [one for one in self.params if one.name == "lang"]
+        if isinstance(command, TyperGroup):
+            for one in command.commands.values():
+                self.add_language_to(one)
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         if language() == "en":
@@ -68,13 +75,6 @@ class Verbs(TyperGroup):
         shown = [(name, command) for name, command in self.commands.items() if not command.hidden]
         with formatter.section("Commands"):
             formatter.write_dl([(name, _first_sentence(command.help or "")) for name, command in shown])
-
-
-def _add_option(group: TyperGroup, option: Any) -> None:
-    for command in group.commands.values():
-        command.params.append(option)
-        if isinstance(command, TyperGroup):
-            _add_option(command, option)
 
 
 def print_in(language: str) -> None:

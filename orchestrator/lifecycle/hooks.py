@@ -6,12 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
-from orchestrator.planning.plan import InBank, Plan
-from orchestrator.runs.events import Event
-from orchestrator.runs.run_folder import RunFolder
-
 if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
     from orchestrator.job.job_file import Job
+    from orchestrator.planning.plan import InBank, Plan
+    from orchestrator.runs.events import Event
+    from orchestrator.runs.run_folder import RunFolder
 
 
 class Watcher(Protocol):

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from clusters.job_backend import JobLost
-from clusters.ray.connect import CannotConnect
 from clusters.safe.reading import BadInput, printable, read_json, record
 from orchestrator.errors import ClusterError, JobError
 from orchestrator.runs.run_folder import RunFolder
@@ -108,6 +107,8 @@ def parse_kuberay(address: str) -> tuple[str | None, str | None]:
 @contextlib.contextmanager
 def wrap_errors(address: str) -> Iterator[None]:
     """Turn a job backend's errors into ClusterErrors that name the address."""
+    from clusters.ray.connect import CannotConnect
+
     try:
         yield
     except (CannotConnect, JobLost) as error:

@@ -98,7 +98,7 @@ def _quality(w: Translator, result: RunResult | None) -> list[Block]:
     before, after = _scores(result)
     rows = [(key, score(key, before.get(key)), score(key, value)) for key, value in after.items()]
     blocks: list[Block] = [Table(("", w("before"), w("after")), rows)]
-    blocks += [Paragraph(f"{key}: {gain.text}") for key, gain in result.gains.items()]
+    blocks += [Paragraph(w(f"{key}: {gain.text}")) for key, gain in result.gains.items()]
     if compared := result.after.compared:
         blocks.append(Paragraph("; ".join(f"{key}: {w(how)}" for key, how in compared.items())))
     scores = [key for key in after if is_share(key)]

@@ -16,7 +16,6 @@ from clusters.safe.reading import BadInput, printable
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job import model_files
-from orchestrator.planning.plan import Plan
 from orchestrator.runs import digests, record
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.json_files import RunResult
@@ -25,6 +24,7 @@ from strategies.export import ADAPTER_FOLDER, Export
 
 if TYPE_CHECKING:  # a job's pydantic models wait for a verb that reads a job
     from orchestrator.job.job_file import Job
+    from orchestrator.planning.plan import Plan
 
 
 @dataclass(frozen=True)

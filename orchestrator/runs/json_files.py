@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from clusters.capability import ClusterCapability
 from clusters.safe.reading import load_json, record
 from orchestrator.errors import bad_input_as_job_error
 from orchestrator.runs.comparison.gains import Gain, gains
 from orchestrator.runs.digests import FileDigest
+
+if TYPE_CHECKING:
+    from clusters.capability import ClusterCapability
 
 T = TypeVar("T")
 Values = dict[str, Any]
@@ -173,6 +175,8 @@ def parse_values(kind: type[T], text: str, label: str) -> tuple[Values, T]:
 
 def parse_capability(text: str, label: str) -> ClusterCapability:
     """capability.json.  Raises JobError."""
+    from clusters.capability import ClusterCapability
+
     with bad_input_as_job_error():
         return record(ClusterCapability, load_json(text, label), label)
 

@@ -23,20 +23,22 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, BinaryIO, Self, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, Self, TypeVar
 
-from clusters.capability import ClusterCapability
 from clusters.safe.masking import masked_values
 from clusters.safe.reading import BadInput, checked_path, kind_of, name_mistake, open_regular, printable
 from orchestrator.data.data_files import DataFiles
 from orchestrator.errors import JobError
-from orchestrator.planning.plan import Plan
 from orchestrator.runs import events, json_files, locks
 from orchestrator.runs import record as recorded
 from orchestrator.runs.events import Event, StateChange, StepReport
-from orchestrator.runs.json_files import RunResult
 from orchestrator.runs.recorded_folder import Folder
 from strategies.export import EXPORT_FOLDERS
+
+if TYPE_CHECKING:  # a list of runs reads no plan and no machines
+    from clusters.capability import ClusterCapability
+    from orchestrator.planning.plan import Plan
+    from orchestrator.runs.json_files import RunResult
 
 E = TypeVar("E", bound=Event)
 _EVENT = b'{"event": "'  # as every line is written
@@ -173,12 +175,14 @@ class RunFolder(Folder):
 
     def plan(self) -> Plan:
         """Raises JobError."""
+        from orchestrator.planning.plan import Plan
+
         return Plan.from_json(self._require_text("plan.json"), str(self.path / "plan.json"))
 
     def capability(self) -> ClusterCapability:
         """The machines; none where none were looked at.  Raises JobError."""
         text = self._text("capability.json")
-        return json_files.parse_capability(text, str(self.path / "capability.json")) if text else ClusterCapability()
+        return json_files.parse_capability(text or "{}", str(self.path / "capability.json"))
 
     def data(self) -> DataFiles:
         """Where model and samples lie.  Raises JobError."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from strategies.cost.pipeline import Simulation
-from strategies.train_setup import PassTimes
+if TYPE_CHECKING:  # a list of runs reads no cost model
+    from strategies.cost.pipeline import Simulation
+    from strategies.train_setup import PassTimes
 
 _DIGITS = 5  # of a second: 10 us
 

@@ -6,11 +6,13 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Member, StageTimeline, StepReport, WorkerGroup
 from orchestrator.runs.stage_spans import StageSpans, spans_of_simulation
+
+if TYPE_CHECKING:
+    from orchestrator.planning.plan import NodePlan, Plan
 
 LAST_STEPS = 10  # that the medians are of
 _STAGE_METRICS = ("busy_s", "busy_share", "wait_s", "bytes_sent", "bytes_received", "peak_bytes")

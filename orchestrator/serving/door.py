@@ -20,6 +20,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from orchestrator.language.catalogue import Translator, translator
 from orchestrator.serving.address import is_foreign, names_this_machine
 from orchestrator.serving.engines.protocol import Piece, Refused
 from orchestrator.serving.metrics import ServerMetrics
@@ -64,7 +65,7 @@ class Door:
             except Refused as refusal:
                 path = request.scope["route"].path
                 self._metrics.request("", path, refusal.status)
-                return _refusal(refusal)
+                return _refusal(refusal, request)
 
         return answer
 
@@ -120,13 +121,14 @@ class Door:
             first = await anext(pieces)  # a refusal is still an answer of its own
         except Refused as refusal:
             self._metrics.request(name, path, refusal.status)
-            return _refusal(refusal)
+            return _refusal(refusal, request)
         except ClientDisconnect:
             self._metrics.request(name, path, 499)
             return Response(status_code=499)
         self._metrics.request(name, path, 200)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        return StreamingResponse(_events(answer, first, pieces), media_type="text/event-stream", headers=headers)
+        events = _events(answer, first, pieces, _translator(request))
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
     async def _measured(self, name: str, pieces: AsyncIterator[Piece]) -> AsyncIterator[Piece]:
         began, is_first = time.perf_counter(), True
@@ -139,7 +141,9 @@ class Door:
             yield piece
 
 
-async def _events(answer: Answer, first: Piece, pieces: AsyncIterator[Piece]) -> AsyncIterator[bytes]:
+async def _events(
+    answer: Answer, first: Piece, pieces: AsyncIterator[Piece], translate: Translator
+) -> AsyncIterator[bytes]:
     """The stream of an answer; a failure on the way is an event, as its status was sent long ago."""
     try:
         for chunk in [*answer.opening(), *answer.chunks(first)]:
@@ -148,7 +152,7 @@ async def _events(answer: Answer, first: Piece, pieces: AsyncIterator[Piece]) ->
             for chunk in answer.chunks(piece):
                 yield _event(chunk)
     except Refused as refusal:
-        yield _event(error_body(refusal))
+        yield _event(error_body(refusal, translate))
     except ClientDisconnect:
         return
     yield b"data: [DONE]\n\n"
@@ -205,18 +209,24 @@ async def _body(request: Request) -> bytes:
     return b"".join(parts)
 
 
-def _refusal(refusal: Refused) -> Response:
+def _translator(request: Request) -> Translator:
+    """Translates messages for a browser whose first language is Japanese; programs ask for none and read English."""
+    return translator("ja" if request.headers.get("accept-language", "").lower().startswith("ja") else "en")
+
+
+def _refusal(refusal: Refused, request: Request) -> Response:
     headers = {"WWW-Authenticate": "Bearer"} if refusal.status == 401 else {}
     headers |= {"Retry-After": "1"} if refusal.status in (429, 503) else {}
     headers |= {"Connection": "close"} if refusal.status in (408, 413) else {}  # the rest of the body is not read
-    return JSONResponse(error_body(refusal), refusal.status, headers)
+    return JSONResponse(error_body(refusal, _translator(request)), refusal.status, headers)
 
 
 async def _not_here(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _refusal(Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+    return _refusal(Refused(error.status_code, f"{request.method} {request.url.path}: {error.detail}"), request)
 
 
 async def _bug(request: Request, error: Exception) -> Response:
     """Ours: the client gets an answer, the server's output the traceback."""
-    return _refusal(Refused(500, f"{request.method} {request.url.path}: the server failed ({type(error).__name__})"))
+    failed = f"{request.method} {request.url.path}: the server failed ({type(error).__name__})"
+    return _refusal(Refused(500, failed), request)

@@ -81,9 +81,10 @@ def parse_request(text: bytes, is_chat: bool, resolve: Callable[[str], ServedMod
     return ApiRequest(Query(model, **asked, **options), is_chat, streams, bool(more.get("include_usage")))
 
 
-def error_body(refusal: Refused) -> dict[str, Any]:
+def error_body(refusal: Refused, translate: Callable[[str], str]) -> dict[str, Any]:
+    """The body of an error, its message in the language of who asks; type, parameter and code are for programs."""
     kind = "invalid_request_error" if refusal.status < 500 else "server_error"
-    return {"error": asdict(ApiError(refusal.message, kind, refusal.param, refusal.code))}
+    return {"error": asdict(ApiError(translate(refusal.message), kind, refusal.param, refusal.code))}
 
 
 def models_body(models: list[ServedModel]) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def result_view(run: RunFolder, summary: EventSummary) -> RenderableType:
             table.add_row(_text(key), score(key, before.scores.get(key)), score(key, value))
         old = {sample.prompt: sample.generated for sample in before.samples}
         parts += [table, Text(), *(_sample(sample, old.get(sample.prompt)) for sample in after.samples)]
-        parts += [_text(f"{key}: {gain.text}") for key, gain in result.gains.items()]
+        parts += [_text(tr(f"{key}: {gain.text}")) for key, gain in result.gains.items()]
         parts += _how_compared(after)
     if text := handed_back_text(result.handed_back):
         parts.append(Text(tr(text), style="yellow"))

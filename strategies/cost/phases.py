@@ -6,12 +6,14 @@ What no formula gives is a figure of one kind of machine, named here as what it 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from clusters.capability import DeviceCapability, NodeCapability
 from clusters.units import format_s
-from strategies.cost import time
-from strategies.shape import ModelShape
-from strategies.workload import BYTES_PER_ELEMENT, Techniques
+
+if TYPE_CHECKING:  # what only shows the phases of a run loads no cost model
+    from clusters.capability import DeviceCapability, NodeCapability
+    from strategies.shape import ModelShape
+    from strategies.workload import Techniques
 
 # Measured on two cores of a shared x86 server, quick start (LOG.md "How long a job is"): Ray's processes, the worker's
 # imports of torch, transformers and peft, the process group.
@@ -60,6 +62,8 @@ class Phases:
 
 def start_s(shape: ModelShape, device: DeviceCapability, weights_bytes: float) -> float:
     """Until the model is ready: processes and imports, and its 16-bit files read, placed and checked."""
+    from strategies.cost import time
+
     files = 2.0 * shape.num_parameters
     moved = weights_bytes / time.bus_rate(device) if device.kind != "cpu" else 0.0
     return _START_S + (_GPU_START_S if device.kind != "cpu" else 0.0) + files / _DISK_BYTES_PER_S + moved
@@ -93,6 +97,9 @@ def decode_step_s(
     Weights are read once, the cache is copied to be longer by one, and every kernel is started anew.  On a GPU the
     larger of memory and starting shows, on a CPU both.
     """
+    from strategies.cost import time
+    from strategies.workload import BYTES_PER_ELEMENT
+
     rate, _ = time.product_rate(device, node, techniques.dtype)
     bandwidth, _ = time.memory_rate(device)
     weights = shape.num_product_weights + shape.has_output * shape.vocab_size * shape.hidden_size

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from clusters.capability import DeviceCapability
+if TYPE_CHECKING:
+    from clusters.capability import DeviceCapability
 
 EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero"}  # library -> extra of pyproject.toml that brings it
 # flash-attn has no extra: it is compiled from source for an hour, against the torch that is there.

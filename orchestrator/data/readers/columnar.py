@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+import os
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from clusters.safe.reading import first_line
@@ -49,6 +51,31 @@ def read_arrow(stream: BinaryIO, file: str) -> Iterator[Row]:
         yield from _rows(_validated(batches), file)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError, MemoryError) as error:
         raise JobError(f"{file}: is not an Arrow file: {first_line(error)}") from None
+
+
+def write_selected(files: Sequence[Path], index: Sequence[Path], target: Path, key: str) -> None:
+    """Write rows of Arrow streams, those whose numbers an index of such streams holds, as one.  Raises JobError."""
+    import pyarrow
+    import pyarrow.compute
+
+    def opened(parts: Sequence[Path]) -> Any:
+        return pyarrow.concat_tables(
+            [pyarrow.ipc.open_stream(pyarrow.memory_map(str(one))).read_all() for one in parts]
+        )
+
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        rows, numbers = opened(files), opened(index)["indices"]
+        if len(numbers) and pyarrow.compute.max(numbers).as_py() >= len(rows):
+            raise JobError(f"{key}: {index[0]} names rows that are not there; save the data set again")
+        with pyarrow.ipc.new_stream(temporary, rows.schema) as stream:
+            for begin in range(0, len(numbers), _ROWS):
+                stream.write_table(rows.take(numbers.slice(begin, _ROWS)))
+        temporary.replace(target)
+    except (pyarrow.ArrowException, KeyError, OSError) as error:
+        raise JobError(f"{key}: {index[0]} is no index of rows: {first_line(error)}. Save the data set again") from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

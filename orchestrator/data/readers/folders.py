@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 from collections import defaultdict
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import BadInput, read_json
-from orchestrator.data.readers.files import SUFFIXES, kind_of_content, kind_of_name
+from orchestrator.data.readers.columnar import write_selected
+from orchestrator.data.readers.files import SUFFIXES, digest, kind_of_content, kind_of_name
 from orchestrator.data.rows.formats import detect
 from orchestrator.errors import JobError
 
@@ -179,17 +182,33 @@ def _list_saved_dict(folder: Path, key: str, split: str | None) -> Listing:
 def _list_saved(folder: Path, key: str) -> Listing:
     """The files of what `datasets.Dataset.save_to_disk` wrote."""
     state = read_json(folder / "state.json")
-    parts = state.get("_data_files") if isinstance(state, dict) else None
-    names = [part.get("filename") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    files, index = (_named_in(state, folder, name) for name in ("_data_files", "_indices_data_files"))
+    if not files:
         raise JobError(f"{key}: {folder / 'state.json'} names no data files; save the data set again with save_to_disk")
-    if state.get("_indices_data_files"):
-        raise JobError(f"{key}: {folder} stores its rows through an index; save it again after data.flatten_indices()")
-    files = tuple(folder / str(name) for name in names)
-    gone = [file.name for file in files if not file.is_file()]
+    gone = [file.name for file in (*files, *index) if not file.is_file()]
     if gone:
         raise JobError(f"{key}: {folder} lacks {', '.join(gone)}, which its state.json names; save the data set again")
-    return Listing(files)
+    return Listing((_through_index(files, index, key),) if index else files)
+
+
+def _named_in(state: Any, folder: Path, name: str) -> tuple[Path, ...]:
+    """Files that a state.json names; none where it names something else."""
+    parts = state.get(name) if isinstance(state, dict) else None
+    names = [part.get("filename") for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return tuple(folder / one for one in names if isinstance(one, str) and Path(one).name == one)
+
+
+def _through_index(files: tuple[Path, ...], index: tuple[Path, ...], key: str) -> Path:
+    """A file of the rows that the index names, in its order, as old versions of `datasets` saved a selection.
+
+    Versions of today do not know that index and would read all rows.  The file lies in the cache, by its content.
+    """
+    name = hashlib.sha256(" ".join(digest(file) for file in (*files, *index)).encode()).hexdigest()
+    target = cache_folder("selected-rows", f"{name}.arrow")
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        write_selected(files, index, target, key)
+    return target
 
 
 def _field(values: Any, name: str, file: Path) -> list[str]:

@@ -83,7 +83,8 @@ _PREFERENCE = Refusal(
     " completion: chosen} and data.ignore_columns: [rejected]",
 )
 _WEIGHTS = Refusal(
-    "how much it counts; every row counts the same here", f"Repeat or leave out rows by their weight, {_REMOVE}"
+    "how much it counts; rows of one file count the same",
+    f"Put rows of one weight into a file of their own, whose source states it ({{path: ..., weight: 0.5}}), {_REMOVE}",
 )
 _MASK = Refusal(
     "which tokens are trained",

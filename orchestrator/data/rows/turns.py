@@ -275,7 +275,8 @@ def _is_trained(turn: dict[str, Any], number: int, role: str) -> bool:
         if not isinstance(value, bool | int | float) or value not in (0, 1):
             raise _bad(
                 number,
-                f"({role}) has {key} {value!r:.40}: a turn is trained (1) or not (0), not in part. Write 0 or 1",
+                f"({role}) has {key} {value!r:.40}: a turn is trained (1) or not (0), not in part. Write 0 or 1,"
+                " or put such rows into a file of their own whose source has a weight",
             )
         if value and role not in ("assistant", _CALL):
             raise _bad(

@@ -1,5 +1,6 @@
 """The verbs in groups, and hints that can be typed where the user stands."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -19,9 +20,23 @@ def test_each_verb_stands_in_one_group_with_a_sentence_that_fits(tmp_path):
     visible = {name for name, command in cli.app.commands.items() if not command.hidden}
     listed = [name for verbs in program.GROUPS.values() for name in verbs]
     assert sorted(listed) == sorted(visible)
-    assert "Other" not in shown
     assert all(len(line) <= 80 for line in shown.splitlines())
     assert all(title in shown for title in program.GROUPS)
+
+
+@pytest.mark.parametrize("name", program.MODULES)
+def test_the_table_of_modules_names_the_verbs_that_each_holds(name):
+    module = importlib.import_module(f"orchestrator.cli.{name}")
+
+    held = program.commands_of(module)
+
+    assert sorted(held) == sorted(program.MODULES[name])
+
+
+def test_every_module_with_verbs_is_in_the_table():
+    files = (ROOT / "orchestrator/cli").glob("*.py")
+
+    assert {file.stem for file in files if "\nverbs = typer" in file.read_text()} == set(program.MODULES)
 
 
 @pytest.mark.parametrize(

@@ -289,6 +289,44 @@ def test_what_datasets_saved_is_read_split_by_split(source, saved):
         texts(source("train: {path: saved_dict, split: validation}"))
 
 
+def indexed(folder, numbers):
+    """Give a saved folder an index, as `datasets` 1.2 wrote one of a selection."""
+    import pyarrow
+
+    with pyarrow.ipc.new_stream(folder / "indices.arrow", pyarrow.schema([("indices", pyarrow.uint64())])) as stream:
+        stream.write_table(pyarrow.table({"indices": pyarrow.array(numbers, pyarrow.uint64())}))
+    state = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(state | {"_indices_data_files": [{"filename": "indices.arrow"}]}))
+
+
+def test_rows_that_were_saved_through_an_index_are_read_in_its_order(source, saved, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(saved / "cache"))
+    numbers = [29, 0, *range(0, 30, 3)] * 200  # more than one batch
+    indexed(saved / "saved", numbers)
+
+    first = texts(source("train: saved"))
+    indexed(saved / "saved", [3, 1])
+    second = texts(source("train: saved"))
+
+    assert first == [f"row {number}" for number in numbers]
+    assert second == ["row 3", "row 1"]
+
+
+@pytest.mark.parametrize("damage", ["range", "cut", "gone"])
+def test_an_index_that_is_none_is_refused(damage, source, saved, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(saved / "cache"))
+    indexed(saved / "saved", [1, 30 if damage == "range" else 2])
+    if damage == "cut":
+        (saved / "saved/indices.arrow").write_bytes(b"x" * 40)
+    elif damage == "gone":
+        (saved / "saved/indices.arrow").unlink()
+
+    with pytest.raises(JobError, match=r"[sS]ave the data set again"):
+        texts(source("train: saved"))
+
+    assert not list((saved / "cache").rglob("*.arrow"))
+
+
 @pytest.mark.parametrize(
     "state",
     [

@@ -10,8 +10,11 @@ from rich.cells import cell_len
 from rich.text import Text
 
 from orchestrator.cli import app as cli
+from orchestrator.language.catalogue import translator
 from orchestrator.language.choice import language_of
 from orchestrator.language.help import print_in, wrap
+from orchestrator.runs.comparison.gains import Gain
+from orchestrator.runs.comparison.intervals import Interval
 from orchestrator.views.screen import Screen, label, new_table
 from tests.cli import called
 from tests.conftest import FIXTURES
@@ -105,6 +108,30 @@ def test_mistakes_are_japanese_with_the_same_exit_code(arguments, shown, tmp_pat
 
     assert done.returncode == 2
     assert shown in done.stderr
+
+
+def test_a_starter_and_what_becomes_of_another_tools_keys_are_japanese(tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    axolotl = FIXTURES / "other_tools/axolotl/qlora-1b.yml"
+
+    called("init", "--full", "--train", "rows.jsonl", cwd=tmp_path, check=0, LANG="ja_JP.UTF-8")
+    done = called("import", axolotl, "--output", "imported.yaml", cwd=tmp_path, check=0, LANG="ja_JP.UTF-8")
+
+    comments = [line.partition("  # ")[2] for line in (tmp_path / "job.yaml").read_text(encoding="utf-8").splitlines()]
+    english = [one for one in comments if one and not JAPANESE.search(one)]
+    assert len([one for one in comments if one]) > 100
+    assert len(english) <= 2, english  # names alone
+    fates = re.findall(r"^  [\w.,\n ()]+: (.{25,})$", done.stdout, flags=re.MULTILINE)
+    assert len(fates) >= 5
+    assert all(JAPANESE.search(fate) for fate in fates if not fate.endswith(": auto")), fates
+
+
+def test_gains_are_japanese():
+    gain = Gain(80, Interval(0.95, 0.878, 0.986), Interval(0.04, -0.011, 0.09))
+
+    assert translator("ja")(f"exact_match: {gain.text}") == (
+        "exact_match: 87.8 %〜98.6 % (95 %、回答 80 件)。向上 -1.1〜+9.0 ポイント、偶然かもしれません"
+    )
 
 
 def test_json_is_english_whatever_the_language(tmp_path):

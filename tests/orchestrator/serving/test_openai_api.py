@@ -5,6 +5,7 @@ import random
 
 import pytest
 
+from orchestrator.language.catalogue import translator
 from orchestrator.serving.engines.protocol import Piece, Refused, ServedModel, TokenScore
 from orchestrator.serving.openai_api import Answer, error_body, parse_request
 
@@ -87,7 +88,17 @@ def test_what_cannot_be_is_refused_by_its_name(change, param):
     refusal = refused({**HELLO, **change})
 
     assert (refusal.status, refusal.param) == (400, param)
-    assert param in error_body(refusal)["error"]["message"]
+    assert param in error_body(refusal, str)["error"]["message"]
+
+
+def test_an_error_is_in_the_language_of_who_asks_and_its_code_for_programs():
+    refusal = refused({**HELLO, "stream": "yes"})
+
+    english, japanese = (error_body(refusal, translator(name))["error"] for name in ("en", "ja"))
+
+    assert english["message"] == "stream: give true or false"
+    assert japanese["message"] == "stream: true または false を指定してください"
+    assert english | {"message": ""} == japanese | {"message": ""}
 
 
 def test_neutral_values_of_what_is_not_supported_pass():
@@ -95,7 +106,7 @@ def test_neutral_values_of_what_is_not_supported_pass():
 
 
 def test_an_unknown_model_is_not_found():
-    assert error_body(refused({**HELLO, "model": "other"}))["error"] == {
+    assert error_body(refused({**HELLO, "model": "other"}), str)["error"] == {
         "message": "no other",
         "type": "invalid_request_error",
         "param": "model",

@@ -190,6 +190,18 @@ def test_other_paths_and_methods_are_errors_too(server):
     assert status == 405 and body["error"]["type"] == "invalid_request_error"
 
 
+def test_a_browser_reads_errors_in_its_language(server):
+    shown = {
+        name: json.loads(server.call("POST", "/v1/completions", b"[]", **{"Accept-Language": name}).text)["error"]
+        for name in ("ja,en-US;q=0.9", "en-US,ja;q=0.5", "")
+    }
+
+    assert shown["ja,en-US;q=0.9"]["message"] == "本文が JSON のオブジェクトではありません"
+    assert (
+        shown["en-US,ja;q=0.5"] == shown[""] == shown["ja,en-US;q=0.9"] | {"message": "the body is not a JSON object"}
+    )
+
+
 def test_pages_of_other_sites_are_refused(server):
     body = json.dumps({"model": "base", "messages": HELLO}).encode()
 
