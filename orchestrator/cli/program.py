@@ -72,7 +72,7 @@ MODULES = {  # of this room -> the verbs that it holds
     "search": ("search",),
     "serving": ("serve", "chat"),
     "bench": ("bench",),
-    "report": ("report", "tco"),
+    "report": ("report", "tco", "dashboard"),
     "machines": ("doctor", "probe", "techniques", "head", "join", "nodes"),
     "bank": ("bank", "adapt"),
 }
