@@ -29,6 +29,7 @@ GROUPS = {
         "search": "try combinations, write the job to submit",
     },
     "Run": {
+        "verify": "try that layouts and machines change no result",
         "submit": "plan, train, measure, hand back the tuned model",
         "list": "list the runs of a folder",
         "status": "how far a run is, how good its result",

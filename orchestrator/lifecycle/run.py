@@ -82,7 +82,7 @@ def hold(
         with contextlib.ExitStack() as attempt:
             run = attempt.enter_context(RunFolder.take(output_dir(job), job.spec.name, run_id))
             if not run.has_started:
-                _begin(run, ready, watcher.say)
+                begin_run(run, ready, watcher.say)
                 watcher.planned(run, job, ready.plan, ready.statistics)
                 stack.enter_context(attempt.pop_all())
                 return HeldRun(run, job, ready.plan)
@@ -131,7 +131,7 @@ def _check_secrets(job: Job) -> None:
         )
 
 
-def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
+def begin_run(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
     """Write down what the run begins with; the caller holds the run."""
     assert ready.data_files is not None  # a run is prepared
     texts = {

@@ -6,6 +6,7 @@ bench        a benchmark, or two side by side
 bench_serve  a benchmark of serving
 machines     machines: devices, links, and what is wrong with them
 plan         a plan: the choice for each device, memory, time, price, the alternatives
+proofs       two ways to the same answer, and how far apart they were
 result       results, runs and evaluations
 samples      rows as the model sees them
 search       a search: what was pruned, what was tried, what to use

@@ -63,6 +63,17 @@ class Agreement:
         return asdict(self)
 
 
+class Disagreement(RunFailed):
+    """Two models whose logits are further apart than the precision explains."""
+
+    def __init__(self, text: str, found: Agreement) -> None:
+        self.found = found
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type, tuple[str, Agreement]]:  # crosses process borders with its fields
+        return type(self), (str(self), self.found)
+
+
 def probe(data: Any, vocab_size: int) -> torch.Tensor:
     """The batch that is compared: the first tokens of two samples; random ones where there is no data."""
     rows = [torch.as_tensor(data.tokens(row)[0][:_TOKENS].copy()) for row in range(min(_ROWS, len(data or ())))]
@@ -163,7 +174,7 @@ def judge(
 ) -> Agreement:
     """Compare two models' logits; `rounded` where one of them has weights of less precision.
 
-    Raises RunFailed beyond the tolerance of the precision.
+    Raises Disagreement beyond the tolerance of the precision.
     """
     largest = trained_BTV.abs().max().item()
     tolerance = (_ROUNDED if rounded else _SAME)[dtype]
@@ -172,10 +183,11 @@ def judge(
     difference = (trained_BTV - found_BTV).abs().max().item()
     text = f"largest difference of a logit {difference:.3g}, of logits up to {largest:.3g}"
     allowed = f"{tolerance * largest:.3g} is allowed in {dtype}"
+    numbers = (dtype, difference, largest, tolerance * largest, num_weights)
     if not difference <= tolerance * largest:
-        raise RunFailed(f"{what} does not give the logits of what was trained: {text}; {allowed}")
-    return Agreement(f"{what} gives the logits of what was trained ({text}; {allowed})", dtype, difference, largest,
-                     tolerance * largest, num_weights)  # fmt: skip
+        wrong = f"{what} does not give the logits of what was trained: {text}; {allowed}"
+        raise Disagreement(wrong, Agreement(wrong, *numbers))
+    return Agreement(f"{what} gives the logits of what was trained ({text}; {allowed})", *numbers)
 
 
 def on_disk(portrait: Portrait, folder: Path, what: str) -> Agreement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -77,10 +77,15 @@ def start_worker(run: RunFolder, rank: int, size: int, node: str, slot: int) -> 
     return WorkerContext(run.job(), plan, part, run.data().model, device, group, slot, record)
 
 
-def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
-    """Load samples, model and tokenizer of a run.  Raises OrchestratorError."""
+def load_inputs(run: RunFolder, context: WorkerContext, rows: Sequence[int] | None = None) -> Inputs:
+    """Load samples, model and tokenizer of a run; with `rows` these training samples alone.
+
+    Raises OrchestratorError.
+    """
     started, libraries_bytes = time.perf_counter(), resident_bytes(context.device)
     data, held_out = load_data(run)
+    if rows is not None:
+        data, held_out = data.select(rows), None
     refuse_tokenizer(context.job.spec.eval.tokenizer, context.plan.metrics)
     if context.group.size > 1:
         refuse_unlike_models(context)
