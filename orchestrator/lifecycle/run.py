@@ -22,6 +22,7 @@ from clusters.ray import resident
 from clusters.ray.connect import CannotConnect, Connection, connect
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.job_file import Job
+from orchestrator.job.scoring.functions import keep_files
 from orchestrator.job.secrets import secret_names
 from orchestrator.lifecycle import finish, machines
 from orchestrator.lifecycle.background import load_in_background, run_in_background
@@ -141,6 +142,7 @@ def begin_run(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
         "data.json": replace(ready.data_files, statistics=ready.statistics).to_json(),
         "job.yaml": ready.job.text,
     }
+    keep_files(ready.plan.metrics, ready.job.folder, run.path)
     with bad_input_as_job_error("model.model_name_or_path"):
         run.begin(texts, model_digests(Path(ready.data_files.model), say))
 

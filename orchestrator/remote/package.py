@@ -24,6 +24,7 @@ from orchestrator.data.readers.sources import is_pattern, sources_of
 from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
+from orchestrator.job.scoring.functions import files_of
 from orchestrator.job.sections.training import Source
 from orchestrator.runs.run_folder import RunFolder
 
@@ -134,6 +135,8 @@ def find_files(job: Job) -> Packed:
             written = file if source.is_dir() else job.folder / Path(value).expanduser()
             if written.is_symlink() or packed.files[inner] != file:
                 packed.links[inner] = packed.files[inner]
+    metrics = [] if job.spec.eval.metrics == "auto" else job.spec.eval.metrics
+    packed.files.update({name: _regular(file) for name, file in files_of(metrics, job.folder).items()})
     _refuse_too_large(packed)
     return packed
 

@@ -9,7 +9,7 @@ from rich.text import Text
 
 from clusters.safe.reading import printable
 from orchestrator.language.catalogue import tr
-from orchestrator.runs.proofs.proof import DIFFERS, PASSED, Proof
+from orchestrator.runs.proofs.proof import DIFFERS, NOT_RUN, PASSED, Proof
 from orchestrator.views.screen import new_table
 
 HEAD = ("check", "outcome", "difference", "tolerance")
@@ -20,9 +20,14 @@ def proofs_view(proofs: Sequence[Proof]) -> RenderableType:
     table = new_table(*HEAD, fold=True)
     styles = {PASSED: "green", DIFFERS: "red"}
     for one in proofs:
-        table.add_row(tr(one.title), Text(tr(one.outcome), style=styles.get(one.outcome, "")), *numbers(one))
+        table.add_row(tr(one.title), Text(outcome(one, tr), style=styles.get(one.outcome, "")), *numbers(one))
     lines = [Text(f"{tr(one.title)}: {printable(about(one, tr))}", style="dim") for one in proofs]
     return Group(table, Text(), *lines)
+
+
+def outcome(one: Proof, w: Callable[[str], str]) -> str:
+    """In people's language."""
+    return {PASSED: w("passed"), DIFFERS: w("differs"), NOT_RUN: w("not run")}.get(one.outcome, one.outcome)
 
 
 def numbers(one: Proof) -> tuple[str, str]:

@@ -15,6 +15,7 @@ MOST = 10**9  # of anything that is counted
 Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
 Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
 Metric = Literal["exact_match", "accuracy", "macro_f1", "rouge_l", "bleu", "chrf"]
+OwnMetric = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]  # module:function
 Tokenizer = Literal["auto", "13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores200"]
 
 

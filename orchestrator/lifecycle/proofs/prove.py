@@ -17,6 +17,7 @@ from orchestrator.errors import RunFailed
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle import machines
 from orchestrator.lifecycle.background import run_in_background
+from orchestrator.lifecycle.finish import mirror_again
 from orchestrator.lifecycle.hooks import NO_BANK, BankHooks
 from orchestrator.lifecycle.prepare import Ready, output_dir, prepare
 from orchestrator.lifecycle.recovery import Recovery, replan
@@ -24,7 +25,6 @@ from orchestrator.lifecycle.run import begin_run
 from orchestrator.lifecycle.verify import verified_files
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import Note
-from orchestrator.runs.mirror.state import wants_mlflow
 from orchestrator.runs.proofs.proof import Proof, proofs_of, write_table
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.proofs.sample import ProofSample, choose_sample, uneven_shares
@@ -51,10 +51,8 @@ def prove_run(run: RunFolder, say: Say, bank: BankHooks = NO_BANK) -> list[Proof
         for proof in _prove(ready, run if run.result() else None, say, bank):
             run.record(proof)
         write_table(run)
-        if wants_mlflow(job) and run.result():
-            from orchestrator.runs.mirror.tracking import complete
-
-            complete(run, job, state=run.state_by_events())
+    if run.result():
+        mirror_again(run, job, say)
     return proofs_of(run)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from orchestrator.data.order import Order
-from orchestrator.errors import NothingFits
+from orchestrator.errors import NothingFits, RunFailed
 from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training import checkpoint
 from orchestrator.training.checkpoint import Checkpoint
@@ -32,7 +32,7 @@ _SMALL = 1e-2  # a loss or a norm below is compared as if it were this
 
 
 @dataclass
-class Trial:
+class ShortTraining:
     """What a short training gave: of each step its loss and the norm of its gradient, and the weights at its end."""
 
     losses: dict[int, float] = field(default_factory=dict)
@@ -41,7 +41,7 @@ class Trial:
     short: str | None = None  # memory ran out, and micro-batches were no longer those of the layout
 
 
-def difference(found: Trial, expected: Trial) -> float:
+def difference(found: ShortTraining, expected: ShortTraining) -> float:
     """The largest of all steps' losses and gradient norms, relative."""
     numbers = [
         (ours[step], theirs[step])
@@ -49,6 +49,14 @@ def difference(found: Trial, expected: Trial) -> float:
         for step in ours
     ]
     return max((abs(a - b) / max(abs(b), _SMALL) for a, b in numbers), default=float("nan"))
+
+
+@dataclass(frozen=True)
+class Team:
+    """Who trains, and with which shares; None = equal ones."""
+
+    group: ProcessGroup
+    shares: Shares | None = None
 
 
 class Trials:
@@ -70,22 +78,31 @@ class Trials:
         """Tokens of each step's rows."""
         return [self.data.lengths[self.order.sample_ids(step)].tolist() for step in range(self.sample.num_steps)]
 
-    def train(
+    def train(self, techniques: Techniques, since: Path | None = None) -> ShortTraining:
+        """Train from the first weights, leaving a checkpoint of half the steps, or from that to the end.  Collective.
+
+        Raises NothingFits where the layout takes more memory than there is.
+        """
+        begin = self._start if since is None else self._read(since)
+        return self._run(techniques, begin, _whole_rate, Team(self.group), saves=since is None)
+
+    def step_at(self, weights: Path, techniques: Techniques, team: Team | None = None) -> ShortTraining:
+        """Every step from the weights of a checkpoint, which do not move.  Collective in the team; raises as `train`.
+
+        An optimizer divides gradients by their size: after a step of Adam's, what was rounding is as large as a rate.
+        """
+        begin = replace(self._read(weights), state=Progress().as_dict())
+        return self._run(techniques, begin, _no_rate, team or Team(self.group))
+
+    def _run(
         self,
         techniques: Techniques,
-        group: ProcessGroup | None = None,
-        shares: Shares | None = None,
-        since: Path | None = None,
+        begin: Checkpoint,
+        lr_factor: Callable[[int], float],
+        team: Team,
         saves: bool = False,
-    ) -> Trial:
-        """Train from the first weights, or from a checkpoint, to the end; with `saves` leaves one of half the steps.
-
-        Collective in `group`.  Raises NothingFits where the layout takes more memory than there is.
-        """
-        trial, group, notes = Trial(), group or self.group, list[str]()
-        begin = self._start if since is None else checkpoint.read(since, notes.append)
-        if begin is None:
-            raise NothingFits(f"{since}: {' '.join(notes)}")
+    ) -> ShortTraining:
+        trial, middle = ShortTraining(), self.sample.num_steps // 2
 
         def record(event: Event) -> None:
             if isinstance(event, StepReport):
@@ -94,23 +111,39 @@ class Trials:
                 trial.short = event.text
 
         def save(progress: Progress) -> str | None:
-            return self._save(progress).path.name if saves and progress.step == self.sample.num_steps // 2 else None
+            return self._save(progress).path.name if saves and progress.step == middle else None
 
         schedule = schedule_of(self.context.job, self.context.plan)
-        # The whole rate from the first step on: a warm-up would hardly move a weight.
-        middle = self.sample.num_steps // 2
-        schedule = replace(schedule, lr_factor=_whole_rate, eval_steps=None, save_steps=middle)
+        schedule = replace(schedule, lr_factor=lr_factor, eval_steps=None, save_steps=middle)
         forget(self.setup)
         begin.restore(self.setup)
         progress, hooks = Progress.from_dict(begin.state), Hooks(record, save, lambda: None)
         with _attending(self.setup.model, techniques.attn_implementation):
             train(
-                Training(self.setup, self.data, None, self.order, schedule, techniques, group, progress, hooks, shares)
+                Training(
+                    self.setup,
+                    self.data,
+                    None,
+                    self.order,
+                    schedule,
+                    techniques,
+                    team.group,
+                    progress,
+                    hooks,
+                    team.shares,
+                )
             )
-        if short := next(filter(None, group.gather(trial.short)), None):
+        if short := next(filter(None, team.group.gather(trial.short)), None):
             raise NothingFits(short)
         trial.weights = {name: digest(weight) for name, weight in self.setup.parameters.items()}
         return trial
+
+    def _read(self, path: Path) -> Checkpoint:
+        notes: list[str] = []
+        found = checkpoint.read(path, notes.append)
+        if found is None:
+            raise RunFailed("; ".join(notes))
+        return found
 
     def _save(self, progress: Progress) -> Checkpoint:
         held = gather(self.setup)
@@ -122,7 +155,11 @@ class Trials:
 
 
 def _whole_rate(step: int) -> float:
-    return 1.0
+    return 1.0  # from the first step on: a warm-up would hardly move a weight
+
+
+def _no_rate(step: int) -> float:
+    return 0.0
 
 
 @contextlib.contextmanager

@@ -17,10 +17,9 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.determinism import deterministic
 from orchestrator.training.proofs.handed_back import prove_merged, prove_saved
 from orchestrator.training.proofs.sample import ProofSample, layouts_of, uneven_shares
-from orchestrator.training.proofs.trials import Trial, Trials, difference, without_dropout
+from orchestrator.training.proofs.trials import ShortTraining, Team, Trials, difference, without_dropout
 from orchestrator.training.shares import Shares
 from orchestrator.training.workers.setup import load_inputs, start_worker
-from strategies.pipeline.layer_randomness import draws_random_numbers
 from strategies.workload import Techniques
 
 _DIVIDED = "the model is divided among the workers: none of them has all of it"
@@ -68,23 +67,23 @@ class Prover:
 
     def __init__(self, run: RunFolder, trials: Trials, techniques: Techniques) -> None:
         context = trials.context
-        self._run, self._trials, self._context, self.record = run, trials, context, context.record
+        self._trials, self._context, self.record = trials, context, context.record
         self._takes_part = context.is_first or trials.is_divided
         trials.setup.lower = None  # what lower layers made of a row would be taken over from one layout by the next
         self.layouts = layouts_of(techniques, trials.step_lengths())
         self._steps = f"{trials.sample.num_steps} steps of {trials.sample.rows_a_step} rows"
-        self._whole: Trial | None = None  # as the job has it
-        self._plain: Trial | None = None  # without dropout
+        self._middle = run.path / "trials-0" / f"step-{trials.sample.num_steps // 2:08d}"  # of the first worker
+        self._whole: ShortTraining | None = None  # trained, as the job has it
+        self._still: ShortTraining | None = None  # the same layout, weights that do not move
 
     def prove_layouts(self) -> None:
         """The rows of a step in one micro-batch, in several, and one row after the other."""
         if not self._takes_part:
             return
         trials, layouts = self._trials, self.layouts
-        self._whole = self._plain = trials.train(layouts.whole, saves=True)
-        if draws_random_numbers(trials.setup.model):
-            with without_dropout(trials.setup.model):
-                self._plain = trials.train(layouts.whole)
+        self._whole = trials.train(layouts.whole)
+        with without_dropout(trials.setup.model):
+            self._still = trials.step_at(self._middle, layouts.whole)
         if layouts.apart is None:
             self.record(not_run("packing", "rows are padded here, not packed"))
         else:
@@ -97,7 +96,7 @@ class Prover:
     def _packing(self) -> Proof:
         apart, whole = self.layouts.apart, self.layouts.whole
         assert apart
-        found = self._judge("packing", apart, f"{self._steps}: packed end to end, and one row after the other")
+        found = self._judge("packing", apart, f"{self._numbers}: packed end to end, and one row after the other")
         if found.outcome != DIFFERS:
             return found
         where = f"{whole.attn_implementation} attention in {whole.dtype} on {self._context.part.device}"
@@ -105,14 +104,18 @@ class Prover:
 
     def _accumulation(self) -> Proof:
         pieces = "several micro-batches" if self.layouts.apart else "row after row"
-        return self._judge("accumulation", self.layouts.pieces, f"{self._steps}: in one micro-batch, and in {pieces}")
+        return self._judge("accumulation", self.layouts.pieces, f"{self._numbers}: in one micro-batch, and in {pieces}")
 
     def _judge(self, check: str, layout: Techniques, compared: str) -> Proof:
-        assert self._plain
+        assert self._still
         with without_dropout(self._trials.setup.model):
-            found = self._trials.train(layout)
+            found = self._trials.step_at(self._middle, layout)
         dtype = layout.dtype
-        return judged(check, compared, difference(found, self._plain), ROUNDING[dtype], _rounding(dtype))
+        return judged(check, compared, difference(found, self._still), ROUNDING[dtype], _rounding(dtype))
+
+    @property
+    def _numbers(self) -> str:
+        return f"loss and gradient of {self._steps} by the same weights"
 
     def prove_resume(self) -> None:
         """The second half of the steps from a checkpoint, in another process where this machine has one."""
@@ -122,13 +125,12 @@ class Prover:
         resumer = 1 if has_other else 0
         found = None
         if trials.is_divided or group.rank == resumer:
-            middle = self._run.path / "trials-0" / f"step-{trials.sample.num_steps // 2:08d}"
-            found = trials.train(self.layouts.whole, since=middle)
+            found = trials.train(self.layouts.whole, since=self._middle)
         found = group.gather(found)[resumer]
         if self._context.is_first and found and self._whole:
             self.record(self._judge_resume(found, self._whole, "another process" if has_other else "this process"))
 
-    def _judge_resume(self, found: Trial, whole: Trial, process: str) -> Proof:
+    def _judge_resume(self, found: ShortTraining, whole: ShortTraining, process: str) -> Proof:
         compared = f"the last {len(found.losses)} of {self._steps}: without a break, and from a checkpoint in {process}"
         nodes = self._context.plan.nodes if self._trials.is_divided else self._context.plan.nodes[:1]
         is_exact = self._context.job.spec.train.deterministic or all(one.torch_device == "cpu" for one in nodes)
@@ -157,15 +159,15 @@ class Prover:
             return
         shares = uneven_shares([part.share for part in plan.nodes])
         with without_dropout(self._trials.setup.model):
-            found = self._trials.train(self.layouts.whole, context.group, Shares(list(shares), is_fixed=True))
-        if self._plain:
+            team = Team(context.group, Shares(list(shares), is_fixed=True))
+            found = self._trials.step_at(self._middle, self.layouts.whole, team)
+        if self._still:
             dtypes = [*(part.techniques.dtype for part in plan.nodes), plan.sync.dtype]
             coarsest = max(dtypes, key=lambda dtype: ROUNDING[dtype])
             parts = " + ".join(f"{share:.0%}" for share in shares)
-            compared = f"{self._steps}: {parts} of them on {len(shares)} workers, and all on one"
-            self.record(
-                judged("uneven", compared, difference(found, self._plain), ROUNDING[coarsest], _rounding(coarsest))
-            )
+            compared = f"{self._numbers}: {parts} of the rows on {len(shares)} workers, and all on one"
+            far = difference(found, self._still)
+            self.record(judged("uneven", compared, far, ROUNDING[coarsest], _rounding(coarsest)))
 
 
 def _rounding(dtype: str) -> str:

@@ -47,7 +47,9 @@ def context_of(run: RunFolder, job: Job) -> WorkerContext:
     plan, folder = run.plan(), model_of(run)
     device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    return WorkerContext(job, plan, plan.nodes[0], folder, device)  # notes on kernels stand in the run's own events
+    return WorkerContext(
+        job, plan, plan.nodes[0], folder, device, run_path=run.path
+    )  # notes on kernels stand in the run's own events
 
 
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:

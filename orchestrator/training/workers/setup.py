@@ -74,7 +74,7 @@ def start_worker(run: RunFolder, rank: int, size: int, node: str, slot: int) -> 
     device_memory.limit(device, part.memory_usable_bytes)
     record = run.record if rank == 0 else ignore_event
     group = group_of(rank, size, plan)
-    return WorkerContext(run.job(), plan, part, run.data().model, device, group, slot, record)
+    return WorkerContext(run.job(), plan, part, run.data().model, device, group, slot, record, run_path=run.path)
 
 
 def load_inputs(run: RunFolder, context: WorkerContext, rows: Sequence[int] | None = None) -> Inputs:
