@@ -6,6 +6,7 @@ Names are Hugging Face's, PEFT's and TRL's wherever those have one.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -15,7 +16,6 @@ MOST = 10**9  # of anything that is counted
 Finite = Annotated[float, Field(ge=-1e12, le=1e12)]
 Whole = Annotated[int, Field(ge=-MOST, le=MOST)]
 Metric = Literal["exact_match", "accuracy", "macro_f1", "rouge_l", "bleu", "chrf"]
-OwnMetric = Annotated[str, Field(pattern=r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$")]  # module:function
 Tokenizer = Literal["auto", "13a", "intl", "char", "zh", "ja-mecab", "ko-mecab", "flores200"]
 
 
@@ -28,6 +28,13 @@ def _has_finite_numbers(value: Any) -> Any:
     return value
 
 
+def _names_a_function(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+        raise ValueError("should be module:function, one of your own")
+    return value
+
+
+OwnMetric = Annotated[str, AfterValidator(_names_a_function)]
 Anything = Annotated[Any, AfterValidator(_has_finite_numbers)]
 
 
