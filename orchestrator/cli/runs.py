@@ -250,7 +250,8 @@ def evaluate(
 
 
 def _evaluate_tasks(run: RunFolder, wish: tuple[tuple[str, ...], str | None, int | None, bool], as_json: bool) -> None:
-    from orchestrator.harness.evaluate import TaskWish, evaluate_tasks
+    from orchestrator.harness.evaluate import evaluate_tasks
+    from orchestrator.harness.wish import TaskWish
     from orchestrator.runs.tasks.task_score import FILE, to_rows
     from orchestrator.views.tasks import tasks_view
 

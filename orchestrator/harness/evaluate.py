@@ -5,10 +5,10 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from orchestrator.errors import MissingExtra, RunFailed
+from orchestrator.harness.wish import TaskWish
 from orchestrator.job.job_file import Job
 from orchestrator.lifecycle import machines
 from orchestrator.lifecycle.finish import mirror_again
@@ -17,16 +17,6 @@ from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.tasks.task_score import TaskScore, scores_of_tasks, write_tasks
 
 _POLL_S = 1.0
-
-
-@dataclass(frozen=True)
-class TaskWish:
-    """What is to be measured."""
-
-    tasks: tuple[str, ...]
-    include_path: str | None = None  # a folder of task files
-    limit: int | None = None  # rows a task
-    chat: bool = False  # prompts are written by the chat template
 
 
 def evaluate_tasks(run: RunFolder, wish: TaskWish, say: Callable[[str], None]) -> list[TaskScore]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError, OrchestratorError, RunFailed
-from orchestrator.harness.evaluate import TaskWish
+from orchestrator.harness.wish import TaskWish
 from orchestrator.runs.condition import exported_whole
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.runs.tasks.task_score import Measured, TaskScore, compared

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from orchestrator.errors import JobError, MissingExtra
-from orchestrator.harness.evaluate import TaskWish, evaluate_tasks, idle_node
+from orchestrator.harness.evaluate import evaluate_tasks, idle_node
+from orchestrator.harness.wish import TaskWish
 from tests.cli import called
 from tests.conftest import rows, write_jsonl
 
