@@ -91,6 +91,8 @@ def _with_two_workers(ready: Ready) -> tuple[Ready, dict[str, str]]:
     part = plan.nodes[0]
     if part.torch_device != "cpu":
         return ready, {"uneven": "one GPU here: a second process would need one of its own"}
+    if part.techniques.uses_engine:
+        return ready, {"uneven": "one machine, and DeepSpeed would divide the model among two processes"}
     if part.threads < 2:
         return ready, {"uneven": "one core here"}
     if part.memory_usable_bytes and 2 * part.memory.high_bytes > part.memory_usable_bytes:

@@ -169,7 +169,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     context = replace(context, group=context.group.patient())
     held = gather(setup) if setup.sharding else None
     hand_back.free_optimizer(setup)
-    portrait, setup_folder = _portrait(context, inputs, held), setup.export_folder
+    portrait = _portrait(context, inputs, held)
     found: dict[str, Any] = {}
     if context.is_first and portrait:
         written = hand_back.write(run, context.job, setup, inputs.tokenizer, held, portrait)
@@ -182,7 +182,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     if context.is_first and portrait:
         checked = hand_back.check(run, context, setup, inputs.techniques, portrait)
         context.record(HandBack(checked.text))
-        context.record(checked.as_proof(f"the {setup_folder}"))
+        context.record(checked.as_proof(f"the {setup.export_folder}"))
         found["before"] = progress.before or (quality.wait_for_helper(run, context) if context.plan.measuring else None)
         found["after"] = after
         found["handed_back"]["check"] = checked.as_dict()
