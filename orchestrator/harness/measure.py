@@ -17,7 +17,7 @@ from orchestrator.errors import JobError, OrchestratorError, RunFailed
 from orchestrator.harness.wish import TaskWish
 from orchestrator.runs.condition import exported_whole
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.runs.tasks.task_score import Measured, TaskScore, compared
+from orchestrator.runs.tasks.task_score import ModelScore, TaskScore, compared
 from orchestrator.training.model.loading import load_tokenizer
 from orchestrator.training.workers import finished
 from strategies.step.out_of_memory import release_cache
@@ -35,7 +35,7 @@ def measure(folder: str, wish: TaskWish, node: str | None = None) -> list[TaskSc
     manager = _manager(wish)
     context = finished.context_of(run, job)
     tokenizer = load_tokenizer(str(exported_whole(run)), job)
-    found: list[dict[tuple[str, str], Measured]] = []
+    found: list[dict[tuple[str, str], ModelScore]] = []
     for _, model in itertools.islice(finished.variants(run, context), 2):  # the base, then what was trained
         model.eval()
         batch_size = context.part.techniques.per_device_train_batch_size
@@ -70,7 +70,7 @@ def _unknown(manager: Any, wish: TaskWish) -> list[str]:
     return [task for task in wish.tasks if task not in set(manager.all_tasks)]
 
 
-def _evaluate(model: Any, wish: TaskWish, manager: Any) -> dict[tuple[str, str], Measured]:
+def _evaluate(model: Any, wish: TaskWish, manager: Any) -> dict[tuple[str, str], ModelScore]:
     """(task, metric) -> what the harness measured.  Raises JobError and RunFailed."""
     from lm_eval import simple_evaluate
 
@@ -101,7 +101,7 @@ def _evaluate(model: Any, wish: TaskWish, manager: Any) -> dict[tuple[str, str],
             stderr = values.get(f"{name}_stderr,{kind}")
             metric = name if kind in ("", "none") else key
             stderr = float(stderr) if isinstance(stderr, int | float) else None
-            measured[task, metric] = Measured(float(value), stderr, rows, _by_row(samples, name, kind, float(value)))
+            measured[task, metric] = ModelScore(float(value), stderr, rows, _by_row(samples, name, kind, float(value)))
     return measured
 
 

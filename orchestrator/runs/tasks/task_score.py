@@ -45,7 +45,7 @@ class TaskScore(Event, kind="task"):
 
 
 @dataclass(frozen=True)
-class Measured:
+class ModelScore:
     """A metric of one model: its value, the harness's standard error, and each row's value where rows have one."""
 
     value: float
@@ -54,7 +54,7 @@ class Measured:
     by_row: Sequence[float] = ()
 
 
-def compared(task: str, metric: str, before: Measured, after: Measured, **where: Any) -> TaskScore:
+def compared(task: str, metric: str, before: ModelScore, after: ModelScore, **where: Any) -> TaskScore:
     """Both with an interval of the difference: of the rows' differences where each has a value, else of both errors."""
     low = high = None
     is_paired = bool(before.by_row) and len(before.by_row) == len(after.by_row) > 1

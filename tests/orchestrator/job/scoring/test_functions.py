@@ -77,7 +77,7 @@ def test_two_jobs_may_have_a_module_of_the_same_name(folder, tmp_path_factory):
         ("my_scores:points", "gave 12.5; it should give a number from 0 to 1"),
         ("my_scores:fails", "my_scores:fails failed: IndexError"),
         ("my_scores:short", "gave 1 scores for 2 answers"),
-        ("my_scores:text", "gave good; it should give a number"),
+        ("my_scores:text", "gave 'good'; it should give a number"),
     ],
 )
 def test_a_metric_that_cannot_be_used_is_refused_before_anything_starts(folder, metric, mistake):

@@ -6,7 +6,7 @@ from orchestrator.errors import JobError
 from orchestrator.report.tasks import task_blocks
 from orchestrator.runs.mirror.numbers import numbers_of
 from orchestrator.runs.run_folder import RunFolder
-from orchestrator.runs.tasks.task_score import FILE, Measured, compared, read_tasks, write_tasks
+from orchestrator.runs.tasks.task_score import FILE, ModelScore, compared, read_tasks, write_tasks
 from orchestrator.views.tasks import cells
 
 
@@ -16,14 +16,14 @@ def run(tmp_path):
 
 
 def measured(*rows, stderr=0.1):
-    return Measured(sum(rows) / len(rows), stderr, len(rows), rows)
+    return ModelScore(sum(rows) / len(rows), stderr, len(rows), rows)
 
 
 def test_rows_that_all_gain_are_sure_where_their_standard_errors_are_not():
     before, after = (0.0, 0.2, 0.4, 0.6), (0.3, 0.5, 0.7, 0.91)
 
     paired = compared("t", "acc", measured(*before, stderr=0.5), measured(*after, stderr=0.5))
-    apart = compared("t", "acc", Measured(0.3, 0.5, 4), Measured(0.6025, 0.5, 4))
+    apart = compared("t", "acc", ModelScore(0.3, 0.5, 4), ModelScore(0.6025, 0.5, 4))
 
     assert paired.is_paired and not paired.may_be_chance
     assert not apart.is_paired and apart.may_be_chance
@@ -31,7 +31,7 @@ def test_rows_that_all_gain_are_sure_where_their_standard_errors_are_not():
 
 
 def test_without_an_error_there_is_no_interval():
-    found = compared("t", "perplexity", Measured(9.0, None, 4), Measured(8.0, None, 4))
+    found = compared("t", "perplexity", ModelScore(9.0, None, 4), ModelScore(8.0, None, 4))
 
     assert (found.difference, found.low, found.may_be_chance) == (-1.0, None, False)
 
