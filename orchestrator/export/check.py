@@ -58,7 +58,7 @@ def _with_transformers(finished: Finished, folder: Path) -> CheckReport:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from orchestrator.training.evaluate import Generation, generate_answers
+    from orchestrator.training.evaluate import Generation, generate_answers, sampling_of
 
     wanted, data, rows = _held_out(finished)
     remote, dtype = finished.job.spec.model.trust_remote_code, finished.plan.techniques.dtype
@@ -77,7 +77,7 @@ def _with_transformers(finished: Finished, folder: Path) -> CheckReport:
     else:
         model = load(str(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)
-    generation = Generation(finished.plan.max_new_tokens, dtype)
+    generation = Generation(finished.plan.max_new_tokens, dtype, sampling=sampling_of(finished.job.spec))
     found = generate_answers(model.eval(), tokenizer, data, rows, generation)
     return _compared(engine, wanted, [answer.generated for answer in found])
 
@@ -92,6 +92,8 @@ def _with_llama_cpp(finished: Finished, folder: Path, base: str | None) -> Check
     wanted, data, rows = _held_out(finished)
     if not wanted:
         return CheckReport("llama.cpp", reason="the run generated no answers to compare with")
+    if finished.job.spec.eval.temperature:
+        return CheckReport("llama.cpp", reason="the run drew its answers (eval.temperature), and it would draw others")
     adapter = folder / gguf_adapter.FILE
     ask = llama_cpp(origin, adapter if adapter.is_file() else None)
     stops = list(_stops(finished))

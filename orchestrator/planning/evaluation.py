@@ -58,6 +58,7 @@ def resolve_evaluation(
     metrics, why_metrics = resolve_metrics(spec, held_out)
     _refuse_unused_tokenizer(spec, metrics, held_out)
     _refuse_unused_pattern(spec, metrics, held_out)
+    _refuse_unused_sampling(spec, metrics, held_out)
     if metrics:
         enough, memory = generation_memory(nodes, workload, new_tokens)
         if why_tokens:
@@ -144,6 +145,23 @@ def _refuse_unused_pattern(spec: JobSpec, metrics: Sequence[str], held_out: Held
         raise JobError(
             "eval.answer_pattern is stated, and no metric here compares whole answers"
             f" ({', '.join(metrics) or 'there is none'}): add exact_match to eval.metrics, or remove it"
+        )
+
+
+def _refuse_unused_sampling(spec: JobSpec, metrics: Sequence[str], held_out: HeldOutCounts | None) -> None:
+    """Raises JobError where it is stated how answers are drawn, and none are."""
+    temperature, top_p = spec.eval.temperature, spec.eval.top_p
+    if not temperature and top_p < 1:
+        raise JobError(
+            f"eval.top_p is {top_p:g}, and the likeliest token is always taken: set eval.temperature above 0, or remove"
+            " eval.top_p"
+        )
+    if temperature and held_out is None:
+        raise JobError(_NEEDS_ROWS.format("eval.temperature"))
+    if temperature and not metrics:
+        raise JobError(
+            f"eval.temperature is {temperature:g}, and no answers are generated: add a metric to eval.metrics, or"
+            " remove it"
         )
 
 

@@ -14,10 +14,12 @@ from orchestrator.data.batches import collate, collate_mismatched
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
+from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
 from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
+from strategies.model.sampling import Sampling
 from strategies.shape import ModelShape
 from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import generate as generate_with
@@ -136,13 +138,27 @@ class Generation:
     dtype: Dtype  # that the model computes in
     passes: Passes | None = None  # of a training whose model is shared with other workers
     cache_bytes: float = CACHE_BYTES  # that keys and values may take
+    sampling: Sampling | None = None  # None: the likeliest tokens
+
+    def processors(self, rows: Sequence[int], prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What draws tokens for the prompts of these rows of the data, as `generate` takes it."""
+        if self.sampling is None:
+            return {}
+        return {"logits_processor": [self.sampling.processor(rows, max(map(len, prompts)))]}
+
+
+def sampling_of(spec: JobSpec) -> Sampling | None:
+    """How a job's answers are drawn; None where the likeliest tokens are taken."""
+    if not spec.eval.temperature:
+        return None
+    return Sampling(spec.eval.temperature, spec.eval.top_p, spec.train.seed)
 
 
 @torch.no_grad()
 def generate_answers(
     model: Any, tokenizer: Any, data: Dataset, indices: Sequence[int], how: Generation
 ) -> list[GeneratedAnswer]:
-    """Greedy answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
+    """Answers to the prompts of the samples at `indices` that have a reference; prompts padded on the left.
 
     An answer ends at the latest where the model's context does, so a prompt that fills it has an empty answer.  A batch
     that runs out of memory is halved; a prompt that does not fit even alone has no answer.
@@ -155,9 +171,10 @@ def generate_answers(
 
     def answer(batch: Sequence[_Prompt]) -> None:
         ids = [prompt.ids for prompt in batch] or [[_start_token(tokenizer)]]
+        rows = [prompt.index for prompt in batch] or [0]
         new_tokens = min((prompt.new_tokens for prompt in batch), default=1)
         with autocast(model.device.type, how.dtype):
-            generated = _generate(generate, tokenizer, ids, new_tokens, stops)
+            generated = _generate(partial(generate, **how.processors(rows, ids)), tokenizer, ids, new_tokens, stops)
         texts.update({prompt.index: text for prompt, text in zip(batch, generated, strict=False)})
 
     batches = _batches(inner, [prompt for prompt in prompts if prompt.new_tokens], how)

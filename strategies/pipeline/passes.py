@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -203,9 +204,10 @@ class StagePasses:
         pad_token_id: int,
         eos_token_id: Sequence[int] | None = None,
         stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
+        logits_processor: Sequence[Callable[..., torch.Tensor]] = (),
         **_: Any,
     ) -> torch.Tensor:
-        """Greedy: the last stage chooses a token, all learn it.
+        """The last stage chooses the token with the largest processed logit, all learn it.
 
         What has been chosen lies on the host: all stages end together where memory runs out on one, which then raises.
         """
@@ -216,7 +218,7 @@ class StagePasses:
         new_ids, positions = ids, (mask.cumsum(-1) - 1).clamp_min(0)
         for _number in range(max_new_tokens):
             where = {"attention_mask": mask, "position_ids": positions}
-            chosen_B = self._choose(guard, new_ids, where, cache)
+            chosen_B = self._choose(guard, new_ids, where, cache, partial(_largest, ids, logits_processor))
             if chosen_B is None:
                 break
             new_ids = (chosen_B * unfinished_B + pad_token_id * (1 - unfinished_B))[:, None]
@@ -233,9 +235,14 @@ class StagePasses:
         return ids
 
     def _choose(
-        self, guard: Guard, ids_BT: torch.Tensor, where: Mapping[str, torch.Tensor], cache: Any
+        self,
+        guard: Guard,
+        ids_BT: torch.Tensor,
+        where: Mapping[str, torch.Tensor],
+        cache: Any,
+        choose: Callable[[torch.Tensor], torch.Tensor],
     ) -> torch.Tensor | None:
-        """The next token of each row (B); None where memory has run out on any stage."""
+        """The next token of each row (B), chosen by its logits (B, V); None where memory has run out on any stage."""
 
         def compute() -> torch.Tensor:
             ids, *others = (tensor.to(self._device) for tensor in (ids_BT, *where.values()))
@@ -243,7 +250,7 @@ class StagePasses:
             if not self._stage.is_last:
                 return self.hidden(ids, **arguments)
             logits = self._setup.model(input_ids=ids, logits_to_keep=1, **arguments).logits
-            return logits[:, -1].float().argmax(-1).cpu()
+            return choose(logits[:, -1].float())
 
         found = self._pass_on(guard, (*ids_BT.shape, self._width), compute)
         chosen = torch.zeros(len(ids_BT) + 1, dtype=torch.long)
@@ -301,6 +308,15 @@ class StagePasses:
     def _settle(self) -> None:
         self._hidden_out.settle()
         self._gradient_out.settle()
+
+
+def _largest(
+    ids_BT: torch.Tensor, processors: Sequence[Callable[..., torch.Tensor]], logits_BV: torch.Tensor
+) -> torch.Tensor:
+    """The token of each row with the largest logit after processing (B), on the host."""
+    for process in processors:
+        logits_BV = process(ids_BT.to(logits_BV.device), logits_BV)
+    return logits_BV.argmax(-1).cpu()
 
 
 class _StepWork:

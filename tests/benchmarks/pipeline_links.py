@@ -4,7 +4,7 @@ Each machine has a network namespace of its own (tests/cluster/emulator.py) and 
 own computation is filled up by sleep, so that two cores can stand for three unequal machines.  Weights, messages,
 executor, DeepSpeed and the stream of weights are real.
 
-A layer has 4 MB, a hidden state 2 MB.  In real models layers are heavier beside their hidden states (Qwen2.5-14B in
+A layer has 4 MB, a hidden state 4 MB.  In real models layers are heavier beside their hidden states (Qwen2.5-14B in
 nf4 at 2048 tokens: 140 beside 21 MB), so ZeRO-3 is shown from its better side.
 """
 
@@ -29,17 +29,21 @@ from strategies.measure.trace import Lengths
 from strategies.methods.lora import Lora
 from strategies.model.architecture import decoder_layers
 from strategies.pipeline.wire_size import message_bytes
+from strategies.step import host_memory
+from strategies.step.supervised_logits import inner_model
 from strategies.techniques.precision import gradient_scaler
 from strategies.workload import StagePart
 from tests.cluster.emulator import EmulatedCluster, Machine
 from tests.processes import ROOT
 
-LAYERS, WIDTH, TOKENS = 24, 8192, 64
+LAYERS, WIDTH, TOKENS = 24, 8192, 128
 NAMES = ("fast", "middle", "slow")
-LAYER_MS = (15.0, 22.5, 45.0)  # of a forward pass of a layer on each; a backward pass takes twice as long
+LAYER_MS = (30.0, 45.0, 90.0)  # of a forward pass of a layer on each; a backward pass takes twice as long
 MICRO_BATCHES = 24  # eight a stage
+THIN = Lora(lora_r=2, lora_target_modules=["q_proj"])
 PORT = 29_400
 PATIENCE_S = 900
+_LATE_S = 5e-4
 
 
 @dataclass(frozen=True)
@@ -89,30 +93,41 @@ class _Mark(torch.autograd.Function):
 
 
 class _Clock:
-    """Fills up the time of one layer.  Hooks are not called again where a layer is computed again."""
+    """Fills up the time of one layer.  Hooks are not called again where a layer is computed again.
 
-    def __init__(self, forward_s: float) -> None:
-        self.forward_s, self.began_s = forward_s, 0.0
+    A layer begins where its neighbour ended, so that layers of a stage take together what is stated.
+    """
+
+    def __init__(self, forward_s: float, below: _Clock | None) -> None:
+        self.forward_s, self.began_s, self.ended_s = forward_s, 0.0, 0.0
+        self.below: _Clock | None = below
+        self.above: _Clock | None = None
+        if below:
+            below.above = self
 
     def before(self, _module: Any, arguments: Any) -> Any:
         hidden = arguments[0]
-        self.start()
+        self.began_s = self.below.ended_s if self.below else time.perf_counter()
         if not hidden.requires_grad:
             hidden = hidden.detach().requires_grad_()  # so that the first layer's backward pass comes to its begin
         return (_Mark.apply(hidden, self.fill_backward), *arguments[1:])
 
     def behind(self, _module: Any, _arguments: Any, hidden: torch.Tensor) -> Any:
         self._fill(self.forward_s)
-        return _Mark.apply(hidden, self.start)
+        return _Mark.apply(hidden, self.start_backward)
 
-    def start(self) -> None:
-        self.began_s = time.perf_counter()
+    def start_backward(self) -> None:
+        self.began_s = self.above.ended_s if self.above else time.perf_counter()
 
     def fill_backward(self) -> None:
         self._fill(2 * self.forward_s)
 
     def _fill(self, seconds: float) -> None:
-        time.sleep(max(0.0, self.began_s + seconds - time.perf_counter()))
+        """A virtual machine wakes up late, by up to 2 % of the shortest layer, so the end is not slept through."""
+        self.ended_s = self.began_s + seconds
+        time.sleep(max(0.0, self.ended_s - _LATE_S - time.perf_counter()))
+        while time.perf_counter() < self.ended_s:
+            pass
 
 
 def _set_up(folder: Path, work: Work, rank: int) -> Any:
@@ -123,17 +138,32 @@ def _set_up(folder: Path, work: Work, rank: int) -> Any:
     cpu = torch.device("cpu")
     if work.way == "zero3":
         techniques = replace(TECHNIQUES, zero_stage=3, num_shards=len(work.machines))
-        setup = shard(set_up(folder, Lora(lora_r=2), None), settings_of(techniques), cpu)
+        setup = shard(set_up(folder, THIN, None), settings_of(techniques), cpu)
     elif work.way == "streamed":
-        setup = set_up(folder, Lora(lora_r=2), None)
+        setup = set_up(folder, THIN, None)
         model: Any = setup.model
         model.gradient_checkpointing_enable()
         stream_weights(setup, cpu)
     else:
         edges = [0, *itertools.accumulate(work.layers)]
         stage = StagePart(rank, len(edges) - 1, edges[rank], edges[rank + 1], work.ahead)
-        setup = set_up(folder, Lora(lora_r=2), stage)
+        setup = set_up(folder, THIN, stage)
     return setup
+
+
+class _Nothing(torch.nn.Module):
+    """Stands for a part of a layer."""
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.new_zeros(())
+
+
+def _thin_out(model: Any) -> None:
+    """Leave out most of what layers compute, whose time is stated: in stages three processes share two cores."""
+    inner_model(model).get_decoder().norm = torch.nn.Identity()
+    for layer in decoder_layers(model):
+        layer.input_layernorm = layer.post_attention_layernorm = torch.nn.Identity()
+        layer.mlp = _Nothing()
 
 
 def _machine(folder: Path, rank: int, address: str) -> None:
@@ -142,16 +172,20 @@ def _machine(folder: Path, rank: int, address: str) -> None:
 
     work = Work(**json.loads((folder / "work.json").read_text()))
     torch.set_num_threads(1)
+    host_memory.keep()  # as a worker does
     size = len(work.machines)
     dist.init_process_group("gloo", init_method=f"tcp://{address}:{PORT}", rank=rank, world_size=size)
     setup = _set_up(folder / "model", work, rank)
     setup.model.train()
+    if work.way == "stages":
+        _thin_out(setup.model)
     edges = [0, *itertools.accumulate(work.layers)]
     own = (
         slice(edges[rank], edges[rank + 1]) if work.layers else slice(None)
     )  # in the places of others nothing computes
+    clock = None
     for layer in list(decoder_layers(setup.model))[own]:
-        clock = _Clock(LAYER_MS[work.machines[rank]] / 1e3)
+        clock = _Clock(LAYER_MS[work.machines[rank]] / 1e3, clock)
         layer.register_forward_pre_hook(clock.before)  # behind DeepSpeed's, which gathers the layer's weights
         layer.register_forward_hook(clock.behind, prepend=True)
     batch, took, busy = Lengths((TOKENS,), (TOKENS // 2,)).batch(False), [], []
@@ -187,7 +221,7 @@ def _measure(cluster: EmulatedCluster, folder: Path, work: Work) -> Measured:
     for rank, name in enumerate(names):
         command = [sys.executable, "-m", "tests.benchmarks.pipeline_links", str(folder), str(rank), address]
         with (folder / f"{rank}.log").open("wb") as log:
-            environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+            environment = {**host_memory.process_environment(), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
             processes.append(cluster.run(name, command, environment, ROOT, stdout=log, stderr=log))
     codes = [process.wait(PATIENCE_S) for process in processes]
     if any(codes):
@@ -253,7 +287,7 @@ def _thin_llama(folder: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     config = LlamaConfig(
-        vocab_size=64, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
+        vocab_size=TOKENS, hidden_size=WIDTH, intermediate_size=24, num_hidden_layers=LAYERS, num_attention_heads=2,
         num_key_value_heads=1, head_dim=8, tie_word_embeddings=False, bos_token_id=None, eos_token_id=2, pad_token_id=0,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folder)

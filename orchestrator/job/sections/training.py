@@ -193,6 +193,10 @@ class EvalSection(Section):
         " sacrebleu: ja-mecab needs sacrebleu[ja], flores200 fetches its SentencePiece model once",
     )
     max_new_tokens: Auto | Annotated[int, Field(ge=1, le=MOST)] = key("auto", "longest generated answer in tokens")
+    temperature: float = key(0.0, "of answers drawn by train.seed; 0 = the likeliest tokens", ge=0, le=100)
+    top_p: float = key(
+        1.0, "draw from the likeliest tokens that have this probability together; needs temperature", gt=0, le=1
+    )
     max_rows: int = key(200, "most held-out rows that answers are generated for", ge=1, le=MOST)
     before: bool = key(True, "evaluate the base model too")
     num_samples: int = key(3, "sample outputs kept", ge=0, le=MOST)

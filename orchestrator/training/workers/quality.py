@@ -20,6 +20,7 @@ from orchestrator.training.evaluate import (
     evaluate_rows,
     generate_answers,
     num_without_room,
+    sampling_of,
 )
 from orchestrator.training.metrics import how_compared, refuse_tokenizer, score, scores_by_answer
 from orchestrator.training.worker_context import WorkerContext
@@ -50,6 +51,7 @@ def measure(
             techniques.dtype,
             passes=setup.passes,
             cache_bytes=min(cache_usable_bytes(part.memory, part.memory_usable_bytes) for part in plan.nodes),
+            sampling=sampling_of(context.job.spec),
         )
         mine = indices[group.replica :: group.num_replicas]
         own = generate_answers(setup.model, tokenizer, held_out, mine, generation)

@@ -196,3 +196,14 @@ def test_a_tokenizer_is_stated_for_metrics_that_count_tokens():
         make("eval: {tokenizer: char, metrics: [exact_match]}\n")
     with pytest.raises(JobError, match=r"eval\.tokenizer needs held-out rows"):
         make("eval: {tokenizer: char}\n", held_out=None)
+
+
+def test_how_answers_are_drawn_is_stated_where_some_are():
+    make("eval: {temperature: 0.7, top_p: 0.9, metrics: [bleu]}\n")
+
+    with pytest.raises(JobError, match=r"eval\.top_p is 0\.9, and the likeliest token is always taken"):
+        make("eval: {top_p: 0.9, metrics: [bleu]}\n")
+    with pytest.raises(JobError, match=r"eval\.temperature is 0\.7, and no answers are generated"):
+        make("eval: {temperature: 0.7, metrics: []}\n")
+    with pytest.raises(JobError, match=r"eval\.temperature needs held-out rows"):
+        make("eval: {temperature: 0.7}\n", held_out=None)

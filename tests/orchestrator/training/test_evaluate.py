@@ -8,6 +8,7 @@ from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
 from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of
+from strategies.model.sampling import Sampling
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 
 
@@ -34,6 +35,25 @@ def test_generated_answers_equal_one_by_one_generation_and_leave_the_model_as_it
         assert tokenizer.decode(alone[0, prompt.shape[1] :], skip_special_tokens=True).strip() == answer.generated
     assert model.training
     assert model.config._attn_implementation == "eager"
+
+
+def test_a_drawn_answer_is_the_same_whatever_is_answered_beside_it(model_folder, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32).eval()
+    data = build(
+        read_rows(write_jsonl(tmp_path / "rows.jsonl", rows(6))),
+        Renderer(tokenizer, CHAT_TEMPLATE),
+        TokenizeOptions("auto", "", 64, "truncate", True),
+        tmp_path / "out",
+    )
+    how = Generation(8, "float32", sampling=Sampling(1.0, seed=5))
+
+    together = generate_answers(model, tokenizer, data, range(6), how)
+
+    alone = [generate_answers(model, tokenizer, data, [row], how)[0] for row in range(6)]
+    assert [one.generated for one in alone] == [one.generated for one in together]
+    greedy = generate_answers(model, tokenizer, data, range(6), Generation(8, "float32"))
+    assert [one.generated for one in greedy] != [one.generated for one in together]
 
 
 CHATML, MARKED = CHAT_TEMPLATE, CHAT_TEMPLATE.replace("<|im_end|>", "<end_of_turn>")

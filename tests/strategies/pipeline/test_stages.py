@@ -14,6 +14,7 @@ from strategies.measure.trace import Lengths
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.qlora import QLora
+from strategies.model.sampling import Sampling
 from strategies.pipeline.cut import load_stage
 from strategies.pipeline.layer_randomness import LayerRandomness
 from strategies.pipeline.stages import WholeExport, make_stage
@@ -209,6 +210,14 @@ PROMPT = torch.tensor([[0, 0, 5, 9, 14], [7, 3, 2, 8, 60], [0, 4, 4, 31, 2]])
 ANSWER = {"max_new_tokens": 9, "pad_token_id": 0, "eos_token_id": [3, 77], "do_sample": False, "use_cache": True}
 
 
+DRAWN = Sampling(temperature=1.5, top_p=0.9, seed=3)
+
+
+def ways():
+    """How answers are generated: the likeliest tokens, and drawn ones."""
+    return ANSWER, {**ANSWER, "logits_processor": [DRAWN.processor([4, 0, 2], PROMPT.shape[1])]}
+
+
 def answering(rank, size, port, folder, method, out):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size)
@@ -216,7 +225,7 @@ def answering(rank, size, port, folder, method, out):
     setup = set_up(folder, method, techniques, range(size))
     train(setup, techniques)
     with torch.no_grad():
-        ids = setup.passes.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **ANSWER)
+        ids = [setup.passes.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **how) for how in ways()]
     held = gather(setup)
     if rank == 0:
         drawn = torch.manual_seed(settings(techniques).seed).get_state()
@@ -235,17 +244,21 @@ def test_stages_answer_token_for_token_and_hand_back_what_one_process_does(famil
     setup = set_up(folder, method, PADDED)
     train(setup, PADDED)
     with torch.no_grad():
-        expected = setup.model.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **ANSWER)
+        expected = [
+            setup.model.generate(input_ids=PROMPT, attention_mask=(PROMPT != 0).long(), **how) for how in ways()
+        ]
     setup.export(tmp_path / "expected", None)
 
     run_ranks(answering, 3, folder, method, tmp_path)
 
     for rank in range(3):
-        assert torch.load(tmp_path / f"{rank}.pt").tolist() == expected.tolist()
+        found = torch.load(tmp_path / f"{rank}.pt")
+        assert [ids.tolist() for ids in found] == [ids.tolist() for ids in expected]
+    assert expected[0].tolist() != expected[1].tolist(), "drawn tokens are not the likeliest"
     stem = "model" if name == "full" else "adapter_model"
-    whole, found = (load_file(tmp_path / part / f"{stem}.safetensors") for part in ("expected", "found"))
-    assert whole.keys() == found.keys()
-    assert all(torch.equal(whole[name], found[name]) for name in whole)
+    whole, own = (load_file(tmp_path / part / f"{stem}.safetensors") for part in ("expected", "found"))
+    assert whole.keys() == own.keys()
+    assert all(torch.equal(whole[name], own[name]) for name in whole)
     file = "config.json" if name == "full" else "adapter_config.json"
     configs = [json.loads((tmp_path / part / file).read_text()) for part in ("expected", "found")]
     for config in configs:
