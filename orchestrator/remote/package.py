@@ -46,6 +46,8 @@ class Packed:
     files: dict[str, Path] = field(default_factory=dict)  # the name there of a file -> what its bytes are read from
     links: dict[str, Path] = field(default_factory=dict)  # those that are links here -> where they lead
 
+    modules: dict[str, Path] = field(default_factory=dict)  # those of its own metrics, which keep their names
+
     @property
     def num_bytes(self) -> int:
         """Of all files; a link counts as its target."""
@@ -136,7 +138,8 @@ def find_files(job: Job) -> Packed:
             if written.is_symlink() or packed.files[inner] != file:
                 packed.links[inner] = packed.files[inner]
     metrics = [] if job.spec.eval.metrics == "auto" else job.spec.eval.metrics
-    packed.files.update({name: _regular(file) for name, file in files_of(metrics, job.folder).items()})
+    packed.modules.update({name: _regular(file) for name, file in files_of(metrics, job.folder).items()})
+    packed.files.update(packed.modules)
     _refuse_too_large(packed)
     return packed
 
