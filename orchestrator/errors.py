@@ -30,6 +30,7 @@ EXTRAS = {
     **dict.fromkeys(("starlette", "uvicorn", "prometheus_client", "aiohttp"), "train"),
     "gguf": "quickstart",
     "xllamacpp": "serve",
+    "lm_eval": "eval",
     **libraries.EXTRAS,
     "kubernetes": "k8s",
 }

@@ -2,7 +2,7 @@
 
 app       start here: the verbs together, and every error as a message with an exit code
 bank      the verbs `bank ...` and `adapt`
-bench     the verb `bench`
+bench     the verbs `bench` and `verify`
 export    the verb `export`
 imports   the verb `import`
 jobs      the verbs of a job file: recipes, init, schema, validate, inspect, plan, submit

@@ -1,7 +1,8 @@
-"""The verb `bench`."""
+"""The verbs `bench` and `verify`: what is measured of a job or a run on its machines."""
 
 from __future__ import annotations
 
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,6 +14,7 @@ from orchestrator.cli.options import (
     RunsOption,
     SetOption,
     complete_job,
+    is_job,
     load_job,
     out,
     parse_numbers,
@@ -21,7 +23,7 @@ from orchestrator.cli.options import (
     show,
 )
 from orchestrator.cli.serving import DtypeOption, GgufOption, VllmPythonOption
-from orchestrator.errors import JobError
+from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.paths import resolve_path
 from orchestrator.runs.run_folder import RunFolder
 
@@ -136,6 +138,47 @@ def bench(
         ready = prepare(loaded, say, bank=BANK_HOOKS)
         result = benchmarks.bench_training(loaded, ready, steps, say, timeline, bus_bytes_per_s)
     _print_bench(result, benchmarks.save(result, runs, output), json_)
+
+
+@verbs.command()
+def verify(
+    what: Annotated[str, typer.Argument(help="a job file or recipe, or a run", autocompletion=complete_job)],
+    set_: SetOption = [],
+    output: Annotated[Path | None, typer.Option("--output", help="of a job: the result's file")] = None,
+    runs: RunsOption = Path("runs"),
+    json_: JsonOption = False,
+) -> None:
+    """Try on a job's own model, rows and machines that layouts, machines, resuming and merging change no result.
+
+    Takes about two minutes and leaves nothing but its table.  Exit code 5: something differs by more than rounding.
+
+    Examples: orchestrator verify job.yaml
+              orchestrator verify latest
+    """
+    from orchestrator.lifecycle.proofs.prove import prove_job, prove_run
+    from orchestrator.runs.proofs.proof import DIFFERS, FILE, to_rows
+    from orchestrator.views.proofs import proofs_view
+
+    output = resolve_path(output, "--output", kind="new file") if output else None
+    if is_job(what):
+        from orchestrator.training.workers.bench import save
+
+        job = load_job(what, set_)
+        proofs = prove_job(job, say, BANK_HOOKS)
+        result = {"kind": "verify", "name": job.spec.name, "time": time.time(), "checks": to_rows(proofs)}
+        file = save(result, runs, output)
+    else:
+        if set_ or output:
+            raise JobError("--set and --output belong to a job; a run is verified as it was planned, in its folder")
+        run = RunFolder.find(what, runs)
+        proofs, file = prove_run(run, say, BANK_HOOKS), run.path / FILE
+    if json_:
+        print_json({"checks": to_rows(proofs), "file": str(file)})
+    else:
+        out.print(proofs_view(proofs))
+        show(f"wrote {file}")
+    if any(one.outcome == DIFFERS for one in proofs):
+        raise typer.Exit(RunFailed.exit_code)
 
 
 def _check_options(context: typer.Context) -> None:

@@ -73,6 +73,13 @@ HardwareOption = Annotated[
 RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the machines again")]
 
 
+def is_job(name: str) -> bool:
+    """Whether a name is a job file's or a recipe's, and not a run's."""
+    from orchestrator.job.schema import recipes
+
+    return Path(name).is_file() or (name in recipes() and RunFolder.at(name) is None)
+
+
 def load_job(name: str, overrides: list[str]) -> Job:
     """A job file, or a recipe by its name; prints a notice for each key that is read under another name."""
     from orchestrator.job.job_file import read_job

@@ -33,6 +33,7 @@ GROUPS = {
         "search": "try combinations, write the job to submit",
     },
     "Run": {
+        "verify": "try that layouts and machines change no result",
         "submit": "plan, train, measure, hand back the tuned model",
         "list": "list the runs of a folder",
         "status": "how far a run is, how good its result",
@@ -71,7 +72,7 @@ MODULES = {  # of this room -> the verbs that it holds
     "remote": ("fetch", "send"),
     "search": ("search",),
     "serving": ("serve", "chat"),
-    "bench": ("bench",),
+    "bench": ("bench", "verify"),
     "report": ("report", "tco", "dashboard"),
     "machines": ("doctor", "probe", "techniques", "head", "join", "nodes"),
     "bank": ("bank", "adapt"),

@@ -209,13 +209,30 @@ def resume(run: RunArgument, runs: RunsOption = Path("runs"), json_: JsonOption 
 def evaluate(
     run: RunArgument = "latest",
     data: Annotated[Path | None, typer.Option(help="other held-out rows than the job's own")] = None,
+    tasks: Annotated[
+        str | None, typer.Option("--tasks", help="instead: tasks of lm-evaluation-harness, with commas between")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option("--include-path", help="with --tasks: a folder of task files of your own")
+    ] = None,
+    limit: Annotated[int | None, typer.Option("--limit", min=1, help="with --tasks: so many rows of each")] = None,
+    chat: Annotated[bool, typer.Option("--chat", help="with --tasks: prompts in the model's chat template")] = False,
     runs: RunsOption = Path("runs"),
     json_: JsonOption = False,
 ) -> None:
-    """Measure a finished run's model again, on its held-out rows or on others.
+    """Measure a finished run's model again: on its held-out rows, on others, or base and tuned model on public tasks.
 
-    Example: orchestrator evaluate latest --data hard_cases.jsonl
+    Examples: orchestrator evaluate latest --data hard_cases.jsonl
+              orchestrator evaluate latest --tasks gsm8k,arc_easy --limit 200
+              orchestrator evaluate latest --tasks my_task --include-path tasks/
     """
+    if tasks is not None or include_path or limit or chat:
+        if data is not None or tasks is None:
+            raise JobError("--include-path, --limit and --chat belong to --tasks, which has rows of its own: no --data")
+        names = tuple(dict.fromkeys(name.strip() for name in tasks.split(",") if name.strip()))
+        folder = include_path and str(resolve_path(include_path, "--include-path", kind="folder"))
+        _evaluate_tasks(RunFolder.find(run, runs), (names, folder, limit, chat), json_)
+        return
     from orchestrator.cli.progress import show_work
     from orchestrator.lifecycle.prepare import held_out_of
     from orchestrator.runs.json_files import quality_of
@@ -231,6 +248,22 @@ def evaluate(
         print_json(quality)
     else:
         out.print(scores_view(quality_of(quality)))
+
+
+def _evaluate_tasks(run: RunFolder, wish: tuple[tuple[str, ...], str | None, int | None, bool], as_json: bool) -> None:
+    from orchestrator.harness.evaluate import evaluate_tasks
+    from orchestrator.harness.wish import TaskWish
+    from orchestrator.runs.tasks.task_score import FILE, to_rows
+    from orchestrator.views.tasks import tasks_view
+
+    if not wish[0]:
+        raise JobError("--tasks: names no task, e.g. --tasks gsm8k,arc_easy")
+    scores = evaluate_tasks(run, TaskWish(*wish), say)
+    if as_json:
+        print_json({"tasks": to_rows(scores), "file": str(run.path / FILE)})
+        return
+    out.print(tasks_view(scores))
+    show(f"wrote {run.path / FILE}")
 
 
 @verbs.command()

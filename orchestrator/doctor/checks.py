@@ -20,6 +20,7 @@ BRINGS = {
     "train": "training, evaluation, MLflow, reading data of the hub",
     "quickstart": "reading the quick start's model",
     "serve": "llama.cpp as an engine of `serve`",
+    "eval": "public tasks: `evaluate --tasks`",
     "quant": "weights in 4 or 8 bits, optimizers in 8 bits",
     "zero": "strategy.mode: zero2 and zero3",
     "k8s": "jobs on Kubernetes",

@@ -2,6 +2,7 @@
 
 job_file            start here: job.yaml -> JobSpec, with every mistake at once
 spec                JobSpec: the sections of a job file together
+scoring             metrics of the job's own, and which part of a text is the answer
 sections            the sections, with each key's type, limits, default and sentence
 schema              the job file explained from its own definition
 document            the YAML of a job file as plain values, each with its line

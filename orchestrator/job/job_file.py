@@ -22,6 +22,8 @@ from orchestrator.job import secrets
 from orchestrator.job.aliases import named_sections, nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
+from orchestrator.job.scoring.answers import pattern_mistake
+from orchestrator.job.scoring.functions import name_mistakes
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
 _MOST_MISTAKES = 50  # that are listed
@@ -90,7 +92,13 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
         mistakes.append("is nested too deeply")
         spec = None
     if spec:
-        found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri), _objective_mistake(spec))
+        found = (
+            name_mistake(spec.name),
+            secrets.uri_mistake(spec.tracking.mlflow_uri),
+            _objective_mistake(spec),
+            pattern_mistake(spec.eval.answer_pattern),
+            *([] if spec.eval.metrics == "auto" else name_mistakes(spec.eval.metrics)),
+        )
         mistakes += [mistake for mistake in found if mistake]
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])

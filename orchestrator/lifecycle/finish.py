@@ -46,6 +46,14 @@ def _send_to_mlflow(run: RunFolder, job: Job) -> Event | None:
     return TrackingReport(ok=True, text=address) if address else None
 
 
+def mirror_again(run: RunFolder, job: Job, say: Callable[[str], None]) -> None:
+    """Send to MLflow what was measured of a run after its end; a failure is said, and `sync` does it later."""
+    try:
+        _send_to_mlflow(run, job)
+    except OrchestratorError as error:
+        say(str(error))
+
+
 def _steps(bank: BankHooks) -> tuple[EndStep, ...]:
     add = bank.add
     return (

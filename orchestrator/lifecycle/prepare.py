@@ -15,6 +15,8 @@ from orchestrator.errors import JobError, NothingFits
 from orchestrator.job import model_check, model_files
 from orchestrator.job.job_file import Job, spec_with
 from orchestrator.job.paths import resolve_path
+from orchestrator.job.scoring import functions
+from orchestrator.job.scoring.answers import extract
 from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.job.spec import JobSpec
 from orchestrator.job.tokenizer_size import check_tokens
@@ -32,6 +34,7 @@ from strategies.shape import ModelShape
 from strategies.workload import Workload
 
 _Say = Callable[[str], None]
+_TRIED = 8  # references that a metric of the job's own is tried on
 
 
 @dataclass(frozen=True)
@@ -100,12 +103,34 @@ def prepare(
     if held_out and (repeated := train.overlap(held_out)):
         say(f"{repeated} of {len(held_out)} held-out samples also occur in the training data: scores will flatter")
     plan, work = plan_job(job, config, shape, capability, sizes, bank)
+    if held_out is not None:
+        _check_metrics(job, plan, held_out, say)
     plan = replace(plan, phases=plan.phases.with_preparation(prepared_s))
     if declared is None or has_weights(model_folder):  # for other machines a config.json and a tokenizer are enough
         for notice in model_check.check_model(model_folder, job.spec.methods(), model.trust_remote_code):
             say(notice)
     statistics = {"train": vars(train.statistics), "eval": vars(held_out.statistics) if held_out else None}
     return Ready(job, plan, capability, work, data.files, statistics)
+
+
+def _check_metrics(job: Job, plan: Plan, held_out: Any, say: _Say) -> None:
+    """Raises JobError where a metric of the job's own cannot be called, or its pattern finds no answer in the rows."""
+    rows = range(min(len(held_out), job.spec.eval.max_rows))
+    references = [text for _, text in map(held_out.prompt, rows) if text is not None]
+    functions.check(plan.metrics, job.folder, references[:_TRIED])
+    if (pattern := job.spec.eval.answer_pattern) is None or not references:
+        return
+    without = [text for text in references if extract(pattern, text) is None]
+    if len(without) == len(references):
+        raise JobError(
+            f"eval.answer_pattern: {pattern} finds an answer in none of the {len(references)} held-out references, the"
+            f" first of which ends in {without[0][-60:]!r}"
+        )
+    if without:
+        say(
+            f"eval.answer_pattern finds no answer in {len(without)} of {len(references)} held-out references: whatever"
+            " is generated for those counts as wrong"
+        )
 
 
 def plan_without_data(

@@ -22,6 +22,7 @@ from clusters.ray import resident
 from clusters.ray.connect import CannotConnect, Connection, connect
 from orchestrator.errors import JobError, OrchestratorError, RunFailed, Stopped, bad_input_as_job_error
 from orchestrator.job.job_file import Job
+from orchestrator.job.scoring.functions import keep_files
 from orchestrator.job.secrets import secret_names
 from orchestrator.lifecycle import finish, machines
 from orchestrator.lifecycle.background import load_in_background, run_in_background
@@ -82,7 +83,7 @@ def hold(
         with contextlib.ExitStack() as attempt:
             run = attempt.enter_context(RunFolder.take(output_dir(job), job.spec.name, run_id))
             if not run.has_started:
-                _begin(run, ready, watcher.say)
+                begin_run(run, ready, watcher.say)
                 watcher.planned(run, job, ready.plan, ready.statistics)
                 stack.enter_context(attempt.pop_all())
                 return HeldRun(run, job, ready.plan)
@@ -131,7 +132,7 @@ def _check_secrets(job: Job) -> None:
         )
 
 
-def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
+def begin_run(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
     """Write down what the run begins with; the caller holds the run."""
     assert ready.data_files is not None  # a run is prepared
     texts = {
@@ -141,6 +142,7 @@ def _begin(run: RunFolder, ready: Ready, say: Callable[[str], None]) -> None:
         "data.json": replace(ready.data_files, statistics=ready.statistics).to_json(),
         "job.yaml": ready.job.text,
     }
+    keep_files(ready.plan.metrics, ready.job.folder, run.path)
     with bad_input_as_job_error("model.model_name_or_path"):
         run.begin(texts, model_digests(Path(ready.data_files.model), say))
 

@@ -16,6 +16,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import hub, model_check, model_files
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file, resolve_path
+from orchestrator.job.scoring import functions
 from orchestrator.job.secrets import secret_names
 from orchestrator.job.sections.training import HeldOutFraction
 from orchestrator.job.space import stated_space
@@ -111,6 +112,8 @@ def _mistakes_in_paths(job: Job) -> list[str]:
             read_text_file(data.chat_template, "data.chat_template", job.folder)
     with _collect(mistakes):
         _check_start(job)
+    with _collect(mistakes):
+        functions.check([] if job.spec.eval.metrics == "auto" else job.spec.eval.metrics, job.folder)
     written = (
         ("checkpoint.output_dir", job.spec.checkpoint.output_dir, Path()),
         ("bank.path", job.spec.bank.path, job.folder),

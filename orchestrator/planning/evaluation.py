@@ -22,6 +22,8 @@ CACHE_BYTES, MOST_PROMPTS = 2**30, 128  # of a batch of prompts: what keys and v
 _STAGES_SAVE_EVERY_S = 120.0  # of work, at most
 _MOST_SAVING = 0.1  # of that work: where a checkpoint takes longer to write there are fewer
 
+WHOLE_ANSWERS = ("exact_match", "accuracy", "macro_f1")  # metrics that compare them
+
 _NO_ROWS = "there are no held-out rows"
 _NEEDS_ROWS = "{} needs held-out rows; add data.eval, e.g. data.eval: {{split: 0.05}}"
 
@@ -55,6 +57,7 @@ def resolve_evaluation(
     new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
     metrics, why_metrics = resolve_metrics(spec, held_out)
     _refuse_unused_tokenizer(spec, metrics, held_out)
+    _refuse_unused_pattern(spec, metrics, held_out)
     _refuse_unused_sampling(spec, metrics, held_out)
     if metrics:
         enough, memory = generation_memory(nodes, workload, new_tokens)
@@ -107,6 +110,8 @@ def resolve_metrics(spec: JobSpec, held_out: HeldOutCounts | None) -> tuple[tupl
         return (), _NO_ROWS
     if stated != "auto":
         return tuple(stated), None
+    if spec.eval.answer_pattern is not None and held_out.num_references:
+        return ("exact_match",), "eval.answer_pattern says what is compared"
     if spec.build_objective().is_by_document:
         return (), "what the objective makes of the held-out rows is measured: their rewards"
     if held_out.num_references == 0:
@@ -127,6 +132,19 @@ def _refuse_unused_tokenizer(spec: JobSpec, metrics: Sequence[str], held_out: He
         raise JobError(
             f"eval.tokenizer is {stated}, and no metric here counts tokens ({', '.join(metrics) or 'there is none'}):"
             " add rouge_l or bleu to eval.metrics, or remove it"
+        )
+
+
+def _refuse_unused_pattern(spec: JobSpec, metrics: Sequence[str], held_out: HeldOutCounts | None) -> None:
+    """Raises JobError where a pattern is stated and no metric compares whole answers."""
+    if spec.eval.answer_pattern is None:
+        return
+    if held_out is None:
+        raise JobError(_NEEDS_ROWS.format("eval.answer_pattern"))
+    if not {*WHOLE_ANSWERS} & {*metrics}:
+        raise JobError(
+            "eval.answer_pattern is stated, and no metric here compares whole answers"
+            f" ({', '.join(metrics) or 'there is none'}): add exact_match to eval.metrics, or remove it"
         )
 
 

@@ -71,7 +71,8 @@ def render(job: Job, plan: Plan, capability: ClusterCapability, namespace: str, 
     on_volume = f"{folder_of(settings.storage, name)}/" if texts is None else ""
     there = {source: f"{on_volume}{place}" for source, place in packed.places.items()}
     document = make_document(job, there, f"{settings.storage}/runs", wait_for_slots=slots)
-    config = config_map(name, namespace, {"job.yaml": document, **(texts or {})})
+    beside = _modules(packed) if texts is None else texts
+    config = config_map(name, namespace, {"job.yaml": document, **beside})
     made = rayjob(name, _command(f"{_JOB_FOLDER}/job.yaml", name), _ray_version(), groups, settings)
     return _check(Objects(made, config, settings.storage, {} if texts is not None else packed.files, sent=packed))
 
@@ -122,6 +123,16 @@ def _texts(packed: Packed) -> dict[str, str] | None:
         return {place: file.read_text(encoding="utf-8") for place, file in packed.files.items()}
     except UnicodeDecodeError:
         return None
+
+
+def _modules(packed: Packed) -> dict[str, str]:
+    """Modules of the job's own metrics, which lie beside the job file wherever its data are.  Raises JobError."""
+    if any("/" in place for place in packed.modules):
+        raise JobError(
+            "eval.metrics: a ConfigMap has no folders, so of a package's functions none would be found. Put them into"
+            " one module beside the job file"
+        )
+    return {place: file.read_text(encoding="utf-8") for place, file in packed.modules.items()}
 
 
 def _command(file: str, run_id: str) -> str:

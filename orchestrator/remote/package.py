@@ -24,6 +24,7 @@ from orchestrator.data.readers.sources import is_pattern, sources_of
 from orchestrator.errors import JobError, RunFailed, bad_input_as_job_error
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job, path_values
+from orchestrator.job.scoring.functions import files_of
 from orchestrator.job.sections.training import Source
 from orchestrator.runs.run_folder import RunFolder
 
@@ -44,6 +45,8 @@ class Packed:
     places: dict[Path, str] = field(default_factory=dict)  # a path of the job file -> its name there
     files: dict[str, Path] = field(default_factory=dict)  # the name there of a file -> what its bytes are read from
     links: dict[str, Path] = field(default_factory=dict)  # those that are links here -> where they lead
+
+    modules: dict[str, Path] = field(default_factory=dict)  # those of its own metrics, which keep their names
 
     @property
     def num_bytes(self) -> int:
@@ -134,6 +137,9 @@ def find_files(job: Job) -> Packed:
             written = file if source.is_dir() else job.folder / Path(value).expanduser()
             if written.is_symlink() or packed.files[inner] != file:
                 packed.links[inner] = packed.files[inner]
+    metrics = [] if job.spec.eval.metrics == "auto" else job.spec.eval.metrics
+    packed.modules.update({name: _regular(file) for name, file in files_of(metrics, job.folder).items()})
+    packed.files.update(packed.modules)
     _refuse_too_large(packed)
     return packed
 

@@ -11,8 +11,10 @@ from orchestrator.planning.plan import Plan, settings_of
 from orchestrator.report import plots, tco
 from orchestrator.report.blocks import Block, Code, Facts, Figure, Paragraph, Report, SampleOutput, Table
 from orchestrator.report.costs import alternatives_of, command, cost_table, notes_on_cost
+from orchestrator.report.proofs import proof_blocks
 from orchestrator.report.serving import serving_blocks
 from orchestrator.report.stages import stage_blocks
+from orchestrator.report.tasks import task_blocks
 from orchestrator.runs.events import Event
 from orchestrator.runs.json_files import RunResult, is_share
 from orchestrator.runs.run_folder import RunFolder, utc
@@ -33,6 +35,8 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report.section(w("The job"), _job(w, job))
     report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
+    report.section(w("Public tasks"), *task_blocks(w, run))
+    report.section(w("Verified"), *proof_blocks(w, run))
     report.section(w("Training"), _losses(w, events))
     report.section(w("Memory"), _memory(w, plan, result, events.group_events))
     report.section(w("Time of a step"), _step_time(w, plan, result))

@@ -16,6 +16,8 @@ search_folder    the files of a search
 stage_spans      when the stages of a pipeline computed in one step
 worker_stats     each worker's pace, waiting time, memory and traffic
 summary          what readers need of a run's events, kept beside them
+proofs           two ways to the same answer, compared: the table of a run
+tasks            scores of public tasks, before and after training
 comparison       how sure a difference between two evaluations is
 mirror           trackers as mirrors of run folders
 """

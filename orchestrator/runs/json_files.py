@@ -46,6 +46,7 @@ class Quality:
     answers: int | None = None  # of `rows`, those whose prompt was answered
     without_room: int | None = None  # prompts that fill the model's context
     out_of_memory: int | None = None  # prompts whose answer did not fit
+    no_answer: int | None = None  # generated texts in which eval.answer_pattern finds none
     seconds: float | None = None
     compared: dict[str, str] = field(default_factory=dict)  # score -> the unit of text it compares
     samples: list[Sample] = field(default_factory=list)

@@ -6,7 +6,10 @@ runs/<run_id>/
   capability.json *  the machines                plan.json *       every `auto` resolved, with reasons
   data.json *        the tokenised samples       events.jsonl      what happened, one JSON object a line
   result.json *      quality before and after    ending.json       what of the end is done: card, bank, tracking
+  metrics/           modules of the job's own metrics
   rejected.jsonl     rows skipped under data.strict: false
+  verify.json        two ways to the same answer, how far apart they were: of the run's end and of `verify`
+  lm_eval.json       scores of public tasks, of `evaluate --tasks`
   bench-serve.json   what `bench --serve` measured, for the report
   checkpoints/  adapter/ (or model/)  logs/      stop, replan      ask a running job to save, and end or plan again
 

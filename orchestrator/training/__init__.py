@@ -17,5 +17,6 @@ stops           where a generated answer ends
 worker_context  what a process that trains or measures works on
 model           the model in a worker: loaded, checked, handed back
 together        several runs in one worker, over one base model
+proofs          two ways to the same answer, tried in the workers: what `verify` runs
 workers         processes that train, measure or evaluate, and how they are launched
 """

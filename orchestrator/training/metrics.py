@@ -40,7 +40,8 @@ _WIDE_PUNCTUATION = re.compile("[\u3000-\u3004\u3008-\u3020\u3030-\u303f\uff01-\
 
 
 def score(metrics: Sequence[str], pairs: Sequence[tuple[str, str]], tokenizer: str = AUTO) -> dict[str, float]:
-    """Each metric over pairs of (generated, reference); none without a pair."""
+    """Each metric that has a name here over pairs of (generated, reference); none without a pair."""
+    metrics = [metric for metric in metrics if metric in _METRICS]
     if not pairs:
         return {}
     generated = [_comparable(text) for text, _ in pairs]
@@ -72,7 +73,7 @@ def how_compared(metrics: Sequence[str], references: Sequence[str], tokenizer: s
         "bleu": f"{tokens}, by sacrebleu's 13a" if tokenizer == AUTO else f"tokens of sacrebleu's {tokenizer}",
         "chrf": "character n-grams",
     }
-    return {metric: phrases[metric] for metric in metrics}
+    return {metric: phrases[metric] for metric in metrics if metric in phrases}
 
 
 def refuse_tokenizer(tokenizer: str, metrics: Sequence[str]) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
 from orchestrator.job.job_file import Job
+from orchestrator.job.scoring.functions import FOLDER
 from orchestrator.planning.plan import NodePlan, Plan
 from orchestrator.runs.events import Event, Note, StepReport
 from orchestrator.training.parallel import ProcessGroup
@@ -71,11 +73,18 @@ class WorkerContext:
     slot: int = 0  # which of its node's workers it is
     record: Callable[[Event], None] = ignore_event
     seat: RunSeat | None = None  # where other runs train over the same base model
+    run_path: Path | None = None  # the folder of the run; None where there is none
 
     @property
     def is_first(self) -> bool:
         """Whether it is the worker that writes and records for all."""
         return self.group.rank == 0
+
+    @property
+    def metrics_folder(self) -> Path:
+        """Where the modules of the job's own metrics lie: kept by the run, which all workers see."""
+        kept = self.run_path / FOLDER if self.run_path else None
+        return kept if kept and kept.is_dir() else self.job.folder
 
     def note(self, text: str) -> None:
         """Record a sentence for the user."""

@@ -101,6 +101,8 @@ def _how_compared(quality: Quality) -> list[RenderableType]:
     notes = [f"{key}: {tr(how)}" for key, how in quality.compared.items()]
     if quality.without_room:
         notes.append(tr(f"{quality.without_room} prompts fill the model's context: their answers are empty"))
+    if quality.no_answer:
+        notes.append(tr(f"eval.answer_pattern finds no answer in {quality.no_answer} of {quality.answers} texts"))
     return [Text(printable("; ".join(notes)), style="dim")] if notes else []
 
 

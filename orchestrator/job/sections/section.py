@@ -6,6 +6,7 @@ Names are Hugging Face's, PEFT's and TRL's wherever those have one.
 from __future__ import annotations
 
 import math
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -27,6 +28,13 @@ def _has_finite_numbers(value: Any) -> Any:
     return value
 
 
+def _names_a_function(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", value):
+        raise ValueError("should be module:function, one of your own")
+    return value
+
+
+OwnMetric = Annotated[str, AfterValidator(_names_a_function)]
 Anything = Annotated[Any, AfterValidator(_has_finite_numbers)]
 
 

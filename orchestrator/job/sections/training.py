@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from orchestrator.job.sections.section import MOST, Auto, Metric, Section, Tokenizer, key
+from orchestrator.job.sections.section import MOST, Auto, Metric, OwnMetric, Section, Tokenizer, key
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
 Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
@@ -177,7 +177,16 @@ class EvalSection(Section):
     eval_steps: Auto | Annotated[int, Field(ge=1, le=MOST)] | None = key(
         "auto", "steps between held-out losses; null = end only"
     )
-    metrics: Auto | list[Metric] = key("auto", "metrics of generated answers; [] = loss only")
+    metrics: Auto | list[Metric | OwnMetric] = key(
+        "auto",
+        "metrics of generated answers; module:function is one of your own, in the job's folder; [] = loss only",
+    )
+    answer_pattern: str | None = key(
+        None,
+        "regular expression whose one group is the answer in a text: exact_match, accuracy and macro_f1 compare that,"
+        " as a number where it is one. gsm8k and last_number are names of such",
+        min_length=1,
+    )
     tokenizer: Tokenizer = key(
         "auto",
         "what rouge_l and bleu count; auto = words, and characters where a text has no spaces; else a tokenizer of"

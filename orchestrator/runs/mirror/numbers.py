@@ -19,6 +19,8 @@ from orchestrator.runs.events import (
     StepReport,
     WorkerGroup,
 )
+from orchestrator.runs.proofs.proof import NOT_RUN, PASSED, Proof
+from orchestrator.runs.tasks.task_score import TaskScore
 
 _FIELDS: dict[type[Event], tuple[str, ...]] = {
     PredictionReport: ("predicted_step_s", "measured_step_s", "predicted_bytes", "measured_peak_bytes"),
@@ -80,6 +82,12 @@ def _plain_numbers(event: Event, members: Sequence[Member]) -> dict[str, float]:
             found |= {f"learnt/{name}": value for name, value in _numeric(event.extra).items()}
         case BetweenReport():
             found |= {f"between/{name}": value for name, value in _numeric(event.extra).items()}
+        case Proof():
+            found |= {f"verify/{event.check}": event.difference}
+            found |= {} if event.outcome == NOT_RUN else {f"verify/{event.check}_passed": event.outcome == PASSED}
+        case TaskScore():
+            for when in ("before", "after"):
+                found[f"{when}/{event.task}/{event.metric.replace(',', '/')}"] = getattr(event, when)
         case QualityReport():
             values = {"eval_loss": event.eval_loss, **event.extra}
             found |= {f"{event.when}/{name}": value for name, value in _numeric(values).items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from clusters.hardware.limits import PROC, read, usable_memory_bytes
 from clusters.safe.reading import first_line
 from clusters.units import format_bytes
 from orchestrator.errors import RunFailed
+from orchestrator.runs.proofs.proof import ROUNDING, Proof, judged, not_run
 from orchestrator.training.evaluate import evaluating
 from orchestrator.training.memory import resident_bytes
 from strategies.step import document_attention
@@ -58,9 +59,31 @@ class Agreement:
     tolerance: float | None = None
     num_weights: int = 0
     reason: str | None = None
+    losses: tuple[float, float] | None = None  # of both on the batch, in nats a token
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def as_proof(self, what: str) -> Proof:
+        """That what was written is what was trained, by their losses."""
+        if self.losses is None:
+            return not_run("saved", self.reason or self.text)
+        trained, found = self.losses
+        difference = abs(found - trained) / max(abs(trained), 1e-2)
+        compared = f"loss of one batch: the trained model, and {what} read from disk"
+        why = f"the same weights in {self.dtype}; kernels may sum in another order"
+        return judged("saved", compared, difference, ROUNDING[self.dtype], why)
+
+
+class Disagreement(RunFailed):
+    """Two models whose logits are further apart than the precision explains."""
+
+    def __init__(self, text: str, found: Agreement) -> None:
+        self.found = found
+        super().__init__(text)
+
+    def __reduce__(self) -> tuple[type, tuple[str, Agreement]]:  # crosses process borders with its fields
+        return type(self), (str(self), self.found)
 
 
 def probe(data: Any, vocab_size: int) -> torch.Tensor:
@@ -140,7 +163,15 @@ def compare(
         reason = f"some are not finite in {portrait.dtype}"
         text = f"{what} holds the {len(portrait.weights)} weights that were trained; logits not compared: {reason}"
         return Agreement(text, portrait.dtype, num_weights=len(portrait.weights), reason=reason)
-    return judge(portrait.logits_BTV, found, portrait.dtype, what, is_engine or bool(loaded), len(portrait.weights))
+    rounded = is_engine or bool(loaded)
+    result = judge(portrait.logits_BTV, found, portrait.dtype, what, rounded, len(portrait.weights))
+    return replace(result, losses=(_loss(portrait.logits_BTV, portrait.ids_BT), _loss(found, portrait.ids_BT)))
+
+
+def _loss(logits_BTV: torch.Tensor, ids_BT: torch.Tensor) -> float:
+    """Mean cross entropy of each token by the logits before it."""
+    predicted, wanted = logits_BTV[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    return torch.nn.functional.cross_entropy(predicted, wanted.to(predicted.device)).item()
 
 
 def missing(portrait: Portrait, found: Iterable[tuple[str, torch.Tensor]]) -> list[str]:
@@ -163,7 +194,7 @@ def judge(
 ) -> Agreement:
     """Compare two models' logits; `rounded` where one of them has weights of less precision.
 
-    Raises RunFailed beyond the tolerance of the precision.
+    Raises Disagreement beyond the tolerance of the precision.
     """
     largest = trained_BTV.abs().max().item()
     tolerance = (_ROUNDED if rounded else _SAME)[dtype]
@@ -172,10 +203,11 @@ def judge(
     difference = (trained_BTV - found_BTV).abs().max().item()
     text = f"largest difference of a logit {difference:.3g}, of logits up to {largest:.3g}"
     allowed = f"{tolerance * largest:.3g} is allowed in {dtype}"
+    numbers = (dtype, difference, largest, tolerance * largest, num_weights)
     if not difference <= tolerance * largest:
-        raise RunFailed(f"{what} does not give the logits of what was trained: {text}; {allowed}")
-    return Agreement(f"{what} gives the logits of what was trained ({text}; {allowed})", dtype, difference, largest,
-                     tolerance * largest, num_weights)  # fmt: skip
+        wrong = f"{what} does not give the logits of what was trained: {text}; {allowed}"
+        raise Disagreement(wrong, Agreement(wrong, *numbers))
+    return Agreement(f"{what} gives the logits of what was trained ({text}; {allowed})", *numbers)
 
 
 def on_disk(portrait: Portrait, folder: Path, what: str) -> Agreement:

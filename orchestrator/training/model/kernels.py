@@ -9,6 +9,7 @@ import torch
 
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
+from orchestrator.runs.proofs.proof import PASSED, judged
 from orchestrator.training.worker_context import WorkerContext
 from strategies.pipeline.layer_randomness import draws_random_numbers, have_dropout
 from strategies.reuse.lower_layers import DocumentParts, LowerLayers
@@ -32,7 +33,7 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
     checked = model if model.device.type == device.type else document_attention.first_layers(model, device)
     faults: dict[str, str] = {}
     for name in dict.fromkeys([techniques.attn_implementation, *(("sdpa", "eager") if wanted == "auto" else ())]):
-        fault = _fault_of(checked, name, device, techniques)
+        fault = _fault_of(checked, name, context, techniques)
         if fault is None:
             model.set_attn_implementation(name)
             for other, why in faults.items():
@@ -55,18 +56,29 @@ def without_leaks(model: Any, techniques: Techniques, context: WorkerContext) ->
     )
 
 
-def _fault_of(model: Any, name: str, device: torch.device, techniques: Techniques) -> str | None:
-    """Why an attention cannot be used for packed rows of this model; None where it can."""
+def _fault_of(model: Any, name: str, context: WorkerContext, techniques: Techniques) -> str | None:
+    """Why an attention cannot be used for packed rows of this model; None where it can.
+
+    What was measured is recorded.
+    """
     try:
         model.set_attn_implementation(name)
         model.eval()
-        with autocast(device.type, techniques.dtype):
+        with autocast(context.device.type, techniques.dtype):
             error = document_attention.packing_error(model)
     except (ValueError, TypeError, RuntimeError) as refusal:
         if is_out_of_memory(refusal):
             raise
         return f"this model does not run with it ({first_line(refusal)})"
-    return None if error < _ROUNDING[techniques.dtype] else "packed documents see each other"
+    proof = judged(
+        "packing",
+        f"logits over their spread: three short documents in one row with {name} attention, and apart",
+        error,
+        _ROUNDING[techniques.dtype],
+        f"another order of sums in {techniques.dtype}",
+    )
+    context.record(proof)
+    return None if proof.outcome == PASSED else "packed documents see each other"
 
 
 def _with_trees_that_hold(model: Any, techniques: Techniques, context: WorkerContext) -> Techniques:

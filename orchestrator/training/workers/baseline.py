@@ -25,7 +25,8 @@ def measure(folder: str) -> None:
     if part is None or held_out is None:
         return
     torch.set_num_threads(part.threads)
-    context = WorkerContext(job, plan, part, run.data().model, device_like(part))  # its events are the workers'
+    # Its events are the workers'.
+    context = WorkerContext(job, plan, part, run.data().model, device_like(part), run_path=run.path)
     setup, techniques = prepare_model(context)
     attach_references(context, setup, techniques, None, held_out)
     tokenizer = loading.tokenizer_of(run, job)

@@ -47,7 +47,9 @@ def context_of(run: RunFolder, job: Job) -> WorkerContext:
     plan, folder = run.plan(), model_of(run)
     device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    return WorkerContext(job, plan, plan.nodes[0], folder, device)  # notes on kernels stand in the run's own events
+    return WorkerContext(
+        job, plan, plan.nodes[0], folder, device, run_path=run.path
+    )  # notes on kernels stand in the run's own events
 
 
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:
@@ -91,14 +93,19 @@ def merge(run: RunFolder, job: Job, output: Path) -> Agreement:
 
 def write_merged(run: RunFolder, job: Job, folder: Path, place: Path) -> Agreement:
     """The same into a new folder whose files will lie at `place`.  Raises OSError too."""
-    exported, base = exported_whole(run), Path(model_of(run))
+    result = merge_exported(run, job, exported_whole(run), folder)
+    write_merged_card(run, job, folder, place, result.text)
+    return result
+
+
+def merge_exported(run: RunFolder, job: Job, exported: Path, folder: Path) -> Agreement:
+    """The same of an exported folder, without a card."""
+    base = Path(model_of(run))
     try:
         is_written, dtype = True, merged.stream(exported, base, folder)
     except merged.NotStreamable:
         is_written, dtype = False, merged.stored_dtype(base)
-    result = _compare(run, job, exported, folder, dtype, is_written)
-    write_merged_card(run, job, folder, place, result.text)
-    return result
+    return _compare(run, job, exported, folder, dtype, is_written)
 
 
 def _compare(run: RunFolder, job: Job, exported: Path, folder: Path, dtype: str, is_written: bool) -> Agreement:

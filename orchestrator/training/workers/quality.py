@@ -8,8 +8,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from orchestrator.data.dataset import Dataset
-from orchestrator.errors import NothingFits
-from orchestrator.planning.evaluation import cache_usable_bytes
+from orchestrator.errors import JobError, NothingFits
+from orchestrator.job.scoring.answers import extract, pairs_of_answers
+from orchestrator.job.scoring.functions import call, functions_of, load, name_of
+from orchestrator.planning.evaluation import WHOLE_ANSWERS, cache_usable_bytes
 from orchestrator.runs.events import Event, FinalEvaluation, QualityReport, StateChange
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import (
@@ -54,10 +56,7 @@ def measure(
         mine = indices[group.replica :: group.num_replicas]
         own = generate_answers(setup.model, tokenizer, held_out, mine, generation)
         answers: list[GeneratedAnswer] = [one for part in group.gather(own if group.leads else []) for one in part]
-        pairs, references = [(one.generated, one.reference) for one in answers], [one.reference for one in answers]
-        quality |= score(plan.metrics, pairs, spec.tokenizer)
-        quality["by_answer"] = scores_by_answer(plan.metrics, pairs, spec.tokenizer)
-        quality |= {"answers": len(answers), "compared": how_compared(plan.metrics, references, spec.tokenizer)}
+        quality |= {"answers": len(answers)} | scores_of(context, [(one.generated, one.reference) for one in answers])
         if without_room := num_without_room(setup.model, held_out, indices):
             quality["without_room"] = without_room
         if unanswered := sum(held_out.prompt(index)[1] is not None for index in indices) - len(answers):
@@ -65,6 +64,39 @@ def measure(
         quality["samples"] = [dataclasses.asdict(answer) for answer in answers[: spec.num_samples]]
     quality["seconds"] = round(time.perf_counter() - started, 2)
     return quality
+
+
+def scores_of(context: WorkerContext, pairs: list[tuple[str, str]]) -> dict[str, Any]:
+    """The planned metrics of (generated, reference) pairs, those of each answer, and what was compared.
+
+    A function of the job's that fails is noted and not measured: nothing else is lost with it.
+    """
+    metrics, spec = context.plan.metrics, context.job.spec.eval
+    references = [reference for _, reference in pairs]
+    if spec.answer_pattern is None:
+        found: dict[str, Any] = score(metrics, pairs, spec.tokenizer)
+        by_answer, compared = scores_by_answer(metrics, pairs, spec.tokenizer), {}
+    else:
+        others = [one for one in metrics if one not in WHOLE_ANSWERS]
+        whole = [one for one in metrics if one in WHOLE_ANSWERS]
+        answers = pairs_of_answers(spec.answer_pattern, pairs)
+        found = {**score(others, pairs, spec.tokenizer), **score(whole, answers)}
+        by_answer = {**scores_by_answer(others, pairs, spec.tokenizer), **scores_by_answer(whole, answers)}
+        compared = dict.fromkeys(whole, f"what {spec.answer_pattern} finds, as a number where it is one")
+        found["no_answer"] = sum(extract(spec.answer_pattern, generated) is None for generated, _ in pairs)
+    compared = how_compared(metrics, references, spec.tokenizer) | compared
+    for metric in functions_of(metrics) if pairs else ():
+        try:
+            function = load(metric, context.metrics_folder)
+            scored = call(metric, function, [generated for generated, _ in pairs], references)
+        except JobError as error:
+            context.note(f"{error}; it is not measured")
+            continue
+        found[name_of(metric)] = scored.mean
+        compared[name_of(metric)] = f"by {metric} of the job's folder"
+        if scored.by_answer is not None:
+            by_answer[name_of(metric)] = [round(one, 4) for one in scored.by_answer]
+    return {**found, "by_answer": by_answer, "compared": compared}
 
 
 def measure_first(context: WorkerContext, inputs: Inputs) -> dict[str, Any] | None:

@@ -15,6 +15,7 @@ import torch
 
 from orchestrator.planning.plan import Plan
 from orchestrator.runs.events import PredictionReport, QualityReport, StateChange
+from orchestrator.runs.proofs.proof import write_table
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model.devices import uuid_of
 from orchestrator.training.state import Progress
@@ -80,7 +81,7 @@ def write_result(run: RunFolder, result: dict[str, Any], outcome: TrainingOutcom
 
 
 def record_result(run: RunFolder) -> None:
-    """Record the predictions beside what was measured, the quality, and that the run is finished."""
+    """Record the predictions beside what was measured, the quality, and that the run is finished; write verify.json."""
     result = run.result()
     assert result is not None  # it has just been written
     times, memory = result.time, result.memory
@@ -89,6 +90,7 @@ def record_result(run: RunFolder) -> None:
         run.record(PredictionReport(*step_s, memory.predicted_bytes, memory.measured_peak_bytes))
     if result.after:
         run.record(QualityReport.of("after", result.after.values))
+    write_table(run)
     run.record(StateChange("finished", step=result.steps))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,13 +74,18 @@ def start_worker(run: RunFolder, rank: int, size: int, node: str, slot: int) -> 
     device_memory.limit(device, part.memory_usable_bytes)
     record = run.record if rank == 0 else ignore_event
     group = group_of(rank, size, plan)
-    return WorkerContext(run.job(), plan, part, run.data().model, device, group, slot, record)
+    return WorkerContext(run.job(), plan, part, run.data().model, device, group, slot, record, run_path=run.path)
 
 
-def load_inputs(run: RunFolder, context: WorkerContext) -> Inputs:
-    """Load samples, model and tokenizer of a run.  Raises OrchestratorError."""
+def load_inputs(run: RunFolder, context: WorkerContext, rows: Sequence[int] | None = None) -> Inputs:
+    """Load samples, model and tokenizer of a run; with `rows` these training samples alone.
+
+    Raises OrchestratorError.
+    """
     started, libraries_bytes = time.perf_counter(), resident_bytes(context.device)
     data, held_out = load_data(run)
+    if rows is not None:
+        data, held_out = data.select(rows), None
     refuse_tokenizer(context.job.spec.eval.tokenizer, context.plan.metrics)
     if context.group.size > 1:
         refuse_unlike_models(context)

@@ -196,6 +196,7 @@ def _hand_back(run: RunFolder, context: WorkerContext, inputs: Inputs, outcome: 
     if context.is_first and portrait:
         checked = hand_back.check(run, context, setup, inputs.techniques, portrait)
         context.record(HandBack(checked.text))
+        context.record(checked.as_proof(f"the {setup.export_folder}"))
         found["before"] = progress.before or (quality.wait_for_helper(run, context) if context.plan.measuring else None)
         found["after"] = after
         found["handed_back"]["check"] = checked.as_dict()

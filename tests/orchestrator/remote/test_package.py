@@ -85,6 +85,18 @@ def test_a_saved_data_set_is_one_there_too(folder):
     ]
 
 
+def test_modules_of_own_metrics_are_sent_under_their_names_beside_the_job_file(folder):
+    (folder / "mine.py").write_text("def score(predictions, references):\n    return 1.0\n")
+    (folder / "other.py").write_text("")
+    with (folder / "job.yaml").open("a") as file:
+        file.write("eval: {metrics: ['mine:score', exact_match]}\n")
+
+    found = packed(folder)
+
+    assert found.files["mine.py"] == folder / "mine.py"
+    assert not {"other.py"} & {*found.files}
+
+
 def test_links_travel_as_files_are_counted_and_named(folder, tmp_path, monkeypatch):
     outside = tmp_path / "outside.jsonl"
     write_jsonl(outside, rows(500))
