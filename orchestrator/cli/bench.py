@@ -155,6 +155,7 @@ def verify(
     Examples: orchestrator verify job.yaml
               orchestrator verify latest
     """
+    from orchestrator.bank.hooks import BANK_HOOKS
     from orchestrator.lifecycle.proofs.prove import prove_job, prove_run
     from orchestrator.runs.proofs.proof import DIFFERS, FILE, to_rows
     from orchestrator.views.proofs import proofs_view
