@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -35,7 +36,7 @@ class SampledLogits:
     def __init__(self, sampling: Sampling, prompts: Sequence[int], width: int) -> None:
         from transformers import TemperatureLogitsWarper, TopPLogitsWarper
 
-        self._warpers = [TemperatureLogitsWarper(sampling.temperature)]
+        self._warpers: list[Any] = [TemperatureLogitsWarper(sampling.temperature)]
         if sampling.top_p < 1:
             self._warpers.append(TopPLogitsWarper(sampling.top_p))
         self._seed, self._prompts, self._width = sampling.seed, list(prompts), width
