@@ -43,7 +43,7 @@ class Board:
         self._live: set[str] = set()
         self._followed: OrderedDict[str, FollowedRun] = OrderedDict()
         self._plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
-        self._names: dict[str, type[RunFolder]] = {}  # what is a run or a search
+        self._runs: dict[str, RunFolder] = {}  # and searches
         self._listed_ns, self._listed_s = -1, -math.inf
 
     def since(self, serial: int) -> tuple[list[Row], int]:
@@ -56,16 +56,15 @@ class Board:
     def run(self, name: str) -> RunFolder | None:
         """A run or a search by its folder's name."""
         with self._lock:
-            if name not in self._names:
-                self._list_names()
-            kind = self._names.get(name)
-            return kind(self.folder / name) if kind else None
+            if name not in self._runs:
+                self._list_runs()
+            return self._runs.get(name)
 
-    def row(self, name: str) -> Row:
+    def row(self, run: RunFolder) -> Row:
         """What is known of a run now."""
         with self._lock:
-            self._look_at(name)
-            return self._rows[name][1]
+            self._look_at(run)
+            return self._rows[run.run_id][1]
 
     def follow(self, run: RunFolder) -> FollowedRun:
         """The run's events up to now.  Raises JobError."""
@@ -91,11 +90,11 @@ class Board:
         return known[1]
 
     def _look(self) -> None:
-        self._list_names()
-        for name in self._names:
-            self._look_at(name)
+        self._list_runs()
+        for run in self._runs.values():
+            self._look_at(run)
 
-    def _list_names(self) -> None:
+    def _list_runs(self) -> None:
         try:
             changed_ns = self.folder.stat().st_mtime_ns
         except OSError:
@@ -107,25 +106,24 @@ class Board:
         self._listed_ns, self._listed_s = changed_ns, now
         with contextlib.suppress(JobError):
             there = {path.name: path for path in folders_in(self.folder)}
-            for name in self._names.keys() - there.keys():
-                del self._names[name]
+            for name in self._runs.keys() - there.keys():
+                del self._runs[name]
                 self._change(name, {"run": name, "gone": True})
                 self._seen.pop(name, None)
                 self._followed.pop(name, None)
                 self._live.discard(name)
-            for name in there.keys() - self._names.keys():
-                kind = next((one for one in (RunFolder, SearchFolder) if one(there[name]).has_started), None)
-                if kind:
-                    self._names[name] = kind
+            for name in there.keys() - self._runs.keys():
+                for found in (RunFolder(there[name]), SearchFolder(there[name])):
+                    if found.has_started:
+                        self._runs[name] = found
 
-    def _look_at(self, name: str) -> None:
-        path = f"{self.folder}/{name}"
+    def _look_at(self, run: RunFolder) -> None:
+        name, path = run.run_id, str(run.path)
         seen = (*_times(f"{path}/events.jsonl"), *_times(f"{path}/.lock"))
-        if self._names.get(name) is SearchFolder:
+        if isinstance(run, SearchFolder):
             seen += (*_times(f"{path}/trials.jsonl"), *_times(f"{path}/summary.json"))
         if self._seen.get(name) == seen and name not in self._live:
             return
-        run = self._names.get(name, RunFolder)(self.folder / name)
         is_live = run.is_locked()
         if self._seen.get(name) == seen and is_live:
             return

@@ -199,7 +199,7 @@ class _RunReader:
                 messages.append(("more", run_page.since(events, last_step), str(self._offset)))
             self.is_behind = self._offset < end
             now = {
-                "row": self._board.row(self._run.run_id),
+                "row": self._board.row(self._run),
                 **run_page.now(found.summary, plan, self._w),
             }
         except JobError as error:

@@ -64,7 +64,7 @@ def test_a_live_run_is_read_on_from_where_it_was(folder):
         found = board.follow(training.run)
         training.train(2)
 
-        assert board.row("live")["step"] == 4 and board.follow(training.run) is found
+        assert board.row(training.run)["step"] == 4 and board.follow(training.run) is found
         assert found.num_bytes == (training.run.path / "events.jsonl").stat().st_size
 
 
