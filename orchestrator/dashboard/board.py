@@ -27,6 +27,7 @@ from orchestrator.runs.summary.time_left import time_left
 
 Row = dict[str, Any]
 _MOST_FOLLOWED = 8  # runs whose summary stays in memory, those beside that are live
+_LOOK_S = 0.3  # that a look may take: of a thousand runs that nobody has read yet the newest are there at once
 _AGAIN_S = 30.0  # after which names are listed in any case: a folder may become a run without a trace above it
 _COARSE_NS = 2 * 10**9  # the coarsest clock of a file system
 
@@ -37,6 +38,7 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.serial = 0  # of the last change
+        self.is_behind = False  # whether the last look ended before it had read everything
         self._lock = RLock()
         self._rows: dict[str, tuple[int, Row]] = {}  # run -> serial of its last change, its row
         self._seen: dict[str, tuple[int, ...]] = {}  # run -> how its files were
@@ -47,7 +49,10 @@ class Board:
         self._listed_ns, self._listed_s = -1, -math.inf
 
     def since(self, serial: int) -> tuple[list[Row], int]:
-        """Look, and the rows that changed after `serial`, oldest change first; a run that is gone is `{run, gone}`."""
+        """Look, and the rows that changed after `serial`, oldest change first; a run that is gone is `{run, gone}`.
+
+        `is_behind` afterwards where there are runs that were not read yet.
+        """
         with self._lock:
             self._look()
             changed = sorted((number, name) for name, (number, _) in self._rows.items() if number > serial)
@@ -91,8 +96,12 @@ class Board:
 
     def _look(self) -> None:
         self._list_runs()
+        until = time.monotonic() + _LOOK_S
         for run in self._runs.values():
-            self._look_at(run)
+            if self._look_at(run) and time.monotonic() > until:
+                self.is_behind = True
+                return
+        self.is_behind = False
 
     def _list_runs(self) -> None:
         try:
@@ -112,24 +121,27 @@ class Board:
                 self._seen.pop(name, None)
                 self._followed.pop(name, None)
                 self._live.discard(name)
-            for name in there.keys() - self._runs.keys():
+            new = RunFolder.in_order(RunFolder(there[name]) for name in there.keys() - self._runs.keys())
+            for name in [run.run_id for run in reversed(new)]:  # the newest are read first
                 for found in (RunFolder(there[name]), SearchFolder(there[name])):
                     if found.has_started:
                         self._runs[name] = found
 
-    def _look_at(self, run: RunFolder) -> None:
+    def _look_at(self, run: RunFolder) -> bool:
+        """Whether it had to be read."""
         name, path = run.run_id, str(run.path)
         seen = (*_times(f"{path}/events.jsonl"), *_times(f"{path}/.lock"))
         if isinstance(run, SearchFolder):
             seen += (*_times(f"{path}/trials.jsonl"), *_times(f"{path}/summary.json"))
         if self._seen.get(name) == seen and name not in self._live:
-            return
+            return False
         is_live = run.is_locked()
         if self._seen.get(name) == seen and is_live:
-            return
+            return False
         self._seen[name] = seen
         self._live.add(name) if is_live else self._live.discard(name)
         self._change(name, masked_values(self._row_of(run, is_live)))
+        return True
 
     def _change(self, name: str, row: Row) -> None:
         if name not in self._rows or self._rows[name][1] != row:

@@ -128,6 +128,8 @@ class Site:
 
     async def _table(self, request: Request) -> Response:
         rows, _ = await asyncio.to_thread(self._board.since, 0)
+        while self._board.is_behind:
+            rows, _ = await asyncio.to_thread(self._board.since, 0)
         return JSONResponse({"folder": str(self._board.folder), "runs": rows})
 
     async def _table_events(self, request: Request) -> Response:
@@ -142,6 +144,8 @@ class Site:
             if rows or first:
                 yield "all" if first else "rows", rows, f"{self._life}-{latest}"
             serial, first = latest, False
+            if self._board.is_behind:
+                continue
             await asyncio.sleep(_TABLE_S)
             yield "", None, None
 
