@@ -27,6 +27,7 @@ from orchestrator.runs.summary.time_left import time_left
 
 Row = dict[str, Any]
 _MOST_FOLLOWED = 8  # runs whose summary stays in memory, those beside that are live
+_LOOK_S = 0.3  # that a look may take: of a thousand runs that nobody has read yet the newest are there at once
 _AGAIN_S = 30.0  # after which names are listed in any case: a folder may become a run without a trace above it
 _COARSE_NS = 2 * 10**9  # the coarsest clock of a file system
 
@@ -37,17 +38,21 @@ class Board:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.serial = 0  # of the last change
+        self.is_behind = False  # whether the last look ended before it had read everything
         self._lock = RLock()
         self._rows: dict[str, tuple[int, Row]] = {}  # run -> serial of its last change, its row
         self._seen: dict[str, tuple[int, ...]] = {}  # run -> how its files were
         self._live: set[str] = set()
         self._followed: OrderedDict[str, FollowedRun] = OrderedDict()
         self._plans: dict[str, tuple[tuple[int, ...], Plan]] = {}
-        self._names: dict[str, type[RunFolder]] = {}  # what is a run or a search
+        self._runs: dict[str, RunFolder] = {}  # and searches
         self._listed_ns, self._listed_s = -1, -math.inf
 
     def since(self, serial: int) -> tuple[list[Row], int]:
-        """Look, and the rows that changed after `serial`, oldest change first; a run that is gone is `{run, gone}`."""
+        """Look, and the rows that changed after `serial`, oldest change first; a run that is gone is `{run, gone}`.
+
+        `is_behind` afterwards where there are runs that were not read yet.
+        """
         with self._lock:
             self._look()
             changed = sorted((number, name) for name, (number, _) in self._rows.items() if number > serial)
@@ -56,16 +61,15 @@ class Board:
     def run(self, name: str) -> RunFolder | None:
         """A run or a search by its folder's name."""
         with self._lock:
-            if name not in self._names:
-                self._list_names()
-            kind = self._names.get(name)
-            return kind(self.folder / name) if kind else None
+            if name not in self._runs:
+                self._list_runs()
+            return self._runs.get(name)
 
-    def row(self, name: str) -> Row:
+    def row(self, run: RunFolder) -> Row:
         """What is known of a run now."""
         with self._lock:
-            self._look_at(name)
-            return self._rows[name][1]
+            self._look_at(run)
+            return self._rows[run.run_id][1]
 
     def follow(self, run: RunFolder) -> FollowedRun:
         """The run's events up to now.  Raises JobError."""
@@ -91,11 +95,15 @@ class Board:
         return known[1]
 
     def _look(self) -> None:
-        self._list_names()
-        for name in self._names:
-            self._look_at(name)
+        self._list_runs()
+        until = time.monotonic() + _LOOK_S
+        for run in self._runs.values():
+            if self._look_at(run) and time.monotonic() > until:
+                self.is_behind = True
+                return
+        self.is_behind = False
 
-    def _list_names(self) -> None:
+    def _list_runs(self) -> None:
         try:
             changed_ns = self.folder.stat().st_mtime_ns
         except OSError:
@@ -107,31 +115,33 @@ class Board:
         self._listed_ns, self._listed_s = changed_ns, now
         with contextlib.suppress(JobError):
             there = {path.name: path for path in folders_in(self.folder)}
-            for name in self._names.keys() - there.keys():
-                del self._names[name]
+            for name in self._runs.keys() - there.keys():
+                del self._runs[name]
                 self._change(name, {"run": name, "gone": True})
                 self._seen.pop(name, None)
                 self._followed.pop(name, None)
                 self._live.discard(name)
-            for name in there.keys() - self._names.keys():
-                kind = next((one for one in (RunFolder, SearchFolder) if one(there[name]).has_started), None)
-                if kind:
-                    self._names[name] = kind
+            new = RunFolder.in_order(RunFolder(there[name]) for name in there.keys() - self._runs.keys())
+            for name in [run.run_id for run in reversed(new)]:  # the newest are read first
+                for found in (RunFolder(there[name]), SearchFolder(there[name])):
+                    if found.has_started:
+                        self._runs[name] = found
 
-    def _look_at(self, name: str) -> None:
-        path = f"{self.folder}/{name}"
+    def _look_at(self, run: RunFolder) -> bool:
+        """Whether it had to be read."""
+        name, path = run.run_id, str(run.path)
         seen = (*_times(f"{path}/events.jsonl"), *_times(f"{path}/.lock"))
-        if self._names.get(name) is SearchFolder:
+        if isinstance(run, SearchFolder):
             seen += (*_times(f"{path}/trials.jsonl"), *_times(f"{path}/summary.json"))
         if self._seen.get(name) == seen and name not in self._live:
-            return
-        run = self._names.get(name, RunFolder)(self.folder / name)
+            return False
         is_live = run.is_locked()
         if self._seen.get(name) == seen and is_live:
-            return
+            return False
         self._seen[name] = seen
         self._live.add(name) if is_live else self._live.discard(name)
         self._change(name, masked_values(self._row_of(run, is_live)))
+        return True
 
     def _change(self, name: str, row: Row) -> None:
         if name not in self._rows or self._rows[name][1] != row:

@@ -128,6 +128,8 @@ class Site:
 
     async def _table(self, request: Request) -> Response:
         rows, _ = await asyncio.to_thread(self._board.since, 0)
+        while self._board.is_behind:
+            rows, _ = await asyncio.to_thread(self._board.since, 0)
         return JSONResponse({"folder": str(self._board.folder), "runs": rows})
 
     async def _table_events(self, request: Request) -> Response:
@@ -142,6 +144,8 @@ class Site:
             if rows or first:
                 yield "all" if first else "rows", rows, f"{self._life}-{latest}"
             serial, first = latest, False
+            if self._board.is_behind:
+                continue
             await asyncio.sleep(_TABLE_S)
             yield "", None, None
 
@@ -199,7 +203,7 @@ class _RunReader:
                 messages.append(("more", run_page.since(events, last_step), str(self._offset)))
             self.is_behind = self._offset < end
             now = {
-                "row": self._board.row(self._run.run_id),
+                "row": self._board.row(self._run),
                 **run_page.now(found.summary, plan, self._w),
             }
         except JobError as error:

@@ -35,7 +35,7 @@ from orchestrator.runs.events import (
 from orchestrator.runs.phases import PhaseClock
 from orchestrator.runs.record import MOST_NAMED, few
 from orchestrator.runs.summary.curves import StepCurve, StepSet
-from orchestrator.runs.summary.pace import Pace
+from orchestrator.runs.summary.pace import StepPace
 from orchestrator.runs.worker_stats import LAST_STEPS, stage_columns
 from strategies.cost.phases import Phases
 
@@ -60,7 +60,7 @@ class EventSummary:
         self.loss_before: float | None = None
         self.loss_after: float | None = None
         self.before_s: float | None = None  # that the evaluation before training took
-        self.pace = Pace()  # of the sitting that runs or ran last
+        self.pace = StepPace()  # of the sitting that runs or ran last
         self.doing: str | None = None  # start | evaluation | answers | training | saving, None once it has ended
         self.progress: PhaseProgress | None = None  # how far that is, where it is not training
         self.num_sittings = 0  # that loaded the model
@@ -176,7 +176,7 @@ class EventSummary:
 
     def _add_sitting(self, event: ModelReady) -> None:
         self.num_sittings += 1
-        self.pace = Pace()
+        self.pace = StepPace()
         self._add_training(event)
 
     def _add_progress(self, event: PhaseProgress) -> None:
@@ -212,7 +212,7 @@ class EventSummary:
         for name in _EVENTS:
             setattr(made, name, values[name] and read_event(values[name]))
         made.steps = StepSet(values["steps"])
-        made.pace = Pace.from_json(values["pace"])
+        made.pace = StepPace.from_json(values["pace"])
         made.losses, made.evaluations = (
             StepCurve.from_json(values["losses"]),
             StepCurve.from_json(values["evaluations"]),

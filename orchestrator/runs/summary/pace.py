@@ -7,7 +7,7 @@ from typing import Any, Self
 _ENOUGH_STEPS = 3  # after the first, which is often the slowest
 
 
-class Pace:
+class StepPace:
     """Seconds of a step of one sitting, evaluations and checkpoints between steps included."""
 
     def __init__(self) -> None:

@@ -1,5 +1,6 @@
 """The rows of a folder's runs: what is there, and that looking again reads nothing that did not change."""
 
+import os
 import shutil
 import time
 
@@ -30,6 +31,18 @@ def test_nothing_is_read_again_that_did_not_change(folder, monkeypatch):
     again, same = board.since(serial)
 
     assert len(rows) == 5 and again == [] and same == serial and read == []
+
+
+def test_a_look_ends_soon_and_the_newest_runs_are_read_first(folder, monkeypatch):
+    for number in range(5):
+        os.utime(folder / f"run-{number:05}" / "job.yaml", (number, number))
+    monkeypatch.setattr(board_module, "_LOOK_S", -1.0)
+    board, serial, found = Board(folder), 0, []
+    for _ in range(6):
+        rows, serial = board.since(serial)
+        found.append(([row["run"] for row in rows], board.is_behind))
+
+    assert found == [([f"run-{number:05}"], True) for number in (4, 3, 2, 1, 0)] + [([], False)]
 
 
 def test_runs_that_come_change_and_go_are_told(folder):
@@ -64,7 +77,7 @@ def test_a_live_run_is_read_on_from_where_it_was(folder):
         found = board.follow(training.run)
         training.train(2)
 
-        assert board.row("live")["step"] == 4 and board.follow(training.run) is found
+        assert board.row(training.run)["step"] == 4 and board.follow(training.run) is found
         assert found.num_bytes == (training.run.path / "events.jsonl").stat().st_size
 
 
