@@ -113,7 +113,7 @@ _FEW = (  # keys of the short starter: what most people change first
 
 
 STARTER = {  # comments of a starter
-    "full": "A fine-tuning job.  Every key with its default; delete what you do not need.",
+    "every": "A fine-tuning job.  Every key with its default; delete what you do not need.",
     "few": "A fine-tuning job.  `init --full` writes every key.",
     "auto": "What is `auto` or not here is decided by the plan, and printed with its reason.",
     "next": "Then",
@@ -133,7 +133,7 @@ def starter(model: str, train: Any, held_out: Any = None, full: bool = False, mo
     given = {"model.model_name_or_path": model, "data.train": train, "data.eval": held_out or {"split": 0.1}, **more}
     lines = [
         editor_line(),
-        f"# {tr(STARTER['full' if full else 'few'])}",
+        f"# {tr(STARTER['every' if full else 'few'])}",
         f"# {tr(STARTER['auto'])}",
         *(["version: 1"] if full else []),
         "name: my-job",
