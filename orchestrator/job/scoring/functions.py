@@ -150,12 +150,13 @@ def _check_signature(metric: str, function: Callable[..., Any]) -> None:
 
 def call(metric: str, function: Callable[..., Any], predictions: list[str], references: list[str]) -> Scored:
     """What a function says of some answers.  Raises JobError for what is no score."""
+    found: Any
     try:
         found = function(predictions, references)
     except Exception as error:
         raise JobError(f"eval.metrics: {metric} failed: {type(error).__name__}: {first_line(error)}") from error
     is_list = not isinstance(found, str | bytes | dict) and hasattr(found, "__iter__")
-    scores = list(found) if is_list else [found]
+    scores: list[Any] = list(found) if is_list else [found]
     try:
         numbers = [float(one) for one in scores]
     except (TypeError, ValueError):

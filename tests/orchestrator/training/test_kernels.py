@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM
 
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
+from orchestrator.runs.events import Note
 from orchestrator.training.model.kernels import with_known_layers, without_leaks
 from orchestrator.training.worker_context import WorkerContext
 from strategies.step import document_attention
@@ -29,10 +30,11 @@ def job(folder, model_folder, packing="auto"):
 
 def checked(model, job, dtype="float32", **switches):
     """(techniques that keep documents apart, notes)"""
-    notes = []
+    events = []
     planned = Techniques(dtype, "document", True, False, 1, 64, **switches)
-    context = WorkerContext(job, None, None, "", CPU, record=lambda note: notes.append(note.text))
-    return without_leaks(model, planned, context), notes
+    context = WorkerContext(job, None, None, "", CPU, record=events.append)
+    techniques = without_leaks(model, planned, context)
+    return techniques, [event.text for event in events if isinstance(event, Note)]
 
 
 def refuses(model, attention, error):
