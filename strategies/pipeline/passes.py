@@ -204,10 +204,9 @@ class StagePasses:
         pad_token_id: int,
         eos_token_id: Sequence[int] | None = None,
         stopping_criteria: Sequence[Callable[..., torch.Tensor]] = (),
-        logits_processor: Sequence[Callable[..., torch.Tensor]] = (),
-        **_: Any,
+        **others: Any,
     ) -> torch.Tensor:
-        """The last stage chooses the token with the largest processed logit, all learn it.
+        """The last stage chooses the token with the largest logit after each `logits_processor`, all learn it.
 
         What has been chosen lies on the host: all stages end together where memory runs out on one, which then raises.
         """
@@ -218,7 +217,9 @@ class StagePasses:
         new_ids, positions = ids, (mask.cumsum(-1) - 1).clamp_min(0)
         for _number in range(max_new_tokens):
             where = {"attention_mask": mask, "position_ids": positions}
-            chosen_B = self._choose(guard, new_ids, where, cache, partial(_largest, ids, logits_processor))
+            chosen_B = self._choose(
+                guard, new_ids, where, cache, partial(_largest, ids, others.get("logits_processor", ()))
+            )
             if chosen_B is None:
                 break
             new_ids = (chosen_B * unfinished_B + pad_token_id * (1 - unfinished_B))[:, None]

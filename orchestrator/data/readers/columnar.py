@@ -68,7 +68,11 @@ def write_selected(files: Sequence[Path], index: Sequence[Path], target: Path, k
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         rows, numbers = opened(files), opened(index)["indices"]
+<<<<<<< HEAD
         if len(numbers) and compute.max(numbers).as_py() >= len(rows):
+=======
+        if len(numbers) and pyarrow.compute.call_function("max", [numbers]).as_py() >= len(rows):
+>>>>>>> w-home
             raise JobError(f"{key}: {index[0]} names rows that are not there; save the data set again")
         with pyarrow.ipc.new_stream(temporary, rows.schema) as stream:
             for begin in range(0, len(numbers), _ROWS):
