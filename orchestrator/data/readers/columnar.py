@@ -58,8 +58,6 @@ def write_selected(files: Sequence[Path], index: Sequence[Path], target: Path, k
     import pyarrow
     import pyarrow.compute
 
-    compute: Any = pyarrow.compute  # made at import: its types are not known
-
     def opened(parts: Sequence[Path]) -> Any:
         return pyarrow.concat_tables(
             [pyarrow.ipc.open_stream(pyarrow.memory_map(str(one))).read_all() for one in parts]
@@ -68,11 +66,7 @@ def write_selected(files: Sequence[Path], index: Sequence[Path], target: Path, k
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         rows, numbers = opened(files), opened(index)["indices"]
-<<<<<<< HEAD
-        if len(numbers) and compute.max(numbers).as_py() >= len(rows):
-=======
         if len(numbers) and pyarrow.compute.call_function("max", [numbers]).as_py() >= len(rows):
->>>>>>> w-home
             raise JobError(f"{key}: {index[0]} names rows that are not there; save the data set again")
         with pyarrow.ipc.new_stream(temporary, rows.schema) as stream:
             for begin in range(0, len(numbers), _ROWS):
