@@ -167,7 +167,8 @@ def verify(
         job = load_job(what, set_)
         proofs = prove_job(job, say, BANK_HOOKS)
         result = {"kind": "verify", "name": job.spec.name, "time": time.time(), "checks": to_rows(proofs)}
-        file = save(result, runs, output)
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        file = save(result, runs, output or runs / f"verify-{job.spec.name}-{stamp}.json")
     else:
         if set_ or output:
             raise JobError("--set and --output belong to a job; a run is verified as it was planned, in its folder")
