@@ -80,6 +80,7 @@ class Recovery:
             self.state,
             planned=frozenset(part.node for part in plan.nodes),
             excluded=frozenset(plan.left_out),
+            spares=frozenset(plan.stands_by),
             judged=(),
             lacks_workers=isinstance(stated, int) and len(plan.nodes) < stated,
         )
@@ -164,8 +165,7 @@ class Recovery:
 
     def look(self) -> None:
         """Notice slow stages and nodes that joined: ask the run to save and plan again where that makes it faster."""
-        now = time.monotonic()
-        if now - self._looked_at < _LOOK_EVERY_S or self.run.replan_file.exists():
+        if (now := time.monotonic()) - self._looked_at < _LOOK_EVERY_S or self.run.replan_file.exists():
             return
         self._looked_at = now
         if self.plan.techniques.stage and self._look_at_stages():

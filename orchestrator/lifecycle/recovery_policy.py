@@ -43,6 +43,7 @@ class State:
 
     planned: frozenset[str]  # nodes of the plan
     excluded: frozenset[str] = frozenset()  # nodes and devices that the plan does not use
+    spares: frozenset[str] = frozenset()  # nodes that stand by for one that is lost
     is_local: bool = False  # one machine, whose Ray this program started
     lacks_workers: bool = False  # the job states more than the plan has
     max_failures: int | None = None  # None = any number
@@ -259,11 +260,17 @@ def _after_gpu_probe(state: State, news: GpusProbed) -> Decision:
 
 
 def _after_answers(state: State, news: Answers) -> Decision:
-    """Wait a while for lost nodes; then the same plan, or one for those that answer."""
-    missing = state.planned - news.nodes
+    """Wait a while for lost nodes where no spare takes their place; then the same plan, or one for those that answer.
+
+    What returns later is a node that joins.
+    """
+    missing, spares = state.planned - news.nodes, state.spares & news.nodes
     if not missing and state.is_patient:
         is_other_plan = state.tries == 0  # of a start, of less memory, of other GPUs
         return Decision(state, Act.PLAN, state.planned) if is_other_plan else Decision(state, Act.CONTINUE)
+    if missing and state.is_patient and len(missing) <= len(spares):
+        text = f"{', '.join(sorted(missing))} does not answer; {', '.join(sorted(spares))} stood by"
+        return Decision(state, Act.PLAN, news.nodes, (text,))
     patience_s = state.patience_s if state.is_patient else 0.0
     if news.nodes and news.waited_s >= patience_s:
         return Decision(state, Act.PLAN, news.nodes)

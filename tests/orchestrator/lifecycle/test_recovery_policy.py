@@ -31,6 +31,7 @@ TWICE = replace(STATE, failures=2, tries=2, last_step=7)
 WHOLE = {name: NodeMemory(8 * GIB, 8 * GIB) for name in BOTH}
 JOINED = WiderPlan(new=C, used=BOTH | C, step_s=1.0, wider_step_s=0.5, steps_left=1000)
 PIPELINE = State(planned=BOTH | C, patience_s=40.0)  # a stage each
+SPARE = State(planned=BOTH, spares=frozenset("d"), patience_s=40.0, tries=1, is_patient=True)
 SLOW = SlowStage("c", slower=1.5, ratios=(1.0, 1.0, 1.5))
 CUT = OtherCut(SLOW, step_s=1.1, other_step_s=1.0, steps_left=1000)
 JUDGED = replace(PIPELINE, judged=SLOW.ratios)
@@ -71,6 +72,9 @@ FAULTS = {
     "workers lack": (replace(STATE, lacks_workers=True), replace(JOINED, wider_step_s=2.0), Act.REPLAN_RUN),
     "a stage's node is lost": (PIPELINE, Failed(7, "another worker stopped answering"), Act.ASK_NODES),
     "a lost stage may come back": (replace(PIPELINE, tries=1, is_patient=True), Answers(BOTH, 39.0), Act.WAIT),
+    "a spare takes a lost stage": (SPARE, Answers(A | frozenset("d"), 0.1), Act.PLAN),
+    "a spare that is lost too takes nothing": (SPARE, Answers(A, 0.1), Act.WAIT),
+    "one spare for two lost stages": (replace(SPARE, planned=BOTH | C), Answers(A | frozenset("d"), 0.1), Act.WAIT),
     "a lost stage does not come back": (replace(PIPELINE, tries=1, is_patient=True), Answers(BOTH, 40.0), Act.PLAN),
     "a lost stage's node comes back later": (STATE, replace(JOINED, step_s=12.0, wider_step_s=8.0), Act.REPLAN_RUN),
     "the node that stands by is none that joined": (replace(STATE, excluded=C), NodeList(BOTH | C, 99.0), Act.WAIT),
