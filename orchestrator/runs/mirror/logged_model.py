@@ -12,7 +12,9 @@ from clusters.safe.masking import masked
 from orchestrator.job import model_files
 from orchestrator.job.job_file import Job
 from orchestrator.runs.condition import export_of
+from orchestrator.runs.mirror.store import dataset_name_of, paths_of
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.summary.facts import model_name_of
 
 if TYPE_CHECKING:
     from mlflow.models import Model
@@ -35,7 +37,11 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, run: RunFol
     export = export_of(run)
     if folder is None or ("peft" if export.is_adapter else "transformers") in export.cannot:
         return None
-    logged = client.create_logged_model(experiment_id, name=folder.name, source_run_id=run_id, model_type="causal-lm")
+    options = {"base": model_name_of(run), **run.plan().method}
+    params = {key: str(value) for key, value in options.items() if value is not None}
+    logged = client.create_logged_model(
+        experiment_id, name=folder.name, source_run_id=run_id, params=params, model_type="causal-lm"
+    )
     with tempfile.TemporaryDirectory() as temporary:
         _save(Path(temporary), folder, run, job, Model(run_id=run_id, model_id=logged.model_id))
         client.log_model_artifacts(logged.model_id, str(Path(temporary) / "model"))
@@ -44,7 +50,17 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, run: RunFol
         client.log_model_artifact(logged.model_id, str(file), place.as_posix())
     client.finalize_logged_model(logged.model_id, "READY")
     client.log_outputs(run_id, [LoggedModelOutput(logged.model_id, step=run.last_step())])
+    _log_scores(client, run_id, logged.model_id, run, job)
     return logged.model_id
+
+
+def _log_scores(client: MlflowClient, run_id: str, model_id: str, run: RunFolder, job: Job) -> None:
+    """What the model came to on the held-out rows, at the model itself and at those rows."""
+    result, digest = run.result(), run.data().eval_digest
+    paths = paths_of(job.spec.data.eval)
+    rows = {"dataset_name": dataset_name_of(paths), "dataset_digest": digest[:36]} if paths and digest else {}
+    for name, value in (result.after.scores if result and result.after else {}).items():
+        client.log_metric(run_id, f"after/{name}", value, step=0, model_id=model_id, **rows)
 
 
 def _save(temporary: Path, folder: Path, run: RunFolder, job: Job, description: Model) -> None:

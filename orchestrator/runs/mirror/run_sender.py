@@ -11,7 +11,7 @@ from orchestrator.job.job_file import flat
 from orchestrator.planning.plan import settings_of
 from orchestrator.runs.mirror.logged_model import log_model
 from orchestrator.runs.mirror.numbers import numbers_of
-from orchestrator.runs.mirror.store import STATES, Store, paths_of
+from orchestrator.runs.mirror.store import STATES, Store, dataset_name_of, paths_of
 from strategies.export import EXPORT_FOLDERS
 
 _A_CALL = 500  # numbers
@@ -64,7 +64,7 @@ class RunSender(Store):
             text = masked(", ".join(paths))
             profile = json.dumps(data.statistics) if context == "training" and data.statistics else None
             where = json.dumps({"uri": text})
-            dataset = Dataset(Path(text).name[:500], digest[:36], "local", where, schema=schema, profile=profile)
+            dataset = Dataset(dataset_name_of(paths), digest[:36], "local", where, schema=schema, profile=profile)
             inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", context)]))
         if inputs:
             self.client.log_inputs(run_id, inputs)

@@ -18,6 +18,8 @@ from orchestrator.runs.run_folder import RunFolder
 STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "interrupted": "KILLED"}
 _FIRST_BYTES = 4096  # of the events, that hold at least one
 _MASKED_BYTES = 64 * 2**20  # of a file that is looked through for passwords before it is sent; texts are smaller
+# Of a model that is trained: without it MLflow's pages take an experiment for one of prompts and agents.
+_KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Store:
@@ -99,7 +101,7 @@ class Store:
             local = self.uri.startswith("sqlite:")
             artifacts = (self.run.path.parent / "mlartifacts").as_uri() if local else None
             try:
-                return self.client.create_experiment(name, artifact_location=artifacts)
+                return self.client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it at the same moment
                     raise
@@ -137,6 +139,11 @@ def paths_of(stated: Any) -> list[str]:
     """The paths or names of a data key's sources; none of a fraction that is held out."""
     listed = stated if isinstance(stated, list) else [stated]
     return [path for one in listed if (path := one if isinstance(one, str) else getattr(one, "path", None))]
+
+
+def dataset_name_of(paths: list[str]) -> str:
+    """What the rows of some sources are called there."""
+    return Path(masked(", ".join(paths))).name[:500]
 
 
 def _user() -> str:
