@@ -17,6 +17,7 @@ from strategies.objectives.dpo import Dpo
 from strategies.objectives.ipo import Ipo
 from strategies.objectives.kto import Kto
 from strategies.objectives.orpo import Orpo
+from strategies.objectives.reward import Reward
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
 from strategies.techniques.catalogue import read_catalogue
@@ -38,5 +39,6 @@ OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "simpo": SimPo,
     "orpo": Orpo,
     "kto": Kto,
+    "reward": Reward,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)

@@ -20,6 +20,7 @@ def conflict(
     """Why this combination cannot be used on this device; None where it can."""
     reasons = itertools.chain(
         [method.refuses(techniques, shape)],
+        _score_conflicts(method, techniques) if shape.num_scores else (),
         _streaming_conflicts(method, techniques),
         _stage_conflicts(method, techniques, shape) if techniques.stage else (),
         _between_conflicts(method, techniques) if method.acts_between else (),
@@ -30,6 +31,18 @@ def conflict(
         _keeping_conflicts(method, techniques, device, shape, num_devices),
     )
     return next(filter(None, reasons), None)
+
+
+def _score_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What a model with a score in place of its output matrix cannot be combined with."""
+    if not method.trains_score:
+        yield f"{method.name} does not train a score: set method.type to lora, qlora or full"
+    if t.loss_type == "chunked_nll":
+        yield "a score has no logits that could be computed in chunks: set train.loss_type: auto"
+    if t.streams_weights:
+        yield "a model with a score is untested with weights on the host: set strategy.offload: none"
+    if t.stage:
+        yield "a model with a score is not cut into stages: set strategy.mode: auto"
 
 
 def _device_conflicts(

@@ -26,6 +26,7 @@ ROOMS = (
     ("clusters",),
     ("strategies.families",),
     ("strategies.config_values",),
+    ("strategies.shape_config",),
     ("strategies.shape",),
     ("strategies.quality",),
     ("strategies.workload",),

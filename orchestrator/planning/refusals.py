@@ -71,10 +71,27 @@ def refuse_beside_documents(spec: JobSpec) -> None:
         f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
         "bank.add": spec.bank.add,
     }
+    if not objective.writes_text:
+        stated |= _stated_beside_scores(spec)
     if found := [f"{what}: {_WHY_NOT_BESIDE[what.split(':')[0]]}" for what, is_stated in stated.items() if is_stated]:
         raise JobError([f"objective.type {objective.name} beside {text}" for text in found])
 
 
+def _stated_beside_scores(spec: JobSpec) -> dict[str, bool]:
+    """Keys that say something of answers, which a model with a score neither learns nor writes."""
+    metrics, data, evaluated = spec.eval.metrics, spec.data, spec.eval.model_fields_set
+    masks = ("completion_only_loss", "assistant_only_loss", "train_on_eos")
+    return {
+        f"eval.metrics: {metrics}": metrics not in ("auto", []),
+        "eval.max_new_tokens": "max_new_tokens" in evaluated,
+        "eval.num_samples": "num_samples" in evaluated,
+        "train.loss_type": spec.train.loss_type != "auto",
+        **{f"data.{key}": key in data.model_fields_set for key in masks},
+    }
+
+
+_NO_TEXT = "a model with a score writes no answers"
+_NO_TOKENS = "a score is of the whole document, and no token's loss is computed"
 _BY_TOKEN = "its passes sum losses of tokens, and an objective needs those of whole documents with a reference"
 _WHY_NOT_BESIDE = {
     "strategy.mode": f"{_BY_TOKEN}; set it to auto, ddp or zero1",
@@ -84,6 +101,13 @@ _WHY_NOT_BESIDE = {
     "train.torch_compile": "switching the adapter off would compile the model anew; set it to false",
     "train.cache_frozen_activations": "it keeps one document a sample; set it to auto",
     "method": "it updates weights beside the computation, which is untested here; use another method",
+    "eval.metrics": f"{_NO_TEXT}; set it to auto or [], its held-out rows are measured by their rewards",
+    "eval.max_new_tokens": f"{_NO_TEXT}; remove it",
+    "eval.num_samples": f"{_NO_TEXT}; remove it",
+    "train.loss_type": f"{_NO_TOKENS}; set it to auto",
+    "data.completion_only_loss": f"{_NO_TOKENS}; remove it",
+    "data.assistant_only_loss": f"{_NO_TOKENS}; remove it",
+    "data.train_on_eos": f"{_NO_TOKENS}; remove it",
     "bank.add": "the bank compares adapters by the loss of answers' tokens; set it to false",
 }
 

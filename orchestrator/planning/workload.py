@@ -75,6 +75,8 @@ def describe(
     """
     train, objective = spec.train, spec.build_objective()
     count, documents = objective.num_documents, lengths
+    if not objective.writes_text:
+        shape, num_supervised_tokens = _with_score(shape, objective.name), len(documents)  # a score each, no logits
     lengths = [sum(lengths[start : start + count]) for start in range(0, len(lengths), count)]
     padded = [count * max(documents[start : start + count]) for start in range(0, len(documents), count)]
     num_workers = 1 if spec.strategy.mode == "pipeline" else num_workers  # whose stages all see every sample
@@ -100,6 +102,14 @@ def describe(
         needs_divergence=objective.needs_divergence,
     )
     return workload, order, reason
+
+
+def _with_score(shape: ModelShape, objective: str) -> ModelShape:
+    """The sizes of a model with a score.  Raises JobError for a family that has no such model."""
+    try:
+        return shape.with_score()
+    except ValueError as error:
+        raise JobError(f"objective.type {objective}: {error}; use another model") from None
 
 
 def why_shared(chosen: Candidate, workload: Workload) -> str:

@@ -300,7 +300,7 @@ def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, token
     positions = tokens * workload.supervised_fraction
     if techniques.loss_type == "chunked_nll":
         positions = min(positions, CHUNK)
-    return _NLL_BYTES * workload.shape.vocab_size * positions
+    return _NLL_BYTES * workload.shape.output_rows * positions
 
 
 def _sliced_logits_bytes(

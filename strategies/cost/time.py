@@ -66,7 +66,7 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     products = linear * (forward + share + again + (share if work.trains_weights else 0.0))
     products += 2.0 * work.full_parameters
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
-    logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
+    logits = 2.0 * shape.output_rows * shape.hidden_size * workload.supervised_fraction
     products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll") + work.reference_passes)
     visible = 1.0 if shape.family.encoder or _masks_rows(techniques) else 0.5
     attention = 4.0 * visible * _attended(workload, techniques) * shape.query_size * shape.num_layers

@@ -22,10 +22,11 @@ class Full(PredictedMethod):
 
     name: ClassVar[str] = "full"
     full_rank: ClassVar[bool] = True
+    trains_score: ClassVar[bool] = True
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g = BYTES_PER_ELEMENT[techniques.dtype]
-        num_parameters, output = shape.num_parameters, shape.has_output * shape.vocab_size * shape.hidden_size
+        num_parameters, output = shape.num_parameters, shape.has_output * shape.output_rows * shape.hidden_size
         engine = techniques.uses_engine  # weights in the compute precision, an fp32 copy beside the moments
         half = g < 4 and not engine  # autocast: each linear map keeps a copy of its input and of its weight in that
         inputs = sum(linear.inputs for linear in shape.linears) if half else shape.distinct_inputs(shape.linears)

@@ -78,6 +78,7 @@ class Lora(PredictedMethod):
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
     keeps_base_frozen: ClassVar[bool] = True
+    trains_score: ClassVar[bool] = True
 
     @property
     def layers_are_alike(self) -> bool:
@@ -196,7 +197,7 @@ class Lora(PredictedMethod):
         chosen = targets.adapted_maps(shape, self._choice)
         beside = {
             "magnitudes (use_dora)": self.use_dora,
-            "modules trained in full (modules_to_save)": bool(self.modules_to_save),
+            "modules trained in full (modules_to_save)": bool(self.modules_to_save or shape.num_scores),
             "biases": self.bias != "none",
             "rows of single tokens (trainable_token_indices)": bool(self.trainable_token_indices),
         }
@@ -307,6 +308,7 @@ class Lora(PredictedMethod):
         import torch
         from peft import LoraConfig, get_peft_model
 
+        from strategies.model.heads import has_score
         from strategies.step.optimizers import build_optimizer
         from strategies.techniques.lora_algebra import fuse
         from strategies.techniques.precision import keep_input_dtype, train_in_fp32
@@ -320,14 +322,14 @@ class Lora(PredictedMethod):
             lora_dropout=self.lora_dropout,
             target_modules=self._targets(model),
             layers_to_transform=self.layers_to_transform,
-            modules_to_save=self.modules_to_save,
+            modules_to_save=list(self.modules_to_save) if self.modules_to_save else None,  # PEFT adds the score to it
             trainable_token_indices=self.trainable_token_indices,
             target_parameters=self.target_parameters,
             bias=self.bias,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
             init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
-            task_type="CAUSAL_LM",
+            task_type="SEQ_CLS" if has_score(model) else "CAUSAL_LM",
         )
         if self.init_adapter and self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(

@@ -156,9 +156,9 @@ def adapted_maps(shape: ModelShape, choice: AdapterChoice) -> AdaptedMaps:
     if isinstance(shape, StageShape) and shape.whole and shape.of:
         return _of_stage(adapted_maps(shape.whole, choice), shape.of)
     maps, layers = shape.named_maps, choice.layers_to_transform
-    inside = [name for name in maps if name not in shape.outside]
-    whole = {**maps, **shape.named_parts, **shape.named_stacks}
-    saved = {name: one for name, one in whole.items() if any(is_saved(name, it) for it in choice.modules_to_save)}
+    inside, whole = [name for name in maps if name not in shape.outside], maps | shape.named_parts | shape.named_stacks
+    kept = choice.modules_to_save + ((shape.output_name,) if shape.num_scores else ())  # a score trains in full
+    saved = {name: one for name, one in whole.items() if any(is_saved(name, it) for it in kept)}
     targets, experts = _split_experts(shape, choice)
     chosen = [
         name
@@ -263,7 +263,7 @@ def architecture_of_shape(shape: ModelShape) -> Architecture:
         | {name: (one.num_experts, one.outputs, one.inputs) for name, (_, one) in shape.named_stacks.items()},
         shape.family.layers,
         shape.num_layers,
-        shape.family.output,
+        shape.output_name,
         shape.num_parameters,
         is_whole=False,
     )

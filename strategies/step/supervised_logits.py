@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from strategies.model.heads import inner_model
 from strategies.reuse.row import SharedRow
 from strategies.step.document_attention import borders, packed_arguments, tree_arguments, tree_positions
 from strategies.workload import LossType
@@ -37,6 +38,7 @@ class DocumentTargets:
     tokens_D: torch.Tensor  # of the answers
     reference_D: torch.Tensor | None = None  # log-probabilities of the answers under the reference, where known
     is_good_D: torch.Tensor | None = None  # of labelled rows
+    margins_N: torch.Tensor | None = None  # of pairs that say how much better the chosen answer is
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DocumentTargets:
         """The same, each tensor moved."""
@@ -195,12 +197,6 @@ def can_chunk(model: Any) -> bool:
     config = inner_model(model).config
     plain = not any(getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
     return plain and inner_model(model).get_output_embeddings() is not None
-
-
-def inner_model(model: Any) -> Any:
-    """The model without an engine or an adapter around it."""
-    model = getattr(model, "module", model)  # an engine's
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _can_select(model: Any) -> bool:

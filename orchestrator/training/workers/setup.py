@@ -39,7 +39,6 @@ from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Method
 from strategies.engines.shard import shard
-from strategies.objectives.contract import DocumentObjective
 from strategies.pipeline.cut import CannotCut, load_stage
 from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
@@ -194,12 +193,11 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
 
 def loss_of(plan: Plan) -> SampleLoss | None:
     """The loss of an objective over whole documents; None where supervised tokens are trained."""
-    objective = plan.build_objective()
-    if not isinstance(objective, DocumentObjective):
+    if not plan.build_objective().is_by_document:
         return None
-    from strategies.objectives.documents import DocumentLoss
+    from strategies.objectives.losses import build_loss
 
-    return DocumentLoss(objective)
+    return build_loss(plan.build_objective())
 
 
 def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]:
