@@ -10,6 +10,7 @@ from strategies.lsp_offload.method import LspOffload
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
+from strategies.methods.peft_config import PeftMethod
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
 from strategies.objectives.contract import Objective
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
+    "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "sft": Sft,

@@ -113,6 +113,10 @@ class MethodDefaults(Protocol):
     trains_score: ClassVar[bool] = False  # it trains the score of a model that has one in place of an output matrix
     streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
 
+    is_proposed: ClassVar[bool] = (
+        True  # a plan that does not fit may name it as the way out: its defaults mean something
+    )
+
     @property
     def layers_are_alike(self) -> bool:
         """Whether the same trains in every decoder layer."""

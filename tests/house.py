@@ -24,7 +24,7 @@ ROOMS = (
     ("clusters.ray",),
     ("clusters.kubernetes",),
     ("clusters",),
-    ("strategies.families",),
+    ("strategies.families", "strategies.optimizers", "strategies.schedules"),
     ("strategies.config_values",),
     ("strategies.shape_config",),
     ("strategies.shape",),

@@ -22,7 +22,9 @@ from orchestrator.job import secrets
 from orchestrator.job.aliases import named_sections, nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
+from orchestrator.job.sections.training import REFUSED_VALUES
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
+from strategies import schedules
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
@@ -92,6 +94,9 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
     if spec:
         found = (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri), _objective_mistake(spec))
         mistakes += [mistake for mistake in found if mistake]
+        mistakes += schedules.mistakes(
+            spec.train.lr_scheduler_type, spec.train.lr_scheduler_kwargs, spec.train.learning_rate
+        )
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
     if text is None or overrides or notices:
@@ -309,6 +314,8 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
         told = f"{start}: there is no such key{_nearest(path)}"
     elif "union_tag_invalid" in kinds:
         told = f"{start}: {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
+    elif reason := _refused_value(dotted, _value_at(path, document.values)):
+        told = f"{start} is {value}: {reason}"
     else:
         told = f"{start} is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
     fix = (
@@ -318,6 +325,11 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
     )
     stands = None if kinds == {"missing"} else _value_at(path, document.values)
     return Mistake(told, document.line(path), dotted, _short_value(stands), fix)
+
+
+def _refused_value(dotted: str, value: Any) -> str | None:
+    """Why a value that other tools know is none here."""
+    return REFUSED_VALUES.get(dotted, {}).get(value) if isinstance(value, str) else None
 
 
 def _short_value(value: Any) -> Any:

@@ -12,6 +12,7 @@ from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
+from strategies import schedules
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
 from strategies.cost.reuse import WORTH, ratio_of_step, stores_reference
@@ -266,7 +267,14 @@ def step_mistakes(spec: JobSpec, num_steps: int | None = None) -> list[str]:
             f" rate would never get beyond {steps / train.warmup_steps:.0%} of train.learning_rate; lower it, or use"
             " train.warmup_ratio"
         ]
-    return []
+    if steps is None:
+        return []
+    return schedules.step_mistakes(train.lr_scheduler_type, train.lr_scheduler_kwargs, steps, warmup_of(spec, steps))
+
+
+def warmup_of(spec: JobSpec, num_steps: int) -> int:
+    """Steps with a rising learning rate."""
+    return spec.train.warmup_steps or round(spec.train.warmup_ratio * num_steps)
 
 
 def step_notices(spec: JobSpec) -> list[str]:

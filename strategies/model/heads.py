@@ -29,6 +29,13 @@ def output_of(model: Any) -> Any:
     return getattr(model, SCORE, None) or model.get_output_embeddings()
 
 
+def outside_layers(model: Any) -> list[Any]:
+    """Parameters of embeddings and of the output matrix or score, copies that train in their place included."""
+    inner = inner_model(model)
+    parts = (inner.get_input_embeddings(), output_of(inner))
+    return [parameter for part in parts if part is not None for parameter in part.parameters()]
+
+
 def hidden_states(model: Any, ids_BT: torch.Tensor, **arguments: Any) -> torch.Tensor:
     """What the last layer makes of each token (B, T, H), of a model that has a score."""
     inner = inner_model(model)
