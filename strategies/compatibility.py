@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from clusters.capability import DeviceCapability
 from strategies.contract import Method
+from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 from strategies.techniques import refusals
 from strategies.techniques.attention import refuse_kernel
 from strategies.techniques.libraries import lacks
 from strategies.workload import Techniques
+
+_UNDER_DEEPSPEED = ("adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "adamw_8bit", "sgd", "adafactor")
 
 
 def conflict(
@@ -20,6 +23,7 @@ def conflict(
     """Why this combination cannot be used on this device; None where it can."""
     reasons = itertools.chain(
         [method.refuses(techniques, shape)],
+        _score_conflicts(method, techniques) if shape.num_scores else (),
         _streaming_conflicts(method, techniques),
         _stage_conflicts(method, techniques, shape) if techniques.stage else (),
         _between_conflicts(method, techniques) if method.acts_between else (),
@@ -32,10 +36,23 @@ def conflict(
     return next(filter(None, reasons), None)
 
 
+def _score_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What a model with a score in place of its output matrix cannot be combined with."""
+    if not method.trains_score:
+        yield f"{method.name} does not train a score: set method.type to lora, qlora or full"
+    if t.loss_type == "chunked_nll":
+        yield "a score has no logits that could be computed in chunks: set train.loss_type: auto"
+    if t.streams_weights:
+        yield "a model with a score is untested with weights on the host: set strategy.offload: none"
+    if t.stage:
+        yield "a model with a score is not cut into stages: set strategy.mode: auto"
+
+
 def _device_conflicts(
     is_quantised: bool, t: Techniques, device: DeviceCapability, shape: ModelShape
 ) -> Iterator[str | None]:
     """What the device, its libraries or the model's layers rule out."""
+    facts = OPTIMIZERS[t.optim]
     if refusal := refuse_kernel(t.attn_implementation, device, shape):
         yield f"{t.attn_implementation} attention: {refusal}"
     if t.attn_implementation == "document" and not t.packing:
@@ -44,8 +61,10 @@ def _device_conflicts(
         yield "flash-attn 2 computes in 16 bits only: set model.dtype to bfloat16 or float16"
     if t.dtype == "bfloat16":
         yield refusals.refuse_bf16(device, shape)
-    if is_quantised or t.has_eight_bit_optimizer:
+    if is_quantised or facts.library == "bitsandbytes":
         yield refusals.refuse_bitsandbytes(device, shape)
+    if facts.is_paged and device.kind != "cuda":
+        yield f"{t.optim} keeps its state in memory that NVIDIA's driver moves: set train.optim without paged_"
     if t.offload != "none" and not t.streams_weights:
         yield refusals.refuse_offload(device, shape)
     if t.streams_weights and device.kind == "cpu" and is_quantised:
@@ -60,8 +79,10 @@ def _sharding_conflicts(is_quantised: bool, t: Techniques, num_devices: int) -> 
     """What ZeRO and offload cannot be combined with."""
     if t.zero_stage and num_devices < 2:
         yield "ZeRO divides work among devices, and there is only one"
-    if t.zero_stage and t.optim == "adafactor":
-        yield "Adafactor needs whole matrices, which ZeRO splits: set train.optim to adamw_torch_fused"
+    facts = OPTIMIZERS[t.optim]
+    if t.zero_stage and facts.sees == "matrix":
+        name = t.optim.capitalize()
+        yield f"{name} needs whole matrices, which ZeRO splits: set train.optim to adamw_torch_fused"
     if t.uses_engine and t.dtype == "float16":
         yield "DeepSpeed's stages are untested in fp16: set model.dtype to bfloat16 or strategy.mode to zero1"
     if t.uses_engine and t.torch_compile:
@@ -78,8 +99,12 @@ def _sharding_conflicts(is_quantised: bool, t: Techniques, num_devices: int) -> 
         yield "quantised weights are untested under DeepSpeed: set strategy.mode to zero1"
     if t.zero_stage and t.has_eight_bit_optimizer:
         yield "8-bit states do not divide into ZeRO's equal parts: their blocks would be cut"
+    elif t.zero_stage and facts.library == "bitsandbytes":
+        yield f"{t.optim} is untested with ZeRO: set train.optim to adamw_torch_fused, or strategy.mode to ddp"
     if t.offloads_optimizer and t.has_eight_bit_optimizer:
         yield "an offloaded optimizer runs on the CPU in fp32"
+    elif t.uses_engine and t.optim not in _UNDER_DEEPSPEED:
+        yield f"{t.optim} is untested under DeepSpeed: set train.optim to adamw_torch_fused"
     if t.offload == "parameters" and t.zero_stage not in (0, 3):
         yield "parameter offload needs ZeRO-3 or a single device"
 

@@ -110,7 +110,12 @@ class MethodDefaults(Protocol):
 
     is_quantised: ClassVar[bool] = False  # the frozen weights lie in bitsandbytes' 4 or 8 bits
     keeps_base_frozen: ClassVar[bool] = False  # no weight of the base's layers moves: they may stream from the host
+    trains_score: ClassVar[bool] = False  # it trains the score of a model that has one in place of an output matrix
     streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
+
+    is_proposed: ClassVar[bool] = (
+        True  # a plan that does not fit may name it as the way out: its defaults mean something
+    )
 
     @property
     def layers_are_alike(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
 ExportFormat = Literal["peft-lora", "peft-other", "model", "own"]  # own: nobody but this program reads it
@@ -39,6 +39,14 @@ class Export:
     def is_adapter(self) -> bool:
         """Whether it belongs to a base model, which it does not hold."""
         return self.format != "model"
+
+    def of_score(self) -> Export:
+        """The same of a model that gives documents a score and has no output matrix."""
+        reasons: dict[Loader, str] = {
+            "vllm": "a model with a score was not tried with it",
+            "llama.cpp": "a model with a score was not tried with it",
+        }
+        return replace(self, cannot={**reasons, **self.cannot})
 
     @property
     def sentences(self) -> list[str]:

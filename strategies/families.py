@@ -59,6 +59,7 @@ class Family:
     silent: Mapping[str, Any] = field(default_factory=dict)
     where: tuple[Mapping[str, Any], ...] = ()
     only: Mapping[str, Any] = field(default_factory=dict)
+    scored: bool = True  # whether transformers has a model of it that gives documents a score
     uncut: str = ""  # why its layers cannot be computed on several machines in turn
 
     @property

@@ -5,6 +5,7 @@ from strategies.lsp_offload.method import LspOffload
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
+from strategies.methods.peft_config import PeftMethod
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
 from strategies.objectives.contract import Objective
@@ -12,6 +13,7 @@ from strategies.objectives.dpo import Dpo
 from strategies.objectives.ipo import Ipo
 from strategies.objectives.kto import Kto
 from strategies.objectives.orpo import Orpo
+from strategies.objectives.reward import Reward
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
 from strategies.techniques.catalogue import read_catalogue
@@ -25,6 +27,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
+    "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "sft": Sft,
@@ -33,5 +36,6 @@ OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "simpo": SimPo,
     "orpo": Orpo,
     "kto": Kto,
+    "reward": Reward,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)

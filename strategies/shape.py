@@ -13,8 +13,10 @@ from typing import Any
 
 from strategies.config_values import ConfigValues
 from strategies.families import FAMILIES, Family
+from strategies.shape_config import activation, experts, head_dim, kv_heads
 
 _MOST_LAYERS = 1024
+SCORE = "score"  # the module of transformers' models for sequence classification
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,7 @@ class ModelShape:
     softcap: bool = False  # Gemma 2: no fused kernel computes capped scores
     dropout: bool = False  # masks are kept for the backward pass
     attention_dropout: bool = False  # of the scores: eager products keep a mask of them and a copy
+    num_scores: int = 0  # rows of the score that stands in place of the output matrix; 0 = there is the output matrix
 
     @classmethod
     def from_config(cls, values: Mapping[str, Any]) -> ModelShape:
@@ -108,8 +111,8 @@ class ModelShape:
             hidden_size=hidden,
             num_layers=layers,
             num_heads=heads,
-            num_kv_heads=_kv_heads(config, family, heads),
-            head_dim=(family.reads_head_dim and config.whole("head_dim", default=0)) or _head_dim(hidden, heads),
+            num_kv_heads=kv_heads(config, family, heads),
+            head_dim=(family.reads_head_dim and config.whole("head_dim", default=0)) or head_dim(hidden, heads),
             intermediate_size=config.whole(family.width, default=4 * hidden, least=1),
             vocab_size=config.whole("vocab_size", least=1),
             tied_embeddings=config.flag("tie_word_embeddings", family.tied),
@@ -118,8 +121,8 @@ class ModelShape:
             biases=config.biases(family),
             num_positions=positions,
             embedding_size=embedding if embedding != hidden else None,
-            **_experts(config, family, layers),
-            activation=_activation(config, family),
+            **experts(config, family, layers),
+            activation=activation(config, family),
             softcap=config.get("attn_logit_softcapping") is not None,
             dropout=config.has_dropout("resid_pdrop", "residual_dropout", "hidden_dropout_prob", "dropout"),
             attention_dropout=config.has_dropout("attn_pdrop", "attention_dropout", "attention_probs_dropout_prob"),
@@ -137,6 +140,29 @@ class ModelShape:
     @property
     def has_output(self) -> bool:
         return True  # in a pipeline only on the last stage
+
+    def with_score(self) -> ModelShape:
+        """The sizes of the same model with one score a document in place of its output matrix.
+
+        Raises ValueError for a family that transformers has no such model of.
+        """
+        if not self.family.scored:
+            raise ValueError(f"transformers has no {self.model_type} model that gives documents a score")
+        return replace(self, tied_embeddings=False, num_scores=1)
+
+    @property
+    def output_name(self) -> str:
+        """The module of the output matrix, or of what stands in its place."""
+        return SCORE if self.num_scores else self.family.output
+
+    @property
+    def output_rows(self) -> int:
+        """Numbers that the last product gives for a position."""
+        return self.num_scores or self.vocab_size
+
+    @property
+    def has_head_bias(self) -> bool:
+        return self.family.head_bias and not self.num_scores
 
     @property
     def query_size(self) -> int:
@@ -209,7 +235,7 @@ class ModelShape:
         width = self.embedding_width
         return {
             self.family.embedding: Linear(self.family.embedding, self.vocab_size, width, reads="tokens"),
-            self.family.output: Linear(self.family.output, width, self.vocab_size, self.family.head_bias, "last"),
+            self.output_name: Linear(self.output_name, width, self.output_rows, self.has_head_bias, "last"),
         }
 
     @cached_property
@@ -271,7 +297,7 @@ class ModelShape:
         linears = sum(one.outputs * one.bias for layer in range(self.num_layers) for one in self.linears_of(layer))
         norms = self.family.norms * self.num_layers + self.family.final_norm
         qk = self.num_layers * sum(self._qk_norm_sizes) // 2 if self.family.qk_norm_bias else 0
-        head = self.vocab_size * self.family.head_bias
+        head = self.vocab_size * self.has_head_bias
         return linears + self.family.norm_bias * norms * self.hidden_size + qk + head
 
     @staticmethod
@@ -323,10 +349,10 @@ class ModelShape:
     def num_embedding_parameters(self) -> int:
         """Token embedding and output matrix (one tensor when tied), positions, projections, the output's bias."""
         width = self.embedding_width
-        tokens = self.vocab_size * width * (1 if self.tied_embeddings else 2)
+        tokens = width * (self.vocab_size + (0 if self.tied_embeddings else self.output_rows))
         projections = 2 * width * self.hidden_size if self.embedding_size else 0
         types = 2 * self.hidden_size if self.family.encoder else 0
-        bias, positions = self.vocab_size * self.family.head_bias, self.num_positions * self.hidden_size
+        bias, positions = self.vocab_size * self.has_head_bias, self.num_positions * self.hidden_size
         return tokens + projections + types + bias + positions
 
     @property
@@ -346,54 +372,3 @@ class ModelShape:
     def num_parameters(self) -> int:
         in_layers = self.num_linear_parameters + self.num_router_parameters + self.num_expert_parameters
         return in_layers + self.num_embedding_parameters + self.num_norm_parameters
-
-
-def _experts(config: ConfigValues, family: Family, num_layers: int) -> dict[str, Any]:
-    """How many experts a model's MLPs have, how wide, and where they have none: fields of `ModelShape`."""
-    names = ("num_local_experts", "num_experts", "n_routed_experts")
-    if not family.experts:
-        if config.whole(*names, default=0):
-            raise ValueError(f"it has experts, which models of type {config.get('model_type')} do not have")
-        return {}
-    number = config.whole(*names, least=1, most=2**16)
-    size = config.whole(family.expert_width, least=1)
-    shared = config.whole(family.shared_width) if family.shared_width else 0
-    if family.num_shared:
-        shared = config.whole(family.num_shared, least=1, most=2**10) * size
-    return {
-        "num_experts": number,
-        "num_experts_per_token": min(number, config.whole("num_experts_per_tok", least=1)),
-        "expert_size": size,
-        "shared_expert_size": shared,
-        "dense_layers": _dense_layers(config, family, num_layers),
-    }
-
-
-def _dense_layers(config: ConfigValues, family: Family, num_layers: int) -> tuple[int, ...]:
-    """The layers that have one MLP and no experts, by the keys that this family's configuration reads."""
-    dense: set[int] = set()
-    if "decoder_sparse_step" in family.dense:
-        step = config.whole("decoder_sparse_step", default=1, least=1)
-        dense |= {layer for layer in range(num_layers) if (layer + 1) % step}
-    if "mlp_only_layers" in family.dense:
-        dense |= set(config.layers("mlp_only_layers", num_layers))
-    if "first_k_dense_replace" in family.dense:
-        dense |= set(range(min(num_layers, config.whole("first_k_dense_replace", default=0))))
-    return tuple(sorted(dense))
-
-
-def _kv_heads(config: ConfigValues, family: Family, heads: int) -> int:
-    if family.kv_heads == "num_kv_heads" and not config.flag("new_decoder_architecture", False):  # Falcon
-        return 1 if config.flag("multi_query", False) else heads
-    return config.whole(family.kv_heads, default=0, most=heads) or heads if family.kv_heads else heads
-
-
-def _head_dim(hidden: int, heads: int) -> int:
-    if hidden < heads:
-        raise ValueError(f"its sizes are not those of a model: {heads} heads share a width of {hidden}")
-    return hidden // heads
-
-
-def _activation(config: ConfigValues, family: Family) -> str:
-    named = (config.get(key) for key in ("hidden_activation", "hidden_act", "activation_function", "activation"))
-    return next((name for name in named if isinstance(name, str) and name), family.activation)

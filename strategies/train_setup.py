@@ -190,6 +190,9 @@ class Learner(Protocol):
     def begin_learning(self, num_passes: int) -> None:
         """The next backward passes move nothing."""
 
+    def watch(self, batch: Any) -> None:
+        """The next pass is of this batch."""
+
     def next_learning(self) -> None: ...
 
     def end_learning(self) -> dict[str, Any]:
@@ -271,6 +274,17 @@ class SampleLoss(Protocol):
         ...
 
 
+class InputNoise(Protocol):
+    """Noise on what the layers read, in training passes alone."""
+
+    def begin(self, step: int) -> None:
+        """The next passes are of this step."""
+
+    def over(self, batch: Any) -> AbstractContextManager[None]:
+        """Inside the block the model computes this batch with its noise."""
+        ...
+
+
 class KnownLayers(Protocol):
     """Layers whose results for some samples are known already."""
 
@@ -301,6 +315,8 @@ class TrainSetup:
     between: Between | None = None
     lower: KnownLayers | None = None  # frozen layers whose results are kept
     objective: SampleLoss | None = None  # None = the mean loss of supervised tokens
+    noise: InputNoise | None = None  # on the embeddings of training passes
+    label_smoothing: float = 0.0  # of training passes: this part of each token's label is spread over the vocabulary
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up

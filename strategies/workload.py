@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -125,7 +126,7 @@ class Techniques:
 
     @property
     def has_eight_bit_optimizer(self) -> bool:
-        return self.optim.startswith("adamw_bnb")
+        return OPTIMIZERS[self.optim].has_eight_bit_state
 
     @property
     def state_part(self) -> float:

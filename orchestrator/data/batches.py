@@ -78,7 +78,8 @@ def _targets_of(dataset: Dataset, sample_ids: Sequence[int], batch: Batch) -> Do
         assert order_S is not None
         document_S = document_S[order_S]
         is_answer_S = None if is_answer_S is None else is_answer_S[order_S]
+    margins_N = None if dataset.margins is None else torch.tensor(dataset.margins[chosen])
     known, labels, width = dataset.references, dataset.labels, dataset.documents.lengths.shape[1]
     reference_D = None if known is None else torch.tensor(known[chosen, :width]).flatten()
     is_good_D = None if labels is None else torch.tensor(labels[chosen])
-    return DocumentTargets(document_S, is_answer_S, answers_D, reference_D, is_good_D)
+    return DocumentTargets(document_S, is_answer_S, answers_D, reference_D, is_good_D, margins_N)

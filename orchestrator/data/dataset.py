@@ -48,6 +48,7 @@ _DOCUMENTS = pyarrow.schema(  # of samples of whole documents, end to end
         ("document_supervised", pyarrow.list_(pyarrow.int32())),
         ("document_answers", pyarrow.list_(pyarrow.int32())),
         ("label", pyarrow.bool_()),  # of labelled rows: whether the answer is good
+        ("margin", pyarrow.float64()),  # of pairs: how much better the chosen answer is, where the row says so
     ]
 )
 _ROWS_A_BATCH = 1000
@@ -146,6 +147,14 @@ class Dataset:
         if column is None or column.null_count:
             return None
         return numpy.concatenate([part.to_numpy(zero_copy_only=False) for part in column.chunks])[self._rows]
+
+    @cached_property
+    def margins(self) -> numpy.ndarray | None:
+        """How much better each pair's chosen answer is, 0 where its row does not say; None where no row says so."""
+        column = self._table["margin"] if "margin" in self._table.column_names else None
+        if column is None or column.null_count == len(column):
+            return None
+        return numpy.array([value or 0.0 for value in column.to_pylist()])[self._rows]
 
     def mismatched(self, index: int) -> tuple[numpy.ndarray, numpy.ndarray]:
         """`tokens` of a labelled row's question with the answer of the row before it, cut to the longest row."""

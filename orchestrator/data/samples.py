@@ -43,11 +43,13 @@ class TokenizeOptions:
     strict: bool
     rows: RowKind = "answers"
     learns_prompts: bool = False  # of chosen documents
+    reads_margins: bool = False  # of pairs: how much better the chosen answer is
 
     @property
     def deciding(self) -> dict[str, Any]:
         """What the samples depend on; of single answers as before there were others, so that their caches stay."""
         later = ("rows", "learns_prompts") if self.rows == "answers" else ()
+        later += () if self.reads_margins else ("reads_margins",)
         return {key: value for key, value in asdict(self).items() if key not in later}
 
 
@@ -115,6 +117,7 @@ def options_for(job: Job, max_length: int | None) -> TokenizeOptions:
         data.strict,
         objective.rows,
         objective.learns_prompts,
+        objective.reads_margins,
     )
 
 
@@ -227,7 +230,7 @@ def _read(row: Row, options: TokenizeOptions, formats: dict[str, str]) -> tuple[
         formats.setdefault(row.file, preferences.LABELLED)
         return preferences.LABELLED, preferences.read_labelled(row)
     formats.setdefault(row.file, preferences.NAME)
-    return preferences.NAME, preferences.read_preference(row)
+    return preferences.NAME, preferences.read_preference(row, options.reads_margins)
 
 
 def read_only(rows: Iterable[Row], options: TokenizeOptions, counts: RowCounts) -> None:
@@ -302,6 +305,7 @@ def _documents_of(
         return []
     sample = _document_sample(pieces, options.learns_prompts) | _of_row(read)
     sample["label"] = read.example.is_good if isinstance(read.example, Labelled) else None
+    sample["margin"] = read.example.margin if isinstance(read.example, Preference) else None
     sample["reference"] = whole[0].answer if len(pieces[0].input_ids) == len(whole[0].input_ids) else None
     statistics.samples += 1
     statistics.tokens += kept

@@ -7,6 +7,7 @@ import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 from orchestrator.data.counts import Statistics, loss_notice
@@ -36,7 +37,8 @@ def rough_lengths(
     first rows drawn from them.  Raises JobError for rows that fit no format.
     """
     count, objective = _counter(job), job.spec.build_objective()
-    reader = {"pairs": read_preference, "labelled": read_labelled}.get(objective.rows)
+    pairs = partial(read_preference, reads_margins=objective.reads_margins)
+    reader = {"pairs": pairs, "labelled": read_labelled}.get(objective.rows)
     samples: list[list[int]] = []  # of each the lengths of its documents
     supervised = 0.0
     lost = Statistics()

@@ -24,7 +24,9 @@ from orchestrator.job.document import Document, KeyPath, apply_overrides, load_d
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.scoring.answers import pattern_mistake
 from orchestrator.job.scoring.functions import name_mistakes
+from orchestrator.job.sections.training import REFUSED_VALUES
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
+from strategies import schedules
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
@@ -100,6 +102,9 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
             *([] if spec.eval.metrics == "auto" else name_mistakes(spec.eval.metrics)),
         )
         mistakes += [mistake for mistake in found if mistake]
+        mistakes += schedules.mistakes(
+            spec.train.lr_scheduler_type, spec.train.lr_scheduler_kwargs, spec.train.learning_rate
+        )
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
     if text is None or overrides or notices:
@@ -317,6 +322,8 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
         told = f"{start}: there is no such key{_nearest(path)}"
     elif "union_tag_invalid" in kinds:
         told = f"{start}: {value}: type must be one of {', '.join(TYPED_SECTIONS[str(path[0])])}"
+    elif reason := _refused_value(dotted, _value_at(path, document.values)):
+        told = f"{start} is {value}: {reason}"
     else:
         told = f"{start} is {value}; it should {' or '.join(dict.fromkeys(map(_wanted, details)))}"
     fix = (
@@ -326,6 +333,11 @@ def _sentence(path: KeyPath, details: list[Any], document: Document) -> Mistake:
     )
     stands = None if kinds == {"missing"} else _value_at(path, document.values)
     return Mistake(told, document.line(path), dotted, _short_value(stands), fix)
+
+
+def _refused_value(dotted: str, value: Any) -> str | None:
+    """Why a value that other tools know is none here."""
+    return REFUSED_VALUES.get(dotted, {}).get(value) if isinstance(value, str) else None
 
 
 def _short_value(value: Any) -> Any:

@@ -22,6 +22,8 @@ def trace_plan(job: Job, plan: Plan, workload: Workload) -> dict[str, Any]:
 
     if plan.device != "cpu" and plan.techniques.attn_implementation.startswith("flash"):
         return {"text": "flash-attn's kernels cannot be traced; set model.attn_implementation: sdpa to trace it"}
+    if not plan.build_objective().writes_text:
+        return {"text": "a model with a score in place of its output matrix is not traced; its tests are"}
     if plan.techniques.streams_weights:
         return {"text": "weights that come and go are not traced; set strategy.offload: none to trace the rest"}
     config = model_files.config_of(job.spec.model.model_name_or_path, job.folder, job.spec.model.model_revision)

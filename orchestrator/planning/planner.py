@@ -141,6 +141,8 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
     single |= {"rows": train.per_device_train_batch_size, "accumulation": train.gradient_accumulation_steps}
     single |= {"cache_frozen_activations": train.cache_frozen_activations}
     objective = spec.build_objective()
+    if train.neftune_noise_alpha:  # a token has noise of its own in each row and each epoch
+        values = {"share_prefixes": False, "cache_frozen_activations": False} | values
     if objective.is_by_document:
         values = {"offloads": ("none",), "zero_stages": (0, 1), "cache_frozen_activations": False} | values
     return Switches(

@@ -24,6 +24,7 @@ from strategies.workload import StagePart, Techniques, Workload
 def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError for settings that no device could train with, whatever the plan chose for the rest."""
     refuse_beside_documents(spec)
+    _refuse_beside_regularisation(spec)
     _refuse_strategy(spec, slots)
     _refuse_pipeline(spec, workload, slots)
     _refuse_kernels(spec)
@@ -71,10 +72,62 @@ def refuse_beside_documents(spec: JobSpec) -> None:
         f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
         "bank.add": spec.bank.add,
     }
+    if not objective.writes_text:
+        stated |= _stated_beside_scores(spec)
     if found := [f"{what}: {_WHY_NOT_BESIDE[what.split(':')[0]]}" for what, is_stated in stated.items() if is_stated]:
         raise JobError([f"objective.type {objective.name} beside {text}" for text in found])
 
 
+def _refuse_beside_regularisation(spec: JobSpec) -> None:
+    """Raises JobError with all that noise on embeddings or smoothed labels cannot be combined with."""
+    strategy, train, objective = spec.strategy, spec.train, spec.build_objective()
+    each_row = "each row has noise of its own, so that nothing of it is known from another; set it to auto"
+    elsewhere = {
+        "strategy.mode: pipeline": strategy.mode == "pipeline",
+        "strategy.offload: weights": strategy.offload == "weights",
+    }
+    found = [
+        f"train.neftune_noise_alpha beside {what}: it is untested there; set that to auto"
+        for what, is_stated in elsewhere.items()
+        if train.neftune_noise_alpha and is_stated
+    ]
+    found += [
+        f"train.neftune_noise_alpha beside {key}: true: {each_row}"
+        for key, value in (
+            ("data.share_prefixes", spec.data.share_prefixes),
+            ("train.cache_frozen_activations", train.cache_frozen_activations),
+        )
+        if train.neftune_noise_alpha and value is True
+    ]
+    if train.label_smoothing_factor and objective.is_by_document:
+        found.append(
+            f"train.label_smoothing_factor: objective.type {objective.name} is of whole documents, and no token's label"
+            " is trained; remove it, or use objective.label_smoothing where the objective has it"
+        )
+    found += [
+        f"train.label_smoothing_factor beside {what}: it is untested there; set that to auto"
+        for what, is_stated in elsewhere.items()
+        if train.label_smoothing_factor and is_stated
+    ]
+    if found:
+        raise JobError(found)
+
+
+def _stated_beside_scores(spec: JobSpec) -> dict[str, bool]:
+    """Keys that say something of answers, which a model with a score neither learns nor writes."""
+    metrics, data, evaluated = spec.eval.metrics, spec.data, spec.eval.model_fields_set
+    masks = ("completion_only_loss", "assistant_only_loss", "train_on_eos")
+    return {
+        f"eval.metrics: {metrics}": metrics not in ("auto", []),
+        "eval.max_new_tokens": "max_new_tokens" in evaluated,
+        "eval.num_samples": "num_samples" in evaluated,
+        "train.loss_type": spec.train.loss_type != "auto",
+        **{f"data.{key}": key in data.model_fields_set for key in masks},
+    }
+
+
+_NO_TEXT = "a model with a score writes no answers"
+_NO_TOKENS = "a score is of the whole document, and no token's loss is computed"
 _BY_TOKEN = "its passes sum losses of tokens, and an objective needs those of whole documents with a reference"
 _WHY_NOT_BESIDE = {
     "strategy.mode": f"{_BY_TOKEN}; set it to auto, ddp or zero1",
@@ -84,6 +137,13 @@ _WHY_NOT_BESIDE = {
     "train.torch_compile": "switching the adapter off would compile the model anew; set it to false",
     "train.cache_frozen_activations": "it keeps one document a sample; set it to auto",
     "method": "it updates weights beside the computation, which is untested here; use another method",
+    "eval.metrics": f"{_NO_TEXT}; set it to auto or [], its held-out rows are measured by their rewards",
+    "eval.max_new_tokens": f"{_NO_TEXT}; remove it",
+    "eval.num_samples": f"{_NO_TEXT}; remove it",
+    "train.loss_type": f"{_NO_TOKENS}; set it to auto",
+    "data.completion_only_loss": f"{_NO_TOKENS}; remove it",
+    "data.assistant_only_loss": f"{_NO_TOKENS}; remove it",
+    "data.train_on_eos": f"{_NO_TOKENS}; remove it",
     "bank.add": "the bank compares adapters by the loss of answers' tokens; set it to false",
 }
 
@@ -162,6 +222,10 @@ def _rules_out_pipelines(spec: JobSpec) -> str | None:
     """What the job states beside a pipeline's keys that belongs to other modes."""
     if spec.build_objective().is_by_document:
         return f"objective.type {spec.objective.type}"
+    if spec.train.neftune_noise_alpha:
+        return "train.neftune_noise_alpha"
+    if spec.train.label_smoothing_factor:
+        return "train.label_smoothing_factor"
     if spec.strategy.deepspeed is not None:
         return "strategy.deepspeed"
     return "strategy.local_steps" if spec.strategy.local_steps else None

@@ -182,7 +182,9 @@ def _experimental_methods(inputs: PlanInputs, accepts: Accepts) -> Iterator[Reme
 def _other_methods(inputs: PlanInputs, experimental: bool) -> list[str]:
     """Those in few bits first."""
     others = [
-        name for name in METHODS if name.startswith(_EXPERIMENTAL) == experimental and name not in _stated(inputs)
+        name
+        for name, method in METHODS.items()
+        if name.startswith(_EXPERIMENTAL) == experimental and method.is_proposed and name not in _stated(inputs)
     ]
     return sorted(others, key=lambda name: not METHODS[name].is_quantised)
 

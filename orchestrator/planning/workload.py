@@ -12,6 +12,7 @@ from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.candidates import Candidate
+from strategies import schedules
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
 from strategies.cost.reuse import WORTH, ratio_of_step, stores_reference
@@ -75,6 +76,8 @@ def describe(
     """
     train, objective = spec.train, spec.build_objective()
     count, documents = objective.num_documents, lengths
+    if not objective.writes_text:
+        shape, num_supervised_tokens = _with_score(shape, objective.name), len(documents)  # a score each, no logits
     lengths = [sum(lengths[start : start + count]) for start in range(0, len(lengths), count)]
     padded = [count * max(documents[start : start + count]) for start in range(0, len(documents), count)]
     num_workers = 1 if spec.strategy.mode == "pipeline" else num_workers  # whose stages all see every sample
@@ -100,6 +103,14 @@ def describe(
         needs_divergence=objective.needs_divergence,
     )
     return workload, order, reason
+
+
+def _with_score(shape: ModelShape, objective: str) -> ModelShape:
+    """The sizes of a model with a score.  Raises JobError for a family that has no such model."""
+    try:
+        return shape.with_score()
+    except ValueError as error:
+        raise JobError(f"objective.type {objective}: {error}; use another model") from None
 
 
 def why_shared(chosen: Candidate, workload: Workload) -> str:
@@ -256,7 +267,14 @@ def step_mistakes(spec: JobSpec, num_steps: int | None = None) -> list[str]:
             f" rate would never get beyond {steps / train.warmup_steps:.0%} of train.learning_rate; lower it, or use"
             " train.warmup_ratio"
         ]
-    return []
+    if steps is None:
+        return []
+    return schedules.step_mistakes(train.lr_scheduler_type, train.lr_scheduler_kwargs, steps, warmup_of(spec, steps))
+
+
+def warmup_of(spec: JobSpec, num_steps: int) -> int:
+    """Steps with a rising learning rate."""
+    return spec.train.warmup_steps or round(spec.train.warmup_ratio * num_steps)
 
 
 def step_notices(spec: JobSpec) -> list[str]:

@@ -90,8 +90,20 @@ def export_of(run: RunFolder) -> Export:
     """What the run's method hands back of this model, and which engines load it.  Raises JobError."""
     from orchestrator.planning.workload import model_shape
 
-    shape = model_shape(model_files.read_config(Path(run.data().model)))
-    return run.plan().build_method().exports(shape)
+    shape, method = model_shape(model_files.read_config(Path(run.data().model))), run.plan().build_method()
+    if not run.plan().build_objective().writes_text:
+        return method.exports(shape.with_score()).of_score()
+    return method.exports(shape)
+
+
+def require_text(run: RunFolder, what: str) -> None:
+    """Raises JobError where what a run hands back writes no answers and so cannot be used in this way."""
+    objective = run.plan().build_objective()
+    if not objective.writes_text:
+        raise JobError(
+            f"{run.run_id} gives documents a score (objective.type {objective.name}) and writes no text: {what}."
+            f" README.md in {run.exported() or run.path} shows how transformers and PEFT load it"
+        )
 
 
 def check_model(run: RunFolder) -> None:

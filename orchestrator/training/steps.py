@@ -72,6 +72,8 @@ def _micro_batches(training: Training, samples: StepSamples, part: Sequence[int]
 
 def _begin(training: Training, step: int, batch: Batch) -> None:
     """A micro-batch's random numbers follow from what is in it: a resumed run draws the same."""
+    if training.setup.noise:
+        training.setup.noise.begin(step)
     training.random.begin(f"{training.schedule.seed}/{step}/{batch.sample_ids[0]}")
 
 
@@ -304,5 +306,6 @@ def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]
         if number:
             learner.next_learning()
         batch = collate(training.data, group, techniques.packing, techniques.share_prefixes).to(training.device)
+        learner.watch(batch)
         forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
     return {**learner.end_learning(), "seconds": round(time.perf_counter() - started, 2)}

@@ -44,7 +44,7 @@ def product_bytes(workload: Workload, techniques: Techniques, work: Work, tokens
     adapter_passes = 3 + techniques.gradient_checkpointing
     moved += adapter_passes * tokens * work.adapter_inputs * (shape.num_layers - work.first_layer)
     head_passes = 2 + work.trains_output + (techniques.loss_type == "chunked_nll") + work.reference_passes
-    supervised, h, vocabulary = tokens * workload.supervised_fraction, shape.hidden_size, shape.vocab_size
+    supervised, h, vocabulary = tokens * workload.supervised_fraction, shape.hidden_size, shape.output_rows
     moved += shape.has_output * head_passes * (supervised * (h + vocabulary) + h * vocabulary)
     return BYTES_PER_ELEMENT[techniques.dtype] * moved
 
@@ -95,7 +95,7 @@ def score_bytes(shape: ModelShape, techniques: Techniques, attended: float) -> f
 def other_bytes(workload: Workload, techniques: Techniques) -> float:
     """Bytes a token passes through memory for the loss and on the way to its experts, forward and backward."""
     shape = workload.shape
-    logits = _LOGIT_BYTES * shape.vocab_size * workload.supervised_fraction
+    logits = _LOGIT_BYTES * shape.output_rows * workload.supervised_fraction
     g = BYTES_PER_ELEMENT[techniques.dtype]
     return logits + _ROUTED_BYTES * g * shape.num_experts_per_token * shape.hidden_size * shape.num_expert_layers
 

@@ -15,6 +15,7 @@ from strategies.contract import MemoryEstimate
 from strategies.cost import streaming
 from strategies.cost.micro_batches import micro_batches_in_flight
 from strategies.cost.reserved import with_framework
+from strategies.optimizers import OPTIMIZERS
 from strategies.pipeline.wire_size import message_bytes
 from strategies.shape import ModelShape
 from strategies.techniques.attention import copies_keys
@@ -32,13 +33,6 @@ _GRADIENTS_OF_F = {"plain": 5.5, "compiled": 3.0, "fused": 1.0}
 DEEPSPEED_BUCKET = 500_000_000  # elements: DeepSpeed's default reduce_bucket_size
 DEEPSPEED_LIVE = 1_000_000_000  # and stage3_max_live_parameters
 _NLL_BYTES = 12.0  # fp32 log-softmax, its gradient, the loss's gradient: alive together when the backward pass begins
-_OPTIMIZER_BYTES = {  # state of one trained parameter
-    "adamw_torch": 8.0,
-    "adamw_torch_fused": 8.0,
-    "adamw_bnb_8bit": 2.0 + 8.0 / 256,  # two bytes, and two fp32 scales a block of 256 (Dettmers, arXiv 2110.02861)
-    "sgd": 0.0,
-    "adafactor": 0.0,  # rows and columns only (Shazeer & Stern, arXiv 1804.04235): below a thousandth
-}
 
 
 @dataclass(frozen=True)
@@ -56,6 +50,7 @@ class Footprint:
 
     weights_bytes: float  # every weight as it lies there: frozen, quantised, trained
     num_trainable: int
+    num_outside: int = 0  # of those, what is no matrix of a layer; 0 where no optimizer asks
     trained_bytes: float = 4.0  # of a trained weight's element; its gradient has the same
     stream_bytes: float = 2.0  # e: what the embedding's output is kept in
     inputs_per_token: float = 0.0  # bytes of linear inputs that one layer keeps because something there trains
@@ -112,8 +107,8 @@ def estimate(
     tokens = _tokens(workload, techniques)
     weights = footprint.weights_bytes / (techniques.num_shards if techniques.zero_stage >= 3 else 1)
     gradients = gradient_bytes(techniques, footprint)
-    state = _OPTIMIZER_BYTES[techniques.optim] + footprint.master_bytes
-    optimizer = state * footprint.num_trainable * techniques.state_part
+    state = OPTIMIZERS[techniques.optim].bytes_of(footprint.num_trainable, footprint.num_outside)
+    optimizer = (state + footprint.master_bytes * footprint.num_trainable) * techniques.state_part
     if footprint.optimizer_bytes is not None:
         optimizer = footprint.optimizer_bytes
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
@@ -300,7 +295,7 @@ def logits_bytes(workload: Workload, techniques: Techniques, stack: Stack, token
     positions = tokens * workload.supervised_fraction
     if techniques.loss_type == "chunked_nll":
         positions = min(positions, CHUNK)
-    return _NLL_BYTES * workload.shape.vocab_size * positions
+    return _NLL_BYTES * workload.shape.output_rows * positions
 
 
 def _sliced_logits_bytes(
@@ -345,7 +340,7 @@ def update_bytes(shape: ModelShape, techniques: Techniques, footprint: Footprint
     """Temporaries at the end of the backward pass and in the optimizer's step."""
     if techniques.uses_engine or footprint.streamed:  # a part at a time, before the last gradients are there
         return 0.0
-    foreach = footprint.trained_bytes * footprint.num_trainable if techniques.optim == "adamw_torch" else 0.0
+    foreach = OPTIMIZERS[techniques.optim].copies * footprint.trained_bytes * footprint.num_trainable
     tied = footprint.embeddings_train and shape.tied_embeddings
     # Both uses' gradients, and their sum.
     embedding = 2 * footprint.trained_bytes * shape.vocab_size * shape.hidden_size if tied else 0.0

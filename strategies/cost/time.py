@@ -15,6 +15,7 @@ from strategies.cost import kernels, streaming
 from strategies.cost.memory import SHORT
 from strategies.cost.micro_batches import num_micro_batches, padded_length, padding, tokens_per_micro_batch
 from strategies.cost.work import Work
+from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
@@ -66,7 +67,7 @@ def flops_per_token(workload: Workload, techniques: Techniques, work: Work) -> t
     products = linear * (forward + share + again + (share if work.trains_weights else 0.0))
     products += 2.0 * work.full_parameters
     products += 2.0 * work.adapter_parameters * (3 + (1 if techniques.gradient_checkpointing else 0))
-    logits = 2.0 * shape.vocab_size * shape.hidden_size * workload.supervised_fraction
+    logits = 2.0 * shape.output_rows * shape.hidden_size * workload.supervised_fraction
     products += logits * (2 + work.trains_output + (techniques.loss_type == "chunked_nll") + work.reference_passes)
     visible = 1.0 if shape.family.encoder or _masks_rows(techniques) else 0.5
     attention = 4.0 * visible * _attended(workload, techniques) * shape.query_size * shape.num_layers
@@ -231,7 +232,9 @@ def _update(
     mine = work.num_trainable * techniques.state_part
     moved = mine * (36.0 if not techniques.has_eight_bit_optimizer else 40.0)  # unpacked to fp32 and packed again
     if not techniques.offloads_optimizer:
-        return moved / bandwidth, 0.0
+        orthogonal = work.orthogonal_products if OPTIMIZERS[techniques.optim].orthogonalises else 0.0
+        rate, _ = product_rate(device, node, "bfloat16")
+        return moved / bandwidth + orthogonal / rate, 0.0
     bus = bus_rate(device)
     g = BYTES_PER_ELEMENT[techniques.dtype]
     return mine / host_update_rate(node), 2 * g * mine / bus  # gradients down, weights up

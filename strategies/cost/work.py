@@ -20,6 +20,7 @@ class Work:
     num_adapters: int = 0  # a layer
     num_trainable: int = 0
     num_tensors: int = 0
+    orthogonal_products: float = 0.0  # FLOP of making every trained matrix of the layers orthogonal, once
     first_layer: int = 0  # below it nothing runs backward
     lower_passes: float = 1.0  # of all samples, those that pass the layers below it: of others the result is kept
     cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch

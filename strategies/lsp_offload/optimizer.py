@@ -98,6 +98,8 @@ class LspAdamW(torch.optim.Optimizer):
             self.collect()
         self._learning_pass, self._fits_left = 0, max(1, self.learning.fit_steps // max(1, num_passes))
 
+    def watch(self, batch: Any) -> None: ...
+
     def next_learning(self) -> None:
         assert self._learning_pass is not None
         self._learning_pass += 1

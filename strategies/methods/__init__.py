@@ -3,9 +3,12 @@
 lora                start here: LoRA
 fused_maps          whether LoRA's maps are one function each with their corrections
 full                full fine-tuning
+lora_eva            EVA: LoRA that starts with the directions of its inputs
 lora_start          a fresh LoRA model that starts from an adapter of another training
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
 low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient
+peft_config         any of PEFT's methods that looks at no data, by its own configuration
+peft_fields         names of the fields of PEFT's configuration classes, without importing it
 qlora               QLoRA
 shira               SHiRA
 sparse_entries      linear maps some of whose entries train, and the choice of those entries

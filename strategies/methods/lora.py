@@ -73,11 +73,13 @@ class Lora(PredictedMethod):
     fused: bool = option(
         False, "each map and its correction as one function in the cheapest order (RunLoRA, arXiv 2312.03415)"
     )
+    eva_rows: int = option(32, "eva: samples of the first step, at most, whose inputs A starts from", ge=1)
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
     full_rank: ClassVar[bool] = False
     keeps_base_frozen: ClassVar[bool] = True
+    trains_score: ClassVar[bool] = True
 
     @property
     def layers_are_alike(self) -> bool:
@@ -123,6 +125,12 @@ class Lora(PredictedMethod):
             )
         if start in ("loftq", "corda"):
             return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
+        together = techniques.uses_engine or techniques.streams_weights or techniques.stage or techniques.torch_compile
+        if start == "eva" and (together or shape.num_experts):
+            return (
+                "init_lora_weights: eva looks at every map's inputs before the first step, which is untested with"
+                " DeepSpeed, streamed weights, stages, torch.compile and experts: use true"
+            )
         return (
             self._refuse_expert_corrections(shape)
             or self._refuse_streaming(shape, techniques)
@@ -196,7 +204,7 @@ class Lora(PredictedMethod):
         chosen = targets.adapted_maps(shape, self._choice)
         beside = {
             "magnitudes (use_dora)": self.use_dora,
-            "modules trained in full (modules_to_save)": bool(self.modules_to_save),
+            "modules trained in full (modules_to_save)": bool(self.modules_to_save or shape.num_scores),
             "biases": self.bias != "none",
             "rows of single tokens (trainable_token_indices)": bool(self.trainable_token_indices),
         }
@@ -271,6 +279,7 @@ class Lora(PredictedMethod):
             keeps_dtype=cast and not casts_inputs and not (self.is_quantised or chosen.stacks),
             cast_bytes=(g * chosen.num_cast if cast else 0.0) + g * copied,
             dequantised_bytes=g * chosen.stacked_elements / chosen.layers,
+            num_outside=trained.total - trained.multiplied,
             first_layer=0 if self.trainable_token_indices or self.bias == "all" else chosen.first_layer,
             scattered_bytes=g * rows,
         )
@@ -305,30 +314,15 @@ class Lora(PredictedMethod):
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         import torch
-        from peft import LoraConfig, get_peft_model
+        from peft import get_peft_model
 
+        from strategies.methods.lora_eva import EvaStart
+        from strategies.model.heads import outside_layers
         from strategies.step.optimizers import build_optimizer
         from strategies.techniques.lora_algebra import fuse
         from strategies.techniques.precision import keep_input_dtype, train_in_fp32
 
         model.requires_grad_(False)
-        is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
-        config = LoraConfig(
-            fan_in_fan_out=is_transposed,
-            r=self.lora_r,
-            lora_alpha=whole_if_possible(self.lora_alpha),  # type: ignore[arg-type]  # PEFT computes with any number
-            lora_dropout=self.lora_dropout,
-            target_modules=self._targets(model),
-            layers_to_transform=self.layers_to_transform,
-            modules_to_save=self.modules_to_save,
-            trainable_token_indices=self.trainable_token_indices,
-            target_parameters=self.target_parameters,
-            bias=self.bias,
-            use_dora=self.use_dora,
-            use_rslora=self.use_rslora,
-            init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
-            task_type="CAUSAL_LM",
-        )
         if self.init_adapter and self.init_lora_weights not in (True, "gaussian"):
             raise ValueError(
                 f"init_adapter takes the place of init_lora_weights: {self.init_lora_weights}, which may change the"
@@ -336,7 +330,7 @@ class Lora(PredictedMethod):
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names alone: nothing is drawn
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=is_empty)
+        peft_model = get_peft_model(model, self._config(model), low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         keep_input_dtype(peft_model)
@@ -347,7 +341,9 @@ class Lora(PredictedMethod):
         fast = [p for name, p in parameters.items() if "lora_B" in name]
         slow = [p for name, p in parameters.items() if "lora_B" not in name]
         ratio = self.loraplus_lr_ratio or 1.0
-        optimizer = build_optimizer([{"params": slow}, {"params": fast, "lr_factor": ratio}], settings)
+        optimizer = build_optimizer(
+            [{"params": slow}, {"params": fast, "lr_factor": ratio}], settings, outside_layers(peft_model)
+        )
 
         def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
             # Asked to decide by itself, PEFT looks the base model up on the hub.
@@ -358,7 +354,35 @@ class Lora(PredictedMethod):
                 state_dict=dict(weights) if weights else None,
             )
 
-        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-lora", notes=notes)
+        learner = EvaStart(peft_model, self.lora_r, self.eva_rows) if self.init_lora_weights == "eva" else None
+        return TrainSetup(
+            peft_model, optimizer, parameters, export, export_format="peft-lora", learner=learner, notes=notes
+        )
+
+    def _config(self, model: Any) -> Any:
+        """PEFT's configuration of these options."""
+        from peft import EvaConfig, LoraConfig
+
+        from strategies.model.heads import has_score
+
+        is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
+        return LoraConfig(
+            fan_in_fan_out=is_transposed,
+            r=self.lora_r,
+            lora_alpha=whole_if_possible(self.lora_alpha),  # type: ignore[arg-type]  # PEFT computes with any number
+            lora_dropout=self.lora_dropout,
+            target_modules=self._targets(model),
+            layers_to_transform=self.layers_to_transform,
+            modules_to_save=list(self.modules_to_save) if self.modules_to_save else None,  # PEFT adds the score to it
+            trainable_token_indices=self.trainable_token_indices,
+            target_parameters=self.target_parameters,
+            bias=self.bias,
+            use_dora=self.use_dora,
+            use_rslora=self.use_rslora,
+            init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
+            eva_config=EvaConfig(rho=1.0) if self.init_lora_weights == "eva" else None,  # every map keeps its rank
+            task_type="SEQ_CLS" if has_score(model) else "CAUSAL_LM",
+        )
 
     def _targets(self, model: Any) -> str | list[str]:
         """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""

@@ -118,6 +118,8 @@ class Sensitivity:
 
             self._hooks.append(one.weight_OI.register_post_accumulate_grad_hook(take))
 
+    def watch(self, batch: Any) -> None: ...
+
     def next_learning(self) -> None: ...
 
     def end_learning(self) -> dict[str, Any]:

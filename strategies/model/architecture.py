@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import first_line
+from strategies.model.heads import output_of
 
 _LINEAR = ("Linear", "Conv1D")
 _DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "F8_E4M3": "float8_e4m3fn"}
@@ -102,7 +103,7 @@ def architecture_of(model: Any) -> Architecture:
     modules = {name: _kind(module) for name, module in model.named_modules() if name}
     lists = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.ModuleList)}
     layers = max(lists, key=lambda name: sum(p.numel() for p in lists[name].parameters()), default="")
-    output = model.get_output_embeddings()
+    output = output_of(model)
     return Architecture(
         getattr(model.config, "model_type", "unnamed"),
         modules,

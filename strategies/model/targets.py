@@ -156,13 +156,13 @@ def adapted_maps(shape: ModelShape, choice: AdapterChoice) -> AdaptedMaps:
     if isinstance(shape, StageShape) and shape.whole and shape.of:
         return _of_stage(adapted_maps(shape.whole, choice), shape.of)
     maps, layers = shape.named_maps, choice.layers_to_transform
-    inside = [name for name in maps if name not in shape.outside]
     whole = {**maps, **shape.named_parts, **shape.named_stacks}
-    saved = {name: one for name, one in whole.items() if any(is_saved(name, it) for it in choice.modules_to_save)}
+    kept = choice.modules_to_save + ((shape.output_name,) if shape.num_scores else ())  # a score trains in full
+    saved = {name: one for name, one in whole.items() if any(is_saved(name, it) for it in kept)}
     targets, experts = _split_experts(shape, choice)
     chosen = [
         name
-        for name in resolve_targets(targets, tuple(maps), inside)
+        for name in resolve_targets(targets, tuple(maps), [one for one in maps if one not in shape.outside])
         if name not in saved and (layers is None or maps[name][0] in layers)
     ]
     routers = _routers(shape) if "gate" in experts else []
@@ -263,7 +263,7 @@ def architecture_of_shape(shape: ModelShape) -> Architecture:
         | {name: (one.num_experts, one.outputs, one.inputs) for name, (_, one) in shape.named_stacks.items()},
         shape.family.layers,
         shape.num_layers,
-        shape.family.output,
+        shape.output_name,
         shape.num_parameters,
         is_whole=False,
     )

@@ -2,8 +2,8 @@
 
 An objective is a frozen dataclass whose fields are its options, with TRL's names.  It says which rows it trains on and
 whether it needs a reference; of whole documents it is a pure function from the log-probabilities of a micro-batch's
-answers to a loss of each sample.  The loss of a step is the mean over its samples: what micro-batches and workers add
-up is exact, whatever their sizes.
+answers, or from the scores of whole documents, to a loss of each sample.  The loss of a step is the mean over its
+samples: what micro-batches and workers add up is exact, whatever their sizes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # torch is for workers; planning must not load it
     import torch
 
 RowKind = Literal["answers", "pairs", "labelled"]
+Head = Literal["tokens", "score"]  # what a model ends in: its output matrix, or one number a document in its place
 DOCUMENTS: dict[RowKind, int] = {"answers": 1, "pairs": 2, "labelled": 1}  # of a sample
 
 
@@ -47,12 +48,30 @@ class AnswerScores:
         return self.logps_D / self.tokens_D
 
 
+@dataclass(frozen=True)
+class DocumentScores:
+    """What a model with a score makes of a micro-batch's documents: of each pair the chosen one, then the rejected.
+
+    Legend: D documents, N pairs.
+    """
+
+    scores_D: torch.Tensor
+    margins_N: torch.Tensor | None = None  # of rows that say how much better the chosen answer is
+
+    @property
+    def pairs(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores of the chosen and of the rejected documents (N,)."""
+        return self.scores_D[0::2], self.scores_D[1::2]
+
+
 class ObjectiveDefaults(Protocol):
     """What holds for an objective that does not say otherwise: objectives inherit this and state what differs."""
 
     rows: ClassVar[RowKind] = "pairs"
     needs_reference: ClassVar[bool] = False
     learns_prompts: ClassVar[bool] = False  # its likelihood term is of the chosen document's prompt as well
+    head: ClassVar[Head] = "tokens"
+    reads_margins: ClassVar[bool] = False  # rows may say by how much the chosen answer is the better one
 
     @property
     def needs_divergence(self) -> bool:
@@ -70,6 +89,11 @@ class ObjectiveDefaults(Protocol):
         return self.rows != "answers"
 
     @property
+    def writes_text(self) -> bool:
+        """Whether what is trained can still write answers; else it gives documents a score."""
+        return self.head == "tokens"
+
+    @property
     def num_documents(self) -> int:
         """Of a sample."""
         return DOCUMENTS[self.rows]
@@ -84,7 +108,7 @@ class Objective(ObjectiveDefaults, Protocol):
 
 @runtime_checkable
 class DocumentObjective(Objective, Protocol):
-    """An objective over whole documents."""
+    """An objective over the likelihood of whole documents."""
 
     def losses(self, scores: AnswerScores) -> torch.Tensor:
         """The loss of each sample (N,), without the likelihood term of `nll_weight`."""
@@ -92,4 +116,13 @@ class DocumentObjective(Objective, Protocol):
 
     def rewards(self, scores: AnswerScores) -> torch.Tensor:
         """What each document is worth to it (D,), as TRL counts it."""
+        ...
+
+
+@runtime_checkable
+class ScoreObjective(Objective, Protocol):
+    """An objective over the scores of whole documents."""
+
+    def score_losses(self, scores: DocumentScores) -> torch.Tensor:
+        """The loss of each sample (N,)."""
         ...

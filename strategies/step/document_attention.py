@@ -25,6 +25,7 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 
+from strategies.model.heads import outputs
 from strategies.reuse.attention import attend_tree, nodes_of
 from strategies.reuse.row import lay_out
 from strategies.techniques.attention import Heads, Sharing, sharing
@@ -256,9 +257,9 @@ def packing_error(model: Any) -> float:
     lengths = (5, 4, 3)
     ids_1T = (torch.arange(sum(lengths), device=model.device) * 7 + 3).remainder(model.config.vocab_size)[None]
     with torch.no_grad():
-        packed = model(ids_1T, **packed_arguments(lengths, model.device), use_cache=False).logits[0]
+        packed = outputs(model, ids_1T, **packed_arguments(lengths, model.device), use_cache=False)[0]
         alone = [
-            model(part, **packed_arguments([part.shape[1]], model.device), use_cache=False).logits[0]
+            outputs(model, part, **packed_arguments([part.shape[1]], model.device), use_cache=False)[0]
             for part in ids_1T.split(lengths, dim=1)
         ]
     return difference(packed, torch.cat(alone))
@@ -280,9 +281,9 @@ def sharing_error(model: Any) -> float:
     row = lay_out(documents, [torch.arange(len(one)) > 0 for one in documents])
     with torch.no_grad():
         arguments = tree_arguments(row.lengths, row.parents, model.device)
-        logits = model(row.input_ids_1T.to(model.device), **arguments, use_cache=False).logits[0]
+        logits = outputs(model, row.input_ids_1T.to(model.device), **arguments, use_cache=False)[0]
         alone = [
-            model(one[None].to(model.device), **packed_arguments([len(one)], model.device), use_cache=False).logits[0]
+            outputs(model, one[None].to(model.device), **packed_arguments([len(one)], model.device), use_cache=False)[0]
             for one in documents
         ]
     own = logits[9:].split(row.lengths[1:])  # behind the shared node, in the tree's order

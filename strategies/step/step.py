@@ -36,17 +36,19 @@ def forward_backward(
 def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Techniques) -> torch.Tensor:
     """A micro-batch's part of the step's loss, with what its backward pass needs."""
     device = batch.input_ids_BT.device
-    if setup.engine:  # its weights are in the compute precision already
-        return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_counted
-    with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
-        return summed_loss(setup, batch, techniques) / num_counted
+    smoothing = setup.label_smoothing
+    with setup.noise.over(batch) if setup.noise else nullcontext():
+        if setup.engine:  # its weights are in the compute precision already
+            return loss_sum(setup.engine.model, batch, techniques.loss_type, smoothing) / num_counted
+        with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
+            return summed_loss(setup, batch, techniques, smoothing) / num_counted
 
 
-def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques) -> torch.Tensor:
+def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques, smoothing: float = 0.0) -> torch.Tensor:
     """The loss of a batch's supervised tokens, or of its samples under an objective over documents, summed."""
     if setup.objective is not None:
         return setup.objective.loss_sum(setup.model, batch, techniques.loss_type)
-    return loss_sum(setup.model, batch, techniques.loss_type)
+    return loss_sum(setup.model, batch, techniques.loss_type, smoothing)
 
 
 def _known_layers(setup: TrainSetup, batch: Batch) -> AbstractContextManager[None]:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from strategies.model.heads import inner_model
 from strategies.reuse.row import SharedRow
 from strategies.step.document_attention import borders, packed_arguments, tree_arguments, tree_positions
 from strategies.workload import LossType
@@ -37,6 +38,7 @@ class DocumentTargets:
     tokens_D: torch.Tensor  # of the answers
     reference_D: torch.Tensor | None = None  # log-probabilities of the answers under the reference, where known
     is_good_D: torch.Tensor | None = None  # of labelled rows
+    margins_N: torch.Tensor | None = None  # of pairs that say how much better the chosen answer is
 
     def to(self, move: Callable[[torch.Tensor], torch.Tensor]) -> DocumentTargets:
         """The same, each tensor moved."""
@@ -101,23 +103,31 @@ class Batch:
         return moved
 
 
-def loss_sum(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Tensor:
+def loss_sum(model: Any, batch: Batch, loss_type: LossType = "nll", smoothing: float = 0.0) -> torch.Tensor:
     """Sum over supervised tokens of -log p(token | the document so far), a scalar in fp32.
+
+    `smoothing` is the part of each label that is spread over the vocabulary, as transformers' LabelSmoother does it:
+    (1 - s) * -log p(token) + s * the mean of -log p over all tokens.
 
     `chunked_nll` computes the same without ever holding all logits: a few positions at a time, again in the backward
     pass (as TRL's loss of that name; Wijmans et al., arXiv 2411.09009, fuse it further).
     """
-    return loss_sums(model, batch, [batch.targets_S.numel()], loss_type)[0]
+    return loss_sums(model, batch, [batch.targets_S.numel()], loss_type, smoothing)[0]
 
 
-def loss_sums(model: Any, batch: Batch, sizes: Sequence[int], loss_type: LossType = "nll") -> list[torch.Tensor]:
+def loss_sums(
+    model: Any, batch: Batch, sizes: Sequence[int], loss_type: LossType = "nll", smoothing: float = 0.0
+) -> list[torch.Tensor]:
     """`loss_sum` of consecutive parts of the supervised tokens, `sizes` of each, by one pass of the model."""
     if loss_type == "chunked_nll":
-        return _chunked(model, batch, sizes)
+        return _chunked(model, batch, sizes, smoothing)
     logits_SV = supervised_logits(model, batch)
     parts = [logits_SV] if len(sizes) == 1 else logits_SV.split(list(sizes))  # a split of one would copy the gradient
     targets = batch.targets_S.split(list(sizes))
-    return [F.cross_entropy(own.float(), wanted, reduction="sum") for own, wanted in zip(parts, targets, strict=True)]
+    return [
+        F.cross_entropy(own.float(), wanted, reduction="sum", label_smoothing=smoothing)
+        for own, wanted in zip(parts, targets, strict=True)
+    ]
 
 
 def supervised_logits(model: Any, batch: Batch) -> torch.Tensor:
@@ -170,7 +180,7 @@ def _hidden_states(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
             head.forward = streamed.multiply
 
 
-def _chunked(model: Any, batch: Batch, sizes: Sequence[int]) -> list[torch.Tensor]:
+def _chunked(model: Any, batch: Batch, sizes: Sequence[int], smoothing: float) -> list[torch.Tensor]:
     """The loss with the output matrix applied to CHUNK positions at a time, and again for the gradient."""
     head, hidden_SH = _hidden_states(model, batch)
     streamed = getattr(head, "streamed", None)
@@ -179,7 +189,7 @@ def _chunked(model: Any, batch: Batch, sizes: Sequence[int]) -> list[torch.Tenso
         return [streamed.loss_sum(own_SH, targets_S) for own_SH, targets_S in parts]
 
     def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="sum")
+        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="sum", label_smoothing=smoothing)
 
     totals = []
     for own_SH, targets_S in zip(hidden_SH.split(list(sizes)), batch.targets_S.split(list(sizes)), strict=True):
@@ -195,12 +205,6 @@ def can_chunk(model: Any) -> bool:
     config = inner_model(model).config
     plain = not any(getattr(config, key, None) for key in ("final_logit_softcapping", "logits_scaling", "logit_scale"))
     return plain and inner_model(model).get_output_embeddings() is not None
-
-
-def inner_model(model: Any) -> Any:
-    """The model without an engine or an adapter around it."""
-    model = getattr(model, "module", model)  # an engine's
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _can_select(model: Any) -> bool:

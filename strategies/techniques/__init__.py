@@ -5,6 +5,7 @@ attention      which kernel computes attention
 catalogue      reads catalogue.toml, which holds what each technique states
 changes        what a technique changes where switches alone do not say it
 checkpointing  gradient checkpointing
+embedding_noise  NEFTune: noise on the embeddings of training rows
 lora_algebra   a linear map and its low-rank correction as one function
 lora_forms     the orders in which those can be multiplied out, and the cheapest
 libraries      optional libraries that a technique needs

@@ -6,7 +6,13 @@ import random
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+)
 
 from strategies.families import FAMILIES
 from strategies.shape import ModelShape
@@ -75,6 +81,13 @@ def built(config, device="meta"):
     known = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device(device):
         return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **known))
+
+
+def built_with_score(config):
+    known = {key: value for key, value in config.items() if key != "model_type"}
+    with torch.device("meta"):
+        settings = AutoConfig.for_model(config["model_type"], **known, num_labels=1)
+        return AutoModelForSequenceClassification.from_config(settings)
 
 
 def counted(model):
@@ -198,3 +211,23 @@ def _another(value):
     if isinstance(value, int):
         return value + 1
     return 3 if value is None else None
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_model_with_a_score_is_counted_exactly_or_known_not_to_exist(name):
+    exists = CONFIG_MAPPING[name] in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
+    assert FAMILIES[name].scored == exists
+    if not exists:
+        with pytest.raises(ValueError, match=f"no {name} model that gives documents a score"):
+            ModelShape.from_config(random_config(name, 1)).with_score()
+        return
+
+    for seed in range(3):
+        config = random_config(name, seed)
+        model = built_with_score(config)
+        shape = ModelShape.from_config(config).with_score()
+        assert shape.num_parameters == counted(model)
+        modules = dict(model.named_modules())
+        assert modules["score"].out_features == 1
+        missing = [name for name, (_, linear) in shape.named_maps.items() if name not in modules]
+        assert not missing

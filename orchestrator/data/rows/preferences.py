@@ -7,6 +7,7 @@ any other: whatever stands beside the answers (system prompt, tools, history) is
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -36,6 +37,7 @@ class Preference:
 
     chosen: Example
     rejected: Example
+    margin: float | None = None  # how much better the chosen answer is, where the row says so and it is asked
 
     @property
     def both(self) -> tuple[Example, Example]:
@@ -70,6 +72,7 @@ class Labelled:
         return tuple(dict.fromkeys(self.example.readings))
 
 
+_MARGIN = "margin"
 LABELLED = "labelled"  # of the format, in counts
 _LABELS = ("label", "kto_tag", "desirable")
 _WORDS = {"true": True, "good": True, "yes": True, "1": True, "false": False, "bad": False, "no": False, "0": False}
@@ -106,19 +109,29 @@ def read_labelled(row: Row) -> Labelled:
     return Labelled(_convert(_AsRow(row_format, rest, names)), is_good)
 
 
-def read_preference(row: Row) -> Preference:
-    """A row as a pair.  Raises BadRow."""
+def read_preference(row: Row, reads_margins: bool = False) -> Preference:
+    """A row as a pair, with its margin where that is asked.  Raises BadRow."""
     if row.broken:
         raise row.broken
-    values = row.values
+    values, margin = row.values, None
+    if reads_margins and not missing(values.get(_MARGIN)):
+        margin = _number_of(values[_MARGIN])
+        values = {name: value for name, value in values.items() if name != _MARGIN}
     if "rejected_response" in values and "messages" in values and "chosen_response" not in values:
         chosen, rejected = _from_answered_turns(values)
     else:
         chosen, rejected = _from_answers(values)
-    found = Preference(_convert(chosen), _convert(rejected))
+    found = Preference(_convert(chosen), _convert(rejected), margin)
     if _answers_of(found.chosen) == _answers_of(found.rejected):
         raise BadRow("the chosen and the rejected answer are the same: there is nothing to prefer. Remove the row")
     return found
+
+
+def _number_of(value: Any) -> float:
+    """A margin.  Raises BadRow."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        return float(value)
+    raise BadRow(f"field {_MARGIN!r} is {value!r:.40}, no finite number. Write how much better the chosen answer is")
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,8 @@ from typing import Any
 from clusters.safe.reading import name_mistake
 from orchestrator.job.aliases import targets_of
 from orchestrator.job.importers.draft import JobDraft
+from strategies.optimizers import OPTIMIZERS
+from strategies.schedules import SCHEDULES
 
 
 class NoCounterpart(ValueError):
@@ -21,6 +23,7 @@ class IsSet(Exception):
 
 OFF = (None, False, "", "none", "None", "null", "no")
 _OPTIMIZERS = {
+    **{name: name for name, facts in OPTIMIZERS.items() if not facts.is_paged},
     "adamw_torch": "adamw_torch",
     "adamw_hf": "adamw_torch",
     "adamw": "adamw_torch",
@@ -34,7 +37,6 @@ _OPTIMIZERS = {
     "sgd": "sgd",
     "adafactor": "adafactor",
 }
-_SCHEDULERS = ("linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt")
 _TORCHTUNE_MODULES = {"output_proj": "o_proj"}
 _MLP = ["gate_proj", "down_proj", "up_proj"]
 
@@ -56,7 +58,7 @@ def _optimizer(value: Any, _: JobDraft) -> str:
 
 
 def _scheduler(value: Any, _: JobDraft) -> str:
-    if value not in _SCHEDULERS:
+    if value not in SCHEDULES:
         raise NoCounterpart
     return value
 

@@ -7,9 +7,46 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.job.sections.section import MOST, Auto, Metric, OwnMetric, Section, Tokenizer, key
+from strategies import optimizers, schedules
 
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "classification", "text"]
-Scheduler = Literal["linear", "cosine", "constant", "constant_with_warmup", "polynomial", "inverse_sqrt"]
+Scheduler = Literal[  # those of strategies/schedules.py
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "cosine_with_min_lr",
+    "cosine_warmup_with_min_lr",
+    "warmup_stable_decay",
+]
+Optimizer = Literal[  # those of strategies/optimizers.py
+    "adamw_torch",
+    "adamw_torch_fused",
+    "adamw_bnb_8bit",
+    "adamw_8bit",
+    "paged_adamw_32bit",
+    "paged_adamw_8bit",
+    "ademamix",
+    "ademamix_8bit",
+    "paged_ademamix_32bit",
+    "paged_ademamix_8bit",
+    "lion_32bit",
+    "lion_8bit",
+    "paged_lion_32bit",
+    "paged_lion_8bit",
+    "adagrad",
+    "rmsprop",
+    "rmsprop_bnb",
+    "rmsprop_bnb_32bit",
+    "rmsprop_bnb_8bit",
+    "sgd",
+    "adafactor",
+    "muon",
+]
+REFUSED_VALUES = {"train.lr_scheduler_type": schedules.REFUSED, "train.optim": optimizers.REFUSED}  # with the reason
 
 
 class ModelSection(Section):
@@ -128,10 +165,24 @@ class TrainSection(Section):
     max_steps: int = key(-1, "stop after so many steps; -1 = by epochs", ge=-1, le=MOST)
     learning_rate: Annotated[float, Field(gt=0, le=1e30)] = key(2e-4, "peak learning rate")
     lr_scheduler_type: Scheduler = key("cosine", "shape of the learning rate over time")
+    lr_scheduler_kwargs: dict[str, int | float | str] = key(
+        {},
+        "options of the schedule by transformers' names: num_cycles, lr_end, power, timescale, min_lr, min_lr_rate,"
+        " warmup_lr_rate, num_decay_steps, num_stable_steps, warmup_type, decay_type, min_lr_ratio",
+    )
     warmup_ratio: float = key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
     warmup_steps: int = key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0, le=MOST)
-    optim: Auto | Literal["adamw_torch", "adamw_torch_fused", "adamw_bnb_8bit", "sgd", "adafactor"] = key(
-        "auto", "optimizer"
+    optim: Auto | Optimizer = key(
+        "auto", "optimizer, by transformers' names; muon = torch's for matrices of layers, AdamW for the rest"
+    )
+    neftune_noise_alpha: float | None = key(
+        None, "NEFTune: noise on the embeddings of training rows, 5 say (arXiv 2310.05914); null = none", gt=0, le=1e6
+    )
+    label_smoothing_factor: float = key(
+        0.0,
+        "this part of each trained token's label is spread over the vocabulary; held-out losses are without",
+        ge=0,
+        lt=1,
     )
     loss_type: Auto | Literal["nll", "chunked_nll"] = key(
         "auto", "chunked_nll never holds all logits at once: less memory, the output matrix applied twice"

@@ -50,6 +50,8 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
         "its rows are padded (data.packing: false)": not techniques.packing,
         "its objective is over whole documents": plan.build_objective().is_by_document,
+        "its embeddings get noise (train.neftune_noise_alpha)": bool(job.spec.train.neftune_noise_alpha),
+        "its labels are smoothed (train.label_smoothing_factor)": bool(job.spec.train.label_smoothing_factor),
         "train.cache_frozen_activations is true": job.spec.train.cache_frozen_activations is True,
     }
     own = plan.build_method().why_alone()

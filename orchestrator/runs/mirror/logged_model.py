@@ -26,7 +26,7 @@ _WEIGHTS = ".safetensors"
 
 
 def log_model(client: MlflowClient, experiment_id: str, run_id: str, run: RunFolder, job: Job) -> str | None:
-    """Send it as `adapter` or `model` of the run; its id, None where PEFT and transformers cannot load it.
+    """Send it as `adapter` or `model` of the run; its id, None where PEFT and transformers cannot answer with it.
 
     Weights are sent from where they lie; they are large and are not copied before.
     """
@@ -35,7 +35,8 @@ def log_model(client: MlflowClient, experiment_id: str, run_id: str, run: RunFol
 
     folder = run.exported()
     export = export_of(run)
-    if folder is None or ("peft" if export.is_adapter else "transformers") in export.cannot:
+    writes_text = run.plan().build_objective().writes_text  # what MLflow serves answers prompts
+    if folder is None or not writes_text or ("peft" if export.is_adapter else "transformers") in export.cannot:
         return None
     options = {"base": model_name_of(run), **run.plan().method}
     params = {key: str(value) for key, value in options.items() if value is not None}

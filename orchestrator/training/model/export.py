@@ -2,7 +2,7 @@
 
 weights          adapter_config.json + adapter_model.safetensors, or config.json + model*.safetensors
 tokenizer        its files, with the chat template that was trained with (chat_template.jinja)
-generation       generation_config.json: the base model's, with every token that ends an answer
+generation       generation_config.json: the base model's, with every token that ends an answer; none of a score
 base_model.json  of an adapter: name and revision of its base, size and SHA-256 of the base's files
 README.md        the model card (orchestrator/runs/model_card.py), written when everything is known
 """
@@ -21,7 +21,7 @@ from clusters.safe.reading import BadInput, read_json
 from orchestrator.job.model_files import BaseName
 from orchestrator.runs.digests import FileDigest
 from orchestrator.training.stops import stops_of
-from strategies.step.supervised_logits import inner_model
+from strategies.model.heads import has_score, inner_model
 from strategies.train_setup import TrainSetup
 
 _ADAPTER, _GENERATION, _BASE = "adapter_config.json", "generation_config.json", "base_model.json"
@@ -41,7 +41,10 @@ def write(folder: Path, setup: TrainSetup, weights: Mapping[str, Any] | None, to
     inner = inner_model(setup.model)
     with plain_generation(inner):
         setup.export(folder, weights)
-    write_beside(folder, inner, tokenizer, base.folder)
+    if has_score(inner):  # there is nothing to generate
+        tokenizer.save_pretrained(folder)
+    else:
+        write_beside(folder, inner, tokenizer, base.folder)
     if is_adapter(folder):
         names = {"base_model_name_or_path": base.name.name, "revision": base.name.revision}
         _write_json(folder / _ADAPTER, _json(folder / _ADAPTER) | names)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,9 @@ from orchestrator.job.weights import stored_tensors
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import export
 from orchestrator.training.worker_context import WorkerContext
+from strategies.model import heads
 from strategies.model.architecture import LoadReport, faults, quiet
+from strategies.shape import SCORE
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
 from strategies.step.quantise import keep_layout
@@ -74,6 +76,8 @@ class Placing:
 
 def load_model(location: str, job: Job, placing: Placing) -> Any:
     """The pretrained model.  Raises JobError; an out-of-memory error passes unchanged."""
+    if not job.spec.build_objective().writes_text:
+        return _load_with_score(location, job, placing)
     from transformers import AutoModelForCausalLM
 
     with _loading(location):
@@ -84,6 +88,35 @@ def load_model(location: str, job: Job, placing: Placing) -> Any:
     report = LoadReport.from_loading_info(info)
     if wrong := faults(report, [name for name, _ in model.named_parameters()], report.unexpected):
         raise JobError(f"model.model_name_or_path: {location}: {wrong}")
+    return _placed(model, placing)
+
+
+def _load_with_score(location: str, job: Job, placing: Placing) -> Any:
+    """The pretrained model with one score a document in place of its output matrix; a new one is drawn by the seed."""
+    from transformers import AutoModelForSequenceClassification
+
+    with _loading(location), quiet():  # that the score is new and the output matrix not used is as it should be
+        loaded: Any = AutoModelForSequenceClassification.from_pretrained(
+            location,
+            num_labels=1,
+            trust_remote_code=job.spec.model.trust_remote_code,
+            **placing.as_arguments(),
+        )
+    model, info = loaded
+    if not heads.has_score(model):
+        raise JobError(f"model.model_name_or_path: {type(model).__name__} has no single score; use another model")
+    report = LoadReport.from_loading_info(info)
+    own = {name for name, _ in model.named_parameters()}
+    missing = tuple(name for name in report.missing if name.split(".")[0] != SCORE)
+    unused = tuple(name for name in report.unexpected if name.split(".")[0] in {part.split(".")[0] for part in own})
+    if wrong := faults(replace(report, missing=missing, unexpected=unused), own, report.unexpected):
+        raise JobError(f"model.model_name_or_path: {location}: {wrong}")
+    if len(missing) < len(report.missing):
+        heads.begin_score(model, job.spec.train.seed)
+    text = model.config.get_text_config()
+    if text.pad_token_id is None:
+        tokenizer = load_tokenizer(location, job)
+        text.pad_token_id = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     return _placed(model, placing)
 
 

@@ -15,7 +15,7 @@ from clusters.safe.writing import new_folder
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
-from orchestrator.runs.condition import check_model, exported_whole
+from orchestrator.runs.condition import check_model, exported_whole, require_text
 from orchestrator.runs.model_card import write_merged_card
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import agreement, merged
@@ -100,6 +100,7 @@ def write_merged(run: RunFolder, job: Job, folder: Path, place: Path) -> Agreeme
 
 def merge_exported(run: RunFolder, job: Job, exported: Path, folder: Path) -> Agreement:
     """The same of an exported folder, without a card."""
+    require_text(run, "it is not merged here; PEFT's merge_and_unload() does it")
     base = Path(model_of(run))
     try:
         is_written, dtype = True, merged.stream(exported, base, folder)
@@ -137,6 +138,7 @@ def variants(run: RunFolder, context: WorkerContext) -> Iterator[tuple[str, Any]
     Each in the precision and the quantisation that the run trained in, one after the other: none is held while the next
     one is loaded.  A quantised base is not merged into: what `merge` writes is a model without quantisation.
     """
+    require_text(run, "there is no speed of writing to measure")
     exported, techniques, method = exported_whole(run), context.part.techniques, context.plan.build_method()
     dtype, arguments = method.load_dtype(techniques), method.load_arguments(techniques)
     yield "base", load_model(context.model_folder, context.job, Placing(dtype, context.device, "sdpa", arguments))

@@ -17,6 +17,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError, bad_input_as_job_error
 from orchestrator.job.job_file import Job
 from orchestrator.planning.plan import Plan
+from orchestrator.planning.workload import warmup_of
 from orchestrator.runs.condition import check_model, model_digests
 from orchestrator.runs.digests import FileDigest
 from orchestrator.runs.events import ModelReady
@@ -39,14 +40,16 @@ from orchestrator.training.state import Schedule
 from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Method
 from strategies.engines.shard import shard
-from strategies.objectives.contract import DocumentObjective
+from strategies.model.heads import inner_model
 from strategies.pipeline.cut import CannotCut, load_stage
 from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
+from strategies.schedules import lr_factor
 from strategies.step import device_memory
 from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
+from strategies.techniques.embedding_noise import EmbeddingNoise
 from strategies.train_setup import SampleLoss, TrainSettings, TrainSetup
 from strategies.workload import Techniques
 
@@ -191,20 +194,29 @@ def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
         setup.model.compile(dynamic=True)
     setup = _divide(context, setup, settings)
     setup.objective = loss_of(context.plan)
+    _regularise(context.job, setup)
     techniques = with_known_layers(setup, techniques, context)
     for text in setup.notes:
         context.note(text)
     return setup, techniques
 
 
+def _regularise(job: Job, setup: TrainSetup) -> None:
+    """What makes training passes harder than evaluation: noise on embeddings, labels that are not certain."""
+    train = job.spec.train
+    setup.label_smoothing = train.label_smoothing_factor
+    if train.neftune_noise_alpha:
+        embedding = inner_model(setup.model).get_input_embeddings()
+        setup.noise = EmbeddingNoise(embedding, train.neftune_noise_alpha, train.seed)
+
+
 def loss_of(plan: Plan) -> SampleLoss | None:
     """The loss of an objective over whole documents; None where supervised tokens are trained."""
-    objective = plan.build_objective()
-    if not isinstance(objective, DocumentObjective):
+    if not plan.build_objective().is_by_document:
         return None
-    from strategies.objectives.documents import DocumentLoss
+    from strategies.objectives.losses import build_loss
 
-    return DocumentLoss(objective)
+    return build_loss(plan.build_objective())
 
 
 def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]:
@@ -256,25 +268,16 @@ def schedule_of(job: Job, plan: Plan) -> Schedule:
     """When things happen in a planned job."""
     train = job.spec.train
     return Schedule(
-        lr_factor=lr_factor(train.lr_scheduler_type, plan.num_steps, train.warmup_ratio, train.warmup_steps),
+        lr_factor=lr_factor(
+            train.lr_scheduler_type,
+            train.lr_scheduler_kwargs,
+            train.learning_rate,
+            plan.num_steps,
+            warmup_of(job.spec, plan.num_steps),
+        ),
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         save_steps=plan.save_steps,
         eval_steps=plan.eval_steps,
         early_stopping_patience=job.spec.eval.early_stopping_patience,
     )
-
-
-def lr_factor(name: str, num_steps: int, warmup_ratio: float, warmup_steps: int) -> Callable[[int], float]:
-    """Learning rate over its peak as a function of the step, by transformers' schedule of that name.
-
-    A pure function of the step: a resumed run needs no scheduler state.
-    """
-    from transformers import get_scheduler
-
-    warmup = warmup_steps or round(warmup_ratio * num_steps)
-    throwaway = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    throwaway.step()  # the scheduler's first step expects one
-    scheduler: Any = get_scheduler(name, throwaway, num_warmup_steps=warmup, num_training_steps=num_steps)
-    factor = scheduler.lr_lambdas[0]
-    return (lambda step: factor(step + 1)) if warmup else factor  # step 0 of a warm-up would train with rate 0

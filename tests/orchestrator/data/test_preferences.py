@@ -126,7 +126,7 @@ def test_what_is_told_of_a_pair_names_the_columns_of_its_file():
 
 
 def test_a_pair_among_single_answers_names_the_objective():
-    with pytest.raises(BadRow, match="one of `objective: dpo, ipo, simpo, orpo`, or name the better answer"):
+    with pytest.raises(BadRow, match="one of `objective: dpo, ipo, simpo, orpo, reward`, or name the better answer"):
         read_example(Row({"prompt": ASK, "chosen": GOOD, "rejected": BAD}, "rows.jsonl", 1), "auto")
 
 

@@ -5,16 +5,18 @@ import dataclasses
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from strategies import METHODS, OBJECTIVES
 from strategies.cost import time
 from strategies.cost.reuse import stores_reference
 from strategies.measure import trace
-from strategies.objectives.documents import DocumentLoss
+from strategies.objectives.losses import build_loss
 from strategies.shape import ModelShape
 from strategies.step import document_attention
 from strategies.step.step import forward_backward
 from strategies.step.supervised_logits import DocumentTargets
+from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from strategies.train_setup import TrainSettings
 from strategies.workload import Techniques, Workload
@@ -41,7 +43,7 @@ def batch_of_pairs(stored=None):
 def setup_of(method, objective, settings):
     document_attention.register()
     setup = trace.build(CONFIG, 4, METHODS[method](), settings, "cpu")
-    setup.objective = DocumentLoss(OBJECTIVES[objective]())
+    setup.objective = build_loss(OBJECTIVES[objective]())
     return setup
 
 
@@ -100,3 +102,34 @@ def test_the_reference_is_stored_where_rows_are_seen_twice_or_no_adapter_can_be_
         METHODS["lora"]().estimate(twice, CPU, NODE, techniques()).time.step_s
         < METHODS["lora"]().estimate(ONCE, CPU, NODE, techniques()).time.step_s
     )
+
+
+def scored_setup(method, settings):
+    document_attention.register()
+    values = {key: value for key, value in CONFIG.items() if key != "model_type"}
+    config = AutoConfig.for_model(CONFIG["model_type"], **values, num_labels=1)
+    dtype = getattr(torch, METHODS[method]().load_dtype(settings.techniques))
+    with torch.device("cpu"):
+        model = AutoModelForSequenceClassification.from_config(config, dtype=dtype, attn_implementation="document")
+        setup = METHODS[method]().setup(model, settings)
+    if settings.techniques.gradient_checkpointing:
+        checkpointing.enable(setup.model)
+    setup.objective = build_loss(OBJECTIVES["reward"]())
+    return setup
+
+
+@pytest.mark.parametrize(
+    ("method", "switched"), [("lora", {}), ("lora", {"gradient_checkpointing": True}), ("full", {"dtype": "bfloat16"})]
+)
+def test_a_score_costs_its_own_weights_and_no_logits(method, switched):
+    chosen = techniques(**switched)
+    settings = TrainSettings(1e-4, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, chosen, 1)
+    scored = dataclasses.replace(ONCE, shape=ONCE.shape.with_score(), num_supervised_tokens=4, needs_reference=False)
+
+    traced = trace.run(lambda: scored_setup(method, settings), batch_of_pairs(torch.zeros(4)), 2, settings)
+
+    plan = METHODS[method]().estimate(scored, CPU, NODE, chosen)
+    assert plan.memory.tensors_bytes == pytest.approx(traced.peak_bytes, rel=0.08)
+    assert plan.memory.logits_bytes < 1000
+    setup = scored_setup(method, settings)
+    assert plan.num_trainable_parameters == sum(one.numel() for one in setup.parameters.values())

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from strategies import OBJECTIVES
-from strategies.objectives.contract import AnswerScores, DocumentObjective, Objective
+from strategies.objectives.contract import AnswerScores, DocumentObjective, DocumentScores, Objective, ScoreObjective
 from strategies.objectives.dpo import _LOSSES, Dpo
 from strategies.objectives.ipo import Ipo
 from strategies.objectives.kto import Kto
 from strategies.objectives.orpo import Orpo
+from strategies.objectives.reward import Reward
 from strategies.objectives.simpo import SimPo
 
 # Of three pairs: log p of the chosen and the rejected answer, tokens of each, and the same under the reference.
@@ -143,4 +144,18 @@ def test_an_objective_is_a_frozen_dataclass_that_says_which_rows_it_trains_on(na
 
     assert dataclasses.is_dataclass(objective) and objective.__dataclass_params__.frozen
     assert isinstance(objective, Objective) and objective.name == name
-    assert isinstance(objective, DocumentObjective) == objective.is_by_document == (objective.rows != "answers")
+    by_score, by_likelihood = isinstance(objective, ScoreObjective), isinstance(objective, DocumentObjective)
+    assert (by_score or by_likelihood) == objective.is_by_document == (objective.rows != "answers")
+    assert by_score == (not objective.writes_text)
+
+
+def test_a_reward_model_is_bradley_and_terrys_with_margins_and_centred_scores():
+    scores, margins = [(1.5, -0.5), (0.25, 2.0)], [0.5, 0.0]
+
+    plain = Reward().score_losses(DocumentScores(flat(scores)))
+    centred = Reward(center_rewards_coefficient=0.2).score_losses(DocumentScores(flat(scores), torch.tensor(margins)))
+
+    assert plain.tolist() == pytest.approx([-math.log(sigmoid(c - r)) for c, r in scores])
+    assert centred.tolist() == pytest.approx(
+        [-math.log(sigmoid(c - r - m)) + 0.2 * (c + r) ** 2 for (c, r), m in zip(scores, margins, strict=True)]
+    )

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 import torch.distributed as dist
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 from orchestrator.data.dataset import Dataset, build
 from orchestrator.data.order import Order
@@ -20,7 +20,8 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.shares import Shares
 from orchestrator.training.state import Hooks, Progress, Schedule, Training
 from strategies import METHODS, OBJECTIVES
-from strategies.objectives.documents import DocumentLoss
+from strategies.model.heads import begin_score
+from strategies.objectives.losses import build_loss
 from strategies.step import document_attention
 from strategies.techniques import checkpointing
 from strategies.train_setup import TrainSettings
@@ -52,38 +53,48 @@ def labelled(count):
     ]
 
 
-def make_data(folder, model_folder, kind="pairs", learns_prompts=False):
-    file = write_jsonl(folder / f"{kind}.jsonl", pairs(16) if kind == "pairs" else labelled(16))
+def with_margins(rows):
+    """Every third pair does not say how much better its chosen answer is."""
+    return [row | ({"margin": 0.25 * (i % 4)} if i % 3 else {}) for i, row in enumerate(rows)]
+
+
+def make_data(folder, model_folder, kind="pairs", learns_prompts=False, reads_margins=False):
+    rows = labelled(16) if kind == "labelled" else with_margins(pairs(16)) if reads_margins else pairs(16)
+    file = write_jsonl(folder / f"{kind}.jsonl", rows)
     renderer = Renderer(AutoTokenizer.from_pretrained(model_folder), CHAT_TEMPLATE)
-    options = TokenizeOptions("auto", "", 96, "truncate", True, kind, learns_prompts)
-    build(read_rows(file), renderer, options, folder / f"{kind}-{learns_prompts}")
+    options = TokenizeOptions("auto", "", 96, "truncate", True, kind, learns_prompts, reads_margins)
+    build(read_rows(file), renderer, options, folder / f"{kind}-{learns_prompts}-{reads_margins}")
 
 
 @pytest.fixture(scope="module")
 def folders(model_folder, tmp_path_factory):
     """The same pairs, with and without the prompts learnt."""
     folder = tmp_path_factory.mktemp("pairs")
-    for kind, learns_prompts in (("pairs", False), ("pairs", True), ("labelled", False)):
-        make_data(folder, model_folder, kind, learns_prompts)
+    for kind in (("pairs", False), ("pairs", True), ("labelled", False), ("pairs", False, True)):
+        make_data(folder, model_folder, *kind)
     return folder
 
 
 def data_of(folders, objective):
-    return Dataset.load(folders / f"{objective.rows}-{objective.learns_prompts}")
+    return Dataset.load(folders / f"{objective.rows}-{objective.learns_prompts}-{objective.reads_margins}")
 
 
 def set_up(model_folder, techniques, objective, method="lora", learning_rate=1e-2):
     """A training as it starts."""
     document_attention.register()
-    model = AutoModelForCausalLM.from_pretrained(
+    kind = AutoModelForCausalLM if objective.writes_text else AutoModelForSequenceClassification
+    model = kind.from_pretrained(
         model_folder,
         dtype=torch.float32,
         attn_implementation=techniques.attn_implementation,
+        **({} if objective.writes_text else {"num_labels": 1}),
         **METHODS[method]().load_arguments(techniques),
     )
+    if not objective.writes_text:
+        begin_score(model, 3)
     settings = TrainSettings(learning_rate, 0.0, "sgd", 0.9, 0.999, 1e-8, techniques, 3)
     setup = METHODS[method]().setup(model, settings)
-    setup.objective = DocumentLoss(objective)
+    setup.objective = build_loss(objective)
     return setup
 
 
@@ -136,6 +147,7 @@ CASES = {
     "orpo": OBJECTIVES["orpo"](beta=0.5),
     "kto": OBJECTIVES["kto"](beta=0.3, undesirable_weight=1.5),
     "apo_zero_unpaired": OBJECTIVES["kto"](loss_type="apo_zero_unpaired"),
+    "reward": OBJECTIVES["reward"](center_rewards_coefficient=0.1),
 }
 
 
@@ -190,7 +202,9 @@ def member(rank, size, port, model_folder, folders, out, shares, name):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("name", "shares"), [("dpo", (0.7, 0.3)), ("orpo", (0.02, 0.98)), ("kto", (0.7, 0.3))])
+@pytest.mark.parametrize(
+    ("name", "shares"), [("dpo", (0.7, 0.3)), ("orpo", (0.02, 0.98)), ("kto", (0.7, 0.3)), ("reward", (0.7, 0.3))]
+)
 def test_two_unequal_workers_give_the_gradients_and_rewards_of_one(name, shares, model_folder, folders, tmp_path):
     """In fp64: a pair's gradient is the difference of two documents', which leaves 1.05e-6 of rounding in fp32."""
     data, events = data_of(folders, CASES[name]), []
@@ -222,3 +236,19 @@ def test_methods_train_an_objective_from_a_stored_reference(method, model_folder
     assert before.rewards["rewards/margins"] == pytest.approx(0.0, abs=1e-6)
     assert after.loss < 0.9 * before.loss
     assert after.rewards["rewards/margins"] > 0
+
+
+@pytest.mark.parametrize("method", ["full", "qlora", "experimental_galore"])
+def test_methods_that_train_a_score_learn_which_answer_is_the_better_one(method, model_folder, folders):
+    objective = CASES["reward"]
+    data = data_of(folders, objective)
+
+    setup = set_up(model_folder, PACKED, objective, method, learning_rate=1e-1)
+    before = evaluate_rows(setup, data, PACKED, ProcessGroup())
+    order, hooks = Order(len(data), 8, 5, 50.0, 30), Hooks(lambda event: None, lambda now: "none", lambda: None)
+    train(Training(setup, data, None, order, SCHEDULE, PACKED, ProcessGroup(), Progress(), hooks))
+    after = evaluate_rows(setup, data, PACKED, ProcessGroup())
+
+    assert any("score" in name for name in setup.parameters)
+    assert after.loss < 0.9 * before.loss
+    assert 0 <= after.rewards["rewards/accuracies"] <= 1

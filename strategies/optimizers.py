@@ -1,0 +1,91 @@
+"""What each optimizer keeps and needs, by transformers' names.  Pure; step/optimizers.py builds them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Sight = Literal["element", "matrix"]  # what one update looks at: each number alone, or a whole matrix
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """An optimizer as the planner sees it."""
+
+    state_bytes: float  # of one trained parameter, from step to step
+    sees: Sight = "element"
+    library: str = ""  # that brings it, beside torch
+    is_paged: bool = False  # its state lies in memory that a GPU's driver moves to the host and back
+    outside_bytes: float | None = None  # of a parameter that is no matrix of a layer; None = the same
+    copies: float = 0.0  # numbers beside each parameter while it is updated
+    orthogonalises: bool = False  # products with each matrix at every update
+
+    @property
+    def has_eight_bit_state(self) -> bool:
+        """Whether its state is unpacked and packed again, block by block."""
+        return self.library == "bitsandbytes" and self.state_bytes % 4 != 0
+
+    def bytes_of(self, num_trainable: int, num_outside: int) -> float:
+        """State of so many trained parameters, some of which are no matrices of layers."""
+        outside = self.state_bytes if self.outside_bytes is None else self.outside_bytes
+        return self.state_bytes * (num_trainable - num_outside) + outside * num_outside
+
+
+_SCALE = 4.0 / 256  # an fp32 scale a block of 256 (Dettmers et al., arXiv 2110.02861)
+_BNB = "bitsandbytes"
+OPTIMIZERS: dict[str, OptimizerFacts] = {
+    "adamw_torch": OptimizerFacts(8.0, copies=1.0),
+    "adamw_torch_fused": OptimizerFacts(8.0),
+    "adamw_bnb_8bit": OptimizerFacts(2.0 + 2 * _SCALE, library=_BNB),
+    "adamw_8bit": OptimizerFacts(2.0 + 2 * _SCALE, library=_BNB),  # transformers' other name of it
+    "paged_adamw_32bit": OptimizerFacts(8.0, library=_BNB, is_paged=True),
+    "paged_adamw_8bit": OptimizerFacts(2.0 + 2 * _SCALE, library=_BNB, is_paged=True),
+    "ademamix": OptimizerFacts(12.0, library=_BNB),  # two first moments and a second one (arXiv 2409.03137)
+    "ademamix_8bit": OptimizerFacts(3.0 + 3 * _SCALE, library=_BNB),
+    "paged_ademamix_32bit": OptimizerFacts(12.0, library=_BNB, is_paged=True),
+    "paged_ademamix_8bit": OptimizerFacts(3.0 + 3 * _SCALE, library=_BNB, is_paged=True),
+    "lion_32bit": OptimizerFacts(4.0, library=_BNB),  # one moment (arXiv 2302.06675)
+    "lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB),
+    "paged_lion_32bit": OptimizerFacts(4.0, library=_BNB, is_paged=True),
+    "paged_lion_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB, is_paged=True),
+    "adagrad": OptimizerFacts(4.0, copies=2.0),
+    "rmsprop": OptimizerFacts(4.0, copies=2.0),
+    "rmsprop_bnb": OptimizerFacts(4.0, library=_BNB),
+    "rmsprop_bnb_32bit": OptimizerFacts(4.0, library=_BNB),
+    "rmsprop_bnb_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB),
+    "sgd": OptimizerFacts(0.0),
+    "adafactor": OptimizerFacts(0.0, "matrix"),  # rows and columns only (arXiv 1804.04235): below a thousandth
+    "muon": OptimizerFacts(4.0, "matrix", outside_bytes=8.0, orthogonalises=True),  # a moment, orthogonalised
+}
+
+
+def _as_method(name: str) -> str:
+    return f"it is a training method here, which the plan counts: method.type: {name}"
+
+
+_NO_TENSORS = "what it keeps beside tensors would not be in a checkpoint, so that no resume would be exact"
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(("galore_adamw", "galore_adamw_8bit", "galore_adafactor"), _as_method("experimental_galore")),
+    **dict.fromkeys(
+        ("galore_adamw_layerwise", "galore_adamw_8bit_layerwise", "galore_adafactor_layerwise"),
+        _as_method("experimental_galore"),
+    ),
+    **dict.fromkeys(("apollo_adamw", "apollo_adamw_layerwise"), _as_method("experimental_apollo")),
+    **dict.fromkeys(
+        ("lomo", "adalomo"),
+        "it updates weights inside the backward pass, before other workers' gradients are there; use adafactor or sgd",
+    ),
+    **dict.fromkeys(
+        ("adamw_torch_4bit", "adamw_torch_8bit"),
+        "torchao's packed states are no plain tensors, and checkpoints hold plain ones; use adamw_bnb_8bit",
+    ),
+    **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "there is no such device here; use adamw_torch"),
+    "adamw_anyprecision": "its library (torchdistx) is no longer kept; use adamw_torch_fused, whose states are fp32",
+    **dict.fromkeys(
+        ("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"),
+        "it trains other weights than it evaluates and hands back, and keeps numbers beside tensors that no checkpoint"
+        " would hold; use adamw_torch_fused with lr_scheduler_type: warmup_stable_decay",
+    ),
+    "grokadamw": f"{_NO_TENSORS}; use adamw_torch_fused",
+    "stable_adamw": "its library (torch-optimi) was not tried here; use adamw_torch_fused with train.max_grad_norm",
+}
