@@ -59,9 +59,12 @@ def _log_scores(client: MlflowClient, run_id: str, model_id: str, run: RunFolder
     """What the model came to on the held-out rows, at the model itself and at those rows."""
     result, digest = run.result(), run.data().eval_digest
     paths = paths_of(job.spec.data.eval)
-    rows = {"dataset_name": dataset_name_of(paths), "dataset_digest": digest[:36]} if paths and digest else {}
-    for name, value in (result.after.scores if result and result.after else {}).items():
-        client.log_metric(run_id, f"after/{name}", value, step=0, model_id=model_id, **rows)
+    rows, digest = (dataset_name_of(paths), digest[:36]) if paths and digest else (None, None)
+    scores = result.after.scores if result and result.after else {}
+    for name, value in scores.items():
+        client.log_metric(
+            run_id, f"after/{name}", value, step=0, dataset_name=rows, dataset_digest=digest, model_id=model_id
+        )
 
 
 def _save(temporary: Path, folder: Path, run: RunFolder, job: Job, description: Model) -> None:

@@ -18,8 +18,6 @@ from orchestrator.runs.run_folder import RunFolder
 STATES = {"finished": "FINISHED", "failed": "FAILED", "stopped": "KILLED", "interrupted": "KILLED"}
 _FIRST_BYTES = 4096  # of the events, that hold at least one
 _MASKED_BYTES = 64 * 2**20  # of a file that is looked through for passwords before it is sent; texts are smaller
-# Of a model that is trained: without it MLflow's pages take an experiment for one of prompts and agents.
-_KIND = {"mlflow.experimentKind": "custom_model_development"}
 
 
 class Store:
@@ -101,7 +99,7 @@ class Store:
             local = self.uri.startswith("sqlite:")
             artifacts = (self.run.path.parent / "mlartifacts").as_uri() if local else None
             try:
-                return self.client.create_experiment(name, artifact_location=artifacts, tags=_KIND)
+                return self.client.create_experiment(name, artifact_location=artifacts)
             except MlflowException as error:
                 if error.error_code != "RESOURCE_ALREADY_EXISTS":  # another run made it at the same moment
                     raise
