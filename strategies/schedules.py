@@ -47,10 +47,10 @@ def mistakes(name: str, options: Mapping[str, Any], learning_rate: float) -> lis
             way = f"did you mean {near[0]}?" if near else f"known: {', '.join(known) or 'none'}"
             found.append(f"{key}.{option}: {name} has no such option; {way}")
         elif option in _WORDS and value not in _WORDS[option]:
-            found.append(f"{key}.{option} is {value!r}; it should be one of {', '.join(_WORDS[option])}")
+            found.append(f"{key}.{option} is {value!r}; it must be one of {', '.join(_WORDS[option])}")
         elif option not in _WORDS and not _is_number(value, option in _WHOLE):
             kind = "a number of steps of at least 1" if option in _WHOLE else "a number of at least 0"
-            found.append(f"{key}.{option} is {value!r}; it should be {kind}")
+            found.append(f"{key}.{option} is {value!r}; it must be {kind}")
     if found:
         return found
     if name.endswith("_with_min_lr") and len(options.keys() & set(_MIN)) != 1:

@@ -22,11 +22,9 @@ from orchestrator.job import secrets
 from orchestrator.job.aliases import named_sections, nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.scoring.answers import pattern_mistake
-from orchestrator.job.scoring.functions import name_mistakes
+from orchestrator.job.sections.conflicts import find_conflicts
 from orchestrator.job.sections.training import REFUSED_VALUES
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
-from strategies import schedules
 
 _MOST_MISTAKES = 50  # that are listed
 _LONGEST_NAME = 60  # of a key for which a near one is looked for
@@ -94,17 +92,8 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
         mistakes.append("is nested too deeply")
         spec = None
     if spec:
-        found = (
-            name_mistake(spec.name),
-            secrets.uri_mistake(spec.tracking.mlflow_uri),
-            _objective_mistake(spec),
-            pattern_mistake(spec.eval.answer_pattern),
-            *([] if spec.eval.metrics == "auto" else name_mistakes(spec.eval.metrics)),
-        )
-        mistakes += [mistake for mistake in found if mistake]
-        mistakes += schedules.mistakes(
-            spec.train.lr_scheduler_type, spec.train.lr_scheduler_kwargs, spec.train.learning_rate
-        )
+        mistakes += [one for one in (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri)) if one]
+        mistakes += find_conflicts(spec)
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
     if text is None or overrides or notices:
@@ -122,15 +111,6 @@ def located(error: JobError, text: str) -> JobError:
             one = Mistake(one, document.line(path), one.key, _short_value(_value_at(path, document.values)), one.fix)
         found.append(one)
     return JobError(found)
-
-
-def _objective_mistake(spec: JobSpec) -> str | None:
-    """Options of the objective that do not go together."""
-    try:
-        spec.build_objective()
-    except ValueError as error:
-        return f"objective.{error}"
-    return None
 
 
 def spec_with(spec: JobSpec, values: Mapping[str, Any]) -> JobSpec:

@@ -61,9 +61,9 @@ def test_the_rate_of_a_step_is_that_of_transformers_scheduler(name, warmup):
     [
         ("cosine", {"cycles": 2}, "cosine has no such option; did you mean num_cycles?"),
         ("linear", {"power": 2}, "linear has no such option; known: none"),
-        ("polynomial", {"power": -1}, "it should be a number of at least 0"),
+        ("polynomial", {"power": -1}, "it must be a number of at least 0"),
         ("polynomial", {"lr_end": 0.1}, "the schedule ends at 0.1, and train.learning_rate is 0.002"),
-        ("inverse_sqrt", {"timescale": 0}, "it should be a number of steps of at least 1"),
+        ("inverse_sqrt", {"timescale": 0}, "it must be a number of steps of at least 1"),
         ("warmup_stable_decay", {"num_decay_steps": 3, "decay_type": "steep"}, "one of linear, cosine, 1-sqrt"),
         ("cosine_with_min_lr", {"min_lr": 1e-4, "min_lr_rate": 0.1}, "needs one of min_lr"),
     ],

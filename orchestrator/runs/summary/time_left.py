@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from clusters.units import format_s
-from orchestrator.planning.plan import Plan
 from orchestrator.runs.summary.event_summary import EventSummary
+
+if TYPE_CHECKING:  # a list of runs reads no plan
+    from orchestrator.planning.plan import Plan
 
 
 @dataclass(frozen=True)
