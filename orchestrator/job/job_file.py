@@ -22,7 +22,6 @@ from orchestrator.job import secrets
 from orchestrator.job.aliases import named_sections, nearest_name, other_tools, plain_values
 from orchestrator.job.document import Document, KeyPath, apply_overrides, load_document, shown
 from orchestrator.job.paths import read_text_file
-from orchestrator.job.sections.conflicts import find_conflicts
 from orchestrator.job.sections.training import REFUSED_VALUES
 from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
@@ -93,7 +92,7 @@ def job_of(document: Document, folder: Path, label: str, text: str | None = None
         spec = None
     if spec:
         mistakes += [one for one in (name_mistake(spec.name), secrets.uri_mistake(spec.tracking.mlflow_uri)) if one]
-        mistakes += find_conflicts(spec)
+        mistakes += spec.find_conflicts()
     if spec is None or mistakes:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in map(Mistake.of, mistakes)])
     if text is None or overrides or notices:

@@ -10,6 +10,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from clusters.safe.reading import NAME_PATTERN
+from orchestrator.job.scoring.answers import pattern_mistake
+from orchestrator.job.scoring.functions import name_mistakes
 from orchestrator.job.sections.machines import (
     ClusterSection,
     CostSection,
@@ -28,7 +30,7 @@ from orchestrator.job.sections.training import (
     ModelSection,
     TrainSection,
 )
-from strategies import METHODS, OBJECTIVES
+from strategies import METHODS, OBJECTIVES, schedules
 from strategies.objectives.contract import Objective
 
 
@@ -72,6 +74,19 @@ class JobSpec(Section):
         """The objective with its options.  Raises ValueError for options that do not go together."""
         options = {name: getattr(self.objective, name) for name in type(self.objective).model_fields if name != "type"}
         return OBJECTIVES[self.objective.type](**options)
+
+    def find_conflicts(self) -> list[str]:
+        """Values that are right by themselves and do not go together, a sentence each."""
+        found = [pattern] if (pattern := pattern_mistake(self.eval.answer_pattern)) else []
+        if self.eval.metrics != "auto":
+            found += name_mistakes(self.eval.metrics)
+        train = self.train
+        found += schedules.mistakes(train.lr_scheduler_type, train.lr_scheduler_kwargs, train.learning_rate)
+        try:
+            self.build_objective()
+        except ValueError as error:
+            found.append(f"objective.{error}")
+        return found
 
 
 SECTIONS: dict[str, type[Section]] = {

@@ -5,6 +5,5 @@ training    model, data, train, checkpoint, eval: what is trained, how, and how 
 machines    strategy, goal, cost, cluster, kubernetes: where and how the work is laid out
 methods     method: one section for each registered method, made from its dataclass
 objectives  objective: likewise, one for each registered objective
-conflicts   values that are right by themselves and do not go together
 search      search, bank, tracking: what is tried, what is kept of it, where results are mirrored
 """
