@@ -316,7 +316,7 @@ def test_a_verb_that_reads_no_job_waits_for_no_pydantic():
         ("--help", 26, ("pydantic", "orchestrator.runs", "orchestrator.job.job_file", "strategies.contract")),
         (
             "list",
-            66,
+            68,
             ("orchestrator.planning", "strategies.contract", "clusters.capability", "clusters.ray", "asyncio"),
         ),
     ],
