@@ -361,10 +361,11 @@ class Lora(PredictedMethod):
 
     def _config(self, model: Any) -> Any:
         """PEFT's configuration of these options."""
-        from peft import EvaConfig, LoraConfig
+        from peft import LoraConfig
 
         from strategies.model.heads import has_score
 
+        start = True if self.init_lora_weights == "eva" else self.init_lora_weights  # `EvaStart` gives A its directions
         is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
         return LoraConfig(
             fan_in_fan_out=is_transposed,
@@ -379,8 +380,7 @@ class Lora(PredictedMethod):
             bias=self.bias,
             use_dora=self.use_dora,
             use_rslora=self.use_rslora,
-            init_lora_weights=self.init_lora_weights,  # type: ignore[arg-type]
-            eva_config=EvaConfig(rho=1.0) if self.init_lora_weights == "eva" else None,  # every map keeps its rank
+            init_lora_weights=start,  # type: ignore[arg-type]
             task_type="SEQ_CLS" if has_score(model) else "CAUSAL_LM",
         )
 

@@ -13,6 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, ClassVar
 
+from clusters.safe.reading import first_line
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
@@ -162,9 +163,10 @@ class PeftMethod(PredictedMethod):
         model.requires_grad_(False)
         torch.manual_seed(settings.seed)  # what is random every worker must draw alike
         config = build_config(self.kind, self._options, task_type="CAUSAL_LM")
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Failed to load the CUDA extension")  # BOFT's, which it can do without
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
             peft_model = get_peft_model(model, config)
+        notes = dict.fromkeys(f"PEFT: {first_line(str(one.message))}" for one in told)
         train_in_fp32(peft_model)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings, outside_layers(peft_model))
@@ -177,7 +179,7 @@ class PeftMethod(PredictedMethod):
                 state_dict=dict(weights) if weights else None,
             )
 
-        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-other")
+        return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-other", notes=tuple(notes))
 
 
 def build_config(kind: str, options: Mapping[str, Any], **more: Any) -> Any:
