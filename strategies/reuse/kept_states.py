@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -85,7 +86,10 @@ class StatesOnDisk:
     def __init__(self, folder: Path, note: Callable[[str], None]) -> None:
         """`note` takes a sentence for the user.  Raises OSError where no file can be made there."""
         folder.mkdir(parents=True, exist_ok=True)
-        self._file, self._note = tempfile.TemporaryFile(dir=folder, buffering=0), note
+        with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
+            self._descriptor = os.dup(file.fileno())
+        weakref.finalize(self, os.close, self._descriptor)
+        self._note = note
         self._entries: dict[int, _Entry] = {}
         self._is_full = False
         self.num_bytes = 0
@@ -96,15 +100,17 @@ class StatesOnDisk:
     def put(self, number: int, states_LH: torch.Tensor) -> None:
         if self._is_full:
             return
-        bytes_ = memoryview(states_LH.detach().to("cpu").contiguous().view(torch.uint8).numpy()).cast("B")
+        bytes_ = states_LH.detach().to("cpu").contiguous().view(torch.uint8).numpy().data.cast("B")
         try:
-            free = os.fstatvfs(self._file.fileno())
+            free = os.fstatvfs(self._descriptor)
             if free.f_bavail * free.f_frsize < _LEFT_BYTES + len(bytes_):
                 raise OSError("the disk is almost full")
-            _write(self._file.fileno(), bytes_, self.num_bytes)
+            _write(self._descriptor, bytes_, self.num_bytes)
         except OSError as error:
             self._is_full = True
-            self._note(f"frozen layers: no further results are kept, of {len(self._entries)} samples they are ({error})")
+            self._note(
+                f"frozen layers: no further results are kept, of {len(self._entries)} samples they are ({error})"
+            )
             return
         self._entries[number] = _Entry(self.num_bytes, states_LH.shape, states_LH.dtype, zlib.crc32(bytes_))
         self.num_bytes += len(bytes_)
@@ -113,9 +119,9 @@ class StatesOnDisk:
         if (entry := self._entries.get(number)) is None:
             return None
         states_LH = torch.empty(entry.shape, dtype=entry.dtype)
-        bytes_ = memoryview(states_LH.view(torch.uint8).numpy()).cast("B")
+        bytes_ = states_LH.view(torch.uint8).numpy().data.cast("B")
         try:
-            _read(self._file.fileno(), bytes_, entry.begin)
+            _read(self._descriptor, bytes_, entry.begin)
             is_as_written = zlib.crc32(bytes_) == entry.crc
         except OSError:
             is_as_written = False
@@ -130,11 +136,11 @@ class StatesOnDisk:
         if hasattr(os, "posix_fadvise"):
             for entry in (self._entries[number] for number in numbers if number in self._entries):
                 size = entry.shape.numel() * entry.dtype.itemsize
-                os.posix_fadvise(self._file.fileno(), entry.begin, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(self._descriptor, entry.begin, size, os.POSIX_FADV_WILLNEED)
 
     def clear(self) -> None:
         self._entries.clear()
-        self._file.truncate(0)
+        os.ftruncate(self._descriptor, 0)
         self.num_bytes, self._is_full = 0, False
 
 

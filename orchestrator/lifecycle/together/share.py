@@ -50,7 +50,7 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
         "its rows are padded (data.packing: false)": not techniques.packing,
         "its objective is over whole documents": plan.build_objective().is_by_document,
-        "train.cache_frozen_activations is true": job.spec.train.cache_frozen_activations is True,
+        "train.cache_frozen_activations is set": job.spec.train.cache_frozen_activations in (True, "disk"),
     }
     own = plan.build_method().why_alone()
     found = [*([own] if own else []), *(text for text, holds in reasons.items() if holds)]

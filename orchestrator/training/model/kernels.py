@@ -116,8 +116,8 @@ def with_known_layers(setup: TrainSetup, techniques: Techniques, context: Worker
         fault = first_line(error)
     if lower and fault is None:
         setup.lower = lower
-        where = " on the disk" if techniques.cache_frozen_activations == "disk" else ""
-        context.note(f"what the {lower.num_layers} lowest layers make of a sample is kept{where} from its first pass")
+        text = f"what the {lower.num_layers} lowest layers make of a sample is kept from its first pass"
+        context.note(f"{text}, on the disk" if techniques.cache_frozen_activations == "disk" else text)
         return techniques
     if context.job.spec.train.cache_frozen_activations in (True, "disk"):
         raise JobError(f"train.cache_frozen_activations: {fault}; set it to auto or false")
