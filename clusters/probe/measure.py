@@ -85,21 +85,23 @@ def disk_bytes_per_s(folder: Path | None, budget_s: float) -> dict[str, float]:
                 written += file.write(chunk)
                 os.fsync(file.fileno())
             rates = {"disk_write_bytes_per_s": written / (time.perf_counter() - start)}
-            return rates | _read_back(file, written)
+            return rates | _read_back(file, written, budget_s)
     except (OSError, RuntimeError) as error:
         _log.info("disk: not measured: %s", error)
         return {}
 
 
-def _read_back(file: IO[bytes], num_bytes: int) -> dict[str, float]:
+def _read_back(file: IO[bytes], num_bytes: int, budget_s: float) -> dict[str, float]:
     if not hasattr(os, "posix_fadvise"):
         return {}
     os.posix_fadvise(file.fileno(), 0, num_bytes, os.POSIX_FADV_DONTNEED)
     file.seek(0)
-    start = time.perf_counter()
-    while file.read(_CHUNK_BYTES):
-        pass
-    return {"disk_read_bytes_per_s": num_bytes / (time.perf_counter() - start)}
+    found, start = 0, time.perf_counter()
+    while chunk := file.read(_CHUNK_BYTES):
+        found += len(chunk)
+        if time.perf_counter() - start > budget_s:
+            break
+    return {"disk_read_bytes_per_s": found / (time.perf_counter() - start)}
 
 
 def _share(device: DeviceCapability) -> float:
