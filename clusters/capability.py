@@ -92,6 +92,8 @@ class NodeCapability:
     devices: tuple[DeviceCapability, ...]
     num_slots: int | None = None  # devices it gives to training; None = all it has
     disk_write_bytes_per_s: float | None = None
+    disk_read_bytes_per_s: float | None = None
+    disk_free_bytes: int | None = None  # where the cache folder is
     gpu_link_bytes_per_s: float | None = None  # between any two of its GPUs, in each direction at once
     gpu_links: tuple[Link, ...] = ()  # likewise, pair by pair as measured, by pci_bus_id
     idle_w: float | None = None  # the whole machine, doing nothing

@@ -31,7 +31,7 @@ def conflict(
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
         _sharing_conflicts(method, techniques, device, shape) if techniques.share_prefixes else (),
-        _keeping_conflicts(method, techniques, device, shape, num_devices),
+        _keeping_conflicts(method, techniques, shape),
     )
     return next(filter(None, reasons), None)
 
@@ -189,15 +189,11 @@ def _sharing_conflicts(method: Method, t: Techniques, device: DeviceCapability, 
         yield f"{what} is for packed rows and document attention: set data.packing: true, attn_implementation: document"
 
 
-def _keeping_conflicts(
-    method: Method, t: Techniques, device: DeviceCapability, shape: ModelShape, num_devices: int
-) -> Iterator[str]:
+def _keeping_conflicts(method: Method, t: Techniques, shape: ModelShape) -> Iterator[str]:
     """What kept results of frozen lower layers cannot be combined with."""
     if not t.cache_frozen_activations:
         return
     what = "train.cache_frozen_activations"
-    if device.kind != "cpu":
-        yield f"{what}: on a GPU it is neither tested nor measured: set it to false"
     if not method.keeps_base_frozen or method.layers_are_alike:
         yield f"{what}: {method.name} trains from the first layer on here (layers_to_transform names others)"
     if not t.packing:
@@ -206,8 +202,6 @@ def _keeping_conflicts(
         yield f"{what}: {method.name} changes weights in its own time: set it to false"
     if shape.dropout or shape.attention_dropout:
         yield f"{what}: the model has dropout, so that no pass is like another: set it to false"
-    if num_devices > 1:
-        yield f"{what}: each of several workers sees other samples in every epoch: set it to false"
     if t.stage or t.uses_engine or t.streams_weights or t.torch_compile:
         yield f"{what} is untested with stages, DeepSpeed, streamed weights and torch.compile: set it to false"
 

@@ -292,6 +292,10 @@ class KnownLayers(Protocol):
         """Inside the block the model computes a packed row of these samples, without what is known of them."""
         ...
 
+    def expect(self, sample_ids: Sequence[int], parts: Any) -> None:
+        """A packed row that is served soon: what is known of it may begin its way to the device."""
+        ...
+
     def count(self) -> int:
         """Tokens that did not pass these layers since this was last asked."""
         ...

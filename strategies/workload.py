@@ -13,6 +13,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 LossType = Literal["nll", "chunked_nll"]
 Quantization = Literal["nf4", "int8"]
 Offload = Literal["none", "optimizer", "parameters", "activations", "weights"]
+Kept = Literal[False, True, "disk"]  # True: in the host's memory
 Wire = Literal["float32", "bfloat16", "int8"]
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -107,7 +108,7 @@ class Techniques:
     state_share: float | None = None  # ZeRO-1 by memory: this device's part of the optimizer's state
     stage: StagePart | None = None  # of a pipeline; None = the whole model
     share_prefixes: bool = False  # what documents of a packed row begin with alike is computed once
-    cache_frozen_activations: bool = False  # what frozen lower layers make of a sample is kept from its first pass
+    cache_frozen_activations: Kept = False  # what frozen lower layers make of a sample is kept from its first pass
 
     @property
     def uses_engine(self) -> bool:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import shutil
 from dataclasses import replace
 
 from clusters.capability import DeviceCapability, NodeCapability, Source
 from clusters.hardware import limits
 from clusters.hardware.gpus import look_at_gpus
 from clusters.hardware.limits import num_cores, usable_memory_bytes
+from clusters.safe.cache import cache_folder
 from clusters.units import GIB
 
 _METHOD = 2  # of measuring; a new number makes figures measured the old way be measured again
@@ -37,10 +39,20 @@ def look_at_this_node() -> NodeCapability:
         num_cores(),
         usable,
         (*gpus, cpu),
+        disk_free_bytes=_free_bytes(),
         problems=problems,
         sources={"memory_bytes": "measured"} if usable else {},
     )
     return replace(node, hardware_hash=_hash(node))
+
+
+def _free_bytes() -> int | None:
+    """Free on the disk of the cache folder, which may not be there yet."""
+    try:
+        folder = cache_folder()
+        return shutil.disk_usage(next(one for one in (folder, *folder.parents) if one.exists())).free
+    except (OSError, RuntimeError, StopIteration):
+        return None
 
 
 def _hash(node: NodeCapability) -> str:

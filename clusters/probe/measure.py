@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import IO
 
 from clusters.capability import DeviceCapability, NodeCapability
 from clusters.hardware.datasheet import best_part_of_datasheet
@@ -58,15 +59,16 @@ def measure_node(node: NodeCapability, seconds: float = 5.0, folder: Path | None
         devices = [replace(device, doubt=device.doubt or doubt_of(device, shares)) for device in devices]
     finally:
         torch.set_num_threads(threads)
-    written = disk_write_bytes_per_s(folder, seconds * _DISK_SHARE)
-    sources = node.sources if written is None else {**node.sources, "disk_write_bytes_per_s": "measured"}
-    return replace(node, devices=tuple(devices), disk_write_bytes_per_s=written, gpu_links=links, sources=sources)
+    rates = disk_bytes_per_s(folder, seconds * _DISK_SHARE)
+    sources = {**node.sources, **dict.fromkeys(rates, "measured")}
+    return replace(node, devices=tuple(devices), gpu_links=links, sources=sources, **rates)
 
 
-def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None:
+def disk_bytes_per_s(folder: Path | None, budget_s: float) -> dict[str, float]:
     """Bytes that reached the disk in a second: chunks of 32 MiB, each synced, until 256 MiB or the time is used up.
 
-    The file has no name, so it is gone however this process ends.
+    And those that were read back, where the kernel gives up its copies.  By the names of `NodeCapability`'s fields;
+    none where nothing could be measured.  The file has no name, so it is gone however this process ends.
     """
     try:
         folder = folder or cache_folder("probe")
@@ -74,7 +76,7 @@ def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None
         free_bytes = shutil.disk_usage(folder).free
         if free_bytes < 2 * _FILE_BYTES:
             _log.info("disk: not measured: %d bytes free in %s", free_bytes, folder)
-            return None
+            return {}
         chunk = os.urandom(_CHUNK_BYTES)  # nothing a file system could compress
         written = 0
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
@@ -82,10 +84,24 @@ def disk_write_bytes_per_s(folder: Path | None, budget_s: float) -> float | None
             while written < _FILE_BYTES and (not written or time.perf_counter() - start < budget_s):
                 written += file.write(chunk)
                 os.fsync(file.fileno())
-            return written / (time.perf_counter() - start)
+            rates = {"disk_write_bytes_per_s": written / (time.perf_counter() - start)}
+            return rates | _read_back(file, written, budget_s)
     except (OSError, RuntimeError) as error:
         _log.info("disk: not measured: %s", error)
-        return None
+        return {}
+
+
+def _read_back(file: IO[bytes], num_bytes: int, budget_s: float) -> dict[str, float]:
+    if not hasattr(os, "posix_fadvise"):
+        return {}
+    os.posix_fadvise(file.fileno(), 0, num_bytes, os.POSIX_FADV_DONTNEED)
+    file.seek(0)
+    found, start = 0, time.perf_counter()
+    while chunk := file.read(_CHUNK_BYTES):
+        found += len(chunk)
+        if time.perf_counter() - start > budget_s:
+            break
+    return {"disk_read_bytes_per_s": found / (time.perf_counter() - start)}
 
 
 def _share(device: DeviceCapability) -> float:

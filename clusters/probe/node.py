@@ -132,14 +132,14 @@ def _join(node: NodeCapability, measured: object) -> NodeCapability:
     old = record(NodeCapability, measured, "the figures")
     pairs = list(zip(node.devices, old.devices, strict=True))
     devices = tuple(_join_device(now, then) for now, then in pairs)
-    written = old.disk_write_bytes_per_s
     if wrong := [name for device in old.devices for name, figure in _figures(device) if figure <= 0]:
         raise ValueError(f"{wrong[0]} is not an amount")
     if any((now.kind, now.name) != (then.kind, then.name) for now, then in pairs):
         raise ValueError("other devices")
     sources = {**old.sources, **node.sources}
     links = old.gpu_links
-    return replace(node, devices=devices, disk_write_bytes_per_s=written, gpu_links=links, sources=sources)
+    rates = {name: getattr(old, name) for name in ("disk_write_bytes_per_s", "disk_read_bytes_per_s")}
+    return replace(node, devices=devices, gpu_links=links, sources=sources, **rates)
 
 
 def _figures(device: DeviceCapability) -> Iterator[tuple[str, float]]:

@@ -18,7 +18,7 @@ from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
 from strategies.cost.pipeline import Boundary, PlannedPasses, Simulation
 from strategies.cost.replicas import Replicas
-from strategies.workload import Dtype, LossType, Offload, Techniques, Wire, Workload
+from strategies.workload import Dtype, Kept, LossType, Offload, Techniques, Wire, Workload
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
@@ -76,7 +76,7 @@ class Switches:
     zero_stages: Sequence[int] = (0, 1, 2, 3)
     torch_compile: bool = False
     share_prefixes: bool | None = None  # None = open: where the rows have enough in common
-    cache_frozen_activations: bool | None = None  # None = open: where steps become shorter
+    cache_frozen_activations: Kept | None = None  # None = open: where steps become shorter
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
 
     def used_by(self, found: Sequence[Techniques]) -> Switches:

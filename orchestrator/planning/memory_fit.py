@@ -30,6 +30,10 @@ def device_shortage(plan: StrategyPlan, slot: Slot) -> MemoryShortage | None:
     """Which memory a plan does not fit into, of several the one it exceeds most; None where it fits."""
     needs, host = plan.memory.total_bytes, plan.memory.host_bytes
     usable, host_usable = slot.memory_bytes, host_usable_bytes(slot.node)
+    if plan.disk_bytes > (disk_usable := disk_usable_bytes(slot.node)):
+        need, has = _compare(plan.disk_bytes, disk_usable)
+        times = plan.disk_bytes / disk_usable if disk_usable else math.inf
+        return MemoryShortage(f"needs {need} of the node's disk, {has}: half of what is free", times)
     host_times = host / host_usable if host_usable else math.inf if host else 0.0
     times = needed_bytes(plan.memory, slot.device.kind) / usable if usable else math.inf
     if max(host_times, times) <= 1:
@@ -96,6 +100,15 @@ def _host_bytes(part: Placed, num_parameters: float, method: Method) -> float:
 def host_usable_bytes(node: NodeCapability) -> float:
     """What a node's own memory leaves to training; unknown memory is none."""
     return max(0.0, (node.memory_bytes or 0) - _HOST_RESERVE_BYTES)
+
+
+def disk_usable_bytes(node: NodeCapability) -> float:
+    """What a node's disk leaves to what is kept while it trains, each of its workers: half of what is free.
+
+    Where that is unknown all of it: the worker looks again before it writes.
+    """
+    free = math.inf if node.disk_free_bytes is None else node.disk_free_bytes
+    return free / 2 / (node.num_slots or 1)
 
 
 def needed_bytes(memory: MemoryEstimate, kind: Kind) -> float:

@@ -68,7 +68,7 @@ def refuse_beside_documents(spec: JobSpec) -> None:
         f"strategy.offload: {strategy.offload}": strategy.offload not in ("auto", "none"),
         "strategy.local_steps": bool(strategy.local_steps),
         "train.torch_compile": train.torch_compile,
-        "train.cache_frozen_activations": train.cache_frozen_activations is True,
+        "train.cache_frozen_activations": train.cache_frozen_activations in (True, "disk"),
         f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
         "bank.add": spec.bank.add,
     }
@@ -304,11 +304,11 @@ def _refuse_on_cpus(spec: JobSpec) -> None:
 def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], switches: Switches) -> None:
     """Raises JobError where no device can combine the method with the switches that the job states."""
     attention, packing = spec.model.attn_implementation, spec.data.packing
-    shares, keeps = bool(switches.share_prefixes), bool(switches.cache_frozen_activations)
+    shares, keeps = bool(switches.share_prefixes), switches.cache_frozen_activations or False
     stated: dict[str, Any] = {
         "optim": spec.train.optim if spec.train.optim != "auto" else "adamw_torch_fused",
         "loss_type": spec.train.loss_type if spec.train.loss_type != "auto" else "nll",
-        "packing": packing if packing != "auto" else attention == "document" or shares or keeps,
+        "packing": packing if packing != "auto" else attention == "document" or shares or bool(keeps),
         "gradient_checkpointing": spec.train.gradient_checkpointing is True
         or (spec.strategy.offload == "weights" and spec.train.gradient_checkpointing == "auto"),
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",

@@ -11,14 +11,14 @@ from typing import Literal
 
 from clusters.capability import DeviceCapability
 from orchestrator.planning.candidates import Division, Slot, Switches, step_s_of
-from orchestrator.planning.memory_fit import MemoryShortage, device_shortage
+from orchestrator.planning.memory_fit import MemoryShortage, device_shortage, disk_usable_bytes
 from strategies.compatibility import conflict
 from strategies.contract import Method, StrategyPlan
 from strategies.cost.micro_batches import SPREAD
 from strategies.cost.network import Network
-from strategies.cost.reuse import WORTH, WORTH_KEEPING, ratio_of_step
-from strategies.cost.time import product_rate
-from strategies.workload import Dtype, Offload, Techniques, Workload
+from strategies.cost.reuse import WORTH, WORTH_KEEPING, keeps_by_itself, ratio_of_step
+from strategies.cost.time import disk_read_rate, product_rate
+from strategies.workload import Dtype, Kept, Offload, Techniques, Workload
 
 MICRO_BATCH_TOKENS = {"cpu": 2048, "cuda": 32768, "rocm": 32768}  # beyond it nothing is gained: the device is full
 _EQUAL = 1.01  # times this close are equal
@@ -172,7 +172,7 @@ class Assignment:
                 num_shards=division.num_devices if division.stage else 1,
                 state_share=division.state_share,
                 share_prefixes=switches.share_prefixes is True,
-                cache_frozen_activations=switches.cache_frozen_activations is True,
+                cache_frozen_activations=switches.cache_frozen_activations or False,
             )
             if (reason := self._conflict(techniques)) is None:
                 found.append(self._with_reuse(techniques))
@@ -193,16 +193,21 @@ class Assignment:
         shared = replace(techniques, share_prefixes=True)
         is_open = self.switches.share_prefixes is None and ratio_of_step(self.workload) >= WORTH
         found = shared if is_open and self._conflict(shared) is None else techniques
-        kept = replace(found, cache_frozen_activations=True)
-        is_open = self.switches.cache_frozen_activations is None
-        return kept if is_open and self._conflict(kept) is None and self._is_faster(kept, found) else found
+        if self.switches.cache_frozen_activations is not None or not keeps_by_itself(self.slot.device):
+            return found
+        places: tuple[Kept, ...] = (True, "disk")
+        kept = (replace(found, cache_frozen_activations=place) for place in places)
+        return next((one for one in kept if self._conflict(one) is None and self._is_faster(one, found)), found)
 
     def _is_faster(self, techniques: Techniques, than: Techniques) -> bool:
-        """Whether steps become clearly shorter, in memory that is a small part of the device's."""
+        """Whether steps become clearly shorter, in memory that is a small part of the device's, or a known disk's."""
         slot, estimate = self.slot, self.method.estimate
         with_it, without = (estimate(self.workload, slot.device, slot.node, one) for one in (techniques, than))
         added = with_it.memory.total_bytes - without.memory.total_bytes
         is_small = added <= _KEPT * slot.memory_bytes
+        if with_it.disk_bytes:
+            is_small = None not in (slot.node.disk_free_bytes, disk_read_rate(slot.node))
+            is_small &= with_it.disk_bytes <= disk_usable_bytes(slot.node)
         return is_small and with_it.time.step_s <= without.time.step_s / WORTH_KEEPING
 
     def _conflict(self, techniques: Techniques) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+from clusters.units import format_bytes, format_s
 from orchestrator.data.order import Order
 from orchestrator.data.packing import micro_batches, padded_tokens
 from orchestrator.errors import JobError
@@ -15,9 +16,9 @@ from orchestrator.planning.candidates import Candidate
 from strategies import schedules
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
-from strategies.cost.reuse import WORTH, ratio_of_step, stores_reference
+from strategies.cost.reuse import WORTH, keeps_by_itself, ratio_of_step, stores_reference
 from strategies.shape import ModelShape
-from strategies.workload import Workload
+from strategies.workload import Kept, Workload
 
 
 def model_shape(config: dict[str, Any]) -> ModelShape:
@@ -130,11 +131,43 @@ def why_shared(chosen: Candidate, workload: Workload) -> str:
 def why_kept(chosen: Candidate, workload: Workload) -> str:
     """Why what frozen lower layers make of a sample is kept, or is not."""
     plan, epochs = chosen.placed[0].plan, workload.num_samples_seen / workload.num_samples
-    if plan.techniques.cache_frozen_activations:
-        return f"each sample passes the layers below the first that trains once, in {epochs:.1f} epochs"
+    if kept := plan.techniques.cache_frozen_activations:
+        return _what_is_kept(chosen, workload, on_disk=kept == "disk")
     if epochs <= 1:
         return "no sample is seen twice"
-    return _conflict(chosen, workload, cache_frozen_activations=True) or "steps would not become clearly shorter"
+    if refusal := _conflict(chosen, workload, cache_frozen_activations=True):
+        return refusal
+    if not keeps_by_itself(chosen.placed[0].slot.device):
+        return "on a GPU it is not measured: true keeps it in the host's memory"
+    return "steps would not become clearly shorter in a tenth of the memory or half of the free disk"
+
+
+def _what_is_kept(chosen: Candidate, workload: Workload, on_disk: bool) -> str:
+    """What is kept of frozen layers, where, and how many seconds that spares."""
+    saved_s, sizes = 0.0, []
+    for part in chosen.placed:
+        work = replace(workload, share=part.share)
+        kinds: tuple[Kept, ...] = (part.plan.techniques.cache_frozen_activations, False)
+        kept, plain = (
+            chosen.method.estimate(
+                work, part.slot.device, part.slot.node, replace(part.plan.techniques, cache_frozen_activations=kind)
+            )
+            for kind in kinds
+        )
+        saved_s = max(saved_s, (plain.time.step_s - kept.time.step_s) * chosen.num_steps)
+        in_memory = kept.memory.total_bytes - plain.memory.total_bytes
+        in_memory += kept.memory.host_bytes - plain.memory.host_bytes
+        sizes.append(kept.disk_bytes if on_disk else in_memory)
+    epochs, size = workload.num_samples_seen / workload.num_samples, format_bytes(max(sizes))
+    free = chosen.placed[0].slot.node.disk_free_bytes
+    place = f"{size} of memory"
+    if on_disk:
+        place = f"{size} of the disk" if free is None else f"{size} of the disk's free {format_bytes(free)}"
+    text = (
+        f"each sample passes the layers below the first that trains once, in {epochs:.1f} epochs: about"
+        f" {format_s(saved_s)} less for {place}"
+    )
+    return f"{text}; each worker keeps what it has seen itself" if len(sizes) > 1 else text
 
 
 def why_reference(chosen: Candidate, workload: Workload) -> str:
@@ -150,7 +183,7 @@ def why_reference(chosen: Candidate, workload: Workload) -> str:
     return f"the reference is the model at the start: a forward pass of each row before the first step, stored; {why}"
 
 
-def _conflict(chosen: Candidate, workload: Workload, **switches: bool) -> str | None:
+def _conflict(chosen: Candidate, workload: Workload, **switches: Kept) -> str | None:
     part = chosen.placed[0]
     techniques = replace(part.plan.techniques, **switches)  # type: ignore[arg-type]
     return conflict(chosen.method, techniques, part.slot.device, workload.shape, len(chosen.placed))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -165,7 +166,8 @@ def _tune(search: Session) -> None:
             search.stopped = True
             return
         with connect(address, len(places), threads, gpus, process) as cluster:
-            slots = Slots(len(places), cluster.slot_resources, _node_ids(address, names))
+            by_node = Counter(slot.node.name for slot in places)
+            slots = Slots(by_node, cluster.slot_resources, _node_ids(address, names))
             error = run_in_background(partial(_run_trials, search, slots), search.poll, search.interrupt)
     if error is None:
         return
@@ -184,8 +186,8 @@ def _run_trials(search: Session, slots: Slots) -> None:
     spec, path = search.job.spec.search, search.folder.path
     decisions = Decisions(spec.scheduler if search.sampler is not None else "none", spec.trial_steps)
     if search.may_share:
-        start = partial(RayTrainer, path, slots.resources)
-        SharedTrials(search, start, decisions.stops, slots.count, search.note).run()
+        start = partial(RayTrainer, path, slots)
+        SharedTrials(search, start, decisions.stops, slots.by_node, search.note).run()
     if not search.enough() and search.has_next():
         tune_trials(path, search, slots, search.num_left, decisions)
 

@@ -101,15 +101,17 @@ class Session:
             plans, reason = self._plans(point)
             self.running[number] = _Drawn(point, name)
             if plans:
-                return NextTrial(number, point, plans, self._share(point, plans))
+                return NextTrial(number, point, plans, self._shares(point, plans))
             self._ended(Trial(number, point, "failed", reason=reason, name=name))
         return None
 
-    def _share(self, point: Point, plans: Mapping[str, list[Plan]]) -> Share | str:
+    def _shares(self, point: Point, plans: Mapping[str, list[Plan]]) -> dict[str, Share] | str:
+        """With whom it can share a base model, by the node where it would; or why nowhere."""
         if not self.may_share:
             return ""
-        own = next(iter(plans.values()))  # of the one machine: trials on a cluster do not share
-        return share_of(self.job, self.planning, self._samples, point, own)
+        found = {name: share_of(self.job, self.planning, self._samples, point, own) for name, own in plans.items()}
+        shares = {name: share for name, share in found.items() if isinstance(share, Share)}
+        return shares or next(str(why) for why in found.values())
 
     @cached_property
     def _samples(self) -> dict[str, Samples]:

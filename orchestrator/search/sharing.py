@@ -42,15 +42,13 @@ class NextTrial:
     number: int
     point: Point
     plans: dict[str, list[Plan]]  # by node, one for each kind of its devices
-    share: Share | str  # or why it is tried by itself; empty where nothing is to be said
+    shares: dict[str, Share] | str  # by node; or why it is tried by itself, empty where nothing is to be said
 
 
 def why_none_share(spec: JobSpec, space: Space, named: Sequence[tuple[str, Point]]) -> str | None:
     """Why all trials of a search are tried by themselves; empty as the job wants it so, None where some may share."""
     if spec.search.share_base == "never":
         return ""
-    if spec.cluster.address != "local":
-        return "no trial shares its base model with others: cluster.address is a cluster, where each has a node"
     tried = {key for key, values in space.choices.items() if len(values) > 1} | set(space.ranges)
     points = [point for _, point in named]
     tried |= {key for point in points for key in point if any(other.get(key) != point[key] for other in points)}
@@ -69,7 +67,8 @@ def share_of(
     """What a point's trial can share, or why it is tried by itself; `plans` are those of its node."""
     if len({plan.nodes[0].device for plan in plans}) > 1:
         return "its machine has several kinds of GPU, and which of them it gets is seen only when it starts"
-    plan, own = plans[0], Job(spec_with(job.spec, point), job.folder, job.text)
+    # On a cluster as well it computes on one machine.
+    plan, own = plans[0], Job(spec_with(job.spec, {**point, "cluster.address": "local"}), job.folder, job.text)
     if why := why_alone(own, plan):
         return why
     part, techniques = plan.nodes[0], plan.techniques

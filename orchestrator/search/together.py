@@ -1,13 +1,14 @@
 """The trials that share base models: which train at a time, and what becomes of each.  No Ray: trainers are given.
 
-A resident trainer a slot holds one base model.  Trials get a place as others end; those whose trainer is lost, or whose
-memory runs out beside others, are tried again by themselves.
+A resident trainer a slot of a node holds one base model.  Trials get a place as others end, by what is predicted for
+that node; those whose trainer is lost, or whose memory runs out beside others, are tried again by themselves.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from clusters.units import format_bytes
@@ -19,6 +20,7 @@ from strategies.contract import MemoryEstimate
 _AHEAD = 8  # points that are drawn before it is their turn, to find those that share a base model
 _ALONE_AHEAD = 2  # the same of points that cannot share, which gain nothing by being drawn before others have ended
 _POLL_S = 0.2
+_LEAST = 2  # trials with which a trainer begins: one gains nothing
 
 Report = dict[str, Any]
 
@@ -65,6 +67,7 @@ class Drawing(Protocol):
 class _Group:
     """Trials in one trainer, and what it is sent next."""
 
+    node: str
     share: Share  # of the first
     trainer: Trainer
     running: dict[int, NextTrial] = field(default_factory=dict)
@@ -76,7 +79,17 @@ class _Group:
 
     @property
     def shares(self) -> list[Share]:
-        return [one.share for one in self.running.values() if isinstance(one.share, Share)]
+        return [share for one in self.running.values() if (share := share_at(one, self.node))]
+
+
+def share_at(one: NextTrial, node: str) -> Share | None:
+    """With whom a trial can share a base model on a node."""
+    return one.shares.get(node) if isinstance(one.shares, dict) else None
+
+
+def _only_at(one: NextTrial, node: str) -> NextTrial:
+    """A trial as a node gets it."""
+    return replace(one, plans={node: one.plans[node]})
 
 
 class SharedTrials:
@@ -87,11 +100,12 @@ class SharedTrials:
         search: Drawing,
         start: Callable[[NextTrial, int, MemoryEstimate], Trainer],
         stops: Callable[[int, Report], bool],
-        num_slots: int,
+        slots: Mapping[str, int],
         say: Callable[[str], None],
     ) -> None:
-        """`start`: a trainer for trials like this one; `stops`: whether a trial ends at its rung, by the scheduler."""
-        self._search, self._start, self._stops, self._num_slots, self._say = search, start, stops, num_slots, say
+        """`start`: a trainer for trials like this one, on the node of its plans; `stops`: whether a trial ends at its
+        rung, by the scheduler; `slots`: of each node."""
+        self._search, self._start, self._stops, self._slots, self._say = search, start, stops, slots, say
         self._waiting: list[NextTrial] = []
         self._groups: list[_Group] = []
         self._lost: set[Hashable] = set()  # keys of trainers that were lost: their trials do not share again
@@ -114,25 +128,38 @@ class SharedTrials:
             self._search.alone += self._waiting
 
     def _open_groups(self) -> None:
-        """A trainer in each free slot for which there are two trials that can share."""
-        while len(self._groups) < self._num_slots:
+        """A trainer in each free slot for which there are two trials that can share; others of its places wait until
+        all such slots have one."""
+        while len(self._groups) < sum(self._slots.values()):
             self._draw_until(lambda: None)
-            by_key: dict[Hashable, list[Share]] = {}
-            for share in (one.share for one in self._waiting if isinstance(one.share, Share)):
-                if share.key not in self._lost:
-                    by_key.setdefault(share.key, []).append(share)
-            shares = max(by_key.values(), key=len, default=[])
-            places, memory = places_of(shares) if shares else (0, None)
-            if places < 2 or memory is None:
+            if not any(self._open_group(node, found) for node, found in self._alike()):
                 return
-            self._say(
-                f"trials of one layout share one base model in one worker, {places} at a time, with a predicted"
-                f" {format_bytes(memory.total_bytes)}; others follow as those end"
-            )
-            first = next(one for one in self._waiting if one.share is shares[0])
-            group = _Group(shares[0], self._start(first, places, memory))
-            self._groups.append(group)
-            self._fill(group)
+
+    def _open_group(self, node: str, alike: list[NextTrial]) -> bool:
+        """A trainer on a node for the first of these trials, where two of them are predicted to fit."""
+        shares = [share for one in alike if (share := share_at(one, node))]
+        places, memory = places_of(shares)
+        if places < _LEAST:
+            return False
+        text = (
+            f"trials of one layout share one base model in one worker, {places} at a time, with a predicted"
+            f" {format_bytes(memory.total_bytes)}; others follow as those end"
+        )
+        self._say(f"{node}: {text}" if len(self._slots) > 1 else text)
+        group = _Group(node, shares[0], self._start(_only_at(alike[0], node), places, memory))
+        self._groups.append(group)
+        self._fill(group, _LEAST)
+        return True
+
+    def _alike(self) -> list[tuple[str, list[NextTrial]]]:
+        """Nodes with a free slot, with the trials that wait and could share a base model there: most trials first."""
+        taken = Counter(group.node for group in self._groups)
+        found: dict[tuple[str, Hashable], list[NextTrial]] = {}
+        for node, count in self._slots.items():
+            for one in self._waiting if taken[node] < count else ():
+                if (share := share_at(one, node)) and share.key not in self._lost:
+                    found.setdefault((node, share.key), []).append(one)
+        return sorted(((node, alike) for (node, _), alike in found.items()), key=lambda one: -len(one[1]))
 
     def _turn(self, group: _Group) -> None:
         """Send a group's trainer what is decided, or receive its reports."""
@@ -157,12 +184,12 @@ class SharedTrials:
         for report in found[0]:
             self._receive(group, report)
 
-    def _fill(self, group: _Group) -> None:
-        """Give the group's free places away."""
-        while one := self._next(group):
+    def _fill(self, group: _Group, most: int | None = None) -> None:
+        """Give the group's free places away, `most` of them now."""
+        while (most is None or len(group.running) < most) and (one := self._next(group)):
             self._waiting.remove(one)
             group.running[one.number] = one
-            group.begin.append(one)
+            group.begin.append(_only_at(one, group.node))
             self._search.started(one.number)
             self._search.reported(one.number, 0.0)
 
@@ -172,8 +199,8 @@ class SharedTrials:
 
         def found() -> NextTrial | None:
             for one in self._waiting:
-                share = one.share
-                if isinstance(share, Share) and share.key == group.share.key and has_place(share, others):
+                share = share_at(one, group.node)
+                if share and share.key == group.share.key and has_place(share, others):
                     return one
             return None
 
@@ -188,14 +215,14 @@ class SharedTrials:
         while not (wanted := found()) and len(self._waiting) < _AHEAD and num_alone < _ALONE_AHEAD:
             if (one := self._search.draw()) is None:
                 break
-            if isinstance(one.share, Share):
+            if isinstance(one.shares, dict):
                 self._waiting.append(one)
                 continue
             num_alone += 1
             self._search.alone.append(one)
-            if one.share and one.share not in self._said:
-                self._said.add(one.share)
-                self._say(f"trial {one.number} and those like it are tried by themselves: {one.share}")
+            if one.shares and one.shares not in self._said:
+                self._said.add(one.shares)
+                self._say(f"trial {one.number} and those like it are tried by themselves: {one.shares}")
         return wanted
 
     def _receive(self, group: _Group, report: Report) -> None:

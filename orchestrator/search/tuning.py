@@ -68,9 +68,17 @@ class Searching(Protocol):
 class Slots:
     """Where trials run: how many at a time, what each takes of Ray, and Ray's ids of the nodes by their names."""
 
-    count: int
+    by_node: Mapping[str, int]
     resources: dict[str, float]
     node_ids: Mapping[str, str]  # empty where there is one machine
+
+    @property
+    def count(self) -> int:
+        return sum(self.by_node.values())
+
+    def offers_gpus(self, node: str) -> bool:
+        """Whether Ray gives GPUs of this node away."""
+        return gpu_reservation.offers_gpus(self.node_ids[node] if self.node_ids else gpu_reservation.own_node_id())
 
 
 def tune_trials(folder: Path, searching: Searching, slots: Slots, num_trials: int, decisions: Decisions) -> None:
@@ -80,12 +88,9 @@ def tune_trials(folder: Path, searching: Searching, slots: Slots, num_trials: in
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # failures are reported by the search, a line a trial
     storage = folder / ".ray" / uuid.uuid4().hex[:8]
 
-    def offers_gpus(name: str) -> bool:
-        return gpu_reservation.offers_gpus(node_ids[name] if node_ids else gpu_reservation.own_node_id())
-
     def resources(config: Mapping[str, Any]) -> tune.PlacementGroupFactory:
         plans = {name: Plan.from_json(texts[0]) for name, texts in config["plans"].items()}
-        bundle, nodes = place_of(plans, slots.resources, {name for name in plans if offers_gpus(name)})
+        bundle, nodes = place_of(plans, slots.resources, {name for name in plans if slots.offers_gpus(name)})
         if not node_ids:
             return tune.PlacementGroupFactory([bundle])
         where = ",".join(sorted(node_ids[node] for node in nodes))
@@ -265,14 +270,11 @@ class Decisions:
 
 
 class RayTrainer:
-    """A process of Ray's that holds a resident trainer."""
+    """A process of Ray's that holds a resident trainer, on the node of its first trial's plans."""
 
-    def __init__(
-        self, folder: Path, resources: Mapping[str, float], first: NextTrial, places: int, memory: MemoryEstimate
-    ) -> None:
+    def __init__(self, folder: Path, slots: Slots, first: NextTrial, places: int, memory: MemoryEstimate) -> None:
         node, (plan, *_) = next(iter(first.plans.items()))
-        offering = {node} if gpu_reservation.offers_gpus(gpu_reservation.own_node_id()) else set()
-        bundle, _ = place_of({node: plan}, resources, offering)
+        bundle, _ = place_of({node: plan}, slots.resources, {node} if slots.offers_gpus(node) else set())
         own = {name: value for name, value in bundle.items() if name not in ("CPU", gpu_reservation.GPU)}
         options: dict[str, Any] = {
             "num_cpus": bundle.get("CPU", 0.0),
@@ -280,6 +282,8 @@ class RayTrainer:
             "resources": own,
             "max_restarts": 0,
         }
+        if slots.node_ids:
+            options["label_selector"] = {"ray.io/node-id": slots.node_ids[node]}
         self._folder = folder
         self._actor: Any = ray.remote(ResidentTrainer).options(**options).remote(places, memory, plan.nodes[0].threads)
         self._call: Any = None

@@ -11,6 +11,7 @@ from orchestrator.data.dataset import Dataset
 from orchestrator.data.packing import micro_batches
 from strategies.reuse.tree import group_alike
 from strategies.step.supervised_logits import Batch
+from strategies.train_setup import KnownLayers
 from strategies.workload import Techniques
 
 
@@ -34,10 +35,17 @@ def mismatched_batches_of(data: Dataset, sample_ids: Sequence[int], techniques: 
 
 
 class Feed:
-    """Makes batches of samples, at most one of them ahead of time."""
+    """Makes batches of samples, at most one of them ahead of time; `lower` has what is known of them follow."""
 
-    def __init__(self, data: Dataset, packing: bool, device: torch.device, share_prefixes: bool = False) -> None:
-        self._data, self._layout, self._device = data, (packing, share_prefixes), device
+    def __init__(
+        self,
+        data: Dataset,
+        packing: bool,
+        device: torch.device,
+        share_prefixes: bool = False,
+        lower: KnownLayers | None = None,
+    ) -> None:
+        self._data, self._layout, self._device, self._lower = data, (packing, share_prefixes), device, lower
         self._ahead: tuple[list[int], Batch] | None = None
         self._num_taken = 0  # tokens, padding included
 
@@ -58,4 +66,7 @@ class Feed:
         self._ahead = list(sample_ids), self._batch(sample_ids)
 
     def _batch(self, sample_ids: Sequence[int]) -> Batch:
-        return collate(self._data, list(sample_ids), *self._layout).to(self._device)
+        batch = collate(self._data, list(sample_ids), *self._layout).to(self._device)
+        if self._lower and (parts := batch.parts):
+            self._lower.expect(batch.sample_ids, parts)
+        return batch

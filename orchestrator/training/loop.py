@@ -125,7 +125,7 @@ def _record_step(
         peak_bytes=peak_bytes(training.device),
         samples=hash_ids(samples.ids_N),
         computed_tokens=report.num_computed if training.techniques.share_prefixes else None,
-        known_tokens=setup.lower.count() if setup.lower else None,
+        known_tokens=report.num_known if setup.lower else None,
         loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
         rewards=report.rewards,
         **of_group,

@@ -156,7 +156,8 @@ class Training:
         self._set_scaler(self.progress.loss_scale)
         self.progress.loss_scale = self.scaler.state_dict()
         self.random = LayerRandomness(setup.model)
-        self.feed = Feed(self.data, self.techniques.packing, self.device, self.techniques.share_prefixes)
+        layout = self.techniques.packing, self.device, self.techniques.share_prefixes
+        self.feed = Feed(self.data, *layout, setup.lower)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
         self.holders = holders_of(group, setup.parameters) if self.techniques.stage else None
         own = [] if setup.engine else setup.summed

@@ -137,6 +137,7 @@ class Attempt:
 
     loss: float = 0.0  # its part of the step's
     num_computed: int = 0  # tokens that went through its model, padding included
+    num_known: int = 0  # of them, those that did not pass frozen lower layers
     totals: Sequence[float] = ()  # of an objective over documents
     out_of_memory: str | None = None  # the error, where memory ran out
 
@@ -159,7 +160,7 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
             raise
         return Attempt(out_of_memory=first_line(error))
     totals = setup.objective.take() if setup.objective else ()
-    return Attempt(loss, training.feed.count(), totals)
+    return Attempt(loss, training.feed.count(), setup.lower.count() if setup.lower else 0, totals)
 
 
 def _prepare_first_batch(training: Training, step: int) -> None:
@@ -180,6 +181,7 @@ class GroupReport:
     seconds_W: list[float]
     peak_bytes_W: list[int]
     num_computed: int  # tokens, over all replicas, padding included
+    num_known: int  # of them, those that did not pass frozen lower layers
     ended: float  # when the sum ended, of time.perf_counter: on all workers the same moment, up to a round trip
     times: PassTimes | None = None  # of this worker's stage
     stages: dict[str, list[float]] = field(default_factory=dict)  # fields of StepReport
@@ -202,6 +204,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         peak_bytes(training.device),
         float(attempt.out_of_memory is not None),
         attempt.num_computed,
+        attempt.num_known,
         *of_stage.values(),
     )
     objective = training.setup.objective
@@ -214,7 +217,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
     by_value = (measured[start : start + size] for start in range(0, len(measured), size))
-    seconds_W, peaks_W, short_W, computed_W, *stages = by_value
+    seconds_W, peaks_W, short_W, computed_W, known_W, *stages = by_value
     short = any(short_W[rank] for rank in group.ranks_of(group.replica))
     return GroupReport(
         loss,
@@ -224,6 +227,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         seconds_W,
         [int(peak) for peak in peaks_W],
         sum(int(computed_W[group.ranks_of(replica)[0]]) for replica in range(group.num_replicas)),
+        int(sum(known_W)),
         ended,
         times,
         {name: [round(value, 5) for value in values] for name, values in zip(of_stage, stages, strict=True)},

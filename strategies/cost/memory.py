@@ -66,7 +66,8 @@ class Footprint:
     master_bytes: float = 0.0  # fp32 copies the optimizer keeps of half-precision weights, a parameter
     optimizer_bytes: float | None = None  # where it is not that of `optim`
     streamed: Streamed | None = None  # where gradients do not stay
-    kept_bytes: float = 0.0  # what frozen lower layers made of all samples
+    kept_bytes: float = 0.0  # what frozen lower layers made of all samples, in the host's memory
+    disk_bytes: float = 0.0  # the same on the host's disk
 
     @property
     def frozen_bytes(self) -> float:
@@ -115,7 +116,7 @@ def estimate(
     logits = stack.head_bytes + logits_bytes(workload, techniques, stack, tokens)
     cast, saved = _in_flight(workload, techniques, footprint, tokens, saved)
     messages, host = message_buffers(workload, device, techniques, tokens)
-    buffers = messages + footprint.kept_bytes + buffer_bytes(workload.shape, techniques, footprint, stack)
+    buffers = messages + buffer_bytes(workload.shape, techniques, footprint, stack)
     if (streamed := footprint.streamed) is not None:
         gradients, optimizer, host = streamed.gradient_bytes, streamed.state_bytes, host + streamed.host_bytes
     if techniques.offload == "activations":  # save_on_cpu: one layer at a time stays
@@ -147,8 +148,8 @@ def estimate(
         optimizer_bytes=optimizer,
         activations_bytes=saved + max(0.0, hump - logits),
         logits_bytes=logits,
-        buffers_bytes=buffers + cast,
-        host_bytes=host,
+        buffers_bytes=buffers + cast + (footprint.kept_bytes if device.kind == "cpu" else 0.0),
+        host_bytes=host + (footprint.kept_bytes if device.kind != "cpu" else 0.0),
     )
     return with_framework(tensors, device, techniques.num_shards)
 

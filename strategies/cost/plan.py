@@ -55,6 +55,7 @@ def predict(
         num_micro_batches=micro_batches.num_micro_batches(workload, techniques),
         tokens_per_micro_batch=micro_batches.tokens_per_micro_batch(workload, techniques),
         computed_part=part,
+        disk_bytes=footprint.disk_bytes,
     )
 
 

@@ -9,11 +9,13 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+from clusters.capability import DeviceCapability
 from strategies.cost.memory import Footprint
 from strategies.cost.work import Work
 from strategies.workload import Techniques, Workload
 
 WORTH = 1.1  # tokens for each that is computed: less is not taken by itself
+_MOST_EPOCHS = 100  # that are counted one by one: later ones are as the last
 WORTH_KEEPING = 1.03  # times shorter steps: for less nothing is kept by itself
 
 
@@ -46,13 +48,41 @@ def with_kept_layers(
 ) -> tuple[Footprint, Work]:
     """A method's costs where what frozen lower layers make of a sample is kept: a hidden state a token.
 
-    Each sample passes them the first time that it is seen.
+    Each sample passes them the first time that its worker sees it.
     """
     if not techniques.cache_frozen_activations or not work.first_layer:
         return footprint, work
-    kept = workload.num_tokens * workload.shape.hidden_size * footprint.stream_bytes
-    first_times = min(1.0, workload.num_samples / workload.num_samples_seen)
-    return replace(footprint, kept_bytes=kept), replace(work, lower_passes=first_times)
+    of_token = workload.shape.hidden_size * footprint.stream_bytes
+    kept = workload.num_tokens * of_token * _met(workload, workload.num_samples_seen / workload.num_samples)
+    place = {"disk_bytes": kept} if techniques.cache_frozen_activations == "disk" else {"kept_bytes": kept}
+    moved = of_token / computed_part(workload, techniques)
+    return replace(footprint, **place), replace(
+        work, lower_passes=_first_passes(workload, techniques), kept_bytes_per_token=moved
+    )
+
+
+def _first_passes(workload: Workload, techniques: Techniques) -> float:
+    """Of all passes of a worker's samples, those in rows that hold a sample that it has not seen before.
+
+    Who does a sample is drawn anew in each epoch: after e epochs a worker of share s has seen 1 - (1 - s)^e of them,
+    and a row of r samples is known with that to the power of r.
+    """
+    epochs = workload.num_samples_seen / workload.num_samples
+    rows = min(workload.share * workload.tokens_per_step, techniques.micro_batch_tokens) / workload.mean_length
+    later = range(1, math.ceil(min(epochs, _MOST_EPOCHS)))
+    known = sum(min(1.0, epochs - epoch) * _met(workload, epoch) ** max(1.0, rows) for epoch in later)
+    known += max(0.0, epochs - _MOST_EPOCHS) * _met(workload, _MOST_EPOCHS) ** max(1.0, rows)
+    return 1 - known / max(1.0, epochs)
+
+
+def _met(workload: Workload, epochs: float) -> float:
+    """Of all samples, those that a worker has seen after so many epochs."""
+    return 1.0 if workload.share >= 1 else 1 - (1 - workload.share) ** epochs
+
+
+def keeps_by_itself(device: DeviceCapability) -> bool:
+    """Whether what frozen layers make of a sample may be kept unasked: on a GPU it was not measured."""
+    return device.kind == "cpu"
 
 
 def stores_reference(workload: Workload, starts_as_base: bool) -> bool:

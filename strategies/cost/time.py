@@ -135,6 +135,7 @@ def estimate(
         computing_s = (compute + moved / bandwidth) / num_micro
         transfer += num_micro * _await_layers_s(shape, device, node, techniques, work, computing_s)
     transfer += _fetch_activations_s(shape, device, techniques, tokens, compute)
+    transfer += _fetch_kept_s(device, node, techniques, work, tokens) if work.kept_bytes_per_token else 0.0
     update += 12 * work.num_tensors * op_s * (0.2 if device.kind != "cpu" else 1.0)
     if device.kind != "cpu":  # kernels are queued ahead: what shows is only what the GPU waits for
         overhead = max(0.0, overhead - compute - moved / bandwidth)
@@ -281,6 +282,23 @@ def _fetch_activations_s(
     if not techniques.gradient_checkpointing:
         kept *= 12
     return max(0.0, 2 * kept / bus_rate(device) - compute)
+
+
+def _fetch_kept_s(
+    device: DeviceCapability, node: NodeCapability, techniques: Techniques, work: Work, tokens: float
+) -> float:
+    """Seconds that results of frozen layers take to and from a disk and a GPU, as if nothing else were done."""
+    moved, seconds = tokens * work.kept_bytes_per_token, 0.0
+    if techniques.cache_frozen_activations == "disk":
+        first = work.lower_passes
+        seconds += moved * (first / (node.disk_write_bytes_per_s or _DISK_BYTES_PER_S))
+        seconds += moved * (1 - first) / (disk_read_rate(node) or _DISK_BYTES_PER_S)
+    return seconds + (moved / bus_rate(device) if device.kind != "cpu" else 0.0)
+
+
+def disk_read_rate(node: NodeCapability) -> float | None:
+    """Bytes a second that a node's disk reads; where that was not measured, about as many as it writes."""
+    return node.disk_read_bytes_per_s or node.disk_write_bytes_per_s
 
 
 def bus_rate(device: DeviceCapability) -> float:

@@ -23,6 +23,7 @@ class Work:
     orthogonal_products: float = 0.0  # FLOP of making every trained matrix of the layers orthogonal, once
     first_layer: int = 0  # below it nothing runs backward
     lower_passes: float = 1.0  # of all samples, those that pass the layers below it: of others the result is kept
+    kept_bytes_per_token: float = 0.0  # of such a result
     cast_parameters: int = 0  # weights cast to the compute precision in each micro-batch
     dequantised_parameters: int = 0  # weights expanded to the compute precision in each pass
     dequantise_bytes_per_parameter: float = 0.0  # read, expanded, read again

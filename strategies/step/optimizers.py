@@ -43,8 +43,9 @@ def build_optimizer(
 
 def _of_bitsandbytes(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.Optimizer:
     """As transformers' Trainer builds them (trainer_optimizer.py); AdEMAMix with its own third decay."""
-    from bitsandbytes import optim
+    import bitsandbytes
 
+    optim: Any = bitsandbytes.optim  # its classes are not exported for type checkers
     name, facts = settings.optim, OPTIMIZERS[settings.optim]
     options: dict[str, Any] = {"optim_bits": 8 if facts.has_eight_bit_state else 32}
     options["weight_decay"] = settings.weight_decay

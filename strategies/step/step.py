@@ -12,7 +12,6 @@ from dataclasses import dataclass
 
 import torch
 
-from strategies.reuse.lower_layers import DocumentParts
 from strategies.step.activation_offload import offload_activations
 from strategies.step.supervised_logits import Batch, loss_sum
 from strategies.techniques.precision import autocast
@@ -53,9 +52,9 @@ def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques, smoothi
 
 def _known_layers(setup: TrainSetup, batch: Batch) -> AbstractContextManager[None]:
     """Skip the layers whose results for these samples are known, inside the block."""
-    if setup.lower is None or batch.document_lengths is None:
+    parts = batch.parts
+    if setup.lower is None or parts is None:
         return nullcontext()
-    parts = DocumentParts(batch.document_lengths, batch.shared.tree if batch.shared else None)
     return setup.lower.serve(batch.sample_ids, parts)
 
 

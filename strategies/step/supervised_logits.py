@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
 from strategies.model.heads import inner_model
+from strategies.reuse.lower_layers import DocumentParts
 from strategies.reuse.row import SharedRow
 from strategies.step.document_attention import borders, packed_arguments, tree_arguments, tree_positions
 from strategies.workload import LossType
@@ -87,6 +88,13 @@ class Batch:
         self.picked_S = None if one_row else predicted_BT[:, self.columns_C].flatten().nonzero()[:, 0]
         if self.document_lengths is not None:
             self.positions_BT, self.borders_D = borders(self.document_lengths)
+
+    @property
+    def parts(self) -> DocumentParts | None:
+        """Where the tokens of its documents stand in its row; None of padded rows."""
+        if self.document_lengths is None:
+            return None
+        return DocumentParts(self.document_lengths, self.shared.tree if self.shared else None)
 
     def to(self, device: torch.device) -> Batch:
         """The same on `device`; to a GPU it travels from pinned memory while the one before is computed."""

@@ -14,6 +14,8 @@ from orchestrator.training.parallel import GradientSum, ProcessGroup
 from strategies.engines.uneven_zero import shard_by_memory
 from strategies.lsp_offload.method import LspOffload
 from strategies.methods.lora import Lora
+from strategies.reuse.lower_layers import LowerLayers
+from strategies.step.side_stream import SideStream
 from strategies.step.state import gather, restore
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import Batch
@@ -166,4 +168,30 @@ def streamed_matrices() -> dict[str, Any]:
     return found
 
 
-PIECES = (streamed_weights, streamed_matrices, buckets, batches, divided_optimizer, streaming_optimizer)
+def kept_states() -> dict[str, Any]:
+    """What a frozen layer made of a row, on its way to the host and, a step later, back ahead of its pass."""
+    method, device = Lora(lora_r=4, layers_to_transform=[1]), torch.device("cuda:0")
+    techniques = replace(PLAIN.techniques(), cache_frozen_activations=True)
+    settings = inputs.settings_of(techniques)
+    with fake_device.FAKE, fake_device.Watch() as watch:
+        setup = method.setup(inputs.model_on("cuda:0", method, settings, num_layers=2), settings)
+        setup.lower = lower = LowerLayers(setup.model, None, SideStream(device))
+        scaler, found = gradient_scaler("cuda", "bfloat16"), []
+        for _ in range(2):
+            batch = inputs.batch_of(PLAIN).to(device)
+            assert batch.parts
+            watch.begin()
+            lower.expect(batch.sample_ids, batch.parts)
+            forward_backward(setup, batch, 9, techniques, scaler)
+            found.append(watch.seen())
+        kept = [lower._states.get(number) for number in batch.sample_ids]
+        return {
+            "waits": [one["waits"] for one in found],
+            "known": lower.count(),
+            "bytes": lower.num_bytes,
+            "on": sorted({str(each.device) for each in kept if each is not None}),
+            "gradients on": sorted({str(p.grad.device) for p in setup.summed if p.grad is not None}),
+        }
+
+
+PIECES = (streamed_weights, streamed_matrices, buckets, batches, kept_states, divided_optimizer, streaming_optimizer)

@@ -130,6 +130,16 @@ def test_a_batch_goes_to_the_card_without_waiting(rehearsed):
     assert found["tensors"] >= 5
 
 
+def test_what_frozen_layers_made_goes_to_the_host_and_comes_back_without_waiting(rehearsed):
+    found = rehearsed["kept_states"]
+
+    assert "error" not in found, found["error"]
+    assert found["waits"] == [[], []]
+    assert found["known"] == 9 + 8  # tokens of the second pass
+    assert found["bytes"] == (9 + 8) * 64 * 2  # in bf16
+    assert (found["on"], found["gradients on"]) == (["cpu"], ["cuda:0"])
+
+
 @pytest.mark.parametrize("name", ["divided_optimizer", "streaming_optimizer"])
 def test_state_that_is_divided_or_on_the_host_comes_back_to_its_place(rehearsed, name):
     found = rehearsed[name]

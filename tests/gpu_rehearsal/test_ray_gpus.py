@@ -235,7 +235,7 @@ def test_two_trials_at_a_time_see_two_gpus(cluster, on_two_gpus, tmp_path, monke
 
     monkeypatch.setattr(tuning, "_Runner", Looks)
     search = Search()
-    tuning.tune_trials(tmp_path, search, tuning.Slots(2, {SLOT: 1.0}, {}), 2, tuning.Decisions("none", 1))
+    tuning.tune_trials(tmp_path, search, tuning.Slots({"a": 2}, {SLOT: 1.0}, {}), 2, tuning.Decisions("none", 1))
 
     assert len(search.trials) == 2
     seen = {trial.reason for trial in search.trials}

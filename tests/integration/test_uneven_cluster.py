@@ -136,6 +136,18 @@ def test_a_search_runs_one_trial_on_each_machine_at_a_time(cluster, place):
 
 
 @pytest.mark.slow
+def test_trials_of_one_layout_share_a_base_model_on_each_machine(cluster, place):
+    space = "{method.lora_r: [2, 8], train.learning_rate: [1.0e-3, 1.0e-2]}"
+    layout = ("model.dtype=float32", "data.packing=true", "train.per_device_train_batch_size=4")
+    options = (*layout, f"search.space={space}", "search.trial_steps=4", "search.scheduler=none")
+    told = search(place, "--trials", "4", *[part for option in options for part in ("-s", option)])
+
+    assert [trial["status"] for trial in told["trials"]] == ["finished"] * 4
+    assert {trial["time"]["runs_together"] for trial in told["trials"]} == {2}  # of the four two on each
+    assert {trial["node"] for trial in told["trials"]} == {"left", "right"}
+
+
+@pytest.mark.slow
 def test_trials_may_keep_to_machines_that_the_job_leaves_idle(cluster, place):
     space = "{train.per_device_train_batch_size: [1, 2], data.packing: [true]}"
     options = ("search.nodes=idle", "cluster.num_workers=1", f"search.space={space}", "search.trial_steps=4")

@@ -198,8 +198,10 @@ class TrainSection(Section):
     threads: Auto | Annotated[int, Field(ge=1, le=MOST)] = key(
         "auto", "threads of a worker; auto = all cores of its machine, divided among the workers there"
     )
-    cache_frozen_activations: Auto | bool = key(
-        "auto", "keep what layers below the first that trains make of a sample, for later epochs. For one CPU worker"
+    cache_frozen_activations: Auto | bool | Literal["disk"] = key(
+        "auto",
+        "keep what layers below the first that trains make of a sample, for later epochs: true = in the host's memory,"
+        " disk = in a file of the cache folder while it trains; auto = on CPUs, where one of the two is worth it",
     )
     deterministic: bool = key(
         False,

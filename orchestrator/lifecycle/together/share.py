@@ -52,7 +52,7 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         "its objective is over whole documents": plan.build_objective().is_by_document,
         "its embeddings get noise (train.neftune_noise_alpha)": bool(job.spec.train.neftune_noise_alpha),
         "its labels are smoothed (train.label_smoothing_factor)": bool(job.spec.train.label_smoothing_factor),
-        "train.cache_frozen_activations is true": job.spec.train.cache_frozen_activations is True,
+        "train.cache_frozen_activations is set": job.spec.train.cache_frozen_activations in (True, "disk"),
     }
     own = plan.build_method().why_alone()
     found = [*([own] if own else []), *(text for text, holds in reasons.items() if holds)]

@@ -7,14 +7,17 @@ from typing import Any
 
 import torch
 
+from clusters.safe.cache import cache_folder
 from clusters.safe.reading import first_line
 from orchestrator.errors import JobError
 from orchestrator.runs.proofs.proof import PASSED, judged
 from orchestrator.training.worker_context import WorkerContext
 from strategies.pipeline.layer_randomness import draws_random_numbers, have_dropout
+from strategies.reuse.kept_states import KeptStates, StatesInMemory, StatesOnDisk
 from strategies.reuse.lower_layers import DocumentParts, LowerLayers
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
+from strategies.step.side_stream import SideStream
 from strategies.step.supervised_logits import can_chunk
 from strategies.techniques.precision import autocast
 from strategies.train_setup import TrainSetup
@@ -116,18 +119,29 @@ def with_known_layers(setup: TrainSetup, techniques: Techniques, context: Worker
     try:
         if context.seat:
             raise ValueError("a pass is of several runs, whose samples are not known at the same time")
-        lower = LowerLayers(setup.model)
+        stream = None if context.device.type == "cpu" else SideStream(context.device)
+        lower = LowerLayers(setup.model, _states_of(techniques, context), stream)
         fault = _fault_of_skipping(setup.model, lower, techniques, context.device)
-    except ValueError as error:
+    except (ValueError, OSError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
         fault = first_line(error)
     if lower and fault is None:
         setup.lower = lower
-        context.note(f"what the {lower.num_layers} lowest layers make of a sample is kept from its first pass")
+        text = f"what the {lower.num_layers} lowest layers make of a sample is kept from its first pass"
+        context.note(f"{text}, on the disk" if techniques.cache_frozen_activations == "disk" else text)
         return techniques
-    if context.job.spec.train.cache_frozen_activations is True:
+    if context.job.spec.train.cache_frozen_activations in (True, "disk"):
         raise JobError(f"train.cache_frozen_activations: {fault}; set it to auto or false")
     context.note(f"all samples pass the frozen layers in every epoch: {fault}")
     return dataclasses.replace(techniques, cache_frozen_activations=False)
+
+
+def _states_of(techniques: Techniques, context: WorkerContext) -> KeptStates:
+    """Where they lie.  Raises OSError and RuntimeError where this machine has no folder for them."""
+    if techniques.cache_frozen_activations == "disk":
+        return StatesOnDisk(cache_folder("activations"), context.note)
+    return StatesInMemory()
 
 
 def _fault_of_skipping(model: Any, lower: LowerLayers, techniques: Techniques, device: torch.device) -> str | None:

@@ -28,6 +28,8 @@ def test_speeds_are_plausible(measured):
     assert 0.5e9 < cpu.memory_bytes_per_s < 1e13
     assert 1e-8 < cpu.op_overhead_s < 1e-3
     assert 1e6 < measured.node.disk_write_bytes_per_s < 1e11
+    assert 1e6 < measured.node.disk_read_bytes_per_s < 1e12
+    assert measured.node.disk_free_bytes > 0
 
 
 @pytest.mark.parametrize(("shares", "is_doubtful"), [((1.0, 1.0), False), ((0.75, 0.7), False), ((1.0, 0.3), True)])
@@ -73,6 +75,7 @@ def test_every_figure_says_that_it_was_measured_and_unknown_ones_say_nothing(mea
     assert set(cpu.sources.values()) == {"measured"}
     assert "host_to_device_bytes_per_s" not in cpu.sources
     assert measured.node.sources["disk_write_bytes_per_s"] == "measured"
+    assert measured.node.sources["disk_read_bytes_per_s"] == "measured"
 
 
 def test_figures_are_remembered_and_free_memory_is_fresh(measured, tmp_path, monkeypatch):
@@ -110,20 +113,20 @@ def test_a_gpu_that_torch_cannot_use_says_why_and_threads_are_as_before(tmp_path
 
 
 def test_nothing_is_left_on_the_disk(tmp_path):
-    speed = measure.disk_write_bytes_per_s(tmp_path, 0.01)
+    rates = measure.disk_bytes_per_s(tmp_path, 0.01)
 
-    assert speed is not None
+    assert set(rates) == {"disk_write_bytes_per_s", "disk_read_bytes_per_s"}
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_full_disk_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(measure, "_FILE_BYTES", 2**60)
 
-    assert measure.disk_write_bytes_per_s(tmp_path, 0.01) is None
+    assert measure.disk_bytes_per_s(tmp_path, 0.01) == {}
 
 
 def test_a_folder_that_cannot_be_written_has_no_speed():
-    assert measure.disk_write_bytes_per_s(Path("/proc/nowhere"), 0.01) is None
+    assert measure.disk_bytes_per_s(Path("/proc/nowhere"), 0.01) == {}
 
 
 @pytest.mark.parametrize(

@@ -302,9 +302,62 @@ def test_what_frozen_layers_make_of_a_sample_is_kept_where_later_epochs_use_it()
     kept = shared_plan(UPPER_HALF)
     again = shared_plan(f"{UPPER_HALF}\ntrain: {{cache_frozen_activations: false}}")
 
-    assert kept.techniques.cache_frozen_activations and not again.techniques.cache_frozen_activations
+    assert kept.techniques.cache_frozen_activations is True and not again.techniques.cache_frozen_activations
     assert kept.step_s < 0.9 * again.step_s
-    assert "once, in 3.0 epochs" in kept.reasons["train.cache_frozen_activations"]
+    why = kept.reasons["train.cache_frozen_activations"]
+    assert "once, in 3.0 epochs: about" in why and re.search(r"less for [\d.]+ MiB of memory", why)
+
+
+LONG = [900] * 8000  # 15 GiB of hidden states in fp32
+KEEPS = "train.cache_frozen_activations"
+
+
+def kept_plan(text=UPPER_HALF, **node):
+    """The plan of a job whose kept states take more than a tenth of the memory."""
+    spec = parse_job("model: {model_name_or_path: m}\ndata: {train: a.jsonl" + text, Path()).spec
+    work, _, _ = workload.describe(spec, SMOL, LONG, 24_000, 1, {})
+    here = NodeCapability("here", 4, 24 * GIB, (OLD_CPU,), **node)
+    return planner.make_plan(spec, work, ClusterCapability((here,)), 1024, HELD_OUT, {})
+
+
+def test_what_memory_does_not_hold_is_kept_on_a_disk_that_is_faster_than_computing():
+    made = kept_plan(disk_read_bytes_per_s=1e9, disk_write_bytes_per_s=1e9, disk_free_bytes=100 * GIB)
+
+    assert made.techniques.cache_frozen_activations == "disk"
+    assert re.search(r"less for 15\.4 GiB of the disk's free 100\.0 GiB", made.reasons[KEEPS])
+    assert Plan.from_json(made.to_json()).techniques == made.techniques
+
+
+@pytest.mark.parametrize(
+    "node",
+    [
+        {"disk_read_bytes_per_s": 1e5, "disk_write_bytes_per_s": 1e5, "disk_free_bytes": 100 * GIB},
+        {"disk_read_bytes_per_s": 1e9, "disk_write_bytes_per_s": 1e9, "disk_free_bytes": 15 * GIB},
+        {"disk_read_bytes_per_s": 1e9, "disk_write_bytes_per_s": 1e9},
+        {"disk_free_bytes": 100 * GIB},
+    ],
+    ids=["slow", "too little free", "free space unknown", "speed unknown"],
+)
+def test_on_a_disk_that_is_slow_full_or_unknown_nothing_is_kept(node):
+    made = kept_plan(**node)
+
+    assert not made.techniques.cache_frozen_activations
+    assert "in a tenth of the memory or half of the free disk" in made.reasons[KEEPS]
+
+
+def test_a_disk_that_the_job_asks_for_is_taken_or_refused_with_what_it_lacks():
+    stated = f"{UPPER_HALF}\ntrain: {{cache_frozen_activations: disk}}"
+    assert kept_plan(stated).techniques.cache_frozen_activations == "disk"
+
+    with pytest.raises(NothingFits, match=r"7\.7 GiB of the node's disk, has 5\.0 GiB usable: half of what is free"):
+        kept_plan(stated, disk_free_bytes=10 * GIB)
+
+
+def test_on_a_gpu_results_of_frozen_layers_are_kept_where_the_job_says_so():
+    made = shared_plan(f"{UPPER_HALF}\ntrain: {{cache_frozen_activations: true}}", AMPERE)
+
+    assert made.techniques.cache_frozen_activations is True
+    assert made.nodes[0].device == AMPERE.name
 
 
 @pytest.mark.parametrize(
@@ -312,7 +365,7 @@ def test_what_frozen_layers_make_of_a_sample_is_kept_where_later_epochs_use_it()
     [
         (f"{UPPER_HALF}\ntrain: {{num_train_epochs: 1}}", OLD_CPU, "no sample is seen twice"),
         ("}\nmethod: {type: lora}", OLD_CPU, "trains from the first layer on"),
-        (UPPER_HALF, AMPERE, "neither tested nor measured"),
+        (UPPER_HALF, AMPERE, "true keeps it in the host's memory"),
     ],
 )
 def test_frozen_layers_are_passed_again_with_the_reason(text, device, why):

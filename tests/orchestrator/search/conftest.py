@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from functools import partial
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -113,15 +114,20 @@ def trainer():
 
 
 @pytest.fixture
-def search_with(trainer, search_place):
-    """Run the search with some keys at other values: its folder, and what was shown."""
+def searching_with(search_place):
+    """Run the search with a trainer's class and some keys at other values: its folder, and what was shown."""
 
-    def run(*overrides, stop_after=None):
+    def run(trainer, *overrides, stop_after=None):
         listener = Listener(search_place / "runs", stop_after)
         with doors(trainer):
             return search(read_job(search_place / "job.yaml", overrides), listener), listener
 
     return run
+
+
+@pytest.fixture
+def search_with(trainer, searching_with):
+    return partial(searching_with, trainer)
 
 
 @pytest.fixture

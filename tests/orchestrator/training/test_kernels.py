@@ -4,11 +4,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from clusters.safe.cache import cache_folder
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import parse_job
 from orchestrator.runs.events import Note
 from orchestrator.training.model.kernels import with_known_layers, without_leaks
 from orchestrator.training.worker_context import WorkerContext
+from strategies.reuse.kept_states import StatesOnDisk
 from strategies.step import document_attention
 from strategies.train_setup import TrainSettings
 from strategies.workload import Techniques
@@ -114,14 +116,14 @@ def test_a_model_with_dropout_computes_row_by_row_unless_the_job_asks_for_trees(
         checked(model, asked, share_prefixes=True)
 
 
-def upper_half(model, model_folder, tmp_path, text="", layers="[1]"):
+def upper_half(model, model_folder, tmp_path, text="", layers="[1]", kept=True):
     """(setup, techniques, notes) of an adapter of some layers, with what lower ones make of a sample kept."""
     notes, parsed = [], parse_job(
         f"model: {{model_name_or_path: {model_folder}}}\ndata: {{train: a.jsonl}}\n"
         f"method: {{type: lora, layers_to_transform: {layers}}}\n{text}",
         tmp_path,
     )  # fmt: skip
-    planned = Techniques("float32", "document", True, False, 1, 64, cache_frozen_activations=True)
+    planned = Techniques("float32", "document", True, False, 1, 64, cache_frozen_activations=kept)
     context = WorkerContext(parsed, None, None, "", CPU, record=lambda note: notes.append(note.text))
     model.set_attn_implementation("document")
     settings = TrainSettings(1e-2, 0.0, "sgd", 0.9, 0.999, 1e-8, planned, 3)
@@ -134,6 +136,22 @@ def test_lower_layers_are_skipped_where_the_model_can_do_without_them(model, mod
 
     assert found.cache_frozen_activations and setup.lower.num_bytes == 0
     assert notes == ["what the 1 lowest layers make of a sample is kept from its first pass"]
+
+
+def test_on_the_disk_they_lie_in_a_file_without_a_name_or_are_computed_again(
+    model, model_folder, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    setup, found, notes = upper_half(model, model_folder, tmp_path, kept="disk")
+
+    assert found.cache_frozen_activations == "disk" and isinstance(setup.lower._states, StatesOnDisk)
+    assert notes[-1].endswith("is kept from its first pass, on the disk")
+    assert list(cache_folder("activations").iterdir()) == []
+    cache_folder("activations").rmdir()
+    cache_folder("activations").touch()
+    other = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    _, found, notes = upper_half(other, model_folder, tmp_path, kept="disk")
+    assert not found.cache_frozen_activations and "File exists" in notes[-1]
 
 
 def test_where_the_first_layer_trains_all_rows_pass_all_layers_unless_the_job_asks(model, model_folder, tmp_path):

@@ -1,8 +1,11 @@
 """What frozen lower layers make of a sample is computed once; losses and gradients stay those of whole passes."""
 
+import os
+
 import pytest
 import torch
 
+from strategies.reuse.kept_states import StatesOnDisk
 from strategies.reuse.lower_layers import DocumentParts, LowerLayers
 from strategies.reuse.row import lay_out
 from strategies.step.supervised_logits import Batch, loss_sum
@@ -71,18 +74,64 @@ def test_a_row_with_an_unknown_sample_passes_all_layers_and_is_kept():
     assert found[0] == loss_and_gradients(model, batch_of([0, 2], False))[0]
 
 
-def test_what_was_forgotten_is_computed_again():
+def test_what_a_changed_weight_would_make_otherwise_is_computed_again():
     model = model_of()
     lower = LowerLayers(model)
     loss_and_gradients(model, batch_of([0], False), lower)
     with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight.mul_(2)  # above all that is kept
+    loss_and_gradients(model, batch_of([0], False), lower)
+    assert lower.count() > 0
+    with torch.no_grad():
         model.model.layers[0].mlp.down_proj.weight.mul_(2)
 
-    lower.forget()
-
     found = loss_and_gradients(model, batch_of([0], False), lower)
+
     assert found[0] == loss_and_gradients(model, batch_of([0], False))[0]
     assert lower.count() == 0
+
+
+def test_what_another_precision_made_is_computed_again():
+    model = model_of()
+    lower = LowerLayers(model)
+    loss_and_gradients(model, batch_of([0], False), lower)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        found = loss_and_gradients(model, batch_of([0], False), lower)
+        plain = loss_and_gradients(model, batch_of([0], False))
+
+    assert (found[0], lower.count()) == (plain[0], 0)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shares", [False, True], ids=["end to end", "as a tree"])
+def test_from_the_disk_a_row_seen_again_has_the_bits_of_one_that_is_computed(tmp_path, shares, dtype):
+    model = model_of()
+    lower = LowerLayers(model, StatesOnDisk(tmp_path, pytest.fail))
+    batch = batch_of([2, 0, 3], shares)
+    with torch.autocast("cpu", dtype, enabled=dtype is not None):
+        loss_and_gradients(model, batch, lower)
+        lower.expect(batch.sample_ids, batch.parts)
+
+        loss, gradients = loss_and_gradients(model, batch, lower)
+
+        expected, wanted = loss_and_gradients(model, batch)
+    assert lower.count() == batch.input_ids_BT.numel()
+    assert loss == expected and torch.equal(gradients, wanted)
+
+
+def test_a_sample_that_cannot_be_read_back_is_computed_and_kept_again(tmp_path):
+    model, notes = model_of(), []
+    lower = LowerLayers(model, StatesOnDisk(tmp_path, notes.append))
+    loss_and_gradients(model, batch_of([0, 1], False), lower)
+    os.pwrite(lower._states._descriptor, b"\xff\xff\xff", 0)
+
+    found = loss_and_gradients(model, batch_of([0, 1], False), lower)
+
+    assert (len(notes), lower.count()) == (1, 0)
+    assert found[0] == loss_and_gradients(model, batch_of([0, 1], False))[0]
+    loss_and_gradients(model, batch_of([0, 1], False), lower)
+    assert (len(notes), lower.count()) == (1, batch_of([0, 1], False).input_ids_BT.numel())
 
 
 def test_the_lower_layers_are_whole_again_after_a_row_that_failed():
