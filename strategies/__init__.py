@@ -7,6 +7,7 @@ and its measurement.
 
 from strategies.contract import Method
 from strategies.lsp_offload.method import LspOffload
+from strategies.methods.boosted_lora import BoostedLora
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
@@ -30,6 +31,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
+    "experimental_boosted_lora": BoostedLora,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "sft": Sft,

@@ -14,7 +14,7 @@ import torch
 
 from strategies.reuse.lower_layers import DocumentParts
 from strategies.step.activation_offload import offload_activations
-from strategies.step.supervised_logits import Batch, loss_sum
+from strategies.step.supervised_logits import Batch, loss_sum, places_of_samples, token_losses
 from strategies.techniques.precision import autocast
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
@@ -39,7 +39,15 @@ def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Tec
     if setup.engine:  # its weights are in the compute precision already
         return loss_sum(setup.engine.model, batch, techniques.loss_type) / num_counted
     with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
-        return summed_loss(setup, batch, techniques) / num_counted
+        return _weighed_loss(setup, batch, techniques) / num_counted
+
+
+def _weighed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques) -> torch.Tensor:
+    """`summed_loss` with the weight of each sample, where the method has some."""
+    if setup.weighing is None:
+        return summed_loss(setup, batch, techniques)
+    losses_S, ids = token_losses(setup.model, batch, techniques.loss_type), list(batch.sample_ids)
+    return (losses_S * setup.weighing.weights_N[ids][places_of_samples(batch)]).sum()
 
 
 def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques) -> torch.Tensor:

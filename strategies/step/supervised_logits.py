@@ -157,6 +157,14 @@ def token_losses(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch
     return torch.cat([checkpoint(part, *one, use_reentrant=False) for one in parts])
 
 
+def places_of_samples(batch: Batch) -> torch.Tensor:
+    """Of each supervised token (S,) the place of its sample in the batch; rows without shared beginnings."""
+    predicted_BT = batch.supervised_BT[:, 1:]
+    if batch.borders_D is None:
+        return predicted_BT.nonzero()[:, 0]
+    return torch.bucketize(predicted_BT[0].nonzero()[:, 0] + 1, batch.borders_D[1:].long(), right=True)
+
+
 def _hidden_states(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:
     """The output matrix, and what the model would multiply with it at the positions that predict (S, H)."""
     head = inner_model(model).get_output_embeddings()
