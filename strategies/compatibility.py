@@ -32,6 +32,7 @@ def conflict(
         _step_conflicts(techniques, device, shape),
         _sharing_conflicts(method, techniques, device, shape) if techniques.share_prefixes else (),
         _keeping_conflicts(method, techniques, shape),
+        _merge_conflicts(method, techniques) if techniques.averages_products else (),
     )
     return next(filter(None, reasons), None)
 
@@ -204,6 +205,20 @@ def _keeping_conflicts(method: Method, t: Techniques, shape: ModelShape) -> Iter
         yield f"{what}: the model has dropout, so that no pass is like another: set it to false"
     if t.stage or t.uses_engine or t.streams_weights or t.torch_compile:
         yield f"{what} is untested with stages, DeepSpeed, streamed weights and torch.compile: set it to false"
+
+
+def _merge_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What workers that average products of adapters cannot be combined with."""
+    what = "strategy.local_steps_merge: product"
+    if why := method.why_no_pairs():
+        yield f"{what} averages corrections B A of LoRA, and {why}: set it to factors"
+    if t.uses_engine or t.zero_stage or t.stage:
+        yield f"{what} needs every worker with all of the adapter: set strategy.mode to ddp, strategy.offload to none"
+    if t.local_merge == "reset" and (t.torch_compile or t.streams_weights):
+        yield (
+            "strategy.local_steps_reset is untested with torch.compile and streamed weights: set train.torch_compile:"
+            " false and strategy.offload: none"
+        )
 
 
 def refuses_local_steps(method: Method) -> str | None:

@@ -97,6 +97,7 @@ class StrategyPlan:
     num_micro_batches: int = 1  # a step, on this device
     tokens_per_micro_batch: float = 0.0  # padding included
     disk_bytes: float = 0.0  # that are kept on the host's disk while it trains
+    averaged_rank: int = 0  # of adapters whose products workers that train apart average; 0 = they average weights
     computed_part: float = 1.0  # of the rows' tokens: below 1 where what they begin with alike is computed once
     resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # of `auto` options: value here, reason
 
@@ -109,6 +110,7 @@ def option(default: Any, doc: str, tried: tuple[Any, ...] = (), **limits: Any) -
 class MethodDefaults(Protocol):
     """What holds for a method that does not say otherwise: methods inherit this and state what differs."""
 
+    name: ClassVar[str]  # as the registry and the job file spell it
     is_quantised: ClassVar[bool] = False  # the frozen weights lie in bitsandbytes' 4 or 8 bits
     keeps_base_frozen: ClassVar[bool] = False  # no weight of the base's layers moves: they may stream from the host
     trains_score: ClassVar[bool] = False  # it trains the score of a model that has one in place of an output matrix
@@ -126,6 +128,11 @@ class MethodDefaults(Protocol):
     @property
     def acts_between(self) -> bool:
         """Whether its setup has a `Between`."""
+        return False
+
+    @property
+    def weighs_samples(self) -> bool:
+        """Whether its setup has a `Weighing`: samples count unlike in the loss."""
         return False
 
     @property
@@ -151,6 +158,10 @@ class MethodDefaults(Protocol):
     def why_alone(self) -> str | None:
         """Why its jobs cannot share a base model with other jobs (multi_lora); None where they can."""
         return "its method trains weights of the base model itself"
+
+    def why_no_pairs(self) -> str | None:
+        """Why what it trains is not pairs of A and B alone, over a base that stays; None where it is."""
+        return f"{self.name} trains no low-rank adapter"
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         """Why it cannot train this model with these techniques; None where it can."""
@@ -181,7 +192,6 @@ class MethodDefaults(Protocol):
 class Method(MethodDefaults, Protocol):
     """A training method: what each has to say for itself beside the defaults."""
 
-    name: ClassVar[str]  # as the registry and the job file spell it
     full_rank: ClassVar[bool]  # whether it may change a weight beyond a low rank
 
     def estimate(

@@ -15,6 +15,7 @@ NAMES: dict[Loader, str] = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp, by its converters to GGUF",
 }
+VLLM_RANKS = 512  # the highest of an adapter that vLLM loads
 ADAPTER_FOLDER = "adapter"
 EXPORT_FOLDERS = (ADAPTER_FOLDER, "model")
 

@@ -2,6 +2,7 @@
 
 from strategies.contract import Method
 from strategies.lsp_offload.method import LspOffload
+from strategies.methods.boosted_lora import BoostedLora
 from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.methods.low_rank_gradients import Apollo, Galore
@@ -27,6 +28,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_galore": Galore,
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
+    "experimental_boosted_lora": BoostedLora,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first

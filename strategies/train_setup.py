@@ -29,6 +29,7 @@ class TrainSettings:
     adam_epsilon: float
     techniques: Techniques
     seed: int
+    num_samples: int = 0  # of the training data
     start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
 
 
@@ -200,6 +201,23 @@ class Learner(Protocol):
         ...
 
 
+class Weighing(Protocol):
+    """Weights of samples in the loss that trains, decided from the losses of all training rows before some steps.
+
+    They lie in the setup's `buffers`, as a checkpoint must hold them; held-out losses are not weighed.
+    """
+
+    weights_N: torch.Tensor  # of each sample's tokens
+
+    def is_due(self, step: int) -> bool:
+        """Whether they are decided anew before this step."""
+        ...
+
+    def weigh(self, losses_N: torch.Tensor, num_supervised_N: torch.Tensor) -> dict[str, Any]:
+        """Decide them from each sample's summed loss; what was decided, for the run's record, with a `text`."""
+        ...
+
+
 class Streaming(Protocol):
     """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
 
@@ -301,6 +319,25 @@ class KnownLayers(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class AdapterPair:
+    """The trained correction of one linear map, dW_OI = scale B_OR A_RI, where that is all that trains of it."""
+
+    name: str  # of the layer in the model
+    layer: torch.nn.Module  # map and correction
+    a_RI: torch.nn.Parameter
+    b_OR: torch.nn.Parameter
+    scale: float
+
+
+class KeptCorrections(Protocol):
+    """Corrections that no longer train, beside the pairs that do."""
+
+    def add(self, parts: Mapping[str, Any]) -> tuple[float, float]:
+        """Add `Factors` by layer: the squares of what was cut off for lack of room, and of all."""
+        ...
+
+
 @dataclass
 class TrainSetup:
     """A model ready to train: all that the loop may know about a method."""
@@ -315,6 +352,7 @@ class TrainSetup:
     engine: Engine | None = None
     streaming: Streaming | None = None
     learner: Learner | None = None
+    weighing: Weighing | None = None
     passes: Passes | None = None  # None = one after the other
     between: Between | None = None
     lower: KnownLayers | None = None  # frozen layers whose results are kept
@@ -324,6 +362,10 @@ class TrainSetup:
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
+    pairs: tuple[AdapterPair, ...] = ()  # all that trains, where pairs are averaged or start again
+    kept: KeptCorrections | None = None  # where pairs start again
+    written: Callable[[], Mapping[str, torch.Tensor]] | None = None  # trained weights as `export` writes them, where
+    # those are others than the parameters
 
     @property
     def device(self) -> torch.device:
@@ -339,8 +381,8 @@ class TrainSetup:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
-        self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = None
-        self.parameters, self.buffers = {}, {}
+        self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
+        self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 
     @property
     def all_names(self) -> frozenset[str]:

@@ -15,6 +15,7 @@ Quantization = Literal["nf4", "int8"]
 Offload = Literal["none", "optimizer", "parameters", "activations", "weights"]
 Kept = Literal[False, True, "disk"]  # True: in the host's memory
 Wire = Literal["float32", "bfloat16", "int8"]
+LocalMerge = Literal["factors", "product", "reset"]
 BYTES_PER_ELEMENT: dict[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -109,11 +110,17 @@ class Techniques:
     stage: StagePart | None = None  # of a pipeline; None = the whole model
     share_prefixes: bool = False  # what documents of a packed row begin with alike is computed once
     cache_frozen_activations: Kept = False  # what frozen lower layers make of a sample is kept from its first pass
+    local_merge: LocalMerge = "factors"  # workers that train apart average A and B; their products; products, restarted
 
     @property
     def uses_engine(self) -> bool:
         """Whether DeepSpeed takes over gradients and update."""
         return self.offloads_optimizer or (self.zero_stage > 0 and self.state_share is None)
+
+    @property
+    def averages_products(self) -> bool:
+        """Whether workers that train apart average corrections B A instead of A and B."""
+        return self.local_merge != "factors"
 
     @property
     def offloads_optimizer(self) -> bool:

@@ -18,7 +18,7 @@ from strategies.contract import Method, StrategyPlan
 from strategies.cost.network import Network
 from strategies.cost.pipeline import Boundary, PlannedPasses, Simulation
 from strategies.cost.replicas import Replicas
-from strategies.workload import Dtype, Kept, LossType, Offload, Techniques, Wire, Workload
+from strategies.workload import Dtype, Kept, LocalMerge, LossType, Offload, Techniques, Wire, Workload
 
 _ASSUMED_NETWORK_BYTES_PER_S = 118e6  # one gigabit, as most homes and offices have
 _ASSUMED_ROUND_TRIP_S = 0.4e-3
@@ -77,6 +77,7 @@ class Switches:
     torch_compile: bool = False
     share_prefixes: bool | None = None  # None = open: where the rows have enough in common
     cache_frozen_activations: Kept | None = None  # None = open: where steps become shorter
+    local_merge: LocalMerge = "factors"
     deepspeed: bool = False  # the job configures DeepSpeed: stage 1 is DeepSpeed's too
 
     def used_by(self, found: Sequence[Techniques]) -> Switches:
@@ -307,6 +308,8 @@ def waiting_s(network: Network, plans: Sequence[StrategyPlan]) -> float:
     gathered = max(plan.gathered_bytes for plan in plans)
     num_micro = max(plan.num_micro_batches for plan in plans)
     techniques = plans[0].techniques
+    if rank := plans[0].averaged_rank:
+        return network.averaged_products_s(gradient, rank)
     if not techniques.uses_engine:
         micro_batch_s = min(plan.time.step_s / plan.num_micro_batches for plan in plans)
         waits = network.exposed_s(gradient, micro_batch_s, network.bucket_bytes(gradient))

@@ -69,6 +69,7 @@ def refuse_beside_documents(spec: JobSpec) -> None:
         "strategy.local_steps": bool(strategy.local_steps),
         "train.torch_compile": train.torch_compile,
         "train.cache_frozen_activations": train.cache_frozen_activations in (True, "disk"),
+        "method.samples: hard": all(method.weighs_samples for method in spec.methods()),
         f"method: {{type: {spec.method.type}}}": all(method.streams for method in spec.methods()),
         "bank.add": spec.bank.add,
     }
@@ -136,6 +137,7 @@ _WHY_NOT_BESIDE = {
     "strategy.local_steps": "it is untested; set it to null",
     "train.torch_compile": "switching the adapter off would compile the model anew; set it to false",
     "train.cache_frozen_activations": "it keeps one document a sample; set it to auto",
+    "method.samples": "it weighs rows by the losses of their tokens; set it to all",
     "method": "it updates weights beside the computation, which is untested here; use another method",
     "eval.metrics": f"{_NO_TEXT}; set it to auto or [], its held-out rows are measured by their rewards",
     "eval.max_new_tokens": f"{_NO_TEXT}; remove it",
@@ -158,6 +160,16 @@ def _refuse_strategy(spec: JobSpec, slots: Sequence[Slot]) -> None:
         raise JobError(
             f"strategy.mode: {strategy.mode} divides among devices, and here is one worker; set it to auto, or"
             " cluster.num_workers to at least 2"
+        )
+    if strategy.local_merge != "factors" and not strategy.local_steps:
+        raise JobError(
+            "strategy.local_steps_merge says how workers that train apart come together: set strategy.local_steps, or"
+            " leave it out"
+        )
+    if strategy.local_steps_reset and strategy.local_steps_merge == "factors":
+        raise JobError(
+            "strategy.local_steps_reset begins new pairs where products are averaged: set strategy.local_steps_merge:"
+            " product, or leave it out"
         )
     if strategy.local_steps and strategy.mode.startswith("zero"):
         raise JobError("strategy.local_steps: workers that train apart hold everything; set strategy.mode to ddp")
@@ -314,6 +326,7 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
         "torch_compile": switches.torch_compile if spec.strategy.mode == "pipeline" else False,
         "stage": StagePart(0, 2, 0, 1) if spec.strategy.mode == "pipeline" else None,
+        "local_merge": switches.local_merge,
         "share_prefixes": shares,
         "cache_frozen_activations": keeps,
     }

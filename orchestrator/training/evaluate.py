@@ -25,7 +25,7 @@ from strategies.shape import ModelShape
 from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import generate as generate_with
 from strategies.step.passes import passes_of
-from strategies.step.supervised_logits import inner_model
+from strategies.step.supervised_logits import inner_model, places_of_samples, token_losses
 from strategies.techniques.precision import autocast
 from strategies.train_setup import Passes, TrainSetup
 from strategies.workload import Dtype, Techniques
@@ -117,6 +117,33 @@ def divergence_of(
 
     unfit, reason = run_in_halves(mismatched_batches_of(data, mine, techniques), run)
     return group.sum([sum(sums.values())])[0] / count, reason if unfit else None
+
+
+@torch.no_grad()
+def sample_losses(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float]
+) -> torch.Tensor:
+    """The summed loss of each sample (N,) in fp64, without dropout; rows without shared beginnings.
+
+    Collective.  Raises NothingFits, on every worker, where one row does not fit on one of them.
+    """
+    was_training, found = setup.model.training, dict[int, float]()
+    setup.model.eval()
+
+    def run(members: list[int]) -> None:
+        batch = collate(data, members, techniques.packing).to(setup.device)
+        with autocast(setup.device.type, techniques.dtype):
+            losses_S = token_losses(setup.model, batch, techniques.loss_type).double()
+        sums = losses_S.new_zeros(len(members)).index_add(0, places_of_samples(batch), losses_S)
+        found.update(zip(members, sums.tolist(), strict=True))
+
+    mine = split_by_share(data.lengths.tolist(), shares)[group.replica]
+    unfit, reason = passes_of(setup).each(micro_batches_of(data, mine, techniques), run)
+    setup.model.train(was_training)
+    failed, *sums = group.sum([bool(unfit), *(found.get(index, 0.0) for index in range(len(data)))])
+    if failed:
+        raise NothingFits(f"not even one training row at a time fits: {next(filter(None, group.gather(reason)))}")
+    return torch.tensor(sums, dtype=torch.float64)
 
 
 def evaluate_loss(

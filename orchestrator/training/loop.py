@@ -36,6 +36,7 @@ from orchestrator.training.steps import (
     repeat_in_less_memory,
     report_to_group,
     update_weights,
+    weigh_if_due,
 )
 from strategies.train_setup import PassTimes
 
@@ -55,6 +56,7 @@ def train(training: Training) -> Progress:
         # Which samples, and which of them are this worker's.  Every worker computes the same division.
         samples = draw_samples(training, step)
         learn_if_due(training, samples)
+        weigh_if_due(training, step)
 
         # Forward and backward, one micro-batch after the other; gradients add up, here and over the workers.
         attempt = compute_gradients(training, samples)

@@ -90,6 +90,15 @@ class ProcessGroup:
         dist.all_gather_object(values, value, group=self.process_group)
         return values
 
+    def gather_flat(self, own: torch.Tensor) -> list[torch.Tensor]:
+        """A tensor of one size from every worker, by rank, in the form in which gradients travel."""
+        sent = own.to(self.wire, self.sync_dtype)
+        if self.size == 1:
+            return [own]
+        arrived = [torch.empty_like(sent) for _ in range(self.size)]
+        dist.all_gather(arrived, sent, group=self.process_group)
+        return arrived
+
     def broadcast(self, tensors: Iterable[torch.Tensor], source: int) -> None:
         """Every tensor becomes what the worker of rank `source` holds."""
         if self.size == 1:

@@ -19,7 +19,7 @@ from orchestrator.data.order import Order
 from orchestrator.errors import Diverged, JobError, NothingFits
 from orchestrator.runs.events import Event, Note
 from orchestrator.training.feed import Feed
-from orchestrator.training.local_steps import LocalSteps
+from orchestrator.training.local_steps import LocalSteps, ProductSteps
 from orchestrator.training.memory import fallback
 from orchestrator.training.parallel import GradientSum, ProcessGroup, holders_of
 from orchestrator.training.repair import Updates
@@ -149,7 +149,7 @@ class Training:
         self.timeline_step = min(self.progress.step + 3, self.order.num_steps)
         self.device = setup.device
         self.shares = self.planned_shares or Shares([1.0 / group.num_replicas] * group.num_replicas)
-        self.local = LocalSteps(setup, self.local_batch_size) if self.local_batch_size else None
+        self.local = self._train_apart(self.local_batch_size) if self.local_batch_size else None
         # Where one worker computes in fp16 all scale their losses: what is summed must have one scale.
         any_fp16 = group.sum([self.techniques.dtype == "float16"])[0] > 0
         self._scaler_dtype: Dtype = "float16" if any_fp16 else self.techniques.dtype
@@ -160,12 +160,19 @@ class Training:
         self.feed = Feed(self.data, *layout, setup.lower)
         self.updates = Updates(setup, group, self.local is not None, self.hooks.note)
         self.holders = holders_of(group, setup.parameters) if self.techniques.stage else None
-        own = [] if setup.engine else setup.summed
+        own = [] if setup.engine or (self.local and not self.local.sums_changes) else setup.summed
         self.gradients = GradientSum(group, own, self.updates.check, self.holders)
+
+    def _train_apart(self, batch_size: int) -> LocalSteps:
+        """How workers that train apart come together."""
+        if not self.techniques.averages_products:
+            return LocalSteps(self.setup, batch_size)
+        restarts = str(self.schedule.seed) if self.techniques.local_merge == "reset" else None
+        return ProductSteps(self.setup, batch_size, self.group, restarts)
 
     @property
     def bytes_sent(self) -> int:
-        others = (self.setup.optimizer, self.setup.passes)  # that send by themselves
+        others = (self.setup.optimizer, self.setup.passes, self.local)  # that send by themselves
         return self.gradients.bytes_sent + sum(getattr(other, "bytes_sent", 0) for other in others)
 
     def _set_scaler(self, state: dict[str, Any]) -> None:

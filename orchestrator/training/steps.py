@@ -22,7 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
-from orchestrator.training.evaluate import divergence_of
+from orchestrator.training.evaluate import divergence_of, sample_losses
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -113,7 +113,7 @@ def _passes(
 
 def local_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
     """Train on this worker's samples alone, a local step after the other; what that changed stands as gradients."""
-    local, loss = training.local, torch.zeros((), device=training.device)
+    local, loss, learnt = training.local, torch.zeros((), device=training.device), 0
     assert local
     waiting = local.split(samples.own)
     while waiting:
@@ -126,8 +126,9 @@ def local_gradients(training: Training, samples: StepSamples) -> torch.Tensor:
             training.hooks.note(f"{overflow}; the local step is repeated")
             continue
         loss += mean * (num_supervised / samples.num_supervised)
+        learnt += num_supervised
         del waiting[0]
-    local.changes_to_gradients(sum(samples.lengths_N[i] for i in samples.own) / samples.num_tokens)
+    local.changes_to_gradients(learnt / samples.num_supervised)  # so that one step of SGD is the synchronous one
     return loss
 
 
@@ -256,7 +257,7 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
     with catch_out_of_memory() as shortage:
         training.gradients.finish()
         if training.local:
-            grad_norm = training.local.outer_step()
+            grad_norm = training.local.outer_step(step)
         else:
             grad_norm = update(training.setup, training.scaler, training.schedule.update(step), ready).item()
     if shortage.reason is not None:
@@ -273,8 +274,19 @@ def update_weights(training: Training, step: int, is_awaited: bool) -> float:
 
 def finish_step(training: Training, step: int) -> None:
     """Let the method do what it does after an update, and record it."""
+    if training.local and (averaged := training.local.take_report()):
+        training.hooks.record(BetweenReport.of(step + 1, averaged))
     if training.setup.between and (found := training.setup.between.step_done(step)):
         training.hooks.record(BetweenReport.of(step + 1, found))
+
+
+def weigh_if_due(training: Training, step: int) -> None:
+    """Let the method weigh the samples by their losses now, where it does before this step."""
+    weighing, data = training.setup.weighing, training.data
+    if weighing and weighing.is_due(step):
+        losses_N = sample_losses(training.setup, data, training.techniques, training.group, training.shares.shares)
+        weighed = weighing.weigh(losses_N, torch.as_tensor(data.num_supervised))
+        training.hooks.record(LearningReport.of(step, weighed))
 
 
 def learn_if_due(training: Training, samples: StepSamples) -> None:

@@ -15,6 +15,7 @@ import torch
 
 _EXACT_RANK = 768  # up to which a sum is factorised exactly; beyond it by random projections
 _OVERSAMPLE, _MOST_PASSES, _SETTLED = 16, 4, 1e-3
+_LEAST_SINGULAR = 0.05  # of the largest
 Merge = Literal["linear", "factorwise", "cat", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 
 
@@ -93,6 +94,26 @@ def _captured(factors: Factors, image_OK: torch.Tensor) -> tuple[torch.Tensor, t
     """dW seen in the range of its image, (K, I), and that range, (O, K)."""
     range_OK = torch.linalg.qr(image_OK).Q
     return (range_OK.T @ factors.b_OR) @ factors.a_RI, range_OK
+
+
+def square(factors: Factors) -> float:
+    """The square of a correction's norm (Frobenius), without forming it."""
+    return float(((factors.a_RI @ factors.a_RI.T) * (factors.b_OR.T @ factors.b_OR)).sum().clamp(min=0.0))
+
+
+def near(factors: Factors, like_RI: torch.Tensor) -> Factors:
+    """The same correction with the A that is nearest to another A of its rank.
+
+    B M and M^-1 A are the same for every M: whoever trains on, with moments and rates that belong to the other A, needs
+    one like it.  Nearest within the rows' space, and so that M can be inverted in fp32 (condition at most 20).
+    """
+    right_IR, inner = torch.linalg.qr(factors.a_RI.T.double())
+    u, s, vh = torch.linalg.svd(like_RI.double() @ right_IR)
+    if not s.max():
+        return factors
+    s = s.clamp(min=_LEAST_SINGULAR * float(s.max()))
+    a, b = (u * s) @ vh @ right_IR.T, factors.b_OR.double() @ inner.T @ (vh.T / s) @ u.T
+    return Factors(a.to(factors.a_RI.dtype), b.to(factors.b_OR.dtype))
 
 
 def gram(parts: Sequence[Factors | None]) -> torch.Tensor:

@@ -13,6 +13,7 @@ _LARGEST_BUCKET_BYTES = 25 * 2**20
 _BUCKETS = 6  # so that most have left when the backward pass ends
 _GROUP_S = 0.02  # of a step, whatever the link: hooks, copies, everybody's numbers (tests/benchmarks/uneven.py, 1 Gbit)
 _LAYERS = 30  # of a model, as far as the first one's wait is concerned
+_AVERAGED_PER_S = 1.5e9  # of a core: (inputs + outputs) (N r)^2 of products averaged and cut (LOG.md, "Rare sums")
 _BACKWARD = 0.6  # of a micro-batch's time: gradients leave while it runs
 
 
@@ -53,6 +54,14 @@ class Network:
         """
         all_s = self.gather_s(num_bytes)
         return max(all_s / _LAYERS, all_s - compute_s)
+
+    def averaged_products_s(self, num_bytes: float, rank: int) -> float:
+        """Workers that train apart send their adapters to all others, and each averages the products of all.
+
+        Received are (N - 1) b; the averaging is N^2 r^2 (inputs + outputs) of each map, and b = 4 r (inputs + outputs).
+        """
+        averaging_s = self.num_workers**2 * rank * num_bytes / 4 / _AVERAGED_PER_S
+        return self.step_s + self.gather_s(self.num_workers * num_bytes) + averaging_s
 
     def bucket_bytes(self, num_bytes: float) -> int:
         """Of gradients that leave together: a few buckets, none so small that its round trips cost more than itself."""

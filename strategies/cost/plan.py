@@ -77,4 +77,6 @@ class PredictedMethod(MethodDefaults):
             others = int(part.needs_divergence)  # of the model, and of the reference where that is not stored
             passes = others if stores_reference(part, self.starts_as_base) else 1 + 2 * others
             costs = replace(costs, work=replace(costs.work, reference_passes=passes))
-        return predict(self.name, part, device, node, techniques, costs)
+        plan = predict(self.name, part, device, node, techniques, costs)
+        rank = self.adapter_rank if techniques.averages_products else None
+        return replace(plan, averaged_rank=rank or 0)

@@ -13,8 +13,9 @@ from strategies.contract import option
 from strategies.cost.memory import Footprint
 from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
-from strategies.export import Export, Loader
+from strategies.export import VLLM_RANKS, Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
+from strategies.methods.kept_pairs import kept_costs, kept_rank, with_averaged_pairs
 from strategies.methods.lora_start import start_from
 from strategies.model import targets
 from strategies.model.architecture import Architecture, architecture_of
@@ -26,7 +27,6 @@ from strategies.workload import BYTES_PER_ELEMENT, Techniques
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
 
 
-_VLLM_RANKS = 512
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # that leave the base as it is and look at no data
 
 
@@ -105,6 +105,9 @@ class Lora(PredictedMethod):
     def why_alone(self) -> str | None:
         if self.fused:
             return "fused maps are computed for all tokens of a row at once"
+        return self.why_no_pairs()
+
+    def why_no_pairs(self) -> str | None:
         others = {
             "use_dora": self.use_dora,
             "modules_to_save": bool(self.modules_to_save),
@@ -135,8 +138,18 @@ class Lora(PredictedMethod):
             self._refuse_expert_corrections(shape)
             or self._refuse_streaming(shape, techniques)
             or self._refuse_rows(shape)
+            or (self._refuse_products(shape) if techniques.averages_products else None)
             or (why_not_fused(self, techniques, shape) if self.fused else None)
         )
+
+    def _refuse_products(self, shape: ModelShape) -> str | None:
+        """Corrections that are no pair of matrices of a layer's map."""
+        if self.trains_outside_layers(shape) or targets.adapted_maps(shape, self._choice).stacks:
+            return (
+                "strategy.local_steps_merge: product averages corrections of linear maps in layers: leave embedding,"
+                " output matrix and stacked experts out of lora_target_modules, or set it to factors"
+            )
+        return None
 
     def _refuse_rows(self, shape: ModelShape) -> str | None:
         """Rows of a tied matrix beside all of it: PEFT's layers for the two do not fit into each other."""
@@ -221,7 +234,7 @@ class Lora(PredictedMethod):
         }
         own: dict[Loader, dict[str, bool]] = {
             "transformers": {"its load_adapter leaves DoRA's magnitudes out, and does not say so": self.use_dora},
-            "vllm": {**others, f"its ranks end at {_VLLM_RANKS}, this is {self.lora_r}": self.lora_r > _VLLM_RANKS},
+            "vllm": {**others, f"its ranks end at {VLLM_RANKS}, this is {self.lora_r}": self.lora_r > VLLM_RANKS},
             "llama.cpp": {
                 **others,
                 "they scale by alpha / r, not by alpha / sqrt(r) (use_rslora); `export --gguf` does": self.use_rslora,
@@ -298,7 +311,8 @@ class Lora(PredictedMethod):
             first_layer=footprint.first_layer,
             cast_parameters=(chosen.num_cast if cast else 0) + copied,
         )
-        return Costs(footprint, work)
+        kept = kept_rank(self.lora_r) if techniques.local_merge == "reset" else 0
+        return kept_costs(Costs(footprint, work), kept, chosen, techniques)
 
     def _count(self, shape: ModelShape, chosen: targets.AdaptedMaps) -> _Trained:
         """Parameters that PEFT trains under these options, copies of modules_to_save included."""
@@ -355,9 +369,10 @@ class Lora(PredictedMethod):
             )
 
         learner = EvaStart(peft_model, self.lora_r, self.eva_rows) if self.init_lora_weights == "eva" else None
-        return TrainSetup(
+        setup = TrainSetup(
             peft_model, optimizer, parameters, export, export_format="peft-lora", learner=learner, notes=notes
         )
+        return with_averaged_pairs(setup, settings.techniques, self.lora_r)
 
     def _config(self, model: Any) -> Any:
         """PEFT's configuration of these options."""

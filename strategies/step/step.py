@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from strategies.step.activation_offload import offload_activations
-from strategies.step.supervised_logits import Batch, loss_sum
+from strategies.step.supervised_logits import Batch, loss_sum, places_of_samples, token_losses
 from strategies.techniques.precision import autocast
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
@@ -40,7 +40,15 @@ def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Tec
         if setup.engine:  # its weights are in the compute precision already
             return loss_sum(setup.engine.model, batch, techniques.loss_type, smoothing) / num_counted
         with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
-            return summed_loss(setup, batch, techniques, smoothing) / num_counted
+            return _weighed_loss(setup, batch, techniques, smoothing) / num_counted
+
+
+def _weighed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques, smoothing: float) -> torch.Tensor:
+    """`summed_loss` with the weight of each sample, where the method has some."""
+    if setup.weighing is None:
+        return summed_loss(setup, batch, techniques, smoothing)
+    losses_S = token_losses(setup.model, batch, techniques.loss_type, smoothing)
+    return (losses_S * setup.weighing.weights_N[list(batch.sample_ids)][places_of_samples(batch)]).sum()
 
 
 def summed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques, smoothing: float = 0.0) -> torch.Tensor:

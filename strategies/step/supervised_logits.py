@@ -162,17 +162,26 @@ def arguments_of(batch: Batch) -> dict[str, Any]:
     return {"use_cache": False, **packed_arguments(batch.document_lengths, batch.input_ids_BT.device, at)}
 
 
-def token_losses(model: Any, batch: Batch, loss_type: LossType = "nll") -> torch.Tensor:
+def token_losses(model: Any, batch: Batch, loss_type: LossType = "nll", smoothing: float = 0.0) -> torch.Tensor:
     """-log p(token | the document so far) of each supervised token (S,) in fp32."""
     if loss_type != "chunked_nll":
-        return F.cross_entropy(supervised_logits(model, batch).float(), batch.targets_S, reduction="none")
+        logits_SV = supervised_logits(model, batch).float()
+        return F.cross_entropy(logits_SV, batch.targets_S, reduction="none", label_smoothing=smoothing)
     head, hidden_SH = _hidden_states(model, batch)
 
     def part(hidden_PH: torch.Tensor, targets_P: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="none")
+        return F.cross_entropy(head(hidden_PH).float(), targets_P, reduction="none", label_smoothing=smoothing)
 
     parts = zip(hidden_SH.split(CHUNK), batch.targets_S.split(CHUNK), strict=True)
     return torch.cat([checkpoint(part, *one, use_reentrant=False) for one in parts])
+
+
+def places_of_samples(batch: Batch) -> torch.Tensor:
+    """Of each supervised token (S,) the place of its sample in the batch; rows without shared beginnings."""
+    predicted_BT = batch.supervised_BT[:, 1:]
+    if batch.borders_D is None:
+        return predicted_BT.nonzero()[:, 0]
+    return torch.bucketize(predicted_BT[0].nonzero()[:, 0] + 1, batch.borders_D[1:].long(), right=True)
 
 
 def _hidden_states(model: Any, batch: Batch) -> tuple[Any, torch.Tensor]:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from strategies.cost.network import Network
+from strategies.cost.network import _AVERAGED_PER_S, Network
 
 
 def test_a_ring_moves_twice_the_gradients():
@@ -41,3 +41,10 @@ def test_buckets_are_not_smaller_than_their_round_trip_is_worth():
     assert Network(3, 1.25e6, 0.08).bucket_bytes(190e3) == 200_000
     assert Network(3, 125e6, 0.0004).bucket_bytes(6e6) == 1_000_000
     assert Network(3, 125e6, 0.0004).bucket_bytes(6e9) == 25 * 2**20
+
+
+def test_products_of_adapters_travel_once_for_each_other_worker_and_are_averaged():
+    """3 workers, 1 MB adapters of rank 8 over 1 MB/s: 2 s for those of the two others; 9 x 8 x 250,000 to average."""
+    network = Network(3, 1e6, 0.0)
+
+    assert network.averaged_products_s(1e6, 8) == pytest.approx(2.0 + network.step_s + 18e6 / _AVERAGED_PER_S)

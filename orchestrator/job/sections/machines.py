@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from orchestrator.job.sections.section import MOST, Anything, Auto, Section, key
+from strategies.workload import LocalMerge
 
 
 class PipelineSection(Section):
@@ -49,6 +50,16 @@ class StrategySection(Section):
     local_steps: int | None = key(
         None, "train so many steps apart, then average (DiLoCo): for slow networks; another computation", ge=2, le=MOST
     )
+    local_steps_merge: Literal["factors", "product"] = key(
+        "factors",
+        "how workers that trained apart average LoRA: A and B by themselves, or their products B A (LTE, arXiv"
+        " 2402.16828), of which each worker sends its own to all others",
+    )
+    local_steps_reset: bool = key(
+        False,
+        "with local_steps_merge: product: what was averaged is kept beside the adapter, up to eight times its rank, and"
+        " a new one begins",
+    )
     sync_dtype: Literal["float32", "bfloat16"] = key(
         "float32", "gradients between workers; bfloat16 halves what is sent"
     )
@@ -58,6 +69,11 @@ class StrategySection(Section):
     nvme_path: str | None = key(None, "offload to this folder on a fast disk instead of host memory (ZeRO-3)")
     preflight: bool = key(True, "before the run: the longest batch, an evaluation step, a checkpoint and back")
     memory_safety: float = key(0.05, "fraction of a device's memory the plan leaves free", ge=0, lt=1)
+
+    @property
+    def local_merge(self) -> LocalMerge:
+        """How workers that train apart come together."""
+        return "reset" if self.local_steps_reset else self.local_steps_merge
 
 
 class GoalSection(Section):

@@ -49,7 +49,7 @@ class Experiment:
         torch.set_num_threads(part.threads)
         self._context = WorkerContext(job, plan, part, model_folder, device, record=self._record, seat=seat)
         self._data, self._held_out = data, held_out
-        self._setup, self._techniques = prepare_model(self._context)
+        self._setup, self._techniques = prepare_model(self._context, len(data))
         attach_references(self._context, self._setup, self._techniques, data, held_out)
         self.tensors_bytes = tensors_peak_bytes(
             self._setup, data, self._techniques, plan.global_batch_size, is_shared=seat is not None

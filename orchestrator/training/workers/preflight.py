@@ -236,7 +236,7 @@ def preflight(job: Job, ready: Any, say: Callable[[str], None]) -> dict[str, Any
     torch.set_num_threads(plan.threads_per_worker)
     data, held_out = datasets(ready.data_files)
     part = plan.nodes[0]
-    setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files.model, device))
+    setup, techniques = prepare_model(WorkerContext(job, plan, part, ready.data_files.model, device), len(data))
     assume_references(plan, data)
     if held_out is not None:
         assume_references(plan, held_out)

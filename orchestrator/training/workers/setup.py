@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +96,7 @@ def load_inputs(run: RunFolder, context: WorkerContext, rows: Sequence[int] | No
         check_model(run)
     if context.part.techniques.stage:
         refuse_wrong_family(context)
-    setup, techniques = prepare_model(context)
+    setup, techniques = prepare_model(context, len(data))
     attach_references(context, setup, techniques, data, held_out, run.path)
     seconds = round(time.perf_counter() - started, 2)
     context.record(ModelReady(seconds, context.plan.num_trainable_parameters))
@@ -173,11 +173,15 @@ def train_settings(
     )
 
 
-def prepare_model(context: WorkerContext) -> tuple[TrainSetup, Techniques]:
-    """The model set up for the planned method, and the techniques as this model really supports them."""
+def prepare_model(context: WorkerContext, num_samples: int = 0) -> tuple[TrainSetup, Techniques]:
+    """The model set up for the planned method, and the techniques as this model really supports them.
+
+    `num_samples` of the training data, where it is to train.
+    """
     method, group = context.plan.build_method(), context.group
     model, techniques = _load_base(context, method)
     settings = train_settings(context.job, context.plan, techniques, remote_objects.reachable())
+    settings = replace(settings, num_samples=num_samples)
     try:
         setup = method.setup(model, settings)
         techniques = with_loss_that_runs(setup.model, techniques, context)

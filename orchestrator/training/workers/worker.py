@@ -209,7 +209,8 @@ def _portrait(context: WorkerContext, inputs: Inputs, held: TrainState | None) -
     setup, group = inputs.setup, context.group
     if not context.is_first and not setup.passes:
         return None
-    weights = held.weights if held else {} if setup.passes else setup.parameters
+    own = setup.written() if setup.written else setup.parameters
+    weights = held.weights if held else {} if setup.passes else own
     probe = agreement.probe(inputs.data, len(inputs.tokenizer))
     portrait = agreement.portrait_of(setup.model, weights, probe, inputs.techniques.dtype, setup.passes)
     if not inputs.techniques.stage:

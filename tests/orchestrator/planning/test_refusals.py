@@ -29,6 +29,28 @@ def refuse(text, node, shape=SMALL):
     [
         ("strategy: {mode: zero2}\n", GPU, "zero2 divides among devices, and here is one worker"),
         ("strategy: {mode: zero3, local_steps: 4}\n", TWO_GPUS, "workers that train apart hold everything"),
+        ("strategy: {local_steps_merge: product}\n", TWO_GPUS, "set strategy.local_steps, or leave it out"),
+        ("strategy: {local_steps: 4, local_steps_reset: true}\n", TWO_GPUS, "set strategy.local_steps_merge: product"),
+        (
+            "method: {type: full}\nstrategy: {local_steps: 4, local_steps_merge: product}\n",
+            TWO_GPUS,
+            "strategy.local_steps_merge: product averages corrections B A of LoRA, and full trains no low-rank adapter",
+        ),
+        (
+            "method: {type: lora, use_dora: true}\nstrategy: {local_steps: 4, local_steps_merge: product}\n",
+            TWO_GPUS,
+            "use_dora is more than pairs of A and B",
+        ),
+        (
+            "strategy: {mode: pipeline, local_steps: 4, local_steps_merge: product}\n",
+            TWO_GPUS,
+            "stages pass on every micro-batch",
+        ),
+        (
+            "method: {type: experimental_boosted_lora}\nstrategy: {local_steps: 4}\n",
+            TWO_GPUS,
+            "which local steps let drift apart",
+        ),
         ("train: {threads: 99}\n", CPU, "train.threads is 99, and no worker has more than [0-9]+ cores; lower it"),
         ("cluster: {nice: 5, address: auto}\n", CPU, "cluster.nice belongs to address: local"),
         ("cluster: {resident: false, address: auto}\n", CPU, "cluster.resident belongs to address: local"),

@@ -41,7 +41,7 @@ def test_the_outer_step_is_nesterovs_by_hand():
     parameter.data.fill_(0.6)  # what local training made of it
     local.changes_to_gradients(1.0)
     assert parameter.grad.item() == pytest.approx(0.4)
-    norm = local.outer_step()
+    norm = local.outer_step(0)
 
     # momentum 0.4, step 0.7 * (0.4 + 0.9 * 0.4)
     assert norm == pytest.approx(0.4)

@@ -199,6 +199,7 @@ def test_answers_that_are_marked_train_without_pairs_and_resume_bit_by_bit(folde
         (["train.torch_compile=true"], "beside train.torch_compile"),
         (["train.cache_frozen_activations=true"], "beside train.cache_frozen_activations"),
         (["method={type: experimental_lsp_offload}"], "beside method"),
+        (["method={type: experimental_boosted_lora, samples: hard}"], "beside method.samples: hard"),
         (["bank.add=true"], "beside bank.add"),
     ],
 )
