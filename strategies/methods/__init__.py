@@ -5,6 +5,7 @@ boosted_lora        LoRA in rounds: a pair trains, is kept, and a fresh one begi
 boosted_rounds      what boosted LoRA does between steps, and the weights of its samples
 fused_maps          whether LoRA's maps are one function each with their corrections
 full                full fine-tuning
+lora_config         LoRA's options as PEFT's configuration
 lora_eva            EVA: LoRA that starts with the directions of its inputs
 lora_start          a fresh LoRA model that starts from an adapter of another training
 kept_pairs          corrections that no longer train, beside the pair that does: what restarts add to

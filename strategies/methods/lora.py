@@ -16,17 +16,16 @@ from strategies.cost.work import Work
 from strategies.export import VLLM_RANKS, Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
 from strategies.methods.kept_pairs import kept_costs, kept_rank, with_averaged_pairs
+from strategies.methods.lora_config import peft_config
 from strategies.methods.lora_start import start_from
 from strategies.model import targets
-from strategies.model.architecture import Architecture, architecture_of
+from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
 from strategies.shape import ModelShape
 from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _INIT = Literal["gaussian", "eva", "olora", "pissa", "corda", "loftq", "orthogonal"]
-
-
 _PLAIN_STARTS = (True, False, "gaussian", "orthogonal")  # that leave the base as it is and look at no data
 
 
@@ -344,7 +343,7 @@ class Lora(PredictedMethod):
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names alone: nothing is drawn
-        peft_model = get_peft_model(model, self._config(model), low_cpu_mem_usage=is_empty)
+        peft_model = get_peft_model(model, peft_config(self, model), low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         keep_input_dtype(peft_model)
@@ -373,43 +372,3 @@ class Lora(PredictedMethod):
             peft_model, optimizer, parameters, export, export_format="peft-lora", learner=learner, notes=notes
         )
         return with_averaged_pairs(setup, settings.techniques, self.lora_r)
-
-    def _config(self, model: Any) -> Any:
-        """PEFT's configuration of these options."""
-        from peft import LoraConfig
-
-        from strategies.model.heads import has_score
-
-        start = True if self.init_lora_weights == "eva" else self.init_lora_weights  # `EvaStart` gives A its directions
-        is_transposed = any(type(module).__name__ == "Conv1D" for module in model.modules())  # GPT-2's linear maps
-        return LoraConfig(
-            fan_in_fan_out=is_transposed,
-            r=self.lora_r,
-            lora_alpha=whole_if_possible(self.lora_alpha),  # type: ignore[arg-type]  # PEFT computes with any number
-            lora_dropout=self.lora_dropout,
-            target_modules=self._targets(model),
-            layers_to_transform=self.layers_to_transform,
-            modules_to_save=list(self.modules_to_save) if self.modules_to_save else None,  # PEFT adds the score to it
-            trainable_token_indices=self.trainable_token_indices,
-            target_parameters=self.target_parameters,
-            bias=self.bias,
-            use_dora=self.use_dora,
-            use_rslora=self.use_rslora,
-            init_lora_weights=start,  # type: ignore[arg-type]
-            task_type="SEQ_CLS" if has_score(model) else "CAUSAL_LM",
-        )
-
-    def _targets(self, model: Any) -> str | list[str]:
-        """The targets in a form that PEFT accepts together with a choice of layers: names, no expression."""
-        if self.layers_to_transform is None or isinstance(self.lora_target_modules, list):
-            return self.lora_target_modules
-        built = architecture_of(model)
-        if self.lora_target_modules == targets.ALL:
-            return sorted(built.last_names(built.linear_maps))
-        found = targets.resolve_targets(self.lora_target_modules, tuple(built.modules), built.linear_maps)
-        return [name for name in found if built.layer_of(name) in self.layers_to_transform]
-
-
-def whole_if_possible(value: float) -> float:
-    """32 for 32.0: other readers of adapter_config.json, e.g. Ollama's, take whole numbers alone."""
-    return int(value) if float(value).is_integer() else value
