@@ -6,8 +6,7 @@ boosted_rounds      what boosted LoRA does between steps, and the weights of its
 fused_maps          whether LoRA's maps are one function each with their corrections
 full                full fine-tuning
 lora_config         LoRA's options as PEFT's configuration
-lora_eva            EVA: LoRA that starts with the directions of its inputs
-lora_start          a fresh LoRA model that starts from an adapter of another training
+lora_start          how LoRA begins: from another adapter, or with directions of its inputs
 kept_pairs          corrections that no longer train, beside the pair that does: what restarts add to
 low_rank_adamw      AdamW whose moments of some weights live in a low-rank window on the gradient
 low_rank_gradients  GaLore and APOLLO: full training through a low-rank window on the gradient

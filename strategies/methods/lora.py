@@ -17,7 +17,6 @@ from strategies.export import VLLM_RANKS, Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
 from strategies.methods.kept_pairs import kept_costs, kept_rank, with_averaged_pairs
 from strategies.methods.lora_config import peft_config
-from strategies.methods.lora_start import start_from
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
@@ -329,7 +328,7 @@ class Lora(PredictedMethod):
         import torch
         from peft import get_peft_model
 
-        from strategies.methods.lora_eva import EvaStart
+        from strategies.methods.lora_start import EvaStart, start_from
         from strategies.model.heads import outside_layers
         from strategies.step.optimizers import build_optimizer
         from strategies.techniques.lora_algebra import fuse
