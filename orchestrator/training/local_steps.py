@@ -158,7 +158,8 @@ class ProductSteps(LocalSteps):
         cut, left, whole = algebra.truncate(mean, pair.a_RI.shape[0])
         like = sum((weight * part.a_RI for part, weight in zip(parts, weights, strict=True)), torch.zeros(()))
         cut = algebra.near(cut, like) if whole else Factors(like, torch.zeros(pair.b_OR.shape))
-        pair.a_RI.copy_(cut.a_RI), pair.b_OR.copy_(cut.b_OR)
+        pair.a_RI.copy_(cut.a_RI)
+        pair.b_OR.copy_(cut.b_OR)
         return left
 
     def _restart(self, means: dict[str, Factors], key: str) -> float:

@@ -48,12 +48,18 @@ class BoostedLora(PredictedMethod):
     name: ClassVar[str] = "experimental_boosted_lora"
     full_rank: ClassVar[bool] = False
     keeps_base_frozen: ClassVar[bool] = True
-    acts_between: ClassVar[bool] = True  # type: ignore[misc]
-    starts_as_base: ClassVar[bool] = True  # type: ignore[misc]
 
     @cached_property
     def _lora(self) -> Lora:
         return Lora(self.lora_r, self.lora_alpha, lora_target_modules=self.lora_target_modules)
+
+    @property
+    def acts_between(self) -> bool:
+        return True
+
+    @property
+    def starts_as_base(self) -> bool:
+        return True
 
     @property
     def adapter_rank(self) -> int:

@@ -76,7 +76,8 @@ class KeptPairs:
     def __init__(self, pairs: Sequence[AdapterPair], rank: int) -> None:
         import torch
 
-        self._layers, self.rank = {pair.name: pair.layer for pair in pairs}, rank
+        self._layers: dict[str, Any] = {pair.name: pair.layer for pair in pairs}
+        self.rank = rank
         self._used = torch.zeros(1, dtype=torch.int64)  # on the host, where each forward pass reads it
         for pair in pairs:
             layer: Any = pair.layer
@@ -131,7 +132,8 @@ class KeptPairs:
                 end = start + total.rank
                 layer.kept_A[start:end].copy_(total.a_RI)
                 layer.kept_B[:, start:end].copy_(total.b_OR)
-                layer.kept_A[end:].zero_(), layer.kept_B[:, end:].zero_()
+                layer.kept_A[end:].zero_()
+                layer.kept_B[:, end:].zero_()
             self._used.fill_(used + more if fits else self.rank)
         return left, whole
 

@@ -162,7 +162,7 @@ def train_apart(way: MeetingRule, rate: float, seed: int, rounds: int, data: Any
 
 def _average_gradients(setups: Sequence[TrainSetup], scale: float = 1.0) -> None:
     for parameters in zip(*(setup.parameters.values() for setup in setups), strict=True):
-        mean = sum(p.grad for p in parameters) * (scale / len(parameters))
+        mean = torch.stack([p.grad for p in parameters]).mean(dim=0) * scale
         for parameter in parameters:
             parameter.grad = mean.clone()
 
