@@ -16,6 +16,9 @@ from tests import processes
 # Tiny tensors gain nothing from threads, and on a busy machine threads wait for each other.  Before torch is loaded.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Hundreds of processes are started here; where nothing is written down each of them compiles this program anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 # Hints name the program as it is typed: here as where its environment is activated, and in English.
 os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 for variable in ("LANGUAGE", "LC_ALL", "LC_MESSAGES", "LANG"):
