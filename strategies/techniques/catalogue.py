@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -52,5 +52,8 @@ def _change(stated: str | dict[str, Any], methods: Mapping[str, type[Method]]) -
         return _CHANGES[stated]
     if "method" not in stated:
         return lambda choice: choice.with_(**stated)
-    options = {key: value for key, value in stated.items() if key != "method"}
-    return lambda choice: replace(choice, method=methods[stated["method"]](**options))
+    method = methods[stated["method"]]
+    names = {field.name for field in fields(method)}
+    options = {key: value for key, value in stated.items() if key in names}
+    others = {key: value for key, value in stated.items() if key not in {*names, "method"}}
+    return lambda choice: replace(choice.with_(**others), method=method(**options))

@@ -58,7 +58,7 @@ def _optimizer(value: Any, _: JobDraft) -> str:
 
 
 def _scheduler(value: Any, _: JobDraft) -> str:
-    if value not in SCHEDULES:
+    if not isinstance(value, str) or value not in SCHEDULES:
         raise NoCounterpart
     return value
 

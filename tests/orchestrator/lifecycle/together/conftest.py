@@ -12,7 +12,7 @@ from tests.orchestrator.conftest import train_here
 JOB = """\
 name: {name}
 model: {{model_name_or_path: {model}, dtype: float32}}
-data: {{train: {name}.jsonl, eval: {name}-eval.jsonl, max_length: 64}}
+data: {{train: {name}.jsonl, eval: {name}-eval.jsonl, max_length: 64, packing: true}}
 method: {{lora_r: {rank}, lora_dropout: {dropout}}}
 train: {{global_batch_size: {batch}, max_steps: {steps}, learning_rate: 1e-2, max_grad_norm: {clip}}}
 eval: {{max_new_tokens: 4, max_rows: 2, eval_steps: 2}}
