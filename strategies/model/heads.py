@@ -5,6 +5,7 @@ Legend: B rows, T tokens, V vocabulary, H hidden size, D documents.
 
 from __future__ import annotations
 
+import inspect
 from typing import TYPE_CHECKING, Any
 
 from strategies.shape import SCORE
@@ -17,6 +18,11 @@ def inner_model(model: Any) -> Any:
     """The model without an engine or an adapter around it."""
     model = getattr(model, "module", model)  # an engine's
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def cache_keyword(model: Any) -> str:
+    """How a model's forward pass names the cache of keys and values: transformers 5.24 has another name than 5.23."""
+    return "cache" if "cache" in inspect.signature(inner_model(model).forward).parameters else "past_key_values"
 
 
 def has_score(model: Any) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from strategies.model.heads import cache_keyword
 from strategies.pipeline import wire as form
 from strategies.pipeline.cut import Received
 from strategies.pipeline.exchange import Inbox, Outbox
@@ -247,7 +248,8 @@ class StagePasses:
 
         def compute() -> torch.Tensor:
             ids, *others = (tensor.to(self._device) for tensor in (ids_BT, *where.values()))
-            arguments = {**dict(zip(where, others, strict=True)), "use_cache": True, "past_key_values": cache}
+            name = cache_keyword(self._setup.model)
+            arguments = {**dict(zip(where, others, strict=True)), "use_cache": True, name: cache}
             if not self._stage.is_last:
                 return self.hidden(ids, **arguments)
             logits = self._setup.model(input_ids=ids, logits_to_keep=1, **arguments).logits

@@ -78,20 +78,20 @@ def of_bench(made, monkeypatch):
 def of_generation(made, monkeypatch):
     monkeypatch.setattr(finished, "model_of", lambda _: "m")
     monkeypatch.setattr(finished, "variants", _end)
-    bench.bench_generation(SimpleNamespace(plan=lambda: made), None, [1], [1], 1, print)
+    bench.bench_generation(SimpleNamespace(plan=lambda: made, path=None), None, [1], [1], 1, print)
 
 
 def of_evaluate(made, monkeypatch):
     monkeypatch.setattr(finished, "exported_whole", lambda _: "folder")
     monkeypatch.setattr(finished, "model_of", lambda _: "m")
     monkeypatch.setattr(finished, "load_exported", _end)
-    finished.evaluate(SimpleNamespace(plan=lambda: made), None, None)
+    finished.evaluate(SimpleNamespace(plan=lambda: made, path=None), None, None)
 
 
 def of_helper(made, monkeypatch):
     files = SimpleNamespace(model="m")
     planned = replace(made, beside=(Beside(made.nodes[0].node, "measures", made.nodes[0]),))
-    run = SimpleNamespace(plan=lambda: planned, job=lambda: None, data=lambda: files)
+    run = SimpleNamespace(plan=lambda: planned, job=lambda: None, data=lambda: files, path=None)
     monkeypatch.setattr(baseline, "RunFolder", lambda _: run)
     monkeypatch.setattr(baseline.loading, "load_data", lambda _: (None, [1]))
     monkeypatch.setattr(baseline, "prepare_model", _end)

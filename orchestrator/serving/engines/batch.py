@@ -20,7 +20,7 @@ from orchestrator.serving.engines.adapters import Seat
 from orchestrator.serving.engines.protocol import Query
 from orchestrator.serving.engines.sampling import TokenSampler
 from orchestrator.serving.engines.text import AnswerText
-from strategies.step.supervised_logits import inner_model
+from strategies.model.heads import cache_keyword, inner_model
 
 _STACKED = {"full_attention", "sliding_attention", "chunked_attention"}  # layers whose cache is keys and values alone
 
@@ -109,13 +109,13 @@ def _forward(
     known = inspect.signature(inner.forward).parameters
     device = inner.device
     more: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    more[cache_keyword(inner)] = cache
     if "position_ids" in known:
         more["position_ids"] = positions_BT.to(device)
     with torch.no_grad(), lane.computing([row.seat.adapter for row in rows]):
         output = inner(
             input_ids=ids_BT.to(device),
             attention_mask=mask_BT.to(device),
-            past_key_values=cache,
             use_cache=True,
             **more,
         )

@@ -6,7 +6,9 @@ import pytest
 
 from orchestrator.runs import events
 from orchestrator.runs.events import Event, Member, Note, OtherEvent, QualityReport, StepReport, WorkerGroup
+from orchestrator.runs.proofs import proof
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.runs.tasks import task_score
 
 STEP = '"step": 2, "epoch": 0.5, "loss": 1.0, "grad_norm": 0.1, "learning_rate": 0.01, "tokens": 9'
 STEP += ', "supervised_tokens": 5, "seconds": 0.5, "tokens_per_s": 18.0, "peak_bytes": 3, "samples": "ab"'
@@ -48,6 +50,10 @@ LINES = [
     '{"event": "prediction", "time": 1.5, "predicted_step_s": 1.0, "measured_step_s": 2.0, "predicted_bytes": 3,'
     ' "measured_peak_bytes": 4}',
     '{"event": "tracking", "time": 1.5, "ok": true, "text": "a"}',
+    '{"event": "proof", "time": 1.5, "check": "packing", "compared": "a", "outcome": "passed", "difference": 0.0,'
+    ' "tolerance": 1e-05, "why": "b"}',
+    '{"event": "task", "time": 1.5, "task": "a", "metric": "acc", "rows": 48, "before": 0.25, "before_stderr": 0.0625,'
+    ' "after": 0.5, "after_stderr": 0.0625, "low": 0.1, "high": 0.4, "is_paired": true}',
 ]
 
 
@@ -60,6 +66,7 @@ def test_a_line_is_written_again_byte_for_byte(line):
 
 
 def test_every_kind_is_among_those_lines():
+    assert {proof.Proof, task_score.TaskScore} <= set(Event.kinds.values())  # of rooms of their own
     assert {json.loads(line)["event"] for line in LINES} == set(Event.kinds)
 
 

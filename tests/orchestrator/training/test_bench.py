@@ -39,7 +39,7 @@ def test_a_benchmark_says_where_the_time_and_the_memory_of_a_step_go(tiny):
 
     speed = found["throughput"]
     assert found["steps"] == 2 and speed["tokens_per_s"] > speed["supervised_tokens_per_s"] > 0
-    assert found["flops_per_s"] == pytest.approx(ready.plan.flops_per_token * speed["tokens_per_s"])
+    assert found["flops_per_s"] == pytest.approx(ready.plan.flops_per_token * speed["computed_tokens_per_s"])
     assert set(found["phases"]) == {*dissect.PHASES, "communication"}
     assert sum(found["phases"].values()) == pytest.approx(4 / speed["samples_per_s"], rel=0.05)
     assert found["operators"] and found["memory"] and "timeline" not in found
