@@ -29,8 +29,8 @@ class TrainSettings:
     adam_epsilon: float
     techniques: Techniques
     seed: int
-    num_samples: int = 0  # of the training data
     start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
+    num_samples: int = 0  # of the training data
 
 
 @dataclass(frozen=True)
