@@ -243,7 +243,7 @@ def test_methods_that_train_a_score_learn_which_answer_is_the_better_one(method,
     objective = CASES["reward"]
     data = data_of(folders, objective)
 
-    setup = set_up(model_folder, PACKED, objective, method, learning_rate=1e-1)
+    setup = set_up(model_folder, PACKED, objective, method, learning_rate=3e-2)
     before = evaluate_rows(setup, data, PACKED, ProcessGroup())
     order, hooks = Order(len(data), 8, 5, 50.0, 30), Hooks(lambda event: None, lambda now: "none", lambda: None)
     train(Training(setup, data, None, order, SCHEDULE, PACKED, ProcessGroup(), Progress(), hooks))

@@ -6,6 +6,7 @@ import os
 
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
@@ -24,6 +25,10 @@ REQUIRED = {  # what no model of a family can do without, and its configuration 
     "granite": {"embedding_multiplier": 12.0},
     "granitemoe": {"embedding_multiplier": 12.0},
 }
+
+
+# Refused since transformers 5.23 is admitted, where a cut model comes out wrong; in newer ones it comes out right.
+MENDED = {"gptj"} if tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 24) else set()
 
 
 def test_only_the_files_that_transformers_loads_are_read(tmp_path):
@@ -59,7 +64,7 @@ def test_a_family_is_cut_exactly_or_is_refused(name):
             found.append(error_of(config) != 0.0)
         except Exception:
             found.append(True)
-    assert not found or any(found), "it can be cut: take the sentence out of families.toml"
+    assert not found or any(found) or name in MENDED, "it can be cut: take the sentence out of families.toml"
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -68,7 +73,7 @@ def test_a_run_tries_the_family_of_its_model_on_a_small_one_and_refuses_by_name(
     config.save_pretrained(tmp_path)
     drawn = torch.get_rng_state()
 
-    if not FAMILIES[name].uncut:
+    if not FAMILIES[name].uncut or name in MENDED:
         check_family(tmp_path)
     else:
         with pytest.raises(CannotCut) as refusal:
