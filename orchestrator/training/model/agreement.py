@@ -165,6 +165,8 @@ def compare(
         return Agreement(text, portrait.dtype, num_weights=len(portrait.weights), reason=reason)
     rounded = is_engine or bool(loaded)
     result = judge(portrait.logits_BTV, found, portrait.dtype, what, rounded, len(portrait.weights))
+    if portrait.logits_BTV.dim() < 3:  # scores of documents predict no tokens
+        return result
     return replace(result, losses=(_loss(portrait.logits_BTV, portrait.ids_BT), _loss(found, portrait.ids_BT)))
 
 
