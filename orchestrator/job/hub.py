@@ -105,16 +105,21 @@ def _bar_of(num_bytes: int) -> type | None:
     most = 0.0
 
     class Bar(tqdm):
-        """Draws nothing.  Of the client's bars one counts files, one what came, one what was written, in bytes."""
+        """Draws nothing.  Of the client's bars one counts files, one what came, one what was written, in bytes.
+
+        Counts by itself: where bars are switched off, the client's do not.
+        """
 
         def __init__(self, *values: Any, **options: Any) -> None:
+            self._is_bytes, self._came = options.get("unit") == "B", options.get("initial") or 0
             super().__init__(*values, **{**options, "file": io.StringIO(), "disable": False})
 
         def update(self, n: float | None = 1) -> bool | None:
             nonlocal most
             drawn = super().update(n)
-            if self.unit == "B" and self.n > most:
-                most = self.n
+            self._came += n or 0
+            if self._is_bytes and self._came > most:
+                most = self._came
                 listen(Reached("download", most, max(most, num_bytes), "bytes"))
             return drawn
 
