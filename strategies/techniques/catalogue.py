@@ -53,7 +53,8 @@ def _change(stated: str | dict[str, Any], methods: Mapping[str, type[Method]]) -
     if "method" not in stated:
         return lambda choice: choice.with_(**stated)
     method = methods[stated["method"]]
-    names = {field.name for field in fields(method)}
+    options_of: Any = method  # a dataclass, which its protocol cannot say
+    names = {field.name for field in fields(options_of)}
     options = {key: value for key, value in stated.items() if key in names}
     others = {key: value for key, value in stated.items() if key not in {*names, "method"}}
     return lambda choice: replace(choice.with_(**others), method=method(**options))
