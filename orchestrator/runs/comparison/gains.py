@@ -35,10 +35,16 @@ def gains(before: Scores, after: Scores) -> dict[str, Gain]:
     for metric, scores in after.items():
         old = before.get(metric, ())
         pairs = zip(scores, old, strict=True) if len(old) == len(scores) else None
-        difference = of_mean([new - old for new, old in pairs]) if pairs else None
+        difference = _of_differences([new - old for new, old in pairs]) if pairs else None
         if scores:
             found[metric] = Gain(len(scores), of_scores(scores), difference)
     return found
+
+
+def _of_differences(scores: Sequence[float]) -> Interval:
+    """Of scores in [0, 1]: no more than the whole is gained."""
+    found = of_mean(scores)
+    return Interval(found.value, max(-1.0, found.low), min(1.0, found.high))
 
 
 def _percent(part: float) -> str:

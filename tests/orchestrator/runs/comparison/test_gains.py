@@ -79,3 +79,9 @@ def test_without_the_same_answers_before_there_is_no_difference():
     assert gains({}, after)["accuracy"].difference is None
     assert gains({"accuracy": [1.0]}, after)["accuracy"].difference is None
     assert gains(after, {}) == {}
+
+
+def test_no_more_than_the_whole_is_gained():
+    (gain,) = gains({"exact_match": [0.0] * 20}, {"exact_match": [1.0] * 19 + [0.0]}).values()
+
+    assert gain.difference.high == 1.0 and 0.8 < gain.difference.low < gain.difference.value == 0.95
