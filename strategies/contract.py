@@ -116,9 +116,7 @@ class MethodDefaults(Protocol):
     trains_score: ClassVar[bool] = False  # it trains the score of a model that has one in place of an output matrix
     streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
 
-    is_proposed: ClassVar[bool] = (
-        True  # a plan that does not fit may name it as the way out: its defaults mean something
-    )
+    is_proposed: ClassVar[bool] = True  # as a way out where a plan does not fit: its defaults mean something
 
     @property
     def layers_are_alike(self) -> bool:

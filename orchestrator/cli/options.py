@@ -76,6 +76,7 @@ RefreshOption = Annotated[bool, typer.Option("--refresh", help="measure the mach
 def is_job(name: str) -> bool:
     """Whether a name is a job file's or a recipe's, and not a run's."""
     from orchestrator.job.schema import recipes
+    from orchestrator.runs.run_folder import RunFolder
 
     return Path(name).is_file() or (name in recipes() and RunFolder.at(name) is None)
 

@@ -16,8 +16,8 @@ from orchestrator.job.job_file import Job
 from orchestrator.language.catalogue import tr
 from orchestrator.lifecycle.hooks import Quiet
 from orchestrator.planning.plan import Plan, summary
-from orchestrator.progress.reached import Reached, reporting_to
 from orchestrator.progress.tally import Tally
+from orchestrator.progress.updates import ProgressUpdate, reporting_to
 from orchestrator.runs.events import (
     BetweenReport,
     Evaluation,
@@ -68,13 +68,13 @@ class Lines(Quiet):
     def _begin(self, plan: Plan) -> None:
         self._plan, self._num_steps, self._predicted = plan, plan.num_steps, plan.phases
 
-    def progress(self, reached: Reached, at: float | None = None) -> None:
+    def progress(self, update: ProgressUpdate, at: float | None = None) -> None:
         """Show how far a phase beside training has come; `at` in seconds since the epoch, by default now."""
         now = time.time() if at is None else at
-        if self._tally and self._tally.continues(reached):
-            self._tally.add(reached, now)
+        if self._tally and self._tally.continues(update):
+            self._tally.add(update, now)
         else:
-            self._tally, self._shown_at = Tally(reached, now), now
+            self._tally, self._shown_at = Tally(update, now), now
         self._phase(self._tally, now)
 
     def event(self, event: Event) -> None:
@@ -84,7 +84,7 @@ class Lines(Quiet):
                 self._step(event)
             case PhaseProgress():
                 unit = _UNITS.get(event.phase, "rows")
-                self.progress(Reached(event.phase, event.done, event.total, unit), event.time)
+                self.progress(ProgressUpdate(event.phase, event.done, event.total, unit), event.time)
             case StateChange(state="running"):
                 self._running_since = event.time
             case ModelReady():
@@ -189,8 +189,8 @@ class Live(Lines):
             self.close()
 
     def _phase(self, tally: Tally, now: float) -> None:
-        reached, (_, *rest) = tally.reached, _phase_parts(tally)
-        self._show(reached.phase, _name(tally), reached.done, reached.total, ", ".join(filter(None, rest)))
+        update, (_, *rest) = tally.latest, _phase_parts(tally)
+        self._show(update.phase, _name(tally), update.done, update.total, ", ".join(filter(None, rest)))
 
     def _step(self, event: StepReport) -> None:
         parts = [f"{event.step}/{self._num_steps}", _step_text(event), self._left()]
@@ -248,20 +248,20 @@ def _name(tally: Tally) -> str:
         "answers": tr("generating answers"),
         "saving": tr("saving"),
     }
-    return names.get(tally.reached.phase, tally.reached.phase)
+    return names.get(tally.latest.phase, tally.latest.phase)
 
 
 def _phase_parts(tally: Tally) -> tuple[str, str, str, str]:
     """Its percent, what is done of how much, its pace, its time left; empty where that is not known."""
-    reached, rate = tally.reached, tally.rate
-    if not reached.done and reached.total is None:
+    update, rate = tally.latest, tally.rate
+    if not update.done and update.total is None:
         return "", "...", "", ""
-    unit = tr("prompts") if reached.unit == "prompts" else tr("rows")
-    counts = reached.unit != "bytes"
+    unit = tr("prompts") if update.unit == "prompts" else tr("rows")
+    counts = update.unit != "bytes"
     show = (lambda number: f"{number:,.0f} {unit}") if counts else format_bytes
-    done = f"{reached.done:,.0f}" if counts and reached.total is not None else show(reached.done)
-    amount = done if reached.total is None else f"{done} / {show(reached.total)}"
-    share = f"{reached.done / reached.total:.0%}" if reached.total else ""
+    done = f"{update.done:,.0f}" if counts and update.total is not None else show(update.done)
+    amount = done if update.total is None else f"{done} / {show(update.total)}"
+    share = f"{update.done / update.total:.0%}" if update.total else ""
     pace = f"{show(rate)}/s" if rate is not None and (rate >= 1 or not counts) else ""
     left = "" if tally.left_s is None else _left_text(TimeLeft(tally.left_s, True))
     return share, amount, pace, left

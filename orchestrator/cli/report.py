@@ -94,7 +94,7 @@ def dashboard(
 
     place = resolve_path(folder, "dashboard", kind="new folder")
     if not is_loopback(host):
-        say(f"whoever has the address with its token reads the runs, unencrypted on the way (--host {host})")
+        say(f"anyone with the printed address and its token can read the runs, unencrypted (--host {host})")
     with listen(host, port) as listening:
 
         def begun(url: str) -> None:

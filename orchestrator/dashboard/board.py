@@ -87,12 +87,14 @@ class Board:
         identity = _times(f"{run.path}/plan.json")
         if identity == (0,):
             return None
-        known = self._plans.get(run.run_id)
-        if known is None or known[0] != identity:
-            known = self._plans[run.run_id] = identity, run.plan()
-            for name in [one for one in self._plans if one not in self._live and one != run.run_id][:-_MOST_FOLLOWED]:
-                del self._plans[name]
-        return known[1]
+        with self._lock:
+            known = self._plans.get(run.run_id)
+            if known is None or known[0] != identity:
+                known = self._plans[run.run_id] = identity, run.plan()
+                others = [one for one in self._plans if one not in self._live and one != run.run_id]
+                for name in others[:-_MOST_FOLLOWED]:
+                    del self._plans[name]
+            return known[1]
 
     def _look(self) -> None:
         self._list_runs()

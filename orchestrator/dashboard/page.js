@@ -46,7 +46,7 @@ function barOf(row) {
   return bar;
 }
 
-// --- the stream: one a page; while the page is hidden there is none, and afterwards it goes on from the last id
+// --- the stream: one a page; while the page is hidden there is none, and afterwards it continues from the last id
 
 function listen(address, kinds, sign) {
   let source = null, last = "";

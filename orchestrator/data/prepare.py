@@ -20,7 +20,7 @@ from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.training import HeldOutFraction, Source
-from orchestrator.progress.reached import listener, report
+from orchestrator.progress.updates import listener, report
 
 _ROWS_A_REPORT = 256
 _TOKENIZER_FILES = ("tokenizer*", "special_tokens_map.json", "chat_template*", "vocab*", "merges.txt", "*.model")

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from clusters.safe.reading import first_line, load_yaml, printable, read_text
 from orchestrator.errors import JobError
-from orchestrator.progress.reached import Reached, listener
+from orchestrator.progress.updates import ProgressUpdate, listener
 
 _KEY = "model.model_name_or_path"
 _REACH_S = 5.0
@@ -120,7 +120,7 @@ def _bar_of(num_bytes: int) -> type | None:
             self._came += n or 0
             if self._is_bytes and self._came > most:
                 most = self._came
-                listen(Reached("download", most, max(most, num_bytes), "bytes"))
+                listen(ProgressUpdate("download", most, max(most, num_bytes), "bytes"))
             return drawn
 
     return Bar

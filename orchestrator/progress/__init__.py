@@ -1,5 +1,5 @@
-"""How far long work has come, told to whoever shows it: nobody by default.
+"""How far long work has come, reported to a listener; by default there is none.
 
-reached   start here: `report` in the work, `reporting_to` around it
+updates   start here: `report` in the work, `reporting_to` around it
 tally     how fast a phase goes, and what is left of it
 """

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from orchestrator.progress.reached import Reached
+from orchestrator.progress.updates import ProgressUpdate
 
 
 class Tally:
     """A phase from the moment it was first heard of; its pace is measured from there on."""
 
-    def __init__(self, reached: Reached, time: float) -> None:
-        self.reached = reached
-        self._first = self._last = time, reached.done  # seconds since the epoch, what was done then
+    def __init__(self, update: ProgressUpdate, time: float) -> None:
+        self.latest = update
+        self._first = self._last = time, update.done  # seconds since the epoch, what was done then
 
-    def continues(self, reached: Reached) -> bool:
-        """Whether it is this phase that goes on, not the next one of its name."""
-        return reached.phase == self.reached.phase and reached.done >= self.reached.done
+    def continues(self, update: ProgressUpdate) -> bool:
+        """Whether it is of this phase, not of the next one of its name."""
+        return update.phase == self.latest.phase and update.done >= self.latest.done
 
-    def add(self, reached: Reached, time: float) -> None:
-        self.reached, self._last = reached, (time, reached.done)
+    def add(self, update: ProgressUpdate, time: float) -> None:
+        self.latest, self._last = update, (time, update.done)
 
     @property
     def rate(self) -> float | None:
@@ -28,6 +28,6 @@ class Tally:
     @property
     def left_s(self) -> float | None:
         """At this pace; None where the pace or the end is not known."""
-        if not self.rate or self.reached.total is None:
+        if not self.rate or self.latest.total is None:
             return None
-        return max(0.0, self.reached.total - self.reached.done) / self.rate
+        return max(0.0, self.latest.total - self.latest.done) / self.rate

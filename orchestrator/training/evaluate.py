@@ -16,7 +16,7 @@ from orchestrator.data.packing import split_by_share
 from orchestrator.errors import NothingFits
 from orchestrator.job.spec import JobSpec
 from orchestrator.planning.evaluation import CACHE_BYTES, MOST_PROMPTS, cache_bytes_per_token
-from orchestrator.progress.reached import report
+from orchestrator.progress.updates import report
 from orchestrator.training.feed import micro_batches_of, mismatched_batches_of
 from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of

@@ -104,8 +104,8 @@ def square(factors: Factors) -> float:
 def near(factors: Factors, like_RI: torch.Tensor) -> Factors:
     """The same correction with the A that is nearest to another A of its rank.
 
-    B M and M^-1 A are the same for every M: whoever trains on, with moments and rates that belong to the other A, needs
-    one like it.  Nearest within the rows' space, and so that M can be inverted in fp32 (condition at most 20).
+    B M and M^-1 A are the same for every M; a training that continues with the moments of the other A needs one like
+    it.  Nearest within the rows' space, and so that M can be inverted in fp32 (condition at most 20).
     """
     right_IR, inner = torch.linalg.qr(factors.a_RI.T.double())
     u, s, vh = torch.linalg.svd(like_RI.double() @ right_IR)

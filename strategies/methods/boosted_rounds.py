@@ -1,6 +1,6 @@
 """What boosted LoRA does between steps: rounds end, their pairs are kept, others begin; samples are weighed.
 
-Everything is a function of the step, the seed and what lies in the setup's buffers: a resumed run goes on alike.
+Everything is a function of the step, the seed and what lies in the setup's buffers: a resumed run continues alike.
 
 Legend: I inputs, O outputs of a map, R rank, N samples of the training data.
 """

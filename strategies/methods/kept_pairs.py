@@ -160,6 +160,8 @@ def keep_pairs(setup: TrainSetup, rank: int) -> KeptPairs:
         return _with_kept(kept, setup.pairs, parameters)
 
     def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
+        from strategies.step.state import save_adapter
+
         configs: Any = peft_model.peft_config
         whole, trained = written(), configs["default"]
         rank = next(tensor.shape[0] for name, tensor in whole.items() if ".lora_A." in name)
@@ -167,9 +169,7 @@ def keep_pairs(setup: TrainSetup, rank: int) -> KeptPairs:
         config.r = config.lora_alpha = rank  # a scale of 1: each pair's own is in its B
         config.use_rslora = False
         try:
-            peft_model.save_pretrained(  # type: ignore[operator]
-                str(folder), safe_serialization=True, save_embedding_layers=False, state_dict=whole
-            )
+            save_adapter(peft_model, folder, whole)
         finally:
             configs["default"] = trained
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -16,7 +16,7 @@ from strategies.cost.work import Work
 from strategies.export import VLLM_RANKS, Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
 from strategies.methods.kept_pairs import kept_costs, kept_rank, with_averaged_pairs
-from strategies.methods.lora_config import peft_config
+from strategies.methods.lora_config import build_lora_config
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
@@ -331,6 +331,7 @@ class Lora(PredictedMethod):
         from strategies.methods.lora_start import EvaStart, start_from
         from strategies.model.heads import outside_layers
         from strategies.step.optimizers import build_optimizer
+        from strategies.step.state import save_adapter
         from strategies.techniques.lora_algebra import fuse
         from strategies.techniques.precision import keep_input_dtype, train_in_fp32
 
@@ -342,7 +343,7 @@ class Lora(PredictedMethod):
             )
         torch.manual_seed(settings.seed)  # A is random: every worker must draw the same
         is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names alone: nothing is drawn
-        peft_model = get_peft_model(model, peft_config(self, model), low_cpu_mem_usage=is_empty)
+        peft_model = get_peft_model(model, build_lora_config(self, model), low_cpu_mem_usage=is_empty)
         if not settings.techniques.uses_engine:
             train_in_fp32(peft_model)
         keep_input_dtype(peft_model)
@@ -357,17 +358,14 @@ class Lora(PredictedMethod):
             [{"params": slow}, {"params": fast, "lr_factor": ratio}], settings, outside_layers(peft_model)
         )
 
-        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
-            # Asked to decide by itself, PEFT looks the base model up on the hub.
-            peft_model.save_pretrained(
-                str(folder),
-                safe_serialization=True,
-                save_embedding_layers=False,
-                state_dict=dict(weights) if weights else None,
-            )
-
         learner = EvaStart(peft_model, self.lora_r, self.eva_rows) if self.init_lora_weights == "eva" else None
         setup = TrainSetup(
-            peft_model, optimizer, parameters, export, export_format="peft-lora", learner=learner, notes=notes
+            peft_model,
+            optimizer,
+            parameters,
+            partial(save_adapter, peft_model),
+            export_format="peft-lora",
+            learner=learner,
+            notes=notes,
         )
         return with_averaged_pairs(setup, settings.techniques, self.lora_r)

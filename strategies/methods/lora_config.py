@@ -8,7 +8,7 @@ from strategies.model import targets
 from strategies.model.architecture import architecture_of
 
 
-def peft_config(lora: Any, model: Any) -> Any:
+def build_lora_config(lora: Any, model: Any) -> Any:
     """PEFT's configuration of a `Lora`'s options for this model."""
     from peft import LoraConfig
 

@@ -9,8 +9,7 @@ import json
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 from clusters.safe.reading import first_line
@@ -158,27 +157,21 @@ class PeftMethod(PredictedMethod):
 
         from strategies.model.heads import outside_layers
         from strategies.step.optimizers import build_optimizer
+        from strategies.step.state import save_adapter
         from strategies.techniques.precision import train_in_fp32
 
         model.requires_grad_(False)
         torch.manual_seed(settings.seed)  # what is random every worker must draw alike
         config = build_config(self.kind, self._options, task_type="CAUSAL_LM")
-        with warnings.catch_warnings(record=True) as told:
+        with warnings.catch_warnings(record=True) as messages:
             warnings.simplefilter("always")
             peft_model = get_peft_model(model, config)
-        notes = dict.fromkeys(f"PEFT: {first_line(str(one.message))}" for one in told)
+        notes = dict.fromkeys(f"PEFT: {first_line(str(one.message))}" for one in messages)
         train_in_fp32(peft_model)
         parameters = {name: p for name, p in peft_model.named_parameters() if p.requires_grad}
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings, outside_layers(peft_model))
 
-        def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
-            peft_model.save_pretrained(
-                str(folder),
-                safe_serialization=True,
-                save_embedding_layers=False,
-                state_dict=dict(weights) if weights else None,
-            )
-
+        export = partial(save_adapter, peft_model)
         return TrainSetup(peft_model, optimizer, parameters, export, export_format="peft-other", notes=tuple(notes))
 
 
@@ -211,6 +204,7 @@ def _count_on_skeleton(shape: ModelShape, kind: str, options: str) -> int:
 
 def _skeleton(shape: ModelShape) -> Any:
     """Modules with the names and sizes of a model's maps and norms."""
+    import torch
     from torch.nn import Embedding, Linear, Module, Parameter
 
     root = Module()
@@ -229,8 +223,6 @@ def _skeleton(shape: ModelShape) -> Any:
             put(name, Embedding(linear.inputs, linear.outputs))
         else:
             put(name, Linear(linear.inputs, linear.outputs, bias=linear.bias))
-    import torch
-
     for name, (_, part) in shape.named_parts.items():
         module = Module()
         module.weight = Parameter(torch.empty(part.num_parameters))

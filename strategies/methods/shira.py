@@ -134,6 +134,7 @@ class Shira(MethodDefaults):
 
         from strategies.methods.sparse_entries import Sensitivity, entries_of
         from strategies.step.optimizers import build_optimizer
+        from strategies.step.state import save_adapter
 
         model.requires_grad_(False)
         config = ShiraConfig(r=self.shira_r, target_modules=self._names(model), task_type="CAUSAL_LM")
@@ -149,7 +150,7 @@ class Shira(MethodDefaults):
         def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
             for one in entries:
                 one.tell_peft()
-            peft_model.save_pretrained(str(folder), safe_serialization=True, save_embedding_layers=False)
+            save_adapter(peft_model, folder)
 
         places = {f"{one.name}.places": one.places for one in entries}
         return TrainSetup(

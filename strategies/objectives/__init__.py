@@ -11,4 +11,5 @@ reward         a score of whole documents, higher for the better answer of a pai
 scores         the loss of an objective over the scores of whole documents, in a worker
 sft            supervised fine-tuning, the default
 simpo          preferred over rejected answers by their mean log-probability, without a reference
+totals         what documents were worth to an objective, added up over micro-batches and workers
 """

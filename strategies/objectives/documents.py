@@ -5,27 +5,23 @@ Legend: S supervised tokens, D documents, N samples.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from strategies.objectives.contract import AnswerScores, DocumentObjective
+from strategies.objectives.totals import RewardTotals
 from strategies.step.supervised_logits import Batch, token_losses
 from strategies.workload import LossType
 
-NUM_TOTALS = 5
 
-
-class DocumentLoss:
+class DocumentLoss(RewardTotals):
     """An objective's loss of micro-batches, and what they were worth to it since it was last asked."""
 
-    num_totals = NUM_TOTALS
-
     def __init__(self, objective: DocumentObjective) -> None:
+        super().__init__(objective.rows)
         self.objective = objective
         self._tokens_a_sample, self._divergence = 1.0, 0.0
-        self._totals: torch.Tensor | None = None
 
     @property
     def needs_reference(self) -> bool:
@@ -38,7 +34,7 @@ class DocumentLoss:
     def begin(self, num_samples: int, num_tokens: int, divergence: float = 0.0) -> None:
         """A step begins, or an evaluation: its samples, and the chosen documents' tokens that are learnt in them."""
         self._tokens_a_sample, self._divergence = max(1, num_tokens) / max(1, num_samples), max(0.0, divergence)
-        self._totals = None
+        self.clear()
 
     def loss_sum(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
         """The batch's part of the loss, times the samples of the step or evaluation that has begun; fp32.
@@ -55,18 +51,8 @@ class DocumentLoss:
             is_chosen_S = documents.document_S % 2 == 0
             loss = loss + weight / self._tokens_a_sample * (losses_S * is_chosen_S).sum()
         with torch.no_grad():
-            new = totals_of(self.objective.rewards(scores), scores.is_good_D)
-            self._totals = new if self._totals is None else self._totals + new
+            self.count(self.objective.rewards(scores), scores.is_good_D)
         return loss.float()
-
-    def take(self) -> list[float]:
-        """Totals since it began or this was last asked, to be added up over workers."""
-        totals, self._totals = self._totals, None
-        return [0.0] * self.num_totals if totals is None else totals.tolist()
-
-    def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
-        """TRL's metrics by the totals of all workers; those of answers of which there were none are left out."""
-        return metrics_of(totals, self.objective.rows == "pairs")
 
     @torch.no_grad()
     def answer_logps(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
@@ -85,29 +71,6 @@ class DocumentLoss:
             return batch.documents.reference_D
         with model.disable_adapter():
             return self.answer_logps(model, batch, loss_type)
-
-
-def totals_of(rewards_D: torch.Tensor, is_good_D: torch.Tensor | None) -> torch.Tensor:
-    """Rewards of chosen or good answers and their number, of the others, pairs the right way round (NUM_TOTALS,)."""
-    of_pairs = is_good_D is None
-    if is_good_D is None:
-        is_good_D = torch.arange(len(rewards_D), device=rewards_D.device) % 2 == 0
-    chosen_D, rejected_D = rewards_D * is_good_D, rewards_D * ~is_good_D
-    right = (chosen_D[0::2] > rejected_D[1::2]) if of_pairs else is_good_D[:0]
-    found = (chosen_D.sum(), is_good_D.sum(), rejected_D.sum(), (~is_good_D).sum(), right.sum())
-    return torch.stack([one.to(rewards_D) for one in found])
-
-
-def metrics_of(totals: Sequence[float], of_pairs: bool) -> dict[str, float]:
-    """TRL's metrics by such totals of all workers; those of answers of which there were none are left out."""
-    chosen, num_chosen, rejected, num_rejected, num_right = totals
-    found = {"rewards/chosen": chosen / num_chosen} if num_chosen else {}
-    found |= {"rewards/rejected": rejected / num_rejected} if num_rejected else {}
-    if len(found) == 2:
-        found["rewards/margins"] = found["rewards/chosen"] - found["rewards/rejected"]
-    if of_pairs and num_chosen:
-        found["rewards/accuracies"] = num_right / num_chosen
-    return found
 
 
 def _answer_logps(batch: Batch, losses_S: torch.Tensor) -> torch.Tensor:

@@ -8,32 +8,30 @@ Legend: B rows, T tokens, H hidden size, D documents.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from strategies.model.heads import hidden_states, inner_model, scores
 from strategies.objectives.contract import DocumentScores, ScoreObjective
-from strategies.objectives.documents import NUM_TOTALS, metrics_of, totals_of
+from strategies.objectives.totals import RewardTotals
 from strategies.step.supervised_logits import Batch, arguments_of
 from strategies.workload import LossType
 
 
-class ScoreLoss:
+class ScoreLoss(RewardTotals):
     """The loss of micro-batches of an objective over scores, and the scores' totals since it was last asked."""
 
-    num_totals = NUM_TOTALS
     needs_reference = False
     needs_divergence = False
 
     def __init__(self, objective: ScoreObjective) -> None:
+        super().__init__(objective.rows)
         self.objective = objective
-        self._totals: torch.Tensor | None = None
 
     def begin(self, num_samples: int, num_tokens: int, divergence: float = 0.0) -> None:
         """A step begins, or an evaluation."""
-        self._totals = None
+        self.clear()
 
     def loss_sum(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
         """The summed loss of the batch's samples, in fp32."""
@@ -41,18 +39,8 @@ class ScoreLoss:
         scores_D = document_scores(model, batch)
         loss = self.objective.score_losses(DocumentScores(scores_D, batch.documents.margins_N)).sum()
         with torch.no_grad():
-            new = totals_of(scores_D, None)
-            self._totals = new if self._totals is None else self._totals + new
+            self.count(scores_D)  # the scores are the rewards
         return loss.float()
-
-    def take(self) -> list[float]:
-        """Totals since it began or this was last asked, to be added up over workers."""
-        totals, self._totals = self._totals, None
-        return [0.0] * self.num_totals if totals is None else totals.tolist()
-
-    def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
-        """TRL's metrics by the totals of all workers: the scores are the rewards."""
-        return metrics_of(totals, self.objective.rows == "pairs")
 
     def answer_logps(self, model: Any, batch: Batch, loss_type: LossType) -> torch.Tensor:
         raise TypeError("a model with a score has no likelihood of an answer")

@@ -102,5 +102,18 @@ def save_model(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | N
     model.save_pretrained(folder, safe_serialization=True, state_dict=dict(weights) if weights else None)
 
 
+def save_adapter(model: Any, folder: Path, weights: Mapping[str, torch.Tensor] | None = None) -> None:
+    """Write a PEFT model's adapter as PEFT reads it; `weights` as in `save_model`.
+
+    Asked to decide by itself whether embeddings belong to it, PEFT looks the base model up on the hub.
+    """
+    model.save_pretrained(
+        str(folder),
+        safe_serialization=True,
+        save_embedding_layers=False,
+        state_dict=dict(weights) if weights else None,
+    )
+
+
 def to_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu").contiguous()

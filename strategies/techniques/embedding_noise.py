@@ -1,7 +1,7 @@
 """NEFTune: uniform noise on the embeddings of training rows (Jain et al., arXiv 2310.05914), as transformers scales it.
 
 A number of the noise follows from the seed, the step, the sample and its place there, by integer arithmetic that every
-device does alike: however rows are laid out and whoever computes them, a sample has the same noise.
+device does alike: whatever the layout and the worker, a sample has the same noise.
 
 Legend: B rows, T tokens of a row, D documents, H hidden size.
 """

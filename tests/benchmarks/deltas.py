@@ -7,7 +7,7 @@
     python tests/benchmarks/deltas.py averaging
         the seconds of averaging products and cutting them, beside `strategies/cost/network.py`
 
-stories260K (a Llama of 260 thousand weights) goes on with Shakespeare's text, in one process and one thread: workers
+stories260K (a Llama of 260 thousand weights) trains on Shakespeare's text, in one process and one thread: workers
 take their steps in turn, with the product's own averaging, and seconds on a link are calculated from the bytes that
 they would send.  One learning rate for all: the best of three for LoRA of rank 8 in `quality.py`, not searched for
 here.  Needs the assets beside the checkout.

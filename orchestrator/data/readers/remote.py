@@ -14,7 +14,7 @@ from clusters.safe.cache import cache_folder
 from clusters.safe.reading import first_line, printable
 from orchestrator.data.readers.files import kind_of_name
 from orchestrator.errors import JobError
-from orchestrator.progress.reached import Reached, listener
+from orchestrator.progress.updates import ProgressUpdate, listener
 
 # What fsspec needs beside itself, as pip calls it, by the scheme of an address.
 PACKAGES = {
@@ -86,7 +86,7 @@ def _bar() -> Any:
     class Bar(Callback):
         def call(self, *_: Any, **__: Any) -> None:
             if listen:
-                listen(Reached("download", self.value, self.size, "bytes"))
+                listen(ProgressUpdate("download", self.value, self.size, "bytes"))
 
     return Bar()
 

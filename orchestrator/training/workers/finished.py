@@ -47,9 +47,8 @@ def context_of(run: RunFolder, job: Job) -> WorkerContext:
     plan, folder = run.plan(), model_of(run)
     device = device_like(plan.nodes[0])
     torch.set_num_threads(plan.threads_per_worker * plan.num_workers)
-    return WorkerContext(
-        job, plan, plan.nodes[0], folder, device, run_path=run.path
-    )  # notes on kernels stand in the run's own events
+    # Without its events: notes on kernels stand there already.
+    return WorkerContext(job, plan, plan.nodes[0], folder, device, run_path=run.path)
 
 
 def evaluate(run: RunFolder, job: Job, held_out: Dataset) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch
 from clusters.hardware.energy import POWERCAP, Meter
 from orchestrator.data.order import Order
 from orchestrator.errors import RunFailed
-from orchestrator.progress.reached import Reached, every, report, reporting_to
+from orchestrator.progress.updates import ProgressUpdate, every, report, reporting_to
 from orchestrator.runs.events import Event, HandBack, PhaseProgress, PreflightReport, StepReport
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training import checkpoint
@@ -57,8 +57,8 @@ def work(run: RunFolder, rank: int, size: int, node: str, slot: int, seat: RunSe
 def _recording_progress(context: WorkerContext) -> contextlib.AbstractContextManager[None]:
     """Inside the block the first worker records how far evaluations and saving are."""
 
-    def record(reached: Reached) -> None:
-        context.record(PhaseProgress(reached.phase, reached.done, reached.total))
+    def record(update: ProgressUpdate) -> None:
+        context.record(PhaseProgress(update.phase, update.done, update.total))
 
     return reporting_to(every(_PROGRESS_S, record)) if context.is_first else contextlib.nullcontext()
 

@@ -7,7 +7,7 @@ import pytest
 import typer
 
 from orchestrator.cli import app as cli
-from orchestrator.cli.options import complete_job, complete_key, complete_run, load_job, parse_numbers
+from orchestrator.cli.options import complete_job, complete_key, complete_run, is_job, load_job, parse_numbers
 from orchestrator.errors import JobError
 from orchestrator.runs.run_folder import RunFolder
 from tests.cli import called
@@ -113,3 +113,10 @@ def test_what_a_library_prints_does_not_stand_inside_the_json(tmp_path):
     shown = outcome(start_python("-c", program, cwd=tmp_path))
 
     assert "quickstart" in json.loads(shown.stdout) and "[2026 W]" in shown.stderr
+
+
+def test_a_recipe_and_a_file_are_jobs_and_a_run_is_none(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "job.yaml").touch()
+
+    assert [is_job(name) for name in ("quickstart", "job.yaml", "latest", "quickstart-20261130")] == [1, 1, 0, 0]

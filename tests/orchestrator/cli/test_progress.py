@@ -11,7 +11,7 @@ from orchestrator.cli.progress import Lines, Live
 from orchestrator.job.job_file import Job, parse_job
 from orchestrator.planning.planner import make_plan
 from orchestrator.planning.workload import describe
-from orchestrator.progress.reached import Reached, every, report, reporting_to
+from orchestrator.progress.updates import ProgressUpdate, every, report, reporting_to
 from orchestrator.runs.events import (
     BetweenReport,
     CheckpointReport,
@@ -102,11 +102,11 @@ def test_without_a_terminal_training_is_a_line_every_ten_seconds_with_all_that_o
 
 def test_without_a_terminal_other_phases_are_lines_too_and_short_ones_none():
     def watch(lines):
-        lines.progress(Reached("tokenising", 256, 10_000), at=0.0)
-        lines.progress(Reached("tokenising", 5256, 10_000), at=5.0)
-        lines.progress(Reached("tokenising", 7756, 10_000), at=10.0)
-        lines.progress(Reached("download", 2**20, 2**32, "bytes"), at=11.0)
-        lines.progress(Reached("download", 2**30 + 2**20, 2**32, "bytes"), at=27.0)
+        lines.progress(ProgressUpdate("tokenising", 256, 10_000), at=0.0)
+        lines.progress(ProgressUpdate("tokenising", 5256, 10_000), at=5.0)
+        lines.progress(ProgressUpdate("tokenising", 7756, 10_000), at=10.0)
+        lines.progress(ProgressUpdate("download", 2**20, 2**32, "bytes"), at=11.0)
+        lines.progress(ProgressUpdate("download", 2**30 + 2**20, 2**32, "bytes"), at=27.0)
         for at in (100.0, 112.0, 125.0):
             lines.event(PhaseProgress("answers", 4 * (at - 100.0) / 12, 80, time=at))
         lines.event(PhaseProgress("saving", 0, None, time=130.0))
@@ -127,7 +127,7 @@ def test_in_a_terminal_a_phase_has_the_bar_until_another_begins():
         def see():
             seen.append([task.description for task in lines._bar.tasks])
 
-        lines.progress(Reached("tokenising", 256, 1000), at=0.0)
+        lines.progress(ProgressUpdate("tokenising", 256, 1000), at=0.0)
         see()
         lines.say("searching the machines")
         see()
@@ -159,9 +159,9 @@ def test_what_works_tells_who_surrounds_it_and_nobody_else(monkeypatch):
     report("evaluation", 2, 2)
 
     now = 0.0
-    monkeypatch.setattr("orchestrator.progress.reached.time.monotonic", lambda: now)
+    monkeypatch.setattr("orchestrator.progress.updates.time.monotonic", lambda: now)
     listen = every(2.0, heard.append)
     for now in (1.0, 2.0, 3.0, 4.5):
-        listen(Reached("answers", now))
+        listen(ProgressUpdate("answers", now))
 
-    assert heard == [Reached("evaluation", 1, 2), Reached("answers", 2.0), Reached("answers", 4.5)]
+    assert heard == [ProgressUpdate("evaluation", 1, 2), ProgressUpdate("answers", 2.0), ProgressUpdate("answers", 4.5)]

@@ -1,4 +1,4 @@
-"""The page in a browser: rows change, a live curve grows, a page that was away goes on; wide, phone, Japanese."""
+"""The page in a browser: rows change, a live curve grows, a page that was away continues; wide, phone, Japanese."""
 
 import asyncio
 

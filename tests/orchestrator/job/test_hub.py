@@ -8,7 +8,7 @@ import pytest
 from orchestrator.errors import JobError
 from orchestrator.job import hub, model_files
 from orchestrator.job.tokenizer_size import check_tokens, tokens_from
-from orchestrator.progress.reached import Reached, reporting_to
+from orchestrator.progress.updates import ProgressUpdate, reporting_to
 
 CONFIG = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"]
 SHARDS = ["model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json"]
@@ -183,5 +183,5 @@ def test_what_the_hubs_client_fetches_is_told_in_bytes_and_drawn_nowhere(capfd):
     for bar in (written, came, files):
         bar.close()
 
-    assert heard == [Reached("download", done, 1000, "bytes") for done in (300, 900)]
+    assert heard == [ProgressUpdate("download", done, 1000, "bytes") for done in (300, 900)]
     assert capfd.readouterr() == ("", "")

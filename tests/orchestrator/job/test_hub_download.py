@@ -17,7 +17,7 @@ FETCH = """
 import json
 from dataclasses import astuple
 from orchestrator.job.hub import fetch_model
-from orchestrator.progress.reached import reporting_to
+from orchestrator.progress.updates import reporting_to
 
 heard = []
 with reporting_to(heard.append):

@@ -6,7 +6,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orchestrator.data.dataset import Dataset, TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
 from orchestrator.data.template import Renderer
-from orchestrator.progress.reached import Reached, reporting_to
+from orchestrator.progress.updates import ProgressUpdate, reporting_to
 from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of
 from strategies.model.sampling import Sampling
@@ -167,4 +167,4 @@ def test_how_many_prompts_are_answered_is_told_batch_by_batch(asked):
         one_at_a_time = Generation(4, "float32", cache_bytes=1.0)
         generate_answers(saying(model, tokenizer, "dog"), tokenizer, data, range(4), one_at_a_time)
 
-    assert heard == [Reached("answers", done, 4, "prompts") for done in (1, 2, 3, 4)]
+    assert heard == [ProgressUpdate("answers", done, 4, "prompts") for done in (1, 2, 3, 4)]

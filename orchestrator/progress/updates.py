@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Reached:
+class ProgressUpdate:
     """How far a phase has come."""
 
     phase: str  # download | tokenising | evaluation | answers | saving
@@ -23,14 +23,14 @@ class Reached:
     unit: str = "rows"  # or bytes, prompts, files
 
 
-Listener = Callable[[Reached], None]
+Listener = Callable[[ProgressUpdate], None]
 _listener: ContextVar[Listener | None] = ContextVar("listener", default=None)
 
 
 def report(phase: str, done: float, total: float | None = None, unit: str = "rows") -> None:
-    """Tell whoever listens; costs nothing where nobody does."""
+    """Report to the listener; costs nothing where there is none."""
     if listen := _listener.get():
-        listen(Reached(phase, done, total, unit))
+        listen(ProgressUpdate(phase, done, total, unit))
 
 
 def listener() -> Listener | None:
@@ -52,10 +52,10 @@ def every(seconds: float, listen: Listener) -> Listener:
     """A listener that passes on what comes at least so long after it was made, or after what it passed on last."""
     last = time.monotonic()
 
-    def heard(reached: Reached) -> None:
+    def heard(update: ProgressUpdate) -> None:
         nonlocal last
         if (now := time.monotonic()) - last >= seconds:
             last = now
-            listen(reached)
+            listen(update)
 
     return heard
