@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy
 
-from orchestrator.bank.adapt import Neighbours, choose_shares, coefficients_of, neighbours
 from orchestrator.bank.adapter_trial import AdapterTrial
-from orchestrator.bank.library import bank_of, base_of
+from orchestrator.bank.choosing import LabelledRows, choose_shares, labelled_rows, start_of
+from orchestrator.bank.library import Neighbours, bank_of, base_of, neighbours
 from orchestrator.data.dataset import Dataset
 from orchestrator.data.prepare import datasets
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.runs.run_folder import RunFolder
-from strategies.adapter_bank import coefficients
-from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, bank_gram, combine
+from strategies.adapter_bank.shares import coefficients
+from strategies.adapter_bank.shares.distances import DISTANCES
 
 FIRST = ("base", "own", "nearest", "uniform", "adapt")
 PUBLISHED_TEMPERATURE = 1.0  # of arXiv 2507.01806: none
@@ -31,30 +32,22 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
     """
     base = base_of(job.spec.model.model_name_or_path, job.folder, say)
     near = neighbours(bank_of(job), base, say)
-    labelled, held_out = {}, {}
-    for card in near.cards:
-        train, rest = _data_of(RunFolder(runs / (card.run_id or "-")), say)
-        if train is not None and rest is not None:
-            labelled[card.name] = train.select(range(min(job.spec.bank.selection_rows, len(train))))
-            held_out[card.name] = rest.select(range(min(rows, len(rest))))
-    if len(held_out) < 3:
-        raise JobError(f"{len(held_out)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
+    places = tasks_of(job, runs, near, rows, say)
+    if len(places) < 3:
+        raise JobError(f"{len(places)} of the bank's adapters have a run with held-out data in {runs}; 3 are needed")
     weights = dict(_settings(near))
-    longest = max(int(data.lengths.max()) for data in (*labelled.values(), *held_out.values()))
-    trial = AdapterTrial(job, base.folder, longest, near.adapters)
+    trial = AdapterTrial(job, base.folder, longest_of(places), near.adapters)
     tasks: dict[str, dict[str, float]] = {}
-    for place, card in enumerate(near.cards):
-        if card.name not in held_out:
-            continue
+    for place, task in places.items():
+        card, data = near.cards[place], task.held_out
         others = near.at(other for other in range(len(near.cards)) if other != place)
         distances = DISTANCES[job.spec.bank.distance](near.evidence[place], others.evidence)
-        shares = coefficients_of(job.spec.bank, distances, others)
-        chosen = choose_shares(trial, labelled[card.name], others, shares, distances, job.spec.bank)
-        data, tried = held_out[card.name], {}
+        start, tried = start_of(job.spec.bank, distances, others), dict[tuple[Any, bytes], float]()
+        chosen = choose_shares(trial, task.rows, others, start, distances, job.spec.bank.rule)
         losses = {
             "base": trial.loss(data),
             "own": trial.loss(data, near.adapters[place]),
-            "adapt": trial.loss(data, combine(others.adapters, chosen.shares, chosen.rule)),
+            "adapt": trial.loss(data, chosen.sum_of(others)),
         }
         for name, (rule, rows_of) in weights.items():
             own = rows_of[place]
@@ -63,8 +56,33 @@ def leave_one_out(job: Job, runs: Path, rows: int, say: Callable[[str], None]) -
                 tried[known] = trial.loss(data, combine(near.adapters, own, rule))
             losses[name] = tried[known]
         tasks[card.name] = losses
-        say(f"{len(tasks)}/{len(held_out)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
-    return {"rows": rows, "tasks": tasks, "settings": _summary(tasks)}
+        say(f"{len(tasks)}/{len(places)} {card.name}: " + ", ".join(f"{k} {losses[k]:.3f}" for k in FIRST))
+    return {"rows": rows, "tasks": tasks, "settings": summary(tasks)}
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows of a data set of the bank: those that shares are chosen by, of its training data, and held-out ones."""
+
+    rows: LabelledRows
+    held_out: Dataset
+
+
+def tasks_of(job: Job, runs: Path, near: Neighbours, rows: int, say: Callable[[str], None]) -> dict[int, Task]:
+    """The adapters, by place, whose run with held-out data is in `runs`."""
+    found = {}
+    for place, card in enumerate(near.cards):
+        train, rest = _data_of(RunFolder(runs / (card.run_id or "-")), say)
+        if train is not None and rest is not None:
+            labelled = labelled_rows(train, job.spec.bank)
+            found[place] = Task(labelled, rest.select(range(min(rows, len(rest)))))
+    return found
+
+
+def longest_of(tasks: Mapping[int, Task]) -> int:
+    """Tokens of the longest row."""
+    data = (part for one in tasks.values() for part in (one.rows.selection, one.rows.tuning, one.held_out))
+    return max(int(part.lengths.max()) for part in data if len(part))
 
 
 def _data_of(run: RunFolder, say: Callable[[str], None]) -> tuple[Dataset | None, Dataset | None]:
@@ -134,7 +152,7 @@ def _neural(between: numpy.ndarray, gram: numpy.ndarray) -> numpy.ndarray:
     return numpy.stack(rows)
 
 
-def _summary(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+def summary(tasks: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
     """`gap_closed` is of the mean losses, as published systems give it; `gain` the mean of every task's own share."""
     found = {}
     means = {name: float(numpy.mean([row[name] for row in tasks.values()])) for name in next(iter(tasks.values()))}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +17,8 @@ from orchestrator.job.job_file import Job, parse_job
 from orchestrator.runs.condition import export_of, require_finished
 from orchestrator.runs.json_files import Values
 from orchestrator.runs.run_folder import RunFolder
-from strategies.adapter_bank.adapter import Adapter, fits_base
-from strategies.adapter_bank.card import AdapterCard
+from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base
+from strategies.adapter_bank.card import AdapterCard, BankError
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.folders import base_digest
 from strategies.adapter_bank.store import Bank
@@ -34,6 +34,24 @@ class Base:
     name: str
     folder: Path
     digest: str
+
+
+@dataclass(frozen=True)
+class Neighbours:
+    """The bank's adapters for one base with what is known of their data."""
+
+    cards: list[AdapterCard]
+    evidence: list[Evidence]
+    adapters: list[Adapter]
+
+    def at(self, places: Iterable[int]) -> Neighbours:
+        """Some of them."""
+        places = list(places)
+        return Neighbours(
+            [self.cards[place] for place in places],
+            [self.evidence[place] for place in places],
+            [self.adapters[place] for place in places],
+        )
 
 
 def base_of(name: str, job_folder: Path, say: Callable[[str], None] = lambda text: None) -> Base:
@@ -145,3 +163,34 @@ def _numbers(values: Values) -> dict[str, float]:
 
 def _last(name: str) -> str:
     return name.rstrip("/").rsplit("/", 1)[-1].lower()
+
+
+def neighbours(bank: Bank, base: Base, say: Callable[[str], None] = lambda text: None) -> Neighbours:
+    """Those of the bank for this base whose data is known, their bytes checked; what is damaged is said and not used.
+
+    Raises JobError where there are none.
+    """
+    contents, near, damaged = bank.contents(), [], [str(one) for one in bank.contents().damaged]
+    for card in contents.cards:
+        if card.base_digest == base.digest and card.evidence_digest:
+            try:
+                near.append((card, bank.evidence(card), _checked(bank.adapter(card), base)))
+            except (BankError, Unusable) as error:
+                damaged.append(f"{card.name}: {error}")
+    near = [one for one in near if one[1].is_like(near[0][1])]
+    if damaged:
+        say("\n".join([*damaged, f"{len(damaged)} damaged are not used; `orchestrator bank verify --repair`"]))
+    if not near:
+        bases = ", ".join(sorted({card.base_name for card in contents.cards}))
+        have = f"its {len(contents.cards)} adapters are for {bases}" if bases else "it is empty"
+        other = "Give a job of that model (`bank evaluate --job FILE`), or add: " if bases else ""
+        raise JobError(
+            f"{bank.path} has no adapter of {base.name} whose data is known: {have}. {other}`bank add RUN` after a run,"
+            " or bank.add: true in its job"
+        )
+    return Neighbours([card for card, _, _ in near], [one for _, one, _ in near], [one for _, _, one in near])
+
+
+def _checked(adapter: Adapter, base: Base) -> Adapter:
+    fits_base(adapter, base.folder)
+    return adapter

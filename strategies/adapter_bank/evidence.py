@@ -20,7 +20,7 @@ _STORED = {  # name -> type and number of dimensions
     "sketch": (numpy.float16, 2),
     "sizes": (numpy.int64, 1),
 }
-_SMOOTHING = 1.0  # pseudo-tokens, spread over the vocabulary
+SMOOTHING = 1.0  # pseudo-tokens, spread over the vocabulary
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class TokenCounts:
 
     def density(self, vocabulary: int) -> numpy.ndarray:
         """Smoothed and normalised: every token has some mass, so that no ratio is infinite."""
-        dense = numpy.full(vocabulary, _SMOOTHING / vocabulary)
+        dense = numpy.full(vocabulary, SMOOTHING / vocabulary)
         dense[self.ids] += self.counts
         return dense / dense.sum()
 

@@ -70,10 +70,42 @@ def generate(
     made, error = _sum(chosen, [weight for _, weight in counted], replace(recipe, rank=rank))
     with new_folder(output) as folder:
         adapter.write(folder, made, base_name or chosen[0].base_name, rank)
+    return Generated(output, counted, rank, error, time.perf_counter() - began, _peak_bytes())
+
+
+def _peak_bytes() -> int:
     import resource  # not on Windows, where nothing is generated
 
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return Generated(output, counted, rank, error, time.perf_counter() - began, peak)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def write_corrections(
+    corrections: Mapping[str, algebra.Factors],
+    coefficients: tuple[tuple[int, float], ...],
+    output: Path,
+    rank: int,
+    base_name: str | None,
+) -> Generated:
+    """Write corrections of any rank as a PEFT adapter of `rank`; the folder appears whole or not at all.
+
+    `coefficients` say what they were made of.  Raises Unusable for corrections that are not finite.
+    """
+    began = time.perf_counter()
+    made, error = truncated(corrections, rank)
+    with new_folder(output) as folder:
+        adapter.write(folder, made, base_name, rank)
+    return Generated(output, coefficients, rank, error, time.perf_counter() - began, _peak_bytes())
+
+
+def combine_by_map(
+    parts: Sequence[Mapping[str, algebra.Factors]], shares: Mapping[str, numpy.ndarray]
+) -> dict[str, algebra.Factors]:
+    """The exact sum of corrections whose shares are each map's own (P,), with the rank that it has."""
+    made = {}
+    for name, weights in shares.items():
+        pairs = [(part[name], float(weight)) for part, weight in zip(parts, weights, strict=True) if name in part]
+        made[name] = algebra.add([factors for factors, _ in pairs], [weight for _, weight in pairs])
+    return made
 
 
 def combine(
@@ -103,8 +135,6 @@ def _sum(
     chosen: Sequence[Adapter], weights: Sequence[float], recipe: Recipe
 ) -> tuple[dict[str, algebra.Factors], float]:
     """Corrections of the recipe's rank, and their relative error."""
-    import torch
-
     assert recipe.rank is not None
     same_shapes(chosen)
     how = "linear" if recipe.rule == "delta" else recipe.rule
@@ -119,19 +149,35 @@ def _sum(
             else algebra.factorise(correction, recipe.rank)
         )
         dropped, whole = dropped + missing, whole + square
+    return _finite(made), (max(0.0, dropped) / whole) ** 0.5 if whole else 0.0
+
+
+def truncated(corrections: Mapping[str, algebra.Factors], rank: int) -> tuple[dict[str, algebra.Factors], float]:
+    """Corrections of a rank, and their relative error."""
+    found = {name: algebra.truncate(factors, rank) for name, factors in corrections.items()}
+    dropped, whole = (sum(one[place] for one in found.values()) for place in (1, 2))
+    return _finite({name: one[0] for name, one in found.items()}), (max(0.0, dropped) / whole) ** 0.5 if whole else 0.0
+
+
+def _finite(made: dict[str, algebra.Factors]) -> dict[str, algebra.Factors]:
+    import torch
+
     if not all(torch.isfinite(f.a_RI.sum()) and torch.isfinite(f.b_OR.sum()) for f in made.values()):
         raise Unusable("the sum of these adapters is not finite")
-    return made, (max(0.0, dropped) / whole) ** 0.5 if whole else 0.0
+    return made
+
+
+def bank_grams(adapters: Sequence[Adapter]) -> dict[str, numpy.ndarray]:
+    """Inner products of adapters for each map, N x N."""
+    return {
+        name: algebra.gram([one.factors(name) if name in one.targets else None for one in adapters]).numpy()
+        for name in sorted({name for one in adapters for name in one.targets})
+    }
 
 
 def bank_gram(adapters: Sequence[Adapter]) -> numpy.ndarray:
-    """Inner products of whole adapters, N x N, one map after the other."""
-    import torch
-
-    total = torch.zeros(len(adapters), len(adapters))
-    for name in sorted({name for one in adapters for name in one.targets}):
-        total += algebra.gram([one.factors(name) if name in one.targets else None for one in adapters])
-    return total.numpy()
+    """Inner products of whole adapters, N x N."""
+    return sum(bank_grams(adapters).values(), numpy.zeros((len(adapters), len(adapters)), numpy.float32))
 
 
 def same_shapes(adapters: Sequence[Adapter]) -> None:

@@ -20,10 +20,10 @@ import numpy
 import torch
 from safetensors.torch import save_file
 
-from strategies.adapter_bank import coefficients
 from strategies.adapter_bank.adapter import CONFIG, Adapter
 from strategies.adapter_bank.card import CARD, AdapterCard
 from strategies.adapter_bank.generation import generate
+from strategies.adapter_bank.shares import coefficients
 from strategies.adapter_bank.store import Bank
 
 _SMALL = {"q": (576, 576), "k": (576, 192), "v": (576, 192), "o": (576, 576)}

@@ -11,8 +11,8 @@ from orchestrator.runs import checkpoints
 from orchestrator.runs.events import Note
 from orchestrator.runs.run_folder import RunFolder
 from strategies.adapter_bank.adapter import Adapter
-from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.generation import RULES, combine
+from strategies.adapter_bank.shares.distances import DISTANCES
 from strategies.adapter_bank.store import Bank
 from tests.adapters import write_adapter
 from tests.cli import called

@@ -12,15 +12,16 @@ import numpy
 import pytest
 import torch
 
-from strategies.adapter_bank import algebra, coefficients
+from strategies.adapter_bank import algebra
 from strategies.adapter_bank.adapter import Adapter, Unusable, fits_base, write
 from strategies.adapter_bank.algebra import Factors
 from strategies.adapter_bank.card import AdapterCard, BankError
-from strategies.adapter_bank.distances import DISTANCES
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.adapter_bank.exchange import export, import_
 from strategies.adapter_bank.generation import Recipe, generate
-from strategies.adapter_bank.selection import forward_selection
+from strategies.adapter_bank.shares import coefficients
+from strategies.adapter_bank.shares.distances import DISTANCES
+from strategies.adapter_bank.shares.selection import forward_selection
 from strategies.adapter_bank.store import Bank
 from strategies.adapter_bank.trial import Below, corrected
 from strategies.methods.lora_start import start_from

@@ -76,14 +76,22 @@ class BankSection(Section):
     temperature: float | None = key(
         None, "of the softmin; null = 1, with attentional a fifth of the median distance", gt=0, le=1e6
     )
-    rule: Literal["auto", "delta", "factorwise"] = key(
+    rule: Literal["auto", "delta", "factorwise", "learned"] = key(
         "auto",
         "delta = the exact sum of the corrections, truncated; factorwise = A and B summed apart, as published; auto ="
-        " the one with the lower loss on labelled rows",
+        " the one with the lower loss on labelled rows; learned = shares of each map by what `bank generator fit`"
+        " learned from the bank",
     )
     selection_rows: int = key(
         8,
         "labelled rows that the shares are refined on, step by step; 0 = shares by distance alone",
+        ge=0,
+        le=MOST,
+    )
+    tuning_rows: int = key(
+        32,
+        "further labelled rows by which the shares of each map are tuned, with gradients of the shares alone; a quarter"
+        " of them says when to stop; 0 = not",
         ge=0,
         le=MOST,
     )

@@ -6,8 +6,7 @@ import numpy
 import pytest
 from safetensors.numpy import save_file
 
-from orchestrator.bank.adapt import neighbours
-from orchestrator.bank.library import Base
+from orchestrator.bank.library import Base, neighbours
 from orchestrator.bank.merge import MergeOptions, merge_adapters
 from orchestrator.errors import JobError
 from strategies.adapter_bank.adapter import CONFIG, WEIGHTS, Adapter, Unusable

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy
 
-from strategies.adapter_bank.evidence import Evidence, TokenCounts
+from strategies.adapter_bank.evidence import SMOOTHING, Evidence, TokenCounts
 
 _DIRECTIONS, _QUANTILES = 64, 64  # of the sliced distance
 Distance = Callable[[Evidence, Sequence[Evidence]], numpy.ndarray]
@@ -37,7 +37,9 @@ def kullback_leibler(query: Evidence, others: Sequence[Evidence]) -> numpy.ndarr
 
 def wasserstein_ids(query: Evidence, others: Sequence[Evidence]) -> numpy.ndarray:
     """1-Wasserstein distance of token numbers on the line: the integral of |F - G|."""
-    return _each(query, others, lambda one: one.tokens, lambda p, q: float(numpy.abs(numpy.cumsum(p - q)).sum()))
+    own = query.tokens.density(query.vocabulary)
+    densities = (other.tokens.density(query.vocabulary) for other in others)
+    return numpy.array([float(numpy.abs(numpy.cumsum(own - density)).sum()) for density in densities])
 
 
 def sliced_wasserstein(query: Evidence, others: Sequence[Evidence]) -> numpy.ndarray:
@@ -84,19 +86,31 @@ def _each(
     query: Evidence,
     others: Sequence[Evidence],
     part: Callable[[Evidence], TokenCounts],
-    distance: Callable[[numpy.ndarray, numpy.ndarray], float],
+    distance: Callable[[numpy.ndarray, numpy.ndarray, numpy.ndarray], float],
 ) -> numpy.ndarray:
-    own = part(query).density(query.vocabulary)
-    return numpy.array([distance(own, part(other).density(query.vocabulary)) for other in others])
+    """Over the tokens that occur in any of the data sets; all others, which are alike in all, count as one."""
+    counts = [part(one) for one in (query, *others)]
+    ids = numpy.unique(numpy.concatenate([one.ids for one in counts]))
+    number = numpy.ones(len(ids) + 1)  # tokens that an entry stands for
+    number[-1] = query.vocabulary - len(ids)
+    own, *densities = (_density(one, ids, query.vocabulary) for one in counts)
+    return numpy.array([distance(own, density, number) for density in densities])
 
 
-def _kl(p: numpy.ndarray, q: numpy.ndarray) -> float:
-    return float((p * numpy.log(p / q)).sum())
+def _density(counts: TokenCounts, ids: numpy.ndarray, vocabulary: int) -> numpy.ndarray:
+    """`TokenCounts.density` of some tokens, and at the end that of a token that does not occur."""
+    found = numpy.full(len(ids) + 1, SMOOTHING / vocabulary)
+    found[numpy.searchsorted(ids, counts.ids)] += counts.counts
+    return found / (counts.counts.sum(dtype=float) + SMOOTHING)
 
 
-def _js(p: numpy.ndarray, q: numpy.ndarray) -> float:
+def _kl(p: numpy.ndarray, q: numpy.ndarray, number: numpy.ndarray) -> float:
+    return float((number * p * numpy.log(p / q)).sum())
+
+
+def _js(p: numpy.ndarray, q: numpy.ndarray, number: numpy.ndarray) -> float:
     middle = (p + q) / 2
-    return (_kl(p, middle) + _kl(q, middle)) / 2
+    return (_kl(p, middle, number) + _kl(q, middle, number)) / 2
 
 
 def _squares(x: numpy.ndarray, y: numpy.ndarray) -> numpy.ndarray:
