@@ -340,8 +340,9 @@ def adapt(
 ) -> None:
     """Make an adapter for a job's data from the bank, in a minute and without training a weight.
 
-    Shares of the bank's adapters follow from the data, then from a few labelled rows.  Others decide between the base model, the nearest adapter, the average of all and the one that was made; it
-    is recommended only where it beats the base.
+    Shares of the bank's adapters follow from the data, then from a few labelled rows.  Others decide between the base
+    model, the nearest adapter, the average of all and the one that was made; it is recommended only where it beats
+    the base.
 
     Examples: orchestrator adapt job.yaml
               orchestrator adapt job.yaml --set bank.distance=mmd --output my-adapter
