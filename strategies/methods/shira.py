@@ -27,9 +27,10 @@ class Shira(MethodDefaults):
     """y = (W + S) x with S zero but for r (in + out) entries, as many numbers as LoRA of rank r trains.
 
     The entries are those that the loss depends on most, |W dL/dW| on a few samples before the first step (SNIP, arXiv
-    1810.02340).  S is of any rank, and experts on different data merge entry by entry (`bank merge`).  Memory: the
-    frozen weights in the compute precision, 20 bytes a trained entry.  Time: the arithmetic of full training, since a
-    map's gradient is computed whole before its entries are taken.
+    1810.02340), and with `reselect_every` anew on others; what no longer trains is parked, and comes back with its
+    value where it is chosen again (2507.07140).  S is of any rank, and experts on different data merge entry by entry
+    (`bank merge`).  Memory: the frozen weights in the compute precision, 20 bytes a trained entry.  Time: the
+    arithmetic of full training, since a map's gradient is computed whole before its entries are taken.
     """
 
     shira_r: int = option(16, "r (in + out) entries of each map train", tried=(8, 16, 64), ge=1)
@@ -46,6 +47,10 @@ class Shira(MethodDefaults):
         1, "entries are chosen in squares of this side; must divide shira_r and the weights' sides", ge=1
     )
     calibration_rows: int = option(16, "samples whose gradients choose the entries", ge=1)
+    reselect_every: int | None = option(
+        None, "steps after which the entries are chosen anew; null = once, before the first step", ge=1
+    )
+    reselections: int = option(3, "times that they are chosen anew, with reselect_every", ge=1, le=64)
 
     name: ClassVar[str] = "experimental_shira"
     full_rank: ClassVar[bool] = True
@@ -60,6 +65,8 @@ class Shira(MethodDefaults):
             return "SHiRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.dtype == "float16" and self.mask == "sensitivity":
             return "gradients of whole weights leave fp16's range: set model.dtype, or method.mask: random"
+        if self.reselect_every and self.mask == "random":
+            return "random entries are not chosen anew: remove method.reselect_every, or set method.mask: sensitivity"
         if techniques.stage and self.mask == "sensitivity":
             return "entries are chosen over the gradients of all layers at once: set method.mask: random, or mode: auto"
         if techniques.streams_weights and self.mask == "sensitivity":
@@ -132,7 +139,7 @@ class Shira(MethodDefaults):
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         from peft import ShiraConfig, get_peft_model
 
-        from strategies.methods.sparse_entries import Sensitivity, entries_of
+        from strategies.methods.sparse_entries import Selection, Sensitivity, entries_of
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_adapter
 
@@ -145,7 +152,8 @@ class Shira(MethodDefaults):
         optimizer = build_optimizer([{"params": list(parameters.values())}], settings)
         learner = None
         if self.mask == "sensitivity":
-            learner = Sensitivity(entries, self.calibration_rows, self.block_size)
+            selection = Selection(self.calibration_rows, self.block_size, self.reselect_every, self.reselections)
+            learner = Sensitivity(entries, selection, optimizer)
 
         def export(folder: Path, weights: Mapping[str, Any] | None = None) -> None:
             for one in entries:
@@ -154,7 +162,13 @@ class Shira(MethodDefaults):
 
         places = {f"{one.name}.places": one.places for one in entries}
         return TrainSetup(
-            peft_model, optimizer, parameters, export, export_format="peft-other", buffers=places, learner=learner
+            peft_model,
+            optimizer,
+            parameters,
+            export,
+            export_format="peft-other",
+            buffers=places | (learner.buffers if learner else {}),
+            learner=learner,
         )
 
     def _names(self, model: Any) -> list[str]:

@@ -144,6 +144,81 @@ def test_a_checkpoint_holds_the_places(model, model_folder):
         assert torch.equal(resumed.parameters[name], parameter)
 
 
+def state_of(setup):
+    """Value and first moment of every entry that trains, by map and place."""
+    found = {}
+    for name, parameter in setup.parameters.items():
+        places = setup.buffers[name.replace(".shira_weight.default", ".places")].tolist()
+        moments = setup.optimizer.state.get(parameter, {}).get("exp_avg", torch.zeros_like(parameter))
+        found |= {
+            (name, place): (value, moment)
+            for place, value, moment in zip(places, parameter.tolist(), moments.tolist(), strict=True)
+        }
+    return found
+
+
+def parked_of(setup):
+    """Values of entries that no longer train."""
+    found = {}
+    for name in setup.parameters:
+        stem = name.removesuffix(".shira_weight.default")
+        places, values = (setup.buffers[f"{stem}.parked_{part}"].tolist() for part in ("places", "values"))
+        assert places == sorted(places)
+        found |= {(name, place): value for place, value in zip(places, values, strict=True) if place >= 0}
+    return found
+
+
+def test_entries_that_are_chosen_anew_keep_value_and_moments_and_parked_ones_come_back(model):
+    setup = Shira(shira_r=4, reselect_every=2, reselections=3).setup(model, settings())
+    first, other = a_task(0), a_task(1)
+    learn(setup, first)
+    train(setup, first, 2)
+    before = state_of(setup)
+
+    told = learn(setup, other)  # other rows: other entries
+
+    now, parked = state_of(setup), parked_of(setup)
+    kept, gone = before.keys() & now.keys(), before.keys() - now.keys()
+    assert len(now) == len(before) and gone and kept and told["kept"] == pytest.approx(len(kept) / len(now), abs=1e-3)
+    assert all(now[key] == before[key] for key in kept)
+    assert all(now[key] == (0.0, 0.0) for key in now.keys() - before.keys())
+    assert parked == {key: before[key][0] for key in gone if before[key][0]}
+
+    train(setup, other, 2)
+    trained, told = state_of(setup), learn(setup, first)  # back to the first rows
+
+    again = state_of(setup)
+    back = again.keys() & parked.keys()
+    assert back and told["taken_back"] == pytest.approx(len(back) / len(again), abs=1e-3)
+    assert all(again[key] == (parked[key], 0.0) for key in back)
+    assert not parked_of(setup).keys() & again.keys()
+    left = {key: trained[key][0] for key in trained.keys() - again.keys() if trained[key][0]}
+    assert parked_of(setup) == {key: value for key, value in parked.items() if key not in back} | left
+
+
+def test_when_entries_are_chosen_anew(model):
+    learner = Shira(shira_r=2, reselect_every=5, reselections=2).setup(model, settings()).learner
+
+    assert [step for step in range(30) if learner.is_due(step)] == [0, 5, 10]
+
+
+def test_a_checkpoint_holds_parked_entries(model, model_folder):
+    method = Shira(shira_r=4, reselect_every=2)
+    setup = method.setup(model, settings())
+    for ids in (a_task(0), a_task(1)):
+        learn(setup, ids)
+        train(setup, ids, 2)
+    held = copy.deepcopy(gather(setup))
+    resumed = method.setup(base_model(method, model_folder), settings())
+
+    restore(resumed, held)
+    for one in (setup, resumed):
+        learn(one, a_task(0))
+        train(one, a_task(0), 1)
+
+    assert parked_of(resumed) == parked_of(setup) and state_of(resumed) == state_of(setup)
+
+
 def test_what_cannot_be_is_refused_with_the_number_that_can(model):
     shape = ModelShape.from_config(model.config.to_dict())
 
@@ -154,6 +229,7 @@ def test_what_cannot_be_is_refused_with_the_number_that_can(model):
     assert "do not divide" in Shira(shira_r=8, block_size=16).refuses(techniques(), shape)
     assert "float16" not in (Shira(mask="random").refuses(techniques(dtype="float16"), shape) or "")
     assert "fp16" in Shira().refuses(techniques(dtype="float16"), shape)
+    assert "not chosen anew" in Shira(mask="random", reselect_every=5).refuses(techniques(), shape)
     assert "ZeRO" in Shira().refuses(techniques(zero_stage=2), shape)
 
 
