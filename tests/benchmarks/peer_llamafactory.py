@@ -31,6 +31,14 @@ class Clock(TrainerCallback):
         marks.append(time.perf_counter())
 
 
+# It has no key for layers: maps of some layers are named one by one.
+MAPS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+PARTS = [
+    f"layers.{layer}.{'mlp' if name[0] in 'gud' else 'self_attn'}.{name}"
+    for layer in inputs["layers"] or ()
+    for name in MAPS
+]
+TARGET = ",".join(PARTS) or "all"
 run_exp(
     {
         "model_name_or_path": inputs["model"],
@@ -39,7 +47,7 @@ run_exp(
         "finetuning_type": "lora",
         "lora_rank": 16,
         "lora_alpha": 32,
-        "lora_target": "all",
+        "lora_target": TARGET,
         "dataset": "rows",
         "dataset_dir": str(folder),
         "template": "smollm2",

@@ -1,6 +1,8 @@
 """Our training against its peers, in one run: same model, rows, LoRA, number of supervised tokens, machine.
 
     make bench                  (or: python tests/benchmarks/vs_peers.py [--steps N] [--rounds N] [--json FILE])
+    python tests/benchmarks/vs_peers.py --data TASKS/sst2 --steps 16      a task of bank_tasks.py
+    python tests/benchmarks/vs_peers.py --first-layer 15 --steps 16       LoRA on the upper half, as the quick start has
 
 Contestants, each in a process of its own, on all cores, in the same number format (bf16 where the CPU has units for it,
 or as --dtype says), all with the settings of malloc and of OpenMP's waiting that our launcher sets:
@@ -50,6 +52,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=common_dtype())
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--data", type=Path, default=DATA, help="a folder with train.jsonl and eval.jsonl")
+    parser.add_argument("--first-layer", type=int, default=0, help="LoRA on this decoder layer and those above it")
     parser.add_argument("--only", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -107,6 +111,7 @@ def show(name: str, result: dict, ceiling: dict) -> None:
 def child(name: str, arguments: argparse.Namespace, scratch: str) -> dict:
     """One contestant in a fresh process; its last line of output is its result."""
     numbers = ["--steps", str(arguments.steps), "--seed", str(arguments.seed), "--dtype", arguments.dtype]
+    numbers += ["--data", str(arguments.data), "--first-layer", str(arguments.first_layer)]
     command = [sys.executable, __file__, "--only", name, *numbers, "--out", scratch]
     environment = {
         **os.environ,
@@ -139,8 +144,18 @@ def cores() -> int:
 # ---- what the contestants share ---------------------------------------------------------------
 
 
-def rows(count: int) -> list[dict]:
-    return [json.loads(line) for line in (DATA / "train.jsonl").read_text().splitlines()[:count]]
+def rows(data: Path, count: int, file: str = "train.jsonl") -> list[dict]:
+    """The rows as conversations, each of which has one answer."""
+    lines = [json.loads(line) for line in (data / file).read_text().splitlines()]
+    found = [line if "messages" in line else {"messages": as_turns(line)} for line in lines[:count]]
+    if file == "train.jsonl" and len(found) < count:
+        raise SystemExit(f"{data / file} has {len(found)} rows, and {count} are asked for: lower --steps")
+    return found
+
+
+def as_turns(line: dict) -> list[dict]:
+    turns = ("user", line["prompt"]), ("assistant", line["completion"])
+    return [{"role": role, "content": text} for role, text in turns]
 
 
 def model_folder() -> Path:
@@ -149,13 +164,26 @@ def model_folder() -> Path:
     return locate("smollm2-135m-instruct", ROOT)
 
 
-def lora_config():
+def lora_config(first_layer: int):
     from peft import LoraConfig
 
-    return LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM")
+    return LoraConfig(
+        r=16,
+        lora_alpha=32,
+        target_modules="all-linear",
+        layers_to_transform=adapted_layers(first_layer),
+        task_type="CAUSAL_LM",
+    )
 
 
-def samples(count: int, file: str = "train.jsonl") -> list[tuple[list[int], list[bool]]]:
+def adapted_layers(first_layer: int) -> list[int] | None:
+    """Numbers of the layers with LoRA; None = all."""
+    from orchestrator.job.model_files import read_config
+
+    return list(range(first_layer, read_config(model_folder())["num_hidden_layers"])) if first_layer else None
+
+
+def samples(data: Path, count: int) -> list[tuple[list[int], list[bool]]]:
     """Token ids and masks by our renderer, which every contestant's own must equal in number."""
     from transformers import AutoTokenizer
 
@@ -164,8 +192,7 @@ def samples(count: int, file: str = "train.jsonl") -> list[tuple[list[int], list
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     renderer = Renderer(tokenizer, tokenizer.chat_template)
-    lines = (DATA / file).read_text().splitlines()[:count]
-    rendered = [tokens for line in lines for tokens in renderer.render(convert(json.loads(line), "messages"))]
+    rendered = [tokens for line in rows(data, count) for tokens in renderer.render(convert(line, "messages"))]
     return [(tokens.input_ids, tokens.supervised) for tokens in rendered]
 
 
@@ -186,7 +213,7 @@ def report(
     }
 
 
-def useful_flops_per_token() -> float:
+def useful_flops_per_token(first_layer: int, data: Path) -> float:
     """What LoRA needs per real token: forward, input gradients, adapters; logits only where supervised."""
     from orchestrator.job.model_files import read_config
     from strategies.cost.time import flops_per_token
@@ -195,10 +222,13 @@ def useful_flops_per_token() -> float:
     from strategies.workload import Techniques, Workload
 
     shape = ModelShape.from_config(read_config(model_folder()))
-    adapters = shape.num_layers * sum(16 * (m.inputs + m.outputs) for m in shape.linears)
-    work = Workload(shape, 100, 7200, 3456, 100, 8, 12, 96)
+    adapters = (shape.num_layers - first_layer) * sum(16 * (m.inputs + m.outputs) for m in shape.linears)
+    known = samples(data, 40)
+    tokens, taught = sum(len(ids) for ids, _ in known), sum(sum(mask) for _, mask in known)
+    work = Workload(shape, len(known), tokens, taught, max(len(ids) for ids, _ in known), 8, 12, 96)
     techniques = Techniques("float32", "document", True, False, 1, 1024)
-    return sum(flops_per_token(work, techniques, Work(trains_weights=False, adapter_parameters=adapters)))
+    own = Work(trains_weights=False, adapter_parameters=adapters, first_layer=first_layer)
+    return sum(flops_per_token(work, techniques, own))
 
 
 def save_adapter(model, out: Path, name: str) -> None:
@@ -221,8 +251,8 @@ def ours(arguments) -> dict:
 
     shares = arguments.only == "ours"
     techniques = Techniques(arguments.dtype, "document", True, False, 1, 1024, share_prefixes=shares)
-    setup = our_setup(techniques, arguments.seed)
-    data = our_dataset(arguments.steps * ROWS_A_STEP)
+    setup = our_setup(techniques, arguments.seed, arguments.first_layer)
+    data = our_dataset(arguments.data, arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], []
 
     def record(event):
@@ -237,10 +267,12 @@ def ours(arguments) -> dict:
     train(Training(setup, data, None, order, schedule, techniques, ProcessGroup(), Progress(), hooks))
     save_adapter(setup.model, arguments.out, arguments.only)
     assert torch.get_num_threads() == cores()
-    return report(seconds, tokens, sum(supervised), arguments.dtype, useful_flops_per_token())
+    return report(
+        seconds, tokens, sum(supervised), arguments.dtype, useful_flops_per_token(arguments.first_layer, arguments.data)
+    )
 
 
-def our_setup(techniques, seed=0):
+def our_setup(techniques, seed=0, first_layer=0):
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -249,7 +281,7 @@ def our_setup(techniques, seed=0):
     from strategies.train_setup import TrainSettings
 
     document_attention.register()
-    method = METHODS["lora"](lora_r=16, lora_alpha=32)
+    method = METHODS["lora"](lora_r=16, lora_alpha=32, layers_to_transform=adapted_layers(first_layer))
     dtype = getattr(torch, method.load_dtype(techniques))
     model = AutoModelForCausalLM.from_pretrained(
         model_folder(), dtype=dtype, attn_implementation=techniques.attn_implementation
@@ -259,7 +291,7 @@ def our_setup(techniques, seed=0):
     )
 
 
-def our_dataset(count: int, file: str = "train.jsonl"):
+def our_dataset(data: Path, count: int, file: str = "train.jsonl"):
     from transformers import AutoTokenizer
 
     from orchestrator.data.dataset import TokenizeOptions, build
@@ -269,7 +301,7 @@ def our_dataset(count: int, file: str = "train.jsonl"):
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     renderer = Renderer(tokenizer, tokenizer.chat_template)
     with tempfile.TemporaryDirectory() as folder:
-        lines = list(read_rows(DATA / file))[:count]
+        lines = list(read_rows(data / file))[:count]
         return build(
             iter(lines), renderer, TokenizeOptions("auto", "", 1024, "truncate", True), Path(folder) / "samples"
         )
@@ -283,12 +315,14 @@ def bare(arguments) -> dict:
 
     torch.manual_seed(arguments.seed)
     dtype = getattr(torch, arguments.dtype)
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype), lora_config())
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=dtype), lora_config(arguments.first_layer)
+    )
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=LEARNING_RATE, weight_decay=0.0
     )
     loss_of = loss_where_supervised if arguments.only == "strong" else loss_of_labels
-    everything = samples(arguments.steps * ROWS_A_STEP)
+    everything = samples(arguments.data, arguments.steps * ROWS_A_STEP)
     seconds, tokens, supervised = [], [], 0
     model.train()
     for step in range(arguments.steps):
@@ -302,7 +336,9 @@ def bare(arguments) -> dict:
         tokens.append(sum(len(i) for i, _ in batch))
         supervised += sum(sum(mask) for _, mask in batch)
     save_adapter(model, arguments.out, arguments.only)
-    return report(seconds, tokens, supervised, arguments.dtype, useful_flops_per_token())
+    return report(
+        seconds, tokens, supervised, arguments.dtype, useful_flops_per_token(arguments.first_layer, arguments.data)
+    )
 
 
 def loss_of_labels(model, ids, attend, labels):
@@ -325,7 +361,7 @@ def llama_factory(arguments) -> dict:
     """LLaMA-Factory on the same rows, in an environment of its own."""
     out = arguments.out / arguments.only
     count = arguments.steps * ROWS_A_STEP
-    (arguments.out / "rows.json").write_text(json.dumps(rows(count)))
+    (arguments.out / "rows.json").write_text(json.dumps(rows(arguments.data, count)))
     inputs = {
         "model": str(model_folder()),
         "rows": str(arguments.out / "rows.json"),
@@ -334,15 +370,18 @@ def llama_factory(arguments) -> dict:
         "seed": arguments.seed,
         "learning_rate": LEARNING_RATE,
         "rows_a_step": ROWS_A_STEP,
+        "layers": adapted_layers(arguments.first_layer),
     }
     command = [os.environ["LLAMAFACTORY_PYTHON"], str(Path(__file__).with_name("peer_llamafactory.py"))]
     done = subprocess.run([*command, json.dumps(inputs)], capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found = json.loads(done.stdout.strip().splitlines()[-1])
-    lengths = [len(ids) for ids, _ in samples(count)]
+    lengths = [len(ids) for ids, _ in samples(arguments.data, count)]
     per_step = [sum(lengths[at : at + ROWS_A_STEP]) for at in range(0, count, ROWS_A_STEP)]
-    made = report(found["seconds"], per_step, None, arguments.dtype, useful_flops_per_token())
+    made = report(
+        found["seconds"], per_step, None, arguments.dtype, useful_flops_per_token(arguments.first_layer, arguments.data)
+    )
     return made | {"peak_gib": found["peak_gib"]}
 
 
@@ -371,9 +410,9 @@ def trl(arguments) -> dict:
     packing, is_tuned = arguments.only == "trl-packing", arguments.only != "trl"
     tuned = {"gradient_checkpointing": False, "bf16": arguments.dtype == "bfloat16"} if is_tuned else {}
     count = arguments.steps * ROWS_A_STEP
-    talks = [row["messages"] for row in rows(count)]
+    talks = [row["messages"] for row in rows(arguments.data, count)]
     data = Dataset.from_list([{"prompt": talk[:-1], "completion": talk[-1:]} for talk in talks])
-    mean_length = sum(len(ids) for ids, _ in samples(count)) / count
+    mean_length = sum(len(ids) for ids, _ in samples(arguments.data, count)) / count
     config = SFTConfig(
         output_dir=str(arguments.out / "trl"),
         use_cpu=True,
@@ -408,7 +447,7 @@ def trl(arguments) -> dict:
         args=config,
         train_dataset=data,
         processing_class=AutoTokenizer.from_pretrained(model_folder()),
-        peft_config=lora_config(),
+        peft_config=lora_config(arguments.first_layer),
         callbacks=[Clock()],
     )
     original, supervised = trainer.compute_loss, [0]
@@ -424,7 +463,7 @@ def trl(arguments) -> dict:
     save_adapter(trainer.model, arguments.out, arguments.only)
     seconds = [end - begin for begin, end in zip(marks[::2], marks[1::2], strict=True)]
     dtype = arguments.dtype if is_tuned else "bfloat16"
-    return report(seconds, tokens, supervised[0], dtype, useful_flops_per_token())
+    return report(seconds, tokens, supervised[0], dtype, useful_flops_per_token(arguments.first_layer, arguments.data))
 
 
 # ---- measures ---------------------------------------------------------------------------------
@@ -447,7 +486,9 @@ def evaluate(arguments) -> dict:
     model = PeftModel.from_pretrained(base, str(arguments.out / arguments.only.split(":")[1]))
     setup = TrainSetup(model, None, dict(model.named_parameters()), lambda path: None, "peft-lora")  # type: ignore[arg-type]
     techniques = Techniques("float32", "document", True, False, 1, 1024)
-    return {"eval_loss": evaluate_loss(setup, our_dataset(80, "eval.jsonl"), techniques, ProcessGroup())}
+    return {
+        "eval_loss": evaluate_loss(setup, our_dataset(arguments.data, 80, "eval.jsonl"), techniques, ProcessGroup())
+    }
 
 
 def ceiling(_) -> dict:
@@ -482,7 +523,7 @@ def loop(arguments) -> dict:
     from strategies.workload import Techniques
 
     techniques = Techniques("float32", "sdpa", False, False, ROWS_A_STEP, 1024)
-    setup, data = our_setup(techniques), our_dataset(8 * ROWS_A_STEP)
+    setup, data = our_setup(techniques), our_dataset(arguments.data, 8 * ROWS_A_STEP)
     order = Order(len(data), ROWS_A_STEP, seed=0, num_train_epochs=1)
     parameters = list(setup.parameters.values())
     theirs, mine = [], []
@@ -513,15 +554,17 @@ def loop(arguments) -> dict:
     }
 
 
-def first(_) -> dict:
+def first(arguments) -> dict:
     """A plain script: imports, model, adapter, one step.  Timed from its start, which the caller cannot see."""
     began = PROCESS_START
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32), lora_config())
-    ids, attend, labels = padded(samples(ROWS_A_STEP))
+    model = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(model_folder(), dtype=torch.float32), lora_config(arguments.first_layer)
+    )
+    ids, attend, labels = padded(samples(arguments.data, ROWS_A_STEP))
     model(input_ids=ids, attention_mask=attend, labels=labels).loss.backward()
     return {"seconds": time.time() - began}
 
