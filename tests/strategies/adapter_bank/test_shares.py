@@ -83,7 +83,7 @@ def test_tuning_finds_the_shares_that_made_the_answers_map_by_map():
         found = tune(
             total,
             lambda step: (summed(seen) - answers).square().mean(),
-            lambda: float((summed(kept) - others).square().mean()),
+            lambda: (summed(kept) - others).square().mean().item(),
         )
 
     assert found.gained and min(found.losses) < 0.05 * found.losses[0]
@@ -93,7 +93,7 @@ def test_tuning_finds_the_shares_that_made_the_answers_map_by_map():
 def test_tuning_keeps_the_start_where_rows_that_were_held_back_get_worse():
     total = TunableSum(Maps(), [a_part(0), a_part(1)], [1.0, 0.0])
 
-    found = tune(total, lambda step: total.shares_MP.square().sum(), lambda: float(-total.shares_MP.sum()))
+    found = tune(total, lambda step: total.shares_MP.square().sum(), lambda: -total.shares_MP.sum().item())
 
     assert not found.gained and found.num_steps == 10  # two looks without a gain
     assert all(shares.tolist() == [1.0, 0.0] for shares in found.shares.values())
