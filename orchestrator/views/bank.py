@@ -42,32 +42,49 @@ def describe(found: dict[str, Any]) -> Iterator[str]:
             f"rank {found['rank']}, {found['relative_error']:.1%} of the exact sum lost;"
             f" {found['generation_s']:.1f} s, {found['peak_bytes'] / 2**30:.2f} GiB at its peak"
         )
+    yield from _by_labelled_rows(found)
+    if "probe_loss" in found:
+        yield from _verdict(found)
+    if trained := found.get("then_train"):
+        yield from _trained(trained)
+    if found.get("recommended", True):
+        yield f"adapter: {found['path']}" + ("/adapter" if "probe_loss" in found else "")
+
+
+def _by_labelled_rows(found: dict[str, Any]) -> Iterator[str]:
     if selection := found.get("selection"):
         losses = selection["losses"]
         yield (
             f"shares moved {len(losses) - 1} times by {selection['rows']} labelled rows ({selection['trials']} trials):"
             f" loss {losses[0]:.3f} -> {losses[-1]:.3f}"
         )
-    if "probe_loss" in found:
-        losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])
-        yield f"loss on {found['probe_rows']} labelled rows: " + ", ".join(
-            f"{name} {loss:.3f}" for name, loss in losses
-        )
+    if tuning := found.get("tuning"):
+        losses = tuning["losses"]
+        kept = "" if tuning["kept"] else "; not kept"
         yield (
-            f"recommended: {found['recommended']}"
-            if found["recommended"]
-            else "not recommended: none is better than the base model; train with `submit`"
+            f"shares of each map tuned in {tuning['steps']} steps on {tuning['rows']} labelled rows: loss of those held"
+            f" back {losses[0]:.3f} -> {min(losses):.3f}{kept}"
         )
-        if found["already"]:
-            yield f"the bank already has an adapter for exactly this data: {', '.join(found['already'])}"
-    if trained := found.get("then_train"):
-        yield f"trained from it: {trained['path']}"
-        if "steps_saved" in trained:
-            saved = trained["steps_saved"]
-            yield (
-                f"it did not reach the final loss of {trained['against']}"
-                if saved is None
-                else f"where {trained['against']} ended after {trained['reached_at']} steps: {saved} saved"
-            )
-    if found.get("recommended", True):
-        yield f"adapter: {found['path']}" + ("/adapter" if "probe_loss" in found else "")
+
+
+def _verdict(found: dict[str, Any]) -> Iterator[str]:
+    losses = sorted(found["probe_loss"].items(), key=lambda pair: pair[1])
+    yield f"loss on {found['probe_rows']} labelled rows: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses)
+    yield (
+        f"recommended: {found['recommended']}"
+        if found["recommended"]
+        else "not recommended: none is better than the base model; train with `submit`"
+    )
+    if found["already"]:
+        yield f"the bank already has an adapter for exactly this data: {', '.join(found['already'])}"
+
+
+def _trained(trained: dict[str, Any]) -> Iterator[str]:
+    yield f"trained from it: {trained['path']}"
+    if "steps_saved" in trained:
+        saved = trained["steps_saved"]
+        yield (
+            f"it did not reach the final loss of {trained['against']}"
+            if saved is None
+            else f"where {trained['against']} ended after {trained['reached_at']} steps: {saved} saved"
+        )
