@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -35,16 +35,24 @@ def load_data(run: RunFolder) -> tuple[Dataset, Dataset | None]:
 
 
 def tokenizer_of(run: RunFolder, job: Job) -> Any:
-    """The tokenizer of a run with the chat template that its samples were rendered with."""
+    """The tokenizer of a run with the chat template that its samples were rendered with; not to be changed.
+
+    Runs of one process share it: each copy takes about 10 MB.
+    """
     files = run.data()
-    return load_tokenizer(files.model, job, files.chat_template)
+    return _tokenizer(files.model, job.spec.model.trust_remote_code, files.chat_template)
 
 
 def load_tokenizer(location: str, job: Job, chat_template: str | None = None) -> Any:
     """The tokenizer of a model; `chat_template` takes the place of its own."""
+    return _tokenizer.__wrapped__(location, job.spec.model.trust_remote_code, chat_template)
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(location: str, trust_remote_code: bool, chat_template: str | None) -> Any:
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=job.spec.model.trust_remote_code)
+    tokenizer = AutoTokenizer.from_pretrained(location, trust_remote_code=trust_remote_code)
     if chat_template is not None:
         tokenizer.chat_template = chat_template
     return tokenizer

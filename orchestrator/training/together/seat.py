@@ -17,6 +17,7 @@ from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 _MASKING = ("sdpa", "eager")
+_PASSES_A_TRIM = 10
 
 
 class SharedModel:
@@ -26,6 +27,7 @@ class SharedModel:
         self.num_runs, self.memory, self._note = num_runs, memory, note
         self._base: BaseCopies | None = None
         self._row: JointRow | None = None
+        self._num_passes = 0
 
     def base(self, load: Callable[[], Any]) -> BaseCopies:
         """The base; the first one who asks loads it."""
@@ -51,6 +53,9 @@ class SharedModel:
         assert self._row is not None
         if self._row.backlogs[0].job.setup.device.type == "cpu":
             host_memory.keep()
+            if self._num_passes % _PASSES_A_TRIM == 0:
+                host_memory.trim()  # passes have ever other sizes, and what jobs keep lies between them
+        self._num_passes += 1
         self._row.run_pass()
 
 
@@ -89,6 +94,8 @@ class SharedSeat:
     @contextlib.contextmanager
     def joined(self, setup: TrainSetup, techniques: Techniques, note: Callable[[str], None]) -> Iterator[None]:
         """Inside the block its micro-batches share passes with those of other runs, where they can."""
+        if setup.device.type == "cpu":
+            host_memory.trim()  # what its preflight and its first evaluation left between what stays
         row, why = self._shared.row(techniques.attn_implementation), "its rows are padded"
         if techniques.packing:
             self._passes, why = row.join(self._run_id, setup, self._turn)

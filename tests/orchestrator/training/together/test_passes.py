@@ -171,9 +171,9 @@ def test_a_gradient_that_is_not_finite_stays_in_its_own_range(model_folder, data
 
 
 def test_a_job_that_stops_early_leaves_the_others_as_they_are(model_folder, data_folder, whole):
-    early = differing(MIXED[0], name="early", learning_rate=3.0, patience=1)
+    early = differing(MIXED[0], name="early", learning_rate=0.0, patience=1)  # gains nothing, on any machine
     expected = alone(model_folder, data_folder, early)
-    assert expected.progress.stopped == "early" and expected.progress.step < 20
+    assert expected.progress.stopped == "early" and expected.progress.step == 6
 
     found = together(load(model_folder), data_folder, [early, MIXED[1]])
 
@@ -193,7 +193,7 @@ def test_jobs_wait_for_a_place_where_not_all_have_one(model_folder, data_folder,
 
 def test_a_pass_stays_within_the_tokens_of_a_micro_batch(model_folder, data_folder):
     full = dataclasses.replace(PACKED, per_device_train_batch_size=1, max_length=40)
-    jobs, tokens = [differing(job, techniques=full, steps=5) for job in (MIXED[0], MIXED[3])], []
+    jobs, tokens = [differing(job, techniques=full, steps=3) for job in (MIXED[0], MIXED[3])], []
 
     def watch_tokens(model):
         model.get_input_embeddings().register_forward_pre_hook(lambda _, ids: tokens.append(ids[0].shape[1]))
