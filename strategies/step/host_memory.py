@@ -17,8 +17,9 @@ from strategies.step import thread_waits
 
 # Read when a process starts.  glibc: one arena for all threads, since only that one can grow beyond 64 MiB.  oneDNN and
 # torch's layer above it each keep the last 1024 products, about a MiB for every size in bf16, and batches have ever new
-# numbers of tokens: over a GiB after some fifty steps.  A micro-batch needs some twenty.
-_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "64"}
+# numbers of tokens: over a GiB after some fifty steps.  A micro-batch needs some twenty, which oneDNN keeps for all
+# threads; torch's layer keeps its own for each thread, of which runs over one base have one each.
+_ENVIRONMENT = {"MALLOC_ARENA_MAX": "1", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "64", "LRU_CACHE_CAPACITY": "4"}
 
 # malloc.h of glibc: name -> (while kept, its default)
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
