@@ -15,6 +15,7 @@ NAMES: dict[Loader, str] = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp, by its converters to GGUF",
 }
+_OWN = "Loads with: this program alone (evaluate, chat, serve --engine transformers)"
 VLLM_RANKS = 512  # the highest of an adapter that vLLM loads
 ADAPTER_FOLDER = "adapter"
 EXPORT_FOLDERS = (ADAPTER_FOLDER, "model")
@@ -31,6 +32,7 @@ class Export:
 
     format: ExportFormat
     cannot: Mapping[Loader, str] = field(default_factory=dict)  # engine -> why, to be read after its name
+    unmerged: str | None = None  # why base and adapter are never one plain model; None where they can be
 
     @property
     def loads_with(self) -> frozenset[Loader]:
@@ -54,7 +56,9 @@ class Export:
         """Which engines load it, and why another one does not, a line each."""
         loads = ", ".join(NAMES[engine] for engine in LOADERS if engine in self.loads_with)
         lines = [f"Loads with: {loads}"] if loads else []
-        return lines + [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
+        lines += [_OWN] if self.format == "own" else []
+        lines += [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
+        return lines + ([f"Not merged: {self.unmerged}"] if self.unmerged else [])
 
 
 def export_folder(format: ExportFormat) -> str:

@@ -9,6 +9,7 @@ from strategies.methods.low_rank_gradients import Apollo, Galore
 from strategies.methods.peft_config import PeftMethod
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
+from strategies.mixture.method import MixLora
 from strategies.objectives.contract import Objective
 from strategies.objectives.dpo import Dpo
 from strategies.objectives.ipo import Ipo
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
     "experimental_boosted_lora": BoostedLora,
+    "experimental_mixlora": MixLora,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first

@@ -292,6 +292,33 @@ class SampleLoss(Protocol):
         ...
 
 
+class ExtraLoss(Protocol):
+    """A loss beside that of the tokens, which trains and is told apart from it: never a part of a reported loss.
+
+    Called once after each batch's forward pass in training, it is a mean over what that batch's loss is a sum over
+    (supervised tokens, an objective's samples), with gradients, and counts by their share of the step: so the division
+    into micro-batches and workers changes nothing.
+    """
+
+    num_totals: int  # numbers that `take` returns
+
+    def over(self, batch: Any) -> AbstractContextManager[None]:
+        """Inside the block the model computes this batch."""
+        ...
+
+    def __call__(self) -> torch.Tensor:
+        """Of the batch that has been computed."""
+        ...
+
+    def take(self) -> list[float]:
+        """Totals since it was last asked, to be added up over workers."""
+        ...
+
+    def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
+        """What is told of a step by the totals of all workers."""
+        ...
+
+
 class InputNoise(Protocol):
     """Noise on what the layers read, in training passes alone."""
 
@@ -358,6 +385,7 @@ class TrainSetup:
     lower: KnownLayers | None = None  # frozen layers whose results are kept
     objective: SampleLoss | None = None  # None = the mean loss of supervised tokens
     noise: InputNoise | None = None  # on the embeddings of training passes
+    extra_loss: ExtraLoss | None = None  # of training passes: `MethodDefaults.adds_loss` says so
     label_smoothing: float = 0.0  # of training passes: this part of each token's label is spread over the vocabulary
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
@@ -382,6 +410,7 @@ class TrainSetup:
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
         self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
+        self.extra_loss = None
         self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 
     @property

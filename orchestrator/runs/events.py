@@ -212,6 +212,7 @@ class StepReport(Event, kind="step"):
     computed_tokens: float | None = None  # where common beginnings are computed once: those that were computed
     loss_scale: float | None = None  # of fp16
     rewards: dict[str, float] | None = None  # of an objective over documents, by TRL's names
+    extra_loss: dict[str, float] | None = None  # of a method's loss beside the tokens', and what that says of it
     worker_tokens: list[float] | None = None  # of several workers, by rank
     worker_s: list[float] | None = None
     worker_peak_bytes: list[float] | None = None
