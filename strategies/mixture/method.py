@@ -63,8 +63,6 @@ class MixLora(PredictedMethod):
             return f"attention's maps of {shape.model_type} are {names}: set method.attention: false"
         if self.top_k > self.num_experts:
             return f"method.top_k is {self.top_k}, and there are {self.num_experts} experts: lower it"
-        if techniques.zero_stage or techniques.offloads_optimizer:
-            return "MixLoRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.streams_weights or techniques.torch_compile:
             return (
                 "MixLoRA is untested with torch.compile and streamed weights: set train.torch_compile: false and"
@@ -72,6 +70,8 @@ class MixLora(PredictedMethod):
             )
         if techniques.share_prefixes:
             return "a token that several rows share would count once in the balance: set data.share_prefixes: false"
+        if techniques.zero_stage or techniques.offloads_optimizer:
+            return "MixLoRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         return None
 
     def exports(self, shape: ModelShape) -> Export:
