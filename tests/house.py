@@ -50,7 +50,6 @@ ROOMS = (
     ("strategies.mixture",),
     ("strategies.compatibility",),
     ("strategies.registry",),
-    ("strategies.own_format",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
     ("orchestrator.language", "orchestrator.progress"),
