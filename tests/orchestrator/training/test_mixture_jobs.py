@@ -95,7 +95,7 @@ def test_the_plan_says_before_training_who_loads_the_result(file, run):
     console.print(plan_view(ready.job, ready.plan, ready.statistics))
     text = console.export_text()
 
-    assert "Loads with: this program alone (evaluate, chat, serve --engine transformers)" in text
+    assert "Loads with this program alone: evaluate, chat, serve --engine transformers" in text
     assert (
         "Not with vLLM: it corrects a map by one pair of A and B a request" in text and "Not merged: each token" in text
     )
