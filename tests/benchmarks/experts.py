@@ -1,10 +1,10 @@
 """What experts of LoRA behind a router are good for, a property a subcommand.
 
-    python tests/benchmarks/experts.py conflict [--steps 600] [--seeds 3] [--keys 128]
+    python tests/benchmarks/experts.py conflict [--only MixLoRA] [--steps 400] [--seeds 3] [--keys 64]
         two tasks that answer the same prompts differently, told apart by the first token: MixLoRA beside one LoRA of as
         many trained parameters, and beside two LoRAs of half of them, one a task, chosen by that token or by the bank
-    python tests/benchmarks/experts.py speed [--repeats 5]
-        seconds of a step beside LoRA's, by what is planned and by the clock
+    python tests/benchmarks/experts.py speed [--dtype float32] [--rows 8] [--repeats 8]
+        seconds of a step beside LoRA's by the plan and by the clock, in turns: four layers of SmolLM2-135M's widths
 
 stories260K (a Llama of 260 thousand weights), one process and one thread.  A row is a mark (task A or B), 12 tokens of
 Shakespeare, and a key; the answer is one token, a random one for each key and task, so the two tasks have the same
@@ -30,17 +30,21 @@ import numpy
 import torch
 import transformers
 
-from clusters.capability import ClusterCapability
+from clusters.probe.node import probe_node
 from strategies.adapter_bank.distances import jensen_shannon
 from strategies.adapter_bank.evidence import Evidence, gather
+from strategies.measure import trace
+from strategies.measure.trace import Lengths
 from strategies.methods.lora import Lora
 from strategies.mixture.method import MixLora
 from strategies.shape import ModelShape
+from strategies.step import document_attention, host_memory
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.supervised_logits import Batch, supervised_logits
 from strategies.techniques.precision import gradient_scaler
 from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import Techniques, Workload
+from tests.benchmarks.lora_cost import config
 from tests.benchmarks.quality import fresh, texts
 
 TEXT, ROWS = 12, 16  # tokens of text in a row, rows of a step
@@ -129,9 +133,7 @@ def judge(model: Any, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
 def evidence_of(batch: Batch, embeddings: numpy.ndarray) -> Evidence:
     """What a bank keeps of rows."""
     learnt = batch.supervised_BT.numpy()
-    return gather(
-        ((row.numpy(), own) for row, own in zip(batch.input_ids_BT, learnt, strict=True)), embeddings
-    )
+    return gather(((row.numpy(), own) for row, own in zip(batch.input_ids_BT, learnt, strict=True)), embeddings)
 
 
 def choose_by_bank(tasks: TwoTasks, held_out: Batch, seed: int) -> list[int]:
@@ -192,8 +194,12 @@ def conflict(asked: argparse.Namespace) -> None:
     print("| contender | trained | rate | held-out loss | of each seed | right | CPU a step | told |")
     print("|---|---|---|---|---|---|---|---|")
     for name, method in CONTENDERS.items():
+        if asked.only not in name:
+            continue
         rate = min(RATES, key=lambda one: run_one(method, one, 100, asked)["loss"])
         _show(name, rate, [run_one(method, rate, seed, asked) for seed in range(asked.seeds)])
+    if asked.only not in "two LoRAs r6":
+        return
     rate = min(RATES, key=lambda one: run_two(one, 100, asked)["by the mark"]["loss"])
     runs = [run_two(rate, seed, asked) for seed in range(asked.seeds)]
     for way in ("by the mark", "by the bank"):
@@ -213,18 +219,58 @@ def _show(name: str, rate: float, runs: Sequence[dict[str, float]]) -> None:
     )
 
 
+SPEED: dict[str, Any] = {
+    "LoRA r8": Lora(lora_r=8, lora_alpha=16),
+    "MixLoRA 4 x r8": MixLora(num_experts=4),
+    "MixLoRA 8 x r8": MixLora(),
+    "MixLoRA 8 x r8, 4 of them": MixLora(top_k=4),
+}
+
+
+def speed(asked: argparse.Namespace) -> None:
+    host_memory.keep()  # as training does
+    document_attention.register()
+    layers, length = 4, 72
+    node, switched = probe_node(), Techniques(asked.dtype, "document", True, False, 1, asked.rows * length)
+    settings = TrainSettings(1e-3, 0.0, "adamw_torch_fused", 0.9, 0.999, 1e-8, switched, 1)
+    batch = Lengths((length,) * asked.rows, (length // 2,) * asked.rows).batch(True)
+    shape, tokens = ModelShape.from_config(config(layers)), asked.rows * length
+    work = Workload(shape, asked.rows, tokens, tokens // 2, length, asked.rows, 1, asked.rows)
+    setups = {name: trace.build(config(layers), layers, method, settings, "cpu") for name, method in SPEED.items()}
+    seconds: dict[str, list[float]] = {name: [] for name in SPEED}
+    for number in range(-2, asked.repeats):
+        for name in list(SPEED)[:: 1 if number % 2 else -1]:
+            setups[name].model.train()
+            began, scaler = time.process_time(), gradient_scaler("cpu", asked.dtype)
+            forward_backward(setups[name], batch, batch.targets_S.numel(), switched, scaler)
+            update(setups[name], scaler, Update(1.0, 1.0))
+            if number >= 0:
+                seconds[name].append(time.process_time() - began)
+    planned = {name: method.estimate(work, node.cpu, node, switched).time.step_s for name, method in SPEED.items()}
+    first = next(iter(SPEED))
+    print(f"{asked.dtype}, {asked.rows} x {length} tokens, {layers} layers of SmolLM2-135M's widths")
+    print("| method | a step | of LoRA's | planned of LoRA's |")
+    print("|---|---|---|---|")
+    for name, spent in seconds.items():
+        ratio = statistics.median(own / other for own, other in zip(spent, seconds[first], strict=True))
+        print(f"| {name} | {statistics.median(spent):.3f} s | {ratio:.2f} | {planned[name] / planned[first]:.2f} |")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("conflict", "speed"))
-    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--only", default="", help="contenders whose name holds this")
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--keys", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--keys", type=int, default=64)
+    parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--repeats", type=int, default=8)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    {"conflict": conflict}[asked.what](asked)
+    {"conflict": conflict, "speed": speed}[asked.what](asked)
 
 
 if __name__ == "__main__":
