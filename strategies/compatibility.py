@@ -27,6 +27,7 @@ def conflict(
         _streaming_conflicts(method, techniques),
         _stage_conflicts(method, techniques, shape) if techniques.stage else (),
         _between_conflicts(method, techniques) if method.acts_between else (),
+        _extra_loss_conflicts(method, techniques) if method.adds_loss else (),
         _device_conflicts(method.is_quantised, techniques, device, shape),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
@@ -161,6 +162,15 @@ def _between_conflicts(method: Method, t: Techniques) -> Iterator[str]:
         yield f"{what} of all layers, of which a stage has some: set strategy.mode to auto or ddp"
     if method.streams:
         yield f"{what}, and its optimizer takes gradients one by one as they come: there is no such moment"
+
+
+def _extra_loss_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What a method with a loss beside the tokens' cannot be combined with: it is of all layers of a batch."""
+    what = f"{method.name} adds a loss beside the tokens' to each micro-batch"
+    if t.uses_engine:
+        yield f"{what}, which is untested under DeepSpeed: set strategy.mode to ddp and strategy.offload to none"
+    if t.stage:
+        yield f"{what} from all layers, of which a stage has some: set strategy.mode to auto or ddp"
 
 
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:

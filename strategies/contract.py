@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, runtime_checkable
 
 from clusters.capability import DeviceCapability, NodeCapability
@@ -116,6 +117,8 @@ class MethodDefaults(Protocol):
     trains_score: ClassVar[bool] = False  # it trains the score of a model that has one in place of an output matrix
     streams: ClassVar[bool] = False  # its optimizer is a `Streaming`: weights move in their own time
 
+    own_format: ClassVar[str | None] = None  # `peft_type` of what it hands back, where PEFT has none of that name
+
     is_proposed: ClassVar[bool] = True  # as a way out where a plan does not fit: its defaults mean something
 
     @property
@@ -126,6 +129,11 @@ class MethodDefaults(Protocol):
     @property
     def acts_between(self) -> bool:
         """Whether its setup has a `Between`."""
+        return False
+
+    @property
+    def adds_loss(self) -> bool:
+        """Whether its setup has an `ExtraLoss`: a loss beside that of the tokens."""
         return False
 
     @property
@@ -176,6 +184,11 @@ class MethodDefaults(Protocol):
     def quality_prior(self) -> QualityPrior | None:
         """What published runs found, on one model and task; None where nothing comparable was published."""
         return None
+
+    @classmethod
+    def load(cls, model: Any, folder: Path) -> Any:
+        """Put what it handed back in its own format onto the base model.  Raises ValueError where that cannot be."""
+        raise ValueError(f"{cls.name} has no format of its own: PEFT or transformers loads {folder}")
 
     def load_dtype(self, techniques: Techniques) -> Dtype:
         """The precision in which the model's weights are loaded before `setup`."""

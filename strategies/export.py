@@ -31,6 +31,7 @@ class Export:
 
     format: ExportFormat
     cannot: Mapping[Loader, str] = field(default_factory=dict)  # engine -> why, to be read after its name
+    unmerged: str | None = None  # why base and adapter are never one plain model; None where they can be
 
     @property
     def loads_with(self) -> frozenset[Loader]:
@@ -41,6 +42,11 @@ class Export:
         """Whether it belongs to a base model, which it does not hold."""
         return self.format != "model"
 
+    @property
+    def warnings(self) -> list[str]:
+        """What people should know of it before they train: of what no other program loads, all of it."""
+        return self.sentences if self.format == "own" else []
+
     def of_score(self) -> Export:
         """The same of a model that gives documents a score and has no output matrix."""
         reasons: dict[Loader, str] = {
@@ -50,11 +56,19 @@ class Export:
         return replace(self, cannot={**reasons, **self.cannot})
 
     @property
+    def library(self) -> str:
+        """Whose loader takes it, as the hub's cards name it."""
+        return {"own": "finetune-orchestrator", "model": "transformers"}.get(self.format, "peft")
+
+    @property
     def sentences(self) -> list[str]:
         """Which engines load it, and why another one does not, a line each."""
         loads = ", ".join(NAMES[engine] for engine in LOADERS if engine in self.loads_with)
         lines = [f"Loads with: {loads}"] if loads else []
-        return lines + [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
+        if self.format == "own":
+            lines.append("Loads with this program alone: evaluate, chat, serve --engine transformers")
+        lines += [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
+        return lines + ([f"Not merged: {self.unmerged}"] if self.unmerged else [])
 
 
 def export_folder(format: ExportFormat) -> str:

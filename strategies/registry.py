@@ -1,5 +1,15 @@
-"""The registries: methods, objectives and techniques by name.  Loads every method; others import it by `strategies`."""
+"""The registries: methods, objectives and techniques by name.  Loads every method; others import it by `strategies`.
 
+Also whose an adapter's folder is: PEFT's, or that of a method with a format of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clusters.safe.reading import BadInput, read_json
+from strategies.adapter_bank.adapter import CONFIG
 from strategies.contract import Method
 from strategies.lsp_offload.method import LspOffload
 from strategies.methods.boosted_lora import BoostedLora
@@ -9,6 +19,7 @@ from strategies.methods.low_rank_gradients import Apollo, Galore
 from strategies.methods.peft_config import PeftMethod
 from strategies.methods.qlora import QLora
 from strategies.methods.shira import Shira
+from strategies.mixture.method import MixLora
 from strategies.objectives.contract import Objective
 from strategies.objectives.dpo import Dpo
 from strategies.objectives.ipo import Ipo
@@ -29,6 +40,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
     "experimental_boosted_lora": BoostedLora,
+    "experimental_mixlora": MixLora,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first
@@ -41,3 +53,25 @@ OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "reward": Reward,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)
+
+
+def owner_of(folder: Path) -> type[Method] | None:
+    """The method whose own format an adapter's folder has; None where PEFT or another program knows it."""
+    try:
+        settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    except BadInput:
+        return None
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    return next((method for method in METHODS.values() if kind and method.own_format == kind), None)
+
+
+def load_adapter(base: Any, folder: Path) -> Any:
+    """The base model with an adapter of a folder: by the method whose format it has, else by PEFT.
+
+    Raises ValueError and what PEFT raises.
+    """
+    if owner := owner_of(folder):
+        return owner.load(base, folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from strategies.export import ExportFormat, export_folder
+from strategies.extra_loss import ExtraLoss
 from strategies.workload import LossType, Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -358,6 +359,7 @@ class TrainSetup:
     lower: KnownLayers | None = None  # frozen layers whose results are kept
     objective: SampleLoss | None = None  # None = the mean loss of supervised tokens
     noise: InputNoise | None = None  # on the embeddings of training passes
+    extra_loss: ExtraLoss | None = None  # of training passes: `MethodDefaults.adds_loss` says so
     label_smoothing: float = 0.0  # of training passes: this part of each token's label is spread over the vocabulary
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
@@ -381,6 +383,7 @@ class TrainSetup:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
+        self.extra_loss = None
         self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
         self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 

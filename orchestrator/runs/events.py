@@ -61,8 +61,7 @@ class Event:
             if type(value) not in wanted.types or (wanted.inside and value and not wanted.holds(value)):
                 raise BadInput(f"{cls.kind}: {name} is {json.dumps(value)[:40]}")
             found[name] = value
-        found["time"] = values["time"]
-        found["extra"] = _without(values, "event", *found)
+        found |= {"time": values["time"], "extra": _without(values, "event", "time", *found)}
         made = object.__new__(cls)  # not cls(...), with which a frozen dataclass sets field after field: half as fast
         vars(made).update(found)
         return made
@@ -212,6 +211,7 @@ class StepReport(Event, kind="step"):
     computed_tokens: float | None = None  # where common beginnings are computed once: those that were computed
     loss_scale: float | None = None  # of fp16
     rewards: dict[str, float] | None = None  # of an objective over documents, by TRL's names
+    extra_loss: dict[str, float] | None = None  # of a method's loss beside the tokens', and what that says of it
     worker_tokens: list[float] | None = None  # of several workers, by rank
     worker_s: list[float] | None = None
     worker_peak_bytes: list[float] | None = None

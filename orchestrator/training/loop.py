@@ -130,6 +130,7 @@ def _record_step(
         known_tokens=report.num_known if setup.lower else None,
         loss_scale=progress.loss_scale["scale"] if training.scaler.is_enabled() else None,
         rewards=report.rewards,
+        extra_loss=report.extra,
         **of_group,
         **report.stages,
         **(setup.streaming.report() if setup.streaming else {}),

@@ -140,6 +140,7 @@ class Attempt:
     num_computed: int = 0  # tokens that went through its model, padding included
     num_known: int = 0  # of them, those that did not pass frozen lower layers
     totals: Sequence[float] = ()  # of an objective over documents
+    extra: Sequence[float] = ()  # of a loss beside the tokens'
     out_of_memory: str | None = None  # the error, where memory ran out
 
 
@@ -148,6 +149,8 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
     setup = training.setup
     compute = local_gradients if training.local else synchronous_gradients
     training.feed.count()
+    if setup.extra_loss:
+        setup.extra_loss.take()  # of passes that did not count: the preflight's, those before memory ran out
     try:
         loss_on_device = compute(training, samples)
         if samples.step + 1 < training.order.num_steps:
@@ -161,7 +164,8 @@ def compute_gradients(training: Training, samples: StepSamples) -> Attempt:
             raise
         return Attempt(out_of_memory=first_line(error))
     totals = setup.objective.take() if setup.objective else ()
-    return Attempt(loss, training.feed.count(), setup.lower.count() if setup.lower else 0, totals)
+    extra = setup.extra_loss.take() if setup.extra_loss else ()
+    return Attempt(loss, training.feed.count(), setup.lower.count() if setup.lower else 0, totals, extra)
 
 
 def _prepare_first_batch(training: Training, step: int) -> None:
@@ -187,6 +191,7 @@ class GroupReport:
     times: PassTimes | None = None  # of this worker's stage
     stages: dict[str, list[float]] = field(default_factory=dict)  # fields of StepReport
     rewards: dict[str, float] | None = None  # of an objective over documents
+    extra: dict[str, float] | None = None  # of a loss beside the tokens'
 
 
 def report_to_group(training: Training, attempt: Attempt, seconds: float) -> GroupReport:
@@ -208,13 +213,15 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         attempt.num_known,
         *of_stage.values(),
     )
-    objective = training.setup.objective
+    objective, extra_loss = training.setup.objective, training.setup.extra_loss
     totals = list(attempt.totals) or [0.0] * (objective.num_totals if objective else 0)
+    extra = list(attempt.extra) or [0.0] * (extra_loss.num_totals if extra_loss else 0)
     loss, *rest = group.sum(
-        [attempt.loss, *totals, *requests, *(value for one in own for value in group.at_own_rank(one))]
+        [attempt.loss, *totals, *extra, *requests, *(value for one in own for value in group.at_own_rank(one))]
     )
     ended = time.perf_counter()
     totals, rest = rest[: len(totals)], rest[len(totals) :]
+    extra, rest = rest[: len(extra)], rest[len(extra) :]
     stop = next((known for known, count in zip(STOP_REQUESTS, rest, strict=False) if count), None)
     measured, size = rest[len(STOP_REQUESTS) :], group.size
     by_value = (measured[start : start + size] for start in range(0, len(measured), size))
@@ -233,6 +240,7 @@ def report_to_group(training: Training, attempt: Attempt, seconds: float) -> Gro
         times,
         {name: [round(value, 5) for value in values] for name, values in zip(of_stage, stages, strict=True)},
         objective.metrics_of(totals) if objective else None,
+        extra_loss.metrics_of(extra) if extra_loss else None,
     )
 
 

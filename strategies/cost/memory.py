@@ -57,6 +57,7 @@ class Footprint:
     output_is_kept: bool = False  # attention's output is among those inputs
     product_is_kept: bool = False  # so is what the MLP's last map reads
     norms_train: bool = False
+    mlp_copies: int = 1  # of each token that pass between the MLP's maps
     keeps_dtype: bool = False  # in 16 bits nothing that passes a layer's maps is cast to fp32 and back
     cast_bytes: float = 0.0  # compute-precision copies of trained weights, kept from forward to backward
     dequantised_bytes: float = 0.0  # the largest weight while it is not quantised
@@ -228,6 +229,7 @@ def saved_per_token(
         mlp = g * f
         if shape.activation == "relu" and keeps_dtype and footprint.product_is_kept:
             mlp = 0  # what relu keeps is what the next map reads
+    mlp *= footprint.mlp_copies
     masks = 2 * h if shape.dropout else 0  # one byte an element, twice a layer
     return norms + attention + mlp + masks + footprint.inputs_per_token
 
@@ -251,7 +253,7 @@ def activation_bytes(
     keeps_dtype = g == 4 or footprint.keeps_dtype
     if kernels == "plain" and keeps_dtype and not footprint.norms_train:  # frozen: no weight gradients, no casts
         widths = _GRADIENTS_OF_F_PLAIN
-    transient = tokens * widths * g * shape.mlp_width + footprint.dequantised_bytes
+    transient = tokens * widths * g * shape.mlp_width * footprint.mlp_copies + footprint.dequantised_bytes
     if techniques.attn_implementation == "eager" or shape.softcap:  # the gradient of the scores, in fp32 and cast
         transient = max(transient, tokens * shape.num_heads * attended * (4 + g) + footprint.dequantised_bytes)
     if techniques.gradient_checkpointing:

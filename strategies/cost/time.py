@@ -204,7 +204,7 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     g = BYTES_PER_ELEMENT[techniques.dtype]
     h, f = shape.hidden_size, shape.mlp_width
     norms = shape.family.norms * (9 * g * h if shape.family.norm_bias else 120 * h)
-    mlp = (14 if shape.gated_mlp else 8) * g * f
+    mlp = (14 if shape.gated_mlp else 8) * g * f * work.mlp_copies
     attention = 24 * g * (shape.query_size + shape.key_value_size)
     a_number = (8 if g == 4 else 14) if work.adapter_bytes is None else work.adapter_bytes
     adapters = a_number * work.adapter_inputs + (4 * g + 2) * work.dropped_inputs

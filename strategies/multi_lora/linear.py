@@ -9,7 +9,7 @@ Legend: T tokens of the row, I inputs and O outputs of the map.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,6 +119,12 @@ class MapCorrection:
         return corrected.to(y.dtype)
 
 
+def over_ranges(compute: Callable[..., torch.Tensor], sizes: Sequence[int], *rows: torch.Tensor) -> torch.Tensor:
+    """Consecutive ranges of rows (..., T, I), each computed by itself with its number, end to end again."""
+    parts = zip(*(one.split(list(sizes), -2) for one in rows), strict=True)
+    return torch.cat([compute(number, *own) for number, own in enumerate(parts)], dim=-2)
+
+
 class RangedLinear(torch.nn.Module):
     """A map of the base with the corrections of those jobs that have one; any attribute else is the map's."""
 
@@ -144,8 +150,7 @@ class RangedLinear(torch.nn.Module):
             raise OtherTokens(f"a map sees {tuple(x_TI.shape[:-1])} tokens of a row of {sum(sizes)}")
         if len(jobs) == 1:
             return self._corrected(jobs[0], y_TO, x_TI)
-        parts = zip(jobs, y_TO.split(sizes, -2), x_TI.split(sizes, -2), strict=True)
-        return torch.cat([self._corrected(job, y, x) for job, y, x in parts], dim=-2)
+        return over_ranges(lambda place, y, x: self._corrected(jobs[place], y, x), sizes, y_TO, x_TI)
 
     def _corrected(self, job: Hashable, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         correction = self.corrections.get(job)

@@ -28,7 +28,8 @@ def forward_backward(
     that parts add up whatever their sizes; infinity makes a pass that counts for nothing.
     """
     part = forward(setup, batch, num_counted, techniques)
-    backward(setup, part, scaler)
+    extra = extra_part(setup, batch, num_counted)
+    backward(setup, part if extra is None else part + extra, scaler)
     return part.detach()
 
 
@@ -36,11 +37,20 @@ def forward(setup: TrainSetup, batch: Batch, num_counted: float, techniques: Tec
     """A micro-batch's part of the step's loss, with what its backward pass needs."""
     device = batch.input_ids_BT.device
     smoothing = setup.label_smoothing
-    with setup.noise.over(batch) if setup.noise else nullcontext():
+    beside = setup.extra_loss.over(batch) if setup.extra_loss else nullcontext()
+    with setup.noise.over(batch) if setup.noise else nullcontext(), beside:
         if setup.engine:  # its weights are in the compute precision already
             return loss_sum(setup.engine.model, batch, techniques.loss_type, smoothing) / num_counted
         with autocast(device.type, techniques.dtype), _offload(setup, techniques, device), _known_layers(setup, batch):
             return _weighed_loss(setup, batch, techniques, smoothing) / num_counted
+
+
+def extra_part(setup: TrainSetup, batch: Batch, num_counted: float) -> torch.Tensor | None:
+    """The part of the step's loss beside the tokens' that belongs to the batch of the last `forward`; None without."""
+    if setup.extra_loss is None:
+        return None
+    own = len(batch.sample_ids) if setup.objective else batch.targets_S.numel()
+    return setup.extra_loss() * (own / num_counted)
 
 
 def _weighed_loss(setup: TrainSetup, batch: Batch, techniques: Techniques, smoothing: float) -> torch.Tensor:

@@ -15,6 +15,7 @@ from strategies.compatibility import conflict
 from strategies.contract import Method, MethodDefaults
 from strategies.export import LOADERS
 from strategies.measure.trace import Lengths
+from strategies.registry import owner_of
 from strategies.shape import ModelShape
 from strategies.step.quantise import keep_layout
 from strategies.step.state import gather, restore
@@ -153,8 +154,11 @@ def test_an_evaluation_changes_neither_the_model_nor_the_gradients_after_it(meth
     assert all(torch.equal(value, weights[name]) for name, value in setup.model.state_dict().items() if name in weights)
 
 
-def test_the_plan_knows_whether_setup_acts_between_steps(method, model):
-    assert (method.setup(model, settings()).between is not None) == method.acts_between
+def test_the_plan_knows_whether_setup_acts_between_steps_and_adds_a_loss(method, model):
+    setup = method.setup(model, settings())
+
+    assert (setup.between is not None) == method.acts_between
+    assert (setup.extra_loss is not None) == method.adds_loss
 
 
 def test_two_setups_with_one_seed_are_equal(method, model):
@@ -169,7 +173,8 @@ def test_two_setups_with_one_seed_are_equal(method, model):
 def test_a_method_says_what_it_hands_back_and_of_every_engine_whether_it_loads_it(method, model):
     exports = method.exports(ModelShape.from_config(model.config.to_dict()))
 
-    assert exports.loads_with and exports.loads_with | set(exports.cannot) == set(LOADERS)
+    assert exports.loads_with | set(exports.cannot) == set(LOADERS)
+    assert bool(exports.loads_with) == (exports.format != "own") == (method.own_format is None)
     assert all(len(why) > 20 for why in exports.cannot.values())
     assert method.setup(model, settings()).export_format == exports.format
 
@@ -202,12 +207,35 @@ def test_engines_that_are_named_load_what_was_trained_and_others_do_not(loader, 
     setup.export(tmp_path / "out")
 
     assert not list((tmp_path / "out").rglob("*.bin"))
-    if loader in exports.loads_with or exports.is_adapter:
+    if exports.format == "own":  # known to nobody else, who says so by its name
+        with pytest.raises((KeyError, ValueError), match=method.own_format):
+            loads_as_trained(loader, exports, base, tmp_path / "out", setup.model)
+    elif loader in exports.loads_with or exports.is_adapter:
         found = loads_as_trained(loader, exports, base, tmp_path / "out", setup.model)
         assert found == (loader in exports.loads_with)
     else:
         with pytest.raises(ValueError, match=r"adapter_config\.json"):
             loads_as_trained(loader, exports, base, tmp_path / "out", setup.model)
+
+
+def test_what_is_handed_back_in_a_methods_own_format_is_put_on_the_base_by_it(method, model, model_folder, tmp_path):
+    setup, ids = method.setup(model, settings()), torch.arange(20)[None]
+    with torch.no_grad():
+        for parameter in setup.parameters.values():
+            parameter.add_(0.01 * torch.randn_like(parameter))
+    setup.export(tmp_path / "out")
+    owner = owner_of(tmp_path / "out")
+
+    assert owner is (type(method) if method.own_format else None)
+    if owner is None:
+        with pytest.raises(ValueError, match="no format of its own"):
+            method.load(model, tmp_path / "out")
+        return
+    loaded = owner.load(base_model(method, model_folder), tmp_path / "out")
+    setup.model.eval()
+    with torch.no_grad():
+        assert torch.allclose(loaded(ids).logits, setup.model(ids).logits, rtol=0, atol=1e-5)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
 def test_training_goes_the_same_way_from_a_checkpoint(method, model):

@@ -76,6 +76,7 @@ def _plain_numbers(event: Event, members: Sequence[Member]) -> dict[str, float]:
         case StepReport():
             busy = {f"lane/{lane}_s": seconds for lane, seconds in (event.lane_s or {}).items()}
             found |= worker_stats.metrics(members, event) | busy | (event.rewards or {})
+            found |= event.extra_loss or {}
         case Evaluation():
             found |= {f"eval_{name}": value for name, value in _numeric(event.extra).items()}
         case LearningReport():

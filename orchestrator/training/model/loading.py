@@ -22,6 +22,7 @@ from orchestrator.training.model import export
 from orchestrator.training.worker_context import WorkerContext
 from strategies.model import heads
 from strategies.model.architecture import LoadReport, faults, quiet
+from strategies.registry import load_adapter
 from strategies.shape import SCORE
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
@@ -181,7 +182,7 @@ def placement_arguments(device: torch.device) -> dict[str, Any]:
 
 
 def load_exported(context: WorkerContext, folder: Path, techniques: Techniques, attention: str) -> Any:
-    """What a run handed back, in the precision it was trained in: a whole model, or by plain PEFT on its base."""
+    """What a run handed back, in the precision it was trained in: a whole model, or an adapter on its base."""
     method = context.plan.build_method()
     placing = Placing(method.load_dtype(techniques), context.device, attention, method.load_arguments(techniques))
     load = partial(load_model, job=context.job, placing=placing)
@@ -200,6 +201,4 @@ def load_tuned(load: Callable[[str], Any], folder: Path, base: str) -> Any:
     """The model in a folder, or its adapter on the base model; `load` loads a model from where it lies."""
     if not export.is_adapter(folder):
         return load(str(folder))
-    from peft import PeftModel
-
-    return PeftModel.from_pretrained(load(base), str(folder))
+    return load_adapter(load(base), folder)
