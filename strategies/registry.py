@@ -17,6 +17,7 @@ from strategies.objectives.orpo import Orpo
 from strategies.objectives.reward import Reward
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
+from strategies.pruning.method import PrunedLora
 from strategies.techniques.catalogue import read_catalogue
 from strategies.techniques.technique import Technique
 
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_apollo": Apollo,
     "experimental_shira": Shira,
     "experimental_boosted_lora": BoostedLora,
+    "experimental_pruned_lora": PrunedLora,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first

@@ -47,6 +47,7 @@ ROOMS = (
     ("strategies.lsp_offload",),
     ("strategies.multi_lora",),
     ("strategies.methods",),
+    ("strategies.pruning",),
     ("strategies.compatibility",),
     ("strategies.registry",),
     ("strategies",),

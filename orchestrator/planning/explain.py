@@ -220,6 +220,8 @@ def explain_choice(
     reasons = {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
     if workload.needs_reference:
         reasons["objective.type"] = why_reference(chosen, workload)
+    if sizes := chosen.method.exports(workload.shape).sizes:
+        reasons["method.type"] = f"as the job says; of what is handed back {sizes}"
     return reasons | _explain_pipelines(spec, chosen, fitting)
 
 
