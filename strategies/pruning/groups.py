@@ -24,6 +24,7 @@ class MapPart:
 
     path: str  # of the map within its layer, e.g. mlp.gate_proj
     is_input: bool  # columns
+    count: int  # groups in this map
     width: int = 1
     offset: int = 0  # where those of the first group begin
 
@@ -63,26 +64,26 @@ def channels_of(shape: ModelShape, ratio: float, multiple_of: int) -> PrunedGrou
     """The channels of a gated MLP, fused or not."""
     at, (*inward, down), f = shape.family.mlp_at, shape.family.mlp, shape.intermediate_size
     into = [(inward[0], 0), (inward[0], f)] if len(inward) == 1 else [(name, 0) for name in inward]
-    parts = [MapPart(f"{at}.{name}", False, 1, offset) for name, offset in into]
-    parts.append(MapPart(f"{at}.{down}", True))
+    parts = [MapPart(f"{at}.{name}", False, f, 1, offset) for name, offset in into]
+    parts.append(MapPart(f"{at}.{down}", True, f))
     return PrunedGroups("channels", f, kept_of(f, ratio, multiple_of), shape.num_layers, tuple(parts))
 
 
 def heads_of(shape: ModelShape, ratio: float) -> PrunedGroups:
     """The key-value groups of an attention whose queries, keys and values are maps of their own."""
-    at, own = shape.family.attention_at, shape.head_dim
-    shared = shape.num_heads // shape.num_kv_heads * own
-    parts = [MapPart(f"{at}.{name}", False, shared if name == "q_proj" else own) for name in _APART[:3]]
-    parts.append(MapPart(f"{at}.o_proj", True, shared))
-    kept = kept_of(shape.num_kv_heads, ratio)
-    return PrunedGroups("heads", shape.num_kv_heads, kept, shape.num_layers, tuple(parts))
+    at, own, count = shape.family.attention_at, shape.head_dim, shape.num_kv_heads
+    shared = shape.num_heads // count * own
+    parts = [MapPart(f"{at}.{name}", False, count, shared if name == "q_proj" else own) for name in _APART[:3]]
+    parts.append(MapPart(f"{at}.o_proj", True, count, shared))
+    return PrunedGroups("heads", count, kept_of(count, ratio), shape.num_layers, tuple(parts))
 
 
 def layers_of(shape: ModelShape, ratio: float) -> PrunedGroups:
     """The decoder layers themselves, without the first ones and the last."""
     count = shape.num_layers
     first = max(1, round(_PROTECTED * count))
-    return PrunedGroups("layers", count, kept_of(count, ratio), 1, protected=(*range(first), count - 1))
+    parts = tuple(MapPart(linear.path, False, 1, linear.outputs) for linear in shape.linears)
+    return PrunedGroups("layers", count, kept_of(count, ratio), 1, parts, (*range(first), count - 1))
 
 
 def why_unknown(shape: ModelShape, with_heads: bool) -> str | None:

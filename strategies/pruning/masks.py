@@ -3,7 +3,7 @@
 Channels and heads are masked where the last map of their block reads them, which then sees zeros; a masked layer hands
 on what it received.  Gates, where there are some, stand on the masks with a straight-through gradient:
 
-    y = W (x * (m + p - p)),  p = sigmoid(s)        numerically m, with the gradient of p
+    y = W (x * (m + (p - p))),  p = sigmoid(s)        the number m, with the gradient of p
 
 Legend: N groups of a kind, K rows that are chosen from apart (the layers; 1 where layers themselves are the groups).
 """
@@ -59,7 +59,7 @@ class GroupMasks:
         mask_N = self.kept_KN[name][number]
         if gates := self.gates.get(name):
             soft_N = torch.sigmoid(gates[number])
-            mask_N = mask_N + soft_N - soft_N.detach()
+            mask_N = mask_N + (soft_N - soft_N.detach())  # exactly the mask
         if (width := self.groups[name].masked.width) > 1:
             mask_N = mask_N.repeat_interleave(width)
         return inputs[0] * mask_N.to(inputs[0].dtype), *inputs[1:]

@@ -27,7 +27,7 @@ from strategies.shape import ModelShape
 from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
 
-_SCORED_BYTES = 16.0  # read and written for each weight that is scored, beside what stays in caches
+_SCORED_BYTES = 4.0  # read for each weight whose norm is asked, beside what stays in caches
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,10 @@ class PrunedLora(PredictedMethod):
         channels = channels_of(shape, self.ratio, self.multiple_of)
         return (channels, heads_of(shape, self.ratio)) if self.groups == "mlp+attention" else (channels,)
 
+    def smaller(self, shape: ModelShape) -> ModelShape:
+        """The sizes of what is handed back."""
+        return smaller_shape(shape, self.pruned(shape))
+
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         with_heads = self.groups == "mlp+attention"
         if why := why_unknown(shape, with_heads):
@@ -142,7 +146,9 @@ class PrunedLora(PredictedMethod):
         groups = self.pruned(shape)
         numbers = sum(one.rows * one.count for one in groups)
         gates = numbers if self.score == "gate" else 0
-        widths = {one.name: one.count * one.masked.width if one.parts else shape.hidden_size for one in groups}
+        widths = {
+            one.name: shape.hidden_size if one.name == "layers" else one.count * one.masked.width for one in groups
+        }
         kept = g * sum(widths.values()) if gates else 0.0  # what a gate's gradient asks for: the input before it
         footprint, work = found.footprint, found.work
         return Costs(
@@ -162,21 +168,22 @@ class PrunedLora(PredictedMethod):
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
     ) -> StrategyPlan:
-        """With the scores of a step, of all steps in which masks may still move."""
+        """With a part of what a move of the masks takes, on average over all steps."""
         plan = super().estimate(workload, device, node, techniques)
         weights = self._num_scored(workload.shape)
         rate, _ = time.product_rate(device, node, "float32")
         bandwidth, _ = time.memory_rate(device)
-        a_weight_s = 6.0 * self.lora_r / rate + _SCORED_BYTES / bandwidth
-        update_s = plan.time.update_s + self.prune_until * weights * a_weight_s
+        a_move_s = weights * (2.0 * self.lora_r / rate + _SCORED_BYTES / bandwidth)
+        moves = (self.prune_until - self.prune_from) / self.mask_every
+        update_s = plan.time.update_s + moves * a_move_s
         return replace(plan, time=replace(plan.time, update_s=update_s))
 
     def _num_scored(self, shape: ModelShape) -> int:
-        """Weights that a step's scores are summed over."""
-        if self.score not in ("lora", "layer"):
+        """Weights whose norms a move of the masks asks."""
+        if self.score in ("gate", "random"):
             return 0
         paths = {part.path for one in self.pruned(shape) for part in one.parts}
-        maps = [one for one in shape.linears if not paths or one.path in paths]
+        maps = [one for one in shape.linears if one.path in paths]
         return shape.num_layers * sum(one.inputs * one.outputs for one in maps)
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:

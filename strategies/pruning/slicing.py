@@ -107,7 +107,7 @@ class SmallerModel:
             (one, part)
             for one in self.masks.groups.values()
             for part in one.parts
-            if part.path == module and not (kind == "bias" and part.is_input)
+            if one.name != "layers" and part.path == module and not (kind == "bias" and part.is_input)
         ]
 
     def _slice(self, tensor: torch.Tensor, layer: int, parts: Sequence[tuple[PrunedGroups, MapPart]]) -> torch.Tensor:
