@@ -19,6 +19,8 @@ import torch.distributed as dist
 
 from strategies.pruning.groups import PrunedGroups
 
+_KEPT, GATE = "pruning_kept", "pruning_gate"
+
 
 class GroupMasks:
     """The masks of a model, in place: a checkpoint writes into the very tensors that the hooks read."""
@@ -40,36 +42,17 @@ class GroupMasks:
         """What a checkpoint must hold, by name."""
         return {f"pruning.{name}.kept": kept for name, kept in self.kept_KN.items()}
 
-    @property
-    def gate_parameters(self) -> dict[str, torch.nn.Parameter]:
-        return {
-            f"pruning.{name}.gate.{number}": gate
-            for name, gates in self.gates.items()
-            for number, gate in enumerate(gates)
-        }
-
     def _hook(self, one: PrunedGroups, number: int, layer: Any) -> None:
+        """Give a module its part of the mask as a buffer, and a gate, where its hook finds what is in their place."""
         if one.name == "layers":
-            layer.register_forward_hook(partial(self._pass_on, number), with_kwargs=True)
-        else:
-            masked = layer.get_submodule(one.masked.path)
-            masked.register_forward_pre_hook(partial(self._mask_input, one.name, number))
-
-    def _mask_input(self, name: str, number: int, layer: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
-        mask_N = self.kept_KN[name][number]
-        if gates := self.gates.get(name):
-            soft_N = torch.sigmoid(gates[number])
-            mask_N = mask_N + (soft_N - soft_N.detach())  # exactly the mask
-        if (width := self.groups[name].masked.width) > 1:
-            mask_N = mask_N.repeat_interleave(width)
-        return inputs[0] * mask_N.to(inputs[0].dtype), *inputs[1:]
-
-    def _pass_on(self, number: int, layer: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
-        received = inputs[0] if inputs else named["hidden_states"]
-        is_kept = self.kept_KN["layers"][0, number] > 0
-        if isinstance(output, tuple):
-            return (torch.where(is_kept, output[0], received), *output[1:])
-        return torch.where(is_kept, output, received)
+            layer.register_buffer(_KEPT, self.kept_KN[one.name][0, number], persistent=False)
+            layer.register_forward_hook(_pass_on, with_kwargs=True)
+            return
+        masked = layer.get_submodule(one.masked.path)
+        masked.register_buffer(_KEPT, self.kept_KN[one.name][number], persistent=False)
+        if gates := self.gates.get(one.name):
+            masked.register_parameter(GATE, gates[number])
+        masked.register_forward_pre_hook(partial(_mask_input, one.masked.width))
 
     def num_removed(self, name: str) -> int:
         """How many groups of a kind are masked, in each row alike."""
@@ -86,6 +69,23 @@ class GroupMasks:
         lowest = scores_KN.argsort(dim=1, stable=True)[:, :count]
         mask_KN = torch.ones_like(scores_KN).scatter_(1, lowest, 0.0)
         kept_KN.copy_(_as_first_worker(mask_KN.to(kept_KN)))
+
+
+def _mask_input(width: int, module: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
+    mask_N = getattr(module, _KEPT)
+    if (gate_N := getattr(module, GATE, None)) is not None:
+        soft_N = torch.sigmoid(gate_N)
+        mask_N = mask_N + (soft_N - soft_N.detach())  # exactly the mask
+    if width > 1:
+        mask_N = mask_N.repeat_interleave(width)
+    return inputs[0] * mask_N.to(inputs[0].dtype), *inputs[1:]
+
+
+def _pass_on(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> Any:
+    received, is_kept = inputs[0] if inputs else named["hidden_states"], getattr(layer, _KEPT) > 0
+    if isinstance(output, tuple):
+        return (torch.where(is_kept, output[0], received), *output[1:])
+    return torch.where(is_kept, output, received)
 
 
 def _as_first_worker(mask_KN: torch.Tensor) -> torch.Tensor:

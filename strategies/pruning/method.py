@@ -190,7 +190,7 @@ class PrunedLora(PredictedMethod):
         from strategies.methods.kept_pairs import pairs_of
         from strategies.model.architecture import architecture_of, decoder_layers
         from strategies.pruning.between import PruningSteps
-        from strategies.pruning.masks import GroupMasks
+        from strategies.pruning.masks import GATE, GroupMasks
         from strategies.pruning.scores import GateScores, MapScores, RandomScores
         from strategies.pruning.slicing import SmallerModel
 
@@ -206,9 +206,9 @@ class PrunedLora(PredictedMethod):
                 by_layer[layer][name.removeprefix(f"{prefix}.{layer}.")] = pair
         if self.score == "gate":
             scores = GateScores(masks.gates)
-            gates = list(masks.gate_parameters.values())
-            setup.optimizer.add_param_group({"params": gates, "lr": 0.0, "base_lr": 0.0, "weight_decay": 0.0})
-            setup.parameters |= masks.gate_parameters
+            gates = {name: gate for name, gate in setup.model.named_parameters() if name.endswith(GATE)}
+            setup.optimizer.add_param_group({"params": list(gates.values()), "lr": 0.0, "base_lr": 0.0})
+            setup.parameters |= gates
         elif self.score == "random":
             scores = RandomScores(groups, settings.seed)
         else:

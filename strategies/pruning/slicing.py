@@ -14,7 +14,7 @@ import torch
 
 from strategies.model.architecture import architecture_of
 from strategies.pruning.groups import MapPart, PrunedGroups
-from strategies.pruning.masks import GroupMasks
+from strategies.pruning.masks import GATE, GroupMasks
 from strategies.shape import ModelShape
 from strategies.train_setup import AdapterPair
 
@@ -81,7 +81,7 @@ class SmallerModel:
         }
         found = {}
         for key, tensor in inner.state_dict().items():
-            if ".lora_A." in key or ".lora_B." in key:
+            if ".lora_A." in key or ".lora_B." in key or key.endswith(GATE):
                 continue
             name, pair = key.replace(".base_layer.", "."), corrections.get(key)
             layer, path = _place(name, prefix)
