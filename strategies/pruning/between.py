@@ -8,15 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from strategies.pruning.groups import words_of
 from strategies.pruning.masks import GroupMasks
 from strategies.pruning.schedule import SparsitySchedule
 from strategies.pruning.scores import GroupScores
-
-_WORDS = {
-    "channels": "channels of each MLP",
-    "heads": "key-value groups of each layer",
-    "layers": "layers",
-}
 
 
 class PruningSteps:
@@ -44,11 +39,13 @@ class PruningSteps:
         removed = {name: one.removed_at(part) for name, one in groups.items()}
         for name, count in removed.items():
             self._masks.remove(name, self._scores.of(name), count, self._scores.may_return)
-        parts = [f"{count} of {groups[name].count} {_WORDS[name]}" for name, count in removed.items()]
-        left, last = self._count_parameters(removed), done == self._schedule.end
-        after = "; from here on masks stay, and what is left recovers" if last else ""
+        parts = " and ".join(words_of(groups[name], count) for name, count in removed.items())
+        left = self._count_parameters(removed)
+        text = f"{parts} are masked: {left:,} parameters are left"
+        if done == self._schedule.end:
+            text = f"{parts} are masked: {left:,} parameters are left. From here on masks stay, and the rest recovers"
         return {
-            "text": f"{' and '.join(parts)} are masked: {left:,} parameters are left{after}",
+            "text": text,
             "removed": removed,
             "parameters_left": left,
         }

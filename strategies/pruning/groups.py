@@ -118,9 +118,18 @@ def smaller_shape(shape: ModelShape, groups: Iterable[PrunedGroups]) -> ModelSha
     return shape
 
 
+def words_of(one: PrunedGroups, number: int) -> str:
+    """So many of the groups of a kind, in words."""
+    words = {
+        "channels": f"{number} of {one.count} channels of each MLP",
+        "heads": f"{number} of {one.count} key-value groups of each layer",
+        "layers": f"{number} of {one.count} layers",
+    }
+    return words[one.name]
+
+
 def describe(shape: ModelShape, groups: Sequence[PrunedGroups]) -> str:
     """What remains of a model, in words: groups and parameters."""
     smaller, whole = smaller_shape(shape, groups).num_parameters, shape.num_parameters
-    kinds = {"channels": "channels of each MLP", "heads": "key-value groups of each layer", "layers": "layers"}
-    parts = [f"{one.kept} of {one.count} {kinds[one.name]}" for one in groups]
-    return f"{' and '.join(parts)} remain: {smaller:,} of {whole:,} parameters ({1 - smaller / whole:.1%} fewer)"
+    parts = " and ".join(words_of(one, one.kept) for one in groups)
+    return f"{parts} remain: {smaller:,} of {whole:,} parameters ({1 - smaller / whole:.1%} fewer)"

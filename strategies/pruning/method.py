@@ -117,11 +117,18 @@ class PrunedLora(PredictedMethod):
 
     def _refuse_counts(self, shape: ModelShape) -> str | None:
         for one in self.pruned(shape):
+            if not one.removed and one.name == "channels":
+                return (
+                    f"method.ratio {self.ratio:g} of {one.count} channels removes none of them: raise it, or lower"
+                    f" method.multiple_of, which is {self.multiple_of}"
+                )
+            if not one.removed and one.name == "heads":
+                return (
+                    f"method.ratio {self.ratio:g} of {one.count} key-value groups removes none of them: raise it, or set"
+                    " groups: mlp"
+                )
             if not one.removed:
-                what = f"method.ratio {self.ratio:g} of {one.count} {one.name} removes none of them"
-                more = ", or lower method.multiple_of" if one.name == "channels" else ""
-                less = ", or set groups: mlp" if one.name == "heads" else ""
-                return f"{what}: raise it{more}{less}"
+                return f"method.ratio {self.ratio:g} of {one.count} layers removes none of them: raise it"
             if one.removed > one.count - len(one.protected):
                 most = one.count - len(one.protected)
                 return (

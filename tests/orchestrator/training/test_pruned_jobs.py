@@ -54,7 +54,7 @@ def test_a_job_is_planned_with_the_sizes_of_what_it_hands_back(folder, done):
     assert plan.memory.total_bytes > 0 and plan.step_s > 0
     assert settings_of(plan)["method.type"] == "experimental_pruned_lora"
     assert plan.reasons["method.type"] == (
-        "as the job says; of what is handed back 64 of 128 channels of each MLP and 1 of 2 key-value groups of each"
+        "as the job says; what is handed back: 64 of 128 channels of each MLP and 1 of 2 key-value groups of each"
         " layer remain: 62,784 of 99,648 parameters (37.0% fewer)"
     )
     shown = called("plan", "job.yaml", cwd=folder, check=0).stdout

@@ -101,7 +101,7 @@ OLMO2 = dataclasses.replace(TINY, model_type="olmo2")
         ({"groups": "mlp+attention"}, {}, PHI3, "phi3's attention is qkv_proj, o_proj: set method.groups: mlp"),
         ({"groups": "mlp+attention"}, {}, OLMO2, "norms all heads together"),
         ({"ratio": 0.1}, {}, TINY, "of 128 channels removes none of them: raise it, or lower method.multiple_of"),
-        ({"groups": "mlp+attention", "ratio": 0.2}, {}, TINY, "of 2 heads removes none of them"),
+        ({"groups": "mlp+attention", "ratio": 0.2}, {}, TINY, "of 2 key-value groups removes none of them"),
         ({"score": "layer", "ratio": 0.5}, {}, TINY, "of 2 layers is 1, and the first layers and the last stay: 0"),
         ({"score": "layer", "groups": "mlp+attention"}, {}, SMOLLM2, "set groups: mlp"),
         ({"prune_from": 0.5, "prune_until": 0.4}, {}, TINY, "lower prune_from"),
