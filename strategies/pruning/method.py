@@ -124,8 +124,8 @@ class PrunedLora(PredictedMethod):
                 )
             if not one.removed and one.name == "heads":
                 return (
-                    f"method.ratio {self.ratio:g} of {one.count} key-value groups removes none of them: raise it, or set"
-                    " groups: mlp"
+                    f"method.ratio {self.ratio:g} of {one.count} key-value groups removes none of them: raise it, or"
+                    " set groups: mlp"
                 )
             if not one.removed:
                 return f"method.ratio {self.ratio:g} of {one.count} layers removes none of them: raise it"
@@ -141,11 +141,14 @@ class PrunedLora(PredictedMethod):
         return self._lora.find_misfits(architecture)
 
     def exports(self, shape: ModelShape) -> Export:
-        """A plain model of the base's family.  Of one without some heads only transformers was tried."""
+        """A plain model of the base's family.
+
+        llama.cpp was tried with a Llama, also with fewer heads (tests/orchestrator/export/test_llama_cpp.py), vLLM not.
+        """
         cannot: dict[Loader, str] = {"peft": "it is a whole model, and PEFT puts adapters onto one"}
         if self.groups == "mlp+attention":
             narrow = "a model whose heads together are narrower than its hidden state was not tried with it"
-            cannot |= {"vllm": narrow, "llama.cpp": narrow}
+            cannot |= {"vllm": narrow}
         return Export("model", cannot, describe(shape, self.pruned(shape)))
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:

@@ -334,3 +334,23 @@ def test_of_two_jobs_that_are_submitted_under_one_name_at_once_one_is_refused_an
         config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
         assert config["r"] == run.job().spec.method.lora_r == run.plan().method["lora_r"] == trained
         assert f"both-{number}" in done[8 - trained].output
+
+
+@pytest.mark.slow  # of the parts, tests/orchestrator/training/test_pruned_jobs.py proves it
+def test_two_workers_prune_a_model_and_hand_it_back_smaller(place):
+    from transformers import AutoModelForCausalLM
+
+    keys = ["method={type: experimental_pruned_lora, ratio: 0.5}", "cluster.num_workers=2", "train.max_steps=30"]
+    stated = [part for key in [*keys, "eval.eval_steps=10"] for part in ("--set", key)]
+
+    done = orchestrator("submit", "job.yaml", "--json", *stated, cwd=place, check=0)
+
+    told = json.loads(done.stdout)
+    run = RunFolder(Path(told["path"]))
+    model = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    assert model.config.intermediate_size == 64 and len(run.plan().nodes) == 2
+    assert f": {sum(p.numel() for p in model.parameters()):,} of" in run.plan().reasons["method.type"]
+    assert told["result"]["after"]["eval_loss"] < told["result"]["before"]["eval_loss"]
+    assert run.result().handed_back.step >= 15
+    assert "gives the logits of what was trained" in run.result().check
+    assert "Sizes: 64 of 128 channels of each MLP remain" in (run.path / "model" / "README.md").read_text()

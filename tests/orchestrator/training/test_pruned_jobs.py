@@ -97,7 +97,7 @@ def test_the_model_card_says_what_is_smaller_and_what_loads_it(done):
 
     assert "library_name: transformers" in card and "score=lora" in card
     assert "- Sizes: 64 of 128 channels of each MLP and 1 of 2 key-value groups of each layer remain" in card
-    assert "- Loads with: transformers\n" in card and "narrower than its hidden state was not tried" in card
+    assert "- Loads with: transformers, llama.cpp" in card and "narrower than its hidden state was not tried" in card
 
 
 def test_a_job_that_stopped_amid_the_masks_is_resumed_bit_by_bit(folder, done):
