@@ -32,6 +32,7 @@ class Export:
     format: ExportFormat
     cannot: Mapping[Loader, str] = field(default_factory=dict)  # engine -> why, to be read after its name
     unmerged: str | None = None  # why base and adapter are never one plain model; None where they can be
+    sizes: str = ""  # of a model, where they are not the base's
 
     @property
     def loads_with(self) -> frozenset[Loader]:
@@ -62,9 +63,10 @@ class Export:
 
     @property
     def sentences(self) -> list[str]:
-        """Which engines load it, and why another one does not, a line each."""
+        """Which sizes it has, which engines load it, and why another one does not, a line each."""
         loads = ", ".join(NAMES[engine] for engine in LOADERS if engine in self.loads_with)
-        lines = [f"Loads with: {loads}"] if loads else []
+        lines = [f"Sizes: {self.sizes}"] if self.sizes else []
+        lines += [f"Loads with: {loads}"] if loads else []
         if self.format == "own":
             lines.append("Loads with this program alone: evaluate, chat, serve --engine transformers")
         lines += [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]

@@ -32,6 +32,7 @@ class TrainSettings:
     seed: int
     start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
     num_samples: int = 0  # of the training data
+    num_steps: int = 0  # of the whole run; 0 where none is planned
 
 
 @dataclass(frozen=True)
@@ -368,6 +369,10 @@ class TrainSetup:
     kept: KeptCorrections | None = None  # where pairs start again
     written: Callable[[], Mapping[str, torch.Tensor]] | None = None  # trained weights as `export` writes them, where
     # those are others than the parameters
+    export_is_rounded: bool = False  # they are sums that training computes with unrounded
+    settled_after: int = (
+        0  # steps before the model is the one to be handed back: held-out losses until then choose none
+    )
 
     @property
     def device(self) -> torch.device:

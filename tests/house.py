@@ -48,6 +48,7 @@ ROOMS = (
     ("strategies.multi_lora",),
     ("strategies.methods",),
     ("strategies.mixture",),
+    ("strategies.pruning",),
     ("strategies.compatibility",),
     ("strategies.registry",),
     ("strategies",),

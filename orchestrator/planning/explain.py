@@ -18,7 +18,7 @@ from orchestrator.planning.goal import pareto, prior_of
 from orchestrator.planning.plan import Alternative
 from orchestrator.planning.remedies import Accepts, PlanInputs, find_remedies
 from orchestrator.planning.settings import describe_techniques
-from orchestrator.planning.workload import why_kept, why_reference, why_shared
+from orchestrator.planning.workload import explain_kinds, why_kept, why_shared
 from strategies.compatibility import conflict
 from strategies.contract import StrategyPlan
 from strategies.cost.pipeline import WORTH_A_DEVICE
@@ -218,9 +218,7 @@ def explain_choice(
         "cluster.num_workers": "the devices that together are best by the goal",
     }
     reasons = {key: why for key, why in reasons.items() if value_of(spec, key) == "auto"}
-    if workload.needs_reference:
-        reasons["objective.type"] = why_reference(chosen, workload)
-    return reasons | _explain_pipelines(spec, chosen, fitting)
+    return reasons | explain_kinds(chosen, workload) | _explain_pipelines(spec, chosen, fitting)
 
 
 def _explain_pipelines(spec: JobSpec, chosen: Candidate, fitting: Sequence[Candidate]) -> dict[str, str]:

@@ -170,7 +170,16 @@ def _what_is_kept(chosen: Candidate, workload: Workload, on_disk: bool) -> str:
     return f"{text}; each worker keeps what it has seen itself" if len(sizes) > 1 else text
 
 
-def why_reference(chosen: Candidate, workload: Workload) -> str:
+def explain_kinds(chosen: Candidate, workload: Workload) -> dict[str, str]:
+    """What is to be said of the method and of the objective, whether the job states them or not, by key."""
+    sizes = chosen.method.exports(workload.shape).sizes
+    reasons = {"method.type": f"as the job says; what is handed back: {sizes}"} if sizes else {}
+    if workload.needs_reference:
+        reasons["objective.type"] = _why_reference(chosen, workload)
+    return reasons
+
+
+def _why_reference(chosen: Candidate, workload: Workload) -> str:
     """Where the log-probabilities under the reference come from, and what they cost."""
     epochs = workload.num_samples_seen / workload.num_samples
     if not stores_reference(workload, chosen.method.starts_as_base):

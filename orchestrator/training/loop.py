@@ -158,7 +158,7 @@ def _adapt_shares(training: Training, samples: StepSamples, report: GroupReport)
 
 
 def _evaluate(training: Training) -> bool:
-    """Measure the held-out loss; whether it is the lowest so far."""
+    """Measure the held-out loss; whether it is the lowest so far of a model that may be handed back."""
     progress, held_out = training.progress, training.held_out
     assert held_out is not None
     try:
@@ -167,6 +167,8 @@ def _evaluate(training: Training) -> bool:
         training.hooks.note(f"the held-out rows were not measured after step {progress.step}: {error}")
         return False
     training.hooks.record(Evaluation(progress.step, found.loss, extra=found.rewards))
+    if progress.step < training.setup.settled_after:
+        return False
     return progress.add_eval_loss(found.loss, training.schedule.early_stopping_patience)
 
 

@@ -354,3 +354,23 @@ def test_experts_of_lora_are_submitted_evaluated_and_refused_a_merge(place):
     assert json.loads(again.stdout)["eval_loss"] == pytest.approx(run.result().after.scores["eval_loss"], abs=1e-5)
     assert "is not merged: each token passes experts of its own choice" in refused.stderr
     assert "Loads with this program alone" in stated.stdout and not (place / "plain").exists()
+
+
+@pytest.mark.slow  # of the parts, tests/orchestrator/training/test_pruned_jobs.py proves it
+def test_two_workers_prune_a_model_and_hand_it_back_smaller(place):
+    from transformers import AutoModelForCausalLM
+
+    keys = ["method={type: experimental_pruned_lora, ratio: 0.5}", "cluster.num_workers=2", "train.max_steps=30"]
+    stated = [part for key in [*keys, "eval.eval_steps=10"] for part in ("--set", key)]
+
+    done = orchestrator("submit", "job.yaml", "--json", *stated, cwd=place, check=0)
+
+    told = json.loads(done.stdout)
+    run = RunFolder(Path(told["path"]))
+    model = AutoModelForCausalLM.from_pretrained(run.path / "model")
+    assert model.config.intermediate_size == 64 and len(run.plan().nodes) == 2
+    assert f": {sum(p.numel() for p in model.parameters()):,} of" in run.plan().reasons["method.type"]
+    assert told["result"]["after"]["eval_loss"] < told["result"]["before"]["eval_loss"]
+    assert run.result().handed_back.step >= 15
+    assert "gives the logits of what was trained" in run.result().check
+    assert "Sizes: 64 of 128 channels of each MLP remain" in (run.path / "model" / "README.md").read_text()

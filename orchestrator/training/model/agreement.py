@@ -138,14 +138,14 @@ def digest(weight: torch.Tensor) -> str:
 
 
 def compare(
-    portrait: Portrait, folder: Path, load: Callable[[str], Any], what: str, is_engine: bool = False
+    portrait: Portrait, folder: Path, load: Callable[[str], Any], what: str, is_rounded: bool = False
 ) -> Agreement:
     """Compare what was written to `folder`, and the model that `load(attention)` makes of it, with a portrait.
 
     A weight may be loaded in less precision than it was trained and written in; then the tolerance is that of rounding.
     Raises RunFailed naming the first trained weight that is another, or the largest difference of the logits; an
     out-of-memory error where the model does not fit.
-    `is_engine`: the trained model computed with rounded copies of the weights that are handed back.
+    `is_rounded`: the trained model computed with weights of more or less precision than those that are handed back.
     """
     try:
         model = load(portrait.attention)
@@ -163,7 +163,7 @@ def compare(
         reason = f"some are not finite in {portrait.dtype}"
         text = f"{what} holds the {len(portrait.weights)} weights that were trained; logits not compared: {reason}"
         return Agreement(text, portrait.dtype, num_weights=len(portrait.weights), reason=reason)
-    rounded = is_engine or bool(loaded)
+    rounded = is_rounded or bool(loaded)
     result = judge(portrait.logits_BTV, found, portrait.dtype, what, rounded, len(portrait.weights))
     if portrait.logits_BTV.dim() < 3:  # scores of documents predict no tokens
         return result

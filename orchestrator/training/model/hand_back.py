@@ -87,14 +87,15 @@ def check(
 
     Raises RunFailed where the two differ; then nothing is handed back.
     """
-    folder, device, is_engine = run.path / setup.export_folder, context.device, bool(setup.engine)
+    folder, device = run.path / setup.export_folder, context.device
+    is_rounded = bool(setup.engine) or setup.export_is_rounded
     what = f"the {folder.name}"
     setup.release()
     release_cache()
     load = partial(load_exported, context, folder, techniques)
     reason = agreement.no_room(portrait.bytes, device)
     try:
-        found = None if reason else agreement.compare(portrait, folder, load, what, is_engine)
+        found = None if reason else agreement.compare(portrait, folder, load, what, is_rounded)
     except RunFailed:
         run.take_back("result.json")
         shutil.rmtree(folder)

@@ -169,6 +169,7 @@ def train_settings(
         adam_epsilon=train.adam_epsilon,
         techniques=techniques,
         seed=train.seed,
+        num_steps=plan.num_steps,
         start_remote=start_remote,
     )
 
