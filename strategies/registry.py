@@ -18,6 +18,7 @@ from strategies.objectives.orpo import Orpo
 from strategies.objectives.reward import Reward
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
+from strategies.sparse_memory.method import SparseMemory
 from strategies.techniques.catalogue import read_catalogue
 from strategies.techniques.technique import Technique
 
@@ -31,6 +32,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_shira": Shira,
     "experimental_boosted_lora": BoostedLora,
     "experimental_mixlora": MixLora,
+    "experimental_memory": SparseMemory,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first

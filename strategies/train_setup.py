@@ -218,6 +218,25 @@ class Weighing(Protocol):
         ...
 
 
+class HeldOutObserver(Protocol):
+    """Something that looks at what held-out rows do in the model, before some steps and without gradients.
+
+    What it keeps lies in the setup's `buffers`, as a checkpoint must hold it.
+    """
+
+    def is_due(self, step: int) -> bool:
+        """Whether it looks before this step."""
+        ...
+
+    def over(self, batch: Any) -> AbstractContextManager[None]:
+        """Inside the block the model computes this batch; one that fails leaves nothing behind."""
+        ...
+
+    def end(self) -> dict[str, Any]:
+        """What was seen, for the run's record, with a sentence `text`."""
+        ...
+
+
 class Streaming(Protocol):
     """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
 
@@ -225,6 +244,7 @@ class Streaming(Protocol):
     """
 
     summed: Sequence[torch.nn.Parameter]
+    device: torch.device  # where the model computes
 
     def last_pass(self, max_grad_norm: float) -> None:
         """The next backward pass is the step's last, and no other worker's gradients are to be added."""
@@ -379,6 +399,7 @@ class TrainSetup:
     engine: Engine | None = None
     streaming: Streaming | None = None
     learner: Learner | None = None
+    held_out_observer: HeldOutObserver | None = None
     weighing: Weighing | None = None
     passes: Passes | None = None  # None = one after the other
     between: Between | None = None
@@ -397,7 +418,9 @@ class TrainSetup:
 
     @property
     def device(self) -> torch.device:
-        """Where what is trained lies; the model, where all that trains lies on other workers."""
+        """Where what is trained is computed; the model, where all that trains lies on other workers."""
+        if self.streaming:
+            return self.streaming.device
         return next(iter(self.parameters.values()), next(self.model.parameters())).device
 
     @property
@@ -410,7 +433,7 @@ class TrainSetup:
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
         self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
-        self.extra_loss = None
+        self.extra_loss = self.held_out_observer = None
         self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 
     @property

@@ -45,6 +45,7 @@ ROOMS = (
     ("strategies.measure",),
     ("strategies.adapter_bank",),
     ("strategies.lsp_offload",),
+    ("strategies.sparse_memory",),
     ("strategies.multi_lora",),
     ("strategies.methods",),
     ("strategies.mixture",),

@@ -225,6 +225,7 @@ class StepReport(Event, kind="step"):
     bus_down_bytes: float | None = None  # of an optimizer that streams
     bus_up_bytes: float | None = None
     lane_s: dict[str, float] | None = None
+    rows_moved: float | None = None  # of one that moves single rows
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
-from orchestrator.training.evaluate import divergence_of, sample_losses
+from orchestrator.training.evaluate import divergence_of, observe_rows, sample_losses
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -295,6 +295,15 @@ def weigh_if_due(training: Training, step: int) -> None:
         losses_N = sample_losses(training.setup, data, training.techniques, training.group, training.shares.shares)
         weighed = weighing.weigh(losses_N, torch.as_tensor(data.num_supervised))
         training.hooks.record(LearningReport.of(step, weighed))
+
+
+def observe_if_due(training: Training, step: int) -> None:
+    """Let the method look at what held-out rows do in the model, where it does before this step."""
+    observer, held_out = training.setup.held_out_observer, training.held_out
+    if observer and observer.is_due(step):
+        assert held_out is not None  # refused before anything starts
+        observe_rows(training.setup, held_out, training.techniques)
+        training.hooks.record(LearningReport.of(step, observer.end()))
 
 
 def learn_if_due(training: Training, samples: StepSamples) -> None:
