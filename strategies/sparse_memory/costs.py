@@ -82,6 +82,7 @@ class MemoryCosts:
         count, above = len(self.layers), shape.num_layers - min(self.layers)
         rows_bytes = 2.0 * width * self.different_rows(tokens)
         copied = _COPIES * 4.0 * min(_AT_ONCE, tokens * self.top_k * width)
+        scores = 16.0 * tokens * self.num_rows**0.5  # of both halves, twice for a moment
         on_device = g * shape.num_parameters + self.router_bytes + (self.host_bytes if on_cpu else 0.0)
         footprint = Footprint(
             weights_bytes=on_device,
@@ -89,7 +90,7 @@ class MemoryCosts:
             stream_bytes=g,
             inputs_per_token=(g * width + 8.0 * self.top_k) * count / above,
             cast_bytes=g * rows_bytes * count,
-            dequantised_bytes=copied,
+            dequantised_bytes=max(copied, scores),
             first_layer=min(self.layers),
             streamed=Streamed(0.0, (4 + g) * rows_bytes, 0.0 if on_cpu else self.host_bytes),
         )

@@ -1,7 +1,7 @@
 """What training memories hands back: a folder that this program puts onto the base model again, and no other does.
 
-    adapter_config.json         peft_type SPARSE_MEMORY with the sizes, so that other loaders refuse it by name
-    adapter_model.safetensors   rows in fp32 and what the routers compare with, by their names in the model
+adapter_config.json         peft_type SPARSE_MEMORY with the sizes, so that other loaders refuse it by name
+adapter_model.safetensors   rows in fp32 and what the routers compare with, by their names in the model
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ class MemoryConfig:
 
     def check(self, num_layers: int) -> None:
         """Raises ValueError for what no memories of a model of so many layers have."""
-        sizes = 1 <= self.num_keys <= _MOST_KEYS and 1 <= self.top_k <= self.num_keys**2
-        layers = self.layers_to_transform
-        if not sizes or not layers or len(set(layers)) < len(layers) or not all(0 <= one < num_layers for one in layers):
+        keys, layers = self.num_keys, self.layers_to_transform
+        sizes = 1 <= keys <= _MOST_KEYS and 1 <= self.top_k <= keys**2
+        named = bool(layers) and len(set(layers)) == len(layers) and all(0 <= one < num_layers for one in layers)
+        if not sizes or not named:
             raise ValueError(
-                f"memories of {self.num_keys} x {self.num_keys} rows, of which a token reads {self.top_k}, beside layers"
-                f" {layers} of {num_layers}"
+                f"memories of {keys} x {keys} rows, of which a token reads {self.top_k}, beside layers {layers} of"
+                f" {num_layers}"
             )
 
 

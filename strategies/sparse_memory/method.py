@@ -30,7 +30,7 @@ _UNMERGED = "each token reads rows of its own choice, and no one set of weights 
 
 @dataclass(frozen=True)
 class SparseMemory(MethodDefaults):
-    """y = MLP(x) + mean of relu(k_r . x) v_r over the top_k rows that x chooses; only the rows train (MEFT, 2406.04984).
+    """y = MLP(x) + mean of relu(k_r . x) v_r over the top_k rows that x chooses, which alone train (MEFT, 2406.04984).
 
     Rows lie on the host with 16 bytes a number; the device holds the frozen weights and a router of 4 d sqrt(rows)
     bytes a layer, and the rows of one pass, whatever their number.  Meant for new facts that must not cost old ones
@@ -42,7 +42,7 @@ class SparseMemory(MethodDefaults):
     )
     top_k: int = option(8, "rows that a token reads", tried=(4, 8, 16), ge=1)
     layers_to_transform: list[int] | None = option(
-        None, "decoder layers (0 = first) with a memory beside their MLP; null = the middle one; below them nothing trains"
+        None, "decoder layers (0 = first) with a memory beside their MLP; null = the middle one"
     )
     slots: Literal["all", "surprising"] = option(
         "all",
@@ -203,7 +203,8 @@ class SparseMemory(MethodDefaults):
 
         if self.slots == "all":
             return None
-        return SpecificRows(self.updated_rows, {one.layer: BackgroundCounts(self.memory_rows) for one in memories.values()})
+        counts = {one.layer: BackgroundCounts(self.memory_rows) for one in memories.values()}
+        return SpecificRows(self.updated_rows, counts)
 
     @classmethod
     def load(cls, model: Any, folder: Path) -> Any:

@@ -139,7 +139,8 @@ class RowAdamW(torch.optim.Optimizer):
         """
         self.settle()
         chosen = {layer: self._choose(layer) for layer in sorted(self._memories)}
-        moving = {layer: (places_P, self._sums[layer].of(places_P)) for layer, places_P in chosen.items() if len(places_P)}
+        some = [layer for layer, places_P in chosen.items() if len(places_P)]
+        moving = {layer: (chosen[layer], self._sums[layer].of(chosen[layer])) for layer in some}
         squares = [gradient.square().sum() for _, gradient in moving.values()] or [torch.zeros(())]
         grad_norm = torch.stack(squares).sum().sqrt()
         if not torch.isfinite(grad_norm):

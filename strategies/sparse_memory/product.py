@@ -61,10 +61,8 @@ class _ReadRows(torch.autograd.Function):
             scores_TC = _score(x_TD, keys_UD, part_TC)
             scores_grad_TC = torch.einsum("td,tcd->tc", y_grad_TD, _of(values_UD, part_TC)) * (scores_TC > 0)
             x_grad_TD += torch.einsum("tc,tcd->td", scores_grad_TC, _of(keys_UD, part_TC))
-            both_TC2D = torch.cat(
-                [scores_grad_TC[:, :, None] * x_TD.float()[:, None], torch.relu(scores_TC)[:, :, None] * y_grad_TD[:, None]],
-                dim=2,
-            )
+            read_TC = torch.relu(scores_TC)
+            both_TC2D = torch.cat([_outer(scores_grad_TC, x_TD.float()), _outer(read_TC, y_grad_TD)], dim=2)
             rows_grad_U2D.index_add_(0, part_TC.flatten(), both_TC2D.flatten(0, 1))
         matters_TK = (grad_TD != 0).any(dim=1, keepdim=True).expand_as(places_TK)
         readers_U = torch.zeros(len(rows_U2D), dtype=torch.int32, device=x_TD.device)
@@ -81,6 +79,10 @@ def _parts(places_TK: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
 
 def _of(values_UD: torch.Tensor, part_TC: torch.Tensor) -> torch.Tensor:
     return values_UD[part_TC].float()
+
+
+def _outer(weights_TC: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:
+    return weights_TC[:, :, None] * x_TD[:, None]
 
 
 def _score(x_TD: torch.Tensor, keys_UD: torch.Tensor, part_TC: torch.Tensor) -> torch.Tensor:

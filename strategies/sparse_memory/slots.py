@@ -29,7 +29,9 @@ class BackgroundCounts:
         return torch.log((self.num_tokens + 1) / (self.readers_M[places_P] + 1).double())
 
 
-def most_specific(places_P: torch.Tensor, reads_P: torch.Tensor, background: BackgroundCounts, most: int) -> torch.Tensor:
+def most_specific(
+    places_P: torch.Tensor, reads_P: torch.Tensor, background: BackgroundCounts, most: int
+) -> torch.Tensor:
     """At most so many of the rows, in ascending order: those with the highest scores, of equal ones the first."""
     if len(places_P) <= most:
         return places_P
