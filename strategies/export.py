@@ -43,6 +43,11 @@ class Export:
         """Whether it belongs to a base model, which it does not hold."""
         return self.format != "model"
 
+    @property
+    def warnings(self) -> list[str]:
+        """What people should know of it before they train: of what no other program loads, all of it."""
+        return self.sentences if self.format == "own" else []
+
     def of_score(self) -> Export:
         """The same of a model that gives documents a score and has no output matrix."""
         reasons: dict[Loader, str] = {
@@ -50,6 +55,11 @@ class Export:
             "llama.cpp": "a model with a score was not tried with it",
         }
         return replace(self, cannot={**reasons, **self.cannot})
+
+    @property
+    def library(self) -> str:
+        """Whose loader takes it, as the hub's cards name it."""
+        return {"own": "finetune-orchestrator", "model": "transformers"}.get(self.format, "peft")
 
     @property
     def sentences(self) -> list[str]:

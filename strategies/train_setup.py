@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from strategies.export import ExportFormat, export_folder
+from strategies.extra_loss import ExtraLoss
 from strategies.workload import LossType, Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -312,33 +313,6 @@ class SampleLoss(Protocol):
         ...
 
 
-class ExtraLoss(Protocol):
-    """A loss beside that of the tokens, which trains and is told apart from it: never a part of a reported loss.
-
-    Called once after each batch's forward pass in training, it is a mean over what that batch's loss is a sum over
-    (supervised tokens, an objective's samples), with gradients, and counts by their share of the step: so the division
-    into micro-batches and workers changes nothing.
-    """
-
-    num_totals: int  # numbers that `take` returns
-
-    def over(self, batch: Any) -> AbstractContextManager[None]:
-        """Inside the block the model computes this batch."""
-        ...
-
-    def __call__(self) -> torch.Tensor:
-        """Of the batch that has been computed."""
-        ...
-
-    def take(self) -> list[float]:
-        """Totals since it was last asked, to be added up over workers."""
-        ...
-
-    def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:
-        """What is told of a step by the totals of all workers."""
-        ...
-
-
 class InputNoise(Protocol):
     """Noise on what the layers read, in training passes alone."""
 
@@ -432,8 +406,8 @@ class TrainSetup:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
-        self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
         self.extra_loss = self.held_out_observer = None
+        self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
         self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 
     @property

@@ -32,7 +32,7 @@ ROOMS = (
     ("strategies.workload",),
     ("strategies.stage_shape",),
     ("strategies.model",),
-    ("strategies.export",),
+    ("strategies.export", "strategies.extra_loss"),
     ("strategies.train_setup",),
     ("strategies.contract",),
     ("strategies.techniques",),

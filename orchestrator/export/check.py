@@ -16,6 +16,7 @@ from orchestrator.job import model_files
 from orchestrator.runs.condition import Finished
 from orchestrator.runs.json_files import Sample
 from strategies.adapter_bank import gguf_adapter
+from strategies.own_format import load_adapter, owner_of
 
 _LLAMA_CPP = "xllamacpp"
 _MOST_ANSWERS = 8
@@ -67,13 +68,11 @@ def _with_transformers(finished: Finished, folder: Path) -> CheckReport:
         return AutoModelForCausalLM.from_pretrained(place, dtype=getattr(torch, dtype), trust_remote_code=remote)
 
     is_adapter = (folder / "adapter_config.json").is_file()
-    engine = "PEFT" if is_adapter else "transformers"
+    engine = "this program" if owner_of(folder) else "PEFT" if is_adapter else "transformers"
     if not wanted:
         return CheckReport(engine, reason="the run generated no answers to compare with")
     if is_adapter:
-        from peft import PeftModel
-
-        model: Any = PeftModel.from_pretrained(load(finished.data.model), str(folder))
+        model: Any = load_adapter(load(finished.data.model), folder)
     else:
         model = load(str(folder))
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=remote)

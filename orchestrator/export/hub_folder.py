@@ -119,7 +119,7 @@ def _metadata(subject: CardSubject, known: Mapping[str, Any], stated: Stated) ->
     datasets = [source for source in _sources(job) if _is_on_hub(source, job)]
     head |= {"datasets": datasets} if datasets else {}
     method = str(subject.run.plan().method.get("type"))
-    head["tags"] = [*(["peft"] if made.is_adapter else []), method, "finetune-orchestrator"]
+    head["tags"] = [*(["peft"] if made.library == "peft" else []), method, "finetune-orchestrator"]
     if results := _model_index(subject):
         head["model-index"] = results
     return {key: value for key, value in head.items() if value is not None}, notes

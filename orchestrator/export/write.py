@@ -17,7 +17,7 @@ from orchestrator.errors import JobError, MissingExtra
 from orchestrator.export import converter, hub_folder, ollama
 from orchestrator.export.hub_folder import Stated
 from orchestrator.job import model_files
-from orchestrator.runs.condition import Finished, require_finished, require_text
+from orchestrator.runs.condition import Finished, require_finished, require_mergeable, require_text
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.workers.finished import write_merged
 from strategies.adapter_bank import gguf_adapter, sparse
@@ -47,6 +47,8 @@ def export(run: RunFolder, output: Path, wish: ExportWish, say: Callable[[str], 
     finished = require_finished(run)
     if wish.kind != "hub-folder":
         require_text(run, f"it is not exported as {wish.kind}")
+    if wish.kind != "hub-folder" or wish.is_merged:
+        require_mergeable(run)
     write = {"merged": _merged, "gguf": _gguf, "ollama": _ollama, "hub-folder": _hub_folder}[wish.kind]
     try:
         with new_folder(output, replaces=True) as folder:

@@ -129,6 +129,7 @@ class Plan:
     pipelines: tuple[PlannedPasses, ...] = ()  # by `replica`; empty = no stages
     objective: dict[str, Any] = field(default_factory=lambda: dict(_DEFAULT_OBJECTIVE))  # as `method`
     stores_reference: bool = False  # log-probabilities under the reference are computed before the first step
+    notes: tuple[str, ...] = ()  # what people should know of the result before it is trained
     version: int = VERSION
 
     @property
@@ -235,6 +236,8 @@ class Plan:
             del values["pipelines"]
         if self.objective == _DEFAULT_OBJECTIVE:
             del values["objective"], values["stores_reference"]
+        if not self.notes:
+            del values["notes"]
         return json.dumps({**values, "total_s": self.total_s, "hash": self.hash}, indent=1)
 
     @classmethod

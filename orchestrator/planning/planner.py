@@ -289,6 +289,7 @@ def _plan_of(
         beside=(Beside(helper.node, "measures", helper),) if helper else (),
         objective={"type": spec.objective.type, **asdict(spec.build_objective())},  # type: ignore[call-overload]
         stores_reference=stores_reference(workload, chosen.method.starts_as_base),
+        notes=tuple(chosen.method.exports(workload.shape).warnings),
     )
 
 

@@ -37,6 +37,11 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
             f"goal.full_rank: {method.name} changes weights by a low rank only; set method.type to full or auto"
         )
     shape, goal = workload.shape, spec.goal
+    if spec.bank.add and method.own_format:
+        raise JobError(
+            f"bank.add: the bank adds up pairs of A and B, and {method.name} hands back {method.own_format}, which is"
+            " no sum of them; set it to false"
+        )
     if goal.min_quality is not None and not any(prior_of(spec, shape.num_parameters, one) for one in spec.methods()):
         raise JobError(
             f"goal.min_quality is {goal.min_quality:g}, and no published run says what to expect of a model of"

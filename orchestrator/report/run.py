@@ -33,11 +33,12 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report = Report(job.spec.name, f"{w('Run report')} · {run.run_id}", lang)
     report.section(w("Result"), _facts(w, run, plan, result, events), _checked(w, result))
     report.section(w("The job"), _job(w, job))
-    report.section(w("What was chosen, and why"), _chosen(w, plan), *_alternatives(w, plan))
+    notes = [Paragraph(w(note)) for note in plan.notes]
+    report.section(w("What was chosen, and why"), *notes, _chosen(w, plan), *_alternatives(w, plan))
     report.section(w("Quality"), *_quality(w, result))
     report.section(w("Public tasks"), *task_blocks(w, run))
     report.section(w("Verified"), *proof_blocks(w, run))
-    report.section(w("Training"), _losses(w, events))
+    report.section(w("Training"), _losses(w, events), _beside_loss(w, events))
     report.section(w("Memory"), _memory(w, plan, result, events.group_events))
     report.section(w("Time of a step"), _step_time(w, plan, result))
     report.section(w("Stages"), *stage_blocks(w, plan, events.group_events))
@@ -128,6 +129,15 @@ def _losses(w: Translator, events: EventSummary) -> Block | None:
     if losses.width > 1:
         caption = w("The lowest and the highest loss of every {width} steps; dots are the held-out loss.")
     return Figure("loss", svg, caption.format(width=losses.width))
+
+
+def _beside_loss(w: Translator, events: EventSummary) -> Block | None:
+    """What a method's loss beside the tokens' came to at the last step."""
+    found = events.last_step.extra_loss if events.last_step else None
+    if not found:
+        return None
+    numbers = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
+    return Paragraph(f"{w('Beside the loss, at the last step')}: {numbers}")
 
 
 def _memory(w: Translator, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:

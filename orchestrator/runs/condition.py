@@ -96,6 +96,15 @@ def export_of(run: RunFolder) -> Export:
     return method.exports(shape)
 
 
+def require_mergeable(run: RunFolder) -> None:
+    """Raises JobError where base and adapter are never one plain model."""
+    if why := export_of(run).unmerged:
+        raise JobError(
+            f"{run.run_id} is not merged: {why}. It is used with its base by `orchestrator chat`, `serve --engine"
+            " transformers` and `evaluate`"
+        )
+
+
 def require_text(run: RunFolder, what: str) -> None:
     """Raises JobError where what a run hands back writes no answers and so cannot be used in this way."""
     objective = run.plan().build_objective()

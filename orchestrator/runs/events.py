@@ -61,8 +61,7 @@ class Event:
             if type(value) not in wanted.types or (wanted.inside and value and not wanted.holds(value)):
                 raise BadInput(f"{cls.kind}: {name} is {json.dumps(value)[:40]}")
             found[name] = value
-        found["time"] = values["time"]
-        found["extra"] = _without(values, "event", *found)
+        found |= {"time": values["time"], "extra": _without(values, "event", "time", *found)}
         made = object.__new__(cls)  # not cls(...), with which a frozen dataclass sets field after field: half as fast
         vars(made).update(found)
         return made

@@ -63,7 +63,7 @@ def write_card(run: RunFolder, job: Job) -> None:
         f"python -m orchestrator merge merged-model {shlex.quote(str(run.path))}",
     ]
     said = "Measured again, and written as one plain model:"
-    if not run.plan().build_objective().writes_text:
+    if not run.plan().build_objective().writes_text or subject.made.unmerged:
         commands, said = commands[:1], "Measured again:"
     lines = [*card_of(subject), said, "", "```bash", *commands, "```", ""]
     write(subject.folder, lines)
@@ -83,8 +83,7 @@ def write(folder: Path, lines: list[str]) -> None:
 
 def card_of(subject: CardSubject, metadata: Mapping[str, Any] | None = None, sections: Sequence[str] = ()) -> list[str]:
     """The lines of a card; `metadata` joins its head, `sections` stand between its numbers and its code."""
-    library = "peft" if subject.made.is_adapter else "transformers"
-    head = {"base_model": subject.base.title, "library_name": library, **(metadata or {})}
+    head = {"base_model": subject.base.title, "library_name": subject.made.library, **(metadata or {})}
     shown = yaml.safe_dump(head, allow_unicode=True, sort_keys=False).strip()
     title = f"# {plain(subject.job.spec.name)}"
     lines = ["---", shown, "---", title, "", *_facts(subject), "", *_quality(subject.result), *sections]
@@ -138,11 +137,16 @@ def _usage(subject: CardSubject) -> list[str]:
     remote = ", trust_remote_code=True" if job.spec.model.trust_remote_code else ""
     if not subject.run.plan().build_objective().writes_text:
         return _usage_of_score(subject, remote)
-    code = ["from peft import PeftModel"] if made.is_adapter else []
+    own = made.format == "own"
+    code = ["from peft import PeftModel"] if made.is_adapter and not own else []
+    if own:
+        code += ["from pathlib import Path", ""]
+        code += ["from strategies.own_format import load_adapter  # of the program that trained it"]
     code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
     code += [f"folder = {subject.place!r}  # this folder, wherever it is moved to"]
     if made.is_adapter:
-        code += [*_base_code(subject.base, remote), "model = PeftModel.from_pretrained(base, folder)"]
+        load = "load_adapter(base, Path(folder))" if own else "PeftModel.from_pretrained(base, folder)"
+        code += [*_base_code(subject.base, remote), f"model = {load}"]
     else:
         code += [f"model = AutoModelForCausalLM.from_pretrained(folder{remote})"]
     code += [f"tokenizer = AutoTokenizer.from_pretrained(folder{remote})", ""]

@@ -28,6 +28,7 @@ def plan_view(job: Job, plan: Plan, statistics: Mapping[str, Any], full: bool = 
         _head(job, plan),
         Text(data_sentence(statistics)),
         *([Text(tr(in_bank_sentence(plan.in_bank)), "green")] if plan.in_bank else []),
+        *(Text(tr(note), "yellow") for note in plan.notes),
         Text(),
         _nodes_table(plan),
         Text(),

@@ -58,7 +58,7 @@ class LoadBalance:
         self.coefficient, self.num_experts, self.num_layers = coefficient, num_experts, num_layers
         self._rows: DocumentRows | None = None  # of the batch that passes the model now
         self._passed: DocumentRows | None = None  # of the one that has
-        self._of_layers: dict[int, torch.Tensor] = {}  # E sum_e f_e P_e of each document (D,)
+        self._routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: probabilities N x E, choices N x K
         self._counted, self._loss = 0.0, torch.zeros(())
         self._uses_LE: dict[int, torch.Tensor] = {}
 
@@ -69,40 +69,50 @@ class LoadBalance:
     @contextlib.contextmanager
     def over(self, batch: Any) -> Iterator[None]:
         """Inside the block the model computes this batch; what is computed again for gradients counts once."""
-        self._rows, self._of_layers = DocumentRows.of(batch), {}
+        self._rows, self._routed = DocumentRows.of(batch), {}
         try:
             yield
         finally:
             self._passed, self._rows = self._rows, None
 
     def note(self, layer: int, probabilities_NE: torch.Tensor, chosen_NK: torch.Tensor) -> None:
-        """What a layer's router decided of the batch.  Raises RuntimeError where its gradients are lost."""
+        """What a layer's router decided of the batch.  Raises RuntimeError where its gradients are lost.
+
+        Nothing is computed of it here: a layer that is computed again would have to compute that again as well.
+        """
         if self._rows is None:
             return
         if not torch.is_grad_enabled():
             raise RuntimeError(
-                "the layers are computed without gradients first (reentrant checkpoints), where the experts' balance has"
-                " none: set train.gradient_checkpointing: false"
+                "the layers are computed without gradients first (reentrant checkpoints), where the balance of experts"
+                " has none: set train.gradient_checkpointing: false"
             )
-        member_DN = self._rows.member_DN
-        chosen_NE = torch.zeros_like(probabilities_NE).scatter_(1, chosen_NK, 1.0)
-        tokens_D1 = member_DN.sum(dim=1, keepdim=True).clamp(min=1)
-        used_DE = member_DN @ chosen_NE
-        probability_DE = member_DN @ probabilities_NE / tokens_D1
-        self._of_layers[layer] = self.num_experts * (used_DE / tokens_D1 * probability_DE).sum(dim=1)
-        used_E = used_DE.sum(dim=0).double()
-        self._uses_LE[layer] = self._uses_LE[layer] + used_E if layer in self._uses_LE else used_E
+        self._routed[layer] = probabilities_NE, chosen_NK
 
     def __call__(self) -> torch.Tensor:
         """Of the batch that has passed: a mean over what its loss is a mean over, with gradients."""
         rows = self._passed
-        if rows is None or len(self._of_layers) != self.num_layers:
-            raise RuntimeError(f"{len(self._of_layers)} of {self.num_layers} layers have routed this batch")
-        of_documents_D = torch.stack([self._of_layers.pop(layer) for layer in sorted(self._of_layers)]).mean(dim=0)
-        loss = self.coefficient * (rows.weights_D * of_documents_D).sum()
+        if rows is None or len(self._routed) != self.num_layers:
+            raise RuntimeError(f"{len(self._routed)} of {self.num_layers} layers have routed this batch")
+        total = torch.zeros((), device=rows.member_DN.device)
+        for layer in sorted(self._routed):
+            total = total + (rows.weights_D * self._of_documents(layer, rows, *self._routed.pop(layer))).sum()
+        loss = total * (self.coefficient / self.num_layers)
         self._counted += rows.num_counted
         self._loss = self._loss.to(loss.device) + rows.num_counted * loss.detach()
         return loss
+
+    def _of_documents(
+        self, layer: int, rows: DocumentRows, probabilities_NE: torch.Tensor, chosen_NK: torch.Tensor
+    ) -> torch.Tensor:
+        """E sum_e f_e P_e of each document (D,), and the layer's experts counted."""
+        chosen_NE = torch.zeros_like(probabilities_NE).scatter_(1, chosen_NK, 1.0)
+        tokens_D1 = rows.member_DN.sum(dim=1, keepdim=True).clamp(min=1)
+        used_DE = rows.member_DN @ chosen_NE
+        used_E = used_DE.sum(dim=0).double()
+        self._uses_LE[layer] = self._uses_LE[layer] + used_E if layer in self._uses_LE else used_E
+        probability_DE = rows.member_DN @ probabilities_NE / tokens_D1
+        return self.num_experts * (used_DE / tokens_D1 * probability_DE).sum(dim=1)
 
     def take(self) -> list[float]:
         """Totals since it was last asked: what was counted, the loss times that, and each expert's tokens by layer."""
@@ -120,7 +130,7 @@ class LoadBalance:
         shares = [[use / sum(layer) for use in layer] for layer in layers if sum(layer)]
         if not counted or not shares:
             return {}
-        entropy = [-sum(part * math.log(part) for part in layer if part) / math.log(self.num_experts) for layer in shares]
+        entropy = [-sum(part * math.log(part, self.num_experts) for part in layer if part) for layer in shares]
         return {
             "experts/aux_loss": loss / counted,
             "experts/evenness": sum(entropy) / len(entropy),

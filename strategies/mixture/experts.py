@@ -1,6 +1,6 @@
 """An MLP with experts: each token is corrected by the pairs of A and B that a router chooses for it (MixLoRA).
 
-    y = sum_k w_k FFN_k(x)      FFN_e = the MLP whose maps are W + s B_e A_e       w = the K largest of softmax(R x), sum 1
+    y = sum_k w_k FFN_k(x)      FFN_e: the MLP with maps W + s B_e A_e      w: the K largest of softmax(R x), sum 1
 
 No expert repeats what all have in common.  Gate and up of the base are computed once for all tokens, and so is down:
 it is linear and the weights sum to 1, so that sum_k w_k W h_k = W sum_k w_k h_k.  Tokens are sorted by expert, and each
@@ -132,9 +132,7 @@ class ExpertPairs(torch.nn.Module):
         self.b_EOR = _empty(sizes.num_experts, base.out_features, sizes.rank)
         self._scale = sizes.scale
 
-    def forward(
-        self, x_MI: torch.Tensor, sizes: Sequence[int], weights_M1: torch.Tensor | float = 1.0
-    ) -> torch.Tensor:
+    def forward(self, x_MI: torch.Tensor, sizes: Sequence[int], weights_M1: torch.Tensor | float = 1.0) -> torch.Tensor:
         """s w B_e A_e x of each row, by the pair of the expert whose range it stands in (M, O)."""
         first, second = (whole.to(x_MI.dtype).unbind() for whole in (self.a_ERI, self.b_EOR))
         z_MR = over_ranges(lambda expert, x: F.linear(x, first[expert]), sizes, x_MI) * (self._scale * weights_M1)
@@ -215,7 +213,7 @@ def _maps_of(layer: Any, names: Sequence[str], number: int) -> list[Any]:
     """The maps of a layer with these last names, one of each.  Raises ValueError."""
     found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in names]
     if len(found) != len(names) or any(type(module) is not torch.nn.Linear for module in found):
-        raise ValueError(f"layer {number} has {len(found)} plain linear maps of {', '.join(names)}: set method.attention")
+        raise ValueError(f"layer {number}: {', '.join(names)} are no plain linear maps: set method.attention: false")
     return found
 
 
@@ -235,7 +233,7 @@ def _mlp_of(layer: Any, number: int) -> Any:
     with torch.no_grad():
         x = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
         if not torch.allclose(mlp.down_proj(act(mlp.gate_proj(x)) * mlp.up_proj(x)), mlp(x), rtol=1e-2, atol=1e-5):
-            raise ValueError(f"{type(mlp).__name__} is not down(act(gate(x)) * up(x)): experts of it cannot be computed")
+            raise ValueError(f"{type(mlp).__name__} is not down(act(gate(x)) * up(x)), and experts are computed so")
     return mlp
 
 

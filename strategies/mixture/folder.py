@@ -1,7 +1,7 @@
 """What training experts hands back: a folder that this program puts onto the base model again, and no other does.
 
-    adapter_config.json         peft_type MIXLORA with the sizes, so that other loaders refuse it by name
-    adapter_model.safetensors   every trained weight in fp32, by its name in the model
+adapter_config.json         peft_type MIXLORA with the sizes, so that other loaders refuse it by name
+adapter_model.safetensors   every trained weight in fp32, by its name in the model
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def save(
 
 
 def put_on(model: Any, folder: Path) -> Any:
-    """The base model with the experts of a folder, for evaluation.  Raises ValueError where they do not belong to it."""
+    """The base model with the experts of a folder, for evaluation.  Raises ValueError where they are not its own."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 

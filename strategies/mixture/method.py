@@ -18,6 +18,7 @@ from strategies.train_setup import TrainSettings, TrainSetup
 from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _MAPS, _ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
+_UNMERGED = "each token passes experts of its own choice, and no one set of weights computes the same"
 _ROUTING = 60  # operations of a layer's forward pass beside its maps': softmax, choice, sorting, copies, sums
 
 
@@ -25,8 +26,9 @@ _ROUTING = 60  # operations of a layer's forward pass beside its maps': softmax,
 class MixLora(PredictedMethod):
     """y = sum_k w_k FFN_k(x): of num_experts corrections of an MLP each token passes top_k (arXiv 2404.15159).
 
-    Gate, up and down of the base are computed once for all tokens.  Memory: the frozen weights in the compute precision,
-    16 bytes a trained parameter, the MLP's activations top_k times.  A loss beside the tokens' keeps experts in use.
+    Gate, up and down of the base are computed once for all tokens.  Memory: the frozen weights in the compute
+    precision, 16 bytes a trained parameter, the MLP's activations top_k times.  A loss beside the tokens' keeps experts
+    in use.
     """
 
     num_experts: int = option(8, "pairs of A and B beside each map of an MLP", tried=(4, 8), ge=2, le=256)
@@ -57,18 +59,19 @@ class MixLora(PredictedMethod):
                 f" {'experts already' if shape.num_experts else ', '.join(shape.family.mlp)}: set method.type: lora"
             )
         if self.attention and shape.family.attention != _ATTENTION:
-            return f"attention's maps of {shape.model_type} are {', '.join(shape.family.attention)}: set attention: false"
+            names = ", ".join(shape.family.attention)
+            return f"attention's maps of {shape.model_type} are {names}: set method.attention: false"
         if self.top_k > self.num_experts:
             return f"method.top_k is {self.top_k}, and there are {self.num_experts} experts: lower it"
-        if techniques.zero_stage or techniques.offloads_optimizer:
-            return "MixLoRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         if techniques.streams_weights or techniques.torch_compile:
             return (
                 "MixLoRA is untested with torch.compile and streamed weights: set train.torch_compile: false and"
                 " strategy.offload: none"
             )
         if techniques.share_prefixes:
-            return "a token that several rows share would count once in the experts' balance: set data.share_prefixes: false"
+            return "a token that several rows share would count once in the balance: set data.share_prefixes: false"
+        if techniques.zero_stage or techniques.offloads_optimizer:
+            return "MixLoRA trains too little for ZeRO or offload to help: set strategy.offload: none and mode: ddp"
         return None
 
     def exports(self, shape: ModelShape) -> Export:
@@ -83,7 +86,10 @@ class MixLora(PredictedMethod):
             "vllm": "it corrects a map by one pair of A and B a request, not by a choice for each token",
             "llama.cpp": "it corrects a map by one pair of A and B, not by a choice for each token",
         }
-        return Export("own", cannot, "which experts a token passes is decided token by token, and no one weight is all")
+        return Export("own", cannot, _UNMERGED)
+
+    def _config(self) -> MixtureConfig:
+        return MixtureConfig(self.num_experts, self.top_k, self.lora_r, self.lora_alpha, self._attention)
 
     @property
     def _attention(self) -> list[str]:
@@ -127,7 +133,7 @@ class MixLora(PredictedMethod):
         from strategies.step.optimizers import build_optimizer
 
         model.requires_grad_(False)
-        config = MixtureConfig(self.num_experts, self.top_k, self.lora_r, self.lora_alpha, self._attention)
+        config = self._config()
         balance = LoadBalance(self.router_aux_loss_coef, self.num_experts, len(decoder_layers(model)))
         is_empty = all(parameter.is_meta for parameter in model.parameters())  # it gives names and sizes alone
         parameters = attach(model, config.sizes, balance)

@@ -13,6 +13,7 @@ import aiohttp
 from clusters.safe.reading import BadInput, read_json
 from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.protocol import Piece, Query, Refused, ServedModel
+from strategies.own_format import owner_of
 
 BASE = "base"  # what the server calls the model that was not tuned
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes
@@ -41,6 +42,9 @@ def check_adapter(model: ServedModel, most_rank: int) -> None:
         kind, settings = kind_of_adapter(folder), read_json(folder / "adapter_config.json")
     except BadInput as error:
         raise Refused(500, f"{model.name} cannot be loaded: {error}", "model_damaged", "model") from None
+    if owner := owner_of(folder):
+        message = f"{model.name} is {owner.own_format}, which vLLM does not know; --engine transformers serves it"
+        raise Refused(400, message, "engine_cannot", "model")
     if kind != "shared" or any(settings.get(key) for key in _READ_PAST):
         message = (
             f"{model.name}: vLLM takes pairs of A and B of one rank and scale alone. `orchestrator merge` makes a plain"

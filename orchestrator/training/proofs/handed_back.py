@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 from typing import Any
 
-from orchestrator.runs.condition import exported_whole
+from orchestrator.runs.condition import export_of, exported_whole
 from orchestrator.runs.proofs.proof import ROUNDING, Proof, judged, not_run
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.evaluate import evaluate_loss
@@ -48,6 +48,8 @@ def prove_merged(run: RunFolder, trials: Trials, finished: RunFolder | None) -> 
     exported = exported_whole(source) if finished else source.exported()
     if exported is None or not export.is_adapter(exported):
         return not_run("merged", "all weights were trained: there is no adapter to merge")
+    if why := export_of(source).unmerged:
+        return not_run("merged", why)
     whose = f"the adapter of {finished.run_id}" if finished else f"an adapter of {trials.sample.num_steps} steps"
     compared = f"logits, relative: base and {whose}, and both as one model"
     place = run.path / "merged"

@@ -15,7 +15,7 @@ from clusters.safe.writing import new_folder
 from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job.job_file import Job
-from orchestrator.runs.condition import check_model, exported_whole, require_text
+from orchestrator.runs.condition import check_model, exported_whole, require_mergeable, require_text
 from orchestrator.runs.model_card import write_merged_card
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.model import agreement, merged
@@ -100,6 +100,7 @@ def write_merged(run: RunFolder, job: Job, folder: Path, place: Path) -> Agreeme
 def merge_exported(run: RunFolder, job: Job, exported: Path, folder: Path) -> Agreement:
     """The same of an exported folder, without a card."""
     require_text(run, "it is not merged here; PEFT's merge_and_unload() does it")
+    require_mergeable(run)
     base = Path(model_of(run))
     try:
         is_written, dtype = True, merged.stream(exported, base, folder)
