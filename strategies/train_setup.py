@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from strategies.export import ExportFormat, export_folder
-from strategies.extra_loss import ExtraLoss
+from strategies.method_parts import ExtraLoss, HeldOutObserver, Learner, Weighing
 from strategies.workload import LossType, Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -177,64 +177,6 @@ class Engine(Protocol):
 
     def update(self, max_grad_norm: float) -> torch.Tensor:
         """Clip (0 = never), move the weights, forget the gradients; the norm before clipping."""
-        ...
-
-
-class Learner(Protocol):
-    """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
-
-    rows: int  # samples whose gradients it learns from
-
-    def is_due(self, step: int) -> bool:
-        """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""
-        ...
-
-    def begin_learning(self, num_passes: int) -> None:
-        """The next backward passes move nothing."""
-
-    def watch(self, batch: Any) -> None:
-        """The next pass is of this batch."""
-
-    def next_learning(self) -> None: ...
-
-    def end_learning(self) -> dict[str, Any]:
-        """What was learnt, for the run's record, with a sentence `text`; no gradient is left behind."""
-        ...
-
-
-class Weighing(Protocol):
-    """Weights of samples in the loss that trains, decided from the losses of all training rows before some steps.
-
-    They lie in the setup's `buffers`, as a checkpoint must hold them; held-out losses are not weighed.
-    """
-
-    weights_N: torch.Tensor  # of each sample's tokens
-
-    def is_due(self, step: int) -> bool:
-        """Whether they are decided anew before this step."""
-        ...
-
-    def weigh(self, losses_N: torch.Tensor, num_supervised_N: torch.Tensor) -> dict[str, Any]:
-        """Decide them from each sample's summed loss; what was decided, for the run's record, with a `text`."""
-        ...
-
-
-class HeldOutObserver(Protocol):
-    """Something that looks at what held-out rows do in the model, before some steps and without gradients.
-
-    What it keeps lies in the setup's `buffers`, as a checkpoint must hold it.
-    """
-
-    def is_due(self, step: int) -> bool:
-        """Whether it looks before this step."""
-        ...
-
-    def over(self, batch: Any) -> AbstractContextManager[None]:
-        """Inside the block the model computes this batch; one that fails leaves nothing behind."""
-        ...
-
-    def end(self) -> dict[str, Any]:
-        """What was seen, for the run's record, with a sentence `text`."""
         ...
 
 

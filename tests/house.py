@@ -32,7 +32,7 @@ ROOMS = (
     ("strategies.workload",),
     ("strategies.stage_shape",),
     ("strategies.model",),
-    ("strategies.export", "strategies.extra_loss"),
+    ("strategies.export", "strategies.method_parts"),
     ("strategies.train_setup",),
     ("strategies.contract",),
     ("strategies.techniques",),

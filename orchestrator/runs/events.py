@@ -356,9 +356,8 @@ def read_event(values: Any) -> Event:
 
 def parse_lines(content: bytes) -> list[Event]:
     """The events of complete lines; damaged ones are skipped."""
-    complete = content.rpartition(b"\n")[0]  # what follows is being written
-    parsed = map(parse_line, complete.split(b"\n") if complete else ())
-    return [event for event, _ in parsed if event is not None]
+    complete = content.rpartition(b"\n")[0].split(b"\n")  # what follows is being written
+    return [event for event, _ in map(parse_line, complete) if event is not None]
 
 
 def parse_line(line: bytes) -> tuple[Event | None, str]:

@@ -33,7 +33,6 @@ from orchestrator.training.steps import (
     draw_samples,
     finish_step,
     learn_if_due,
-    observe_if_due,
     repeat_in_less_memory,
     report_to_group,
     update_weights,
@@ -57,7 +56,6 @@ def train(training: Training) -> Progress:
         # Which samples, and which of them are this worker's.  Every worker computes the same division.
         samples = draw_samples(training, step)
         learn_if_due(training, samples)
-        observe_if_due(training, step)
         weigh_if_due(training, step)
 
         # Forward and backward, one micro-batch after the other; gradients add up, here and over the workers.

@@ -297,19 +297,15 @@ def weigh_if_due(training: Training, step: int) -> None:
         training.hooks.record(LearningReport.of(step, weighed))
 
 
-def observe_if_due(training: Training, step: int) -> None:
-    """Let the method look at what held-out rows do in the model, where it does before this step."""
-    observer, held_out = training.setup.held_out_observer, training.held_out
-    if observer and observer.is_due(step):
+def learn_if_due(training: Training, samples: StepSamples) -> None:
+    """Let the method learn before this step, where it does: from gradients of its first samples, from held-out rows."""
+    learner, observer, held_out = training.setup.learner, training.setup.held_out_observer, training.held_out
+    if learner and learner.is_due(samples.step):
+        _learn(training, samples)
+    if observer and observer.is_due(samples.step):
         assert held_out is not None  # refused before anything starts
         observe_rows(training.setup, held_out, training.techniques)
-        training.hooks.record(LearningReport.of(step, observer.end()))
-
-
-def learn_if_due(training: Training, samples: StepSamples) -> None:
-    """Let the method learn from gradients of the step's first samples, where it does before this step."""
-    if training.setup.learner and training.setup.learner.is_due(samples.step):
-        _learn(training, samples)
+        training.hooks.record(LearningReport.of(samples.step, observer.end()))
 
 
 def _learn(training: Training, samples: StepSamples) -> None:
