@@ -77,18 +77,23 @@ class SparseMemory(MethodDefaults):
         )
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
-        if techniques.zero_stage or techniques.offload != "none":
-            return "a memory keeps its rows and their moments on the host itself: set strategy.offload: none, mode: ddp"
-        if techniques.dtype == "float16":
-            return "a memory takes gradients row by row, before fp16's scale could be undone: set model.dtype"
-        if not techniques.optim.startswith("adamw_torch"):
-            return "a memory moves its rows by an AdamW of its own: set train.optim: auto"
-        if techniques.torch_compile:
-            return "how many rows a pass reads is not known before it: set train.torch_compile: false"
+        if wrong := self._wrong_sizes(shape):
+            return wrong
         if shape.num_experts or shape.family.encoder or not shape.family.mlp_at:
             what = "are experts" if shape.num_experts else "are no modules of their own"
             return f"a memory stands beside an MLP, and those of {shape.model_type} {what}: set method.type: lora"
-        return self._wrong_sizes(shape)
+        if not techniques.optim.startswith("adamw_torch"):
+            return "a memory moves its rows by an AdamW of its own: set train.optim: auto"
+        if techniques.dtype == "float16":
+            return "a memory takes gradients row by row, before fp16's scale could be undone: set model.dtype"
+        if techniques.torch_compile:
+            return "how many rows a pass reads is not known before it: set train.torch_compile: false"
+        if techniques.zero_stage or techniques.offload != "none":
+            return (
+                "a memory keeps its rows and their moments on the host itself: set strategy.offload: none and"
+                " strategy.mode: single"
+            )
+        return None
 
     def _wrong_sizes(self, shape: ModelShape) -> str | None:
         side = round(self.memory_rows**0.5)

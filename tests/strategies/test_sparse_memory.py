@@ -469,7 +469,7 @@ def test_a_folder_of_another_model_or_of_no_memories_is_refused(model_folder, tm
         ({"memory_rows": 5000}, {}, "a square number of rows: set it to 5041"),
         ({"memory_rows": 4, "top_k": 5}, {}, "top_k is 5, and there are 4 rows"),
         ({}, {"offload": "optimizer"}, "on the host itself"),
-        ({}, {"zero_stage": 1}, "mode: ddp"),
+        ({}, {"zero_stage": 1}, "strategy.mode: single"),
         ({}, {"dtype": "float16"}, "set model.dtype"),
         ({}, {"optim": "sgd"}, "set train.optim: auto"),
         ({}, {"torch_compile": True}, "set train.torch_compile: false"),
