@@ -18,7 +18,10 @@ class ExtraLoss(Protocol):
     into micro-batches and workers changes nothing.
     """
 
-    num_totals: int  # numbers that `take` returns
+    @property
+    def num_totals(self) -> int:
+        """Numbers that `take` returns."""
+        ...
 
     def over(self, batch: Any) -> AbstractContextManager[None]:
         """Inside the block the model computes this batch."""

@@ -1,5 +1,15 @@
-"""The registries: methods, objectives and techniques by name.  Loads every method; others import it by `strategies`."""
+"""The registries: methods, objectives and techniques by name.  Loads every method; others import it by `strategies`.
 
+Also whose an adapter's folder is: PEFT's, or that of a method with a format of its own.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from clusters.safe.reading import BadInput, read_json
+from strategies.adapter_bank.adapter import CONFIG
 from strategies.contract import Method
 from strategies.lsp_offload.method import LspOffload
 from strategies.methods.boosted_lora import BoostedLora
@@ -45,3 +55,25 @@ OBJECTIVES: dict[str, type[Objective]] = {  # the default first
     "reward": Reward,
 }
 TECHNIQUES: tuple[Technique, ...] = read_catalogue(METHODS)
+
+
+def owner_of(folder: Path) -> type[Method] | None:
+    """The method whose own format an adapter's folder has; None where PEFT or another program knows it."""
+    try:
+        settings = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else None
+    except BadInput:
+        return None
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    return next((method for method in METHODS.values() if kind and method.own_format == kind), None)
+
+
+def load_adapter(base: Any, folder: Path) -> Any:
+    """The base model with an adapter of a folder: by the method whose format it has, else by PEFT.
+
+    Raises ValueError and what PEFT raises.
+    """
+    if owner := owner_of(folder):
+        return owner.load(base, folder)
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder))

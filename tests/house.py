@@ -51,7 +51,6 @@ ROOMS = (
     ("strategies.mixture",),
     ("strategies.compatibility",),
     ("strategies.registry",),
-    ("strategies.own_format",),
     ("strategies",),
     ("orchestrator.errors", "orchestrator"),
     ("orchestrator.language", "orchestrator.progress"),

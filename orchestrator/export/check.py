@@ -16,7 +16,7 @@ from orchestrator.job import model_files
 from orchestrator.runs.condition import Finished
 from orchestrator.runs.json_files import Sample
 from strategies.adapter_bank import gguf_adapter
-from strategies.own_format import load_adapter, owner_of
+from strategies.registry import load_adapter, owner_of
 
 _LLAMA_CPP = "xllamacpp"
 _MOST_ANSWERS = 8

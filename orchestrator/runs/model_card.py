@@ -141,7 +141,7 @@ def _usage(subject: CardSubject) -> list[str]:
     code = ["from peft import PeftModel"] if made.is_adapter and not own else []
     if own:
         code += ["from pathlib import Path", ""]
-        code += ["from strategies.own_format import load_adapter  # of the program that trained it"]
+        code += ["from strategies.registry import load_adapter  # of the program that trained it"]
     code += ["from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig", ""]
     code += [f"folder = {subject.place!r}  # this folder, wherever it is moved to"]
     if made.is_adapter:

@@ -59,7 +59,8 @@ class LoadBalance:
         self._rows: DocumentRows | None = None  # of the batch that passes the model now
         self._passed: DocumentRows | None = None  # of the one that has
         self._routed: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # by layer: probabilities N x E, choices N x K
-        self._counted, self._loss = 0.0, torch.zeros(())
+        self._counted = 0.0  # of all batches since `take`, and the loss times that
+        self._loss: torch.Tensor | None = None
         self._uses_LE: dict[int, torch.Tensor] = {}
 
     @property
@@ -99,7 +100,8 @@ class LoadBalance:
             total = total + (rows.weights_D * self._of_documents(layer, rows, *self._routed.pop(layer))).sum()
         loss = total * (self.coefficient / self.num_layers)
         self._counted += rows.num_counted
-        self._loss = self._loss.to(loss.device) + rows.num_counted * loss.detach()
+        own = rows.num_counted * loss.detach()
+        self._loss = own if self._loss is None else self._loss + own
         return loss
 
     def _of_documents(
@@ -119,8 +121,8 @@ class LoadBalance:
         uses_LE = [self._uses_LE.get(layer) for layer in range(self.num_layers)]
         nothing = [0.0] * self.num_experts
         uses = [number for one in uses_LE for number in (nothing if one is None else one.tolist())]
-        totals = [float(self._counted), float(self._loss), *uses]
-        self._counted, self._loss, self._uses_LE = 0.0, torch.zeros(()), {}
+        totals = [float(self._counted), 0.0 if self._loss is None else float(self._loss), *uses]
+        self._counted, self._loss, self._uses_LE = 0.0, None, {}
         return totals
 
     def metrics_of(self, totals: Sequence[float]) -> dict[str, float]:

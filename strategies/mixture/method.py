@@ -103,8 +103,10 @@ class MixLora(PredictedMethod):
         plain = Lora(self.lora_r, self.lora_alpha, lora_target_modules=self._attention).costs(shape, techniques)
         footprint, work = plain.footprint, plain.work
         # Beside the MLP's own activations, top_k times: what the pairs read, twice what down reads (sorted by expert,
-        # and by token for the mean), and what the router reads in fp32.
-        routed = chosen * (h + 2 * f + 3 * self.lora_r) * g + (4 * h if g < 4 else 0) + 16 * experts
+        # and by token for the mean, with the means of fewer on the way), and what the router reads in fp32.
+        routed = (
+            (chosen * (h + 2 * f + 3 * self.lora_r) + (chosen - 2) * f) * g + (4 * h if g < 4 else 0) + 16 * experts
+        )
         return Costs(
             replace(
                 footprint,

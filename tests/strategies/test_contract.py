@@ -15,7 +15,7 @@ from strategies.compatibility import conflict
 from strategies.contract import Method, MethodDefaults
 from strategies.export import LOADERS
 from strategies.measure.trace import Lengths
-from strategies.own_format import owner_of
+from strategies.registry import owner_of
 from strategies.shape import ModelShape
 from strategies.step.quantise import keep_layout
 from strategies.step.state import gather, restore

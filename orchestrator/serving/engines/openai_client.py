@@ -13,7 +13,7 @@ import aiohttp
 from clusters.safe.reading import BadInput, read_json
 from orchestrator.serving.engines.kinds import kind_of_adapter
 from orchestrator.serving.engines.protocol import Piece, Query, Refused, ServedModel
-from strategies.own_format import owner_of
+from strategies.registry import owner_of
 
 BASE = "base"  # what the server calls the model that was not tuned
 _RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # that vLLM's max_lora_rank takes

@@ -22,7 +22,7 @@ from orchestrator.training.model import export
 from orchestrator.training.worker_context import WorkerContext
 from strategies.model import heads
 from strategies.model.architecture import LoadReport, faults, quiet
-from strategies.own_format import load_adapter
+from strategies.registry import load_adapter
 from strategies.shape import SCORE
 from strategies.step import document_attention
 from strategies.step.out_of_memory import is_out_of_memory
