@@ -15,7 +15,6 @@ NAMES: dict[Loader, str] = {
     "vllm": "vLLM",
     "llama.cpp": "llama.cpp, by its converters to GGUF",
 }
-_OWN = "Loads with: this program alone (evaluate, chat, serve --engine transformers)"
 VLLM_RANKS = 512  # the highest of an adapter that vLLM loads
 ADAPTER_FOLDER = "adapter"
 EXPORT_FOLDERS = (ADAPTER_FOLDER, "model")
@@ -66,7 +65,8 @@ class Export:
         """Which engines load it, and why another one does not, a line each."""
         loads = ", ".join(NAMES[engine] for engine in LOADERS if engine in self.loads_with)
         lines = [f"Loads with: {loads}"] if loads else []
-        lines += [_OWN] if self.format == "own" else []
+        if self.format == "own":
+            lines.append("Loads with this program alone: evaluate, chat, serve --engine transformers")
         lines += [f"Not with {NAMES[one]}: {self.cannot[one]}" for one in LOADERS if one in self.cannot]
         return lines + ([f"Not merged: {self.unmerged}"] if self.unmerged else [])
 

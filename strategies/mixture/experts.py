@@ -67,6 +67,10 @@ class Routes:
         """The rows of each token, in the order in which it chose (N, K, I)."""
         return _ToTokens.apply(x_MI, self.place_NK, self.order_M)
 
+    def summed(self, x_MI: torch.Tensor) -> torch.Tensor:
+        """The sum of each token's rows (N, I)."""
+        return _Summed.apply(x_MI, self.order_M // self.chosen_NK.shape[1], self.place_NK)
+
 
 def _sizes(chosen_NK: torch.Tensor, probabilities_NE: torch.Tensor) -> list[int]:
     """Rows of each expert; on tensors without content, whose memory alone is looked at, as many for each."""
@@ -76,18 +80,40 @@ def _sizes(chosen_NK: torch.Tensor, probabilities_NE: torch.Tensor) -> list[int]
     return torch.bincount(chosen_NK.flatten(), minlength=count).tolist()
 
 
+def _sums(x_MI: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+    """Of each token's rows, in one order whatever the device."""
+    total_NI = x_MI.index_select(0, place_NK[:, 0])
+    for k in range(1, place_NK.shape[1]):
+        total_NI += x_MI.index_select(0, place_NK[:, k])
+    return total_NI
+
+
 class _ToExperts(torch.autograd.Function):
-    """Copies of tokens, sorted; the gradients of a token's copies are added in one order, whatever the device."""
+    """Copies of tokens, sorted; the gradients of a token's copies are added."""
 
     @staticmethod
     def forward(ctx: Any, x_NI: torch.Tensor, token_M: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(place_NK)
-        return x_NI[token_M]
+        return x_NI.index_select(0, token_M)
 
     @staticmethod
     def backward(ctx: Any, grad_MI: torch.Tensor) -> Any:  # type: ignore[override]
         (place_NK,) = ctx.saved_tensors
-        return grad_MI[place_NK].sum(dim=1), None, None
+        return _sums(grad_MI, place_NK), None, None
+
+
+class _Summed(torch.autograd.Function):
+    """The reverse: a token's sorted rows are added, and all have the sum's gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x_MI: torch.Tensor, token_M: torch.Tensor, place_NK: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(token_M)
+        return _sums(x_MI, place_NK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_NI: torch.Tensor) -> Any:  # type: ignore[override]
+        (token_M,) = ctx.saved_tensors
+        return grad_NI.index_select(0, token_M), None, None
 
 
 class _ToTokens(torch.autograd.Function):
@@ -96,12 +122,12 @@ class _ToTokens(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_MI: torch.Tensor, place_NK: torch.Tensor, order_M: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(order_M)
-        return x_MI[place_NK]
+        return x_MI.index_select(0, place_NK.flatten()).view(*place_NK.shape, -1)
 
     @staticmethod
     def backward(ctx: Any, grad_NKI: torch.Tensor) -> Any:  # type: ignore[override]
         (order_M,) = ctx.saved_tensors
-        return grad_NKI.flatten(0, 1)[order_M], None, None
+        return grad_NKI.flatten(0, 1).index_select(0, order_M), None, None
 
 
 class Mixture(torch.nn.Module):
@@ -167,8 +193,8 @@ def _forward(mlp: Any, x: torch.Tensor) -> torch.Tensor:
     weights_NK = routes.weights_NK.to(h_MF.dtype)
     weights_M1 = weights_NK.flatten()[routes.order_M][:, None]
     y_NH = mlp.down_proj(weighted_mean(routes.to_tokens(h_MF), weights_NK))
-    corrections_NKH = routes.to_tokens(mixture.down(h_MF, ranges, weights_M1))
-    return (y_NH + corrections_NKH.sum(dim=1).to(y_NH.dtype)).view_as(x)
+    correction_NH = routes.summed(mixture.down(h_MF, ranges, weights_M1))
+    return (y_NH + correction_NH.to(y_NH.dtype)).view_as(x)
 
 
 def weighted_mean(rows_NKI: torch.Tensor, weights_NK: torch.Tensor) -> torch.Tensor:

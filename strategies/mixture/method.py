@@ -52,6 +52,9 @@ class MixLora(PredictedMethod):
     def why_alone(self) -> str:
         return "its tokens choose their experts, which a row of several jobs is not divided by"
 
+    def why_no_pairs(self) -> str:
+        return f"the pairs of {self.name} belong to experts, which a router chooses"
+
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         if shape.num_experts or shape.family.mlp != _MAPS:
             return (

@@ -334,3 +334,23 @@ def test_of_two_jobs_that_are_submitted_under_one_name_at_once_one_is_refused_an
         config = json.loads((run.path / "adapter" / "adapter_config.json").read_text())
         assert config["r"] == run.job().spec.method.lora_r == run.plan().method["lora_r"] == trained
         assert f"both-{number}" in done[8 - trained].output
+
+
+@pytest.mark.slow
+def test_experts_of_lora_are_submitted_evaluated_and_refused_a_merge(place):
+    """MixLoRA through Ray: what the plan says before training holds of the result."""
+    method = "method={type: experimental_mixlora, num_experts: 4, lora_r: 2}"
+    options = ("--set", method, "--set", "train.max_steps=6", "--set", "eval.eval_steps=3")
+    done = orchestrator("submit", "job.yaml", "--json", *options, cwd=place, check=0)
+    run = RunFolder(Path(json.loads(done.stdout)["path"]))
+
+    again = orchestrator("evaluate", str(run.path), "--json", cwd=place, check=0)
+    refused = orchestrator("merge", "plain", str(run.path), cwd=place, check=2)
+    stated = orchestrator("plan", "job.yaml", *options, cwd=place, check=0)
+
+    steps = list(run.steps().values())
+    assert len(steps) == 6 and all(step.extra_loss["experts/evenness"] > 0.5 for step in steps)
+    assert run.events_of(StateChange)[-1].state == "finished"
+    assert json.loads(again.stdout)["eval_loss"] == pytest.approx(run.result().after.scores["eval_loss"], abs=1e-5)
+    assert "is not merged: each token passes experts of its own choice" in refused.stderr
+    assert "Loads with this program alone" in stated.stdout and not (place / "plain").exists()

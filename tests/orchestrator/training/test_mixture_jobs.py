@@ -23,6 +23,7 @@ from strategies.mixture.method import MixLora
 from strategies.shape import ModelShape
 from tests.cases.training import begun, trained
 from tests.conftest import rows, write_jsonl
+from tests.strategies.objectives.test_steps import pairs
 from tests.strategies.test_contract import techniques
 
 METHOD = "method: {type: experimental_mixlora, num_experts: 4, lora_r: 2, lora_alpha: 4}\n"
@@ -95,7 +96,7 @@ def test_the_plan_says_before_training_who_loads_the_result(file, run):
     console.print(plan_view(ready.job, ready.plan, ready.statistics))
     text = console.export_text()
 
-    assert "Loads with: this program alone (evaluate, chat, serve --engine transformers)" in text
+    assert "Loads with this program alone: evaluate, chat, serve --engine transformers" in text
     assert (
         "Not with vLLM: it corrects a map by one pair of A and B a request" in text and "Not merged: each token" in text
     )
@@ -150,6 +151,24 @@ def test_its_report_has_the_experts_and_who_loads_it(run, tmp_path):
     assert "Beside the loss, at the last step: experts/aux_loss 0.0" in text and "Not with llama.cpp" in text
 
 
+@pytest.mark.parametrize(
+    ("name", "overrides"),
+    [
+        ("pairs", ("objective={type: dpo, beta: 0.5}", "data.train=pairs.jsonl")),
+        ("apart", ("strategy.local_steps=2",)),
+        ("plain-descent", ("train.optim=sgd",)),
+    ],
+)
+def test_objectives_over_documents_and_local_steps_train_it_as_well(file, name, overrides):
+    write_jsonl(file.parent / "pairs.jsonl", pairs(24))
+
+    run, _ = trained(file, "train.num_train_epochs=2", *overrides, name=name)
+
+    steps = list(run.steps().values())
+    assert steps[-1].loss < steps[0].loss and all(step.extra_loss["experts/aux_loss"] > 0.015 for step in steps)
+    assert "gives the logits of what was trained" in run.result().values["handed_back"]["check"]["text"]
+
+
 def test_auto_passes_over_it(file):
     assert not prepared(file, "method={type: auto}").plan.method["type"].startswith("experimental_")
 
@@ -162,6 +181,10 @@ def test_auto_passes_over_it(file):
         (("data.share_prefixes=true",), r"would count once in the balance: set data\.share_prefixes: false"),
         (("strategy.offload=weights",), r"untested with torch\.compile and streamed weights"),
         (("method.top_k=1",), "greater than or equal to 2"),
+        (
+            ("strategy={local_steps: 2, local_steps_merge: product}",),
+            "belong to experts, which a router chooses: set it",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_starts(file, overrides, words):

@@ -30,7 +30,7 @@ def test_memory_agrees_with_the_traced_step(name, dtype, checkpointing):
 
 
 def test_trained_numbers_are_pairs_routers_and_attention():
-    """h 256, f 640, q 256, k 128, 6 layers; 8 experts of rank 8: 3 * 8 (h + f) + h each; of attention 8 (4h + 2q + 2k)."""
+    """h 256, f 640, q 256, k 128, 6 layers; 8 experts of 3 * 8 (h + f) + h each; of attention 8 (4 h + 2 q + 2 k)."""
     plan = MixLora().estimate(workload(), CPU, NODE, techniques())
 
     assert plan.num_trainable_parameters == 6 * (8 * (3 * 8 * (256 + 640) + 256) + 8 * (4 * 256 + 2 * 256 + 2 * 128))

@@ -168,6 +168,7 @@ def test_rows_are_sorted_by_expert_and_come_back():
         expected = x[(routes.chosen_NK == expert).any(dim=1)]
         assert torch.equal(rows[starts[expert] : starts[expert + 1]], expected)
     assert torch.equal(routes.to_tokens(rows), x[:, None].expand(30, 2, 3))
+    assert torch.equal(routes.summed(rows), x + x)
     assert torch.allclose(routes.weights_NK.sum(-1), torch.ones(30))
 
 
