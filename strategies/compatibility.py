@@ -29,6 +29,7 @@ def conflict(
         _between_conflicts(method, techniques) if method.acts_between else (),
         _extra_loss_conflicts(method, techniques) if method.adds_loss else (),
         _device_conflicts(method.is_quantised, techniques, device, shape),
+        [method.why_one_worker()] if num_devices > 1 else (),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
         _step_conflicts(techniques, device, shape),
         _sharing_conflicts(method, techniques, device, shape) if techniques.share_prefixes else (),

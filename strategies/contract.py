@@ -137,6 +137,11 @@ class MethodDefaults(Protocol):
         return False
 
     @property
+    def observes_held_out(self) -> bool:
+        """Whether its setup has a `HeldOutObserver`: held-out rows pass the model before the first step."""
+        return False
+
+    @property
     def weighs_samples(self) -> bool:
         """Whether its setup has a `Weighing`: samples count unlike in the loss."""
         return False
@@ -164,6 +169,10 @@ class MethodDefaults(Protocol):
     def why_alone(self) -> str | None:
         """Why its jobs cannot share a base model with other jobs (multi_lora); None where they can."""
         return "its method trains weights of the base model itself"
+
+    def why_one_worker(self) -> str | None:
+        """Why several workers cannot train one model with it; None where they can."""
+        return None
 
     def why_no_pairs(self) -> str | None:
         """Why what it trains is not pairs of A and B alone, over a base that stays; None where it is."""

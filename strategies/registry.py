@@ -29,6 +29,7 @@ from strategies.objectives.reward import Reward
 from strategies.objectives.sft import Sft
 from strategies.objectives.simpo import SimPo
 from strategies.pruning.method import PrunedLora
+from strategies.sparse_memory.method import SparseMemory
 from strategies.techniques.catalogue import read_catalogue
 from strategies.techniques.technique import Technique
 
@@ -43,6 +44,7 @@ METHODS: dict[str, type[Method]] = {
     "experimental_boosted_lora": BoostedLora,
     "experimental_mixlora": MixLora,
     "experimental_pruned_lora": PrunedLora,
+    "experimental_memory": SparseMemory,
     "experimental_peft": PeftMethod,
 }
 OBJECTIVES: dict[str, type[Objective]] = {  # the default first

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from strategies.export import ExportFormat, export_folder
-from strategies.extra_loss import ExtraLoss
+from strategies.method_parts import ExtraLoss, HeldOutObserver, Learner, Weighing
 from strategies.workload import LossType, Techniques
 
 if TYPE_CHECKING:  # torch is for workers; planning must not load it
@@ -181,45 +181,6 @@ class Engine(Protocol):
         ...
 
 
-class Learner(Protocol):
-    """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
-
-    rows: int  # samples whose gradients it learns from
-
-    def is_due(self, step: int) -> bool:
-        """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""
-        ...
-
-    def begin_learning(self, num_passes: int) -> None:
-        """The next backward passes move nothing."""
-
-    def watch(self, batch: Any) -> None:
-        """The next pass is of this batch."""
-
-    def next_learning(self) -> None: ...
-
-    def end_learning(self) -> dict[str, Any]:
-        """What was learnt, for the run's record, with a sentence `text`; no gradient is left behind."""
-        ...
-
-
-class Weighing(Protocol):
-    """Weights of samples in the loss that trains, decided from the losses of all training rows before some steps.
-
-    They lie in the setup's `buffers`, as a checkpoint must hold them; held-out losses are not weighed.
-    """
-
-    weights_N: torch.Tensor  # of each sample's tokens
-
-    def is_due(self, step: int) -> bool:
-        """Whether they are decided anew before this step."""
-        ...
-
-    def weigh(self, losses_N: torch.Tensor, num_supervised_N: torch.Tensor) -> dict[str, Any]:
-        """Decide them from each sample's summed loss; what was decided, for the run's record, with a `text`."""
-        ...
-
-
 class Streaming(Protocol):
     """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
 
@@ -227,6 +188,7 @@ class Streaming(Protocol):
     """
 
     summed: Sequence[torch.nn.Parameter]
+    device: torch.device  # where the model computes
 
     def last_pass(self, max_grad_norm: float) -> None:
         """The next backward pass is the step's last, and no other worker's gradients are to be added."""
@@ -354,6 +316,7 @@ class TrainSetup:
     engine: Engine | None = None
     streaming: Streaming | None = None
     learner: Learner | None = None
+    held_out_observer: HeldOutObserver | None = None
     weighing: Weighing | None = None
     passes: Passes | None = None  # None = one after the other
     between: Between | None = None
@@ -376,7 +339,9 @@ class TrainSetup:
 
     @property
     def device(self) -> torch.device:
-        """Where what is trained lies; the model, where all that trains lies on other workers."""
+        """Where what is trained is computed; the model, where all that trains lies on other workers."""
+        if self.streaming:
+            return self.streaming.device
         return next(iter(self.parameters.values()), next(self.model.parameters())).device
 
     @property
@@ -388,7 +353,7 @@ class TrainSetup:
         """Let go of model, optimizer and all that belongs to them: what was trained must be exported by then."""
         nothing: Any = None
         self.model = self.optimizer = self.export = nothing
-        self.extra_loss = None
+        self.extra_loss = self.held_out_observer = None
         self.sharding = self.engine = self.streaming = self.learner = self.passes = self.between = self.weighing = None
         self.parameters, self.buffers, self.pairs, self.kept, self.written = {}, {}, (), None, None
 

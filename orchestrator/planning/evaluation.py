@@ -52,7 +52,9 @@ class EvaluationPlan:
 def resolve_evaluation(
     spec: JobSpec, workload: Workload, held_out: HeldOutCounts | None, nodes: Sequence[NodePlan]
 ) -> EvaluationPlan:
-    """Raises JobError for an evaluation without held-out rows."""
+    """Raises JobError for an evaluation, or a method, without the held-out rows that it looks at."""
+    if held_out is None and all(method.observes_held_out for method in spec.methods()):
+        raise JobError(_NEEDS_ROWS.format(f"method: {spec.method.type} with these options"))
     steps, why_steps = resolve_eval_steps(spec, workload, held_out)
     new_tokens, why_tokens = resolve_max_new_tokens(spec, held_out)
     metrics, why_metrics = resolve_metrics(spec, held_out)

@@ -47,6 +47,8 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
             f"goal.min_quality is {goal.min_quality:g}, and no published run says what to expect of a model of"
             f" {format_count(shape.num_parameters)} parameters on this data; remove it, and measure with data.eval"
         )
+    if (stated_workers(spec, len(slots)) or 1) > 1 and (reason := method.why_one_worker()):
+        raise JobError(f"method.type: {reason}")
     if spec.strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")
     if spec.cluster.nice is not None and spec.cluster.address != "local":

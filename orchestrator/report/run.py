@@ -38,7 +38,7 @@ def report_of_run(run: RunFolder, job: Job, lang: str) -> Report:
     report.section(w("Quality"), *_quality(w, result))
     report.section(w("Public tasks"), *task_blocks(w, run))
     report.section(w("Verified"), *proof_blocks(w, run))
-    report.section(w("Training"), _losses(w, events), _beside_loss(w, events))
+    report.section(w("Training"), _losses(w, events), _beside_loss(w, events), _over_bus(w, events))
     report.section(w("Memory"), _memory(w, plan, result, events.group_events))
     report.section(w("Time of a step"), _step_time(w, plan, result))
     report.section(w("Stages"), *stage_blocks(w, plan, events.group_events))
@@ -138,6 +138,17 @@ def _beside_loss(w: Translator, events: EventSummary) -> Block | None:
         return None
     numbers = ", ".join(f"{key} {value:.4g}" for key, value in found.items())
     return Paragraph(f"{w('Beside the loss, at the last step')}: {numbers}")
+
+
+def _over_bus(w: Translator, events: EventSummary) -> Block | None:
+    """What an optimizer that streams moved at the last step."""
+    last = events.last_step
+    if last is None or last.bus_down_bytes is None or last.bus_up_bytes is None:
+        return None
+    down, up = format_bytes(last.bus_down_bytes), format_bytes(last.bus_up_bytes)
+    text = w("Over the bus, at the last step: to the host {down}, to the device {up}").format(down=down, up=up)
+    rows = f"; {w('rows moved')}: {last.rows_moved:.0f}" if last.rows_moved is not None else ""
+    return Paragraph(text + rows)
 
 
 def _memory(w: Translator, plan: Plan, result: RunResult | None, events: list[Event]) -> Block:

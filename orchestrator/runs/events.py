@@ -224,6 +224,7 @@ class StepReport(Event, kind="step"):
     bus_down_bytes: float | None = None  # of an optimizer that streams
     bus_up_bytes: float | None = None
     lane_s: dict[str, float] | None = None
+    rows_moved: float | None = None  # of one that moves single rows
 
 
 @dataclass(frozen=True)
@@ -355,9 +356,8 @@ def read_event(values: Any) -> Event:
 
 def parse_lines(content: bytes) -> list[Event]:
     """The events of complete lines; damaged ones are skipped."""
-    complete = content.rpartition(b"\n")[0]  # what follows is being written
-    parsed = map(parse_line, complete.split(b"\n") if complete else ())
-    return [event for event, _ in parsed if event is not None]
+    complete = content.rpartition(b"\n")[0].split(b"\n")  # what follows is being written
+    return [event for event, _ in map(parse_line, complete) if event is not None]
 
 
 def parse_line(line: bytes) -> tuple[Event | None, str]:

@@ -146,6 +146,27 @@ def sample_losses(
     return torch.tensor(sums, dtype=torch.float64)
 
 
+@torch.no_grad()
+def observe_rows(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
+    """Let the setup's observer look at all rows of `data`, on a worker that trains alone.
+
+    A batch that runs out of memory is halved.  Raises NothingFits where one row does not fit.
+    """
+    observer, passes, was_training = setup.held_out_observer, passes_of(setup), setup.model.training
+    assert observer is not None
+    setup.model.eval()
+
+    def run(members: list[int]) -> None:
+        batch = collate(data, members, techniques.packing).to(setup.device)
+        with observer.over(batch):
+            passes.loss_sum(batch, techniques)
+
+    unfit, reason = passes.each(micro_batches_of(data, list(range(len(data))), techniques), run)
+    setup.model.train(was_training)
+    if unfit:
+        raise NothingFits(f"not even one held-out row at a time fits: {reason}")
+
+
 def evaluate_loss(
     setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None = None
 ) -> float:

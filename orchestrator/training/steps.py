@@ -22,7 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
-from orchestrator.training.evaluate import divergence_of, sample_losses
+from orchestrator.training.evaluate import divergence_of, observe_rows, sample_losses
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -298,9 +298,14 @@ def weigh_if_due(training: Training, step: int) -> None:
 
 
 def learn_if_due(training: Training, samples: StepSamples) -> None:
-    """Let the method learn from gradients of the step's first samples, where it does before this step."""
-    if training.setup.learner and training.setup.learner.is_due(samples.step):
+    """Let the method learn before this step, where it does: from gradients of its first samples, from held-out rows."""
+    learner, observer, held_out = training.setup.learner, training.setup.held_out_observer, training.held_out
+    if learner and learner.is_due(samples.step):
         _learn(training, samples)
+    if observer and observer.is_due(samples.step):
+        assert held_out is not None  # refused before anything starts
+        observe_rows(training.setup, held_out, training.techniques)
+        training.hooks.record(LearningReport.of(samples.step, observer.end()))
 
 
 def _learn(training: Training, samples: StepSamples) -> None:

@@ -69,6 +69,7 @@ class LspAdamW(torch.optim.Optimizer):
         rates = {"lr": numbers.learning_rate, "base_lr": numbers.learning_rate}
         groups = [{"params": part, **rates} for part in ([one.weight for one in self.weights], self._others) if part]
         super().__init__(groups, {})
+        self.device = self.weights[0].weight.device
         self._place = {one.weight: place for place, one in enumerate(self.weights)}
         self._spaces: dict[torch.nn.Parameter, Subspace] = {}
         self._by_layer: dict[int, list[Projected]] = {}

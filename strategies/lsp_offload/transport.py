@@ -15,22 +15,44 @@ import torch
 
 
 class HostBuffers:
-    """Host memory that is used again: new pages cost more than the update of what lies in them."""
+    """Host memory that is used again: new pages cost more than the update of what lies in them.
+
+    A buffer has room for up to an eighth more rows than were asked for, so that a few serve any number of rows.
+    """
 
     def __init__(self, pinned: bool = False) -> None:
         self._pinned = pinned
-        self._free: dict[tuple[int, ...], list[torch.Tensor]] = {}
+        self._free: dict[tuple[torch.dtype, tuple[int, ...]], list[torch.Tensor]] = {}
+        self._lent: dict[int, torch.Tensor] = {}  # whole buffers by their memory
 
-    def take(self, shape: Sequence[int]) -> torch.Tensor:
-        """An fp32 tensor with any content."""
-        free = self._free.setdefault(tuple(shape), [])
+    def take(self, shape: Sequence[int], dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """A tensor with any content."""
+        rows, held = shape[0] if shape else 0, tuple(shape)
+        if len(held) > 0:
+            held = (_round_up(rows), *held[1:])
         try:
-            return free.pop()
+            whole = self._free.setdefault((dtype, held), []).pop()
         except IndexError:
-            return torch.empty(*shape, pin_memory=self._pinned)
+            whole = torch.empty(*held, dtype=dtype, pin_memory=self._pinned)
+        self._lent[_place_of(whole)] = whole
+        return whole[:rows] if held != tuple(shape) else whole
 
     def give(self, tensor: torch.Tensor) -> None:
-        self._free.setdefault(tuple(tensor.shape), []).append(tensor)
+        """Take a buffer back; what was never taken from here (on a bus that is emulated) is left to its owner."""
+        whole = self._lent.pop(_place_of(tensor), None)
+        if whole is not None:
+            self._free.setdefault((whole.dtype, tuple(whole.shape)), []).append(whole)
+
+
+def _place_of(tensor: torch.Tensor) -> int:
+    """Which memory a tensor lies in: that of a buffer and of its first rows is one."""
+    return tensor.untyped_storage()._cdata
+
+
+def _round_up(rows: int) -> int:
+    """To an eighth of the power of two below: eight sizes of buffers for each doubling."""
+    step = max(1, (1 << max(0, rows.bit_length() - 1)) // 8)
+    return -(-rows // step) * step
 
 
 class Transport(Protocol):
@@ -45,7 +67,7 @@ class Transport(Protocol):
         ...
 
     def down(self, tensor: torch.Tensor, mark: Any) -> torch.Tensor:
-        """An fp32 device tensor in one of the host's buffers."""
+        """A device tensor in one of the host's buffers."""
         ...
 
     def up(self, tensor: torch.Tensor, device: torch.device, use: Callable[[torch.Tensor], None]) -> None:
@@ -97,7 +119,7 @@ class CudaBus:
 
     def down(self, tensor: torch.Tensor, mark: torch.cuda.Event) -> torch.Tensor:
         self.down_bytes += size_of(tensor)
-        host = self.buffers.take(tensor.shape)
+        host = self.buffers.take(tensor.shape, tensor.dtype)
         with torch.cuda.stream(self._down):
             self._down.wait_event(mark)
             host.copy_(tensor, non_blocking=True)

@@ -35,6 +35,7 @@ _FIELDS: dict[type[Event], tuple[str, ...]] = {
         "peak_bytes",
         "bus_down_bytes",
         "bus_up_bytes",
+        "rows_moved",
     ),
     Evaluation: ("eval_loss",),
 }

@@ -17,17 +17,21 @@ from orchestrator.serving.engines.protocol import Refused
 from orchestrator.serving.engines.transformers_engine import TransformersEngine
 from orchestrator.serving.engines.weights import EngineSettings
 from strategies.mixture.method import MixLora
+from strategies.registry import owner_of
+from strategies.sparse_memory.method import SparseMemory
 from tests.orchestrator.serving.test_engine import Answers, asked
 from tests.strategies.mixture.test_experts import shaken
 from tests.strategies.test_contract import settings
 
+METHODS = {"mixture": MixLora(num_experts=4, lora_r=4), "memory": SparseMemory(memory_rows=256, top_k=4)}
 
-@pytest.fixture(scope="module")
-def experts(model_folder, tmp_path_factory):
-    """A folder of experts, and the model that they were written from."""
+
+@pytest.fixture(scope="module", params=list(METHODS))
+def experts(request, model_folder, tmp_path_factory):
+    """A folder of experts, or of a memory, and the model that they were written from."""
     folder = tmp_path_factory.mktemp("adapters") / "experts"
     model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
-    setup = shaken(MixLora(num_experts=4, lora_r=4).setup(model, settings()), size=0.1)
+    setup = shaken(METHODS[request.param].setup(model, settings()), size=0.1 if request.param == "mixture" else 1.0)
     setup.export(folder, None)
     values = json.loads((folder / "adapter_config.json").read_text())
     values["base_model_name_or_path"] = str(model_folder)
@@ -65,7 +69,8 @@ def test_vllm_and_llama_cpp_are_refused_with_a_sentence(experts):
     catalog.add(str(experts[0]), Path())
     model = catalog.models["experts"]
 
-    with pytest.raises(Refused, match="experts is MIXLORA, which vLLM does not know; --engine transformers serves it"):
+    own = owner_of(experts[0]).own_format
+    with pytest.raises(Refused, match=f"experts is {own}, which vLLM does not know; --engine transformers serves it"):
         check_adapter(model, 512)
     options = EngineOptions(gguf=Path(__file__), vllm_python=Path("/bin/true"))
     for engine in ("vllm", *(["llama.cpp"] if importlib.util.find_spec("xllamacpp") else [])):
