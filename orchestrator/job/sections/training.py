@@ -74,7 +74,11 @@ class ColumnNames(Section):
     tools: str | None = key(None, "column of the functions that the model may call")
     history: str | None = key(None, "column of the earlier turns, pairs of question and answer")
     text: str | None = key(None, "column of plain text")
-    label: str | None = key(None, "column of the label; with text it is a classification")
+    label: str | None = key(
+        None, "column of the label: with text a classification; with an answer, whether it is good (objective: kto)"
+    )
+    chosen: str | None = key(None, "column of the better answer, under an objective of pairs")
+    rejected: str | None = key(None, "column of the other answer")
     role: str | None = key(None, "key of a turn: who speaks")
     content: str | None = key(None, "key of a turn: its text")
     train: str | None = key(None, "key of a turn: whether it is trained (1 or true) or only read (0 or false)")
