@@ -31,6 +31,7 @@ class TrainSettings:
     seed: int
     start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
     num_samples: int = 0  # of the training data
+    warmup_steps: int = 0  # in which an optimizer that needs no schedule lets its own rate rise
 
 
 @dataclass(frozen=True)

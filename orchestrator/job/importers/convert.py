@@ -22,6 +22,7 @@ from orchestrator.job.importers.tables import TOOLS, Entry, KeyTable, flat, reco
 from orchestrator.job.job_file import Job, job_of
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.methods import METHOD_SECTIONS
+from strategies.optimizers import OPTIMIZERS
 
 _OF_HELD_OUT_ROWS = (
     *("eval.eval_steps", "eval.early_stopping_patience", "checkpoint.load_best_model_at_end"),
@@ -71,6 +72,7 @@ def convert(document: Document, table: KeyTable, source: Path, target: Path, obj
     for key in dict.fromkeys([*(key for key in table.entries if key in rest), *rest]):
         _take(draft, table, key)
     _add_defaults(draft, table)
+    _leave_schedule(draft)
     _leave_options_of_other_methods(draft)
     fit_to_objective(draft, table)
     _leave_measuring(draft)
@@ -166,6 +168,17 @@ def _add_defaults(draft: JobDraft, table: KeyTable) -> None:
         if draft.settings[key].line is None:
             del draft.settings[key]
             draft.set_default(key, value)
+
+
+def _leave_schedule(draft: JobDraft) -> None:
+    """What a file says of the learning rate beside an optimizer that does it by itself."""
+    optim = draft.settings.get("train.optim")
+    facts = OPTIMIZERS.get(str(optim.value)) if optim else None
+    for key in ("lr_scheduler_type", "warmup_steps", "warmup_ratio") if optim and facts else ():
+        setting = draft.settings.get(f"train.{key}")
+        if setting and facts and facts.schedule_mistakes(str(optim.value), {key: setting.value}):
+            draft.drop(f"train.{key}", "matters", f"{optim.value} does by itself what the rate does")
+            draft.settings.pop("train.lr_scheduler_kwargs", None)
 
 
 def _leave_options_of_other_methods(draft: JobDraft) -> None:

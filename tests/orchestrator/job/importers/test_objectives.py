@@ -300,6 +300,16 @@ def test_noise_smoothing_schedules_optimizers_and_drawing_come_along(tool, said,
     assert "not known here" not in done.output
 
 
+def test_a_schedule_beside_an_optimizer_that_needs_none_is_listed(imported, tmp_path):
+    stated = imported("axolotl", {"optimizer": "schedule_free_adamw", "lr_scheduler": "cosine"})
+    default = imported("trl", {"optim": "schedule_free_radam", "warmup_ratio": 0.1})
+
+    train = yaml.safe_load((tmp_path / "made.yaml").read_text())["train"]
+    assert "lr_scheduler (line 4): schedule_free_adamw does by itself" in stated.output
+    assert "warmup_ratio (line 5): schedule_free_radam does by itself" in default.output
+    assert train["optim"] == "schedule_free_radam" and "lr_scheduler_type" not in train and "warmup_ratio" not in train
+
+
 def test_without_a_temperature_nothing_is_drawn_and_top_p_is_listed(imported, tmp_path):
     done = imported("ms_swift", {"split_dataset_ratio": 0.1, "top_p": 0.9})
 

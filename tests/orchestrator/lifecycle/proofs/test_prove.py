@@ -59,6 +59,15 @@ def test_a_job_is_proven_on_its_own_rows_and_leaves_nothing(place, finished, wit
     assert sorted(path.name for path in (place / "runs").iterdir()) == before
 
 
+def test_an_average_that_is_handed_back_is_proven_as_any_weight(place, finished, without_ray):
+    job = read_job(place / "job.yaml", ["train.optim=schedule_free_adamw"])
+
+    found = by_check(prove_job(job, lambda text: None))
+
+    assert {one.outcome for check, one in found.items() if check != "uneven"} == {"passed"}
+    assert found["resume"].difference == 0.0
+
+
 def test_a_run_keeps_its_proofs_in_its_folder_and_in_its_report(finished, without_ray, put_back):
     proofs = prove_run(finished, lambda text: None)
 
