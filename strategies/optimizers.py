@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 Sight = Literal["element", "matrix"]  # what one update looks at: each number alone, or a whole matrix
 
@@ -19,11 +20,29 @@ class OptimizerFacts:
     outside_bytes: float | None = None  # of a parameter that is no matrix of a layer; None = the same
     copies: float = 0.0  # numbers beside each parameter while it is updated
     orthogonalises: bool = False  # products with each matrix at every update
+    averages: bool = False  # trains between two points and hands back their average; its rate needs no schedule
+    warms_up: bool = True  # its rate rises in so many first steps as the job says
 
     @property
     def has_eight_bit_state(self) -> bool:
         """Whether its state is unpacked and packed again, block by block."""
         return self.library == "bitsandbytes" and self.state_bytes % 4 != 0
+
+    def schedule_mistakes(self, name: str, stated: Mapping[str, Any]) -> list[str]:
+        """What a job states of the learning rate that this optimizer does by itself, a sentence each."""
+        if not self.averages:
+            return []
+        found, kind = [], stated.get("lr_scheduler_type", "constant")
+        if kind not in _CONSTANT:
+            found.append(
+                f"train.lr_scheduler_type is {kind!r}, and {name} averages its way instead of lowering the rate: remove"
+                " it, or set it to constant"
+            )
+        if not self.warms_up and (key := next((key for key in _WARM_UP if stated.get(key)), None)):
+            found.append(f"train.{key}: {name} warms up by itself; remove it")
+        if stated.get("adam_beta1") == 0:
+            found.append(f"train.adam_beta1 is 0, and {name} averages by it: raise it (0.9)")
+        return found
 
     def bytes_of(self, num_trainable: int, num_outside: int) -> float:
         """State of so many trained parameters, some of which are no matrices of layers."""
@@ -31,8 +50,9 @@ class OptimizerFacts:
         return self.state_bytes * (num_trainable - num_outside) + outside * num_outside
 
 
+_CONSTANT, _WARM_UP = ("constant", "constant_with_warmup"), ("warmup_steps", "warmup_ratio")
 _SCALE = 4.0 / 256  # an fp32 scale a block of 256 (Dettmers et al., arXiv 2110.02861)
-_BNB = "bitsandbytes"
+_BNB, _SCHEDULE_FREE = "bitsandbytes", "schedulefree"
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     "adamw_torch": OptimizerFacts(8.0, copies=1.0),
     "adamw_torch_fused": OptimizerFacts(8.0),
@@ -55,6 +75,10 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
     "rmsprop_bnb_8bit": OptimizerFacts(1.0 + _SCALE, library=_BNB),
     "sgd": OptimizerFacts(0.0),
     "adafactor": OptimizerFacts(0.0, "matrix"),  # rows and columns only (arXiv 1804.04235): below a thousandth
+    # Schedule-free: the point z beside the one whose gradients are taken, and a second moment (arXiv 2405.15682).
+    "schedule_free_adamw": OptimizerFacts(8.0, library=_SCHEDULE_FREE, copies=1.0, averages=True),
+    "schedule_free_radam": OptimizerFacts(8.0, library=_SCHEDULE_FREE, copies=1.0, averages=True, warms_up=False),
+    "schedule_free_sgd": OptimizerFacts(4.0, library=_SCHEDULE_FREE, averages=True),
     "muon": OptimizerFacts(4.0, "matrix", outside_bytes=8.0, orthogonalises=True),  # a moment, orthogonalised
 }
 
@@ -81,11 +105,6 @@ REFUSED: dict[str, str] = {
     ),
     **dict.fromkeys(("adamw_torch_xla", "adamw_torch_npu_fused"), "there is no such device here; use adamw_torch"),
     "adamw_anyprecision": "its library (torchdistx) is no longer kept; use adamw_torch_fused, whose states are fp32",
-    **dict.fromkeys(
-        ("schedule_free_adamw", "schedule_free_sgd", "schedule_free_radam"),
-        "it trains other weights than it evaluates and hands back, and keeps numbers beside tensors that no checkpoint"
-        " would hold; use adamw_torch_fused with lr_scheduler_type: warmup_stable_decay",
-    ),
     "grokadamw": f"{_NO_TENSORS}; use adamw_torch_fused",
     "stable_adamw": "its library (torch-optimi) was not tried here; use adamw_torch_fused with train.max_grad_norm",
 }

@@ -33,6 +33,7 @@ class TrainSettings:
     start_remote: Callable[..., Any] | None = None  # (node, class, *arguments) -> a remote object of that class there
     num_samples: int = 0  # of the training data
     num_steps: int = 0  # of the whole run; 0 where none is planned
+    warmup_steps: int = 0  # in which an optimizer that needs no schedule lets its own rate rise
 
 
 @dataclass(frozen=True)

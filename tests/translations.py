@@ -126,6 +126,7 @@ def _of_importers() -> Iterator[tuple[str, str]]:
         texts = [sentence for group in table.sentences.values() for sentence in group.values()]
         texts += [entry.note for entry in table.entries.values() if entry.note]
         texts += [str(one["sentence"]) for one in table.refuse.values()]
+        texts += [rule.note for rule in table.objectives if rule.note]
         for text in texts:
             if not re.fullmatch(r"[\w.]+: auto", text):  # a key and its value
                 yield f"orchestrator/job/importers/{tool}.yaml", text

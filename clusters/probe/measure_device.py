@@ -90,6 +90,7 @@ def try_libraries(device: DeviceCapability, index: int) -> DeviceCapability:
     calls: dict[str, Callable[[], torch.Tensor | None]] = {
         "bitsandbytes": lambda: _four_bit_linear(place),
         "deepspeed": lambda: _imported("deepspeed"),
+        "schedulefree": lambda: _imported("schedulefree"),
     }
     if place.type == "cuda":
         calls["flash_attn"] = lambda: _flash_attention(place)

@@ -34,6 +34,12 @@ def import_(
         str | None,
         typer.Option("--from", help="the tool, where the file does not show it", autocompletion=_complete_tool),
     ] = None,
+    objective: Annotated[
+        str | None,
+        typer.Option(
+            help="what is trained for (dpo, kto, reward ...), where the tool's command says it and not the file"
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="overwrite the file")] = False,
     json_: JsonOption = False,
 ) -> None:
@@ -53,7 +59,7 @@ def import_(
     target = resolve_path(output, "--output", kind="new file") if output else None
     if target and target.exists() and not force:
         raise JobError(f"{output} exists already; --force overwrites it")
-    draft, job = convert_file(file, tool, target.parent if target else Path.cwd())
+    draft, job = convert_file(file, tool, target.parent if target else Path.cwd(), objective)
     text = job_text(draft, file.name)
     if target:
         write_text_file(target, text, "--output")

@@ -23,6 +23,7 @@ BRINGS = {
     "eval": "public tasks: `evaluate --tasks`",
     "quant": "weights in 4 or 8 bits, optimizers in 8 bits",
     "zero": "strategy.mode: zero2 and zero3",
+    "optim": "train.optim: schedule_free_adamw and its kin",
     "k8s": "jobs on Kubernetes",
 }
 _CLONE = Path(__file__).parents[2]

@@ -32,6 +32,7 @@ from orchestrator.job.sections.training import (
 )
 from strategies import METHODS, OBJECTIVES, schedules
 from strategies.objectives.contract import Objective
+from strategies.optimizers import OPTIMIZERS
 
 
 class JobSpec(Section):
@@ -82,6 +83,8 @@ class JobSpec(Section):
             found += name_mistakes(self.eval.metrics)
         train = self.train
         found += schedules.mistakes(train.lr_scheduler_type, train.lr_scheduler_kwargs, train.learning_rate)
+        if train.optim != "auto":
+            found += OPTIMIZERS[train.optim].schedule_mistakes(train.optim, train.model_dump(exclude_unset=True))
         try:
             self.build_objective()
         except ValueError as error:

@@ -17,6 +17,7 @@ from orchestrator.planning.workload import grows_with_workers
 from strategies.compatibility import conflict, refuses_local_steps
 from strategies.cost.pipeline import LEAST_BYTES_PER_S, MOST_DEVICES
 from strategies.model.targets import architecture_of_shape
+from strategies.optimizers import OPTIMIZERS
 from strategies.techniques.sharding import refused_keys
 from strategies.workload import StagePart, Techniques, Workload
 
@@ -51,6 +52,11 @@ def refuse_contradictions(spec: JobSpec, workload: Workload, slots: Sequence[Slo
         raise JobError(f"method.type: {reason}")
     if spec.strategy.local_steps and (reason := refuses_local_steps(method)):
         raise JobError(f"method.type: {reason}")
+    if spec.strategy.local_steps and spec.train.optim != "auto" and OPTIMIZERS[spec.train.optim].averages:
+        raise JobError(
+            f"strategy.local_steps: workers that train apart average their weights, and {spec.train.optim} keeps"
+            " another average of its own; set it to null, or train.optim to auto"
+        )
     if spec.cluster.nice is not None and spec.cluster.address != "local":
         raise JobError(
             "cluster.nice belongs to address: local; elsewhere workers have the niceness of RAY_worker_niceness when"

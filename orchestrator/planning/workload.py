@@ -17,6 +17,7 @@ from strategies import schedules
 from strategies.compatibility import conflict
 from strategies.config_values import UnknownArchitecture, longest_sequence, stored_quantised
 from strategies.cost.reuse import WORTH, keeps_by_itself, ratio_of_step, stores_reference
+from strategies.optimizers import OPTIMIZERS
 from strategies.shape import ModelShape
 from strategies.workload import Kept, Workload
 
@@ -316,6 +317,8 @@ def step_mistakes(spec: JobSpec, num_steps: int | None = None) -> list[str]:
 
 def warmup_of(spec: JobSpec, num_steps: int) -> int:
     """Steps with a rising learning rate."""
+    if spec.train.optim != "auto" and not OPTIMIZERS[spec.train.optim].warms_up:
+        return 0
     return spec.train.warmup_steps or round(spec.train.warmup_ratio * num_steps)
 
 

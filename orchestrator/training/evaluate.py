@@ -22,6 +22,7 @@ from orchestrator.training.parallel import ProcessGroup
 from orchestrator.training.stops import Stops, stops_of
 from strategies.model.sampling import Sampling
 from strategies.shape import ModelShape
+from strategies.step.optimizers import evaluated_weights
 from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import generate as generate_with
 from strategies.step.passes import passes_of
@@ -60,11 +61,18 @@ class HeldOutLoss:
 def evaluate_rows(
     setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None = None
 ) -> HeldOutLoss:
-    """Mean loss of `data`, and what an objective says of it.
+    """Mean loss of `data`, and what an objective says of it, by the weights that would be handed back.
 
     A batch that runs out of memory is halved.  Raises NothingFits, on every worker, where one row does not fit on one
     of them.
     """
+    with evaluated_weights(setup):
+        return _evaluate_rows(setup, data, techniques, group, shares)
+
+
+def _evaluate_rows(
+    setup: TrainSetup, data: Dataset, techniques: Techniques, group: ProcessGroup, shares: Sequence[float] | None
+) -> HeldOutLoss:
     shares, objective = shares or [1.0 / group.num_replicas] * group.num_replicas, setup.objective
     was_training = setup.model.training
     setup.model.eval()

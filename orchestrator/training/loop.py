@@ -119,7 +119,7 @@ def _record_step(
         epoch=round(training.order.epoch(progress.step), 4),
         loss=report.loss,
         grad_norm=grad_norm,
-        learning_rate=setup.optimizer.param_groups[0]["lr"],
+        learning_rate=setup.optimizer.param_groups[0].get("scheduled_lr", setup.optimizer.param_groups[0]["lr"]),
         tokens=samples.num_tokens,
         supervised_tokens=samples.num_supervised,
         seconds=round(seconds, 4),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+import contextlib
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 
 from strategies.optimizers import OPTIMIZERS
-from strategies.train_setup import TrainSettings
+from strategies.step.state import COUNTS
+from strategies.train_setup import TrainSettings, TrainSetup
 
 
 def build_optimizer(
@@ -26,6 +29,8 @@ def build_optimizer(
         raise ValueError(f"optim {name!r} is not one of {', '.join(OPTIMIZERS)}")
     if OPTIMIZERS[name].library == "bitsandbytes":
         return _of_bitsandbytes(groups, settings)
+    if OPTIMIZERS[name].averages:
+        return ScheduleFree(_of_schedulefree(groups, settings))
     betas = (settings.adam_beta1, settings.adam_beta2)
     if name == "muon":
         return MuonWithAdamW(groups, betas, settings.adam_epsilon, decay, outside)
@@ -58,6 +63,116 @@ def _of_bitsandbytes(groups: list[dict[str, Any]], settings: TrainSettings) -> t
     if "ademamix" in name:
         return optim.AdEMAMix(groups, betas=(*betas, 0.9999), eps=settings.adam_epsilon, **options)
     return optim.AdamW(groups, betas=betas, eps=settings.adam_epsilon, **options)
+
+
+def _of_schedulefree(groups: list[dict[str, Any]], settings: TrainSettings) -> Any:
+    """As transformers' Trainer builds them (trainer_optimizer.py)."""
+    import schedulefree
+
+    name, warmup = settings.optim, settings.warmup_steps
+    options: dict[str, Any] = {"weight_decay": settings.weight_decay}
+    if name == "schedule_free_sgd":
+        return schedulefree.SGDScheduleFree(groups, warmup_steps=warmup, **options)
+    options |= {"betas": (settings.adam_beta1, settings.adam_beta2), "eps": settings.adam_epsilon}
+    if name == "schedule_free_radam":
+        return schedulefree.RAdamScheduleFree(groups, **options)
+    return schedulefree.AdamWScheduleFree(groups, warmup_steps=warmup, **options)
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """An optimizer of the package `schedulefree` (Defazio et al., arXiv 2405.15682) that a checkpoint holds whole.
+
+    The parameters are y, where gradients are taken; z lies in the state, and what is evaluated and handed back is the
+    average x = (y - (1 - beta) z) / beta.  The package goes from y to x and back by rounding, so that an evaluation
+    would change the training; here y is kept meanwhile.  What the package counts in its groups, the steps, the sum of
+    the averages' weights and the highest rate, lies in a tensor of each weight's state.
+    """
+
+    _COUNTED = ("k", "weight_sum", "lr_max")
+
+    def __init__(self, inner: Any) -> None:
+        super().__init__(inner.param_groups, inner.defaults)
+        self._inner, self._is_averaged = inner, False
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        assert not self._is_averaged
+        self._inner.param_groups, self._inner.state = self.param_groups, self.state
+        before = [self._begin(group) for group in self.param_groups]
+        self._inner.step()
+        for group, counts in zip(self.param_groups, before, strict=True):
+            self._end(group, counts)
+        return None
+
+    def _begin(self, group: dict[str, Any]) -> list[float]:
+        """Bring what was counted from the state into a group; that."""
+        held = (self.state.get(parameter, {}).get(COUNTS) for parameter in group["params"])
+        counts = next((one.tolist() for one in held if one is not None), [0, 0.0, -1.0])
+        group |= dict(zip(self._COUNTED, counts, strict=True)) | {"train_mode": True}
+        group["k"] = int(group["k"])
+        if group["lr"] == 0.0:
+            group["lr_max"] = -1.0  # a step without a rate is no part of the average: no weight moves
+        return counts
+
+    def _end(self, group: dict[str, Any], before: list[float]) -> None:
+        counts = before if group["lr"] == 0.0 else [group[key] for key in self._COUNTED]
+        for parameter in group["params"]:
+            if state := self.state.get(parameter):
+                state[COUNTS] = torch.tensor(counts, dtype=torch.float64)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """Inside the block the parameters are the averages, afterwards the bits that they were."""
+        return contextlib.nullcontext() if self._is_averaged else self._averaged()
+
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        kept: dict[torch.nn.Parameter, torch.Tensor] = {}
+        self._is_averaged = True
+        try:
+            with torch.no_grad():
+                for parameter, z, weight in self._points():
+                    kept[parameter] = _copy_of(parameter)
+                    parameter.lerp_(z, weight)
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, y in kept.items():
+                    parameter.copy_(y)
+            self._is_averaged = False
+
+    def become_averages(self) -> None:
+        """Let the parameters be the averages for good: no step follows."""
+        with torch.no_grad():
+            for parameter, z, weight in self._points():
+                parameter.lerp_(z, weight)
+        self.state.clear()
+
+    def _points(self) -> Iterator[tuple[torch.nn.Parameter, torch.Tensor, float]]:
+        """Each parameter with its z, and the weight of z by which it becomes the average."""
+        for group in self.param_groups:
+            beta = group["momentum"] if "momentum" in group else group["betas"][0]
+            for parameter in group["params"]:
+                if (z := self.state.get(parameter, {}).get("z")) is not None:
+                    yield parameter, z, 1 - 1 / beta
+
+
+def _copy_of(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """On its device, where gradients were that are gone between steps, or on the host."""
+    try:
+        return parameter.detach().clone()
+    except torch.OutOfMemoryError:
+        return parameter.detach().cpu()
+
+
+def averages_of(setup: TrainSetup) -> ScheduleFree | None:
+    """The optimizer of a training that evaluates and hands back an average; None for any other."""
+    return setup.optimizer if isinstance(setup.optimizer, ScheduleFree) else None
+
+
+def evaluated_weights(setup: TrainSetup) -> AbstractContextManager[None]:
+    """Inside the block the trained weights are those that are evaluated and handed back."""
+    averages = averages_of(setup)
+    return averages.averaged() if averages else contextlib.nullcontext()
 
 
 class Adagrad(torch.optim.Adagrad):

@@ -10,6 +10,8 @@ import torch
 
 from strategies.train_setup import TrainSetup, TrainState
 
+COUNTS = "counts"  # of a weight's state: numbers that its optimizer counts on the host
+
 
 def gather(setup: TrainSetup) -> TrainState | None:
     """Trained weights and optimizer state, whole, on the CPU; None on workers whose part another one gathers.
@@ -60,7 +62,11 @@ def homes(optimizer: torch.optim.Optimizer) -> Callable[[torch.nn.Parameter, str
     groups = [group for group in optimizer.param_groups if group.get("fused") or group.get("capturable")]
     on_device = {parameter for group in groups for parameter in group["params"]}
     host = torch.device("cpu")
-    return lambda parameter, key: host if key == "step" and parameter not in on_device else parameter.device
+
+    def home(parameter: torch.nn.Parameter, key: str) -> torch.device:
+        return host if key == COUNTS or (key == "step" and parameter not in on_device) else parameter.device
+
+    return home
 
 
 def as_kept(value: torch.Tensor, home: torch.device) -> torch.Tensor | int:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from clusters.capability import DeviceCapability
 
-EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero"}  # library -> extra of pyproject.toml that brings it
+# Library -> extra of pyproject.toml that brings it.
+EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero", "schedulefree": "optim"}
 # flash-attn has no extra: it is compiled from source for an hour, against the torch that is there.
 INSTALL = {library: f"pip install -e '.[{extra}]'" for library, extra in EXTRAS.items()} | {
     "flash_attn": "pip install flash-attn --no-build-isolation"

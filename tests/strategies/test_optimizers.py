@@ -39,7 +39,7 @@ def test_a_training_goes_the_same_way_from_a_checkpoint(name, method, model_fold
     first, second = (METHODS[method]().setup(copy.deepcopy(model), chosen) for _ in range(2))
     first.model.train(), second.model.train()
 
-    state = train(first, 2)
+    state = train(first, 6 if name.endswith("radam") else 2)  # whose first steps move nothing
     restore(second, state)
     resumed, straight = train(second, 1), train(first, 1)
 
@@ -128,7 +128,7 @@ def test_what_no_kernel_runs_for_is_refused_on_that_machine(model_folder):
     [
         ("train.optim=lomo", "train.optim is 'lomo': it updates weights inside the backward pass"),
         ("train.optim=galore_adamw", "method.type: experimental_galore"),
-        ("train.optim=schedule_free_adamw", "train.optim is 'schedule_free_adamw': "),
+        ("train.optim=grokadamw", "train.optim is 'grokadamw': what it keeps beside tensors"),
         ("train.lr_scheduler_type=greedy", "train.lr_scheduler_type is 'greedy': it follows losses"),
         ("train.lr_scheduler_kwargs={num_cycle: 2}", "cosine has no such option; did you mean num_cycles?"),
         ("train.lr_scheduler_type=cosine_with_min_lr", "needs one of min_lr"),

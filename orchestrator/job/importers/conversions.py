@@ -22,8 +22,11 @@ class IsSet(Exception):
 
 
 OFF = (None, False, "", "none", "None", "null", "no")
+_METRICS = {"sacrebleu": "bleu", "chrf": "chrf"}
 _OPTIMIZERS = {
     **{name: name for name, facts in OPTIMIZERS.items() if not facts.is_paged},
+    # Paging moves a state that is short of memory; what is trained is the same.
+    **{name: name.removeprefix("paged_") for name, facts in OPTIMIZERS.items() if facts.is_paged},
     "adamw_torch": "adamw_torch",
     "adamw_hf": "adamw_torch",
     "adamw": "adamw_torch",
@@ -75,6 +78,41 @@ def _warmup_steps(value: Any, draft: JobDraft) -> Any:
     if value == 0:
         draft.set("train.warmup_ratio", 0.0, "warmup_steps")
     return value
+
+
+def _lowest_rate(value: Any, draft: JobDraft) -> dict[str, Any]:
+    """Axolotl's cosine ends at a part of the peak: transformers' schedule of another name."""
+    if draft.flat.get("lr_scheduler", "cosine") != "cosine" or not isinstance(value, int | float) or value <= 0:
+        raise NoCounterpart
+    draft.set("train.lr_scheduler_type", "cosine_with_min_lr", "cosine_min_lr_ratio")
+    return {"min_lr_rate": value}
+
+
+def _temperature(value: Any, draft: JobDraft) -> Any:
+    """Without drawing a temperature says nothing."""
+    for key in ("do_sample", "generation_do_sample"):
+        if draft.flat.get(key) is False:
+            raise IsSet
+    return value
+
+
+def _drawn_from(value: Any, draft: JobDraft) -> Any:
+    """top_p means something where answers are drawn."""
+    temperature = draft.settings.get("eval.temperature")
+    if not temperature or not temperature.value:
+        raise NoCounterpart
+    return value
+
+
+def _metrics(value: Any, draft: JobDraft) -> list[str]:
+    stated = value if isinstance(value, list) else [value]
+    if others := [str(one) for one in stated if str(one) not in _METRICS]:
+        draft.leave(
+            "matters", "eval_causal_lm_metrics", f"{', '.join(others)}: no such metric; loss is always measured"
+        )
+    if known := [_METRICS[str(one)] for one in stated if str(one) in _METRICS]:
+        return known
+    raise IsSet
 
 
 def _steps_between(value: Any, _: JobDraft) -> int:
@@ -148,6 +186,10 @@ CONVERSIONS: dict[str, Callable[[Any, JobDraft], Any]] = {
     "scheduler": _scheduler,
     "max_steps": _max_steps,
     "warmup_steps": _warmup_steps,
+    "lowest_rate": _lowest_rate,
+    "temperature": _temperature,
+    "drawn_from": _drawn_from,
+    "metrics": _metrics,
     "steps_between": _steps_between,
     "kept_checkpoints": _kept_checkpoints,
     "targets": _targets,

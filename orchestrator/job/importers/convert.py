@@ -17,16 +17,23 @@ from orchestrator.job.document import Document, load_document, shown
 from orchestrator.job.importers.conversions import CONVERSIONS, OFF, IsSet, NoCounterpart
 from orchestrator.job.importers.datasets import READERS
 from orchestrator.job.importers.draft import Group, JobDraft, Setting
+from orchestrator.job.importers.objectives import fit_to_objective, objective_of, set_objective
 from orchestrator.job.importers.tables import TOOLS, Entry, KeyTable, flat, recognise, spelt, tables
 from orchestrator.job.job_file import Job, job_of
 from orchestrator.job.paths import read_text_file
 from orchestrator.job.sections.methods import METHOD_SECTIONS
+from strategies.optimizers import OPTIMIZERS
 
-_OF_HELD_OUT_ROWS = ("eval.eval_steps", "eval.early_stopping_patience", "checkpoint.load_best_model_at_end")
+_OF_HELD_OUT_ROWS = (
+    *("eval.eval_steps", "eval.early_stopping_patience", "checkpoint.load_best_model_at_end"),
+    *("eval.metrics", "eval.temperature", "eval.top_p"),
+)
 
 
-def convert_file(path: Path, tool: str | None, target: Path) -> tuple[JobDraft, Job]:
+def convert_file(path: Path, tool: str | None, target: Path, objective: str | None = None) -> tuple[JobDraft, Job]:
     """The draft of a file of another tool, and its job in the folder `target`, validated.
+
+    `objective` is what the tool's command trains for, where the file does not say it.
 
     Raises JobError for a file of no known tool, for what cannot be trained here at all, and for values that are wrong.
     """
@@ -40,7 +47,7 @@ def convert_file(path: Path, tool: str | None, target: Path) -> tuple[JobDraft, 
             " job of this program needs no import: `orchestrator validate` reads it"
         )
     try:
-        draft = convert(document, tables()[tool], path.resolve().parent, target)
+        draft = convert(document, tables()[tool], path.resolve().parent, target, objective)
     except JobError as error:
         raise JobError([mistake.with_text(f"{label}: {mistake}") for mistake in error.mistakes]) from None
     if "name" not in draft.settings and not name_mistake(path.stem):
@@ -53,19 +60,21 @@ def _place(line: int | str | None) -> int | str:
     return "not in the file" if line is None else line
 
 
-def convert(document: Document, table: KeyTable, source: Path, target: Path) -> JobDraft:
+def convert(document: Document, table: KeyTable, source: Path, target: Path, objective: str | None = None) -> JobDraft:
     """The draft of a document by the table of its tool.  Raises JobError for what cannot be trained here at all."""
     lines = {".".join(map(str, path)): line for path, line in document.lines.items() if path}
-    draft = JobDraft(table.name, document.values, flat(document.values), lines, source, target)
+    draft = JobDraft(table.name, document.values, flat(document.values, whole=table.entries), lines, source, target)
     _refuse(draft, table)
+    set_objective(draft, table, objective)
+    decided = (*table.data_keys, *(draft.used - table.entries.keys()))
     READERS[table.data](draft, table)
-    rest = {key for key in draft.flat if not any(key == one or key.startswith(f"{one}.") for one in table.data_keys)}
-    for key in [*(key for key in table.entries if key in rest), *(key for key in draft.flat if key in rest)]:
-        if key in rest:
-            rest.remove(key)
-            _take(draft, table, key)
+    rest = [key for key in draft.flat if not any(key == one or key.startswith(f"{one}.") for one in decided)]
+    for key in dict.fromkeys([*(key for key in table.entries if key in rest), *rest]):
+        _take(draft, table, key)
     _add_defaults(draft, table)
+    _leave_schedule(draft)
     _leave_options_of_other_methods(draft)
+    fit_to_objective(draft, table)
     _leave_measuring(draft)
     return draft
 
@@ -120,7 +129,8 @@ def _settings(draft: JobDraft, entry: Entry, key: str) -> Mapping[str, Any]:
 
 
 def _nothing(draft: JobDraft, key: str) -> Mapping[str, Any]:
-    draft.leave("default", key, "the same here")
+    if key not in draft.used:
+        draft.leave("default", key, "the same here")
     return {}
 
 
@@ -141,7 +151,8 @@ def _leave(draft: JobDraft, table: KeyTable, key: str) -> None:
 
 def _add_defaults(draft: JobDraft, table: KeyTable) -> None:
     """What the tool would do where its file says nothing, as far as this program would do something else."""
-    for key, value in table.defaults.items():
+    own = table.objective_defaults.get(objective_of(draft).name, {})
+    for key, value in {**own, **{key: one for key, one in table.defaults.items() if key not in own}}.items():
         if key == "train.global_batch_size" and "train.gradient_accumulation_steps" in draft.settings:
             continue
         if key == "train.warmup_ratio" and "train.warmup_steps" in draft.settings:
@@ -159,21 +170,28 @@ def _add_defaults(draft: JobDraft, table: KeyTable) -> None:
             draft.set_default(key, value)
 
 
+def _leave_schedule(draft: JobDraft) -> None:
+    """What a file says of the learning rate beside an optimizer that does it by itself."""
+    optim = draft.settings.get("train.optim")
+    facts = OPTIMIZERS.get(str(optim.value)) if optim else None
+    for key in ("lr_scheduler_type", "warmup_steps", "warmup_ratio") if optim and facts else ():
+        setting = draft.settings.get(f"train.{key}")
+        if setting and facts and facts.schedule_mistakes(str(optim.value), {key: setting.value}):
+            draft.drop(f"train.{key}", "matters", f"{optim.value} does by itself what the rate does")
+            draft.settings.pop("train.lr_scheduler_kwargs", None)
+
+
 def _leave_options_of_other_methods(draft: JobDraft) -> None:
     """Options of adapters in a file that trains none."""
     known = METHOD_SECTIONS[draft.settings["method.type"].value].model_fields
     for key in [
         key for key in draft.settings if key.startswith("method.") and key.removeprefix("method.") not in known
     ]:
-        setting = draft.settings.pop(key)
-        if setting.line is not None:
-            theirs = setting.origin.partition(",")[0]
-            draft.leave("default", theirs, f"method.type {draft.settings['method.type'].value} has no such option")
+        draft.drop(key, "default", f"method.type {draft.settings['method.type'].value} has no such option")
 
 
 def _leave_measuring(draft: JobDraft) -> None:
     """When held-out rows are measured, in a file that names none."""
     for key in _OF_HELD_OUT_ROWS if "data.eval" not in draft.settings else ():
         if key in draft.settings:
-            theirs = draft.settings.pop(key).origin.partition(",")[0]
-            draft.leave("default", theirs, "the file names no rows to measure: data.eval: {split: 0.05} holds out some")
+            draft.drop(key, "default", "the file names no rows to measure: data.eval: {split: 0.05} holds out some")

@@ -12,12 +12,15 @@ from typing import Any
 from clusters.safe.reading import BadInput, read_json
 from orchestrator.errors import bad_input_as_job_error
 from orchestrator.job.importers.draft import JobDraft
+from orchestrator.job.importers.objectives import compares_answers
 from orchestrator.job.importers.sources import Said, columns_beside, listed, read_entry, sources_of
 from orchestrator.job.importers.tables import KeyTable
 
 _TEMPLATE = (
     "the rows become turns of the model's own chat template, without the tool's headings. Compare with `inspect`"
 )
+_OWN_TEMPLATE = "the rows are found by their columns and become turns of the model's own chat template"
+_COPIED = "this stage copies answers, and `validate` refuses such rows: stage dpo, kto or rm trains on them"
 _ANSWERS_ONLY = ("data.assistant_only_loss", "data.completion_only_loss")
 
 
@@ -75,7 +78,11 @@ def _axolotl_sources(draft: JobDraft, table: KeyTable, entry: Mapping[str, Any],
     name = said.options.pop("type", None)
     base = re.split(r"[.:]", name)[0] if isinstance(name, str) else None
     kind = _AXOLOTL_KINDS.get(base or "")
-    if isinstance(entry.get("type"), dict):  # rows of its own: columns and a text to put them into
+    if compares_answers(draft):  # such rows are told by their columns
+        kind = None
+        if isinstance(name, str) and base not in ("chat_template", "passthrough"):
+            draft.leave("matters", f"{where}.type", _OWN_TEMPLATE)
+    elif isinstance(entry.get("type"), dict):  # rows of its own: columns and a text to put them into
         kind, said.columns = "alpaca", _AXOLOTL_OWN | said.columns
     elif base == "alpaca":
         draft.leave("matters", f"{where}.type", _TEMPLATE)
@@ -108,7 +115,7 @@ def _llama_factory(draft: JobDraft, table: KeyTable) -> None:
         draft.leave("matters", "mask_history", "every answer of a conversation is trained, not the last alone")
     if draft.flat.get("streaming"):
         draft.leave("default", "streaming", "rows are read from files as they are needed")
-    if "stage" in draft.flat:
+    if "stage" in draft.flat and not compares_answers(draft):
         draft.leave("default", "stage", "the rows decide: texts are trained whole, answers alone")
 
 
@@ -132,7 +139,13 @@ def _dataset_info(draft: JobDraft) -> tuple[Path, dict[str, Any]]:
 def _llama_factory_sources(draft: JobDraft, said: Said, place: Path, theirs: str) -> list[Any]:
     file = said.options.pop("file_name", place.name)
     said.options.setdefault("path", place.parent / str(file))
-    kind = "alpaca"
+    is_ranking, kind = said.options.pop("ranking", False), "alpaca"
+    if compares_answers(draft):  # such rows are told by their columns
+        said.options.pop("formatting", None)
+        return sources_of(draft, None, said, theirs)
+    if compared := [name for name in ("chosen", "rejected", "label") if said.columns.pop(name, None)] or is_ranking:
+        named = ", ".join(compared) if isinstance(compared, list) else "ranking"
+        draft.leave("matters", theirs, f"{place.name}: {named}: answers that are compared; {_COPIED}")
     if said.options.pop("formatting", None) in ("sharegpt", "openai"):
         kind = "messages" if said.columns.get("role") == "role" else "sharegpt"
     elif draft.flat.get("stage") == "pt" or set(said.columns) == {"prompt"}:
@@ -150,7 +163,7 @@ _TRL_KINDS = (("messages", {"messages"}), ("prompt_completion", {"prompt", "comp
 
 def _trl(draft: JobDraft, table: KeyTable) -> None:
     name, field = draft.flat.get("dataset_name"), draft.flat.get("dataset_text_field")
-    kind, columns = ("text", {"text": field}) if field else (None, {})
+    kind, columns = ("text", {"text": field}) if field and not compares_answers(draft) else (None, {})
     hub = {"path": name, "config": draft.flat.get("dataset_config")}
     hub = {key: one for key, one in hub.items() if one}
     train = draft.flat.get("dataset_train_split") or draft.flat.get("train_split") or "train"
@@ -159,7 +172,11 @@ def _trl(draft: JobDraft, table: KeyTable) -> None:
         if isinstance(one, dict) and "path" in one:
             said = read_entry(draft, table, one, f"datasets.{at}")
             chosen = {str(column) for column in listed(said.options.pop("columns", None))}
-            own = next((form for form, needed in _TRL_KINDS if needed <= chosen), None)
+            own = (
+                None
+                if compares_answers(draft)
+                else next((form for form, needed in _TRL_KINDS if needed <= chosen), None)
+            )
             said.columns |= columns
             sources += sources_of(draft, kind or own, said, f"datasets.{at}")
     if draft.flat.get("dataset_train_split") == "train":
@@ -175,7 +192,7 @@ def _trl(draft: JobDraft, table: KeyTable) -> None:
         key = "dataset_test_split" if test else "eval_strategy"
         held_out = sources_of(draft, kind, Said(hub | {"split": test or "test"}, columns), "dataset_config")
         _set_sources(draft, "data.eval", held_out, key)
-    if any(not isinstance(one, dict) or "format" not in one for one in sources):
+    if not compares_answers(draft) and any(not isinstance(one, dict) or "format" not in one for one in sources):
         draft.leave(
             "matters", theirs, "rows of a text and a label train the label here; data.format: text trains the text"
         )
@@ -191,7 +208,10 @@ def _ms_swift(draft: JobDraft, table: KeyTable) -> None:
     if not draft.flat.get("val_dataset"):
         _hold_out(draft, "split_dataset_ratio")
     loss = draft.flat.get("loss_scale")
-    if loss == "all":
+    if compares_answers(draft):
+        if loss not in (None, "default", "last_round"):
+            draft.leave("matters", "loss_scale", "every token of an answer counts the same")
+    elif loss == "all":
         _train_on_everything(draft, "loss_scale")
     elif loss not in (None, "default"):
         draft.leave("matters", "loss_scale", "every answer counts the same")
@@ -218,7 +238,13 @@ def _ms_swift_columns(draft: JobDraft, table: KeyTable) -> Mapping[str, Any]:
         stated = json.loads(stated) if isinstance(stated, str) and stated else stated
     if isinstance(stated, dict):
         by_meaning = {str(meaning): column for column, meaning in stated.items()}
-        return read_entry(draft, table, by_meaning, "columns", "columns").columns
+        for meaning in () if compares_answers(draft) else ("label", "rejected_response"):
+            if by_meaning.pop(meaning, None):
+                draft.leave("matters", "columns", f"columns: {meaning}: {table.sentences['matters']['source']}")
+        found = read_entry(draft, table, by_meaning, "columns", "columns").columns
+        if "rejected" in found and "completion" in found:  # the answer beside it is the chosen one
+            found["chosen"] = found.pop("completion")
+        return found
     if stated:
         draft.leave("matters", "columns", "is no mapping of columns; they are found by their usual names")
     return {}

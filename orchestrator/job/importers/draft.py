@@ -50,9 +50,11 @@ class JobDraft:
     settings: dict[str, Setting] = field(default_factory=dict)
     left: dict[Group, list[Left]] = field(default_factory=lambda: {group: [] for group in GROUPS})
     unset: list[str] = field(default_factory=list)
+    used: set[str] = field(default_factory=set)  # their keys that had a say
 
     def set(self, key: str, value: Any, their_key: str) -> None:
         """Take a value for our `key` from theirs; the last one counts, and all that had a say are named."""
+        self.used.add(their_key)
         line, before = self.line(their_key), self.settings.get(key)
         origin = f"{their_key}, line {line}" if isinstance(line, int) else their_key
         self.settings[key] = Setting(value, f"{before.origin}; {origin}" if before else origin, line)
@@ -66,6 +68,13 @@ class JobDraft:
         """Note a key without a counterpart."""
         value = "***" if _SECRET.search(their_key) else self.flat.get(their_key)
         self.left[group].append(Left(their_key, value, self.line(their_key), instead))
+
+    def drop(self, key: str, group: Group, instead: str) -> None:
+        """Take a setting out again; each of their keys that had a say is listed, unless it is the tool's default."""
+        setting = self.settings.pop(key)
+        if setting.line is not None:
+            for one in setting.origin.split("; "):
+                self.leave(group, one.partition(",")[0], instead)
 
     def line(self, their_key: str) -> int | str:
         """The line of a key, of what it stands in where it has none of its own."""

@@ -17,6 +17,9 @@ _USUAL = {  # found without data.columns
     "prompt": ("prompt",),
     "completion": ("completion",),
     "messages": _TURNS,
+    "chosen": ("chosen",),
+    "rejected": ("rejected",),
+    "label": ("label", "kto_tag", "desirable"),
     "role": ("role", "from"),
     "content": ("content", "value"),
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -30,6 +30,19 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class ObjectiveRule:
+    """Keys by whose values a file trains for an objective.
+
+    A name that no objective has is refused with the note; any other note is listed with what matters.
+    """
+
+    name: str
+    when: Mapping[str, tuple[str, ...] | None]  # None = any value that is not off
+    note: str | None = None
+    is_guess: bool = False  # several trainers of the tool have these keys
+
+
+@dataclass(frozen=True)
 class KeyTable:
     """What the keys of one tool are here."""
 
@@ -44,6 +57,9 @@ class KeyTable:
     defaults: Mapping[str, Any]
     full_type: str | None  # of method.type, for which other defaults count
     full_defaults: Mapping[str, Any]
+    objectives: tuple[ObjectiveRule, ...]  # the first that fits counts
+    objective_defaults: Mapping[str, Mapping[str, Any]]  # by objective, before `defaults`
+    without_dropout: frozenset[str]  # objectives that the tool trains without any
 
     def group_of(self, key: str) -> tuple[Group, str] | None:
         """The group and sentence of a key, of what it stands in where it has none of its own."""
@@ -56,7 +72,8 @@ class KeyTable:
 
 
 def spelt(value: Any) -> str:
-    """A value as tables name it: YAML's true, whatever way it is written."""
+    """A value as tables name it: YAML's true, whatever way it is written; a list of one as that one."""
+    value = value[0] if isinstance(value, list) and len(value) == 1 else value
     return str(value).lower() if isinstance(value, bool) else "null" if value is None else str(value)
 
 
@@ -78,11 +95,13 @@ def recognise(values: Any) -> str | None:
     return tool if found[tool] >= (1 if nested or alone else _SIGNS) else None
 
 
-def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as `outer.inner`."""
+def flat(values: Mapping[str, Any], prefix: str = "", whole: Container[str] = ()) -> dict[str, Any]:
+    """Nested mappings as `outer.inner`; those of `whole` stay as they are."""
     found: dict[str, Any] = {}
     for key, value in values.items():
-        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        is_nested = isinstance(value, dict) and value and name not in whole
+        found |= flat(value, f"{name}.", whole) if is_nested else {name: value}
     return found
 
 
@@ -105,11 +124,19 @@ def _table(tool: str) -> KeyTable:
         defaults={key: value for key, value in joined("defaults").items() if value is not None},
         full_type=own.get("full_type"),
         full_defaults=own.get("full_defaults", {}),
+        objectives=tuple(map(_rule, own.get("objective", ()))),
+        objective_defaults=own.get("objective_defaults", {}),
+        without_dropout=frozenset(own.get("without_dropout", ())),
     )
 
 
 def _read(name: str) -> dict[str, Any]:
     return load_yaml(read_text(Path(__file__).with_name(f"{name}.yaml")))
+
+
+def _rule(stated: Mapping[str, Any]) -> ObjectiveRule:
+    when = {key: None if values == "any" else tuple(map(spelt, values)) for key, values in stated["when"].items()}
+    return ObjectiveRule(stated["is"], when, stated.get("note"), stated.get("guess", False))
 
 
 def _entry(stated: Any) -> Entry:

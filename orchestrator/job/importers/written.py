@@ -7,8 +7,7 @@ from typing import Any
 
 from orchestrator.job.importers.draft import JobDraft, Setting
 from orchestrator.job.schema import editor_line
-from orchestrator.job.sections.methods import METHOD_SECTIONS
-from orchestrator.job.spec import SECTIONS, JobSpec
+from orchestrator.job.spec import SECTIONS, TYPED_SECTIONS, JobSpec
 
 _COLUMN = 44
 
@@ -30,7 +29,8 @@ def job_text(draft: JobDraft, file: str) -> str:
 
 
 def _keys(section: str, draft: JobDraft) -> list[str]:
-    kind = METHOD_SECTIONS[draft.settings["method.type"].value] if section == "method" else SECTIONS.get(section)
+    stated = draft.settings.get(f"{section}.type")
+    kind = TYPED_SECTIONS[section][stated.value] if section in TYPED_SECTIONS and stated else SECTIONS.get(section)
     return [f"{section}.{key}" for key in kind.model_fields] if kind else []
 
 

@@ -44,6 +44,9 @@ Optimizer = Literal[  # those of strategies/optimizers.py
     "rmsprop_bnb_8bit",
     "sgd",
     "adafactor",
+    "schedule_free_adamw",
+    "schedule_free_radam",
+    "schedule_free_sgd",
     "muon",
 ]
 REFUSED_VALUES = {"train.lr_scheduler_type": schedules.REFUSED, "train.optim": optimizers.REFUSED}  # with the reason
@@ -74,7 +77,11 @@ class ColumnNames(Section):
     tools: str | None = key(None, "column of the functions that the model may call")
     history: str | None = key(None, "column of the earlier turns, pairs of question and answer")
     text: str | None = key(None, "column of plain text")
-    label: str | None = key(None, "column of the label; with text it is a classification")
+    label: str | None = key(
+        None, "column of the label: with text a classification; with an answer, whether it is good (objective: kto)"
+    )
+    chosen: str | None = key(None, "column of the better answer, under an objective of pairs")
+    rejected: str | None = key(None, "column of the other answer")
     role: str | None = key(None, "key of a turn: who speaks")
     content: str | None = key(None, "key of a turn: its text")
     train: str | None = key(None, "key of a turn: whether it is trained (1 or true) or only read (0 or false)")
@@ -173,7 +180,10 @@ class TrainSection(Section):
     warmup_ratio: float = key(0.03, "fraction of the steps with rising learning rate", ge=0, le=1)
     warmup_steps: int = key(0, "steps with rising learning rate; overrides warmup_ratio when above 0", ge=0, le=MOST)
     optim: Auto | Optimizer = key(
-        "auto", "optimizer, by transformers' names; muon = torch's for matrices of layers, AdamW for the rest"
+        "auto",
+        "optimizer, by transformers' names; muon = torch's for matrices of layers, AdamW for the rest;"
+        " schedule_free_...: the rate stays constant after the warm-up, an average of the weights is evaluated and"
+        " handed back",
     )
     neftune_noise_alpha: float | None = key(
         None, "NEFTune: noise on the embeddings of training rows, 5 say (arXiv 2310.05914); null = none", gt=0, le=1e6

@@ -14,12 +14,14 @@ from orchestrator.runs.events import Event
 from orchestrator.runs.run_folder import RunFolder
 
 FILE = "verify.json"
-TITLES = {  # of each check, in the order of the table
+TITLES = {  # of each check, in the order of the table; trackers have its number by the same name
+    "documents": "documents in one row = apart",  # `submit`, of the attention that was taken, before the first step
     "packing": "packed = separate",
     "accumulation": "accumulated = one batch",
     "uneven": "uneven = one machine",
     "resume": "resumed = uninterrupted",
     "saved": "loaded = saved",
+    "handed_back": "handed back = trained",  # `submit`, of what it wrote
     "merged": "merged = adapter",
 }
 # Of a loss and of a gradient's norm, relative: another order of sums, in fp32 or with factors rounded to 16 bits.
@@ -57,12 +59,13 @@ def not_run(check: str, reason: str) -> Proof:
 
 
 def proofs_of(run: RunFolder) -> list[Proof]:
-    """The table of a run: of each comparison the newest; one that was not run only where none of its check was."""
-    newest = {(one.check, one.compared): one for one in run.events_of(Proof)}
-    made = {one.check for one in newest.values() if one.outcome != NOT_RUN}
-    kept = [one for one in newest.values() if one.outcome != NOT_RUN or one.check not in made]
+    """The table of a run: of each check the newest comparison; one that was not run only where none was."""
+    newest: dict[str, Proof] = {}
+    for one in run.events_of(Proof):
+        if one.outcome != NOT_RUN or newest.get(one.check, one).outcome == NOT_RUN:
+            newest[one.check] = one
     places = {check: place for place, check in enumerate(TITLES)}
-    return sorted(kept, key=lambda one: places.get(one.check, len(places)))
+    return sorted(newest.values(), key=lambda one: places.get(one.check, len(places)))
 
 
 def write_table(run: RunFolder) -> None:

@@ -67,12 +67,12 @@ class Agreement:
     def as_proof(self, what: str) -> Proof:
         """That what was written is what was trained, by their losses."""
         if self.losses is None:
-            return not_run("saved", self.reason or self.text)
+            return not_run("handed_back", self.reason or self.text)
         trained, found = self.losses
         difference = abs(found - trained) / max(abs(trained), 1e-2)
         compared = f"loss of one batch: the trained model, and {what} read from disk"
         why = f"the same weights in {self.dtype}; kernels may sum in another order"
-        return judged("saved", compared, difference, ROUNDING[self.dtype], why)
+        return judged("handed_back", compared, difference, ROUNDING[self.dtype], why)
 
 
 class Disagreement(RunFailed):

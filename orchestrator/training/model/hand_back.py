@@ -24,6 +24,7 @@ from orchestrator.training.model.agreement import Agreement, Portrait
 from orchestrator.training.model.loading import load_exported
 from orchestrator.training.state import Progress
 from orchestrator.training.worker_context import WorkerContext
+from strategies.step.optimizers import averages_of
 from strategies.step.out_of_memory import is_out_of_memory, release_cache
 from strategies.train_setup import TrainSetup, TrainState
 from strategies.workload import Techniques
@@ -41,19 +42,21 @@ def best_weights(
         best = checkpoint.read(run.checkpoints / f"step-{choice.step:08d}", context.note)
         if best is None:
             raise RunFailed(f"the checkpoint of step {choice.step} verifies on one machine and not on another")
-        best.restore(setup, with_optimizer=False)
+        best.restore(setup, with_optimizer=averages_of(setup) is not None)  # an average is made of its state
     if choice.text and (choice.reason or choice.step != progress.step):
         context.note(choice.text)
     return choice
 
 
 def free_optimizer(setup: TrainSetup) -> None:
-    """Free gradients and the optimizer's state on the device: no step follows.
+    """Free gradients and the optimizer's state on the device: no step follows, and averages take the weights' place.
 
     An engine keeps its own, and an optimizer that streams keeps its on the host.
     """
     if setup.streaming:
         setup.streaming.settle()
+    elif averages := averages_of(setup):
+        averages.become_averages()
     elif not setup.engine:
         setup.optimizer.state.clear()
     for parameter in setup.parameters.values():

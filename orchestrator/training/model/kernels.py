@@ -74,7 +74,7 @@ def _fault_of(model: Any, name: str, context: WorkerContext, techniques: Techniq
             raise
         return f"this model does not run with it ({first_line(refusal)})"
     proof = judged(
-        "packing",
+        "documents",
         f"logits over their spread: three short documents in one row with {name} attention, and apart",
         error,
         _ROUNDING[techniques.dtype],

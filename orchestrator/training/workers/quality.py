@@ -25,6 +25,7 @@ from orchestrator.training.evaluate import (
 from orchestrator.training.metrics import how_compared, refuse_tokenizer, score, scores_by_answer
 from orchestrator.training.worker_context import WorkerContext
 from orchestrator.training.workers.setup import Inputs
+from strategies.step.optimizers import evaluated_weights
 from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
@@ -40,6 +41,13 @@ def measure(
     Prompts whose answer does not fit in memory even alone are counted as `out_of_memory` and not scored.  Raises
     NothingFits, on every worker, where the loss of a single row does not fit.
     """
+    with evaluated_weights(setup):
+        return _measure(context, setup, techniques, tokenizer, held_out)
+
+
+def _measure(
+    context: WorkerContext, setup: TrainSetup, techniques: Techniques, tokenizer: Any, held_out: Dataset
+) -> dict[str, Any]:
     started, plan, group, spec = time.perf_counter(), context.plan, context.group, context.job.spec.eval
     losses = evaluate_rows(setup, held_out, techniques, group)
     quality: dict[str, Any] = {"eval_loss": losses.loss, **losses.rewards, "rows": len(held_out)}

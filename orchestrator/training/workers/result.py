@@ -24,7 +24,8 @@ from orchestrator.training.workers.setup import Inputs
 
 T = TypeVar("T")
 _OF_TRAINING = ("train_seconds", "time", "energy", "memory", "before")  # in result.json
-_PACKAGES = ("finetune-orchestrator", "torch", "transformers", "peft", "ray", "deepspeed", "bitsandbytes")
+_OPTIONAL = ("deepspeed", "bitsandbytes", "schedulefree")
+_PACKAGES = ("finetune-orchestrator", "torch", "transformers", "peft", "ray", *_OPTIONAL)
 
 
 @dataclass(frozen=True)

@@ -41,6 +41,7 @@ from orchestrator.training.worker_context import WorkerContext, ignore_event
 from strategies.contract import Method
 from strategies.engines.shard import shard
 from strategies.model.heads import inner_model
+from strategies.optimizers import OPTIMIZERS
 from strategies.pipeline.cut import CannotCut, load_stage
 from strategies.pipeline.self_check import check_family
 from strategies.pipeline.stages import WholeExport, make_stage
@@ -171,6 +172,7 @@ def train_settings(
         seed=train.seed,
         num_steps=plan.num_steps,
         start_remote=start_remote,
+        warmup_steps=warmup_of(job.spec, plan.num_steps),
     )
 
 
@@ -272,14 +274,11 @@ def _divide(context: WorkerContext, setup: TrainSetup, settings: TrainSettings) 
 def schedule_of(job: Job, plan: Plan) -> Schedule:
     """When things happen in a planned job."""
     train = job.spec.train
+    kind, options, warmup = train.lr_scheduler_type, train.lr_scheduler_kwargs, warmup_of(job.spec, plan.num_steps)
+    if OPTIMIZERS[plan.optim].averages:  # it lets its rate rise itself
+        kind, options, warmup = "constant", {}, 0
     return Schedule(
-        lr_factor=lr_factor(
-            train.lr_scheduler_type,
-            train.lr_scheduler_kwargs,
-            train.learning_rate,
-            plan.num_steps,
-            warmup_of(job.spec, plan.num_steps),
-        ),
+        lr_factor=lr_factor(kind, options, train.learning_rate, plan.num_steps, warmup),
         max_grad_norm=train.max_grad_norm,
         seed=train.seed,
         save_steps=plan.save_steps,

@@ -40,7 +40,7 @@ def test_a_cpu_that_others_use_is_in_doubt(shares, is_doubtful):
 def test_optional_libraries_run_or_say_why_not(measured):
     found = measured.node.cpu.libraries
 
-    assert found == {"bitsandbytes": Library("runs"), "deepspeed": Library("runs")}
+    assert found == {"bitsandbytes": Library("runs"), "deepspeed": Library("runs"), "schedulefree": Library("runs")}
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_a_table_of_data_leads_to_keys_of_a_job(tool):
         "roles": ("system", "user", "assistant", "tool"),
         "data": DataSection.model_fields,
     }
-    read_by_name = {"type", "file_name", "formatting", "component", "packed", "train_on_input"}
+    read_by_name = {"type", "file_name", "formatting", "ranking", "component", "packed", "train_on_input"}
 
     targets = [one for one in tables()[tool].source.values() if isinstance(one, str)]
 

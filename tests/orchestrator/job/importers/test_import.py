@@ -9,6 +9,7 @@ import yaml
 
 from orchestrator.job.importers.tables import TOOLS, recognise, tables
 from orchestrator.job.job_file import read_job
+from strategies import OBJECTIVES
 from tests.cli import called
 from tests.conftest import FIXTURES, write_jsonl
 
@@ -32,6 +33,8 @@ ROWS = {
     "messages": {"messages": [{"role": "user", "content": "Say it"}, {"role": "assistant", "content": "it " * 20}]},
     "text": {"text": "it " * 80},
     "auto": {"prompt": "Say it", "completion": "it " * 20},
+    "pairs": {"prompt": "Say it", "chosen": "it " * 20, "rejected": "this " * 20},
+    "labelled": {"prompt": "Say it", "completion": "it " * 20, "label": True},
 }
 
 
@@ -49,6 +52,7 @@ def make_what_a_job_names(job, folder):
     model = folder / job["model"]["model_name_or_path"]
     model.mkdir(parents=True)
     (model / "config.json").write_text(json.dumps(SMALL))
+    kinds = OBJECTIVES[job.get("objective", {}).get("type", "sft")].rows
     for key in ("train", "eval"):
         stated = job["data"].get(key)
         for source in stated if isinstance(stated, list) else [stated]:
@@ -59,7 +63,17 @@ def make_what_a_job_names(job, folder):
             )
             place = folder / path if "." in path.rpartition("/")[2] else folder / path / "train.jsonl"
             place.parent.mkdir(parents=True, exist_ok=True)
-            rows = [ROWS[kind]] * (16_000 if job["train"].get("warmup_steps") == 100 else 2000)
+            if kinds != "answers":
+                columns = {
+                    **job["data"].get("columns", {}),
+                    **(source.get("columns", {}) if isinstance(source, dict) else {}),
+                }
+                asked = {"messages": [{"role": "user", "content": "Say it"}]} if "messages" in columns else {}
+                row = {columns.get(name, name): value for name, value in (ROWS[kinds] | asked).items()}
+                kind = "own"
+            rows = [row if kind == "own" else ROWS[kind]] * (
+                16_000 if job["train"].get("warmup_steps") == 100 else 2000
+            )
             place.write_text(json.dumps(rows)) if place.suffix == ".json" else write_jsonl(place, rows)
             if isinstance(source, dict) and source.get("split") == "test":
                 write_jsonl(place.with_name("test.jsonl"), rows[:8])
@@ -135,7 +149,7 @@ def test_that_data_of_llama_factory_are_found_by_its_names(imported, tmp_path):
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("pairs", "pairs: ranking: preferences are not trained on"),
+        ("pairs", "pairs: chosen, rejected: answers that are compared; this stage copies answers"),
         ("pictures", "pictures: columns.images: only text is trained on"),
         ("nowhere", "dataset_info.json does not name it"),
     ],
@@ -154,8 +168,8 @@ def test_data_that_mean_something_else_here_are_listed(name, told, imported, tmp
     ("line", "told"),
     [
         ("base_model: m\nsequence_len: 9\nadapter: ia3\n", "line 3: adapter is 'ia3': no such adapter"),
-        ("base_model: m\nsequence_len: 9\nrl: dpo\n", "line 3: rl is 'dpo': trains on preferences"),
-        ("stage: dpo\nfinetuning_type: lora\n", "line 1: stage is 'dpo': trains on preferences"),
+        ("base_model: m\nsequence_len: 9\nrl: grpo\n", "line 3: rl is 'grpo': trains on rewards"),
+        ("stage: ppo\nfinetuning_type: lora\n", "line 1: stage is 'ppo': trains on rewards"),
         ("stage: sft\nfinetuning_type: freeze\n", "line 2: finetuning_type is 'freeze': no such way"),
         ("base_model: m\nsequence_len: few\ndatasets: [{path: a.jsonl}]\n", "line 2: data.max_length is 'few'"),
         ("base_model: m\nsequence_len: 9\n", "data.train is missing"),

@@ -15,7 +15,8 @@ from orchestrator.lifecycle.proofs import prove
 from orchestrator.lifecycle.proofs.prove import prove_job, prove_run
 from orchestrator.lifecycle.run import begin_run
 from orchestrator.report.run import report_of_run
-from orchestrator.runs.proofs.proof import Proof, read_table
+from orchestrator.runs.mirror.numbers import numbers_of
+from orchestrator.runs.proofs.proof import TITLES, Proof, read_table
 from orchestrator.runs.run_folder import RunFolder
 from orchestrator.training.proofs.work import ProofWork
 from strategies.step import document_attention
@@ -44,6 +45,7 @@ def test_a_job_is_proven_on_its_own_rows_and_leaves_nothing(place, finished, wit
     found = by_check(prove_job(job, said.append))
 
     assert {check: one.outcome for check, one in found.items()} == {
+        "documents": "passed",
         "packing": "passed",
         "accumulation": "passed",
         "uneven": "not run",
@@ -57,9 +59,22 @@ def test_a_job_is_proven_on_its_own_rows_and_leaves_nothing(place, finished, wit
     assert sorted(path.name for path in (place / "runs").iterdir()) == before
 
 
+def test_an_average_that_is_handed_back_is_proven_as_any_weight(place, finished, without_ray):
+    job = read_job(place / "job.yaml", ["train.optim=schedule_free_adamw"])
+
+    found = by_check(prove_job(job, lambda text: None))
+
+    assert {one.outcome for check, one in found.items() if check != "uneven"} == {"passed"}
+    assert found["resume"].difference == 0.0
+
+
 def test_a_run_keeps_its_proofs_in_its_folder_and_in_its_report(finished, without_ray, put_back):
     proofs = prove_run(finished, lambda text: None)
 
+    titles = [one.title for one in proofs]
+    assert len(set(titles)) == len(titles) == len(TITLES)  # those of `submit` and those of `verify`, each its own row
+    numbers = [one.name for one in numbers_of(finished.events_of(Proof), lambda: None, [])]
+    assert {f"verify/{one.check}" for one in proofs if one.outcome != "not run"} <= set(numbers)
     assert by_check(proofs)["merged"].compared.count(finished.run_id) == 1  # its own adapter
     kept = json.loads((finished.path / "verify.json").read_text())["checks"]
     assert [one["check"] for one in kept] == [one.check for one in proofs]
@@ -70,8 +85,8 @@ def test_a_run_keeps_its_proofs_in_its_folder_and_in_its_report(finished, withou
 def test_a_run_itself_records_what_costs_nothing(finished):
     found = by_check(read_table(finished))
 
-    assert {check: one.outcome for check, one in found.items()} == {"packing": "passed", "saved": "passed"}
-    assert "read from disk" in found["saved"].compared
+    assert {check: one.outcome for check, one in found.items()} == {"documents": "passed", "handed_back": "passed"}
+    assert "read from disk" in found["handed_back"].compared
 
 
 def test_a_layout_that_trains_otherwise_is_shown_with_its_difference(place, finished, without_ray, monkeypatch):

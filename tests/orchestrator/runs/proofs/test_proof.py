@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.errors import JobError
 from orchestrator.runs.mirror.numbers import numbers_of
-from orchestrator.runs.proofs.proof import FILE, judged, not_run, proofs_of, read_table, write_table
+from orchestrator.runs.proofs.proof import FILE, TITLES, judged, not_run, proofs_of, read_table, write_table
 from orchestrator.runs.run_folder import RunFolder
 
 
@@ -22,18 +22,24 @@ def test_a_difference_within_the_tolerance_passes_and_any_other_is_named():
     assert "not a finite number" in broken.reason
 
 
-def test_the_newest_of_each_comparison_is_kept_in_the_order_of_the_table(run):
+def test_the_newest_of_each_check_is_kept_in_the_order_of_the_table(run):
     for proof in (
         judged("merged", "logits", 0.0, 1e-4, "rounding"),
         not_run("packing", "rows are padded"),
         judged("packing", "rows", 1.0, 1e-4, "sums"),
-        judged("packing", "rows", 0.0, 1e-4, "sums"),
+        judged("packing", "other rows", 0.0, 1e-4, "sums"),
+        not_run("packing", "rows are padded now"),
+        not_run("uneven", "several processes"),
         not_run("uneven", "one machine"),
     ):
         run.record(proof)
 
-    found = [(one.check, one.outcome) for one in proofs_of(run)]
-    assert found == [("packing", "passed"), ("uneven", "not run"), ("merged", "passed")]
+    found = [(one.check, one.outcome, one.reason) for one in proofs_of(run)]
+    assert found == [("packing", "passed", None), ("uneven", "not run", "one machine"), ("merged", "passed", None)]
+
+
+def test_no_two_checks_share_a_title():
+    assert len(set(TITLES.values())) == len(TITLES)
 
 
 def test_the_file_is_read_as_it_was_written_and_a_damaged_one_is_named(run):
