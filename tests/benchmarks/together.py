@@ -48,7 +48,7 @@ else:
 """  # noqa: E501
 
 
-def bank(num_steps: int, num_rows: int) -> None:
+def bank(num_steps: int, num_rows: int, dtype: str) -> None:
     """`bank build` of the first data sets, and a submit for each in one process; the losses beside each other."""
     with tempfile.TemporaryDirectory() as place:
         sets = Path(place) / "sets"
@@ -62,6 +62,7 @@ def bank(num_steps: int, num_rows: int) -> None:
             folder = Path(place) / way.replace(" ", "-")
             overrides = [
                 f"train.max_steps={num_steps}",
+                f"model.dtype={dtype}",
                 f"checkpoint.output_dir={folder / 'runs'}",
                 f"bank.path={folder / 'bank'}",
                 "tracking.report_to=[]",
@@ -215,6 +216,7 @@ if __name__ == "__main__":
     parser.add_argument("what", choices=["bank", "passes", "memory"])
     parser.add_argument("--steps", type=int, default=24)
     parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--dtype", default="auto", help="of `bank`; losses agree to 1e-5 in float32 alone")
     parser.add_argument("--jobs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4, 16, 64, 256])
@@ -222,7 +224,7 @@ if __name__ == "__main__":
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     if asked.what == "bank":
-        bank(asked.steps, asked.rows)
+        bank(asked.steps, asked.rows, asked.dtype)
     elif asked.what == "passes":
         passes(asked.jobs, asked.rounds, asked.tokens)
     else:
