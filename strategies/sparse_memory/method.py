@@ -30,7 +30,7 @@ _UNMERGED = "each token reads rows of its own choice, and no one set of weights 
 
 @dataclass(frozen=True)
 class SparseMemory(MethodDefaults):
-    """y = MLP(x) + mean of relu(k_r . x) v_r over the top_k rows that x chooses, which alone train (MEFT, 2406.04984).
+    """y = MLP(x) + mean of relu(k_r . x) v_r over the rows that x chooses, which alone train (MEFT, 2406.04984).
 
     Rows lie on the host with 16 bytes a number; the device holds the frozen weights and a router of 4 d sqrt(rows)
     bytes a layer, and the rows of one pass, whatever their number.  Meant for new facts that must not cost old ones
@@ -40,7 +40,7 @@ class SparseMemory(MethodDefaults):
     memory_rows: int = option(
         16384, "rows of a memory, a square number; more rows forget less", tried=(4096, 16384, 65536), ge=4
     )
-    top_k: int = option(8, "rows that a token reads", tried=(4, 8, 16), ge=1)
+    rows_per_token: int = option(8, "rows that a token reads", tried=(4, 8, 16), ge=1)
     layers_to_transform: list[int] | None = option(
         None, "decoder layers (0 = first) with a memory beside their MLP; null = the middle one"
     )
@@ -102,8 +102,8 @@ class SparseMemory(MethodDefaults):
                 f"method.memory_rows is {self.memory_rows}, and product keys name a square number of rows: set it to"
                 f" {side * side}"
             )
-        if self.top_k > self.memory_rows:
-            return f"method.top_k is {self.top_k}, and there are {self.memory_rows} rows: lower it"
+        if self.rows_per_token > self.memory_rows:
+            return f"method.rows_per_token is {self.rows_per_token}, and there are {self.memory_rows} rows: lower it"
         if shape.hidden_size % 2:
             return f"product keys cut a vector in halves, and the model's width is {shape.hidden_size}"
         return None
@@ -137,7 +137,7 @@ class SparseMemory(MethodDefaults):
 
     def _costs(self, shape: ModelShape, techniques: Techniques) -> MemoryCosts:
         layers = self._layers(shape.num_layers)
-        return MemoryCosts(shape, techniques, self.memory_rows, self.top_k, layers, self.slots == "surprising")
+        return MemoryCosts(shape, techniques, self.memory_rows, self.rows_per_token, layers, self.slots == "surprising")
 
     def estimate(
         self, workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques
@@ -174,7 +174,9 @@ class SparseMemory(MethodDefaults):
 
         model.requires_grad_(False)
         device, layers = model.device, self._layers(len(decoder_layers(model)))
-        sizes = MemorySizes(model.config.get_text_config().hidden_size, round(self.memory_rows**0.5), self.top_k)
+        sizes = MemorySizes(
+            model.config.get_text_config().hidden_size, round(self.memory_rows**0.5), self.rows_per_token
+        )
         memories = attach(model, layers, sizes, getattr(torch, settings.techniques.dtype), device)
         if device.type != "meta":
             for memory in memories.values():

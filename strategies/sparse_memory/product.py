@@ -78,7 +78,8 @@ def _parts(places_TK: torch.Tensor, width: int) -> Iterator[torch.Tensor]:
 
 
 def _of(values_UD: torch.Tensor, part_TC: torch.Tensor) -> torch.Tensor:
-    return values_UD[part_TC].float()
+    """Rows for tokens (T, C, D); index_select copies them several times faster on a CPU than indexing does."""
+    return values_UD.index_select(0, part_TC.flatten()).float().unflatten(0, part_TC.shape)
 
 
 def _outer(weights_TC: torch.Tensor, x_TD: torch.Tensor) -> torch.Tensor:

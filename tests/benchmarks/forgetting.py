@@ -270,7 +270,7 @@ def _of_formula(setup: TrainSetup, method: Any, read: Sequence[tuple[int, int]])
     if not isinstance(method, SparseMemory) or not read:
         return 0.0
     shape = ModelShape.from_config(setup.model.config.to_dict())
-    costs = MemoryCosts(shape, TECHNIQUES, method.memory_rows, method.top_k, (0,), False)
+    costs = MemoryCosts(shape, TECHNIQUES, method.memory_rows, method.rows_per_token, (0,), False)
     return sum(rows for _, rows in read) / sum(costs.different_rows(tokens) for tokens, _ in read)
 
 

@@ -30,7 +30,7 @@ from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
 from tests.strategies.test_contract import base_model, settings, techniques, workload
 
-SMALL = SparseMemory(memory_rows=64, top_k=4, layers_to_transform=[1])
+SMALL = SparseMemory(memory_rows=64, rows_per_token=4, layers_to_transform=[1])
 BATCHES = [Lengths((20, 12), (9, 5)), Lengths((7,), (4,))]
 
 
@@ -467,7 +467,7 @@ def test_a_folder_of_another_model_or_of_no_memories_is_refused(model_folder, tm
     ("options", "changes", "message"),
     [
         ({"memory_rows": 5000}, {}, "a square number of rows: set it to 5041"),
-        ({"memory_rows": 4, "top_k": 5}, {}, "top_k is 5, and there are 4 rows"),
+        ({"memory_rows": 4, "rows_per_token": 5}, {}, "rows_per_token is 5, and there are 4 rows"),
         ({}, {"offload": "optimizer"}, "on the host itself"),
         ({}, {"zero_stage": 1}, "strategy.mode: single"),
         ({}, {"dtype": "float16"}, "set model.dtype"),

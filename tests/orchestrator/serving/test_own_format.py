@@ -23,7 +23,7 @@ from tests.orchestrator.serving.test_engine import Answers, asked
 from tests.strategies.mixture.test_experts import shaken
 from tests.strategies.test_contract import settings
 
-METHODS = {"mixture": MixLora(num_experts=4, lora_r=4), "memory": SparseMemory(memory_rows=256, top_k=4)}
+METHODS = {"mixture": MixLora(num_experts=4, lora_r=4), "memory": SparseMemory(memory_rows=256, rows_per_token=4)}
 
 
 @pytest.fixture(scope="module", params=list(METHODS))

@@ -18,7 +18,7 @@ from tests.cases.training import begun, trained
 from tests.conftest import rows, write_jsonl
 from tests.orchestrator.training.test_streaming import ONE_BY_ONE, PACKED, losses, prepared, run, weights
 
-METHOD = SparseMemory(memory_rows=256, top_k=4, layers_to_transform=[0, 1])
+METHOD = SparseMemory(memory_rows=256, rows_per_token=4, layers_to_transform=[0, 1])
 
 
 def untaught(model_folder, techniques=ONE_BY_ONE):
@@ -88,7 +88,7 @@ def file(model_folder, tmp_path_factory):
         "train: {num_train_epochs: 2, global_batch_size: 6, learning_rate: 2e-2, optim: adamw_torch}\n"
         "eval: {eval_steps: 3, before: false, max_new_tokens: 6, max_rows: 3}\n"
         "checkpoint: {save_steps: 3, save_total_limit: 5, load_best_model_at_end: false}\n"
-        "method: {type: experimental_memory, memory_rows: 256, top_k: 4}\n"
+        "method: {type: experimental_memory, memory_rows: 256, rows_per_token: 4}\n"
     )
     return folder / "job.yaml"
 
