@@ -29,9 +29,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # run as a file
 import numpy
 import torch
 import transformers
+from strategies.adapter_bank.distances import jensen_shannon
 
 from clusters.probe.node import probe_node
-from strategies.adapter_bank.distances import jensen_shannon
 from strategies.adapter_bank.evidence import Evidence, gather
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
