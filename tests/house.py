@@ -44,6 +44,7 @@ ROOMS = (
     ("strategies.engines",),
     ("strategies.measure",),
     ("strategies.adapter_bank",),
+    ("strategies.adapter_bank.shares",),
     ("strategies.lsp_offload",),
     ("strategies.sparse_memory",),
     ("strategies.multi_lora",),

@@ -61,7 +61,8 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
     _check_overlap(query, near, job)
     start = learned_start(bank, base, near, query) if asked.rule == "learned" else start_of(asked, distances, near)
     rows, probe = _labelled(data, asked)
-    say(likeness(distances, near, asked).sentence)
+    like = likeness(distances, near, asked)
+    say(like.sentence)
     trial, count = AdapterTrial(job, base.folder, max_length, near.adapters), len(near.cards)
     if len(rows.selection) or len(rows.tuning):
         say(f"moving shares of {count} adapters by {len(rows.selection) + len(rows.tuning)} labelled rows ...")
@@ -87,20 +88,10 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
             method="meta_generated",
             base={"name": base.name, "digest": base.digest},
             data={"digest": own, "evidence_digest": query.digest, "num_rows": query.num_rows},
-            settings={
-                **{key: getattr(asked, key) for key in ("distance", "coefficients", "temperature")},
-                "rule": "learned" if asked.rule == "learned" else chosen.rule,
-            },
-            made_from=_parts(near, made, distances),
-            base_share=max(0.0, 1 - sum(share for _, share in made.coefficients)),
-            likeness=likeness(distances, near, asked).as_dict(),
-            selection=_selection_of(chosen.selected, rows.selection),
-            tuning=_tuning_of(chosen.tuned, rows.tuning),
-            rank=made.rank,
-            relative_error=made.relative_error,
-            generation_s=made.seconds,
+            likeness=like.as_dict(),
+            **_choice_of(asked, chosen, rows),
+            **_made_of(near, made, distances),
             seconds=time.perf_counter() - began,
-            peak_bytes=made.peak_bytes,
             already=[card.name for card in bank.of_data(base.digest, own)] if own else [],
             nearest=near.cards[nearest].name,
             **verdict,
@@ -108,6 +99,28 @@ def adapt(job: Job, output: Path | None, say: Callable[[str], None]) -> dict[str
         (folder / CARD).write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
 
     return {**found, "path": str(output)}
+
+
+def _choice_of(asked: BankSection, chosen: Chosen, rows: LabelledRows) -> dict[str, Any]:
+    """How shares were chosen."""
+    settings = {key: getattr(asked, key) for key in ("distance", "coefficients", "temperature")}
+    return {
+        "settings": settings | {"rule": "learned" if asked.rule == "learned" else chosen.rule},
+        "selection": _selection_of(chosen.selected, rows.selection),
+        "tuning": _tuning_of(chosen.tuned, rows.tuning),
+    }
+
+
+def _made_of(near: Neighbours, made: Generated, distances: numpy.ndarray) -> dict[str, Any]:
+    """Of what an adapter was made, and what that took."""
+    return {
+        "made_from": _parts(near, made, distances),
+        "base_share": max(0.0, 1 - sum(share for _, share in made.coefficients)),
+        "rank": made.rank,
+        "relative_error": made.relative_error,
+        "generation_s": made.seconds,
+        "peak_bytes": made.peak_bytes,
+    }
 
 
 def _parts(near: Neighbours, made: Generated, distances: numpy.ndarray) -> list[dict[str, Any]]:

@@ -26,7 +26,7 @@ from strategies.adapter_bank.evidence import Evidence
 from strategies.adapter_bank.generation import bank_grams, combine, combine_by_map
 from strategies.adapter_bank.shares.decoder import fit_decoder
 from strategies.adapter_bank.shares.distances import DISTANCES
-from strategies.adapter_bank.shares.generator import Generator, Setting, errors_left_out
+from strategies.adapter_bank.shares.generator import FitSetting, Generator, errors_left_out
 from strategies.adapter_bank.store import Bank
 
 FILE = "generator.json"
@@ -46,7 +46,7 @@ class Fitted:
     base_digest: str
     adapters: tuple[str, ...]  # digests of those it was judged on, sorted
     variant: Variant
-    setting: Setting
+    setting: FitSetting
     missed: float  # share of the adapters' squares that it does not reconstruct from the others
     losses: dict[str, float]  # mean held-out loss by way
     refusal: str | None  # why it is not offered; None = it beats `adapt`
@@ -70,7 +70,12 @@ def learned_start(bank: Bank, base: Base, near: Neighbours, query: Evidence) -> 
 
 
 def shares_of(
-    variant: Variant, setting: Setting, evidence: Sequence[Evidence], grams: Grams, keep: Sequence[int], query: Evidence
+    variant: Variant,
+    setting: FitSetting,
+    evidence: Sequence[Evidence],
+    grams: Grams,
+    keep: Sequence[int],
+    query: Evidence,
 ) -> Shares:
     """Shares of each map (K,) over the adapters at the places `keep`, fitted to those alone."""
     if variant == "linear":
@@ -130,7 +135,7 @@ class Fit:
 
     near: Neighbours
     grams: Grams
-    setting: Setting
+    setting: FitSetting
     variant: Variant  # that labelled rows then move
 
     def shares(self, variant: Variant, place: int, shuffled: bool = False) -> Shares:

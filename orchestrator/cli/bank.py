@@ -303,7 +303,7 @@ def fit(
     """Learn from a bank which of its directions a data set needs, and judge it on each task left out.
 
     `adapt --rule learned` uses it, where it beats `adapt` on tasks that it had not seen; the verdict is kept beside the
-    bank.  A bank of 60 adapters takes about half an hour.
+    bank.  Each task takes a minute or more.
 
     Example: orchestrator bank generator fit --rows 12
     """

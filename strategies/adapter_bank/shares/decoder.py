@@ -19,9 +19,9 @@ from torch import nn
 from strategies.adapter_bank.evidence import Evidence
 from strategies.adapter_bank.shares.generator import principal
 
-ROWS = 32  # of a batch of prompts
-_CHANNELS = (1, 16, 32, 32)
-_KERNEL, _STEPS, _RATE, _DECAY, _NOISE = 9, 300, 1e-3, 0.1, 1e-4
+ROWS = 16  # of a batch of prompts
+_CHANNELS = (1, 8, 16, 16)
+_KERNEL, _STEPS, _RATE, _DECAY, _NOISE = 9, 200, 3e-3, 0.1, 1e-4
 _DRAWS = 8  # batches of prompts whose predictions are averaged
 
 

@@ -46,7 +46,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 @dataclass(frozen=True)
-class Setting:
+class FitSetting:
     """How a generator is fitted."""
 
     kernel: str
@@ -58,14 +58,14 @@ class Setting:
 class Generator:
     """A fitted map from evidence to shares of each map; made of the bank's own evidence and inner products alone."""
 
-    setting: Setting
+    setting: FitSetting
     evidence: Sequence[Evidence]
     kernel_NN: numpy.ndarray
     directions: Mapping[str, numpy.ndarray]  # of each map: U (N, K)
 
     @classmethod
     def fit(
-        cls, evidence: Sequence[Evidence], grams: Mapping[str, numpy.ndarray], setting: Setting, keep: Sequence[int]
+        cls, evidence: Sequence[Evidence], grams: Mapping[str, numpy.ndarray], setting: FitSetting, keep: Sequence[int]
     ) -> Generator:
         """Of those adapters of a bank at the places `keep`; `grams` are of all (N, N) by map."""
         chosen = [evidence[place] for place in keep]
@@ -78,7 +78,7 @@ class Generator:
         evidence: Sequence[Evidence],
         kernel_NN: numpy.ndarray,
         grams: Mapping[str, numpy.ndarray],
-        setting: Setting,
+        setting: FitSetting,
         keep: Sequence[int],
     ) -> Generator:
         """`fit`, with the kernel's values known."""
@@ -121,12 +121,12 @@ def reconstruction_error(gram_NN: numpy.ndarray, place: int, others: Sequence[in
 
 def errors_left_out(
     evidence: Sequence[Evidence], grams: Mapping[str, numpy.ndarray], kernels: Sequence[str] = tuple(KERNELS)
-) -> dict[Setting, float]:
+) -> dict[FitSetting, float]:
     """For each setting the share of all adapters' squares that is missed where each is made of the others.
 
     1 is what making nothing misses.
     """
-    count, found = len(evidence), dict[Setting, float]()
+    count, found = len(evidence), dict[FitSetting, float]()
     whole = sum(float(numpy.trace(gram)) for gram in grams.values())
     values = {name: numpy.stack([KERNELS[name](one, evidence) for one in evidence]) for name in kernels}
     for place in range(count):
@@ -143,7 +143,7 @@ def errors_left_out(
                 coordinates = most_NK.T @ dual
                 for directions in DIRECTIONS:
                     shares = most_NK[:, :directions] @ coordinates[:directions]
-                    setting = Setting(name, ridge, directions)
+                    setting = FitSetting(name, ridge, directions)
                     error = reconstruction_error(gram, place, others, shares)
                     found[setting] = found.get(setting, 0.0) + error / whole
     return found

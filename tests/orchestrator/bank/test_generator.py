@@ -11,14 +11,14 @@ from orchestrator.bank.library import Base, neighbours
 from orchestrator.bank.likeness import likeness
 from orchestrator.errors import JobError
 from orchestrator.job.sections.search import BankSection
-from strategies.adapter_bank.shares.generator import Setting
+from strategies.adapter_bank.shares.generator import FitSetting
 
 LOSSES = {"linear": 1.5, "decoder": 1.6, "nearest": 2.0, "uniform": 2.1, "shuffled": 1.9, "learned": 1.2, "adapt": 1.3}
 
 
 def fitted_to(near, base: Base) -> Fitted:
     digests = tuple(sorted(card.digest for card in near.cards))
-    return Fitted(base.digest, digests, "linear", Setting("parts", 1.0, 2), 0.8, LOSSES, None)
+    return Fitted(base.digest, digests, "linear", FitSetting("parts", 1.0, 2), 0.8, LOSSES, None)
 
 
 def keep(bank, fitted) -> None:

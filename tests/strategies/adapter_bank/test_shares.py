@@ -14,8 +14,8 @@ from strategies.adapter_bank.shares.generator import (
     DIRECTIONS,
     KERNELS,
     RIDGES,
+    FitSetting,
     Generator,
-    Setting,
     dual_of,
     errors_left_out,
     principal,
@@ -165,7 +165,7 @@ def missed(shares, whole, place, keep):
 
 def test_a_generator_without_ridge_gives_each_known_data_set_its_own_adapter():
     evidence, grams, whole = planted(count=8, hidden=8)
-    made = Generator.fit(evidence, grams, Setting("embedding", 1e-9, 8), range(8))
+    made = Generator.fit(evidence, grams, FitSetting("embedding", 1e-9, 8), range(8))
 
     for place, one in enumerate(evidence):
         assert missed(made.shares(one), whole, place, list(range(8))) < 1e-4
