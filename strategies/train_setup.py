@@ -328,6 +328,8 @@ class TrainSetup:
     label_smoothing: float = 0.0  # of training passes: this part of each token's label is spread over the vocabulary
     names: frozenset[str] = frozenset()  # of all that the run trains, wherever it lies; empty = all of it is here
     buffers: dict[str, torch.Tensor] = field(default_factory=dict)  # not trained, but a checkpoint must hold them too
+    decided: tuple[str, ...] = ()  # of the buffers, choices: when `between` has made one all workers take the first's,
+    # since unlike devices round what is compared otherwise
     notes: tuple[str, ...] = ()  # what the user should know of how the model was set up
     pairs: tuple[AdapterPair, ...] = ()  # all that trains, where pairs are averaged or start again
     kept: KeptCorrections | None = None  # where pairs start again

@@ -285,6 +285,7 @@ def finish_step(training: Training, step: int) -> None:
     if training.local and (averaged := training.local.take_report()):
         training.hooks.record(BetweenReport.of(step + 1, averaged))
     if training.setup.between and (found := training.setup.between.step_done(step)):
+        training.group.broadcast([training.setup.buffers[name] for name in training.setup.decided], 0)
         training.hooks.record(BetweenReport.of(step + 1, found))
 
 

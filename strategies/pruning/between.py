@@ -43,7 +43,10 @@ class PruningSteps:
         left = self._count_parameters(removed)
         text = f"{parts} are masked: {left:,} parameters are left"
         if done == self._schedule.end:
-            text = f"{parts} are masked: {left:,} parameters are left. From here on masks stay, and the rest recovers"
+            text = (
+                f"{parts} are masked: {left:,} parameters are left. From here on masks stay, the rest recovers, and"
+                " held-out losses choose what is handed back"
+            )
         return {
             "text": text,
             "removed": removed,

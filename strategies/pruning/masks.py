@@ -15,7 +15,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from strategies.pruning.groups import PrunedGroups
 
@@ -68,7 +67,7 @@ class GroupMasks:
         scores_KN[:, list(one.protected)] = torch.inf
         lowest = scores_KN.argsort(dim=1, stable=True)[:, :count]
         mask_KN = torch.ones_like(scores_KN).scatter_(1, lowest, 0.0)
-        kept_KN.copy_(_as_first_worker(mask_KN.to(kept_KN)))
+        kept_KN.copy_(mask_KN)
 
 
 def _mask_input(width: int, module: Any, inputs: tuple[torch.Tensor, ...]) -> Any:
@@ -86,12 +85,3 @@ def _pass_on(layer: Any, inputs: tuple[Any, ...], named: dict[str, Any], output:
     if isinstance(output, tuple):
         return (torch.where(is_kept, output[0], received), *output[1:])
     return torch.where(is_kept, output, received)
-
-
-def _as_first_worker(mask_KN: torch.Tensor) -> torch.Tensor:
-    """The first worker's: unlike devices round scores differently, and would mask different groups."""
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
-        return mask_KN
-    sent = mask_KN if dist.get_backend() == "nccl" else mask_KN.cpu()
-    dist.broadcast(sent, 0)
-    return sent.to(mask_KN.device)

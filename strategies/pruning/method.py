@@ -232,6 +232,7 @@ class PrunedLora(PredictedMethod):
         smaller = SmallerModel(setup.model, masks, pairs, shape)
         setup.between = PruningSteps(masks, scores, schedule, count_parameters)
         setup.buffers |= {**masks.buffers, **scores.buffers}
+        setup.decided = tuple(masks.buffers)
         setup.export, setup.export_format, setup.export_is_rounded = smaller.save, "model", True
         setup.written = lambda: smaller.weights(only_changed=True)
         setup.settled_after = schedule.end

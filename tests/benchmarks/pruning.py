@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -208,29 +209,29 @@ def batch_of(rows: torch.Tensor) -> Batch:
 
 
 def tuned(chosen: Subject, method: Any, rate: float, seed: int, steps: int, data: Any) -> dict[str, float]:
-    """Losses when masks stay and at the end, of the model that is handed back; seconds a step, of them the scores'."""
+    """Losses when masks stay and of what is handed back, its parameters; CPU seconds a step, of them between steps."""
     setup, scaler = set_up(method, chosen.fresh(), rate, seed, steps), gradient_scaler("cpu", "float32")
     order, between, found, spent = torch.Generator().manual_seed(seed), setup.between, {}, 0.0
     began = time.process_time()
 
-    def timed(step: int) -> None:
+    def timed(call: Any, step: int) -> None:
         nonlocal spent
         start = time.process_time()
-        if between:
-            between.gradients_ready(step)
+        call(step)
         spent += time.process_time() - start
 
     for step in range(steps):
         batch = batch_of(data[0][torch.randint(len(data[0]), (ROWS,), generator=order)])
         forward_backward(setup, batch, batch.targets_S.numel(), TECHNIQUES, scaler)
-        update(setup, scaler, Update(min(1.0, (step + 1) / 5), 1.0), lambda step=step: timed(step))
+        ready = partial(timed, between.gradients_ready, step) if between else None
+        update(setup, scaler, Update(min(1.0, (step + 1) / 5), 1.0), ready)
         if between:
-            between.step_done(step)
+            timed(between.step_done, step)
         if between and step + 1 == setup.settled_after:
             paused = time.process_time()
             found["closed"] = held_out_loss(setup.model, data[1])
             began += time.process_time() - paused
-    found |= {"step_s": (time.process_time() - began) / steps, "scores_s": spent / max(1, setup.settled_after)}
+    found |= {"step_s": (time.process_time() - began) / steps, "between_s": spent / steps}
     with tempfile.TemporaryDirectory() as place:
         model = setup.model
         if between:
@@ -250,19 +251,19 @@ def smaller(asked: argparse.Namespace) -> None:
         f"{asked.model}: before {held_out_loss(chosen.fresh(), data[1]):.4f}; {asked.steps} steps of {ROWS} x {LENGTH}"
         f" tokens, rate {asked.rate:g}, {asked.seeds} seeds, {len(data[1])} rows held out"
     )
-    print("| score | parameters | when masks stay | at the end | of each seed | CPU a step | of it the scores |")
+    print("| score | parameters | when masks stay | at the end | of each seed | CPU a step | of it between steps |")
     print("|---|---|---|---|---|---|---|")
     for name, method in contenders(shape, asked.ratio).items():
         if asked.only and name not in asked.only:
             continue
         runs = [tuned(chosen, method, asked.rate, seed, asked.steps, data) for seed in range(asked.seeds)]
         losses = [one["loss"] for one in runs]
-        closed = [one["closed"] for one in runs if "closed" in one]
+        closed = f"{statistics.mean(one['closed'] for one in runs):.4f}" if "closed" in runs[0] else "-"
         print(
-            f"| {name} | {runs[0]['parameters'] / 1e6:.3g} M | {statistics.mean(closed) if closed else 0:.4f} |"
+            f"| {name} | {runs[0]['parameters'] / 1e6:.3g} M | {closed} |"
             f" {statistics.mean(losses):.4f} +- {statistics.pstdev(losses):.4f} |"
             f" {' '.join(f'{loss:.4f}' for loss in losses)} | {statistics.mean(one['step_s'] for one in runs):.2f} s |"
-            f" {statistics.mean(one['scores_s'] for one in runs):.2f} s |",
+            f" {statistics.mean(one['between_s'] for one in runs):.3f} s |",
             flush=True,
         )
 

@@ -65,8 +65,8 @@ def test_masks_close_along_the_schedule_and_end_exactly_at_the_ratio(model_folde
     last = events["between"][-1]
     smaller = PRUNED.smaller(ModelShape.from_config(setup.model.config.to_dict())).num_parameters
     assert last.text == (
-        f"64 of 128 channels of each MLP are masked: {smaller:,} parameters are left. From here on masks stay, and"
-        " the rest recovers"
+        f"64 of 128 channels of each MLP are masked: {smaller:,} parameters are left. From here on masks stay, the rest"
+        " recovers, and held-out losses choose what is handed back"
     )
     assert last.extra["parameters_left"] == smaller and setup.settled_after == 8
 
