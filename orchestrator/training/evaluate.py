@@ -26,7 +26,7 @@ from strategies.step.optimizers import evaluated_weights
 from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import generate as generate_with
 from strategies.step.passes import passes_of
-from strategies.step.supervised_logits import inner_model, places_of_samples, token_losses
+from strategies.step.supervised_logits import Batch, inner_model, places_of_samples, token_losses
 from strategies.techniques.precision import autocast
 from strategies.train_setup import Passes, TrainSetup
 from strategies.workload import Dtype, Techniques
@@ -152,6 +152,17 @@ def sample_losses(
     if failed:
         raise NothingFits(f"not even one training row at a time fits: {next(filter(None, group.gather(reason)))}")
     return torch.tensor(sums, dtype=torch.float64)
+
+
+@torch.no_grad()
+def look_at(setup: TrainSetup, data: Dataset, batch: Batch, techniques: Techniques) -> None:
+    """A pass over some rows that counts for nothing."""
+    if setup.objective:
+        ids = list(batch.sample_ids)
+        setup.objective.begin(data.num_counted(ids), data.num_chosen_tokens(ids))
+    passes_of(setup).loss_sum(batch, techniques)
+    if setup.objective:
+        setup.objective.take()
 
 
 def evaluate_loss(

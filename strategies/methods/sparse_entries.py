@@ -102,6 +102,8 @@ class Sensitivity:
         self._sums: dict[int, torch.Tensor] = {}
         self._hooks: list[Any] = []
 
+    num_looks = 0
+
     def is_due(self, step: int) -> bool:
         return step == 0
 
