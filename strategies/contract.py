@@ -98,6 +98,7 @@ class StrategyPlan:
     num_micro_batches: int = 1  # a step, on this device
     tokens_per_micro_batch: float = 0.0  # padding included
     disk_bytes: float = 0.0  # that are kept on the host's disk while it trains
+    look_s: float = 0.0  # what the method looks at before the first step
     averaged_rank: int = 0  # of adapters whose products workers that train apart average; 0 = they average weights
     computed_part: float = 1.0  # of the rows' tokens: below 1 where what they begin with alike is computed once
     resolved: Mapping[str, tuple[Any, str]] = field(default_factory=dict)  # of `auto` options: value here, reason

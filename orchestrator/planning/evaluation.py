@@ -247,7 +247,8 @@ def phases_of(
     return Phases(
         preparation_s=preparation_s(workload.num_tokens + (held_out.num_tokens if held_out else 0)),
         start_s=start_s(shape_of_stage(workload.shape, plan.techniques.stage), slot.device, plan.memory.weights_bytes)
-        + _reference_s(candidate, workload, held_out),
+        + _reference_s(candidate, workload, held_out)
+        + max(part.plan.look_s for part in candidate.placed),
         preflight_s=(2 + share) * micro_s + checkpoint_s if spec.strategy.preflight else 0.0,
         evaluation_s=_evaluation_s(spec, candidate, workload, held_out, is_helped) if held_out else 0.0,
         training_s=candidate.total_s,

@@ -26,7 +26,7 @@ from strategies.step.optimizers import evaluated_weights
 from strategies.step.out_of_memory import run_in_halves
 from strategies.step.passes import generate as generate_with
 from strategies.step.passes import passes_of
-from strategies.step.supervised_logits import inner_model, places_of_samples, token_losses
+from strategies.step.supervised_logits import Batch, inner_model, places_of_samples, token_losses
 from strategies.techniques.precision import autocast
 from strategies.train_setup import Passes, TrainSetup
 from strategies.workload import Dtype, Techniques
@@ -155,6 +155,7 @@ def sample_losses(
 
 
 @torch.no_grad()
+<<<<<<< HEAD
 def observe_rows(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
     """Let the setup's observer look at all rows of `data`, on a worker that trains alone.
 
@@ -173,6 +174,16 @@ def observe_rows(setup: TrainSetup, data: Dataset, techniques: Techniques) -> No
     setup.model.train(was_training)
     if unfit:
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
+=======
+def look_at(setup: TrainSetup, data: Dataset, batch: Batch, techniques: Techniques) -> None:
+    """A pass over some rows that counts for nothing."""
+    if setup.objective:
+        ids = list(batch.sample_ids)
+        setup.objective.begin(data.num_counted(ids), data.num_chosen_tokens(ids))
+    passes_of(setup).loss_sum(batch, techniques)
+    if setup.objective:
+        setup.objective.take()
+>>>>>>> w-opt
 
 
 def evaluate_loss(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +22,11 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
+<<<<<<< HEAD
 from orchestrator.training.evaluate import divergence_of, observe_rows, sample_losses
+=======
+from orchestrator.training.evaluate import divergence_of, look_at, sample_losses
+>>>>>>> w-opt
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit
@@ -316,7 +320,7 @@ def _learn(training: Training, samples: StepSamples) -> None:
     memory runs out learns again in less.
     """
     assert training.setup.learner
-    sample_ids, learnt = samples.ids_N[: training.setup.learner.rows], None
+    sample_ids, learnt = _rows_to_learn_from(training, samples), None
     while learnt is None:
         with catch_out_of_memory() as shortage:
             learnt = _learn_once(training, sample_ids)
@@ -327,15 +331,30 @@ def _learn(training: Training, samples: StepSamples) -> None:
     training.group.broadcast(training.replicated(), 0)
 
 
+def _rows_to_learn_from(training: Training, samples: StepSamples) -> list[int]:
+    """Of the step's samples; of the following steps' as well where the method only looks at them."""
+    learner, order, found = training.setup.learner, training.order, list(samples.ids_N)
+    assert learner
+    step = samples.step
+    while learner.num_looks and len(found) < learner.rows and (step := step + 1) < order.num_steps:
+        found += order.sample_ids(step)
+    return list(dict.fromkeys(found))[: learner.rows]
+
+
 def _learn_once(training: Training, sample_ids: Sequence[int]) -> dict[str, Any]:
     learner, techniques, started = training.setup.learner, training.techniques, time.perf_counter()
     assert learner
-    groups = micro_batches_of(training.data, sample_ids, techniques)
+    if learner.num_looks:
+        techniques = replace(techniques, share_prefixes=False)  # it looks at documents, each whole
+    groups = micro_batches_of(training.data, sample_ids, techniques) * max(1, learner.num_looks)
     learner.begin_learning(len(groups))
     for number, group in enumerate(groups):
         if number:
             learner.next_learning()
         batch = collate(training.data, group, techniques.packing, techniques.share_prefixes).to(training.device)
         learner.watch(batch)
-        forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
+        if learner.num_looks:
+            look_at(training.setup, training.data, batch, techniques)
+        else:
+            forward_backward(training.setup, batch, max(1, batch.targets_S.numel()), techniques, training.scaler)
     return {**learner.end_learning(), "seconds": round(time.perf_counter() - started, 2)}

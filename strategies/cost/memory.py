@@ -69,6 +69,7 @@ class Footprint:
     streamed: Streamed | None = None  # where gradients do not stay
     kept_bytes: float = 0.0  # what frozen lower layers made of all samples, in the host's memory
     disk_bytes: float = 0.0  # the same on the host's disk
+    look_bytes: float = 0.0  # while the method looks at rows, before the optimizer has a state
 
     @property
     def frozen_bytes(self) -> float:
@@ -113,6 +114,7 @@ def estimate(
     optimizer = (state + footprint.master_bytes * footprint.num_trainable) * techniques.state_part
     if footprint.optimizer_bytes is not None:
         optimizer = footprint.optimizer_bytes
+    optimizer = max(optimizer, footprint.look_bytes)
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
     logits = stack.head_bytes + logits_bytes(workload, techniques, stack, tokens)
     cast, saved = _in_flight(workload, techniques, footprint, tokens, saved)

@@ -9,8 +9,9 @@ from clusters.capability import DeviceCapability, NodeCapability
 from strategies.contract import MethodDefaults, StrategyPlan
 from strategies.cost import memory, micro_batches, time
 from strategies.cost.memory import Footprint
+from strategies.cost.phases import forward_share
 from strategies.cost.reuse import computed_part, stores_reference, with_kept_layers, workload_of_trees
-from strategies.cost.work import Work
+from strategies.cost.work import Look, Work
 from strategies.shape import ModelShape
 from strategies.stage_shape import workload_of_stage
 from strategies.workload import BYTES_PER_ELEMENT, Techniques, Workload
@@ -22,6 +23,7 @@ class Costs:
 
     footprint: Footprint
     work: Work
+    look: Look | None = None
 
 
 def predict(
@@ -56,7 +58,21 @@ def predict(
         tokens_per_micro_batch=micro_batches.tokens_per_micro_batch(workload, techniques),
         computed_part=part,
         disk_bytes=footprint.disk_bytes,
+        look_s=_look_s(workload, device, node, techniques, costs) if costs.look else 0.0,
     )
+
+
+def _look_s(
+    workload: Workload, device: DeviceCapability, node: NodeCapability, techniques: Techniques, costs: Costs
+) -> float:
+    """Seconds of what is looked at before the first step: forward passes, and what is computed of them."""
+    look = costs.look
+    assert look
+    step = time.estimate(workload, device, node, techniques, costs.work)
+    per_token = (step.step_s - step.update_s - step.sync_s) / (workload.share * workload.tokens_per_step)
+    tokens = look.times * min(look.rows, workload.num_samples) * workload.mean_length
+    rate, _ = time.product_rate(device, node, "float32")
+    return forward_share(techniques) * per_token * tokens + look.flops / rate
 
 
 class PredictedMethod(MethodDefaults):

@@ -6,6 +6,16 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Look:
+    """What is looked at and computed once, before the first step, by every worker."""
+
+    rows: int  # of the training data, forward
+    times: int  # so often
+    held_bytes: float  # meanwhile, where the optimizer's state will be
+    flops: float  # beside the passes, in fp32
+
+
+@dataclass(frozen=True)
 class Work:
     """What a method computes beside the forward pass: all that time needs to know about it."""
 

@@ -87,6 +87,8 @@ class LspAdamW(torch.optim.Optimizer):
 
     # What the training loop calls.
 
+    num_looks = 0
+
     def is_due(self, step: int) -> bool:
         """Whether the projectors are looked at before this step."""
         return self.learning is not None and step % self.learning.check_every == 0 and any(o.size for o in self.weights)

@@ -45,13 +45,14 @@ def kept_costs(costs: Costs, rank: int, chosen: AdaptedMaps, techniques: Techniq
     numbers, layers = rank * chosen.sides, chosen.layers
     kept = BYTES_PER_ELEMENT[techniques.dtype] * rank * len(chosen.maps) / layers
     footprint, work = costs.footprint, costs.work
-    return Costs(
-        replace(
+    return replace(
+        costs,
+        footprint=replace(
             footprint,
             weights_bytes=footprint.weights_bytes + 4.0 * numbers,
             inputs_per_token=footprint.inputs_per_token + kept,
         ),
-        replace(
+        work=replace(
             work,
             adapter_parameters=work.adapter_parameters + round(_PASSES * numbers),
             num_adapters=work.num_adapters + len(chosen.maps) // layers,
@@ -105,6 +106,10 @@ class KeptPairs:
             return output
         a_KI, b_OK = layer.kept_A[:used], layer.kept_B[:, :used]
         return output + linear(linear(inputs[0].to(a_KI.dtype), a_KI), b_OK).to(output.dtype)
+
+    def reset(self) -> None:
+        """Let go of all that is kept."""
+        self._used.zero_()
 
     def correction(self, name: str) -> Factors:
         """What is kept of a map, on the CPU."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -15,8 +15,8 @@ from strategies.cost.plan import Costs, PredictedMethod
 from strategies.cost.work import Work
 from strategies.export import VLLM_RANKS, Export, Loader
 from strategies.methods.fused_maps import MORE_BYTES, OPERATIONS, why_not_fused
-from strategies.methods.kept_pairs import kept_costs, kept_rank, with_averaged_pairs
-from strategies.methods.lora_config import build_lora_config
+from strategies.methods.kept_pairs import keep_pairs, kept_costs, kept_rank, pairs_of, with_averaged_pairs
+from strategies.methods.lora_config import build_lora_config, look_of, why_not_start
 from strategies.model import targets
 from strategies.model.architecture import Architecture
 from strategies.quality import QualityPrior
@@ -72,6 +72,13 @@ class Lora(PredictedMethod):
         False, "each map and its correction as one function in the cheapest order (RunLoRA, arXiv 2312.03415)"
     )
     eva_rows: int = option(32, "eva: samples of the first step, at most, whose inputs A starts from", ge=1)
+    corda_method: Literal["ipm", "kpm"] = option(
+        "ipm", "corda: begin with what the inputs say most of (ipm), or least, so that what is known stays (kpm)"
+    )
+    corda_rows: int = option(256, "corda: training rows that are looked at before the first step", ge=1)
+    corda_layers: int | None = option(
+        None, "corda: decoder layers looked at together; fewer take less memory and more passes over the rows", ge=1
+    )
     loraplus_lr_ratio: float | None = option(None, "LoRA+: learning rate of B over that of A (arXiv 2402.12354)", gt=0)
 
     name: ClassVar[str] = "lora"
@@ -118,22 +125,9 @@ class Lora(PredictedMethod):
         return f"{' and '.join(named)} is more than pairs of A and B over a base that stays as it is" if named else None
 
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
-        start = str(self.init_lora_weights)
-        if start.startswith("pissa_niter"):
-            return (
-                f"init_lora_weights: {start} changes the base by random numbers that nobody who loads the adapter draws"
-                " again: it would not be what was trained. Use pissa"
-            )
-        if start in ("loftq", "corda"):
-            return f"init_lora_weights: {start} needs a preparation that is not made here. Use true or pissa"
-        together = techniques.uses_engine or techniques.streams_weights or techniques.stage or techniques.torch_compile
-        if start == "eva" and (together or shape.num_experts):
-            return (
-                "init_lora_weights: eva looks at every map's inputs before the first step, which is untested with"
-                " DeepSpeed, streamed weights, stages, torch.compile and experts: use true"
-            )
         return (
-            self._refuse_expert_corrections(shape)
+            why_not_start(self, techniques, shape)
+            or self._refuse_expert_corrections(shape)
             or self._refuse_streaming(shape, techniques)
             or self._refuse_rows(shape)
             or (self._refuse_products(shape) if techniques.averages_products else None)
@@ -212,7 +206,7 @@ class Lora(PredictedMethod):
         llama.cpp's convert_lora_to_gguf.py takes A and B alone, and writes alpha as it stands, which is divided by r.
         transformers' `load_adapter` (5.23) leaves DoRA's magnitudes as they begin (LOG.md, 2026-11-29).
         """
-        chosen = targets.adapted_maps(shape, self._choice)
+        chosen, rank = targets.adapted_maps(shape, self._choice), (1 + self._takes_apart) * self.lora_r
         beside = {
             "magnitudes (use_dora)": self.use_dora,
             "modules trained in full (modules_to_save)": bool(self.modules_to_save or shape.num_scores),
@@ -224,7 +218,7 @@ class Lora(PredictedMethod):
                 beside.values()
             ),
             f"PEFT takes a part of the base's weights away first (init_lora_weights: {self.init_lora_weights}), and it"
-            " does not": changes_base(self.init_lora_weights),
+            " does not": changes_base(self.init_lora_weights) and not self._takes_apart,
             "corrections of stacked experts were not tried with it": bool(chosen.stacks),
             "corrections of embedding or output matrix were not tried with it": any(
                 linear.reads in ("tokens", "last") for _, linear in chosen.maps
@@ -232,7 +226,7 @@ class Lora(PredictedMethod):
         }
         own: dict[Loader, dict[str, bool]] = {
             "transformers": {"its load_adapter leaves DoRA's magnitudes out, and does not say so": self.use_dora},
-            "vllm": {**others, f"its ranks end at {VLLM_RANKS}, this is {self.lora_r}": self.lora_r > VLLM_RANKS},
+            "vllm": {**others, f"its ranks end at {VLLM_RANKS}, this is {rank}": rank > VLLM_RANKS},
             "llama.cpp": {
                 **others,
                 "they scale by alpha / r, not by alpha / sqrt(r) (use_rslora); `export --gguf` does": self.use_rslora,
@@ -309,8 +303,15 @@ class Lora(PredictedMethod):
             first_layer=footprint.first_layer,
             cast_parameters=(chosen.num_cast if cast else 0) + copied,
         )
-        kept = kept_rank(self.lora_r) if techniques.local_merge == "reset" else 0
-        return kept_costs(Costs(footprint, work), kept, chosen, techniques)
+        look = look_of(self, chosen)
+        footprint = replace(footprint, look_bytes=look.held_bytes if look else 0.0)
+        kept = kept_rank(self.lora_r) if techniques.local_merge == "reset" else self._takes_apart * self.lora_r
+        return kept_costs(Costs(footprint, work, look), kept, chosen, techniques)
+
+    @property
+    def _takes_apart(self) -> bool:
+        """Whether a part of the weight is trained, and its negative lies beside it."""
+        return self.init_lora_weights == "corda"
 
     def _count(self, shape: ModelShape, chosen: targets.AdaptedMaps) -> _Trained:
         """Parameters that PEFT trains under these options, copies of modules_to_save included."""
@@ -328,7 +329,7 @@ class Lora(PredictedMethod):
         import torch
         from peft import get_peft_model
 
-        from strategies.methods.lora_start import EvaStart, start_from
+        from strategies.methods.lora_start import CordaStart, EvaStart, start_from
         from strategies.model.heads import outside_layers
         from strategies.step.optimizers import build_optimizer
         from strategies.step.state import save_adapter
@@ -368,4 +369,8 @@ class Lora(PredictedMethod):
             learner=learner,
             notes=notes,
         )
+        if self._takes_apart:
+            setup.pairs = pairs_of(peft_model, parameters)
+            setup.learner = CordaStart(peft_model, keep_pairs(setup, self.lora_r), self)
+            return setup
         return with_averaged_pairs(setup, settings.techniques, self.lora_r)

@@ -131,6 +131,8 @@ class Sensitivity:
                 found |= {f"{one.name}.parked_places": parked.places, f"{one.name}.parked_values": parked.values}
         return found
 
+    num_looks = 0
+
     def is_due(self, step: int) -> bool:
         every, most = self._selection.every, self._selection.most
         return step == 0 or (every is not None and step % every == 0 and step // every <= most)
