@@ -43,7 +43,8 @@ class ExtraLoss(Protocol):
 class Learner(Protocol):
     """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
 
-    rows: int  # samples whose gradients it learns from
+    rows: int  # samples that it learns from
+    num_looks: int  # 0 = at gradients of the step's first samples; else so often forward alone, of later steps' too
 
     def is_due(self, step: int) -> bool:
         """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""

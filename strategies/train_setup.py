@@ -182,49 +182,6 @@ class Engine(Protocol):
         ...
 
 
-<<<<<<< HEAD
-=======
-class Learner(Protocol):
-    """Something that has to see gradients before some steps: of the step's first samples, the same on every worker."""
-
-    rows: int  # samples that it learns from
-    num_looks: int  # 0 = at gradients of the step's first samples; else so often forward alone, of later steps' too
-
-    def is_due(self, step: int) -> bool:
-        """Whether it learns before this step: `begin_learning`, passes and `next_learning`s, `end_learning`."""
-        ...
-
-    def begin_learning(self, num_passes: int) -> None:
-        """The next backward passes move nothing."""
-
-    def watch(self, batch: Any) -> None:
-        """The next pass is of this batch."""
-
-    def next_learning(self) -> None: ...
-
-    def end_learning(self) -> dict[str, Any]:
-        """What was learnt, for the run's record, with a sentence `text`; no gradient is left behind."""
-        ...
-
-
-class Weighing(Protocol):
-    """Weights of samples in the loss that trains, decided from the losses of all training rows before some steps.
-
-    They lie in the setup's `buffers`, as a checkpoint must hold them; held-out losses are not weighed.
-    """
-
-    weights_N: torch.Tensor  # of each sample's tokens
-
-    def is_due(self, step: int) -> bool:
-        """Whether they are decided anew before this step."""
-        ...
-
-    def weigh(self, losses_N: torch.Tensor, num_supervised_N: torch.Tensor) -> dict[str, Any]:
-        """Decide them from each sample's summed loss; what was decided, for the run's record, with a `text`."""
-        ...
-
-
->>>>>>> w-opt
 class Streaming(Protocol):
     """An optimizer that works beside the computation: gradients leave layer by layer, weights move in their own time.
 

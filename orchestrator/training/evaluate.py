@@ -155,7 +155,6 @@ def sample_losses(
 
 
 @torch.no_grad()
-<<<<<<< HEAD
 def observe_rows(setup: TrainSetup, data: Dataset, techniques: Techniques) -> None:
     """Let the setup's observer look at all rows of `data`, on a worker that trains alone.
 
@@ -174,7 +173,8 @@ def observe_rows(setup: TrainSetup, data: Dataset, techniques: Techniques) -> No
     setup.model.train(was_training)
     if unfit:
         raise NothingFits(f"not even one held-out row at a time fits: {reason}")
-=======
+
+
 def look_at(setup: TrainSetup, data: Dataset, batch: Batch, techniques: Techniques) -> None:
     """A pass over some rows that counts for nothing."""
     if setup.objective:
@@ -183,7 +183,6 @@ def look_at(setup: TrainSetup, data: Dataset, batch: Batch, techniques: Techniqu
     passes_of(setup).loss_sum(batch, techniques)
     if setup.objective:
         setup.objective.take()
->>>>>>> w-opt
 
 
 def evaluate_loss(

@@ -22,11 +22,7 @@ from clusters.safe.reading import first_line
 from orchestrator.data.batches import collate
 from orchestrator.data.packing import split_by_share
 from orchestrator.runs.events import BetweenReport, LearningReport
-<<<<<<< HEAD
-from orchestrator.training.evaluate import divergence_of, observe_rows, sample_losses
-=======
-from orchestrator.training.evaluate import divergence_of, look_at, sample_losses
->>>>>>> w-opt
+from orchestrator.training.evaluate import divergence_of, look_at, observe_rows, sample_losses
 from orchestrator.training.feed import micro_batches_of
 from orchestrator.training.memory import peak_bytes
 from orchestrator.training.repair import UpdateFailed, update_does_not_fit

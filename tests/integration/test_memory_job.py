@@ -20,7 +20,8 @@ def place(model_folder, tmp_path_factory):
     (folder / "job.yaml").write_text(
         f"model: {{model_name_or_path: {model_folder}, dtype: float32}}\n"
         "data: {train: train.jsonl, eval: old.jsonl, max_length: 64}\n"
-        "method: {type: experimental_memory, memory_rows: 1024, rows_per_token: 4, slots: surprising, updated_rows: 100}\n"
+        "method: {type: experimental_memory, memory_rows: 1024, rows_per_token: 4, slots: surprising,"
+        " updated_rows: 100}\n"
         "train: {global_batch_size: 8, max_steps: 12, learning_rate: 2e-2}\n"
         "checkpoint: {save_steps: 4}\n"
         "eval: {max_new_tokens: 8, eval_steps: 6}\n"

@@ -47,13 +47,9 @@ def prove_merged(run: RunFolder, trials: Trials, finished: RunFolder | None) -> 
     context, source = trials.context, finished or run
     exported = exported_whole(source) if finished else source.exported()
     if exported is None or not export.is_adapter(exported):
-<<<<<<< HEAD
-        return not_run("merged", "all weights were trained: there is no adapter to merge")
+        return not_run("merged", "a whole model is handed back: there is no adapter to merge")
     if why := export_of(source).unmerged:
         return not_run("merged", why)
-=======
-        return not_run("merged", "a whole model is handed back: there is no adapter to merge")
->>>>>>> w-prune
     whose = f"the adapter of {finished.run_id}" if finished else f"an adapter of {trials.sample.num_steps} steps"
     compared = f"logits, relative: base and {whose}, and both as one model"
     place = run.path / "merged"
