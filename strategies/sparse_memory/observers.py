@@ -20,6 +20,8 @@ from strategies.sparse_memory.slots import BackgroundCounts
 class RouterCalibration:
     """The contract's `Learner`: mean and spread of what each memory reads of the first step's samples."""
 
+    num_looks = 0
+
     def __init__(self, memories: Sequence[RowMemory], optimizer: RowAdamW, rows: int) -> None:
         self.rows = rows
         self._memories, self._optimizer = list(memories), optimizer
