@@ -101,8 +101,9 @@ def _select(
     trial: AdapterTrial, rows: Dataset, near: Neighbours, start: Start, distances: numpy.ndarray, rule: str
 ) -> Chosen:
     if start.by_map is None:
-        rules = RULES if rule == "auto" else tuple(one for one in RULES if one == rule)
-        starts = {one: combine(near.adapters, start.shares_N, one) for one in (rules if len(rows) else rules[:1])}
+        rules: tuple[Rule, ...] = RULES if rule == "auto" else tuple(one for one in RULES if one == rule)
+        tried = rules if len(rows) else rules[:1]
+        starts: dict[Rule, dict[str, Factors]] = {one: combine(near.adapters, start.shares_N, one) for one in tried}
     else:
         parts = [adapter.corrections() for adapter in near.adapters]
         starts = {RULES[0]: combine_by_map(parts, start.by_map)}

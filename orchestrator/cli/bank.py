@@ -308,12 +308,12 @@ def fit(
     Example: orchestrator bank generator fit --rows 12
     """
     from orchestrator.bank.evaluate import table
-    from orchestrator.bank.generator import VARIANTS, fit_generator
+    from orchestrator.bank.generator import VARIANTS, Variant, fit_generator
 
-    chosen = next((one for one in VARIANTS if one == variant), None)
-    if chosen is None:
+    known: dict[str, Variant] = {one: one for one in VARIANTS}
+    if variant not in known:
         raise JobError(f"--variant {variant!r} is not one of {', '.join(VARIANTS)}")
-    found = fit_generator(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, chosen, say)
+    found = fit_generator(load_job(job, set_), resolve_path(runs, "--runs", kind="folder"), rows, known[variant], say)
     if json_:
         print_json(found)
         return

@@ -84,7 +84,7 @@ def write_corrections(
     coefficients: tuple[tuple[int, float], ...],
     output: Path,
     rank: int,
-    base_name: str | None,
+    base_name: str,
 ) -> Generated:
     """Write corrections of any rank as a PEFT adapter of `rank`; the folder appears whole or not at all.
 
@@ -155,7 +155,7 @@ def _sum(
 def truncated(corrections: Mapping[str, algebra.Factors], rank: int) -> tuple[dict[str, algebra.Factors], float]:
     """Corrections of a rank, and their relative error."""
     found = {name: algebra.truncate(factors, rank) for name, factors in corrections.items()}
-    dropped, whole = (sum(one[place] for one in found.values()) for place in (1, 2))
+    dropped, whole = sum(one[1] for one in found.values()), sum(one[2] for one in found.values())
     return _finite({name: one[0] for name, one in found.items()}), (max(0.0, dropped) / whole) ** 0.5 if whole else 0.0
 
 

@@ -36,7 +36,8 @@ class MemorySizes:
 class Carrier(Protocol):
     """Who brings rows to the device, and takes their gradients."""
 
-    transport: Transport
+    @property
+    def transport(self) -> Transport: ...
 
     def before(self, layer: int) -> None:
         """Until the rows of a layer have moved by every update so far."""

@@ -174,9 +174,11 @@ def _leave_schedule(draft: JobDraft) -> None:
     """What a file says of the learning rate beside an optimizer that does it by itself."""
     optim = draft.settings.get("train.optim")
     facts = OPTIMIZERS.get(str(optim.value)) if optim else None
-    for key in ("lr_scheduler_type", "warmup_steps", "warmup_ratio") if optim and facts else ():
+    if optim is None or facts is None:
+        return
+    for key in ("lr_scheduler_type", "warmup_steps", "warmup_ratio"):
         setting = draft.settings.get(f"train.{key}")
-        if setting and facts and facts.schedule_mistakes(str(optim.value), {key: setting.value}):
+        if setting and facts.schedule_mistakes(str(optim.value), {key: setting.value}):
             draft.drop(f"train.{key}", "matters", f"{optim.value} does by itself what the rate does")
             draft.settings.pop("train.lr_scheduler_kwargs", None)
 
