@@ -35,7 +35,7 @@ class MixLora(PredictedMethod):
     top_k: int = option(2, "experts that a token passes; of one alone the router would have no gradient", ge=2)
     lora_r: int = option(8, "rank of an expert's pairs, and of attention's", tried=(4, 8, 16), ge=1)
     lora_alpha: float = option(16, "scale: corrections are multiplied by lora_alpha / lora_r", gt=0)
-    attention: bool = option(True, "a pair of A and B beside each map of attention as well, for all tokens")
+    adapt_attention: bool = option(True, "a pair of A and B beside each map of attention as well, for all tokens")
     router_aux_loss_coef: float = option(0.01, "weight of the loss that keeps experts in use; 0 = none", ge=0)
     router_init_range: float = option(0.02, "standard deviation of the router's weights at the start", gt=0)
 
@@ -61,9 +61,9 @@ class MixLora(PredictedMethod):
                 f"MixLoRA corrects MLPs of gate_proj, up_proj and down_proj, and those of {shape.model_type} are"
                 f" {'experts already' if shape.num_experts else ', '.join(shape.family.mlp)}: set method.type: lora"
             )
-        if self.attention and shape.family.attention != _ATTENTION:
+        if self.adapt_attention and shape.family.attention != _ATTENTION:
             names = ", ".join(shape.family.attention)
-            return f"attention's maps of {shape.model_type} are {names}: set method.attention: false"
+            return f"attention's maps of {shape.model_type} are {names}: set method.adapt_attention: false"
         if self.top_k > self.num_experts:
             return f"method.top_k is {self.top_k}, and there are {self.num_experts} experts: lower it"
         if techniques.streams_weights or techniques.torch_compile:
@@ -96,7 +96,7 @@ class MixLora(PredictedMethod):
 
     @property
     def _attention(self) -> list[str]:
-        return list(_ATTENTION) if self.attention else []
+        return list(_ATTENTION) if self.adapt_attention else []
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         g, layers = BYTES_PER_ELEMENT[techniques.dtype], shape.num_layers

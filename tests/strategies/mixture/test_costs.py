@@ -10,7 +10,7 @@ from strategies.workload import Techniques, Workload
 from tests.strategies.test_memory import CPU, LLAMA, NODE, SHAPE, techniques, workload
 
 METHODS = {
-    "four experts": MixLora(num_experts=4, attention=False),
+    "four experts": MixLora(num_experts=4, adapt_attention=False),
     "eight experts": MixLora(),
     "four of eight": MixLora(top_k=4),
 }

@@ -17,7 +17,7 @@ from strategies.techniques.precision import autocast, gradient_scaler
 from tests.strategies.test_contract import SAMPLES, add_gradients, settings, techniques
 
 IDS = torch.arange(40).view(2, 20)
-PLAIN = MixLora(num_experts=4, lora_r=4, attention=False, router_aux_loss_coef=0.0)
+PLAIN = MixLora(num_experts=4, lora_r=4, adapt_attention=False, router_aux_loss_coef=0.0)
 
 
 @pytest.fixture
