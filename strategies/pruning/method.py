@@ -149,7 +149,7 @@ class PrunedLora(PredictedMethod):
         if self.groups == "mlp+attention":
             narrow = "a model whose heads together are narrower than its hidden state was not tried with it"
             cannot |= {"vllm": narrow}
-        return Export("model", cannot, describe(shape, self.pruned(shape)))
+        return Export("model", cannot, sizes=describe(shape, self.pruned(shape)))
 
     def costs(self, shape: ModelShape, techniques: Techniques) -> Costs:
         found, g = self._lora.costs(shape, techniques), BYTES_PER_ELEMENT[techniques.dtype]

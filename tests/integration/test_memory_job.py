@@ -35,7 +35,7 @@ def test_a_memory_is_submitted_trained_stored_and_evaluated(place):
     told = json.loads(done.stdout)
     run = RunFolder(Path(told["path"]))
 
-    assert "Loads with: this program alone" in " ".join(shown.split()) and "experimental_memory" in shown
+    assert "Loads with this program alone" in " ".join(shown.split()) and "experimental_memory" in shown
     steps = run.steps()
     assert run.state() == "finished" and sorted(steps) == list(range(1, 13))
     assert all(0 < step.rows_moved <= 100 and step.bus_up_bytes > 0 for step in steps.values())
