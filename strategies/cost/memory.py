@@ -90,7 +90,13 @@ class Stack:
 
     def kernels(self, techniques: Techniques) -> str:
         """What computes norms and MLPs: `fused`, `compiled`, or transformers' `plain` operations."""
-        return "fused" if self.fused_kernels else "compiled" if techniques.torch_compile else "plain"
+        return (
+            "fused"
+            if self.fused_kernels or techniques.liger_kernel
+            else "compiled"
+            if techniques.torch_compile
+            else "plain"
+        )
 
 
 def estimate(
