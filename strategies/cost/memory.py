@@ -117,9 +117,8 @@ def estimate(
     gradients = gradient_bytes(techniques, footprint)
     state = OPTIMIZERS[techniques.optim].bytes_of(footprint.num_trainable, footprint.num_outside)
     optimizer = (state + footprint.master_bytes * footprint.num_trainable) * techniques.state_part
-    if footprint.optimizer_bytes is not None:
-        optimizer = footprint.optimizer_bytes
-    optimizer = max(optimizer, footprint.look_bytes)
+    own = footprint.optimizer_bytes
+    optimizer = max(optimizer if own is None else own, footprint.look_bytes)
     saved, hump = activation_bytes(workload, techniques, footprint, stack, tokens, device.kind == "cpu")
     logits = stack.head_bytes + logits_bytes(workload, techniques, stack, tokens)
     cast, saved = _in_flight(workload, techniques, footprint, tokens, saved)
