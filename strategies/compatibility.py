@@ -69,6 +69,8 @@ def _device_conflicts(
         yield refusals.refuse_bitsandbytes(device, shape)
     elif facts.library:
         yield lacks(device, facts.library)
+    if t.liger_kernel:
+        yield refusals.refuse_liger(device, shape)
     if facts.is_paged and device.kind != "cuda":
         yield f"{t.optim} keeps its state in memory that NVIDIA's driver moves: set train.optim without paged_"
     if t.offload != "none" and not t.streams_weights:
@@ -194,6 +196,11 @@ def _step_conflicts(t: Techniques, device: DeviceCapability, shape: ModelShape) 
     """What one step on one device cannot combine."""
     if t.offload == "activations" and t.gradient_checkpointing:
         yield "offloading activations and computing them again save the same bytes: choose one"
+    if t.liger_kernel and (t.uses_engine or t.stage or t.streams_weights or t.torch_compile):
+        yield (
+            "Liger's kernels are untested with DeepSpeed, stages, streamed weights and torch.compile: set"
+            " train.use_liger_kernel: false"
+        )
     if t.torch_compile and t.attn_implementation == "document":
         yield "torch.compile would recompile for every set of document lengths: set data.packing: false"
     if t.torch_compile:

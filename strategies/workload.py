@@ -103,6 +103,7 @@ class Techniques:
     optim: str = "adamw_torch_fused"
     loss_type: LossType = "nll"
     torch_compile: bool = False
+    liger_kernel: bool = False  # its kernels for norms, rotary positions and gated MLPs
     offload: Offload = "none"
     zero_stage: int = 0
     num_shards: int = 1  # devices that share what zero_stage shards

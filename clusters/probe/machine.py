@@ -19,7 +19,7 @@ _METHOD = 2  # of measuring; a new number makes figures measured the old way be 
 _X86_FLAGS = ("avx2", "fma", "avx512f", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_tile", "amx_int8", "amx_bf16")
 _ARM_FLAGS = ("asimd", "bf16", "sve")
 # What is measured depends on their versions.
-_LIBRARIES = ("torch", "bitsandbytes", "deepspeed", "flash-attn", "schedulefree")
+_LIBRARIES = ("torch", "bitsandbytes", "deepspeed", "flash-attn", "schedulefree", "liger-kernel")
 
 
 def look_at_this_node() -> NodeCapability:

@@ -94,6 +94,7 @@ def try_libraries(device: DeviceCapability, index: int) -> DeviceCapability:
     }
     if place.type == "cuda":
         calls["flash_attn"] = lambda: _flash_attention(place)
+        calls["liger_kernel"] = lambda: _liger_norm(place)
     found = {name: _try_library(name, call) for name, call in calls.items()}
     return replace(device, libraries={name: library for name, library in found.items() if library is not None})
 
@@ -189,6 +190,11 @@ def _flash_attention(place: torch.device) -> torch.Tensor:
     flash_attn = importlib.import_module("flash_attn")
     qkv_BLHD = torch.ones(1, 16, 1, 64, dtype=torch.float16, device=place)
     return flash_attn.flash_attn_func(qkv_BLHD, qkv_BLHD, qkv_BLHD, causal=True)
+
+
+def _liger_norm(place: torch.device) -> torch.Tensor:
+    transformers = importlib.import_module("liger_kernel.transformers")
+    return transformers.LigerRMSNorm(64).to(place)(torch.ones(4, 64, device=place))
 
 
 def _try(what: str, measure: Callable[[], float]) -> float | None:

@@ -24,6 +24,7 @@ BRINGS = {
     "quant": "weights in 4 or 8 bits, optimizers in 8 bits",
     "zero": "strategy.mode: zero2 and zero3",
     "optim": "train.optim: schedule_free_adamw and its kin",
+    "liger": "train.use_liger_kernel: true, on NVIDIA's GPUs",
     "k8s": "jobs on Kubernetes",
 }
 _CLONE = Path(__file__).parents[2]

@@ -75,6 +75,7 @@ class Switches:
     accumulation: int | None = None
     zero_stages: Sequence[int] = (0, 1, 2, 3)
     torch_compile: bool = False
+    liger_kernel: bool = False
     share_prefixes: bool | None = None  # None = open: where the rows have enough in common
     cache_frozen_activations: Kept | None = None  # None = open: where steps become shorter
     local_merge: LocalMerge = "factors"

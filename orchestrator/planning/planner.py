@@ -148,6 +148,7 @@ def switches_of(spec: JobSpec, max_length: int) -> Switches:
     return Switches(
         max_length * objective.num_documents,
         torch_compile=train.torch_compile,
+        liger_kernel=train.use_liger_kernel,
         local_merge=strategy.local_merge,
         deepspeed=strategy.deepspeed is not None,
         **values | {name: value for name, value in single.items() if value != "auto"},

@@ -322,6 +322,8 @@ def _refuse_on_cpus(spec: JobSpec) -> None:
     attention = spec.model.attn_implementation
     if attention.startswith("flash") or attention == "flex_attention":
         raise JobError(f"model.attn_implementation: {attention} needs a GPU; set it to auto")
+    if spec.train.use_liger_kernel:
+        raise JobError("train.use_liger_kernel: Liger's kernels are for NVIDIA's GPUs; set it to false")
     if spec.strategy.offload not in ("auto", "none", "weights"):
         raise JobError("strategy.offload: a CPU's memory is the host's already; set it to auto, or to weights")
 
@@ -338,6 +340,7 @@ def _refuse_conflicts(spec: JobSpec, workload: Workload, slots: Sequence[Slot], 
         or (spec.strategy.offload == "weights" and spec.train.gradient_checkpointing == "auto"),
         "offload": spec.strategy.offload if spec.strategy.offload != "auto" else "none",
         "torch_compile": switches.torch_compile if spec.strategy.mode == "pipeline" else False,
+        "liger_kernel": switches.liger_kernel,
         "stage": StagePart(0, 2, 0, 1) if spec.strategy.mode == "pipeline" else None,
         "local_merge": switches.local_merge,
         "share_prefixes": shares,

@@ -167,6 +167,7 @@ class Assignment:
                 optim=optim,
                 loss_type=switches.losses[0],
                 torch_compile=switches.torch_compile,
+                liger_kernel=switches.liger_kernel,
                 local_merge=switches.local_merge,
                 offload=offload,
                 zero_stage=division.stage,

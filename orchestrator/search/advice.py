@@ -39,6 +39,7 @@ LAYOUT = frozenset(
         "train.gradient_accumulation_steps",
         "train.loss_type",
         "train.torch_compile",
+        "train.use_liger_kernel",
         "strategy.offload",
         "strategy.mode",
     }

@@ -109,6 +109,7 @@ def _extras(part: NodePlan) -> list[str]:
         f"{t.offload} offload": t.offload != "none",
         f"ZeRO-{t.zero_stage}": t.zero_stage > 0,
         "torch.compile": t.torch_compile,
+        "Liger's kernels": t.liger_kernel,
     }
     return [tr(name) for name, is_on in named.items() if is_on]
 

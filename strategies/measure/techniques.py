@@ -22,11 +22,13 @@ from clusters.safe.reading import first_line
 from strategies.engines.shard import shard
 from strategies.measure import trace
 from strategies.measure.trace import Lengths
+from strategies.model.heads import inner_model
 from strategies.shape import ModelShape
 from strategies.step.quantise import quantise_on
 from strategies.step.step import Update, forward_backward, update
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
+from strategies.techniques.liger import use_liger
 from strategies.techniques.precision import gradient_scaler
 from strategies.techniques.technique import Choice, Technique
 from strategies.train_setup import TrainSettings, TrainSetup
@@ -114,6 +116,8 @@ class Side:
             built = _build(choice, self.settings, arguments, torch.device("cpu") if streams else self.device, config)
         self.setup: TrainSetup = shard(built, self.settings, self.device)
         self.stream = stream_weights(self.setup, self.device) if streams else None
+        if choice.techniques.liger_kernel:
+            use_liger(inner_model(self.setup.model))
         if choice.techniques.torch_compile:
             self.setup.model.compile(dynamic=True)
         self.batches = self._batches(lengths)

@@ -20,6 +20,7 @@ _REFUSALS: dict[str, Refusal] = {
     "bitsandbytes": refusals.refuse_bitsandbytes,
     "chunked loss": refusals.refuse_chunked_loss,
     "compiler": refusals.refuse_compiler,
+    "liger": refusals.refuse_liger,
     "deepspeed": lambda device, shape: lacks(device, "deepspeed"),
     "deepspeed offload": lambda device, shape: refusals.refuse_offload(device, shape) or lacks(device, "deepspeed"),
     "offload": refusals.refuse_offload,

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from clusters.capability import DeviceCapability
 
 # Library -> extra of pyproject.toml that brings it.
-EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero", "schedulefree": "optim"}
+EXTRAS = {"bitsandbytes": "quant", "deepspeed": "zero", "schedulefree": "optim", "liger_kernel": "liger"}
 # flash-attn has no extra: it is compiled from source for an hour, against the torch that is there.
 INSTALL = {library: f"pip install -e '.[{extra}]'" for library, extra in EXTRAS.items()} | {
     "flash_attn": "pip install flash-attn --no-build-isolation"

@@ -35,6 +35,24 @@ def refuse_compiler(device: DeviceCapability, shape: ModelShape) -> str | None:
     return None
 
 
+# Families of which Liger 0.8 replaces every norm and MLP of a layer (its MODEL_TYPE_TO_APPLY_LIGER_FN has more).
+LIGER_FAMILIES = (
+    *("gemma", "gemma2", "gemma3_text", "glm4", "granite", "llama", "mistral", "olmo2", "phi3", "qwen2", "qwen3"),
+    "smollm3",
+)
+
+
+def refuse_liger(device: DeviceCapability, shape: ModelShape) -> str | None:
+    """Liger's kernels are Triton's, for NVIDIA's GPUs and some families."""
+    if device.kind != "cuda":
+        return f"Liger's kernels are for NVIDIA's GPUs, and {device.name} is none"
+    if reason := refuse_compiler(device, shape):
+        return reason
+    if shape.model_type not in LIGER_FAMILIES:
+        return f"Liger's kernels are not tried for {shape.model_type} models; they are for {', '.join(LIGER_FAMILIES)}"
+    return lacks(device, "liger_kernel")
+
+
 def refuse_sharing(device: DeviceCapability, shape: ModelShape) -> str | None:
     """Why rows that begin alike are computed one by one."""
     if refusal := refuse_kernel("document", device, shape):

@@ -198,6 +198,9 @@ class TrainSection(Section):
         "auto", "chunked_nll never holds all logits at once: less memory, the output matrix applied twice"
     )
     torch_compile: bool = key(False, "compile the model: faster steps after a minute or more; not with packing")
+    use_liger_kernel: bool = key(
+        False, "Liger's kernels for norms, rotary positions and gated MLPs: NVIDIA's GPUs with liger-kernel installed"
+    )
     weight_decay: float = key(0.0, "decoupled weight decay", ge=0, le=1000)
     adam_beta1: float = key(0.9, "Adam's first decay", ge=0, lt=1)
     adam_beta2: float = key(0.999, "Adam's second decay", ge=0, lt=1)

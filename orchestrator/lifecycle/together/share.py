@@ -48,6 +48,7 @@ def why_alone(job: Job, plan: Plan) -> str | None:
         f"strategy.offload: {techniques.offload}": techniques.offload != "none",
         f"strategy.mode: zero{techniques.zero_stage}": techniques.zero_stage > 0,
         "the model is compiled (train.torch_compile)": techniques.torch_compile,
+        "its norms and MLPs are Liger's (train.use_liger_kernel)": techniques.liger_kernel,
         "its rows are padded (data.packing: false)": not techniques.packing,
         "its objective is over whole documents": plan.build_objective().is_by_document,
         "its embeddings get noise (train.neftune_noise_alpha)": bool(job.spec.train.neftune_noise_alpha),

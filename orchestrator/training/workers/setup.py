@@ -51,6 +51,7 @@ from strategies.step.quantise import quantise_on
 from strategies.step.weight_stream import stream_weights
 from strategies.techniques import checkpointing
 from strategies.techniques.embedding_noise import EmbeddingNoise
+from strategies.techniques.liger import use_liger
 from strategies.train_setup import SampleLoss, TrainSettings, TrainSetup
 from strategies.workload import Techniques
 
@@ -242,6 +243,8 @@ def _load_base(context: WorkerContext, method: Method) -> tuple[Any, Techniques]
 
     def checked(model: Any) -> Any:
         nonlocal supported
+        if techniques.liger_kernel:
+            use_liger(model)
         supported = without_leaks(model, techniques, context) if techniques.packing else techniques
         return model
 
