@@ -29,6 +29,7 @@ class Work:
     dropped_inputs: int = 0  # of these widths, those that pass through dropout first
     num_adapters: int = 0  # a layer
     mlp_copies: int = 1  # of each token that pass between the MLP's maps
+    routed: int = 0  # of a token, numbers that are copied or added on its way to experts and back, forward and backward
     num_trainable: int = 0
     num_tensors: int = 0
     orthogonal_products: float = 0.0  # FLOP of making every trained matrix of the layers orthogonal, once

@@ -19,7 +19,8 @@ from strategies.workload import BYTES_PER_ELEMENT, Techniques
 
 _MAPS, _ATTENTION = ("gate_proj", "up_proj", "down_proj"), ("q_proj", "k_proj", "v_proj", "o_proj")
 _UNMERGED = "each token passes experts of its own choice, and no one set of weights computes the same"
-_ROUTING = 60  # operations of a layer's forward pass beside its maps': softmax, choice, sorting, copies, sums
+# Operations of a layer's forward pass: of an expert's three pairs, and of choosing, sorting, copying and adding.
+_OPERATIONS, _ROUTING = 9, 60
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,8 @@ class MixLora(PredictedMethod):
                 adapter_parameters=work.adapter_parameters + layers * chosen * sides,
                 full_parameters=work.full_parameters + layers * experts * h,
                 adapter_inputs=work.adapter_inputs + chosen * 3 * (h + f),
-                num_adapters=work.num_adapters + 3 * experts + _ROUTING // OPERATIONS[False],
+                num_adapters=work.num_adapters + (_OPERATIONS * experts + _ROUTING) // OPERATIONS[False],
+                routed=chosen * (14 * f + 6 * h),
                 num_trainable=work.num_trainable + numbers,
                 num_tensors=work.num_tensors + 7 * layers,
                 mlp_copies=chosen,

@@ -1,6 +1,6 @@
 """What experts of LoRA behind a router are good for, a property a subcommand.
 
-    python tests/benchmarks/experts.py conflict [--only MixLoRA] [--steps 400] [--seeds 3] [--keys 64]
+    python tests/benchmarks/experts.py conflict [--only MixLoRA] [--rank 12] [--keys 64] [--steps 400] [--seeds 3]
         two tasks that answer the same prompts differently, told apart by the first token: MixLoRA beside one LoRA of as
         many trained parameters, and beside two LoRAs of half of them, one a task, chosen by that token or by the bank
     python tests/benchmarks/experts.py speed [--dtype float32] [--rows 8] [--repeats 8]
@@ -53,14 +53,19 @@ MARKS, FIRST_KEY = (300, 340), 259  # of the tasks; below are bytes, whose embed
 TECHNIQUES = Techniques("float32", "sdpa", False, False, ROWS, LENGTH)
 RATES = (3e-3, 1e-2, 3e-2)
 MLP = ["gate_proj", "up_proj", "down_proj"]
-CONTENDERS: dict[str, Any] = {
-    "LoRA r12": Lora(lora_r=12, lora_alpha=24),
-    "LoRA r19, MLP alone": Lora(lora_r=19, lora_alpha=38, lora_target_modules=MLP),
-    "MixLoRA 4 x r4": MixLora(num_experts=4, lora_r=4, lora_alpha=8),
-    "MixLoRA 4 x r4, no balance": MixLora(num_experts=4, lora_r=4, lora_alpha=8, router_aux_loss_coef=0.0),
-    "MixLoRA 8 x r2": MixLora(num_experts=8, lora_r=2, lora_alpha=4),
-}
-HALF = Lora(lora_r=6, lora_alpha=12)  # of each of two
+
+
+def contenders(rank: int) -> dict[str, Any]:
+    """Of as many trained parameters as one LoRA of a rank, up to 10 % fewer where ranks do not divide."""
+    wide, four, eight = rank * 49 // 30, max(1, rank // 3), max(1, rank // 6)
+    return {
+        f"LoRA r{rank}": Lora(rank, 2 * rank),
+        f"LoRA r{wide}, MLP alone": Lora(wide, 2 * wide, lora_target_modules=MLP),
+        f"MixLoRA 4 x r{four}": MixLora(4, lora_r=four, lora_alpha=2 * four),
+        f"MixLoRA 4 x r{four}, no balance": MixLora(4, lora_r=four, lora_alpha=2 * four, router_aux_loss_coef=0.0),
+        f"MixLoRA 8 x r{eight}": MixLora(8, lora_r=eight, lora_alpha=2 * eight),
+        f"MixLoRA 3 x r{rank // 2}, MLP alone": MixLora(3, lora_r=rank // 2, lora_alpha=rank, attention=False),
+    }
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,7 @@ def run_two(rate: float, seed: int, asked: argparse.Namespace) -> dict[str, dict
     """Two LoRAs, each of its own task's rows: chosen by the mark, and by the bank."""
     tasks, models, count, began = TwoTasks.draw(asked.keys, seed), [], 0, time.process_time()
     for task in (0, 1):
-        setup = set_up(HALF, rate, seed)
+        setup = set_up(Lora(asked.rank // 2, asked.rank), rate, seed)
         train(setup, tasks, [task] * (ROWS // 2), seed + task, asked.steps)
         models.append(setup.model)
         count += sum(parameter.numel() for parameter in setup.parameters.values())
@@ -193,17 +198,18 @@ def conflict(asked: argparse.Namespace) -> None:
     print(f"before: loss {before['loss']:.3f}, {before['right']:.1%} right; {asked.keys} keys, {asked.steps} steps")
     print("| contender | trained | rate | held-out loss | of each seed | right | CPU a step | told |")
     print("|---|---|---|---|---|---|---|---|")
-    for name, method in CONTENDERS.items():
+    for name, method in contenders(asked.rank).items():
         if asked.only not in name:
             continue
         rate = min(RATES, key=lambda one: run_one(method, one, 100, asked)["loss"])
         _show(name, rate, [run_one(method, rate, seed, asked) for seed in range(asked.seeds)])
-    if asked.only not in "two LoRAs r6":
+    name = f"two LoRAs r{asked.rank // 2}"
+    if asked.only not in name:
         return
     rate = min(RATES, key=lambda one: run_two(one, 100, asked)["by the mark"]["loss"])
     runs = [run_two(rate, seed, asked) for seed in range(asked.seeds)]
     for way in ("by the mark", "by the bank"):
-        _show(f"two LoRAs r6, {way}", rate, [run[way] for run in runs])
+        _show(f"{name}, {way}", rate, [run[way] for run in runs])
 
 
 def _show(name: str, rate: float, runs: Sequence[dict[str, float]]) -> None:
@@ -263,6 +269,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--keys", type=int, default=64)
+    parser.add_argument("--rank", type=int, default=12, help="of the one LoRA; a multiple of 6")
     parser.add_argument("--dtype", default="float32", choices=("bfloat16", "float32"))
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=8)
