@@ -79,9 +79,13 @@ class SparseMemory(MethodDefaults):
     def refuses(self, techniques: Techniques, shape: ModelShape) -> str | None:
         if wrong := self._wrong_sizes(shape):
             return wrong
-        if shape.num_experts or shape.family.encoder or not shape.family.mlp_at:
-            what = "are experts" if shape.num_experts else "are no modules of their own"
-            return f"a memory stands beside an MLP, and those of {shape.model_type} {what}: set method.type: lora"
+        if shape.num_experts:
+            return f"a memory stands beside an MLP, and those of {shape.model_type} are experts: set method.type: lora"
+        if shape.family.encoder or not shape.family.mlp_at:
+            return (
+                f"a memory stands beside an MLP, and those of {shape.model_type} are no modules of their own: set"
+                " method.type: lora"
+            )
         if not techniques.optim.startswith("adamw_torch"):
             return "a memory moves its rows by an AdamW of its own: set train.optim: auto"
         if techniques.dtype == "float16":
