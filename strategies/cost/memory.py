@@ -91,7 +91,9 @@ class Stack:
 
     def kernels(self, techniques: Techniques) -> str:
         """What computes norms and MLPs: `fused`, `compiled`, or transformers' `plain` operations."""
-        return "fused" if self.fused_kernels else "compiled" if techniques.torch_compile else "plain"
+        if self.fused_kernels or techniques.liger_kernel:
+            return "fused"
+        return "compiled" if techniques.torch_compile else "plain"
 
 
 def estimate(

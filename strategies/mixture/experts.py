@@ -239,7 +239,9 @@ def _maps_of(layer: Any, names: Sequence[str], number: int) -> list[Any]:
     """The maps of a layer with these last names, one of each.  Raises ValueError."""
     found = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in names]
     if len(found) != len(names) or any(type(module) is not torch.nn.Linear for module in found):
-        raise ValueError(f"layer {number}: {', '.join(names)} are no plain linear maps: set method.adapt_attention: false")
+        raise ValueError(
+            f"layer {number}: {', '.join(names)} are no plain linear maps: set method.adapt_attention: false"
+        )
     return found
 
 
