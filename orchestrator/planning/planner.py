@@ -296,8 +296,7 @@ def _plan_of(
 
 def _resolve_options(chosen: Candidate) -> tuple[dict[str, Any], dict[str, str]]:
     """The method's own `auto` options: one value for all workers, the smallest that any of them needs; and why."""
-    values: dict[str, Any] = {}
-    reasons: dict[str, str] = {}
+    values, reasons = dict[str, Any](), dict[str, str]()
     for part in chosen.placed:
         for key, (value, reason) in part.plan.resolved.items():
             if key not in values or value < values[key]:

@@ -114,8 +114,7 @@ def estimate(
         moved += tokens * kernels.score_bytes(shape, techniques, attended)
         moved += tokens * kernels.other_bytes(workload, techniques)
     moved += num_micro * work.cast_parameters * (4.0 + BYTES_PER_ELEMENT[techniques.dtype])
-    if device.kind == "cpu":
-        moved += (_CPU_ROUTED - 1) * 2 * BYTES_PER_ELEMENT[techniques.dtype] * work.routed * shape.num_layers * tokens
+    moved += _routed_bytes(shape, device, techniques, work, tokens)
     moved *= _CPU_CACHED if device.kind == "cpu" else kernels.memory_share(device)
     passes = 2 + techniques.gradient_checkpointing + work.reference_passes
     expanded = work.dequantise_bytes_per_parameter
@@ -153,6 +152,15 @@ def estimate(
         transfer_s=learnt * transfer,
         is_guess=guessed_rate or guessed_bandwidth or (techniques.streams_weights and device.kind == "cpu"),
     )
+
+
+def _routed_bytes(
+    shape: ModelShape, device: DeviceCapability, techniques: Techniques, work: Work, tokens: float
+) -> float:
+    """What a CPU moves beyond the formula where tokens are sorted by expert and put back."""
+    if device.kind != "cpu":
+        return 0.0
+    return (_CPU_ROUTED - 1) * 2 * BYTES_PER_ELEMENT[techniques.dtype] * work.routed * shape.num_layers * tokens
 
 
 def operation_s(device: DeviceCapability, techniques: Techniques) -> float:
