@@ -89,7 +89,7 @@ class BankSection(Section):
         le=MOST,
     )
     tuning_rows: int = key(
-        0,
+        32,
         "further labelled rows by which the shares of each map are tuned, with gradients of the shares alone; a quarter"
         " of them says when to stop; 0 = not",
         ge=0,
