@@ -101,7 +101,7 @@ def estimate(
     products, attention = flops_per_token(workload, techniques, work)
     rate, guessed_rate = product_rate(device, node, techniques.dtype)
     bandwidth, guessed_bandwidth = memory_rate(device)
-    moved = elementwise_bytes_per_token(shape, techniques, work) * tokens
+    moved = elementwise_bytes_per_token(shape, techniques, work, device.kind == "cpu") * tokens
     if device.kind == "cpu":
         attention_rate = rate * _CPU_ATTENTION.get(techniques.attn_implementation, 0.5)
         slowed = 1 + _CPU_HALF_RATE_TOKENS / kernels.product_rows(shape, micro_tokens)
@@ -114,8 +114,6 @@ def estimate(
         moved += tokens * kernels.score_bytes(shape, techniques, attended)
         moved += tokens * kernels.other_bytes(workload, techniques)
     moved += num_micro * work.cast_parameters * (4.0 + BYTES_PER_ELEMENT[techniques.dtype])
-    if device.kind == "cpu":
-        moved += (_CPU_ROUTED - 1) * 2 * BYTES_PER_ELEMENT[techniques.dtype] * work.routed * shape.num_layers * tokens
     moved *= _CPU_CACHED if device.kind == "cpu" else kernels.memory_share(device)
     passes = 2 + techniques.gradient_checkpointing + work.reference_passes
     expanded = work.dequantise_bytes_per_parameter
@@ -199,7 +197,7 @@ def memory_rate(device: DeviceCapability) -> tuple[float, bool]:
     return (_CPU_BYTES_PER_S if device.kind == "cpu" else _GPU_BYTES_PER_S), True
 
 
-def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work: Work) -> float:
+def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work: Work, on_cpu: bool) -> float:
     """Bytes read and written by everything that is not a matrix product, forward and backward, all layers.
 
     Counted on transformers' modules: an RMSNorm in fp32 steps passes 40 h bytes forward and twice that backward, a
@@ -213,7 +211,7 @@ def elementwise_bytes_per_token(shape: ModelShape, techniques: Techniques, work:
     attention = 24 * g * (shape.query_size + shape.key_value_size)
     a_number = (8 if g == 4 else 14) if work.adapter_bytes is None else work.adapter_bytes
     adapters = a_number * work.adapter_inputs + (4 * g + 2) * work.dropped_inputs
-    layer = norms + mlp + attention + 12 * g * h + adapters + 2 * g * work.routed
+    layer = norms + mlp + attention + 12 * g * h + adapters + 2 * g * work.routed * (_CPU_ROUTED if on_cpu else 1)
     backward_share = (shape.num_layers - work.first_layer) / shape.num_layers
     again = 0.4 if techniques.gradient_checkpointing else 0.0
     forward = work.forward_share(shape.num_layers)
