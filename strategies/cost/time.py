@@ -127,8 +127,7 @@ def estimate(
     if device.kind == "cpu" and techniques.dtype != "float32" and workload.attended_length <= SHORT:
         documents = min(documents, 4.0)  # short ones share one product
     operations = num_operations(shape, techniques, work, documents)
-    operations += passes * kernels.expert_operations(device, shape, micro_tokens)
-    overhead = num_micro * operations * op_s
+    overhead = num_micro * op_s * (operations + passes * kernels.expert_operations(device, shape, micro_tokens))
     if techniques.zero_stage >= 3:
         overhead += num_micro * passes * shape.num_layers * (len(shape.linears) + shape.family.norms) * _FETCH_S
     if techniques.torch_compile:  # fused element-wise work, fewer launches (LOG.md: CPU 1.4x; torchtune: 1.27x)
