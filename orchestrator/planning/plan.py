@@ -279,7 +279,7 @@ def _of_this_version(values: Any) -> Any:
 def _deciding(techniques: Techniques) -> dict[str, Any]:
     """The switches that are in use: a plan without later ones keeps the hash it had before there were any."""
     values = asdict(techniques)
-    later = ("stage", "share_prefixes", "cache_frozen_activations")
+    later = ("stage", "share_prefixes", "cache_frozen_activations", "liger_kernel")
     found = {key: value for key, value in values.items() if key not in later or value}
     if techniques.local_merge == "factors":
         del found["local_merge"]
