@@ -11,8 +11,9 @@ holds 16 bytes of each of the 2 M D numbers: weight, summed gradient, two moment
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from strategies.contract import MemoryEstimate
 from strategies.cost.memory import Footprint, Streamed
 from strategies.cost.plan import Costs
 from strategies.cost.work import Work
@@ -76,13 +77,24 @@ class MemoryCosts:
         named = _NAME_BYTES * (visits + self.counts_reads)
         return len(self.layers) * different * (row_bytes + named), len(self.layers) * different * row_bytes * visits
 
+    def with_copies(self, memory: MemoryEstimate, tokens: float) -> MemoryEstimate:
+        """Beside what is alive when the backward pass begins, what copies of rows take in that of the memories.
+
+        By then what the layers above have saved, and the logits, are free again.
+        """
+        shape, lowest, highest = self.shape, min(self.layers), max(self.layers)
+        copies = _COPIES * 4.0 * min(_AT_ONCE, tokens * self.top_k * shape.hidden_size)
+        scores = 16.0 * tokens * self.num_rows**0.5  # of both halves, twice for a moment
+        above = (shape.num_layers - 1 - highest) / (shape.num_layers - lowest)
+        more = max(0.0, max(copies, scores) - above * memory.activations_bytes - memory.logits_bytes)
+        low, high, buffers = memory.low_bytes + more, memory.high_bytes + more, memory.buffers_bytes + more
+        return replace(memory, buffers_bytes=buffers, low_bytes=low, high_bytes=high)
+
     def costs(self, tokens: float, on_cpu: bool) -> Costs:
         """Of a pass of so many tokens."""
         shape, g, width = self.shape, self.element_bytes, self.shape.hidden_size
         count, above = len(self.layers), shape.num_layers - min(self.layers)
         rows_bytes = 2.0 * width * self.different_rows(tokens)
-        copied = _COPIES * 4.0 * min(_AT_ONCE, tokens * self.top_k * width)
-        scores = 16.0 * tokens * self.num_rows**0.5  # of both halves, twice for a moment
         on_device = g * shape.num_parameters + self.router_bytes + (self.host_bytes if on_cpu else 0.0)
         footprint = Footprint(
             weights_bytes=on_device,
@@ -90,7 +102,6 @@ class MemoryCosts:
             stream_bytes=g,
             inputs_per_token=(g * width + 8.0 * self.top_k) * count / above,
             cast_bytes=g * rows_bytes * count,
-            dequantised_bytes=max(copied, scores),
             first_layer=min(self.layers),
             streamed=Streamed(0.0, (4 + g) * rows_bytes, 0.0 if on_cpu else self.host_bytes),
         )

@@ -162,7 +162,8 @@ class SparseMemory(MethodDefaults):
             late_s = max(0.0, beside_s - plan.time.compute_s - plan.time.memory_s)
             update_s, transfer_s = 0.0, passes * up / bus + late_s
         time = replace(plan.time, update_s=update_s, transfer_s=transfer_s)
-        return replace(plan, time=time, checkpoint_bytes=costs.checkpoint_bytes)
+        memory = costs.with_copies(plan.memory, tokens)
+        return replace(plan, memory=memory, time=time, checkpoint_bytes=costs.checkpoint_bytes)
 
     def setup(self, model: Any, settings: TrainSettings) -> TrainSetup:
         import torch

@@ -13,7 +13,7 @@ from strategies.lsp_offload.adam import AdamNumbers
 from strategies.lsp_offload.optimizer import LaneFailed, Route
 from strategies.lsp_offload.schedule import Lanes
 from strategies.lsp_offload.transport import EmulatedBus, HostBuffers
-from strategies.measure.trace import Lengths, LiveStorages
+from strategies.measure.trace import Lengths, LiveStorages, even
 from strategies.model.targets import architecture_of_shape
 from strategies.shape import ModelShape
 from strategies.sparse_memory import product
@@ -28,7 +28,9 @@ from strategies.sparse_memory.slots import BackgroundCounts, most_specific
 from strategies.step.step import Update, forward_backward, update
 from strategies.techniques import checkpointing
 from strategies.techniques.precision import gradient_scaler
-from tests.strategies.test_contract import base_model, settings, techniques, workload
+from strategies.workload import Workload
+from tests.strategies import test_trace as peaks
+from tests.strategies.test_contract import CPU, NODE, base_model, settings, techniques, workload
 
 SMALL = SparseMemory(memory_rows=64, rows_per_token=4, layers_to_transform=[1])
 BATCHES = [Lengths((20, 12), (9, 5)), Lengths((7,), (4,))]
@@ -518,3 +520,22 @@ def test_more_rows_learn_as_much(model_folder):
         losses[rows] = loss.item()
 
     assert losses[4096] <= losses[16]
+
+
+@pytest.mark.parametrize(("dtype", "checkpoints"), [("float32", False), ("bfloat16", False), ("float32", True)])
+def test_the_plans_bytes_are_what_the_allocator_hands_out(monkeypatch, dtype, checkpoints):
+    """Of a pass whose tokens read any rows, as the formula has it; sums of gradients lie where nobody looks."""
+
+    def choose(router, x_TD):
+        first_T1 = torch.randint(16384, (len(x_TD), 1), generator=generator())
+        return (first_T1 + 97 * torch.arange(router.top_k)) % 16384
+
+    monkeypatch.setattr(ProductKeys, "choose", choose)
+    method, asked, lengths = SparseMemory(memory_rows=16384), peaks.settings(dtype, checkpoints), even(4, 200, 0.5)
+    work = Workload(ModelShape.from_config(peaks.CONFIG), 4, 800, 400, 200, 4, 1, 4)
+
+    sums_bytes = 16384 * 2 * work.shape.hidden_size * 4
+    allocated = peaks.allocated_peak(method, asked, lengths) + sums_bytes
+
+    predicted = method.estimate(work, CPU, NODE, asked.techniques).memory.tensors_bytes
+    assert predicted == pytest.approx(allocated, rel=0.1)

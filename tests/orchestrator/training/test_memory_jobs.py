@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
+from orchestrator.data.dataset import Dataset
 from orchestrator.errors import JobError
 from orchestrator.export.write import ExportWish, export
 from orchestrator.job.job_file import read_job
 from orchestrator.lifecycle.prepare import prepare
 from orchestrator.runs.events import LearningReport, StepReport
-from orchestrator.training.workers import finished
+from orchestrator.training.workers import finished, preflight
 from orchestrator.training.workers.worker import work
 from strategies.lsp_offload.schedule import Lanes
 from strategies.sparse_memory.method import SparseMemory
@@ -72,6 +73,15 @@ def test_what_crossed_the_bus_and_what_moved_is_recorded(model_folder, data_fold
     assert all(0 < step.rows_moved < 2 * 256 for step in events["step"])
     assert set(events["step"][0].lane_s) == {"down", "update", "up"} and events["step"][0].lane_s["update"] > 0
     assert [told.step for told in events["learnt"]] == [0] and "routers take off" in events["learnt"][0].text
+
+
+def test_preflight_leaves_nothing_behind(model_folder, data_folder, tmp_path):
+    flown, plain = prepared(model_folder, method=METHOD), prepared(model_folder, method=METHOD)
+    data = Dataset.load(data_folder)
+    preflight.check(flown, data, data, ONE_BY_ONE, 8, tmp_path / "preflight")
+
+    assert losses(run(flown, data_folder, 3)) == losses(run(plain, data_folder, 3))
+    assert torch.equal(weights(flown), weights(plain))
 
 
 # A job.
