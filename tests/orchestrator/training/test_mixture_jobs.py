@@ -141,6 +141,20 @@ def test_it_is_evaluated_again_to_the_same_numbers(run):
     assert [one["generated"] for one in again["samples"]] == [one.generated for one in run.result().after.samples]
 
 
+def test_it_is_proven_as_every_method_but_for_the_merge(file, monkeypatch):
+    from orchestrator.lifecycle.proofs import prove
+    from tests.orchestrator.lifecycle.proofs.test_prove import worker_here
+
+    monkeypatch.setattr(prove, "_with_two_workers", lambda ready: (ready, {}))
+    monkeypatch.setattr(prove, "_start", worker_here)
+
+    found = {one.check: one for one in prove.prove_job(read_job(file), lambda text: None)}
+
+    passed = {check for check, one in found.items() if one.outcome == "passed"}
+    assert passed == {"packing", "accumulation", "resume", "saved"} and found["resume"].difference == 0.0
+    assert "each token passes experts of its own choice" in str(found["merged"])
+
+
 def test_its_report_has_the_experts_and_who_loads_it(run, tmp_path):
     from orchestrator.report.markdown import write_markdown
     from orchestrator.report.run import report_of_run
