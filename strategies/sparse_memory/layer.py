@@ -47,7 +47,7 @@ class Carrier(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass
 class ReadingCarrier:
     """Of a model that does not train."""
 

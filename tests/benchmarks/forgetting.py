@@ -39,6 +39,7 @@ from strategies.methods.full import Full
 from strategies.methods.lora import Lora
 from strategies.shape import ModelShape
 from strategies.sparse_memory.costs import MemoryCosts
+from strategies.sparse_memory.layer import RowMemory
 from strategies.sparse_memory.method import SparseMemory
 from strategies.step.step import Update, forward_backward, last_pass, update
 from strategies.step.supervised_logits import Batch, loss_sum, supervised_logits
@@ -195,7 +196,7 @@ class Outcome:
 def prepare(ground: Ground, method: Any, rate: float, seed: int) -> TrainSetup:
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_pretrained(ground.folder, dtype=torch.float32)
-    setup = method.setup(model, TrainSettings(rate, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, TECHNIQUES, seed, FACTS))
+    setup = method.setup(model, TrainSettings(rate, 0.0, "adamw_torch", 0.9, 0.999, 1e-8, TECHNIQUES, seed))
     setup.model.train()
     return setup
 
@@ -254,22 +255,24 @@ def _count_rows(setup: TrainSetup) -> list[tuple[int, int]]:
     """(tokens, different rows) of each pass, as it is made."""
     found: list[tuple[int, int]] = []
     for module in setup.model.modules():
-        if hasattr(module, "router"):
-            choose = module.router.choose
+        if isinstance(module, RowMemory):
+            router: Any = module.router
+            choose = router.choose
 
             def chosen(x_TD: torch.Tensor, choose: Any = choose) -> torch.Tensor:
                 rows_TK = choose(x_TD)
                 found.append((len(x_TD), len(rows_TK.unique())))
                 return rows_TK
 
-            module.router.choose = chosen
+            router.choose = chosen
     return found
 
 
 def _of_formula(setup: TrainSetup, method: Any, read: Sequence[tuple[int, int]]) -> float:
     if not isinstance(method, SparseMemory) or not read:
         return 0.0
-    shape = ModelShape.from_config(setup.model.config.to_dict())
+    model: Any = setup.model
+    shape = ModelShape.from_config(model.config.to_dict())
     costs = MemoryCosts(shape, TECHNIQUES, method.memory_rows, method.rows_per_token, (0,), False)
     return sum(rows for _, rows in read) / sum(costs.different_rows(tokens) for tokens, _ in read)
 
@@ -364,10 +367,11 @@ def _runs(asked: argparse.Namespace, name: str, contender: Contender, known: Seq
         if not any((one.rate, one.seed) == (rate, seed) for one in mine + made):
             made.append(keep(learn(asked.model, name, contender.method, rate, seed, asked.steps), asked.out))
 
-    for rate in contender.rates if len(contender.rates) > 1 else ():
+    first, *others = contender.rates
+    for rate in contender.rates if others else ():
         run(rate, CHOOSING_SEED)
     tried = [one for one in mine + made if one.seed == CHOOSING_SEED]
-    rate = best_rate(tried) if tried else contender.rates[0]
+    rate = best_rate(tried) if tried else first
     for seed in range(asked.seeds):
         run(rate, seed)
     return made
