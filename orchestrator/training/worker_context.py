@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +43,10 @@ class RunSeat(Protocol):
 
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """The base for this run alone, over tensors that all share; `load` where none has it yet."""
+        ...
+
+    def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        """What another run with this key has measured in this process, or `measure` now."""
         ...
 
     def joined(

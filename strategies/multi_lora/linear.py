@@ -9,12 +9,14 @@ Legend: T tokens of the row, I inputs and O outputs of the map.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from strategies.multi_lora.corrections import AddCorrections, TokenRange
 from strategies.techniques.precision import keeps_input_dtype
 
 
@@ -150,7 +152,22 @@ class RangedLinear(torch.nn.Module):
             raise OtherTokens(f"a map sees {tuple(x_TI.shape[:-1])} tokens of a row of {sum(sizes)}")
         if len(jobs) == 1:
             return self._corrected(jobs[0], y_TO, x_TI)
-        return over_ranges(lambda place, y, x: self._corrected(jobs[place], y, x), sizes, y_TO, x_TI)
+        if any(one.draws and one.dropout.training for job in jobs if (one := self.corrections.get(job))):
+            return over_ranges(lambda place, y, x: self._corrected(jobs[place], y, x), sizes, y_TO, x_TI)
+        return self._all_corrected(y_TO, x_TI)
+
+    def _all_corrected(self, y_TO: torch.Tensor, x_TI: torch.Tensor) -> torch.Tensor:
+        """Those of all jobs at once, which draw no random numbers."""
+        starts = itertools.accumulate(self._ranges.sizes, initial=0)
+        parts, weights = [], []
+        for job, start, size in zip(self._ranges.jobs, starts, self._ranges.sizes, strict=False):
+            if (one := self.corrections.get(job)) is not None:
+                parts.append(TokenRange(start, start + size, one.scaling))
+                weights += [one.first.weight, one.second.weight]
+        flat_TO = y_TO.reshape(-1, y_TO.shape[-1])
+        if flat_TO._is_view():
+            flat_TO = flat_TO.clone()
+        return AddCorrections.apply(flat_TO, x_TI.reshape(-1, x_TI.shape[-1]), parts, *weights).view(y_TO.shape)  # type: ignore[union-attr]
 
     def _corrected(self, job: Hashable, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         correction = self.corrections.get(job)

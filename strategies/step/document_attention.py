@@ -86,15 +86,13 @@ def document_attention(
     if batch:
         batch_BLHD = attend_short(query_1HTD, key_1KTD, value_1KTD, batch, scoring)
         short = {document: batch_BLHD[row, :length] for row, (document, _, length) in enumerate(batch)}
-    outputs_tHD, start = [], 0
-    for document, length in enumerate(lengths):
-        stop = start + length
-        if document in short:
-            outputs_tHD.append(short[document])
-        else:
-            part = (query_1HTD[:, :, start:stop], key_1KTD[:, :, start:stop], value_1KTD[:, :, start:stop])
-            outputs_tHD.append(attend_document(*part, scoring))
-        start = stop
+    if len(short) == len(lengths):
+        return torch.cat([*short.values()])[None], None
+    # Split at once: the gradient of one slice among many is a row of zeros but for its own part.
+    parts = zip(*(x.split(list(lengths), 2) for x in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
+    outputs_tHD = [
+        short[document] if document in short else attend_document(*part, scoring) for document, part in enumerate(parts)
+    ]
     return torch.cat(outputs_tHD)[None], None
 
 

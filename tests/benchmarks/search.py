@@ -261,7 +261,7 @@ RATES = [1e-4, 2e-4, 5e-4, 1e-3]
 RANKS = [4, 8, 16]
 
 
-def together(model: str, steps: int, rows_a_step: int, rounds: int, scheduler: str) -> None:
+def together(asked: argparse.Namespace) -> None:
     """Whole searches from the probe to the recommendation, in turn over one base and each trial by itself."""
     from orchestrator.search.run import search
     from orchestrator.views.search import SearchWatcher
@@ -269,12 +269,10 @@ def together(model: str, steps: int, rows_a_step: int, rounds: int, scheduler: s
     seconds: dict[str, list[float]] = {"auto": [], "never": []}
     found = {}
     with tempfile.TemporaryDirectory() as where:
-        for number in range(rounds):
+        for number in range(asked.rounds):
             for way in ("auto", "never") if number % 2 == 0 else ("never", "auto"):
                 began = time.perf_counter()
-                folder = search(
-                    _small_steps(Path(where), model, steps, rows_a_step, way, scheduler), SearchWatcher(None)
-                )
+                folder = search(_small_steps(Path(where), asked, way), SearchWatcher(None))
                 seconds[way].append(time.perf_counter() - began)
                 found[way] = folder
                 shared = sum(trial.predicted_step_s is None for trial in folder.trials())
@@ -284,13 +282,14 @@ def together(model: str, steps: int, rows_a_step: int, rounds: int, scheduler: s
         chosen = {way: folder.summary().recommended.point for way, folder in found.items()}
     took = {way: statistics.median(values) for way, values in seconds.items()}
     print(
-        f"{len(RANKS) * len(RATES)} trials of {steps} steps: each by itself {took['never']:.1f} s, over one base"
-        f" {took['auto']:.1f} s: {took['never'] / took['auto']:.2f}x; losses differ by at most {apart:.1e};"
+        f"{len(RANKS) * len(RATES)} trials of {asked.steps} steps, {asked.dtype}: each by itself {took['never']:.1f} s,"
+        f" over one base {took['auto']:.1f} s:"
+        f" {took['never'] / took['auto']:.2f}x; losses differ by at most {apart:.1e};"
         f" recommended {chosen['auto']}{', the same' if chosen['auto'] == chosen['never'] else f', not {chosen}'}"
     )
 
 
-def _small_steps(folder: Path, model: str, steps: int, rows_a_step: int, way: str, scheduler: str):
+def _small_steps(folder: Path, options: argparse.Namespace, way: str):
     """A search over rank and rate in steps of a few short rows."""
     from orchestrator.job.job_file import parse_job
     from tests.benchmarks import bank_tasks
@@ -303,16 +302,16 @@ def _small_steps(folder: Path, model: str, steps: int, rows_a_step: int, way: st
     asked = {
         "space": space,
         "budget": {"trials": len(RANKS) * len(RATES)},
-        "trial_steps": steps,
+        "trial_steps": options.steps,
         "eval_rows": 8,
-        "scheduler": scheduler,
+        "scheduler": options.scheduler,
         "share_base": way,
     }
     return parse_job(
-        f"name: bench\nmodel: {{model_name_or_path: {model}, dtype: float32}}\n"
+        f"name: bench\nmodel: {{model_name_or_path: {options.model}, dtype: {options.dtype}}}\n"
         f"data: {{train: {folder}/train.jsonl, eval: {folder}/eval.jsonl, max_length: 512}}\n"
         f"method: {{type: lora}}\ngoal: {{prefer: quality}}\n"
-        f"train: {{global_batch_size: {rows_a_step}, per_device_train_batch_size: {rows_a_step},"
+        f"train: {{global_batch_size: {options.rows}, per_device_train_batch_size: {options.rows},"
         " gradient_checkpointing: false}\n"
         f"checkpoint: {{output_dir: {folder}/runs}}\ntracking: {{report_to: []}}\nsearch: {json.dumps(asked)}\n",
         folder,
@@ -328,10 +327,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=24, help="together: of a trial")
     parser.add_argument("--rows", type=int, default=1, help="together: of a step")
     parser.add_argument("--rounds", type=int, default=1, help="together: searches of each way")
+    parser.add_argument("--dtype", default="float32", help="together: of the passes")
     parser.add_argument("--scheduler", default="none", help="together: none, asha, median")
     asked = parser.parse_args()
     if asked.what == "together":
-        together(asked.model, asked.steps, asked.rows, asked.rounds, asked.scheduler)
+        together(asked)
     elif asked.what == "grid":
         grid(asked.out)
     elif asked.what == "judge":

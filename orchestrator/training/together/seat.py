@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ class SharedModel:
         self.num_runs, self.memory, self._note = num_runs, memory, note
         self._base: BaseCopies | None = None
         self._row: JointRow | None = None
+        self.measured: dict[Hashable, float] = {}
         self._num_passes = 0
 
     def base(self, load: Callable[[], Any]) -> BaseCopies:
@@ -90,6 +91,12 @@ class SharedSeat:
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """Modules of its own over the base's tensors."""
         return self._shared.base(load).copy()
+
+    def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
+        """What another run with this key has measured in this process, or `measure` now."""
+        if key not in self._shared.measured:
+            self._shared.measured[key] = measure()
+        return self._shared.measured[key]
 
     @contextlib.contextmanager
     def joined(self, setup: TrainSetup, techniques: Techniques, note: Callable[[str], None]) -> Iterator[None]:

@@ -7,6 +7,7 @@ benchmark in a row.
 from __future__ import annotations
 
 import contextlib
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,9 +52,7 @@ class Experiment:
         self._data, self._held_out = data, held_out
         self._setup, self._techniques = prepare_model(self._context, len(data))
         attach_references(self._context, self._setup, self._techniques, data, held_out)
-        self.tensors_bytes = tensors_peak_bytes(
-            self._setup, data, self._techniques, plan.global_batch_size, is_shared=seat is not None
-        )
+        self.tensors_bytes = self._tensors_bytes()
         epochs = train_section.num_train_epochs
         self._order = Order(len(data), plan.global_batch_size, train_section.seed, epochs, plan.num_steps)
         self._schedule = schedule_of(job, plan)
@@ -68,6 +67,18 @@ class Experiment:
     def close(self) -> None:
         """Leave the seat."""
         self._open.close()
+
+    def _tensors_bytes(self) -> float:
+        """The most that tensors take in a step; of one that shares its base, as measured of one whose tensors are of
+        the same sizes."""
+        batch, seat = self.plan.global_batch_size, self._context.seat
+        measure = partial(
+            tensors_peak_bytes, self._setup, self._data, self._techniques, batch, is_shared=seat is not None
+        )
+        if seat is None:
+            return measure()
+        sizes = tuple((name, tuple(p.shape), p.dtype) for name, p in self._setup.parameters.items())
+        return seat.measure_once((sizes, self._techniques, batch, self.plan.max_length), measure)
 
     def train_to(self, step: int) -> float:
         """Train until `step` steps are done and measure the held-out loss.  Raises OrchestratorError."""
