@@ -31,6 +31,7 @@ from orchestrator.search.sharing import NextTrial
 from orchestrator.search.together import TrainerLost
 from orchestrator.search.trial_run import TrialRun, rungs, trial_of
 from strategies.contract import MemoryEstimate
+from strategies.step import host_memory
 
 _ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -218,6 +219,9 @@ class _Runner(tune.Trainable):
     """A worker process: takes trials one after the other."""
 
     def setup(self, config: dict[str, Any]) -> None:
+        import orchestrator.training.workers.experiment  # noqa: F401  what trials need
+
+        host_memory.freeze_imports()
         self._take(config)
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:

@@ -20,6 +20,22 @@ from strategies.train_setup import TrainSetup
 from strategies.workload import Techniques
 
 
+@dataclass(frozen=True)
+class HeaviestLoad:
+    """What a preflight tries, as far as memory depends on it."""
+
+    kind: Hashable  # sizes of what trains, and how it is computed
+    tokens: int  # of the heaviest micro-batch
+    supervised: int  # positions, of the one with most
+    held_out_tokens: int  # of the longest row
+
+    def covers(self, other: HeaviestLoad) -> bool:
+        """Whether what passed with this passes with the other."""
+        return self.kind == other.kind and all(
+            getattr(self, name) >= getattr(other, name) for name in ("tokens", "supervised", "held_out_tokens")
+        )
+
+
 class RunSeat(Protocol):
     """A run's place among those that train over one base model in one process (training/together)."""
 
@@ -44,6 +60,12 @@ class RunSeat(Protocol):
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """The base for this run alone, over tensors that all share; `load` where none has it yet."""
         ...
+
+    def has_passed(self, load: HeaviestLoad) -> bool:
+        """Whether another run of this process passed a preflight with as much."""
+        ...
+
+    def passed(self, load: HeaviestLoad) -> None: ...
 
     def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
         """What another run with this key has measured in this process, or `measure` now."""

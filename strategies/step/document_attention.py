@@ -91,7 +91,8 @@ def document_attention(
     # Split at once: the gradient of one slice among many is a row of zeros but for its own part.
     parts = zip(*(x.split(list(lengths), 2) for x in (query_1HTD, key_1KTD, value_1KTD)), strict=True)
     outputs_tHD = [
-        short[document] if document in short else attend_document(*part, scoring) for document, part in enumerate(parts)
+        short[document] if document in short else attend_document(query, key, value, scoring)
+        for document, (query, key, value) in enumerate(parts)
     ]
     return torch.cat(outputs_tHD)[None], None
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from orchestrator.runs.events import StepReport
+from orchestrator.training.worker_context import HeaviestLoad
 from strategies.contract import MemoryEstimate
 from strategies.multi_lora.joint_model import BaseCopies, JointModel
 from strategies.multi_lora.passes import JointPasses, JointRow
@@ -27,6 +28,7 @@ class SharedModel:
         self.num_runs, self.memory, self._note = num_runs, memory, note
         self._base: BaseCopies | None = None
         self._row: JointRow | None = None
+        self.passed: list[HeaviestLoad] = []
         self.measured: dict[Hashable, float] = {}
         self._num_passes = 0
 
@@ -91,6 +93,14 @@ class SharedSeat:
     def copy_base(self, load: Callable[[], Any]) -> Any:
         """Modules of its own over the base's tensors."""
         return self._shared.base(load).copy()
+
+    def has_passed(self, load: HeaviestLoad) -> bool:
+        """Whether another run of this process passed a preflight with as much."""
+        return any(other.covers(load) for other in self._shared.passed)
+
+    def passed(self, load: HeaviestLoad) -> None:
+        """A preflight with this went well."""
+        self._shared.passed.append(load)
 
     def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
         """What another run with this key has measured in this process, or `measure` now."""

@@ -322,10 +322,10 @@ def _on_worker(config: dict[str, Any]) -> None:
     """Runs on each worker: set up logging, find its place in the plan, call `worker.work`."""
     from orchestrator.training.workers.worker import work
 
+    host_memory.freeze_imports()
     run, context = RunFolder(Path(config["run"])), ray.train.get_context()
     node = config["names"].get(ray.get_runtime_context().get_node_id(), "")
-    plan = run.plan()
-    rank, slot = _in_plan_order(plan, node, context.get_world_size())
+    rank, slot = _in_plan_order(run.plan(), node, context.get_world_size())
     _log_to(run.logs / f"worker-{rank}.log")
     try:
         (config["work"] or work)(run, rank, context.get_world_size(), node, slot)

@@ -33,7 +33,7 @@ from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model.devices import planned_device
 from orchestrator.training.model.references import assume_references
 from orchestrator.training.parallel import ProcessGroup
-from orchestrator.training.worker_context import WorkerContext
+from orchestrator.training.worker_context import HeaviestLoad, WorkerContext
 from orchestrator.training.workers.setup import prepare_model
 from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
 from strategies.step.passes import passes_of
@@ -85,6 +85,20 @@ def check(
         "text": f"the longest batch ({tokens} tokens, {format_s(step_s)}), an evaluation step and a checkpoint of"
         f" {format_bytes(saved_bytes)} went through in {format_s(seconds)}; peak {format_bytes(peak)}{held}",
     }
+
+
+def load_of(
+    setup: TrainSetup, data: Dataset, held_out: Dataset | None, techniques: Techniques, num_samples: int
+) -> HeaviestLoad:
+    """What these would be tried with."""
+    batches = heaviest(setup, data, techniques, num_samples)
+    trained = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in setup.parameters.items())
+    return HeaviestLoad(
+        (trained, techniques),
+        max(batch.input_ids_BT.numel() for batch in batches),
+        max(batch.targets_S.numel() for batch in batches),
+        int(held_out.lengths.max()) if held_out is not None else 0,
+    )
 
 
 def num_samples_of(plan: Plan, part: NodePlan) -> int:

@@ -78,10 +78,21 @@ def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
         equal = resume_note(devices, job.spec.train.deterministic, has_fixed_shares(job, techniques))
         context.note(f"resumed from checkpoint {saved.path.name} ({equal})")
     if progress.step == 0 and job.spec.strategy.preflight:
-        folder = run.path / f".preflight-{context.group.rank}"
-        checked = preflight.check(setup, inputs.data, inputs.held_out, techniques, num_samples, folder)
-        context.record(PreflightReport(**checked))
+        _preflight(run, context, inputs, num_samples)
     return progress
+
+
+def _preflight(run: RunFolder, context: WorkerContext, inputs: Inputs, num_samples: int) -> None:
+    """Try what could fail later; left out where another run of this process has passed as much."""
+    seat, arguments = context.seat, (inputs.setup, inputs.data, inputs.held_out, inputs.techniques, num_samples)
+    load = preflight.load_of(*arguments) if seat else None
+    if seat and load and seat.has_passed(load):
+        context.note("preflight: another run of this worker has passed batches as large, with weights of equal sizes")
+        return
+    checked = preflight.check(*arguments, run.path / f".preflight-{context.group.rank}")
+    context.record(PreflightReport(**checked))
+    if seat and load:
+        seat.passed(load)
 
 
 def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Progress) -> TrainingOutcome:
