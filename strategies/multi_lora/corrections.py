@@ -30,20 +30,21 @@ class TokenRange:
 class AddCorrections(torch.autograd.Function):
     """y + s (x A^T) B^T for the tokens of each part, with A and B of its own; y is changed in place.
 
-    Kept for the backward pass: x, and x A^T of each part, R numbers a token.
+    y must own its memory: no view of another tensor.  Kept for the backward pass: x, and x A^T of each part, R numbers
+    a token.
     """
 
     @staticmethod
     def forward(
         ctx: Any, y_TO: torch.Tensor, x_TI: torch.Tensor, parts: Sequence[TokenRange], *weights: torch.Tensor
     ) -> Any:
-        """`weights`: A (R, I) and B (O, R) of each part."""
+        """(..., T, O) of (..., T, O) and (..., T, I) with T in all; `weights`: A (R, I) and B (O, R) of each part."""
         ctx.parts, ctx.dtype, hidden = parts, _precision(y_TO, parts), []
         with torch.autocast(y_TO.device.type, enabled=False):
-            c_TI = x_TI.to(ctx.dtype)
+            c_TI, flat_TO = _flat(x_TI).to(ctx.dtype), _flat(y_TO)
             for part, a_RI, b_OR in zip(parts, weights[::2], weights[1::2], strict=True):
                 z_TR = c_TI[part.start : part.end] @ a_RI.to(ctx.dtype).t()
-                own_TO, b_RO = y_TO[part.start : part.end], b_OR.to(ctx.dtype).t()
+                own_TO, b_RO = flat_TO[part.start : part.end], b_OR.to(ctx.dtype).t()
                 if y_TO.dtype == ctx.dtype:
                     own_TO.addmm_(z_TR, b_RO, alpha=part.scaling)
                 else:
@@ -65,7 +66,7 @@ def _gradients(ctx: Any, grad_TO: torch.Tensor) -> list[torch.Tensor | None]:
     parts, dtype = ctx.parts, ctx.dtype
     x_TI, *saved = ctx.saved_tensors
     weights, hidden = saved[: 2 * len(parts)], saved[2 * len(parts) :]
-    c_TI, g_TO = x_TI.to(dtype), grad_TO.to(dtype)
+    c_TI, g_TO = _flat(x_TI).to(dtype), _flat(grad_TO).to(dtype)
     d_TI = _zero_between(parts, torch.empty_like(c_TI)) if ctx.needs_input_grad[1] else None
     found: list[torch.Tensor | None] = [None, None]
     for part, a_RI, b_OR, z_TR in zip(parts, weights[::2], weights[1::2], hidden, strict=True):
@@ -75,8 +76,13 @@ def _gradients(ctx: Any, grad_TO: torch.Tensor) -> list[torch.Tensor | None]:
             torch.mm(g_TR, a_RI.to(dtype), out=d_TI[own])
         found.append((g_TR.t() @ c_TI[own]).to(a_RI.dtype))
         found.append((g_TO[own].t() @ z_TR).mul_(part.scaling).to(b_OR.dtype))
-    found[0] = None if d_TI is None else d_TI.to(x_TI.dtype)
+    found[0] = None if d_TI is None else d_TI.to(x_TI.dtype).view(x_TI.shape)
     return found
+
+
+def _flat(rows: torch.Tensor) -> torch.Tensor:
+    """(T, ...) of (1, T, ...)."""
+    return rows.reshape(-1, rows.shape[-1])
 
 
 def _precision(y_TO: torch.Tensor, parts: Sequence[TokenRange]) -> torch.dtype:

@@ -164,10 +164,9 @@ class RangedLinear(torch.nn.Module):
             if (one := self.corrections.get(job)) is not None:
                 parts.append(TokenRange(start, start + size, one.scaling))
                 weights += [one.first.weight, one.second.weight]
-        flat_TO = y_TO.reshape(-1, y_TO.shape[-1])
-        if flat_TO._is_view():
-            flat_TO = flat_TO.clone()
-        return AddCorrections.apply(flat_TO, x_TI.reshape(-1, x_TI.shape[-1]), parts, *weights).view(y_TO.shape)  # type: ignore[union-attr]
+        y_TO = y_TO.clone() if y_TO._is_view() else y_TO
+        corrected: torch.Tensor = AddCorrections.apply(y_TO, x_TI, parts, *weights)  # type: ignore[assignment]
+        return corrected
 
     def _corrected(self, job: Hashable, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         correction = self.corrections.get(job)

@@ -12,8 +12,9 @@ from orchestrator.lifecycle.run import submit
 from orchestrator.lifecycle.together import share
 from orchestrator.lifecycle.together.submit import Submission, submit_together
 from orchestrator.planning.memory_fit import needed_bytes
-from orchestrator.runs.events import ErrorReport, Evaluation, Note
+from orchestrator.runs.events import ErrorReport, Evaluation, Note, PreflightReport
 from orchestrator.runs.run_folder import RunFolder
+from orchestrator.training.worker_context import HeaviestLoad
 from strategies.multi_lora.memory import estimate_together
 from tests.cli import called
 from tests.orchestrator.lifecycle.together.conftest import UNLIKE
@@ -47,6 +48,36 @@ def test_runs_that_share_a_base_come_to_what_each_comes_to_alone(folder, here, a
         assert_same(run, alone[name])
         assert run.state_by_events() == "finished" and run.exported().name == "adapter"
         assert not [event.text for event in run.events_of(Note) if "by themselves" in event.text]
+
+
+def test_a_preflight_that_another_run_of_the_worker_has_passed_is_not_repeated(folder, here):
+    """The second is as large as the first, the third has other weights."""
+    changes = ([], ["train.learning_rate=1e-4"], ["method.lora_r=3"])
+    jobs = [
+        Submission(read_job(folder / "one.yaml", change), Quiet(), f"tried-{i}") for i, change in enumerate(changes)
+    ]
+
+    found = submit_together(jobs, print)
+
+    assert [len([*run.events_of(PreflightReport)]) for run in found] == [1, 0, 1]
+    notes = [[event.text for event in run.events_of(Note) if "preflight: another run" in event.text] for run in found]
+    assert [len(texts) for texts in notes] == [0, 1, 0]
+    assert all(run.result().values["after"]["eval_loss"] < 9 for run in found)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "supervised", "held_out", "kind", "holds"),
+    [
+        (10, 5, 7, "a", True),
+        (9, 4, 6, "a", True),
+        (11, 5, 7, "a", False),
+        (10, 6, 7, "a", False),
+        (10, 5, 8, "a", False),
+        (10, 5, 7, "b", False),
+    ],
+)
+def test_what_passed_covers_what_is_no_larger(tokens, supervised, held_out, kind, holds):
+    assert HeaviestLoad("a", 10, 5, 7).covers(HeaviestLoad(kind, tokens, supervised, held_out)) is holds
 
 
 def test_times_of_shared_passes_teach_no_prediction(folder, here, alone):
