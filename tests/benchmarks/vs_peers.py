@@ -75,7 +75,8 @@ def compare(arguments: argparse.Namespace) -> dict:
             "matrix-product ceiling:", ", ".join(f"{k} {v:.0f} GFLOP/s" for k, v in results["ceiling_gflops"].items())
         )
         names = [name for name in CONTESTANTS if name != "llama-factory" or os.environ.get("LLAMAFACTORY_PYTHON")]
-        rounds = [{name: child(name, arguments, scratch) for name in names} for _ in range(arguments.rounds)]
+        rounds = [{name: finished(name, arguments, scratch) for name in names} for _ in range(arguments.rounds)]
+        names = [name for name in names if all(found[name] for found in rounds)]
         for name in names:
             taken = sorted((found[name] for found in rounds), key=lambda one: one["tokens_per_s"])
             results[name] = taken[len(taken) // 2] | child(f"evaluate:{name}", arguments, scratch)
@@ -83,7 +84,7 @@ def compare(arguments: argparse.Namespace) -> dict:
         ours = results["ours"]["tokens_per_s"]
         results["ratios"] = {name: ours / results[name]["tokens_per_s"] for name in names if name != "ours"}
         print("ours over each:", ", ".join(f"{name} {ratio:.2f}x" for name, ratio in results["ratios"].items()))
-        if len(names) < len(CONTESTANTS):
+        if not os.environ.get("LLAMAFACTORY_PYTHON"):
             print("llama-factory was not run: LLAMAFACTORY_PYTHON names no python that has it")
         results["loop"] = child("loop", arguments, scratch)
         print(f"our loop over a hand-written one, identical batches: {results['loop']['step_ratio']:.3f}")
@@ -106,6 +107,17 @@ def show(name: str, result: dict, ceiling: dict) -> None:
         f" {result['eval_loss']:.4f}, {reached:.0%} of the ceiling, peak {result['peak_gib']:.1f} GiB",
         flush=True,
     )
+
+
+def finished(name: str, arguments: argparse.Namespace, scratch: str) -> dict:
+    """A contestant's result; empty, and said, where a peer failed."""
+    try:
+        return child(name, arguments, scratch)
+    except SystemExit as error:
+        if name == "ours":
+            raise
+        print(error, flush=True)
+        return {}
 
 
 def child(name: str, arguments: argparse.Namespace, scratch: str) -> dict:
@@ -170,7 +182,7 @@ def lora_config(first_layer: int):
     return LoraConfig(
         r=16,
         lora_alpha=32,
-        target_modules="all-linear",
+        target_modules=[f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")],  # all of a Llama
         layers_to_transform=adapted_layers(first_layer),
         task_type="CAUSAL_LM",
     )
@@ -373,7 +385,8 @@ def llama_factory(arguments) -> dict:
         "layers": adapted_layers(arguments.first_layer),
     }
     command = [os.environ["LLAMAFACTORY_PYTHON"], str(Path(__file__).with_name("peer_llamafactory.py"))]
-    done = subprocess.run([*command, json.dumps(inputs)], capture_output=True, text=True)
+    own = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}  # it has packages of its own
+    done = subprocess.run([*command, json.dumps(inputs)], capture_output=True, text=True, env=own)
     if done.returncode:
         raise SystemExit(done.stderr[-3000:])
     found = json.loads(done.stdout.strip().splitlines()[-1])
