@@ -180,7 +180,8 @@ def test_a_method_says_what_it_hands_back_and_of_every_engine_whether_it_loads_i
 
 
 def loads_as_trained(loader, exports, base, folder, trained):
-    """Whether an installed engine loads what lies in `folder` and computes, in one pass, what was trained to 1e-5."""
+    """Whether an installed engine loads what lies in `folder` and computes what was trained, to 1e-5 of the largest
+    logit: a merged and a sliced matrix are summed in another order."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -193,7 +194,8 @@ def loads_as_trained(loader, exports, base, folder, trained):
     trained.eval(), loaded.eval()
     ids = torch.arange(20)[None]
     with torch.no_grad():
-        return torch.allclose(loaded(ids).logits, trained(ids).logits, rtol=0, atol=1e-5)
+        expected = trained(ids).logits
+        return torch.allclose(loaded(ids).logits, expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
 @pytest.mark.parametrize("loader", ["peft", "transformers"])
