@@ -22,18 +22,26 @@ from strategies.workload import Techniques
 
 @dataclass(frozen=True)
 class HeaviestLoad:
-    """What a preflight tries, as far as memory depends on it."""
+    """What a preflight tries, as far as its end depends on it."""
 
-    kind: Hashable  # sizes of what trains, and how it is computed
+    kind: Hashable  # what trains, how it is computed, where checkpoints are written
     tokens: int  # of the heaviest micro-batch
     supervised: int  # positions, of the one with most
     held_out_tokens: int  # of the longest row
 
     def covers(self, other: HeaviestLoad) -> bool:
-        """Whether what passed with this passes with the other."""
-        return self.kind == other.kind and all(
-            getattr(self, name) >= getattr(other, name) for name in ("tokens", "supervised", "held_out_tokens")
+        """Whether the other passes where this one did."""
+        return (
+            self.kind == other.kind
+            and self.tokens >= other.tokens
+            and self.supervised >= other.supervised
+            and self.held_out_tokens >= other.held_out_tokens
         )
+
+
+def tensors_kind(setup: TrainSetup, techniques: Techniques) -> Hashable:
+    """Equal for trainings whose tensors have the same sizes in batches of the same size."""
+    return tuple((name, weight.shape, weight.dtype) for name, weight in setup.parameters.items()), techniques
 
 
 class RunSeat(Protocol):
@@ -65,7 +73,9 @@ class RunSeat(Protocol):
         """Whether another run of this process passed a preflight with as much."""
         ...
 
-    def passed(self, load: HeaviestLoad) -> None: ...
+    def add_passed(self, load: HeaviestLoad) -> None:
+        """Its own preflight went well."""
+        ...
 
     def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:
         """What another run with this key has measured in this process, or `measure` now."""

@@ -151,16 +151,17 @@ class JointModel:
         draw = torch.Generator().manual_seed(0)
         lengths = [length for part in _PROBE for length in part]
         ids_T = (torch.arange(sum(lengths)) * 7 + 3).remainder(inner.config.get_text_config().vocab_size)
-        ids_1T, device = ids_T[None].to(inner.device), inner.device
+        ids_1T = ids_T[None].to(inner.device)
         try:
             setup.model.eval()
             for weight in moved:
                 weight.copy_(torch.randn(weight.shape, generator=draw) * weight.shape[-1] ** -0.5)
-            self._parts, own_T = (), slice(sum(_PROBE[0]))
-            joint, plain = (
-                self._logits(self.model, ids_1T, lengths, device, of)[own_T] for of in ([job, None], [None, None])
-            )
-            own = self._logits(setup.model, ids_1T[:, own_T], _PROBE[0], device)
+            self._parts, own_T, logits = (), slice(sum(_PROBE[0])), []
+            for jobs in ([job, None], [None, None]):
+                self._ranges.divide(jobs, [sum(part) for part in _PROBE])
+                logits.append(self._logits(self.model, ids_1T, lengths)[own_T])
+            joint, plain = logits
+            own = self._logits(setup.model, ids_1T[:, own_T], _PROBE[0])
         except OtherTokens as error:
             raise ValueError(f"{error}: its jobs cannot share a row") from error
         finally:
@@ -172,17 +173,10 @@ class JointModel:
         if not error < (1e-3 if own.dtype == torch.float32 else 0.3):
             raise ValueError(f"a row of two jobs differs from each alone by {error:.2g} of what the correction changes")
 
-    def _logits(
-        self,
-        model: Any,
-        ids_1T: torch.Tensor,
-        lengths: Sequence[int],
-        device: torch.device,
-        jobs: Sequence[Hashable] = (),
-    ) -> torch.Tensor:
-        if jobs:
-            self._ranges.divide(jobs, [sum(part) for part in _PROBE])
-        return model(ids_1T, **packed_arguments(lengths, device), use_cache=False).logits[0]
+    @staticmethod
+    def _logits(model: Any, ids_1T: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+        """(T, vocabulary)."""
+        return model(ids_1T, **packed_arguments(lengths, ids_1T.device), use_cache=False).logits[0]
 
     def _of(self, job: Hashable) -> list[tuple[str, MapCorrection]]:
         return [

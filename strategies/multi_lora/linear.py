@@ -113,6 +113,11 @@ class MapCorrection:
         """Whether it draws random numbers in training."""
         return isinstance(self.dropout, torch.nn.Dropout) and self.dropout.p > 0
 
+    @property
+    def draws_now(self) -> bool:
+        """Whether its model is in training too."""
+        return self.draws and self.dropout.training
+
     def add(self, y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """y + s B A x, in y's precision; as PEFT's layers compute it, operation by operation."""
         if not (self.keeps_dtype and torch.is_autocast_enabled(x.device.type)):
@@ -152,7 +157,7 @@ class RangedLinear(torch.nn.Module):
             raise OtherTokens(f"a map sees {tuple(x_TI.shape[:-1])} tokens of a row of {sum(sizes)}")
         if len(jobs) == 1:
             return self._corrected(jobs[0], y_TO, x_TI)
-        if any(one.draws and one.dropout.training for job in jobs if (one := self.corrections.get(job))):
+        if any(self.corrections[job].draws_now for job in jobs if job in self.corrections):
             return over_ranges(lambda place, y, x: self._corrected(jobs[place], y, x), sizes, y_TO, x_TI)
         return self._all_corrected(y_TO, x_TI)
 
@@ -172,7 +177,7 @@ class RangedLinear(torch.nn.Module):
         correction = self.corrections.get(job)
         if correction is None:
             return y
-        if not (correction.draws and correction.dropout.training):
+        if not correction.draws_now:
             return correction.add(y, x)
         with self._streams.of(job, id(self)):
             return correction.add(y, x)

@@ -7,11 +7,8 @@ import torch
 
 from strategies.multi_lora.corrections import AddCorrections, TokenRange
 
-PARTS = (
-    TokenRange(0, 3, 2.0),
-    TokenRange(3, 8, 0.5),
-    TokenRange(10, 13, 1.0),
-)  # tokens 8 and 9 are of a job without a correction
+# Tokens 8 and 9 are of a job without a correction, 13 too.
+PARTS = (TokenRange(0, 3, 2.0), TokenRange(3, 8, 0.5), TokenRange(10, 13, 1.0))
 RANKS = (2, 5, 1)
 TOKENS, INPUTS, OUTPUTS = 14, 6, 7
 

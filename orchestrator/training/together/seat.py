@@ -28,8 +28,8 @@ class SharedModel:
         self.num_runs, self.memory, self._note = num_runs, memory, note
         self._base: BaseCopies | None = None
         self._row: JointRow | None = None
-        self.passed: list[HeaviestLoad] = []
-        self.measured: dict[Hashable, float] = {}
+        self.passed: list[HeaviestLoad] = []  # in preflights
+        self.measured: dict[Hashable, float] = {}  # by what runs measure once
         self._num_passes = 0
 
     def base(self, load: Callable[[], Any]) -> BaseCopies:
@@ -98,8 +98,8 @@ class SharedSeat:
         """Whether another run of this process passed a preflight with as much."""
         return any(other.covers(load) for other in self._shared.passed)
 
-    def passed(self, load: HeaviestLoad) -> None:
-        """A preflight with this went well."""
+    def add_passed(self, load: HeaviestLoad) -> None:
+        """Its own preflight went well."""
         self._shared.passed.append(load)
 
     def measure_once(self, key: Hashable, measure: Callable[[], float]) -> float:

@@ -25,7 +25,7 @@ from orchestrator.training.model import loading
 from orchestrator.training.model.devices import device_like, gpu_in_use
 from orchestrator.training.model.references import attach_references
 from orchestrator.training.state import Hooks, Progress, Training
-from orchestrator.training.worker_context import RunSeat, WorkerContext
+from orchestrator.training.worker_context import RunSeat, WorkerContext, tensors_kind
 from orchestrator.training.workers import preflight, quality, result
 from orchestrator.training.workers.setup import prepare_model, schedule_of
 from strategies.measure.trace import LiveStorages, tensors_of
@@ -77,8 +77,7 @@ class Experiment:
         )
         if seat is None:
             return measure()
-        sizes = tuple((name, tuple(p.shape), p.dtype) for name, p in self._setup.parameters.items())
-        return seat.measure_once((sizes, self._techniques, batch, self.plan.max_length), measure)
+        return seat.measure_once((tensors_kind(self._setup, self._techniques), batch), measure)
 
     def train_to(self, step: int) -> float:
         """Train until `step` steps are done and measure the held-out loss.  Raises OrchestratorError."""

@@ -33,7 +33,7 @@ from orchestrator.training.memory import peak_bytes
 from orchestrator.training.model.devices import planned_device
 from orchestrator.training.model.references import assume_references
 from orchestrator.training.parallel import ProcessGroup
-from orchestrator.training.worker_context import HeaviestLoad, WorkerContext
+from orchestrator.training.worker_context import HeaviestLoad, WorkerContext, tensors_kind
 from orchestrator.training.workers.setup import prepare_model
 from strategies.step.out_of_memory import catch_out_of_memory, is_out_of_memory
 from strategies.step.passes import passes_of
@@ -88,13 +88,17 @@ def check(
 
 
 def load_of(
-    setup: TrainSetup, data: Dataset, held_out: Dataset | None, techniques: Techniques, num_samples: int
+    setup: TrainSetup,
+    data: Dataset,
+    held_out: Dataset | None,
+    techniques: Techniques,
+    num_samples: int,
+    folder: Path,
 ) -> HeaviestLoad:
-    """What these would be tried with."""
+    """What `check` would try with the same arguments; `folder` is one of the run's."""
     batches = heaviest(setup, data, techniques, num_samples)
-    trained = tuple((name, tuple(weight.shape), weight.dtype) for name, weight in setup.parameters.items())
     return HeaviestLoad(
-        (trained, techniques),
+        (tensors_kind(setup, techniques), folder.parent.parent),
         max(batch.input_ids_BT.numel() for batch in batches),
         max(batch.targets_S.numel() for batch in batches),
         int(held_out.lengths.max()) if held_out is not None else 0,

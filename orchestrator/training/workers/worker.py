@@ -84,15 +84,15 @@ def _begin(run: RunFolder, context: WorkerContext, inputs: Inputs) -> Progress:
 
 def _preflight(run: RunFolder, context: WorkerContext, inputs: Inputs, num_samples: int) -> None:
     """Try what could fail later; left out where another run of this process has passed as much."""
-    seat, arguments = context.seat, (inputs.setup, inputs.data, inputs.held_out, inputs.techniques, num_samples)
+    seat, folder = context.seat, run.path / f".preflight-{context.group.rank}"
+    arguments = inputs.setup, inputs.data, inputs.held_out, inputs.techniques, num_samples, folder
     load = preflight.load_of(*arguments) if seat else None
     if seat and load and seat.has_passed(load):
         context.note("preflight: another run of this worker has passed batches as large, with weights of equal sizes")
         return
-    checked = preflight.check(*arguments, run.path / f".preflight-{context.group.rank}")
-    context.record(PreflightReport(**checked))
+    context.record(PreflightReport(**preflight.check(*arguments)))
     if seat and load:
-        seat.passed(load)
+        seat.add_passed(load)
 
 
 def _train(run: RunFolder, context: WorkerContext, inputs: Inputs, progress: Progress) -> TrainingOutcome:

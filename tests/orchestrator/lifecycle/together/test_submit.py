@@ -51,17 +51,18 @@ def test_runs_that_share_a_base_come_to_what_each_comes_to_alone(folder, here, a
 
 
 def test_a_preflight_that_another_run_of_the_worker_has_passed_is_not_repeated(folder, here):
-    """The second is as large as the first, the third has other weights."""
-    changes = ([], ["train.learning_rate=1e-4"], ["method.lora_r=3"])
+    """The second is as large as the first, the third has other weights, the fourth another place for checkpoints."""
+    elsewhere = f"checkpoint.output_dir={folder / 'elsewhere'}"
+    changes = ([], ["train.learning_rate=1e-4"], ["method.lora_r=3"], [elsewhere])
     jobs = [
         Submission(read_job(folder / "one.yaml", change), Quiet(), f"tried-{i}") for i, change in enumerate(changes)
     ]
 
     found = submit_together(jobs, print)
 
-    assert [len([*run.events_of(PreflightReport)]) for run in found] == [1, 0, 1]
+    assert [len([*run.events_of(PreflightReport)]) for run in found] == [1, 0, 1, 1]
     notes = [[event.text for event in run.events_of(Note) if "preflight: another run" in event.text] for run in found]
-    assert [len(texts) for texts in notes] == [0, 1, 0]
+    assert [len(texts) for texts in notes] == [0, 1, 0, 0]
     assert all(run.result().values["after"]["eval_loss"] < 9 for run in found)
 
 
