@@ -15,7 +15,9 @@ from typing import Any
 
 import torch
 
-_FEW = 128  # tokens of a job, on average
+# Tokens of a job, on average.  A pass of eight jobs with fp32 corrections took 0.81 of one with bf16 ones at 54 tokens a
+# job, 0.86 at 100, 0.96 at 160 (SmolLM2-135M, two cores with AMX); longer ones were not measured.
+_FEW = 128
 
 
 @dataclass(frozen=True)
