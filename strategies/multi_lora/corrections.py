@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-# Tokens of a job, on average.  A pass of eight jobs with fp32 corrections took 0.81 of one with bf16 ones at 54 tokens a
-# job, 0.86 at 100, 0.96 at 160 (SmolLM2-135M, two cores with AMX); longer ones were not measured.
+# Tokens of a job, on average.  A pass of eight jobs with fp32 corrections took 0.81 of one with bf16 ones at 54 tokens
+# a job, 0.86 at 100, 0.96 at 160 (SmolLM2-135M, two cores with AMX); longer ones were not measured.
 _FEW = 128
 
 
