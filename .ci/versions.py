@@ -35,7 +35,7 @@ TESTS = (
     "tests/orchestrator/training/test_loop.py",
     "tests/orchestrator/training/test_checkpoint.py",
     "tests/orchestrator/training/test_loads_anywhere.py",
-    "tests/orchestrator/data/test_template.py",
+    "tests/orchestrator/data/rendering/test_template.py",
     "tests/orchestrator/runs/test_mirror.py",
     "tests/orchestrator/runs/test_tracking.py",
     "tests/orchestrator/cli/test_app.py",

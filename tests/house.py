@@ -63,6 +63,7 @@ ROOMS = (
     ("orchestrator.doctor",),
     ("orchestrator.data.rows",),
     ("orchestrator.data.readers",),
+    ("orchestrator.data.rendering",),
     ("orchestrator.data",),
     ("orchestrator.planning",),
     ("orchestrator.runs.comparison",),

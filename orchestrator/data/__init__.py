@@ -2,7 +2,6 @@
 
 prepare      start here: the job's data section -> tokenised datasets on disk, made once and found again by content
 batches      samples -> the tensors of a micro-batch
-chat         a conversation as the chat template writes it
 data_files   where model and tokenised samples of a run lie: the contents of data.json
 counts       what happened to the rows, counted
 dataset      tokenised samples in one memory-mapped Arrow file, made once and found again by content
@@ -11,10 +10,8 @@ packing      which samples share a micro-batch
 prefixes     how much rows have in common at their beginnings
 samples      rows -> samples
 sizes        how long the rows are, without preparing them
-supervision  what of a row is supervised, as pure functions over text
 survey       one pass over a job's rows that keeps nothing
-template     examples -> token ids and the mask of supervised tokens
-together     renderings that wait for token ids: tokenised in one call
 readers      files and hub data sets -> rows
+rendering    examples -> texts by the chat template -> token ids and the mask of supervised tokens
 rows         what a row is, whatever file it came from
 """

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from orchestrator.data.rendering.supervision import LostTurns
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.likeness import MOST_COMPARED
 from orchestrator.data.rows.preferences import Labelled, Preference
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.supervision import LostTurns
 from orchestrator.errors import JobError
 
 _MAX_CUT, _MAX_DROPPED = 0.01, 0.001  # of tokens, of rows: more is reported

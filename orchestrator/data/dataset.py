@@ -21,9 +21,9 @@ import pyarrow
 import pyarrow.compute
 
 from orchestrator.data.counts import RowCounts, Statistics
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import TokenizeOptions, tokenise
-from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError, RunFailed
 from orchestrator.job import manifest
 

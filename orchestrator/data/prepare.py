@@ -13,9 +13,9 @@ from orchestrator.data.data_files import DataFiles
 from orchestrator.data.dataset import DamagedCache, Dataset, build_all, cache_key
 from orchestrator.data.readers.files import digest, num_lines
 from orchestrator.data.readers.sources import digest_of, fetched, rows_of, skipped_of, sources_of
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import options_for, renderer_for, template_text
-from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job import manifest
 from orchestrator.job.job_file import Job

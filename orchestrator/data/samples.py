@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from clusters.safe.reading import first_line, printable
-from orchestrator.data.chat import template_of
 from orchestrator.data.counts import RowCounts
+from orchestrator.data.rendering.chat import template_of
+from orchestrator.data.rendering.template import Renderer, Tokens
+from orchestrator.data.rendering.together import Underway
 from orchestrator.data.rows import preferences
 from orchestrator.data.rows.formats import Example, read_example
 from orchestrator.data.rows.likeness import fingerprint, plain_text
 from orchestrator.data.rows.preferences import Labelled, Preference
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.template import Renderer, Tokens
-from orchestrator.data.together import Underway
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import Job
 from orchestrator.job.paths import read_text_file

@@ -22,10 +22,10 @@ from orchestrator.data.counts import (
 )
 from orchestrator.data.readers.remote import scheme_of
 from orchestrator.data.readers.sources import fetched, rows_of, skipped_of, sources_of
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.likeness import MOST_COMPARED, nearly_equal, sketch
 from orchestrator.data.rows.row import Row
 from orchestrator.data.samples import TokenizeOptions, options_for, read_only, tokenise
-from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import Job
 from orchestrator.job.sections.training import HeldOutFraction, Source
 

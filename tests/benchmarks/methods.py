@@ -31,8 +31,8 @@ import torch
 from orchestrator.data.dataset import Dataset, build
 from orchestrator.data.order import Order
 from orchestrator.data.readers.files import read_rows
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.samples import TokenizeOptions
-from orchestrator.data.template import Renderer
 from orchestrator.job.model_files import locate
 from orchestrator.runs.events import Evaluation, StepReport
 from orchestrator.training.evaluate import evaluate_loss
@@ -47,7 +47,8 @@ from strategies.workload import Techniques
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = "smollm2-135m-instruct"
 TASKS = ("sst2", "sms-spam", "snips-intent")
-ROWS, HELD_OUT, LENGTH, WARM_UP, LOOK = 8, 32, 256, 3, 2
+ROWS, HELD_OUT, LENGTH, WARM_UP, LOOK = 8, 24, 256, 3, 4
+STEPS, STEPS_OF_RATES = 16, 12
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,9 @@ CONTENDERS: dict[str, Contender] = {
     "LSP-Offload": Contender("experimental_lsp_offload", {}, 1e-3),
     "SHiRA r8": Contender("experimental_shira", {"shira_r": 8}, 5e-3),
     "boosted r1": Contender("experimental_boosted_lora", {"lora_r": 1, "restart_every": 8}, 2e-3),
+    "MixLoRA, 4 of r2": Contender("experimental_mixlora", {"num_experts": 4, "lora_r": 2, "lora_alpha": 4}, 2e-3),
+    "memory, 16384 rows": Contender("experimental_memory", {}, 1e-2),
+    "pruned to 70 %": Contender("experimental_pruned_lora", {**_RANK, "mask_every": 2}, 2e-3),
 }
 
 
@@ -108,7 +112,9 @@ def set_up(one: Contender, seed: int, rate: float, num_samples: int) -> tuple[Tr
     return method.setup(model, settings), techniques
 
 
-def run(one: Contender, data: tuple[Dataset, Dataset], seed: int, rate: float, num_steps: int) -> dict[str, Any]:
+def run(
+    one: Contender, data: tuple[Dataset, Dataset], seed: int, rate: float, num_steps: int, look: int = LOOK
+) -> dict[str, Any]:
     """Held-out losses by step, CPU seconds by step, and the bytes of what trains with its moments."""
     setup, techniques = set_up(one, seed, rate, len(data[0]))
     seconds, losses = [0.0], {}
@@ -129,7 +135,7 @@ def run(one: Contender, data: tuple[Dataset, Dataset], seed: int, rate: float, n
 
     order = Order(len(data[0]), ROWS, seed, num_train_epochs=100, max_steps=num_steps)
     hooks = Hooks(record, lambda now: "none", lambda: None)
-    schedule = Schedule(factor, 1.0, seed, 10**9, LOOK, None)
+    schedule = Schedule(factor, 1.0, seed, 10**9, look, None)
     train(Training(setup, data[0], data[1], order, schedule, techniques, ProcessGroup(), Progress(), hooks))
     return {"base": base, "losses": losses, "seconds": seconds, "state_bytes": state_bytes(setup)}
 
@@ -145,7 +151,7 @@ def rates(folder: Path, names: Sequence[str], num_steps: int) -> None:
     data = rows_of(folder / "yelp")
     for name in names:
         one = CONTENDERS[name]
-        found = {rate: run(one, data, 99, rate, num_steps)["losses"][num_steps] for rate in around(one.rate)}
+        found = {rate: run(one, data, 99, rate, num_steps, num_steps)["losses"][num_steps] for rate in around(one.rate)}
         best = min(found, key=lambda rate: found[rate])
         print(f"{name:18}", {f"{rate:.1e}": round(loss, 3) for rate, loss in found.items()}, f"{best:.1e}", flush=True)
 
@@ -213,7 +219,7 @@ def main() -> None:
     parser.add_argument(
         "--names", nargs="+", default=[name for name, one in CONTENDERS.items() if one.method in METHODS]
     )
-    parser.add_argument("--steps", type=int, default=24)
+    parser.add_argument("--steps", type=int, help=f"default: {STEPS}, of `rates` {STEPS_OF_RATES}")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
@@ -222,9 +228,9 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     if given.what == "rates":
-        rates(given.places[0], given.names, given.steps)
+        rates(given.places[0], given.names, given.steps or STEPS_OF_RATES)
     else:
-        compare(given.places[0], given.json, given.tasks, given.names, given.seeds, given.steps)
+        compare(given.places[0], given.json, given.tasks, given.names, given.seeds, given.steps or STEPS)
 
 
 if __name__ == "__main__":

@@ -199,8 +199,8 @@ def samples(data: Path, count: int) -> list[tuple[list[int], list[bool]]]:
     """Token ids and masks by our renderer, which every contestant's own must equal in number."""
     from transformers import AutoTokenizer
 
+    from orchestrator.data.rendering.template import Renderer
     from orchestrator.data.rows.formats import convert
-    from orchestrator.data.template import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     renderer = Renderer(tokenizer, tokenizer.chat_template)
@@ -308,7 +308,7 @@ def our_dataset(data: Path, count: int, file: str = "train.jsonl"):
 
     from orchestrator.data.dataset import TokenizeOptions, build
     from orchestrator.data.readers.files import read_rows
-    from orchestrator.data.template import Renderer
+    from orchestrator.data.rendering.template import Renderer
 
     tokenizer = AutoTokenizer.from_pretrained(model_folder())
     renderer = Renderer(tokenizer, tokenizer.chat_template)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from clusters.safe.reading import first_line
-from orchestrator.data.chat import template_of
+from orchestrator.data.rendering.chat import template_of
 from orchestrator.serving.engines.protocol import Query, Refused
 
 

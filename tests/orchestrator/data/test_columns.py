@@ -5,10 +5,10 @@ import json
 import pytest
 
 from orchestrator.data.readers.sources import rows_of, sources_of
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.formats import read_example
 from orchestrator.data.rows.guess import Guess, guess_columns
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import parse_job
 from tests.conftest import CHAT_TEMPLATE, write_jsonl
 

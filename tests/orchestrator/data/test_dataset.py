@@ -4,7 +4,7 @@ import pytest
 
 from orchestrator.data.dataset import Dataset, TokenizeOptions, build, cache_key
 from orchestrator.data.readers.files import read_rows
-from orchestrator.data.template import Renderer
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl
 

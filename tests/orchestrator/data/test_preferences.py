@@ -4,11 +4,11 @@ import pytest
 
 from orchestrator.data.counts import RowCounts
 from orchestrator.data.dataset import Dataset, build
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.formats import read_example
 from orchestrator.data.rows.preferences import read_labelled, read_preference
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import TokenizeOptions, tokenise
-from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE, SHARED
 

@@ -5,8 +5,8 @@ import pytest
 
 from orchestrator.data.dataset import TokenizeOptions, build
 from orchestrator.data.readers.sources import rows_of, sources_of
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.sizes import rough_lengths
-from orchestrator.data.template import Renderer
 from orchestrator.job.job_file import read_job
 from tests.conftest import CHAT_TEMPLATE
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from orchestrator.data.prepare import prepare_data
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.survey import survey
-from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from orchestrator.job.job_file import read_job
 from tests.conftest import CHAT_TEMPLATE, rows, write_jsonl

@@ -5,7 +5,7 @@ from transformers import AutoTokenizer
 
 from orchestrator.data.dataset import TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
-from orchestrator.data.template import Renderer
+from orchestrator.data.rendering.template import Renderer
 from tests.conftest import CHAT_TEMPLATE, WORDS, rows, write_jsonl
 
 

@@ -5,7 +5,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orchestrator.data.dataset import Dataset, TokenizeOptions, build
 from orchestrator.data.readers.files import read_rows
-from orchestrator.data.template import Renderer
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.progress.updates import ProgressUpdate, reporting_to
 from orchestrator.training.evaluate import Generation, context_of, generate_answers, num_without_room
 from orchestrator.training.stops import end_of_turn, stops_of

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from orchestrator.data.dataset import Dataset, build
 from orchestrator.data.order import Order
 from orchestrator.data.readers.files import read_rows
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.samples import TokenizeOptions
-from orchestrator.data.template import Renderer
 from orchestrator.runs.events import StepReport
 from orchestrator.training.evaluate import evaluate_rows
 from orchestrator.training.loop import train

@@ -13,9 +13,7 @@ from functools import cached_property
 from typing import Any, TypeVar
 
 from clusters.safe.reading import first_line, printable
-from orchestrator.data.rows.row import BadRow
-from orchestrator.data.rows.turns import CALL_STYLES, CallStyle
-from orchestrator.data.supervision import (
+from orchestrator.data.rendering.supervision import (
     LostTurns,
     NoEnd,
     Span,
@@ -26,6 +24,9 @@ from orchestrator.data.supervision import (
     missing_tools,
     outside,
 )
+from orchestrator.data.rendering.turnwise import Render, Turns, compiled, endings_of
+from orchestrator.data.rows.row import BadRow
+from orchestrator.data.rows.turns import CALL_STYLES, CallStyle
 
 T = TypeVar("T")
 _FIX = (
@@ -79,6 +80,14 @@ class Conversation:
         return Conversation(self.turns[: number + 1], self.tools, self.num_added)
 
 
+@dataclass(frozen=True)
+class Written:
+    """A conversation as the model reads it, and where each turn begins, where the template writes turn by turn."""
+
+    text: str
+    begins: list[int] | None = None
+
+
 class ChatTemplate:
     """The Jinja text `source` with the tokenizer whose special tokens it writes."""
 
@@ -90,7 +99,7 @@ class ChatTemplate:
 
     def text(self, talk: Conversation, add_generation_prompt: bool = False) -> str:
         """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
-        if self._direct and not talk.tools and all(turn.keys() <= _PLAIN_KEYS for turn in talk.turns):
+        if self._direct and self._is_plain(talk):
             try:
                 return self._direct(list(talk.turns), add_generation_prompt)
             except Exception as error:  # as below
@@ -106,31 +115,34 @@ class ChatTemplate:
         except Exception as error:  # Jinja raises its own tree, templates raise what they like
             raise _refusal(error) from None
 
-    @cached_property
-    def _direct(self) -> Callable[[list[dict[str, Any]], bool], str] | None:
-        """The compiled template itself, for turns of texts alone: transformers' call around it takes twice as long.
-
-        None where it does not write the same, or this version of transformers does not show it.
-        """
+    def written(self, talk: Conversation) -> Written:
+        """The conversation as the model reads it.  Raises BadRow where the template refuses it."""
+        turns = Turns(talk.turns)
+        if not (self._direct and self._endings and self._is_plain(talk)):
+            return Written(self.text(talk))
         try:
-            from transformers import PreTrainedTokenizerBase
-            from transformers.utils.chat_template_utils import _compile_jinja_template
+            return Written(self._direct(turns, False), turns.begins)
+        except Exception as error:  # as in `text`
+            raise _refusal(error) from None
 
-            if type(self.tokenizer).apply_chat_template is not PreTrainedTokenizerBase.apply_chat_template:
-                return None
-            template = _compile_jinja_template(self.source)
-            # As `Template.render`, which gathers the same globals anew each time.
-            names = {**template.globals, "tools": None, "documents": None, **self.tokenizer.special_tokens_map}
-            probe = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    def _is_plain(self, talk: Conversation) -> bool:
+        return not talk.tools and all(turn.keys() <= _PLAIN_KEYS for turn in talk.turns)
 
-            def render(turns: list[dict[str, Any]], add_generation_prompt: bool) -> str:
-                given = {**names, "messages": turns, "add_generation_prompt": add_generation_prompt}
-                return "".join(template.root_render_func(template.new_context(given, shared=True)))
+    def _through(self, talk: Conversation, number: int, whole: Written, add_generation_prompt: bool = False) -> str:
+        """As `text`, the turns up to and with one of a conversation that is written already."""
+        if whole.begins is None or not self._endings:
+            return self.text(talk.through(number), add_generation_prompt)
+        return whole.text[: whole.begins[number + 1]] + self._endings[add_generation_prompt]
 
-            usual = self.tokenizer.apply_chat_template(probe, chat_template=self.source, tokenize=False)
-            return render if render(probe, False) == usual else None
-        except Exception:  # whatever it is, `text` meets it again on the usual way and says so
-            return None
+    @cached_property
+    def _direct(self) -> Render | None:
+        """The template itself, for turns of text alone: transformers' call around it takes twice as long."""
+        return compiled(self.tokenizer, self.source)
+
+    @cached_property
+    def _endings(self) -> tuple[str, str] | None:
+        """What follows the turns, without and with the generation prompt, where the template writes turn by turn."""
+        return endings_of(self._direct, self.source, set(self.tokenizer.special_tokens_map)) if self._direct else None
 
     def answers(self, talk: Conversation) -> tuple[str, list[Span] | None]:
         """The text, and each answer in it with its end; None where later turns change how earlier ones are written.
@@ -158,8 +170,8 @@ class ChatTemplate:
         if self._marks_generation:
             text, spans = self._render_marked(talk)
         else:
-            text = self.text(talk)
-            spans = self._by_prefix(talk, text)
+            whole = self.written(talk)
+            text, spans = whole.text, self._by_prefix(talk, whole)
         if spans is not None:
             self.refuse_lost(talk, text, spans)
         return text, spans
@@ -172,9 +184,10 @@ class ChatTemplate:
         return self._in_a_style(talk, lambda: self._last_answer(talk))
 
     def _last_answer(self, talk: Conversation) -> tuple[str, Span]:
-        text = self.text(talk)
+        whole = self.written(talk)
+        text = whole.text
         try:
-            span = self._answer_span(talk, text)
+            span = self._answer_span(talk, text, whole)
         except BadRow:
             if (after := self._after_prompt(talk, text)) is None:
                 raise
@@ -238,12 +251,12 @@ class ChatTemplate:
             "the chat template writes no ending after an answer",
         )
 
-    def _by_prefix(self, talk: Conversation, text: str) -> list[Span] | None:
+    def _by_prefix(self, talk: Conversation, whole: Written) -> list[Span] | None:
         spans = []
         for number in talk.answers():
-            through = text if number == len(talk.turns) - 1 else self.text(talk.through(number))
-            span = self._answer_span(talk.through(number), through)
-            if not text.startswith(through[: span[1]]):
+            through = whole.text if number == len(talk.turns) - 1 else self._through(talk, number, whole)
+            span = self._answer_span(talk.through(number), through, whole)
+            if not whole.text.startswith(through[: span[1]]):
                 return None
             spans.append(span)
         return spans
@@ -263,19 +276,19 @@ class ChatTemplate:
             return None
         return before + answer, (len(before), len(before) + end)
 
-    def _answer_span(self, talk: Conversation, text: str) -> Span:
-        """Characters of the last turn of `talk`, the assistant's, in `text`."""
+    def _answer_span(self, talk: Conversation, text: str, whole: Written) -> Span:
+        """Characters of the last turn of `talk`, the assistant's, in `text`; `whole` is of it, or of what it begins."""
         last = len(talk.turns) - 1
-        start = self._answer_start(talk, text)
+        start = self._answer_start(talk, text, whole)
         end = answer_end(text[start:], talk.content(last), self.eos)
         if end is None and find_text(talk.content(last), text, start):  # dropped text is another error
             raise self.no_end(talk, last)
         return start, start + end if end is not None else len(text)
 
-    def _answer_start(self, talk: Conversation, text: str) -> int:
+    def _answer_start(self, talk: Conversation, text: str, whole: Written) -> int:
         last = len(talk.turns) - 1
         if any(turn["role"] not in ("system", "assistant") for turn in talk.turns[:last]):
-            before = self.text(talk.through(last - 1), add_generation_prompt=True)
+            before = self._through(talk, last - 1, whole, add_generation_prompt=True)
             if not text.startswith(before):
                 self.refuse_lost(talk, text, [])  # text that the template writes into the prompt only
                 raise _other_prompt(talk.name(last), before, text)

@@ -2,10 +2,10 @@
 
 import pytest
 
-from orchestrator.data.chat import template_of
+from orchestrator.data.rendering.chat import template_of
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.formats import convert
 from orchestrator.data.rows.row import BadRow
-from orchestrator.data.template import Renderer
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE
 

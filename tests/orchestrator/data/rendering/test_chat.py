@@ -4,9 +4,9 @@ import copy
 
 import pytest
 
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.formats import convert
 from orchestrator.data.rows.row import BadRow
-from orchestrator.data.template import Renderer
 from tests.conftest import CHAT_TEMPLATE
 
 _TURN = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ CONTENT }}<|im_end|>\n{% endfor %}"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from orchestrator.data.rendering.template import Renderer
 from orchestrator.data.rows.formats import convert
 from orchestrator.data.rows.row import BadRow
-from orchestrator.data.template import Renderer
 
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 HERMES = (

@@ -3,8 +3,8 @@
 import pytest
 
 from orchestrator.data.counts import RowCounts, Statistics, check_line, loss_notice, loss_refusal
+from orchestrator.data.rendering.supervision import answer_end, find_text, lost_turns, missing_tools
 from orchestrator.data.rows.row import BadRow, Row
-from orchestrator.data.supervision import answer_end, find_text, lost_turns, missing_tools
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ import json
 import pytest
 
 from orchestrator.data.counts import RowCounts
+from orchestrator.data.rendering.template import Renderer
+from orchestrator.data.rendering.together import Texts, encode, run_together
 from orchestrator.data.rows.formats import convert
 from orchestrator.data.rows.row import BadRow, Row
 from orchestrator.data.samples import TokenizeOptions, tokenise
-from orchestrator.data.template import Renderer
-from orchestrator.data.together import Texts, encode, run_together
 from orchestrator.errors import JobError
 from tests.conftest import CHAT_TEMPLATE
-from tests.orchestrator.data.test_chat import LEARNT, each, say
-from tests.orchestrator.data.test_template import MARKED
+from tests.orchestrator.data.rendering.test_chat import LEARNT, each, say
+from tests.orchestrator.data.rendering.test_template import MARKED
 
 TEMPLATES = {name: template for name, (template, *_) in LEARNT.items()}
 TEMPLATES |= {"marked": MARKED, "first turns cut": each("m.content if loop.last else m.content.split()[0]")}

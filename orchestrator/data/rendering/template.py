@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from orchestrator.data.chat import ChatTemplate, Conversation
+from orchestrator.data.rendering.chat import ChatTemplate, Conversation
+from orchestrator.data.rendering.supervision import NoEnd, Span, answer_end, find_text, is_empty
+from orchestrator.data.rendering.together import Rendering, Texts, Underway, encode, token_at
 from orchestrator.data.rows.formats import Example
 from orchestrator.data.rows.row import BadRow
-from orchestrator.data.supervision import NoEnd, Span, answer_end, find_text, is_empty
-from orchestrator.data.together import Rendering, Texts, Underway, encode, token_at
 from orchestrator.errors import JobError
 
 _MARK = re.compile(r"<\|[a-z_]{2,24}\|>|</?s>|<(?:bos|eos|start_of_turn|end_of_turn)>")
